@@ -24,6 +24,8 @@ from promptkd.errors import RequestError
 
 __all__ = [
     "SCHEMA_VERSION",
+    "Curve",
+    "CurvePoint",
     "DataRecord",
     "Difference",
     "Evaluation",
@@ -32,6 +34,7 @@ __all__ = [
     "Results",
     "RowResult",
     "Series",
+    "Training",
     "code_version",
     "file_sha256",
     "machine_facts",
@@ -41,7 +44,7 @@ __all__ = [
 
 SCHEMA_VERSION: Literal[1] = 1
 _SECRET_FLAG = re.compile(r"--(?:.*[-_])?(?:token|key|secret|password)")
-Kind = Literal["prune", "sft", "distill", "generate", "evaluate", "demo"]
+Kind = Literal["prune", "sft", "distill", "generate", "evaluate", "exposure-bias", "judge", "compare", "demo"]
 
 
 class _Record(BaseModel):
@@ -58,6 +61,8 @@ class Metric(_Record):
     """Upper end of the 95 % interval."""
     rows: int | None = None
     """How many rows the figure is a mean over."""
+    deviation: float | None = None
+    """Standard deviation between the seeds of decoding, where there were several."""
 
 
 class RowResult(_Record):
@@ -65,6 +70,8 @@ class RowResult(_Record):
 
     row: int
     """Index of the row in its data file, from 0."""
+    seed: int | None = None
+    """Seed of the sampled response; None where it was decoded greedily."""
     prompt: str
     references: list[str]
     response: str
@@ -80,6 +87,7 @@ class Evaluation(_Record):
     data: str
     """Label of the data set."""
     decoding: dict[str, Any] = Field(default_factory=dict)
+    """How the responses were decoded; "seeds" where several decodings are taken together."""
     metrics: dict[str, Metric]
     samples: list[RowResult] = Field(default_factory=list)
 
@@ -92,6 +100,45 @@ class Difference(_Record):
     metric: str
     difference: Metric
     better: Literal["higher", "lower"]
+    data: str = ""
+    """Label of the data set; empty where the record holds a single one."""
+    p_value: float | None = None
+    """Of the two-sided sign-flip test."""
+    p_adjusted: float | None = None
+    """The same by Holm's correction over all differences of the comparison."""
+    effect_size: float | None = None
+    """Mean of the rows' differences over their standard deviation (Cohen's d for pairs)."""
+
+
+class CurvePoint(_Record):
+    x: float
+    value: float | None
+    """None where it is not defined: no row reaches this far, or the denominator is 0."""
+    low: float | None = None
+    high: float | None = None
+    rows: int | None = None
+
+
+class Curve(_Record):
+    """A figure over lengths, of one model on one data set."""
+
+    name: Literal["exposure_bias"]
+    model: str
+    data: str
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """What the curve depends on: samples a row, treatment of ended rows, the teacher's prompt."""
+    points: list[CurvePoint]
+
+
+class Training(_Record):
+    """What a model's training cost, copied from the record of its run."""
+
+    method: str
+    steps: int
+    seconds: float
+    peak_memory_bytes: int
+    tokens_per_second: float | None = None
+    """Prompt and response tokens trained on a second, median over the logged steps."""
 
 
 class Series(_Record):
@@ -133,6 +180,9 @@ class Results(_Record):
     """Figures of the run as a whole."""
     evaluations: list[Evaluation] = Field(default_factory=list)
     differences: list[Difference] = Field(default_factory=list)
+    curves: list[Curve] = Field(default_factory=list)
+    training: dict[str, Training] = Field(default_factory=dict)
+    """By the model's label: what it cost to train, where its run's record was at hand."""
     history: list[Series] = Field(default_factory=list)
     timings: dict[str, float] = Field(default_factory=dict)
     """Seconds by part."""
