@@ -77,6 +77,8 @@ class RowResult(_Record):
     response: str
     scores: dict[str, float] = Field(default_factory=dict)
     """Per-row scores by metric name; their means are the evaluation's metrics."""
+    tokens: dict[str, int] = Field(default_factory=dict)
+    """By metric name, the tokens that a score is a mean over: the metric weighs every token alike, not every row."""
 
 
 class Evaluation(_Record):
