@@ -9,6 +9,7 @@ import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,9 +17,12 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from promptkd.errors import RequestError
+from promptkd.evaluation.sampling import Sampler, uniforms
+from promptkd.models.prepacked import prepacked_linears
+from promptkd.models.row_attention import Rows, reads_rows, rows_of
 from promptkd.models.scoring import head_logits, text_model
 
-__all__ = ["evaluating", "generate", "row_seeds"]
+__all__ = ["Reader", "evaluating", "generate", "reader_of", "row_seeds"]
 
 
 def row_seeds(seed: int, rows: int) -> list[int]:
@@ -61,17 +65,22 @@ def generate(
     _check(prompts, max_new_tokens, temperature, top_p, top_k, seeds, batch_size)
     order = sorted(range(len(prompts)), key=lambda row: (-len(prompts[row]), row))
     responses: list[list[int]] = [[] for _ in prompts]
-    pick = _Sampler(temperature, top_p, top_k)
+    pick = Sampler(temperature, top_p, top_k)
     share = 0.0 if mixed_with is None else mixed_with[1]
     models = [(model, 1 - share)] if mixed_with is None else [(model, 1 - share), mixed_with]
     with torch.no_grad(), contextlib.ExitStack() as stack:
         for each, _ in models:
             stack.enter_context(evaluating(each))
+            stack.enter_context(prepacked_linears(each, min(batch_size, len(prompts))))
         for first in range(0, len(order), batch_size):
             rows = order[first : first + batch_size]
-            uniforms = None if temperature == 0 else _uniforms([seeds[row] for row in rows], max_new_tokens)  # type: ignore[index]
-            readers = [_Reader(each, weight, vocabulary) for each, weight in models]
-            decoded = _decode(readers, [prompts[row] for row in rows], max_new_tokens, stop_ids, pick, uniforms)
+            drawn = None if temperature == 0 else uniforms([seeds[row] for row in rows], max_new_tokens)  # type: ignore[index]
+            with contextlib.ExitStack() as reading:
+                readers = [
+                    (reading.enter_context(reader_of(each, max_new_tokens, vocabulary)), weight)
+                    for each, weight in models
+                ]
+                decoded = _decode(readers, [prompts[row] for row in rows], max_new_tokens, stop_ids, pick, drawn)
             for row, response in zip(rows, decoded, strict=True):
                 responses[row] = response
             if on_batch is not None:
@@ -90,95 +99,129 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
+class Reader(Protocol):
+    """A model that reads rows of different lengths, first their prompts, then a token a row."""
+
+    def read(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """(R, V) float32 logits behind each prompt."""
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """(R, V) float32 logits behind one more token a row, (R,)."""
+
+    def keep(self, slots: Sequence[int]) -> None:
+        """Row i is from now on what row `slots[i]` was; rows only move forward."""
+
+
+@contextmanager
+def reader_of(model: nn.Module, room: int, vocabulary: int | None) -> Iterator[Reader]:
+    """The fastest reader for `model` while it is entered, for at most `room` tokens behind a prompt.
+
+    On CPU that is our own key-value store for the architectures that it reads, elsewhere transformers' cache.
+    """
+    inner = text_model(model)
+    if inner.get_input_embeddings().weight.device.type == "cpu" and reads_rows(inner):
+        with rows_of(inner, room) as rows:
+            yield _RowReader(model, rows, vocabulary)
+    else:
+        yield _CacheReader(model, vocabulary)
+
+
 def _decode(
-    readers: Sequence["_Reader"],
+    readers: Sequence[tuple[Reader, float]],
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     stop_ids: Sequence[int],
-    pick: "_Sampler",
-    uniforms: Tensor | None,
+    pick: Sampler,
+    drawn: Tensor | None,
 ) -> list[list[int]]:
-    device = readers[0].device
-    ids, mask = _left_pad(prompts, device)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    stops = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
     responses: list[list[int]] = [[] for _ in prompts]
     alive = list(range(len(prompts)))
+    stops = frozenset(stop_ids)
+    logits = [(reader.read(prompts), weight) for reader, weight in readers]  # (R, V) of rows still alive
     for step in range(max_new_tokens):
-        logits = [(each.logits(ids, mask, positions), each.weight) for each in readers]  # (A, V) of rows still alive
-        tokens = pick(logits, None if uniforms is None else uniforms[alive, step].to(device))
-        for row, token in zip(alive, tokens.tolist(), strict=True):
+        tokens = pick(logits, None if drawn is None else drawn[alive, step].to(logits[0][0].device))
+        written = tokens.tolist()
+        for row, token in zip(alive, written, strict=True):
             responses[row].append(token)
-        going = ~torch.isin(tokens, stops)
-        if not going.any():
+        slots = _moved_up([token not in stops for token in written])
+        if not slots or step + 1 == max_new_tokens:
             break
-        if not going.all():
-            keep = going.nonzero()[:, 0]
-            for each in readers:
-                each.cache.batch_select_indices(keep)
-            mask, positions, tokens = mask[keep], positions[keep], tokens[keep]
-            alive = [alive[index] for index in keep.tolist()]
-        ids = tokens[:, None]
-        mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
-        positions = positions[:, -1:] + 1
+        if len(slots) < len(alive):
+            for reader, _ in readers:
+                reader.keep(slots)
+            alive, tokens = [alive[slot] for slot in slots], tokens[slots]
+        logits = [(reader.step(tokens), weight) for reader, weight in readers]
     return responses
 
 
-class _Reader:
-    """A model with its cache, read a column of tokens at a time."""
+def _moved_up(going: Sequence[bool]) -> list[int]:
+    """Slots of the rows that go on, with rows from the end in the places of those that do not: few rows move."""
+    slots = list(range(len(going)))
+    for slot in reversed(range(len(going))):
+        if not going[slot]:
+            last = slots.pop()
+            if slot < len(slots):
+                slots[slot] = last
+    return slots
 
-    def __init__(self, model: nn.Module, weight: float, vocabulary: int | None):
-        self.model, self.weight, self.vocabulary = model, weight, vocabulary
+
+class _RowReader:
+    """A model read without padding, on its own key-value store."""
+
+    def __init__(self, model: nn.Module, rows: Rows, vocabulary: int | None):
+        self.model, self.rows, self.vocabulary = model, rows, vocabulary
+
+    def read(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        return _logits(self.model, self.rows.read(prompts), self.vocabulary)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        return _logits(self.model, self.rows.step(tokens), self.vocabulary)
+
+    def keep(self, slots: Sequence[int]) -> None:
+        self.rows.keep(slots)
+
+
+class _CacheReader:
+    """A model read on transformers' cache, its rows padded on the left."""
+
+    mask: Tensor
+    positions: Tensor
+
+    def __init__(self, model: nn.Module, vocabulary: int | None):
+        self.model, self.vocabulary = model, vocabulary
         self.inner = text_model(model)
         if "past_key_values" not in inspect.signature(self.inner.base_model.forward).parameters:
             raise RequestError(f"{type(self.inner).__name__} keeps no key-value cache; promptkd cannot decode with it.")
         self.cache = DynamicCache(config=self.inner.config)
-        self.device = self.inner.get_input_embeddings().weight.device
 
-    def logits(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        """(A, V) float32 logits behind the last column."""
+    def read(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        ids, self.mask = _left_pad(prompts, self.inner.get_input_embeddings().weight.device)
+        self.positions = (self.mask.cumsum(-1) - 1).clamp(min=0)
+        return self._forward(ids)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
+        self.positions = self.positions[:, -1:] + 1
+        return self._forward(tokens[:, None])
+
+    def keep(self, slots: Sequence[int]) -> None:
+        chosen = torch.tensor(slots, device=self.mask.device)
+        self.cache.batch_select_indices(chosen)
+        self.mask, self.positions = self.mask[chosen], self.positions[chosen]
+
+    def _forward(self, ids: Tensor) -> Tensor:
         hidden = self.inner.base_model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self.cache, use_cache=True
+            input_ids=ids,
+            attention_mask=self.mask,
+            position_ids=self.positions,
+            past_key_values=self.cache,
+            use_cache=True,
         ).last_hidden_state[:, -1]
-        return head_logits(self.model, hidden)[:, : self.vocabulary].float()
+        return _logits(self.model, hidden, self.vocabulary)
 
 
-class _Sampler:
-    """Picks a token a row: the most probable one at temperature 0, else the one at which the CDF passes u."""
-
-    def __init__(self, temperature: float, top_p: float, top_k: int):
-        self.temperature, self.top_p, self.top_k = temperature, top_p, top_k
-
-    def __call__(self, logits: Sequence[tuple[Tensor, float]], uniforms: Tensor | None) -> Tensor:
-        if len(logits) == 1 and uniforms is None:
-            return logits[0][0].argmax(-1)
-        temperature = self.temperature or 1.0  # the most probable token of a mixture is that at temperature 1
-        probabilities = sum(weight * (each / temperature).softmax(-1) for each, weight in logits)
-        assert isinstance(probabilities, Tensor)
-        if uniforms is None:
-            return probabilities.argmax(-1)
-        if self.top_k > 0 or self.top_p < 1:
-            probabilities = self._truncate(probabilities)
-        cumulative = probabilities.cumsum(-1, dtype=torch.float64)  # float32 loses the tail of large vocabularies
-        target = uniforms.to(torch.float64) * cumulative[:, -1]
-        picked = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
-        return picked.clamp(max=probabilities.shape[-1] - 1)
-
-    def _truncate(self, probabilities: Tensor) -> Tensor:
-        ranked, order = probabilities.sort(dim=-1, descending=True, stable=True)
-        keep = torch.ones_like(ranked, dtype=torch.bool)
-        if self.top_k > 0:
-            keep[:, self.top_k :] = False
-        if self.top_p < 1:
-            ranked = ranked * keep  # top-p of what top-k has left, as transformers and vLLM have it
-            keep &= ranked.cumsum(-1) - ranked < self.top_p * ranked.sum(-1, keepdim=True)  # what crosses top-p stays
-        return torch.zeros_like(probabilities).scatter(-1, order, ranked * keep)
-
-
-def _uniforms(seeds: Sequence[int], length: int) -> Tensor:
-    """(rows, length) uniform numbers in [0, 1), each row from its own seed."""
-    drawn = [torch.rand(length, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return torch.stack(drawn)
+def _logits(model: nn.Module, hidden: Tensor, vocabulary: int | None) -> Tensor:
+    return head_logits(model, hidden)[:, :vocabulary].float()
 
 
 def _left_pad(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
