@@ -83,7 +83,10 @@ def chunked_objective(
         chunk: tokens at a time.
 
     Returns:
-        The sum, and the figure "entropy" of the student, summed, in nats.
+        The sum, and the figure "entropy" of the student over the columns that both have, summed, in nats.
+
+    Raises:
+        ValueError: for differing numbers of tokens.
     """
     kernel = _KERNELS.get(objective) or _by_autograd(objective)
     return _run(kernel, student_hidden, student_head, [(teacher_hidden, teacher_head)], chunk)
@@ -110,7 +113,12 @@ def chunked_prompt_loss(
 
     Returns:
         The sum, and its two terms "to_student" and (with `plain_hidden`) "to_plain", summed, unweighted.
+
+    Raises:
+        ValueError: for a weight without `plain_hidden`, or differing numbers of tokens.
     """
+    if plain_hidden is None and weight != 0:
+        raise ValueError(f"`plain_hidden` may be left out only with a weight of 0. Got {weight}.")
     targets = [(student_hidden, student_head)]
     if plain_hidden is not None:
         targets.append((plain_hidden, plain_head))
@@ -122,6 +130,9 @@ def chunked_prompt_loss(
 
 
 def _run(kernel: Kernel, hidden: Tensor, head: Head, targets: Sequence[tuple[Tensor, Head]], chunk: int) -> ChunkedLoss:
+    tokens = [hidden.shape[0], *(state.shape[0] for state, _ in targets)]
+    if len(set(tokens)) > 1:
+        raise ValueError(f"Every model must give one state a token. Got {', '.join(map(str, tokens))} states.")
     figures: dict[str, Tensor] = {}
     total = _Chunked.apply(hidden, head.weight, head.bias, head, targets, kernel, chunk, figures)
     return ChunkedLoss(total, figures)
@@ -222,7 +233,7 @@ def _by_autograd(objective: Objective) -> Kernel:
             learner = logits.detach().requires_grad_()
             values = objective(learner, target)
             (gradient,) = torch.autograd.grad(values.sum(), learner)
-        log_q = logits.to(values.dtype).log_softmax(-1)
+        log_q, _ = shared_log_probs(logits, target)
         return values.detach(), gradient, {"entropy": _entropy(log_q.exp(), log_q)}
 
     return kernel
