@@ -8,10 +8,11 @@ import torch
 from promptkd.data.packing import right_pad
 from promptkd.errors import RequestError
 from promptkd.methods import METHODS, Method, MethodSettings, named_method
+from promptkd.methods.losses import Pair
 from promptkd.models import response_hidden
 from promptkd.objectives import forward_kl, reverse_kl
 from promptkd.responses import AdaptiveReplay, ResponseMix, Sampler, TeacherMixed
-from tiny import tiny_model
+from tiny import VOCABULARY, tiny_model
 from trainers import FixedResponses, config, log, pair, rows, trainer
 
 
@@ -304,3 +305,21 @@ def test_a_lora_student_trains_its_own_weights_alone_and_can_be_merged(tmp_path,
     torch.testing.assert_close(loaded, trained, rtol=0, atol=1e-4)
     assert (tmp_path / "student" / ("model.safetensors" if merge else "adapter_model.safetensors")).is_file()
     assert not torch.allclose(trained, response_hidden(load_model(tmp_path / "base"), batch).detach(), atol=1e-4)
+
+
+def test_the_online_modules_loss_by_hand():
+    """-log p(y) + KL(p || q), summed over the tokens; the adapted teacher alone gets a gradient."""
+    student, teacher = pair(torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    adapted = torch.randn(5, 24, dtype=torch.float64, generator=generator).requires_grad_()
+    student_hidden = torch.randn(5, 16, dtype=torch.float64, generator=generator).requires_grad_()
+    targets = torch.tensor([3, 1, 4, 1, 5])
+    loss = Pair(student, teacher, VOCABULARY).online_loss(adapted, targets, student_hidden)
+    log_p = teacher.get_output_embeddings()(adapted).log_softmax(-1)
+    log_q = student.get_output_embeddings()(student_hidden).log_softmax(-1)
+    p, kl = log_p.exp(), (log_p.exp() * (log_p - log_q)).sum(-1)
+    torch.testing.assert_close(loss.total, kl.sum() - log_p[range(5), targets].sum())
+    torch.testing.assert_close(loss.figures["to_student"], kl.sum().detach())
+    by_logits = p * (log_p - log_q - kl[:, None]) + p - torch.nn.functional.one_hot(targets, VOCABULARY)
+    (gradient,) = torch.autograd.grad(loss.total, adapted)
+    torch.testing.assert_close(gradient, by_logits.detach() @ teacher.get_output_embeddings().weight.detach())

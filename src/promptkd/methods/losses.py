@@ -88,15 +88,15 @@ class Pair:
         return ChunkedLoss(total, figures)
 
     def online_loss(self, adapted_hidden: Tensor, targets: Tensor, student_hidden: Tensor) -> ChunkedLoss:
-        """Sum over the tokens of -log p(y) + KL(q || p) for an adapted teacher p: it learns the data and the student.
+        """Sum over the tokens of -log p(y) + KL(p || q) for an adapted teacher p: it keeps to the data and nears q.
 
-        Our reading of OKD (Rao et al. 2024), which trains the module on the data while it follows the student.
+        Our reading of OKD (Rao et al. 2024), by the loss of its first author's PESF-KD (2022); see docs/methods.md.
         """
         logits = self.logits("teacher", adapted_hidden)
         with torch.no_grad():
             student_logits = self.logits("student", student_hidden)
         hard = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
-        to_student, _ = prompt_loss_terms(logits, student_logits, None, student_direction="forward")
+        to_student, _ = prompt_loss_terms(logits, student_logits, None)
         return ChunkedLoss(hard + to_student.sum(), {"to_student": to_student.detach().sum()})
 
     def logits(self, which: Role, hidden: Tensor) -> Tensor:
