@@ -19,7 +19,7 @@ from promptkd.objectives import (
     skew_reverse_kl,
     total_variation,
 )
-from promptkd.objectives.linear import Head, chunked_objective, chunked_prompt_loss
+from promptkd.objectives.linear import Head, chunked_cross_entropy, chunked_objective, chunked_prompt_loss
 
 TOKENS, STUDENT, TEACHER, WORDS = 13, 5, 7, 29
 OBJECTIVES = {
@@ -261,6 +261,25 @@ def test_the_prompt_loss_at_any_shape_equals_the_plain_one(shape, seed, weight, 
     chunked = chunked_prompt_loss(*states, weight=weight, chunk=shape.chunk, **named)
     torch.testing.assert_close(chunked.total, plain, rtol=1e-10, atol=1e-12)
     same_gradients(0.37 * chunked.total, 0.37 * plain, prompted)
+
+
+@settings(deadline=None, max_examples=60)
+@given(shape=shapes(), seed=st.integers(0, 999))
+def test_the_cross_entropy_at_any_shape_equals_the_plain_one(shape, seed):
+    hidden = random(shape.tokens, shape.widths[0], seed=seed).requires_grad_()
+    wide, _ = heads_of(shape, seed + 1)
+    learner = wide.sliced(shape.words)
+    there = [each for each in range(shape.words) if each not in shape.absent[0]]
+    labels = torch.tensor([there[each % len(there)] for each in range(shape.tokens)], dtype=torch.long)
+    logits = learner.logits(hidden)
+    plain = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+    chunked = chunked_cross_entropy(hidden, learner, labels, chunk=shape.chunk)
+    torch.testing.assert_close(chunked.total, plain, rtol=1e-10, atol=1e-12)
+    same_gradients(0.37 * chunked.total, 0.37 * plain, hidden, wide.weight, wide.bias)
+    if shape.tokens:
+        log_q = logits.detach().log_softmax(-1)
+        entropy = -torch.where(log_q == -math.inf, 0.0, log_q.exp() * log_q).sum()
+        torch.testing.assert_close(chunked.figures["entropy"], entropy, rtol=1e-10, atol=1e-12)
 
 
 def same_gradients(ours, theirs, *tensors):

@@ -31,10 +31,10 @@ def test_every_method_takes_its_steps_and_moves_the_student(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_micro_batches_do_not_matter(tmp_path, name):
-    """8 x 1 = 2 x 4 = 1 x 8 in losses, student and adapter after two steps, in float64."""
+def test_micro_batches_and_chunks_do_not_matter(tmp_path, name):
+    """8 x 1 = 2 x 4 = 1 x 8, in chunks of all, 3 and 256 tokens: losses, student and adapter after two float64 steps."""
     outcomes = []
-    for batch, accumulation in ((8, 1), (2, 4), (1, 8)):
+    for batch, accumulation, chunk in ((8, 1, 0), (2, 4, 3), (1, 8, 256)):
         ours = trainer(
             tmp_path / str(batch),
             method=fixed(name),
@@ -42,6 +42,7 @@ def test_micro_batches_do_not_matter(tmp_path, name):
             max_steps=2,
             per_device_train_batch_size=batch,
             gradient_accumulation_steps=accumulation,
+            chunk_tokens=chunk,
         )
         ours.train()
         adapter = [] if ours.adapter is None else ours.adapter.parameters()

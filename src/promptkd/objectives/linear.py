@@ -16,11 +16,14 @@ from torch import Tensor
 from promptkd.objectives.divergences import forward_kl, kl_from_log_probs, reverse_kl, shared_log_probs
 from promptkd.objectives.prompt import Direction, prompt_loss_terms
 
-__all__ = ["ChunkedLoss", "Head", "chunked_objective", "chunked_prompt_loss"]
+__all__ = ["ChunkedLoss", "Head", "chunked_cross_entropy", "chunked_objective", "chunked_prompt_loss"]
 
 Objective = Callable[[Tensor, Tensor], Tensor]
 Kernel = Callable[..., tuple[Tensor, Tensor, dict[str, Tensor]]]
-"""Logits that learn (C, V) and target logits, each (C, V), to values (C,), their gradient (C, V), and figures (C,)."""
+"""Logits that learn (C, V) and targets, each logits (C, V) or labels (C,), to values (C,), gradient (C, V), figures."""
+
+Targets = Sequence[tuple[Tensor, "Head | None"]]
+"""States (N, H) with the head that reads them, or values (N,) that are given as they are, with None."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,18 @@ def chunked_objective(
     return _run(kernel, student_hidden, student_head, [(teacher_hidden, teacher_head)], chunk)
 
 
+def chunked_cross_entropy(
+    student_hidden: Tensor, student_head: Head, labels: Tensor, *, chunk: int = 256
+) -> ChunkedLoss:
+    """Sum over tokens of -log q(y), with the student's entropy as a figure.
+
+    Args:
+        student_hidden: (N, H_s). It and the student's head receive gradients.
+        labels: (N,) the tokens y.
+    """
+    return _run(_cross_entropy_kernel, student_hidden, student_head, [(labels, None)], chunk)
+
+
 def chunked_prompt_loss(
     prompted_hidden: Tensor,
     prompted_head: Head,
@@ -119,7 +134,7 @@ def chunked_prompt_loss(
     """
     if plain_hidden is None and weight != 0:
         raise ValueError(f"`plain_hidden` may be left out only with a weight of 0. Got {weight}.")
-    targets = [(student_hidden, student_head)]
+    targets: list[tuple[Tensor, Head | None]] = [(student_hidden, student_head)]
     if plain_hidden is not None:
         targets.append((plain_hidden, plain_head))
     if student_direction == plain_direction == "reverse":
@@ -129,7 +144,7 @@ def chunked_prompt_loss(
     return _run(kernel, prompted_hidden, prompted_head, targets, chunk)
 
 
-def _run(kernel: Kernel, hidden: Tensor, head: Head, targets: Sequence[tuple[Tensor, Head]], chunk: int) -> ChunkedLoss:
+def _run(kernel: Kernel, hidden: Tensor, head: Head, targets: Targets, chunk: int) -> ChunkedLoss:
     tokens = [hidden.shape[0], *(state.shape[0] for state, _ in targets)]
     if len(set(tokens)) > 1:
         raise ValueError(f"Every model must give one state a token. Got {', '.join(map(str, tokens))} states.")
@@ -148,7 +163,7 @@ class _Chunked(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         head: Head,
-        targets: Sequence[tuple[Tensor, Head]],
+        targets: Targets,
         kernel: Kernel,
         chunk: int,
         figures: dict[str, Tensor],
@@ -162,7 +177,8 @@ class _Chunked(torch.autograd.Function):
         for first in range(0, hidden.shape[0], chunk):
             part = slice(first, first + chunk)
             logits = head.logits(hidden[part])
-            values, gradient, seen = kernel(logits, *(each.logits(state[part]) for state, each in targets))
+            read = (state[part] if each is None else each.logits(state[part]) for state, each in targets)
+            values, gradient, seen = kernel(logits, *read)
             total += values.sum()
             for name, value in seen.items():
                 figures[name] = figures.get(name, 0) + value.sum()
@@ -200,6 +216,16 @@ def _forward_kl_kernel(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, 
     values = kl_from_log_probs(log_p, log_q)
     entropy = _entropy(q, log_q)
     return values, q.sub_(log_p.exp()), {"entropy": entropy}
+
+
+def _cross_entropy_kernel(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """-log q(y): d/dz = q - [y]."""
+    (log_q,) = shared_log_probs(logits)
+    values = -log_q.gather(-1, labels[:, None])[:, 0]
+    q = log_q.exp()
+    entropy = _entropy(q, log_q)
+    gradient = q.scatter_add_(-1, labels[:, None], -torch.ones_like(values)[:, None])
+    return values, gradient, {"entropy": entropy}
 
 
 def _prompt_kernel(weight: float) -> Kernel:
