@@ -11,7 +11,7 @@ from promptkd.methods import METHODS, Method, MethodSettings, named_method
 from promptkd.methods.losses import Pair
 from promptkd.models import response_hidden
 from promptkd.objectives import forward_kl, reverse_kl
-from promptkd.responses import AdaptiveReplay, ResponseMix, Sampler, TeacherMixed
+from promptkd.responses import AdaptiveReplay, ResponseMix, Responses, Sampler, TeacherMixed
 from tiny import VOCABULARY, tiny_model
 from trainers import FixedResponses, config, log, pair, rows, trainer
 
@@ -32,7 +32,7 @@ def test_every_method_takes_its_steps_and_moves_the_student(tmp_path, name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_micro_batches_and_chunks_do_not_matter(tmp_path, name):
-    """8 x 1 = 2 x 4 = 1 x 8, in chunks of all, 3 and 256 tokens: losses, student and adapter after two float64 steps."""
+    """8 x 1 = 2 x 4 = 1 x 8, in chunks of all, 3 and 256 tokens: log, student and adapter after two float64 steps."""
     outcomes = []
     for batch, accumulation, chunk in ((8, 1, 0), (2, 4, 3), (1, 8, 256)):
         ours = trainer(
@@ -130,14 +130,31 @@ def test_trainable_shares(tmp_path):
     assert trainer(tmp_path, models=pair(), method=named_method("kd")).trainable_share() == (0, 0.0)
 
 
-@pytest.mark.parametrize("share", [0.0, 1.0])
-def test_mixture_shares_zero_and_one_are_the_pure_forms(tmp_path, share):
-    mixed = trainer(tmp_path / "a", method=named_method("gkd", MethodSettings(student_share=share, beta=0.0)))
-    mixed.train()
-    pure = "kd" if share == 0 else "gkd"
-    pure = trainer(tmp_path / "b", method=named_method(pure, MethodSettings(student_share=share, beta=0.0)))
-    pure.train()
-    assert log(mixed) == log(pure)
+class StudentAlone(Responses):
+    """Every response is the student's, without a share."""
+
+    def __call__(self, rows, sample, progress):
+        return sample.student([row.prompt_ids for row in rows])
+
+
+@pytest.mark.parametrize("name", ["imitkd", "gkd", "distillm"])
+@pytest.mark.parametrize(("share", "pure"), [(0.0, Responses()), (1.0, StudentAlone())])
+def test_mixture_shares_zero_and_one_are_the_pure_forms(tmp_path, name, share, pure):
+    """For distillm in its first step, before anything can be replayed."""
+    steps = 1 if name == "distillm" else 2
+    mixed = named_method(name, MethodSettings(student_share=share))
+    runs = []
+    for method in (mixed, replace(mixed, responses=pure)):
+        ours = trainer(tmp_path, models=pair(), method=method, max_steps=steps)
+        ours.train()
+        shown = [{key: entry[key] for key in entry if key not in source_figures(mixed)} for entry in log(ours)]
+        runs.append((shown, torch.cat([parameter.detach().flatten() for parameter in ours.model.parameters()])))
+    assert runs[0][0] == runs[1][0]
+    assert torch.equal(runs[0][1], runs[1][1])
+
+
+def source_figures(method):
+    return method.responses.figures()
 
 
 def test_a_fixed_prompt_teaches_as_a_teacher_that_carries_it(tmp_path):
@@ -253,11 +270,39 @@ def test_wrong_choices_are_told(tmp_path):
         ("minillm", {"cross_entropy_share": 0.5}),
         ("dpkd", {"distillation_temperature": 2.0}),
         ("promptkd", {"student_share": 0.5}),
+        ("promptkd", {"beta": 0.5}),
+        ("kd", {"alpha": 0.2}),
+        ("akl", {"objective": "jensen_shannon", "mu": 0.2}),
+        ("gkd", {"clip_ratio": None}),
+        ("imitkd", {"replay_step": 0.2}),
     ],
 )
 def test_settings_without_effect_are_refused(name, settings):
-    with pytest.raises(RequestError, match=f"{name} takes no {next(iter(settings))}"):
+    with pytest.raises(RequestError, match=f"{name} takes no {list(settings)[-1]}"):
         named_method(name, MethodSettings(**settings))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("promptkd", {"objective": "jensen_shannon", "beta": 0.5}),
+        ("kd", {"objective": "skew_forward_kl", "alpha": 0.2, "student_share": 0.3}),
+        ("gkd", {"objective": "adaptive_kl", "mu": 0.2}),
+        ("distillm", {"alpha": 0.2, "replay_step": 0.2, "replay_capacity": 9, "teacher_adapter": "prompt"}),
+        ("minillm", {"teacher_mix": 0.0, "importance": "none", "length_normalization": False, "clip_ratio": None}),
+        ("dpkd", {"dpkd_beta": 0.2, "dpkd_level": "token", "length_normalization": False}),
+        ("kd", {"cross_entropy_share": 1.0}),
+    ],
+)
+def test_settings_that_a_method_takes(name, settings):
+    named_method(name, MethodSettings(**settings))
+
+
+def test_which_methods_need_the_datas_responses():
+    assert {name for name in METHODS if not named_method(name).responses.needs_data} == {
+        *("promptkd", "promptkd-lora", "promptkd-full", "gkd", "minillm"),
+    }
+    assert named_method("gkd", MethodSettings(student_share=0.9)).responses.needs_data
 
 
 def test_a_mixed_sampler_keeps_to_the_whole_distribution(tmp_path):
