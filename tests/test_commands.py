@@ -206,7 +206,11 @@ def test_the_prompt_loads_in_peft_on_the_teacher(world, tmp_path, capsys):
 )
 def test_whatever_of_the_teacher_is_trained_has_a_folder_of_its_own(world, tmp_path, capsys, method, folder, files):
     out = tmp_path / "run"
-    done(capsys, *distill(world, out, "--method", method, "--prompt_learning_rate", 0.1))
+    ran = done(capsys, *distill(world, out, "--method", method, "--prompt_learning_rate", 0.1))
+    told = record(out).metrics
+    numbers, share = (told[f"teacher_trained_{name}"].value for name in ("numbers", "share"))
+    assert f"{numbers:,.0f} numbers of the teacher are trained along, {share:.4%} of its parameters" in ran.err
+    assert share == pytest.approx(numbers / record(out).models["teacher"].parameters)
     student = RUN_FILES | below("student", MODEL_FILES) | {"checkpoints/checkpoint-3"}
     assert held(out) == student | below(folder, files)
     assert "adapter_distance" in json_lines(out / "metrics.jsonl")[-1]

@@ -23,6 +23,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     (folder / "broken.jsonl").write_text(BROKEN)
     write_rows(folder / "field.jsonl", [*rows(2), {"question": "the"}])
     write_rows(folder / "requests.jsonl", [*rows(4), {"instruction": "the"}])
+    write_rows(folder / "silent.jsonl", [{"prompt": "", "completion": "an"}, {"prompt": "the", "completion": "an"}])
     (folder / "typo.yaml").write_text("learning_rat: 1e-3\n")
     (folder / "file").write_text("")
     (folder / "notes").mkdir()
@@ -92,6 +93,11 @@ CASES = {
         distill("--method", "kd", data=("--data", "W/requests.jsonl")), "W/requests.jsonl, line 5: the row has no"
     ),
     "missing response in validation": Case(distill("--eval-data", "W/requests.jsonl"), "line 5: the row has no"),
+    "empty prompt": Case(distill(data=("--data", "W/silent.jsonl")), "W/silent.jsonl, line 1: 'prompt' is empty"),
+    "missing response in dpkd": Case(
+        distill("--method", "dpkd", data=("--data", "W/requests.jsonl")), "W/requests.jsonl, line 5: the row has no"
+    ),
+    "flag of another method": Case(distill("--method", "kd", "--beta", 0.3), "kd takes no beta. Leave it out"),
     "no suffix": Case(sft(data=("--data", "W/file")), "must be a data file that ends in one of"),
     "the same data twice": Case(evaluate(data=("--data", "W/test.jsonl", "W/test.jsonl")), "must be given once"),
     "limit 0": Case(distill("--limit", 0), "must be at least 1. Got 0"),

@@ -16,11 +16,14 @@ from torch import Tensor
 from promptkd.objectives.divergences import forward_kl, kl_from_log_probs, reverse_kl, shared_log_probs
 from promptkd.objectives.prompt import Direction, prompt_loss_terms
 
-__all__ = ["ChunkedLoss", "Head", "chunked_objective", "chunked_prompt_loss"]
+__all__ = ["ChunkedLoss", "Head", "chunked_cross_entropy", "chunked_objective", "chunked_prompt_loss"]
 
 Objective = Callable[[Tensor, Tensor], Tensor]
 Kernel = Callable[..., tuple[Tensor, Tensor, dict[str, Tensor]]]
-"""Logits that learn (C, V) and target logits, each (C, V), to values (C,), their gradient (C, V), and figures (C,)."""
+"""Logits that learn (C, V) and targets, each logits (C, V) or labels (C,), to values (C,), gradient (C, V), figures."""
+
+Targets = Sequence[tuple[Tensor, "Head | None"]]
+"""States (N, H) with the head that reads them, or values (N,) that are given as they are, with None."""
 
 
 @dataclass(frozen=True)
@@ -83,10 +86,25 @@ def chunked_objective(
         chunk: tokens at a time.
 
     Returns:
-        The sum, and the figure "entropy" of the student, summed, in nats.
+        The sum, and the figure "entropy" of the student over the columns that both have, summed, in nats.
+
+    Raises:
+        ValueError: for differing numbers of tokens.
     """
     kernel = _KERNELS.get(objective) or _by_autograd(objective)
     return _run(kernel, student_hidden, student_head, [(teacher_hidden, teacher_head)], chunk)
+
+
+def chunked_cross_entropy(
+    student_hidden: Tensor, student_head: Head, labels: Tensor, *, chunk: int = 256
+) -> ChunkedLoss:
+    """Sum over tokens of -log q(y), with the student's entropy as a figure.
+
+    Args:
+        student_hidden: (N, H_s). It and the student's head receive gradients.
+        labels: (N,) the tokens y.
+    """
+    return _run(_cross_entropy_kernel, student_hidden, student_head, [(labels, None)], chunk)
 
 
 def chunked_prompt_loss(
@@ -110,8 +128,13 @@ def chunked_prompt_loss(
 
     Returns:
         The sum, and its two terms "to_student" and (with `plain_hidden`) "to_plain", summed, unweighted.
+
+    Raises:
+        ValueError: for a weight without `plain_hidden`, or differing numbers of tokens.
     """
-    targets = [(student_hidden, student_head)]
+    if plain_hidden is None and weight != 0:
+        raise ValueError(f"`plain_hidden` may be left out only with a weight of 0. Got {weight}.")
+    targets: list[tuple[Tensor, Head | None]] = [(student_hidden, student_head)]
     if plain_hidden is not None:
         targets.append((plain_hidden, plain_head))
     if student_direction == plain_direction == "reverse":
@@ -121,7 +144,10 @@ def chunked_prompt_loss(
     return _run(kernel, prompted_hidden, prompted_head, targets, chunk)
 
 
-def _run(kernel: Kernel, hidden: Tensor, head: Head, targets: Sequence[tuple[Tensor, Head]], chunk: int) -> ChunkedLoss:
+def _run(kernel: Kernel, hidden: Tensor, head: Head, targets: Targets, chunk: int) -> ChunkedLoss:
+    tokens = [hidden.shape[0], *(state.shape[0] for state, _ in targets)]
+    if len(set(tokens)) > 1:
+        raise ValueError(f"Every model must give one state a token. Got {', '.join(map(str, tokens))} states.")
     figures: dict[str, Tensor] = {}
     total = _Chunked.apply(hidden, head.weight, head.bias, head, targets, kernel, chunk, figures)
     return ChunkedLoss(total, figures)
@@ -137,7 +163,7 @@ class _Chunked(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         head: Head,
-        targets: Sequence[tuple[Tensor, Head]],
+        targets: Targets,
         kernel: Kernel,
         chunk: int,
         figures: dict[str, Tensor],
@@ -151,7 +177,8 @@ class _Chunked(torch.autograd.Function):
         for first in range(0, hidden.shape[0], chunk):
             part = slice(first, first + chunk)
             logits = head.logits(hidden[part])
-            values, gradient, seen = kernel(logits, *(each.logits(state[part]) for state, each in targets))
+            read = (state[part] if each is None else each.logits(state[part]) for state, each in targets)
+            values, gradient, seen = kernel(logits, *read)
             total += values.sum()
             for name, value in seen.items():
                 figures[name] = figures.get(name, 0) + value.sum()
@@ -191,6 +218,16 @@ def _forward_kl_kernel(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, 
     return values, q.sub_(log_p.exp()), {"entropy": entropy}
 
 
+def _cross_entropy_kernel(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """-log q(y): d/dz = q - [y]."""
+    (log_q,) = shared_log_probs(logits)
+    values = -log_q.gather(-1, labels[:, None])[:, 0]
+    q = log_q.exp()
+    entropy = _entropy(q, log_q)
+    gradient = q.scatter_add_(-1, labels[:, None], -torch.ones_like(values)[:, None])
+    return values, gradient, {"entropy": entropy}
+
+
 def _prompt_kernel(weight: float) -> Kernel:
     with_absent_columns = _prompt_by_autograd(weight, "reverse", "reverse")
 
@@ -222,7 +259,7 @@ def _by_autograd(objective: Objective) -> Kernel:
             learner = logits.detach().requires_grad_()
             values = objective(learner, target)
             (gradient,) = torch.autograd.grad(values.sum(), learner)
-        log_q = logits.to(values.dtype).log_softmax(-1)
+        log_q, _ = shared_log_probs(logits, target)
         return values.detach(), gradient, {"entropy": _entropy(log_q.exp(), log_q)}
 
     return kernel

@@ -89,20 +89,22 @@ class TeacherTuning(_Trainer):
         assert self.adapter is not None
         assert self.adapter_optimizer is not None
         started = time.perf_counter()
-        weight = self._regularizer_weight()
+        online = self.method.teacher_adapter == "online"  # whose loss has no regulariser
+        weight = 0.0 if online else self._regularizer_weight()
         pair = self._pair(student)
         for batch in batches:
             with self.accelerator.autocast():
                 with torch.no_grad():
                     target = _without_dropout(student, batch) if student_hidden is None else student_hidden
-                    plain = self._teacher_hidden(batch, adapted=False) if weight > 0 else None
+                    # read at a weight of 0 too: the log says how far the adapted teacher has gone from it
+                    plain = None if online else self._teacher_hidden(batch, adapted=False)
                 adapted = self._teacher_hidden(batch, adapted=True)
                 loss = self._adapter_loss(pair, batch, adapted, target, plain, weight)
             self._window["prompt_kl"] += float(loss.figures.get("to_student", 0.0))
             if plain is not None:
                 self._window["prompt_regularizer"] += float(loss.figures.get("to_plain", 0.0))
             (loss.total / tokens).backward()
-        if self.method.teacher_adapter != "online":
+        if not online:
             self._window["lambda"] = weight
         self._step_adapter()
         self._seconds["prompt"] += time.perf_counter() - started
@@ -122,9 +124,7 @@ class TeacherTuning(_Trainer):
         )
 
     def _regularizer_weight(self) -> float:
-        """λ of this step; an online module has no such term."""
-        if self.method.teacher_adapter == "online":
-            return 0.0
+        """λ of this step."""
         return regularizer_weight(
             self.state.global_step,
             self.state.max_steps,
