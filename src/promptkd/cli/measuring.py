@@ -1,7 +1,5 @@
-"""What `generate` and `evaluate` share: loading, labels, answers beside the record."""
+"""What the commands that measure share: checks, loading, labels and names of files."""
 
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,8 +8,7 @@ from promptkd.cli.session import check_writable
 from promptkd.errors import RequestError
 
 if TYPE_CHECKING:
-    from promptkd.evaluation.measure import RowScores
-    from promptkd.results import Metric
+    from promptkd.results import Training
 
 __all__ = [
     "check_decoding",
@@ -19,8 +16,7 @@ __all__ = [
     "label_of",
     "load_subject",
     "measured_rows",
-    "over_seeds",
-    "write_answers",
+    "training_cost",
 ]
 
 
@@ -91,41 +87,12 @@ def label_of(path: str, among: Sequence[str] = ()) -> str:
     return path if alike else short
 
 
-def over_seeds(label: str, scores: Sequence[Sequence["RowScores"]]) -> dict[str, "Metric"]:
-    """Mean of each row over the seeds, then mean and interval over rows; and the deviation between seeds."""
-    import numpy as np
+def training_cost(model: str) -> "Training | None":
+    """What the training of `model` cost, if it is a run's folder whose record says so."""
+    from promptkd.results import Results
 
-    from promptkd.evaluation.bootstrap import mean_interval
-    from promptkd.results import Metric
-
-    if len(scores) < 2:
-        return {}
-    metrics = {}
-    for name in ("rouge_l", "exact_match"):
-        table = np.array([[getattr(row, name) for row in scored] for scored in scores])  # (seeds, rows)
-        metrics[f"{label} {name}, mean over {len(scores)} seeds"] = mean_interval(table.mean(0))
-        deviation = float(table.mean(1).std(ddof=1))
-        metrics[f"{label} {name}, standard deviation between seeds"] = Metric(value=deviation)
-    return metrics
-
-
-def write_answers(out: Path, label: str, seed: int, scored: Sequence["RowScores"]) -> None:
-    """The answers of one data set and seed as JSONL beside the record."""
-    safe = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in label)
-    target = out.with_name(f"{out.stem}-{safe}-seed{seed}.jsonl")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".partial")
-    lines = [
-        {
-            "row": each.row,
-            "prompt": each.prompt,
-            "response": each.response,
-            "references": each.references,
-            "rouge_l": each.rouge_l,
-            "exact_match": each.exact_match,
-            "ended": each.ended,
-        }
-        for each in scored
-    ]
-    partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-    os.replace(partial, target)
+    folder = Path(model).expanduser()
+    if not (folder / "config.yaml").is_file() or not (folder / "results.json").is_file():
+        return None
+    known = Results.read(folder / "results.json").training
+    return next(iter(known.values())) if len(known) == 1 else known.get(label_of(model))

@@ -1,14 +1,14 @@
-"""A file of JSON objects, one a line, that a long job appends to and a later run of the job goes on from."""
+"""Long jobs that can be killed and gone on with: files of JSON objects, one a line, and what they depend on."""
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from promptkd.errors import RequestError
 
-__all__ = ["ResumableLines"]
+__all__ = ["ResumableLines", "settle_settings", "write_whole"]
 
 Line = dict[str, Any]
 Key = tuple[Any, ...]
@@ -51,17 +51,13 @@ class ResumableLines:
         self.has_half_line = False
         self.lines |= {self._key_of(line): line for line in added}
 
-    def sort(self, keys: Iterable[Key]) -> None:
-        """Leave one line for each of `keys`, in that order; the file is replaced whole or not at all."""
-        self.lines = {key: self.lines[key] for key in keys}
-        content = _encoded(self.lines.values())
-        partial = self.path.with_name(self.path.name + ".partial")
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, self.path)
-        self._whole = len(content)
+    def replace(self, lines: Sequence[Line]) -> None:
+        """Let the file hold `lines` alone, in their order; it is replaced whole, and only if it differs."""
+        content = _encoded(lines)
+        self.lines = {self._key_of(line): line for line in lines}
+        if not self.path.exists() or self.path.read_bytes() != content:
+            write_whole(self.path, content)
+        self._whole, self.has_half_line = len(content), False
 
     def _parsed(self, text: bytes, number: int) -> Line:
         try:
@@ -77,6 +73,68 @@ class ResumableLines:
 
     def _key_of(self, line: Line) -> Key:
         return tuple(line[name] for name in self._key)
+
+
+def settle_settings(path: Path, settings: Mapping[str, Any], files: Sequence[Path], *, overwrite: bool) -> list[Path]:
+    """Hold all of a job's `files`, which stand beside `path`, to the settings that `path` keeps.
+
+    What was begun may be added to: a setting or a file that `path` does not know yet joins those it holds, and none
+    ever leaves it. With `overwrite` everything that was begun goes from the disk first.
+
+    Returns those of `files` that an earlier run has begun.
+
+    Raises:
+        RequestError: naming every setting that differs, or a file that was not made under the settings of `path`.
+    """
+    began: dict[str, Any] = {"settings": {}, "files": []}
+    if path.exists():
+        began = _read_settings(path)
+    if overwrite:
+        for file in [*(path.with_name(name) for name in began["files"]), *files, path]:
+            file.unlink(missing_ok=True)
+        began = {"settings": {}, "files": []}
+    before = began["settings"]
+    changed = [
+        f"{name} was {before[name]!r} and is now {settings[name]!r}"
+        for name in before.keys() & settings.keys()
+        if before[name] != settings[name]
+    ]
+    if changed:
+        raise RequestError(
+            f"{path} was begun with other settings: {'; '.join(sorted(changed))}. Go on with its own settings, give "
+            "another --out, or begin anew with --overwrite."
+        )
+    foreign = [file for file in files if file.exists() and file.name not in began["files"]]
+    if foreign:
+        raise RequestError(
+            f"{foreign[0]} exists, and {path} does not say how it was made. Move it away, give another --out, or "
+            "replace it by --overwrite."
+        )
+    names = [*began["files"], *(file.name for file in files if file.name not in began["files"])]
+    content = json.dumps({"settings": {**before, **settings}, "files": names}, indent=1, ensure_ascii=False) + "\n"
+    write_whole(path, content.encode())
+    return [file for file in files if file.exists()]
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all, and return once the disk has it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    try:
+        began = json.loads(path.read_bytes())
+    except ValueError:
+        began = None
+    if not isinstance(began, dict) or began.keys() != {"settings", "files"}:
+        raise RequestError(f"{path} does not hold the settings of a job. Move it away or give another --out.")
+    return began
 
 
 def _encoded(lines: Iterable[Line]) -> bytes:
