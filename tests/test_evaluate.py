@@ -161,12 +161,13 @@ def test_a_model_keeps_its_name_and_alike_data_sets_are_told_apart(world, tmp_pa
 
 def test_rows_over_a_limit_are_dropped_and_counted(world, tmp_path, capsys):
     long = {"instruction": "the " * 40, "output": "ab"}
-    data = write_rows(tmp_path / "some.jsonl", [long, *rows(3), {"instruction": "an", "output": "ab" * 40}])
-    ran = done(capsys, *evaluate(world, tmp_path / "results.json", data=(data,)))
-    assert "some: 3 rows; 2 over a length limit were dropped." in ran.err
+    data = write_rows(tmp_path / "some.jsonl", [long, *rows(3), {"instruction": "an", "output": "ab" * 30}, *rows(1)])
+    limit = ("--max-reference-length", 60)  # far above that of a response
+    ran = done(capsys, *evaluate(world, tmp_path / "results.json", *limit, data=(data,)))
+    assert "some.jsonl: 4 rows; 2 over a length limit were dropped." in ran.err
     results = Results.read(tmp_path / "results.json")
-    assert (results.data["some"].rows, results.data["some"].dropped) == (3, 2)
-    assert [sample.row for sample in results.evaluations[0].samples] == [1, 2, 3]
+    assert (results.data["some"].rows, results.data["some"].dropped) == (4, 2)
+    assert [sample.row for sample in results.evaluations[0].samples] == [1, 2, 3, 5]
 
 
 def test_several_references_and_an_empty_one(world, tmp_path, capsys):

@@ -49,56 +49,48 @@ class Options:
     max_prompt_length: int = 256
     """Most tokens of a prompt; rows above it are dropped and counted."""
     max_completion_length: int = 256
-    """Most tokens of a response; rows with a longer first reference are dropped and counted."""
+    """Most tokens of a response."""
+    max_reference_length: int = 768
+    """Most tokens of a first reference; rows above it are dropped and counted."""
     trust_remote_code: bool = False
     """Run code that a hub model ships."""
     overwrite: bool = False
     """Begin anew: replace --out and the answers beside it."""
 
 
+_ANSWERS_DEPEND_ON = (
+    *("temperature", "top_p", "top_k", "limit", "template"),
+    *("max_prompt_length", "max_completion_length", "max_reference_length"),
+)
+
+
 def run(options: Options, training: dict[str, Any]) -> None:
     import time
 
-    from promptkd.cli.measuring import label_of, load_subject, measured_rows, training_cost
-    from promptkd.cli.options import merged_config
-    from promptkd.cli.session import data_record, progress_lines, quiet_libraries, say
+    from promptkd.cli.measuring import label_of, load_subject
+    from promptkd.cli.session import progress_lines, quiet_libraries, say
     from promptkd.data.dataset import stop_ids_of
     from promptkd.evaluation.answers import SetEvaluation
     from promptkd.evaluation.hub_metrics import HubMetric
-    from promptkd.models import check_same_vocabulary, load_tokenizer, model_record
+    from promptkd.models import check_same_vocabulary, load_tokenizer
     from promptkd.report import terminal_table
-    from promptkd.results import Results
 
     _check(options)
     quiet_libraries()
     metrics = [HubMetric(name) for name in options.metrics]
-    tokenizer = load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
+    trust = options.trust_remote_code
+    tokenizer = load_tokenizer(options.model, trust_remote_code=trust)
     if options.teacher is not None:
-        check_same_vocabulary(tokenizer, load_tokenizer(options.teacher, trust_remote_code=options.trust_remote_code))
-    sets = {label_of(path, options.data): measured_rows(options, path, tokenizer) for path in options.data}
+        check_same_vocabulary(tokenizer, load_tokenizer(options.teacher, trust_remote_code=trust))
+    sets = _read(options, tokenizer)
     for metric in metrics:
         metric.check(row.references for data in sets.values() for row in data.examples)
-    label, cost = label_of(options.model), training_cost(options.model)
-    model = load_subject(options.model, options.trust_remote_code)
-    models, teacher = {label: model_record(options.model, model)}, None
-    if options.teacher is not None:
-        teacher = load_subject(options.teacher, options.trust_remote_code)
-        models[f"teacher {label_of(options.teacher)}"] = model_record(options.teacher, teacher)
-    results = Results(
-        kind="evaluate",
-        config=merged_config(options, {}),
-        models=models,
-        data={
-            name: data_record(path, len(data.examples), data.dropped)
-            for path, (name, data) in zip(options.data, sets.items(), strict=True)
-        },
-        training={} if cost is None else {label: cost},
-    )
+    model = load_subject(options.model, trust)
+    teacher = None if options.teacher is None else load_subject(options.teacher, trust)
     stops = stop_ids_of(tokenizer, model.generation_config, template=options.template)
+    results = _begun_record(options, sets, model, teacher)
     _settle(options, results, stops)
     for name, data in sets.items():
-        dropped = f"; {data.dropped} over a length limit were dropped" if data.dropped else ""
-        say(f"{name}: {len(data.examples)} rows{dropped}.")
         started = time.perf_counter()
         results.evaluations += SetEvaluation(
             model,
@@ -109,7 +101,13 @@ def run(options: Options, training: dict[str, Any]) -> None:
             teacher=teacher,
             metrics=metrics,
             progress=progress_lines(name, len(data.examples)),
-        ).run(_decoding(options), options.seeds, greedy=options.greedy, model_label=label, data_label=name)
+        ).run(
+            _decoding(options),
+            options.seeds,
+            greedy=options.greedy,
+            model_label=label_of(options.model),
+            data_label=name,
+        )
         results.timings[name] = time.perf_counter() - started
     results.notes += [
         f"{metric.label} could not score {metric.failed_on_empty} empty answers; they count 0."
@@ -142,14 +140,51 @@ def _check(options: Options) -> None:
         )
 
 
+def _read(options: Options, tokenizer: Any) -> dict[str, Any]:
+    """The encoded rows of each data set by its label."""
+    from promptkd.cli.measuring import label_of, measured_rows
+    from promptkd.cli.session import say
+
+    sets = {}
+    for path in options.data:
+        data = measured_rows(options, path, tokenizer, max_reference_length=options.max_reference_length)
+        dropped = f"; {data.dropped} over a length limit were dropped" if data.dropped else ""
+        say(f"{path}: {len(data.examples)} rows{dropped}.")
+        sets[label_of(path, options.data)] = data
+    return sets
+
+
+def _begun_record(options: Options, sets: dict[str, Any], model: Any, teacher: Any) -> "Results":
+    """The record without its figures."""
+    from promptkd.cli.measuring import label_of, training_cost
+    from promptkd.cli.options import merged_config
+    from promptkd.cli.session import data_record
+    from promptkd.models import model_record
+    from promptkd.results import Results
+
+    label, cost = label_of(options.model), training_cost(options.model)
+    models = {label: model_record(options.model, model)}
+    if options.teacher is not None:
+        models[f"teacher {label_of(options.teacher)}"] = model_record(options.teacher, teacher)
+    return Results(
+        kind="evaluate",
+        config=merged_config(options, {}),
+        models=models,
+        data={
+            name: data_record(path, len(data.examples), data.dropped)
+            for path, (name, data) in zip(options.data, sets.items(), strict=True)
+        },
+        training={} if cost is None else {label: cost},
+    )
+
+
 def _settle(options: Options, results: "Results", stops: Sequence[int]) -> None:
     """Make sure that answers which are there already were made as this command would make them."""
     from promptkd.cli.session import say
     from promptkd.evaluation.answers import parts_of
     from promptkd.evaluation.resumable import settle_settings
 
-    names = ("temperature", "top_p", "top_k", "limit", "template", "max_prompt_length", "max_completion_length")
-    settings = {f"--{name.replace('_', '-')}": results.config[name] for name in names}
+    settings = {f"--{name.replace('_', '-')}": results.config[name] for name in _ANSWERS_DEPEND_ON}
     roles = ("model", "teacher")
     settings |= {role: each.sha256 or each.path for role, each in zip(roles, results.models.values(), strict=False)}
     settings |= {f"data {name}": each.sha256 or each.path for name, each in results.data.items()}

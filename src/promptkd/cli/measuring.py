@@ -35,6 +35,10 @@ def check_decoding(options: Any, seeds: Sequence[int]) -> None:
         (options.temperature < 0, f"--temperature must be 0 (greedy) or more, got {options.temperature}"),
         (not 0 < options.top_p <= 1, f"--top-p must lie above 0 and at most at 1, got {options.top_p}"),
         (options.top_k < 0, f"--top-k must be 0 (off) or more, got {options.top_k}"),
+        (
+            options.max_completion_length < 1,
+            f"--max-completion-length must be at least 1 token, got {options.max_completion_length}",
+        ),
         (options.batch_size < 1, f"--batch-size must be at least 1, got {options.batch_size}"),
         (any(seed < 0 for seed in seeds), f"seeds must be 0 or more, got {_listed(seeds)}"),
         (len(set(seeds)) < len(seeds), f"each seed must be given once, got {_listed(seeds)}"),
@@ -61,8 +65,10 @@ def load_subject(name: str, trust_remote_code: bool) -> Any:
     return model
 
 
-def measured_rows(options: Any, source: str, tokenizer: Any, *, need_response: bool = True) -> Any:
-    """The rows of one data set, encoded as the options say."""
+def measured_rows(
+    options: Any, source: str, tokenizer: Any, *, need_response: bool = True, max_reference_length: int | None = None
+) -> Any:
+    """The rows of one data set, encoded as the options say; a reference has a response's limit unless one is given."""
     from promptkd.data.dataset import load_rows
 
     return load_rows(
@@ -70,7 +76,7 @@ def measured_rows(options: Any, source: str, tokenizer: Any, *, need_response: b
         tokenizer,
         template=options.template,
         max_prompt_length=options.max_prompt_length,
-        max_response_length=options.max_completion_length,
+        max_response_length=options.max_completion_length if max_reference_length is None else max_reference_length,
         need_response=need_response,
         limit=options.limit,
     )

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
 from promptkd.data.encode import EncodedExample
@@ -13,6 +14,8 @@ from promptkd.models import head_logits, response_hidden, shared_vocabulary_size
 from promptkd.objectives import reverse_kl
 
 __all__ = ["kl_nats", "reference_nats"]
+
+_TOKENS_AT_A_TIME = 256
 
 
 def reference_nats(
@@ -26,9 +29,11 @@ def reference_nats(
     nats = [0.0] * len(rows)
     with torch.no_grad(), evaluating(model):
         for indices, batch in _batches(rows, [row.response_ids for row in rows], batch_size, model):
-            logits = head_logits(model, response_hidden(model, batch))[:, :vocabulary].float()
-            losses = torch.nn.functional.cross_entropy(logits, batch.targets, reduction="none")
-            _sum_by_row(losses, batch, indices, nats)
+            losses = [
+                cross_entropy(head_logits(model, hidden)[:, :vocabulary].float(), targets, reduction="none")
+                for hidden, targets in _chunks(response_hidden(model, batch), batch.targets)
+            ]
+            _sum_by_row(torch.cat(losses), batch, indices, nats)
     return nats
 
 
@@ -46,9 +51,17 @@ def kl_nats(
     vocabulary = shared_vocabulary_size(model, teacher, tokenizer)
     with torch.no_grad(), evaluating(model), evaluating(teacher):
         for indices, batch in _batches(rows, samples, batch_size, model):
-            logits = [head_logits(each, response_hidden(each, batch))[:, :vocabulary] for each in (model, teacher)]
-            _sum_by_row(reverse_kl(*logits), batch, indices, nats)
+            divergences = [
+                reverse_kl(head_logits(model, ours)[:, :vocabulary], head_logits(teacher, theirs)[:, :vocabulary])
+                for ours, theirs in _chunks(response_hidden(model, batch), response_hidden(teacher, batch))
+            ]
+            _sum_by_row(torch.cat(divergences), batch, indices, nats)
     return nats
+
+
+def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Some tokens of every tensor at a time: logits of all tokens at once would take gigabytes."""
+    return zip(*(tensor.split(_TOKENS_AT_A_TIME) for tensor in tensors), strict=True)
 
 
 def _batches(
