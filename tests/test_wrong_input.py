@@ -140,6 +140,8 @@ CASES = {
     "student over a model": Case(prune("--keep", 0, "--overwrite", out="W/other"), "holds config.json"),
     "student over its teacher": Case(prune("--keep", 0, "--overwrite", out="W/teacher"), "another folder than --model"),
     "student below a file": Case(prune("--keep", 0, out="W/file/s"), "W/file is not a folder that can be written to"),
+    "neither sampled nor greedy": Case(evaluate("--temperature", 0, "--no-greedy"), "leaves them out. Give one"),
+    "no such metric": Case(evaluate("--metrics", "W/none.py"), "Could not load the metric W/none.py"),
     "results that exist": Case(evaluate(out="W/file"), "W/file exists. Replace it by --overwrite"),
     "results in a folder": Case(evaluate(out="W/notes"), "--out must be a file. W/notes is a folder"),
     "results below a file": Case(evaluate(out="W/file/r.json"), "W/file is not a folder that can be written to"),

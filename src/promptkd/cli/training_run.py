@@ -144,7 +144,7 @@ class TrainingRun:
         if trainer.validation_rows():
             started = time.perf_counter()
             with trainer.plain_teacher() as teacher:
-                evaluation, _ = evaluate_model(
+                evaluation = evaluate_model(
                     model,
                     trainer.processing_class,
                     trainer.validation_rows(),
