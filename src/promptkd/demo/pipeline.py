@@ -23,6 +23,7 @@ from promptkd.training.logs import MetricsFile, ProgressBar, quiet
 
 __all__ = ["Demo"]
 
+_TUNING_ORDER = "group_by_length"  # rows of like length share a batch, so that less padding is computed
 _STAGES = ("teacher", "pruned", "recovered", "promptkd")
 _PAIRS = (("recovered", "pruned"), ("promptkd", "recovered"), ("promptkd", "teacher"))
 
@@ -65,7 +66,10 @@ class Demo:
         """The teacher, tuned on the training rows as in the paper, so that it answers in their manner and stops."""
         settings = self.settings
         args = FinetuneConfig(
-            max_steps=settings.tuning_steps, learning_rate=settings.tuning_rate, **self._training_arguments("tuning")
+            max_steps=settings.tuning_steps,
+            learning_rate=settings.tuning_rate,
+            train_sampling_strategy=_TUNING_ORDER,
+            **self._training_arguments("tuning"),
         )
 
         def make() -> tuple[PreTrainedModel, list[dict[str, Any]], float]:
@@ -154,7 +158,7 @@ class Demo:
             model,
             self.tokenizer,
             self.rows["test"].examples,
-            Decoding(temperature=0, max_new_tokens=self.settings.max_response_length, seed=self.settings.seed),
+            Decoding(0.0, max_new_tokens=self.settings.max_response_length, seed=self.settings.seed, batch_size=64),
             model_label=label,
             data_label="test",
             stop_ids=self.stop_ids,
@@ -209,6 +213,7 @@ class Demo:
             "template": TEMPLATE,
             "data": file_sha256(data_file("train")),
             "model": teacher_hash(),
+            "order": _TUNING_ORDER,
         }
 
     def _tell(self, stage: Stage, part: str, what: str) -> Stage:
