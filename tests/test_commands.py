@@ -332,7 +332,8 @@ def test_the_whole_way(world, tmp_path, capsys, monkeypatch):
     done(capsys, "report", "runs/promptkd", "runs/recovered", "student", "results.json", "--out", "report.html")
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {
-        *("runs", "student", "responses.jsonl", "results.json", "results-test-seed10.jsonl", "report.html")
+        *("runs", "student", "responses.jsonl", "report.html", "results.json", "results-settings.json"),
+        *(f"results-test-{part}.jsonl" for part in ("seed10", "greedy", "references")),
     }
     run_record, scores = record(Path("runs/promptkd")), Results.read(Path("results.json"))
     assert scores.models["promptkd"].sha256 == run_record.models["student"].sha256

@@ -157,7 +157,7 @@ class SetEvaluation:
             held = [_checked(file, row) for row in batch if (row.row,) in file.lines]
             yield batch, held
             if self.progress is not None:
-                self.progress(part, first + len(batch))
+                self.progress(part if part == _REFERENCES else f"answers ({part})", first + len(batch))
 
 
 def _line(row: EncodedExample, **made: Any) -> Line:
