@@ -35,6 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for flag in ("--student", "--teacher", "--data", "--eval-data", "--out"):
         parser.add_argument(flag, required=True)
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--steps", default="10")
     parser.add_argument("--batch-size", default="4")
     parser.add_argument("--rows", default="200", help="training rows")
@@ -45,7 +46,7 @@ def main() -> None:
     before = validation_loss_before(given)
     print("| method | seconds a step | peak memory, GiB | validation loss before | after |")
     print("|---|---|---|---|---|")
-    for method in METHODS:
+    for method in given.methods:
         folder = Path(given.out) / method
         if not (folder / "results.json").is_file():
             distill(given, method, folder)

@@ -158,18 +158,18 @@ def source_figures(method):
 
 
 def test_a_fixed_prompt_teaches_as_a_teacher_that_carries_it(tmp_path):
-    """Learning rate 0 for the prompt is distillation from that prompted teacher."""
-    data = rows(4)
-    student, teacher = pair()
-    ours = trainer(tmp_path, data=data, models=(student, teacher), prompt_learning_rate=0.0, max_steps=1)
+    """Learning rate 0 for the prompt is distillation from that prompted teacher, step for step."""
+    ours = trainer(tmp_path / "a", models=pair(), prompt_learning_rate=0.0)
     prompt = ours.adapter.module.embeddings.detach().clone()
-    batch = right_pad([row.prompt_ids for row in data.examples], [row.response_ids for row in data.examples])
-    with torch.no_grad():
-        p = teacher.get_output_embeddings()(response_hidden(teacher, batch, prompt))
-        q = student.get_output_embeddings()(response_hidden(student, batch))
-        expected = reverse_kl(q, p).mean()
     ours.train()
-    assert log(ours)[0]["student_kl"] == pytest.approx(float(expected), rel=1e-5)
+    student, teacher = pair()
+    plain = trainer(tmp_path / "b", models=(student, teacher), method=Method(FixedResponses(), reverse_kl))
+    plain._teacher_hidden = lambda batch, adapted: response_hidden(teacher, batch, prompt)
+    plain.train()
+    for mine, other in zip(log(ours), log(plain), strict=True):
+        assert mine["student_kl"] == other["student_kl"]
+    for mine, other in zip(ours.model.parameters(), student.parameters(), strict=True):
+        assert torch.equal(mine, other)
 
 
 def test_a_cross_entropy_share_mixes_the_two_losses(tmp_path):
@@ -229,6 +229,30 @@ def test_the_adaptive_share_rises_when_validation_gets_worse():
         source.on_validation(loss)
     assert source.share == 1.0  # 2.5, 2.1 and 5.0 exceed the least so far: 0.4, 0.8, at most 1
     assert source.best == 1.9
+
+
+def test_validation_in_a_run_moves_the_adaptive_share(tmp_path):
+    """At a rate that ruins the student, the share of each step is what the losses logged before it say."""
+    ours = trainer(
+        tmp_path,
+        method=named_method("distillm", MethodSettings(replay_step=0.3)),
+        eval_data=rows(4, seed=5),
+        eval_strategy="steps",
+        eval_steps=1,
+        max_steps=4,
+        learning_rate=1.0,
+    )
+    ours.train()
+    share, best, shares, expected = 0.0, None, [], []
+    for entry in log(ours):
+        if "student_share" in entry:
+            shares.append(entry["student_share"])
+            expected.append(share)
+        elif "eval_loss" in entry:
+            share += 0.3 if best is not None and entry["eval_loss"] > best else 0.0
+            best = entry["eval_loss"] if best is None else min(best, entry["eval_loss"])
+    assert shares == pytest.approx(expected)
+    assert shares[-1] > 0
 
 
 def test_the_replay_buffer_gives_old_samples_again_and_forgets_the_oldest():

@@ -262,6 +262,23 @@ def test_dpkds_gradients_equal_finite_differences(level, length_normalization):
     assert torch.autograd.gradcheck(loss, (chosen_q, rejected_q))
 
 
+def test_float32_is_within_1e_5_of_float64():
+    (log_q, log_p, single, behaviour), mask = ragged([4, 2, 3], 0, 4)
+    tables = [torch.where(mask, each.float(), 0.0) for each in (log_q, log_p, -single, behaviour)]
+    for importance in ("token", "product", "none"):
+        ours, exact = (
+            minillm(*made[:3], mask, log_behaviour=made[3], importance=importance)
+            for made in (tables, [each.double() for each in tables])
+        )
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)
+    for level in ("sequence", "token"):
+        ours, exact = (
+            dpkd(*made[:2], mask, *made[2:], mask, level=level) for made in (tables, [each.double() for each in tables])
+        )
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)
+
+
 def test_extreme_log_probabilities_stay_finite():
     """Tokens that the student or the teacher holds for impossible, as far as float32 tells: logits of ±80."""
     log_q = torch.tensor([[-160.0, -1e-30, -80.0], [-1e-30, -160.0, -2.0]], requires_grad=True)
