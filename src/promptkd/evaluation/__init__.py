@@ -1,15 +1,18 @@
 """What a model can do: answers, scores and intervals."""
 
 from promptkd.evaluation.bootstrap import mean_interval, paired_difference, paired_token_difference, token_mean_interval
+from promptkd.evaluation.exposure_bias import ExposureBias, exposure_bias, sample_continuations
 from promptkd.evaluation.generation import generate
 from promptkd.evaluation.measure import Decoding, evaluate_model, measure_rows, summarize
 from promptkd.evaluation.rouge import exact_match, exact_match_scores, rouge_l, rouge_l_scores
 
 __all__ = [
     "Decoding",
+    "ExposureBias",
     "evaluate_model",
     "exact_match",
     "exact_match_scores",
+    "exposure_bias",
     "generate",
     "mean_interval",
     "measure_rows",
@@ -17,6 +20,7 @@ __all__ = [
     "paired_token_difference",
     "rouge_l",
     "rouge_l_scores",
+    "sample_continuations",
     "summarize",
     "token_mean_interval",
 ]

@@ -39,6 +39,7 @@ def generate(
     batch_size: int = 32,
     vocabulary: int | None = None,
     mixed_with: tuple[nn.Module, float] | None = None,
+    prompt: Tensor | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
     """Continue each prompt until a stop id or the length limit.
@@ -53,12 +54,17 @@ def generate(
         seeds: one a prompt, needed unless greedy.
         vocabulary: write only the first so many ids; the further columns of a padded head mean nothing.
         mixed_with: another model and its share α; tokens come from (1 - α) q + α p, both at `temperature`.
+        prompt: (n, E) embeddings put before each request, at positions 0 … n - 1; not together with `mixed_with`.
         on_batch: called with the number of rows finished so far.
 
     Returns:
         The responses in the order of `prompts`, the stop id at the end where one was written.
     """
     _check(prompts, max_new_tokens, temperature, top_p, top_k, seeds, batch_size)
+    if prompt is not None and mixed_with is not None:
+        raise ValueError("Cannot generate: a soft prompt stands before one model, not before a mixture of two.")
+    if prompt is not None:
+        prompts = [[0] * len(prompt) + list(each) for each in prompts]  # places that the vectors take
     order = sorted(range(len(prompts)), key=lambda row: (-len(prompts[row]), row))
     responses: list[list[int]] = [[] for _ in prompts]
     pick = _Sampler(temperature, top_p, top_k)
@@ -70,7 +76,7 @@ def generate(
         for first in range(0, len(order), batch_size):
             rows = order[first : first + batch_size]
             uniforms = None if temperature == 0 else _uniforms([seeds[row] for row in rows], max_new_tokens)  # type: ignore[index]
-            readers = [_Reader(each, weight, vocabulary) for each, weight in models]
+            readers = [_Reader(each, weight, vocabulary, prompt) for each, weight in models]
             decoded = _decode(readers, [prompts[row] for row in rows], max_new_tokens, stop_ids, pick, uniforms)
             for row, response in zip(rows, decoded, strict=True):
                 responses[row] = response
@@ -127,8 +133,8 @@ def _decode(
 class _Reader:
     """A model with its cache, read a column of tokens at a time."""
 
-    def __init__(self, model: nn.Module, weight: float, vocabulary: int | None):
-        self.model, self.weight, self.vocabulary = model, weight, vocabulary
+    def __init__(self, model: nn.Module, weight: float, vocabulary: int | None, prompt: Tensor | None):
+        self.model, self.weight, self.vocabulary, self.prompt = model, weight, vocabulary, prompt
         self.inner = text_model(model)
         if "past_key_values" not in inspect.signature(self.inner.base_model.forward).parameters:
             raise RequestError(f"{type(self.inner).__name__} keeps no key-value cache; promptkd cannot decode with it.")
@@ -137,10 +143,21 @@ class _Reader:
 
     def logits(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         """(A, V) float32 logits behind the last column."""
+        inputs = {"input_ids": ids} if self.prompt is None else {"inputs_embeds": self._embedded(ids, mask)}
+        self.prompt = None  # the cache holds it from now on
         hidden = self.inner.base_model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self.cache, use_cache=True
+            **inputs, attention_mask=mask, position_ids=positions, past_key_values=self.cache, use_cache=True
         ).last_hidden_state[:, -1]
         return head_logits(self.model, hidden)[:, : self.vocabulary].float()
+
+    def _embedded(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """(A, T, E) embeddings of left-padded rows, the soft prompt in the first n places behind the padding."""
+        assert self.prompt is not None
+        embedded = self.inner.get_input_embeddings()(ids)  # scaled where the model scales
+        first = (mask == 0).sum(-1, keepdim=True)  # (A, 1)
+        columns = first + torch.arange(len(self.prompt), device=ids.device)  # (A, n)
+        rows = torch.arange(len(ids), device=ids.device)[:, None]
+        return embedded.index_put((rows, columns), self.prompt.to(embedded))
 
 
 class _Sampler:
