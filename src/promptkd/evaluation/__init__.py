@@ -1,6 +1,7 @@
 """What a model can do: answers, scores and intervals."""
 
 from promptkd.evaluation.bootstrap import mean_interval, paired_difference, paired_token_difference, token_mean_interval
+from promptkd.evaluation.exposure_bias import ExposureBias, exposure_bias, sample_continuations
 from promptkd.evaluation.generation import generate
 from promptkd.evaluation.measure import Decoding, evaluate_model, measure_rows, summarize
 from promptkd.evaluation.rouge import (
@@ -15,10 +16,12 @@ from promptkd.evaluation.text_metrics import distinct
 
 __all__ = [
     "Decoding",
+    "ExposureBias",
     "distinct",
     "evaluate_model",
     "exact_match",
     "exact_match_scores",
+    "exposure_bias",
     "generate",
     "mean_interval",
     "measure_rows",
@@ -28,6 +31,7 @@ __all__ = [
     "rouge_1_scores",
     "rouge_l",
     "rouge_l_scores",
+    "sample_continuations",
     "summarize",
     "token_mean_interval",
 ]

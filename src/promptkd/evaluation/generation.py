@@ -22,7 +22,7 @@ from promptkd.models.prepacked import prepacked_linears
 from promptkd.models.row_attention import Rows, reads_rows, rows_of
 from promptkd.models.scoring import head_logits, text_model
 
-__all__ = ["Reader", "evaluating", "generate", "reader_of", "row_seeds"]
+__all__ = ["CacheReader", "check_request", "evaluating", "generate", "row_seeds"]
 
 
 def row_seeds(seed: int, rows: int) -> list[int]:
@@ -34,7 +34,7 @@ def generate(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     stop_ids: Sequence[int],
     temperature: float = 1.0,
     top_p: float = 1.0,
@@ -43,6 +43,7 @@ def generate(
     batch_size: int = 32,
     vocabulary: int | None = None,
     mixed_with: tuple[nn.Module, float] | None = None,
+    prompt: Tensor | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
     """Continue each prompt until a stop id or the length limit.
@@ -50,6 +51,7 @@ def generate(
     Args:
         model: a causal model of transformers or a PeftModel of one; it runs in evaluation mode.
         prompts: token ids, at least one a prompt.
+        max_new_tokens: the length limit of every response, or one for each prompt.
         stop_ids: ids that end a response, and belong to it; may be empty.
         temperature: 0 decodes greedily.
         top_p: share of the probability mass to sample from, 1 for all of it.
@@ -57,12 +59,16 @@ def generate(
         seeds: one a prompt, needed unless greedy.
         vocabulary: write only the first so many ids; the further columns of a padded head mean nothing.
         mixed_with: another model and its share α; tokens come from (1 - α) q + α p, both at `temperature`.
+        prompt: (n, E) embeddings put before each request, at positions 0 … n - 1; not together with `mixed_with`.
         on_batch: called with the number of rows finished so far.
 
     Returns:
         The responses in the order of `prompts`, the stop id at the end where one was written.
     """
-    _check(prompts, max_new_tokens, temperature, top_p, top_k, seeds, batch_size)
+    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    check_request(prompts, limits, temperature, top_p, top_k, seeds, batch_size)
+    if prompt is not None and mixed_with is not None:
+        raise ValueError("Cannot generate: a soft prompt stands before one model, not before a mixture of two.")
     order = sorted(range(len(prompts)), key=lambda row: (-len(prompts[row]), row))
     responses: list[list[int]] = [[] for _ in prompts]
     pick = Sampler(temperature, top_p, top_k)
@@ -74,13 +80,14 @@ def generate(
             stack.enter_context(prepacked_linears(each, min(batch_size, len(prompts))))
         for first in range(0, len(order), batch_size):
             rows = order[first : first + batch_size]
-            drawn = None if temperature == 0 else uniforms([seeds[row] for row in rows], max_new_tokens)  # type: ignore[index]
+            ends = [limits[row] for row in rows]
+            drawn = None if temperature == 0 else uniforms([seeds[row] for row in rows], max(ends))  # type: ignore[index]
             with contextlib.ExitStack() as reading:
                 readers = [
-                    (reading.enter_context(reader_of(each, max_new_tokens, vocabulary)), weight)
+                    (reading.enter_context(_reader(each, max(ends), vocabulary, prompt)), weight)
                     for each, weight in models
                 ]
-                decoded = _decode(readers, [prompts[row] for row in rows], max_new_tokens, stop_ids, pick, drawn)
+                decoded = _decode(readers, [prompts[row] for row in rows], ends, stop_ids, pick, drawn)
             for row, response in zip(rows, decoded, strict=True):
                 responses[row] = response
             if on_batch is not None:
@@ -99,7 +106,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-class Reader(Protocol):
+class _Reader(Protocol):
     """A model that reads rows of different lengths, first their prompts, then a token a row."""
 
     def read(self, prompts: Sequence[Sequence[int]]) -> Tensor:
@@ -113,7 +120,7 @@ class Reader(Protocol):
 
 
 @contextmanager
-def reader_of(model: nn.Module, room: int, vocabulary: int | None) -> Iterator[Reader]:
+def _reader(model: nn.Module, room: int, vocabulary: int | None, prompt: Tensor | None) -> Iterator[_Reader]:
     """The fastest reader for `model` while it is entered, for at most `room` tokens behind a prompt.
 
     On CPU that is our own key-value store for the architectures that it reads, elsewhere transformers' cache.
@@ -121,15 +128,15 @@ def reader_of(model: nn.Module, room: int, vocabulary: int | None) -> Iterator[R
     inner = text_model(model)
     if inner.get_input_embeddings().weight.device.type == "cpu" and reads_rows(inner):
         with rows_of(inner, room) as rows:
-            yield _RowReader(model, rows, vocabulary)
+            yield _RowReader(model, rows, vocabulary, prompt)
     else:
-        yield _CacheReader(model, vocabulary)
+        yield CacheReader(model, vocabulary, prompt)
 
 
 def _decode(
-    readers: Sequence[tuple[Reader, float]],
+    readers: Sequence[tuple[_Reader, float]],
     prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
+    limits: Sequence[int],
     stop_ids: Sequence[int],
     pick: Sampler,
     drawn: Tensor | None,
@@ -138,13 +145,15 @@ def _decode(
     alive = list(range(len(prompts)))
     stops = frozenset(stop_ids)
     logits = [(reader.read(prompts), weight) for reader, weight in readers]  # (R, V) of rows still alive
-    for step in range(max_new_tokens):
+    for step in range(max(limits)):
         tokens = pick(logits, None if drawn is None else drawn[alive, step].to(logits[0][0].device))
         written = tokens.tolist()
         for row, token in zip(alive, written, strict=True):
             responses[row].append(token)
-        slots = _moved_up([token not in stops for token in written])
-        if not slots or step + 1 == max_new_tokens:
+        slots = _moved_up(
+            [token not in stops and step + 1 < limits[row] for row, token in zip(alive, written, strict=True)]
+        )
+        if not slots:
             break
         if len(slots) < len(alive):
             for reader, _ in readers:
@@ -168,11 +177,11 @@ def _moved_up(going: Sequence[bool]) -> list[int]:
 class _RowReader:
     """A model read without padding, on its own key-value store."""
 
-    def __init__(self, model: nn.Module, rows: Rows, vocabulary: int | None):
-        self.model, self.rows, self.vocabulary = model, rows, vocabulary
+    def __init__(self, model: nn.Module, rows: Rows, vocabulary: int | None, prompt: Tensor | None):
+        self.model, self.rows, self.vocabulary, self.prompt = model, rows, vocabulary, prompt
 
     def read(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        return _logits(self.model, self.rows.read(prompts), self.vocabulary)
+        return _logits(self.model, self.rows.read(prompts, self.prompt), self.vocabulary)
 
     def step(self, tokens: Tensor) -> Tensor:
         return _logits(self.model, self.rows.step(tokens), self.vocabulary)
@@ -181,37 +190,48 @@ class _RowReader:
         self.rows.keep(slots)
 
 
-class _CacheReader:
+class CacheReader:
     """A model read on transformers' cache, its rows padded on the left."""
 
     mask: Tensor
     positions: Tensor
 
-    def __init__(self, model: nn.Module, vocabulary: int | None):
-        self.model, self.vocabulary = model, vocabulary
+    def __init__(self, model: nn.Module, vocabulary: int | None, prompt: Tensor | None = None):
+        self.model, self.vocabulary, self.prompt = model, vocabulary, prompt
         self.inner = text_model(model)
         if "past_key_values" not in inspect.signature(self.inner.base_model.forward).parameters:
             raise RequestError(f"{type(self.inner).__name__} keeps no key-value cache; promptkd cannot decode with it.")
         self.cache = DynamicCache(config=self.inner.config)
 
     def read(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        ids, self.mask = _left_pad(prompts, self.inner.get_input_embeddings().weight.device)
+        length = 0 if self.prompt is None else len(self.prompt)
+        places = [[0] * length + list(each) for each in prompts]  # the vectors' places, and the request's ids
+        ids, self.mask = _left_pad(places, self.inner.get_input_embeddings().weight.device)
         self.positions = (self.mask.cumsum(-1) - 1).clamp(min=0)
-        return self._forward(ids)
+        return self._forward(input_ids=ids) if self.prompt is None else self._forward(inputs_embeds=self._embedded(ids))
 
     def step(self, tokens: Tensor) -> Tensor:
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
         self.positions = self.positions[:, -1:] + 1
-        return self._forward(tokens[:, None])
+        return self._forward(input_ids=tokens[:, None])
 
     def keep(self, slots: Sequence[int]) -> None:
         chosen = torch.tensor(slots, device=self.mask.device)
         self.cache.batch_select_indices(chosen)
         self.mask, self.positions = self.mask[chosen], self.positions[chosen]
 
-    def _forward(self, ids: Tensor) -> Tensor:
+    def _embedded(self, ids: Tensor) -> Tensor:
+        """(R, T, E) embeddings of left-padded rows, the soft prompt in the first n places behind the padding."""
+        assert self.prompt is not None
+        embedded = self.inner.get_input_embeddings()(ids)  # scaled where the model scales
+        first = (self.mask == 0).sum(-1, keepdim=True)  # (R, 1)
+        columns = first + torch.arange(len(self.prompt), device=ids.device)  # (R, n)
+        rows = torch.arange(len(ids), device=ids.device)[:, None]
+        return embedded.index_put((rows, columns), self.prompt.to(embedded))
+
+    def _forward(self, **inputs: Tensor) -> Tensor:
         hidden = self.inner.base_model(
-            input_ids=ids,
+            **inputs,
             attention_mask=self.mask,
             position_ids=self.positions,
             past_key_values=self.cache,
@@ -234,20 +254,23 @@ def _left_pad(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[T
     return ids.to(device), mask.to(device)
 
 
-def _check(
+def check_request(
     prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
+    limits: Sequence[int],
     temperature: float,
     top_p: float,
     top_k: int,
     seeds: Sequence[int] | None,
     batch_size: int,
 ) -> None:
+    """Refuse what cannot be decoded, all at once, by `ValueError`. `limits`: a length limit a prompt."""
     problems = []
     if any(len(prompt) == 0 for prompt in prompts):
         problems.append("every prompt needs at least one token")
-    if max_new_tokens < 1:
-        problems.append(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if len(limits) != len(prompts):
+        problems.append(f"max_new_tokens must be one number, or one a prompt ({len(prompts)}), got {len(limits)}")
+    if any(limit < 1 for limit in limits):
+        problems.append(f"max_new_tokens must be at least 1, got {min(limits)}")
     if batch_size < 1:
         problems.append(f"batch_size must be at least 1, got {batch_size}")
     if temperature < 0:
