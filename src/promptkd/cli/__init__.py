@@ -31,6 +31,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("promptkd.cli.generate", "Write a model's responses to a data set."),
     "evaluate": ("promptkd.cli.evaluate", "Score a model's responses over several seeds."),
     "exposure-bias": ("promptkd.cli.exposure_bias", "Measure how errors accumulate on a student's own continuations."),
+    "compare": ("promptkd.cli.compare", "Compare runs row by row: intervals, tests, and what each cost."),
     "report": ("promptkd.cli.report", "Make one HTML page from the results of one or several runs."),
 }
 """Each command's name, in the order of the help: its module and what it does."""

@@ -1,6 +1,7 @@
 """What a model can do: answers, scores and intervals."""
 
 from promptkd.evaluation.bootstrap import mean_interval, paired_difference, paired_token_difference, token_mean_interval
+from promptkd.evaluation.comparison import Candidate, Comparison, compare
 from promptkd.evaluation.exposure_bias import ExposureBias, exposure_bias, sample_continuations
 from promptkd.evaluation.generation import generate
 from promptkd.evaluation.measure import Decoding, evaluate_model, measure_rows, summarize
@@ -12,17 +13,23 @@ from promptkd.evaluation.rouge import (
     rouge_l,
     rouge_l_scores,
 )
+from promptkd.evaluation.significance import effect_size, holm, sign_flip_test
 from promptkd.evaluation.text_metrics import distinct
 
 __all__ = [
+    "Candidate",
+    "Comparison",
     "Decoding",
     "ExposureBias",
+    "compare",
     "distinct",
+    "effect_size",
     "evaluate_model",
     "exact_match",
     "exact_match_scores",
     "exposure_bias",
     "generate",
+    "holm",
     "mean_interval",
     "measure_rows",
     "paired_difference",
@@ -32,6 +39,7 @@ __all__ = [
     "rouge_l",
     "rouge_l_scores",
     "sample_continuations",
+    "sign_flip_test",
     "summarize",
     "token_mean_interval",
 ]
