@@ -30,6 +30,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "distill": ("promptkd.cli.distill", "Train a student on a teacher, with PromptKD or one of its rivals."),
     "generate": ("promptkd.cli.generate", "Write a model's responses to a data set."),
     "evaluate": ("promptkd.cli.evaluate", "Score a model's responses over several seeds."),
+    "chat": ("promptkd.cli.chat", "Ask one or several models, their answers side by side."),
+    "export": ("promptkd.cli.export", "Write a model as serving tools load it: GGUF or safetensors."),
     "report": ("promptkd.cli.report", "Make one HTML page from the results of one or several runs."),
 }
 """Each command's name, in the order of the help: its module and what it does."""
