@@ -68,7 +68,7 @@ class Writing:
     @property
     def status(self) -> str:
         """Length, speed, and why it ended if not by itself."""
-        rate = f", {self.answer.tokens / self.seconds:.0f} tokens/s" if self.seconds and self.answer.tokens > 1 else ""
+        rate = f", {self.answer.tokens / self.seconds:.0f}/s" if self.seconds and self.answer.tokens > 1 else ""
         length = f"{self.answer.tokens} token{'s' * (self.answer.tokens != 1)}"
         if self.stopped:
             end = ", stopped"

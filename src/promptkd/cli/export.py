@@ -63,8 +63,8 @@ def run(options: Options, training: dict[str, Any]) -> None:
         f"{seconds:.1f} s."
     )
     say(
-        f"Read back, the logits of {found.tokens} tokens are the model's within {found.difference:.1g} (limit "
-        f"{found.limit:.1g}), and {found.texts} texts are cut into the same tokens."
+        f"Read back, the logits of {found.tokens} tokens differ from the model's by at most {found.difference:.1g} "
+        f"(limit {found.limit:.1g}), and {found.texts} texts are cut into the same tokens."
     )
     if found.rounding > 0:
         say(
