@@ -226,6 +226,13 @@ def test_a_file_that_is_not_the_model_is_an_error_and_goes(tmp_path, source, mon
     assert held(tmp_path / "out") == set()
 
 
+def test_a_file_that_cannot_be_read_is_an_error(tmp_path, source, monkeypatch, capsys):
+    monkeypatch.setattr("promptkd.models.export.write_gguf", lambda file, *rest: file.write_bytes(b"GGUF"))
+    ran = run(capsys, "export", source, "--to", "gguf", "--out", tmp_path / "out" / "m.gguf")
+    assert (ran.status, "What was written" in ran.err) == (1, True)
+    assert held(tmp_path / "out") == set()
+
+
 def small_epsilon(writer, value):
     writer.add_float32("llama.attention.layer_norm_rms_epsilon", 0.5)
 

@@ -54,7 +54,8 @@ def run(options: Options, training: dict[str, Any]) -> None:
         if options.to == "gguf":
             found = export_gguf(partial, model, tokenizer, dtype, title=label_of(options.model))
         else:
-            found = export_safetensors(partial, model, tokenizer, dtype)
+            trusted = options.trust_remote_code
+            found = export_safetensors(partial, model, tokenizer, dtype, trust_remote_code=trusted)
     seconds = time.monotonic() - started
     files = [each for each in options.out.rglob("*") if each.is_file()] or [options.out]
     size = sum(each.stat().st_size for each in files)

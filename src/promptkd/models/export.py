@@ -6,6 +6,8 @@ What the rounding itself changes is measured beside it.
 """
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,9 +75,14 @@ def plain_model(name: str, *, trust_remote_code: bool = False) -> tuple[PreTrain
 
 
 def export_safetensors(
-    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype,
+    *,
+    trust_remote_code: bool = False,
 ) -> Comparison:
-    """Write a folder that transformers and vLLM load. `model` is left with its weights rounded to `dtype`.
+    """Write a folder that transformers and vLLM load. `model` is used up: it is left in `dtype`.
 
     Raises:
         RequestError: for weights that `dtype` cannot hold.
@@ -86,15 +93,14 @@ def export_safetensors(
     check.round()
     model.config.use_cache = True  # training may have switched it off
     model.to(dtype).save_pretrained(folder)
-    model.float()
     tokenizer.save_pretrained(folder)
-    return check.compare(folder)
+    return check.compare(folder, trust_remote_code=trust_remote_code)
 
 
 def export_gguf(
     file: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, *, title: str
 ) -> Comparison:
-    """Write a GGUF file that llama.cpp loads. `model` is left with its weights rounded to `dtype`.
+    """Write a GGUF file that llama.cpp loads. `model` is used up: its weights are left rounded to `dtype`.
 
     Raises:
         RequestError: for a model that `write_gguf` does not know, or weights that `dtype` cannot hold.
@@ -112,8 +118,18 @@ def export_gguf(
     check.round()
     write_gguf(file, model, tokenizer, dtype, title)
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.stem}-") as folder:
-        convert_gguf(file, Path(folder))
+        with _reading_back():
+            convert_gguf(file, Path(folder))
         return check.compare(Path(folder))
+
+
+@contextmanager
+def _reading_back() -> Iterator[None]:
+    """A request is not wrong because of what this module wrote."""
+    try:
+        yield
+    except RequestError as error:
+        raise PromptKDError(f"What was written cannot be read back, and nothing is kept: {error}") from error
 
 
 class _Check:
@@ -129,11 +145,12 @@ class _Check:
         """From here on the model's weights are rounded."""
         self.expected = _logits(self.model, self.ids)
 
-    def compare(self, folder: Path) -> Comparison:
+    def compare(self, folder: Path, *, trust_remote_code: bool = False) -> Comparison:
         """Read the model in `folder`. Raises `PromptKDError` if it is another."""
-        tokenizer = load_tokenizer(folder)
+        with _reading_back():
+            tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+            read = load_model(folder, trust_remote_code=trust_remote_code)
         self._compare_tokenizer(tokenizer)
-        read = load_model(folder, dtype="float32")
         limit = TOLERANCE * max(1.0, float(self.expected.abs().max()))
         difference = float((_logits(read, self.ids) - self.expected).abs().max())
         if not difference <= limit:  # NaN, too
