@@ -26,7 +26,7 @@ def stream(
     """The tokens that `generate` writes behind `prompt` with the same settings and seed, each as soon as it is known.
 
     The stop id is the last one where the response ends by itself. The model stays in evaluation mode until the
-    generator is exhausted or closed. Several streams may be read in turns.
+    generator is exhausted or closed. Streams of several models may be read in turns.
 
     Args: see `generate`; `seed` is needed unless `temperature` is 0.
     """
