@@ -63,7 +63,7 @@ def test_every_model_answers_as_generate_writes(models, tmp_path, capsys, decodi
         expected.append(shown(json_lines(out)[0]["completion"]))
     given = (models / "student", models / "other", "--teacher", models / "teacher", "--prompt", "the man")
     found = chat(capsys, *given, *decoding)
-    assert [label for label, _ in found] == ["student", "other", "teacher (teacher)"]
+    assert [label for label, _ in found] == ["student", "other", "teacher: teacher"]
     assert [text for _, text in found] == expected
     assert len(set(expected)) == 3
 

@@ -92,7 +92,7 @@ def _labels(options: Options) -> dict[str, str]:
         raise RequestError(f"Each model answers once. {', '.join(twice)} is given more than once.")
     labels = {name: label_of(name, among=names) for name in names}
     if options.teacher is not None:
-        labels[options.teacher] += " (teacher)"
+        labels[options.teacher] = f"teacher: {labels[options.teacher]}"
     return labels
 
 
