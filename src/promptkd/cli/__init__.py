@@ -32,6 +32,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate": ("promptkd.cli.evaluate", "Score a model's responses over several seeds."),
     "exposure-bias": ("promptkd.cli.exposure_bias", "Measure how errors accumulate on a student's own continuations."),
     "compare": ("promptkd.cli.compare", "Compare runs row by row: intervals, tests, and what each cost."),
+    "chat": ("promptkd.cli.chat", "Ask one or several models, their answers side by side."),
+    "export": ("promptkd.cli.export", "Write a model as serving tools load it: GGUF or safetensors."),
     "report": ("promptkd.cli.report", "Make one HTML page from the results of one or several runs."),
 }
 """Each command's name, in the order of the help: its module and what it does."""
