@@ -1,7 +1,10 @@
-"""From results records to a page and a table. Reads `Results` and nothing else."""
+"""From results records to a page and to tables. Reads `Results` and nothing else."""
 
 from promptkd.report.differences import DifferenceRow, difference_table
+from promptkd.report.figure_rows import render_csv, render_json
 from promptkd.report.html import render_report
+from promptkd.report.markdown import render_markdown
+from promptkd.report.story import unified
 from promptkd.report.tables import Cell, ComparisonRow, comparison_table
 from promptkd.report.terminal import terminal_table
 
@@ -11,6 +14,10 @@ __all__ = [
     "DifferenceRow",
     "comparison_table",
     "difference_table",
+    "render_csv",
+    "render_json",
+    "render_markdown",
     "render_report",
     "terminal_table",
+    "unified",
 ]

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from promptkd.report.figures import Figure, estimate, metric
+from promptkd.report.story import run_labels
 from promptkd.results import Difference, Results
 
-__all__ = ["DifferenceRow", "Verdict", "difference_table", "run_label", "verdict"]
+__all__ = ["DifferenceRow", "Verdict", "difference_table", "verdict"]
 
 Verdict = Literal["better", "worse", "tied", "open"]
 """tied: the interval holds zero, or a test does not rule chance out. open: no interval, so nothing can be said."""
@@ -21,6 +22,7 @@ class DifferenceRow:
     run: str
     model: str
     baseline: str
+    data: str
     figure: Figure
     verdict: Verdict
     change: str
@@ -59,17 +61,20 @@ def verdict(difference: Difference) -> Verdict:
     return "tied" if low <= 0 <= high else "open"
 
 
-def run_label(records: Sequence[Results], index: int) -> str:
-    """Empty for a single record, which needs no name."""
-    return f"{index + 1}. {records[index].kind}" if len(records) > 1 else ""
-
-
 def difference_table(records: Sequence[Results]) -> list[DifferenceRow]:
-    """One row per recorded difference, in the order of the records."""
+    """One row per recorded difference of the `unified` records, in their order.
+
+    `run` is empty where no second record compares the same pair on the same data.
+    """
+    labels = run_labels(records)
+    runs: dict[tuple[str, str, str], set[int]] = {}
+    for index, record in enumerate(records):
+        for each in record.differences:
+            runs.setdefault((each.model, each.baseline, each.data), set()).add(index)
     return [
-        _row(run_label(records, index), difference)
+        _row(labels[index] if len(runs[each.model, each.baseline, each.data]) > 1 else "", each)
         for index, record in enumerate(records)
-        for difference in record.differences
+        for each in record.differences
     ]
 
 
@@ -83,6 +88,7 @@ def _row(run: str, difference: Difference) -> DifferenceRow:
         run=run,
         model=difference.model,
         baseline=difference.baseline,
+        data=difference.data,
         figure=figure,
         verdict=found,
         change=("higher" if measured.value > 0 else "lower") if told_apart else "",

@@ -1,11 +1,13 @@
-"""Hostile text stays text: in a page, in a script and in a terminal."""
+"""Hostile text stays text: in a page, in a script, in a terminal, in Markdown and in a spreadsheet."""
 
+import base64
 import json
+import zlib
 from typing import Any
 
 from markupsafe import Markup
 
-__all__ = ["script_json", "visible"]
+__all__ = ["csv_text", "markdown_text", "packed_json", "packed_text", "visible"]
 
 _PICTURES = (
     {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"}
@@ -13,7 +15,12 @@ _PICTURES = (
     | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
     | dict.fromkeys(range(0xD800, 0xE000), 0xFFFD)
 )
-_IN_SCRIPT = {ord(character): f"\\u{ord(character):04x}" for character in "<>&'"}
+_IN_MARKDOWN = {ord(character): f"\\{character}" for character in "\\`*_{}[]#|~$"} | {
+    ord("<"): "&lt;",
+    ord(">"): "&gt;",
+    ord("&"): "&amp;",
+}
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
 
 
 def visible(text: str) -> str:
@@ -24,7 +31,22 @@ def visible(text: str) -> str:
     return text.translate(_PICTURES)
 
 
-def script_json(value: Any) -> Markup:
-    """JSON that may stand inside <script>: pure ASCII without <, >, & or '. Raises ValueError for NaN."""
-    text = json.dumps(value, allow_nan=False, ensure_ascii=True, separators=(",", ":"))
-    return Markup(text.translate(_IN_SCRIPT))
+def packed_json(value: Any) -> Markup:
+    """JSON for the page's script, as `packed_text`. Raises ValueError for NaN."""
+    return packed_text(json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(",", ":")))
+
+
+def packed_text(text: str) -> Markup:
+    """zlib-compressed UTF-8 in base64, whose alphabet holds nothing that could end a <script> or open a tag."""
+    return Markup(base64.b64encode(zlib.compress(text.encode(), 9)).decode("ascii"))
+
+
+def markdown_text(text: str) -> str:
+    """One line that Markdown shows as it is: no markup, no table cell, no HTML."""
+    return visible(" ".join(text.split())).translate(_IN_MARKDOWN)
+
+
+def csv_text(text: str) -> str:
+    """A cell that no spreadsheet reads as a formula: an apostrophe stands before one that begins like one."""
+    shown = visible(text)
+    return f"'{shown}" if shown.startswith(_FORMULA) else shown

@@ -7,7 +7,20 @@ from typing import Literal
 
 from promptkd.results import Metric
 
-__all__ = ["METRICS", "Better", "Figure", "estimate", "in_order", "metric", "number", "power", "score"]
+__all__ = [
+    "METRICS",
+    "Better",
+    "Figure",
+    "deviation",
+    "effect",
+    "estimate",
+    "in_order",
+    "metric",
+    "number",
+    "power",
+    "probability",
+    "score",
+]
 
 Better = Literal["higher", "lower"]
 MOST_EXTRA_DECIMALS = 4
@@ -200,6 +213,14 @@ def estimate(figure: Figure, measured: Metric, *, signed: bool = False, flip: bo
     return number(value, decimals, signed=signed), f"[{low_text}, {high_text}]"
 
 
+def deviation(figure: Figure, measured: Metric) -> str | None:
+    """ "± 0.4" between the seeds, in the figure's unit; None where there was one decoding."""
+    if measured.deviation is None:
+        return None
+    spread = measured.deviation * figure.scale
+    return f"± {number(spread, _decimals(figure, [spread]))}"
+
+
 def _decimals(figure: Figure, values: list[float]) -> int:
     finite = [value for value in values if math.isfinite(value)]
     for decimals in range(figure.decimals, figure.decimals + MOST_EXTRA_DECIMALS):
@@ -209,6 +230,18 @@ def _decimals(figure: Figure, values: list[float]) -> int:
         if not hidden and not merged:
             return decimals
     return figure.decimals + MOST_EXTRA_DECIMALS
+
+
+def probability(value: float | None) -> str:
+    """A p-value: "0.012", "< 0.001"; a dash where there is none."""
+    if value is None:
+        return "–"
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def effect(value: float | None) -> str:
+    """An effect size: "+0.42"; a dash where there is none."""
+    return "–" if value is None else number(value, 2, signed=True)
 
 
 def score(name: str, value: float) -> str:

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 from collections.abc import Sequence
+from functools import cache
 from importlib import resources
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -10,47 +11,48 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from promptkd.errors import RequestError
-from promptkd.report.answers import count_requests, requests
-from promptkd.report.differences import DifferenceRow, difference_table
-from promptkd.report.escape import script_json, visible
-from promptkd.report.figures import metric
-from promptkd.report.plots import chart_data, interval_bar, stages
-from promptkd.report.provenance import provenance
-from promptkd.report.summary import summarise
-from promptkd.report.tables import comparison_table, metric_columns
+from promptkd.report.context import page_context
+from promptkd.report.escape import packed_json, packed_text, visible
+from promptkd.report.labels import is_teacher
+from promptkd.report.sentences import listed
+from promptkd.report.story import unified
+from promptkd.report.tables import model_order
 from promptkd.results import Results
 
 __all__ = ["render_report"]
+
+SCRIPTS = ("page", "unpack", "charts", "training", "bias", "distributions", "diff", "rows", "start")
+"""In the order in which they stand in the page's one script."""
+MOST_NAMED = 4
 
 
 def render_report(records: Sequence[Results], *, title: str | None = None) -> str:
     """The report as one HTML page that needs no other file and no network. The same records give the same page.
 
-    Every text from a record is escaped by the template engine; none of it reaches a script. A content security
-    policy names the page's own scripts by hash, so that nothing else would run even if it slipped in.
+    Every text from a record is escaped by the template engine, or reaches the page's script as packed data and the page
+    from there as text. A content security policy names the page's scripts by hash, so that nothing else would run even
+    if it slipped in.
 
     Raises `RequestError` for an empty sequence.
     """
     if not records:
         raise RequestError("Expected at least one results record to report on, got none. Name a run's folder.")
-    found = stages(records)
-    drawn = chart_data(found)
-    scripts = [Markup(get_plotlyjs()), Markup(_own_file("charts.js"))] if drawn else []
-    return _environment().get_template("page.html").render(
-        title=title or _title(records),
-        policy=_policy(scripts),
-        style=Markup(_own_file("style.css")),
-        scripts=scripts,
-        charts=script_json(drawn),
-        summaries=summarise(records),
-        rows=comparison_table(records),
-        figures=[metric(name) for name in metric_columns(records)],
-        differences=_pairs(difference_table(records)),
-        stages=found,
-        requests=requests(records),
-        recorded_requests=count_requests(records),
-        provenance=provenance(records),
-    )  # fmt: skip
+    context, data = page_context(records)
+    draws = bool(data["charts"] or data["bias"] or data["browser"]["sets"])
+    script = Markup(_script()) if draws else ""
+    return (
+        _environment()
+        .get_template("page.html")
+        .render(
+            context,
+            title=title or _title(records),
+            policy=_policy([script, get_plotlyjs()] if draws else []),
+            style=Markup(_own_file("style.css")),
+            script=script,
+            data=packed_json(data),
+            plotly=_packed_plotly() if draws else "",
+        )
+    )
 
 
 def _environment() -> Environment:
@@ -64,6 +66,17 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+
+
+@cache
+def _packed_plotly() -> Markup:
+    """A third of Plotly's size."""
+    return packed_text(get_plotlyjs())
+
+
+def _script() -> str:
+    files = "\n".join(_own_file(f"scripts/{name}.js") for name in SCRIPTS)
+    return f'"use strict";\n(() => {{\n{files}}})();\n'
 
 
 def _own_file(name: str) -> str:
@@ -81,12 +94,10 @@ def _policy(scripts: Sequence[str]) -> str:
 
 
 def _title(records: Sequence[Results]) -> str:
-    return f"{records[0].kind.capitalize()} report" if len(records) == 1 else f"Report on {len(records)} runs"
-
-
-def _pairs(rows: list[DifferenceRow]) -> dict[tuple[str, str, str], list[tuple[DifferenceRow, Markup]]]:
-    """(run, model, baseline) -> its differences, each with its drawing."""
-    pairs: dict[tuple[str, str, str], list[tuple[DifferenceRow, Markup]]] = {}
-    for row in rows:
-        pairs.setdefault((row.run, row.model, row.baseline), []).append((row, interval_bar(row)))
-    return pairs
+    if len(records) == 1:
+        return f"{records[0].kind.capitalize()} report"
+    measured = model_order(unified(records))
+    students = [model for model in measured if not is_teacher(model)] or measured
+    if not students:
+        return f"Report on {len(records)} records"
+    return f"Report on {listed(students) if len(students) <= MOST_NAMED else f'{len(students)} models'}"

@@ -1,45 +1,65 @@
-"""Curves of the logged figures as data for Plotly, and the interval bars of the table of differences."""
+"""Curves of the logged figures as data for Plotly."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from markupsafe import Markup
-
 from promptkd.report.curves import LOGGED, group_of, logged
-from promptkd.report.differences import DifferenceRow, run_label
+from promptkd.report.escape import visible
 from promptkd.report.figures import Figure, power
+from promptkd.report.labels import is_teacher
+from promptkd.report.story import run_labels
 from promptkd.results import Results, Series
 
-__all__ = ["Chart", "Group", "Stage", "chart_data", "interval_bar", "stages"]
+__all__ = ["Chart", "Group", "Line", "Stage", "chart_data", "stages"]
 
 GROUP_ORDER = ("Losses", "Validation", "Responses", "Other figures", "Norms and rates", "Time")
 FOLDED = ("Norms and rates", "Time")
-BAR_WIDTH, BAR_HEIGHT = 156, 22
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One figure of one run."""
+
+    name: str
+    """Of the run; empty where the stage has a single one."""
+    x: list[float]
+    y: list[float | None]
+    """In the figure's unit; None where the logged value is not finite."""
+
+    @property
+    def span(self) -> str:
+        """First and last finite value: "3.36 → 2.81"."""
+        finite = [value for value in self.y if value is not None]
+        return " → ".join(dict.fromkeys(_short(value) for value in finite[:1] + finite[-1:])) or "not finite"
+
+    @property
+    def broken(self) -> int:
+        """Logged values that are not finite."""
+        return self.y.count(None)
 
 
 @dataclass(frozen=True, slots=True)
 class Chart:
     id: str
     figure: Figure
-    x: list[float]
-    y: list[float | None]
-    """In the figure's unit; None where the logged value is not finite."""
-    span: str
-    """First and last finite value: "3.36 → 2.81"."""
-    broken: int
-    """Logged values that are not finite."""
+    lines: list[Line]
 
     @property
     def spoken(self) -> str:
-        """The chart in one sentence, for those who cannot see it."""
-        finite = [value for value in self.y if value is not None]
-        if not finite:
-            return f"{self.figure.label}: {len(self.y)} logged values, none of them finite."
-        low, high = _short(min(finite)), _short(max(finite))
+        """The chart in words, for those who cannot see it."""
         unit = f" {self.figure.unit}" if self.figure.unit else ""
-        return f"{self.figure.label}{unit}: {self.span} over {len(self.y)} points, lowest {low}, highest {high}."
+        return f"{self.figure.label}{unit}: " + " ".join(_spoken(line) for line in self.lines)
+
+
+def _spoken(line: Line) -> str:
+    named = f"{line.name}, " if line.name else ""
+    finite = [value for value in line.y if value is not None]
+    if not finite:
+        return f"{named}{len(line.y)} logged values, none of them finite."
+    low, high = _short(min(finite)), _short(max(finite))
+    return f"{named}{line.span} over {len(line.y)} points, lowest {low}, highest {high}."
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +72,11 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    run: str
+    """One stage of training, of one or several runs."""
+
     name: str
+    runs: list[str]
+    """Names of the runs, in the order of their colours; one empty name where there is a single one."""
     points: int
     groups: list[Group]
     once: list[tuple[str, str]] = field(default_factory=list)
@@ -63,42 +86,66 @@ class Stage:
 
 
 def stages(records: Sequence[Results]) -> list[Stage]:
-    """Every stage of every record, with one chart per logged figure."""
-    found: list[Stage] = []
-    for index, record in enumerate(records):
+    """Every stage of the `unified` records, with one chart per logged figure; stages of one name are drawn together."""
+    found: dict[str, dict[str, Series]] = {}
+    for run, record in zip(_run_names(records), records, strict=True):
         for series in record.history:
-            found.append(_stage(run_label(records, index), series, f"chart-{len(found)}"))
-    return found
+            runs = found.setdefault(series.name, {})
+            runs[f"{run} ({len(runs) + 1})" if run in runs else run] = series
+    return [_stage(name, runs, f"chart-{at}") for at, (name, runs) in enumerate(found.items())]
+
+
+def _run_names(records: Sequence[Results]) -> list[str]:
+    """The model that a run trained, where that says which run is meant; else the run's label."""
+    trained = [next((label for label in record.models if not is_teacher(label)), "") for record in records]
+    with_history = [label for label, record in zip(trained, records, strict=True) if record.history]
+    return [
+        label if label and with_history.count(label) == 1 else run
+        for label, run in zip(trained, run_labels(records), strict=True)
+    ]
 
 
 def chart_data(found: Sequence[Stage]) -> list[dict[str, Any]]:
-    """What the page's script draws. It holds numbers and this project's own words, no text from a record."""
+    """What the page's script draws: numbers, units, and the names of runs, which the script escapes for Plotly."""
     return [
-        {"id": chart.id, "x": chart.x, "y": chart.y, "unit": chart.figure.unit}
+        {
+            "id": chart.id,
+            "unit": chart.figure.unit,
+            "lines": [[stage.runs.index(line.name), line.x, line.y] for line in chart.lines],
+            "names": [visible(name) for name in stage.runs] if len(stage.runs) > 1 else [],
+        }
         for stage in found
         for group in stage.groups
         for chart in group.charts
     ]
 
 
-def _stage(run: str, series: Series, prefix: str) -> Stage:
-    names = list(dict.fromkeys(name for point in series.points for name in point if name != "step"))
+def _stage(name: str, runs: dict[str, Series], prefix: str) -> Stage:
+    shown = runs if len(runs) > 1 else dict(zip([""], runs.values(), strict=True))
+    points = [point for series in shown.values() for point in series.points]
+    names = list(dict.fromkeys(name for point in points for name in point if name != "step"))
     names.sort(key=lambda name: list(LOGGED).index(name) if name in LOGGED else len(LOGGED))
     groups: dict[str, list[Chart]] = {}
     once, unread = [], []
-    for position, name in enumerate(names):
-        chart = _chart(f"{prefix}-{position}", name, series.points)
-        if chart is None:
-            unread.append(name)
-        elif len(chart.x) == 1:
-            once.append((chart.figure.label, f"{chart.span} {chart.figure.unit}".strip()))
+    for position, logged_name in enumerate(names):
+        lines = [_line(run, logged_name, series.points) for run, series in shown.items()]
+        drawn = [line for line in lines if line is not None and line.x]
+        if not drawn:
+            unread.append(logged_name)
+        elif all(len(line.x) == 1 for line in drawn):
+            once += [(_label(logged_name, line), f"{line.span} {logged(logged_name).unit}".strip()) for line in drawn]
         else:
-            groups.setdefault(group_of(name), []).append(chart)
+            chart = Chart(f"{prefix}-{position}", logged(logged_name), drawn)
+            groups.setdefault(group_of(logged_name), []).append(chart)
     ordered = [Group(title, groups[title], title in FOLDED) for title in GROUP_ORDER if title in groups]
-    return Stage(run, series.name, len(series.points), ordered, once, unread)
+    return Stage(name, list(shown), max(map(len, (series.points for series in shown.values()))), ordered, once, unread)
 
 
-def _chart(name_id: str, name: str, points: list[dict[str, Any]]) -> Chart | None:
+def _label(name: str, line: Line) -> str:
+    return f"{logged(name).label} ({line.name})" if line.name else logged(name).label
+
+
+def _line(run: str, name: str, points: list[dict[str, Any]]) -> Line | None:
     """None where a value under `name` is not a number."""
     figure = logged(name)
     x: list[float] = []
@@ -112,11 +159,7 @@ def _chart(name_id: str, name: str, points: list[dict[str, Any]]) -> Chart | Non
         step = _as_number(point.get("step", position))
         x.append(position if step is None or not math.isfinite(step) else step)
         y.append(_rounded(value * figure.scale) if math.isfinite(value) else None)
-    if not x:
-        return None
-    finite = [value for value in y if value is not None]
-    ends = list(dict.fromkeys(_short(value) for value in (finite[:1] + finite[-1:])))
-    return Chart(name_id, figure, x, y, " → ".join(ends) or "not finite", len(y) - len(finite))
+    return Line(run, x, y)
 
 
 def _as_number(value: Any) -> float | None:
@@ -133,22 +176,3 @@ def _rounded(value: float) -> float:
 def _short(value: float) -> str:
     written = f"{abs(value):.3g}" if abs(value) < 1000 else f"{abs(value):.0f}"
     return ("−" if value < 0 else "") + power(written)
-
-
-def interval_bar(row: DifferenceRow) -> Markup:
-    """The interval, the value and zero, drawn small. Every bar has its own scale, so that zero inside is seen to be."""
-    measured = row.source.difference
-    ends = [end for end in (measured.low, measured.value, measured.high) if end is not None]
-    middle = BAR_WIDTH / 2
-    drawn = f'<line class="zero" x1="{middle:g}" y1="1" x2="{middle:g}" y2="{BAR_HEIGHT - 1}"/>'
-    if all(math.isfinite(end) for end in ends):
-        reach = max(map(abs, ends)) or 1.0
-        at = [f"{middle + end / reach * (middle - 8):.1f}" for end in ends]
-        y = BAR_HEIGHT // 2
-        if len(at) == 3:
-            drawn += f'<line class="span" x1="{at[0]}" y1="{y}" x2="{at[2]}" y2="{y}"/>'
-        drawn += f'<circle cx="{at[len(at) // 2]}" cy="{y}" r="4"/>'
-    return Markup(
-        f'<svg class="bar {row.verdict}" viewBox="0 0 {BAR_WIDTH} {BAR_HEIGHT}" width="{BAR_WIDTH}" '
-        f'height="{BAR_HEIGHT}" aria-hidden="true" focusable="false">{drawn}</svg>'
-    )

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from promptkd.report.differences import run_label
 from promptkd.report.figures import estimate, in_order, metric
+from promptkd.report.story import run_labels
 from promptkd.results import Metric, Results
 
-__all__ = ["Provenance", "provenance"]
+__all__ = ["Provenance", "duration", "provenance"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +31,12 @@ class Provenance:
 
 
 def provenance(records: Sequence[Results]) -> list[Provenance]:
-    """One entry per record."""
-    return [_entry(run_label(records, index), record) for index, record in enumerate(records)]
+    """One entry per `unified` record."""
+    return [_entry(run, record) for run, record in zip(run_labels(records), records, strict=True)]
 
 
 def _entry(run: str, record: Results) -> Provenance:
-    plain = record.model_dump(mode="json")
+    plain = record.model_dump(mode="json", include={"config", "machine"})
     return Provenance(
         run=run,
         kind=record.kind,
@@ -47,7 +47,7 @@ def _entry(run: str, record: Results) -> Provenance:
         + [("git commit", record.code.get("git_commit") or "not a checkout")],
         machine=[_machine_fact(name, value) for name, value in plain["machine"].items()],
         figures=_figures(record.metrics),
-        timings=[(name, _duration(seconds)) for name, seconds in record.timings.items()],
+        timings=[(name, duration(seconds)) for name, seconds in record.timings.items()],
         record=record,
     )
 
@@ -75,7 +75,7 @@ def _figures(metrics: dict[str, Metric]) -> list[tuple[str, str]]:
     return rows
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """95.3 -> "1 min 35 s"."""
     if seconds < 60:
         return f"{seconds:.1f} s"

@@ -1,51 +1,57 @@
-"""The table of evaluations: one row per model and data set, one column per metric."""
+"""The table of evaluations: one row per model, data set and decoding, one column per metric."""
 
-import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from promptkd.report.differences import run_label, verdict
-from promptkd.report.figures import Better, estimate, in_order, metric
-from promptkd.results import Evaluation, Metric, Results
+from promptkd.report.decoding import decoding_words
+from promptkd.report.differences import verdict
+from promptkd.report.figures import Better, deviation, estimate, in_order, metric
+from promptkd.report.labels import is_teacher
+from promptkd.report.story import run_labels
+from promptkd.results import Difference, Metric, Results
 
-__all__ = ["TEACHER", "Cell", "ComparisonRow", "comparison_table", "metric_columns"]
-
-TEACHER = "teacher"
-"""The label of the model that students are measured against; it is never the best of a column."""
+__all__ = ["Cell", "ComparisonRow", "by_setting", "comparison_table", "metric_columns", "model_order"]
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
     value: str
     interval: str | None
+    deviation: str | None
+    """ "± 0.4": the standard deviation between the seeds."""
     rows: int | None
     best: bool
-    """Among the students of this data set the best, or not told apart from the best (see `_marked`)."""
+    """Among the students of this data set and decoding the best, or not told apart from the best (see `_marked`)."""
+    source: Metric
 
 
 @dataclass(frozen=True, slots=True)
 class ComparisonRow:
     run: str
-    """Empty when there is a single record."""
+    """Empty unless two records measured the same model in the same way with different outcomes."""
     model: str
     data: str
     decoding: str
+    """In words."""
     cells: dict[str, Cell]
     """By metric name; a metric that was not measured has no cell."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Entry:
-    record: Results
     run: str
-    evaluation: Evaluation
+    model: str
+    data: str
+    decoding: str
+    metrics: dict[str, Metric]
+    paired: list[Difference] = field(default_factory=list)
+    """Differences over the very rows and decoding of this entry."""
 
-    def setting(self) -> tuple[str, str, str]:
-        """Figures are comparable where the data (label and content) and the decoding are the same."""
-        label = self.evaluation.data
-        content = self.record.data[label].sha256 if label in self.record.data else ""
-        return label, content, _decoding(self.evaluation)
+    @property
+    def setting(self) -> tuple[str, str]:
+        """Figures are comparable where data and decoding are the same."""
+        return self.data, self.decoding
 
 
 def metric_columns(records: Sequence[Results]) -> list[str]:
@@ -53,37 +59,78 @@ def metric_columns(records: Sequence[Results]) -> list[str]:
     return in_order(name for record in records for evaluation in record.evaluations for name in evaluation.metrics)
 
 
+def model_order(records: Sequence[Results]) -> list[str]:
+    """Every model that was measured, teachers first, then in the order of the records."""
+    measured = [each.model for record in records for each in record.evaluations]
+    measured += [each.model for record in records for each in record.curves]
+    return sorted(dict.fromkeys(measured), key=lambda label: not is_teacher(label))
+
+
 def comparison_table(records: Sequence[Results]) -> list[ComparisonRow]:
-    """One row per evaluation, in the order of the records."""
-    entries = [
-        _Entry(record, run_label(records, index), evaluation)
-        for index, record in enumerate(records)
-        for evaluation in record.evaluations
-    ]
+    """One row per model, data set and decoding of the `unified` records, settings of the same kind together.
+
+    What several records measured of the same model in the same way stands in one row, unless they disagree.
+    """
+    entries = _entries(records)
+    settings = list(dict.fromkeys(entry.setting for entry in entries))
+    models = model_order(records)
+    entries.sort(key=lambda entry: (settings.index(entry.setting), models.index(entry.model)))
     marked = {name: _marked_everywhere(name, entries) for name in metric_columns(records)}
     return [_row(position, entry, marked) for position, entry in enumerate(entries)]
 
 
+def by_setting(rows: Sequence[ComparisonRow]) -> dict[str, list[ComparisonRow]]:
+    """ "dolly_test, greedy, up to 256 tokens" -> the rows that can be compared."""
+    groups: dict[str, list[ComparisonRow]] = {}
+    for row in rows:
+        groups.setdefault(", ".join(part for part in (row.data, row.decoding) if part), []).append(row)
+    return groups
+
+
+def _entries(records: Sequence[Results]) -> list[_Entry]:
+    found: dict[tuple[str, str, str], list[_Entry]] = {}
+    for record, run in zip(records, run_labels(records), strict=True):
+        for each in record.evaluations:
+            words = decoding_words(each.decoding)
+            same = found.setdefault((each.data, words, each.model), [])
+            agreeing = next((entry for entry in same if _agree(entry.metrics, each.metrics)), None)
+            entry = agreeing or _Entry(run, each.model, each.data, words, {})
+            entry.metrics = {**each.metrics, **entry.metrics}
+            entry.paired += _paired(record, each.data, words, each.model)
+            if agreeing is None:
+                same.append(entry)
+    for entries in found.values():
+        if len(entries) == 1:
+            entries[0].run = ""
+    return [entry for entries in found.values() for entry in entries]
+
+
+def _agree(ours: dict[str, Metric], theirs: dict[str, Metric]) -> bool:
+    return all(ours[name].value == theirs[name].value for name in ours.keys() & theirs.keys())
+
+
+def _paired(record: Results, data: str, decoding: str, model: str) -> list[Difference]:
+    """The record's differences of `model` on `data`, if they can only be about this decoding."""
+    decodings = {decoding_words(each.decoding) for each in record.evaluations if each.data == data}
+    if decodings != {decoding}:
+        return []
+    return [each for each in record.differences if each.data == data and model in (each.model, each.baseline)]
+
+
 def _row(position: int, entry: _Entry, marked: dict[str, set[int]]) -> ComparisonRow:
     cells = {}
-    for name, measured in entry.evaluation.metrics.items():
+    for name, measured in entry.metrics.items():
         value, interval = estimate(metric(name), measured)
-        cells[name] = Cell(value, interval, measured.rows, best=position in marked[name])
-    return ComparisonRow(entry.run, entry.evaluation.model, entry.evaluation.data, _decoding(entry.evaluation), cells)
-
-
-def _decoding(evaluation: Evaluation) -> str:
-    return ", ".join(
-        f"{key} = {value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)}"
-        for key, value in sorted(evaluation.decoding.items())
-    )
+        spread = deviation(metric(name), measured)
+        cells[name] = Cell(value, interval, spread, measured.rows, position in marked[name], measured)
+    return ComparisonRow(entry.run, entry.model, entry.data, entry.decoding, cells)
 
 
 def _marked_everywhere(name: str, entries: list[_Entry]) -> set[int]:
-    groups: dict[tuple[str, str, str], dict[int, _Entry]] = {}
+    groups: dict[tuple[str, str], dict[int, _Entry]] = {}
     for position, entry in enumerate(entries):
-        if entry.evaluation.model != TEACHER and name in entry.evaluation.metrics:
-            groups.setdefault(entry.setting(), {})[position] = entry
+        if not is_teacher(entry.model) and name in entry.metrics:
+            groups.setdefault(entry.setting, {})[position] = entry
     better = metric(name).better
     return set().union(*(_marked(name, better, group) for group in groups.values())) if better else set()
 
@@ -93,7 +140,7 @@ def _marked(name: str, better: Better, students: dict[int, _Entry]) -> set[int]:
 
     Empty where that says nothing: fewer than two students, a figure without an interval, or no student told apart.
     """
-    figures = {position: entry.evaluation.metrics[name] for position, entry in students.items()}
+    figures = {position: entry.metrics[name] for position, entry in students.items()}
     if len(students) < 2 or not all(_has_interval(figure) for figure in figures.values()):
         return set()
     pick = min if better == "lower" else max
@@ -108,17 +155,13 @@ def _has_interval(measured: Metric) -> bool:
 
 
 def _told_apart(name: str, lead: _Entry, other: _Entry) -> bool:
-    """By the paired difference where the record holds one, else by intervals that do not overlap."""
+    """By the paired difference where a record holds one, else by intervals that do not overlap."""
     if lead is other:
         return False
-    pair = {lead.evaluation.model, other.evaluation.model}
-    one_data_set = len({evaluation.data for evaluation in lead.record.evaluations}) == 1
-    if lead.record is other.record and one_data_set:
-        for difference in lead.record.differences:
-            if difference.metric == name and {difference.model, difference.baseline} == pair:
-                found = verdict(difference)
-                return found == ("better" if difference.model == lead.evaluation.model else "worse")
-    ours, theirs = lead.evaluation.metrics[name], other.evaluation.metrics[name]
+    for difference in lead.paired:
+        if difference.metric == name and {difference.model, difference.baseline} == {lead.model, other.model}:
+            return verdict(difference) == ("better" if difference.model == lead.model else "worse")
+    ours, theirs = lead.metrics[name], other.metrics[name]
     ends = (ours.low, ours.high, theirs.low, theirs.high)
     low, high, other_low, other_high = (math.nan if end is None else end for end in ends)
     return high < other_low or other_high < low

@@ -9,8 +9,9 @@ from rich.cells import cell_len
 from promptkd.report.differences import difference_table
 from promptkd.report.escape import visible
 from promptkd.report.figures import metric
-from promptkd.report.summary import comparison_sentences
-from promptkd.report.tables import ComparisonRow, comparison_table, metric_columns
+from promptkd.report.sentences import comparison_sentences
+from promptkd.report.story import unified
+from promptkd.report.tables import ComparisonRow, by_setting, comparison_table, metric_columns
 from promptkd.results import Results
 
 __all__ = ["terminal_table"]
@@ -27,16 +28,22 @@ def terminal_table(records: Sequence[Results], *, width: int | None = None) -> s
     block below. `width` is the terminal's by default, 100 where there is none.
     """
     columns = width or shutil.get_terminal_size((WIDTH_WITHOUT_TERMINAL, 24)).columns
-    table, rows = comparison_table(records), difference_table(records)
-    blocks = _blocks(table, metric_columns(records), columns)
-    marked = any(cell.best for row in table for cell in row.cells.values())
-    sentences = [LEGEND] if marked else []
-    sentences += [
-        textwrap.fill(_plain(sentence), columns, break_on_hyphens=False, break_long_words=False)
-        for run in dict.fromkeys(row.run for row in rows)
-        for _, _, sentence in comparison_sentences([row for row in rows if row.run == run])
-    ]
-    return "\n\n".join(["\n".join(block) for block in blocks] + sentences)
+    story = unified(records)
+    table = comparison_table(story)
+    groups = by_setting(table)
+    paragraphs = []
+    for setting, rows in groups.items():
+        heading = [_wrapped(setting, columns)] if len(groups) > 1 else []
+        names = [name for name in metric_columns(story) if any(name in row.cells for row in rows)]
+        paragraphs += heading + ["\n".join(block) for block in _blocks(rows, names, columns)]
+    if any(cell.best for row in table for cell in row.cells.values()):
+        paragraphs.append(_wrapped(LEGEND, columns))
+    sentences = comparison_sentences(difference_table(story)).values()
+    return "\n\n".join(paragraphs + [_wrapped(sentence, columns) for sentence in sentences])
+
+
+def _wrapped(text: str, width: int) -> str:
+    return textwrap.fill(_plain(text), width, break_on_hyphens=False, break_long_words=False)
 
 
 def _plain(text: str) -> str:
@@ -64,10 +71,8 @@ def _blocks(rows: list[ComparisonRow], metrics: list[str], width: int) -> list[l
 
 
 def _key(row: ComparisonRow, rows: list[ComparisonRow]) -> list[str]:
-    """Run and data set stand in front only where they tell rows apart."""
-    run = [row.run] if len({other.run for other in rows}) > 1 else []
-    data = [row.data] if len({other.data for other in rows}) > 1 else []
-    return [*run, row.model, *data]
+    """The run stands beside the model only where it tells rows apart."""
+    return [row.model, row.run] if any(other.run for other in rows) else [row.model]
 
 
 def _padded(text: str, column: int, keys: list[list[str]]) -> str:

@@ -1,0 +1,21 @@
+/* Every figure that training logged, one line a run. */
+
+const trainingCharts = (found, models) => {
+  const modelOf = (names, position) =>
+    models.find((model) => model.label === names[position]) ?? { colour: 1 + (position % 8) };
+  for (const { id, unit, names, lines } of found) {
+    const several = names.length > 1;
+    addChart(byId(id), () => ({
+      height: 190, xTitle: "step", yTitle: unit,
+      traces: lines.map(([run, x, y]) => {
+        const shade = several ? modelColour(modelOf(names, run)) : colour("--accent");
+        return {
+          type: "scatter", x, y, mode: x.length > 40 ? "lines" : "lines+markers", name: several ? plotText(names[run]) : "",
+          line: { color: shade, width: several ? 1.4 : 1.75 }, marker: { size: 4, color: shade },
+          hovertemplate: several ? "%{y:.4~g}" : "%{y:.4~g}<extra></extra>",
+        };
+      }),
+      x: { hoverformat: ",.0f" },
+    }));
+  }
+};
