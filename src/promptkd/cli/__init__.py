@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "distill": ("promptkd.cli.distill", "Train a student on a teacher, with PromptKD or one of its rivals."),
     "generate": ("promptkd.cli.generate", "Write a model's responses to a data set."),
     "evaluate": ("promptkd.cli.evaluate", "Score a model's responses over several seeds."),
+    "judge": ("promptkd.cli.judge", "Let a language model score answers, or compare two models' answers."),
     "report": ("promptkd.cli.report", "Make one HTML page from the results of one or several runs."),
 }
 """Each command's name, in the order of the help: its module and what it does."""
