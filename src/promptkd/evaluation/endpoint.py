@@ -33,6 +33,8 @@ _LONGEST_PAUSE = 60.0
 """Cap of the exponential back-off, in seconds."""
 _LONGEST_RETRY_AFTER = 600.0
 """A server that asks for more patience than this many seconds has failed."""
+_LONGEST_QUOTE = 300
+"""Characters of a server's message that are repeated."""
 _SHORTEST_SECRET = 8
 """Local servers are given words such as "EMPTY" as a key; starring them out would change what a judge says."""
 
@@ -208,7 +210,8 @@ class Asker:
             raise PromptKDError(f"{self.endpoint.url} answered {status}. {_FATAL[status]}") from None
         if 300 <= status < 400:
             raise PromptKDError(f"{self.endpoint.url} answered {status}, a redirection. Give its target.") from None
-        reason = f"status {status}: {self._starred(' '.join(str(error.message).split()))[:300]}"
+        said = " ".join(self._starred(error.response.text).split())
+        reason = f"status {status}: {said[:_LONGEST_QUOTE] or 'no word why'}"
         if status in _PASSING or status >= 500:
             raise _FailureError(reason, _retry_after(error.response.headers.get("retry-after"))) from None
         return Refusal(reason)
