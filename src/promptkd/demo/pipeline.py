@@ -17,6 +17,7 @@ from promptkd.demo.measurement import differences
 from promptkd.demo.settings import TEMPLATE, DemoSettings, data_file, teacher_file, teacher_hash
 from promptkd.evaluation.measure import Decoding, evaluate_model
 from promptkd.models import block_influence, load_model, load_tokenizer, model_record, most_influential, prune_layers
+from promptkd.models.load import GGUF_CONVERSION
 from promptkd.results import DataRecord, Evaluation, Results, Series, file_sha256
 from promptkd.training import DistillConfig, DistillTrainer, FinetuneConfig, FinetuneTrainer, PromptKDConfig
 from promptkd.training.logs import MetricsFile, ProgressBar, quiet
@@ -213,6 +214,7 @@ class Demo:
             "template": TEMPLATE,
             "data": file_sha256(data_file("train")),
             "model": teacher_hash(),
+            "conversion": GGUF_CONVERSION,
             "order": _TUNING_ORDER,
         }
 

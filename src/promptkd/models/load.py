@@ -25,6 +25,7 @@ from promptkd.models.gguf_vocabulary import PRE_TOKENIZERS
 from promptkd.results import ModelRecord, file_sha256
 
 __all__ = [
+    "GGUF_CONVERSION",
     "cache_folder",
     "convert_gguf",
     "count_parameters",
@@ -133,6 +134,10 @@ def _clear_load_errors(name: str | Path) -> Iterator[None]:
         ) from error
 
 
+GGUF_CONVERSION = 2
+"""Raised whenever a file would be converted otherwise, so that what older versions left in the cache is not taken."""
+
+
 def cache_folder() -> Path:
     """Where converted models and the demo's stages are kept."""
     if os.environ.get("PROMPTKD_CACHE"):
@@ -141,7 +146,7 @@ def cache_folder() -> Path:
 
 
 def _converted(file: Path) -> Path:
-    target = cache_folder() / "gguf" / f"{file.stem}-{file_sha256(file)[:16]}"
+    target = cache_folder() / "gguf" / f"{file.stem}-{file_sha256(file)[:16]}-{GGUF_CONVERSION}"
     if not (target / "config.json").is_file():
         _convert(file, target)
     return target
