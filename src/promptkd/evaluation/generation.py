@@ -30,7 +30,7 @@ def generate(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     stop_ids: Sequence[int],
     temperature: float = 1.0,
     top_p: float = 1.0,
@@ -46,6 +46,7 @@ def generate(
     Args:
         model: a causal model of transformers or a PeftModel of one; it runs in evaluation mode.
         prompts: token ids, at least one a prompt.
+        max_new_tokens: the length limit of every response, or one for each prompt.
         stop_ids: ids that end a response, and belong to it; may be empty.
         temperature: 0 decodes greedily.
         top_p: share of the probability mass to sample from, 1 for all of it.
@@ -58,7 +59,8 @@ def generate(
     Returns:
         The responses in the order of `prompts`, the stop id at the end where one was written.
     """
-    _check(prompts, max_new_tokens, temperature, top_p, top_k, seeds, batch_size)
+    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    _check(prompts, limits, temperature, top_p, top_k, seeds, batch_size)
     order = sorted(range(len(prompts)), key=lambda row: (-len(prompts[row]), row))
     responses: list[list[int]] = [[] for _ in prompts]
     pick = _Sampler(temperature, top_p, top_k)
@@ -69,9 +71,10 @@ def generate(
             stack.enter_context(evaluating(each))
         for first in range(0, len(order), batch_size):
             rows = order[first : first + batch_size]
-            uniforms = None if temperature == 0 else _uniforms([seeds[row] for row in rows], max_new_tokens)  # type: ignore[index]
+            ends = [limits[row] for row in rows]
+            uniforms = None if temperature == 0 else _uniforms([seeds[row] for row in rows], max(ends))  # type: ignore[index]
             readers = [_Reader(each, weight, vocabulary) for each, weight in models]
-            decoded = _decode(readers, [prompts[row] for row in rows], max_new_tokens, stop_ids, pick, uniforms)
+            decoded = _decode(readers, [prompts[row] for row in rows], ends, stop_ids, pick, uniforms)
             for row, response in zip(rows, decoded, strict=True):
                 responses[row] = response
             if on_batch is not None:
@@ -93,7 +96,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def _decode(
     readers: Sequence["_Reader"],
     prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
+    limits: Sequence[int],
     stop_ids: Sequence[int],
     pick: "_Sampler",
     uniforms: Tensor | None,
@@ -104,12 +107,13 @@ def _decode(
     stops = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
     responses: list[list[int]] = [[] for _ in prompts]
     alive = list(range(len(prompts)))
-    for step in range(max_new_tokens):
+    for step in range(max(limits)):
         logits = [(each.logits(ids, mask, positions), each.weight) for each in readers]  # (A, V) of rows still alive
         tokens = pick(logits, None if uniforms is None else uniforms[alive, step].to(device))
         for row, token in zip(alive, tokens.tolist(), strict=True):
             responses[row].append(token)
         going = ~torch.isin(tokens, stops)
+        going &= torch.tensor([step + 1 < limits[row] for row in alive], device=device)
         if not going.any():
             break
         if not going.all():
@@ -193,7 +197,7 @@ def _left_pad(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[T
 
 def _check(
     prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
+    limits: Sequence[int],
     temperature: float,
     top_p: float,
     top_k: int,
@@ -203,8 +207,10 @@ def _check(
     problems = []
     if any(len(prompt) == 0 for prompt in prompts):
         problems.append("every prompt needs at least one token")
-    if max_new_tokens < 1:
-        problems.append(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if len(limits) != len(prompts):
+        problems.append(f"max_new_tokens must be one number, or one a prompt ({len(prompts)}), got {len(limits)}")
+    if any(limit < 1 for limit in limits):
+        problems.append(f"max_new_tokens must be at least 1, got {min(limits)}")
     if batch_size < 1:
         problems.append(f"batch_size must be at least 1, got {batch_size}")
     if temperature < 0:
