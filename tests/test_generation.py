@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 
 from promptkd.errors import RequestError
 from promptkd.evaluation.generation import evaluating, generate, row_seeds
-from promptkd.models.row_attention import reads_rows
+from promptkd.models.row_cache import reads_rows
 from tiny import ARCHITECTURES, END_ID, VOCABULARY, tiny_model
 
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -455,6 +455,8 @@ def test_no_prompts_no_responses():
     [
         ({"prompts": [[1], []]}, "at least one token"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"max_new_tokens": [3, 0]}, "max_new_tokens must be at least 1, got 0"),
+        ({"max_new_tokens": [3]}, r"one a prompt \(2\), got 1"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"temperature": -0.1}, r"temperature must be 0 \(greedy\) or more, got -0.1"),
         ({"top_p": 0.0}, r"top_p must lie in \(0, 1\], got 0.0"),
@@ -469,3 +471,12 @@ def test_wrong_arguments(change, message):
     arguments = {"prompts": [[1], [2, 3]], "max_new_tokens": 1, "stop_ids": [], "seeds": [1, 2]} | change
     with pytest.raises(ValueError, match=f"Cannot generate: .*{message}"):
         generate(tiny_model("gpt2"), **arguments)
+
+
+def test_a_limit_a_prompt_cuts_each_response_by_itself():
+    model, prompts = tiny_model("llama"), some_prompts()
+    settings = {"stop_ids": [], "seeds": row_seeds(0, len(prompts)), "batch_size": 3}
+    whole = generate(model, prompts, max_new_tokens=9, **settings)
+    limits = [1 + 4 * row % 9 for row in range(len(prompts))]
+    cut = generate(model, prompts, max_new_tokens=limits, **settings)
+    assert cut == [response[:limit] for response, limit in zip(whole, limits, strict=True)]

@@ -388,3 +388,56 @@ def test_states_that_do_not_belong_together_are_refused():
         chunked_objective(reverse_kl, hidden, student_head, few, teacher_head, chunk=3)
     with pytest.raises(ValueError, match=r"`plain_hidden`.*0\.5"):
         chunked_prompt_loss(few, teacher_head, few, teacher_head, None, teacher_head, weight=0.5)
+
+
+@pytest.mark.parametrize("kind", ["plain", "softcap"])
+def test_blocks_of_a_chunk_change_nothing(kind, monkeypatch):
+    def losses():
+        hidden = random(TOKENS, STUDENT, seed=0).requires_grad_()
+        student_head, teacher_head = head(STUDENT, 2, trained=True, **HEADS[kind]), head(TEACHER, 4)
+        for objective in (reverse_kl, forward_kl, partial(jensen_shannon, beta=0.3)):
+            loss = chunked_objective(objective, hidden, student_head, random(TOKENS, TEACHER, seed=1), teacher_head)
+            yield from (loss.total.detach(), loss.figures["entropy"])
+            yield from gradients(loss.total, hidden, student_head.weight, student_head.bias)
+
+    whole = list(losses())
+    monkeypatch.setattr("promptkd.objectives.linear._BLOCK", 3 * WORDS)  # rows in blocks of 3, 3, 3, 3 and 1
+    for got, expected in zip(losses(), whole, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_a_bias_of_minus_infinity_takes_a_word_away():
+    hidden, teacher_hidden = random(TOKENS, STUDENT, seed=0).requires_grad_(), random(TOKENS, TEACHER, seed=1)
+    student_head, teacher_head = (head(width, 2, trained=True, bias=True) for width in (STUDENT, TEACHER))
+    with torch.no_grad():
+        student_head.bias[3] = teacher_head.bias[7] = -torch.inf
+    for objective in (reverse_kl, forward_kl):
+        plain = objective(student_head.logits(hidden), teacher_head.logits(teacher_hidden)).sum()
+        chunked = chunked_objective(objective, hidden, student_head, teacher_hidden, teacher_head, chunk=4)
+        torch.testing.assert_close(chunked.total, plain, rtol=1e-12, atol=0)
+        (ours,), (theirs,) = gradients(chunked.total, hidden), gradients(plain, hidden)
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+    prompted = random(TOKENS, TEACHER, seed=2).requires_grad_()
+    models = (prompted, teacher_head), (hidden.detach(), student_head), (teacher_hidden, teacher_head)
+    plain = prompt_loss(*(each.logits(state) for state, each in models), weight=0.6).sum()
+    chunked = chunked_prompt_loss(*(part for model in models for part in model), weight=0.6, chunk=4)
+    torch.testing.assert_close(chunked.total, plain, rtol=1e-12, atol=0)
+    (ours,), (theirs,) = gradients(chunked.total, prompted), gradients(plain, prompted)
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_bfloat16_heads_are_compared_in_float32():
+    hidden = random(TOKENS, STUDENT, seed=0).bfloat16().requires_grad_()
+    teacher_hidden = random(TOKENS, TEACHER, seed=1).bfloat16()
+    student_head = Head(head(STUDENT, 2).weight.bfloat16().requires_grad_())
+    teacher_head = Head(head(TEACHER, 4).weight.bfloat16())
+    plain = reverse_kl(student_head.logits(hidden), teacher_head.logits(teacher_hidden)).sum()
+    chunked = chunked_objective(reverse_kl, hidden, student_head, teacher_hidden, teacher_head, chunk=4)
+    assert chunked.total.dtype == torch.float32
+    torch.testing.assert_close(chunked.total, plain, rtol=1e-5, atol=0)
+    for mine, other in zip(
+        gradients(chunked.total, hidden, student_head.weight),
+        gradients(plain, hidden, student_head.weight),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, other, rtol=2e-2, atol=2e-2)

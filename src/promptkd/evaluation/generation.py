@@ -19,7 +19,7 @@ from transformers import DynamicCache
 from promptkd.errors import RequestError
 from promptkd.evaluation.sampling import Sampler, uniforms
 from promptkd.models.prepacked import prepacked_linears
-from promptkd.models.row_attention import Rows, reads_rows, rows_of
+from promptkd.models.row_cache import Rows, reads_rows, rows_of
 from promptkd.models.scoring import head_logits, text_model
 
 __all__ = ["CacheReader", "check_request", "evaluating", "generate", "row_seeds"]

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from promptkd.switches import switched_on
+
 __all__ = ["prepacked_linears"]
 
 _MOST_BYTES = 4 * 2**30  # of weights: a second copy of more is not worth its memory
@@ -28,7 +30,7 @@ def prepacked_linears(model: nn.Module, rows: int) -> Iterator[None]:
     """
     layers = [each for each in model.modules() if type(each) is nn.Linear and _suits(each)]
     size = sum(layer.weight.numel() * layer.weight.element_size() for layer in layers)
-    packs = torch.backends.mkldnn.is_available() and size <= _MOST_BYTES
+    packs = switched_on("prepacked") and torch.backends.mkldnn.is_available() and size <= _MOST_BYTES
     try:
         for layer in layers if packs else ():
             vars(layer)["forward"] = _Packed(layer, rows)  # found before the class's own

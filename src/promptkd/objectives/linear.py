@@ -4,6 +4,10 @@ A loss over N tokens and V words needs tensors of shape (N, V) if written plainl
 tokens is projected, its loss and the gradient with respect to its logits are computed, and the gradient goes on to the
 hidden states and the head at once; no tensor of shape (N, V) is ever made, and backward only multiplies. The
 values are those of the plain objectives, which stay the reference (tests/test_linear.py).
+
+Matrix products want many tokens at a time, what is done word by word wants few: a chunk is projected as a whole, into
+buffers that are used again, and its rows then go through the divergence in blocks that stay in the processor's cache.
+The gradient takes the place of the logits.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,17 +17,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from promptkd.objectives.divergences import forward_kl, kl_from_log_probs, reverse_kl, shared_log_probs
+from promptkd.objectives.divergences import forward_kl, reverse_kl, shared_log_probs
 from promptkd.objectives.prompt import Direction, prompt_loss_terms
 
 __all__ = ["ChunkedLoss", "Head", "chunked_cross_entropy", "chunked_objective", "chunked_prompt_loss"]
 
 Objective = Callable[[Tensor, Tensor], Tensor]
-Kernel = Callable[..., tuple[Tensor, Tensor, dict[str, Tensor]]]
-"""Logits that learn (C, V) and targets, each logits (C, V) or labels (C,), to values (C,), gradient (C, V), figures."""
+Kernel = Callable[..., tuple[Tensor, dict[str, Tensor]]]
+"""Logits that learn (C, V) and targets, each logits (C, V) or labels (C,), to values (C,) and figures (C,). The
+gradient of the values is written over the logits that learn."""
 
 Targets = Sequence[tuple[Tensor, "Head | None"]]
 """States (N, H) with the head that reads them, or values (N,) that are given as they are, with None."""
+
+_BLOCK = 2**19  # logits that a kernel sees at a time on CPU: 2 MiB in float32, for its few temporaries to stay in cache
 
 
 @dataclass(frozen=True)
@@ -37,18 +44,28 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(C, H) to (C, V)."""
-        logits = torch.nn.functional.linear(hidden, self.weight, self.bias)
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """(C, H) to (C, V), written into `out` if that is given."""
+        if out is None:
+            logits = torch.nn.functional.linear(hidden, self.weight, self.bias)
+        elif self.bias is None:
+            logits = torch.mm(hidden, self.weight.T, out=out)
+        else:
+            logits = torch.addmm(self.bias, hidden, self.weight.T, out=out)
         if self.scale != 1.0:
-            logits = logits * self.scale
-        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+            logits = torch.mul(logits, self.scale, out=out)
+        if self.softcap is None:
+            return logits
+        return torch.mul(torch.tanh(torch.div(logits, self.softcap, out=out), out=out), self.softcap, out=out)
 
-    def undo_transform(self, gradient: Tensor, logits: Tensor) -> Tensor:
-        """Gradient with respect to W h + b from that with respect to the logits."""
-        if self.softcap is not None:
-            gradient = gradient * (1 - (logits / self.softcap) ** 2)
-        return gradient * self.scale if self.scale != 1.0 else gradient
+    def slope(self, logits: Tensor) -> Tensor | float:
+        """Derivative of the logits with respect to W h + b, from the logits."""
+        return self.scale if self.softcap is None else (1 - (logits / self.softcap) ** 2) * self.scale
+
+    @property
+    def has_absent_words(self) -> bool:
+        """Whether a bias of -inf takes words away."""
+        return self.bias is not None and bool((self.bias == -torch.inf).any())
 
     def sliced(self, vocabulary: int) -> "Head":
         """The same head with its first `vocabulary` columns."""
@@ -91,7 +108,9 @@ def chunked_objective(
     Raises:
         ValueError: for differing numbers of tokens.
     """
-    kernel = _KERNELS.get(objective) or _by_autograd(objective)
+    heads = (student_head, teacher_head)
+    plain = objective not in _KERNELS or any(head.has_absent_words for head in heads)
+    kernel = _by_autograd(objective) if plain else _KERNELS[objective]
     return _run(kernel, student_hidden, student_head, [(teacher_hidden, teacher_head)], chunk)
 
 
@@ -137,7 +156,8 @@ def chunked_prompt_loss(
     targets: list[tuple[Tensor, Head | None]] = [(student_hidden, student_head)]
     if plain_hidden is not None:
         targets.append((plain_hidden, plain_head))
-    if student_direction == plain_direction == "reverse":
+    both_reverse = student_direction == plain_direction == "reverse"
+    if both_reverse and not any(head.has_absent_words for head in (prompted_head, student_head, plain_head)):
         kernel = _prompt_kernel(weight)
     else:
         kernel = _prompt_by_autograd(weight, student_direction, plain_direction)
@@ -172,23 +192,21 @@ class _Chunked(torch.autograd.Function):
         hidden_gradient = torch.empty_like(hidden) if needs_hidden else None
         weight_gradient = torch.zeros_like(weight) if needs_weight else None
         bias_gradient = torch.zeros_like(bias) if needs_bias and bias is not None else None
-        wide = torch.promote_types(torch.float32, hidden.dtype)
-        total = torch.zeros((), dtype=wide, device=hidden.device)
+        total = torch.zeros((), dtype=torch.promote_types(torch.float32, hidden.dtype), device=hidden.device)
+        buffers = [_buffer(state, each, chunk) for state, each in [(hidden, head), *targets]]
         for first in range(0, hidden.shape[0], chunk):
             part = slice(first, first + chunk)
-            logits = head.logits(hidden[part])
-            read = (state[part] if each is None else each.logits(state[part]) for state, each in targets)
-            values, gradient, seen = kernel(logits, *read)
-            total += values.sum()
-            for name, value in seen.items():
-                figures[name] = figures.get(name, 0) + value.sum()
-            gradient = head.undo_transform(gradient.to(logits.dtype), logits)
+            logits, *others = (
+                state[part] if each is None else each.logits(state[part], _rows(buffer, state[part]))
+                for (state, each), buffer in zip([(hidden, head), *targets], buffers, strict=True)
+            )
+            total += _chunk_loss(kernel, head, logits, others, figures)  # from here on `logits` is the gradient
             if hidden_gradient is not None:
-                hidden_gradient[part] = gradient @ weight.to(gradient.dtype)
+                hidden_gradient[part] = logits @ weight.to(logits.dtype)
             if weight_gradient is not None:
-                weight_gradient += gradient.T @ hidden[part].to(gradient.dtype)
+                _add_product(weight_gradient, logits.T, hidden[part])
             if bias_gradient is not None:
-                bias_gradient += gradient.sum(0)
+                bias_gradient += logits.sum(0)
         ctx.save_for_backward(hidden_gradient, weight_gradient, bias_gradient)
         return total
 
@@ -198,75 +216,113 @@ class _Chunked(torch.autograd.Function):
         return (*gradients, None, None, None, None, None)
 
 
-def _reverse_kl_kernel(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, multiplied in the precision of `left`."""
+    if total.dtype == left.dtype == right.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right.to(left.dtype)
+
+
+def _buffer(hidden: Tensor, head: Head | None, chunk: int) -> Tensor | None:
+    """Room for a chunk's logits on CPU, where fresh memory costs about as much as the arithmetic on it."""
+    if head is None or hidden.device.type != "cpu":
+        return None
+    if torch.is_autocast_enabled("cpu") or hidden.dtype != head.weight.dtype:
+        return None
+    return hidden.new_empty(min(chunk, hidden.shape[0]), head.weight.shape[0])
+
+
+def _rows(buffer: Tensor | None, states: Tensor) -> Tensor | None:
+    return None if buffer is None else buffer[: len(states)]
+
+
+def _chunk_loss(
+    kernel: Kernel, head: Head, logits: Tensor, targets: Sequence[Tensor], figures: dict[str, Tensor]
+) -> Tensor:
+    """The sum of the kernel's values over a chunk; `logits` become its gradient with respect to W h + b."""
+    total = logits.new_zeros((), dtype=torch.promote_types(torch.float32, logits.dtype))
+    rows = max(1, _BLOCK // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+    for learned, *others in zip(*(each.split(rows) for each in (logits, *targets)), strict=True):
+        block = learned.to(total.dtype)  # the block itself where it is wide already
+        slope = head.slope(block)
+        values, seen = kernel(block, *(each.to(total.dtype) if each.is_floating_point() else each for each in others))
+        if head.softcap is not None or head.scale != 1.0:
+            block.mul_(slope)
+        if block.dtype != learned.dtype:
+            learned.copy_(block)
+        total += values.sum()
+        for name, value in seen.items():
+            figures[name] = figures.get(name, 0) + value.sum()
+    return total
+
+
+def _reverse_kl_kernel(logits: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """KL(q || p): d/dz = q (log q - log p - KL)."""
-    log_q, log_p = shared_log_probs(logits, target)
-    q = log_q.exp()
-    difference = log_q - log_p
-    difference.masked_fill_(log_q == -torch.inf, 0.0)
+    log_q, difference = logits.log_softmax(-1), target.log_softmax(-1)
+    q = torch.exp(log_q, out=logits)
+    torch.sub(log_q, difference, out=difference)
     values = (q * difference).sum(-1)
-    gradient = difference.sub_(values[:, None]).mul_(q)
-    return values, gradient, {"entropy": _entropy(q, log_q)}
+    entropy = -log_q.mul_(q).sum(-1)
+    q.mul_(difference.sub_(values[:, None]))
+    return values, {"entropy": entropy}
 
 
-def _forward_kl_kernel(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def _forward_kl_kernel(logits: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """KL(p || q): d/dz = q - p."""
-    log_q, log_p = shared_log_probs(logits, target)
-    q = log_q.exp()
-    values = kl_from_log_probs(log_p, log_q)
-    entropy = _entropy(q, log_q)
-    return values, q.sub_(log_p.exp()), {"entropy": entropy}
+    log_q, log_p = logits.log_softmax(-1), target.log_softmax(-1)
+    q, p = torch.exp(log_q, out=logits), log_p.exp()
+    values = log_p.sub_(log_q).mul_(p).sum(-1)
+    entropy = -log_q.mul_(q).sum(-1)
+    q.sub_(p)
+    return values, {"entropy": entropy}
 
 
-def _cross_entropy_kernel(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def _cross_entropy_kernel(logits: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """-log q(y): d/dz = q - [y]."""
-    (log_q,) = shared_log_probs(logits)
+    log_q = logits.log_softmax(-1)
     values = -log_q.gather(-1, labels[:, None])[:, 0]
-    q = log_q.exp()
+    q = torch.exp(log_q, out=logits)
     entropy = _entropy(q, log_q)
-    gradient = q.scatter_add_(-1, labels[:, None], -torch.ones_like(values)[:, None])
-    return values, gradient, {"entropy": entropy}
+    q.scatter_add_(-1, labels[:, None], -torch.ones_like(values)[:, None])
+    return values, {"entropy": entropy}
 
 
 def _prompt_kernel(weight: float) -> Kernel:
-    with_absent_columns = _prompt_by_autograd(weight, "reverse", "reverse")
-
-    def kernel(logits: Tensor, student: Tensor, *plain: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def kernel(logits: Tensor, student: Tensor, *plain: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """KL(p || q) + λ KL(p || p0): d/dz = p (g - Σ p g), g = (1 + λ) log p - log q - λ log p0."""
-        if any(bool((each.amin(-1) == -torch.inf).any()) for each in (logits, student, *plain)):
-            return with_absent_columns(logits, student, *plain)  # where each term has columns of its own
-        log_p, log_q = shared_log_probs(logits, student)
-        p = log_p.exp()
-        g = log_p - log_q
-        to_student = (p * g).sum(-1)
+        log_p, g = logits.log_softmax(-1), student.log_softmax(-1)
+        p = torch.exp(log_p, out=logits)
+        torch.sub(log_p, g, out=g)
+        values = to_student = (p * g).sum(-1)
         figures = {"to_student": to_student}
-        values = to_student
         if plain:
-            away = log_p - shared_log_probs(plain[0])[0]
-            to_plain = (p * away).sum(-1)
-            figures["to_plain"] = to_plain
-            values = to_student + weight * to_plain
-            g = g.add_(away, alpha=weight)
-        gradient = g.sub_(values[:, None]).mul_(p)
-        return values, gradient, figures
+            away = log_p.sub_(plain[0].log_softmax(-1))
+            figures["to_plain"] = (p * away).sum(-1)
+            values = to_student + weight * figures["to_plain"]
+            g.add_(away, alpha=weight)
+        p.mul_(g.sub_(values[:, None]))
+        return values, figures
 
     return kernel
 
 
 def _by_autograd(objective: Objective) -> Kernel:
-    def kernel(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def kernel(logits: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.enable_grad():
             learner = logits.detach().requires_grad_()
             values = objective(learner, target)
             (gradient,) = torch.autograd.grad(values.sum(), learner)
         log_q, _ = shared_log_probs(logits, target)
-        return values.detach(), gradient, {"entropy": _entropy(log_q.exp(), log_q)}
+        entropy = _entropy(log_q.exp(), log_q)
+        logits.copy_(gradient)
+        return values.detach(), {"entropy": entropy}
 
     return kernel
 
 
 def _prompt_by_autograd(weight: float, student_direction: Direction, plain_direction: Direction) -> Kernel:
-    def kernel(logits: Tensor, student: Tensor, *plain: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def kernel(logits: Tensor, student: Tensor, *plain: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.enable_grad():
             learner = logits.detach().requires_grad_()
             to_student, to_plain = prompt_loss_terms(
@@ -281,7 +337,8 @@ def _prompt_by_autograd(weight: float, student_direction: Direction, plain_direc
         figures = {"to_student": to_student.detach()}
         if to_plain is not None:
             figures["to_plain"] = to_plain.detach()
-        return values.detach(), gradient, figures
+        logits.copy_(gradient)
+        return values.detach(), figures
 
     return kernel
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from promptkd.models.prepacked import prepacked_linears
-from promptkd.models.row_attention import reads_rows, rows_of
+from promptkd.models.row_cache import reads_rows, rows_of
 from tiny import ARCHITECTURES, tiny_model
 
 PROMPTS = ([5, 9, 11, 2, 40, 7, 7, 30, 12, 1], [3], [8, 8, 4, 60])

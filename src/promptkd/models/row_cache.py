@@ -18,9 +18,12 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
+from promptkd.models.packed import row_attention, softcapped_attention
+from promptkd.switches import switched_on
+
 __all__ = ["Rows", "reads_rows", "rows_of"]
 
-_NAME = "promptkd_rows"
+_NAME = "promptkd_row_cache"
 _reading: list["Rows"] = []  # the rows whose keys and values the running forward reads; the last one counts
 _known: weakref.WeakKeyDictionary[PreTrainedModel, bool] = weakref.WeakKeyDictionary()
 
@@ -94,69 +97,50 @@ class Rows:
         finally:
             _reading.pop()
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: "_How") -> Tensor:
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
         """Attention output (B, T, heads, D) of `query` (B, heads, T, D), B = 1 for whole rows and T = 1 for a step."""
-        if layer not in self._layers:
-            return self._attend_rows(layer, query, key, value, how)
-        held = self._layers[layer]
-        rows, column = query.shape[0], self.width - 1
-        held.keys[:rows, :, column] = key[:, :, 0]
-        held.values[:rows, :, column] = value[:, :, 0]
-        first = 0 if how.window is None else max(0, self.width - how.window)
-        keys, values = (each[:rows, :, first : self.width] for each in (held.keys, held.values))
+        index = int(module.layer_idx)  # type: ignore[arg-type]
+        if index not in self._layers:
+            self._layers[index] = self._stored(key[0], value[0])
+            ends = torch.tensor([0, *self.lengths]).cumsum(0)
+            how = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap}
+            return row_attention(module, query, key, value, None, cu_seq_lens_q=ends, **how)[0]  # type: ignore[arg-type]
+        layer, rows, column = self._layers[index], query.shape[0], self.width - 1
+        layer.keys[:rows, :, column] = key[:, :, 0]
+        layer.values[:rows, :, column] = value[:, :, 0]
+        first = 0 if sliding_window is None else max(0, self.width - sliding_window)
+        keys, values = (each[:rows, :, first : self.width] for each in (layer.keys, layer.values))
         assert self._absent is not None
         seen = ~self._absent[:, None, None, first : self.width]
         grouped = query.reshape(rows, keys.shape[1], -1, query.shape[-1])  # heads that share keys stand together
-        return how.attention(grouped, keys, values, seen).reshape(rows, 1, -1, value.shape[-1])
+        if softcap is None:
+            out = scaled_dot_product_attention(grouped, keys, values, seen, scale=scaling)
+        else:
+            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            out = softcapped_attention(grouped, keys, values, seen, scale=scale, softcap=softcap)
+        return out.reshape(rows, 1, -1, value.shape[-1])
 
-    def _attend_rows(self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: "_How") -> Tensor:
-        shape = (len(self.lengths), key.shape[1], self.width + self.room)
-        held = _Layer(key.new_empty(*shape, key.shape[-1]), value.new_empty(*shape, value.shape[-1]))
-        out = query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1])
-        start = 0
-        for row, length in enumerate(self.lengths):
-            part = slice(start, start + length)
-            place = slice(self.width - length, self.width)
-            held.keys[row, :, place] = key[0, :, part]
-            held.values[row, :, place] = value[0, :, part]
-            held.keys[row, :, : place.start] = held.values[row, :, : place.start] = 0  # not NaN under a weight of 0
-            seen = how.own_past(length, query.device)
-            attended = how.attention(query[:, :, part], key[:, :, part], value[:, :, part], seen)
-            out[0, part] = attended[0].transpose(0, 1)
-            start += length
-        self._layers[layer] = held
-        return out
-
-
-@dataclass(frozen=True)
-class _How:
-    """What an architecture does to its scores."""
-
-    scaling: float | None
-    window: int | None
-    softcap: float | None
-
-    def own_past(self, length: int, device: torch.device) -> Tensor | None:
-        """(length, length), which columns each position sees; None for all up to itself."""
-        if (self.window is None or self.window >= length) and self.softcap is None:
-            return None
-        seen = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-        return seen if self.window is None else seen.triu(1 - self.window)
-
-    def attention(self, query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None) -> Tensor:
-        """(B, heads, T, D); None as `seen` is causal attention."""
-        many = query.shape[1] != key.shape[1]
-        if self.softcap is None:
-            return scaled_dot_product_attention(
-                query, key, value, attn_mask=seen, is_causal=seen is None, scale=self.scaling, enable_gqa=many
-            )
-        assert seen is not None
-        if many:
-            key, value = (each.repeat_interleave(query.shape[1] // key.shape[1], 1) for each in (key, value))
-        scale = query.shape[-1] ** -0.5 if self.scaling is None else self.scaling
-        scores = torch.tanh(query @ key.transpose(-1, -2) * (scale / self.softcap)) * self.softcap
-        weights = scores.float().masked_fill(~seen, -torch.inf).softmax(-1).to(value.dtype)
-        return weights @ value
+    def _stored(self, key: Tensor, value: Tensor) -> _Layer:
+        """The buffers of a layer, with the rows' keys and values (G, S, D) in their places."""
+        rows, columns = len(self.lengths), self.width + self.room
+        # zeros, for what a row does not see is multiplied by a weight of 0, and NaN times 0 is NaN
+        keys, values = (each.new_zeros(rows, each.shape[0], columns, each.shape[-1]) for each in (key, value))
+        for row, (own_keys, own_values) in enumerate(
+            zip(key.split(self.lengths, 1), value.split(self.lengths, 1), strict=True)
+        ):
+            place = slice(self.width - self.lengths[row], self.width)
+            keys[row, :, place], values[row, :, place] = own_keys, own_values
+        return _Layer(keys, values)
 
 
 def _attention(
@@ -175,8 +159,8 @@ def _attention(
     # would see padding and every other row.
     if not _reading:
         raise RuntimeError("The attention of promptkd's rows was left on outside of a forward of promptkd.")
-    how = _How(scaling, sliding_window, softcap)
-    return _reading[-1].attend(module.layer_idx, query, key, value, how), None  # type: ignore[arg-type]
+    how = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap}
+    return _reading[-1].attend(module, query, key, value, **how), None  # type: ignore[arg-type]
 
 
 AttentionInterface.register(_NAME, _attention)
@@ -200,6 +184,8 @@ def rows_of(model: PreTrainedModel, room: int) -> Iterator[Rows]:
 
 def reads_rows(model: PreTrainedModel) -> bool:
     """Whether `Rows` gives this model's own hidden states, tried once on two rows and a step."""
+    if not switched_on("row_cache"):
+        return False
     kinds = model.config.get_text_config().to_dict().get("layer_types") or []
     if not set(kinds) <= {"full_attention", "sliding_attention"}:  # two short rows would not show another kind
         return False
