@@ -26,18 +26,20 @@ def compared_text(record: Results) -> str:
 
     Plain text without a control character, whatever the labels hold.
     """
-    blocks = [_block(record, pair, rows) for pair, rows in _pairs(record).items()]
+    columns = shutil.get_terminal_size((WIDTH_WITHOUT_TERMINAL, 24)).columns
+    blocks = [
+        [*_table(record, pair, rows), textwrap.fill(_sentence(pair, rows), columns)]
+        for pair, rows in _pairs(record).items()
+    ]
     heads, costs = cost_table([record])
     blocks += [_aligned([heads, *costs])] if costs else []
     said = set(compared_sentences(record))
-    columns = shutil.get_terminal_size((WIDTH_WITHOUT_TERMINAL, 24)).columns
     blocks += [[textwrap.fill(_plain(note), columns) for note in record.notes if note not in said]]
     return "\n\n".join("\n".join(block) for block in blocks if block)
 
 
-def _block(record: Results, pair: Pair, rows: Sequence[DifferenceRow]) -> list[str]:
-    table = _aligned([_HEAD, *(_cells(record, row) for row in rows)])
-    return [_heading(record, pair, rows), *table, _sentence(pair, rows)]
+def _table(record: Results, pair: Pair, rows: Sequence[DifferenceRow]) -> list[str]:
+    return [_heading(record, pair, rows), *_aligned([_HEAD, *(_cells(record, row) for row in rows)])]
 
 
 def compared_sentences(record: Results) -> list[str]:
