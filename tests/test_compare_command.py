@@ -69,7 +69,7 @@ def test_two_runs(runs, tmp_path, capsys):
     assert "sft against kd on validation (4 rows)" in ran.out
     assert "Cannot tell sft and kd apart on" in ran.out  # four rows never can
     assert any(note.startswith("On validation: Cannot tell sft and kd apart on") for note in results.notes)
-    assert "parameters" in ran.out
+    assert "Parameters" in ran.out
 
     ran = run(capsys, "compare", runs / "kd", runs / "sft", "--out", out)
     assert (ran.status, "exists. Replace it by --overwrite" in ran.err) == (2, True)
@@ -79,18 +79,35 @@ def test_two_runs(runs, tmp_path, capsys):
     assert "sft" in (tmp_path / "page.html").read_text()
 
 
-def test_results_of_evaluate(world, tmp_path, capsys):
+def test_results_of_evaluate(world, runs, tmp_path, capsys):
     def evaluated(name, model, *arguments):
-        request = ("evaluate", "--model", model, "--data", world.test, "--out", tmp_path / name, *LIMITS)
-        done(capsys, *request, *arguments)
+        request = ("evaluate", "--model", model, "--data", world.test, "--teacher", world.teacher, *LIMITS)
+        done(capsys, *request, "--out", tmp_path / name, *arguments)
         return tmp_path / name
 
-    student, teacher = evaluated("s.json", world.student), evaluated("t.json", world.teacher)
-    assert "teacher against student on test" in done(capsys, "compare", student, teacher).out
-    ran = done(capsys, "compare", f"small={student}", f"large={teacher}", "--metrics", "rouge_l")
+    seeds, out = ("--seeds", 10, 20), tmp_path / "comparison.json"
+    student, kd = evaluated("student.json", world.student, *seeds), evaluated("kd.json", runs / "kd", *seeds)
+    ran = done(capsys, "compare", student, kd, "--out", out)
+    assert "kd against student on test, sampled (5 rows, 2 seeds)" in ran.out
+    assert "kd against student on test, greedy (5 rows)" in ran.out
+    results = Results.read(out)
+    tested = [(each.data, each.metric) for each in results.differences]
+    assert [data for data, metric in tested if metric == "loss"] == ["test, sampled"]
+    assert [data for data, metric in tested if metric == "rouge_l"] == ["test, sampled", "test, greedy"]
+    assert ("test, sampled", "kl_to_teacher") in tested
+    measured = {"kd": Results.read(kd), "student": Results.read(student)}
+    for label, record in measured.items():  # the figures are those that evaluate reports
+        for theirs, ours in zip(
+            record.evaluations, [each for each in results.evaluations if each.model == label], strict=True
+        ):
+            for metric, figure in ours.metrics.items():
+                assert figure.value == pytest.approx(theirs.metrics[metric].value), metric
+    assert results.training == {"kd": Results.read(runs / "kd" / "results.json").training["kd"]}
+
+    ran = done(capsys, "compare", f"small={student}", f"large={kd}", "--metrics", "rouge_l")
     assert "large against small on test" in ran.out
     assert "Validation loss" not in ran.out
-    ran = run(capsys, "compare", student, evaluated("k.json", world.teacher, "--top-k", 3))
+    ran = run(capsys, "compare", student, evaluated("k.json", runs / "kd", *seeds, "--top-k", 3))
     assert ran.status == 2
     assert "top_k (0 and 3)" in ran.err
     assert not ran.out

@@ -10,7 +10,8 @@ from promptkd.errors import RequestError
 from promptkd.evaluation.comparison import compare
 from promptkd.evaluation.pairing import Candidate
 from promptkd.report.compared import compared_sentences, compared_text
-from promptkd.report.differences import verdict
+from promptkd.report.differences import difference_table, verdict
+from promptkd.report.sentences import comparison_sentences
 from promptkd.results import DataRecord, Evaluation, Metric, ModelRecord, Results, RowResult, Training
 
 SAMPLED = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 64}
@@ -418,10 +419,10 @@ def test_the_text_says_what_is_told_apart_and_what_is_not():
     lines = {line.split("  ")[0]: line.split() for line in text.splitlines()}
     rouge = lines["ROUGE-L, of 100"]
     assert rouge[-1] == "better"
-    assert "<0.001" in rouge
+    assert rouge[-4:-2] == ["<", "0.001"]
     assert lines["Exact match, of 100"][-4:] == ["cannot", "tell", "them", "apart"]
     assert "is better on ROUGE-L than kd. Cannot tell them apart on exact match." in text
-    assert lines["kd"] == ["kd", "1,234,567", "kd", "1,200", "4,321", "3.0", "GiB", "-"]
+    assert lines["kd"] == [*("kd", "1.23", "million", "kd", "1,200", "1", "h", "12", "min", "3.0", "GiB")]
     assert made.notes[0].split(".")[0] in text
     assert compared_sentences(results)[0].startswith("On test: promptkd")
     tied = results.model_copy(update={"differences": results.differences[1:]})
@@ -435,3 +436,10 @@ def test_an_adjusted_p_must_speak_too(p, expected):
     (found,) = compare([plain("a", [1, 2, 3]), plain("b", [3, 4, 6])], better).differences
     found.p_adjusted, found.difference = p, Metric(value=1, low=0.5, high=1.5)
     assert verdict(found) == expected
+
+
+def test_the_report_says_the_p_beside_an_interval_that_excludes_zero():
+    (found,) = compare([plain("a", [10, 20, 30, 40, 50]), plain("b", [11, 22, 36, 43, 58])], better).differences
+    (sentence,) = comparison_sentences(difference_table([Results(kind="compare", differences=[found])])).values()
+    assert sentence.startswith("b and a cannot be told apart on ROUGE-L (+4.0 [+1.8, ")
+    assert sentence.endswith("], adjusted p 0.062).")

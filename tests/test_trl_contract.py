@@ -84,7 +84,7 @@ FINETUNING_ATTRIBUTES = {"_total_train_tokens"}
 
 STATE = {
     *("best_global_step", "best_model_checkpoint", "global_step", "is_world_process_zero", "log_history", "max_steps"),
-    "save_to_json",
+    *("save_to_json", "stateful_callbacks"),
 }
 
 

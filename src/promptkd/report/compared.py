@@ -1,24 +1,24 @@
 """A comparison as plain text: a block a pair and data set, what it allows one to say, and what the models cost."""
 
-import math
 import shutil
 import textwrap
 from collections.abc import Sequence
 
 from rich.cells import cell_len
 
+from promptkd.report.cost import cost_table
 from promptkd.report.differences import DifferenceRow, difference_table
 from promptkd.report.escape import visible
-from promptkd.report.figures import estimate, in_order
+from promptkd.report.figures import effect, estimate, in_order, probability
+from promptkd.report.sentences import Pair, listed, paired
 from promptkd.results import Results
 
 __all__ = ["compared_sentences", "compared_text"]
 
 GAP = "  "
+_TYPED = str.maketrans("−–", "--")
 WIDTH_WITHOUT_TERMINAL = 100
 NONE = "-"
-Pair = tuple[str, str, str]
-"""Model, baseline, data set."""
 
 
 def compared_text(record: Results) -> str:
@@ -26,43 +26,37 @@ def compared_text(record: Results) -> str:
 
     Plain text without a control character, whatever the labels hold.
     """
+    columns = shutil.get_terminal_size((WIDTH_WITHOUT_TERMINAL, 24)).columns
     blocks = [
-        [
-            _heading(record, pair, rows),
-            *_aligned([_HEAD, *(_cells(record, row) for row in rows)]),
-            _sentence(pair, rows),
-        ]
+        [*_table(record, pair, rows), textwrap.fill(_sentence(pair, rows), columns)]
         for pair, rows in _pairs(record).items()
     ]
-    cost, said = _cost(record), set(compared_sentences(record))
-    blocks += [_aligned(cost)] if len(cost) > 1 else []
-    columns = shutil.get_terminal_size((WIDTH_WITHOUT_TERMINAL, 24)).columns
+    heads, costs = cost_table([record])
+    blocks += [_aligned([heads, *costs])] if costs else []
+    said = set(compared_sentences(record))
     blocks += [[textwrap.fill(_plain(note), columns) for note in record.notes if note not in said]]
     return "\n\n".join("\n".join(block) for block in blocks if block)
 
 
-def _block(record: Results, pair: Pair, rows: Sequence[DifferenceRow]) -> list[str]:
-    table = _aligned([_HEAD, *(_cells(record, row) for row in rows)])
-    return [_heading(record, pair, rows), *table, _sentence(pair, rows)]
+def _table(record: Results, pair: Pair, rows: Sequence[DifferenceRow]) -> list[str]:
+    return [_heading(record, pair, rows), *_aligned([_HEAD, *(_cells(record, row) for row in rows)])]
 
 
 def compared_sentences(record: Results) -> list[str]:
     """What can be said of every pair on every data set."""
-    return [f"On {pair[2]}: {_sentence(pair, rows)}" for pair, rows in _pairs(record).items()]
+    return [f"On {pair[0]}: {_sentence(pair, rows)}" for pair, rows in _pairs(record).items()]
 
 
 def _pairs(record: Results) -> dict[Pair, list[DifferenceRow]]:
-    pairs: dict[Pair, list[DifferenceRow]] = {}
-    for row in difference_table([record]):
-        pairs.setdefault((row.model, row.baseline, row.source.data), []).append(row)
     order = in_order(each.metric for each in record.differences)
+    pairs = paired(difference_table([record]))
     return {pair: sorted(rows, key=lambda row: order.index(row.source.metric)) for pair, rows in pairs.items()}
 
 
 def _sentence(pair: Pair, rows: Sequence[DifferenceRow]) -> str:
-    model, baseline, _ = pair
+    _, model, baseline = pair
     said = [
-        f"{word} on {_listed([row.figure.phrase for row in rows if row.verdict == word])}"
+        f"{word} on {listed([row.figure.phrase for row in rows if row.verdict == word])}"
         for word in ("better", "worse")
         if any(row.verdict == word for row in rows)
     ]
@@ -70,9 +64,9 @@ def _sentence(pair: Pair, rows: Sequence[DifferenceRow]) -> str:
     unknown = [row.figure.phrase for row in rows if row.verdict == "open"]
     parts = [f"{model} is {' and '.join(said)} than {baseline}."] if said else []
     if tied:
-        parts.append(f"Cannot tell {'them' if said else f'{model} and {baseline}'} apart on {_listed(tied)}.")
+        parts.append(f"Cannot tell {'them' if said else f'{model} and {baseline}'} apart on {listed(tied)}.")
     if unknown:
-        parts.append(f"No interval, and so no claim, on {_listed(unknown)}.")
+        parts.append(f"No interval, and so no claim, on {listed(unknown)}.")
     return _plain(" ".join(parts))
 
 
@@ -80,7 +74,7 @@ _HEAD = ["", "model", "baseline", "difference", "95 % interval", "p adj.", "effe
 
 
 def _heading(record: Results, pair: Pair, rows: Sequence[DifferenceRow]) -> str:
-    model, baseline, data = pair
+    data, model, baseline = pair
     counts = sorted({row.rows for row in rows if row.rows is not None})
     seeds = {len(each.decoding.get("seeds", [])) for each in record.evaluations if each.data == data}
     sizes = [f"{' to '.join(map(str, counts))} rows", *(f"{count} seeds" for count in sorted(seeds) if count > 1)]
@@ -95,8 +89,8 @@ def _cells(record: Results, row: DifferenceRow) -> list[str]:
         _value(record, row, row.baseline),
         row.value,
         row.interval or NONE,
-        _probability(found.p_adjusted),
-        NONE if found.effect_size is None else f"{found.effect_size:+.2f}",
+        probability(found.p_adjusted),
+        effect(found.effect_size),
         row.verdict if row.verdict in ("better", "worse") else _WORDS[row.verdict],
     ]
 
@@ -109,26 +103,6 @@ def _value(record: Results, row: DifferenceRow, label: str) -> str:
         if (each.model, each.data) == (label, row.source.data) and row.source.metric in each.metrics:
             return estimate(row.figure, each.metrics[row.source.metric].model_copy(update={"low": None}))[0]
     return NONE
-
-
-def _probability(value: float | None) -> str:
-    if value is None or math.isnan(value):
-        return NONE
-    return "<0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def _cost(record: Results) -> list[list[str]]:
-    lines = [["", "parameters", "method", "steps", "seconds", "memory", "tokens/s"]]
-    for label in dict.fromkeys([*record.models, *record.training]):
-        size = f"{record.models[label].parameters:,}" if label in record.models else NONE
-        cells = [NONE] * 5
-        if label in record.training:
-            known = record.training[label]
-            speed = NONE if known.tokens_per_second is None else f"{known.tokens_per_second:,.0f}"
-            memory = f"{known.peak_memory_bytes / 2**30:.1f} GiB"
-            cells = [known.method, f"{known.steps:,}", f"{known.seconds:,.0f}", memory, speed]
-        lines.append([label, size, *cells])
-    return lines
 
 
 def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
@@ -147,8 +121,4 @@ def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _plain(text: str) -> str:
-    return visible(" ".join(text.split())).replace("−", "-")
-
-
-def _listed(parts: Sequence[str]) -> str:
-    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + f" and {parts[-1]}"
+    return visible(" ".join(text.split())).translate(_TYPED)
