@@ -83,7 +83,15 @@ DISTILLATION_ATTRIBUTES = {
 FINETUNING_ATTRIBUTES = {"_total_train_tokens"}
 
 STATE = {
-    *("best_global_step", "best_model_checkpoint", "global_step", "is_world_process_zero", "log_history", "max_steps"),
+    *(
+        "best_global_step",
+        "best_model_checkpoint",
+        "global_step",
+        "is_world_process_zero",
+        "log_history",
+        "max_steps",
+        "stateful_callbacks",
+    ),
     *("save_to_json", "stateful_callbacks"),
 }
 

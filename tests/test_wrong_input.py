@@ -200,16 +200,24 @@ CASES = {
     "layers of the demo": Case(("demo", "--layers", 31, "--out", "OUT"), "--layers must lie between 1 and 30"),
     # report
     "no runs": Case(("report", "--out", "OUT"), "RUNS is missing"),
-    "no results": Case(("report", "W/notes", "--out", "OUT"), "Expected a results file at W/notes/results.json"),
-    "no such run": Case(("report", "W/none", "--out", "OUT"), "Expected a results file at W/none"),
-    "broken results": Case(("report", "W/broken-run", "--out", "OUT"), "W/broken-run/results.json is not a results"),
-    "results of something else": Case(("report", "W/other-run", "--out", "OUT"), "is not a results record"),
-    "page that exists": Case(("report", "W/notes", "--out", "W/file"), "W/file exists"),
+    "no results": Case(
+        ("report", "W/notes", "--out", "OUT", "--format", "html"), "Expected a results file at W/notes/results.json"
+    ),
+    "no such run": Case(("report", "W/none", "--out", "OUT", "--format", "html"), "Expected a results file at W/none"),
+    "broken results": Case(
+        ("report", "W/broken-run", "--out", "OUT", "--format", "html"), "W/broken-run/results.json is not a results"
+    ),
+    "results of something else": Case(
+        ("report", "W/other-run", "--out", "OUT", "--format", "html"), "is not a results record"
+    ),
+    "page that exists": Case(("report", "W/notes", "--out", "W/file", "--format", "html"), "W/file exists"),
 }
 
 CASES |= {
     "damaged model": Case(generate(model="W/damaged"), "language model from W/damaged", loads=True),
-    "results that are no text": Case(("report", "W/binary-run", "--out", "OUT"), "W/binary-run/results.json"),
+    "results that are no text": Case(
+        ("report", "W/binary-run", "--out", "OUT", "--format", "html"), "W/binary-run/results.json"
+    ),
     "negative learning rate in sft": Case(sft("--learning-rate=-1"), "learning_rate must be 0 or more"),
     "unknown schedule of the prompt": Case(distill("--prompt_lr_scheduler_type", "cosin"), "prompt_lr_scheduler_type"),
     "no accumulation": Case(distill("--gradient_accumulation_steps", 0), "gradient_accumulation_steps"),
