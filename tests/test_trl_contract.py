@@ -90,9 +90,9 @@ STATE = {
         "is_world_process_zero",
         "log_history",
         "max_steps",
+        "save_to_json",
         "stateful_callbacks",
     ),
-    *("save_to_json", "stateful_callbacks"),
 }
 
 
