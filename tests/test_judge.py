@@ -257,6 +257,14 @@ def test_retry_after_holds_for_all(capsys, student):
     assert min(gaps) >= 0.3
 
 
+def test_a_server_that_asks_for_a_day_is_not_waited_for(capsys, student):
+    with judge_server(fault=lambda question, number: "tomorrow") as server:
+        ran = run(capsys, *request(server, student, "--limit", 3))
+    assert ran.status == 1
+    assert len(server.questions) == 3
+    assert "to ask again in 86400 s, which is too long" in ran.err
+
+
 def test_the_forms_of_retry_after():
     assert [_retry_after(each) for each in (None, "2", "0.5", "-3", "soon", "nan", "")] == [0, 2, 0.5, 0, 0, 0, 0]
     assert _retry_after(formatdate(time.time() + 30, usegmt=True)) == pytest.approx(30, abs=2)

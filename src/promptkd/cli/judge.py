@@ -204,7 +204,8 @@ def _provenance(options: Options, models: "dict[str, dict[int, Answer]]") -> "di
     answers, *_ = models.values()
     sha256 = requests_sha256(answers.values())
     records = {options.data_label: DataRecord(path=str(options.responses), rows=len(answers), sha256=sha256)}
-    for label, path in zip(models, (options.responses, options.against), strict=False):  # --against may be none
+    paths = [path for path in (options.responses, options.against) if path is not None]
+    for label, path in zip(models, paths, strict=True):
         records[f"answers of {label}"] = data_record(str(path), len(answers), 0)
     return records
 
