@@ -92,6 +92,8 @@ class _Handler(BaseHTTPRequestHandler):
         echo = json.dumps({"error": {"message": f"You sent {self.headers['Authorization']}", "code": "no"}})
         if fault == "429":
             self.send(429, echo, retry_after="0.3")
+        elif fault == "tomorrow":
+            self.send(429, echo, retry_after="86400")
         elif fault.isdigit():
             self.send(int(fault), echo)
         elif fault == "garbage":

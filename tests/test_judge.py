@@ -140,7 +140,7 @@ def test_settings_that_the_endpoint_does_not_know_are_left_out(capsys, student):
 def preferences(question: str, number: int) -> str:
     """By row: the model wins, loses, ties in both orders, depends on the order twice, or says nothing once or twice."""
     said, one, _ = parts(question)
-    row, model_first = int(said[4:-1]), one.startswith("a")
+    row, model_first = int(re.findall(r"Say (\d+)", said)[0]), one.startswith("a")
     mine, others = ("1", "2") if model_first else ("2", "1")
     return {
         0: mine,
@@ -190,6 +190,30 @@ def test_labels_limit_and_a_prompt_file(tmp_path, capsys, student):
     (evaluation,) = record(student).evaluations
     assert (evaluation.model, evaluation.data, len(evaluation.samples)) == ("mine", "dolly", 3)
     assert all(question.startswith("[Request]") for question in server.questions)
+
+
+def test_requests_from_the_data_stand_without_their_template(tmp_path, capsys, student):
+    lines = [{"instruction": f"Say {row}.", "input": "Loud." * (row % 2), "output": "r"} for row in range(14)]
+    lines[3] = {"messages": [{"role": "user", "content": "Say 3."}, {"role": "assistant", "content": "r"}]}
+    lines[4] = {"prompt": "Say 4.", "completion": "r"}
+    talk = [{"role": role, "content": text} for role, text in (("user", "Hi"), ("assistant", "Ho"), ("user", "Say 5."))]
+    lines[5] = {"prompt": talk, "completion": [{"role": "assistant", "content": "r"}]}
+    data = write_rows(tmp_path / "dolly.jsonl", lines)
+    rendered = [{**each, "prompt": f"<|user|>{each['prompt']}\n\nLoud.<|end|>HiHo"} for each in answer_rows(12)]
+    write_rows(student, rendered)
+    other = [{**each, "prompt": f"### {each['prompt']} Loud. HiHo"} for each in answer_rows(12, letter="b")]
+    other = write_rows(tmp_path / "teacher.jsonl", other)
+    with judge_server(preferences) as server:
+        assert "12 rows have another prompt there" in run(capsys, *request(server, student, "--against", other)).err
+        done(capsys, *request(server, student, "--against", other, "--data", data))
+    asked = {parts(question)[0] for question in server.questions}
+    one_line = {"Say 3.", "Say 4.", *(f"Say {row}." for row in range(0, 12, 2))}
+    talked = {"user: Hi\n\nassistant: Ho\n\nuser: Say 5."}
+    assert asked == one_line | talked | {f"Say {row}.\n\nLoud." for row in (1, 7, 9, 11)}
+    results = record(student)
+    assert results.evaluations[0].data == "dolly"
+    assert results.evaluations[0].samples[1].prompt == "Say 1.\n\nLoud."
+    assert (results.data["dolly"].path, results.data["dolly"].rows) == (str(data), 12)
 
 
 def test_what_cannot_be_read_is_kept_and_enters_no_mean(capsys, student):
@@ -255,6 +279,14 @@ def test_retry_after_holds_for_all(capsys, student):
     assert len(server.questions) == 13
     gaps = [time - server.times[0] for time in after if time - before[0] > 0.02]
     assert min(gaps) >= 0.3
+
+
+def test_a_server_that_asks_for_a_day_is_not_waited_for(capsys, student):
+    with judge_server(fault=lambda question, number: "tomorrow") as server:
+        ran = run(capsys, *request(server, student, "--limit", 3))
+    assert ran.status == 1
+    assert len(server.questions) == 3
+    assert "to ask again in 86400 s, which is too long" in ran.err
 
 
 def test_the_forms_of_retry_after():
@@ -326,7 +358,8 @@ def test_single_failures_are_asked_for_by_the_next_run(tmp_path, capsys, student
         broken.clear()
         before = len(server.questions)
         done(capsys, *request(server, student))
-        assert [parts(question)[0] for question in server.questions[before:]] == ["Say 3.", "Say 7."]
+        assert {parts(question)[0] for question in server.questions[before:]} == {"Say 3.", "Say 7."}
+        assert len(server.questions) == before + 2
     assert record(student).evaluations[0].metrics["judge_score"].rows == 12
 
 
@@ -521,6 +554,8 @@ WRONG = {
     "no references": (("--responses", "W/bare.jsonl"), "2 of 3 rows hold no reference"),
     "other rows": (("--against", "W/fewer.jsonl"), "but 3 of its 12 rows are missing there, 1 rows have another"),
     "more rows": (("--responses", "W/three.jsonl", "--against", "W/student.jsonl"), "9 further rows are there"),
+    "data that is too short": (("--data", "W/two.jsonl"), "10 of 12 rows are not in"),
+    "other data": (("--data", "W/other.jsonl"), "12 of 12 rows hold another request than their prompt"),
     "no prompt": (("--prompt-file", "W/none.txt"), "Expected the judge's prompt in W/none.txt"),
     "a file that exists": (("--out", "W/rows.jsonl"), "W/rows.jsonl exists. Replace it by --overwrite"),
     "a folder": (("--out", "W"), "--out must be a file, and W is a folder"),
@@ -538,6 +573,8 @@ def test_wrong_requests(tmp_path, capsys, name):
     write_rows(tmp_path / "bare.jsonl", [rows[0], *({**each, "references": []} for each in rows[1:3])])
     write_rows(tmp_path / "fewer.jsonl", [{**rows[0], "prompt": "?"}, *rows[1:9]])
     write_rows(tmp_path / "three.jsonl", rows[:3])
+    write_rows(tmp_path / "two.jsonl", [{"instruction": f"Say {row}."} for row in range(2)])
+    write_rows(tmp_path / "other.jsonl", [{"instruction": "Sing."}] * 12)
     (tmp_path / "numbers.jsonl").write_text("1\n2\n")
     arguments = [
         str(each).replace("W", str(tmp_path), 1) if str(each).startswith("W") else each for each in WRONG[name][0]

@@ -16,13 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
-
     from promptkd.evaluation.endpoint import Endpoint
     from promptkd.evaluation.judge_answers import Answer
     from promptkd.evaluation.judge_prompts import Task
-    from promptkd.evaluation.verdict_log import Key, Verdict, VerdictLog
-    from promptkd.results import DataRecord, Metric
+    from promptkd.evaluation.verdict_log import VerdictLog
+    from promptkd.results import DataRecord
 
 
 @dataclass
@@ -41,8 +39,10 @@ class Options:
     """Name of the model; by default the file's."""
     against_label: str | None = None
     """Name of the other model; by default the file's."""
-    data_label: str = "requests"
-    """Name of the data set in tables and reports."""
+    data: str | None = None
+    """The data the answers were made from: the judge is then shown its requests, without the template around them."""
+    data_label: str | None = None
+    """Name of the data set in tables and reports; by default that of --data, else "requests"."""
     prompt_file: Path | None = None
     """Text to ask with, in place of the one that ships; it must hold {{ request }}, {{ first }} and {{ second }}."""
     limit: int | None = None
@@ -73,6 +73,8 @@ def run(options: Options, training: dict[str, Any]) -> None:
     import hashlib
     import time
 
+    from promptkd.cli.judging import ask_missing, cost_sentence
+    from promptkd.cli.measuring import label_of
     from promptkd.cli.options import merged_config
     from promptkd.cli.session import say
     from promptkd.evaluation.endpoint import check_client
@@ -91,17 +93,18 @@ def run(options: Options, training: dict[str, Any]) -> None:
     questions = questions_about(list(models.values()), prompt)
     log = _log(options, task, endpoint, prompt)
     start = time.monotonic()
-    _ask(task, endpoint, questions, log, options.concurrency)
+    ask_missing(task, endpoint, questions, log, options.concurrency)
     log.finish()
     verdicts = {key: log.verdicts[key] for key in questions}
+    data = options.data_label or ("requests" if options.data is None else label_of(options.data))
     asked = {"judge": endpoint.model, **endpoint.fields, "prompt": hashlib.sha256(prompt.encode()).hexdigest()[:12]}
     results = Results(kind="judge", config=merged_config(options, {}), metrics=token_cost(verdicts.values()))
-    results.evaluations, results.differences = judge_results(models, verdicts, data=options.data_label, asked=asked)
-    results.data = _provenance(options, models)
+    results.evaluations, results.differences = judge_results(models, verdicts, data=data, asked=asked)
+    results.data = _provenance(options, data, models)
     results.notes = judge_notes(verdicts.values(), judge=f"{endpoint.model} at {endpoint.url}")
     results.write(options.out)
     print(terminal_table([results]))
-    say(f"{_cost(verdicts.values(), results.metrics)}; {time.monotonic() - start:.1f} s.")
+    say(f"{cost_sentence(verdicts.values(), results.metrics)}; {time.monotonic() - start:.1f} s.")
     say(f"What the judge wrote is in {log.path}.")
 
 
@@ -176,16 +179,20 @@ def _key(variable: str | None) -> str | None:
 
 def _answers(options: Options) -> "dict[str, dict[int, Answer]]":
     """The answers of one model, or of two to the same requests, by label."""
-    from promptkd.evaluation.judge_answers import check_same_requests, read_answers
+    from promptkd.evaluation.judge_answers import check_same_requests, read_answers, with_requests
 
-    answers = read_answers(options.responses, limit=options.limit)
-    models = {_label(options.responses, options.label): answers}
+    models = {_label(options.responses, options.label): read_answers(options.responses, limit=options.limit)}
+    (answers,) = models.values()
     if options.against is not None:
         others = read_answers(options.against)
         if options.limit is not None:
             others = {row: answer for row, answer in others.items() if row in answers}
-        check_same_requests(answers, others, (str(options.responses), str(options.against)))
         models[_label(options.against, options.against_label)] = others
+    if options.data is not None:
+        models = {label: with_requests(each, options.data) for label, each in models.items()}
+    if options.against is not None:
+        ours, theirs = models.values()
+        check_same_requests(ours, theirs, (str(options.responses), str(options.against)))
     return models
 
 
@@ -195,7 +202,7 @@ def _label(path: Path, given: str | None) -> str:
     return given or label_of(str(path))
 
 
-def _provenance(options: Options, models: "dict[str, dict[int, Answer]]") -> "dict[str, DataRecord]":
+def _provenance(options: Options, data: str, models: "dict[str, dict[int, Answer]]") -> "dict[str, DataRecord]":
     """The files of answers, and the requests: their hash is the same for every model that was asked the same."""
     from promptkd.cli.session import data_record
     from promptkd.evaluation.judge_answers import requests_sha256
@@ -203,14 +210,17 @@ def _provenance(options: Options, models: "dict[str, dict[int, Answer]]") -> "di
 
     answers, *_ = models.values()
     sha256 = requests_sha256(answers.values())
-    records = {options.data_label: DataRecord(path=str(options.responses), rows=len(answers), sha256=sha256)}
-    for label, path in zip(models, (options.responses, options.against), strict=False):  # --against may be none
+    source = options.data or str(options.responses)
+    records = {data: DataRecord(path=source, rows=len(answers), sha256=sha256)}
+    paths = [path for path in (options.responses, options.against) if path is not None]
+    for label, path in zip(models, paths, strict=True):
         records[f"answers of {label}"] = data_record(str(path), len(answers), 0)
     return records
 
 
 def _log(options: Options, task: "Task", endpoint: "Endpoint", prompt: str) -> "VerdictLog":
     """The verdicts there are, under settings on which a verdict depends; how patiently one asks is not among them."""
+    from promptkd.cli.session import data_record
     from promptkd.evaluation.verdict_log import VerdictLog
     from promptkd.results import file_sha256
 
@@ -221,6 +231,7 @@ def _log(options: Options, task: "Task", endpoint: "Endpoint", prompt: str) -> "
         **endpoint.fields,
         "responses_sha256": file_sha256(options.responses),
         "against_sha256": None if options.against is None else file_sha256(options.against),
+        "data": None if options.data is None else data_record(options.data, 0, 0).sha256 or options.data,
         "prompt": prompt,
     }
     return VerdictLog(_log_path(options), settings, overwrite=options.overwrite)
@@ -228,68 +239,3 @@ def _log(options: Options, task: "Task", endpoint: "Endpoint", prompt: str) -> "
 
 def _log_path(options: Options) -> Path:
     return options.out.with_name(f"{options.out.stem}-verdicts.jsonl")
-
-
-def _ask(task: "Task", endpoint: "Endpoint", questions: "dict[Key, str]", log: "VerdictLog", concurrency: int) -> None:
-    """Ask what is missing from the log. Raises where an answer is missing in the end."""
-    from promptkd.cli.session import progress_lines, say
-    from promptkd.errors import PromptKDError
-    from promptkd.evaluation.asking import ask_all
-    from promptkd.evaluation.endpoint import Refusal, Reply
-    from promptkd.evaluation.judge import verdict_of
-
-    missing = {key: question for key, question in questions.items() if key not in log.verdicts}
-    held = done = len(questions) - len(missing)
-    if held:
-        say(f"{held} of {len(questions)} verdicts are in {log.path} already.")
-    tell = progress_lines("Judging", len(questions))
-
-    def take(key: "Key", outcome: Reply | Refusal) -> None:
-        nonlocal done
-        log.add(verdict_of(task, key, outcome))
-        done += 1
-        tell("verdicts", done)
-
-    try:
-        failed = ask_all(endpoint, missing, take, concurrency=concurrency, proven=held > 0, on_wait=_wait_lines())
-    except PromptKDError as error:
-        raise PromptKDError(f"{error} {_kept(done, log)}") from None
-    finally:
-        log.close()
-    if failed:
-        *_, reason = failed.values()
-        raise PromptKDError(
-            f"{len(failed)} of {len(questions)} requests were not answered, the last for: {reason}. {_kept(done, log)}"
-        )
-
-
-def _kept(done: int, log: "VerdictLog") -> str:
-    if not done:
-        return "No verdict was had."
-    return f"{done} verdicts are kept in {log.path}; the same command asks for the others."
-
-
-def _cost(verdicts: "Collection[Verdict]", metrics: "Mapping[str, Metric]") -> str:
-    unread = sum(each.model is None for each in verdicts)
-    said = f"{unread} of {len(verdicts)} verdicts could not be read"
-    if not metrics:
-        return f"{said}; the endpoint counts no tokens"
-    spent = [f"{metrics[name].value:.0f}" for name in ("judge_prompt_tokens", "judge_completion_tokens")]
-    return f"{said}; {spent[0]} prompt and {spent[1]} completion tokens"
-
-
-def _wait_lines(every: float = 10.0) -> "Callable[[str, float], None]":
-    """A callback that says why a request waits, at most every `every` seconds."""
-    import time
-
-    from promptkd.cli.session import say
-
-    last = -every
-
-    def tell(reason: str, seconds: float) -> None:
-        nonlocal last
-        if time.monotonic() - last >= every:
-            say(f"Asking again in {seconds:.1f} s: {reason}.")
-            last = time.monotonic()
-
-    return tell

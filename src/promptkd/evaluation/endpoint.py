@@ -158,7 +158,9 @@ class Asker:
                 return await self._attempt(question)
             except _FailureError as failure:
                 reason = str(failure)
-                if attempt == self.endpoint.retries or failure.wait > _LONGEST_RETRY_AFTER:
+                if failure.wait > _LONGEST_RETRY_AFTER:
+                    return Unanswered(f"{reason} (and to ask again in {failure.wait:.0f} s, which is too long)")
+                if attempt == self.endpoint.retries:
                     break
                 pause = min(self.endpoint.backoff * 2**attempt, _LONGEST_PAUSE) * random.uniform(0.5, 1.0)
                 if failure.wait:

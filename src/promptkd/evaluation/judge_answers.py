@@ -4,13 +4,14 @@ import hashlib
 import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, StrictInt, ValidationError
 
-from promptkd.data.sources import read_objects
+from promptkd.data.rows import Instruction, Request
+from promptkd.data.sources import read_examples, read_objects
 from promptkd.errors import RequestError
 from promptkd.evaluation.judge_prompts import fill_prompt
 from promptkd.evaluation.verdict_log import Key
@@ -21,6 +22,7 @@ __all__ = [
     "questions_about",
     "read_answers",
     "requests_sha256",
+    "with_requests",
 ]
 
 
@@ -78,6 +80,42 @@ def _no_answer(location: str, reason: str) -> RequestError:
         f"{location}: expected row, prompt, references, and response or completion, as `promptkd evaluate` and "
         f"`promptkd generate` write them: {reason}."
     )
+
+
+def with_requests(answers: Mapping[int, Answer], source: str) -> dict[int, Answer]:
+    """The answers with the requests of the data set they answer in place of their prompts: no template around them.
+
+    Raises:
+        RequestError: `source` lacks a row, or a row's request does not stand in its prompt.
+    """
+    requests = {example.row: _request_text(example.request) for example in read_examples(source)}
+    missing = sum(row not in requests for row in answers)
+    if missing:
+        raise RequestError(f"{missing} of {len(answers)} rows are not in {source}. Give the data they were made from.")
+    strange = sum(_flat(requests[row][1]) not in _flat(answer.prompt) for row, answer in answers.items())
+    if strange:
+        raise RequestError(
+            f"{strange} of {len(answers)} rows hold another request than their prompt in {source}. "
+            "Give the data they were made from."
+        )
+    return {row: replace(answer, prompt=requests[row][0]) for row, answer in answers.items()}
+
+
+def _request_text(request: Request) -> tuple[str, str]:
+    """The request as a person would read it, and the part of it that stands in every rendering."""
+    if isinstance(request, str):
+        return request, request
+    if isinstance(request, Instruction):
+        parts = [part for part in (request.instruction, request.input) if part.strip()]
+        return "\n\n".join(parts), request.instruction
+    last = str(request[-1]["content"])
+    if len(request) == 1:
+        return last, last
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in request), last
+
+
+def _flat(text: str) -> str:
+    return " ".join(text.split())
 
 
 def check_same_requests(answers: Mapping[int, Answer], others: Mapping[int, Answer], names: tuple[str, str]) -> None:
