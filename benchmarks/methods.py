@@ -38,8 +38,10 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--steps", default="10")
     parser.add_argument("--batch-size", default="4")
-    parser.add_argument("--rows", default="200", help="training rows")
-    parser.add_argument("--eval-rows", default="24", help="validation rows")
+    parser.add_argument("--rows", default="200", help="training rows, likewise")
+    parser.add_argument(
+        "--eval-rows", default="120", help="validation rows, before those over a length limit are dropped"
+    )
     parser.add_argument("--rate", default="5e-5")
     parser.add_argument("--template", default=TEMPLATE)
     given = parser.parse_args()
