@@ -46,7 +46,7 @@ def _has_row_attention(inner: PreTrainedModel) -> bool:
     """Whether attention can be told where rows end: what transformers says of a class for flash attention."""
     if inner.get_input_embeddings().weight.device.type == "cpu":
         # Recomputed activations are computed after the pack, when `row_attention` is no longer in place.
-        recomputes = inner.is_gradient_checkpointing and torch.is_grad_enabled()
+        recomputes = inner.is_activation_checkpointing and torch.is_grad_enabled()
         return inner._supports_flash_attn and not recomputes
     return "flash_attention" in str(inner.config._attn_implementation)
 

@@ -90,6 +90,7 @@ def chunked_objective(
     teacher_head: Head,
     *,
     chunk: int = 256,
+    kept_logits: list[Tensor] | None = None,
 ) -> ChunkedLoss:
     """Sum over tokens of `objective(student_logits, teacher_logits)`.
 
@@ -98,6 +99,7 @@ def chunked_objective(
         student_hidden: (N, H_s). It and the student's head receive gradients.
         teacher_hidden: (N, H_t), constant.
         chunk: tokens at a time.
+        kept_logits: the student's logits as `chunked_prompt_loss` kept them, used up here; None projects anew.
 
     Returns:
         The sum, and the figure "entropy" of the student, summed, in nats.
@@ -105,7 +107,8 @@ def chunked_objective(
     heads = (student_head, teacher_head)
     plain = objective not in _KERNELS or any(head.has_absent_words for head in heads)
     kernel = _by_autograd(objective) if plain else _KERNELS[objective]
-    return _run(kernel, student_hidden, student_head, [(teacher_hidden, teacher_head)], chunk)
+    student = _Source(student_hidden, student_head, read=kept_logits)
+    return _run(kernel, student, [_Source(teacher_hidden, teacher_head)], chunk)
 
 
 def chunked_prompt_loss(
@@ -120,30 +123,65 @@ def chunked_prompt_loss(
     student_direction: Direction = "reverse",
     plain_direction: Direction = "reverse",
     chunk: int = 256,
+    kept_logits: list[Tensor] | None = None,
 ) -> ChunkedLoss:
     """Sum over tokens of `prompt_loss`; only `prompted_hidden` (and a teacher's head that is trained) gets a gradient.
 
     Args:
         prompted_hidden, plain_hidden: (N, H_t) of the teacher with its adapter and without.
         student_hidden: (N, H_s).
+        kept_logits: a list to which the student's logits are added, chunk by chunk, for `chunked_objective`.
 
     Returns:
         The sum, and its two terms "to_student" and (with `plain_hidden`) "to_plain", summed, unweighted.
     """
-    targets = [(student_hidden, student_head)]
+    targets = [_Source(student_hidden, student_head, kept=kept_logits)]
     if plain_hidden is not None:
-        targets.append((plain_hidden, plain_head))
+        targets.append(_Source(plain_hidden, plain_head))
     both_reverse = student_direction == plain_direction == "reverse"
     if both_reverse and not any(head.has_absent_words for head in (prompted_head, student_head, plain_head)):
         kernel = _prompt_kernel(weight)
     else:
         kernel = _prompt_by_autograd(weight, student_direction, plain_direction)
-    return _run(kernel, prompted_hidden, prompted_head, targets, chunk)
+    return _run(kernel, _Source(prompted_hidden, prompted_head), targets, chunk)
 
 
-def _run(kernel: Kernel, hidden: Tensor, head: Head, targets: Sequence[tuple[Tensor, Head]], chunk: int) -> ChunkedLoss:
+class _Source:
+    """Logits of one model, a chunk of tokens at a time.
+
+    On CPU they stand in one buffer, since fresh memory costs about as much there as the arithmetic on it.
+
+    Args:
+        hidden: (N, H).
+        kept: a list that gets every chunk to keep.
+        read: a list of chunks that were kept, which takes the place of the head.
+    """
+
+    def __init__(
+        self, hidden: Tensor, head: Head, *, kept: list[Tensor] | None = None, read: list[Tensor] | None = None
+    ):
+        self.hidden, self.head, self._kept, self._read = hidden, head, kept, read
+        self._buffer: Tensor | None = None
+
+    def logits(self, part: slice) -> Tensor:
+        """(C, V), the caller's to write over unless they are kept."""
+        if self._read is not None:
+            return self._read.pop(0)
+        hidden = self.hidden[part]
+        if self._kept is not None:
+            self._kept.append(self.head.logits(hidden))
+            return self._kept[-1]
+        if hidden.device.type != "cpu" or torch.is_autocast_enabled("cpu") or hidden.dtype != self.head.weight.dtype:
+            return self.head.logits(hidden)
+        if self._buffer is None:
+            self._buffer = hidden.new_empty(len(hidden), self.head.weight.shape[0])
+        return self.head.logits(hidden, out=self._buffer[: len(hidden)])
+
+
+def _run(kernel: Kernel, learner: _Source, targets: Sequence[_Source], chunk: int) -> ChunkedLoss:
     figures: dict[str, Tensor] = {}
-    total = _Chunked.apply(hidden, head.weight, head.bias, head, targets, kernel, chunk, figures)
+    head = learner.head
+    total = _Chunked.apply(learner.hidden, head.weight, head.bias, learner, targets, kernel, chunk, figures)
     return ChunkedLoss(total, figures)
 
 
@@ -156,8 +194,8 @@ class _Chunked(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        head: Head,
-        targets: Sequence[tuple[Tensor, Head]],
+        learner: _Source,
+        targets: Sequence[_Source],
         kernel: Kernel,
         chunk: int,
         figures: dict[str, Tensor],
@@ -167,14 +205,10 @@ class _Chunked(torch.autograd.Function):
         weight_gradient = torch.zeros_like(weight) if needs_weight else None
         bias_gradient = torch.zeros_like(bias) if needs_bias and bias is not None else None
         total = torch.zeros((), dtype=torch.promote_types(torch.float32, hidden.dtype), device=hidden.device)
-        buffers = [_buffer(state, each, chunk) for state, each in [(hidden, head), *targets]]
         for first in range(0, hidden.shape[0], chunk):
             part = slice(first, first + chunk)
-            logits, *others = (
-                each.logits(state[part], None if buffer is None else buffer[: len(state[part])])
-                for (state, each), buffer in zip([(hidden, head), *targets], buffers, strict=True)
-            )
-            total += _chunk_loss(kernel, head, logits, others, figures)  # from here on `logits` is the gradient
+            logits, *others = (each.logits(part) for each in (learner, *targets))
+            total += _chunk_loss(kernel, learner.head, logits, others, figures)  # `logits` becomes the gradient
             if hidden_gradient is not None:
                 hidden_gradient[part] = logits @ weight.to(logits.dtype)
             if weight_gradient is not None:
@@ -196,13 +230,6 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left, right)
     else:
         total += left @ right.to(left.dtype)
-
-
-def _buffer(hidden: Tensor, head: Head, chunk: int) -> Tensor | None:
-    """Room for a chunk's logits on CPU, where fresh memory costs about as much as the arithmetic on it."""
-    if hidden.device.type != "cpu" or torch.is_autocast_enabled("cpu") or hidden.dtype != head.weight.dtype:
-        return None
-    return hidden.new_empty(min(chunk, hidden.shape[0]), head.weight.shape[0])
 
 
 def _chunk_loss(

@@ -1,6 +1,7 @@
 """The second third of an optimiser step: the teacher's adapter, its optimiser, and what a checkpoint holds of them."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from promptkd.models import SoftPrompt, count_parameters, response_hidden
 from promptkd.models.adapters import FullTeacher, LoraTeacher, OnlineTeacher, SoftPromptAdapter, TeacherAdapter
 from promptkd.objectives import regularizer_weight
 from promptkd.objectives.linear import ChunkedLoss
+from promptkd.switches import switched_on
 
 if TYPE_CHECKING:
     from trl import DistillationTrainer as _Trainer  # what this class is mixed into
@@ -40,6 +42,9 @@ class TeacherTuning(_Trainer):
     adapter_scheduler: Any
     vocabulary: int
     _forward_redirection: Any
+    _token_batch: Any
+    _trains_dropout: bool
+    _kept_logits: dict[int, list[Tensor]]
     _window: dict[str, float]
     _seconds: dict[str, float]
 
@@ -82,22 +87,29 @@ class TeacherTuning(_Trainer):
             )
         return super().create_scheduler(num_training_steps, optimizer)
 
-    def _tune_teacher(
-        self, student: nn.Module, batches: list[TokenBatch], student_hidden: Tensor | None, tokens: Tensor
-    ) -> None:
-        """One step of the teacher's adapter on all response tokens of the window (PromptKD section 3.2)."""
+    def _tune_teacher(self, student: nn.Module, first_hidden: Tensor | None, tokens: Tensor) -> None:
+        """One step of the teacher's adapter on all response tokens of the window (PromptKD section 3.2).
+
+        Args:
+            first_hidden: the student's states of the window's first micro-batch, which its own step goes on with; None
+                computes them without dropout, as those of the other micro-batches.
+            tokens: response tokens of the window on all processes.
+        """
         assert self.adapter is not None
         assert self.adapter_optimizer is not None
         started = time.perf_counter()
         weight = self._regularizer_weight()
         pair = self._pair(student)
-        for batch in batches:
+        batches = [self._token_batch(each) for each in self._buffered_inputs]
+        self._kept_logits = {index: [] for index in range(len(batches))} if self._keeps_logits(batches) else {}
+        for index, batch in enumerate(batches):
             with self.accelerator.autocast():
                 with torch.no_grad():
-                    target = _without_dropout(student, batch) if student_hidden is None else student_hidden
+                    target = first_hidden if index == 0 else None
+                    target = _without_dropout(student, batch) if target is None else target
                     plain = self._teacher_hidden(batch, adapted=False) if weight > 0 else None
                 adapted = self._teacher_hidden(batch, adapted=True)
-                loss = self._adapter_loss(pair, batch, adapted, target, plain, weight)
+                loss = self._adapter_loss(pair, batch, adapted, target, plain, weight, self._kept_logits.get(index))
             self._window["prompt_kl"] += float(loss.figures.get("to_student", 0.0))
             if plain is not None:
                 self._window["prompt_regularizer"] += float(loss.figures.get("to_plain", 0.0))
@@ -107,8 +119,22 @@ class TeacherTuning(_Trainer):
         self._step_adapter()
         self._seconds["prompt"] += time.perf_counter() - started
 
+    def _keeps_logits(self, batches: Sequence[TokenBatch]) -> bool:
+        """Whether the student's logits of the whole window may stay in memory until its own step uses them up."""
+        if self._trains_dropout or self.method.objective is None or self.method.teacher_adapter == "online":
+            return False
+        size = sum(batch.response_tokens for batch in batches) * self.vocabulary * 4  # bytes in float32
+        return switched_on("kept_logits") and size <= self.args.keep_logits_mib * 2**20
+
     def _adapter_loss(
-        self, pair: Pair, batch: TokenBatch, adapted: Tensor, target: Tensor, plain: Tensor | None, weight: float
+        self,
+        pair: Pair,
+        batch: TokenBatch,
+        adapted: Tensor,
+        target: Tensor,
+        plain: Tensor | None,
+        weight: float,
+        kept_logits: list[Tensor] | None,
     ) -> ChunkedLoss:
         if self.method.teacher_adapter == "online":
             return pair.online_loss(adapted, batch.targets, target)
@@ -119,6 +145,7 @@ class TeacherTuning(_Trainer):
             weight=weight,
             student_direction=self.args.prompt_kl,
             plain_direction=self.args.regularizer_kl,
+            kept_logits=kept_logits,
         )
 
     def _regularizer_weight(self) -> float:
