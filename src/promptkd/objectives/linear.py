@@ -98,7 +98,7 @@ def chunked_objective(
         objective: any of `promptkd.objectives`, or one's own, on logits.
         student_hidden: (N, H_s). It and the student's head receive gradients.
         teacher_hidden: (N, H_t), constant.
-        chunk: tokens at a time.
+        chunk: most tokens at a time.
         kept_logits: the student's logits as `chunked_prompt_loss` kept them, used up here; None projects anew.
 
     Returns:
@@ -163,6 +163,14 @@ class _Source:
         self.hidden, self.head, self._kept, self._read = hidden, head, kept, read
         self._buffer: Tensor | None = None
 
+    def sizes(self, chunk: int) -> list[int]:
+        """Tokens of each chunk: those of the kept logits, else equal shares of at most `chunk`."""
+        if self._read is not None:
+            return [len(each) for each in self._read]
+        tokens = self.hidden.shape[0]
+        chunks = -(-tokens // chunk)
+        return [tokens * (index + 1) // chunks - tokens * index // chunks for index in range(chunks)]
+
     def logits(self, part: slice) -> Tensor:
         """(C, V), the caller's to write over unless they are kept."""
         if self._read is not None:
@@ -173,7 +181,7 @@ class _Source:
             return self._kept[-1]
         if hidden.device.type != "cpu" or torch.is_autocast_enabled("cpu") or hidden.dtype != self.head.weight.dtype:
             return self.head.logits(hidden)
-        if self._buffer is None:
+        if self._buffer is None or len(self._buffer) < len(hidden):
             self._buffer = hidden.new_empty(len(hidden), self.head.weight.shape[0])
         return self.head.logits(hidden, out=self._buffer[: len(hidden)])
 
@@ -205,8 +213,10 @@ class _Chunked(torch.autograd.Function):
         weight_gradient = torch.zeros_like(weight) if needs_weight else None
         bias_gradient = torch.zeros_like(bias) if needs_bias and bias is not None else None
         total = torch.zeros((), dtype=torch.promote_types(torch.float32, hidden.dtype), device=hidden.device)
-        for first in range(0, hidden.shape[0], chunk):
-            part = slice(first, first + chunk)
+        first = 0
+        for size in learner.sizes(chunk):
+            part = slice(first, first + size)
+            first += size
             logits, *others = (each.logits(part) for each in (learner, *targets))
             total += _chunk_loss(kernel, learner.head, logits, others, figures)  # `logits` becomes the gradient
             if hidden_gradient is not None:

@@ -27,6 +27,7 @@ else:
 __all__ = ["TeacherTuning"]
 
 _METHOD_STATE = "method.pt"
+_PART = 512  # tokens
 
 
 class TeacherTuning(_Trainer):
@@ -103,21 +104,31 @@ class TeacherTuning(_Trainer):
         batches = [self._token_batch(each) for each in self._buffered_inputs]
         self._kept_logits = {index: [] for index in range(len(batches))} if self._keeps_logits(batches) else {}
         for index, batch in enumerate(batches):
-            with self.accelerator.autocast():
-                with torch.no_grad():
-                    target = first_hidden if index == 0 else None
-                    target = _without_dropout(student, batch) if target is None else target
-                    plain = self._teacher_hidden(batch, adapted=False) if weight > 0 else None
-                adapted = self._teacher_hidden(batch, adapted=True)
-                loss = self._adapter_loss(pair, batch, adapted, target, plain, weight, self._kept_logits.get(index))
-            self._window["prompt_kl"] += float(loss.figures.get("to_student", 0.0))
-            if plain is not None:
-                self._window["prompt_regularizer"] += float(loss.figures.get("to_plain", 0.0))
-            (loss.total / tokens).backward()
+            with self.accelerator.autocast(), torch.no_grad():
+                target = first_hidden if index == 0 else None
+                target = _without_dropout(student, batch) if target is None else target
+            parts = self._parts(batch)
+            spans = target.split([part.response_tokens for part in parts])
+            for part, span in zip(parts, spans, strict=True):
+                with self.accelerator.autocast():
+                    loss = self._adapter_loss(pair, part, span, weight, self._kept_logits.get(index))
+                self._window["prompt_kl"] += float(loss.figures.get("to_student", 0.0))
+                if weight > 0:
+                    self._window["prompt_regularizer"] += float(loss.figures.get("to_plain", 0.0))
+                (loss.total / tokens).backward()
         if self.method.teacher_adapter != "online":
             self._window["lambda"] = weight
         self._step_adapter()
         self._seconds["prompt"] += time.perf_counter() - started
+
+    def _parts(self, batch: TokenBatch) -> list[TokenBatch]:
+        """A micro-batch in the pieces in which the adapted teacher reads it, each with a backward of its own.
+
+        A GPU is faster with all rows at once; there `gradient_accumulation_steps` bounds the memory. Processes that
+        share a teacher's weights must call it equally often.
+        """
+        splits = self.accelerator.device.type == "cpu" and self.accelerator.num_processes == 1
+        return batch.parts(_PART) if splits and switched_on("split_prompt_pass") else [batch]
 
     def _keeps_logits(self, batches: Sequence[TokenBatch]) -> bool:
         """Whether the student's logits of the whole window may stay in memory until its own step uses them up."""
@@ -127,20 +138,16 @@ class TeacherTuning(_Trainer):
         return switched_on("kept_logits") and size <= self.args.keep_logits_mib * 2**20
 
     def _adapter_loss(
-        self,
-        pair: Pair,
-        batch: TokenBatch,
-        adapted: Tensor,
-        target: Tensor,
-        plain: Tensor | None,
-        weight: float,
-        kept_logits: list[Tensor] | None,
+        self, pair: Pair, batch: TokenBatch, student_hidden: Tensor, weight: float, kept_logits: list[Tensor] | None
     ) -> ChunkedLoss:
+        with torch.no_grad():
+            plain = self._teacher_hidden(batch, adapted=False) if weight > 0 else None
+        adapted = self._teacher_hidden(batch, adapted=True)
         if self.method.teacher_adapter == "online":
-            return pair.online_loss(adapted, batch.targets, target)
+            return pair.online_loss(adapted, batch.targets, student_hidden)
         return pair.prompt_loss(
             adapted,
-            target,
+            student_hidden,
             plain,
             weight=weight,
             student_direction=self.args.prompt_kl,
