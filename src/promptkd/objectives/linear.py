@@ -6,26 +6,21 @@ hidden states and the head at once; no tensor of shape (N, V) is ever made, and 
 values are those of the plain objectives, which stay the reference (tests/test_linear.py).
 
 Matrix products want many tokens at a time, what is done word by word wants few: a chunk is projected as a whole, into
-buffers that are used again, and its rows then go through the divergence in blocks that stay in the processor's cache.
-The gradient takes the place of the logits.
+buffers that are used again, and its rows then go through the divergence (kernels.py) in blocks that stay in the
+processor's cache. The gradient takes the place of the logits.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from promptkd.objectives.divergences import forward_kl, reverse_kl
-from promptkd.objectives.prompt import Direction, prompt_loss_terms
+from promptkd.objectives.kernels import Kernel, Objective, objective_kernel, prompt_kernel
+from promptkd.objectives.prompt import Direction
 
 __all__ = ["ChunkedLoss", "Head", "chunked_objective", "chunked_prompt_loss"]
-
-Objective = Callable[[Tensor, Tensor], Tensor]
-Kernel = Callable[..., tuple[Tensor, dict[str, Tensor]]]
-"""Logits that learn (C, V) and target logits, each (C, V), to values (C,) and figures (C,). The gradient of the values
-is written over the logits that learn."""
 
 _BLOCK = 2**19  # logits that a kernel sees at a time on CPU: 2 MiB in float32, for its few temporaries to stay in cache
 
@@ -104,9 +99,8 @@ def chunked_objective(
     Returns:
         The sum, and the figure "entropy" of the student, summed, in nats.
     """
-    heads = (student_head, teacher_head)
-    plain = objective not in _KERNELS or any(head.has_absent_words for head in heads)
-    kernel = _by_autograd(objective) if plain else _KERNELS[objective]
+    absent = student_head.has_absent_words or teacher_head.has_absent_words
+    kernel = objective_kernel(objective, absent_words=absent)
     student = _Source(student_hidden, student_head, read=kept_logits)
     return _run(kernel, student, [_Source(teacher_hidden, teacher_head)], chunk)
 
@@ -138,11 +132,8 @@ def chunked_prompt_loss(
     targets = [_Source(student_hidden, student_head, kept=kept_logits)]
     if plain_hidden is not None:
         targets.append(_Source(plain_hidden, plain_head))
-    both_reverse = student_direction == plain_direction == "reverse"
-    if both_reverse and not any(head.has_absent_words for head in (prompted_head, student_head, plain_head)):
-        kernel = _prompt_kernel(weight)
-    else:
-        kernel = _prompt_by_autograd(weight, student_direction, plain_direction)
+    absent = any(head.has_absent_words for head in (prompted_head, student_head, plain_head))
+    kernel = prompt_kernel(weight, student_direction, plain_direction, absent_words=absent)
     return _run(kernel, _Source(prompted_hidden, prompted_head), targets, chunk)
 
 
@@ -260,82 +251,3 @@ def _chunk_loss(
         for name, value in seen.items():
             figures[name] = figures.get(name, 0) + value.sum()
     return total
-
-
-def _reverse_kl_kernel(logits: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """KL(q || p): d/dz = q (log q - log p - KL)."""
-    log_q, difference = logits.log_softmax(-1), target.log_softmax(-1)
-    q = torch.exp(log_q, out=logits)
-    torch.sub(log_q, difference, out=difference)
-    values = (q * difference).sum(-1)
-    entropy = -log_q.mul_(q).sum(-1)
-    q.mul_(difference.sub_(values[:, None]))
-    return values, {"entropy": entropy}
-
-
-def _forward_kl_kernel(logits: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """KL(p || q): d/dz = q - p."""
-    log_q, log_p = logits.log_softmax(-1), target.log_softmax(-1)
-    q, p = torch.exp(log_q, out=logits), log_p.exp()
-    values = log_p.sub_(log_q).mul_(p).sum(-1)
-    entropy = -log_q.mul_(q).sum(-1)
-    q.sub_(p)
-    return values, {"entropy": entropy}
-
-
-def _prompt_kernel(weight: float) -> Kernel:
-    def kernel(logits: Tensor, student: Tensor, *plain: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """KL(p || q) + λ KL(p || p0): d/dz = p (g - Σ p g), g = (1 + λ) log p - log q - λ log p0."""
-        log_p, g = logits.log_softmax(-1), student.log_softmax(-1)
-        p = torch.exp(log_p, out=logits)
-        torch.sub(log_p, g, out=g)
-        values = to_student = (p * g).sum(-1)
-        figures = {"to_student": to_student}
-        if plain:
-            away = log_p.sub_(plain[0].log_softmax(-1))
-            figures["to_plain"] = (p * away).sum(-1)
-            values = to_student + weight * figures["to_plain"]
-            g.add_(away, alpha=weight)
-        p.mul_(g.sub_(values[:, None]))
-        return values, figures
-
-    return kernel
-
-
-def _by_autograd(objective: Objective) -> Kernel:
-    def kernel(logits: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        with torch.enable_grad():
-            learner = logits.detach().requires_grad_()
-            values = objective(learner, target)
-            (gradient,) = torch.autograd.grad(values.sum(), learner)
-        log_q = logits.log_softmax(-1)
-        entropy = -torch.where(log_q == -torch.inf, 0.0, log_q.exp() * log_q).sum(-1)
-        logits.copy_(gradient)
-        return values.detach(), {"entropy": entropy}
-
-    return kernel
-
-
-def _prompt_by_autograd(weight: float, student_direction: Direction, plain_direction: Direction) -> Kernel:
-    def kernel(logits: Tensor, student: Tensor, *plain: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        with torch.enable_grad():
-            learner = logits.detach().requires_grad_()
-            to_student, to_plain = prompt_loss_terms(
-                learner,
-                student,
-                plain[0] if plain else None,
-                student_direction=student_direction,
-                plain_direction=plain_direction,
-            )
-            values = to_student if to_plain is None else to_student + weight * to_plain
-            (gradient,) = torch.autograd.grad(values.sum(), learner)
-        figures = {"to_student": to_student.detach()}
-        if to_plain is not None:
-            figures["to_plain"] = to_plain.detach()
-        logits.copy_(gradient)
-        return values.detach(), figures
-
-    return kernel
-
-
-_KERNELS: dict[Any, Kernel] = {reverse_kl: _reverse_kl_kernel, forward_kl: _forward_kl_kernel}
