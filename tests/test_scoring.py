@@ -169,23 +169,6 @@ def test_left_padding_shifts_pefts_positions_but_not_ours(architecture):
 # --------------------------------------------------------------------------------------------------- the gradient of P
 
 
-@pytest.fixture
-def float64_inside(monkeypatch):
-    """transformers casts to float32 inside its norms and its eager softmax; here float64 stays float64."""
-    to, to_float, softmax = torch.Tensor.to, torch.Tensor.float, torch.nn.functional.softmax
-
-    def keep_to(self, *args, **kwargs):
-        narrows = self.dtype == torch.float64 and args == (torch.float32,)
-        return self if narrows else to(self, *args, **kwargs)
-
-    def wide_softmax(values, *args, dtype=None, **kwargs):
-        return softmax(values, *args, dtype=None if values.dtype == torch.float64 else dtype, **kwargs)
-
-    monkeypatch.setattr(torch.Tensor, "to", keep_to)
-    monkeypatch.setattr(torch.Tensor, "float", lambda self: self if self.dtype == torch.float64 else to_float(self))
-    monkeypatch.setattr(torch.nn.functional, "softmax", wide_softmax)
-
-
 @every_architecture
 @pytest.mark.parametrize("directions", [("reverse", "reverse"), ("forward", "forward")])
 def test_the_prompts_gradient_is_a_float64_finite_difference(architecture, directions, float64_inside):

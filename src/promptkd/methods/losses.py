@@ -17,6 +17,7 @@ from promptkd.objectives.linear import (
     chunked_prompt_loss,
 )
 from promptkd.objectives.prompt import Direction
+from promptkd.switches import switched_on
 
 __all__ = ["Pair", "entropy"]
 
@@ -37,12 +38,27 @@ class Pair:
     adapted: nn.Module | None = None
     """The model whose head reads the adapted teacher's states; None if that is the teacher itself."""
 
-    def student_loss(self, objective: Objective, student_hidden: Tensor, teacher_hidden: Tensor) -> ChunkedLoss:
-        """Sum of `objective` over the tokens, for the student; the figure "entropy" is the student's."""
+    def student_loss(
+        self,
+        objective: Objective,
+        student_hidden: Tensor,
+        teacher_hidden: Tensor,
+        kept_logits: list[Tensor] | None = None,
+    ) -> ChunkedLoss:
+        """Sum of `objective` over the tokens, for the student; the figure "entropy" is the student's.
+
+        `kept_logits` are the student's, as `prompt_loss` kept them.
+        """
         heads = self._heads("student", "teacher")
         if heads is not None:
             return chunked_objective(
-                objective, student_hidden, heads[0], teacher_hidden.detach(), heads[1], chunk=self.chunk
+                objective,
+                student_hidden,
+                heads[0],
+                teacher_hidden.detach(),
+                heads[1],
+                chunk=self.chunk,
+                kept_logits=kept_logits or None,
             )
         logits = self.logits("student", student_hidden)
         with torch.no_grad():
@@ -68,8 +84,12 @@ class Pair:
         weight: float,
         student_direction: Direction,
         plain_direction: Direction,
+        kept_logits: list[Tensor] | None = None,
     ) -> ChunkedLoss:
-        """Sum over the tokens of the teacher adapter's loss, with its terms "to_student" and "to_plain"."""
+        """Sum over the tokens of the teacher adapter's loss, with its terms "to_student" and "to_plain".
+
+        The student's logits are added to `kept_logits` for `student_loss`, if it is a list and the heads are linear.
+        """
         heads = self._heads("teacher", "student", "plain")
         if heads is not None:
             adapted_head, student_head, plain_head = heads
@@ -84,6 +104,7 @@ class Pair:
                 student_direction=student_direction,
                 plain_direction=plain_direction,
                 chunk=self.chunk,
+                kept_logits=kept_logits,
             )
         with torch.no_grad():
             student_logits = self.logits("student", student_hidden)
@@ -123,7 +144,7 @@ class Pair:
 
     def _heads(self, *which: Role) -> list[Head] | None:
         """The heads as tensors; None if they must be run as modules, or all tokens are wanted at once."""
-        if self.chunk == 0:
+        if self.chunk == 0 or not switched_on("fused_head"):
             return None
         heads = [linear_head(self._model(each)) for each in which]
         return None if None in heads else [head.sliced(self.vocabulary) for head in heads if head is not None]

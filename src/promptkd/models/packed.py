@@ -26,7 +26,7 @@ from promptkd.switches import switched_on
 __all__ = ["packed_hidden", "packs", "row_attention", "softcapped_attention"]
 
 _ROWS = "promptkd_rows"
-_LONGEST = 1024  # tokens in a pack: more make the matrix products no faster, and hold more activations at a time
+_LONGEST = 1024  # tokens in a pack on CPU: more make the matrix products no faster
 
 _known: weakref.WeakKeyDictionary[PreTrainedModel, bool] = weakref.WeakKeyDictionary()
 _logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ def _has_row_attention(inner: PreTrainedModel) -> bool:
     """Whether attention can be told where rows end: what transformers says of a class for flash attention."""
     if inner.get_input_embeddings().weight.device.type == "cpu":
         # Recomputed activations are computed after the pack, when `row_attention` is no longer in place.
-        recomputes = inner.is_gradient_checkpointing and torch.is_grad_enabled()
+        recomputes = inner.is_activation_checkpointing and torch.is_grad_enabled()
         return inner._supports_flash_attn and not recomputes
     return "flash_attention" in str(inner.config._attn_implementation)
 
@@ -68,40 +68,24 @@ def _keeps_rows_apart(inner: PreTrainedModel) -> bool:
 
 def packed_hidden(inner: PreTrainedModel, batch: TokenBatch, prompt: Tensor | None) -> Tensor:
     """`response_hidden` without padding: (N, H), in the order of `batch.targets`."""
+    parts = batch.parts(_LONGEST) if batch.input_ids.device.type == "cpu" else [batch]
+    return torch.cat([_pack(inner, part, prompt) for part in parts])
+
+
+def _pack(inner: PreTrainedModel, batch: TokenBatch, prompt: Tensor | None) -> Tensor:
+    ids = torch.cat([row[:length] for row, length in zip(batch.input_ids, batch.lengths, strict=True)])
     length = 0 if prompt is None else prompt.shape[0]
-    scored = torch.bincount(batch.rows, minlength=len(batch.lengths)).tolist()
-    columns = batch.columns.split(scored)
-    return torch.cat([_pack(inner, batch, rows, columns, prompt) for rows in _groups(batch.lengths, length)])
-
-
-def _groups(lengths: tuple[int, ...], extra: int) -> list[range]:
-    """Rows that follow each other, as many as a pack holds, and at least one."""
-    groups, first, total = [], 0, 0
-    for row, tokens in enumerate(lengths):
-        if row > first and total + tokens + extra > _LONGEST:
-            groups.append(range(first, row))
-            first, total = row, 0
-        total += tokens + extra
-    return [*groups, range(first, len(lengths))]
-
-
-def _pack(
-    inner: PreTrainedModel, batch: TokenBatch, rows: range, columns: tuple[Tensor, ...], prompt: Tensor | None
-) -> Tensor:
-    ids = torch.cat([batch.input_ids[row, : batch.lengths[row]] for row in rows])
-    length = 0 if prompt is None else prompt.shape[0]
-    sizes = [batch.lengths[row] + length for row in rows]
+    sizes = [tokens + length for tokens in batch.lengths]
     if prompt is None:
         inputs = {"input_ids": ids[None]}
     else:
         embedded = inner.get_input_embeddings()(ids)  # (S, E), scaled where the model scales
         before = prompt.to(embedded.dtype)
-        pieces = embedded.split([batch.lengths[row] for row in rows])
+        pieces = embedded.split(list(batch.lengths))
         inputs = {"inputs_embeds": torch.cat([part for piece in pieces for part in (before, piece)])[None]}
     hidden = _run_pack(inner, inputs, sizes)
-    starts = torch.tensor([0, *sizes[:-1]]).cumsum(0).tolist()
-    wanted = [columns[row] + start + length for row, start in zip(rows, starts, strict=True)]
-    return hidden[torch.cat(wanted)]
+    starts = torch.tensor([0, *sizes[:-1]], device=hidden.device).cumsum(0)
+    return hidden[starts[batch.rows] + batch.columns + length]
 
 
 def _run_pack(inner: PreTrainedModel, inputs: dict[str, Tensor], sizes: list[int]) -> Tensor:

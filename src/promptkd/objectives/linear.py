@@ -6,29 +6,21 @@ hidden states and the head at once; no tensor of shape (N, V) is ever made, and 
 values are those of the plain objectives, which stay the reference (tests/test_linear.py).
 
 Matrix products want many tokens at a time, what is done word by word wants few: a chunk is projected as a whole, into
-buffers that are used again, and its rows then go through the divergence in blocks that stay in the processor's cache.
-The gradient takes the place of the logits.
+buffers that are used again, and its rows then go through the divergence (kernels.py) in blocks that stay in the
+processor's cache. The gradient takes the place of the logits.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from promptkd.objectives.divergences import forward_kl, reverse_kl, shared_log_probs
-from promptkd.objectives.prompt import Direction, prompt_loss_terms
+from promptkd.objectives.kernels import Kernel, Objective, cross_entropy_kernel, objective_kernel, prompt_kernel
+from promptkd.objectives.prompt import Direction
 
 __all__ = ["ChunkedLoss", "Head", "chunked_cross_entropy", "chunked_objective", "chunked_prompt_loss"]
-
-Objective = Callable[[Tensor, Tensor], Tensor]
-Kernel = Callable[..., tuple[Tensor, dict[str, Tensor]]]
-"""Logits that learn (C, V) and targets, each logits (C, V) or labels (C,), to values (C,) and figures (C,). The
-gradient of the values is written over the logits that learn."""
-
-Targets = Sequence[tuple[Tensor, "Head | None"]]
-"""States (N, H) with the head that reads them, or values (N,) that are given as they are, with None."""
 
 _BLOCK = 2**19  # logits that a kernel sees at a time on CPU: 2 MiB in float32, for its few temporaries to stay in cache
 
@@ -93,6 +85,7 @@ def chunked_objective(
     teacher_head: Head,
     *,
     chunk: int = 256,
+    kept_logits: list[Tensor] | None = None,
 ) -> ChunkedLoss:
     """Sum over tokens of `objective(student_logits, teacher_logits)`.
 
@@ -100,7 +93,8 @@ def chunked_objective(
         objective: any of `promptkd.objectives`, or one's own, on logits.
         student_hidden: (N, H_s). It and the student's head receive gradients.
         teacher_hidden: (N, H_t), constant.
-        chunk: tokens at a time.
+        chunk: most tokens at a time.
+        kept_logits: the student's logits as `chunked_prompt_loss` kept them, used up here; None projects anew.
 
     Returns:
         The sum, and the figure "entropy" of the student over the columns that both have, summed, in nats.
@@ -108,10 +102,10 @@ def chunked_objective(
     Raises:
         ValueError: for differing numbers of tokens.
     """
-    heads = (student_head, teacher_head)
-    plain = objective not in _KERNELS or any(head.has_absent_words for head in heads)
-    kernel = _by_autograd(objective) if plain else _KERNELS[objective]
-    return _run(kernel, student_hidden, student_head, [(teacher_hidden, teacher_head)], chunk)
+    absent = student_head.has_absent_words or teacher_head.has_absent_words
+    kernel = objective_kernel(objective, absent_words=absent)
+    student = _Source(student_hidden, student_head, read=kept_logits)
+    return _run(kernel, student, [_Source(teacher_hidden, teacher_head)], chunk)
 
 
 def chunked_cross_entropy(
@@ -122,8 +116,9 @@ def chunked_cross_entropy(
     Args:
         student_hidden: (N, H_s). It and the student's head receive gradients.
         labels: (N,) the tokens y.
+        chunk: most tokens at a time.
     """
-    return _run(_cross_entropy_kernel, student_hidden, student_head, [(labels, None)], chunk)
+    return _run(cross_entropy_kernel, _Source(student_hidden, student_head), [_Given(labels)], chunk)
 
 
 def chunked_prompt_loss(
@@ -138,12 +133,14 @@ def chunked_prompt_loss(
     student_direction: Direction = "reverse",
     plain_direction: Direction = "reverse",
     chunk: int = 256,
+    kept_logits: list[Tensor] | None = None,
 ) -> ChunkedLoss:
     """Sum over tokens of `prompt_loss`; only `prompted_hidden` (and a teacher's head that is trained) gets a gradient.
 
     Args:
         prompted_hidden, plain_hidden: (N, H_t) of the teacher with its adapter and without.
         student_hidden: (N, H_s).
+        kept_logits: a list to which the student's logits are added, chunk by chunk, for `chunked_objective`.
 
     Returns:
         The sum, and its two terms "to_student" and (with `plain_hidden`) "to_plain", summed, unweighted.
@@ -153,23 +150,71 @@ def chunked_prompt_loss(
     """
     if plain_hidden is None and weight != 0:
         raise ValueError(f"`plain_hidden` may be left out only with a weight of 0. Got {weight}.")
-    targets: list[tuple[Tensor, Head | None]] = [(student_hidden, student_head)]
+    targets = [_Source(student_hidden, student_head, kept=kept_logits)]
     if plain_hidden is not None:
-        targets.append((plain_hidden, plain_head))
-    both_reverse = student_direction == plain_direction == "reverse"
-    if both_reverse and not any(head.has_absent_words for head in (prompted_head, student_head, plain_head)):
-        kernel = _prompt_kernel(weight)
-    else:
-        kernel = _prompt_by_autograd(weight, student_direction, plain_direction)
-    return _run(kernel, prompted_hidden, prompted_head, targets, chunk)
+        targets.append(_Source(plain_hidden, plain_head))
+    absent = any(head.has_absent_words for head in (prompted_head, student_head, plain_head))
+    kernel = prompt_kernel(weight, student_direction, plain_direction, absent_words=absent)
+    return _run(kernel, _Source(prompted_hidden, prompted_head), targets, chunk)
 
 
-def _run(kernel: Kernel, hidden: Tensor, head: Head, targets: Targets, chunk: int) -> ChunkedLoss:
-    tokens = [hidden.shape[0], *(state.shape[0] for state, _ in targets)]
+class _Source:
+    """Logits of one model, a chunk of tokens at a time.
+
+    On CPU they stand in one buffer, since fresh memory costs about as much there as the arithmetic on it.
+
+    Args:
+        hidden: (N, H).
+        kept: a list that gets every chunk to keep.
+        read: a list of chunks that were kept, which takes the place of the head.
+    """
+
+    def __init__(
+        self, hidden: Tensor, head: Head, *, kept: list[Tensor] | None = None, read: list[Tensor] | None = None
+    ):
+        self.hidden, self.head, self._kept, self._read = hidden, head, kept, read
+        self._buffer: Tensor | None = None
+
+    def sizes(self, chunk: int) -> list[int]:
+        """Tokens of each chunk: those of the kept logits, else equal shares of at most `chunk`."""
+        if self._read is not None:
+            return [len(each) for each in self._read]
+        tokens = self.hidden.shape[0]
+        chunks = -(-tokens // chunk)
+        return [tokens * (index + 1) // chunks - tokens * index // chunks for index in range(chunks)]
+
+    def logits(self, part: slice) -> Tensor:
+        """(C, V), the caller's to write over unless they are kept."""
+        if self._read is not None:
+            return self._read.pop(0)
+        hidden = self.hidden[part]
+        if self._kept is not None:
+            self._kept.append(self.head.logits(hidden))
+            return self._kept[-1]
+        if hidden.device.type != "cpu" or torch.is_autocast_enabled("cpu") or hidden.dtype != self.head.weight.dtype:
+            return self.head.logits(hidden)
+        if self._buffer is None or len(self._buffer) < len(hidden):
+            self._buffer = hidden.new_empty(len(hidden), self.head.weight.shape[0])
+        return self.head.logits(hidden, out=self._buffer[: len(hidden)])
+
+
+class _Given:
+    """Values a token, (N,), that a kernel takes as they are."""
+
+    def __init__(self, values: Tensor):
+        self.hidden = values
+
+    def logits(self, part: slice) -> Tensor:
+        return self.hidden[part]
+
+
+def _run(kernel: Kernel, learner: _Source, targets: Sequence[_Source | _Given], chunk: int) -> ChunkedLoss:
+    tokens = [each.hidden.shape[0] for each in (learner, *targets)]
     if len(set(tokens)) > 1:
         raise ValueError(f"Every model must give one state a token. Got {', '.join(map(str, tokens))} states.")
     figures: dict[str, Tensor] = {}
-    total = _Chunked.apply(hidden, head.weight, head.bias, head, targets, kernel, chunk, figures)
+    head = learner.head
+    total = _Chunked.apply(learner.hidden, head.weight, head.bias, learner, targets, kernel, chunk, figures)
     return ChunkedLoss(total, figures)
 
 
@@ -182,8 +227,8 @@ class _Chunked(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        head: Head,
-        targets: Targets,
+        learner: _Source,
+        targets: Sequence[_Source | _Given],
         kernel: Kernel,
         chunk: int,
         figures: dict[str, Tensor],
@@ -193,14 +238,12 @@ class _Chunked(torch.autograd.Function):
         weight_gradient = torch.zeros_like(weight) if needs_weight else None
         bias_gradient = torch.zeros_like(bias) if needs_bias and bias is not None else None
         total = torch.zeros((), dtype=torch.promote_types(torch.float32, hidden.dtype), device=hidden.device)
-        buffers = [_buffer(state, each, chunk) for state, each in [(hidden, head), *targets]]
-        for first in range(0, hidden.shape[0], chunk):
-            part = slice(first, first + chunk)
-            logits, *others = (
-                state[part] if each is None else each.logits(state[part], _rows(buffer, state[part]))
-                for (state, each), buffer in zip([(hidden, head), *targets], buffers, strict=True)
-            )
-            total += _chunk_loss(kernel, head, logits, others, figures)  # from here on `logits` is the gradient
+        first = 0
+        for size in learner.sizes(chunk):
+            part = slice(first, first + size)
+            first += size
+            logits, *others = (each.logits(part) for each in (learner, *targets))
+            total += _chunk_loss(kernel, learner.head, logits, others, figures)  # `logits` becomes the gradient
             if hidden_gradient is not None:
                 hidden_gradient[part] = logits @ weight.to(logits.dtype)
             if weight_gradient is not None:
@@ -224,19 +267,6 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total += left @ right.to(left.dtype)
 
 
-def _buffer(hidden: Tensor, head: Head | None, chunk: int) -> Tensor | None:
-    """Room for a chunk's logits on CPU, where fresh memory costs about as much as the arithmetic on it."""
-    if head is None or hidden.device.type != "cpu":
-        return None
-    if torch.is_autocast_enabled("cpu") or hidden.dtype != head.weight.dtype:
-        return None
-    return hidden.new_empty(min(chunk, hidden.shape[0]), head.weight.shape[0])
-
-
-def _rows(buffer: Tensor | None, states: Tensor) -> Tensor | None:
-    return None if buffer is None else buffer[: len(states)]
-
-
 def _chunk_loss(
     kernel: Kernel, head: Head, logits: Tensor, targets: Sequence[Tensor], figures: dict[str, Tensor]
 ) -> Tensor:
@@ -255,96 +285,3 @@ def _chunk_loss(
         for name, value in seen.items():
             figures[name] = figures.get(name, 0) + value.sum()
     return total
-
-
-def _reverse_kl_kernel(logits: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """KL(q || p): d/dz = q (log q - log p - KL)."""
-    log_q, difference = logits.log_softmax(-1), target.log_softmax(-1)
-    q = torch.exp(log_q, out=logits)
-    torch.sub(log_q, difference, out=difference)
-    values = (q * difference).sum(-1)
-    entropy = -log_q.mul_(q).sum(-1)
-    q.mul_(difference.sub_(values[:, None]))
-    return values, {"entropy": entropy}
-
-
-def _forward_kl_kernel(logits: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """KL(p || q): d/dz = q - p."""
-    log_q, log_p = logits.log_softmax(-1), target.log_softmax(-1)
-    q, p = torch.exp(log_q, out=logits), log_p.exp()
-    values = log_p.sub_(log_q).mul_(p).sum(-1)
-    entropy = -log_q.mul_(q).sum(-1)
-    q.sub_(p)
-    return values, {"entropy": entropy}
-
-
-def _cross_entropy_kernel(logits: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """-log q(y): d/dz = q - [y]."""
-    log_q = logits.log_softmax(-1)
-    values = -log_q.gather(-1, labels[:, None])[:, 0]
-    q = torch.exp(log_q, out=logits)
-    entropy = _entropy(q, log_q)
-    q.scatter_add_(-1, labels[:, None], -torch.ones_like(values)[:, None])
-    return values, {"entropy": entropy}
-
-
-def _prompt_kernel(weight: float) -> Kernel:
-    def kernel(logits: Tensor, student: Tensor, *plain: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """KL(p || q) + λ KL(p || p0): d/dz = p (g - Σ p g), g = (1 + λ) log p - log q - λ log p0."""
-        log_p, g = logits.log_softmax(-1), student.log_softmax(-1)
-        p = torch.exp(log_p, out=logits)
-        torch.sub(log_p, g, out=g)
-        values = to_student = (p * g).sum(-1)
-        figures = {"to_student": to_student}
-        if plain:
-            away = log_p.sub_(plain[0].log_softmax(-1))
-            figures["to_plain"] = (p * away).sum(-1)
-            values = to_student + weight * figures["to_plain"]
-            g.add_(away, alpha=weight)
-        p.mul_(g.sub_(values[:, None]))
-        return values, figures
-
-    return kernel
-
-
-def _by_autograd(objective: Objective) -> Kernel:
-    def kernel(logits: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        with torch.enable_grad():
-            learner = logits.detach().requires_grad_()
-            values = objective(learner, target)
-            (gradient,) = torch.autograd.grad(values.sum(), learner)
-        log_q, _ = shared_log_probs(logits, target)
-        entropy = _entropy(log_q.exp(), log_q)
-        logits.copy_(gradient)
-        return values.detach(), {"entropy": entropy}
-
-    return kernel
-
-
-def _prompt_by_autograd(weight: float, student_direction: Direction, plain_direction: Direction) -> Kernel:
-    def kernel(logits: Tensor, student: Tensor, *plain: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        with torch.enable_grad():
-            learner = logits.detach().requires_grad_()
-            to_student, to_plain = prompt_loss_terms(
-                learner,
-                student,
-                plain[0] if plain else None,
-                student_direction=student_direction,
-                plain_direction=plain_direction,
-            )
-            values = to_student if to_plain is None else to_student + weight * to_plain
-            (gradient,) = torch.autograd.grad(values.sum(), learner)
-        figures = {"to_student": to_student.detach()}
-        if to_plain is not None:
-            figures["to_plain"] = to_plain.detach()
-        logits.copy_(gradient)
-        return values.detach(), figures
-
-    return kernel
-
-
-def _entropy(q: Tensor, log_q: Tensor) -> Tensor:
-    return -torch.where(log_q == -torch.inf, 0.0, q * log_q).sum(-1)
-
-
-_KERNELS: dict[Any, Kernel] = {reverse_kl: _reverse_kl_kernel, forward_kl: _forward_kl_kernel}
