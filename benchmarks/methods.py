@@ -9,7 +9,6 @@ own records say: median seconds a step, peak memory of the process, validation l
 
 import argparse
 import json
-import re
 import statistics
 import subprocess
 import sys
@@ -35,17 +34,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for flag in ("--student", "--teacher", "--data", "--eval-data", "--out"):
         parser.add_argument(flag, required=True)
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--steps", default="10")
     parser.add_argument("--batch-size", default="4")
-    parser.add_argument("--rows", default="200", help="training rows")
-    parser.add_argument("--eval-rows", default="24", help="validation rows")
+    parser.add_argument("--rows", default="200", help="training rows, likewise")
+    parser.add_argument(
+        "--eval-rows", default="120", help="validation rows, before those over a length limit are dropped"
+    )
     parser.add_argument("--rate", default="5e-5")
     parser.add_argument("--template", default=TEMPLATE)
     given = parser.parse_args()
     before = validation_loss_before(given)
     print("| method | seconds a step | peak memory, GiB | validation loss before | after |")
     print("|---|---|---|---|---|")
-    for method in METHODS:
+    for method in given.methods:
         folder = Path(given.out) / method
         if not (folder / "results.json").is_file():
             distill(given, method, folder)
@@ -57,7 +59,8 @@ def validation_loss_before(given: argparse.Namespace) -> float:
     if not file.is_file():
         promptkd(
             *("evaluate", "--model", given.student, "--data", given.eval_data, "--limit", given.eval_rows),
-            *("--out", str(file), "--template", given.template, *LIMITS),
+            *("--out", str(file), "--template", given.template, *LIMITS, "--temperature", "0"),
+            *("--max-reference-length", LIMITS[-1]),  # the rows that `distill` measures itself on
         )
     return json.loads(file.read_text())["evaluations"][0]["metrics"]["loss"]["value"]
 
@@ -83,9 +86,10 @@ def row(method: str, folder: Path, before: float) -> str:
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     parts = ("seconds_rollout", "seconds_prompt", "seconds_student")
     seconds = statistics.median(sum(step[part] for part in parts) for step in steps if parts[0] in step)
-    memory = re.search(r"Peak memory ([\d.]+) GiB", " ".join(record["notes"]))
+    (cost,) = record["training"].values()
+    memory = cost["peak_memory_bytes"] / 2**30
     after = record["evaluations"][0]["metrics"]["loss"]["value"]
-    return f"| `{method}` | {seconds:.1f} | {memory[1] if memory else '?'} | {before:.2f} | {after:.2f} |"
+    return f"| `{method}` | {seconds:.1f} | {memory:.1f} | {before:.2f} | {after:.2f} |"
 
 
 if __name__ == "__main__":

@@ -13,6 +13,10 @@ from trainers import TIMINGS
 
 MODEL_FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 PROMPT_FILES = {"adapter_config.json", "adapter_model.safetensors"}
+METRICS = {
+    *("loss", "rouge_l", "rouge_1", "exact_match", "eos_share", "cut_share"),
+    *("response_length", "length_ratio", "distinct_1", "distinct_2"),
+}
 RUN_FILES = {"config.yaml", "metrics.jsonl", "results.json", "report.html"}
 
 TEMPLATE = "Q: {{ instruction }} {{ input }}\nA: "

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import promptkd.training.shared
 from commands import (
     LIMITS,
+    METRICS,
     MODEL_FILES,
     PROMPT_FILES,
     RUN_FILES,
@@ -28,7 +29,6 @@ from commands import (
     held,
     json_lines,
     make_world,
-    rows,
     run,
     steps,
     write_rows,
@@ -43,7 +43,6 @@ STEP = {"step", "epoch", "loss", "learning_rate", "grad_norm"}
 DISTILLED = {"student_kl", "entropy", "response_length", "cut_share"}
 TIMED = {"tokens_per_second", "seconds_rollout", "seconds_prompt", "seconds_student"}
 PROMPTED = {"prompt_kl", "prompt_regularizer", "lambda", "prompt_norm", "prompt_grad_norm", "prompt_learning_rate"}
-METRICS = {"loss", "rouge_l", "exact_match", "eos_share", "cut_share", "response_length"}
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +205,11 @@ def test_the_prompt_loads_in_peft_on_the_teacher(world, tmp_path, capsys):
 )
 def test_whatever_of_the_teacher_is_trained_has_a_folder_of_its_own(world, tmp_path, capsys, method, folder, files):
     out = tmp_path / "run"
-    done(capsys, *distill(world, out, "--method", method, "--prompt_learning_rate", 0.1))
+    ran = done(capsys, *distill(world, out, "--method", method, "--prompt_learning_rate", 0.1))
+    told = record(out).metrics
+    numbers, share = (told[f"teacher_trained_{name}"].value for name in ("numbers", "share"))
+    assert f"{numbers:,.0f} numbers of the teacher are trained along, {share:.4%} of its parameters" in ran.err
+    assert share == pytest.approx(numbers / record(out).models["teacher"].parameters)
     student = RUN_FILES | below("student", MODEL_FILES) | {"checkpoints/checkpoint-3"}
     assert held(out) == student | below(folder, files)
     assert "adapter_distance" in json_lines(out / "metrics.jsonl")[-1]
@@ -292,67 +295,6 @@ def test_generated_responses_are_data_for_distill(world, tmp_path, capsys):
     assert "the response was cut at the length limit" in ran.err
 
 
-# ---- evaluate ----
-
-
-def test_evaluate_one_seed(world, tmp_path, capsys):
-    out = tmp_path / "new" / "results.json"
-    ran = done(capsys, "evaluate", "--model", world.student, "--data", world.test, "--out", out, *LIMITS)
-    assert held(out.parent) == {"results.json", "results-test-seed10.jsonl"}
-    results = Results.read(out)
-    (evaluation,) = results.evaluations
-    assert (evaluation.model, evaluation.data, evaluation.decoding["seed"]) == ("student", "test", 10)
-    assert set(evaluation.metrics) == METRICS
-    assert all(metric.low <= metric.value <= metric.high for metric in evaluation.metrics.values())
-    assert not results.metrics
-    assert set(results.models) == {"student"}
-    assert results.data["test"].rows == 5
-    answers = json_lines(out.parent / "results-test-seed10.jsonl")
-    assert [each["response"] for each in answers] == [each.response for each in evaluation.samples]
-    assert "student" in ran.out
-
-
-def test_evaluate_three_seeds_on_two_sets_with_a_teacher(world, tmp_path, capsys):
-    out = tmp_path / "scores.json"
-    sets = ("--data", world.test, world.valid, "--seeds", 1, 2, 3)
-    done(capsys, "evaluate", "--model", world.student, "--teacher", world.teacher, *sets, "--out", out, *LIMITS)
-    answers = {f"scores-{name}-seed{seed}.jsonl" for name in ("test", "valid") for seed in (1, 2, 3)}
-    assert held(tmp_path) == {"scores.json"} | answers
-    results = Results.read(out)
-    assert [each.data for each in results.evaluations] == [
-        f"{name}, seed {seed}" for name in ("test", "valid") for seed in (1, 2, 3)
-    ]
-    assert all(set(each.metrics) == METRICS | {"kl_to_teacher"} for each in results.evaluations)
-    assert len({tuple(sample.response for sample in each.samples) for each in results.evaluations[:3]}) == 3
-    scores = [each.metrics["rouge_l"].value for each in results.evaluations[:3]]
-    assert results.metrics["test rouge_l, mean over 3 seeds"].value == pytest.approx(sum(scores) / 3)
-    assert set(results.models) == {"student", "teacher teacher"}
-
-
-def test_evaluate_greedily_decodes_once(world, tmp_path, capsys):
-    out = tmp_path / "results.json"
-    greedy = ("--temperature", 0, "--seeds", 1, 2, 3, "--out", out)
-    done(
-        capsys, "evaluate", "--model", world.student, "--teacher", world.teacher, "--data", world.test, *greedy, *LIMITS
-    )
-    assert held(tmp_path) == {"results.json", "results-test-seed1.jsonl"}
-    (evaluation,) = Results.read(out).evaluations
-    assert "kl_to_teacher" in evaluation.metrics  # on samples of its own, for greedy answers are none
-
-
-def test_a_model_keeps_its_name_and_alike_data_sets_are_told_apart(world, tmp_path, capsys):
-    model = tmp_path / "Tiny2.5-0.5B"
-    model.symlink_to(world.student)
-    (tmp_path / "other").mkdir()
-    again = write_rows(tmp_path / "other" / "test.jsonl", rows(2))
-    out = tmp_path / "results" / "r.json"
-    done(capsys, "evaluate", "--model", model, "--data", world.test, again, "--out", out, *LIMITS)
-    results = Results.read(out)
-    assert set(results.models) == {"Tiny2.5-0.5B"}
-    assert set(results.data) == {world.test, str(again)}
-    assert len(held(out.parent)) == 3
-
-
 # ---- report ----
 
 
@@ -390,7 +332,8 @@ def test_the_whole_way(world, tmp_path, capsys, monkeypatch):
     done(capsys, "report", "runs/promptkd", "runs/recovered", "student", "results.json", "--out", "report.html")
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {
-        *("runs", "student", "responses.jsonl", "results.json", "results-test-seed10.jsonl", "report.html")
+        *("runs", "student", "responses.jsonl", "report.html", "results.json", "results-settings.json"),
+        *(f"results-test-{part}.jsonl" for part in ("seed10", "greedy", "references")),
     }
     run_record, scores = record(Path("runs/promptkd")), Results.read(Path("results.json"))
     assert scores.models["promptkd"].sha256 == run_record.models["student"].sha256

@@ -116,10 +116,7 @@ def log(*probabilities: float) -> Tensor:
 
 def gradients(f: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
     leaves = [each.detach().clone().requires_grad_() for each in inputs]
-    total = f(*leaves).sum()
-    if not total.requires_grad:  # a skew divergence at its end of 0 has lost one of the models
-        return tuple(torch.zeros_like(each) for each in leaves)
-    return torch.autograd.grad(total, leaves, materialize_grads=True)
+    return torch.autograd.grad(f(*leaves).sum(), leaves, materialize_grads=True)
 
 
 # Values ------------------------------------------------------------------------------------------------------------

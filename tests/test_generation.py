@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 
 from promptkd.errors import RequestError
 from promptkd.evaluation.generation import evaluating, generate, row_seeds
+from promptkd.models.row_cache import reads_rows
 from tiny import ARCHITECTURES, END_ID, VOCABULARY, tiny_model
 
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -116,6 +117,7 @@ def always(token: int) -> nn.Module:
 def test_eos_as_first_token_of_every_row():
     calls = []
     model = always(END_ID)
+    assert reads_rows(model)  # tried before forwards are counted
     model.transformer.register_forward_hook(lambda *_: calls.append(1))
     assert greedy(model, some_prompts(), stop_ids=[END_ID]) == [[END_ID]] * 8
     assert len(calls) == 1  # nothing is decoded behind the last row's end
@@ -125,11 +127,13 @@ def test_finished_rows_leave_the_batch():
     model, prompts = tiny_model("llama", tied=False), some_prompts()
     unlimited = greedy(model, prompts)
     stops = [unlimited[0][0], unlimited[1][3]]
+    assert reads_rows(model)  # tried before forwards are counted
     lengths = [len(until_stop(response, stops)) for response in unlimited]
     rows = []
     model.model.register_forward_hook(lambda module, args, output: rows.append(len(output.last_hidden_state)))
     greedy(model, prompts, stop_ids=stops)
-    assert rows == [sum(length > step for length in lengths) for step in range(max(lengths))]
+    # the prompts are read side by side as one row, then a token a row
+    assert rows == [1] + [sum(length > step for length in lengths) for step in range(1, max(lengths))]
 
 
 def test_a_peft_model_writes_with_its_adapter():
@@ -173,10 +177,11 @@ def test_a_recurrent_model_is_refused_or_right():
 
 def test_rows_of_like_length_share_a_batch():
     model, prompts = tiny_model("gpt2"), some_prompts()
+    assert reads_rows(model)  # tried before forwards are counted
     shapes = []
     model.transformer.wte.register_forward_hook(lambda module, args, output: shapes.append(tuple(args[0].shape)))
     greedy(model, prompts, length=1, batch_size=2)
-    assert shapes == [(2, 19), (2, 11), (2, 7), (2, 2)]  # the longest first, so that memory runs out early or never
+    assert shapes == [(1, 19 + 15), (1, 11 + 11), (1, 7 + 4), (1, 2 + 1)]  # the longest first: memory runs out early
 
 
 # ---------------------------------------------------------------------------------------- padded heads and two models
@@ -425,6 +430,7 @@ def test_the_mode_comes_back_after_an_error():
 
 def test_no_graph_is_kept():
     model, kept = tiny_model("llama").requires_grad_(True), []
+    assert reads_rows(model)  # tried before forwards are counted
     model.model.register_forward_hook(lambda module, args, output: kept.append(output.last_hidden_state.requires_grad))
     greedy(model, some_prompts(2), length=2)
     assert kept == [False, False]
@@ -449,6 +455,8 @@ def test_no_prompts_no_responses():
     [
         ({"prompts": [[1], []]}, "at least one token"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"max_new_tokens": [3, 0]}, "max_new_tokens must be at least 1, got 0"),
+        ({"max_new_tokens": [3]}, r"one a prompt \(2\), got 1"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"temperature": -0.1}, r"temperature must be 0 \(greedy\) or more, got -0.1"),
         ({"top_p": 0.0}, r"top_p must lie in \(0, 1\], got 0.0"),
@@ -463,3 +471,12 @@ def test_wrong_arguments(change, message):
     arguments = {"prompts": [[1], [2, 3]], "max_new_tokens": 1, "stop_ids": [], "seeds": [1, 2]} | change
     with pytest.raises(ValueError, match=f"Cannot generate: .*{message}"):
         generate(tiny_model("gpt2"), **arguments)
+
+
+def test_a_limit_a_prompt_cuts_each_response_by_itself():
+    model, prompts = tiny_model("llama"), some_prompts()
+    settings = {"stop_ids": [], "seeds": row_seeds(0, len(prompts)), "batch_size": 3}
+    whole = generate(model, prompts, max_new_tokens=9, **settings)
+    limits = [1 + 4 * row % 9 for row in range(len(prompts))]
+    cut = generate(model, prompts, max_new_tokens=limits, **settings)
+    assert cut == [response[:limit] for response, limit in zip(whole, limits, strict=True)]

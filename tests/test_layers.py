@@ -18,6 +18,7 @@ ROWS = (
     ("models",),
     ("data", "objectives"),
     ("results",),
+    ("switches",),
     ("errors",),
 )
 DEPTH = {part: depth for depth, row in enumerate(ROWS) for part in row}

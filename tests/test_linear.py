@@ -1,9 +1,13 @@
 """The chunked losses against the plain objectives: values, gradients and figures."""
 
+import math
 from functools import partial
+from typing import NamedTuple
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from promptkd.objectives import (
     adaptive_kl,
@@ -15,7 +19,7 @@ from promptkd.objectives import (
     skew_reverse_kl,
     total_variation,
 )
-from promptkd.objectives.linear import Head, chunked_objective, chunked_prompt_loss
+from promptkd.objectives.linear import Head, chunked_cross_entropy, chunked_objective, chunked_prompt_loss
 
 TOKENS, STUDENT, TEACHER, WORDS = 13, 5, 7, 29
 OBJECTIVES = {
@@ -54,16 +58,15 @@ def gradients(total, *tensors):
 
 
 @pytest.mark.parametrize("kind", HEADS)
-@pytest.mark.parametrize("chunk", [1, 4, 13, 100])
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_value_and_gradients_equal_the_plain_objective(name, chunk, kind):
+def test_value_and_gradients_equal_the_plain_objective(name, kind):
     objective = OBJECTIVES[name]
     hidden = random(TOKENS, STUDENT, seed=0).requires_grad_()
     teacher_hidden = random(TOKENS, TEACHER, seed=1)
     student_head = head(STUDENT, 2, trained=True, **HEADS[kind])
     teacher_head = head(TEACHER, 4, **HEADS[kind])
     plain = objective(student_head.logits(hidden), teacher_head.logits(teacher_hidden)).sum()
-    chunked = chunked_objective(objective, hidden, student_head, teacher_hidden, teacher_head, chunk=chunk)
+    chunked = chunked_objective(objective, hidden, student_head, teacher_hidden, teacher_head, chunk=4)
     torch.testing.assert_close(chunked.total, plain, rtol=1e-12, atol=0)
     scaled = [total * 0.37 for total in (chunked.total, plain)]  # as the division by the tokens does
     ours = gradients(scaled[0], hidden, student_head.weight, student_head.bias)
@@ -149,14 +152,292 @@ def test_no_tokens_give_zero_and_a_graph():
     assert float(student_head.weight.grad.abs().max()) == 0
 
 
-def test_single_precision_is_as_good_as_the_plain_objective():
-    def single(tensor):
-        return tensor.float().requires_grad_(tensor.requires_grad)
+class Shape(NamedTuple):
+    """Sizes, and what the two heads are like."""
 
-    hidden, teacher_hidden = random(64, STUDENT, seed=0), random(64, TEACHER, seed=1)
-    heads = [head(STUDENT, 2), head(TEACHER, 4)]
-    exact = reverse_kl(heads[0].logits(hidden), heads[1].logits(teacher_hidden)).sum()
-    loss = chunked_objective(
-        reverse_kl, single(hidden), Head(single(heads[0].weight)), single(teacher_hidden), Head(single(heads[1].weight))
+    tokens: int
+    chunk: int
+    words: int
+    padding: int
+    """Columns of the learner's head behind the shared words, sliced off."""
+    widths: tuple[int, int]
+    heads: tuple[dict, dict]
+    absent: tuple[frozenset[int], frozenset[int]]
+    """Columns whose bias is -inf; at least one column is left."""
+
+
+@st.composite
+def shapes(draw) -> Shape:
+    words = draw(st.integers(1, 9))
+    kept = draw(st.integers(0, words - 1))
+    columns = st.frozensets(st.sampled_from([each for each in range(words) if each != kept] or [0]), max_size=3)
+    absent = tuple(frozenset() if words == 1 else draw(st.just(frozenset()) | columns) for _ in range(2))
+    kinds = st.fixed_dictionaries(
+        {
+            "bias": st.booleans(),
+            "scale": st.sampled_from([1.0, 0.3, 1.7]),
+            "softcap": st.sampled_from([None, None, 2.5, 30.0]),
+        }
     )
-    assert float(loss.total) == pytest.approx(float(exact), rel=1e-6)
+    return Shape(
+        tokens=draw(st.integers(0, 9)),
+        chunk=draw(st.integers(1, 11)),
+        words=words,
+        padding=draw(st.integers(0, 3)),
+        widths=(draw(st.integers(1, 4)), draw(st.integers(1, 4))),
+        heads=(draw(kinds), draw(kinds)),
+        absent=absent,
+    )
+
+
+def heads_of(shape: Shape, seed: int) -> tuple[Head, Head]:
+    """A learner's head as wide as its padding asks, trained, and the target's."""
+    made = []
+    for index, (width, kind, absent) in enumerate(zip(shape.widths, shape.heads, shape.absent, strict=True)):
+        words = shape.words + (shape.padding if index == 0 else 0)
+        each = head(width, seed + 10 * index, words=words, **kind)
+        bias = each.bias if each.bias is not None or not absent else torch.zeros(words, dtype=torch.float64)
+        if bias is not None:
+            bias[sorted(absent)] = -math.inf
+        if index == 0:
+            each.weight.requires_grad_()
+            bias = bias if bias is None else bias.requires_grad_()
+        made.append(Head(each.weight, bias, each.scale, each.softcap))
+    return made[0], made[1]
+
+
+COEFFICIENT = st.sampled_from([0.0, 1.0]) | st.floats(1e-6, 1 - 1e-6)
+ANY_OBJECTIVE = st.sampled_from([forward_kl, reverse_kl, total_variation]) | st.one_of(
+    *(
+        st.builds(partial, st.just(f), **{name: COEFFICIENT})
+        for f, name in ((jensen_shannon, "beta"), (skew_forward_kl, "alpha"), (skew_reverse_kl, "alpha"))
+    ),
+    st.builds(partial, st.just(adaptive_kl), mu=COEFFICIENT),
+)
+
+
+@settings(deadline=None)
+@given(objective=ANY_OBJECTIVE, shape=shapes(), seed=st.integers(0, 999))
+def test_any_objective_at_any_shape_equals_the_plain_one(objective, shape, seed):
+    hidden = random(shape.tokens, shape.widths[0], seed=seed).requires_grad_()
+    target_hidden = random(shape.tokens, shape.widths[1], seed=seed + 1)
+    wide, target = heads_of(shape, seed + 2)
+    learner = wide.sliced(shape.words)
+    logits, target_logits = learner.logits(hidden), target.logits(target_hidden)
+    plain = objective(logits, target_logits).sum()
+    chunked = chunked_objective(objective, hidden, learner, target_hidden, target, chunk=shape.chunk)
+    torch.testing.assert_close(chunked.total, plain, rtol=1e-10, atol=1e-12)
+    same_gradients(0.37 * chunked.total, 0.37 * plain, hidden, wide.weight, wide.bias)
+    if shape.tokens:
+        both = (logits + target_logits).detach() > -math.inf
+        log_q = logits.detach().masked_fill(~both, -math.inf).log_softmax(-1)
+        entropy = -torch.where(both, log_q.exp() * log_q, 0.0).sum()
+        torch.testing.assert_close(chunked.figures["entropy"], entropy, rtol=1e-10, atol=1e-12)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    shape=shapes(),
+    seed=st.integers(0, 999),
+    weight=st.sampled_from([0.0, 1.0]) | st.floats(0, 3),
+    directions=st.tuples(*[st.sampled_from(["reverse", "forward"])] * 2),
+)
+def test_the_prompt_loss_at_any_shape_equals_the_plain_one(shape, seed, weight, directions):
+    """The prompted and the plain teacher share a head, whose padding and absent columns are the learner's."""
+    prompted = random(shape.tokens, shape.widths[0], seed=seed).requires_grad_()
+    plain_hidden = random(shape.tokens, shape.widths[0], seed=seed + 1)
+    student_hidden = random(shape.tokens, shape.widths[1], seed=seed + 2)
+    wide, student_head = heads_of(shape, seed + 3)
+    teacher_head = wide.sliced(shape.words)
+    named = dict(zip(("student_direction", "plain_direction"), directions, strict=True))
+    plain = prompt_loss(
+        teacher_head.logits(prompted),
+        student_head.logits(student_hidden),
+        teacher_head.logits(plain_hidden),
+        weight=weight,
+        **named,
+    ).sum()
+    states = (prompted, teacher_head, student_hidden, student_head, plain_hidden if weight else None, teacher_head)
+    chunked = chunked_prompt_loss(*states, weight=weight, chunk=shape.chunk, **named)
+    torch.testing.assert_close(chunked.total, plain, rtol=1e-10, atol=1e-12)
+    same_gradients(0.37 * chunked.total, 0.37 * plain, prompted)
+
+
+@settings(deadline=None, max_examples=60)
+@given(shape=shapes(), seed=st.integers(0, 999))
+def test_the_cross_entropy_at_any_shape_equals_the_plain_one(shape, seed):
+    hidden = random(shape.tokens, shape.widths[0], seed=seed).requires_grad_()
+    wide, _ = heads_of(shape, seed + 1)
+    learner = wide.sliced(shape.words)
+    there = [each for each in range(shape.words) if each not in shape.absent[0]]
+    labels = torch.tensor([there[each % len(there)] for each in range(shape.tokens)], dtype=torch.long)
+    logits = learner.logits(hidden)
+    plain = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+    chunked = chunked_cross_entropy(hidden, learner, labels, chunk=shape.chunk)
+    torch.testing.assert_close(chunked.total, plain, rtol=1e-10, atol=1e-12)
+    same_gradients(0.37 * chunked.total, 0.37 * plain, hidden, wide.weight, wide.bias)
+    if shape.tokens:
+        log_q = logits.detach().log_softmax(-1)
+        entropy = -torch.where(log_q == -math.inf, 0.0, log_q.exp() * log_q).sum()
+        torch.testing.assert_close(chunked.figures["entropy"], entropy, rtol=1e-10, atol=1e-12)
+
+
+def same_gradients(ours, theirs, *tensors):
+    for mine, other in zip(gradients(ours, *tensors), gradients(theirs, *tensors), strict=True):
+        assert mine.isfinite().all()
+        torch.testing.assert_close(mine, other, rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind", ["plain", "softcap"])
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "adaptive_kl"])
+def test_gradients_equal_finite_differences(name, kind):
+    """Not of the adaptive KL, whose weights are constants for its gradient alone: it is held to the plain one above."""
+    hidden, target_hidden = random(3, 2, seed=0).requires_grad_(), random(3, 4, seed=1)
+    learner = head(2, 2, words=5, trained=True, **HEADS[kind])
+    target = head(4, 4, words=5, **HEADS[kind])
+    rest = [each for each in (learner.weight, learner.bias) if each is not None]
+
+    def total(hidden, weight, bias=None):
+        made = Head(weight, bias, learner.scale, learner.softcap)
+        return chunked_objective(OBJECTIVES[name], hidden, made, target_hidden, target, chunk=2).total
+
+    assert torch.autograd.gradcheck(total, (hidden, *rest), fast_mode=True)
+
+
+@pytest.mark.parametrize("student_direction", ["reverse", "forward"])
+@pytest.mark.parametrize("plain_direction", ["reverse", "forward"])
+def test_the_prompts_gradient_equals_finite_differences(student_direction, plain_direction):
+    teacher_head, student_head = head(4, 3, words=5, **HEADS["softcap"]), head(2, 5, words=5)
+    plain_hidden, student_hidden = random(3, 4, seed=1), random(3, 2, seed=2)
+
+    def total(prompted):
+        return chunked_prompt_loss(
+            *(prompted, teacher_head, student_hidden, student_head, plain_hidden, teacher_head),
+            weight=0.6,
+            student_direction=student_direction,
+            plain_direction=plain_direction,
+            chunk=2,
+        ).total
+
+    assert torch.autograd.gradcheck(total, (random(3, 4, seed=0).requires_grad_(),), fast_mode=True)
+
+
+def extreme(dtype):
+    """Logits of ±80 as the states of heads that pass them on; the teacher's last column is padding."""
+    student = torch.tensor([[80.0, -80, 0, 1], [-80, 80, 0, 1], [80, 80, -80, -80], [0, 0, 0, 0]], dtype=dtype)
+    teacher = torch.tensor([[-80.0, 80, 0, 1], [-80, 80, 0, 1], [-80, 80, 80, -80], [80, -80, -80, 80]], dtype=dtype)
+    weight = torch.eye(4, dtype=dtype)
+    padded = torch.tensor([0.0, 0.0, 0.0, -math.inf], dtype=dtype)
+    return student, Head(weight.clone(), torch.zeros(4, dtype=dtype)), teacher, Head(weight.clone(), padded)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("chunk", [1, 3, 8])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_extreme_logits_and_a_padded_teacher_stay_finite_and_right(name, chunk, dtype):
+    student, student_head, teacher, teacher_head = extreme(dtype)
+    student.requires_grad_()
+    trained = (student, student_head.weight.requires_grad_(), student_head.bias.requires_grad_())
+    loss = chunked_objective(OBJECTIVES[name], student, student_head, teacher, teacher_head, chunk=chunk)
+    exact = OBJECTIVES[name](student.detach().double()[:, :3], teacher.double()[:, :3]).sum()  # the padding sliced off
+    assert float(loss.total.detach()) == pytest.approx(float(exact), rel=1e-5)
+    found = gradients(loss.total, *trained)
+    assert all(each.isfinite().all() for each in found)
+    assert float(found[0][:, 3].abs().max()) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("student_direction", ["reverse", "forward"])
+@pytest.mark.parametrize("plain_direction", ["reverse", "forward"])
+def test_the_prompt_loss_of_extreme_logits_stays_finite_and_right(student_direction, plain_direction, dtype):
+    student, student_head, prompted, teacher_head = extreme(dtype)
+    prompted.requires_grad_()
+    plain_hidden = prompted.detach().flip(0)
+    directions = {"student_direction": student_direction, "plain_direction": plain_direction}
+    loss = chunked_prompt_loss(
+        *(prompted, teacher_head, student, student_head, plain_hidden, teacher_head), weight=0.6, chunk=3, **directions
+    )
+    sliced = [each.detach().double()[:, :3] for each in (prompted, student, plain_hidden)]
+    assert float(loss.total.detach()) == pytest.approx(float(prompt_loss(*sliced, weight=0.6, **directions).sum()))
+    (gradient,) = gradients(loss.total, prompted)
+    assert gradient.isfinite().all()
+    assert float(gradient[:, 3].abs().max()) == 0
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_float32_is_within_1e_5_of_float64(name):
+    """A token's loss, and the gradient, from the same float32 states and weights."""
+    tokens, width, words = 48, 24, 400
+    hidden, teacher_hidden = random(tokens, width, seed=0).float(), random(tokens, width, seed=1).float()
+    weights = [random(words, width, seed=seed).float() / 3 for seed in (2, 3)]
+
+    def outcome(dtype):
+        state, weight = (each.detach().to(dtype).requires_grad_() for each in (hidden, weights[0]))
+        target = Head(weights[1].to(dtype))
+        loss = chunked_objective(OBJECTIVES[name], state, Head(weight), teacher_hidden.to(dtype), target, chunk=20)
+        return [each.detach().double() for each in (loss.total / tokens, *gradients(loss.total, state, weight))]
+
+    for single, double in zip(outcome(torch.float32), outcome(torch.float64), strict=True):
+        torch.testing.assert_close(single, double, rtol=1e-5, atol=1e-5)
+
+
+def test_states_that_do_not_belong_together_are_refused():
+    hidden, few = random(4, STUDENT, seed=0), random(3, TEACHER, seed=1)
+    student_head, teacher_head = head(STUDENT, 2), head(TEACHER, 4)
+    with pytest.raises(ValueError, match=r"one state a token.*4, 3"):
+        chunked_objective(reverse_kl, hidden, student_head, few, teacher_head, chunk=3)
+    with pytest.raises(ValueError, match=r"`plain_hidden`.*0\.5"):
+        chunked_prompt_loss(few, teacher_head, few, teacher_head, None, teacher_head, weight=0.5)
+
+
+@pytest.mark.parametrize("kind", ["plain", "softcap"])
+def test_blocks_of_a_chunk_change_nothing(kind, monkeypatch):
+    def losses():
+        hidden = random(TOKENS, STUDENT, seed=0).requires_grad_()
+        student_head, teacher_head = head(STUDENT, 2, trained=True, **HEADS[kind]), head(TEACHER, 4)
+        for objective in (reverse_kl, forward_kl, partial(jensen_shannon, beta=0.3)):
+            loss = chunked_objective(objective, hidden, student_head, random(TOKENS, TEACHER, seed=1), teacher_head)
+            yield from (loss.total.detach(), loss.figures["entropy"])
+            yield from gradients(loss.total, hidden, student_head.weight, student_head.bias)
+
+    whole = list(losses())
+    monkeypatch.setattr("promptkd.objectives.linear._BLOCK", 3 * WORDS)  # rows in blocks of 3, 3, 3, 3 and 1
+    for got, expected in zip(losses(), whole, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_a_bias_of_minus_infinity_takes_a_word_away():
+    hidden, teacher_hidden = random(TOKENS, STUDENT, seed=0).requires_grad_(), random(TOKENS, TEACHER, seed=1)
+    student_head, teacher_head = (head(width, 2, trained=True, bias=True) for width in (STUDENT, TEACHER))
+    with torch.no_grad():
+        student_head.bias[3] = teacher_head.bias[7] = -torch.inf
+    for objective in (reverse_kl, forward_kl):
+        plain = objective(student_head.logits(hidden), teacher_head.logits(teacher_hidden)).sum()
+        chunked = chunked_objective(objective, hidden, student_head, teacher_hidden, teacher_head, chunk=4)
+        torch.testing.assert_close(chunked.total, plain, rtol=1e-12, atol=0)
+        (ours,), (theirs,) = gradients(chunked.total, hidden), gradients(plain, hidden)
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+    prompted = random(TOKENS, TEACHER, seed=2).requires_grad_()
+    models = (prompted, teacher_head), (hidden.detach(), student_head), (teacher_hidden, teacher_head)
+    plain = prompt_loss(*(each.logits(state) for state, each in models), weight=0.6).sum()
+    chunked = chunked_prompt_loss(*(part for model in models for part in model), weight=0.6, chunk=4)
+    torch.testing.assert_close(chunked.total, plain, rtol=1e-12, atol=0)
+    (ours,), (theirs,) = gradients(chunked.total, prompted), gradients(plain, prompted)
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_bfloat16_heads_are_compared_in_float32():
+    hidden = random(TOKENS, STUDENT, seed=0).bfloat16().requires_grad_()
+    teacher_hidden = random(TOKENS, TEACHER, seed=1).bfloat16()
+    student_head = Head(head(STUDENT, 2).weight.bfloat16().requires_grad_())
+    teacher_head = Head(head(TEACHER, 4).weight.bfloat16())
+    plain = reverse_kl(student_head.logits(hidden), teacher_head.logits(teacher_hidden)).sum()
+    chunked = chunked_objective(reverse_kl, hidden, student_head, teacher_hidden, teacher_head, chunk=4)
+    assert chunked.total.dtype == torch.float32
+    torch.testing.assert_close(chunked.total, plain, rtol=1e-5, atol=0)
+    for mine, other in zip(
+        gradients(chunked.total, hidden, student_head.weight),
+        gradients(plain, hidden, student_head.weight),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, other, rtol=2e-2, atol=2e-2)

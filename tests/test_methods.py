@@ -8,10 +8,11 @@ import torch
 from promptkd.data.packing import right_pad
 from promptkd.errors import RequestError
 from promptkd.methods import METHODS, Method, MethodSettings, named_method
+from promptkd.methods.losses import Pair
 from promptkd.models import response_hidden
 from promptkd.objectives import forward_kl, reverse_kl
-from promptkd.responses import AdaptiveReplay, ResponseMix, Sampler, TeacherMixed
-from tiny import tiny_model
+from promptkd.responses import AdaptiveReplay, ResponseMix, Responses, Sampler, TeacherMixed
+from tiny import VOCABULARY, tiny_model
 from trainers import FixedResponses, config, log, pair, rows, trainer
 
 
@@ -30,10 +31,10 @@ def test_every_method_takes_its_steps_and_moves_the_student(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_micro_batches_do_not_matter(tmp_path, name):
-    """8 x 1 = 2 x 4 = 1 x 8 in losses, student and adapter after two steps, in float64."""
+def test_micro_batches_and_chunks_do_not_matter(tmp_path, name):
+    """8 x 1 = 2 x 4 = 1 x 8, in chunks of all, 3 and 256 tokens: log, student and adapter after two float64 steps."""
     outcomes = []
-    for batch, accumulation in ((8, 1), (2, 4), (1, 8)):
+    for batch, accumulation, chunk in ((8, 1, 0), (2, 4, 3), (1, 8, 256)):
         ours = trainer(
             tmp_path / str(batch),
             method=fixed(name),
@@ -41,6 +42,7 @@ def test_micro_batches_do_not_matter(tmp_path, name):
             max_steps=2,
             per_device_train_batch_size=batch,
             gradient_accumulation_steps=accumulation,
+            chunk_tokens=chunk,
         )
         ours.train()
         adapter = [] if ours.adapter is None else ours.adapter.parameters()
@@ -128,29 +130,46 @@ def test_trainable_shares(tmp_path):
     assert trainer(tmp_path, models=pair(), method=named_method("kd")).trainable_share() == (0, 0.0)
 
 
-@pytest.mark.parametrize("share", [0.0, 1.0])
-def test_mixture_shares_zero_and_one_are_the_pure_forms(tmp_path, share):
-    mixed = trainer(tmp_path / "a", method=named_method("gkd", MethodSettings(student_share=share, beta=0.0)))
-    mixed.train()
-    pure = "kd" if share == 0 else "gkd"
-    pure = trainer(tmp_path / "b", method=named_method(pure, MethodSettings(student_share=share, beta=0.0)))
-    pure.train()
-    assert log(mixed) == log(pure)
+class StudentAlone(Responses):
+    """Every response is the student's, without a share."""
+
+    def __call__(self, rows, sample, progress):
+        return sample.student([row.prompt_ids for row in rows])
+
+
+@pytest.mark.parametrize("name", ["imitkd", "gkd", "distillm"])
+@pytest.mark.parametrize(("share", "pure"), [(0.0, Responses()), (1.0, StudentAlone())])
+def test_mixture_shares_zero_and_one_are_the_pure_forms(tmp_path, name, share, pure):
+    """For distillm in its first step, before anything can be replayed."""
+    steps = 1 if name == "distillm" else 2
+    mixed = named_method(name, MethodSettings(student_share=share))
+    runs = []
+    for method in (mixed, replace(mixed, responses=pure)):
+        ours = trainer(tmp_path, models=pair(), method=method, max_steps=steps)
+        ours.train()
+        shown = [{key: entry[key] for key in entry if key not in source_figures(mixed)} for entry in log(ours)]
+        runs.append((shown, torch.cat([parameter.detach().flatten() for parameter in ours.model.parameters()])))
+    assert runs[0][0] == runs[1][0]
+    assert torch.equal(runs[0][1], runs[1][1])
+
+
+def source_figures(method):
+    return method.responses.figures()
 
 
 def test_a_fixed_prompt_teaches_as_a_teacher_that_carries_it(tmp_path):
-    """Learning rate 0 for the prompt is distillation from that prompted teacher."""
-    data = rows(4)
-    student, teacher = pair()
-    ours = trainer(tmp_path, data=data, models=(student, teacher), prompt_learning_rate=0.0, max_steps=1)
+    """Learning rate 0 for the prompt is distillation from that prompted teacher, step for step."""
+    ours = trainer(tmp_path / "a", models=pair(), prompt_learning_rate=0.0)
     prompt = ours.adapter.module.embeddings.detach().clone()
-    batch = right_pad([row.prompt_ids for row in data.examples], [row.response_ids for row in data.examples])
-    with torch.no_grad():
-        p = teacher.get_output_embeddings()(response_hidden(teacher, batch, prompt))
-        q = student.get_output_embeddings()(response_hidden(student, batch))
-        expected = reverse_kl(q, p).mean()
     ours.train()
-    assert log(ours)[0]["student_kl"] == pytest.approx(float(expected), rel=1e-5)
+    student, teacher = pair()
+    plain = trainer(tmp_path / "b", models=(student, teacher), method=Method(FixedResponses(), reverse_kl))
+    plain._teacher_hidden = lambda batch, adapted: response_hidden(teacher, batch, prompt)
+    plain.train()
+    for mine, other in zip(log(ours), log(plain), strict=True):
+        assert mine["student_kl"] == other["student_kl"]
+    for mine, other in zip(ours.model.parameters(), student.parameters(), strict=True):
+        assert torch.equal(mine, other)
 
 
 def test_a_cross_entropy_share_mixes_the_two_losses(tmp_path):
@@ -212,6 +231,30 @@ def test_the_adaptive_share_rises_when_validation_gets_worse():
     assert source.best == 1.9
 
 
+def test_validation_in_a_run_moves_the_adaptive_share(tmp_path):
+    """At a rate that ruins the student, the share of each step is what the losses logged before it say."""
+    ours = trainer(
+        tmp_path,
+        method=named_method("distillm", MethodSettings(replay_step=0.3)),
+        eval_data=rows(4, seed=5),
+        eval_strategy="steps",
+        eval_steps=1,
+        max_steps=4,
+        learning_rate=1.0,
+    )
+    ours.train()
+    share, best, shares, expected = 0.0, None, [], []
+    for entry in log(ours):
+        if "student_share" in entry:
+            shares.append(entry["student_share"])
+            expected.append(share)
+        elif "eval_loss" in entry:
+            share += 0.3 if best is not None and entry["eval_loss"] > best else 0.0
+            best = entry["eval_loss"] if best is None else min(best, entry["eval_loss"])
+    assert shares == pytest.approx(expected)
+    assert shares[-1] > 0
+
+
 def test_the_replay_buffer_gives_old_samples_again_and_forgets_the_oldest():
     source = AdaptiveReplay(start=1.0, capacity=3)
     data = rows(4).examples
@@ -251,11 +294,39 @@ def test_wrong_choices_are_told(tmp_path):
         ("minillm", {"cross_entropy_share": 0.5}),
         ("dpkd", {"distillation_temperature": 2.0}),
         ("promptkd", {"student_share": 0.5}),
+        ("promptkd", {"beta": 0.5}),
+        ("kd", {"alpha": 0.2}),
+        ("akl", {"objective": "jensen_shannon", "mu": 0.2}),
+        ("gkd", {"clip_ratio": None}),
+        ("imitkd", {"replay_step": 0.2}),
     ],
 )
 def test_settings_without_effect_are_refused(name, settings):
-    with pytest.raises(RequestError, match=f"{name} takes no {next(iter(settings))}"):
+    with pytest.raises(RequestError, match=f"{name} takes no {list(settings)[-1]}"):
         named_method(name, MethodSettings(**settings))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("promptkd", {"objective": "jensen_shannon", "beta": 0.5}),
+        ("kd", {"objective": "skew_forward_kl", "alpha": 0.2, "student_share": 0.3}),
+        ("gkd", {"objective": "adaptive_kl", "mu": 0.2}),
+        ("distillm", {"alpha": 0.2, "replay_step": 0.2, "replay_capacity": 9, "teacher_adapter": "prompt"}),
+        ("minillm", {"teacher_mix": 0.0, "importance": "none", "length_normalization": False, "clip_ratio": None}),
+        ("dpkd", {"dpkd_beta": 0.2, "dpkd_level": "token", "length_normalization": False}),
+        ("kd", {"cross_entropy_share": 1.0}),
+    ],
+)
+def test_settings_that_a_method_takes(name, settings):
+    named_method(name, MethodSettings(**settings))
+
+
+def test_which_methods_need_the_datas_responses():
+    assert {name for name in METHODS if not named_method(name).responses.needs_data} == {
+        *("promptkd", "promptkd-lora", "promptkd-full", "gkd", "minillm"),
+    }
+    assert named_method("gkd", MethodSettings(student_share=0.9)).responses.needs_data
 
 
 def test_a_mixed_sampler_keeps_to_the_whole_distribution(tmp_path):
@@ -304,3 +375,21 @@ def test_a_lora_student_trains_its_own_weights_alone_and_can_be_merged(tmp_path,
     torch.testing.assert_close(loaded, trained, rtol=0, atol=1e-4)
     assert (tmp_path / "student" / ("model.safetensors" if merge else "adapter_model.safetensors")).is_file()
     assert not torch.allclose(trained, response_hidden(load_model(tmp_path / "base"), batch).detach(), atol=1e-4)
+
+
+def test_the_online_modules_loss_by_hand():
+    """-log p(y) + KL(p || q), summed over the tokens; the adapted teacher alone gets a gradient."""
+    student, teacher = pair(torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    adapted = torch.randn(5, 24, dtype=torch.float64, generator=generator).requires_grad_()
+    student_hidden = torch.randn(5, 16, dtype=torch.float64, generator=generator).requires_grad_()
+    targets = torch.tensor([3, 1, 4, 1, 5])
+    loss = Pair(student, teacher, VOCABULARY).online_loss(adapted, targets, student_hidden)
+    log_p = teacher.get_output_embeddings()(adapted).log_softmax(-1)
+    log_q = student.get_output_embeddings()(student_hidden).log_softmax(-1)
+    p, kl = log_p.exp(), (log_p.exp() * (log_p - log_q)).sum(-1)
+    torch.testing.assert_close(loss.total, kl.sum() - log_p[range(5), targets].sum())
+    torch.testing.assert_close(loss.figures["to_student"], kl.sum().detach())
+    by_logits = p * (log_p - log_q - kl[:, None]) + p - torch.nn.functional.one_hot(targets, VOCABULARY)
+    (gradient,) = torch.autograd.grad(loss.total, adapted)
+    torch.testing.assert_close(gradient, by_logits.detach() @ teacher.get_output_embeddings().weight.detach())

@@ -1,7 +1,8 @@
-"""ROUGE-L and exact match against a second, recursive implementation and hand-made cases."""
+"""ROUGE-L, ROUGE-1 and exact match against a second, recursive implementation and hand-made cases."""
 
 import re
 import warnings
+from collections import Counter
 from functools import cache
 
 import pytest
@@ -11,7 +12,16 @@ from nltk.stem.porter import PorterStemmer
 from rouge_score.rouge_scorer import RougeScorer
 
 from promptkd.errors import RequestError
-from promptkd.evaluation.rouge import exact_match, exact_match_scores, normalize_answer, rouge_l, rouge_l_scores
+from promptkd.evaluation.rouge import (
+    exact_match,
+    exact_match_scores,
+    normalize_answer,
+    rouge_1,
+    rouge_1_scores,
+    rouge_l,
+    rouge_l_scores,
+    rouge_scores,
+)
 
 WORDS = ["run", "running", "runs", "the", "cat", "cats", "relational", "7", "U.S.", "well-known", "naïve", "猫", "!"]
 texts = st.lists(st.sampled_from(WORDS), max_size=9).map(" ".join)
@@ -33,22 +43,49 @@ def longest_common_subsequence(a: tuple[str, ...], b: tuple[str, ...]) -> int:
     return length(0, 0)
 
 
-def rouge_by_hand(prediction: str, references: list[str]) -> float:
+def words_in_common(a: tuple[str, ...], b: tuple[str, ...]) -> int:
+    return (Counter(a) & Counter(b)).total()
+
+
+def rouge_by_hand(prediction: str, references: list[str], *, overlap=longest_common_subsequence) -> float:
     best = 0.0
     for reference in references:
         ours, theirs = tokens_by_hand(prediction), tokens_by_hand(reference)
         if ours and theirs:  # 2 P R / (P + R) with P = L / |ours|, R = L / |theirs|
-            best = max(best, 200 * longest_common_subsequence(ours, theirs) / (len(ours) + len(theirs)))
+            best = max(best, 200 * overlap(ours, theirs) / (len(ours) + len(theirs)))
     return best
 
 
-@pytest.mark.filterwarnings("ignore:.*ROUGE-L can compare")
+@pytest.mark.filterwarnings("ignore:.*ROUGE can compare")
 @given(rows=st.lists(st.tuples(texts, st.lists(texts, min_size=1, max_size=3)), min_size=1, max_size=4))
-def test_rouge_equals_a_recursive_longest_common_subsequence(rows: list[tuple[str, list[str]]]) -> None:
+def test_rouge_equals_a_second_implementation(rows: list[tuple[str, list[str]]]) -> None:
     predictions, references = [row[0] for row in rows], [row[1] for row in rows]
-    expected = [rouge_by_hand(prediction, row) for prediction, row in rows]
-    assert rouge_l_scores(predictions, references) == pytest.approx(expected)
-    assert rouge_l(predictions, references) == pytest.approx(sum(expected) / len(expected))
+    for mean, scores, overlap in (
+        (rouge_l, rouge_l_scores, longest_common_subsequence),
+        (rouge_1, rouge_1_scores, words_in_common),
+    ):
+        expected = [rouge_by_hand(prediction, row, overlap=overlap) for prediction, row in rows]
+        assert scores(predictions, references) == pytest.approx(expected)
+        assert mean(predictions, references) == pytest.approx(sum(expected) / len(expected))
+    both = rouge_scores(predictions, references, kinds=("rougeL", "rouge1"))
+    assert both == {
+        "rougeL": rouge_l_scores(predictions, references),
+        "rouge1": rouge_1_scores(predictions, references),
+    }
+
+
+def test_rouge_1_of_hand_computed_rows() -> None:
+    predictions = ["the cat the cat", "d c b a", "", "running jumps"]
+    references = ["the cat sat", "a b c d", "yes", "jumping runs"]
+    # "the" and "cat" count once each, as the reference has them: 2*2/7; order does not count; nothing; stems.
+    assert rouge_1_scores(predictions, references) == pytest.approx([400 / 7, 100, 0, 100])
+    assert rouge_1(predictions, references) == pytest.approx((400 / 7 + 200) / 4)
+
+
+def test_each_kind_takes_its_own_best_reference() -> None:
+    references = [["one two x y", "three two one"]]
+    scores = rouge_scores(["one two three"], references, kinds=("rougeL", "rouge1"))
+    assert scores == {"rougeL": [pytest.approx(400 / 7)], "rouge1": [pytest.approx(100)]}
 
 
 def test_rouge_of_hand_computed_rows() -> None:
@@ -92,7 +129,8 @@ def test_references_in_other_scripts_are_named_in_one_warning() -> None:
     predictions = ["Привет, мир", "日本語", "plain", "5 рублей"]
     references = [["Привет, мир"], ["日本語", ""], ["plain"], ["5 рублей"]]
     with pytest.warns(UserWarning, match="2 of 4 rows .*tokenize=list") as caught:
-        assert rouge_l_scores(predictions, references) == [0, 0, 100, 100]
+        scores = rouge_scores(predictions, references, kinds=("rougeL", "rouge1"))
+    assert scores == {"rougeL": [0, 0, 100, 100], "rouge1": [0, 0, 100, 100]}
     assert len(caught) == 1
 
 
@@ -106,6 +144,7 @@ def test_another_tokenizer_compares_other_scripts() -> None:
         assert rouge_l(["日本人"], ["日本語"], tokenize=list) == pytest.approx(200 / 3)
         assert rouge_l(["Привет, мир"], ["Привет, мир"], tokenize=str.split) == 100
         assert rouge_l(["running"], ["runs"], tokenize=str.split) == 0  # and no stemming
+        assert rouge_1(["本日人"], ["日本語"], tokenize=list) == pytest.approx(200 / 3)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +168,7 @@ def test_exact_match_takes_any_reference_and_averages_over_rows() -> None:
     assert exact_match(predictions, references) == 75
 
 
-@pytest.mark.parametrize("score", [rouge_l, rouge_l_scores, exact_match, exact_match_scores])
+@pytest.mark.parametrize("score", [rouge_l, rouge_1_scores, exact_match, exact_match_scores])
 @pytest.mark.parametrize(
     ("predictions", "references", "message"),
     [

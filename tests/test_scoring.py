@@ -8,8 +8,7 @@ from torch import nn
 from promptkd.data.packing import TokenBatch, right_pad
 from promptkd.errors import RequestError
 from promptkd.models import check_scoring, head_logits, response_hidden, response_logits
-from promptkd.models.packed import packed_hidden, packs
-from promptkd.models.scoring import head_size, linear_head, padded_hidden
+from promptkd.models.scoring import head_size, linear_head
 from promptkd.objectives import prompt_loss, reverse_kl
 from tiny import ARCHITECTURES, END_ID, VOCABULARY, tiny_model
 
@@ -168,23 +167,6 @@ def test_left_padding_shifts_pefts_positions_but_not_ours(architecture):
 
 
 # --------------------------------------------------------------------------------------------------- the gradient of P
-
-
-@pytest.fixture
-def float64_inside(monkeypatch):
-    """transformers casts to float32 inside its norms and its eager softmax; here float64 stays float64."""
-    to, to_float, softmax = torch.Tensor.to, torch.Tensor.float, torch.nn.functional.softmax
-
-    def keep_to(self, *args, **kwargs):
-        narrows = self.dtype == torch.float64 and args == (torch.float32,)
-        return self if narrows else to(self, *args, **kwargs)
-
-    def wide_softmax(values, *args, dtype=None, **kwargs):
-        return softmax(values, *args, dtype=None if values.dtype == torch.float64 else dtype, **kwargs)
-
-    monkeypatch.setattr(torch.Tensor, "to", keep_to)
-    monkeypatch.setattr(torch.Tensor, "float", lambda self: self if self.dtype == torch.float64 else to_float(self))
-    monkeypatch.setattr(torch.nn.functional, "softmax", wide_softmax)
 
 
 @every_architecture
@@ -376,24 +358,3 @@ def test_rows_that_nothing_can_score_are_refused():
         right_pad([[1]], [[2], [3]])
     with pytest.raises(ValueError, match="Got 0 and 0"):
         right_pad([], [])
-
-
-@every_architecture
-def test_packed_rows_equal_padded_ones(architecture):
-    """On CPU rows are packed where the model keeps them apart; elsewhere, and on GPUs, they are padded."""
-    model = tiny_model(architecture)
-    assert packs(model) is (architecture != "opt")  # OPT makes its mask without looking at positions
-    batch = batch_of(ROWS)
-    prompt = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
-    for vectors in (None, prompt):
-        padded = padded_hidden(model, batch, vectors)
-        if packs(model):
-            close(packed_hidden(model, batch, vectors), padded)
-        close(response_hidden(model, batch, vectors), padded)
-
-
-def test_packs_are_cut_where_they_would_grow_too_long(monkeypatch):
-    model, batch = tiny_model("llama"), batch_of(ROWS)
-    whole = packed_hidden(model, batch, None)
-    monkeypatch.setattr("promptkd.models.packed._LONGEST", 1)  # every row a pack of its own
-    close(packed_hidden(model, batch, None), whole)

@@ -5,6 +5,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from promptkd.data.packing import right_pad
 from promptkd.objectives import reverse_kl
@@ -90,8 +92,8 @@ def test_off_policy_the_token_weights_are_biased():
 
 def test_a_student_equal_to_its_teacher_has_no_gradient():
     student, teacher = Toy(0), Toy(0)
-    for settings in ({"importance": "product"}, {"importance": "token"}, {"length_normalization": True}):
-        for mine in expected_gradient(student, teacher, 0.0, **settings):
+    for choices in ({"importance": "product"}, {"importance": "token"}, {"length_normalization": True}):
+        for mine in expected_gradient(student, teacher, 0.0, **choices):
             assert float(mine.abs().max()) < 1e-12
 
 
@@ -145,6 +147,151 @@ def test_padding_changes_nothing():
         torch.testing.assert_close(padded[:, :4], narrow)
         assert float(padded[:, 4:].abs().max()) == 0
         assert float(narrow[1, 2:].abs().max()) == 0
+
+
+# The literal reference: one row, one token at a time, in Python floats. ----------------------------------------------
+
+
+def loop_minillm(row, *, importance, length_normalization, clip_ratio):
+    """Values of a row, and their sum's gradients by log q and by the single-step part."""
+    n, values, by_log_q, by_single = len(row), [], [], []
+    cost = [q - p for q, p, _, _ in row]
+    weights = [1.0 if importance == "none" else math.exp(q - b) for q, _, _, b in row]
+    for t in range(n):
+        single, before = row[t][2], math.prod(weights[:t])
+        if importance == "product":
+            following = sum(cost[s] * math.prod(weights[: s + 1]) for s in range(t + 1, n))
+            following /= (n - t - 1 or 1) if length_normalization else 1
+            values.append(before * single)
+            by_single.append(before)
+            by_log_q.append(following)
+            continue
+        following = sum(cost[t + 1 :]) / ((n - t - 1 or 1) if length_normalization else 1)
+        ratio = clipped = weights[t]
+        if clip_ratio is not None:
+            clipped = min(max(ratio, 1 - clip_ratio), 1 + clip_ratio)
+        gain = max(ratio * following, clipped * following)
+        values.append(weights[t] * single + gain)
+        by_single.append(weights[t])
+        by_log_q.append(ratio * following if gain == ratio * following and following != 0 else 0.0)
+    return values, by_log_q, by_single
+
+
+def loop_dpkd(chosen, rejected, *, beta, level, length_normalization):
+    """The loss of a row from the differences log q - log p of its two responses."""
+    if level == "token":
+        losses = [math.log1p(math.exp(-beta * (c - r))) for c, r in zip(chosen, rejected, strict=False)]
+        return sum(losses) / (len(losses) or 1) if length_normalization else sum(losses)
+    scale = (len(chosen) or 1, len(rejected) or 1) if length_normalization else (1, 1)
+    return math.log1p(math.exp(-beta * (sum(chosen) / scale[0] - sum(rejected) / scale[1])))
+
+
+def ragged(lengths, seed, columns):
+    """`columns` tensors (B, T) of values up to 2 below 0 and the mask; what lies under the padding is far off."""
+    generator = torch.Generator().manual_seed(seed)
+    width = max(lengths, default=0)
+    mask = torch.arange(width)[None] < torch.tensor(lengths)[:, None]
+    made = [-2 * torch.rand(len(lengths), width, dtype=torch.float64, generator=generator) for _ in range(columns)]
+    return [torch.where(mask, each, 50.0) for each in made], mask
+
+
+LENGTHS = st.lists(st.integers(0, 4), min_size=1, max_size=3)
+
+
+@settings(deadline=None)
+@given(
+    lengths=LENGTHS,
+    seed=st.integers(0, 999),
+    importance=st.sampled_from(["token", "product", "none"]),
+    length_normalization=st.booleans(),
+    clip_ratio=st.none() | st.floats(0, 0.9),
+)
+def test_minillm_equals_the_double_loop_at_any_mask_and_coefficient(lengths, seed, **choices):
+    (log_q, log_p, single, behaviour), mask = ragged(lengths, seed, 4)
+    log_q.requires_grad_()
+    single = single.neg().requires_grad_()
+    values = minillm(log_q, log_p, single, mask, log_behaviour=behaviour, **choices)
+    assert float(values[~mask].abs().sum().detach()) == 0
+    found = torch.autograd.grad(values.sum(), (log_q, single), materialize_grads=True)
+    tables = [each.detach() for each in (log_q, log_p, single, behaviour)]
+    for row, length in enumerate(lengths):
+        tokens = [tuple(float(each[row, t]) for each in tables) for t in range(length)]
+        expected = loop_minillm(tokens, **choices)
+        for mine, other in zip((values.detach(), *found), expected, strict=True):
+            assert mine[row, :length].tolist() == pytest.approx(other, rel=1e-9, abs=1e-12)
+            assert float(mine[row, length:].abs().sum()) == 0
+
+
+@settings(deadline=None)
+@given(
+    lengths=LENGTHS.flatmap(
+        lambda own: st.tuples(st.just(own), st.lists(st.integers(0, 4), min_size=len(own), max_size=len(own)))
+    ),
+    seed=st.integers(0, 999),
+    beta=st.just(0.0) | st.floats(1e-3, 5),
+    level=st.sampled_from(["sequence", "token"]),
+    length_normalization=st.booleans(),
+)
+def test_dpkd_equals_the_double_loop_at_any_mask_and_coefficient(lengths, seed, **choices):
+    sides = [ragged(each, seed + index, 2) for index, each in enumerate(lengths)]
+    ((chosen_q, chosen_p), chosen_mask), ((rejected_q, rejected_p), rejected_mask) = sides
+    values = dpkd(chosen_q, chosen_p, chosen_mask, rejected_q, rejected_p, rejected_mask, **choices)
+    for row, (own, other) in enumerate(zip(*lengths, strict=True)):
+        differences = [(q - p)[row, :length].tolist() for ((q, p), _), length in zip(sides, (own, other), strict=True)]
+        assert float(values[row]) == pytest.approx(loop_dpkd(*differences, **choices), rel=1e-9)
+
+
+@pytest.mark.parametrize("level", ["sequence", "token"])
+@pytest.mark.parametrize("length_normalization", [True, False])
+def test_dpkds_gradients_equal_finite_differences(level, length_normalization):
+    ((chosen_q, chosen_p), chosen_mask), ((rejected_q, rejected_p), rejected_mask) = (
+        ragged([3, 1], 0, 2),
+        ragged([2, 4], 1, 2),
+    )
+    for each in (chosen_q, rejected_q):
+        each.requires_grad_()
+
+    def loss(chosen, rejected):
+        return dpkd(
+            *(chosen, chosen_p, chosen_mask, rejected, rejected_p, rejected_mask),
+            beta=0.7,
+            level=level,
+            length_normalization=length_normalization,
+        )
+
+    assert torch.autograd.gradcheck(loss, (chosen_q, rejected_q))
+
+
+def test_float32_is_within_1e_5_of_float64():
+    (log_q, log_p, single, behaviour), mask = ragged([4, 2, 3], 0, 4)
+    tables = [torch.where(mask, each.float(), 0.0) for each in (log_q, log_p, -single, behaviour)]
+    for importance in ("token", "product", "none"):
+        ours, exact = (
+            minillm(*made[:3], mask, log_behaviour=made[3], importance=importance)
+            for made in (tables, [each.double() for each in tables])
+        )
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)
+    for level in ("sequence", "token"):
+        ours, exact = (
+            dpkd(*made[:2], mask, *made[2:], mask, level=level) for made in (tables, [each.double() for each in tables])
+        )
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_extreme_log_probabilities_stay_finite():
+    """Tokens that the student or the teacher holds for impossible, as far as float32 tells: logits of ±80."""
+    log_q = torch.tensor([[-160.0, -1e-30, -80.0], [-1e-30, -160.0, -2.0]], requires_grad=True)
+    log_p, behaviour = torch.tensor([[-1e-30, -160.0, -3.0]] * 2), torch.tensor([[-1.6, -0.2, -1.0]] * 2)
+    single, mask = torch.full((2, 3), 160.0), torch.tensor([[True] * 3, [True, True, False]])
+    for importance in ("token", "product", "none"):
+        total = minillm(log_q, log_p, single, mask, log_behaviour=behaviour, importance=importance).sum()
+        assert torch.autograd.grad(total, log_q)[0].isfinite().all()
+        assert total.isfinite()
+    for level in ("sequence", "token"):
+        total = dpkd(log_q, log_p, mask, log_p, log_q.detach(), mask, beta=1.0, level=level).sum()
+        assert torch.autograd.grad(total, log_q)[0].isfinite().all()
+        assert total.isfinite()
 
 
 def test_dpkd_by_hand():

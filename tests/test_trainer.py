@@ -10,8 +10,9 @@ from minimal_loop import start_prompt, step
 from promptkd.data.packing import right_pad
 from promptkd.errors import RequestError
 from promptkd.methods import MethodSettings, named_method
+from promptkd.models import SoftPrompt
 from promptkd.models.scoring import response_logits
-from promptkd.objectives import reverse_kl
+from promptkd.objectives import forward_kl, reverse_kl
 from promptkd.training import DistillTrainer
 from tiny import VOCABULARY, tiny_model, tiny_tokenizer
 from trainers import FIXED_PROMPTKD, FixedResponses, config, log, pair, rows, trainer
@@ -363,3 +364,51 @@ def test_losses_by_row_leave_the_figures_by_token_alone(tmp_path):
     for key in ("prompt_kl", "prompt_regularizer", "entropy", "prompt_grad_norm"):
         assert by_row[0][key] == pytest.approx(by_token[0][key], rel=1e-9), key
     torch.testing.assert_close(by_row[1], by_token[1])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "coefficient", "weights", "to_student", "to_plain"),
+    [
+        ("linear", 2.0, [2.0, 1.0], "reverse", "reverse"),
+        ("constant", 0.5, [0.5, 0.5], "forward", "reverse"),
+        ("none", 1.0, [0.0, 0.0], "reverse", "forward"),
+    ],
+)
+def test_the_flags_of_prompt_experiments_reach_the_step(tmp_path, schedule, coefficient, weights, to_student, to_plain):
+    """Directions, coefficient, schedule, start and length: the first step's figures by hand, and where P goes."""
+    data, models = rows(4), pair(torch.float64)
+    student, teacher = models
+    ours = trainer(
+        tmp_path,
+        data=data,
+        models=models,
+        max_steps=2,
+        prompt_start="random",
+        prompt_length=3,
+        prompt_kl=to_student,
+        regularizer_kl=to_plain,
+        seed=5,
+        prompt_learning_rate=0.01,
+        learning_rate=0.0,
+        regularizer_schedule=schedule,
+        regularizer_coefficient=coefficient,
+    )
+    start = SoftPrompt.create(teacher, tiny_tokenizer(), length=3, start="random", seed=5).embeddings
+    assert torch.equal(ours.adapter.module.embeddings, start)
+    batch = right_pad([row.prompt_ids for row in data.examples], [row.response_ids for row in data.examples])
+    with torch.no_grad():
+        prompted = response_logits(teacher, batch, start)
+        kl = {"reverse": reverse_kl, "forward": forward_kl}
+        expected = {
+            "prompt_kl": float(kl[to_student](prompted, response_logits(student, batch)).mean()),
+            "prompt_regularizer": float(kl[to_plain](prompted, response_logits(teacher, batch)).mean()),
+        }
+    ours.train()
+    first, second = log(ours)
+    assert [first["lambda"], second["lambda"]] == weights
+    for name, value in expected.items():  # the regulariser's KL also where it has no weight
+        assert first[name] == pytest.approx(value, rel=1e-9), name
+        assert second[name] != first[name]
+    found = ours.adapter.module.embeddings.detach()
+    assert second["prompt_distance"] == pytest.approx(float((found - start.detach()).norm()), rel=1e-6)
+    assert second["prompt_norm"] == pytest.approx(float(found.norm()), rel=1e-6)

@@ -83,8 +83,16 @@ DISTILLATION_ATTRIBUTES = {
 FINETUNING_ATTRIBUTES = {"_total_train_tokens"}
 
 STATE = {
-    *("best_global_step", "best_model_checkpoint", "global_step", "is_world_process_zero", "log_history", "max_steps"),
-    "save_to_json",
+    *(
+        "best_global_step",
+        "best_model_checkpoint",
+        "global_step",
+        "is_world_process_zero",
+        "log_history",
+        "max_steps",
+        "save_to_json",
+        "stateful_callbacks",
+    ),
 }
 
 

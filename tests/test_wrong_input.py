@@ -23,6 +23,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     (folder / "broken.jsonl").write_text(BROKEN)
     write_rows(folder / "field.jsonl", [*rows(2), {"question": "the"}])
     write_rows(folder / "requests.jsonl", [*rows(4), {"instruction": "the"}])
+    write_rows(folder / "silent.jsonl", [{"prompt": "", "completion": "an"}, {"prompt": "the", "completion": "an"}])
     (folder / "typo.yaml").write_text("learning_rat: 1e-3\n")
     (folder / "file").write_text("")
     (folder / "notes").mkdir()
@@ -92,6 +93,11 @@ CASES = {
         distill("--method", "kd", data=("--data", "W/requests.jsonl")), "W/requests.jsonl, line 5: the row has no"
     ),
     "missing response in validation": Case(distill("--eval-data", "W/requests.jsonl"), "line 5: the row has no"),
+    "empty prompt": Case(distill(data=("--data", "W/silent.jsonl")), "W/silent.jsonl, line 1: 'prompt' is empty"),
+    "missing response in dpkd": Case(
+        distill("--method", "dpkd", data=("--data", "W/requests.jsonl")), "W/requests.jsonl, line 5: the row has no"
+    ),
+    "flag of another method": Case(distill("--method", "kd", "--beta", 0.3), "kd takes no beta. Leave it out"),
     "no suffix": Case(sft(data=("--data", "W/file")), "must be a data file that ends in one of"),
     "the same data twice": Case(evaluate(data=("--data", "W/test.jsonl", "W/test.jsonl")), "must be given once"),
     "limit 0": Case(distill("--limit", 0), "must be at least 1. Got 0"),
@@ -134,6 +140,8 @@ CASES = {
     "student over a model": Case(prune("--keep", 0, "--overwrite", out="W/other"), "holds config.json"),
     "student over its teacher": Case(prune("--keep", 0, "--overwrite", out="W/teacher"), "another folder than --model"),
     "student below a file": Case(prune("--keep", 0, out="W/file/s"), "W/file is not a folder that can be written to"),
+    "neither sampled nor greedy": Case(evaluate("--temperature", 0, "--no-greedy"), "leaves them out. Give one"),
+    "no such metric": Case(evaluate("--metrics", "W/none.py"), "Could not load the metric W/none.py"),
     "results that exist": Case(evaluate(out="W/file"), "W/file exists. Replace it by --overwrite"),
     "results in a folder": Case(evaluate(out="W/notes"), "--out must be a file. W/notes is a folder"),
     "results below a file": Case(evaluate(out="W/file/r.json"), "W/file is not a folder that can be written to"),
@@ -192,16 +200,24 @@ CASES = {
     "layers of the demo": Case(("demo", "--layers", 31, "--out", "OUT"), "--layers must lie between 1 and 30"),
     # report
     "no runs": Case(("report", "--out", "OUT"), "RUNS is missing"),
-    "no results": Case(("report", "W/notes", "--out", "OUT"), "Expected a results file at W/notes/results.json"),
-    "no such run": Case(("report", "W/none", "--out", "OUT"), "Expected a results file at W/none"),
-    "broken results": Case(("report", "W/broken-run", "--out", "OUT"), "W/broken-run/results.json is not a results"),
-    "results of something else": Case(("report", "W/other-run", "--out", "OUT"), "is not a results record"),
-    "page that exists": Case(("report", "W/notes", "--out", "W/file"), "W/file exists"),
+    "no results": Case(
+        ("report", "W/notes", "--out", "OUT", "--format", "html"), "Expected a results file at W/notes/results.json"
+    ),
+    "no such run": Case(("report", "W/none", "--out", "OUT", "--format", "html"), "Expected a results file at W/none"),
+    "broken results": Case(
+        ("report", "W/broken-run", "--out", "OUT", "--format", "html"), "W/broken-run/results.json is not a results"
+    ),
+    "results of something else": Case(
+        ("report", "W/other-run", "--out", "OUT", "--format", "html"), "is not a results record"
+    ),
+    "page that exists": Case(("report", "W/notes", "--out", "W/file", "--format", "html"), "W/file exists"),
 }
 
 CASES |= {
     "damaged model": Case(generate(model="W/damaged"), "language model from W/damaged", loads=True),
-    "results that are no text": Case(("report", "W/binary-run", "--out", "OUT"), "W/binary-run/results.json"),
+    "results that are no text": Case(
+        ("report", "W/binary-run", "--out", "OUT", "--format", "html"), "W/binary-run/results.json"
+    ),
     "negative learning rate in sft": Case(sft("--learning-rate=-1"), "learning_rate must be 0 or more"),
     "unknown schedule of the prompt": Case(distill("--prompt_lr_scheduler_type", "cosin"), "prompt_lr_scheduler_type"),
     "no accumulation": Case(distill("--gradient_accumulation_steps", 0), "gradient_accumulation_steps"),

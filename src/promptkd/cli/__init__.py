@@ -30,7 +30,12 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "distill": ("promptkd.cli.distill", "Train a student on a teacher, with PromptKD or one of its rivals."),
     "generate": ("promptkd.cli.generate", "Write a model's responses to a data set."),
     "evaluate": ("promptkd.cli.evaluate", "Score a model's responses over several seeds."),
+    "exposure-bias": ("promptkd.cli.exposure_bias", "Measure how errors accumulate on a student's own continuations."),
+    "judge": ("promptkd.cli.judge", "Let a language model score answers, or compare two models' answers."),
+    "compare": ("promptkd.cli.compare", "Compare runs row by row: intervals, tests, and what each cost."),
     "report": ("promptkd.cli.report", "Make one HTML page from the results of one or several runs."),
+    "chat": ("promptkd.cli.chat", "Ask one or several models, their answers side by side."),
+    "export": ("promptkd.cli.export", "Write a model as serving tools load it: GGUF or safetensors."),
 }
 """Each command's name, in the order of the help: its module and what it does."""
 

@@ -1,15 +1,21 @@
-"""Score a model's responses over several data sets and seeds.
+"""Score a model's answers to one or several data sets, sampled under every seed and greedy.
 
-Validation loss on the references, ROUGE-L and exact match of the answers (best over the references), the share that
-ends by itself, and with --teacher the KL to it on the model's own samples; each with a 95 % bootstrap interval over
-rows. The answers themselves go beside the record, one JSONL file a data set and seed.
+The record, --out, holds every figure with its interval over rows and its deviation between seeds, and every row's
+answers and scores. The answers are kept beside it while they are made, a JSONL file a data set and seed. Run a command
+that was stopped once more, and it does only what is missing; sets and seeds may be added in the same way.
 
-    promptkd evaluate --model runs/promptkd --data test.jsonl --seeds 10 20 30 --out results.json
+    promptkd evaluate --model runs/promptkd --data dolly.jsonl sni.jsonl --seeds 10 20 30 40 50 --out results.json
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from promptkd.evaluation.measure import Decoding
+    from promptkd.results import Results
 
 
 @dataclass
@@ -24,8 +30,12 @@ class Options:
     """A teacher, to report the KL from the model to it."""
     seeds: list[int] = field(default_factory=lambda: [10])
     """Seeds of the sampled answers; each is a decoding of every row."""
+    greedy: bool = True
+    """Decode greedily as well; --no-greedy leaves it out."""
+    metrics: list[str] = field(default_factory=list)
+    """More metrics, of Hugging Face's `evaluate`: names, or paths of metric scripts."""
     temperature: float = 1.0
-    """Sampling temperature; 0 decodes greedily, once."""
+    """Sampling temperature; 0 gives the greedy answers alone."""
     top_p: float = 1.0
     """Share of the probability mass to sample from."""
     top_k: int = 0
@@ -39,83 +49,170 @@ class Options:
     max_prompt_length: int = 256
     """Most tokens of a prompt; rows above it are dropped and counted."""
     max_completion_length: int = 256
-    """Most tokens of a response; rows with a longer first reference are dropped and counted."""
+    """Most tokens of a response."""
+    max_reference_length: int = 768
+    """Most tokens of a first reference; rows above it are dropped and counted."""
     trust_remote_code: bool = False
     """Run code that a hub model ships."""
     overwrite: bool = False
-    """Replace --out."""
+    """Begin anew: replace --out and the answers beside it."""
+
+
+_ANSWERS_DEPEND_ON = (
+    *("temperature", "top_p", "top_k", "limit", "template"),
+    *("max_prompt_length", "max_completion_length", "max_reference_length"),
+)
 
 
 def run(options: Options, training: dict[str, Any]) -> None:
     import time
 
-    from promptkd.cli.measuring import (
-        check_decoding,
-        check_output,
-        label_of,
-        load_subject,
-        measured_rows,
-        over_seeds,
-        write_answers,
-    )
-    from promptkd.cli.options import merged_config
-    from promptkd.cli.session import data_record, peak_memory, progress_lines, quiet_libraries, say
+    from promptkd.cli.measuring import label_of, load_subject
+    from promptkd.cli.session import progress_lines, quiet_libraries, say
     from promptkd.data.dataset import stop_ids_of
-    from promptkd.errors import RequestError
-    from promptkd.evaluation.measure import Decoding, evaluate_model
-    from promptkd.models import check_same_vocabulary, load_tokenizer, model_record
+    from promptkd.evaluation.answers import SetEvaluation
+    from promptkd.evaluation.hub_metrics import HubMetric
+    from promptkd.models import check_same_vocabulary, load_tokenizer
     from promptkd.report import terminal_table
-    from promptkd.results import Results
 
-    check_output(options.out, overwrite=options.overwrite)
-    check_decoding(options, options.seeds)
-    if len(set(options.data)) < len(options.data):
-        raise RequestError(f"Each data set must be given once. Got --data {' '.join(options.data)}.")
+    _check(options)
     quiet_libraries()
+    metrics = [HubMetric(name) for name in options.metrics]
     trust = options.trust_remote_code
     tokenizer = load_tokenizer(options.model, trust_remote_code=trust)
     if options.teacher is not None:
         check_same_vocabulary(tokenizer, load_tokenizer(options.teacher, trust_remote_code=trust))
-    sets = {label_of(path, options.data): measured_rows(options, path, tokenizer) for path in options.data}
+    sets = _read(options, tokenizer)
+    for metric in metrics:
+        metric.check(row.references for data in sets.values() for row in data.examples)
     model = load_subject(options.model, trust)
-    models = {label_of(options.model): model_record(options.model, model)}
-    teacher = None
-    if options.teacher is not None:
-        teacher = load_subject(options.teacher, trust)
-        models[f"teacher {label_of(options.teacher)}"] = model_record(options.teacher, teacher)
+    teacher = None if options.teacher is None else load_subject(options.teacher, trust)
     stops = stop_ids_of(tokenizer, model.generation_config, template=options.template)
-    results = Results(kind="evaluate", config=merged_config(options, {}), models=models)
-    seeds = options.seeds[:1] if options.temperature == 0 else options.seeds
-    for path, (label, data) in zip(options.data, sets.items(), strict=True):
-        results.data[label] = data_record(path, len(data.examples), data.dropped)
-        scores = []
-        for seed in seeds:
-            decoding = Decoding(
-                temperature=options.temperature,
-                top_p=options.top_p,
-                top_k=options.top_k,
-                max_new_tokens=options.max_completion_length,
-                seed=seed,
-                batch_size=options.batch_size,
-            )
-            started = time.perf_counter()
-            evaluation, scored = evaluate_model(
-                model,
-                tokenizer,
-                data.examples,
-                decoding,
-                model_label=label_of(options.model),
-                data_label=f"{label}, seed {seed}" if len(seeds) > 1 else label,
-                stop_ids=stops,
-                teacher=teacher,
-                progress=progress_lines(f"{label}, seed {seed}", len(data.examples)),
-            )
-            results.timings[f"{label}, seed {seed}"] = time.perf_counter() - started
-            results.evaluations.append(evaluation)
-            scores.append(scored)
-            write_answers(options.out, label, seed, scored)
-        results.metrics |= over_seeds(label, scores)
-    results.notes.append(f"Peak memory {peak_memory() / 2**30:.1f} GiB.")
+    results = _begun_record(options, sets, model, teacher)
+    _settle(options, results, stops)
+    for name, data in sets.items():
+        started = time.perf_counter()
+        results.evaluations += SetEvaluation(
+            model,
+            tokenizer,
+            data.examples,
+            stops,
+            file_of=partial(_file, options.out, name),
+            teacher=teacher,
+            metrics=metrics,
+            progress=progress_lines(name, len(data.examples)),
+        ).run(
+            _decoding(options),
+            options.seeds,
+            greedy=options.greedy,
+            model_label=label_of(options.model),
+            data_label=name,
+        )
+        results.timings[name] = time.perf_counter() - started
+    results.notes += [
+        f"{metric.label} could not score {metric.failed_on_empty} empty answers; they count 0."
+        for metric in metrics
+        if metric.failed_on_empty
+    ]
     results.write(options.out)
     print(terminal_table([results]))
     say(f"The record is in {options.out}.")
+
+
+def _check(options: Options) -> None:
+    """Refuse what is wrong by itself, before anything is loaded."""
+    from promptkd.cli.measuring import check_decoding, check_output, label_of
+    from promptkd.errors import RequestError
+
+    check_output(options.out, overwrite=options.overwrite or _settings_file(options.out).exists())
+    check_decoding(options, options.seeds)
+    if not options.seeds:
+        raise RequestError("Expected at least one seed. Got none; --temperature 0 decodes greedily alone.")
+    if options.temperature == 0 and not options.greedy:
+        raise RequestError("--temperature 0 gives greedy answers alone and --no-greedy leaves them out. Give one.")
+    if len(set(options.data)) < len(options.data):
+        raise RequestError(f"Each data set must be given once. Got --data {' '.join(options.data)}.")
+    files = [_file(options.out, label_of(path, options.data), "") for path in options.data]
+    if len(set(files)) < len(files):
+        raise RequestError(
+            f"The answers of each data set need a file of their own. Got --data {' '.join(options.data)}, of which two "
+            "names are alike but for punctuation; rename a file."
+        )
+
+
+def _read(options: Options, tokenizer: Any) -> dict[str, Any]:
+    """The encoded rows of each data set by its label."""
+    from promptkd.cli.measuring import label_of, measured_rows
+    from promptkd.cli.session import say
+
+    sets = {}
+    for path in options.data:
+        data = measured_rows(options, path, tokenizer, max_reference_length=options.max_reference_length)
+        dropped = f"; {data.dropped} over a length limit were dropped" if data.dropped else ""
+        say(f"{path}: {len(data.examples)} rows{dropped}.")
+        sets[label_of(path, options.data)] = data
+    return sets
+
+
+def _begun_record(options: Options, sets: dict[str, Any], model: Any, teacher: Any) -> "Results":
+    """The record without its figures."""
+    from promptkd.cli.measuring import label_of, training_cost
+    from promptkd.cli.options import merged_config
+    from promptkd.cli.session import data_record
+    from promptkd.models import model_record
+    from promptkd.results import Results
+
+    label, cost = label_of(options.model), training_cost(options.model)
+    models = {label: model_record(options.model, model)}
+    if options.teacher is not None:
+        models[f"teacher {label_of(options.teacher)}"] = model_record(options.teacher, teacher)
+    return Results(
+        kind="evaluate",
+        config=merged_config(options, {}),
+        models=models,
+        data={
+            name: data_record(path, len(data.examples), data.dropped)
+            for path, (name, data) in zip(options.data, sets.items(), strict=True)
+        },
+        training={} if cost is None else {label: cost},
+    )
+
+
+def _settle(options: Options, results: "Results", stops: Sequence[int]) -> None:
+    """Make sure that answers which are there already were made as this command would make them."""
+    from promptkd.cli.session import say
+    from promptkd.evaluation.answers import parts_of
+    from promptkd.evaluation.resumable import settle_settings
+
+    settings = {f"--{name.replace('_', '-')}": results.config[name] for name in _ANSWERS_DEPEND_ON}
+    roles = ("model", "teacher")
+    settings |= {role: each.sha256 or each.path for role, each in zip(roles, results.models.values(), strict=False)}
+    settings |= {f"data {name}": each.sha256 or each.path for name, each in results.data.items()}
+    settings["ids that end an answer"] = list(stops)
+    parts = parts_of(_decoding(options), options.seeds, greedy=options.greedy, teacher=options.teacher is not None)
+    files = [_file(options.out, name, part) for name in results.data for part in parts]
+    held = settle_settings(_settings_file(options.out), settings, files, overwrite=options.overwrite)
+    if held:
+        say(f"Going on from {len(held)} of {len(files)} files of answers and losses.")
+
+
+def _decoding(options: Options) -> "Decoding":
+    from promptkd.evaluation.measure import Decoding
+
+    return Decoding(
+        temperature=options.temperature,
+        top_p=options.top_p,
+        top_k=options.top_k,
+        max_new_tokens=options.max_completion_length,
+        batch_size=options.batch_size,
+    )
+
+
+def _settings_file(out: Path) -> Path:
+    return out.with_name(f"{out.stem}-settings.json")
+
+
+def _file(out: Path, data: str, part: str) -> Path:
+    """Where a part of a data set's answers is kept, in letters that every file system takes."""
+    safe = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in data)
+    return out.with_name(f"{out.stem}-{safe}-{part}.jsonl")

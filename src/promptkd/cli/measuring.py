@@ -1,7 +1,5 @@
-"""What `generate` and `evaluate` share: loading, labels, answers beside the record."""
+"""What the commands that measure share: checks, loading, labels and names of files."""
 
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,8 +8,7 @@ from promptkd.cli.session import check_writable
 from promptkd.errors import RequestError
 
 if TYPE_CHECKING:
-    from promptkd.evaluation.measure import RowScores
-    from promptkd.results import Metric
+    from promptkd.results import Training
 
 __all__ = [
     "check_decoding",
@@ -19,8 +16,7 @@ __all__ = [
     "label_of",
     "load_subject",
     "measured_rows",
-    "over_seeds",
-    "write_answers",
+    "training_cost",
 ]
 
 
@@ -39,6 +35,10 @@ def check_decoding(options: Any, seeds: Sequence[int]) -> None:
         (options.temperature < 0, f"--temperature must be 0 (greedy) or more, got {options.temperature}"),
         (not 0 < options.top_p <= 1, f"--top-p must lie above 0 and at most at 1, got {options.top_p}"),
         (options.top_k < 0, f"--top-k must be 0 (off) or more, got {options.top_k}"),
+        (
+            options.max_completion_length < 1,
+            f"--max-completion-length must be at least 1 token, got {options.max_completion_length}",
+        ),
         (options.batch_size < 1, f"--batch-size must be at least 1, got {options.batch_size}"),
         (any(seed < 0 for seed in seeds), f"seeds must be 0 or more, got {_listed(seeds)}"),
         (len(set(seeds)) < len(seeds), f"each seed must be given once, got {_listed(seeds)}"),
@@ -65,8 +65,10 @@ def load_subject(name: str, trust_remote_code: bool) -> Any:
     return model
 
 
-def measured_rows(options: Any, source: str, tokenizer: Any, *, need_response: bool = True) -> Any:
-    """The rows of one data set, encoded as the options say."""
+def measured_rows(
+    options: Any, source: str, tokenizer: Any, *, need_response: bool = True, max_reference_length: int | None = None
+) -> Any:
+    """The rows of one data set, encoded as the options say; a reference has a response's limit unless one is given."""
     from promptkd.data.dataset import load_rows
 
     return load_rows(
@@ -74,7 +76,7 @@ def measured_rows(options: Any, source: str, tokenizer: Any, *, need_response: b
         tokenizer,
         template=options.template,
         max_prompt_length=options.max_prompt_length,
-        max_response_length=options.max_completion_length,
+        max_response_length=options.max_completion_length if max_reference_length is None else max_reference_length,
         need_response=need_response,
         limit=options.limit,
     )
@@ -91,41 +93,12 @@ def label_of(path: str, among: Sequence[str] = ()) -> str:
     return path if alike else short
 
 
-def over_seeds(label: str, scores: Sequence[Sequence["RowScores"]]) -> dict[str, "Metric"]:
-    """Mean of each row over the seeds, then mean and interval over rows; and the deviation between seeds."""
-    import numpy as np
+def training_cost(model: str) -> "Training | None":
+    """What the training of `model` cost, if it is a run's folder whose record says so."""
+    from promptkd.results import Results
 
-    from promptkd.evaluation.bootstrap import mean_interval
-    from promptkd.results import Metric
-
-    if len(scores) < 2:
-        return {}
-    metrics = {}
-    for name in ("rouge_l", "exact_match"):
-        table = np.array([[getattr(row, name) for row in scored] for scored in scores])  # (seeds, rows)
-        metrics[f"{label} {name}, mean over {len(scores)} seeds"] = mean_interval(table.mean(0))
-        deviation = float(table.mean(1).std(ddof=1))
-        metrics[f"{label} {name}, standard deviation between seeds"] = Metric(value=deviation)
-    return metrics
-
-
-def write_answers(out: Path, label: str, seed: int, scored: Sequence["RowScores"]) -> None:
-    """The answers of one data set and seed as JSONL beside the record."""
-    safe = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in label)
-    target = out.with_name(f"{out.stem}-{safe}-seed{seed}.jsonl")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".partial")
-    lines = [
-        {
-            "row": each.row,
-            "prompt": each.prompt,
-            "response": each.response,
-            "references": each.references,
-            "rouge_l": each.rouge_l,
-            "exact_match": each.exact_match,
-            "ended": each.ended,
-        }
-        for each in scored
-    ]
-    partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-    os.replace(partial, target)
+    folder = Path(model).expanduser()
+    if not (folder / "config.yaml").is_file() or not (folder / "results.json").is_file():
+        return None
+    known = Results.read(folder / "results.json").training
+    return next(iter(known.values())) if len(known) == 1 else known.get(label_of(model))

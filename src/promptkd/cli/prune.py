@@ -6,10 +6,6 @@ evenly with --choose even; or by number with --keep 0 1 5 29.
     promptkd prune --model runs/teacher --layers 15 --data train.jsonl --out student
 """
 
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -46,6 +42,7 @@ class Options:
 def run(options: Options, training: dict[str, Any]) -> None:
     from promptkd.cli.options import merged_config
     from promptkd.cli.session import quiet_libraries, say
+    from promptkd.cli.whole import written_whole
     from promptkd.models import check_scoring, count_parameters, load_model, load_tokenizer, model_record, prune_layers
     from promptkd.results import Metric, Results
 
@@ -58,7 +55,7 @@ def run(options: Options, training: dict[str, Any]) -> None:
     student = prune_layers(teacher, kept)
     check_scoring(student)
     before, after = count_parameters(teacher), count_parameters(student)
-    with _written_whole(options.out) as folder:
+    with written_whole(options.out, folder=True) as folder:
         student.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         files = sorted(each.name for each in folder.iterdir())
@@ -149,22 +146,3 @@ def _choose(options: Options, teacher: Any, rows: Any) -> tuple[list[int], list[
     ]
     influence = block_influence(teacher, batches)
     return most_influential(influence, options.layers), influence
-
-
-@contextmanager
-def _written_whole(out: Path) -> Iterator[Path]:
-    """A folder beside `out` to write in; it takes the place of `out` when everything is written."""
-    from promptkd.errors import RequestError
-
-    partial = out.with_name(out.name + ".partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        if out.is_dir():
-            shutil.rmtree(out)
-        os.replace(partial, out)
-    except OSError as error:
-        raise RequestError(f"Cannot write the student in {out}: {error.strerror or error}.") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

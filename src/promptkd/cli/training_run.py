@@ -2,11 +2,16 @@
 
 import time
 from contextlib import AbstractContextManager
-from typing import Any
+from statistics import median
+from typing import TYPE_CHECKING, Any
 
+from promptkd.cli.measuring import label_of
 from promptkd.cli.options import merged_config
 from promptkd.cli.session import RunFolder, data_record, is_main_process, peak_memory, quiet_libraries, say
 from promptkd.errors import RequestError
+
+if TYPE_CHECKING:
+    from promptkd.results import Training
 
 __all__ = ["TrainingRun"]
 
@@ -35,6 +40,7 @@ class TrainingRun:
         self.models: dict[str, Any] = {}
         self.metrics: dict[str, Any] = {}
         self.timings: dict[str, float] = {}
+        self._cost: dict[str, Any] = {}
         self.say = say
 
     def arguments(self, config_class: type) -> Any:
@@ -109,13 +115,14 @@ class TrainingRun:
     def train(self, trainer: Any, title: str) -> None:
         """Train, or go on from the last checkpoint."""
         from promptkd.training.checkpoints import last_checkpoint
-        from promptkd.training.logs import MetricsFile, ProgressBar, quiet
+        from promptkd.training.logs import CostMeter, MetricsFile, ProgressBar, quiet
 
         checkpoint = last_checkpoint(self.folder.checkpoints) if self.options.resume else None
         if checkpoint is not None:
             say(f"Going on from {checkpoint}.")
         quiet(trainer)
-        bar = ProgressBar(title)
+        bar, meter = ProgressBar(title), CostMeter(peak_memory)
+        trainer.add_callback(meter)
         trainer.add_callback(MetricsFile(self.folder.metrics))
         trainer.add_callback(bar)
         started = time.perf_counter()
@@ -124,6 +131,11 @@ class TrainingRun:
         finally:
             bar.close()
         self.timings["train"] = time.perf_counter() - started
+        self._cost = {
+            "steps": trainer.state.global_step,
+            "seconds": meter.seconds,
+            "peak_memory_bytes": meter.peak_memory_bytes,
+        }
 
     def save(self, trainer: Any, name: str) -> None:
         """Write the finished model."""
@@ -144,7 +156,7 @@ class TrainingRun:
         if trainer.validation_rows():
             started = time.perf_counter()
             with trainer.plain_teacher() as teacher:
-                evaluation, _ = evaluate_model(
+                evaluation = evaluate_model(
                     model,
                     trainer.processing_class,
                     trainer.validation_rows(),
@@ -157,6 +169,7 @@ class TrainingRun:
             evaluations.append(evaluation)
             self.timings["evaluate"] = time.perf_counter() - started
         models = {**self.models, name: model_record(self.folder.path / name, model)}
+        history = read_history(self.folder.metrics)
         results = Results(
             kind=self.kind,  # type: ignore[arg-type]
             config=self.merged,
@@ -164,7 +177,8 @@ class TrainingRun:
             data=self.data,
             evaluations=evaluations,
             metrics=self.metrics,
-            history=[Series(name=self.kind, points=read_history(self.folder.metrics))],
+            training={label_of(str(self.folder.path.absolute())): self._training(trainer.args, history)},
+            history=[Series(name=self.kind, points=history)],
             timings=self.timings,
             notes=[f"Peak memory {peak_memory() / 2**30:.1f} GiB."],
         )
@@ -173,6 +187,14 @@ class TrainingRun:
         if evaluations:
             print(terminal_table([results]))
         say(f"The model is in {self.folder.path / name}, the page in {self.folder.report}.")
+
+    def _training(self, args: Any, history: list[dict[str, Any]]) -> "Training":
+        """What the run cost; tokens a second where its steps log them."""
+        from promptkd.results import Training
+
+        speeds = [entry["tokens_per_second"] for entry in history if "tokens_per_second" in entry]
+        method = args.method if self.kind == "distill" else self.kind
+        return Training(method=method, tokens_per_second=median(speeds) if speeds else None, **self._cost)
 
     @property
     def _trust(self) -> bool:

@@ -37,6 +37,23 @@ class TokenBatch:
         """N, the number of scored tokens."""
         return self.targets.numel()
 
+    def parts(self, longest: int) -> list["TokenBatch"]:
+        """The batch in pieces of rows that follow each other, each of at most `longest` real tokens, or of one row."""
+        starts, total = [0], 0
+        for row, tokens in enumerate(self.lengths):
+            if total and total + tokens > longest:
+                starts.append(row)
+                total = 0
+            total += tokens
+        ends = [*starts[1:], len(self.lengths)]
+        return [self._between(start, end) for start, end in zip(starts, ends, strict=True)]
+
+    def _between(self, start: int, end: int) -> "TokenBatch":
+        inside = (self.rows >= start) & (self.rows < end)
+        lengths = self.lengths[start:end]
+        ids = self.input_ids[start:end, : max(lengths)]
+        return TokenBatch(ids, self.rows[inside] - start, self.columns[inside], self.targets[inside], lengths)
+
     def by_row(self, values: Tensor) -> Tensor:
         """Values of the response tokens, (N,), as (B, length of the longest response); 0 where a row has none."""
         counts = torch.bincount(self.rows, minlength=self.input_ids.shape[0])  # (B,)

@@ -15,14 +15,16 @@ from promptkd.data.packing import right_pad
 from promptkd.demo.cache import Stage, cached_stage
 from promptkd.demo.measurement import differences
 from promptkd.demo.settings import TEMPLATE, DemoSettings, data_file, teacher_file, teacher_hash
-from promptkd.evaluation.measure import Decoding, RowScores, evaluate_model
+from promptkd.evaluation.measure import Decoding, evaluate_model
 from promptkd.models import block_influence, load_model, load_tokenizer, model_record, most_influential, prune_layers
+from promptkd.models.load import GGUF_CONVERSION
 from promptkd.results import DataRecord, Evaluation, Results, Series, file_sha256
 from promptkd.training import DistillConfig, DistillTrainer, FinetuneConfig, FinetuneTrainer, PromptKDConfig
 from promptkd.training.logs import MetricsFile, ProgressBar, quiet
 
 __all__ = ["Demo"]
 
+_TUNING_ORDER = "group_by_length"  # rows of like length share a batch, so that less padding is computed
 _STAGES = ("teacher", "pruned", "recovered", "promptkd")
 _PAIRS = (("recovered", "pruned"), ("promptkd", "recovered"), ("promptkd", "teacher"))
 
@@ -43,19 +45,19 @@ class Demo:
         teacher = self.tuned_teacher()
         self.stop_ids = stop_ids_of(self.tokenizer, teacher.model.generation_config, template=TEMPLATE)
         pruned = self.pruned_student(teacher.model)
-        evaluations, scores = {}, {}
-        evaluations["teacher"], scores["teacher"] = self.measure("teacher", teacher.model, None)
-        evaluations["pruned"], scores["pruned"] = self.measure("pruned", pruned, teacher.model)
+        evaluations = {}
+        evaluations["teacher"] = self.measure("teacher", teacher.model, None)
+        evaluations["pruned"] = self.measure("pruned", pruned, teacher.model)
         recovered = self.recovered_student(pruned, teacher)
-        evaluations["recovered"], scores["recovered"] = self.measure("recovered", recovered.model, teacher.model)
+        evaluations["recovered"] = self.measure("recovered", recovered.model, teacher.model)
         trainer, history = self.promptkd(recovered.model, teacher.model)
         student = trainer.accelerator.unwrap_model(trainer.model)
-        evaluations["promptkd"], scores["promptkd"] = self.measure("promptkd", student, teacher.model)
+        evaluations["promptkd"] = self.measure("promptkd", student, teacher.model)
         trainer.save_student(self.out / "student")
         trainer.save_adapter(self.out)
         shutil.rmtree(self.out / "checkpoints", ignore_errors=True)  # nothing was saved there
         self.timings["total"] = time.perf_counter() - started
-        results = self._record(evaluations, scores, teacher, recovered, student, history)
+        results = self._record(evaluations, teacher, recovered, student, history)
         results.write(self.out / "results.json")
         return results
 
@@ -65,7 +67,10 @@ class Demo:
         """The teacher, tuned on the training rows as in the paper, so that it answers in their manner and stops."""
         settings = self.settings
         args = FinetuneConfig(
-            max_steps=settings.tuning_steps, learning_rate=settings.tuning_rate, **self._training_arguments("tuning")
+            max_steps=settings.tuning_steps,
+            learning_rate=settings.tuning_rate,
+            train_sampling_strategy=_TUNING_ORDER,
+            **self._training_arguments("tuning"),
         )
 
         def make() -> tuple[PreTrainedModel, list[dict[str, Any]], float]:
@@ -146,17 +151,15 @@ class Demo:
         _, history, self.timings["promptkd"] = self._train(trainer, "PromptKD")
         return trainer, history
 
-    def measure(
-        self, label: str, model: PreTrainedModel, teacher: PreTrainedModel | None
-    ) -> tuple[Evaluation, list[RowScores]]:
+    def measure(self, label: str, model: PreTrainedModel, teacher: PreTrainedModel | None) -> Evaluation:
         """Greedy answers to the test requests, and the KL to the teacher on samples."""
         started = time.perf_counter()
         self.say(f"Measuring: {label}")
-        evaluation, scored = evaluate_model(
+        evaluation = evaluate_model(
             model,
             self.tokenizer,
             self.rows["test"].examples,
-            Decoding(temperature=0, max_new_tokens=self.settings.max_response_length, seed=self.settings.seed),
+            Decoding(0.0, max_new_tokens=self.settings.max_response_length, seed=self.settings.seed, batch_size=64),
             model_label=label,
             data_label="test",
             stop_ids=self.stop_ids,
@@ -165,7 +168,7 @@ class Demo:
             batch_size=16,
         )
         self.timings["measuring"] = self.timings.get("measuring", 0.0) + time.perf_counter() - started
-        return evaluation, scored
+        return evaluation
 
     # ---- inside ----
 
@@ -211,6 +214,8 @@ class Demo:
             "template": TEMPLATE,
             "data": file_sha256(data_file("train")),
             "model": teacher_hash(),
+            "conversion": GGUF_CONVERSION,
+            "order": _TUNING_ORDER,
         }
 
     def _tell(self, stage: Stage, part: str, what: str) -> Stage:
@@ -223,7 +228,6 @@ class Demo:
     def _record(
         self,
         evaluations: dict[str, Evaluation],
-        scores: dict[str, list[RowScores]],
         teacher: Stage,
         recovered: Stage,
         student: PreTrainedModel,
@@ -245,7 +249,7 @@ class Demo:
             },
             data=data,
             evaluations=[evaluations[label] for label in _STAGES],
-            differences=differences(scores, _PAIRS),
+            differences=differences(evaluations, _PAIRS),
             history=[
                 Series(name="tuning the teacher", points=teacher.history),
                 Series(name="recovery", points=recovered.history),

@@ -9,6 +9,7 @@ import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,9 +17,12 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from promptkd.errors import RequestError
+from promptkd.evaluation.sampling import Sampler, uniforms
+from promptkd.models.prepacked import prepacked_linears
+from promptkd.models.row_cache import Rows, reads_rows, rows_of
 from promptkd.models.scoring import head_logits, text_model
 
-__all__ = ["evaluating", "generate", "row_seeds"]
+__all__ = ["CacheReader", "check_request", "evaluating", "generate", "row_seeds"]
 
 
 def row_seeds(seed: int, rows: int) -> list[int]:
@@ -30,7 +34,7 @@ def generate(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     stop_ids: Sequence[int],
     temperature: float = 1.0,
     top_p: float = 1.0,
@@ -39,6 +43,7 @@ def generate(
     batch_size: int = 32,
     vocabulary: int | None = None,
     mixed_with: tuple[nn.Module, float] | None = None,
+    prompt: Tensor | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
     """Continue each prompt until a stop id or the length limit.
@@ -46,6 +51,7 @@ def generate(
     Args:
         model: a causal model of transformers or a PeftModel of one; it runs in evaluation mode.
         prompts: token ids, at least one a prompt.
+        max_new_tokens: the length limit of every response, or one for each prompt.
         stop_ids: ids that end a response, and belong to it; may be empty.
         temperature: 0 decodes greedily.
         top_p: share of the probability mass to sample from, 1 for all of it.
@@ -53,25 +59,35 @@ def generate(
         seeds: one a prompt, needed unless greedy.
         vocabulary: write only the first so many ids; the further columns of a padded head mean nothing.
         mixed_with: another model and its share α; tokens come from (1 - α) q + α p, both at `temperature`.
+        prompt: (n, E) embeddings put before each request, at positions 0 … n - 1; not together with `mixed_with`.
         on_batch: called with the number of rows finished so far.
 
     Returns:
         The responses in the order of `prompts`, the stop id at the end where one was written.
     """
-    _check(prompts, max_new_tokens, temperature, top_p, top_k, seeds, batch_size)
+    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    check_request(prompts, limits, temperature, top_p, top_k, seeds, batch_size)
+    if prompt is not None and mixed_with is not None:
+        raise ValueError("Cannot generate: a soft prompt stands before one model, not before a mixture of two.")
     order = sorted(range(len(prompts)), key=lambda row: (-len(prompts[row]), row))
     responses: list[list[int]] = [[] for _ in prompts]
-    pick = _Sampler(temperature, top_p, top_k)
+    pick = Sampler(temperature, top_p, top_k)
     share = 0.0 if mixed_with is None else mixed_with[1]
     models = [(model, 1 - share)] if mixed_with is None else [(model, 1 - share), mixed_with]
     with torch.no_grad(), contextlib.ExitStack() as stack:
         for each, _ in models:
             stack.enter_context(evaluating(each))
+            stack.enter_context(prepacked_linears(each, min(batch_size, len(prompts))))
         for first in range(0, len(order), batch_size):
             rows = order[first : first + batch_size]
-            uniforms = None if temperature == 0 else _uniforms([seeds[row] for row in rows], max_new_tokens)  # type: ignore[index]
-            readers = [_Reader(each, weight, vocabulary) for each, weight in models]
-            decoded = _decode(readers, [prompts[row] for row in rows], max_new_tokens, stop_ids, pick, uniforms)
+            ends = [limits[row] for row in rows]
+            drawn = None if temperature == 0 else uniforms([seeds[row] for row in rows], max(ends))  # type: ignore[index]
+            with contextlib.ExitStack() as reading:
+                readers = [
+                    (reading.enter_context(_reader(each, max(ends), vocabulary, prompt)), weight)
+                    for each, weight in models
+                ]
+                decoded = _decode(readers, [prompts[row] for row in rows], ends, stop_ids, pick, drawn)
             for row, response in zip(rows, decoded, strict=True):
                 responses[row] = response
             if on_batch is not None:
@@ -90,95 +106,142 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
+class _Reader(Protocol):
+    """A model that reads rows of different lengths, first their prompts, then a token a row."""
+
+    def read(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """(R, V) float32 logits behind each prompt."""
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """(R, V) float32 logits behind one more token a row, (R,)."""
+
+    def keep(self, slots: Sequence[int]) -> None:
+        """Row i is from now on what row `slots[i]` was; rows only move forward."""
+
+
+@contextmanager
+def _reader(model: nn.Module, room: int, vocabulary: int | None, prompt: Tensor | None) -> Iterator[_Reader]:
+    """The fastest reader for `model` while it is entered, for at most `room` tokens behind a prompt.
+
+    On CPU that is our own key-value store for the architectures that it reads, elsewhere transformers' cache.
+    """
+    inner = text_model(model)
+    if inner.get_input_embeddings().weight.device.type == "cpu" and reads_rows(inner):
+        with rows_of(inner, room) as rows:
+            yield _RowReader(model, rows, vocabulary, prompt)
+    else:
+        yield CacheReader(model, vocabulary, prompt)
+
+
 def _decode(
-    readers: Sequence["_Reader"],
+    readers: Sequence[tuple[_Reader, float]],
     prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
+    limits: Sequence[int],
     stop_ids: Sequence[int],
-    pick: "_Sampler",
-    uniforms: Tensor | None,
+    pick: Sampler,
+    drawn: Tensor | None,
 ) -> list[list[int]]:
-    device = readers[0].device
-    ids, mask = _left_pad(prompts, device)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    stops = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
     responses: list[list[int]] = [[] for _ in prompts]
     alive = list(range(len(prompts)))
-    for step in range(max_new_tokens):
-        logits = [(each.logits(ids, mask, positions), each.weight) for each in readers]  # (A, V) of rows still alive
-        tokens = pick(logits, None if uniforms is None else uniforms[alive, step].to(device))
-        for row, token in zip(alive, tokens.tolist(), strict=True):
+    stops = frozenset(stop_ids)
+    logits = [(reader.read(prompts), weight) for reader, weight in readers]  # (R, V) of rows still alive
+    for step in range(max(limits)):
+        tokens = pick(logits, None if drawn is None else drawn[alive, step].to(logits[0][0].device))
+        written = tokens.tolist()
+        for row, token in zip(alive, written, strict=True):
             responses[row].append(token)
-        going = ~torch.isin(tokens, stops)
-        if not going.any():
+        slots = _moved_up(
+            [token not in stops and step + 1 < limits[row] for row, token in zip(alive, written, strict=True)]
+        )
+        if not slots:
             break
-        if not going.all():
-            keep = going.nonzero()[:, 0]
-            for each in readers:
-                each.cache.batch_select_indices(keep)
-            mask, positions, tokens = mask[keep], positions[keep], tokens[keep]
-            alive = [alive[index] for index in keep.tolist()]
-        ids = tokens[:, None]
-        mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
-        positions = positions[:, -1:] + 1
+        if len(slots) < len(alive):
+            for reader, _ in readers:
+                reader.keep(slots)
+            alive, tokens = [alive[slot] for slot in slots], tokens[slots]
+        logits = [(reader.step(tokens), weight) for reader, weight in readers]
     return responses
 
 
-class _Reader:
-    """A model with its cache, read a column of tokens at a time."""
+def _moved_up(going: Sequence[bool]) -> list[int]:
+    """Slots of the rows that go on, with rows from the end in the places of those that do not: few rows move."""
+    slots = list(range(len(going)))
+    for slot in reversed(range(len(going))):
+        if not going[slot]:
+            last = slots.pop()
+            if slot < len(slots):
+                slots[slot] = last
+    return slots
 
-    def __init__(self, model: nn.Module, weight: float, vocabulary: int | None):
-        self.model, self.weight, self.vocabulary = model, weight, vocabulary
+
+class _RowReader:
+    """A model read without padding, on its own key-value store."""
+
+    def __init__(self, model: nn.Module, rows: Rows, vocabulary: int | None, prompt: Tensor | None):
+        self.model, self.rows, self.vocabulary, self.prompt = model, rows, vocabulary, prompt
+
+    def read(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        return _logits(self.model, self.rows.read(prompts, self.prompt), self.vocabulary)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        return _logits(self.model, self.rows.step(tokens), self.vocabulary)
+
+    def keep(self, slots: Sequence[int]) -> None:
+        self.rows.keep(slots)
+
+
+class CacheReader:
+    """A model read on transformers' cache, its rows padded on the left."""
+
+    mask: Tensor
+    positions: Tensor
+
+    def __init__(self, model: nn.Module, vocabulary: int | None, prompt: Tensor | None = None):
+        self.model, self.vocabulary, self.prompt = model, vocabulary, prompt
         self.inner = text_model(model)
         if "past_key_values" not in inspect.signature(self.inner.base_model.forward).parameters:
             raise RequestError(f"{type(self.inner).__name__} keeps no key-value cache; promptkd cannot decode with it.")
         self.cache = DynamicCache(config=self.inner.config)
-        self.device = self.inner.get_input_embeddings().weight.device
 
-    def logits(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        """(A, V) float32 logits behind the last column."""
+    def read(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        length = 0 if self.prompt is None else len(self.prompt)
+        places = [[0] * length + list(each) for each in prompts]  # the vectors' places, and the request's ids
+        ids, self.mask = _left_pad(places, self.inner.get_input_embeddings().weight.device)
+        self.positions = (self.mask.cumsum(-1) - 1).clamp(min=0)
+        return self._forward(input_ids=ids) if self.prompt is None else self._forward(inputs_embeds=self._embedded(ids))
+
+    def step(self, tokens: Tensor) -> Tensor:
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
+        self.positions = self.positions[:, -1:] + 1
+        return self._forward(input_ids=tokens[:, None])
+
+    def keep(self, slots: Sequence[int]) -> None:
+        chosen = torch.tensor(slots, device=self.mask.device)
+        self.cache.batch_select_indices(chosen)
+        self.mask, self.positions = self.mask[chosen], self.positions[chosen]
+
+    def _embedded(self, ids: Tensor) -> Tensor:
+        """(R, T, E) embeddings of left-padded rows, the soft prompt in the first n places behind the padding."""
+        assert self.prompt is not None
+        embedded = self.inner.get_input_embeddings()(ids)  # scaled where the model scales
+        first = (self.mask == 0).sum(-1, keepdim=True)  # (R, 1)
+        columns = first + torch.arange(len(self.prompt), device=ids.device)  # (R, n)
+        rows = torch.arange(len(ids), device=ids.device)[:, None]
+        return embedded.index_put((rows, columns), self.prompt.to(embedded))
+
+    def _forward(self, **inputs: Tensor) -> Tensor:
         hidden = self.inner.base_model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self.cache, use_cache=True
+            **inputs,
+            attention_mask=self.mask,
+            position_ids=self.positions,
+            past_key_values=self.cache,
+            use_cache=True,
         ).last_hidden_state[:, -1]
-        return head_logits(self.model, hidden)[:, : self.vocabulary].float()
+        return _logits(self.model, hidden, self.vocabulary)
 
 
-class _Sampler:
-    """Picks a token a row: the most probable one at temperature 0, else the one at which the CDF passes u."""
-
-    def __init__(self, temperature: float, top_p: float, top_k: int):
-        self.temperature, self.top_p, self.top_k = temperature, top_p, top_k
-
-    def __call__(self, logits: Sequence[tuple[Tensor, float]], uniforms: Tensor | None) -> Tensor:
-        if len(logits) == 1 and uniforms is None:
-            return logits[0][0].argmax(-1)
-        temperature = self.temperature or 1.0  # the most probable token of a mixture is that at temperature 1
-        probabilities = sum(weight * (each / temperature).softmax(-1) for each, weight in logits)
-        assert isinstance(probabilities, Tensor)
-        if uniforms is None:
-            return probabilities.argmax(-1)
-        if self.top_k > 0 or self.top_p < 1:
-            probabilities = self._truncate(probabilities)
-        cumulative = probabilities.cumsum(-1, dtype=torch.float64)  # float32 loses the tail of large vocabularies
-        target = uniforms.to(torch.float64) * cumulative[:, -1]
-        picked = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
-        return picked.clamp(max=probabilities.shape[-1] - 1)
-
-    def _truncate(self, probabilities: Tensor) -> Tensor:
-        ranked, order = probabilities.sort(dim=-1, descending=True, stable=True)
-        keep = torch.ones_like(ranked, dtype=torch.bool)
-        if self.top_k > 0:
-            keep[:, self.top_k :] = False
-        if self.top_p < 1:
-            ranked = ranked * keep  # top-p of what top-k has left, as transformers and vLLM have it
-            keep &= ranked.cumsum(-1) - ranked < self.top_p * ranked.sum(-1, keepdim=True)  # what crosses top-p stays
-        return torch.zeros_like(probabilities).scatter(-1, order, ranked * keep)
-
-
-def _uniforms(seeds: Sequence[int], length: int) -> Tensor:
-    """(rows, length) uniform numbers in [0, 1), each row from its own seed."""
-    drawn = [torch.rand(length, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return torch.stack(drawn)
+def _logits(model: nn.Module, hidden: Tensor, vocabulary: int | None) -> Tensor:
+    return head_logits(model, hidden)[:, :vocabulary].float()
 
 
 def _left_pad(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -191,20 +254,23 @@ def _left_pad(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[T
     return ids.to(device), mask.to(device)
 
 
-def _check(
+def check_request(
     prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
+    limits: Sequence[int],
     temperature: float,
     top_p: float,
     top_k: int,
     seeds: Sequence[int] | None,
     batch_size: int,
 ) -> None:
+    """Refuse what cannot be decoded, all at once, by `ValueError`. `limits`: a length limit a prompt."""
     problems = []
     if any(len(prompt) == 0 for prompt in prompts):
         problems.append("every prompt needs at least one token")
-    if max_new_tokens < 1:
-        problems.append(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if len(limits) != len(prompts):
+        problems.append(f"max_new_tokens must be one number, or one a prompt ({len(prompts)}), got {len(limits)}")
+    if any(limit < 1 for limit in limits):
+        problems.append(f"max_new_tokens must be at least 1, got {min(limits)}")
     if batch_size < 1:
         problems.append(f"batch_size must be at least 1, got {batch_size}")
     if temperature < 0:

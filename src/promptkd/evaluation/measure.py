@@ -1,23 +1,25 @@
 """Measure a model on rows: loss on the references, scores of its own answers, KL to a teacher on its own samples."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+import numpy as np
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from promptkd.data.encode import EncodedExample
-from promptkd.data.packing import TokenBatch, right_pad
 from promptkd.evaluation.bootstrap import mean_interval, token_mean_interval
-from promptkd.evaluation.generation import evaluating, generate, row_seeds
-from promptkd.evaluation.rouge import exact_match_scores, rouge_l_scores
-from promptkd.models import head_logits, response_hidden, shared_vocabulary_size, vocabulary_size
-from promptkd.objectives import reverse_kl
+from promptkd.evaluation.generation import generate, row_seeds
+from promptkd.evaluation.likelihood import kl_nats, reference_nats
+from promptkd.evaluation.text_metrics import answer_scores
+from promptkd.models import vocabulary_size
 from promptkd.results import Evaluation, Metric, RowResult
 
-__all__ = ["Decoding", "RowScores", "evaluate_model", "measure_rows", "summarize"]
+__all__ = ["Decoding", "decode_rows", "evaluate_model", "measure_rows", "row_results", "summarize"]
+
+Tell = Callable[[str, int], None]
+_OF_THE_REFERENCES = ("loss",)  # figures that no decoding takes part in
 
 
 @dataclass(frozen=True)
@@ -32,25 +34,29 @@ class Decoding:
     seed: int = 10
     batch_size: int = 32
 
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0
 
-@dataclass
-class RowScores:
-    """One row's sums and scores; token sums stay sums so that means weigh every token alike."""
+    @property
+    def is_plain(self) -> bool:
+        """Whether answers are drawn from the model's own distribution, on which the KL is taken."""
+        return (self.temperature, self.top_p, self.top_k) == (1.0, 1.0, 0)
 
-    row: int
-    prompt: str
-    references: list[str]
-    response: str
-    reference_tokens: int
-    reference_nats: float
-    response_tokens: int
-    ended: bool
-    cut: bool
-    rouge_l: float
-    exact_match: float
-    sample_tokens: int = 0
-    kl_nats: float = 0.0
-    """Sum over the row's own sampled responses of KL(student || teacher)."""
+    def plain(self, seed: int) -> "Decoding":
+        return replace(self, temperature=1.0, top_p=1.0, top_k=0, seed=seed)
+
+    def record(self, seeds: Sequence[int]) -> dict[str, Any]:
+        """What the answers depend on, as an `Evaluation` holds it."""
+        if self.is_greedy:
+            return {"temperature": 0.0, "max_new_tokens": self.max_new_tokens}
+        return {
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "max_new_tokens": self.max_new_tokens,
+            "seeds": list(seeds),
+        }
 
 
 def measure_rows(
@@ -63,8 +69,8 @@ def measure_rows(
     teacher: nn.Module | None = None,
     samples_per_row: int = 1,
     batch_size: int = 8,
-    progress: Callable[[str, int], None] | None = None,
-) -> list[RowScores]:
+    progress: Tell | None = None,
+) -> list[RowResult]:
     """Scores of `model` row by row.
 
     With a teacher, KL(model || teacher) is taken on responses sampled at temperature 1: the answers themselves, unless
@@ -72,55 +78,122 @@ def measure_rows(
     """
     if not rows:
         return []
-    with torch.no_grad(), evaluating(model):
-        vocabulary = vocabulary_size(tokenizer)
-        responses = _answers(model, rows, decoding, stop_ids, vocabulary, progress)
-        texts = [tokenizer.decode(each, skip_special_tokens=True).strip() for each in responses]
-        nats = _reference_nats(model, rows, vocabulary, batch_size)
-        scored = [
-            RowScores(
+    answers = decode_rows(model, tokenizer, rows, decoding, stop_ids=stop_ids, progress=progress)
+    losses = reference_nats(model, rows, vocabulary=vocabulary_size(tokenizer), batch_size=batch_size)
+    kls = []
+    if teacher is not None and teacher is not model:
+        for draw in range(samples_per_row):
+            plain = decoding.plain(decoding.seed + draw)
+            samples = answers
+            if plain != decoding:
+                samples = decode_rows(model, tokenizer, rows, plain, stop_ids=stop_ids, progress=progress)
+            nats = kl_nats(model, teacher, tokenizer, rows, samples, batch_size=batch_size)
+            kls.append([(kl, len(sample)) for kl, sample in zip(nats, samples, strict=True)])
+    return row_results(tokenizer, rows, answers, decoding, stop_ids=stop_ids, losses=losses, kls=kls)
+
+
+def decode_rows(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[EncodedExample],
+    decoding: Decoding,
+    *,
+    stop_ids: Sequence[int],
+    progress: Tell | None = None,
+) -> list[list[int]]:
+    """The answers' token ids, in the order of `rows`, the stop id at the end where one was written."""
+    # Seeds follow the row's place in its file, so that a part of the file gets the answers it gets in the whole.
+    seeds = row_seeds(decoding.seed, max(row.row for row in rows) + 1)
+    return generate(
+        model,
+        [row.prompt_ids for row in rows],
+        max_new_tokens=decoding.max_new_tokens,
+        stop_ids=stop_ids,
+        temperature=decoding.temperature,
+        top_p=decoding.top_p,
+        top_k=decoding.top_k,
+        seeds=[seeds[row.row] for row in rows],
+        batch_size=decoding.batch_size,
+        vocabulary=vocabulary_size(tokenizer),
+        on_batch=None if progress is None else lambda done: progress("answers", done),
+    )
+
+
+def row_results(
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[EncodedExample],
+    answers: Sequence[Sequence[int]],
+    decoding: Decoding,
+    *,
+    stop_ids: Sequence[int],
+    losses: Sequence[float],
+    kls: Sequence[Sequence[tuple[float, int]]] = (),
+) -> list[RowResult]:
+    """Each row with its answer and every score of it.
+
+    Args:
+        answers: token ids a row, as `decode_rows` gives them.
+        losses: nats of the first reference, a row.
+        kls: for each sample a row, a list of (nats, tokens) a row; empty without a teacher.
+    """
+    texts = [tokenizer.decode(list(answer), skip_special_tokens=True).strip() for answer in answers]
+    scores = answer_scores(
+        texts,
+        [row.references for row in rows],
+        answers,
+        [len(row.response_ids) for row in rows],
+        stop_ids=stop_ids,
+        max_new_tokens=decoding.max_new_tokens,
+    )
+    results = []
+    for index, row in enumerate(rows):
+        wanted = len(row.response_ids)
+        figures, tokens = {"loss": losses[index] / wanted}, {"loss": wanted, "length_ratio": wanted}
+        if kls:
+            tokens["kl_to_teacher"] = sum(sample[index][1] for sample in kls)
+            figures["kl_to_teacher"] = sum(sample[index][0] for sample in kls) / tokens["kl_to_teacher"]
+        results.append(
+            RowResult(
                 row=row.row,
+                seed=None if decoding.is_greedy else decoding.seed,
                 prompt=row.prompt,
                 references=list(row.references),
-                response=text,
-                reference_tokens=len(row.response_ids),
-                reference_nats=loss,
-                response_tokens=len(response),
-                ended=bool(response) and response[-1] in stop_ids,
-                cut=len(response) >= decoding.max_new_tokens and response[-1] not in stop_ids,
-                rouge_l=rouge,
-                exact_match=exact,
+                response=texts[index],
+                scores=figures | scores[index],
+                tokens=tokens,
             )
-            for row, response, text, loss, rouge, exact in zip(
-                rows, responses, texts, nats, *_text_scores(texts, rows), strict=True
-            )
-        ]
-        if teacher is not None and teacher is not model:
-            for draw in range(samples_per_row):
-                plain = replace(decoding, temperature=1.0, top_p=1.0, top_k=0, seed=decoding.seed + draw)
-                samples = responses
-                if plain != decoding:
-                    samples = _answers(model, rows, plain, stop_ids, vocabulary, progress)
-                nats = _kl_nats(model, teacher, tokenizer, rows, samples, batch_size)
-                for each, kl, sample in zip(scored, nats, samples, strict=True):
-                    each.kl_nats += kl
-                    each.sample_tokens += len(sample)
-    return scored
+        )
+    return results
 
 
-def summarize(scored: Sequence[RowScores]) -> dict[str, Metric]:
-    """Means over rows (token means for losses) with 95 % intervals by bootstrap over rows."""
-    metrics = {
-        "loss": token_mean_interval([s.reference_nats for s in scored], [s.reference_tokens for s in scored]),
-        "rouge_l": mean_interval([s.rouge_l for s in scored]),
-        "exact_match": mean_interval([s.exact_match for s in scored]),
-        "eos_share": mean_interval([float(s.ended) for s in scored]),
-        "cut_share": mean_interval([float(s.cut) for s in scored]),
-        "response_length": mean_interval([float(s.response_tokens) for s in scored]),
-    }
-    if any(s.sample_tokens for s in scored):
-        metrics["kl_to_teacher"] = token_mean_interval([s.kl_nats for s in scored], [s.sample_tokens for s in scored])
-    return metrics
+def summarize(results: Sequence[RowResult]) -> dict[str, Metric]:
+    """Means with 95 % intervals by bootstrap over rows; a row that was answered under several seeds is averaged first.
+
+    A score that is a mean over tokens weighs every token alike, of all seeds. `Metric.deviation` is the standard
+    deviation (of a sample, over n - 1) between the seeds' figures.
+
+    Args:
+        results: the same rows, in the same order, under every seed.
+    """
+    by_seed: dict[int | None, list[RowResult]] = {}
+    for result in results:
+        by_seed.setdefault(result.seed, []).append(result)
+    return {name: _metric(name, list(by_seed.values())) for name in results[0].scores}
+
+
+def _metric(name: str, by_seed: list[list[RowResult]]) -> Metric:
+    scores = np.array([[each.scores[name] for each in results] for results in by_seed])  # (seeds, rows)
+    if name in by_seed[0][0].tokens:
+        tokens = np.array([[each.tokens[name] for each in results] for results in by_seed])
+        sums = scores * tokens
+        metric = token_mean_interval(sums.sum(0), tokens.sum(0))
+        of_seeds = sums.sum(1) / tokens.sum(1)
+    else:
+        metric = mean_interval(scores.mean(0))
+        of_seeds = scores.mean(1)
+    if len(by_seed) > 1 and name not in _OF_THE_REFERENCES:
+        metric.deviation = float(of_seeds.std(ddof=1))
+    return metric
 
 
 def evaluate_model(
@@ -135,10 +208,10 @@ def evaluate_model(
     teacher: nn.Module | None = None,
     samples_per_row: int = 1,
     batch_size: int = 8,
-    progress: Callable[[str, int], None] | None = None,
-) -> tuple[Evaluation, list[RowScores]]:
-    """`measure_rows` as a record for `results.json`, and the rows' scores for paired comparisons."""
-    scored = measure_rows(
+    progress: Tell | None = None,
+) -> Evaluation:
+    """`measure_rows` as a record for `results.json`."""
+    results = measure_rows(
         model,
         tokenizer,
         rows,
@@ -149,104 +222,10 @@ def evaluate_model(
         batch_size=batch_size,
         progress=progress,
     )
-    evaluation = Evaluation(
+    return Evaluation(
         model=model_label,
         data=data_label,
-        decoding=asdict(decoding),
-        metrics=summarize(scored),
-        samples=[_row_result(each) for each in scored],
+        decoding=decoding.record([decoding.seed]),
+        metrics=summarize(results),
+        samples=results,
     )
-    return evaluation, scored
-
-
-def _row_result(scores: RowScores) -> RowResult:
-    figures: dict[str, Any] = {
-        "loss": scores.reference_nats / max(scores.reference_tokens, 1),
-        "rouge_l": scores.rouge_l,
-        "exact_match": scores.exact_match,
-        "eos_share": float(scores.ended),
-        "response_length": float(scores.response_tokens),
-    }
-    if scores.sample_tokens:
-        figures["kl_to_teacher"] = scores.kl_nats / scores.sample_tokens
-    return RowResult(
-        row=scores.row, prompt=scores.prompt, references=scores.references, response=scores.response, scores=figures
-    )
-
-
-def _answers(
-    model: nn.Module,
-    rows: Sequence[EncodedExample],
-    decoding: Decoding,
-    stop_ids: Sequence[int],
-    vocabulary: int,
-    progress: Callable[[str, int], None] | None,
-) -> list[list[int]]:
-    # Seeds follow the row's place in its file, so that a part of the file gets the answers it gets in the whole.
-    seeds = row_seeds(decoding.seed, max(row.row for row in rows) + 1)
-    return generate(
-        model,
-        [row.prompt_ids for row in rows],
-        max_new_tokens=decoding.max_new_tokens,
-        stop_ids=stop_ids,
-        temperature=decoding.temperature,
-        top_p=decoding.top_p,
-        top_k=decoding.top_k,
-        seeds=[seeds[row.row] for row in rows],
-        batch_size=decoding.batch_size,
-        vocabulary=vocabulary,
-        on_batch=None if progress is None else lambda done: progress("answers", done),
-    )
-
-
-def _text_scores(texts: list[str], rows: Sequence[EncodedExample]) -> tuple[list[float], list[float]]:
-    references = [list(row.references) for row in rows]
-    return rouge_l_scores(texts, references), exact_match_scores(texts, references)
-
-
-def _batches(
-    prompts: list[list[int]], responses: list[list[int]], size: int, device: Any
-) -> list[tuple[list[int], TokenBatch]]:
-    """Rows of like length together, with their indices."""
-    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]) + len(responses[row]))
-    return [
-        (chosen, right_pad([prompts[row] for row in chosen], [responses[row] for row in chosen], device=device))
-        for chosen in (order[first : first + size] for first in range(0, len(order), size))
-    ]
-
-
-def _sum_by_row(values: Tensor, batch: TokenBatch, indices: list[int], into: list[float]) -> None:
-    sums = torch.zeros(len(indices), dtype=torch.float64, device=values.device).index_add(
-        0, batch.rows, values.double()
-    )
-    for index, value in zip(indices, sums.tolist(), strict=True):
-        into[index] = value
-
-
-def _reference_nats(model: nn.Module, rows: Sequence[EncodedExample], vocabulary: int, batch_size: int) -> list[float]:
-    nats = [0.0] * len(rows)
-    device = next(model.parameters()).device
-    prompts, responses = [row.prompt_ids for row in rows], [row.response_ids for row in rows]
-    for indices, batch in _batches(prompts, responses, batch_size, device):
-        logits = head_logits(model, response_hidden(model, batch))[:, :vocabulary].float()
-        losses = torch.nn.functional.cross_entropy(logits, batch.targets, reduction="none")
-        _sum_by_row(losses, batch, indices, nats)
-    return nats
-
-
-def _kl_nats(
-    model: nn.Module,
-    teacher: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[EncodedExample],
-    samples: list[list[int]],
-    batch_size: int,
-) -> list[float]:
-    nats = [0.0] * len(rows)
-    vocabulary = shared_vocabulary_size(model, teacher, tokenizer)
-    device = next(model.parameters()).device
-    with evaluating(teacher):
-        for indices, batch in _batches([row.prompt_ids for row in rows], samples, batch_size, device):
-            logits = [head_logits(each, response_hidden(each, batch))[:, :vocabulary] for each in (model, teacher)]
-            _sum_by_row(reverse_kl(*logits), batch, indices, nats)
-    return nats

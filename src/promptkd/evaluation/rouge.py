@@ -1,6 +1,6 @@
-"""ROUGE-L and exact match of responses against references, as MiniLLM and PromptKD report them.
+"""ROUGE-L, ROUGE-1 and exact match of responses against references, as MiniLLM and PromptKD report them.
 
-Both are means over rows of the best score over a row's references, on a scale of 0 to 100. MiniLLM's own script
+All are means over rows of the best score over a row's references, on a scale of 0 to 100. MiniLLM's own script
 (`minillm/rouge_metric.py` in microsoft/LMOps) also rounds to four decimals and cuts predictions and references to
 the shorter of the two; here nothing is rounded, and unequal lengths are an error.
 """
@@ -8,14 +8,27 @@ the shorter of the two; here nothing is rounded, and unequal lengths are an erro
 import string
 import warnings
 from collections.abc import Callable, Sequence
+from functools import cache
 from statistics import fmean
+from typing import Literal
 
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import DefaultTokenizer, Tokenizer
 
 from promptkd.errors import RequestError
 
-__all__ = ["exact_match", "exact_match_scores", "normalize_answer", "rouge_l", "rouge_l_scores"]
+__all__ = [
+    "exact_match",
+    "exact_match_scores",
+    "normalize_answer",
+    "rouge_1",
+    "rouge_1_scores",
+    "rouge_l",
+    "rouge_l_scores",
+    "rouge_scores",
+]
+
+Kind = Literal["rougeL", "rouge1"]
 
 References = Sequence[str | Sequence[str]]
 """One entry a prediction: a reference, or a list or tuple of them."""
@@ -36,10 +49,41 @@ def rouge_l_scores(
     """ROUGE-L of each prediction, 0 to 100: 100 x F of the longest common subsequence, best over its references.
 
     F = 2 P R / (P + R), with P the length of the longest common subsequence over the tokens of the prediction and R
-    over those of the reference (Lin 2004, β = 1); 0 where either has no token.
+    over those of the reference (Lin 2004, β = 1); 0 where either has no token. Tokens are those of `rouge_scores`.
+    """
+    return rouge_scores(predictions, references, kinds=("rougeL",), tokenize=tokenize)["rougeL"]
 
-    The default is `RougeScorer(["rougeL"], use_stemmer=True)` of the package `rouge-score`, which MiniLLM and PromptKD
-    use: lower case, runs of a-z and 0-9, the Porter stem of tokens longer than three characters. It knows English
+
+def rouge_1(
+    predictions: Sequence[str], references: References, *, tokenize: Callable[[str], Sequence[str]] | None = None
+) -> float:
+    """Mean of `rouge_1_scores`, 0 to 100."""
+    return fmean(rouge_1_scores(predictions, references, tokenize=tokenize))
+
+
+def rouge_1_scores(
+    predictions: Sequence[str], references: References, *, tokenize: Callable[[str], Sequence[str]] | None = None
+) -> list[float]:
+    """ROUGE-1 of each prediction, 0 to 100: 100 x F of the tokens in common, best over its references.
+
+    F = 2 P R / (P + R), with P the number of tokens in common over the tokens of the prediction and R over those of
+    the reference (Lin 2004, β = 1). A token is in common as often as it is in both. 0 where either has no token.
+    Tokens are those of `rouge_scores`.
+    """
+    return rouge_scores(predictions, references, kinds=("rouge1",), tokenize=tokenize)["rouge1"]
+
+
+def rouge_scores(
+    predictions: Sequence[str],
+    references: References,
+    *,
+    kinds: Sequence[Kind],
+    tokenize: Callable[[str], Sequence[str]] | None = None,
+) -> dict[str, list[float]]:
+    """By kind, the score of each prediction; each kind takes the best over a prediction's references by itself.
+
+    The default is `RougeScorer(kinds, use_stemmer=True)` of the package `rouge-score`, which MiniLLM and PromptKD use:
+    lower case, runs of a-z and 0-9, the Porter stem of tokens longer than three characters. It knows English
     alone. Every other character separates tokens and is dropped: "naïve café" becomes "na", "ve", "caf", and text
     in Cyrillic, Greek, Arabic, Devanagari, Chinese, Japanese or Korean leaves nothing but its Latin letters and
     digits. A row whose references keep no token scores 0 whatever the answer; such rows are kept, as MiniLLM keeps
@@ -49,24 +93,25 @@ def rouge_l_scores(
     Args:
         predictions: one response a row.
         references: a string, or a list or tuple of strings, a row.
+        kinds: "rougeL", "rouge1" or both.
         tokenize: from a text to its tokens; None for the default above.
 
     Raises:
         RequestError: no rows, unequal lengths, a row without references, or something that is not a string.
     """
     rows = _reference_lists(predictions, references)
-    tokenizer = DefaultTokenizer(use_stemmer=True) if tokenize is None else _CallableTokenizer(tokenize)
-    mute = sum(not any(tokenizer.tokenize(reference) for reference in row) for row in rows)
+    tokens = cache(tokenize or DefaultTokenizer(use_stemmer=True).tokenize)  # stemming is most of the work
+    mute = sum(not any(tokens(reference) for reference in row) for row in rows)
     if mute:
         warnings.warn(
-            f"{mute} of {len(rows)} rows have no reference with a token that ROUGE-L can compare, so they score 0 "
+            f"{mute} of {len(rows)} rows have no reference with a token that ROUGE can compare, so they score 0 "
             "whatever the answer. The default tokens are the letters a-z and digits; for other scripts pass "
             "`tokenize`, for example `tokenize=list` to compare characters.",
-            stacklevel=2,
+            stacklevel=3,
         )
-    scorer = RougeScorer(["rougeL"], tokenizer=tokenizer)
-    pairs = zip(predictions, rows, strict=True)
-    return [100.0 * scorer.score_multi(row, prediction)["rougeL"].fmeasure for prediction, row in pairs]
+    scorer = RougeScorer(list(kinds), tokenizer=_CallableTokenizer(tokens))
+    found = [scorer.score_multi(row, prediction) for prediction, row in zip(predictions, rows, strict=True)]
+    return {kind: [100.0 * each[kind].fmeasure for each in found] for kind in kinds}
 
 
 def exact_match(predictions: Sequence[str], references: References) -> float:

@@ -9,10 +9,17 @@ from torch import Tensor, nn
 
 from promptkd.models.scoring import head_logits, linear_head
 from promptkd.objectives import prompt_loss_terms
-from promptkd.objectives.linear import ChunkedLoss, Head, chunked_objective, chunked_prompt_loss
+from promptkd.objectives.linear import (
+    ChunkedLoss,
+    Head,
+    chunked_cross_entropy,
+    chunked_objective,
+    chunked_prompt_loss,
+)
 from promptkd.objectives.prompt import Direction
+from promptkd.switches import switched_on
 
-__all__ = ["Pair"]
+__all__ = ["Pair", "entropy"]
 
 Objective = Callable[[Tensor, Tensor], Tensor]
 Role = Literal["student", "teacher", "plain"]
@@ -31,19 +38,42 @@ class Pair:
     adapted: nn.Module | None = None
     """The model whose head reads the adapted teacher's states; None if that is the teacher itself."""
 
-    def student_loss(self, objective: Objective, student_hidden: Tensor, teacher_hidden: Tensor) -> ChunkedLoss:
-        """Sum of `objective` over the tokens, for the student; the figure "entropy" is the student's."""
+    def student_loss(
+        self,
+        objective: Objective,
+        student_hidden: Tensor,
+        teacher_hidden: Tensor,
+        kept_logits: list[Tensor] | None = None,
+    ) -> ChunkedLoss:
+        """Sum of `objective` over the tokens, for the student; the figure "entropy" is the student's.
+
+        `kept_logits` are the student's, as `prompt_loss` kept them.
+        """
         heads = self._heads("student", "teacher")
         if heads is not None:
             return chunked_objective(
-                objective, student_hidden, heads[0], teacher_hidden.detach(), heads[1], chunk=self.chunk
+                objective,
+                student_hidden,
+                heads[0],
+                teacher_hidden.detach(),
+                heads[1],
+                chunk=self.chunk,
+                kept_logits=kept_logits or None,
             )
         logits = self.logits("student", student_hidden)
         with torch.no_grad():
             target = self.logits("teacher", teacher_hidden)
-            log_q = logits.detach().to(torch.promote_types(torch.float32, logits.dtype)).log_softmax(-1)
-            entropy = -torch.where(log_q == -torch.inf, 0.0, log_q.exp() * log_q).sum()
-        return ChunkedLoss(objective(logits, target).sum(), {"entropy": entropy})
+        return ChunkedLoss(objective(logits, target).sum(), {"entropy": entropy(logits).sum()})
+
+    def cross_entropy(self, which: Role, hidden: Tensor, targets: Tensor) -> ChunkedLoss:
+        """Sum over the tokens of -log q(y), y = `targets`; the figure "entropy" is that model's."""
+        heads = self._heads(which)
+        if heads is not None:
+            return chunked_cross_entropy(hidden, heads[0], targets, chunk=self.chunk)
+        logits = self.logits(which, hidden)
+        wide = logits.to(torch.promote_types(torch.float32, logits.dtype))
+        total = torch.nn.functional.cross_entropy(wide, targets, reduction="sum")
+        return ChunkedLoss(total, {"entropy": entropy(logits).sum()})
 
     def prompt_loss(
         self,
@@ -54,8 +84,12 @@ class Pair:
         weight: float,
         student_direction: Direction,
         plain_direction: Direction,
+        kept_logits: list[Tensor] | None = None,
     ) -> ChunkedLoss:
-        """Sum over the tokens of the teacher adapter's loss, with its terms "to_student" and "to_plain"."""
+        """Sum over the tokens of the teacher adapter's loss, with its terms "to_student" and "to_plain".
+
+        The student's logits are added to `kept_logits` for `student_loss`, if it is a list and the heads are linear.
+        """
         heads = self._heads("teacher", "student", "plain")
         if heads is not None:
             adapted_head, student_head, plain_head = heads
@@ -70,6 +104,7 @@ class Pair:
                 student_direction=student_direction,
                 plain_direction=plain_direction,
                 chunk=self.chunk,
+                kept_logits=kept_logits,
             )
         with torch.no_grad():
             student_logits = self.logits("student", student_hidden)
@@ -88,16 +123,15 @@ class Pair:
         return ChunkedLoss(total, figures)
 
     def online_loss(self, adapted_hidden: Tensor, targets: Tensor, student_hidden: Tensor) -> ChunkedLoss:
-        """Sum over the tokens of -log p(y) + KL(q || p) for an adapted teacher p: it learns the data and the student.
+        """Sum over the tokens of -log p(y) + KL(p || q) for an adapted teacher p: it keeps to the data and nears q.
 
-        Our reading of OKD (Rao et al. 2024), which trains the module on the data while it follows the student.
+        Our reading of OKD (Rao et al. 2024), by the loss of its first author's PESF-KD (2022); see docs/methods.md.
         """
-        logits = self.logits("teacher", adapted_hidden)
-        with torch.no_grad():
-            student_logits = self.logits("student", student_hidden)
-        hard = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
-        to_student, _ = prompt_loss_terms(logits, student_logits, None, student_direction="forward")
-        return ChunkedLoss(hard + to_student.sum(), {"to_student": to_student.detach().sum()})
+        hard = self.cross_entropy("teacher", adapted_hidden, targets)
+        soft = self.prompt_loss(
+            adapted_hidden, student_hidden, None, weight=0.0, student_direction="reverse", plain_direction="reverse"
+        )
+        return ChunkedLoss(hard.total + soft.total, soft.figures)
 
     def logits(self, which: Role, hidden: Tensor) -> Tensor:
         """Logits (N, V) over the shared words, all at once; "teacher" is the adapted one, "plain" the one that came."""
@@ -110,7 +144,13 @@ class Pair:
 
     def _heads(self, *which: Role) -> list[Head] | None:
         """The heads as tensors; None if they must be run as modules, or all tokens are wanted at once."""
-        if self.chunk == 0:
+        if self.chunk == 0 or not switched_on("fused_head"):
             return None
         heads = [linear_head(self._model(each)) for each in which]
         return None if None in heads else [head.sliced(self.vocabulary) for head in heads if head is not None]
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """-Σ q log q of logits (..., V), in nats, without a gradient."""
+    log_q = logits.detach().to(torch.promote_types(torch.float32, logits.dtype)).log_softmax(-1)
+    return -torch.where(log_q == -torch.inf, 0.0, log_q.exp() * log_q).sum(-1)

@@ -35,6 +35,8 @@ class Step:
     """States of the (adapted) teacher for any batch, (N, H_t), without a graph."""
     hidden_of_student: Callable[[TokenBatch], Tensor]
     """States of the student for any batch, with its graph."""
+    kept_logits: list[Tensor] | None = None
+    """The student's logits, where the adapter's step has kept them. See `Pair.student_loss`."""
 
 
 StudentLoss = Callable[[Step], ChunkedLoss]
@@ -64,4 +66,5 @@ class Method:
         if self.loss is not None:
             return self.loss(step)
         assert self.objective is not None
-        return step.pair.student_loss(self.objective, step.student_hidden, step.teacher_hidden(step.batch))
+        teacher_hidden = step.teacher_hidden(step.batch)
+        return step.pair.student_loss(self.objective, step.student_hidden, teacher_hidden, step.kept_logits)

@@ -162,14 +162,35 @@ METHODS: dict[str, Callable[[MethodSettings], Method]] = {
 }
 
 
-_TOKEN_SETTINGS = ("objective", "cross_entropy_share", "distillation_temperature", "student_share")
-_UNUSED: dict[str, tuple[str, ...]] = {
-    "seqkd": (*_TOKEN_SETTINGS, "teacher_adapter"),
-    "minillm": _TOKEN_SETTINGS,
-    "dpkd": _TOKEN_SETTINGS,
-    **dict.fromkeys(("promptkd", "promptkd-lora", "promptkd-full"), ("student_share",)),
+_TOKEN = ("objective", "cross_entropy_share", "distillation_temperature", "teacher_adapter")
+_MIXED = (*_TOKEN, "student_share")
+_TAKEN: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("promptkd", "promptkd-lora", "promptkd-full"), _TOKEN),
+    **dict.fromkeys(("kd", "imitkd", "gkd", "akl", "okd"), _MIXED),
+    "distillm": (*_MIXED, "replay_step", "replay_capacity"),
+    "minillm": ("teacher_adapter", "teacher_mix", "importance", "length_normalization", "clip_ratio"),
+    "dpkd": ("teacher_adapter", "dpkd_beta", "dpkd_level", "length_normalization"),
+    "seqkd": (),
 }
-"""Settings that would have no effect, and are refused."""
+"""The settings that a method reads, but for the coefficient of its objective. Others are refused."""
+_COEFFICIENTS: dict[str | None, str] = {
+    "jensen_shannon": "beta",
+    "skew_forward_kl": "alpha",
+    "skew_reverse_kl": "alpha",
+    "adaptive_kl": "mu",
+}
+_OBJECTIVES = {"gkd": "jensen_shannon", "distillm": "skew_reverse_kl", "akl": "adaptive_kl"}
+"""The methods whose own objective has a coefficient."""
+
+
+def _without_effect(name: str, settings: MethodSettings) -> list[str]:
+    """Settings that were given and that the method, so set, would not read."""
+    if name not in _TAKEN:
+        return []
+    taken = {*_TAKEN[name], _COEFFICIENTS.get(settings.objective or _OBJECTIVES.get(name))}
+    return [
+        key for key, default in vars(MethodSettings()).items() if vars(settings)[key] != default and key not in taken
+    ]
 
 
 def named_method(name: str, settings: MethodSettings | None = None) -> Method:
@@ -181,7 +202,7 @@ def named_method(name: str, settings: MethodSettings | None = None) -> Method:
     if name not in METHODS:
         raise RequestError(f"Expected a method of {', '.join(METHODS)}. Got {name!r}.")
     settings = settings or MethodSettings()
-    unused = [each for each in _UNUSED.get(name, ()) if vars(settings)[each] != vars(MethodSettings())[each]]
+    unused = _without_effect(name, settings)
     if unused:
         raise RequestError(f"{name} takes no {', '.join(unused)}. Leave {'it' if len(unused) == 1 else 'them'} out.")
     try:

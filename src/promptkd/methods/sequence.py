@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from promptkd.data.packing import TokenBatch, right_pad
+from promptkd.methods.losses import entropy
 from promptkd.methods.method import Objective, Step
 from promptkd.objectives.divergences import reverse_kl
 from promptkd.objectives.linear import ChunkedLoss
@@ -23,13 +24,12 @@ class CrossEntropy:
     objective: Objective | None = None
 
     def __call__(self, step: Step) -> ChunkedLoss:
-        logits = step.pair.logits("student", step.student_hidden)
-        hard = torch.nn.functional.cross_entropy(logits, step.batch.targets, reduction="sum")
+        hard = step.pair.cross_entropy("student", step.student_hidden, step.batch.targets)
         if self.share == 1:
-            return ChunkedLoss(hard, {"entropy": _entropy(logits)})
+            return hard
         assert self.objective is not None
         soft = step.pair.student_loss(self.objective, step.student_hidden, step.teacher_hidden(step.batch))
-        return ChunkedLoss((1 - self.share) * soft.total + self.share * hard, soft.figures)
+        return ChunkedLoss((1 - self.share) * soft.total + self.share * hard.total, soft.figures)
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class MiniLLM:
             length_normalization=self.length_normalization,
             clip_ratio=self.clip_ratio,
         )
-        return ChunkedLoss(values.sum(), {"entropy": _entropy(logits)})
+        return ChunkedLoss(values.sum(), {"entropy": entropy(logits).sum()})
 
 
 @dataclass(frozen=True)
@@ -87,15 +87,10 @@ class DirectPreference:
             mask = batch.by_row(torch.ones_like(log_p)) > 0
             sides += [batch.by_row(log_q), batch.by_row(log_p), mask]
         values = dpkd(*sides, beta=self.beta, level=self.level, length_normalization=self.length_normalization)
-        return ChunkedLoss(values.sum(), {"entropy": _entropy(logits)})
+        return ChunkedLoss(values.sum(), {"entropy": entropy(logits).sum()})
 
 
 def _log_probs(logits: Tensor, batch: TokenBatch) -> Tensor:
     """(N,) log-probability of each response token, in float32 or wider."""
     wide = logits.to(torch.promote_types(torch.float32, logits.dtype))
     return -torch.nn.functional.cross_entropy(wide, batch.targets, reduction="none")
-
-
-def _entropy(logits: Tensor) -> Tensor:
-    log_q = logits.detach().to(torch.promote_types(torch.float32, logits.dtype)).log_softmax(-1)
-    return -torch.where(log_q == -torch.inf, 0.0, log_q.exp() * log_q).sum()

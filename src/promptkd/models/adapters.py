@@ -15,7 +15,15 @@ from promptkd.errors import RequestError
 from promptkd.models.scoring import response_hidden, text_model
 from promptkd.models.soft_prompt import SoftPrompt
 
-__all__ = ["FullTeacher", "LoraTeacher", "OnlineModule", "OnlineTeacher", "SoftPromptAdapter", "TeacherAdapter"]
+__all__ = [
+    "FullTeacher",
+    "LoraTeacher",
+    "ModuleAdapter",
+    "OnlineModule",
+    "OnlineTeacher",
+    "SoftPromptAdapter",
+    "TeacherAdapter",
+]
 
 
 class TeacherAdapter(Protocol):
@@ -52,16 +60,11 @@ class TeacherAdapter(Protocol):
         """Write the adapter for use without promptkd."""
 
 
-class SoftPromptAdapter:
-    """A soft prompt before a frozen teacher: PromptKD's choice."""
+class ModuleAdapter:
+    """What a trained module beside a frozen teacher needs, but for `adapted_hidden`, `figures` and `save`."""
 
-    folder = "prompt"
-
-    def __init__(self, prompt: SoftPrompt):
-        self.module = prompt
-
-    def adapted_hidden(self, teacher: nn.Module, batch: TokenBatch) -> Tensor:
-        return response_hidden(teacher, batch, self.module())
+    def __init__(self, module: nn.Module):
+        self.module = module
 
     def plain_hidden(self, teacher: nn.Module, batch: TokenBatch) -> Tensor:
         return response_hidden(teacher, batch)
@@ -80,6 +83,16 @@ class SoftPromptAdapter:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.module.load_state_dict(state)
+
+
+class SoftPromptAdapter(ModuleAdapter):
+    """A soft prompt before a frozen teacher: PromptKD's choice."""
+
+    folder = "prompt"
+    module: SoftPrompt
+
+    def adapted_hidden(self, teacher: nn.Module, batch: TokenBatch) -> Tensor:
+        return response_hidden(teacher, batch, self.module())
 
     def figures(self) -> dict[str, float]:
         return {"prompt_norm": self.module.norm(), "prompt_distance": self.module.distance()}
@@ -191,39 +204,22 @@ class OnlineModule(nn.Module):
         return hidden + inner @ self.up.to(hidden.dtype).T
 
 
-class OnlineTeacher:
+class OnlineTeacher(ModuleAdapter):
     """A small module between a frozen teacher's last hidden state and its head (after OKD, Rao et al. 2024)."""
 
     folder = "online_module"
+    module: OnlineModule
 
     def __init__(self, teacher: nn.Module, *, rank: int, seed: int):
         if rank < 1:
             raise RequestError(f"The online module's rank must be at least 1. Got {rank}.")
         head = text_model(teacher).get_output_embeddings().weight
-        self.module = OnlineModule(head.shape[1], rank, seed).to(head.device)
+        super().__init__(OnlineModule(head.shape[1], rank, seed).to(head.device))
 
     def adapted_hidden(self, teacher: nn.Module, batch: TokenBatch) -> Tensor:
         with torch.no_grad():  # no gradient ever enters the teacher's body, which is what makes OKD cheap
             hidden = response_hidden(teacher, batch)
         return self.module(hidden)
-
-    def plain_hidden(self, teacher: nn.Module, batch: TokenBatch) -> Tensor:
-        return response_hidden(teacher, batch)
-
-    def adapted_model(self, teacher: nn.Module) -> nn.Module:
-        return teacher
-
-    def switched_off(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def parameters(self) -> list[nn.Parameter]:
-        return list(self.module.parameters())
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return self.module.state_dict()
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.module.load_state_dict(state)
 
     def figures(self) -> dict[str, float]:
         return {"adapter_distance": float(self.module.up.detach().norm())}

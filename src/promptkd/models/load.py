@@ -14,15 +14,26 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import gguf
 import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from promptkd.errors import RequestError
+from promptkd.models.gguf_vocabulary import PRE_TOKENIZERS
 from promptkd.results import ModelRecord, file_sha256
 
-__all__ = ["cache_folder", "count_parameters", "load_model", "load_tokenizer", "model_record", "resolve_model"]
+__all__ = [
+    "GGUF_CONVERSION",
+    "cache_folder",
+    "convert_gguf",
+    "count_parameters",
+    "load_model",
+    "load_tokenizer",
+    "model_record",
+    "resolve_model",
+]
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -123,6 +134,10 @@ def _clear_load_errors(name: str | Path) -> Iterator[None]:
         ) from error
 
 
+GGUF_CONVERSION = 2
+"""Raised whenever a file would be converted otherwise, so that what older versions left in the cache is not taken."""
+
+
 def cache_folder() -> Path:
     """Where converted models and the demo's stages are kept."""
     if os.environ.get("PROMPTKD_CACHE"):
@@ -131,7 +146,7 @@ def cache_folder() -> Path:
 
 
 def _converted(file: Path) -> Path:
-    target = cache_folder() / "gguf" / f"{file.stem}-{file_sha256(file)[:16]}"
+    target = cache_folder() / "gguf" / f"{file.stem}-{file_sha256(file)[:16]}-{GGUF_CONVERSION}"
     if not (target / "config.json").is_file():
         _convert(file, target)
     return target
@@ -139,20 +154,8 @@ def _converted(file: Path) -> Path:
 
 def _convert(file: Path, target: Path) -> None:
     partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True, exist_ok=True)
     try:
-        with _clear_load_errors(file):
-            folder = str(file.parent)
-            model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
-        # The weights are plain float32 by now; the leftover setting would make transformers refuse to save them.
-        if "quantization_config" in model.config.to_dict():
-            del model.config.quantization_config
-        model.hf_quantizer = None
-        model.is_quantized = False
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        _drop_tokens_beyond(partial / "tokenizer.json", model.config.vocab_size)
+        convert_gguf(file, partial)
         try:
             os.replace(partial, target)
         except OSError:
@@ -162,11 +165,42 @@ def _convert(file: Path, target: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _drop_tokens_beyond(file: Path, size: int) -> None:
-    """transformers adds GPT-2's <|endoftext|> to byte-level tokenizers that lack it, behind the last column."""
+def convert_gguf(file: Path, folder: Path) -> None:
+    """Write a GGUF file's model in float32, and its tokenizer, into `folder`.
+
+    Raises:
+        RequestError: if transformers cannot read the file.
+    """
+    with _clear_load_errors(file):
+        where = str(file.parent)
+        model = AutoModelForCausalLM.from_pretrained(where, gguf_file=file.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=file.name)
+    # The weights are plain float32 by now; the leftover setting would make transformers refuse to save them.
+    if "quantization_config" in model.config.to_dict():
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    model.is_quantized = False
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    _mend_tokenizer(folder / "tokenizer.json", model.config.vocab_size, _pre_tokenizer_name(file))
+
+
+def _mend_tokenizer(file: Path, size: int, pre_tokenizer: str | None) -> None:
+    """Undo what transformers does to byte-level tokenizers.
+
+    It adds GPT-2's <|endoftext|> to those that lack it, behind the last column, and splits SmolLM's text as GPT-2's:
+    of "\\n\\n1" that made three tokens where SmolLM was trained on two.
+    """
     state = json.loads(file.read_text(encoding="utf-8"))
     state["added_tokens"] = [each for each in state["added_tokens"] if each["id"] < size]
+    if pre_tokenizer in PRE_TOKENIZERS:
+        state["pre_tokenizer"] = PRE_TOKENIZERS[pre_tokenizer]
     file.write_text(json.dumps(state, ensure_ascii=False), encoding="utf-8")
+
+
+def _pre_tokenizer_name(file: Path) -> str | None:
+    field = gguf.GGUFReader(file).get_field("tokenizer.ggml.pre")
+    return None if field is None else str(field.contents())
 
 
 def count_parameters(model: nn.Module, *, trainable: bool = False) -> int:

@@ -50,7 +50,7 @@ def response_hidden(model: nn.Module, batch: TokenBatch, prompt: Tensor | None =
     inner = text_model(model)
     if prompt is not None and prompt.shape[0] == 0:
         prompt = None
-    if batch.input_ids.device.type == "cpu" and packs(inner):
+    if packs(inner):
         return packed_hidden(inner, batch, prompt)
     return padded_hidden(inner, batch, prompt)
 

@@ -58,6 +58,8 @@ def skew_forward_kl(student_logits: Tensor, teacher_logits: Tensor, *, alpha: fl
     """KL(p || α p + (1 - α) q): forward KL at α = 0, 0 at α = 1 (DistiLLM, Ko et al. 2024, eq. 4)."""
     _check_unit_interval("alpha", alpha)
     log_q, log_p = shared_log_probs(student_logits, teacher_logits)
+    if alpha == 1:
+        return 0.0 * log_q.exp().sum(-1)  # a zero that has the student's graph, for backward walks it
     return kl_from_log_probs(log_p, _log_mixture(log_p, log_q, alpha))
 
 

@@ -4,23 +4,25 @@ A loss over N tokens and V words needs tensors of shape (N, V) if written plainl
 tokens is projected, its loss and the gradient with respect to its logits are computed, and the gradient goes on to the
 hidden states and the head at once; no tensor of shape (N, V) is ever made, and backward only multiplies. The
 values are those of the plain objectives, which stay the reference (tests/test_linear.py).
+
+Matrix products want many tokens at a time, what is done word by word wants few: a chunk is projected as a whole, into
+buffers that are used again, and its rows then go through the divergence (kernels.py) in blocks that stay in the
+processor's cache. The gradient takes the place of the logits.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from promptkd.objectives.divergences import forward_kl, kl_from_log_probs, reverse_kl, shared_log_probs
-from promptkd.objectives.prompt import Direction, prompt_loss_terms
+from promptkd.objectives.kernels import Kernel, Objective, cross_entropy_kernel, objective_kernel, prompt_kernel
+from promptkd.objectives.prompt import Direction
 
-__all__ = ["ChunkedLoss", "Head", "chunked_objective", "chunked_prompt_loss"]
+__all__ = ["ChunkedLoss", "Head", "chunked_cross_entropy", "chunked_objective", "chunked_prompt_loss"]
 
-Objective = Callable[[Tensor, Tensor], Tensor]
-Kernel = Callable[..., tuple[Tensor, Tensor, dict[str, Tensor]]]
-"""Logits that learn (C, V) and target logits, each (C, V), to values (C,), their gradient (C, V), and figures (C,)."""
+_BLOCK = 2**19  # logits that a kernel sees at a time on CPU: 2 MiB in float32, for its few temporaries to stay in cache
 
 
 @dataclass(frozen=True)
@@ -34,18 +36,28 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(C, H) to (C, V)."""
-        logits = torch.nn.functional.linear(hidden, self.weight, self.bias)
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """(C, H) to (C, V), written into `out` if that is given."""
+        if out is None:
+            logits = torch.nn.functional.linear(hidden, self.weight, self.bias)
+        elif self.bias is None:
+            logits = torch.mm(hidden, self.weight.T, out=out)
+        else:
+            logits = torch.addmm(self.bias, hidden, self.weight.T, out=out)
         if self.scale != 1.0:
-            logits = logits * self.scale
-        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+            logits = torch.mul(logits, self.scale, out=out)
+        if self.softcap is None:
+            return logits
+        return torch.mul(torch.tanh(torch.div(logits, self.softcap, out=out), out=out), self.softcap, out=out)
 
-    def undo_transform(self, gradient: Tensor, logits: Tensor) -> Tensor:
-        """Gradient with respect to W h + b from that with respect to the logits."""
-        if self.softcap is not None:
-            gradient = gradient * (1 - (logits / self.softcap) ** 2)
-        return gradient * self.scale if self.scale != 1.0 else gradient
+    def slope(self, logits: Tensor) -> Tensor | float:
+        """Derivative of the logits with respect to W h + b, from the logits."""
+        return self.scale if self.softcap is None else (1 - (logits / self.softcap) ** 2) * self.scale
+
+    @property
+    def has_absent_words(self) -> bool:
+        """Whether a bias of -inf takes words away."""
+        return self.bias is not None and bool((self.bias == -torch.inf).any())
 
     def sliced(self, vocabulary: int) -> "Head":
         """The same head with its first `vocabulary` columns."""
@@ -73,6 +85,7 @@ def chunked_objective(
     teacher_head: Head,
     *,
     chunk: int = 256,
+    kept_logits: list[Tensor] | None = None,
 ) -> ChunkedLoss:
     """Sum over tokens of `objective(student_logits, teacher_logits)`.
 
@@ -80,13 +93,32 @@ def chunked_objective(
         objective: any of `promptkd.objectives`, or one's own, on logits.
         student_hidden: (N, H_s). It and the student's head receive gradients.
         teacher_hidden: (N, H_t), constant.
-        chunk: tokens at a time.
+        chunk: most tokens at a time.
+        kept_logits: the student's logits as `chunked_prompt_loss` kept them, used up here; None projects anew.
 
     Returns:
-        The sum, and the figure "entropy" of the student, summed, in nats.
+        The sum, and the figure "entropy" of the student over the columns that both have, summed, in nats.
+
+    Raises:
+        ValueError: for differing numbers of tokens.
     """
-    kernel = _KERNELS.get(objective) or _by_autograd(objective)
-    return _run(kernel, student_hidden, student_head, [(teacher_hidden, teacher_head)], chunk)
+    absent = student_head.has_absent_words or teacher_head.has_absent_words
+    kernel = objective_kernel(objective, absent_words=absent)
+    student = _Source(student_hidden, student_head, read=kept_logits)
+    return _run(kernel, student, [_Source(teacher_hidden, teacher_head)], chunk)
+
+
+def chunked_cross_entropy(
+    student_hidden: Tensor, student_head: Head, labels: Tensor, *, chunk: int = 256
+) -> ChunkedLoss:
+    """Sum over tokens of -log q(y), with the student's entropy as a figure.
+
+    Args:
+        student_hidden: (N, H_s). It and the student's head receive gradients.
+        labels: (N,) the tokens y.
+        chunk: most tokens at a time.
+    """
+    return _run(cross_entropy_kernel, _Source(student_hidden, student_head), [_Given(labels)], chunk)
 
 
 def chunked_prompt_loss(
@@ -101,29 +133,88 @@ def chunked_prompt_loss(
     student_direction: Direction = "reverse",
     plain_direction: Direction = "reverse",
     chunk: int = 256,
+    kept_logits: list[Tensor] | None = None,
 ) -> ChunkedLoss:
     """Sum over tokens of `prompt_loss`; only `prompted_hidden` (and a teacher's head that is trained) gets a gradient.
 
     Args:
         prompted_hidden, plain_hidden: (N, H_t) of the teacher with its adapter and without.
         student_hidden: (N, H_s).
+        kept_logits: a list to which the student's logits are added, chunk by chunk, for `chunked_objective`.
 
     Returns:
         The sum, and its two terms "to_student" and (with `plain_hidden`) "to_plain", summed, unweighted.
+
+    Raises:
+        ValueError: for a weight without `plain_hidden`, or differing numbers of tokens.
     """
-    targets = [(student_hidden, student_head)]
+    if plain_hidden is None and weight != 0:
+        raise ValueError(f"`plain_hidden` may be left out only with a weight of 0. Got {weight}.")
+    targets = [_Source(student_hidden, student_head, kept=kept_logits)]
     if plain_hidden is not None:
-        targets.append((plain_hidden, plain_head))
-    if student_direction == plain_direction == "reverse":
-        kernel = _prompt_kernel(weight)
-    else:
-        kernel = _prompt_by_autograd(weight, student_direction, plain_direction)
-    return _run(kernel, prompted_hidden, prompted_head, targets, chunk)
+        targets.append(_Source(plain_hidden, plain_head))
+    absent = any(head.has_absent_words for head in (prompted_head, student_head, plain_head))
+    kernel = prompt_kernel(weight, student_direction, plain_direction, absent_words=absent)
+    return _run(kernel, _Source(prompted_hidden, prompted_head), targets, chunk)
 
 
-def _run(kernel: Kernel, hidden: Tensor, head: Head, targets: Sequence[tuple[Tensor, Head]], chunk: int) -> ChunkedLoss:
+class _Source:
+    """Logits of one model, a chunk of tokens at a time.
+
+    On CPU they stand in one buffer, since fresh memory costs about as much there as the arithmetic on it.
+
+    Args:
+        hidden: (N, H).
+        kept: a list that gets every chunk to keep.
+        read: a list of chunks that were kept, which takes the place of the head.
+    """
+
+    def __init__(
+        self, hidden: Tensor, head: Head, *, kept: list[Tensor] | None = None, read: list[Tensor] | None = None
+    ):
+        self.hidden, self.head, self._kept, self._read = hidden, head, kept, read
+        self._buffer: Tensor | None = None
+
+    def sizes(self, chunk: int) -> list[int]:
+        """Tokens of each chunk: those of the kept logits, else equal shares of at most `chunk`."""
+        if self._read is not None:
+            return [len(each) for each in self._read]
+        tokens = self.hidden.shape[0]
+        chunks = -(-tokens // chunk)
+        return [tokens * (index + 1) // chunks - tokens * index // chunks for index in range(chunks)]
+
+    def logits(self, part: slice) -> Tensor:
+        """(C, V), the caller's to write over unless they are kept."""
+        if self._read is not None:
+            return self._read.pop(0)
+        hidden = self.hidden[part]
+        if self._kept is not None:
+            self._kept.append(self.head.logits(hidden))
+            return self._kept[-1]
+        if hidden.device.type != "cpu" or torch.is_autocast_enabled("cpu") or hidden.dtype != self.head.weight.dtype:
+            return self.head.logits(hidden)
+        if self._buffer is None or len(self._buffer) < len(hidden):
+            self._buffer = hidden.new_empty(len(hidden), self.head.weight.shape[0])
+        return self.head.logits(hidden, out=self._buffer[: len(hidden)])
+
+
+class _Given:
+    """Values a token, (N,), that a kernel takes as they are."""
+
+    def __init__(self, values: Tensor):
+        self.hidden = values
+
+    def logits(self, part: slice) -> Tensor:
+        return self.hidden[part]
+
+
+def _run(kernel: Kernel, learner: _Source, targets: Sequence[_Source | _Given], chunk: int) -> ChunkedLoss:
+    tokens = [each.hidden.shape[0] for each in (learner, *targets)]
+    if len(set(tokens)) > 1:
+        raise ValueError(f"Every model must give one state a token. Got {', '.join(map(str, tokens))} states.")
     figures: dict[str, Tensor] = {}
-    total = _Chunked.apply(hidden, head.weight, head.bias, head, targets, kernel, chunk, figures)
+    head = learner.head
+    total = _Chunked.apply(learner.hidden, head.weight, head.bias, learner, targets, kernel, chunk, figures)
     return ChunkedLoss(total, figures)
 
 
@@ -136,8 +227,8 @@ class _Chunked(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        head: Head,
-        targets: Sequence[tuple[Tensor, Head]],
+        learner: _Source,
+        targets: Sequence[_Source | _Given],
         kernel: Kernel,
         chunk: int,
         figures: dict[str, Tensor],
@@ -146,22 +237,19 @@ class _Chunked(torch.autograd.Function):
         hidden_gradient = torch.empty_like(hidden) if needs_hidden else None
         weight_gradient = torch.zeros_like(weight) if needs_weight else None
         bias_gradient = torch.zeros_like(bias) if needs_bias and bias is not None else None
-        wide = torch.promote_types(torch.float32, hidden.dtype)
-        total = torch.zeros((), dtype=wide, device=hidden.device)
-        for first in range(0, hidden.shape[0], chunk):
-            part = slice(first, first + chunk)
-            logits = head.logits(hidden[part])
-            values, gradient, seen = kernel(logits, *(each.logits(state[part]) for state, each in targets))
-            total += values.sum()
-            for name, value in seen.items():
-                figures[name] = figures.get(name, 0) + value.sum()
-            gradient = head.undo_transform(gradient.to(logits.dtype), logits)
+        total = torch.zeros((), dtype=torch.promote_types(torch.float32, hidden.dtype), device=hidden.device)
+        first = 0
+        for size in learner.sizes(chunk):
+            part = slice(first, first + size)
+            first += size
+            logits, *others = (each.logits(part) for each in (learner, *targets))
+            total += _chunk_loss(kernel, learner.head, logits, others, figures)  # `logits` becomes the gradient
             if hidden_gradient is not None:
-                hidden_gradient[part] = gradient @ weight.to(gradient.dtype)
+                hidden_gradient[part] = logits @ weight.to(logits.dtype)
             if weight_gradient is not None:
-                weight_gradient += gradient.T @ hidden[part].to(gradient.dtype)
+                _add_product(weight_gradient, logits.T, hidden[part])
             if bias_gradient is not None:
-                bias_gradient += gradient.sum(0)
+                bias_gradient += logits.sum(0)
         ctx.save_for_backward(hidden_gradient, weight_gradient, bias_gradient)
         return total
 
@@ -171,86 +259,29 @@ class _Chunked(torch.autograd.Function):
         return (*gradients, None, None, None, None, None)
 
 
-def _reverse_kl_kernel(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """KL(q || p): d/dz = q (log q - log p - KL)."""
-    log_q, log_p = shared_log_probs(logits, target)
-    q = log_q.exp()
-    difference = log_q - log_p
-    difference.masked_fill_(log_q == -torch.inf, 0.0)
-    values = (q * difference).sum(-1)
-    gradient = difference.sub_(values[:, None]).mul_(q)
-    return values, gradient, {"entropy": _entropy(q, log_q)}
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, multiplied in the precision of `left`."""
+    if total.dtype == left.dtype == right.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right.to(left.dtype)
 
 
-def _forward_kl_kernel(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """KL(p || q): d/dz = q - p."""
-    log_q, log_p = shared_log_probs(logits, target)
-    q = log_q.exp()
-    values = kl_from_log_probs(log_p, log_q)
-    entropy = _entropy(q, log_q)
-    return values, q.sub_(log_p.exp()), {"entropy": entropy}
-
-
-def _prompt_kernel(weight: float) -> Kernel:
-    with_absent_columns = _prompt_by_autograd(weight, "reverse", "reverse")
-
-    def kernel(logits: Tensor, student: Tensor, *plain: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """KL(p || q) + λ KL(p || p0): d/dz = p (g - Σ p g), g = (1 + λ) log p - log q - λ log p0."""
-        if any(bool((each.amin(-1) == -torch.inf).any()) for each in (logits, student, *plain)):
-            return with_absent_columns(logits, student, *plain)  # where each term has columns of its own
-        log_p, log_q = shared_log_probs(logits, student)
-        p = log_p.exp()
-        g = log_p - log_q
-        to_student = (p * g).sum(-1)
-        figures = {"to_student": to_student}
-        values = to_student
-        if plain:
-            away = log_p - shared_log_probs(plain[0])[0]
-            to_plain = (p * away).sum(-1)
-            figures["to_plain"] = to_plain
-            values = to_student + weight * to_plain
-            g = g.add_(away, alpha=weight)
-        gradient = g.sub_(values[:, None]).mul_(p)
-        return values, gradient, figures
-
-    return kernel
-
-
-def _by_autograd(objective: Objective) -> Kernel:
-    def kernel(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        with torch.enable_grad():
-            learner = logits.detach().requires_grad_()
-            values = objective(learner, target)
-            (gradient,) = torch.autograd.grad(values.sum(), learner)
-        log_q = logits.to(values.dtype).log_softmax(-1)
-        return values.detach(), gradient, {"entropy": _entropy(log_q.exp(), log_q)}
-
-    return kernel
-
-
-def _prompt_by_autograd(weight: float, student_direction: Direction, plain_direction: Direction) -> Kernel:
-    def kernel(logits: Tensor, student: Tensor, *plain: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        with torch.enable_grad():
-            learner = logits.detach().requires_grad_()
-            to_student, to_plain = prompt_loss_terms(
-                learner,
-                student,
-                plain[0] if plain else None,
-                student_direction=student_direction,
-                plain_direction=plain_direction,
-            )
-            values = to_student if to_plain is None else to_student + weight * to_plain
-            (gradient,) = torch.autograd.grad(values.sum(), learner)
-        figures = {"to_student": to_student.detach()}
-        if to_plain is not None:
-            figures["to_plain"] = to_plain.detach()
-        return values.detach(), gradient, figures
-
-    return kernel
-
-
-def _entropy(q: Tensor, log_q: Tensor) -> Tensor:
-    return -torch.where(log_q == -torch.inf, 0.0, q * log_q).sum(-1)
-
-
-_KERNELS: dict[Any, Kernel] = {reverse_kl: _reverse_kl_kernel, forward_kl: _forward_kl_kernel}
+def _chunk_loss(
+    kernel: Kernel, head: Head, logits: Tensor, targets: Sequence[Tensor], figures: dict[str, Tensor]
+) -> Tensor:
+    """The sum of the kernel's values over a chunk; `logits` become its gradient with respect to W h + b."""
+    total = logits.new_zeros((), dtype=torch.promote_types(torch.float32, logits.dtype))
+    rows = max(1, _BLOCK // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+    for learned, *others in zip(*(each.split(rows) for each in (logits, *targets)), strict=True):
+        block = learned.to(total.dtype)  # the block itself where it is wide already
+        slope = head.slope(block)
+        values, seen = kernel(block, *(each.to(total.dtype) if each.is_floating_point() else each for each in others))
+        if head.softcap is not None or head.scale != 1.0:
+            block.mul_(slope)
+        if block.dtype != learned.dtype:
+            learned.copy_(block)
+        total += values.sum()
+        for name, value in seen.items():
+            figures[name] = figures.get(name, 0) + value.sum()
+    return total

@@ -12,7 +12,9 @@ from promptkd.results import Difference, Results
 __all__ = ["DifferenceRow", "Verdict", "difference_table", "verdict"]
 
 Verdict = Literal["better", "worse", "tied", "open"]
-"""tied: the interval holds zero. open: no interval, so nothing can be said."""
+"""tied: the interval holds zero, or a test does not rule chance out. open: no interval, so nothing can be said."""
+LEVEL = 0.05
+"""Largest adjusted p that speaks for a difference, beside an interval of 1 - `LEVEL`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +44,16 @@ class DifferenceRow:
 
 
 def verdict(difference: Difference) -> Verdict:
-    """Only an interval that lies wholly on one side of zero, with the value, speaks for either model."""
+    """Only an interval that lies wholly on one side of zero, with the value, speaks for either model.
+
+    Where the difference was tested, its adjusted p must be at most `LEVEL` too: the interval knows nothing of the other
+    differences that were looked at.
+    """
     value, low, high = difference.difference.value, difference.difference.low, difference.difference.high
     if low is None or high is None or not (math.isfinite(value) and low <= high):
         return "open"
+    if difference.p_adjusted is not None and not difference.p_adjusted <= LEVEL and low <= value <= high:
+        return "tied"
     if low > 0 and value > 0:
         return "better" if difference.better == "higher" else "worse"
     if high < 0 and value < 0:

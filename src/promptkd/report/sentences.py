@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from promptkd.report.differences import DifferenceRow
+from promptkd.report.figures import probability
 
 __all__ = ["Pair", "comparison_sentences", "listed", "paired"]
 
@@ -37,7 +38,9 @@ def _sentence(model: str, baseline: str, rows: list[DifferenceRow]) -> str:
     ]
     brief = len(rows) > MOST_WITH_NUMBERS
     tied = [
-        row.figure.phrase + ("" if brief else f" ({row.value} {row.interval})") for row in rows if row.verdict == "tied"
+        row.figure.phrase + ("" if brief else f" ({row.value} {row.interval}{_chance(row)})")
+        for row in rows
+        if row.verdict == "tied"
     ]
     unknown = [f"{row.figure.phrase} ({row.value})" for row in rows if row.verdict == "open"]
     parts = [f"Compared with {baseline}, {model} has {listed(told)}."] if told else []
@@ -48,6 +51,11 @@ def _sentence(model: str, baseline: str, rows: list[DifferenceRow]) -> str:
         between = "" if parts else f" between {model} and {baseline}"
         parts.append(f"No usable interval was recorded{between} for {listed(unknown)}, so nothing is claimed there.")
     return " ".join(parts)
+
+
+def _chance(row: DifferenceRow) -> str:
+    """Why two models are not told apart although the interval excludes zero."""
+    return "" if row.source.p_adjusted is None else f", adjusted p {probability(row.source.p_adjusted)}"
 
 
 def _gain(row: DifferenceRow) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-__all__ = ["last_checkpoint", "staged_checkpoint"]
+__all__ = ["checkpoints_in", "last_checkpoint", "staged_checkpoint"]
 
 
 @contextmanager
@@ -46,11 +46,16 @@ def staged_checkpoint(trainer: Any) -> Iterator[Path]:
     trainer.accelerator.wait_for_everyone()
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint of the highest step in `folder`, or None."""
-    found = [
-        each
+def checkpoints_in(folder: Path) -> dict[int, Path]:
+    """The whole checkpoints in `folder` by their steps, in rising order."""
+    found = {
+        int(each.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")): each
         for each in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
         if each.is_dir() and each.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-").isdecimal()
-    ]
-    return max(found, key=lambda each: int(each.name.rpartition("-")[2]), default=None)
+    }
+    return dict(sorted(found.items()))
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint of the highest step in `folder`, or None."""
+    return next(reversed(checkpoints_in(folder).values()), None)

@@ -46,6 +46,7 @@ from promptkd.models.scoring import text_model
 from promptkd.objectives import forward_kl, reverse_kl
 from promptkd.objectives.linear import ChunkedLoss
 from promptkd.responses import AdaptiveReplay, TeacherMixed
+from promptkd.switches import switched_on
 from promptkd.training.config import DistillConfig, PromptKDConfig
 from promptkd.training.rollouts import Rollouts
 from promptkd.training.shared import RunTrainer
@@ -138,6 +139,7 @@ class DistillTrainer(Rollouts, TeacherTuning, RunTrainer, DistillationTrainer):
         self.adapter_scheduler: Any = None
         self._window: dict[str, float] = defaultdict(float)
         self._seconds: dict[str, float] = defaultdict(float)
+        self._kept_logits: dict[int, list[Tensor]] = {}
 
     def _check_responses(self, args: DistillConfig, eval_dataset: Any) -> None:
         source = self.method.responses
@@ -204,17 +206,17 @@ class DistillTrainer(Rollouts, TeacherTuning, RunTrainer, DistillationTrainer):
         items = inputs["num_items_in_batch"].clamp(min=1)
         tokens = inputs["tokens_in_batch"].clamp(min=1)
         batch = self._token_batch(inputs)
-        window_starts = self._step % self.args.gradient_accumulation_steps == 0
-        share = self.args.gradient_accumulation_steps == 1 and not self._trains_dropout
-        tunes = window_starts and self.adapter is not None
+        index = self._step % self.args.gradient_accumulation_steps
+        tunes = index == 0 and self.adapter is not None
+        share = switched_on("shared_passes") and not self._trains_dropout
         if tunes and not share:
-            self._tune_teacher(student, [self._token_batch(each) for each in self._buffered_inputs or []], None, tokens)
+            self._tune_teacher(student, None, tokens)
         with self.accelerator.autocast():  # the redirected forward goes round accelerate's own
             hidden = response_hidden(student, batch)  # (N, H)
         if tunes and share:
-            self._tune_teacher(student, [batch], hidden.detach(), tokens)
+            self._tune_teacher(student, hidden.detach(), tokens)
         with self.accelerator.autocast():
-            loss = self._method_loss(student, inputs, batch, hidden)
+            loss = self._method_loss(student, inputs, batch, hidden, self._kept_logits.pop(index, None))
         self._window["student_loss"] += float(loss.total.detach()) * float(tokens / items)
         self._window["entropy"] += float(loss.figures.get("entropy", 0.0))
         total = loss.total / items
@@ -224,7 +226,12 @@ class DistillTrainer(Rollouts, TeacherTuning, RunTrainer, DistillationTrainer):
         return total * self.accelerator.num_processes
 
     def _method_loss(
-        self, student: nn.Module, inputs: dict[str, Any], batch: TokenBatch, hidden: Tensor
+        self,
+        student: nn.Module,
+        inputs: dict[str, Any],
+        batch: TokenBatch,
+        hidden: Tensor,
+        kept_logits: list[Tensor] | None,
     ) -> ChunkedLoss:
         return self.method.student_loss(
             Step(
@@ -234,6 +241,7 @@ class DistillTrainer(Rollouts, TeacherTuning, RunTrainer, DistillationTrainer):
                 student_hidden=hidden,
                 teacher_hidden=self._adapted_hidden,
                 hidden_of_student=lambda other: response_hidden(student, other),
+                kept_logits=kept_logits,
             )
         )
 

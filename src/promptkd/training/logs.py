@@ -1,7 +1,9 @@
-"""What a run writes while it trains: one JSON line a logged step, and a progress bar."""
+"""What a run writes while it trains: one JSON line a logged step, a progress bar, and what it cost."""
 
 import json
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-__all__ = ["MetricsFile", "ProgressBar", "quiet"]
+__all__ = ["CostMeter", "MetricsFile", "ProgressBar", "quiet"]
 
 _SUMMARY = "train_runtime"  # marks transformers' closing line, which is no step
 
@@ -87,6 +89,40 @@ class ProgressBar(TrainerCallback):
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+class CostMeter(TrainerCallback):
+    """Seconds and peak memory of training, in the trainer's state, so that a resumed run counts on from its checkpoint.
+
+    The seconds are those of the steps that led to the last one, checkpoints included. Validation is not among them, and
+    neither are steps that an interruption lost and a resumed run did again. The memory is the process's peak by the end
+    of the last step, over all parts of the run.
+
+    Args:
+        peak_memory: the most bytes that this process has held so far.
+    """
+
+    _KEY = "promptkd_cost"
+
+    def __init__(self, peak_memory: Callable[[], int]):
+        self._peak_memory = peak_memory
+        self.seconds = 0.0
+        self.peak_memory_bytes = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        before = state.stateful_callbacks.get(self._KEY, {"seconds": 0.0, "peak_memory_bytes": 0})
+        self.seconds, self.peak_memory_bytes = before["seconds"], before["peak_memory_bytes"]
+        self._since = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        now = time.perf_counter()
+        self.seconds, self._since = self.seconds + now - self._since, now
+        self.peak_memory_bytes = max(self.peak_memory_bytes, self._peak_memory())
+        # transformers writes this mapping into every checkpoint and reads it back
+        state.stateful_callbacks[self._KEY] = {"seconds": self.seconds, "peak_memory_bytes": self.peak_memory_bytes}
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._since = time.perf_counter()
 
 
 def quiet(trainer: Any) -> None:

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +86,6 @@ class RunTrainer:
             seed=self.args.eval_seed,
             batch_size=self.args.generation_batch_size,
         )
-
-    def decoding_record(self) -> dict[str, Any]:
-        """`decoding` as plain data."""
-        return asdict(self.decoding())
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         with staged_checkpoint(self) as staging:

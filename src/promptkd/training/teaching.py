@@ -1,6 +1,7 @@
 """The second third of an optimiser step: the teacher's adapter, its optimiser, and what a checkpoint holds of them."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from promptkd.models import SoftPrompt, count_parameters, response_hidden
 from promptkd.models.adapters import FullTeacher, LoraTeacher, OnlineTeacher, SoftPromptAdapter, TeacherAdapter
 from promptkd.objectives import regularizer_weight
 from promptkd.objectives.linear import ChunkedLoss
+from promptkd.switches import switched_on
 
 if TYPE_CHECKING:
     from trl import DistillationTrainer as _Trainer  # what this class is mixed into
@@ -25,6 +27,7 @@ else:
 __all__ = ["TeacherTuning"]
 
 _METHOD_STATE = "method.pt"
+_PART = 512  # tokens
 
 
 class TeacherTuning(_Trainer):
@@ -40,6 +43,9 @@ class TeacherTuning(_Trainer):
     adapter_scheduler: Any
     vocabulary: int
     _forward_redirection: Any
+    _token_batch: Any
+    _trains_dropout: bool
+    _kept_logits: dict[int, list[Tensor]]
     _window: dict[str, float]
     _seconds: dict[str, float]
 
@@ -82,49 +88,76 @@ class TeacherTuning(_Trainer):
             )
         return super().create_scheduler(num_training_steps, optimizer)
 
-    def _tune_teacher(
-        self, student: nn.Module, batches: list[TokenBatch], student_hidden: Tensor | None, tokens: Tensor
-    ) -> None:
-        """One step of the teacher's adapter on all response tokens of the window (PromptKD section 3.2)."""
+    def _tune_teacher(self, student: nn.Module, first_hidden: Tensor | None, tokens: Tensor) -> None:
+        """One step of the teacher's adapter on all response tokens of the window (PromptKD section 3.2).
+
+        Args:
+            first_hidden: the student's states of the window's first micro-batch, which its own step goes on with; None
+                computes them without dropout, as those of the other micro-batches.
+            tokens: response tokens of the window on all processes.
+        """
         assert self.adapter is not None
         assert self.adapter_optimizer is not None
         started = time.perf_counter()
-        weight = self._regularizer_weight()
+        online = self.method.teacher_adapter == "online"  # whose loss has no regulariser
+        weight = 0.0 if online else self._regularizer_weight()
         pair = self._pair(student)
-        for batch in batches:
-            with self.accelerator.autocast():
-                with torch.no_grad():
-                    target = _without_dropout(student, batch) if student_hidden is None else student_hidden
-                    plain = self._teacher_hidden(batch, adapted=False) if weight > 0 else None
-                adapted = self._teacher_hidden(batch, adapted=True)
-                loss = self._adapter_loss(pair, batch, adapted, target, plain, weight)
-            self._window["prompt_kl"] += float(loss.figures.get("to_student", 0.0))
-            if plain is not None:
-                self._window["prompt_regularizer"] += float(loss.figures.get("to_plain", 0.0))
-            (loss.total / tokens).backward()
-        if self.method.teacher_adapter != "online":
+        batches = [self._token_batch(each) for each in self._buffered_inputs]
+        self._kept_logits = {index: [] for index in range(len(batches))} if self._keeps_logits(batches) else {}
+        for index, batch in enumerate(batches):
+            with self.accelerator.autocast(), torch.no_grad():
+                target = first_hidden if index == 0 else None
+                target = _without_dropout(student, batch) if target is None else target
+            parts = self._parts(batch)
+            spans = target.split([part.response_tokens for part in parts])
+            for part, span in zip(parts, spans, strict=True):
+                with self.accelerator.autocast():
+                    loss = self._adapter_loss(pair, part, span, weight, self._kept_logits.get(index))
+                self._window["prompt_kl"] += float(loss.figures.get("to_student", 0.0))
+                if not online:
+                    self._window["prompt_regularizer"] += float(loss.figures.get("to_plain", 0.0))
+                (loss.total / tokens).backward()
+        if not online:
             self._window["lambda"] = weight
         self._step_adapter()
         self._seconds["prompt"] += time.perf_counter() - started
 
+    def _parts(self, batch: TokenBatch) -> list[TokenBatch]:
+        """A micro-batch in the pieces in which the adapted teacher reads it, each with a backward of its own.
+
+        A GPU is faster with all rows at once; there `gradient_accumulation_steps` bounds the memory. Processes that
+        share a teacher's weights must call it equally often.
+        """
+        splits = self.accelerator.device.type == "cpu" and self.accelerator.num_processes == 1
+        return batch.parts(_PART) if splits and switched_on("split_prompt_pass") else [batch]
+
+    def _keeps_logits(self, batches: Sequence[TokenBatch]) -> bool:
+        """Whether the student's logits of the whole window may stay in memory until its own step uses them up."""
+        if self._trains_dropout or self.method.objective is None or self.method.teacher_adapter == "online":
+            return False
+        size = sum(batch.response_tokens for batch in batches) * self.vocabulary * 4  # bytes in float32
+        return switched_on("kept_logits") and size <= self.args.keep_logits_mib * 2**20
+
     def _adapter_loss(
-        self, pair: Pair, batch: TokenBatch, adapted: Tensor, target: Tensor, plain: Tensor | None, weight: float
+        self, pair: Pair, batch: TokenBatch, student_hidden: Tensor, weight: float, kept_logits: list[Tensor] | None
     ) -> ChunkedLoss:
+        adapted = self._teacher_hidden(batch, adapted=True)
         if self.method.teacher_adapter == "online":
-            return pair.online_loss(adapted, batch.targets, target)
+            return pair.online_loss(adapted, batch.targets, student_hidden)
+        with torch.no_grad():  # at a weight of 0 too: the log says how far the adapted teacher has gone from it
+            plain = self._teacher_hidden(batch, adapted=False)
         return pair.prompt_loss(
             adapted,
-            target,
+            student_hidden,
             plain,
             weight=weight,
             student_direction=self.args.prompt_kl,
             plain_direction=self.args.regularizer_kl,
+            kept_logits=kept_logits,
         )
 
     def _regularizer_weight(self) -> float:
-        """λ of this step; an online module has no such term."""
-        if self.method.teacher_adapter == "online":
-            return 0.0
+        """λ of this step."""
         return regularizer_weight(
             self.state.global_step,
             self.state.max_steps,

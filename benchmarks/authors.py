@@ -1,0 +1,117 @@
+"""A PromptKD step in the manner of the authors' public code, written anew from its description (docs/differences.md).
+
+Every row is padded to `max_length`, every prompt of the rollout to `max_prompt_length`; `generate` runs until the last
+row has ended; each of the five passes is one of its own and projects every position; probabilities and
+log-probabilities are separate float32 tensors of the whole rectangle. The order of prompt and student, λ and clipping
+are those of this project, so that the losses are the same and only the manner differs.
+"""
+
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.workload import EndAtLengths, Shape
+from promptkd.data.encode import EncodedExample
+
+__all__ = ["AuthorsStep"]
+
+
+class AuthorsStep:
+    """Student, teacher and prompt with their optimisers."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, prompt: Tensor, shape: Shape, pad: int, end: int):
+        self.student, self.teacher = student, teacher.requires_grad_(False)
+        self.prompt = nn.Parameter(prompt.detach().clone())  # (n, E)
+        self.shape, self.pad, self.end = shape, pad, end
+        self.optimizer = torch.optim.AdamW(student.parameters(), lr=5e-5, weight_decay=0.0)
+        self.prompt_optimizer = torch.optim.AdamW([self.prompt], lr=1e-3, weight_decay=0.0)
+
+    def __call__(self, rows: Sequence[EncodedExample], weight: float) -> dict[str, float]:
+        """One optimiser step; seconds by part, and the losses as means over response tokens."""
+        started = time.perf_counter()
+        self._rollout(rows)
+        rollout = time.perf_counter()
+        ids, attention, labels = self._rectangle(rows)
+        prompt_loss = self._prompt_step(ids, attention, labels, weight)
+        prompt = time.perf_counter()
+        student_loss = self._student_step(ids, attention, labels)
+        student = time.perf_counter()
+        seconds = {"rollout": rollout - started, "prompt": prompt - rollout, "student": student - prompt}
+        return {**seconds, "seconds": student - started, "prompt_loss": prompt_loss, "student_loss": student_loss}
+
+    @torch.no_grad()
+    def _rollout(self, rows: Sequence[EncodedExample]) -> None:
+        width = self.shape.max_prompt_length * self.shape.length_factor
+        ids = torch.full((len(rows), width), self.pad)
+        for place, row in zip(ids, rows, strict=True):
+            place[width - len(row.prompt_ids) :] = torch.tensor(row.prompt_ids)
+        mask = torch.stack([(torch.arange(width) >= width - len(row.prompt_ids)).long() for row in rows])
+        self.student.eval()
+        self.student.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            do_sample=True,
+            temperature=1.0,
+            top_p=1.0,
+            top_k=0,
+            max_length=self.shape.max_length * self.shape.length_factor,
+            eos_token_id=self.end,
+            pad_token_id=self.pad,
+            logits_processor=[EndAtLengths([len(row.response_ids) for row in rows], width, self.end)],
+        )
+
+    def _rectangle(self, rows: Sequence[EncodedExample]) -> tuple[Tensor, Tensor, Tensor]:
+        """Token ids, attention mask, and labels one to the left, -100 where nothing is scored; each (B, T)."""
+        shape = (len(rows), self.shape.max_length * self.shape.length_factor)
+        ids, attention = torch.full(shape, self.pad), torch.zeros(shape, dtype=torch.long)
+        labels = torch.full(shape, -100)
+        for index, row in enumerate(rows):
+            tokens = [*row.prompt_ids, *row.response_ids]
+            ids[index, : len(tokens)] = torch.tensor(tokens)
+            attention[index, : len(tokens)] = 1
+            labels[index, len(row.prompt_ids) - 1 : len(tokens) - 1] = torch.tensor(row.response_ids)
+        return ids, attention, labels
+
+    def _prompt_step(self, ids: Tensor, attention: Tensor, labels: Tensor, weight: float) -> float:
+        prompted = self._prompted_logits(ids, attention)
+        with torch.no_grad():
+            self.student.eval()
+            student = self.student(input_ids=ids, attention_mask=attention, use_cache=False).logits
+            plain = self.teacher(input_ids=ids, attention_mask=attention, use_cache=False).logits
+        loss = reverse_kl(prompted, student, labels) + weight * reverse_kl(prompted, plain, labels)
+        loss.backward()
+        nn.utils.clip_grad_norm_([self.prompt], 1.0)
+        self.prompt_optimizer.step()
+        self.prompt_optimizer.zero_grad()
+        return loss.item()
+
+    def _student_step(self, ids: Tensor, attention: Tensor, labels: Tensor) -> float:
+        self.student.train()
+        student = self.student(input_ids=ids, attention_mask=attention, use_cache=False).logits
+        with torch.no_grad():
+            prompted = self._prompted_logits(ids, attention)
+        loss = reverse_kl(student, prompted, labels)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.item()
+
+    def _prompted_logits(self, ids: Tensor, attention: Tensor) -> Tensor:
+        rows, length = ids.shape[0], len(self.prompt)
+        embedded = self.teacher.get_input_embeddings()(ids)
+        embedded = torch.cat([self.prompt.expand(rows, -1, -1), embedded], dim=1)
+        seen = torch.cat([attention.new_ones(rows, length), attention], dim=1)
+        return self.teacher(inputs_embeds=embedded, attention_mask=seen, use_cache=False).logits[:, length:]
+
+
+def reverse_kl(learner_logits: Tensor, target_logits: Tensor, labels: Tensor) -> Tensor:
+    """KL(learner || target), the mean over labelled positions, from whole (B, T, V) tensors."""
+    probabilities = learner_logits.softmax(-1, dtype=torch.float32)
+    log_learner = learner_logits.log_softmax(-1, dtype=torch.float32)
+    log_target = target_logits.log_softmax(-1, dtype=torch.float32)
+    scored = (labels != -100).reshape(-1)
+    values = (probabilities * log_learner).sum(-1) - (probabilities * log_target).sum(-1)
+    return (values.reshape(-1) * scored).sum() / scored.sum()

@@ -1,0 +1,57 @@
+"""What every variant of the step benchmark is given: the rows, and how long each response is.
+
+Responses have the data's own lengths. A rollout samples as it always does, but each row ends where the data's response
+ends; the sampled text is then put away and the data's response scored, so that all variants score the same tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor
+
+from promptkd.data.dataset import load_rows
+from promptkd.data.encode import EncodedExample
+
+__all__ = ["EndAtLengths", "Shape", "workload"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Which rows, and to what the authors' manner pads them."""
+
+    max_length: int = 512
+    max_prompt_length: int = 256
+    batch_size: int = 8
+    length_factor: int = 1
+    """Every prompt and response so many times over."""
+
+
+def workload(data: str, tokenizer, shape: Shape, template: str, *, first: int, steps: int) -> list[EncodedExample]:
+    """Rows for `steps` steps, in the order of the data, from the row `first` x batch size on."""
+    rows = load_rows(
+        data,
+        tokenizer,
+        template=template,
+        max_prompt_length=shape.max_prompt_length,
+        max_response_length=shape.max_length - shape.max_prompt_length,
+    ).examples
+    # The same rows at every batch size: four times the batch takes the rows of four steps.
+    start, count = first * shape.batch_size, steps * shape.batch_size
+    chosen = [rows[index % len(rows)] for index in range(start, start + count)]
+    times = shape.length_factor
+    return [replace(row, prompt_ids=row.prompt_ids * times, response_ids=row.response_ids * times) for row in chosen]
+
+
+class EndAtLengths(LogitsProcessor):
+    """Row i of `generate` writes the end token as its `lengths[i]`-th token, and not before."""
+
+    def __init__(self, lengths: Sequence[int], prompt_width: int, end: int):
+        self.lengths, self.prompt_width, self.end = torch.tensor(lengths), prompt_width, end
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        ends = self.lengths == input_ids.shape[1] - self.prompt_width + 1
+        scores = scores.masked_fill(ends[:, None], -torch.inf)
+        scores[:, self.end] = torch.where(ends, 0.0, -torch.inf)
+        return scores

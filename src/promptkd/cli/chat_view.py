@@ -1,0 +1,137 @@
+"""Answers on the terminal: side by side while they are written, or one after another where there is no terminal."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from promptkd.cli.session import say
+from promptkd.report.escape import visible
+
+if TYPE_CHECKING:
+    from promptkd.evaluation.conversation import Answer
+
+__all__ = ["Writing", "on_terminal", "shown", "write_in_turn", "write_side_by_side"]
+
+NARROWEST = 36
+"""Cells of a column below which fewer columns stand side by side."""
+SECONDS_BETWEEN_FRAMES = 0.08
+_REORDERING = dict.fromkeys([0x061C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A)], 0xFFFD)
+
+
+def shown(text: str) -> str:
+    """What a model wrote, so that no terminal obeys it.
+
+    Control characters become their pictures (␛), and the marks that reorder or break lines (bidirectional overrides,
+    line and paragraph separators) U+FFFD.
+    """
+    return visible(text).translate(_REORDERING)
+
+
+def on_terminal(console: Console) -> bool:
+    """Whether the console can redraw what it has shown."""
+    return console.is_terminal and not console.is_dumb_terminal
+
+
+@dataclass
+class Writing:
+    """An answer on its way."""
+
+    label: str
+    answer: "Answer"
+    pieces: Iterator[str]
+    seconds: float = 0.0
+    running: bool = True
+    stopped: bool = False
+
+    def advance(self) -> str:
+        """The next piece of text; `running` becomes false when there was none."""
+        started = time.perf_counter()
+        try:
+            return next(self.pieces)
+        except StopIteration:
+            self.running = False
+            return ""
+        finally:
+            self.seconds += time.perf_counter() - started
+
+    def stop(self) -> None:
+        """Leave it as it is."""
+        self.stopped, self.running = self.running, False
+
+    @property
+    def status(self) -> str:
+        """Length, speed, and why it ended if not by itself."""
+        rate = f", {self.answer.tokens / self.seconds:.0f}/s" if self.seconds and self.answer.tokens > 1 else ""
+        length = f"{self.answer.tokens} token{'s' * (self.answer.tokens != 1)}"
+        if self.stopped:
+            end = ", stopped"
+        else:
+            end = "" if self.running or self.answer.ended else f", cut at {self.answer.limit}"
+        return length + rate + end
+
+
+def write_side_by_side(console: Console, writings: Sequence[Writing]) -> None:
+    """Let all answers grow together, a token each in turn. Ctrl-C stops them and leaves what there is."""
+    drawn = 0.0
+    with Live(console=console, auto_refresh=False, transient=True) as live:
+        try:
+            while any(each.running for each in writings):
+                for each in writings:
+                    if each.running:
+                        each.advance()
+                if time.monotonic() - drawn >= SECONDS_BETWEEN_FRAMES:
+                    live.update(_page(console, writings, lines=console.height - 1), refresh=True)
+                    drawn = time.monotonic()
+        except KeyboardInterrupt:
+            for each in writings:
+                each.stop()
+    console.print(_page(console, writings))
+
+
+def write_in_turn(console: Console, writings: Sequence[Writing]) -> None:
+    """One labelled block an answer, its text as it comes; how it ended goes to standard error."""
+    for each in writings:
+        console.out(f"== {shown(each.label)} ==", highlight=False)
+        while each.running:
+            console.out(shown(each.advance()), end="", highlight=False)
+            console.file.flush()
+        console.out("\n", highlight=False)
+        say(f"{shown(each.label)}: {each.status}.")
+
+
+def _page(console: Console, writings: Sequence[Writing], lines: int | None = None) -> RenderableType:
+    """Panels in as many columns as fit. With `lines`, the end of each answer that fits into so many."""
+    across = max(1, min(len(writings), console.width // NARROWEST))
+    rows = [writings[first : first + across] for first in range(0, len(writings), across)]
+    width = console.width // across - 4  # without border and padding
+    inside = None if lines is None else max(1, lines // len(rows) - 2)
+    grids = []
+    for row in rows:
+        grid = Table.grid(expand=True)
+        for _ in range(across):
+            grid.add_column(ratio=1, overflow="fold")
+        panels = [_panel(console, each, width, inside) for each in row]
+        grid.add_row(*panels, *[""] * (across - len(row)))
+        grids.append(grid)
+    return Group(*grids)
+
+
+def _panel(console: Console, writing: Writing, width: int, lines: int | None) -> Panel:
+    text = Text(shown(writing.answer.text).strip("\n"), overflow="fold")
+    if lines is not None:
+        text = Text("\n", overflow="fold").join(text.wrap(console, width)[-lines:])
+    return Panel(
+        text,
+        title=Text(shown(writing.label), style="bold"),
+        subtitle=Text(writing.status, style="dim"),
+        title_align="left",
+        subtitle_align="left",
+        border_style="green" if writing.running else "dim",
+    )

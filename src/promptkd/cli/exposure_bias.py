@@ -1,0 +1,257 @@
+"""Measure how errors accumulate on a student's own continuations.
+
+ExAccErr(l) in %: by how much the KL(teacher || student), added up over the first l tokens, is larger on what the
+student writes than on what the teacher writes (Arora et al. 2022). Both write several continuations of every request
+at temperature 1; intervals are 95 %, by bootstrap over rows. The data need no responses.
+
+    promptkd exposure-bias --student runs/promptkd runs/kd --teacher T --data test.jsonl --out exposure.json
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from promptkd.evaluation.exposure_bias import ExposureBias
+    from promptkd.results import Results
+
+
+@dataclass
+class Options:
+    student: list[str]
+    """The students: hub names, folders, run folders or GGUF files."""
+    teacher: str
+    """The teacher that all of them are compared with."""
+    data: str
+    """Requests: a file, a folder, or a hub data set."""
+    out: Path
+    """The results file to write."""
+    prompt: Path | None = None
+    """A run or PEFT folder with a soft prompt: the prompted teacher is sampled and compared in the teacher's place."""
+    every_checkpoint: bool = False
+    """Measure the checkpoints of each student's run too, in the order of their steps."""
+    samples_per_row: int = 3
+    """Continuations of each request, by every model."""
+    seed: int = 10
+    """Seed of the first continuation; the others take the seeds after it."""
+    ended: Literal["leave", "zero"] = "leave"
+    """What has ended at later tokens: leave the mean, or count as an error of zero (the authors' treatment)."""
+    batch_size: int = 32
+    """Continuations that are decoded at a time."""
+    limit: int | None = None
+    """Use the first so many rows."""
+    template: str = "auto"
+    """auto, alpaca, chat, or a Jinja text."""
+    max_prompt_length: int = 256
+    """Most tokens of a prompt; rows above it are dropped and counted."""
+    max_completion_length: int = 256
+    """Most tokens of a continuation."""
+    trust_remote_code: bool = False
+    """Run code that a hub model ships."""
+    overwrite: bool = False
+    """Replace --out."""
+
+
+def run(options: Options, training: dict[str, Any]) -> None:
+    from promptkd.cli.exposure_table import exposure_table
+    from promptkd.cli.measuring import check_output, label_of, load_subject
+    from promptkd.cli.options import merged_config
+    from promptkd.cli.session import data_record, peak_memory, quiet_libraries, say
+    from promptkd.models import model_record
+    from promptkd.results import Results
+
+    check_output(options.out, overwrite=options.overwrite)
+    _check(options)
+    quiet_libraries()
+    students = _students(options)
+    soft_prompt = _soft_prompt(options.prompt)
+    tokenizer, data = _requests(options)
+    teacher = load_subject(options.teacher, options.trust_remote_code)
+    prompt = _placed(soft_prompt, teacher, options.prompt)
+    results = Results(kind="exposure-bias", config=merged_config(options, {}))
+    results.models[f"teacher {label_of(options.teacher)}"] = model_record(options.teacher, teacher)
+    results.data[label_of(options.data)] = data_record(options.data, len(data.examples), data.dropped)
+    job = _Job(options, results, tokenizer, data.examples, teacher, prompt)
+    samples = job.sample("the teacher", teacher, prompt)
+    measured = {label: job.measure(label, path, samples) for label, path in students.items()}
+    results.notes.append(f"Peak memory {peak_memory() / 2**30:.1f} GiB.")
+    results.write(options.out)
+    print(exposure_table(measured))
+    say(f"The record is in {options.out}.")
+
+
+@dataclass
+class _Job:
+    """What is measured alike for every student."""
+
+    options: Options
+    results: "Results"
+    tokenizer: Any
+    rows: list[Any]
+    teacher: Any
+    prompt: "Tensor | None"
+
+    def sample(self, title: str, model: Any, prompt: "Tensor | None" = None) -> list[list[list[int]]]:
+        """The model's continuations of every request."""
+        from promptkd.cli.session import progress_lines
+        from promptkd.data.dataset import stop_ids_of
+        from promptkd.evaluation import sample_continuations
+        from promptkd.models import vocabulary_size
+
+        options = self.options
+        tell = progress_lines(f"Sampling {title}", len(self.rows) * options.samples_per_row)
+        return sample_continuations(
+            model,
+            [row.prompt_ids for row in self.rows],
+            samples_per_row=options.samples_per_row,
+            max_new_tokens=options.max_completion_length,
+            stop_ids=stop_ids_of(self.tokenizer, model.generation_config, template=options.template),
+            rows=[row.row for row in self.rows],
+            seed=options.seed,
+            prompt=prompt,
+            vocabulary=vocabulary_size(self.tokenizer),
+            batch_size=options.batch_size,
+            on_batch=lambda done: tell("continuations", done),
+        )
+
+    def measure(self, label: str, path: str, teacher_samples: list[list[list[int]]]) -> "ExposureBias":
+        """One student, loaded for as long as this takes; its curve goes into the record."""
+        import time
+
+        from promptkd.cli.measuring import label_of, load_subject
+        from promptkd.cli.session import progress_lines
+        from promptkd.evaluation import exposure_bias
+        from promptkd.models import model_record, shared_vocabulary_size
+        from promptkd.results import Curve
+
+        student = load_subject(path, self.options.trust_remote_code)
+        self.results.models[label] = model_record(path, student)
+        started = time.perf_counter()
+        samples = self.sample(label, student)
+        tell = progress_lines(f"Scoring {label}", 2 * len(self.rows) * self.options.samples_per_row)
+        measured = exposure_bias(
+            student,
+            self.teacher,
+            [row.prompt_ids for row in self.rows],
+            samples,
+            teacher_samples,
+            prompt=self.prompt,
+            vocabulary=shared_vocabulary_size(student, self.teacher, self.tokenizer),
+            ended=self.options.ended,
+            on_batch=lambda done: tell("continuations", done),
+        )
+        self.results.timings[label] = time.perf_counter() - started
+        self.results.metrics[f"{label}: KL(teacher || student) on its own continuations, nats/token"] = (
+            measured.on_student
+        )
+        self.results.metrics[f"{label}: KL(teacher || student) on the teacher's, nats/token"] = measured.on_teacher
+        self.results.curves.append(
+            Curve(
+                name="exposure_bias",
+                model=label,
+                data=label_of(self.options.data),
+                settings=_settings(self.options),
+                points=measured.points,
+            )
+        )
+        return measured
+
+
+def _settings(options: Options) -> dict[str, Any]:
+    """What the curves depend on."""
+    return {
+        "teacher": options.teacher,
+        "prompt": None if options.prompt is None else str(options.prompt),
+        "ended": options.ended,
+        "temperature": 1.0,
+        "max_new_tokens": options.max_completion_length,
+        "seeds": [options.seed + draw for draw in range(options.samples_per_row)],
+    }
+
+
+def _check(options: Options) -> None:
+    from promptkd.errors import RequestError
+
+    checks = [
+        (options.samples_per_row < 1, f"--samples-per-row must be at least 1, got {options.samples_per_row}"),
+        (options.batch_size < 1, f"--batch-size must be at least 1, got {options.batch_size}"),
+        (options.seed < 0, f"--seed must be 0 or more, got {options.seed}"),
+        (
+            len(set(options.student)) < len(options.student),
+            f"each student must be given once, got {' '.join(options.student)}",
+        ),
+    ]
+    problems = [text for wrong, text in checks if wrong]
+    if problems:
+        raise RequestError("Cannot measure: " + "; ".join(problems) + ".")
+
+
+def _students(options: Options) -> dict[str, str]:
+    """Where each model to measure lies, by its label; a run's checkpoints stand before its student."""
+    from promptkd.cli.measuring import label_of
+    from promptkd.errors import RequestError
+    from promptkd.models import resolve_model
+    from promptkd.training.checkpoints import checkpoints_in
+
+    found: dict[str, str] = {}
+    for path in options.student:
+        label = label_of(path, options.student)
+        if options.every_checkpoint:
+            checkpoints = checkpoints_in(Path(path) / "checkpoints")
+            if not checkpoints:
+                raise RequestError(
+                    f"--every-checkpoint needs run folders with checkpoints/checkpoint-N. {path} has none. A run keeps "
+                    "its last two unless it is given --save_total_limit."
+                )
+            found |= {f"{label} step {step}": str(folder) for step, folder in checkpoints.items()}
+        found[label] = path
+    for path in found.values():
+        resolve_model(path)
+    return found
+
+
+def _requests(options: Options) -> tuple[Any, Any]:
+    """The tokenizer and the encoded rows, which must be the same for every student."""
+    from promptkd.cli.measuring import measured_rows
+    from promptkd.errors import RequestError
+    from promptkd.models import check_same_vocabulary, load_tokenizer
+
+    trust = options.trust_remote_code
+    teacher = load_tokenizer(options.teacher, trust_remote_code=trust)
+    tokenizers = [load_tokenizer(path, trust_remote_code=trust) for path in options.student]
+    for tokenizer in tokenizers:
+        check_same_vocabulary(tokenizer, teacher)
+    encoded = [measured_rows(options, options.data, tokenizer, need_response=False) for tokenizer in tokenizers]
+    for path, data in zip(options.student, encoded, strict=True):
+        if [row.prompt_ids for row in data.examples] != [row.prompt_ids for row in encoded[0].examples]:
+            raise RequestError(
+                f"The students must read the same requests: {path} and {options.student[0]} render them differently. "
+                "Give a --template, or measure them one by one."
+            )
+    return tokenizers[0], encoded[0]
+
+
+def _soft_prompt(path: Path | None) -> Any:
+    from promptkd.models import SoftPrompt
+
+    if path is None:
+        return None
+    return SoftPrompt.load(path / "prompt" if (path / "prompt").is_dir() else path)
+
+
+def _placed(soft_prompt: Any, teacher: Any, path: Path | None) -> "Tensor | None":
+    """The prompt's vectors beside the teacher that reads them."""
+    from promptkd.errors import RequestError
+
+    if soft_prompt is None:
+        return None
+    weight = teacher.get_input_embeddings().weight
+    vectors = soft_prompt().detach().to(weight.device)
+    if vectors.shape[1] != weight.shape[1]:
+        raise RequestError(
+            f"The soft prompt in {path} has vectors of {vectors.shape[1]} numbers, the teacher's embeddings have "
+            f"{weight.shape[1]}. Give the teacher that it was tuned before."
+        )
+    return vectors

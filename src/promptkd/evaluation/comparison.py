@@ -1,0 +1,242 @@
+"""Paired differences between models that were measured alike, with intervals, tests, correction and effect sizes.
+
+Rows are the unit throughout: all answers to one request (one a seed) are brought together first. An interval is the
+95 % percentile bootstrap's over rows, p the sign-flip test's, and p adjusted Holm's over every difference of the
+comparison. A difference is claimed where p adjusted is at most 0.05 and the interval excludes zero.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from promptkd.errors import RequestError
+from promptkd.evaluation.alike import unlike
+from promptkd.evaluation.bootstrap import paired_token_difference, token_mean_interval
+from promptkd.evaluation.pairing import Candidate, Column, Setting, settings_of
+from promptkd.evaluation.significance import effect_size, holm, row_contributions, sign_flip_test
+from promptkd.results import DataRecord, Difference, Evaluation
+
+__all__ = ["Candidate", "Comparison", "compare"]
+
+Better = Literal["higher", "lower"]
+_OF_REFERENCES = frozenset({"loss"})
+"""Measured on the references: the same however answers are decoded."""
+_TO_TEACHER = "kl_to_teacher"
+_LEAST_ROWS = 6
+"""With fewer, even the smallest p of a sign-flip test, 2 / 2^rows, lies above 0.05."""
+
+
+@dataclass
+class Comparison:
+    differences: list[Difference] = field(default_factory=list)
+    evaluations: list[Evaluation] = field(default_factory=list)
+    """Each model's figures over the rows that were compared, without the rows themselves."""
+    data: dict[str, DataRecord] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+class _Planned(NamedTuple):
+    setting: Setting
+    model: str
+    baseline: str
+    metric: str
+    better: Better
+    columns: dict[str, Column]
+
+
+def compare(
+    candidates: Sequence[Candidate],
+    better: Callable[[str], Better | None],
+    *,
+    baseline: str | None = None,
+    all_pairs: bool = False,
+    metrics: Sequence[str] = (),
+    allow_different: bool = False,
+    resamples: int = 2000,
+    draws: int = 9999,
+    seed: int = 0,
+) -> Comparison:
+    """Compare every candidate with the baseline, or with every other, on all data sets that both were measured on.
+
+    Args:
+        candidates: at least two, each under a label of its own.
+        better: which direction of a metric is better; a metric of neither (None) is left out, and that is noted.
+        baseline: label of one of them, by default the first.
+        all_pairs: every pair in place of those with the baseline.
+        metrics: the ones to compare; by default all that rows have scores of.
+        allow_different: compare what is shared although data or decoding differ, and note in what.
+        resamples, draws, seed: of the bootstrap and of the sign-flip test; a comparison of many differences draws more
+            than `draws`, so that Holm's correction of the smallest p can still be small.
+
+    Raises:
+        RequestError: fewer than two candidates, a label that is there twice or not at all, measurements that are not
+            alike, no data set, no row or no metric in common.
+    """
+    ordered = _checked(candidates, baseline)
+    settings, made = settings_of(ordered), Comparison()
+    made.notes += _alike(settings, ordered, allow_different)
+    every = _known_metrics(settings, metrics)
+    if _TO_TEACHER in every and len({_teachers(each) for each in ordered}) > 1:
+        every.remove(_TO_TEACHER)
+        made.notes.append(f"{_TO_TEACHER} was not compared: the records name different teachers.")
+    pairs = list(combinations([each.label for each in ordered], 2))  # (baseline, model)
+    pairs = pairs if all_pairs else pairs[: len(ordered) - 1]
+    planned: list[_Planned] = []
+    for setting in settings:
+        done = {each.metric for each in planned if each.setting.source == setting.source}
+        columns = _columns(setting, [metric for metric in every if metric not in done & _OF_REFERENCES])
+        planned += _plan(setting, pairs, columns, better)
+        made.evaluations += _evaluations(setting, columns, resamples, seed)
+        first = next(iter(setting.measured.values()))
+        if first.data is not None:
+            made.data[setting.data] = first.data
+    if not planned:
+        raise RequestError(
+            f"Nothing to compare: the runs share {sum(len(each.rows()) for each in settings)} rows, with scores of "
+            f"{', '.join(every) or 'none'}. Expected at least one row, and a metric of which more or less is better."
+        )
+    # The smallest p that draws can give is 1 / (draws + 1); after the correction it must still be able to reach 0.01.
+    draws = max(draws, 100 * len(planned) - 1)
+    made.differences = _adjusted([_difference(each, resamples, draws, seed) for each in planned])
+    made.notes += _notes(settings, planned, ordered)
+    if neither := [metric for metric in every if better(metric) is None]:
+        made.notes.append(f"Not tested, for neither direction is better: {', '.join(neither)}.")
+    return made
+
+
+def _checked(candidates: Sequence[Candidate], baseline: str | None) -> list[Candidate]:
+    """The candidates, the baseline first."""
+    labels = [each.label for each in candidates]
+    if len(candidates) < 2:
+        raise RequestError(f"A comparison takes two models or more. Got {', '.join(labels) or 'none'}.")
+    if twice := sorted({label for label in labels if labels.count(label) > 1}):
+        raise RequestError(
+            f"Each model must have a label of its own. {', '.join(twice)} is there twice; name a run by LABEL=RUN."
+        )
+    if baseline is not None and baseline not in labels:
+        raise RequestError(f"The baseline must be one of {', '.join(labels)}. Got {baseline}.")
+    return sorted(candidates, key=lambda each: each.label != (baseline or labels[0]))
+
+
+def _alike(settings: Sequence[Setting], candidates: Sequence[Candidate], allow_different: bool) -> list[str]:
+    """Notes on what differs; raises where that is not allowed, or where nothing is shared."""
+    if not settings:
+        raise RequestError("The runs share no data set: " + "; ".join(_held(each) for each in candidates) + ".")
+    differing = [sentence for setting in settings for sentence in unlike(setting)]
+    if differing and not allow_different:
+        raise RequestError(
+            " ".join(differing) + " Measure them alike, or compare the rows that all hold by --allow-different."
+        )
+    return [f"Compared although {sentence}" for sentence in differing]
+
+
+def _known_metrics(settings: Sequence[Setting], asked: Sequence[str]) -> list[str]:
+    """The metrics that were asked for, or every one there is."""
+    every = list(dict.fromkeys(metric for setting in settings for metric in setting.metrics()))
+    if unknown := [metric for metric in asked if metric not in every]:
+        raise RequestError(
+            f"Expected metrics that rows of two models have scores of: {', '.join(every) or 'none'}. "
+            f"Got {', '.join(unknown)}."
+        )
+    return [metric for metric in every if metric in (asked or every)]
+
+
+def _columns(setting: Setting, metrics: Sequence[str]) -> dict[str, dict[str, Column]]:
+    """By metric and label, for the metrics that rows have scores of."""
+    held = {metric: setting.columns(metric) for metric in setting.metrics() if metric in metrics}
+    return {metric: columns for metric, columns in held.items() if all(len(each.sums) for each in columns.values())}
+
+
+def _plan(
+    setting: Setting,
+    pairs: Sequence[tuple[str, str]],
+    columns: dict[str, dict[str, Column]],
+    better: Callable[[str], Better | None],
+) -> list[_Planned]:
+    return [
+        _Planned(setting, model, baseline, metric, direction, held)
+        for baseline, model in pairs
+        for metric, held in columns.items()
+        if (direction := better(metric)) is not None and baseline in held and model in held
+    ]
+
+
+def _evaluations(
+    setting: Setting, columns: dict[str, dict[str, Column]], resamples: int, seed: int
+) -> list[Evaluation]:
+    return [
+        Evaluation(
+            model=label,
+            data=setting.data,
+            decoding=measured.evaluation.decoding,
+            metrics={
+                metric: token_mean_interval(held[label].sums, held[label].counts, resamples=resamples, seed=seed)
+                for metric, held in columns.items()
+                if label in held
+            },
+        )
+        for label, measured in setting.measured.items()
+    ]
+
+
+def _difference(planned: _Planned, resamples: int, draws: int, seed: int) -> Difference:
+    ours, theirs = planned.columns[planned.model], planned.columns[planned.baseline]
+    columns = (ours.sums, ours.counts, theirs.sums, theirs.counts)
+    finite = all(np.isfinite(column).all() for column in columns)
+    parts = row_contributions(*columns) if finite else None
+    return Difference(
+        model=planned.model,
+        baseline=planned.baseline,
+        metric=planned.metric,
+        better=planned.better,
+        data=planned.setting.data,
+        difference=paired_token_difference(*columns, resamples=resamples, seed=seed),
+        p_value=None if parts is None else sign_flip_test(parts, draws=draws, seed=seed),
+        effect_size=None if parts is None else effect_size(parts),
+    )
+
+
+def _adjusted(differences: list[Difference]) -> list[Difference]:
+    tested = [(index, each.p_value) for index, each in enumerate(differences) if each.p_value is not None]
+    adjusted = dict(zip([index for index, _ in tested], holm([p for _, p in tested]), strict=True))
+    return [each.model_copy(update={"p_adjusted": adjusted.get(index)}) for index, each in enumerate(differences)]
+
+
+def _teachers(candidate: Candidate) -> frozenset[str]:
+    models = candidate.record.models.items()
+    return frozenset(each.sha256 or each.path for label, each in models if (label + " ").startswith("teacher "))
+
+
+def _held(candidate: Candidate) -> str:
+    sets = dict.fromkeys(
+        each.data for each in candidate.record.evaluations if each.model == candidate.model and each.samples
+    )
+    return f"{candidate.label} has rows of {', '.join(sets) or 'none'}"
+
+
+def _notes(settings: Sequence[Setting], planned: Sequence[_Planned], candidates: Sequence[Candidate]) -> list[str]:
+    notes = [
+        f"{len(planned)} differences were tested together and p is adjusted for that. One is claimed where p is at "
+        "most 0.05 and the interval excludes zero. Both speak for the rows and their decoding seeds, not for the "
+        "spread between seeds of training."
+    ]
+    for setting in settings:
+        rows, held = setting.rows(), {row for each in setting.measured.values() for row in each.rows}
+        if len(rows) < len(held):
+            notes.append(f"On {setting.data} the {len(rows)} rows that all hold were compared, of {len(held)}.")
+        scored = {each.metric: _rows(each) for each in planned if each.setting is setting}
+        if fewer := [f"{metric} {count}" for metric, count in scored.items() if count < len(rows)]:
+            notes.append(f"On {setting.data} not every row has every score: {', '.join(fewer)} of {len(rows)} rows.")
+        if few := [metric for metric, count in scored.items() if count < _LEAST_ROWS]:
+            notes.append(f"On {setting.data} there are too few rows to tell any two models apart on {', '.join(few)}.")
+        absent = [each.label for each in candidates if each.label not in setting.measured]
+        if absent:
+            notes.append(f"{setting.data} was not measured for {', '.join(absent)}.")
+    return notes
+
+
+def _rows(planned: _Planned) -> int:
+    return len(planned.columns[planned.model].sums)

@@ -1,0 +1,121 @@
+"""Metrics of Hugging Face's `evaluate` library, by name or from a script of one's own, a score a row."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+from promptkd.errors import PromptKDError, RequestError
+
+__all__ = ["HubMetric"]
+
+_PROBE = "a short answer to try the metric on"
+
+
+class HubMetric:
+    """A metric that scores one answer against its references.
+
+    It is asked for one row at a time, so that the record holds a score a row. The mean over rows is therefore that of
+    sentence scores; for BLEU this is not the BLEU of the corpus. Values keep the metric's own scale.
+
+    Args:
+        name: what `evaluate.load` takes: "bleu", "owner/metric" (both are scripts that it downloads and runs, unless
+            they are in its cache), or the path of a script. `NAME:FIELD` picks a field of the metric's output
+            ("rouge:rouge2"); without it that is the field called like the metric, else "score", else the only number.
+
+    Raises:
+        RequestError: if `evaluate` is not installed, or the metric cannot be loaded, fails on a row, or gives no score.
+    """
+
+    def __init__(self, name: str) -> None:
+        source, _, field = name.partition(":")
+        self.label = f"evaluate:{Path(source).stem}" + (f":{field}" if field else "")
+        self.failed_on_empty = 0
+        """Empty answers that the metric failed on; they count 0."""
+        self._name = name
+        self._metric = _loaded(source)
+        features = self._metric.features
+        forms = features if isinstance(features, list) else [features]
+        self._takes_several = any(isinstance(form.get("references"), _sequence_types()) for form in forms)
+        try:
+            numbers = self._numbers(_PROBE, [_PROBE])
+        except Exception as error:  # whatever its script raises
+            raise RequestError(
+                f"The metric {name} cannot score an answer against its references: {_line(error)}"
+            ) from error
+        self._field = _chosen(numbers, field, name=name, called=Path(source).stem)
+
+    def scores(self, texts: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+        """The score of each answer. An empty answer that the metric fails on, as BLEU does, counts 0.
+
+        Raises:
+            PromptKDError: if it fails on another answer.
+        """
+        return [self._score(text, row) for text, row in zip(texts, references, strict=True)]
+
+    def check(self, references: Iterable[Sequence[str]]) -> None:
+        """Raise `RequestError` if a row has several references and the metric takes a single one."""
+        most = max(map(len, references))
+        if most > 1 and not self._takes_several:
+            raise RequestError(
+                f"The metric {self._name} takes one reference a row, and there is a row of {most}. Leave it out here."
+            )
+
+    def _score(self, text: str, references: Sequence[str]) -> float:
+        try:
+            return self._numbers(text, references)[self._field]
+        except Exception as error:
+            if not text:
+                self.failed_on_empty += 1
+                return 0.0
+            raise PromptKDError(
+                f"The metric {self._name} failed on the answer {text[:60]!r}: {_line(error)}"
+            ) from error
+
+    def _numbers(self, text: str, references: Sequence[str]) -> dict[str, float]:
+        """What the metric says of one row: every field that is a number, or a list of a single one."""
+        given = list(references) if self._takes_several else references[0]
+        output = self._metric.compute(predictions=[text], references=[given])
+        fields = output.items() if isinstance(output, Mapping) else ()
+        single = {key: value[0] if isinstance(value, list) and len(value) == 1 else value for key, value in fields}
+        return {key: float(value) for key, value in single.items() if isinstance(value, Real)}
+
+
+def _loaded(source: str) -> Any:
+    try:
+        import evaluate
+    except ImportError as error:
+        raise RequestError(
+            "Metrics by name need Hugging Face's `evaluate`. Install it: pip install 'promptkd[metrics]'."
+        ) from error
+    try:
+        return evaluate.load(source, keep_in_memory=True)
+    except Exception as error:  # a script that is run to be loaded, or the network
+        raise RequestError(
+            f"Could not load the metric {source}: {_line(error)} Give the name of a metric of Hugging Face's "
+            "`evaluate` (offline, one that its cache holds) or the path of a metric script."
+        ) from error
+
+
+def _sequence_types() -> tuple[type, ...]:
+    import datasets
+
+    return (datasets.Sequence, datasets.List, list)
+
+
+def _chosen(numbers: Mapping[str, float], field: str, *, name: str, called: str) -> str:
+    """The field that is the score: the one asked for, else one of the usual names, else the only one."""
+    wanted = [field] if field else [called, "score", *(numbers if len(numbers) == 1 else ())]
+    chosen = next((each for each in wanted if each in numbers), None)
+    if chosen is None:
+        expected = f"the field {field!r}" if field else f"a number called {called!r} or 'score', or a single number"
+        raise RequestError(
+            f"The metric {name} gives no score: expected {expected}, got {', '.join(numbers) or 'no number'}. "
+            "Pick one by NAME:FIELD."
+        )
+    return chosen
+
+
+def _line(error: Exception) -> str:
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text[:300] if text.endswith(".") else f"{text[:300]}."

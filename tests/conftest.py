@@ -1,0 +1,21 @@
+"""Fixtures that several files share."""
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def float64_inside(monkeypatch):
+    """transformers casts to float32 inside its norms and its eager softmax; here float64 stays float64."""
+    to, to_float, softmax = torch.Tensor.to, torch.Tensor.float, torch.nn.functional.softmax
+
+    def keep_to(self, *args, **kwargs):
+        narrows = self.dtype == torch.float64 and args == (torch.float32,)
+        return self if narrows else to(self, *args, **kwargs)
+
+    def wide_softmax(values, *args, dtype=None, **kwargs):
+        return softmax(values, *args, dtype=None if values.dtype == torch.float64 else dtype, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", keep_to)
+    monkeypatch.setattr(torch.Tensor, "float", lambda self: self if self.dtype == torch.float64 else to_float(self))
+    monkeypatch.setattr(torch.nn.functional, "softmax", wide_softmax)

@@ -1,0 +1,128 @@
+"""The devices that make a step fast, against the plain way: losses, gradients, and where twenty steps lead."""
+
+import pytest
+import torch
+
+from promptkd.data.packing import right_pad
+from promptkd.methods import Pair
+from promptkd.models import response_hidden
+from promptkd.objectives import reverse_kl
+from promptkd.switches import DEVICES, VARIABLE
+from tiny import VOCABULARY, tiny_model
+from trainers import log, trainer
+
+ARCHITECTURES = ("gpt2", "opt", "llama", "qwen2", "gemma2")
+
+
+def batch_of(seed):
+    """Six rows: prompts of 1 to 14 tokens, responses of 0 to 9."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(least, most):
+        length = int(torch.randint(least, most + 1, (), generator=generator))
+        return torch.randint(0, VOCABULARY, (length,), generator=generator).tolist()
+
+    return right_pad([tokens(1, 14) for _ in range(6)], [tokens(0, 9) for _ in range(6)])
+
+
+def both_steps(architecture, *, tied, seed, dtype):
+    """Prompt loss and its gradient, student loss and its gradient, all as flat tensors."""
+    student = tiny_model(architecture, layers=2, tied=tied, dtype=dtype, seed=1)
+    teacher = tiny_model(architecture, layers=3, hidden=24, tied=tied, dtype=dtype, seed=2).requires_grad_(False)
+    noise = torch.randn(4, 24, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    prompt = (noise * teacher.get_input_embeddings().weight.std()).requires_grad_()
+    batch, pair, kept = batch_of(seed), Pair(student, teacher, VOCABULARY, chunk=7), []
+    student_hidden = response_hidden(student, batch)
+    prompt_loss = pair.prompt_loss(
+        response_hidden(teacher, batch, prompt),
+        student_hidden.detach(),
+        response_hidden(teacher, batch),
+        weight=0.6,
+        student_direction="reverse",
+        plain_direction="reverse",
+        kept_logits=kept,
+    ).total
+    with torch.no_grad():
+        teacher_hidden = response_hidden(teacher, batch, prompt)
+    student_loss = pair.student_loss(reverse_kl, student_hidden, teacher_hidden, kept).total
+    gradients = [torch.autograd.grad(prompt_loss, prompt)[0]]
+    gradients.append(torch.cat([each.flatten() for each in torch.autograd.grad(student_loss, student.parameters())]))
+    return torch.stack([prompt_loss.detach(), student_loss.detach()]), gradients
+
+
+def gap(got, expected):
+    return float((got - expected).norm() / expected.norm())
+
+
+def fast_and_plain(monkeypatch, *args, **settings):
+    monkeypatch.delenv(VARIABLE, raising=False)
+    fast = both_steps(*args, **settings)
+    monkeypatch.setenv(VARIABLE, "all")
+    return fast, both_steps(*args, **settings)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("tied", [True, False])
+def test_fast_equals_plain(architecture, tied, monkeypatch):
+    for seed in range(3):
+        (losses, gradients), (plain_losses, plain_gradients) = fast_and_plain(
+            monkeypatch, architecture, tied=tied, seed=seed, dtype=torch.float32
+        )
+        torch.testing.assert_close(losses, plain_losses, rtol=1e-6, atol=0)
+        assert max(map(gap, gradients, plain_gradients)) < 1e-4
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("tied", [True, False])
+def test_fast_equals_plain_in_float64(architecture, tied, monkeypatch, float64_inside):
+    (losses, gradients), (plain_losses, plain_gradients) = fast_and_plain(
+        monkeypatch, architecture, tied=tied, seed=0, dtype=torch.float64
+    )
+    torch.testing.assert_close(losses, plain_losses, rtol=1e-12, atol=0)
+    assert max(map(gap, gradients, plain_gradients)) < 1e-12
+
+
+@pytest.mark.parametrize(("batch", "accumulation", "alone"), [(4, 1, ()), (2, 2, DEVICES)])
+def test_twenty_steps_lead_to_the_same_place_without_devices(batch, accumulation, alone, tmp_path, monkeypatch):
+    """Responses are fixed: sampled ones would part at the first draw that falls on the other side of a rounding."""
+    monkeypatch.setattr("promptkd.training.teaching._PART", 12)  # several parts a micro-batch
+    monkeypatch.setattr("promptkd.models.packed._LONGEST", 20)
+    ends = {}
+    for off in ("", "all", *alone):
+        monkeypatch.setenv(VARIABLE, off)
+        run = trainer(
+            tmp_path / (off or "none"),
+            max_steps=20,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            chunk_tokens=5,
+        )
+        before = torch.cat([each.detach().flatten() for each in run.model.parameters()])
+        run.train()
+        after = torch.cat([each.detach().flatten() for each in run.model.parameters()])
+        losses = torch.tensor([entry["student_kl"] for entry in log(run)])
+        ends[off] = losses, after - before, run.adapter.module.embeddings.detach() - run.adapter.module.start
+    for off in ("", *alone):
+        for got, expected in zip(ends[off], ends["all"], strict=True):
+            assert gap(got, expected) < 1e-4, off
+
+
+def test_kept_logits_are_bounded_and_used_up(tmp_path, monkeypatch):
+    """A head that was read at the prompt's step alone would train on old logits at the next."""
+    monkeypatch.delenv(VARIABLE, raising=False)
+    projected = []
+    for mib in (512, 0):
+        run = trainer(tmp_path / str(mib), keep_logits_mib=mib, gradient_accumulation_steps=2)
+        seen = []
+        tune = run._tune_teacher
+
+        def noting(*args, tune=tune, run=run, seen=seen):
+            tune(*args)
+            seen.append(sum(each.numel() for kept in run._kept_logits.values() for each in kept))
+
+        monkeypatch.setattr(run, "_tune_teacher", noting)
+        run.train()
+        projected.append(seen)
+        assert run._kept_logits == {}
+    assert all(count % VOCABULARY == 0 and count > 0 for count in projected[0])
+    assert projected[1] == [0, 0, 0]

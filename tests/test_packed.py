@@ -1,0 +1,149 @@
+"""Rows packed without padding against the padded rectangle: states, gradients, and what a pack leaves behind."""
+
+import logging
+
+import pytest
+import torch
+from transformers import AttentionInterface
+
+from promptkd.data.packing import right_pad
+from promptkd.errors import RequestError
+from promptkd.models import response_hidden
+from promptkd.models.packed import packed_hidden, packs
+from promptkd.models.scoring import padded_hidden
+from promptkd.switches import switched_on
+from tiny import tiny_model
+
+ARCHITECTURES = ("gpt2", "opt", "llama", "qwen2", "gemma", "gemma2", "mistral", "cohere", "granite")
+SETTINGS = {
+    "mistral": {"sliding_window": 4, "head_dim": 8},
+    "gemma2": {"attn_logit_softcapping": 1.5},  # a soft cap that the random scores reach
+}
+
+every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
+
+
+@pytest.fixture(autouse=True)
+def packing(monkeypatch):
+    """On, also where the suite runs with it off."""
+    monkeypatch.delenv("PROMPTKD_OFF", raising=False)
+
+
+def model_of(architecture, **settings):
+    return tiny_model(architecture, **SETTINGS.get(architecture, {}), **settings)
+
+
+def random_batch(seed, rows=6):
+    """Prompts of 1 to 13 tokens, responses of 0 to 9."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(least, most):
+        length = int(torch.randint(least, most + 1, (), generator=generator))
+        return torch.randint(0, 97, (length,), generator=generator).tolist()
+
+    return right_pad([tokens(1, 13) for _ in range(rows)], [tokens(0, 9) for _ in range(rows)])
+
+
+def vectors(model, length):
+    """A trainable soft prompt, or None."""
+    width = model.get_input_embeddings().weight.shape[1]
+    noise = torch.randn(length, width, generator=torch.Generator().manual_seed(length))
+    return noise.to(model.dtype).requires_grad_() if length else None
+
+
+def states_and_gradients(hidden_of, model, batch, prompt):
+    """Hidden states, and gradients of a random function of them with respect to the weights and the prompt."""
+    hidden = hidden_of(model, batch, prompt)
+    weights = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    learned = [*model.base_model.parameters(), *([] if prompt is None else [prompt])]
+    gradients = torch.autograd.grad((hidden * weights.to(hidden.dtype)).sum(), learned, allow_unused=True)
+    return hidden.detach(), torch.cat([each.flatten() for each in gradients if each is not None])
+
+
+def relative_gap(got, expected):
+    return float((got - expected).detach().norm() / expected.detach().norm())
+
+
+@every_architecture
+@pytest.mark.parametrize("length", [0, 3])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_packed_rows_equal_padded_ones_and_so_do_their_gradients(architecture, length, seed):
+    model, batch = model_of(architecture), random_batch(seed)
+    assert packs(model)
+    prompt = vectors(model, length)
+    (ours, our_gradient), (theirs, their_gradient) = (
+        states_and_gradients(hidden_of, model, batch, prompt) for hidden_of in (packed_hidden, padded_hidden)
+    )
+    assert relative_gap(ours, theirs) < 1e-5
+    assert relative_gap(our_gradient, their_gradient) < 1e-4
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "opt"])  # the others compute their norms in float32 whatever comes
+def test_packed_rows_equal_padded_ones_in_float64(architecture):
+    model, batch = model_of(architecture, dtype=torch.float64), random_batch(0)
+    ours, theirs = (
+        states_and_gradients(hidden_of, model, batch, vectors(model, 3)) for hidden_of in (packed_hidden, padded_hidden)
+    )
+    for mine, other in zip(ours, theirs, strict=True):
+        assert relative_gap(mine, other) < 1e-12
+
+
+def test_packs_are_cut_where_they_would_grow_too_long(monkeypatch):
+    model, batch = model_of("llama"), random_batch(0)
+    whole = packed_hidden(model, batch, None)
+    monkeypatch.setattr("promptkd.models.packed._LONGEST", 1)  # every row a pack of its own
+    assert relative_gap(packed_hidden(model, batch, None), whole) < 1e-5
+
+
+@every_architecture
+def test_a_pack_leaves_the_models_attention_as_it_was(architecture):
+    """A model left with the packs' attention, which needs no mask, would decode left-padded rows unmasked."""
+    model = model_of(architecture)
+    before = model.config._attn_implementation
+    ids, mask = torch.tensor([[0, 0, 5, 6], [7, 8, 9, 10]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    settings = {"attention_mask": mask, "max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    fresh = model.generate(ids, **settings)
+    response_hidden(model, random_batch(0))
+    assert model.config._attn_implementation == before
+    assert torch.equal(model.generate(ids, **settings), fresh)
+    with pytest.raises(IndexError):
+        packed_hidden(model, right_pad([[96, 200]], [[1]]), None)  # no such token
+    assert model.config._attn_implementation == before
+
+
+def test_activations_that_are_computed_again_see_no_other_row():
+    model, batch = model_of("llama").train(), random_batch(0)
+    _, expected = states_and_gradients(padded_hidden, model, batch, None)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    _, got = states_and_gradients(response_hidden, model, batch, None)
+    assert relative_gap(got, expected) < 1e-5
+
+
+def test_a_model_that_mixes_the_rows_of_a_pack_is_scored_padded(monkeypatch, caplog):
+    model, batch = model_of("llama"), random_batch(0)
+    expected = padded_hidden(model, batch, None)
+
+    def over_everything(module, query, key, value, mask, **settings):
+        output = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        return output.transpose(1, 2), None
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "promptkd_rows", over_everything)
+    with caplog.at_level(logging.INFO, logger="promptkd"):
+        assert not packs(model)
+    assert caplog.messages == ["LlamaForCausalLM scores rows padded."]
+    assert torch.equal(response_hidden(model, batch), expected)
+
+
+@pytest.mark.parametrize("off", ["packing", "fused_head, packing", "all"])
+def test_packing_can_be_switched_off(off, monkeypatch):
+    model, batch = model_of("llama"), random_batch(0)
+    assert packs(model)
+    monkeypatch.setenv("PROMPTKD_OFF", off)
+    assert not packs(model)
+    assert torch.equal(response_hidden(model, batch), padded_hidden(model, batch, None))
+
+
+def test_a_device_that_there_is_not_is_refused(monkeypatch):
+    monkeypatch.setenv("PROMPTKD_OFF", "packing,fused_heads")
+    with pytest.raises(RequestError, match="Got fused_heads"):
+        switched_on("packing")
