@@ -4,6 +4,7 @@ from pages import Page
 from promptkd.report import comparison_table, difference_table, render_report, unified
 from promptkd.report.answers import answering_models, browser_data, row_sets
 from promptkd.report.bias import bias_plots
+from promptkd.report.compared import compared_sentences
 from promptkd.report.cost import costs
 from promptkd.report.decoding import curve_words, decoding_words
 from promptkd.report.story import run_labels
@@ -210,6 +211,14 @@ def test_scores_that_are_no_numbers_are_none_in_the_browser() -> None:
     story = unified([record])
     (answer,) = browser_data(story, row_sets(story), ["m"])["sets"][0]["views"][0]["answers"]
     assert answer["scores"] == {0: [None], 1: [100]}
+
+
+def test_what_a_comparison_says_is_said_once() -> None:
+    record = compared(12)
+    record.notes = [*compared_sentences(record), "Compared although the limits differ."]
+    text = Page(render_report([record])).text
+    assert text.count("promptkd is better on") == 0
+    assert text.count("Compared although the limits differ.") == 1
 
 
 def test_compared_labels_need_no_hash() -> None:
