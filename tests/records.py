@@ -59,7 +59,7 @@ def study(rows: Rows, answer: Callable[[random.Random, str, float], str] = answe
     """Of each student its run, evaluation and exposure bias; the teacher's evaluation; a comparison."""
     records = [evaluated("gpt2-xl", rows, answer)]
     for student in STUDENTS:
-        records += [distilled(student), evaluated(student, rows, answer), biased(student)]
+        records += [distilled(student), evaluated(student, rows, answer), biased(student, min(200, len(rows)))]
     return [*records, compared(len(rows))]
 
 
@@ -181,7 +181,7 @@ def averaged(values: list[float], seeded: bool) -> Metric:
     )
 
 
-def biased(student: str) -> Results:
+def biased(student: str, rows: int = 12) -> Results:
     level = (27 - QUALITY[student]) / 4
     points = []
     for length in range(1, 101):
@@ -193,13 +193,13 @@ def biased(student: str) -> Results:
                 value=value if defined else None,
                 low=value - half if defined else None,
                 high=value + half if defined else None,
-                rows=200 if defined else 0,
+                rows=rows if defined else 0,
             )
         )
     return stamped(
         "exposure-bias",
         models={student: model(student), "teacher gpt2-xl": model("gpt2-xl")},
-        data={"dolly_test": DataRecord(path="dolly_test.jsonl", rows=200, sha256="d" * 64)},
+        data={"dolly_test": DataRecord(path="dolly_test.jsonl", rows=rows, sha256="d" * 64)},
         curves=[
             Curve(
                 name="exposure_bias",

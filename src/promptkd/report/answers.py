@@ -15,7 +15,7 @@ from promptkd.results import Results, RowResult
 __all__ = ["Answer", "Request", "RowSet", "View", "answering_models", "browser_data", "first_requests", "row_sets"]
 
 FIRST_REQUESTS = 10
-_DIGITS = 5
+_DIGITS = 4
 _Place = tuple[int, str]
 """Row and prompt: answers stand side by side only under the very prompt that they were given."""
 

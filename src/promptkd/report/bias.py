@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from promptkd.report.decoding import setting_words
+from promptkd.report.decoding import curve_words
 from promptkd.report.labels import is_teacher
 from promptkd.results import Curve, CurvePoint, Results
 
@@ -43,7 +43,7 @@ def bias_plots(records: Sequence[Results]) -> list[BiasPlot]:
     plots: dict[tuple[str, str], BiasPlot] = {}
     for record in records:
         for curve in record.curves:
-            words = setting_words(curve.settings)
+            words = curve_words(curve.settings)
             plot = plots.setdefault((curve.data, words), BiasPlot(f"bias-{len(plots)}", curve.data, words))
             plot.curves.append(curve)
     for plot in plots.values():

@@ -8,6 +8,7 @@ from markupsafe import Markup
 from promptkd.report.answers import answering_models, browser_data, first_requests, row_sets
 from promptkd.report.bars import interval_bar
 from promptkd.report.bias import bias_data, bias_plots
+from promptkd.report.compared import compared_sentences
 from promptkd.report.cost import cost_table
 from promptkd.report.differences import DifferenceRow, difference_table
 from promptkd.report.escape import visible
@@ -50,7 +51,7 @@ def page_context(records: Sequence[Results]) -> tuple[dict[str, Any], dict[str, 
     }
     context = {
         "summary": summarise(story),
-        "notes": _notes(sources),
+        "notes": _notes(records, sources),
         "groups": _tables(rows, metric_columns(story)),
         "explained": [figure for figure in map(metric, metric_columns(story)) if figure.meaning],
         "deviations": any(cell.deviation for row in rows for cell in row.cells.values()),
@@ -86,12 +87,14 @@ def _run_colours(stage: Stage, colours: dict[str, int]) -> dict[str, int]:
     return {name: colours.get(name, 1 + at % COLOURS) for at, name in enumerate(stage.runs)}
 
 
-def _notes(sources: Sequence[Provenance]) -> dict[str, str]:
-    """Each note once, with the runs that say it."""
+def _notes(records: Sequence[Results], sources: Sequence[Provenance]) -> dict[str, str]:
+    """Each note once, with the runs that say it; not those of a comparison that the summary says in its own words."""
     notes: dict[str, list[str]] = {}
-    for entry in sources:
-        for note in entry.record.notes:
-            notes.setdefault(note, []).append(entry.run)
+    for record, entry in zip(records, sources, strict=True):
+        said = compared_sentences(record)
+        for note in record.notes:
+            if note not in said:
+                notes.setdefault(note, []).append(entry.run)
     return {
         note: "; ".join(filter(None, runs)) if len(runs) <= MOST_RUNS_NAMED else f"in {len(runs)} records"
         for note, runs in notes.items()

@@ -20,7 +20,7 @@ _IN_MARKDOWN = {ord(character): f"\\{character}" for character in "\\`*_{}[]#|~$
     ord(">"): "&gt;",
     ord("&"): "&amp;",
 }
-_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
+_FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠", "\t", "\n")
 
 
 def visible(text: str) -> str:

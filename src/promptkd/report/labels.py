@@ -1,7 +1,7 @@
 """Which labels of which records mean the same model or data set, and the one label that it gets.
 
 The hash of a model's weights or of a data file decides; where none was recorded, the path; where no path was, the label
-itself. Two labels of one record stay two things, whatever their hashes.
+itself. Two models of one record stay two, whatever their hashes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -56,7 +56,7 @@ def data_names(records: Sequence[Results]) -> dict[Place, str]:
         most[_key(found)[:2]] = max(found.rows, most.get(_key(found)[:2], 0))
     candidates: dict[_Key, list[str]] = {}
     for key, places in groups.items():
-        labels = [label for _, label in places]
+        labels = _without_manner([label for _, label in places])
         fact = next((records[at].data[label] for at, label in places if label in records[at].data), None)
         path, sha256 = (fact.path, fact.sha256) if fact else ("", "")
         first, *longer = _candidates(labels, _DATA_ROLES, PurePath(path).name, path, sha256)
@@ -64,6 +64,12 @@ def data_names(records: Sequence[Results]) -> dict[Place, str]:
         counted = [f"{first} ({fact.rows} rows)"] if isinstance(fact, DataRecord) else []
         candidates[key] = [*([] if fewer else [first]), *counted, *longer]
     return _spread(groups, _without_clashes(candidates))
+
+
+def _without_manner(labels: list[str]) -> list[str]:
+    """A comparison of one data set under two decodings calls it "test, sampled" and "test, greedy": that is "test"."""
+    stems = {label.rsplit(", ", 1)[0] for label in labels}
+    return [stems.pop()] if len(stems) == 1 and len(set(labels)) > 1 else labels
 
 
 def _model_labels(record: Results) -> list[str]:
@@ -86,14 +92,16 @@ def _groups(
     """What is one thing -> where it is spoken of, in the order of first appearance."""
     twins = set()
     for record in records:
-        found = [_key(fact) for fact in facts_of(record).values()]
+        found = [_key(fact) for fact in facts_of(record).values() if isinstance(fact, ModelRecord)]
         twins |= {key for key in found if found.count(key) > 1}
     keys: dict[Place, _Key] = {}
     for at, record in enumerate(records):
         facts = facts_of(record)
+        runs = {_run_folder(fact.path): label for label, fact in facts.items() if isinstance(fact, ModelRecord)}
         for label in labels_of(record):
-            key = _key(facts[label]) if label in facts else ("label", label)
-            keys[at, label] = (*key, label) if key in twins else key
+            own = label if label in facts else runs.get(label)  # a cost stands under the name of its run
+            key = ("label", label) if own is None else _key(facts[own])
+            keys[at, label] = (*key, own or label) if key in twins else key
     known = {place: key for place, key in keys.items() if key[0] != "label"}
     groups: dict[_Key, list[Place]] = {}
     for place, key in keys.items():

@@ -55,7 +55,10 @@ def _sentence(model: str, baseline: str, rows: list[DifferenceRow]) -> str:
 
 def _chance(row: DifferenceRow) -> str:
     """Why two models are not told apart although the interval excludes zero."""
-    return "" if row.source.p_adjusted is None else f", adjusted p {probability(row.source.p_adjusted)}"
+    low, high = row.source.difference.low, row.source.difference.high
+    if row.source.p_adjusted is None or low is None or high is None or low <= 0 <= high:
+        return ""
+    return f", adjusted p {probability(row.source.p_adjusted)}"
 
 
 def _gain(row: DifferenceRow) -> str:

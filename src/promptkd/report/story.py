@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
+from promptkd.report.decoding import decoding_words
 from promptkd.report.labels import data_names, is_teacher, model_names
 from promptkd.results import Results
 
@@ -16,7 +17,8 @@ _Value = TypeVar("_Value")
 def unified(records: Sequence[Results]) -> list[Results]:
     """The same records with every label of a model and of a data set rewritten to the one that all of them share.
 
-    A difference without a data set is given the only one that its record measures. What was unified stays as it is.
+    A difference without a data set is given the only one that its record measures. One on a data set that was decoded
+    in two ways names the decoding.
     """
     models, data = model_names(records), data_names(records)
     return [
@@ -65,7 +67,8 @@ def _few(names: list[str]) -> str:
 
 def _relabelled(record: Results, models: dict[str, str], data: dict[str, str]) -> Results:
     sets = list(dict.fromkeys(each.data for each in record.evaluations)) or list(record.data)
-    only = data[sets[0]] if len(sets) == 1 else ""
+    only = sets[0] if len(sets) == 1 else ""
+    settings = {label: _setting(record, label, data) for label in data}
     return record.model_copy(
         update={
             "models": _renamed(record.models.items(), models),
@@ -83,13 +86,20 @@ def _relabelled(record: Results, models: dict[str, str], data: dict[str, str]) -
                     update={
                         "model": models[each.model],
                         "baseline": models[each.baseline],
-                        "data": data[each.data] if each.data else only,
+                        "data": settings.get(each.data or only, ""),
                     }
                 )
                 for each in record.differences
             ],
         }
     )
+
+
+def _setting(record: Results, label: str, data: dict[str, str]) -> str:
+    """The data set's name, with the decoding where the record has a label for each decoding of it."""
+    decodings = {decoding_words(each.decoding) for each in record.evaluations if each.data == label}
+    alone = list(data.values()).count(data[label]) == 1
+    return data[label] if alone or len(decodings) != 1 else f"{data[label]}, {decodings.pop()}"
 
 
 def _renamed(items: Iterable[tuple[str, _Value]], names: dict[str, str]) -> dict[str, _Value]:

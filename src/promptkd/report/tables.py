@@ -106,15 +106,15 @@ def _entries(records: Sequence[Results]) -> list[_Entry]:
 
 
 def _agree(ours: dict[str, Metric], theirs: dict[str, Metric]) -> bool:
-    return all(ours[name].value == theirs[name].value for name in ours.keys() & theirs.keys())
+    shared = ours.keys() & theirs.keys()
+    return all(math.isclose(ours[name].value, theirs[name].value, rel_tol=1e-6, abs_tol=1e-9) for name in shared)
 
 
 def _paired(record: Results, data: str, decoding: str, model: str) -> list[Difference]:
     """The record's differences of `model` on `data`, if they can only be about this decoding."""
     decodings = {decoding_words(each.decoding) for each in record.evaluations if each.data == data}
-    if decodings != {decoding}:
-        return []
-    return [each for each in record.differences if each.data == data and model in (each.model, each.baseline)]
+    names = {f"{data}, {decoding}", *([data] if decodings == {decoding} else [])}
+    return [each for each in record.differences if each.data in names and model in (each.model, each.baseline)]
 
 
 def _row(position: int, entry: _Entry, marked: dict[str, set[int]]) -> ComparisonRow:
