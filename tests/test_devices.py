@@ -1,7 +1,11 @@
 """The devices that make a step fast, against the plain way: losses, gradients, and where twenty steps lead."""
 
+import gc
+
+import psutil
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from promptkd.data.packing import right_pad
 from promptkd.methods import Pair
@@ -126,3 +130,19 @@ def test_kept_logits_are_bounded_and_used_up(tmp_path, monkeypatch):
         assert run._kept_logits == {}
     assert all(count % VOCABULARY == 0 and count > 0 for count in projected[0])
     assert projected[1] == [0, 0, 0]
+
+
+@pytest.mark.slow
+def test_five_hundred_steps_hold_no_more_memory_than_one_hundred(tmp_path):
+    held = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step in (100, 500):
+                gc.collect()
+                held.append(psutil.Process().memory_info().rss)
+
+    run = trainer(tmp_path, max_steps=500, logging_steps=500)
+    run.add_callback(Watch())
+    run.train()
+    assert held[1] - held[0] < 8 * 2**20
