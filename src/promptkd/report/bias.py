@@ -82,4 +82,5 @@ def _cell(point: CurvePoint | None) -> tuple[str, str]:
 
 
 def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1f}".replace("-", "−")
+    """One decimal is enough beside intervals of this width; zero has no sign."""
+    return "–" if value is None else f"{round(value, 1) + 0.0:.1f}".replace("-", "−")

@@ -35,7 +35,7 @@ def render_markdown(records: Sequence[Results], *, title: str | None = None) -> 
     if differences := difference_table(story):
         parts += ["## Paired differences", _differences(differences)]
     for plot in bias_plots(story):
-        heading = [f"{length:g} tokens" for length in plot.lengths]
+        heading = [f"l = {length:g}" for length in plot.lengths]
         lines = [
             [markdown_text(curve.model), *(" ".join(cell).strip() for cell in plot.cells(curve))]
             for curve in plot.curves
@@ -43,7 +43,7 @@ def render_markdown(records: Sequence[Results], *, title: str | None = None) -> 
         where = f", {plot.settings}" if plot.settings else ""
         parts += [
             f"## Exposure bias on {markdown_text(plot.data + where)}",
-            "ExAccErr in %.",
+            "ExAccErr(l) in %, l in tokens.",
             _table(["Model", *heading], lines),
         ]
     heads, costs = cost_table(story)

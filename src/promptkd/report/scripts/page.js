@@ -22,7 +22,8 @@ const fill = (select, labels, chosen) => {
   select.closest(".field").hidden = labels.length < 2;
 };
 
-const minus = (text) => text.replace("-", "−");
+/* A true minus sign; zero has none. */
+const minus = (text) => text.replace(/^-(?=[0.]*$)/, "").replace("-", "−");
 
 /* [label, unit, better, decimals, yes-value] as the record's metrics come. */
 const asMetric = ([label, unit, better, decimals, yes]) => ({ label, unit, better, decimals, yes });
