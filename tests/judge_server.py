@@ -35,6 +35,7 @@ class JudgeServer(ThreadingHTTPServer):
     def __init__(self, reply: Reply, fault: Fault, delay: float, usage: bool):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.reply, self.fault, self.delay, self.usage = reply, fault, delay, usage
+        self.model = "judge-of-tests"
         self.questions: list[str] = []
         self.bodies: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
@@ -83,13 +84,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def answer(self, question: str, number: int) -> None:
         choice = {"message": {"role": "assistant", "content": self.server.reply(question, number)}}
-        body: dict[str, Any] = {"model": "judge-of-tests", "choices": [choice | {"finish_reason": "stop"}]}
+        body: dict[str, Any] = {"model": self.server.model, "choices": [choice | {"finish_reason": "stop"}]}
         if self.server.usage:
             body["usage"] = {"prompt_tokens": len(question), "completion_tokens": 7}
         self.send(200, json.dumps(body))
 
     def misbehave(self, fault: str) -> None:
         echo = json.dumps({"error": {"message": f"You sent {self.headers['Authorization']}", "code": "no"}})
+        echo = echo.replace("/", r"\/")  # as some servers write it
         if fault == "429":
             self.send(429, echo, retry_after="0.3")
         elif fault == "tomorrow":

@@ -26,7 +26,7 @@ from promptkd.models import cache_folder
 from promptkd.results import Results, file_sha256
 from tiny import save_model, tiny_model, tiny_tokenizer
 
-KEY = "sk-planted-0123456789"
+KEY = "sk-planted/0123456789"
 QUICK = {"--backoff": 0.01, "--timeout": 5}
 VERDICT = {
     "row",
@@ -395,11 +395,13 @@ def test_the_key_is_written_nowhere(tmp_path, capsys, monkeypatch, student, vari
     with judge_server(
         lambda question, number: f"7 9\nYour key is {KEY}.", lambda question, number: echoes.get(number)
     ) as server:
+        server.model = f"judge-{KEY}"
         ran = done(capsys, *request(server, student, *named), "--debug")
     assert set(server.keys) == {f"Bearer {KEY}"}
     assert verdict_lines(student)[-1]["text"] == "7 9\nYour key is ***."
+    assert verdict_lines(student)[-1]["served_model"] == "judge-***"
     told = [ran.out, ran.err, *(path.read_text() for path in (tmp_path / "out").iterdir())]
-    assert not [text for text in told if KEY in text]
+    assert not [text for text in told if KEY in text or KEY.replace("/", r"\/") in text or "0123456789" in text]
     assert any("Bearer ***" in text for text in told)
 
 

@@ -8,6 +8,7 @@ The key is a secret: it goes into the header and nowhere else, and a text in whi
 """
 
 import asyncio
+import json
 import random
 import time
 from collections.abc import Callable, Mapping
@@ -212,7 +213,9 @@ class Asker:
             raise PromptKDError(f"{self.endpoint.url} answered {status}. {_FATAL[status]}") from None
         if 300 <= status < 400:
             raise PromptKDError(f"{self.endpoint.url} answered {status}, a redirection. Give its target.") from None
-        said = " ".join(self._starred(error.response.text).split())
+        # Decoded and written anew, lest an escape such as \/ hide the key from the stars.
+        body = error.body if isinstance(error.body, str) else json.dumps(error.body, ensure_ascii=False)
+        said = " ".join(self._starred(body).split())
         reason = f"status {status}: {said[:_LONGEST_QUOTE] or 'no word why'}"
         if status in _PASSING or status >= 500:
             raise _FailureError(reason, _retry_after(error.response.headers.get("retry-after"))) from None
