@@ -1,16 +1,20 @@
-"""`promptkd exposure-bias`: several students, checkpoints, the prompted teacher, and what is refused."""
+"""`promptkd exposure-bias` on tiny models: the record, prompted teachers, checkpoints, and wrong requests."""
 
+import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
-from commands import LIMITS, TRAINING, World, done, held, make_world, run
-from promptkd.evaluation import exposure_bias, sample_continuations
-from promptkd.models import SoftPrompt, load_model
-from promptkd.results import Results
-from tiny import END_ID, VOCABULARY
-
-DRAWS = 2
+from commands import LIMITS, TEMPLATE, TRAINING, World, done, held, make_world, run
+from promptkd.cli.exposure_table import exposure_table
+from promptkd.data.dataset import load_rows
+from promptkd.evaluation import ExposureBias, exposure_bias, sample_continuations
+from promptkd.models import SoftPrompt, load_model, load_tokenizer
+from promptkd.results import CurvePoint, Metric, Results
+from tiny import END_ID, VOCABULARY, save_model, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -18,103 +22,179 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return make_world(tmp_path_factory.mktemp("world"))
 
 
-DRAWN = ("--samples-per-row", DRAWS)
+def request(world, out, *arguments, students=None):
+    students = students or [world.student]
+    return (
+        "exposure-bias", "--student", *students, "--teacher", world.teacher, "--data", world.test, "--out", out,
+        *LIMITS, *arguments,
+    )  # fmt: skip
 
 
-def measure(world: World, out, *arguments):
-    return ["exposure-bias", "--teacher", world.teacher, "--data", world.test, "--out", out, *LIMITS, *arguments]
+def in_python(world, name, *, prompt=None, samples_per_row=3, ended="leave"):
+    """The same by the library."""
+    tokenizer, student, teacher = load_tokenizer(world.teacher), load_model(name), load_model(world.teacher)
+    rows = load_rows(world.test, tokenizer, template=TEMPLATE, max_prompt_length=40, need_response=False).examples
+    prompts = [row.prompt_ids for row in rows]
+    settings = {"samples_per_row": samples_per_row, "max_new_tokens": 8, "stop_ids": [END_ID], "vocabulary": VOCABULARY}
+    mine = sample_continuations(student, prompts, **settings)
+    theirs = sample_continuations(teacher, prompts, prompt=prompt, **settings)
+    return exposure_bias(student, teacher, prompts, mine, theirs, prompt=prompt, ended=ended, vocabulary=VOCABULARY)
 
 
-@pytest.fixture(scope="module")
-def trained(world, tmp_path_factory) -> str:
-    """A run of three steps with its last two checkpoints, its student and its soft prompt."""
-    from promptkd.cli import main
-
-    run_folder = tmp_path_factory.mktemp("runs") / "promptkd"
-    request = ["distill", "--student", world.student, "--teacher", world.teacher, "--data", world.train]
-    request += ["--out", run_folder, *TRAINING, "--save_strategy", "steps", "--save_steps", 1]
-    assert main([str(each) for each in request]) == 0
-    return str(run_folder)
-
-
-def test_students_stand_in_one_record_with_the_figures_of_the_library(world, trained, tmp_path, capsys):
-    out = tmp_path / "exposure.json"
-    ran = done(capsys, *measure(world, out, "--student", world.student, trained, *DRAWN))
-    assert held(tmp_path) == {"exposure.json"}
+def test_two_students_on_one_record(world, tmp_path, capsys):
+    """A padded head among them; the curves are the library's, and one file is all that is written."""
+    padded = save_model(tmp_path / "models" / "padded", tiny_model("gpt2", vocabulary=VOCABULARY + 31, seed=4))
+    out = tmp_path / "out" / "exposure.json"
+    ran = done(capsys, *request(world, out, students=[world.student, str(padded)]))
+    assert held(tmp_path / "out") == {"exposure.json"}
     results = Results.read(out)
     assert results.kind == "exposure-bias"
-    assert [curve.model for curve in results.curves] == ["student", "promptkd"]
-    assert all(curve.points[0].value == 0 for curve in results.curves)  # both contexts are the request
-    assert set(results.models) == {"teacher teacher", "student", "promptkd"}
-    assert "ExAccErr(8)" in ran.out
-    assert "promptkd" in ran.out
+    assert set(results.models) == {"teacher teacher", "student", "padded"}
+    assert results.data["test"].rows == 5
+    assert set(results.timings) == {"student", "padded"}
+    for curve, path in zip(results.curves, (world.student, padded), strict=True):
+        expected = in_python(world, path)
+        assert (curve.name, curve.model, curve.data) == ("exposure_bias", Path(path).name, "test")
+        assert curve.points == [CurvePoint.model_validate(point.model_dump()) for point in expected.points]
+        assert curve.settings == {
+            "teacher": world.teacher,
+            "prompt": None,
+            "ended": "leave",
+            "temperature": 1.0,
+            "max_new_tokens": 8,
+            "seeds": [10, 11, 12],
+        }
+        own = results.metrics[f"{curve.model}: KL(teacher || student) on its own continuations, nats/token"]
+        given = results.metrics[f"{curve.model}: KL(teacher || student) on the teacher's, nats/token"]
+        assert (own, given) == (expected.on_student, expected.on_teacher)
+    head, units, first, *_ = ran.out.splitlines()
+    assert " ".join(head.split()) == "KL on own on teacher's ExAccErr(1) ExAccErr(2) ExAccErr(4) ExAccErr(8)"
+    assert " ".join(units.split()) == "nats/token nats/token % % % %"
+    assert first.split()[0] == "student"
+    assert f"The record is in {out}." in ran.err
 
-    prompts = world_prompts(world)
-    teacher, student = load_model(world.teacher), load_model(world.student)
-    settings = {"samples_per_row": DRAWS, "max_new_tokens": 8, "stop_ids": [END_ID], "vocabulary": VOCABULARY}
-    theirs, own = (sample_continuations(each, prompts, **settings) for each in (teacher, student))
-    expected = exposure_bias(student, teacher, prompts, own, theirs, vocabulary=VOCABULARY)
-    assert [point.value for point in results.curves[0].points] == pytest.approx(
-        [point.value for point in expected.points], rel=1e-4, abs=1e-6
+
+def test_the_prompted_teacher_of_a_run(world, tmp_path, capsys):
+    """Sampled and compared with its prompt; by the run's folder or the prompt's own; other settings taken as given."""
+    prompt = SoftPrompt.create(load_model(world.teacher), tiny_tokenizer(), length=5, start="random", seed=1)
+    prompt.save(tmp_path / "run" / "prompt", load_model(world.teacher))
+    expected = in_python(world, world.student, prompt=prompt().detach(), samples_per_row=2, ended="zero")
+    assert expected.points != in_python(world, world.student, samples_per_row=2, ended="zero").points
+    for number, folder in enumerate((tmp_path / "run", tmp_path / "run" / "prompt")):
+        out = tmp_path / f"{number}.json"
+        done(capsys, *request(world, out, "--prompt", folder, "--samples-per-row", 2, "--ended", "zero"))
+        (curve,) = Results.read(out).curves
+        assert curve.points == expected.points
+        assert curve.settings["prompt"] == str(folder)
+        assert curve.settings["ended"] == "zero"
+        assert curve.settings["seeds"] == [10, 11]
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_every_checkpoint_of_a_run(world, tmp_path, capsys, lora):
+    """In the order of their steps, the student last; whole checkpoints and LoRA ones alike."""
+    run_folder, out = tmp_path / "run", tmp_path / "exposure.json"
+    pair = ("--student", world.student, "--teacher", world.teacher, "--data", world.train, "--out", run_folder)
+    settings = (*TRAINING, "--save_steps", 1, "--save_total_limit", 9, *(("--student-lora-rank", 2) if lora else ()))
+    done(capsys, "distill", "--method", "kd", *pair, *settings)
+    shutil.copytree(run_folder / "checkpoints" / "checkpoint-2", run_folder / "checkpoints" / "checkpoint-10")
+    done(capsys, *request(world, out, "--every-checkpoint", students=[run_folder]))
+    results = Results.read(out)
+    curves = {curve.model: curve.points for curve in results.curves}
+    assert list(curves) == [*(f"run step {step}" for step in (1, 2, 3, 10)), "run"]
+    assert set(results.models) == {"teacher teacher", *curves}
+    assert curves["run step 10"] == curves["run step 2"] != curves["run step 1"]
+    assert curves["run"] == curves["run step 3"]
+    assert curves["run step 1"] == in_python(world, run_folder / "checkpoints" / "checkpoint-1").points
+    assert results.models["run step 1"].path == str(run_folder / "checkpoints" / "checkpoint-1")
+
+
+def test_the_table():
+    """Zero has no sign, what is not defined is a dash, control characters stay text, and short curves leave gaps."""
+    long = [CurvePoint(x=length, value=length - 4.04, low=length - 4.2, high=float(length)) for length in range(1, 10)]
+    long[3] = CurvePoint(x=4, value=-0.04, low=-0.5, high=0.04)
+    long[7] = CurvePoint(x=8, value=None)
+    kl = Metric(value=0.1234, low=0.1, high=0.2)
+    short = ExposureBias([CurvePoint(x=1, value=0.0)], kl, Metric(value=2.0))
+    lines = exposure_table({"kd": ExposureBias(long, kl, kl), "\x1b[2J": short}).splitlines()
+    assert lines[2].split() == ["kd", "0.123", "0.123", "-3.0", "-2.0", "0.0", "-"]
+    assert re.split("  +", lines[3])[3:] == ["[-3.2, 1.0]", "[-2.2, 2.0]", "[-0.5, 0.0]"]
+    assert lines[4].split() == ["␛[2J", "0.123", "2.000", "0.0", "-", "-", "-"]
+    assert lines[5].split() == ["[0.100,", "0.200]"]
+    assert len({len(line) for line in lines[:3]}) == 1
+
+
+# ---- wrong requests ----
+
+WRONG = {
+    "no checkpoints": (("--every-checkpoint",), "W/student has none"),
+    "no such prompt": (("--prompt", "W/none"), "Expected a PEFT adapter"),
+    "a model as prompt": (("--prompt", "W/student"), "Expected a PEFT adapter"),
+    "all of the numbers": (
+        ("--samples-per-row", 0, "--batch-size", 0, "--seed=-1"),
+        "--samples-per-row must be at least 1, got 0; --batch-size must be at least 1, got 0; "
+        "--seed must be 0 or more, got -1.",
+    ),
+    "no length": (("--max_completion_length", 0), "must be at least 1 token. Got 40 and 0"),
+    "unknown treatment": (("--ended", "lave"), "Did you mean leave?"),
+}
+OTHER_STUDENTS = {
+    "another vocabulary": (["W/other"], "share their tokens but cut text differently"),
+    "no such student": (["W/student", "W/none"], "No such model: W/none does not exist"),
+    "a student twice": (["W/student", "W/student"], "each student must be given once, got W/student W/student"),
+}
+
+
+def refused(world, tmp_path, capsys, message, *arguments, students=("W/student",), limits=LIMITS):
+    def placed(text):
+        return str(text).replace("W/", f"{world.folder}/")
+
+    students = [placed(each) for each in students]
+    pair = ("--student", *students, "--teacher", world.teacher, "--data", world.test, "--out", tmp_path / "e.json")
+    ran = run(capsys, "exposure-bias", *pair, *limits, *map(placed, arguments))
+    assert ran.status == 2, ran.err
+    (line,) = ran.err.splitlines()
+    assert line.startswith("promptkd exposure-bias: ")
+    assert placed(message) in line
+    assert not (tmp_path / "e.json").exists()
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG.values(), ids=WRONG)
+def test_wrong_settings(world, tmp_path, capsys, arguments, message):
+    given = {"--max_prompt_length": 40, "--max_completion_length": 8, "--template": TEMPLATE}
+    limits = [part for name, value in given.items() if name not in arguments for part in (name, value)]
+    refused(world, tmp_path, capsys, message, *arguments, limits=limits)
+
+
+@pytest.mark.parametrize(("students", "message"), OTHER_STUDENTS.values(), ids=OTHER_STUDENTS)
+def test_wrong_students(world, tmp_path, capsys, students, message):
+    refused(world, tmp_path, capsys, message, students=students)
+
+
+def test_a_prompt_of_another_teacher(world, tmp_path, capsys):
+    student = load_model(world.student)
+    SoftPrompt(torch.zeros(3, 16)).save(tmp_path / "prompt", student)
+    refused(
+        world,
+        tmp_path,
+        capsys,
+        "has vectors of 16 numbers, the teacher's embeddings have 24",
+        "--prompt",
+        tmp_path / "prompt",
     )
 
 
-def world_prompts(world: World) -> list[list[int]]:
-    from promptkd.data.dataset import load_rows
-    from promptkd.models import load_tokenizer
-
-    template = LIMITS[LIMITS.index("--template") + 1]
-    limits = {"max_prompt_length": 40, "max_response_length": 8, "need_response": False}
-    data = load_rows(world.test, load_tokenizer(world.student), template=template, **limits)
-    return [row.prompt_ids for row in data.examples]
+def test_students_that_render_requests_differently(world, tmp_path, capsys):
+    """Their curves would compare answers to different prompts, against a teacher that reads only one of them."""
+    chat = save_model(tmp_path / "chat", tiny_model("llama", seed=5), tiny_tokenizer(chat=True))
+    limits = ("--max_prompt_length", 200, "--max_completion_length", 8)
+    students = ["W/student", str(chat)]
+    refused(world, tmp_path, capsys, "render them differently. Give a --template", students=students, limits=limits)
 
 
-def test_every_checkpoint_of_a_run(world, trained, tmp_path, capsys):
-    out = tmp_path / "exposure.json"
-    done(capsys, *measure(world, out, "--student", trained, "--every-checkpoint", *DRAWN))
-    labels = [curve.model for curve in Results.read(out).curves]
-    assert labels == ["promptkd step 2", "promptkd step 3", "promptkd"]
-
-
-def test_the_prompted_teacher_is_sampled_and_compared(world, trained, tmp_path, capsys):
-    plain, prompted = tmp_path / "plain.json", tmp_path / "prompted.json"
-    done(capsys, *measure(world, plain, "--student", world.student, *DRAWN))
-    done(capsys, *measure(world, prompted, "--student", world.student, "--prompt", trained, *DRAWN))
-    curve = Results.read(prompted).curves[0]
-    assert curve.settings["prompt"] == trained
-
-    prompts, vectors = world_prompts(world), SoftPrompt.load(Path(trained) / "prompt")().detach()
-    teacher, student = load_model(world.teacher), load_model(world.student)
-    settings = {"samples_per_row": DRAWS, "max_new_tokens": 8, "stop_ids": [END_ID], "vocabulary": VOCABULARY}
-    theirs = sample_continuations(teacher, prompts, prompt=vectors, **settings)
-    own = sample_continuations(student, prompts, **settings)
-    expected = exposure_bias(student, teacher, prompts, own, theirs, prompt=vectors, vocabulary=VOCABULARY)
-    values = [point.value for point in curve.points]
-    assert values == pytest.approx([point.value for point in expected.points], rel=1e-4, abs=1e-6)
-    assert values[1:] != [point.value for point in Results.read(plain).curves[0].points][1:]
-
-
-def test_ended_rows_as_zero_is_another_figure(world, tmp_path, capsys):
-    out = tmp_path / "exposure.json"
-    done(capsys, *measure(world, out, "--student", world.student, "--ended", "zero"))
-    assert Results.read(out).curves[0].settings["ended"] == "zero"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--student", "W/other"), "cut text differently"),
-        (("--student", "W/student", "--samples-per-row", 0), "--samples-per-row must be at least 1"),
-        (("--student", "W/student", "W/student"), "each student must be given once"),
-        (("--student", "W/student", "--every-checkpoint"), "--every-checkpoint needs run folders"),
-        (("--student", "W/student", "--prompt", "W/none"), "W/none"),
-        (("--student", "W/student", "--ended", "never"), "--ended"),
-    ],
-)
-def test_wrong_input(arguments, message, world, tmp_path, capsys):
-    placed = [str(each).replace("W/", f"{world.folder}/") for each in arguments]
-    ran = run(capsys, *measure(world, tmp_path / "exposure.json", *placed))
+def test_results_are_not_replaced_unasked(world, tmp_path, capsys):
+    (tmp_path / "e.json").write_text(json.dumps({"mine": 1}))
+    ran = run(capsys, *request(world, tmp_path / "e.json"))
     assert ran.status == 2
-    assert message.replace("W/", f"{world.folder}/") in ran.err
-    assert ran.err.count("\n") == 1
-    assert not held(tmp_path)
+    assert "exists. Replace it by --overwrite" in ran.err
+    assert json.loads((tmp_path / "e.json").read_text()) == {"mine": 1}

@@ -31,10 +31,13 @@ def _cell(figure: Metric | CurvePoint | None, digits: int) -> tuple[str, str]:
     """Value and interval as text."""
     if figure is None or figure.value is None:
         return "-", ""
-    value = f"{figure.value:.{digits}f}"
     if figure.low is None or figure.high is None:
-        return value, ""
-    return value, f"[{figure.low:.{digits}f}, {figure.high:.{digits}f}]"
+        return _written(figure.value, digits), ""
+    return _written(figure.value, digits), f"[{_written(figure.low, digits)}, {_written(figure.high, digits)}]"
+
+
+def _written(value: float, digits: int) -> str:
+    return f"{round(value, digits) + 0.0:.{digits}f}"  # + 0.0 takes the sign off a zero
 
 
 def _aligned(line: list[str], widths: list[int]) -> str:
