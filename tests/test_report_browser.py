@@ -79,6 +79,8 @@ def test_nothing_is_complained_of_and_nothing_asked_for(browser: Any, full: Path
     opened = Opened(browser, full, viewport={"width": 1440, "height": 900})
     assert opened.draw_every_chart() == 1 + 8 + 5  # exposure bias, distributions, training
     assert opened.page.locator("#bias .scatterlayer .trace").count() == 2 * 4  # a band and a line each
+    drawn = opened.page.locator("#bias .scatterlayer .trace").last.locator("path.js-line")
+    assert sum(line.get_attribute("d").count("M") for line in drawn.all()) == 2  # nothing is drawn across length 40
     assert opened.page.evaluate("document.documentElement.scrollWidth") <= 1440
     assert opened.complaints == []
     assert opened.asked == [full.as_uri()]
