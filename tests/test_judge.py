@@ -468,7 +468,7 @@ def test_a_torn_line_is_gone_before_the_next_is_written(tmp_path, capsys, studen
     with judge_server() as server:
         done(capsys, *request(server, student))
         lines = log.read_bytes().splitlines(keepends=True)
-        log.write_bytes(b"".join(lines[:8]) + lines[8][:40])
+        log.write_bytes(b"".join(lines[:8]) + lines[8][:40] + b"x" * 1000)  # longer than what comes in its place
         server.fault = lambda question, number: "401" if number > 12 else None
         assert run(capsys, *request(server, student, "--concurrency", 1)).status == 1
     found = json_lines(log)[1:]
