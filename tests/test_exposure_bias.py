@@ -71,9 +71,14 @@ def literal_curve(student_errors, teacher_errors, ended):
     for place in range(longest):
         means = []
         for side in (student_errors, teacher_errors):
-            here = [draw[place] for row in side for draw in row if len(draw) > place]
-            count = len(here) if ended == "leave" else sum(len(row) for row in side)
-            means.append(math.fsum(here) / count if count else math.nan)
+            if ended == "leave":
+                here = [draw[place] for row in side for draw in row if len(draw) > place]
+            else:
+                here = []
+                for row in side:
+                    going = [draw[place] for draw in row if len(draw) > place]
+                    here.append(math.fsum(going) / len(going) if going else 0.0)
+            means.append(math.fsum(here) / len(here) if here else math.nan)
         accumulated_student += means[0]
         accumulated_teacher += means[1]
         value = 100 * (accumulated_student - accumulated_teacher) / accumulated_teacher
@@ -114,8 +119,8 @@ def test_it_equals_a_literal_double_loop(ended, prompted):
 
 
 def test_numbers_worked_out_by_hand():
-    """r = 1, 3 (one of two left), 5 and e = 1, 1, 2: R = 1, 4, 9 against 1, 2, 4."""
-    on_student, on_teacher = errors([[1, 3, 5], [1]]), errors([[2, 1, 2], [0, 1]])
+    """r = 1, 3 (one of two rows left), 5 and e = 1, 1, 2: R = 1, 4, 9 against 1, 2, 4."""
+    on_student, on_teacher = errors([[1, 3, 5]], [[1]]), errors([[2, 1, 2]], [[0, 1]])
     assert values(excess_accumulated_error(on_student, on_teacher)) == pytest.approx([0, 100, 125])
     # with zeros r = 1, 1.5, 2.5 and e = 1, 1, 1: R = 1, 2.5, 5 against 1, 2, 3
     zero = excess_accumulated_error(on_student, on_teacher, ended="zero")
@@ -229,20 +234,30 @@ REQUESTS = [[0, 1], [2]]
 LENGTH = 4
 
 
-def exact_means(sampler, student, teacher, ended):
-    """Mean error at tokens 1 … LENGTH over every continuation of the requests, with its probability under `sampler`."""
-    contexts = [(tuple(request), 1 / len(REQUESTS)) for request in REQUESTS]
+def exact_means(sampler, student, teacher, draws):
+    """Mean error at tokens 1 … LENGTH over every continuation of the requests, with its probability under `sampler`.
+
+    `draws` None: over the continuations still going. Else with 0 for a row where all of so many draws have ended.
+    """
+    contexts = [[(tuple(request), 1.0)] for request in REQUESTS]
     means = []
     for _ in range(LENGTH):
-        expected = math.fsum(share * literal_error(student, teacher, list(ids)) for ids, share in contexts)
-        alive = math.fsum(share for _, share in contexts)
-        means.append(expected / alive if ended == "leave" else expected)
-        contexts = [
-            ((*ids, token), share * math.exp(log_p))
-            for ids, share in contexts
-            for token, log_p in enumerate(literal_log_probs(sampler, list(ids), None, None))
-            if token != STOP
-        ]
+        sums, shares = [], []
+        for row, each in enumerate(contexts):
+            sums.append(math.fsum(share * literal_error(student, teacher, list(ids)) for ids, share in each))
+            shares.append(math.fsum(share for _, share in each))
+            contexts[row] = [
+                ((*ids, token), share * math.exp(log_p))
+                for ids, share in each
+                for token, log_p in enumerate(literal_log_probs(sampler, list(ids), None, None))
+                if token != STOP
+            ]
+        if draws is None:
+            means.append(math.fsum(sums) / math.fsum(shares))
+        else:
+            any_left = [1 - (1 - share) ** draws for share in shares]
+            given_left = [total / share for total, share in zip(sums, shares, strict=True)]
+            means.append(math.fsum(a * b for a, b in zip(any_left, given_left, strict=True)) / len(REQUESTS))
     return means
 
 
@@ -263,12 +278,15 @@ def enumerated():
     return student, teacher, *scored
 
 
-@pytest.mark.parametrize("ended", ["leave", "zero"])
-def test_it_converges_to_the_expectation_over_every_continuation(enumerated, ended):
-    student, teacher, mine, theirs, _ = enumerated
-    r, e = (exact_means(sampler, student, teacher, ended) for sampler in (student, teacher))
+@pytest.mark.parametrize("draws", [None, 1, 2])
+def test_it_converges_to_the_expectation_over_every_continuation(enumerated, draws):
+    """Over what is still going, however many draws a row has; with zeros for ended rows of one draw and of two."""
+    student, teacher, *scored, _ = enumerated
+    r, e = (exact_means(sampler, student, teacher, draws) for sampler in (student, teacher))
     exact = [100 * (math.fsum(r[:place]) / math.fsum(e[:place]) - 1) for place in range(1, LENGTH + 1)]
-    points = excess_accumulated_error(mine, theirs, ended=ended)
+    size = draws or len(scored[0][0])
+    mine, theirs = ([row[at : at + size] for row in each for at in range(0, len(row), size)] for each in scored)
+    points = excess_accumulated_error(mine, theirs, ended="zero" if draws else "leave")
     assert exact[0] == pytest.approx(0)
     assert abs(exact[-1]) > 20
     assert len(points) == LENGTH

@@ -37,7 +37,7 @@ class Options:
     seed: int = 10
     """Seed of the first continuation; the others take the seeds after it."""
     ended: Literal["leave", "zero"] = "leave"
-    """What has ended at later tokens: leave the mean, or count as an error of zero (the authors' treatment)."""
+    """Rows that have ended: leave the mean of later tokens, or count there as errors of zero (as the authors do)."""
     batch_size: int = 32
     """Continuations that are decoded at a time."""
     limit: int | None = None

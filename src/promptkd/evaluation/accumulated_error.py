@@ -9,13 +9,14 @@ A continuation that has ended holds no context at later tokens, and so no error.
 continuations that are still going at token t, of all rows together. They estimate the expected error given that a
 context of that length exists, and each length has the same weight in the sum whoever is left.
 
-With zeros for what has ended (`ended="zero"`, as the authors' public code counts), r_t and e_t shrink at the rates at
-which student and teacher end, so a student that ends earlier than its teacher seems to err less. With a mean a row
-first, and then over rows, a row with one continuation left would weigh as much as a row with all of them.
+`ended="zero"` is the treatment of PromptKD's public code, for comparison: the mean of the continuations still going in
+each row, 0 for a row in which all have ended, and the mean of that over all rows. r_t and e_t then shrink at the rates
+at which student and teacher end, so a student that ends earlier than its teacher seems to err less; and the more
+continuations a row has, the later its zeros come.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
@@ -53,7 +54,7 @@ def excess_accumulated_error(
     Args:
         on_student: errors on the student's own continuations, errors[row][draw][token].
         on_teacher: errors on the teacher's continuations of the same rows; there may be more or fewer of them.
-        ended: what an ended continuation is at later tokens: no part of the mean ("leave"), or an error of 0 ("zero").
+        ended: "leave" takes means over what is still going; "zero" counts rows that have ended as errors of 0.
         resamples: how often the rows are drawn anew, with replacement.
         level: share of the resampled values inside the interval.
 
@@ -70,7 +71,7 @@ def excess_accumulated_error(
     student, teacher = _table(on_student, width), _table(on_teacher, width)
     reaching = ((student.going > 0) & (teacher.going > 0)).sum(0)
     if ended == "zero":
-        student, teacher = student.never_ending(), teacher.never_ending()
+        student, teacher = student.with_zeros(), teacher.with_zeros()
     values = _percent(np.ones((1, len(on_student))), student, teacher)[0]
     low, high = _interval(values, student, teacher, resamples, seed, level)
     return [
@@ -87,12 +88,10 @@ class _Table:
     """(rows, L) sum of the errors at each token."""
     going: Floats
     """(rows, L) number of continuations that reach each token."""
-    draws: Floats
-    """(rows, 1) number of continuations."""
 
-    def never_ending(self) -> "_Table":
-        """As if every continuation went on to L, with errors of 0 behind its end."""
-        return replace(self, going=np.broadcast_to(self.draws, self.going.shape))
+    def with_zeros(self) -> "_Table":
+        """One error a row and token: the mean of what is still going, 0 where nothing is."""
+        return _Table(self.sums / np.maximum(self.going, 1), np.ones_like(self.going))
 
 
 def _table(errors: Errors, width: int) -> _Table:
@@ -101,7 +100,7 @@ def _table(errors: Errors, width: int) -> _Table:
         for each in drawn:
             sums[row, : len(each)] += each
             going[row, : len(each)] += 1
-    return _Table(sums, going, np.array([[float(len(drawn))] for drawn in errors]))
+    return _Table(sums, going)
 
 
 def _percent(weights: Floats, student: _Table, teacher: _Table) -> Floats:
