@@ -95,14 +95,16 @@ class _Job:
 
     def sample(self, title: str, model: Any, prompt: "Tensor | None" = None) -> list[list[list[int]]]:
         """The model's continuations of every request."""
+        import time
+
         from promptkd.cli.session import progress_lines
         from promptkd.data.dataset import stop_ids_of
         from promptkd.evaluation import sample_continuations
         from promptkd.models import vocabulary_size
 
-        options = self.options
+        options, started = self.options, time.perf_counter()
         tell = progress_lines(f"Sampling {title}", len(self.rows) * options.samples_per_row)
-        return sample_continuations(
+        samples = sample_continuations(
             model,
             [row.prompt_ids for row in self.rows],
             samples_per_row=options.samples_per_row,
@@ -115,6 +117,8 @@ class _Job:
             batch_size=options.batch_size,
             on_batch=lambda done: tell("continuations", done),
         )
+        self.results.timings[f"sampling {title}"] = time.perf_counter() - started
+        return samples
 
     def measure(self, label: str, path: str, teacher_samples: list[list[list[int]]]) -> "ExposureBias":
         """One student, loaded for as long as this takes; its curve goes into the record."""
@@ -128,8 +132,8 @@ class _Job:
 
         student = load_subject(path, self.options.trust_remote_code)
         self.results.models[label] = model_record(path, student)
-        started = time.perf_counter()
         samples = self.sample(label, student)
+        started = time.perf_counter()
         tell = progress_lines(f"Scoring {label}", 2 * len(self.rows) * self.options.samples_per_row)
         measured = exposure_bias(
             student,
@@ -142,7 +146,7 @@ class _Job:
             ended=self.options.ended,
             on_batch=lambda done: tell("continuations", done),
         )
-        self.results.timings[label] = time.perf_counter() - started
+        self.results.timings[f"scoring {label}"] = time.perf_counter() - started
         self.results.metrics[f"{label}: KL(teacher || student) on its own continuations, nats/token"] = (
             measured.on_student
         )
