@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from promptkd.evaluation import generate
 from promptkd.models.prepacked import prepacked_linears
 from promptkd.models.row_cache import reads_rows, rows_of
 from tiny import ARCHITECTURES, tiny_model
@@ -121,6 +122,16 @@ def test_other_precisions_are_left_as_they_are():
     model = tiny_model("llama", dtype=torch.float64)
     with prepacked_linears(model, 2):
         assert "forward" not in vars(model.lm_head)
+
+
+def test_autocast_decodes_without_prepacked_layers():
+    """Autocast casts the inputs of `nn.Linear`, and not those of a prepacked layer."""
+    model = tiny_model("llama")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        written = generate(model, PROMPTS, max_new_tokens=6, stop_ids=[], temperature=0)
+        with prepacked_linears(model, 2):
+            assert "forward" not in vars(model.lm_head)
+    assert [len(each) for each in written] == [6, 6, 6]
 
 
 def test_layers_come_back_after_an_error():

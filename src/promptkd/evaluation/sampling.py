@@ -66,16 +66,17 @@ def _inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
     """The word at which the cumulative sum of `weights` (R, V), in float64, passes the share u of the whole, (R,)."""
     words = weights.shape[-1]
     whole = words // _BLOCK * _BLOCK
-    sums = weights[:, :whole].unflatten(-1, (-1, _BLOCK)).sum(-1).double()  # (R, blocks)
+    sums = weights[:, :whole].unflatten(-1, (-1, _BLOCK)).sum(-1, dtype=torch.float64)  # (R, blocks)
     if whole < words:
-        sums = torch.cat([sums, weights[:, whole:].sum(-1, keepdim=True).double()], -1)
+        sums = torch.cat([sums, weights[:, whole:].sum(-1, keepdim=True, dtype=torch.float64)], -1)
     ends = sums.cumsum(-1)
     target = uniforms.to(ends) * ends[:, -1]
     block = _first_beyond(ends, target, sums)
     before = ends.gather(-1, block[:, None])[:, 0] - sums.gather(-1, block[:, None])[:, 0]
     columns = block[:, None] * _BLOCK + torch.arange(min(_BLOCK, words), device=weights.device)  # (R, block)
     inside = weights.gather(-1, columns.clamp(max=words - 1)).double().masked_fill(columns >= words, 0.0)
-    return block * _BLOCK + _first_beyond(inside.cumsum(-1), target - before, inside)
+    rest = (target - before).clamp(min=0)  # rounding may leave it below 0, where a word without weight would be next
+    return block * _BLOCK + _first_beyond(inside.cumsum(-1), rest, inside)
 
 
 def _first_beyond(cumulative: Tensor, target: Tensor, weights: Tensor) -> Tensor:

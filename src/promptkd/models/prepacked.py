@@ -22,8 +22,8 @@ _MOST_BYTES = 4 * 2**30  # of weights: a second copy of more is not worth its me
 def prepacked_linears(model: nn.Module, rows: int) -> Iterator[None]:
     """Run the float32 linear layers of `model` by oneDNN while this is entered; its weights must stay as they are.
 
-    Nothing is changed on other devices, in other precisions, or for more than 4 GiB of weights. Results differ from
-    `nn.Linear` by rounding.
+    Nothing is changed on other devices, in other precisions, under autocast, or for more than 4 GiB of weights. Results
+    differ from `nn.Linear` by rounding.
 
     Args:
         rows: how many rows a call will have, about.
@@ -31,6 +31,7 @@ def prepacked_linears(model: nn.Module, rows: int) -> Iterator[None]:
     layers = [each for each in model.modules() if type(each) is nn.Linear and _suits(each)]
     size = sum(layer.weight.numel() * layer.weight.element_size() for layer in layers)
     packs = switched_on("prepacked") and torch.backends.mkldnn.is_available() and size <= _MOST_BYTES
+    packs = packs and not torch.is_autocast_enabled("cpu")  # which would hand over inputs in another precision
     try:
         for layer in layers if packs else ():
             vars(layer)["forward"] = _Packed(layer, rows)  # found before the class's own
