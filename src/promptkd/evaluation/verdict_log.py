@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from promptkd.errors import RequestError
+from promptkd.evaluation.resumable import write_whole
 
 __all__ = ["Key", "Verdict", "VerdictLog"]
 
@@ -110,7 +111,7 @@ class VerdictLog:
     def _open(self) -> BinaryIO:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if not self._whole:
-            _replace(self.path, self._header())
+            write_whole(self.path, self._header())
             return self.path.open("ab")
         file = self.path.open("r+b")
         file.truncate(self._whole)
@@ -120,7 +121,7 @@ class VerdictLog:
     def finish(self) -> None:
         """Write the file anew in the order of the rows, whole or not at all."""
         self.close()
-        _replace(self.path, self._header() + b"".join(_line(self.verdicts[key]) for key in sorted(self.verdicts)))
+        write_whole(self.path, self._header() + b"".join(_line(self.verdicts[key]) for key in sorted(self.verdicts)))
 
     def close(self) -> None:
         if self._file is not None:
@@ -133,12 +134,6 @@ class VerdictLog:
 
 def _line(verdict: Verdict) -> bytes:
     return (json.dumps(verdict.model_dump(), ensure_ascii=False) + "\n").encode()
-
-
-def _replace(path: Path, content: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
 
 
 def _change(name: str, before: Any, now: Any) -> str:
