@@ -1,6 +1,7 @@
 """Tiny models and data files on disk, and commands run in this process, for the tests of the command line."""
 
 import json
+import signal
 from pathlib import Path
 from typing import NamedTuple
 
@@ -86,6 +87,11 @@ def done(capsys: pytest.CaptureFixture[str], *arguments: object) -> Ran:
     ran = run(capsys, *arguments)
     assert ran.status == 0, ran.err
     return ran
+
+
+def hear_interrupts() -> None:
+    """For a new process: a suite that a shell started in the background ignores interrupts, and so do its children."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def held(folder: Path) -> set[str]:

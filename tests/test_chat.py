@@ -13,7 +13,7 @@ import time
 import pytest
 from rich.console import Console
 
-from commands import json_lines, run, write_rows
+from commands import hear_interrupts, json_lines, run, write_rows
 from promptkd.cli.chat_view import Writing, shown, write_in_turn, write_side_by_side
 from promptkd.errors import RequestError
 from promptkd.evaluation.conversation import Answer, Conversation, Decoding
@@ -306,7 +306,13 @@ class Terminal:
         own = {"COLUMNS": "80", "LINES": "24", "TERM": "xterm", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "promptkd", "chat", *map(str, arguments)]
         self.process = subprocess.Popen(
-            command, stdin=theirs, stdout=theirs, stderr=theirs, env=os.environ | own, start_new_session=True
+            command,
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            env=os.environ | own,
+            start_new_session=True,
+            preexec_fn=hear_interrupts,
         )
         os.close(theirs)
         self.end, self.seen = ours, ""
@@ -330,8 +336,11 @@ class Terminal:
 
 
 @pytest.mark.slow
-def test_a_conversation_on_a_terminal(models):
-    terminal = Terminal(models / "student", models / "other", "--max-completion-length", 300)
+def test_a_conversation_on_a_terminal(tmp_path):
+    for seed, name in enumerate(("student", "other")):  # whose answers outlast the interrupt on the fastest machine
+        endless = tiny_model("llama", seed=seed, tied=False, max_position_embeddings=100_000)
+        save_model(tmp_path / name, endless, tiny_tokenizer(chat=name != "other"))
+    terminal = Terminal(tmp_path / "student", tmp_path / "other", "--max-completion-length", 90_000)
     try:
         assert "Each request stands alone for other" in terminal.expect("> ")
         terminal.type("the man\n")

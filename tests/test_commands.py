@@ -26,6 +26,7 @@ from commands import (
     World,
     below,
     done,
+    hear_interrupts,
     held,
     json_lines,
     make_world,
@@ -523,12 +524,7 @@ def python(*arguments: object, **settings) -> subprocess.Popen[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    # A suite that a shell started in the background ignores interrupts, and so would its children.
-    return subprocess.Popen(command, env=environment, preexec_fn=_hear_interrupts, **pipes, **settings)
-
-
-def _hear_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    return subprocess.Popen(command, env=environment, preexec_fn=hear_interrupts, **pipes, **settings)
 
 
 def test_a_run_in_a_process_of_its_own_is_interrupted_and_goes_on(world, tmp_path, capsys):
