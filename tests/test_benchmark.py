@@ -4,9 +4,16 @@ import json
 import sys
 
 import pytest
+import torch
 from benchmarks import step, variants
+from benchmarks.floor import step_flops
+from torch.utils.flop_counter import FlopCounterMode
 
 from commands import rows, write_rows
+from promptkd.data.encode import EncodedExample
+from promptkd.data.packing import right_pad
+from promptkd.models import head_logits
+from promptkd.models.scoring import padded_hidden
 from tiny import save_model, tiny_model
 
 
@@ -71,3 +78,26 @@ def test_a_variant_that_there_is_not_is_refused(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         step.main()
     assert "theirs" in capsys.readouterr().err
+
+
+def test_the_floor_counts_the_products_of_both_steps():
+    """torch's own counter over one row; it takes attention as full, which the floor takes as causal."""
+    student, teacher = tiny_model("llama", layers=2), tiny_model("llama", layers=3, hidden=24).requires_grad_(False)
+    row = EncodedExample([1, 2, 3, 4], [5, 6, 7], (), "", 0)
+    batch, prompt = right_pad([row.prompt_ids], [row.response_ids]), torch.zeros(2, 24, requires_grad=True)
+
+    def read(model, vectors=None):
+        return head_logits(model, padded_hidden(model, batch, vectors))
+
+    with FlopCounterMode(display=False) as counter:
+        read(student).sum().backward()
+        read(teacher, prompt).sum().backward()
+        with torch.no_grad():
+            read(teacher)
+            read(teacher, prompt)
+    counted = {str(name): flops for name, flops in counter.get_flop_counts()["Global"].items()}
+    products = sum(flops for name, flops in counted.items() if "attention" not in name)
+    found = step_flops(student, teacher, [row], prompt_length=2)
+    assert found["total"] - found["attention"] == products
+    twice = step_flops(student, teacher, [row, row], prompt_length=2)
+    assert twice["total"] - twice["head"] == found["total"] - found["head"]  # the whole row is shared
