@@ -5,9 +5,10 @@ import sys
 
 import pytest
 import torch
-from benchmarks import step, variants
+from benchmarks import rollout, step, variants
 from benchmarks.floor import step_flops
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaForCausalLM
 
 from commands import rows, write_rows
 from promptkd.data.encode import EncodedExample
@@ -101,3 +102,25 @@ def test_the_floor_counts_the_products_of_both_steps():
     assert found["total"] - found["attention"] == products
     twice = step_flops(student, teacher, [row, row], prompt_length=2)
     assert twice["total"] - twice["head"] == found["total"] - found["head"]  # the whole row is shared
+
+
+def test_rollouts_of_both_write_the_lengths_of_the_data(tmp_path, world, monkeypatch, capsys):
+    written = {"ours": [], "generate": []}
+    for name, way, where in (("ours", rollout.generate, rollout), ("generate", LlamaForCausalLM.generate, None)):
+
+        def noting(*args, way=way, name=name, **settings):
+            out = way(*args, **settings)
+            prompts = 0 if name == "ours" else args[1].shape[1]
+            written[name].append([len(row) - prompts for row in out])
+            return out
+
+        monkeypatch.setattr(where or LlamaForCausalLM, "generate", noting)
+    options = ["--model", world["student"], "--data", world["data"], "--template", "Q: {{ instruction }}\nA: "]
+    options += ["--batch-sizes", "2", "4", "--repeats", "1", "--json", str(tmp_path / "rollout.json")]
+    monkeypatch.setattr(sys, "argv", ["rollout", *options])
+    rollout.main()
+    record = json.loads((tmp_path / "rollout.json").read_text())
+    assert set(record) == {"2", "4"}
+    assert all(ratio > 0 for each in record.values() for ratio in each["ratios"])
+    for ours, padded in zip(written["ours"], written["generate"], strict=True):
+        assert max(ours) == max(padded)  # `generate` pads the others to it
