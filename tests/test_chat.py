@@ -14,10 +14,11 @@ import pytest
 from rich.console import Console
 
 from commands import hear_interrupts, json_lines, run, write_rows
-from promptkd.cli.chat_view import Writing, shown, write_in_turn, write_side_by_side
+from promptkd.cli.chat_view import Writing, write_in_turn, write_side_by_side
 from promptkd.errors import RequestError
 from promptkd.evaluation.conversation import Answer, Conversation, Decoding
 from promptkd.evaluation.generation import generate, row_seeds
+from promptkd.visible import shown
 from tiny import END_ID, POSITIONS, save_model, tiny_model, tiny_tokenizer
 
 LENGTH = 12
@@ -268,7 +269,7 @@ def test_no_terminal_obeys_a_model(cut):
         (("student", "--template", "nonsense", "--prompt", "x"), "nonsense"),
         (("other", "--template", "chat", "--prompt", "x"), "has no chat template"),
         (("student", "--prompt", "a" * POSITIONS), "student: The prompt has 514 tokens"),
-        (("student", "--prompt", "\udc80"), "no UTF-8"),
+        (("student", "--prompt", "\udc80"), "no character of UTF-8"),
     ],
 )
 def test_a_wrong_request(models, capsys, monkeypatch, flags, message):

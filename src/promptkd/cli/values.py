@@ -11,7 +11,10 @@ from promptkd.cli.annotations import choices, item_of, kind_of, members, spell
 from promptkd.cli.config_file import parse_yaml
 from promptkd.errors import RequestError
 
-__all__ = ["convert", "plain"]
+__all__ = ["LARGEST_INTEGER", "convert", "plain"]
+
+LARGEST_INTEGER = 2**63 - 1
+"""What counts and sizes are kept in further down."""
 
 
 class _MismatchError(ValueError):
@@ -55,9 +58,11 @@ def _boolean(value: Any, _: Any) -> bool:
 def _integer(value: Any, _: Any) -> int:
     if isinstance(value, str | int) and not isinstance(value, bool):
         try:
-            return int(value)
+            number = int(value)
         except ValueError:
-            pass
+            raise _MismatchError from None
+        if abs(number) <= LARGEST_INTEGER:
+            return number
     raise _MismatchError
 
 
@@ -79,7 +84,7 @@ def _text(value: Any, _: Any) -> str:
 
 
 def _path(value: Any, _: Any) -> Path:
-    if isinstance(value, str) and value:
+    if isinstance(value, str) and value and "\0" not in value:
         return Path(value).expanduser()
     raise _MismatchError
 

@@ -6,28 +6,34 @@ The rule for a name, in this order:
 2. What looks like a path (begins with ".", "/" or "~", or ends in one of the suffixes) and does not exist is an error.
 3. "owner/name" is a data set on the hub; "owner/name:split" picks its split, "owner/name:config:split" its
    configuration as well.
+
+A file is read within limits, lest a small one fill the memory: `MOST_LINE_BYTES`, `MOST_JSON_BYTES`, `allowance`.
 """
 
 import csv
 import gzip
-import json
 import re
 import zlib
 from codecs import BOM_UTF8
 from collections.abc import Iterator
 from itertools import islice
+from json import JSONDecodeError
 from pathlib import Path
 from typing import IO, Any, cast
 
 from promptkd.data.rows import Example, Instruction, Message, Request, example_from_row, examples_from_rows
 from promptkd.errors import RequestError
+from promptkd.files import MIB, is_plain_name, json_value, not_regular, read_json_object, read_regular
 
 __all__ = [
+    "MOST_JSON_BYTES",
+    "MOST_LINE_BYTES",
     "SUFFIXES",
     "Example",
     "Instruction",
     "Message",
     "Request",
+    "allowance",
     "examples_from_rows",
     "read_examples",
     "read_objects",
@@ -36,8 +42,18 @@ __all__ = [
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".csv")
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[^:/]+)(?=:))?(:(?P<split>[^:/]+))?")
 
+MOST_LINE_BYTES = 16 * MIB
+"""Of a line of JSONL or CSV."""
+MOST_JSON_BYTES = 256 * MIB
+"""Of a .json file, which is read as one; JSONL has no such limit."""
+
 _Located = tuple[str, Any]
 """Where a row stands, and the row."""
+
+
+def allowance(compressed: int) -> int:
+    """Most bytes that a compressed file of so many bytes may unpack to: 64 MiB and a hundred times its size."""
+    return 64 * MIB + 100 * compressed
 
 
 def read_examples(source: str | Path, *, split: str = "train", limit: int | None = None) -> list[Example]:
@@ -74,7 +90,11 @@ def _located_rows(source: str, split: str) -> Iterator[_Located]:
     path = Path(source).expanduser()
     if source and path.is_dir():
         return _folder(path, split)
-    return _file(path) if path.is_file() else _hub(source, split)
+    if path.is_file():
+        return _file(path)
+    if source and (kind := not_regular(path)):
+        raise RequestError(f"{source} is {kind}. Expected a regular file, for data are read more than once.")
+    return _hub(source, split)
 
 
 def _file(path: Path) -> Iterator[_Located]:
@@ -95,18 +115,32 @@ def _open(path: Path) -> IO[bytes]:
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
     """The lines of a text file with their locations, ends of line included."""
+    left = allowance(path.stat().st_size) if path.suffix.lower() == ".gz" else None
     with _open(path) as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(iter(lambda: file.readline(MOST_LINE_BYTES + 1), b""), start=1):
             location = f"{path}, line {number}"
+            if len(line) > MOST_LINE_BYTES:
+                raise RequestError(f"{location}: is longer than {MOST_LINE_BYTES // MIB} MiB. Expected a row a line.")
+            if left is not None and (left := left - len(line)) < 0:
+                raise _unpacks_too_far(path)
             if b"\0" in line:
                 raise RequestError(f"{location}: holds a NUL byte. Expected text in UTF-8.")
             yield location, _utf8(line.removeprefix(BOM_UTF8) if number == 1 else line, location)
+
+
+def _unpacks_too_far(path: Path) -> RequestError:
+    return RequestError(
+        f"{path} unpacks to more than {allowance(path.stat().st_size) // MIB} MiB: 64 MiB and a hundred times its size "
+        "are allowed. Write it as uncompressed JSONL if that is meant."
+    )
 
 
 def _utf8(data: bytes, location: str) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
+        if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+            raise RequestError(f"{location}: is UTF-16. Save the file as UTF-8.") from error
         raise RequestError(
             f"{location}: not valid UTF-8 (byte {data[error.start]:#04x} at {error.start}). Save the file as UTF-8."
         ) from error
@@ -122,8 +156,9 @@ def _jsonl(path: Path) -> Iterator[_Located]:
 
 
 def _json(path: Path) -> Iterator[_Located]:
-    with _open(path) as file:
-        text = _utf8(file.read().removeprefix(BOM_UTF8), str(path))
+    text = _utf8(read_regular(path, most=MOST_JSON_BYTES).removeprefix(BOM_UTF8), str(path))
+    if "\0" in text:
+        raise RequestError(f"{path}: holds a NUL byte. Expected text in UTF-8.")
     if not text.strip():
         return
     rows = _parsed(text, str(path))
@@ -135,22 +170,14 @@ def _json(path: Path) -> Iterator[_Located]:
 
 def _parsed(text: str, location: str) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=_object)
-    except json.JSONDecodeError as error:
+        return json_value(text)
+    except JSONDecodeError as error:
         where = (
             f"character {error.colno}" if "\n" not in text.strip() else f"line {error.lineno}, character {error.colno}"
         )
         raise RequestError(f"{location}: not valid JSON: {error.msg} ({where}).") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise RequestError(f"{location}: not valid JSON: {error}.") from error
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object")
-    return fields
 
 
 def _csv(path: Path) -> Iterator[_Located]:
@@ -179,14 +206,21 @@ def _parquet(path: Path) -> Iterator[_Located]:
     import pyarrow
     import pyarrow.parquet
 
-    index = 0
+    index, left = 0, allowance(path.stat().st_size)
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
+            groups = range(file.metadata.num_row_groups)
+            if sum(file.metadata.row_group(group).total_byte_size for group in groups) > left:
+                raise _unpacks_too_far(path)
             for batch in file.iter_batches(batch_size=1024):
+                if (left := left - batch.nbytes) < 0:
+                    raise _unpacks_too_far(path)
                 for row in batch.to_pylist():
                     yield f"{path}, row {index}", row
                     index += 1
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+    except RequestError:
+        raise
+    except (pyarrow.ArrowException, ValueError, OverflowError, OSError) as error:
         raise RequestError(f"{path} is not a readable Parquet file (after {index} rows): {error}.") from error
 
 
@@ -207,15 +241,45 @@ def _folder(path: Path, split: str) -> Iterator[_Located]:
 def _saved(path: Path, split: str) -> Iterator[_Located]:
     import datasets
 
+    _check_inside(path)
     try:
         data = datasets.load_from_disk(str(path))
-    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, datasets.exceptions.DatasetsError) as error:
         raise RequestError(f"The data set saved in {path} cannot be read: {error}") from error
     if isinstance(data, datasets.DatasetDict):
         if split not in data:
             raise RequestError(f"The data set saved in {path} has no split {split!r}. It has: {', '.join(data)}.")
         data = data[split]
-    return ((f"{path}, row {index}", row) for index, row in enumerate(data))
+    return _undecoded(data, str(path))
+
+
+def _check_inside(path: Path) -> None:
+    """Refuse a saved data set whose parts are elsewhere than in its folder."""
+    folders = [path]
+    if (path / "dataset_dict.json").is_file():
+        splits = read_json_object(path / "dataset_dict.json").get("splits")
+        if not isinstance(splits, list) or not all(map(is_plain_name, splits)):
+            raise RequestError(f"{path / 'dataset_dict.json'} must list splits by name. Got {splits!r:.200}.")
+        folders = [path / split for split in splits]
+    for folder in folders:
+        files = read_json_object(folder / "state.json").get("_data_files")
+        names = [each.get("filename") if isinstance(each, dict) else each for each in files or ()]
+        if not isinstance(files, list) or not all(map(is_plain_name, names)):
+            raise RequestError(f"{folder / 'state.json'} must list files of its own folder. Got {names!r:.200}.")
+
+
+def _undecoded(data: Any, name: str) -> Iterator[_Located]:
+    """Rows as they are stored: no image or sound is decoded, which would open whatever path or address a row holds."""
+    import pyarrow
+
+    index = 0
+    try:
+        for table in data.with_format("arrow").iter(1024):
+            for row in table.to_pylist():
+                yield f"{name}, row {index}", row
+                index += 1
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
+        raise RequestError(f"The data set {name} cannot be read (after {index} rows): {error}.") from error
 
 
 def _hub(source: str, split: str) -> Iterator[_Located]:
@@ -235,4 +299,4 @@ def _hub(source: str, split: str) -> Iterator[_Located]:
             f"No file or folder is named {source}, and the data set {name!r} (split {split!r}) cannot be loaded from "
             f"the hub: {error}. Check the name and the network, or give a local file."
         ) from error
-    return ((f"{source}, row {index}", row) for index, row in enumerate(data))
+    return _undecoded(data, source)

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,11 +15,13 @@ from typing import Any
 
 import gguf
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from promptkd.errors import RequestError
+from promptkd.errors import PromptKDError, RequestError
+from promptkd.files import not_regular
+from promptkd.models.folder import adapter_base, check_model_folder
+from promptkd.models.gguf_check import check_gguf
 from promptkd.models.gguf_vocabulary import PRE_TOKENIZERS
 from promptkd.results import ModelRecord, file_sha256
 
@@ -67,6 +68,7 @@ def load_model(
             dtype=_DTYPES[dtype],
             revision=revision,
             trust_remote_code=trust_remote_code,
+            use_safetensors=True,
             output_loading_info=True,
             **settings,
         )
@@ -103,6 +105,8 @@ def resolve_model(name: str | Path) -> str:
         if path.suffix.lower() == ".gguf":
             return str(_converted(path))
         raise RequestError(f"Expected a model folder, a GGUF file or a hub name. Got the file {path}.")
+    if kind := not_regular(path):
+        raise RequestError(f"Expected a model folder, a GGUF file or a hub name. {path} is {kind}.")
     if text.startswith((".", "/", "~")) or path.suffix.lower() == ".gguf" or not _HUB_NAME.fullmatch(text):
         raise RequestError(
             f"No such model: {text} does not exist. Give a folder, a GGUF file or a hub name (owner/name)."
@@ -114,6 +118,9 @@ def _model_folder(folder: Path) -> Path:
     for inside in ("", *_RUN_MODELS):
         candidate = folder / inside
         if (candidate / "config.json").is_file() or (candidate / "adapter_config.json").is_file():
+            check_model_folder(candidate)
+            if base := adapter_base(candidate):
+                _check_base(base, candidate)
             return candidate
     found = sorted(entry.name for entry in folder.iterdir())
     raise RequestError(
@@ -122,12 +129,27 @@ def _model_folder(folder: Path) -> Path:
     )
 
 
+def _check_base(base: str, adapter: Path) -> None:
+    """Refuse an adapter whose base is no model; PEFT and transformers find the base as this does."""
+    path = Path(base).expanduser()
+    if (path / "adapter_config.json").is_file():
+        raise RequestError(f"The adapter in {adapter} belongs to {base}, which is an adapter itself. Merge that first.")
+    try:
+        resolve_model(base)
+    except RequestError as error:
+        raise RequestError(f"The adapter in {adapter} belongs to the model {base}: {error}") from error
+
+
 @contextmanager
 def _clear_load_errors(name: str | Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, struct.error) as error:
-        reason = " ".join(str(error).split())
+    except PromptKDError:
+        raise
+    except Exception as error:  # a broken file makes transformers, tokenizers and gguf raise nearly anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if "ignore_mismatched_sizes" in reason:
+            reason = "its weights have other sizes than its config.json asks for."
         raise RequestError(
             f"Could not load a causal language model from {name}: {reason[:400]} "
             "Check the name, or the network if it is a hub name."
@@ -146,7 +168,7 @@ def cache_folder() -> Path:
 
 
 def _converted(file: Path) -> Path:
-    target = cache_folder() / "gguf" / f"{file.stem}-{file_sha256(file)[:16]}-{GGUF_CONVERSION}"
+    target = cache_folder() / "gguf" / f"{file.stem[:100]}-{file_sha256(file)[:16]}-{GGUF_CONVERSION}"
     if not (target / "config.json").is_file():
         _convert(file, target)
     return target
@@ -171,6 +193,7 @@ def convert_gguf(file: Path, folder: Path) -> None:
     Raises:
         RequestError: if transformers cannot read the file.
     """
+    check_gguf(file)
     with _clear_load_errors(file):
         where = str(file.parent)
         model = AutoModelForCausalLM.from_pretrained(where, gguf_file=file.name, dtype=torch.float32)
@@ -213,7 +236,5 @@ def model_record(name: str | Path, model: nn.Module) -> ModelRecord:
     folder = Path(resolve_model(name))
     files: list[Path] = []
     if folder.is_dir():
-        files = sorted(
-            each for each in folder.iterdir() if each.name == "config.json" or each.suffix in (".safetensors", ".bin")
-        )
+        files = sorted(each for each in folder.iterdir() if each.name == "config.json" or each.suffix == ".safetensors")
     return ModelRecord(path=str(name), parameters=count_parameters(model), sha256=file_sha256(*files) if files else "")

@@ -8,6 +8,7 @@ from typing import Any
 
 from accelerate.utils import gather_object
 from torch import nn
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from promptkd.data.encode import EncodedData
@@ -92,7 +93,9 @@ class RunTrainer:
             self._staging = staging
             try:
                 super()._save_checkpoint(model, trial)  # type: ignore[misc]
-                self.save_method_state(staging / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+                folder = staging / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+                (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # nothing reads it, and --hub_token stands in it
+                self.save_method_state(folder)
             finally:
                 self._staging = None
 
@@ -108,4 +111,4 @@ class RunTrainer:
         """Write model and tokenizer as safetensors that transformers and vLLM load."""
         self.save_model(str(folder), _internal_call=True)  # type: ignore[attr-defined]
         if self.args.should_save:
-            (Path(folder) / "training_args.bin").unlink(missing_ok=True)  # a pickle has no place beside a model
+            (Path(folder) / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle has no place beside a model
