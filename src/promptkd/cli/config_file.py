@@ -92,6 +92,14 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+def _quoted_breaks(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    """YAML counts three more characters than the line feed as line breaks; only double quotes keep them."""
+    return dumper.represent_scalar(
+        "tag:yaml.org,2002:str", text, style='"' if {*"\x85\u2028\u2029"} & {*text} else None
+    )
+
+
+_Dumper.add_representer(str, _quoted_breaks)
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:int", _INT, _NUMBER_STARTS)
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, _NUMBER_STARTS)
 
