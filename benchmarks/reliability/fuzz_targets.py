@@ -15,7 +15,9 @@ from typing import NamedTuple
 
 import pyarrow
 import pyarrow.parquet
+import torch
 from gguf import GGUFReader
+from safetensors.torch import save
 
 from promptkd.cli import COMMANDS
 from promptkd.cli.config_file import read_config, write_config
@@ -111,10 +113,16 @@ def _gguf(path: Path) -> None:
         return
 
 
+def _adapter(path: Path) -> None:
+    (path.parent / "adapter_model.safetensors").write_bytes(save({"lora_A": torch.zeros(2, 4)}))
+    check_model_folder(path.parent)
+    adapter_base(path.parent)
+
+
 def _template(data: bytes) -> None:
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
         rows = Path(folder) / "rows.jsonl"
-        rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+        rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:2]))  # those that every template renders
         template = resolve_template(data.decode("utf-8", "replace"), TOKENIZER)
         for example in read_examples(rows):
             template.render(example)
@@ -191,7 +199,7 @@ TARGETS = {
     "gguf": Target(_in_file("m.gguf", _gguf), [_small_gguf()]),
     "model": Target(_in_file("config.json", lambda path: check_model_folder(path.parent)), [CONFIG]),
     "adapter": Target(
-        _in_file("adapter_config.json", lambda path: (check_model_folder(path.parent), adapter_base(path.parent))),
+        _in_file("adapter_config.json", _adapter),
         [b'{"base_model_name_or_path": "owner/name", "peft_type": "LORA"}'],
     ),
     "answers": Target(_in_file("answers.jsonl", _answers), [_lines(*ANSWERS)]),

@@ -40,11 +40,9 @@ def read_regular(path: Path, *, most: int) -> bytes:
     """The bytes of a regular file of at most `most` bytes. Raises OSError, also where it is none or holds more."""
     if kind := not_regular(path):
         raise OSError(errno.EINVAL, f"it is {kind}, and a regular file was expected", str(path))
-    with path.open("rb") as file:
-        content = file.read(most + 1)
-    if len(content) > most:
+    if path.stat().st_size > most:
         raise OSError(errno.EFBIG, f"it holds more than {most // MIB} MiB", str(path))
-    return content
+    return path.read_bytes()
 
 
 def json_value(text: str | bytes) -> Any:

@@ -44,6 +44,7 @@ __all__ = [
 SCHEMA_VERSION: Literal[1] = 1
 _MOST_BYTES = 1024 * MIB
 """Of a record, with every answer of an evaluation in it."""
+_FOREIGN_CODE = "Code that came with a model was allowed to run (--trust_remote_code)."
 Kind = Literal["prune", "sft", "distill", "generate", "evaluate", "exposure-bias", "judge", "compare", "demo"]
 
 
@@ -192,7 +193,9 @@ class Results(_Record):
     """Sentences that a reader of the figures must know."""
 
     def write(self, path: Path) -> None:
-        """Validate and write to `path`, whole or not at all."""
+        """Validate and write to `path`, whole or not at all. A note says so where a model's own code was allowed."""
+        if self.config.get("trust_remote_code") and _FOREIGN_CODE not in self.notes:
+            self.notes.append(_FOREIGN_CODE)
         record = Results.model_validate(self.model_dump())
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")

@@ -5,6 +5,7 @@ only `true` and `false` are truth values, numbers are decimal, and a key that st
 anything but plain data: texts, numbers, truth values, null, lists and mappings.
 """
 
+import math
 import os
 import re
 from pathlib import Path
@@ -63,7 +64,14 @@ _Loader.add_constructor(
     "tag:yaml.org,2002:bool", lambda loader, node: {"true": True, "false": False}[loader.construct_scalar(node).lower()]
 )
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
-_Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: float(loader.construct_scalar(node)))
+_Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: _finite(loader.construct_scalar(node)))
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text:.60} is no finite number")
+    return number
 
 
 def _written_out(node: yaml.Node, sizes: dict[yaml.Node, int | None]) -> int:

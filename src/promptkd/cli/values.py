@@ -1,6 +1,7 @@
 """A flag's text, or a value from a YAML file, becomes what the annotation of its field asks for."""
 
 import math
+import os
 import types
 from collections.abc import Callable, Mapping
 from enum import Enum
@@ -15,6 +16,8 @@ __all__ = ["LARGEST_INTEGER", "convert", "plain"]
 
 LARGEST_INTEGER = 2**63 - 1
 """What counts and sizes are kept in further down."""
+_LONGEST_NAME = 255
+"""Bytes of a file's name, on every common file system."""
 
 
 class _MismatchError(ValueError):
@@ -85,7 +88,9 @@ def _text(value: Any, _: Any) -> str:
 
 def _path(value: Any, _: Any) -> Path:
     if isinstance(value, str) and value and "\0" not in value:
-        return Path(value).expanduser()
+        path = Path(value).expanduser()
+        if all(len(os.fsencode(part)) <= _LONGEST_NAME for part in path.parts):
+            return path
     raise _MismatchError
 
 

@@ -14,7 +14,7 @@ import csv
 import gzip
 import re
 import zlib
-from codecs import BOM_UTF8
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterator
 from itertools import islice
 from json import JSONDecodeError
@@ -46,6 +46,8 @@ MOST_LINE_BYTES = 16 * MIB
 """Of a line of JSONL or CSV."""
 MOST_JSON_BYTES = 256 * MIB
 """Of a .json file, which is read as one; JSONL has no such limit."""
+
+_UTF16 = (BOM_UTF16_LE, BOM_UTF16_BE)
 
 _Located = tuple[str, Any]
 """Where a row stands, and the row."""
@@ -123,7 +125,7 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
                 raise RequestError(f"{location}: is longer than {MOST_LINE_BYTES // MIB} MiB. Expected a row a line.")
             if left is not None and (left := left - len(line)) < 0:
                 raise _unpacks_too_far(path)
-            if b"\0" in line:
+            if b"\0" in line and not line.startswith(_UTF16):
                 raise RequestError(f"{location}: holds a NUL byte. Expected text in UTF-8.")
             yield location, _utf8(line.removeprefix(BOM_UTF8) if number == 1 else line, location)
 
@@ -139,7 +141,7 @@ def _utf8(data: bytes, location: str) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        if data.startswith(_UTF16):
             raise RequestError(f"{location}: is UTF-16. Save the file as UTF-8.") from error
         raise RequestError(
             f"{location}: not valid UTF-8 (byte {data[error.start]:#04x} at {error.start}). Save the file as UTF-8."

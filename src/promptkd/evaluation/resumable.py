@@ -65,6 +65,7 @@ class ResumableLines:
     def _parsed(self, text: bytes, number: int) -> Line:
         try:
             line = json_value(text)
+            _encoded([line])  # what cannot be written again is not taken: half a surrogate pair
         except ValueError:  # of the JSON and of its UTF-8
             line = None
         if not isinstance(line, dict) or not all(isinstance(line.get(name), _KEY_TYPES) for name in self._key):
@@ -134,6 +135,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
     """The settings in `path`, and the files it may speak for: those of its own job beside it, and no others."""
     try:
         began = json_value(_content(path))
+        _encoded([began])
     except ValueError:
         began = None
     stem = path.name.removesuffix("settings.json")

@@ -13,6 +13,7 @@ from promptkd.files import is_plain_name, json_value, read_json_object
 
 __all__ = ["adapter_base", "check_model_folder"]
 
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _MOST_HEADER_BYTES = 100_000_000  # safetensors' own limit
 _MOST_LAYERS_WITHOUT_WEIGHTS = 1024
@@ -26,8 +27,9 @@ def check_model_folder(folder: Path) -> None:
     """
     is_adapter = (folder / "adapter_config.json").is_file()
     if is_adapter:
-        read_json_object(folder / "adapter_config.json")
-        _need_safetensors(folder, "adapter_model.safetensors")
+        settings = read_json_object(folder / "adapter_config.json")
+        _need_safetensors(folder, ADAPTER_WEIGHTS)
+        _check_rank(folder, settings)
     if (folder / "config.json").is_file():
         config = read_json_object(folder / "config.json")
         _check_names_no_code(folder, config)
@@ -62,6 +64,8 @@ def _need_safetensors(folder: Path, pattern: str) -> None:
             f"{folder} holds its weights as pickle ({pickles[0]}), and unpickling can run code. Expected {pattern}: "
             "convert it where you trust it, by `save_pretrained` of transformers or PEFT."
         )
+    if pattern == ADAPTER_WEIGHTS:  # PEFT would look for it on the hub
+        raise RequestError(f"{folder} holds an adapter's configuration and no {pattern}.")
 
 
 def _check_index(index: Path) -> None:
@@ -97,6 +101,22 @@ def _check_layers(folder: Path, config: dict[str, Any]) -> None:
                     f"{folder / 'config.json'} asks for {layers} layers ({name}), and the folder holds "
                     f"{_count_weights(folder)} weights."
                 )
+
+
+def _check_rank(folder: Path, settings: dict[str, Any]) -> None:
+    """Refuse an adapter of a higher rank than its weights have: PEFT makes room for it before it compares them."""
+    patterns = settings.get("rank_pattern")
+    ranks = [settings.get("r"), settings.get("num_virtual_tokens")]
+    ranks += list(patterns.values()) if isinstance(patterns, dict) else []
+    header = _header(folder / ADAPTER_WEIGHTS)
+    sizes = [size for tensor in header.values() if isinstance(tensor, dict) for size in tensor.get("shape") or ()]
+    largest = max((size for size in sizes if isinstance(size, int)), default=0)
+    for rank in ranks:
+        if header and isinstance(rank, int) and rank > largest:
+            raise RequestError(
+                f"{folder / 'adapter_config.json'} asks for a rank or length of {rank}, and no weight beside it is "
+                f"larger than {largest}."
+            )
 
 
 def _count_weights(folder: Path) -> int:

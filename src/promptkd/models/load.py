@@ -28,6 +28,7 @@ from promptkd.results import ModelRecord, file_sha256
 __all__ = [
     "GGUF_CONVERSION",
     "cache_folder",
+    "clear_load_errors",
     "convert_gguf",
     "count_parameters",
     "load_model",
@@ -62,7 +63,7 @@ def load_model(
     if dtype not in _DTYPES:
         raise RequestError(f"Expected a dtype of {', '.join(_DTYPES)}. Got {dtype!r}.")
     source = resolve_model(name)
-    with _clear_load_errors(name):
+    with clear_load_errors(name):
         model, report = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=_DTYPES[dtype],
@@ -85,7 +86,7 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model. A missing padding token becomes EOS where there is one; ids never tell padding."""
     source = resolve_model(name)
-    with _clear_load_errors(name):
+    with clear_load_errors(name):
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -99,6 +100,10 @@ def resolve_model(name: str | Path) -> str:
         RequestError: for a path that does not exist, a folder that holds no model, a name that is neither.
     """
     text, path = str(name), Path(name).expanduser()
+    try:
+        path.is_dir()
+    except OSError as error:  # a name that is too long, or a folder that may not be entered
+        raise RequestError(f"No such model: {text:.200}: {error.strerror}.") from error
     if path.is_dir():
         return str(_model_folder(path))
     if path.is_file():
@@ -141,7 +146,8 @@ def _check_base(base: str, adapter: Path) -> None:
 
 
 @contextmanager
-def _clear_load_errors(name: str | Path) -> Iterator[None]:
+def clear_load_errors(name: str | Path) -> Iterator[None]:
+    """Whatever stops a model from being read is a wrong request that says which model and why."""
     try:
         yield
     except PromptKDError:
@@ -194,7 +200,7 @@ def convert_gguf(file: Path, folder: Path) -> None:
         RequestError: if transformers cannot read the file.
     """
     check_gguf(file)
-    with _clear_load_errors(file):
+    with clear_load_errors(file):
         where = str(file.parent)
         model = AutoModelForCausalLM.from_pretrained(where, gguf_file=file.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=file.name)

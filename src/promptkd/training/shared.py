@@ -104,6 +104,16 @@ class RunTrainer:
             return str(self._staging)
         return super()._get_output_dir(trial)  # type: ignore[misc]
 
+    def _load_best_model(self) -> None:
+        """The best checkpoint is one of this run's own, wherever a resumed checkpoint says that it lies."""
+        best = Path(self.args.output_dir) / Path(str(self.state.best_model_checkpoint)).name
+        if not best.is_dir():
+            raise RequestError(
+                f"The best checkpoint, {best.name}, is not in {self.args.output_dir}. Give --select last."
+            )
+        self.state.best_model_checkpoint = str(best)
+        super()._load_best_model()  # type: ignore[misc]
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """No card: the run's record and report say what was done."""
 
