@@ -186,7 +186,7 @@ def pickle_that_writes(path: Path) -> bytes:
         def __reduce__(self) -> tuple[Any, ...]:
             return os.mknod, (str(path),)
 
-    return pickle.dumps(Planted())
+    return pickle.dumps(Planted(), protocol=2)  # as torch.save writes
 
 
 def _putter(folder: Path) -> Any:

@@ -279,6 +279,13 @@ def test_a_wrong_request(models, capsys, monkeypatch, flags, message):
     assert message in ran.err
 
 
+def test_standard_input_that_is_no_utf8(models, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"th\xe9\n"), encoding="utf-8"))
+    ran = run(capsys, "chat", models / "other")
+    assert (ran.status, ran.out) == (2, "")
+    assert "standard input" in ran.err
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -287,6 +294,9 @@ def test_a_wrong_request(models, capsys, monkeypatch, flags, message):
         ("/seed 1.5", "Got 1.5"),
         ("/temperature warm", "Got warm"),
         ("/temperature -1", "temperature must be 0"),
+        ("/temperature nan", "Got nan"),
+        ("/temperature 1e999", "Got 1e999"),
+        (f"/seed {10**30}", "Got 1000000"),
     ],
 )
 def test_a_wrong_command_ends_a_script(models, capsys, monkeypatch, line, message):
