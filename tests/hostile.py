@@ -136,7 +136,6 @@ def make_models(folder: Path, student: Path, planted: Path) -> None:
     copy("torn").joinpath("model.safetensors").write_bytes(weights[:-99])
     copy("no-object").joinpath("config.json").write_text("[1]")
     copy("no-json").joinpath("config.json").write_text('{"model_type": "llama",')
-    copy("twice").joinpath("config.json").write_text('{"model_type": "llama", "model_type": "gpt2"}')
     copy("layers", num_hidden_layers=10**9)
     copy("wide", hidden_size=10**6, intermediate_size=10**6)
     copy("wider", hidden_size=10**30)

@@ -355,7 +355,6 @@ CASES |= {
     "safetensors that break off": Case(("chat", "W/m/torn", "--prompt", "the"), "model from W/m/torn", loads=True),
     "a configuration that is a list": Case(generate(model="W/m/no-object"), "must hold a JSON object. Got a list"),
     "a configuration that breaks off": Case(export("W/m/no-json"), "W/m/no-json/config.json is not valid JSON"),
-    "a model type twice": Case(exposure(student="W/m/twice"), "the key 'model_type' stands twice"),
     "10^9 layers": Case(generate(model="W/m/layers"), "asks for 1000000000 layers (num_hidden_layers), and the folder"),
     "10^6 dimensions": Case(
         generate(model="W/m/wide"), "its weights have other sizes than its config.json", loads=True

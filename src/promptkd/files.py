@@ -45,18 +45,21 @@ def read_regular(path: Path, *, most: int) -> bytes:
     return path.read_bytes()
 
 
-def json_value(text: str | bytes) -> Any:
-    """JSON in which no key stands twice in an object. Raises ValueError for anything else."""
+def json_value(text: str | bytes, *, unique: bool = True) -> Any:
+    """JSON, with `unique` such in which no key stands twice in an object. Raises ValueError for anything else."""
     try:
-        return json.loads(text, object_pairs_hook=_object)
+        return json.loads(text, object_pairs_hook=_object if unique else None)
     except RecursionError as error:
         raise ValueError(f"nested too deeply ({error})") from error
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The object in a file of settings. Raises `RequestError` if it holds none."""
+    """The object in a file of settings; of a key that stands twice the last counts, as with the libraries that read it.
+
+    Raises `RequestError` if it holds none.
+    """
     try:
-        value = json_value(read_regular(path, most=MOST_SETTINGS_BYTES))
+        value = json_value(read_regular(path, most=MOST_SETTINGS_BYTES), unique=False)
     except OSError as error:
         raise RequestError(f"{path} cannot be read: {error.strerror or error}.") from error
     except ValueError as error:
