@@ -245,7 +245,7 @@ def hostile_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subproc
     name = f"d{ESCAPE}{OVERRIDE}<img src=x>".replace("/", "")
     data = write_rows(folder / f"{name}.jsonl", planted)
     out, run_at = folder / "out", folder / "out" / f"r{ESCAPE}{OVERRIDE}"
-    limits = ("--max_prompt_length", 120, "--max_completion_length", 6, "--template", "{{ instruction }}")
+    limits = ("--max_prompt_length", 120, "--max_completion_length", 90, "--template", "{{ instruction }}")
     training = (*limits, "--max_steps", 1, "--per_device_train_batch_size", 4, "--use_cpu")
     pair, rows_of = ("--student", world.student, "--teacher", world.teacher), ("--data", data)
     secrets = [part for flag in FLAGS.items() for part in flag]
