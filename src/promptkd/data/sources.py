@@ -7,7 +7,7 @@ The rule for a name, in this order:
 3. "owner/name" is a data set on the hub; "owner/name:split" picks its split, "owner/name:config:split" its
    configuration as well.
 
-A file is read within limits, lest a small one fill the memory: `MOST_LINE_BYTES`, `MOST_JSON_BYTES`, `allowance`.
+A file is read within limits, lest a small one fill the memory: `MOST_LINE_BYTES`, `MOST_JSON_BYTES` and `tables.allowance`.
 """
 
 import csv
@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from promptkd.data.rows import Example, Instruction, Message, Request, example_from_row, examples_from_rows
+from promptkd.data.tables import allowance, parquet_rows, saved_rows, undecoded, unpacks_too_far
 from promptkd.errors import RequestError
-from promptkd.files import MIB, is_plain_name, json_value, not_regular, read_json_object, read_regular
+from promptkd.files import MIB, json_value, not_regular, read_regular
 
 __all__ = [
     "MOST_JSON_BYTES",
@@ -33,7 +34,6 @@ __all__ = [
     "Instruction",
     "Message",
     "Request",
-    "allowance",
     "examples_from_rows",
     "read_examples",
     "read_objects",
@@ -51,11 +51,6 @@ _UTF16 = (BOM_UTF16_LE, BOM_UTF16_BE)
 
 _Located = tuple[str, Any]
 """Where a row stands, and the row."""
-
-
-def allowance(compressed: int) -> int:
-    """Most bytes that a compressed file of so many bytes may unpack to: 64 MiB and a hundred times its size."""
-    return 64 * MIB + 100 * compressed
 
 
 def read_examples(source: str | Path, *, split: str = "train", limit: int | None = None) -> list[Example]:
@@ -100,7 +95,7 @@ def _located_rows(source: str, split: str) -> Iterator[_Located]:
 
 
 def _file(path: Path) -> Iterator[_Located]:
-    readers = {".jsonl": _jsonl, ".jsonl.gz": _jsonl, ".json": _json, ".parquet": _parquet, ".csv": _csv}
+    readers = {".jsonl": _jsonl, ".jsonl.gz": _jsonl, ".json": _json, ".parquet": parquet_rows, ".csv": _csv}
     suffix = _suffix(path.name)
     if suffix is None:
         raise RequestError(f"{path} must be a data file that ends in one of {', '.join(SUFFIXES)}.")
@@ -124,17 +119,10 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
             if len(line) > MOST_LINE_BYTES:
                 raise RequestError(f"{location}: is longer than {MOST_LINE_BYTES // MIB} MiB. Expected a row a line.")
             if left is not None and (left := left - len(line)) < 0:
-                raise _unpacks_too_far(path)
+                raise unpacks_too_far(path)
             if b"\0" in line and not line.startswith(_UTF16):
                 raise RequestError(f"{location}: holds a NUL byte. Expected text in UTF-8.")
             yield location, _utf8(line.removeprefix(BOM_UTF8) if number == 1 else line, location)
-
-
-def _unpacks_too_far(path: Path) -> RequestError:
-    return RequestError(
-        f"{path} unpacks to more than {allowance(path.stat().st_size) // MIB} MiB: 64 MiB and a hundred times its size "
-        "are allowed. Write it as uncompressed JSONL if that is meant."
-    )
 
 
 def _utf8(data: bytes, location: str) -> str:
@@ -204,31 +192,9 @@ def _csv(path: Path) -> Iterator[_Located]:
         raise RequestError(f"{path}, line {reader.line_num}: not valid CSV: {error}.") from error
 
 
-def _parquet(path: Path) -> Iterator[_Located]:
-    import pyarrow
-    import pyarrow.parquet
-
-    index, left = 0, allowance(path.stat().st_size)
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            groups = range(file.metadata.num_row_groups)
-            if sum(file.metadata.row_group(group).total_byte_size for group in groups) > left:
-                raise _unpacks_too_far(path)
-            for batch in file.iter_batches(batch_size=1024):
-                if (left := left - batch.nbytes) < 0:
-                    raise _unpacks_too_far(path)
-                for row in batch.to_pylist():
-                    yield f"{path}, row {index}", row
-                    index += 1
-    except RequestError:
-        raise
-    except (pyarrow.ArrowException, ValueError, OverflowError, OSError) as error:
-        raise RequestError(f"{path} is not a readable Parquet file (after {index} rows): {error}.") from error
-
-
 def _folder(path: Path, split: str) -> Iterator[_Located]:
     if any((path / marker).is_file() for marker in ("dataset_dict.json", "state.json")):
-        return _saved(path, split)
+        return saved_rows(path, split)
     files = sorted(file for file in path.iterdir() if file.is_file() and _suffix(file.name))
     named = [file for file in files if file.name.lower().removesuffix(str(_suffix(file.name))) == split]
     if len(named) == 1 or len(files) == 1:
@@ -238,50 +204,6 @@ def _folder(path: Path, split: str) -> Iterator[_Located]:
         f"The folder {path} must be a data set saved by `datasets`, or hold one data file ({', '.join(SUFFIXES)}) or "
         f"one named {split!r}. It holds {names}. Name a file."
     )
-
-
-def _saved(path: Path, split: str) -> Iterator[_Located]:
-    import datasets
-
-    _check_inside(path)
-    try:
-        data = datasets.load_from_disk(str(path))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, datasets.exceptions.DatasetsError) as error:
-        raise RequestError(f"The data set saved in {path} cannot be read: {error}") from error
-    if isinstance(data, datasets.DatasetDict):
-        if split not in data:
-            raise RequestError(f"The data set saved in {path} has no split {split!r}. It has: {', '.join(data)}.")
-        data = data[split]
-    return _undecoded(data, str(path))
-
-
-def _check_inside(path: Path) -> None:
-    """Refuse a saved data set whose parts are elsewhere than in its folder."""
-    folders = [path]
-    if (path / "dataset_dict.json").is_file():
-        splits = read_json_object(path / "dataset_dict.json").get("splits")
-        if not isinstance(splits, list) or not all(map(is_plain_name, splits)):
-            raise RequestError(f"{path / 'dataset_dict.json'} must list splits by name. Got {splits!r:.200}.")
-        folders = [path / split for split in splits]
-    for folder in folders:
-        files = read_json_object(folder / "state.json").get("_data_files")
-        names = [each.get("filename") if isinstance(each, dict) else each for each in files or ()]
-        if not isinstance(files, list) or not all(map(is_plain_name, names)):
-            raise RequestError(f"{folder / 'state.json'} must list files of its own folder. Got {names!r:.200}.")
-
-
-def _undecoded(data: Any, name: str) -> Iterator[_Located]:
-    """Rows as they are stored: no image or sound is decoded, which would open whatever path or address a row holds."""
-    import pyarrow
-
-    index = 0
-    try:
-        for table in data.with_format("arrow").iter(1024):
-            for row in table.to_pylist():
-                yield f"{name}, row {index}", row
-                index += 1
-    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
-        raise RequestError(f"The data set {name} cannot be read (after {index} rows): {error}.") from error
 
 
 def _hub(source: str, split: str) -> Iterator[_Located]:
@@ -301,4 +223,4 @@ def _hub(source: str, split: str) -> Iterator[_Located]:
             f"No file or folder is named {source}, and the data set {name!r} (split {split!r}) cannot be loaded from "
             f"the hub: {error}. Check the name and the network, or give a local file."
         ) from error
-    return _undecoded(data, source)
+    return undecoded(data, source)
