@@ -59,8 +59,9 @@ class _Walk:
             raise _TornError(f"its alignment is {alignment}")
         ends = [self._tensor_end() for _ in range(tensors)]
         start = -(-self.file.tell() // alignment) * alignment
-        if start + max(ends, default=0) > self.size:
-            raise _TornError(f"its tensors end at byte {start + max(ends)}, and it has {self.size}")
+        end = start + max(ends, default=0)
+        if end > self.size:
+            raise _TornError(f"its tensors end at byte {end}, and it has {self.size}")
 
     def _tensor_end(self) -> int:
         self._text()
