@@ -14,10 +14,11 @@ import pytest
 from rich.console import Console
 
 from commands import hear_interrupts, json_lines, run, write_rows
-from promptkd.cli.chat_view import Writing, shown, write_in_turn, write_side_by_side
+from promptkd.cli.chat_view import Writing, write_in_turn, write_side_by_side
 from promptkd.errors import RequestError
 from promptkd.evaluation.conversation import Answer, Conversation, Decoding
 from promptkd.evaluation.generation import generate, row_seeds
+from promptkd.visible import shown
 from tiny import END_ID, POSITIONS, save_model, tiny_model, tiny_tokenizer
 
 LENGTH = 12
@@ -268,7 +269,7 @@ def test_no_terminal_obeys_a_model(cut):
         (("student", "--template", "nonsense", "--prompt", "x"), "nonsense"),
         (("other", "--template", "chat", "--prompt", "x"), "has no chat template"),
         (("student", "--prompt", "a" * POSITIONS), "student: The prompt has 514 tokens"),
-        (("student", "--prompt", "\udc80"), "no UTF-8"),
+        (("student", "--prompt", "\udc80"), "no character of UTF-8"),
     ],
 )
 def test_a_wrong_request(models, capsys, monkeypatch, flags, message):
@@ -276,6 +277,13 @@ def test_a_wrong_request(models, capsys, monkeypatch, flags, message):
     ran = run(capsys, "chat", *flags)
     assert (ran.status, ran.out) == (2, "")
     assert message in ran.err
+
+
+def test_standard_input_that_is_no_utf8(models, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"th\xe9\n"), encoding="utf-8"))
+    ran = run(capsys, "chat", models / "other")
+    assert (ran.status, ran.out) == (2, "")
+    assert "standard input" in ran.err
 
 
 @pytest.mark.parametrize(
@@ -286,6 +294,9 @@ def test_a_wrong_request(models, capsys, monkeypatch, flags, message):
         ("/seed 1.5", "Got 1.5"),
         ("/temperature warm", "Got warm"),
         ("/temperature -1", "temperature must be 0"),
+        ("/temperature nan", "Got nan"),
+        ("/temperature 1e999", "Got 1e999"),
+        (f"/seed {10**30}", "Got 1000000"),
     ],
 )
 def test_a_wrong_command_ends_a_script(models, capsys, monkeypatch, line, message):

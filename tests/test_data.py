@@ -290,11 +290,13 @@ def test_folders_saved_by_datasets(tmp_path):
     ],
 )
 def test_hub_names_say_split_and_configuration(monkeypatch, source, asked):
+    import datasets
+
     calls = []
 
     def load_dataset(name, config, *, split):
         calls.append((name, config, split))
-        return ROWS
+        return datasets.Dataset.from_list(ROWS)
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     examples = read_examples(source)

@@ -18,12 +18,13 @@ ROWS = (
     ("models",),
     ("data", "objectives"),
     ("results",),
-    ("switches",),
+    ("files",),
+    ("switches", "visible", "redact"),
     ("errors",),
 )
 DEPTH = {part: depth for depth, row in enumerate(ROWS) for part in row}
 FACES = {"__init__", "__main__"}  # the package's own, which stand above everything
-NARROWER = {"report": {"results", "errors"}, "objectives": {"errors"}}
+NARROWER = {"report": {"results", "errors", "visible"}, "objectives": {"errors"}}
 """Parts that may import less than what stands below them: a report reads records, objectives know tensors."""
 
 

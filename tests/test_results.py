@@ -5,7 +5,8 @@ import json
 import pytest
 
 from promptkd.errors import RequestError
-from promptkd.results import Evaluation, Metric, Results, file_sha256, without_secrets
+from promptkd.redact import without_secrets
+from promptkd.results import Evaluation, Metric, Results, file_sha256
 
 
 def record():

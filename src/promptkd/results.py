@@ -8,10 +8,8 @@ import hashlib
 import json
 import os
 import platform
-import re
 import subprocess
 import sys
-from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -21,6 +19,8 @@ import psutil
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from promptkd.errors import RequestError
+from promptkd.files import MIB, read_regular
+from promptkd.redact import without_secrets
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -39,11 +39,12 @@ __all__ = [
     "file_sha256",
     "machine_facts",
     "read_history",
-    "without_secrets",
 ]
 
 SCHEMA_VERSION: Literal[1] = 1
-_SECRET_FLAG = re.compile(r"--(?:.*[-_])?(?:token|key|secret|password)")
+_MOST_BYTES = 1024 * MIB
+"""Of a record, with every answer of an evaluation in it."""
+_FOREIGN_CODE = "Code that came with a model was allowed to run (--trust_remote_code)."
 Kind = Literal["prune", "sft", "distill", "generate", "evaluate", "exposure-bias", "judge", "compare", "demo"]
 
 
@@ -192,7 +193,9 @@ class Results(_Record):
     """Sentences that a reader of the figures must know."""
 
     def write(self, path: Path) -> None:
-        """Validate and write to `path`, whole or not at all."""
+        """Validate and write to `path`, whole or not at all. A note says so where a model's own code was allowed."""
+        if self.config.get("trust_remote_code") and _FOREIGN_CODE not in self.notes:
+            self.notes.append(_FOREIGN_CODE)
         record = Results.model_validate(self.model_dump())
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
@@ -203,9 +206,9 @@ class Results(_Record):
     def read(cls, path: Path) -> "Results":
         """Read and validate `path`. Raises `RequestError` if it is not such a record."""
         try:
-            text = path.read_text(encoding="utf-8")
+            text = read_regular(path, most=_MOST_BYTES).decode("utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is no text"
+            reason = error.strerror if isinstance(error, OSError) else "it is no text in UTF-8"
             raise RequestError(f"Expected a results file at {path}: {reason}.") from error
         try:
             return cls.model_validate_json(text)
@@ -216,18 +219,6 @@ class Results(_Record):
                 f"{path} is not a results record of schema version {SCHEMA_VERSION}: {where}: {first['msg']}. "
                 "Make it anew with the command that wrote it."
             ) from error
-
-
-def without_secrets(arguments: Sequence[str]) -> list[str]:
-    """Arguments with the values of flags such as --hub_token starred out."""
-    shown: list[str] = []
-    hide_next = False
-    for argument in arguments:
-        flag, equals, _ = argument.partition("=")
-        is_secret = _SECRET_FLAG.fullmatch(flag) is not None
-        shown.append("***" if hide_next else f"{flag}=***" if is_secret and equals else argument)
-        hide_next = is_secret and not equals
-    return shown
 
 
 def code_version() -> dict[str, str | None]:

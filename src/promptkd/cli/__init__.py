@@ -20,6 +20,8 @@ from collections.abc import Sequence
 from promptkd.cli.help import command_help, overview
 from promptkd.cli.options import nearest, parse_options
 from promptkd.errors import PromptKDError, RequestError
+from promptkd.redact import redacted
+from promptkd.visible import shown
 
 __all__ = ["COMMANDS", "main"]
 
@@ -38,6 +40,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("promptkd.cli.export", "Write a model as serving tools load it: GGUF or safetensors."),
 }
 """Each command's name, in the order of the help: its module and what it does."""
+
+_LONGEST_MESSAGE = 4000
+"""Characters of a failure's message that are shown: it may quote what a file holds."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,7 +76,9 @@ def _report(error: KeyboardInterrupt | Exception, program: str, debug: bool) -> 
     else:
         advice = "" if debug else " Run again with --debug for the traceback."
         message, status = f"{program} failed: {_one_line(error)}{advice}", 1
-    print(message, file=sys.stderr)
+    if len(message) > _LONGEST_MESSAGE:
+        message = f"{message[:_LONGEST_MESSAGE]} … ({len(message)} characters)"
+    print(shown(redacted(message)), file=sys.stderr)
     return status
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from promptkd.cli.values import LARGEST_INTEGER
 from promptkd.errors import RequestError
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def run(options: Options, training: dict[str, Any]) -> None:
     elif sys.stdin.isatty() and sys.stdout.isatty():
         session.talk()
     else:
-        for line in sys.stdin:
+        for line in _piped_lines():
             if line.strip() and not session.take(line.rstrip("\n")):
                 break
 
@@ -176,9 +177,19 @@ class _Session:
 
 def _number(kind: type[Number], name: str, value: str) -> Number:
     try:
-        return kind(value)
+        number = kind(value)
+        if abs(number) <= LARGEST_INTEGER:  # neither NaN nor infinite
+            return number
     except ValueError:
-        raise RequestError(f"{name} expects a number. Got {value or 'nothing'}.") from None
+        pass
+    raise RequestError(f"{name} expects a number. Got {value[:40] or 'nothing'}.")
+
+
+def _piped_lines() -> Iterator[str]:
+    try:
+        yield from sys.stdin
+    except UnicodeDecodeError as error:
+        raise RequestError(f"Expected UTF-8 on standard input: {error}.") from error
 
 
 def _typed_lines() -> Iterator[str]:

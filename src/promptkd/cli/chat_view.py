@@ -12,26 +12,16 @@ from rich.table import Table
 from rich.text import Text
 
 from promptkd.cli.session import say
-from promptkd.report.escape import visible
+from promptkd.visible import shown
 
 if TYPE_CHECKING:
     from promptkd.evaluation.conversation import Answer
 
-__all__ = ["Writing", "on_terminal", "shown", "write_in_turn", "write_side_by_side"]
+__all__ = ["Writing", "on_terminal", "write_in_turn", "write_side_by_side"]
 
 NARROWEST = 36
 """Cells of a column below which fewer columns stand side by side."""
 SECONDS_BETWEEN_FRAMES = 0.08
-_REORDERING = dict.fromkeys([0x061C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A)], 0xFFFD)
-
-
-def shown(text: str) -> str:
-    """What a model wrote, so that no terminal obeys it.
-
-    Control characters become their pictures (␛), and the marks that reorder or break lines (bidirectional overrides,
-    line and paragraph separators) U+FFFD.
-    """
-    return visible(text).translate(_REORDERING)
 
 
 def on_terminal(console: Console) -> bool:
@@ -103,7 +93,7 @@ def write_in_turn(console: Console, writings: Sequence[Writing]) -> None:
             console.out(shown(each.advance()), end="", highlight=False)
             console.file.flush()
         console.out("\n", highlight=False)
-        say(f"{shown(each.label)}: {each.status}.")
+        say(f"{each.label}: {each.status}.")
 
 
 def _page(console: Console, writings: Sequence[Writing], lines: int | None = None) -> RenderableType:

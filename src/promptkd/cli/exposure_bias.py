@@ -176,10 +176,15 @@ def _settings(options: Options) -> dict[str, Any]:
 
 
 def _check(options: Options) -> None:
+    from promptkd.cli.measuring import MOST_TOKENS
     from promptkd.errors import RequestError
 
     checks = [
         (options.samples_per_row < 1, f"--samples-per-row must be at least 1, got {options.samples_per_row}"),
+        (
+            options.max_completion_length > MOST_TOKENS,
+            f"--max-completion-length must be at most {MOST_TOKENS}, got {options.max_completion_length}",
+        ),
         (options.batch_size < 1, f"--batch-size must be at least 1, got {options.batch_size}"),
         (options.seed < 0, f"--seed must be 0 or more, got {options.seed}"),
         (

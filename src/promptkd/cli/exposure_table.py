@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 
 from promptkd.evaluation import ExposureBias
-from promptkd.report.escape import visible
 from promptkd.results import CurvePoint, Metric
+from promptkd.visible import shown
 
 __all__ = ["exposure_table"]
 
@@ -22,7 +22,7 @@ def exposure_table(measured: Mapping[str, ExposureBias]) -> str:
     for label, each in measured.items():
         points = dict(enumerate(each.points, 1))
         cells = [_cell(each.on_student, 3), _cell(each.on_teacher, 3), *(_cell(points.get(x), 1) for x in lengths)]
-        lines.append([visible(label), *(value for value, _ in cells)])
+        lines.append([shown(label), *(value for value, _ in cells)])
         lines.append(["", *(interval for _, interval in cells)])
     return "\n".join(_aligned(line, [max(map(len, column)) for column in zip(*lines, strict=True)]) for line in lines)
 

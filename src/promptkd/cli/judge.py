@@ -113,6 +113,7 @@ def _check(options: Options) -> None:
     from promptkd.cli.session import check_writable
     from promptkd.errors import RequestError
     from promptkd.evaluation.endpoint import check_url
+    from promptkd.redact import without_secret_values
 
     own = sorted({"model", "messages", "stream", "n"} & (options.extra_body or {}).keys())
     checks = [
@@ -127,6 +128,10 @@ def _check(options: Options) -> None:
             f"--max-tokens must be 1 or more, got {options.max_tokens}",
         ),
         (bool(own), f"--extra-body must not hold {', '.join(own)}"),
+        (
+            without_secret_values(options.extra_body or {}) != (options.extra_body or {}),
+            "--extra-body must hold no key, token or password, for the record keeps it; set OPENAI_API_KEY instead",
+        ),
         (options.against is None and options.against_label is not None, "--against-label needs --against"),
         (_same_label(options), "both models have the same name: give --label or --against-label"),
         (options.out.is_dir(), f"--out must be a file, and {options.out} is a folder"),

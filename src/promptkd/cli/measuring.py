@@ -19,6 +19,9 @@ __all__ = [
     "training_cost",
 ]
 
+MOST_TOKENS = 1_000_000
+"""Of a response. Buffers have room for as many."""
+
 
 def check_output(path: Path, *, overwrite: bool) -> None:
     """Refuse a folder, a file that exists already, or a place that cannot be written to, before any work."""
@@ -38,6 +41,10 @@ def check_decoding(options: Any, seeds: Sequence[int]) -> None:
         (
             options.max_completion_length < 1,
             f"--max-completion-length must be at least 1 token, got {options.max_completion_length}",
+        ),
+        (
+            options.max_completion_length > MOST_TOKENS,
+            f"--max-completion-length must be at most {MOST_TOKENS}, got {options.max_completion_length}",
         ),
         (options.batch_size < 1, f"--batch-size must be at least 1, got {options.batch_size}"),
         (any(seed < 0 for seed in seeds), f"seeds must be 0 or more, got {_listed(seeds)}"),

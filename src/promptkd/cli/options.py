@@ -14,14 +14,15 @@ from typing import Any
 from promptkd.cli.annotations import choices, describe, takes_switch, takes_values
 from promptkd.cli.config_file import read_config, write_config
 from promptkd.cli.fields import Field, own_fields, positional, training_fields
-from promptkd.cli.values import convert, plain
+from promptkd.cli.values import LARGEST_INTEGER, convert, plain
 from promptkd.errors import RequestError
+from promptkd.redact import is_secret, redacted, without_secret_values
 
 __all__ = ["Parsed", "merged_config", "nearest", "parse_options", "write_config"]
 
 _PROGRAM_FLAGS = ("config", "debug", "help", "help_all", "version")
-_SECRETS = frozenset({"hub_token"})
 _NUMBER = re.compile(r"-[0-9.]")
+_LONGEST_SHOWN = 200
 _REPEATED = "Give it once."
 _REPEATED_LIST = "Give the values together: --flag A B."
 
@@ -50,7 +51,7 @@ class _Flag:
 def merged_config(options: Any, training: dict[str, Any]) -> dict[str, Any]:
     """Every option and every training value that was given, as plain data for `write_config`; secrets are left out."""
     merged = {field.name: vars(options)[field.name] for field in fields(options)} | training
-    return {name: plain(value) for name, value in merged.items() if name not in _SECRETS}
+    return without_secret_values({name: plain(value) for name, value in merged.items()})
 
 
 def parse_options(name: str, command: ModuleType, arguments: Sequence[str]) -> Parsed:
@@ -187,14 +188,15 @@ class _Request:
                 self.problems.append(f"{spelled} is missing: {field.help or describe(field.annotation)}")
 
     def _set(self, field: Field, value: Any, source: str, *, keep: bool = True) -> None:
+        if not _is_written(value):
+            self.problems.append(f"{source} holds what is no character of UTF-8 (half a surrogate pair). Type it anew.")
+            return
         try:
             converted = convert(value, field.annotation, default=field.default)
-        except ValueError:
+        except (ValueError, RecursionError):
             expected = describe(field.annotation)
-            hint = " Put it in quotes." if isinstance(value, bool | int | float) and "text" in expected else ""
-            if isinstance(value, str) and (guess := nearest(value, choices(field.annotation))):
-                hint = f" Did you mean {guess}?"
-            self.problems.append(f"{source} expects {expected}. Got {_show(value)}.{hint}")
+            got = "a secret" if is_secret(field.name) else _show(value)
+            self.problems.append(f"{source} expects {expected}. Got {got}.{_hint(value, expected, field)}")
         else:
             if keep:
                 self.values[field.name] = converted
@@ -216,7 +218,31 @@ class _Request:
         return f" Did you mean {prefix}{guess.replace('_', dash)}?" if guess else " --help-all lists every name."
 
 
+def _hint(value: Any, expected: str, field: Field) -> str:
+    if isinstance(value, str) and (guess := nearest(value, choices(field.annotation))):
+        return f" Did you mean {guess}?"
+    if isinstance(value, bool | int | float) and "text" in expected:
+        return " Put it in quotes."
+    if "whole number" in expected and re.fullmatch(r"[-+]?\d{19,}", _show(value).strip("'")):
+        return f" It may be at most {LARGEST_INTEGER}."
+    return ""
+
+
+def _is_written(value: Any) -> bool:
+    """Whether every text in `value` can be written as UTF-8: an argument in another encoding cannot."""
+    if isinstance(value, str):
+        return not any("\ud800" <= character <= "\udfff" for character in value)
+    if isinstance(value, dict):
+        return all(_is_written(key) and _is_written(part) for key, part in value.items())
+    return all(map(_is_written, value)) if isinstance(value, list) else True
+
+
 def _show(value: Any) -> str:
     if isinstance(value, list):
-        return " ".join(str(part) for part in value) or "no value"
-    return "nothing" if value in (None, "") else repr(value)
+        text = " ".join(str(part) for part in value) or "no value"
+    elif isinstance(value, int) and not isinstance(value, bool) and abs(value) > LARGEST_INTEGER:
+        text = "a number that is far larger" if value.bit_length() > 10_000 else str(value)
+    else:
+        text = "nothing" if value is None or value == "" else repr(value)
+    text = redacted(text)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]} … ({len(text)} characters)"

@@ -103,7 +103,8 @@ def _check_own(out: Path) -> None:
 
     held = {each.name for each in out.iterdir()} if out.is_dir() else set()
     record = Results.read(out / "results.json") if "results.json" in held else None
-    own = ["results.json", *record.config.get("files", [])] if record is not None and record.kind == "prune" else []
+    files = record.config.get("files") if record is not None and record.kind == "prune" else None
+    own = ["results.json", *map(str, files)] if isinstance(files, list) else []
     foreign = sorted(held - set(own))
     if foreign:
         raise RequestError(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from promptkd.cli.options import write_config
 from promptkd.errors import RequestError
+from promptkd.visible import shown
 
 if TYPE_CHECKING:
     from promptkd.results import DataRecord
@@ -35,9 +36,9 @@ _MAY_CHANGE = frozenset({"resume", "overwrite", "out"})
 
 
 def say(text: str) -> None:
-    """A line on standard error, from the first process alone."""
+    """A line on standard error, from the first process alone; no terminal obeys what a name in it holds."""
     if is_main_process():
-        print(text, file=sys.stderr, flush=True)
+        print(shown(text), file=sys.stderr, flush=True)
 
 
 def is_main_process() -> bool:

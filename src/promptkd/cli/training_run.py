@@ -2,13 +2,14 @@
 
 import time
 from contextlib import AbstractContextManager
+from pickle import UnpicklingError
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from promptkd.cli.measuring import label_of
 from promptkd.cli.options import merged_config
 from promptkd.cli.session import RunFolder, data_record, is_main_process, peak_memory, quiet_libraries, say
-from promptkd.errors import RequestError
+from promptkd.errors import PromptKDError, RequestError
 
 if TYPE_CHECKING:
     from promptkd.results import Training
@@ -128,6 +129,11 @@ class TrainingRun:
         started = time.perf_counter()
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        except UnpicklingError as error:
+            raise PromptKDError(
+                f"{checkpoint} holds more than tensors, and nothing else is unpickled: it is damaged, or no checkpoint "
+                "of this run. Remove it to go on from the one before."
+            ) from error
         finally:
             bar.close()
         self.timings["train"] = time.perf_counter() - started

@@ -1,6 +1,7 @@
 """A flag's text, or a value from a YAML file, becomes what the annotation of its field asks for."""
 
 import math
+import os
 import types
 from collections.abc import Callable, Mapping
 from enum import Enum
@@ -11,7 +12,12 @@ from promptkd.cli.annotations import choices, item_of, kind_of, members, spell
 from promptkd.cli.config_file import parse_yaml
 from promptkd.errors import RequestError
 
-__all__ = ["convert", "plain"]
+__all__ = ["LARGEST_INTEGER", "convert", "plain"]
+
+LARGEST_INTEGER = 2**63 - 1
+"""What counts and sizes are kept in further down."""
+_LONGEST_NAME = 255
+"""Bytes of a file's name, on every common file system."""
 
 
 class _MismatchError(ValueError):
@@ -55,9 +61,11 @@ def _boolean(value: Any, _: Any) -> bool:
 def _integer(value: Any, _: Any) -> int:
     if isinstance(value, str | int) and not isinstance(value, bool):
         try:
-            return int(value)
+            number = int(value)
         except ValueError:
-            pass
+            raise _MismatchError from None
+        if abs(number) <= LARGEST_INTEGER:
+            return number
     raise _MismatchError
 
 
@@ -79,8 +87,10 @@ def _text(value: Any, _: Any) -> str:
 
 
 def _path(value: Any, _: Any) -> Path:
-    if isinstance(value, str) and value:
-        return Path(value).expanduser()
+    if isinstance(value, str) and value and "\0" not in value:
+        path = Path(value).expanduser()
+        if all(len(os.fsencode(part)) <= _LONGEST_NAME for part in path.parts):
+            return path
     raise _MismatchError
 
 

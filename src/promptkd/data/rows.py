@@ -10,11 +10,12 @@ A file may mix the forms. A null field counts as missing, other columns are igno
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from promptkd.errors import RequestError
 
-__all__ = ["Example", "Instruction", "Message", "Request", "example_from_row", "examples_from_rows"]
+__all__ = ["Example", "Instruction", "Message", "Request", "example_from_row", "examples_from_rows", "text_field"]
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _FORMS = (
@@ -83,7 +84,7 @@ def example_from_row(fields: Mapping[str, Any], *, location: str, row: int) -> E
     elif "prompt" in present:
         request, references = _from_prompt(present, location)
     else:
-        keys = ", ".join(repr(key) for key in present) or "no field that is not null"
+        keys = ", ".join(f"{key!r:.60}" for key in islice(present, 8)) or "no field that is not null"
         raise RequestError(f"{location}: expected {_FORMS}. Got {keys}.")
     if references and fields.get(_ENDED) is False:
         # `promptkd generate` marks a response that the length limit cut; an end token behind it would be untrue.
@@ -95,18 +96,18 @@ def example_from_row(fields: Mapping[str, Any], *, location: str, row: int) -> E
 
 
 def _from_instruction(fields: Mapping[str, Any], location: str) -> tuple[Instruction, tuple[str, ...]]:
-    instruction = _text(fields["instruction"], "instruction", location, empty=False)
-    context = _text(fields.get("input", ""), "input", location)
+    instruction = text_field(fields["instruction"], "instruction", location, empty=False)
+    context = text_field(fields.get("input", ""), "input", location)
     output = fields.get("output")
     if output is None:
         return Instruction(instruction, context), ()
     if isinstance(output, str):
-        return Instruction(instruction, context), (_text(output, "output", location),)
+        return Instruction(instruction, context), (text_field(output, "output", location),)
     if not isinstance(output, list | tuple):
         raise RequestError(f"{location}: 'output' must be a string or a list of strings, got {_kind(output)}.")
     if not output:
         raise RequestError(f"{location}: 'output' is an empty list. Leave it out if the row has no reference.")
-    references = tuple(_text(each, f"output[{index}]", location) for index, each in enumerate(output))
+    references = tuple(text_field(each, f"output[{index}]", location) for index, each in enumerate(output))
     return Instruction(instruction, context), references
 
 
@@ -122,14 +123,14 @@ def _from_messages(fields: Mapping[str, Any], location: str) -> tuple[tuple[Mess
 def _from_prompt(fields: Mapping[str, Any], location: str) -> tuple[str | tuple[Message, ...], tuple[str, ...]]:
     prompt: str | tuple[Message, ...]
     if isinstance(fields["prompt"], str):
-        prompt = _text(fields["prompt"], "prompt", location, empty=False)
+        prompt = text_field(fields["prompt"], "prompt", location, empty=False)
     else:
         prompt = _request_messages(_messages(fields["prompt"], "prompt", location), "prompt", location)
     completion = fields.get("completion")
     if completion is None:
         return prompt, ()
     if isinstance(completion, str):
-        return prompt, (_text(completion, "completion", location),)
+        return prompt, (text_field(completion, "completion", location),)
     answer = _messages(completion, "completion", location)
     if len(answer) != 1 or answer[0]["role"] != "assistant":
         roles = ", ".join(message["role"] for message in answer)
@@ -150,11 +151,12 @@ def _messages(value: Any, field: str, location: str) -> list[Message]:
             raise RequestError(f"{location}: {name!r} must be {{'role', 'content'}}, got {_kind(each)}.")
         message = {key: part for key, part in each.items() if part is not None}
         if message.get("role") not in _ROLES:
-            got = repr(message["role"]) if "role" in message else "none"
+            got = f"{message['role']!r:.60}" if "role" in message else "none"
             raise RequestError(f"{location}: the role of {name!r} must be one of {', '.join(_ROLES)}. Got {got}.")
         if "content" not in message:
             raise RequestError(f"{location}: {name!r} has no content. Expected a string.")
-        _text(message["content"], f"{name}.content", location)
+        text_field(message["content"], f"{name}.content", location)
+        _check_characters(message, name, location)
         messages.append(message)
     return messages
 
@@ -169,12 +171,19 @@ def _request_messages(messages: list[Message], field: str, location: str) -> tup
     return tuple(messages)
 
 
-def _text(value: Any, field: str, location: str, *, empty: bool = True) -> str:
+def text_field(value: Any, field: str, location: str, *, empty: bool = True) -> str:
+    """`value` if it is text that can be written as UTF-8. Raises `RequestError` if not."""
     if not isinstance(value, str):
         raise RequestError(f"{location}: {field!r} must be a string, got {_kind(value)}.")
     if not empty and not value.strip():
         raise RequestError(f"{location}: {field!r} is empty. Expected some text.")
-    if not value.isascii():
+    _check_characters(value, field, location)
+    return value
+
+
+def _check_characters(value: Any, field: str, location: str) -> None:
+    """Refuse half a surrogate pair in a text, or anywhere in what a chat template may read."""
+    if isinstance(value, str) and not value.isascii():
         try:
             value.encode("utf-8")
         except UnicodeEncodeError as error:
@@ -182,7 +191,13 @@ def _text(value: Any, field: str, location: str, *, empty: bool = True) -> str:
                 f"{location}: {field!r} holds half of a surrogate pair ({value[error.start]!r}), which is no "
                 "character. Write the file anew as UTF-8."
             ) from error
-    return value
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            _check_characters(key, field, location)
+            _check_characters(part, field, location)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            _check_characters(part, field, location)
 
 
 def _kind(value: Any) -> str:

@@ -6,23 +6,29 @@ The rule for a name, in this order:
 2. What looks like a path (begins with ".", "/" or "~", or ends in one of the suffixes) and does not exist is an error.
 3. "owner/name" is a data set on the hub; "owner/name:split" picks its split, "owner/name:config:split" its
    configuration as well.
+
+A file is read within limits, lest a small one fill the memory: `MOST_LINE_BYTES`, `MOST_JSON_BYTES` and `tables.allowance`.
 """
 
 import csv
 import gzip
-import json
 import re
 import zlib
-from codecs import BOM_UTF8
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterator
 from itertools import islice
+from json import JSONDecodeError
 from pathlib import Path
 from typing import IO, Any, cast
 
 from promptkd.data.rows import Example, Instruction, Message, Request, example_from_row, examples_from_rows
+from promptkd.data.tables import allowance, parquet_rows, saved_rows, undecoded, unpacks_too_far
 from promptkd.errors import RequestError
+from promptkd.files import MIB, json_value, not_regular, read_regular
 
 __all__ = [
+    "MOST_JSON_BYTES",
+    "MOST_LINE_BYTES",
     "SUFFIXES",
     "Example",
     "Instruction",
@@ -35,6 +41,13 @@ __all__ = [
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".csv")
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[^:/]+)(?=:))?(:(?P<split>[^:/]+))?")
+
+MOST_LINE_BYTES = 16 * MIB
+"""Of a line of JSONL or CSV."""
+MOST_JSON_BYTES = 256 * MIB
+"""Of a .json file, which is read as one; JSONL has no such limit."""
+
+_UTF16 = (BOM_UTF16_LE, BOM_UTF16_BE)
 
 _Located = tuple[str, Any]
 """Where a row stands, and the row."""
@@ -74,11 +87,15 @@ def _located_rows(source: str, split: str) -> Iterator[_Located]:
     path = Path(source).expanduser()
     if source and path.is_dir():
         return _folder(path, split)
-    return _file(path) if path.is_file() else _hub(source, split)
+    if path.is_file():
+        return _file(path)
+    if source and (kind := not_regular(path)):
+        raise RequestError(f"{source} is {kind}. Expected a regular file, for data are read more than once.")
+    return _hub(source, split)
 
 
 def _file(path: Path) -> Iterator[_Located]:
-    readers = {".jsonl": _jsonl, ".jsonl.gz": _jsonl, ".json": _json, ".parquet": _parquet, ".csv": _csv}
+    readers = {".jsonl": _jsonl, ".jsonl.gz": _jsonl, ".json": _json, ".parquet": parquet_rows, ".csv": _csv}
     suffix = _suffix(path.name)
     if suffix is None:
         raise RequestError(f"{path} must be a data file that ends in one of {', '.join(SUFFIXES)}.")
@@ -95,10 +112,15 @@ def _open(path: Path) -> IO[bytes]:
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
     """The lines of a text file with their locations, ends of line included."""
+    left = allowance(path.stat().st_size) if path.suffix.lower() == ".gz" else None
     with _open(path) as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(iter(lambda: file.readline(MOST_LINE_BYTES + 1), b""), start=1):
             location = f"{path}, line {number}"
-            if b"\0" in line:
+            if len(line) > MOST_LINE_BYTES:
+                raise RequestError(f"{location}: is longer than {MOST_LINE_BYTES // MIB} MiB. Expected a row a line.")
+            if left is not None and (left := left - len(line)) < 0:
+                raise unpacks_too_far(path)
+            if b"\0" in line and not line.startswith(_UTF16):
                 raise RequestError(f"{location}: holds a NUL byte. Expected text in UTF-8.")
             yield location, _utf8(line.removeprefix(BOM_UTF8) if number == 1 else line, location)
 
@@ -107,6 +129,8 @@ def _utf8(data: bytes, location: str) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
+        if data.startswith(_UTF16):
+            raise RequestError(f"{location}: is UTF-16. Save the file as UTF-8.") from error
         raise RequestError(
             f"{location}: not valid UTF-8 (byte {data[error.start]:#04x} at {error.start}). Save the file as UTF-8."
         ) from error
@@ -122,8 +146,9 @@ def _jsonl(path: Path) -> Iterator[_Located]:
 
 
 def _json(path: Path) -> Iterator[_Located]:
-    with _open(path) as file:
-        text = _utf8(file.read().removeprefix(BOM_UTF8), str(path))
+    text = _utf8(read_regular(path, most=MOST_JSON_BYTES).removeprefix(BOM_UTF8), str(path))
+    if "\0" in text:
+        raise RequestError(f"{path}: holds a NUL byte. Expected text in UTF-8.")
     if not text.strip():
         return
     rows = _parsed(text, str(path))
@@ -135,22 +160,14 @@ def _json(path: Path) -> Iterator[_Located]:
 
 def _parsed(text: str, location: str) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=_object)
-    except json.JSONDecodeError as error:
+        return json_value(text)
+    except JSONDecodeError as error:
         where = (
             f"character {error.colno}" if "\n" not in text.strip() else f"line {error.lineno}, character {error.colno}"
         )
         raise RequestError(f"{location}: not valid JSON: {error.msg} ({where}).") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise RequestError(f"{location}: not valid JSON: {error}.") from error
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object")
-    return fields
 
 
 def _csv(path: Path) -> Iterator[_Located]:
@@ -175,24 +192,9 @@ def _csv(path: Path) -> Iterator[_Located]:
         raise RequestError(f"{path}, line {reader.line_num}: not valid CSV: {error}.") from error
 
 
-def _parquet(path: Path) -> Iterator[_Located]:
-    import pyarrow
-    import pyarrow.parquet
-
-    index = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
-                    yield f"{path}, row {index}", row
-                    index += 1
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise RequestError(f"{path} is not a readable Parquet file (after {index} rows): {error}.") from error
-
-
 def _folder(path: Path, split: str) -> Iterator[_Located]:
     if any((path / marker).is_file() for marker in ("dataset_dict.json", "state.json")):
-        return _saved(path, split)
+        return saved_rows(path, split)
     files = sorted(file for file in path.iterdir() if file.is_file() and _suffix(file.name))
     named = [file for file in files if file.name.lower().removesuffix(str(_suffix(file.name))) == split]
     if len(named) == 1 or len(files) == 1:
@@ -202,20 +204,6 @@ def _folder(path: Path, split: str) -> Iterator[_Located]:
         f"The folder {path} must be a data set saved by `datasets`, or hold one data file ({', '.join(SUFFIXES)}) or "
         f"one named {split!r}. It holds {names}. Name a file."
     )
-
-
-def _saved(path: Path, split: str) -> Iterator[_Located]:
-    import datasets
-
-    try:
-        data = datasets.load_from_disk(str(path))
-    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
-        raise RequestError(f"The data set saved in {path} cannot be read: {error}") from error
-    if isinstance(data, datasets.DatasetDict):
-        if split not in data:
-            raise RequestError(f"The data set saved in {path} has no split {split!r}. It has: {', '.join(data)}.")
-        data = data[split]
-    return ((f"{path}, row {index}", row) for index, row in enumerate(data))
 
 
 def _hub(source: str, split: str) -> Iterator[_Located]:
@@ -235,4 +223,4 @@ def _hub(source: str, split: str) -> Iterator[_Located]:
             f"No file or folder is named {source}, and the data set {name!r} (split {split!r}) cannot be loaded from "
             f"the hub: {error}. Check the name and the network, or give a local file."
         ) from error
-    return ((f"{source}, row {index}", row) for index, row in enumerate(data))
+    return undecoded(data, source)

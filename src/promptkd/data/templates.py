@@ -118,7 +118,8 @@ def _apply_chat_template(
 
 
 # What an expression of a template can raise beside Jinja's own errors.
-_RENDER_ERRORS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+_RENDER_ERRORS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError)
+_COMPILE_ERRORS = (ValueError, RecursionError, SyntaxError, MemoryError)  # numbers too long, expressions too deep
 
 
 def _chat_end_token(tokenizer: "PreTrainedTokenizerBase") -> int | None:
@@ -148,7 +149,7 @@ def _compile(text: str) -> "CompiledTemplate":
     try:
         named = meta.find_undeclared_variables(environment.parse(text))
         template = environment.from_string(text)
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, *_COMPILE_ERRORS) as error:
         reason = str(error).rstrip(".")
         raise RequestError(f"The Jinja template does not compile: {reason}. It reads: {text!r}.") from error
     unknown = sorted(named - _JINJA_NAMES - environment.globals.keys())

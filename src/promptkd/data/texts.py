@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from promptkd.data.rows import text_field
 from promptkd.data.sources import read_objects
 from promptkd.errors import RequestError
 
@@ -23,9 +24,10 @@ def encode_texts(source: str | Path, tokenizer: "PreTrainedTokenizerBase", *, le
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     stream: list[int] = []
     for location, row in read_objects(source):
-        text = row.get("text")
-        if not isinstance(text, str):
-            raise RequestError(f'{location}: expected a "text" field with plain text. Got the keys {sorted(row)}.')
+        if not isinstance(row, dict) or "text" not in row:
+            got = f"the keys {', '.join(map(repr, row)):.200}" if isinstance(row, dict) else f"a {type(row).__name__}"
+            raise RequestError(f'{location}: expected an object with a "text" field. Got {got}.')
+        text = text_field(row["text"], "text", location)
         stream += tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"] + end
     pieces = [stream[first : first + length] for first in range(0, len(stream), length)]
     pieces = [piece for piece in pieces if len(piece) > 1]

@@ -173,4 +173,12 @@ def _checked(file: ResumableLines, row: EncodedExample) -> Line:
             f"{file.path} holds another prompt or other references for row {row.row} than the data now have. "
             "Begin anew with --overwrite."
         )
+    ids, numbers = line.get("token_ids", []), [line[name] for name in ("nats", "kl_nats") if name in line]
+    if (
+        not isinstance(ids, list)
+        or not all(type(each) is int and each >= 0 for each in ids)
+        or not all(isinstance(each, int | float) for each in numbers)
+        or not (ids or numbers)
+    ):
+        raise RequestError(f"{file.path}, row {row.row}: holds no answer or loss. Begin anew with --overwrite.")
     return line

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, StrictInt, ValidationError
 
-from promptkd.data.rows import Instruction, Request
+from promptkd.data.rows import Instruction, Request, text_field
 from promptkd.data.sources import read_examples, read_objects
 from promptkd.errors import RequestError
 from promptkd.evaluation.judge_prompts import fill_prompt
@@ -72,6 +72,8 @@ def _answer(found: Any, location: str) -> Answer:
     texts = [text for text in (line.response, line.completion) if text is not None]
     if len(texts) != 1:
         raise _no_answer(location, f"it holds {'both' if texts else 'neither'}")
+    for text in (line.prompt, texts[0], *line.references):
+        text_field(text, "text", location)
     return Answer(line.row, line.prompt, texts[0], tuple(line.references))
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from promptkd.errors import RequestError
+from promptkd.files import MIB, read_regular
 
 __all__ = ["PLACEHOLDERS", "Task", "fill_prompt", "load_prompt"]
 
@@ -27,7 +28,7 @@ def load_prompt(task: Task, path: Path | None = None) -> str:
     if path is None:
         return (resources.files("promptkd.evaluation") / "prompts" / f"{task}.txt").read_text(encoding="utf-8")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_regular(path, most=MIB).decode("utf-8-sig")
     except OSError as error:
         raise RequestError(f"Expected the judge's prompt in {path}: {error.strerror or error}.") from error
     except UnicodeDecodeError as error:

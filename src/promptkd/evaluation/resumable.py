@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from promptkd.errors import RequestError
+from promptkd.files import MIB, is_plain_name, json_value, read_regular
 
 __all__ = ["ResumableLines", "settle_settings", "write_whole"]
 
 Line = dict[str, Any]
 Key = tuple[Any, ...]
+_KEY_TYPES = (int, str)
+_MOST_BYTES = 4096 * MIB
 
 
 class ResumableLines:
@@ -30,7 +33,7 @@ class ResumableLines:
 
     def __init__(self, path: Path, key: tuple[str, ...] = ("row",)) -> None:
         self.path, self._key = path, key
-        content = path.read_bytes() if path.exists() else b""
+        content = _content(path)
         self._whole = content.rfind(b"\n") + 1  # bytes up to the last line break, that included
         self.has_half_line = self._whole < len(content)
         self.lines: dict[Key, Line] = {}
@@ -61,12 +64,13 @@ class ResumableLines:
 
     def _parsed(self, text: bytes, number: int) -> Line:
         try:
-            line = json.loads(text)
+            line = json_value(text)
+            _encoded([line])  # what cannot be written again is not taken: half a surrogate pair
         except ValueError:  # of the JSON and of its UTF-8
             line = None
-        if not isinstance(line, dict) or not line.keys() >= set(self._key):
+        if not isinstance(line, dict) or not all(isinstance(line.get(name), _KEY_TYPES) for name in self._key):
             raise RequestError(
-                f"{self.path}, line {number}: expected a JSON object with {', '.join(self._key)}. "
+                f"{self.path}, line {number}: expected a JSON object with {', '.join(self._key)} (numbers or texts). "
                 "Mend or remove the line, or remove the file to begin anew."
             )
         return line
@@ -128,13 +132,30 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
+    """The settings in `path`, and the files it may speak for: those of its own job beside it, and no others."""
     try:
-        began = json.loads(path.read_bytes())
+        began = json_value(_content(path))
+        _encoded([began])
     except ValueError:
         began = None
-    if not isinstance(began, dict) or began.keys() != {"settings", "files"}:
+    stem = path.name.removesuffix("settings.json")
+    if (
+        not isinstance(began, dict)
+        or began.keys() != {"settings", "files"}
+        or not isinstance(began["settings"], dict)
+        or not isinstance(began["files"], list)
+        or not all(is_plain_name(file) and file.startswith(stem) and file.endswith(".jsonl") for file in began["files"])
+    ):
         raise RequestError(f"{path} does not hold the settings of a job. Move it away or give another --out.")
     return began
+
+
+def _content(path: Path) -> bytes:
+    """The bytes of a file of a job; none if there is no file yet."""
+    try:
+        return read_regular(path, most=_MOST_BYTES) if path.exists() else b""
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror or error}.") from error
 
 
 def _encoded(lines: Iterable[Line]) -> bytes:

@@ -13,8 +13,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from promptkd.errors import RequestError
 from promptkd.evaluation.resumable import write_whole
+from promptkd.files import MIB, json_value, read_regular
 
 __all__ = ["Key", "Verdict", "VerdictLog"]
+
+_MOST_BYTES = 4096 * MIB
 
 Key = tuple[int, bool]
 """The row, and whether the model's answer was shown first."""
@@ -69,13 +72,17 @@ class VerdictLog:
             self._read()
 
     def _read(self) -> None:
-        finished, newline, _ = self.path.read_bytes().rpartition(b"\n")
+        try:
+            content = read_regular(self.path, most=_MOST_BYTES)
+        except OSError as error:
+            raise RequestError(f"{self.path} cannot be read: {error.strerror or error}.") from error
+        finished, newline, _ = content.rpartition(b"\n")
         self._whole = len(finished) + len(newline)
         lines = finished.splitlines() if newline else []
         for number, line in enumerate(lines, start=1):
             try:
                 if number == 1:
-                    before = json.loads(line)["settings"]
+                    before = dict(json_value(line)["settings"])
                 else:
                     verdict = Verdict.model_validate_json(line)
                     self.verdicts[verdict.key] = verdict

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from promptkd.errors import PromptKDError, RequestError
 from promptkd.models.gguf_file import stored_type, why_not_gguf, write_gguf
-from promptkd.models.load import convert_gguf, load_model, load_tokenizer, resolve_model
+from promptkd.models.load import clear_load_errors, convert_gguf, load_model, load_tokenizer, resolve_model
 
 __all__ = ["Comparison", "export_gguf", "export_safetensors", "plain_model"]
 
@@ -62,11 +62,13 @@ def plain_model(name: str, *, trust_remote_code: bool = False) -> tuple[PreTrain
     folder = Path(resolve_model(name))
     tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     if (folder / "adapter_config.json").is_file():
-        settings = PeftConfig.from_pretrained(str(folder))
+        with clear_load_errors(folder):
+            settings = PeftConfig.from_pretrained(str(folder))
         if settings.is_prompt_learning:
             raise RequestError(f"{name} is a soft prompt, which is no part of a model's weights. Give the student.")
         base = load_model(str(settings.base_model_name_or_path), trust_remote_code=trust_remote_code)
-        model = PeftModel.from_pretrained(base, str(folder)).merge_and_unload()
+        with clear_load_errors(folder):
+            model = PeftModel.from_pretrained(base, str(folder)).merge_and_unload()
     else:
         model = load_model(name, trust_remote_code=trust_remote_code)
     if any(isinstance(each, BaseTunerLayer) for each in model.modules()):

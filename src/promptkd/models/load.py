@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,17 +15,20 @@ from typing import Any
 
 import gguf
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from promptkd.errors import RequestError
+from promptkd.errors import PromptKDError, RequestError
+from promptkd.files import not_regular
+from promptkd.models.folder import adapter_base, check_model_folder
+from promptkd.models.gguf_check import check_gguf
 from promptkd.models.gguf_vocabulary import PRE_TOKENIZERS
 from promptkd.results import ModelRecord, file_sha256
 
 __all__ = [
     "GGUF_CONVERSION",
     "cache_folder",
+    "clear_load_errors",
     "convert_gguf",
     "count_parameters",
     "load_model",
@@ -61,12 +63,13 @@ def load_model(
     if dtype not in _DTYPES:
         raise RequestError(f"Expected a dtype of {', '.join(_DTYPES)}. Got {dtype!r}.")
     source = resolve_model(name)
-    with _clear_load_errors(name):
+    with clear_load_errors(name):
         model, report = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=_DTYPES[dtype],
             revision=revision,
             trust_remote_code=trust_remote_code,
+            use_safetensors=True,
             output_loading_info=True,
             **settings,
         )
@@ -83,7 +86,7 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model. A missing padding token becomes EOS where there is one; ids never tell padding."""
     source = resolve_model(name)
-    with _clear_load_errors(name):
+    with clear_load_errors(name):
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -97,12 +100,18 @@ def resolve_model(name: str | Path) -> str:
         RequestError: for a path that does not exist, a folder that holds no model, a name that is neither.
     """
     text, path = str(name), Path(name).expanduser()
+    try:
+        path.is_dir()
+    except OSError as error:  # a name that is too long, or a folder that may not be entered
+        raise RequestError(f"No such model: {text:.200}: {error.strerror}.") from error
     if path.is_dir():
         return str(_model_folder(path))
     if path.is_file():
         if path.suffix.lower() == ".gguf":
             return str(_converted(path))
         raise RequestError(f"Expected a model folder, a GGUF file or a hub name. Got the file {path}.")
+    if kind := not_regular(path):
+        raise RequestError(f"Expected a model folder, a GGUF file or a hub name. {path} is {kind}.")
     if text.startswith((".", "/", "~")) or path.suffix.lower() == ".gguf" or not _HUB_NAME.fullmatch(text):
         raise RequestError(
             f"No such model: {text} does not exist. Give a folder, a GGUF file or a hub name (owner/name)."
@@ -114,6 +123,9 @@ def _model_folder(folder: Path) -> Path:
     for inside in ("", *_RUN_MODELS):
         candidate = folder / inside
         if (candidate / "config.json").is_file() or (candidate / "adapter_config.json").is_file():
+            check_model_folder(candidate)
+            if base := adapter_base(candidate):
+                _check_base(base, candidate)
             return candidate
     found = sorted(entry.name for entry in folder.iterdir())
     raise RequestError(
@@ -122,12 +134,28 @@ def _model_folder(folder: Path) -> Path:
     )
 
 
+def _check_base(base: str, adapter: Path) -> None:
+    """Refuse an adapter whose base is no model; PEFT and transformers find the base as this does."""
+    path = Path(base).expanduser()
+    if (path / "adapter_config.json").is_file():
+        raise RequestError(f"The adapter in {adapter} belongs to {base}, which is an adapter itself. Merge that first.")
+    try:
+        resolve_model(base)
+    except RequestError as error:
+        raise RequestError(f"The adapter in {adapter} belongs to the model {base}: {error}") from error
+
+
 @contextmanager
-def _clear_load_errors(name: str | Path) -> Iterator[None]:
+def clear_load_errors(name: str | Path) -> Iterator[None]:
+    """Whatever stops a model from being read is a wrong request that says which model and why."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, struct.error) as error:
-        reason = " ".join(str(error).split())
+    except PromptKDError:
+        raise
+    except Exception as error:  # a broken file makes transformers, tokenizers and gguf raise nearly anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if "ignore_mismatched_sizes" in reason:
+            reason = "its weights have other sizes than its config.json asks for."
         raise RequestError(
             f"Could not load a causal language model from {name}: {reason[:400]} "
             "Check the name, or the network if it is a hub name."
@@ -146,7 +174,7 @@ def cache_folder() -> Path:
 
 
 def _converted(file: Path) -> Path:
-    target = cache_folder() / "gguf" / f"{file.stem}-{file_sha256(file)[:16]}-{GGUF_CONVERSION}"
+    target = cache_folder() / "gguf" / f"{file.stem[:100]}-{file_sha256(file)[:16]}-{GGUF_CONVERSION}"
     if not (target / "config.json").is_file():
         _convert(file, target)
     return target
@@ -171,7 +199,8 @@ def convert_gguf(file: Path, folder: Path) -> None:
     Raises:
         RequestError: if transformers cannot read the file.
     """
-    with _clear_load_errors(file):
+    check_gguf(file)
+    with clear_load_errors(file):
         where = str(file.parent)
         model = AutoModelForCausalLM.from_pretrained(where, gguf_file=file.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=file.name)
@@ -213,7 +242,5 @@ def model_record(name: str | Path, model: nn.Module) -> ModelRecord:
     folder = Path(resolve_model(name))
     files: list[Path] = []
     if folder.is_dir():
-        files = sorted(
-            each for each in folder.iterdir() if each.name == "config.json" or each.suffix in (".safetensors", ".bin")
-        )
+        files = sorted(each for each in folder.iterdir() if each.name == "config.json" or each.suffix == ".safetensors")
     return ModelRecord(path=str(name), parameters=count_parameters(model), sha256=file_sha256(*files) if files else "")

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from promptkd.report.decoding import decoding_words
-from promptkd.report.escape import visible
 from promptkd.report.figures import in_order, metric, score
 from promptkd.report.story import run_labels
 from promptkd.report.tables import model_order
 from promptkd.results import Results, RowResult
+from promptkd.visible import visible
 
 __all__ = ["Answer", "Request", "RowSet", "View", "answering_models", "browser_data", "first_requests", "row_sets"]
 

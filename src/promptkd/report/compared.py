@@ -8,10 +8,10 @@ from rich.cells import cell_len
 
 from promptkd.report.cost import cost_table
 from promptkd.report.differences import DifferenceRow, difference_table
-from promptkd.report.escape import visible
 from promptkd.report.figures import effect, estimate, in_order, probability
 from promptkd.report.sentences import Pair, listed, paired
 from promptkd.results import Results
+from promptkd.visible import shown
 
 __all__ = ["compared_sentences", "compared_text"]
 
@@ -121,4 +121,4 @@ def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _plain(text: str) -> str:
-    return visible(" ".join(text.split())).translate(_TYPED)
+    return shown(" ".join(text.split())).translate(_TYPED)

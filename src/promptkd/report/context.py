@@ -11,7 +11,6 @@ from promptkd.report.bias import bias_data, bias_plots
 from promptkd.report.compared import compared_sentences
 from promptkd.report.cost import cost_table
 from promptkd.report.differences import DifferenceRow, difference_table
-from promptkd.report.escape import visible
 from promptkd.report.figures import Figure, effect, metric, probability
 from promptkd.report.labels import is_teacher
 from promptkd.report.plots import Stage, chart_data, stages
@@ -20,6 +19,7 @@ from promptkd.report.story import unified
 from promptkd.report.summary import summarise
 from promptkd.report.tables import ComparisonRow, by_setting, comparison_table, metric_columns
 from promptkd.results import Results
+from promptkd.visible import visible
 
 __all__ = ["page_context"]
 

@@ -7,28 +7,16 @@ from typing import Any
 
 from markupsafe import Markup
 
-__all__ = ["csv_text", "markdown_text", "packed_json", "packed_text", "visible"]
+from promptkd.visible import visible
 
-_PICTURES = (
-    {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"}
-    | {0x7F: 0x2421}
-    | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
-    | dict.fromkeys(range(0xD800, 0xE000), 0xFFFD)
-)
+__all__ = ["csv_text", "markdown_text", "packed_json", "packed_text"]
+
 _IN_MARKDOWN = {ord(character): f"\\{character}" for character in "\\`*_{}[]#|~$"} | {
     ord("<"): "&lt;",
     ord(">"): "&gt;",
     ord("&"): "&amp;",
 }
 _FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠", "\t", "\n")
-
-
-def visible(text: str) -> str:
-    """Control characters as their pictures (␛ for ESC); C1 controls and lone surrogates as U+FFFD.
-
-    A terminal would obey the former, and neither may stand in an HTML file.
-    """
-    return text.translate(_PICTURES)
 
 
 def packed_json(value: Any) -> Markup:

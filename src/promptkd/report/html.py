@@ -12,12 +12,13 @@ from plotly.offline import get_plotlyjs
 
 from promptkd.errors import RequestError
 from promptkd.report.context import page_context
-from promptkd.report.escape import packed_json, packed_text, visible
+from promptkd.report.escape import packed_json, packed_text
 from promptkd.report.labels import is_teacher
 from promptkd.report.sentences import listed
 from promptkd.report.story import unified
 from promptkd.report.tables import model_order
 from promptkd.results import Results
+from promptkd.visible import visible
 
 __all__ = ["render_report"]
 

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from rich.cells import cell_len
 
 from promptkd.report.differences import difference_table
-from promptkd.report.escape import visible
 from promptkd.report.figures import metric
 from promptkd.report.sentences import comparison_sentences
 from promptkd.report.story import unified
 from promptkd.report.tables import ComparisonRow, by_setting, comparison_table, metric_columns
 from promptkd.results import Results
+from promptkd.visible import shown
 
 __all__ = ["terminal_table"]
 
@@ -48,7 +48,7 @@ def _wrapped(text: str, width: int) -> str:
 
 def _plain(text: str) -> str:
     """Without control characters or line breaks; the typographic minus becomes one that can be typed."""
-    return visible(" ".join(text.split())).replace("−", "-")
+    return shown(" ".join(text.split())).replace("−", "-")
 
 
 def _blocks(rows: list[ComparisonRow], metrics: list[str], width: int) -> list[list[str]]:

@@ -32,6 +32,7 @@ def common_checks(args: Any) -> list[tuple[bool, str]]:
         ),
         (args.learning_rate < 0, f"learning_rate must be 0 or more, got {args.learning_rate}"),
         (args.seed < 0, f"seed must be 0 or more, got {args.seed}"),
+        (args.seed >= 2**32, f"seed must be at most {2**32 - 1}, got {args.seed}"),  # NumPy's limit
         (args.eval_seed < 0, f"eval_seed must be 0 or more, got {args.eval_seed}"),
         (args.eval_temperature < 0, f"eval_temperature must be 0 or more, got {args.eval_temperature}"),
         (

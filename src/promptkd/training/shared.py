@@ -8,6 +8,7 @@ from typing import Any
 
 from accelerate.utils import gather_object
 from torch import nn
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from promptkd.data.encode import EncodedData
@@ -92,7 +93,9 @@ class RunTrainer:
             self._staging = staging
             try:
                 super()._save_checkpoint(model, trial)  # type: ignore[misc]
-                self.save_method_state(staging / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+                folder = staging / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+                (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # nothing reads it, and --hub_token stands in it
+                self.save_method_state(folder)
             finally:
                 self._staging = None
 
@@ -101,6 +104,16 @@ class RunTrainer:
             return str(self._staging)
         return super()._get_output_dir(trial)  # type: ignore[misc]
 
+    def _load_best_model(self) -> None:
+        """The best checkpoint is one of this run's own, wherever a resumed checkpoint says that it lies."""
+        best = Path(self.args.output_dir) / Path(str(self.state.best_model_checkpoint)).name
+        if not best.is_dir():
+            raise RequestError(
+                f"The best checkpoint, {best.name}, is not in {self.args.output_dir}. Give --select last."
+            )
+        self.state.best_model_checkpoint = str(best)
+        super()._load_best_model()  # type: ignore[misc]
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """No card: the run's record and report say what was done."""
 
@@ -108,4 +121,4 @@ class RunTrainer:
         """Write model and tokenizer as safetensors that transformers and vLLM load."""
         self.save_model(str(folder), _internal_call=True)  # type: ignore[attr-defined]
         if self.args.should_save:
-            (Path(folder) / "training_args.bin").unlink(missing_ok=True)  # a pickle has no place beside a model
+            (Path(folder) / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle has no place beside a model

@@ -1,0 +1,82 @@
+"""Files that others may have written: regular ones alone, and no more of them than is stated.
+
+A named pipe would be waited for without end and a device read without end, whatever its name ends in.
+"""
+
+import errno
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from promptkd.errors import RequestError
+
+__all__ = ["MOST_SETTINGS_BYTES", "is_plain_name", "json_value", "not_regular", "read_json_object", "read_regular"]
+
+MIB = 1 << 20
+MOST_SETTINGS_BYTES = 64 * MIB
+"""Of a file of settings: config.json, tokenizer_config.json, an index of weights, a checkpoint's state."""
+
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+def not_regular(path: Path) -> str | None:
+    """What `path` is, if it exists and is no regular file: "a folder", "a named pipe", "a socket" or "a device"."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):  # ValueError: a NUL byte in the name
+        return None
+    return next((kind for is_kind, kind in _KINDS if is_kind(mode)), None)
+
+
+def read_regular(path: Path, *, most: int) -> bytes:
+    """The bytes of a regular file of at most `most` bytes. Raises OSError, also where it is none or holds more."""
+    if kind := not_regular(path):
+        raise OSError(errno.EINVAL, f"it is {kind}, and a regular file was expected", str(path))
+    if path.stat().st_size > most:
+        raise OSError(errno.EFBIG, f"it holds more than {most // MIB} MiB", str(path))
+    return path.read_bytes()
+
+
+def json_value(text: str | bytes, *, unique: bool = True) -> Any:
+    """JSON, with `unique` such in which no key stands twice in an object. Raises ValueError for anything else."""
+    try:
+        return json.loads(text, object_pairs_hook=_object if unique else None)
+    except RecursionError as error:
+        raise ValueError(f"nested too deeply ({error})") from error
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object in a file of settings; of a key that stands twice the last counts, as with the libraries that read it.
+
+    Raises `RequestError` if it holds none.
+    """
+    try:
+        value = json_value(read_regular(path, most=MOST_SETTINGS_BYTES), unique=False)
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except ValueError as error:
+        raise RequestError(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise RequestError(f"{path} must hold a JSON object. Got a {type(value).__name__}.")
+    return value
+
+
+def is_plain_name(name: object) -> bool:
+    """Whether `name` is a file's name alone, which cannot lead out of the folder that it stands in."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not {"/", "\\", "\0", os.sep} & set(name)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object")
+    return fields

@@ -1,0 +1,57 @@
+"""Secrets out of what is written down: flags, settings and addresses that carry a key or a password."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+__all__ = ["is_secret", "redacted", "without_secret_values", "without_secrets"]
+
+STARS = "***"
+_SECRET = r"(?:[\w.-]*[_.-])?(?:token|api[_-]?key|key|secret|password|passwd|credentials?|authorization)"
+_SECRET_NAME = re.compile(_SECRET, re.IGNORECASE)
+_VOCABULARY = re.compile(r"(?:.*_)?(?:eos|bos|pad|unk|sep|cls|mask|image|video|audio|end|start)_token")
+"""Tokens of a vocabulary, which are no secrets."""
+_USER_INFO = re.compile(r"(?<=://)[^/\s@'\"]+@")
+_QUERY = re.compile(rf"([?&]{_SECRET}=)[^&\s#'\"]+", re.IGNORECASE)
+_ENTRY = re.compile(rf"""(["']?\b{_SECRET}["']?\s*:\s*)("[^"]*"|'[^']*'|[^\s,}}\]"']+)""", re.IGNORECASE)
+
+
+def is_secret(name: str) -> bool:
+    """Whether a flag or a key of this name holds a secret: hub_token, api-key, password; not eos_token."""
+    return _SECRET_NAME.fullmatch(name) is not None and _VOCABULARY.fullmatch(name.replace("-", "_")) is None
+
+
+def redacted(text: str) -> str:
+    """`text` with the user and password of every address, and secrets in its query, starred out."""
+    return _QUERY.sub(rf"\g<1>{STARS}", _USER_INFO.sub(f"{STARS}@", text))
+
+
+def without_secrets(arguments: Sequence[str]) -> list[str]:
+    """Arguments with the values of flags such as --hub_token starred out, and secrets in addresses and mappings."""
+    shown: list[str] = []
+    hide_next = False
+    for argument in arguments:
+        flag, equals, _ = argument.partition("=")
+        secret = flag.startswith("--") and is_secret(flag[2:])
+        if hide_next:
+            shown.append(STARS)
+        elif secret and equals:
+            shown.append(f"{flag}={STARS}")
+        else:
+            text = redacted(argument)
+            shown.append(_ENTRY.sub(rf"\g<1>{STARS}", text) if "{" in text else text)
+        hide_next = secret and not equals
+    return shown
+
+
+def without_secret_values(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings without those that hold secrets, at any depth, and with their addresses `redacted`."""
+    return {name: _cleared(value) for name, value in settings.items() if not is_secret(str(name))}
+
+
+def _cleared(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return without_secret_values(value)
+    if isinstance(value, list | tuple):
+        return [_cleared(part) for part in value]
+    return redacted(value) if isinstance(value, str) else value
