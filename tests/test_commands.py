@@ -3,10 +3,8 @@
 import json
 import os
 import shlex
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -526,26 +524,6 @@ def python(*arguments: object, **settings) -> subprocess.Popen[str]:
     command = [sys.executable, *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env=environment, preexec_fn=hear_interrupts, **pipes, **settings)
-
-
-def test_a_run_in_a_process_of_its_own_is_interrupted_and_goes_on(world, tmp_path, capsys):
-    out = tmp_path / "run"
-    endless = [100_000 if each == 3 else each for each in distill(world, out, "--save_steps", 5, "--logging_steps", 5)]
-    process = python("-m", "promptkd", *endless)
-    try:
-        deadline = time.monotonic() + 240
-        while not (out / "checkpoints" / "checkpoint-5").exists() and process.poll() is None:
-            assert time.monotonic() < deadline, "the first checkpoint never came"
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        stdout, stderr = process.communicate(timeout=120)
-    finally:
-        process.kill()  # it would go on for good
-    assert process.returncode == 130, stderr
-    assert stderr.splitlines()[-1] == "promptkd distill: Interrupted."
-    assert "Traceback" not in stderr
-    assert not stdout
-    assert not [name for name in held(out) if "partial" in name and not name.startswith("checkpoints")]
 
 
 def test_prune_in_a_process_of_its_own(world, tmp_path):
