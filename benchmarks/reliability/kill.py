@@ -33,7 +33,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+import huggingface_hub.constants  # noqa: E402
 
 import promptkd.cli.prune  # noqa: E402
 import promptkd.cli.report  # noqa: E402
@@ -143,6 +144,7 @@ class Job:
             os.dup2(log, 1)
             os.dup2(log, 2)
             os.environ["PROMPTKD_CACHE"] = str(self.folder / "cache")
+            huggingface_hub.constants.HF_HUB_OFFLINE = True
             sys.argv = ["promptkd", *arguments]
             marks.watch(target, entry)
             os._exit(promptkd_main(arguments))

@@ -1,5 +1,6 @@
 """The list of a folder's files, their sizes and hashes, by which a torn or altered folder is known."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -62,5 +63,8 @@ def _flush(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if not path.is_dir() or error.errno != errno.EINVAL:  # which some network disks say of every folder
+            raise
     finally:
         os.close(handle)

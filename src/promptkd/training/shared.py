@@ -110,7 +110,7 @@ class RunTrainer:
 
     def _load_best_model(self) -> None:
         best = Path(self.state.best_model_checkpoint)
-        if problem := damage(best):
+        if self.accelerator.is_main_process and (problem := damage(best)):
             raise PromptKDError(
                 f"The best checkpoint, {best}, was damaged while training went on: {problem}. Put the file back and go "
                 "on by --resume, which passes over what it cannot trust."
