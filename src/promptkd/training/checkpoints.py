@@ -143,9 +143,15 @@ def set_aside(checkpoints: Mapping[Path, str]) -> None:
 
 
 def _take_place(written: Path, place: Path) -> None:
+    replaced = written.with_name("replaced")
     if place.exists():  # the same step, saved again
-        os.replace(place, written.with_name("replaced"))
-    os.replace(written, place)
+        os.replace(place, replaced)
+    try:
+        os.replace(written, place)
+    except OSError:
+        if replaced.exists():
+            os.replace(replaced, place)
+        raise
 
 
 def _finish_replacing(folder: Path) -> None:
