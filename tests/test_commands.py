@@ -425,11 +425,13 @@ def test_resuming_by_the_runs_own_configuration(world, tmp_path, capsys, monkeyp
     assert weights(out / "student") == whole
 
 
-def test_resuming_a_finished_run_changes_nothing(world, tmp_path, capsys):
+@pytest.mark.parametrize("last", [3, 4])  # the end of an epoch, and the middle of the next
+def test_resuming_a_finished_run_changes_nothing(world, tmp_path, capsys, last):
     out = tmp_path / "run"
-    done(capsys, *distill(world, out))
+    request = [last if each == 3 else each for each in distill(world, out)]
+    done(capsys, *request)
     before = weights(out / "student"), json_lines(out / "metrics.jsonl"), held(out)
-    done(capsys, *distill(world, out, "--resume"))
+    done(capsys, *request, "--resume")
     assert (weights(out / "student"), json_lines(out / "metrics.jsonl"), held(out)) == before
 
 

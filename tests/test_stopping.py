@@ -99,12 +99,13 @@ def test_an_epochs_validation_comes_before_the_checkpoint_it_belongs_to(world, t
 def test_a_signal_in_the_last_step_leaves_the_finish_to_the_resumed_run(world, tmp_path, capfd, monkeypatch):
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        signalled(patch, signal.SIGTERM, 2)
-        assert run(capfd, *distill(world, out)).status == 143
-    assert held(out) == {"config.yaml", "metrics.jsonl", "checkpoints/checkpoint-3"}
-    done(capfd, *distill(world, out, "--resume"))
-    done(capfd, *distill(world, tmp_path / "whole"))
+        signalled(patch, signal.SIGTERM, 6)
+        assert run(capfd, *longer(distill(world, out))).status == 143
+    assert held(out) == {"config.yaml", "metrics.jsonl", "checkpoints/checkpoint-7"}  # in the middle of an epoch
+    done(capfd, *longer(distill(world, out)), "--resume")
+    done(capfd, *longer(distill(world, tmp_path / "whole")))
     assert held(out) == held(tmp_path / "whole")
+    assert steps(out) == steps(tmp_path / "whole")
     assert weights(out / "student") == weights(tmp_path / "whole" / "student")
 
 

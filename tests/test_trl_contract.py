@@ -35,6 +35,7 @@ SHARED_METHODS = {
     # overridden by both trainers
     "_get_output_dir": ["trial"],
     "_load_best_model": [],
+    "_run_epoch": ["model", "epoch"],
     "_save_checkpoint": ["model", "trial"],
     "create_model_card": ["model_name"],
     "evaluate": ["eval_dataset", "ignore_keys", "metric_key_prefix"],

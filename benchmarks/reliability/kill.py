@@ -172,9 +172,9 @@ class Job:
         bits["metrics.jsonl"] = steps(run)
         bits["evaluations"] = json.loads((run / "results.json").read_text())["evaluations"]
         for page in (run / "report.html", self.folder / "report.html"):
-            bits[f"{page} is whole"] = page.read_text().rstrip().endswith("</html>")
+            bits[f"{page.relative_to(self.folder)} is whole"] = page.read_text().rstrip().endswith("</html>")
         bits["left over"] = sorted(str(p.relative_to(self.folder)) for p in self.folder.rglob("*partial*"))
-        return {name.replace(str(self.folder), ""): value for name, value in bits.items()}
+        return bits
 
 
 def main() -> int:
@@ -185,19 +185,20 @@ def main() -> int:
         world = make_world(folder / "world")
         teacher = write_gguf(folder / "teacher.gguf", tiny_model("llama", layers=4, hidden=24, seed=2))
         marks, usual = Marks(), {}
-        reference = Job(folder / "undisturbed", world, teacher, options.seed)
+        reference = Job(folder / "job", world, teacher, options.seed)
         for command in reference.commands:
             if reference.attempt(command, marks, "", 0, 0.0):
-                raise SystemExit((folder / "undisturbed" / "log.txt").read_text())
+                raise SystemExit((reference.folder / "log.txt").read_text())
             usual |= {name: (marks.count(name), marks.seconds(name)) for name in PARTS if PARTS[name][2] == command}
         expected = reference.outcome()
+        shutil.rmtree(reference.folder)
         plan = _plan(options.kills, draw)
         met: Counter[str] = Counter()
         problems: list[str] = []
         jobs = 0
         while plan and not problems:
             jobs += 1
-            job = Job(folder / f"job{jobs}", world, teacher, options.seed)
+            job = Job(folder / "job", world, teacher, options.seed)  # the same place: records hold paths
             problems += _disturb(job, plan, marks, usual, draw, met)
             if not problems:
                 outcome = job.outcome()

@@ -16,6 +16,7 @@ once stopped by SIGTERM and gone on with every so many steps. Each process is wa
 
 import argparse
 import json
+import math
 import os
 import signal
 import statistics
@@ -105,14 +106,15 @@ def _command(world: World, out: Path, total: int) -> list[str]:
 
 def _run(name: str, world: World, out: Path, total: int, stretch: int) -> Run:
     began, processes = time.monotonic(), []
-    until = stretch
+    until: float = stretch
     while True:
+        until = until if until < total else math.inf  # which is left to end by itself
         watched, status = _watch(_command(world, out, total) + (["--resume"] if processes else []), out, until)
         processes.append(watched)
         if status == 0:
             break
         if status != 143:
-            raise SystemExit(f"{name}: a process ended with {status}; see {out}.log.")
+            raise SystemExit(f"{name}: a process ended with {status}.\n{out.with_suffix('.log').read_text()}")
         until = _step(out) + stretch
         print(f"{name}: stopped after step {_step(out)} of {total}", file=sys.stderr)
     last = max((out / "checkpoints").iterdir(), key=lambda each: int(each.name.rpartition("-")[2]))
@@ -120,7 +122,7 @@ def _run(name: str, world: World, out: Path, total: int, stretch: int) -> Run:
     return Run(name, processes, time.monotonic() - began, _size(last), finished)
 
 
-def _watch(command: list[str], out: Path, until: int) -> tuple[Process, int]:
+def _watch(command: list[str], out: Path, until: float) -> tuple[Process, int]:
     """Run a command, tell it to stop at step `until`, and look at it meanwhile."""
     path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -135,7 +137,7 @@ def _watch(command: list[str], out: Path, until: int) -> tuple[Process, int]:
                     seen.samples.append((step, process.memory_info().rss, process.num_fds(), _size(out)))
                 except (psutil.NoSuchProcess, psutil.ZombieProcess):
                     break
-            if step >= until and not told and not (out / "results.json").exists():
+            if step >= until and not told:
                 child.send_signal(signal.SIGTERM)
                 told = True
             time.sleep(0.1)

@@ -108,6 +108,10 @@ class RunTrainer:
             finally:
                 self._staging = None
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step < self.state.max_steps:  # else transformers would take a step beyond the last one
+            super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
+
     def _load_best_model(self) -> None:
         best = Path(self.state.best_model_checkpoint)
         if self.accelerator.is_main_process and (problem := damage(best)):
