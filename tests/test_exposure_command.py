@@ -97,7 +97,7 @@ def test_every_checkpoint_of_a_run(world, tmp_path, capsys, lora):
     """In the order of their steps, the student last; whole checkpoints and LoRA ones alike."""
     run_folder, out = tmp_path / "run", tmp_path / "exposure.json"
     pair = ("--student", world.student, "--teacher", world.teacher, "--data", world.train, "--out", run_folder)
-    settings = (*TRAINING, "--save_steps", 1, "--save_total_limit", 9, *(("--student-lora-rank", 2) if lora else ()))
+    settings = (*TRAINING, "--save_steps", 1, "--keep", 9, *(("--student-lora-rank", 2) if lora else ()))
     done(capsys, "distill", "--method", "kd", *pair, *settings)
     shutil.copytree(run_folder / "checkpoints" / "checkpoint-2", run_folder / "checkpoints" / "checkpoint-10")
     done(capsys, *request(world, out, "--every-checkpoint", students=[run_folder]))

@@ -34,11 +34,13 @@ TRAINING = Path(promptkd.training.__file__).parent
 SHARED_METHODS = {
     # overridden by both trainers
     "_get_output_dir": ["trial"],
-    "_load_optimizer_and_scheduler": ["checkpoint"],
+    "_load_best_model": [],
+    "_run_epoch": ["model", "epoch"],
     "_save_checkpoint": ["model", "trial"],
     "create_model_card": ["model_name"],
     "evaluate": ["eval_dataset", "ignore_keys", "metric_key_prefix"],
     # called
+    "add_callback": ["callback"],
     "log": ["logs"],
     "save_model": ["output_dir", "_internal_call"],
 }
@@ -46,7 +48,7 @@ DISTILLATION_METHODS = {
     # overridden
     "_generate_and_score_completions": ["inputs"],
     "_get_train_sampler": ["dataset"],
-    "_load_best_model": [],
+    "_load_optimizer_and_scheduler": ["checkpoint"],
     "compute_loss": ["model", "inputs", "return_outputs", "num_items_in_batch"],
     "create_scheduler": ["num_training_steps", "optimizer"],
     "training_step": ["model", "inputs", "num_items_in_batch"],
@@ -55,13 +57,22 @@ DISTILLATION_METHODS = {
 }
 CALLED_FROM_OUTSIDE = {
     "train": ["resume_from_checkpoint"],
-    "add_callback": ["callback"],
     "remove_callback": ["callback"],
 }
 CONSTRUCTOR = ["model", "args", "train_dataset", "eval_dataset", "processing_class"]
 
 SHARED_ATTRIBUTES = {
-    *("_tag_names", "accelerator", "args", "callback_handler", "control", "eval_dataset", "model"),
+    *(
+        "_metrics",
+        "_total_train_tokens",
+        "_tag_names",
+        "accelerator",
+        "args",
+        "callback_handler",
+        "control",
+        "eval_dataset",
+        "model",
+    ),
     *("model_wrapped", "processing_class", "state"),
 }
 DISTILLATION_ATTRIBUTES = {
@@ -69,7 +80,6 @@ DISTILLATION_ATTRIBUTES = {
         "_buffered_inputs",
         "_forward_redirection",
         "_logs",
-        "_metrics",
         "_name",
         "_step",
         "log_completions",
@@ -80,12 +90,13 @@ DISTILLATION_ATTRIBUTES = {
     *("teacher_model", "temperature", "top_k", "top_p", "train_dataset", "use_vllm"),
 }
 
-FINETUNING_ATTRIBUTES = {"_total_train_tokens"}
+WHILE_TRAINING = {"_globalstep_last_logged", "_tr_loss"}  # what a logged line to come is made of
 
 STATE = {
     *(
         "best_global_step",
         "best_model_checkpoint",
+        "epoch",
         "global_step",
         "is_world_process_zero",
         "log_history",
@@ -161,7 +172,7 @@ def own_files() -> list[ast.Module]:
             "plain_distillation",
             SHARED_METHODS.keys() | SHARED_ATTRIBUTES | DISTILLATION_METHODS.keys() | DISTILLATION_ATTRIBUTES,
         ),
-        (FinetuneTrainer, "plain_sft", SHARED_METHODS.keys() | SHARED_ATTRIBUTES | FINETUNING_ATTRIBUTES),
+        (FinetuneTrainer, "plain_sft", SHARED_METHODS.keys() | SHARED_ATTRIBUTES),
     ],
 )
 def test_the_tables_name_all_that_our_trainers_use(request, ours, plain, named):
@@ -173,7 +184,7 @@ def test_the_tables_name_all_that_our_trainers_use(request, ours, plain, named):
 
 def test_the_tables_name_all_that_is_read_of_a_trainer_from_outside():
     read = {name for tree in own_files() for name in attributes_of("trainer", tree)}
-    known = SHARED_METHODS.keys() | SHARED_ATTRIBUTES | CALLED_FROM_OUTSIDE.keys()
+    known = SHARED_METHODS.keys() | SHARED_ATTRIBUTES | CALLED_FROM_OUTSIDE.keys() | WHILE_TRAINING
     assert read <= known, f"Name {sorted(read - known)} in the tables."
 
 
@@ -390,6 +401,12 @@ def test_the_attributes_are_there_once_the_trainer_is(plain_distillation, plain_
     assert plain_distillation._metrics.keys() == {"train", "eval"}
     assert plain_distillation._logs.keys() == {"prompt", "completion"}
     assert {logs.maxlen for logs in plain_distillation._logs.values()} == {6}  # a window of rows
+
+
+def test_a_logged_line_to_come_is_kept_where_a_checkpoint_looks_for_it(trained):
+    missing = WHILE_TRAINING - set(dir(trained))
+    assert not missing, upgrade(f"A trainer that has trained lacks {sorted(missing)}.")
+    assert trained._globalstep_last_logged == trained.state.global_step
 
 
 def test_responses_are_asked_for_once_a_window_with_the_rows_as_they_stand(trained):

@@ -1,6 +1,13 @@
-"""The two ways in which promptkd fails on purpose."""
+"""The ways in which the project ends on purpose before it is done: it fails, or it is told to stop."""
 
-__all__ = ["PromptKDError", "RequestError"]
+import errno
+import signal
+from pathlib import Path
+
+__all__ = ["NO_ROOM", "PromptKDError", "RequestError", "Stopped", "cannot_write"]
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+"""Why a disk that took everything until now takes no more."""
 
 
 class PromptKDError(Exception):
@@ -13,3 +20,31 @@ class RequestError(PromptKDError, ValueError):
     """The request was wrong: usage, configuration or data (exit status 2)."""
 
     exit_status = 2
+
+
+class Stopped(SystemExit):
+    """A signal ended the command (exit status 128 + its number).
+
+    Like every `SystemExit`, it passes where errors are caught.
+
+    Args:
+        number: the signal's.
+        reached: what was done until then, as the end of a sentence: "after step 7 of 10".
+    """
+
+    def __init__(self, number: int, reached: str = ""):
+        super().__init__(128 + number)
+        self.status = 128 + number
+        self.reached = reached
+        self._name = "Interrupted" if number == signal.SIGINT else f"Stopped by {signal.Signals(number).name}"
+
+    def __str__(self) -> str:
+        return f"{self._name} {self.reached}".rstrip() + "."
+
+
+def cannot_write(target: Path, error: OSError) -> PromptKDError:
+    """What to raise where the disk refuses: one that is full fails the run, a wrong place makes a wrong request."""
+    reason = error.strerror or str(error)
+    if error.errno in NO_ROOM and error.errno != errno.EROFS:
+        return PromptKDError(f"Cannot write {target}: {reason}. Make room there or give another --out.")
+    return RequestError(f"Cannot write {target}: {reason}.")

@@ -5,22 +5,26 @@ A command is a module with `Options` (a dataclass; the docstring under a field i
 
 - `TRAINING_CONFIG = "package.module:Class"`: a dataclass, imported late, whose fields are flags of the command too;
 - `COMMON_TRAINING_FLAGS = {"learning_rate": ("NUMBER", "help")}`: those that `--help` shows without that import;
-- `POSITIONAL = "runs"`: the option that takes the arguments which follow no flag.
+- `POSITIONAL = "runs"`: the option that takes the arguments which follow no flag;
+- `GOES_ON = ("--resume",)`: with what the same command goes on after it was stopped, if it keeps what it has done.
 
-Exit status: 0 done, 1 the run failed, 2 the request was wrong, 130 interrupted.
+Exit status: 0 done, 1 the run failed, 2 the request was wrong, 130 interrupted, 143 stopped by SIGTERM.
 """
 
 import importlib
 import io
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
 
 from promptkd.cli.help import command_help, overview
 from promptkd.cli.options import nearest, parse_options
-from promptkd.errors import PromptKDError, RequestError
-from promptkd.redact import redacted
+from promptkd.cli.session import is_main_process
+from promptkd.cli.stopping import command_that_goes_on, ended_by_signals
+from promptkd.errors import NO_ROOM, PromptKDError, RequestError, Stopped
+from promptkd.redact import redacted, without_secrets
 from promptkd.visible import shown
 
 __all__ = ["COMMANDS", "main"]
@@ -56,23 +60,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = [argument for argument in arguments if argument != "--debug"]
     program = f"promptkd {arguments[0]}" if arguments and arguments[0] in COMMANDS else "promptkd"
     try:
-        status = _dispatch(arguments)
-        sys.stdout.flush()
-    except (KeyboardInterrupt, Exception) as error:
+        with ended_by_signals():
+            status = _dispatch(arguments)
+            sys.stdout.flush()
+    except (Stopped, KeyboardInterrupt, Exception) as error:
         return _report(error, program, debug)
     return status
 
 
-def _report(error: KeyboardInterrupt | Exception, program: str, debug: bool) -> int:
+def _report(error: BaseException, program: str, debug: bool) -> int:
     """Say on standard error what stopped the command; return the exit status."""
     if isinstance(error, BrokenPipeError) and _reader_is_gone():
         return 1
     if debug:
         traceback.print_exception(error)
-    if isinstance(error, KeyboardInterrupt):
-        message, status = f"{program}: Interrupted.", 130
-    elif isinstance(error, PromptKDError):
+    if isinstance(error, Stopped | KeyboardInterrupt):
+        stop = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
+        if is_main_process():
+            print(shown(redacted(" ".join([f"{program}:", str(stop), *_notes(error)]))), file=sys.stderr)
+        return stop.status
+    if isinstance(error, PromptKDError):
         message, status = f"{program}: {error}", error.exit_status
+    elif isinstance(error, OSError) and error.errno in NO_ROOM:
+        place = error.filename or "to the disk"
+        message, status = " ".join([f"{program}: Cannot write {place}: {error.strerror}.", *_notes(error)]), 1
     else:
         advice = "" if debug else " Run again with --debug for the traceback."
         message, status = f"{program} failed: {_one_line(error)}{advice}", 1
@@ -80,6 +91,10 @@ def _report(error: KeyboardInterrupt | Exception, program: str, debug: bool) -> 
         message = f"{message[:_LONGEST_MESSAGE]} … ({len(message)} characters)"
     print(shown(redacted(message)), file=sys.stderr)
     return status
+
+
+def _notes(error: BaseException) -> list[str]:
+    return vars(error).get("__notes__", [])
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -101,7 +116,14 @@ def _dispatch(arguments: list[str]) -> int:
     if "--help" in rest or "-h" in rest:
         return _show(command_help(name, command))
     parsed = parse_options(name, command, rest)
-    command.run(parsed.options, parsed.training)
+    try:
+        command.run(parsed.options, parsed.training)
+    except (Stopped, KeyboardInterrupt, OSError) as error:
+        if "GOES_ON" in vars(command):
+            error.add_note(
+                "To go on: " + command_that_goes_on(name, without_secrets(rest), parsed.options, command.GOES_ON)
+            )
+        raise
     return 0
 
 
@@ -136,6 +158,6 @@ def _discard_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     text = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
     return text if text.endswith((".", "!", "?")) else text + "."

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+GOES_ON = ("--overwrite",)  # finished stages come from the cache
+
 
 @dataclass
 class Options:
@@ -32,6 +34,7 @@ def run(options: Options, training: dict[str, Any]) -> None:
     from promptkd.demo.pipeline import Demo
     from promptkd.demo.settings import DemoSettings, teacher_file
     from promptkd.errors import RequestError
+    from promptkd.evaluation.resumable import write_whole
     from promptkd.report import render_report, terminal_table
 
     if not 1 <= options.layers <= 30:
@@ -48,7 +51,7 @@ def run(options: Options, training: dict[str, Any]) -> None:
     results = demo.run()
     results.notes = [*results.notes, f"Peak memory {peak_memory() / 2**30:.1f} GiB."]
     results.write(folder.results)
-    folder.report.write_text(render_report([results], title="promptkd demo"), encoding="utf-8")
+    write_whole(folder.report, render_report([results], title="promptkd demo").encode())
     print(terminal_table([results]))
     say(f"The student is in {options.out / 'student'}, the soft prompt in {options.out / 'prompt'}.")
     say(f"Open {folder.report} in a browser.")

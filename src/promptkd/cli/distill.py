@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+GOES_ON = ("--resume",)
 TRAINING_CONFIG = "promptkd.training:DistillConfig"
 COMMON_TRAINING_FLAGS = {
     "method": (
@@ -69,6 +70,8 @@ class Options:
     """Merge the student's LoRA weights into OUT/student at the end; else it holds the adapter alone."""
     select: Literal["rouge_l", "loss", "kl_to_teacher", "last"] = "rouge_l"
     """Which checkpoint to keep, by validation; last keeps the last. Without --eval-data it is the last."""
+    keep: int | None = 2
+    """Checkpoints that stay, the newest and the best always among them; none keeps all."""
     resume: bool = False
     """Go on from the last checkpoint in OUT."""
     overwrite: bool = False

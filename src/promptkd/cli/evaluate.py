@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from promptkd.evaluation.measure import Decoding
     from promptkd.results import Results
 
+GOES_ON: tuple[str, ...] = ()
+
 
 @dataclass
 class Options:

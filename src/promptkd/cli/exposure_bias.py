@@ -212,7 +212,7 @@ def _students(options: Options) -> dict[str, str]:
             if not checkpoints:
                 raise RequestError(
                     f"--every-checkpoint needs run folders with checkpoints/checkpoint-N. {path} has none. A run keeps "
-                    "its last two unless it is given --save_total_limit."
+                    "its last two unless it is given --keep."
                 )
             found |= {f"{label} step {step}": str(folder) for step, folder in checkpoints.items()}
         found[label] = path

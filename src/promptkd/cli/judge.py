@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from promptkd.evaluation.verdict_log import VerdictLog
     from promptkd.results import DataRecord
 
+GOES_ON: tuple[str, ...] = ()
+
 
 @dataclass
 class Options:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from promptkd.cli.options import write_config
-from promptkd.errors import RequestError
+from promptkd.errors import RequestError, cannot_write
 from promptkd.visible import shown
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ __all__ = [
 
 _OWN = ("config.yaml", "metrics.jsonl", "results.json", "report.html", "responses.jsonl")
 _OWN_FOLDERS = ("student", "model", "prompt", "teacher_lora", "teacher", "online_module", "checkpoints")
-_MAY_CHANGE = frozenset({"resume", "overwrite", "out"})
+_MAY_CHANGE = frozenset({"resume", "overwrite", "out", "keep"})
 
 
 def say(text: str) -> None:
@@ -119,7 +119,7 @@ class RunFolder:
         try:
             write_config(self.config, merged)
         except OSError as error:
-            raise RequestError(f"Cannot write in {self.path}: {error.strerror or error}.") from error
+            raise cannot_write(self.path, error) from error
 
     @contextmanager
     def opened(self, merged: dict[str, Any], *, resume: bool, overwrite: bool) -> Iterator[None]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+GOES_ON = ("--resume",)
 TRAINING_CONFIG = "promptkd.training:FinetuneConfig"
 COMMON_TRAINING_FLAGS = {
     "max_steps": ("INT", "Optimiser steps; by default num_train_epochs decides."),
@@ -42,6 +43,8 @@ class Options:
     """Use the first so many validation rows."""
     select: Literal["rouge_l", "loss", "last"] = "rouge_l"
     """Which checkpoint to keep, by validation; last keeps the last. Without --eval-data it is the last."""
+    keep: int | None = 2
+    """Checkpoints that stay, the newest and the best always among them; none keeps all."""
     resume: bool = False
     """Go on from the last checkpoint in OUT."""
     overwrite: bool = False

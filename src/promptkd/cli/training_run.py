@@ -12,6 +12,8 @@ from promptkd.cli.session import RunFolder, data_record, is_main_process, peak_m
 from promptkd.errors import PromptKDError, RequestError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from promptkd.results import Training
 
 __all__ = ["TrainingRun"]
@@ -19,6 +21,7 @@ __all__ = ["TrainingRun"]
 _LOWER_IS_BETTER = {"rouge_l": False, "loss": True, "kl_to_teacher": True}
 _SET_HERE = {
     "output_dir": "--out",
+    "save_total_limit": "--keep",
     "resume_from_checkpoint": "--resume",
     "load_best_model_at_end": "--select",
     "metric_for_best_model": "--select",
@@ -49,8 +52,13 @@ class TrainingRun:
         quiet_libraries()
         for name in self.training.keys() & _SET_HERE.keys():
             raise RequestError(f"--{name} is set by {_SET_HERE[name]} here. Give that instead.")
-        settings = {"report_to": "none", "disable_tqdm": True, "save_total_limit": 2, "log_level_replica": "error"}
+        settings: dict[str, Any] = {"report_to": "none", "disable_tqdm": True, "log_level_replica": "error"}
         settings |= self.training
+        if self.options.keep is not None and self.options.keep < 1:
+            raise RequestError(f"--keep must be at least 1, or none to keep every checkpoint. Got {self.options.keep}.")
+        if self.options.resume and settings.get("save_only_model"):
+            raise RequestError("--save_only_model leaves out of the checkpoints what --resume goes on with.")
+        settings["save_total_limit"] = self.options.keep
         settings["output_dir"] = str(self.folder.checkpoints)
         settings |= self._selection(settings)
         try:
@@ -114,13 +122,17 @@ class TrainingRun:
             self.metrics["teacher_trained_share"] = Metric(value=share)
 
     def train(self, trainer: Any, title: str) -> None:
-        """Train, or go on from the last checkpoint."""
-        from promptkd.training.checkpoints import last_checkpoint
-        from promptkd.training.logs import CostMeter, MetricsFile, ProgressBar, quiet
+        """Train, or go on from the last checkpoint; until the end, or until a signal.
 
-        checkpoint = last_checkpoint(self.folder.checkpoints) if self.options.resume else None
+        Raises:
+            Stopped: after a signal, when a checkpoint is written.
+        """
+        from promptkd.training.logs import CostMeter, MetricsFile, ProgressBar, quiet
+        from promptkd.training.stopping import StopOnSignal
+
+        checkpoint = self._checkpoint() if self.options.resume else None
         if checkpoint is not None:
-            say(f"Going on from {checkpoint}.")
+            trainer.args.eval_on_start = False  # the run began with it
         quiet(trainer)
         bar, meter = ProgressBar(title), CostMeter(peak_memory)
         trainer.add_callback(meter)
@@ -128,7 +140,9 @@ class TrainingRun:
         trainer.add_callback(bar)
         started = time.perf_counter()
         try:
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            with StopOnSignal(trainer.accelerator) as stop:
+                trainer.add_callback(stop)
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         except UnpicklingError as error:
             raise PromptKDError(
                 f"{checkpoint} holds more than tensors, and nothing else is unpickled: it is damaged, or no checkpoint "
@@ -143,6 +157,22 @@ class TrainingRun:
             "peak_memory_bytes": meter.peak_memory_bytes,
         }
 
+    def _checkpoint(self) -> "Path | None":
+        """The checkpoint to go on from, which the first process looks for; None to begin at the first step."""
+        from accelerate.utils import broadcast_object_list
+
+        from promptkd.training.checkpoints import resumable_checkpoint, set_aside
+
+        found: list[Path | None] = [None]
+        if is_main_process():
+            found[0], passed_over = resumable_checkpoint(self.folder.checkpoints)
+            for each, problem in passed_over.items():
+                say(f"{each.name} is passed over and stays as passed-over-{each.name}: {problem}.")
+            set_aside(passed_over)
+        broadcast_object_list(found)
+        say("There is no checkpoint yet: beginning anew." if found[0] is None else f"Going on from {found[0]}.")
+        return found[0]
+
     def save(self, trainer: Any, name: str) -> None:
         """Write the finished model."""
         trainer.save_student(self.folder.path / name)
@@ -150,6 +180,7 @@ class TrainingRun:
     def record(self, trainer: Any, name: str) -> None:
         """Measure the finished model on the validation rows, write the record and the page, and print the table."""
         from promptkd.evaluation.measure import evaluate_model
+        from promptkd.evaluation.resumable import write_whole
         from promptkd.models import model_record
         from promptkd.report import render_report, terminal_table
         from promptkd.results import Results, Series, read_history
@@ -189,7 +220,7 @@ class TrainingRun:
             notes=[f"Peak memory {peak_memory() / 2**30:.1f} GiB."],
         )
         results.write(self.folder.results)
-        self.folder.report.write_text(render_report([results]), encoding="utf-8")
+        write_whole(self.folder.report, render_report([results]).encode())
         if evaluations:
             print(terminal_table([results]))
         say(f"The model is in {self.folder.path / name}, the page in {self.folder.report}.")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from promptkd.errors import RequestError
+from promptkd.errors import cannot_write
 
 __all__ = ["written_whole"]
 
@@ -16,7 +16,7 @@ def written_whole(out: Path, *, folder: bool) -> Iterator[Path]:
     """A place beside `out` to write to; it becomes `out`, whatever was there, when the body is done, and goes if not.
 
     Raises:
-        RequestError: if the disk refuses.
+        PromptKDError: if the disk refuses.
     """
     partial = out.with_name(f"{out.stem}.partial{out.suffix}")
     try:
@@ -27,7 +27,7 @@ def written_whole(out: Path, *, folder: bool) -> Iterator[Path]:
             _remove(out)
         os.replace(partial, out)
     except OSError as error:
-        raise RequestError(f"Cannot write {out}: {error.strerror or error}.") from error
+        raise cannot_write(out, error) from error
     finally:
         _remove(partial)
 

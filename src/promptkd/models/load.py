@@ -4,8 +4,10 @@ A GGUF file is converted once into safetensors under the cache folder ($PROMPTKD
 $XDG_CACHE_HOME or ~/.cache): reading GGUF takes many times as long as reading safetensors.
 """
 
+import glob
 import json
 import os
+import platform
 import re
 import shutil
 from collections.abc import Iterator
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import psutil
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -181,7 +184,11 @@ def _converted(file: Path) -> Path:
 
 
 def _convert(file: Path, target: Path) -> None:
-    partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
+    ours = f"{target.name}.partial-{platform.node()}-"
+    for left in target.parent.glob(f"{glob.escape(ours)}*"):
+        if not psutil.pid_exists(int(left.name.removeprefix(ours))):  # that one was killed
+            shutil.rmtree(left, ignore_errors=True)
+    partial = target.with_name(f"{ours}{os.getpid()}")
     try:
         convert_gguf(file, partial)
         try:

@@ -1,53 +1,106 @@
-"""Checkpoints that are whole or not there."""
+"""Checkpoints that are whole or not there, and which of them a run goes on from."""
 
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-__all__ = ["checkpoints_in", "last_checkpoint", "staged_checkpoint"]
+from promptkd.errors import PromptKDError
+from promptkd.training.manifest import damage, write_manifest
+
+__all__ = ["checkpoints_in", "point_at_best", "resumable_checkpoint", "set_aside", "staged_checkpoint", "whole_folder"]
+
+_STAGING = ".partial"
+_ASIDE = "passed-over-"  # behind the number, transformers would still take the folder for a checkpoint
+_DISK_ERRORS = (OSError, RuntimeError, SafetensorError)  # torch and safetensors have words of their own for OSError
 
 
 @contextmanager
 def staged_checkpoint(trainer: Any) -> Iterator[Path]:
-    """A folder to write the trainer's checkpoint in; it takes its name only when everything is written.
+    """A folder to write the trainer's checkpoint in; it takes its name only when the disk has all of it.
 
-    Older checkpoints beyond `save_total_limit` go after that, never before.
+    Its manifest lists every file. Older checkpoints beyond `save_total_limit` go after that, never before; the newest
+    and the best always stay.
+
+    Raises:
+        PromptKDError: if it cannot be written. Earlier checkpoints are as they were.
     """
     root = Path(trainer.args.output_dir)
     name = f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
-    staging = root / ".partial"
+    staging = root / _STAGING
+    try:
+        if trainer.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+        trainer.accelerator.wait_for_everyone()
+        yield staging
+        point_at_best(trainer, writing=name)  # transformers noted where it stood meanwhile
+        trainer.accelerator.wait_for_everyone()
+        if trainer.args.should_save:
+            trainer.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
+            write_manifest(staging / name)
+            _take_place(staging / name, root / name)
+    except _DISK_ERRORS as error:
+        if trainer.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+        kept = ", ".join(each.name for each in checkpoints_in(root).values())
+        intact = f"Whole and to go on from by --resume: {kept}." if kept else "There is no earlier checkpoint."
+        raise PromptKDError(f"{_not_written(root / name, error)} {intact}") from error
     if trainer.args.should_save:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-    trainer.accelerator.wait_for_everyone()
-    yield staging
-    if trainer.state.best_global_step:
-        best = root / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.best_global_step}"
-        if best.is_dir() or best.name == name:
-            trainer.state.best_model_checkpoint = str(best)  # transformers noted where it stood meanwhile
-    trainer.accelerator.wait_for_everyone()
-    if trainer.args.should_save:
-        trainer.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
-        shutil.rmtree(root / name, ignore_errors=True)
-        os.replace(staging / name, root / name)
         shutil.rmtree(staging, ignore_errors=True)
         rotate_checkpoints(
             output_dir=str(root),
             save_total_limit=trainer.args.save_total_limit,
             best_model_checkpoint=trainer.state.best_model_checkpoint,
-            use_mtime=True,
+            use_mtime=False,
         )
     trainer.accelerator.wait_for_everyone()
 
 
+def point_at_best(trainer: Any, writing: str = "") -> None:
+    """Let the trainer's state name the best checkpoint where it stands, or will when `writing` has its name.
+
+    transformers writes the path down, and a run's folder may have been moved since.
+    """
+    if trainer.state.best_global_step:
+        best = Path(trainer.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.best_global_step}"
+        if best.is_dir() or best.name == writing:
+            trainer.state.best_model_checkpoint = str(best)
+
+
+@contextmanager
+def whole_folder(target: Path, *, writes: bool) -> Iterator[Path]:
+    """A folder beside `target` to write to, which takes its place once all is written.
+
+    Args:
+        writes: whether this process writes at all.
+
+    Raises:
+        PromptKDError: if it cannot be written. `target` is as it was.
+    """
+    partial = target.with_name(f"{target.name}.partial")
+    try:
+        if writes:
+            shutil.rmtree(partial, ignore_errors=True)
+        yield partial
+        if writes:
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(partial, target)
+    except _DISK_ERRORS as error:
+        if writes:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise PromptKDError(_not_written(target, error)) from error
+
+
 def checkpoints_in(folder: Path) -> dict[int, Path]:
-    """The whole checkpoints in `folder` by their steps, in rising order."""
+    """The checkpoints in `folder` by their steps, in rising order."""
     found = {
         int(each.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")): each
         for each in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
@@ -56,6 +109,70 @@ def checkpoints_in(folder: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint of the highest step in `folder`, or None."""
-    return next(reversed(checkpoints_in(folder).values()), None)
+def resumable_checkpoint(folder: Path) -> tuple[Path | None, dict[Path, str]]:
+    """The newest checkpoint in `folder` from which a run ends as if undisturbed, and why newer ones are none.
+
+    It must be whole, and so must be the best checkpoint that it knows of. None if there is no checkpoint at all.
+
+    Raises:
+        PromptKDError: if there are checkpoints, but none to go on from. Nothing is changed.
+    """
+    _finish_replacing(folder)
+    found = checkpoints_in(folder)
+    problems: dict[Path, str] = {}
+    for checkpoint in reversed(found.values()):
+        problem = damage(checkpoint) or _damage_of_best(checkpoint, found)
+        if problem is None:
+            return checkpoint, problems
+        problems[checkpoint] = problem
+    if problems:
+        raise PromptKDError(
+            f"No checkpoint in {folder} can be gone on from: "
+            + "; ".join(f"{checkpoint.name}: {problem}" for checkpoint, problem in problems.items())
+            + ". Nothing was deleted. Put the files back, or start again with --overwrite or another --out."
+        )
+    return None, {}
+
+
+def set_aside(checkpoints: Mapping[Path, str]) -> None:
+    """Rename checkpoints that were passed over, so that none of them counts among a run's own; none is deleted."""
+    for checkpoint in checkpoints:
+        aside = checkpoint.with_name(_ASIDE + checkpoint.name)
+        shutil.rmtree(aside, ignore_errors=True)  # of an earlier time at this step
+        os.replace(checkpoint, aside)
+
+
+def _take_place(written: Path, place: Path) -> None:
+    replaced = written.with_name("replaced")
+    if place.exists():  # the same step, saved again
+        os.replace(place, replaced)
+    try:
+        os.replace(written, place)
+    except OSError:
+        if replaced.exists():
+            os.replace(replaced, place)
+        raise
+
+
+def _finish_replacing(folder: Path) -> None:
+    """Give a checkpoint its name that was whole when the process was killed before it could."""
+    for staged in checkpoints_in(folder / _STAGING).values():
+        if not (folder / staged.name).exists() and damage(staged) is None:
+            os.replace(staged, folder / staged.name)
+
+
+def _damage_of_best(checkpoint: Path, found: Mapping[int, Path]) -> str | None:
+    """What is wrong with the best checkpoint until this one, which the run's student may come from."""
+    best = json.loads((checkpoint / TRAINER_STATE_NAME).read_bytes())["best_global_step"]
+    if best is None or found.get(best) == checkpoint:
+        return None
+    if best not in found:
+        return f"the best checkpoint until then, {PREFIX_CHECKPOINT_DIR}-{best}, is missing"
+    problem = damage(found[best])
+    return None if problem is None else f"of the best checkpoint until then, {found[best].name}, {problem}"
+
+
+def _not_written(place: Path, error: Exception) -> str:
+    reason = " ".join(str(error).split()).removesuffix(".")
+    there = next(folder for folder in place.absolute().parents if folder.is_dir())
+    return f"Could not write {place} ({shutil.disk_usage(there).free / 2**20:,.0f} MiB are free there): {reason}."

@@ -74,12 +74,6 @@ class FinetuneTrainer(RunTrainer, SFTTrainer):
             **kwargs,
         )
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        logged = [entry["num_tokens"] for entry in self.state.log_history if "num_tokens" in entry]
-        if checkpoint is not None and logged:
-            self._total_train_tokens = logged[-1]  # TRL's checkpoints leave the count out
-
     def validation_rows(self) -> list[EncodedExample]:
         return self._validation
 

@@ -12,9 +12,11 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from promptkd.data.encode import EncodedData
-from promptkd.errors import RequestError
+from promptkd.errors import PromptKDError, RequestError
 from promptkd.evaluation.measure import Decoding, measure_rows, summarize
-from promptkd.training.checkpoints import staged_checkpoint
+from promptkd.training.checkpoints import staged_checkpoint, whole_folder
+from promptkd.training.manifest import damage
+from promptkd.training.resuming import ExactResuming
 
 __all__ = ["RunTrainer"]
 
@@ -33,6 +35,15 @@ class RunTrainer:
     processing_class: Any
     stop_ids: tuple[int, ...]
     _staging: Path | None = None
+    _tr_loss: Any
+    _globalstep_last_logged: int
+    _metrics: Any
+    _total_train_tokens: int
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._resuming = ExactResuming(self)
+        self.add_callback(self._resuming)  # type: ignore[attr-defined]
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -89,6 +100,7 @@ class RunTrainer:
         )
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._resuming.keep_log()
         with staged_checkpoint(self) as staging:
             self._staging = staging
             try:
@@ -98,6 +110,10 @@ class RunTrainer:
                 self.save_method_state(folder)
             finally:
                 self._staging = None
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step < self.state.max_steps:  # else transformers would take a step beyond the last one
+            super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
 
     def _get_output_dir(self, trial: Any) -> str:
         if self._staging is not None:
@@ -111,6 +127,11 @@ class RunTrainer:
             raise RequestError(
                 f"The best checkpoint, {best.name}, is not in {self.args.output_dir}. Give --select last."
             )
+        if self.accelerator.is_main_process and (problem := damage(best)):
+            raise PromptKDError(
+                f"The best checkpoint, {best}, was damaged while training went on: {problem}. Put the file back and go "
+                "on by --resume, which passes over what it cannot trust."
+            )
         self.state.best_model_checkpoint = str(best)
         super()._load_best_model()  # type: ignore[misc]
 
@@ -119,6 +140,7 @@ class RunTrainer:
 
     def save_student(self, folder: str | Path) -> None:
         """Write model and tokenizer as safetensors that transformers and vLLM load."""
-        self.save_model(str(folder), _internal_call=True)  # type: ignore[attr-defined]
-        if self.args.should_save:
-            (Path(folder) / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle has no place beside a model
+        with whole_folder(Path(folder), writes=self.args.should_save) as partial:
+            self.save_model(str(partial), _internal_call=True)  # type: ignore[attr-defined]
+            if self.args.should_save:
+                (partial / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle has no place beside a model

@@ -18,6 +18,7 @@ from promptkd.models.adapters import FullTeacher, LoraTeacher, OnlineTeacher, So
 from promptkd.objectives import regularizer_weight
 from promptkd.objectives.linear import ChunkedLoss
 from promptkd.switches import switched_on
+from promptkd.training.checkpoints import whole_folder
 
 if TYPE_CHECKING:
     from trl import DistillationTrainer as _Trainer  # what this class is mixed into
@@ -239,7 +240,8 @@ class TeacherTuning(_Trainer):
         """
         if self.adapter is not None and self.args.should_save:
             teacher = self.accelerator.unwrap_model(self.teacher_model)
-            self.adapter.save(Path(run) / self.adapter.folder, teacher)
+            with whole_folder(Path(run) / self.adapter.folder, writes=True) as partial:
+                self.adapter.save(partial, teacher)
 
     def trainable_share(self) -> tuple[int, float]:
         """Trainable numbers of the teacher, and their share of its parameters."""
