@@ -1,0 +1,60 @@
+"""How far runs are, read from the files that they write while they go."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from promptkd.errors import RequestError
+from promptkd.results import Results
+
+__all__ = ["Progress", "last_words", "progress_of", "read_results"]
+
+_TAIL = 1 << 14
+"""Bytes at the end of a file that are read for its last lines."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    step: int = 0
+    loss: float | None = None
+
+
+def progress_of(run: Path) -> Progress:
+    """The last logged step of the run in a folder, and the last loss among its last lines."""
+    entries = []
+    for line in _tail(run / "metrics.jsonl"):
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            continue  # being written, or cut at the beginning
+    step = max((int(entry["step"]) for entry in entries if "step" in entry), default=0)
+    losses = [float(entry["loss"]) for entry in entries if "loss" in entry]
+    return Progress(step, losses[-1] if losses else None)
+
+
+def last_words(log: Path) -> str:
+    """The last line of a log that says anything."""
+    return next((line.strip() for line in reversed(_tail(log)) if line.strip()), "")
+
+
+def read_results(path: Path, config: dict[str, Any], *, ignoring: frozenset[str] = frozenset()) -> Results | None:
+    """The record at `path`, if there is a whole one of these settings."""
+    if not path.is_file():
+        return None
+    try:
+        record = Results.read(path)
+    except RequestError:
+        return None  # cut short or of an older version: the run writes it anew
+    keys = (record.config.keys() | config.keys()) - ignoring
+    return record if all(record.config.get(key) == config.get(key) for key in keys) else None
+
+
+def _tail(path: Path) -> list[str]:
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(0, size - _TAIL))
+            return file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return []
