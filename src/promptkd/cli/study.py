@@ -142,14 +142,14 @@ def _conclude(options: Options, runs: "list[StudyRun]", outcome: "Outcome") -> N
     from promptkd.study.processes import shell_line
     from promptkd.study.progress import last_words
 
-    go_on = f"Go on by: {shell_line(['study', str(options.out / 'config.yaml')])}"
+    again = shell_line(["study", str(options.out / "config.yaml")])
     if outcome.signal is not None:
         left = sum(bool(each.job.commands) and outcome.statuses.get(each.job.name) != 0 for each in runs)
-        raise StoppedError(f"Stopped. {left} of {len(runs)} runs are left. {go_on}", outcome.signal)
+        raise StoppedError(f"Stopped. {left} of {len(runs)} runs are left. Go on by: {again}", outcome.signal)
     failed = [each.job for each in runs if outcome.statuses.get(each.job.name, 0)]
     if failed:
         lines = [
             f"\n  - {job.name} (status {outcome.statuses[job.name]}), see {job.log}: {last_words(job.log)}"
             for job in failed
         ]
-        raise PromptKDError(f"{len(failed)} of {len(runs)} runs failed:{''.join(lines)}\nTry them again: {go_on[12:]}")
+        raise PromptKDError(f"{len(failed)} of {len(runs)} runs failed:{''.join(lines)}\nTry them again by: {again}")
