@@ -221,9 +221,8 @@ def test_a_file_is_missing(tmp_path, capsys):
 
 def test_ray_that_is_not_installed(world, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    ran = run(capsys, "study", study_file(world, tmp_path / "out"), "--engine", "ray")
-    assert ran.status == 2
-    assert "pip install 'promptkd[ray]'" in ran.err
+    file = study_file(world, tmp_path / "out")
+    assert "pip install 'promptkd[ray]'" in refused(capsys, file, "--engine", "ray")
 
 
 def test_a_dry_run_writes_nothing_and_its_commands_can_be_run(world, tmp_path, capsys):
@@ -379,6 +378,22 @@ def test_a_job_that_fails_ends_its_own_commands_alone(tmp_path):
     assert "2 done, 1 failed" in said.splitlines()[-1]
 
 
+@pytest.mark.parametrize(("means", "statuses"), [("stop", {-signal.SIGTERM, 143}), ("kill", {-signal.SIGKILL})])
+def test_a_pool_stops_its_processes(tmp_path, means, statuses):
+    os.mkfifo(tmp_path / "never")  # reading it waits for a writer
+    job = Job("a", (("study", str(tmp_path / "never")), ("--version",)), tmp_path / "a.log")
+    pool = LocalPool([{}])
+    pool.start(job)
+    assert not pool.has_room()
+    assert pool.finished() == {}
+    getattr(pool, means)()
+    ended: dict[str, int] = {}
+    until(lambda: ended.update(pool.finished()) or ended, 20)
+    assert ended["a"] in statuses
+    assert pool.has_room()
+    assert "--version" not in job.log.read_text()
+
+
 class Endless:
     """An engine whose jobs end when they are told to."""
 
@@ -393,7 +408,7 @@ class Endless:
         if len(self.active) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def is_running(self, name):
+    def is_running(self, job):
         return True
 
     def finished(self):

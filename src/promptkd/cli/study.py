@@ -106,24 +106,26 @@ def _carry_out(options: Options, runs: "list[StudyRun]") -> None:
     from promptkd.study.loop import carry_out
     from promptkd.study.table import Table
 
+    cluster = _cluster(options) if options.engine == "ray" else None
     with locked(options.out) as lock:
         config = {k: v for k, v in merged_config(options, {}).items() if k not in ("config", "dry_run")}
         write_config(options.out / "config.yaml", config)
         jobs = [each.job for each in runs if each.job.commands]
         if finished := len(runs) - len(jobs):
             say(f"{finished} of {len(runs)} runs are done already.")
-        engine = _engine(options, lock)
-        outcome = carry_out(jobs, engine, Table([each.row for each in runs]))
+        outcome = carry_out(jobs, cluster or _pool(options, lock), Table([each.row for each in runs]))
         if outcome.signal is None:
             compare_and_report(options, [each for each in runs if not outcome.statuses.get(each.job.name, 0)])
     _conclude(options, runs, outcome)
 
 
-def _engine(options: Options, lock: int) -> "Engine":
-    if options.engine == "ray":
-        from promptkd.study.ray_cluster import RayCluster
+def _cluster(options: Options) -> "Engine":
+    from promptkd.study.ray_cluster import RayCluster
 
-        return RayCluster(options.ray_address, cpus=options.cpus_per_run, gpus=options.gpus_per_run)
+    return RayCluster(options.ray_address, cpus=options.cpus_per_run, gpus=options.gpus_per_run)
+
+
+def _pool(options: Options, lock: int) -> "Engine":
     import os
 
     import torch

@@ -26,7 +26,8 @@ __all__ = ["StudyRun", "checked_runs"]
 _ALIKE = ("template", "max_prompt_length", "max_completion_length", "trust_remote_code")
 """Settings of training that evaluation has too, and takes over unless it is told otherwise."""
 _NOT_EVALUATED = {"model": "each run's student is measured", "out": "the study names the records"}
-_FREE = frozenset({"out", "overwrite"})
+_FREE = {"out": None, "overwrite": None}
+"""Options of an evaluation on which nothing in its record depends."""
 
 
 @dataclass
@@ -128,9 +129,8 @@ def _training(planned: Planned, folder: Path) -> _Stage:
     mode = "--overwrite" if torn else "--resume"
     arguments = ("distill", *arguments_of(planned.settings), "--out", str(folder), mode)
     parsed = parse_options("distill", promptkd.cli.distill, arguments[1:])
-    job, args, _ = promptkd.cli.distill.checked(parsed.options, parsed.training)
-    record = read_results(folder / "results.json", job.merged, ignoring=_FREE)
-    return _Stage(arguments, record, _steps(args, job.rows()))
+    job, args, _ = promptkd.cli.distill.checked(parsed.options, parsed.training)  # and that its settings are the same
+    return _Stage(arguments, read_results(folder / "results.json"), _steps(args, job.rows()))
 
 
 def _evaluation(model: Path, settings: dict[str, Any], results: Path) -> _Stage:
@@ -142,7 +142,9 @@ def _evaluation(model: Path, settings: dict[str, Any], results: Path) -> _Stage:
     promptkd.cli.evaluate.check(parsed.options)
     for source in parsed.options.data:
         read_examples(source, limit=parsed.options.limit)
-    return _Stage(arguments, read_results(results, merged_config(parsed.options, {}), ignoring=_FREE))
+    record, asked = read_results(results), merged_config(parsed.options, {})
+    same = record is not None and {**record.config, **_FREE} == {**asked, **_FREE}
+    return _Stage(arguments, record if same else None)
 
 
 def _run(planned: Planned, options: "Options", stages: list[_Stage]) -> StudyRun:

@@ -52,9 +52,9 @@ class LocalPool:
         worker = next(each for each in range(len(self._environments)) if each not in taken)
         self._running[job.name] = _Running(job, worker, self._process(job, worker, 0))
 
-    def is_running(self, name: str) -> bool:
+    def is_running(self, job: Job) -> bool:
         """Whether a job that was started has begun; here it has at once."""
-        return name in self._running
+        return True
 
     def finished(self) -> dict[str, int]:
         """The jobs that have ended since the last call, with their exit statuses; begins what follows in the others."""

@@ -31,7 +31,7 @@ class Engine(Protocol):
 
     def has_room(self) -> bool: ...
     def start(self, job: Job) -> None: ...
-    def is_running(self, name: str) -> bool: ...
+    def is_running(self, job: Job) -> bool: ...
     def finished(self) -> dict[str, int]: ...
     def stop(self) -> None: ...
     def kill(self) -> None: ...
@@ -60,6 +60,7 @@ def carry_out(jobs: Sequence[Job], engine: Engine, table: Table) -> Outcome:
     SIGINT and SIGTERM ask the running jobs to stop, and no further one is started; a second one ends them at once.
     """
     outcome, waiting = Outcome(), deque(jobs)
+    queued: dict[str, Job] = {}
     active: set[str] = set()
     heard = 0
     with _signals() as requests, table:
@@ -74,12 +75,14 @@ def carry_out(jobs: Sequence[Job], engine: Engine, table: Table) -> Outcome:
                     job = waiting.popleft()
                     engine.start(job)
                     active.add(job.name)
+                    queued[job.name] = job
                     table.queued(job.name)
-                for name in active:
-                    if engine.is_running(name):
-                        table.running(name)
+                for job in [each for each in queued.values() if engine.is_running(each)]:
+                    del queued[job.name]
+                    table.running(job.name)
                 for name, status in engine.finished().items():
                     active.remove(name)
+                    queued.pop(name, None)
                     outcome.statuses[name] = status
                     table.ended(name, status, stopped=heard > 0)
                 table.refresh()

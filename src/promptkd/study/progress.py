@@ -3,7 +3,6 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from promptkd.errors import RequestError
 from promptkd.results import Results
@@ -38,16 +37,12 @@ def last_words(log: Path) -> str:
     return next((line.strip() for line in reversed(_tail(log)) if line.strip()), "")
 
 
-def read_results(path: Path, config: dict[str, Any], *, ignoring: frozenset[str] = frozenset()) -> Results | None:
-    """The record at `path`, if there is a whole one of these settings."""
-    if not path.is_file():
-        return None
+def read_results(path: Path) -> Results | None:
+    """The record at `path`; None if there is none, or one that this version does not read, which is to be made anew."""
     try:
-        record = Results.read(path)
+        return Results.read(path)
     except RequestError:
-        return None  # cut short or of an older version: the run writes it anew
-    keys = (record.config.keys() | config.keys()) - ignoring
-    return record if all(record.config.get(key) == config.get(key) for key in keys) else None
+        return None
 
 
 def _tail(path: Path) -> list[str]:

@@ -46,25 +46,27 @@ class RayCluster:
         self._check_fits(cpus, gpus)
         self._task = ray.remote(run_job).options(num_cpus=cpus, num_gpus=gpus)
         self._environment = {"OMP_NUM_THREADS": str(max(1, cpus))}
-        self._jobs: dict[Any, tuple[Job, int]] = {}
+        self._jobs: dict[Any, Job] = {}
+        self._logged: dict[str, int] = {}
 
     def has_room(self) -> bool:
         return True
 
     def start(self, job: Job) -> None:
-        task = self._task.remote(job, self._environment, Path.cwd())
-        self._jobs[task] = job, _size(job.log)
+        self._logged[job.name] = _size(job.log)
+        self._jobs[self._task.remote(job, self._environment, Path.cwd())] = job
 
-    def is_running(self, name: str) -> bool:
+    def is_running(self, job: Job) -> bool:
         """Whether a job that was started has begun, which its log shows."""
-        return any(job.name == name and _size(job.log) > size for job, size in self._jobs.values())
+        return _size(job.log) > self._logged[job.name]
 
     def finished(self) -> dict[str, int]:
         """The jobs that have ended since the last call, with their exit statuses."""
         if not self._jobs:
             return {}
         ready, _ = self._ray.wait(list(self._jobs), num_returns=len(self._jobs), timeout=0)
-        return {self._jobs[task][0].name: self._status(task, self._jobs.pop(task)[0]) for task in ready}
+        ended = {task: self._jobs.pop(task) for task in ready}
+        return {job.name: self._status(task, job) for task, job in ended.items()}
 
     def stop(self) -> None:
         """Ask every run to stop: it writes a checkpoint first."""

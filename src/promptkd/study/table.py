@@ -18,6 +18,8 @@ __all__ = ["Phase", "Row", "Table", "clock"]
 
 _AROUND = 4
 """Lines of the screen that are not runs."""
+_EVERY = 1.0
+"""Seconds between two drawings, each of which reads the logs of the runs."""
 
 
 class Phase(Enum):
@@ -63,6 +65,7 @@ class Table:
         self._rows = {row.name: row for row in rows}
         self._console = console or Console(stderr=True)
         self._live: Live | None = None
+        self._drawn_at = 0.0
 
     def __enter__(self) -> None:
         if self._console.is_terminal:
@@ -73,7 +76,7 @@ class Table:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._live is not None:
-            self.refresh()
+            self._live.update(self._drawn(), refresh=True)
             self._live.stop()
             self._live = None
 
@@ -82,9 +85,8 @@ class Table:
 
     def running(self, name: str) -> None:
         row = self._rows[name]
-        if row.phase is Phase.QUEUED:
-            row.phase, row.began = Phase.RUNNING, time.monotonic()
-            self._say(f"{name}: started")
+        row.phase, row.began = Phase.RUNNING, time.monotonic()
+        self._say(f"{name}: started")
 
     def ended(self, name: str, status: int, *, stopped: bool) -> None:
         row = self._rows[name]
@@ -105,8 +107,11 @@ class Table:
         return ", ".join(f"{phases.count(phase)} {phase.value}" for phase in order if phase in phases)
 
     def refresh(self) -> None:
-        if self._live is not None:
+        """Draw the table anew if it is time."""
+        now = time.monotonic()
+        if self._live is not None and now - self._drawn_at >= _EVERY:
             self._live.update(self._drawn(), refresh=True)
+            self._drawn_at = now
 
     def _say(self, text: str) -> None:
         if self._live is None:
