@@ -38,6 +38,7 @@ from promptkd.study.loop import carry_out
 from promptkd.study.plan import arguments_of, plan_runs
 from promptkd.study.pooling import Member, both_ways, compare_groups, t_quantile, t_two_sided
 from promptkd.study.processes import Job, shell_line
+from promptkd.study.progress import last_words
 from promptkd.study.table import Row, Table
 from tiny import save_model, tiny_model
 
@@ -135,6 +136,10 @@ WRONG_PLANS = {
     "a path for a name": ({"methods": ["../kd"]}, "a name becomes a folder's"),
     "a seed in base": ({"base": {"seed": 1}}, "base sets seed, but `seeds` lists the seeds"),
     "a folder in a method": ({"methods": [{"name": "kd", "out": "x"}]}, "kd sets out, but the study names"),
+    "a secret": (
+        {"base": {"hub_token": "hf_x"}},
+        "base sets hub_token, but the study's file and commands are no place",
+    ),
     "a method in base": ({"base": {"method": "kd"}}, "base sets method"),
     "a method in the grid": ({"grid": {"method": ["kd"]}}, "grid varies method; list several methods"),
     "base against grid": ({"base": {"beta": 1}, "grid": {"beta": [0]}}, "base sets beta, which grid varies"),
@@ -448,6 +453,12 @@ def test_workers_share_cores_and_gpus():
     assert shares(2, 8, [], {}) == [{"OMP_NUM_THREADS": "4"}] * 2
     assert shares(3, 2, [], {}) == [{"OMP_NUM_THREADS": "1"}] * 3
     assert shares(3, 8, ["4", "7"], {"OMP_NUM_THREADS": "2"}) == [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in "474"]
+
+
+def test_the_last_words_of_a_log_cannot_reach_the_terminal_as_codes(tmp_path):
+    (tmp_path / "a.log").write_text("first\n\x1b[31mred \n\n")
+    assert last_words(tmp_path / "a.log") == "␛[31mred"
+    assert last_words(tmp_path / "none.log") == ""
 
 
 def test_a_command_is_shown_without_secrets():

@@ -27,6 +27,8 @@ _SET_HERE = {
     "out": "the study names each run's folder",
     "resume": "a study goes on with every run by itself",
     "overwrite": "a study replaces no run",
+    "dry_run": "`--dry-run` is a flag of the study",
+    "hub_token": "the study's file and commands are no place for a secret; put it into HF_TOKEN",
 }
 """Settings of a run that the study decides."""
 

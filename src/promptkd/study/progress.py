@@ -33,8 +33,10 @@ def progress_of(run: Path) -> Progress:
 
 
 def last_words(log: Path) -> str:
-    """The last line of a log that says anything."""
-    return next((line.strip() for line in reversed(_tail(log)) if line.strip()), "")
+    """The last line of a log that says anything, its control characters made visible."""
+    from promptkd.report.escape import visible
+
+    return next((visible(line.strip()) for line in reversed(_tail(log)) if line.strip()), "")
 
 
 def read_results(path: Path) -> Results | None:
