@@ -274,7 +274,7 @@ def test_a_study_runs_goes_on_and_compares(world, tmp_path, capsys, monkeypatch)
     assert f"late-seed-2 (status 2), see {out}/logs/late-seed-2.log: promptkd distill: " in ran.err
     assert f"Try them again by: promptkd study {out}/config.yaml" in ran.err
     evaluated = {f"results{part}" for part in (".json", "-settings.json")}
-    evaluated |= {f"results-test-{part}.jsonl" for part in ("greedy", "seed-10", "losses")}
+    evaluated |= {f"results-test-{part}.jsonl" for part in ("greedy", "seed10", "references")}
     trained = RUN_FILES | below("student", MODEL_FILES) | below("prompt", PROMPT_FILES)
     trained |= {"checkpoints/checkpoint-2"}
     finished = {"promptkd-seed-1", "promptkd-seed-2"}
@@ -329,7 +329,7 @@ def files(folder: Path) -> set[str]:
 def test_a_study_that_is_killed_leaves_nothing_running_and_goes_on(world, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     out = tmp_path / "out"
-    file = study_file(world, out, steps=400, base={"save_steps": 10, "logging_steps": 10, "eval_strategy": "no"})
+    file = study_file(world, out, steps=120, base={"save_steps": 10, "logging_steps": 10, "eval_strategy": "no"})
     command = [sys.executable, "-m", "promptkd", "study", str(file)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, preexec_fn=hear_interrupts)
@@ -346,7 +346,7 @@ def test_a_study_that_is_killed_leaves_nothing_running_and_goes_on(world, tmp_pa
     assert "kd-seed-1: done" in ran.err
     assert "Going on from" in (out / "logs" / "kd-seed-1.log").read_text()
     logged = [line["step"] for line in json_lines(out / "kd-seed-1" / "metrics.jsonl")]
-    assert logged == list(range(10, 401, 10))
+    assert logged == list(range(10, 121, 10))
 
 
 def until(holds, seconds: float) -> None:
