@@ -292,6 +292,10 @@ def test_a_study_runs_goes_on_and_compares(world, tmp_path, capsys, monkeypatch)
     assert "promptkd-seed-1: started" not in ran.err
     assert {name: (out / name / "results.json").stat().st_mtime_ns for name in finished} == first
     results = Results.read(out / "comparison.json")
+    assert results.kind == "study"
+    page = (out / "report.html").read_text()
+    assert "intervals over the seeds of training and the rows" in page
+    assert "do not cover another training seed" not in page
     assert {(each.model, each.baseline) for each in results.differences} == {("late", "promptkd")}
     assert {each.metric for each in results.differences} == {"loss", "rouge_l"}
     losses = {each.model: each.metrics["loss"] for each in results.evaluations if "loss" in each.metrics}

@@ -44,7 +44,7 @@ __all__ = [
 
 SCHEMA_VERSION: Literal[1] = 1
 _SECRET_FLAG = re.compile(r"--(?:.*[-_])?(?:token|key|secret|password)")
-Kind = Literal["prune", "sft", "distill", "generate", "evaluate", "exposure-bias", "judge", "compare", "demo"]
+Kind = Literal["prune", "sft", "distill", "generate", "evaluate", "exposure-bias", "judge", "compare", "study", "demo"]
 
 
 class _Record(BaseModel):
@@ -62,7 +62,7 @@ class Metric(_Record):
     rows: int | None = None
     """How many rows the figure is a mean over."""
     deviation: float | None = None
-    """Standard deviation between the seeds of decoding, where there were several."""
+    """Standard deviation between the seeds of decoding, or in a study of training, where there were several."""
 
 
 class RowResult(_Record):

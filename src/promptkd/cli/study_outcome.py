@@ -36,10 +36,11 @@ def compare_and_report(options: "Options", runs: "Sequence[StudyRun]") -> None:
 
 
 def _records(runs: "Sequence[StudyRun]") -> "list[Results]":
+    """What each run trained and how. What it measured is pooled in the comparison; its answers are on its own page."""
     from promptkd.results import Results
 
-    places = dict.fromkeys(place for run in runs for place in (run.folder / "results.json", run.results))
-    return [Results.read(place) for place in places]
+    records = [Results.read(run.folder / "results.json") for run in runs]
+    return [record.model_copy(update={"evaluations": []}) for record in records]
 
 
 def _comparison(options: "Options", runs: "Sequence[StudyRun]") -> "Results | None":
@@ -55,7 +56,7 @@ def _comparison(options: "Options", runs: "Sequence[StudyRun]") -> "Results | No
         say(f"The methods were not compared: {error}")
         return None
     results = Results(
-        kind="compare",
+        kind="study" if len({run.planned.seed for run in runs}) > 1 else "compare",
         config=merged_config(options, {}),
         training=_costs(runs),
         data=comparison.data,

@@ -192,7 +192,7 @@ def _difference(
 def _notes(groups: Mapping[str, Mapping[int, str]], baseline: str, tested: int) -> list[str]:
     every = list(dict.fromkeys(seed for seeds in groups.values() for seed in seeds))
     notes = [
-        f"Each figure of {', '.join(groups)} is a mean over seeds of training ({', '.join(map(str, every))}); ± is the "
+        f"Each figure is a mean over seeds of training ({', '.join(map(str, every))}); ± is the "
         "standard deviation between them. Intervals and p speak for other seeds of training and other rows at once "
         "(min F', Clark 1973, and the seeds' own t-test)."
     ]
