@@ -11,6 +11,7 @@ ROOT = Path(promptkd.__file__).parent
 ROWS = (
     ("cli",),
     ("demo",),
+    ("study",),
     ("training",),
     ("evaluation", "report"),
     ("methods",),

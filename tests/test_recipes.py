@@ -13,7 +13,7 @@ from promptkd.methods import METHODS
 from promptkd.results import Results
 
 FOLDER = Path(__file__).parents[1] / "recipes"
-RECIPES = {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
+RECIPES = {path.stem: path for path in sorted(FOLDER.glob("*.yaml")) if path.stem != "study"}  # see test_study
 REQUIRED = ("--student", "S", "--teacher", "T", "--data", "D", "--out", "O")
 
 # gmkim-ai/PromptKD, scripts/*/promptkd/*.sh: LR (and TEACHER_LR), BATCH_SIZE, GRAD_ACC, --epochs

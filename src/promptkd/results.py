@@ -45,7 +45,7 @@ SCHEMA_VERSION: Literal[1] = 1
 _MOST_BYTES = 1024 * MIB
 """Of a record, with every answer of an evaluation in it."""
 _FOREIGN_CODE = "Code that came with a model was allowed to run (--trust_remote_code)."
-Kind = Literal["prune", "sft", "distill", "generate", "evaluate", "exposure-bias", "judge", "compare", "demo"]
+Kind = Literal["prune", "sft", "distill", "generate", "evaluate", "exposure-bias", "judge", "compare", "study", "demo"]
 
 
 class _Record(BaseModel):
@@ -63,7 +63,7 @@ class Metric(_Record):
     rows: int | None = None
     """How many rows the figure is a mean over."""
     deviation: float | None = None
-    """Standard deviation between the seeds of decoding, where there were several."""
+    """Standard deviation between the seeds of decoding, or in a study of training, where there were several."""
 
 
 class RowResult(_Record):

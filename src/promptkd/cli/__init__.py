@@ -41,6 +41,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "compare": ("promptkd.cli.compare", "Compare runs row by row: intervals, tests, and what each cost."),
     "report": ("promptkd.cli.report", "Make one HTML page from the results of one or several runs."),
     "chat": ("promptkd.cli.chat", "Ask one or several models, their answers side by side."),
+    "study": ("promptkd.cli.study", "Run methods x settings x seeds, resumable, and compare the methods."),
     "export": ("promptkd.cli.export", "Write a model as serving tools load it: GGUF or safetensors."),
 }
 """Each command's name, in the order of the help: its module and what it does."""

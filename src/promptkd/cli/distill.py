@@ -11,7 +11,12 @@ Several processes: accelerate launch -m promptkd distill ...
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from promptkd.cli.training_run import TrainingRun
+    from promptkd.methods import Method
+    from promptkd.training import DistillConfig
 
 GOES_ON = ("--resume",)
 TRAINING_CONFIG = "promptkd.training:DistillConfig"
@@ -79,15 +84,10 @@ class Options:
 
 
 def run(options: Options, training: dict[str, Any]) -> None:
-    from promptkd.cli.training_run import TrainingRun
-    from promptkd.methods import named_method
     from promptkd.models import check_same_vocabulary
-    from promptkd.training import DistillConfig, DistillTrainer
+    from promptkd.training import DistillTrainer
 
-    _check(options)
-    job = TrainingRun("distill", options, training)
-    args = job.arguments(DistillConfig)
-    method = named_method(args.method, args.method_settings())
+    job, args, method = checked(options, training)
     tokenizer, teacher_tokenizer = job.tokenizer(options.student), job.tokenizer(options.teacher)
     check_same_vocabulary(tokenizer, teacher_tokenizer)
     train, valid = job.encode(tokenizer, args, need_response=method.responses.needs_data)
@@ -111,6 +111,18 @@ def run(options: Options, training: dict[str, Any]) -> None:
     job.save(trainer, "student")
     trainer.save_adapter(job.folder.path)
     job.record(trainer, "student")
+
+
+def checked(options: Options, training: dict[str, Any]) -> "tuple[TrainingRun, DistillConfig, Method]":
+    """The run, once everything that can be checked without a model is sound; nothing is written."""
+    from promptkd.cli.training_run import TrainingRun
+    from promptkd.methods import named_method
+    from promptkd.training import DistillConfig
+
+    _check(options)
+    job = TrainingRun("distill", options, training)
+    args = job.arguments(DistillConfig)
+    return job, args, named_method(args.method, args.method_settings())
 
 
 def _check(options: Options) -> None:

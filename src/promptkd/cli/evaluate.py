@@ -77,7 +77,7 @@ def run(options: Options, training: dict[str, Any]) -> None:
     from promptkd.models import check_same_vocabulary, load_tokenizer
     from promptkd.report import terminal_table
 
-    _check(options)
+    check(options)
     quiet_libraries()
     metrics = [HubMetric(name) for name in options.metrics]
     trust = options.trust_remote_code
@@ -121,7 +121,7 @@ def run(options: Options, training: dict[str, Any]) -> None:
     say(f"The record is in {options.out}.")
 
 
-def _check(options: Options) -> None:
+def check(options: Options) -> None:
     """Refuse what is wrong by itself, before anything is loaded."""
     from promptkd.cli.measuring import check_decoding, check_output, label_of
     from promptkd.errors import RequestError

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from types import ModuleType
 from typing import Any
 
-from promptkd.cli.annotations import MOST_CHOICES_SHOWN, choices, metavar, takes_switch
+from promptkd.cli.annotations import MOST_CHOICES_SHOWN, choices, metavar, takes_switch, takes_values
 from promptkd.cli.fields import Field, own_fields, positional, training_fields
 from promptkd.cli.values import plain
 
@@ -63,7 +63,7 @@ def command_help(name: str, command: ModuleType, *, every_flag: bool = False) ->
 
 
 def _usage(name: str, own: dict[str, Field], loose: str | None) -> str:
-    words = [f"{field.name.upper()} ..." for field in own.values() if field.name == loose]
+    words = [_loose(field) for field in own.values() if field.name == loose]
     words += [
         f"{field.flag} {metavar(field.annotation)}" for field in own.values() if field.required and field.name != loose
     ]
@@ -88,7 +88,7 @@ def _entry(field: Field, loose: str | None) -> tuple[str, str]:
     """A field's flag and its sentences."""
     head = f"{field.flag} {metavar(field.annotation)}"
     if field.name == loose:
-        head = f"{field.name.upper()} ... (or {head})"
+        head = f"{_loose(field)} (or {head})"
     elif takes_switch(field.annotation) and field.annotation is bool:
         head = f"{field.flag}, --no-{field.flag[2:]}"
     sentences = [_sentence(field.help)] if field.help else []
@@ -97,6 +97,11 @@ def _entry(field: Field, loose: str | None) -> tuple[str, str]:
     if not field.required:
         sentences.append(f"Default: {_default(plain(field.default))}.")
     return head, " ".join(sentences)
+
+
+def _loose(field: Field) -> str:
+    """The option that takes arguments without a flag, as they stand on the command line."""
+    return field.name.upper() + (" ..." if takes_values(field.annotation) else "")
 
 
 def _sentence(text: str) -> str:

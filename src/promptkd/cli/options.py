@@ -93,6 +93,9 @@ class _Request:
         if self._loose and self.positional and self._is_first(self.positional, " ".join(self._loose), _REPEATED):
             value = self._loose if len(self._loose) > 1 else self._loose[0]
             self._set(self.own[self.positional], value, self.positional.upper())
+        if "config" in self.own:  # the file is what the command is about
+            self._config = self._config or self.values.get("config")
+            self.values |= {"config": self._config} if self._config else {}
         if self._config is None or self._take_file(self._config):
             self._find_missing()
 
@@ -174,7 +177,8 @@ class _Request:
             self.problems.append(str(error))
             return False
         for name, value in values.items():
-            if field := self._find(name):  # a wrong value is reported even where a flag wins over it
+            field = None if name == "config" else self._find(name)
+            if field:  # a wrong value is reported even where a flag wins over it
                 self._set(field, value, f"{path}: {name}", keep=name not in self._given)
             else:
                 self.problems.append(f"{path}: the key {name} is unknown.{self._suggest(name, '', '_')}")

@@ -70,6 +70,10 @@ class TrainingRun:
         self._read("validation", self.options.eval_data, self.options.eval_limit)
         return args
 
+    def rows(self) -> int:
+        """Training rows that were read; those over a length limit are among them."""
+        return len(self._examples["train"][1])
+
     def tokenizer(self, name: str) -> Any:
         """The tokenizer of a model."""
         from promptkd.models import load_tokenizer

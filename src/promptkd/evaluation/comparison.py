@@ -19,7 +19,7 @@ from promptkd.evaluation.pairing import Candidate, Column, Setting, settings_of
 from promptkd.evaluation.significance import effect_size, holm, row_contributions, sign_flip_test
 from promptkd.results import DataRecord, Difference, Evaluation
 
-__all__ = ["Candidate", "Comparison", "compare"]
+__all__ = ["Candidate", "Comparison", "compare", "teachers_of"]
 
 Better = Literal["higher", "lower"]
 _OF_REFERENCES = frozenset({"loss"})
@@ -79,7 +79,7 @@ def compare(
     settings, made = settings_of(ordered), Comparison()
     made.notes += _alike(settings, ordered, allow_different)
     every = _known_metrics(settings, metrics)
-    if _TO_TEACHER in every and len({_teachers(each) for each in ordered}) > 1:
+    if _TO_TEACHER in every and len({teachers_of(each) for each in ordered}) > 1:
         every.remove(_TO_TEACHER)
         made.notes.append(f"{_TO_TEACHER} was not compared: the records name different teachers.")
     pairs = list(combinations([each.label for each in ordered], 2))  # (baseline, model)
@@ -205,7 +205,8 @@ def _adjusted(differences: list[Difference]) -> list[Difference]:
     return [each.model_copy(update={"p_adjusted": adjusted.get(index)}) for index, each in enumerate(differences)]
 
 
-def _teachers(candidate: Candidate) -> frozenset[str]:
+def teachers_of(candidate: Candidate) -> frozenset[str]:
+    """The teachers that the candidate's record names: their hashes, or paths where there is none."""
     models = candidate.record.models.items()
     return frozenset(each.sha256 or each.path for label, each in models if (label + " ").startswith("teacher "))
 

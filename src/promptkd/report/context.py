@@ -49,7 +49,10 @@ def page_context(records: Sequence[Results]) -> tuple[dict[str, Any], dict[str, 
         "bias": bias_data(bias, models),
         "browser": browser_data(story, sets, models),
     }
+    pooled = any(record.kind == "study" for record in records)
     context = {
+        "pooled": pooled,
+        "sampled": "the seeds of training and the rows of the data" if pooled else "the rows of the data",
         "summary": summarise(story),
         "notes": _notes(records, sources),
         "groups": _tables(rows, metric_columns(story)),

@@ -28,9 +28,10 @@ def render_markdown(records: Sequence[Results], *, title: str | None = None) -> 
         names = [name for name in metric_columns(story) if any(name in row.cells for row in group)]
         parts += [f"## {markdown_text(setting)}", _figures(group, names)]
     if rows:
+        sampled = "seeds of training and rows" if any(record.kind == "study" for record in records) else "rows"
         parts.append(
-            "Square brackets: 95 % interval over rows. ±: standard deviation between seeds. Bold: the best student of "
-            "a column and every student that cannot be told apart from it."
+            f"Square brackets: 95 % interval over {sampled}. ±: standard deviation between seeds. Bold: the best "
+            "student of a column and every student that cannot be told apart from it."
         )
     if differences := difference_table(story):
         parts += ["## Paired differences", _differences(differences)]

@@ -80,7 +80,7 @@ def _padded(text: str, column: int, keys: list[list[str]]) -> str:
 
 
 def _column(name: str, rows: list[ComparisonRow]) -> list[str]:
-    """Two lines of heading, then two per row: the value, and its interval below."""
+    """Two lines of heading, then two per row: the value; below it deviation between seeds and interval."""
     figure = metric(name)
     found = [row.cells.get(name) for row in rows]
     room = " " if any(cell and cell.best for cell in found) else ""  # keeps digits aligned beside an asterisk
@@ -92,7 +92,8 @@ def _column(name: str, rows: list[ComparisonRow]) -> list[str]:
         if cell is None:
             cells += ["-" + room, ""]
         else:
-            cells += [_plain(cell.value) + ("*" if cell.best else room), _plain(cell.interval or "") + room]
+            below = " ".join(filter(None, (cell.deviation, cell.interval)))
+            cells += [_plain(cell.value) + ("*" if cell.best else room), _plain(below) + room]
     return cells
 
 

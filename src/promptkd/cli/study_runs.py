@@ -1,0 +1,171 @@
+"""The runs of a study as commands, checked all together, with what the disk already holds of them."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import promptkd.cli.distill
+import promptkd.cli.evaluate
+from promptkd.cli.config_file import read_config
+from promptkd.cli.options import merged_config, parse_options
+from promptkd.errors import RequestError
+from promptkd.study.plan import Planned, arguments_of, plan_runs, told
+from promptkd.study.processes import Job
+from promptkd.study.progress import read_results
+from promptkd.study.table import Phase, Row
+
+if TYPE_CHECKING:
+    from promptkd.cli.study import Options
+    from promptkd.results import Results
+
+__all__ = ["StudyRun", "checked_runs"]
+
+_ALIKE = ("template", "max_prompt_length", "max_completion_length", "trust_remote_code")
+"""Settings of training that evaluation has too, and takes over unless it is told otherwise."""
+_NOT_EVALUATED = {"model": "each run's student is measured", "out": "the study names the records"}
+_FREE = {"out": None, "overwrite": None}
+"""Options of an evaluation on which nothing in its record depends."""
+
+
+@dataclass
+class StudyRun:
+    planned: Planned
+    folder: Path
+    job: Job
+    """Without commands if the run is done."""
+    row: Row
+    results: Path
+    """The record in which its student is measured."""
+    trained: "Results | None"
+    """The record of its training, if that is done."""
+
+
+@dataclass
+class _Stage:
+    """A command of a run."""
+
+    arguments: tuple[str, ...]
+    done: "Results | None"
+    """Its record, if there is one of these settings."""
+    steps: int = 0
+
+
+def checked_runs(options: "Options") -> list[StudyRun]:
+    """Every run of the study. Raises one `RequestError` that lists everything that is wrong; nothing is written."""
+    planned = plan_runs(options.base, options.methods, options.seeds, options.grid, read_file=read_config)
+    problems = _Problems(options.out)
+    groups = list(dict.fromkeys(each.group for each in planned))
+    if options.baseline is not None and options.baseline not in groups:
+        problems.add(f"--baseline must be one of {', '.join(groups)}. Got {options.baseline}.")
+    for key in sorted(options.evaluate.keys() & _NOT_EVALUATED.keys()):
+        problems.add(f"evaluate sets {key}, but {_NOT_EVALUATED[key]}.")
+    shared = _shared_settings(planned, options.evaluate, problems) if options.evaluate else {}
+    runs: list[StudyRun] = []
+    for each in planned:
+        stages = []
+        with problems.of(each.name):
+            stages.append(_training(each, options.out / each.name))
+        if options.evaluate:
+            results = options.out / "evaluations" / each.name / "results.json"
+            with problems.of(each.name):
+                stages.append(_evaluation(options.out / each.name, shared | options.evaluate, results))
+        if not problems.found:
+            runs.append(_run(each, options, stages))
+    problems.raise_all(len(planned))
+    return runs
+
+
+class _Problems:
+    """What is wrong, each once, with the runs that it is wrong with."""
+
+    def __init__(self, out: Path):
+        self._out = out
+        self.found: dict[str, list[str]] = {}
+
+    def add(self, text: str) -> None:
+        self.found.setdefault(text, [])
+
+    @contextmanager
+    def of(self, run: str) -> Iterator[None]:
+        try:
+            yield
+        except RequestError as error:
+            # a run's own folder would make one problem of all runs look like many
+            self.found.setdefault(str(error).replace(str(self._out / run), f"{self._out}/RUN"), []).append(run)
+
+    def raise_all(self, count: int) -> None:
+        if self.found:
+            raise RequestError(told([_of_runs(names, count) + text for text, names in self.found.items()]))
+
+
+def _of_runs(names: list[str], count: int) -> str:
+    if not names:
+        return ""
+    if len(names) == count:
+        return f"all {count} runs: " if count > 1 else f"{names[0]}: "
+    return f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: "
+
+
+def _shared_settings(planned: list[Planned], given: dict[str, Any], problems: _Problems) -> dict[str, Any]:
+    """What evaluation takes over from training. It must be the same in all runs, or they are not measured alike."""
+    named = {key.replace("-", "_") for key in given}
+    shared = {}
+    for key in _ALIKE:
+        values = [run.settings[key] for run in planned if key in run.settings]
+        if key in named or not values:
+            continue
+        if len(values) < len(planned) or any(value != values[0] for value in values):
+            problems.add(f"The runs differ in {key}. Say in `evaluate` with which one all of them are measured.")
+        shared[key] = values[0]
+    return shared
+
+
+def _training(planned: Planned, folder: Path) -> _Stage:
+    # Without config.yaml it is what a run left that was killed while it opened its folder, or no run's and refused.
+    torn = folder.is_dir() and any(folder.iterdir()) and not (folder / "config.yaml").is_file()
+    mode = "--overwrite" if torn else "--resume"
+    arguments = ("distill", *arguments_of(planned.settings), "--out", str(folder), mode)
+    parsed = parse_options("distill", promptkd.cli.distill, arguments[1:])
+    job, args, _ = promptkd.cli.distill.checked(parsed.options, parsed.training)  # and that its settings are the same
+    return _Stage(arguments, read_results(folder / "results.json"), _steps(args, job.rows()))
+
+
+def _evaluation(model: Path, settings: dict[str, Any], results: Path) -> _Stage:
+    from promptkd.data import read_examples
+
+    own = {key: value for key, value in settings.items() if key not in _NOT_EVALUATED}
+    arguments = ("evaluate", "--model", str(model), *arguments_of(own), "--out", str(results))
+    parsed = parse_options("evaluate", promptkd.cli.evaluate, arguments[1:])
+    promptkd.cli.evaluate.check(parsed.options)
+    for source in parsed.options.data:
+        read_examples(source, limit=parsed.options.limit)
+    record, asked = read_results(results), merged_config(parsed.options, {})
+    same = record is not None and {**record.config, **_FREE} == {**asked, **_FREE}
+    return _Stage(arguments, record if same else None)
+
+
+def _run(planned: Planned, options: "Options", stages: list[_Stage]) -> StudyRun:
+    training, name = stages[0], planned.name
+    # a student that is trained anew is measured anew
+    commands = tuple(stage.arguments for stage in stages if training.done is None or stage.done is None)
+    folder, results = options.out / name, options.out / "evaluations" / name / "results.json"
+    return StudyRun(
+        planned,
+        folder,
+        Job(name, commands, options.out / "logs" / f"{name}.log"),
+        Row(name, folder, training.steps, phase=Phase.WAITING if commands else Phase.DONE),
+        results if options.evaluate else folder / "results.json",
+        training.done,
+    )
+
+
+def _steps(args: Any, rows: int) -> int:
+    """Optimiser steps of a run; a few less if rows over a length limit are dropped."""
+    if args.max_steps > 0:
+        return int(args.max_steps)
+    cut: Callable[[float], int] = math.floor if args.dataloader_drop_last else math.ceil
+    batches = cut(rows / args.per_device_train_batch_size)
+    return math.ceil(args.num_train_epochs * max(1, math.ceil(batches / args.gradient_accumulation_steps)))

@@ -1,0 +1,207 @@
+"""What the runs of a study say of its methods: figures and paired differences over seeds of training and rows at once.
+
+Seeds of training and rows are both samples: another seed gives another student, other rows another figure. With v_s
+the figure of seed s over all rows, and t_i row i's part in the mean over the S seeds (linearised for means over
+tokens; over the R rows the t_i add up to 0),
+
+    SE² = Var(v_s) / S + R / (R - 1) Σ t_i²,    df = SE⁴ / (SE_seeds⁴ / (S - 1) + SE_rows⁴ / (R - 1)),
+
+and difference / SE is compared with Student's t. This is the quasi-F, min F', of Clark (1973, "The
+language-as-fixed-effect fallacy"), with seeds for subjects and rows for items. With two or three seeds it claims too
+much where they spread most, for their Var(v_s) may be small by chance. So the seeds' own t-test, with S - 1 degrees,
+must agree: p is the larger of the two, the interval the wider.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from promptkd.errors import RequestError
+from promptkd.evaluation.alike import unlike
+from promptkd.evaluation.comparison import Better, Comparison, teachers_of
+from promptkd.evaluation.pairing import Candidate, Column, Setting, settings_of
+from promptkd.evaluation.significance import holm
+from promptkd.results import Difference, Evaluation, Metric
+
+__all__ = ["Member", "both_ways", "compare_groups", "t_quantile", "t_two_sided"]
+
+Floats = NDArray[np.float64]
+_GRID = 20_001
+
+
+@dataclass(frozen=True)
+class Member:
+    """A run: one seed of one group."""
+
+    group: str
+    seed: int
+    candidate: Candidate
+
+
+def t_two_sided(t: float, df: float) -> float:
+    """P(|T| >= |t|) of Student's t with `df` >= 1 degrees, whole or not.
+
+    With t = √df tan θ the density is that of cos^(df - 1) θ on (-π/2, π/2), which is integrated by the trapezoid rule.
+    """
+    start = np.arctan(abs(t) / np.sqrt(df))
+    tail, whole = (np.linspace(low, np.pi / 2, _GRID) for low in (start, 0.0))
+    area, all_of_it = (np.trapezoid(np.cos(theta).clip(0) ** (df - 1), theta) for theta in (tail, whole))
+    return float(area / all_of_it)
+
+
+def t_quantile(df: float, level: float = 0.95) -> float:
+    """The t with P(|T| <= t) = `level`."""
+    theta = np.linspace(0.0, np.pi / 2, _GRID)
+    density = np.cos(theta).clip(0) ** (df - 1)
+    share = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
+    return float(np.sqrt(df) * np.tan(np.interp(level, share / share[-1], theta)))
+
+
+def both_ways(by_seed: Floats, by_row: Floats) -> tuple[Metric, float | None]:
+    """The mean over seeds with its 95 % interval, and p of the hypothesis that it is 0 (None without an interval).
+
+    Args:
+        by_seed: the figure of each seed, shape (S,).
+        by_row: t, each row's part in their mean, shape (R,).
+    """
+    value, seeds, rows = float(by_seed.mean()), len(by_seed), len(by_row)
+    if seeds < 2:
+        return Metric(value=value, rows=rows), None
+    deviation = float(by_seed.std(ddof=1))
+    if rows < 2 or not (np.isfinite(by_seed).all() and np.isfinite(by_row).all()):
+        return Metric(value=value, rows=rows, deviation=deviation if np.isfinite(deviation) else None), None
+    seed_part = deviation**2 / seeds
+    row_part = rows / (rows - 1) * float(((by_row - by_row.mean()) ** 2).sum())
+    error = np.sqrt(seed_part + row_part)
+    if error <= 1e-12 * max(1.0, abs(value)):  # every run and row says the same
+        return Metric(value=value, low=value, high=value, rows=rows, deviation=deviation), None if value else 1.0
+    degrees = error**4 / (seed_part**2 / (seeds - 1) + row_part**2 / (rows - 1))
+    reach, p = t_quantile(degrees) * error, t_two_sided(value / error, degrees)
+    if seed_part > 0:
+        by_seeds = np.sqrt(seed_part)
+        reach = max(reach, t_quantile(seeds - 1) * by_seeds)
+        p = max(p, t_two_sided(value / by_seeds, seeds - 1))
+    return Metric(value=value, low=value - reach, high=value + reach, rows=rows, deviation=deviation), p
+
+
+def compare_groups(
+    members: Sequence[Member],
+    better: Callable[[str], Better | None],
+    *,
+    baseline: str,
+    metrics: Sequence[str] = (),
+) -> Comparison:
+    """Every group's figures over its seeds, and its difference from the baseline over the seeds that both have.
+
+    Args:
+        members: runs of at least two groups, measured alike, each seed of a group once.
+        better: which direction of a metric is better; one of neither is shown and not tested.
+        baseline: the group that the others are compared with.
+        metrics: those to be compared, by default all.
+
+    Raises:
+        RequestError: if runs were not measured alike, or share no data set.
+    """
+    groups: dict[str, dict[int, str]] = {}
+    for each in members:
+        groups.setdefault(each.group, {})[each.seed] = each.candidate.label
+    settings = settings_of([each.candidate for each in members])
+    if not settings:
+        raise RequestError("The runs share no data set on which they were measured.")
+    if differing := [sentence for setting in settings for sentence in unlike(setting)]:
+        raise RequestError(" ".join(differing[:3]))
+    left_out = {"kl_to_teacher"} if len({teachers_of(each.candidate) for each in members}) > 1 else set()
+    made = Comparison()
+    tested: list[tuple[Difference, float | None]] = []
+    for setting in settings:
+        names = [name for name in setting.metrics() if name in (metrics or setting.metrics()) and name not in left_out]
+        columns = {name: held for name in names if any(map(_rows, (held := setting.columns(name)).values()))}
+        made.evaluations += [_evaluation(setting, group, seeds, columns) for group, seeds in groups.items()]
+        first = next(iter(setting.measured.values()))
+        if first.data is not None:
+            made.data[setting.data] = first.data
+        for group, seeds in groups.items():
+            for name, held in columns.items():
+                direction = better(name)
+                if group != baseline and direction is not None:
+                    shared = _shared(held, seeds, groups[baseline])
+                    if len(shared) > 1:
+                        tested.append(_difference(setting, name, direction, group, baseline, shared))
+    p_values = [p for _, p in tested if p is not None]
+    adjusted = iter(holm(p_values))
+    made.differences = [
+        each.model_copy(update={"p_value": p, "p_adjusted": None if p is None else next(adjusted)})
+        for each, p in tested
+    ]
+    made.notes = _notes(groups, baseline, len(tested))
+    return made
+
+
+def _rows(column: Column) -> int:
+    return len(column.sums)
+
+
+def _value(column: Column) -> float:
+    return float(column.sums.sum() / column.counts.sum())
+
+
+def _parts(column: Column) -> Floats:
+    """Each row's part in the column's figure, about 0: (s_i - v c_i) / C."""
+    parts: Floats = (column.sums - _value(column) * column.counts) / column.counts.sum()
+    return parts
+
+
+def _evaluation(
+    setting: Setting, group: str, seeds: Mapping[int, str], columns: Mapping[str, Mapping[str, Column]]
+) -> Evaluation:
+    measured: dict[str, Metric] = {}
+    for name, held in columns.items():
+        own = [held[label] for label in seeds.values() if label in held]
+        if own:
+            by_seed = np.array([_value(each) for each in own])
+            measured[name], _ = both_ways(by_seed, np.mean([_parts(each) for each in own], axis=0))
+    first = next(iter(setting.measured.values()))
+    return Evaluation(model=group, data=setting.data, decoding=first.evaluation.decoding, metrics=measured)
+
+
+def _shared(
+    held: Mapping[str, Column], ours: Mapping[int, str], theirs: Mapping[int, str]
+) -> list[tuple[Column, Column]]:
+    """The columns of both groups for every seed that both have."""
+    return [
+        (held[ours[seed]], held[theirs[seed]])
+        for seed in ours
+        if seed in theirs and ours[seed] in held and theirs[seed] in held
+    ]
+
+
+def _difference(
+    setting: Setting, metric: str, better: Better, group: str, baseline: str, shared: list[tuple[Column, Column]]
+) -> tuple[Difference, float | None]:
+    by_seed = np.array([_value(mine) - _value(other) for mine, other in shared])
+    by_row = np.mean([_parts(mine) - _parts(other) for mine, other in shared], axis=0)
+    difference, p = both_ways(by_seed, by_row)
+    found = Difference(
+        model=group, baseline=baseline, metric=metric, difference=difference, better=better, data=setting.data
+    )
+    return found, p
+
+
+def _notes(groups: Mapping[str, Mapping[int, str]], baseline: str, tested: int) -> list[str]:
+    every = list(dict.fromkeys(seed for seeds in groups.values() for seed in seeds))
+    notes = [
+        f"Each figure is a mean over seeds of training ({', '.join(map(str, every))}); ± is the "
+        "standard deviation between them. Intervals and p speak for other seeds of training and other rows at once "
+        "(min F', Clark 1973, and the seeds' own t-test)."
+    ]
+    if tested:
+        notes.append(
+            f"{tested} differences from {baseline}, paired by seed and row, were tested together and p is adjusted for "
+            "that. One is claimed where p is at most 0.05 and the interval excludes zero."
+        )
+    for group, seeds in groups.items():
+        if missing := [seed for seed in every if seed not in seeds]:
+            notes.append(f"{group} has no finished run of seed {', '.join(map(str, missing))}.")
+    return notes
