@@ -77,6 +77,7 @@ class Options:
 
 def run(options: Options, training: dict[str, Any]) -> None:
     from promptkd.cli.training_run import TrainingRun
+    from promptkd.errors import RequestError
     from promptkd.methods import named_method
     from promptkd.models import check_same_vocabulary
     from promptkd.training import DistillConfig, DistillTrainer
@@ -101,6 +102,8 @@ def run(options: Options, training: dict[str, Any]) -> None:
             teacher_processing_class=teacher_tokenizer,
             peft_config=_lora(options),
         )
+        if options.merge and trainer.is_sharded:
+            raise RequestError("--merge needs the student's weights whole: leave it out, and merge by promptkd export.")
     job.tell_trained_share(*trainer.trainable_share())
     job.train(trainer, "Distilling")
     if options.merge:

@@ -109,6 +109,8 @@ class DistillConfig(DistillationConfig):
     def __post_init__(self) -> None:
         if self.bf16 is None:
             self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # every step uses all; looking for others costs time and a warning
         super().__post_init__()
         problems = [text for wrong, text in (*common_checks(self), *self._checks()) if wrong]
         if problems:

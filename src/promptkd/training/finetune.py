@@ -13,6 +13,7 @@ from promptkd.data.encode import EncodedData, EncodedExample
 from promptkd.errors import RequestError
 from promptkd.models.scoring import text_model
 from promptkd.training.config import common_checks, option
+from promptkd.training.sharding import check_sharding
 from promptkd.training.shared import RunTrainer
 
 __all__ = ["FinetuneConfig", "FinetuneTrainer"]
@@ -37,6 +38,8 @@ class FinetuneConfig(SFTConfig):
     def __post_init__(self) -> None:
         if self.bf16 is None:
             self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # every step uses all; looking for others costs time and a warning
         super().__post_init__()
         problems = [text for wrong, text in common_checks(self) if wrong]
         if self.overlong not in ("drop", "error"):
@@ -73,6 +76,7 @@ class FinetuneTrainer(RunTrainer, SFTTrainer):
             processing_class=processing_class,
             **kwargs,
         )
+        check_sharding(self.accelerator, self.model, adapter="none", needs_generate=False)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
