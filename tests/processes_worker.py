@@ -226,7 +226,7 @@ def zero(stage: int, folder: Path) -> dict:
         ACCELERATE_GRADIENT_ACCUMULATION_STEPS="auto",
         DS_ACCELERATOR="cpu",
     )
-    on = {"use_cpu": False, "eval_data": rows(5, seed=3), "eval_strategy": "steps", "eval_steps": 2}
+    on = {"eval_data": rows(5, seed=3), "eval_strategy": "steps", "eval_steps": 2}
     run = made(folder / "fixed", save_strategy="steps", save_steps=2, **on)
     run.train()
     seen = {"fixed": outcome(run)}

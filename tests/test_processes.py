@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,9 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 
 import processes_worker
 from commands import MODEL_FILES, PROMPT_FILES, RUN_FILES, TRAINING, below, held, json_lines, make_world
+from promptkd.errors import RequestError
 from promptkd.models import load_model
+from promptkd.training.sharding import check_sharding
 from tiny import VOCABULARY
 
 LAUNCH = Path(__file__).parents[1] / "recipes" / "launch"
@@ -223,3 +226,38 @@ def test_accelerate_knows_every_key_of_the_launch_configurations(name):
     assert (args.use_fsdp, args.use_deepspeed) == (name == "fsdp2", name.startswith("zero"))
     assert defaults.num_processes == args.num_processes == given["num_processes"]
     assert f"accelerate launch --config_file recipes/launch/{name}.yaml" in file.read_text()
+
+
+def launched(*, fsdp: dict | None = None, zero: dict | None = None) -> SimpleNamespace:
+    """What `check_sharding` sees of an accelerator."""
+    full = {"fsdp_version": 2, "cpu_ram_efficient_loading": False, "state_dict_type": "FULL_STATE_DICT"}
+    plugin = None if fsdp is None else SimpleNamespace(**full | fsdp)
+    stage = None if zero is None else SimpleNamespace(**{"zero_stage": 3, "zero3_save_16bit_model": True} | zero)
+    two = plugin is not None and plugin.fsdp_version == 2
+    return SimpleNamespace(is_fsdp2=two, state=SimpleNamespace(fsdp_plugin=plugin, deepspeed_plugin=stage))
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "settings", "words"),
+    [
+        (launched(fsdp={"fsdp_version": 1}), {}, "fsdp_version: 2"),
+        (launched(fsdp={"cpu_ram_efficient_loading": True}), {}, "fsdp_cpu_ram_efficient_loading: false"),
+        (launched(fsdp={"state_dict_type": "SHARDED_STATE_DICT"}), {}, "fsdp_state_dict_type: FULL_STATE_DICT"),
+        (launched(zero={"zero3_save_16bit_model": False}), {}, "zero3_save_16bit_model: true"),
+        (launched(zero={}), {"model": torch.nn.Linear(0, 3, bias=False)}, "zero3_init_flag: false"),
+        (launched(fsdp={}), {"adapter": "lora"}, "soft prompt"),
+        (launched(zero={}), {"adapter": "full"}, "soft prompt"),
+        (launched(fsdp={}), {"needs_generate": True}, "vLLM"),
+    ],
+)
+def test_a_launch_that_would_hang_or_lose_the_student_is_refused(accelerator, settings, words):
+    given = {"model": torch.nn.Linear(2, 3), "adapter": "prompt", "needs_generate": False}
+    with pytest.raises(RequestError, match=words):
+        check(accelerator, **given | settings)
+    check(launched(fsdp={}), **given)
+    check(launched(zero={}), **given)
+    check(launched(zero={"zero_stage": 2, "zero3_save_16bit_model": False}), **given | {"adapter": "full"})
+
+
+def check(accelerator, *, model, adapter, needs_generate):
+    check_sharding(accelerator, model, adapter=adapter, needs_generate=needs_generate)

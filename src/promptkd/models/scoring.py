@@ -5,6 +5,7 @@ The backbone runs over whole rows; only the positions that predict a response to
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -96,7 +97,9 @@ def linear_head(model: nn.Module) -> Head | None:
     """
     inner = text_model(model)
     layer = inner.get_output_embeddings()
-    if type(layer) is not nn.Linear:
+    # FSDP2 puts a class of its own before a module's
+    kind = type(layer).__bases__[-1] if isinstance(layer, FSDPModule) else type(layer)
+    if kind is not nn.Linear:
         return None
     tensors = [_gathered(each) for each in (layer.weight, layer.bias) if each is not None]
     return Head(tensors[0], tensors[1] if len(tensors) > 1 else None, *_logit_transform(inner.config.get_text_config()))
