@@ -201,9 +201,13 @@ def test_the_arguments_have_what_we_read(tmp_path, ours, config):
             DistillConfig,
             DistillationConfig,
             {"learning_rate", "max_completion_length", "disable_dropout", "logging_steps", "gradient_checkpointing"}
-            | {"bf16", "save_only_model"},
+            | {"bf16", "save_only_model", "ddp_find_unused_parameters"},
         ),
-        (FinetuneConfig, SFTConfig, {"max_length", "logging_steps", "gradient_checkpointing", "bf16"}),
+        (
+            FinetuneConfig,
+            SFTConfig,
+            {"max_length", "logging_steps", "gradient_checkpointing", "bf16", "ddp_find_unused_parameters"},
+        ),
     ],
 )
 def test_our_settings_hide_none_of_theirs_by_chance(ours, theirs, again):
