@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.utils import fsdp2_prepare_model
 from datasets import Dataset
 from packaging.requirements import Requirement
 from torch import nn
@@ -22,7 +23,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import DistillationConfig, DistillationTrainer, SFTConfig, SFTTrainer
-from trl.models import prepare_deepspeed
+from trl.models import prepare_deepspeed, unwrap_model_for_generation
 from trl.trainer.utils import RepeatSampler
 
 import promptkd.training
@@ -86,7 +87,7 @@ DISTILLATION_ATTRIBUTES = {
         "eos_token_ids",
         "generation_config",
     ),
-    *("is_deepspeed_enabled", "is_fsdp_enabled", "max_completion_length", "repetition_penalty", "shuffle_dataset"),
+    *("max_completion_length", "repetition_penalty", "shuffle_dataset"),
     *("teacher_model", "temperature", "top_k", "top_p", "train_dataset", "use_vllm"),
 }
 
@@ -211,9 +212,13 @@ def test_the_arguments_have_what_we_read(tmp_path, ours, config):
             DistillConfig,
             DistillationConfig,
             {"learning_rate", "max_completion_length", "disable_dropout", "logging_steps", "gradient_checkpointing"}
-            | {"bf16", "save_only_model"},
+            | {"bf16", "save_only_model", "ddp_find_unused_parameters"},
         ),
-        (FinetuneConfig, SFTConfig, {"max_length", "logging_steps", "gradient_checkpointing", "bf16"}),
+        (
+            FinetuneConfig,
+            SFTConfig,
+            {"max_length", "logging_steps", "gradient_checkpointing", "bf16", "ddp_find_unused_parameters"},
+        ),
     ],
 )
 def test_our_settings_hide_none_of_theirs_by_chance(ours, theirs, again):
@@ -253,6 +258,8 @@ def test_methods_take_what_they_took(trainer, methods):
         (SFTTrainer, CONSTRUCTOR),
         (get_scheduler, ["name", "optimizer", "num_warmup_steps", "num_training_steps"]),
         (prepare_deepspeed, ["model", "accelerator"]),
+        (unwrap_model_for_generation, ["model", "accelerator"]),
+        (fsdp2_prepare_model, ["accelerator", "model"]),
         (rotate_checkpoints, ["output_dir", "save_total_limit", "best_model_checkpoint", "use_mtime"]),
         (RepeatSampler, ["data_source", "mini_repeat_count", "batch_size", "repeat_count", "shuffle", "seed"]),
     ],

@@ -84,6 +84,7 @@ class Options:
 
 
 def run(options: Options, training: dict[str, Any]) -> None:
+    from promptkd.errors import RequestError
     from promptkd.models import check_same_vocabulary
     from promptkd.training import DistillTrainer
 
@@ -104,6 +105,8 @@ def run(options: Options, training: dict[str, Any]) -> None:
             teacher_processing_class=teacher_tokenizer,
             peft_config=_lora(options),
         )
+        if options.merge and trainer.is_sharded:
+            raise RequestError("--merge needs the student's weights whole: leave it out, and merge by promptkd export.")
     job.tell_trained_share(*trainer.trainable_share())
     job.train(trainer, "Distilling")
     if options.merge:

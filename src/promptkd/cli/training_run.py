@@ -190,13 +190,13 @@ class TrainingRun:
         from promptkd.results import Results, Series, read_history
 
         trainer.accelerator.wait_for_everyone()
-        if not is_main_process():
+        if not (is_main_process() or trainer.is_sharded):
             return
-        model = trainer.accelerator.unwrap_model(trainer.model)
         evaluations = []
-        if trainer.validation_rows():
-            started = time.perf_counter()
-            with trainer.plain_teacher() as teacher:
+
+        def measure(model: Any, teacher: Any) -> None:
+            if trainer.validation_rows():
+                started = time.perf_counter()
                 evaluation = evaluate_model(
                     model,
                     trainer.processing_class,
@@ -207,14 +207,19 @@ class TrainingRun:
                     stop_ids=trainer.stop_ids,
                     teacher=teacher,
                 )
-            evaluations.append(evaluation)
-            self.timings["evaluate"] = time.perf_counter() - started
-        models = {**self.models, name: model_record(self.folder.path / name, model)}
+                evaluations.append(evaluation)
+                self.timings["evaluate"] = time.perf_counter() - started
+            if is_main_process():
+                self.models[name] = model_record(self.folder.path / name, model)
+
+        trainer.on_models(measure)
+        if not is_main_process():
+            return
         history = read_history(self.folder.metrics)
         results = Results(
             kind=self.kind,  # type: ignore[arg-type]
             config=self.merged,
-            models=models,
+            models=self.models,
             data=self.data,
             evaluations=evaluations,
             metrics=self.metrics,

@@ -5,7 +5,8 @@ The backbone runs over whole rows; only the positions that predict a response to
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Partial
 from transformers import PretrainedConfig, PreTrainedModel
 
 from promptkd.data.packing import TokenBatch
@@ -90,22 +91,34 @@ def head_logits(model: nn.Module, hidden: Tensor) -> Tensor:
 
 
 def linear_head(model: nn.Module) -> Head | None:
-    """The head as plain tensors, sharded weights gathered; None if it is more than a linear layer (LoRA, quantised)."""
+    """The head as plain tensors; None if it is more than a linear layer (LoRA, quantised).
+
+    Sharded weights are gathered, once for all chunks; their gradient is the mean over the processes, as FSDP's are.
+    """
     inner = text_model(model)
     layer = inner.get_output_embeddings()
-    if type(layer) is not nn.Linear:
+    # FSDP2 puts a class of its own before a module's
+    kind = type(layer).__bases__[-1] if isinstance(layer, FSDPModule) else type(layer)
+    if kind is not nn.Linear:
         return None
-    tensors = [
-        each.full_tensor() if isinstance(each, DTensor) else each
-        for each in (layer.weight, layer.bias)
-        if each is not None
-    ]
+    tensors = [_gathered(each) for each in (layer.weight, layer.bias) if each is not None]
     return Head(tensors[0], tensors[1] if len(tensors) > 1 else None, *_logit_transform(inner.config.get_text_config()))
+
+
+def _gathered(weight: Tensor) -> Tensor:
+    """A sharded weight whole, as it is if it is not sharded."""
+    if not isinstance(weight, DTensor):
+        return weight
+    mesh = weight.device_mesh
+    whole = weight.full_tensor(grad_placements=[Partial()] * mesh.ndim)  # sums the gradients of all processes
+    if whole.requires_grad:
+        whole.register_hook(lambda gradient: gradient / mesh.size())
+    return whole
 
 
 def head_size(model: nn.Module) -> int:
     """Number of columns of the head, padding included."""
-    return text_model(model).get_output_embeddings().weight.shape[0]
+    return text_model(model).get_output_embeddings().out_features  # DeepSpeed's sharded weights have no shape
 
 
 def check_scoring(model: nn.Module) -> None:

@@ -105,6 +105,9 @@ class DistillConfig(DistillationConfig):
     logging_steps: float = option(1, "Optimiser steps between two logged lines.")
     gradient_checkpointing: bool = option(False, "Recompute activations in backward: less memory, more time.")
     bf16: bool | None = option(None, "bf16 mixed precision; by default where a GPU supports it. Weights stay float32.")
+    ddp_find_unused_parameters: bool | None = option(
+        False, "DDP: look for parameters that a step does not reach, as those of experts; costs time."
+    )
     save_only_model: bool = option(False, "Leave optimiser, prompt and random states out of checkpoints (no resuming).")
 
     def __post_init__(self) -> None:

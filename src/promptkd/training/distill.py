@@ -14,17 +14,15 @@ import contextlib
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DistillationTrainer
-from trl.models import prepare_deepspeed
 
 from promptkd.data.dataset import encode_rows, stop_ids_of
 from promptkd.data.encode import EncodedData
@@ -49,11 +47,13 @@ from promptkd.responses import AdaptiveReplay, TeacherMixed
 from promptkd.switches import switched_on
 from promptkd.training.config import DistillConfig, PromptKDConfig
 from promptkd.training.rollouts import Rollouts
+from promptkd.training.sharding import check_sharding, place_teacher, run_inside, run_whole
 from promptkd.training.shared import RunTrainer
 from promptkd.training.teaching import TeacherTuning
 
 __all__ = ["DistillConfig", "DistillTrainer", "PromptKDConfig", "PromptKDTrainer"]
 
+T = TypeVar("T")
 _TOKEN_SUMS = ("student_loss", "entropy", "prompt_kl", "prompt_regularizer")
 _ROW_SUMS = ("response_length", "cut_share")
 _AS_THEY_ARE = ("lambda", "prompt_grad_norm", "prompt_learning_rate")  # the same on every process
@@ -118,11 +118,21 @@ class DistillTrainer(Rollouts, TeacherTuning, RunTrainer, DistillationTrainer):
             processing_class=processing_class,
             **kwargs,
         )
+        check_sharding(
+            self.accelerator,
+            self.model,
+            teacher,
+            adapter=self.method.teacher_adapter,
+            needs_generate=self._needs_generate() and not self.use_vllm,
+        )
         generation_config = text_model(self.model).generation_config
         self.stop_ids = stop_ids_of(processing_class, generation_config, template=args.template)
         # TRL's rollout takes them from here; without any it would look for the id None.
         self.eos_token_ids = list(self.stop_ids)
         self.generation_config.eos_token_id = list(self.stop_ids) or None
+        if self.use_vllm:  # which knows the model's own end token, and not the template's
+            own = {"stop_token_ids": list(self.stop_ids)}
+            self.vllm_generation.generation_kwargs = own | self.vllm_generation.generation_kwargs
         self._check_sizes(teacher)
         self.vocabulary = shared_vocabulary_size(self.model, teacher, processing_class)
         teacher.requires_grad_(False)
@@ -131,10 +141,7 @@ class DistillTrainer(Rollouts, TeacherTuning, RunTrainer, DistillationTrainer):
         self._trains_dropout = not args.disable_dropout
         if args.disable_dropout:
             disable_dropout(self.model)
-        if self.is_deepspeed_enabled:
-            self.teacher_model = prepare_deepspeed(teacher, self.accelerator)
-        else:
-            self.teacher_model = self.accelerator.prepare_model(teacher, evaluation_mode=True)
+        self.teacher_model = place_teacher(teacher, self.accelerator)
         self.adapter_optimizer: torch.optim.Optimizer | None = None
         self.adapter_scheduler: Any = None
         self._window: dict[str, float] = defaultdict(float)
@@ -298,12 +305,13 @@ class DistillTrainer(Rollouts, TeacherTuning, RunTrainer, DistillationTrainer):
             raise RequestError("Only a student that was trained with LoRA (peft_config) can be merged.")
         self.model = self.model_wrapped = student.merge_and_unload()
 
-    @contextmanager
-    def plain_teacher(self) -> Iterator[nn.Module]:
-        """The teacher as it came, for a while."""
-        teacher = self.accelerator.unwrap_model(self.teacher_model)
-        with contextlib.nullcontext() if self.adapter is None else self.adapter.switched_off():
-            yield teacher
+    def on_models(self, work: Callable[[nn.Module, nn.Module | None], T]) -> T:
+        def with_teacher(student: nn.Module) -> T:
+            teacher = self.accelerator.unwrap_model(self.teacher_model)
+            with contextlib.nullcontext() if self.adapter is None else self.adapter.switched_off():
+                return run_inside(lambda: work(student, teacher), teacher)
+
+        return run_whole(with_teacher, self.model_wrapped, self.accelerator)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As `RunTrainer.evaluate`; the source of responses hears of the loss."""

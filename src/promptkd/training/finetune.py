@@ -13,6 +13,7 @@ from promptkd.data.encode import EncodedData, EncodedExample
 from promptkd.errors import RequestError
 from promptkd.models.scoring import text_model
 from promptkd.training.config import common_checks, option
+from promptkd.training.sharding import check_sharding
 from promptkd.training.shared import RunTrainer
 
 __all__ = ["FinetuneConfig", "FinetuneTrainer"]
@@ -33,6 +34,9 @@ class FinetuneConfig(SFTConfig):
     logging_steps: float = option(1, "Optimiser steps between two logged lines.")
     gradient_checkpointing: bool = option(False, "Recompute activations in backward: less memory, more time.")
     bf16: bool | None = option(None, "bf16 mixed precision; by default where a GPU supports it. Weights stay float32.")
+    ddp_find_unused_parameters: bool | None = option(
+        False, "DDP: look for parameters that a step does not reach, as those of experts; costs time."
+    )
 
     def __post_init__(self) -> None:
         if self.bf16 is None:
@@ -73,6 +77,7 @@ class FinetuneTrainer(RunTrainer, SFTTrainer):
             processing_class=processing_class,
             **kwargs,
         )
+        check_sharding(self.accelerator, self.model, adapter="none", needs_generate=False)
 
     def validation_rows(self) -> list[EncodedExample]:
         return self._validation

@@ -16,6 +16,7 @@ from promptkd.data.texts import encode_texts
 from promptkd.errors import RequestError
 from promptkd.evaluation.generation import generate
 from promptkd.responses import Sampler
+from promptkd.training.sharding import is_sharded, run_whole
 
 if TYPE_CHECKING:
     from trl import DistillationTrainer as _Trainer  # what this class is mixed into
@@ -58,7 +59,7 @@ class Rollouts(_Trainer):
 
     def _generate_and_score_completions(self, inputs: list[EncodedExample]) -> dict[str, Any]:
         started = time.perf_counter()
-        together = self._uses_transformers_rollout() and self.accelerator.num_processes > 1
+        together = self.accelerator.num_processes > 1 and (self.use_vllm or is_sharded(self.accelerator))
         sampler = Sampler(student=self._sample, mixed=self._sample_mixed, together=together)
         responses = self.method.responses(inputs, sampler, self.state.global_step / self.state.max_steps)
         self._seconds["rollout"] += time.perf_counter() - started
@@ -83,22 +84,33 @@ class Rollouts(_Trainer):
         return batch | self._language_batch(len(inputs))
 
     def _sample(self, prompts: list[list[int]], mixed_with: tuple[nn.Module, float] | None = None) -> list[list[int]]:
-        if self._uses_transformers_rollout():
+        if self.use_vllm:
+            return self._generate_single_turn(self._as_many_everywhere(prompts), None, {})[: len(prompts)]
+        if self._needs_generate():
             return self._generate_single_turn(prompts, None, {})
-        with self.accelerator.autocast():
-            return generate(
-                self.accelerator.unwrap_model(self.model_wrapped),
-                prompts,
-                max_new_tokens=self.max_completion_length,
-                stop_ids=self.stop_ids,
-                temperature=self.temperature,
-                top_p=self.top_p,
-                top_k=self.top_k,
-                seeds=torch.randint(2**62, (len(prompts),)).tolist(),
-                batch_size=self.args.generation_batch_size,
-                vocabulary=self.vocabulary,
-                mixed_with=mixed_with,
-            )
+
+        def sampled(student: nn.Module) -> list[list[int]]:
+            with self.accelerator.autocast():
+                return generate(
+                    student,
+                    prompts,
+                    max_new_tokens=self.max_completion_length,
+                    stop_ids=self.stop_ids,
+                    temperature=self.temperature,
+                    top_p=self.top_p,
+                    top_k=self.top_k,
+                    seeds=torch.randint(2**62, (len(prompts),)).tolist(),
+                    batch_size=self.args.generation_batch_size,
+                    vocabulary=self.vocabulary,
+                    mixed_with=mixed_with,
+                )
+
+        return run_whole(sampled, self.model_wrapped, self.accelerator)
+
+    def _as_many_everywhere(self, prompts: list[list[int]]) -> list[list[int]]:
+        """`prompts`, and the first one again until all processes have as many: TRL deals vLLM's answers out evenly."""
+        count = torch.tensor([len(prompts)], device=self.accelerator.device)
+        return prompts + prompts[:1] * (int(self.accelerator.gather(count).max()) - len(prompts))
 
     def _log_completions(self, rows: list[EncodedExample], responses: list[list[int]]) -> None:
         if self.log_completions:
@@ -107,17 +119,16 @@ class Rollouts(_Trainer):
             self._logs["completion"].extend(gather_object(texts))
 
     def _sample_mixed(self, prompts: list[list[int]], teacher_share: float) -> list[list[int]]:
-        if self._uses_transformers_rollout():
+        if self.use_vllm or self._needs_generate() or is_sharded(self.accelerator):
             raise RequestError(
                 "Sampling from a mixture of student and teacher needs both models whole in one process: leave vLLM, "
-                "FSDP, DeepSpeed and generation_kwargs out, or set --teacher_mix 0."
+                "FSDP, DeepSpeed ZeRO-3 and generation_kwargs out, or set --teacher_mix 0."
             )
         return self._sample(prompts, (self.accelerator.unwrap_model(self.teacher_model), teacher_share))
 
-    def _uses_transformers_rollout(self) -> bool:
-        """Whether TRL's rollout must write the responses: vLLM, sharded weights, or settings only `generate` knows."""
-        settings = self.args.min_p is not None or self.repetition_penalty != 1.0 or bool(self.args.generation_kwargs)
-        return self.use_vllm or self.is_fsdp_enabled or self.is_deepspeed_enabled or settings
+    def _needs_generate(self) -> bool:
+        """Whether sampling is asked for as only transformers' `generate` (or vLLM) does it."""
+        return self.args.min_p is not None or self.repetition_penalty != 1.0 or bool(self.args.generation_kwargs)
 
     def _token_batch(self, inputs: dict[str, Any]) -> TokenBatch:
         prompts = [row.prompt_ids for row in inputs["rows"]]

@@ -1,10 +1,9 @@
 """What distillation and fine-tuning share: validation, whole checkpoints, and the folder of the finished model."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from accelerate.utils import gather_object
 from torch import nn
@@ -14,11 +13,15 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from promptkd.data.encode import EncodedData
 from promptkd.errors import PromptKDError, RequestError
 from promptkd.evaluation.measure import Decoding, measure_rows, summarize
+from promptkd.results import RowResult
 from promptkd.training.checkpoints import staged_checkpoint, whole_folder
 from promptkd.training.manifest import damage
 from promptkd.training.resuming import ExactResuming
+from promptkd.training.sharding import is_sharded, run_whole
 
 __all__ = ["RunTrainer"]
+
+T = TypeVar("T")
 
 
 class RunTrainer:
@@ -50,7 +53,7 @@ class RunTrainer:
     ) -> dict[str, float]:
         """Validation loss, ROUGE-L, KL to the teacher and more, decoded as `promptkd evaluate` decodes.
 
-        Each process measures its part of the rows; the figures are those of all rows.
+        Each process measures its part of the rows (all of them where weights are sharded); the figures are of all rows.
         """
         rows = self.validation_rows() if eval_dataset is None else eval_dataset
         if isinstance(rows, EncodedData):
@@ -59,16 +62,22 @@ class RunTrainer:
             raise RequestError("Validation needs rows: give an eval_dataset.")
         started = time.perf_counter()
         index, count = self.accelerator.process_index, self.accelerator.num_processes
-        with self.plain_teacher() as teacher, self.accelerator.autocast():
-            scored = measure_rows(
-                self.accelerator.unwrap_model(self.model_wrapped),
-                self.processing_class,
-                rows[index::count],
-                self.decoding(),
-                stop_ids=self.stop_ids,
-                teacher=teacher,
-                batch_size=self.args.per_device_eval_batch_size,
-            )
+        if is_sharded(self.accelerator):
+            index, count = 0, 1  # a sharded teacher runs on all processes together, so each measures all rows
+
+        def measured(model: nn.Module, teacher: nn.Module | None) -> list[RowResult]:
+            with self.accelerator.autocast():
+                return measure_rows(
+                    model,
+                    self.processing_class,
+                    rows[index::count],
+                    self.decoding(),
+                    stop_ids=self.stop_ids,
+                    teacher=teacher,
+                    batch_size=self.args.per_device_eval_batch_size,
+                )
+
+        scored = self.on_models(measured)
         scored = gather_object(scored) if count > 1 else scored
         metrics = {f"{metric_key_prefix}_{name}": metric.value for name, metric in summarize(scored).items()}
         metrics[f"{metric_key_prefix}_seconds"] = time.perf_counter() - started
@@ -82,10 +91,17 @@ class RunTrainer:
         """Encoded rows to validate on."""
         return self.eval_dataset
 
-    @contextmanager
-    def plain_teacher(self) -> Iterator[nn.Module | None]:
-        """The teacher as it came, whose KL validation reports; None if there is none."""
-        yield None
+    @property
+    def is_sharded(self) -> bool:
+        """Whether validation needs all processes, since none has all weights."""
+        return is_sharded(self.accelerator)
+
+    def on_models(self, work: Callable[[nn.Module, nn.Module | None], T]) -> T:
+        """`work(model, teacher)` with the model whole and the teacher as it came, None if there is none.
+
+        With sharded weights every process must come here together, and run the teacher equally often.
+        """
+        return run_whole(lambda model: work(model, None), self.model_wrapped, self.accelerator)
 
     def save_method_state(self, folder: Path) -> None:
         """Write what a checkpoint holds beyond transformers' own."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
@@ -19,6 +20,7 @@ from promptkd.objectives import regularizer_weight
 from promptkd.objectives.linear import ChunkedLoss
 from promptkd.switches import switched_on
 from promptkd.training.checkpoints import whole_folder
+from promptkd.training.sharding import is_sharded
 
 if TYPE_CHECKING:
     from trl import DistillationTrainer as _Trainer  # what this class is mixed into
@@ -46,6 +48,7 @@ class TeacherTuning(_Trainer):
     _forward_redirection: Any
     _token_batch: Any
     _trains_dropout: bool
+    _teacher_numbers: int
     _kept_logits: dict[int, list[Tensor]]
     _window: dict[str, float]
     _seconds: dict[str, float]
@@ -55,7 +58,9 @@ class TeacherTuning(_Trainer):
     ) -> tuple[TeacherAdapter | None, nn.Module]:
         """The adapter that the method asks for, and the teacher to use with it."""
         args, kind = self.args, self.method.teacher_adapter
-        teacher = teacher.to(self.accelerator.device)
+        self._teacher_numbers = count_parameters(teacher)  # DeepSpeed's shards do not tell
+        if not is_sharded(self.accelerator):  # a sharded one goes there part by part
+            teacher = teacher.to(self.accelerator.device)
         if kind == "none" or (kind == "prompt" and args.prompt_length == 0):
             return None, teacher
         if kind == "lora":
@@ -63,7 +68,9 @@ class TeacherTuning(_Trainer):
         if kind == "full":
             return FullTeacher(teacher), teacher
         if kind == "online":
-            return OnlineTeacher(teacher, rank=args.adapter_rank, seed=args.seed), teacher
+            online = OnlineTeacher(teacher, rank=args.adapter_rank, seed=args.seed)
+            online.module.to(self.accelerator.device)
+            return online, teacher
         prompt = SoftPrompt.create(
             teacher,
             tokenizer,
@@ -199,10 +206,11 @@ class TeacherTuning(_Trainer):
         return Pair(student, teacher, self.vocabulary, chunk=self.args.chunk_tokens, adapted=adapted)
 
     def save_method_state(self, folder: Path) -> None:
-        """The adapter, its optimiser, and the source of responses."""
+        """The adapter, its optimiser, and the source of responses of every process."""
+        responses = gather_object([self.method.responses.state_dict()])
         if not self.args.should_save:
             return
-        state: dict[str, Any] = {"responses": self.method.responses.state_dict()}
+        state: dict[str, Any] = {"responses": responses}
         if self.adapter is not None:
             assert self.adapter_optimizer is not None
             state["adapter"] = self.adapter.state_dict()
@@ -215,7 +223,8 @@ class TeacherTuning(_Trainer):
         if checkpoint is None:
             return
         state = self._method_state(checkpoint)
-        self.method.responses.load_state_dict(state["responses"])
+        responses = state["responses"]  # with fewer processes than before, what the last ones kept is lost
+        self.method.responses.load_state_dict(responses[self.accelerator.process_index % len(responses)])
         if self.adapter is not None:
             assert self.adapter_optimizer is not None
             self.adapter.load_state_dict(state["adapter"])
@@ -248,9 +257,7 @@ class TeacherTuning(_Trainer):
         if self.adapter is None:
             return 0, 0.0
         numbers = sum(parameter.numel() for parameter in self.adapter.parameters())
-        whole = count_parameters(self.accelerator.unwrap_model(self.teacher_model))
-        inside = numbers if self.method.teacher_adapter == "lora" else 0  # LoRA's weights sit among the teacher's
-        return numbers, numbers / (whole - inside)
+        return numbers, numbers / self._teacher_numbers
 
 
 def _without_dropout(student: nn.Module, batch: TokenBatch) -> Tensor:

@@ -1,0 +1,131 @@
+"""Weights that are spread over processes, by FSDP2 or by DeepSpeed ZeRO-3.
+
+Such a model runs only where all processes run it, equally often: each layer's weights are gathered from all of them. In
+a training step they do. Decoding does not, since rows end at different tokens on different processes, so the student,
+which is the small one, is gathered whole while it decodes or is measured. The teacher stays spread out.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from accelerate.utils import fsdp2_prepare_model
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from trl.distributed import DistributedBackend
+from trl.models import prepare_deepspeed, unwrap_model_for_generation
+from trl.models.utils import _ForwardRedirection
+
+from promptkd.errors import RequestError
+from promptkd.methods.method import Adapter
+from promptkd.models.scoring import text_model
+
+__all__ = ["check_sharding", "is_sharded", "place_teacher", "run_inside", "run_whole"]
+
+T = TypeVar("T")
+
+
+def is_sharded(accelerator: Any) -> bool:
+    """Whether no process holds all weights of a model."""
+    return accelerator.is_fsdp2 or DistributedBackend(accelerator).is_zero3
+
+
+def check_sharding(accelerator: Any, *models: nn.Module, adapter: Adapter, needs_generate: bool) -> None:
+    """Refuse what would hang, train other weights than it says, or save none.
+
+    Args:
+        models: as they were loaded.
+        needs_generate: whether responses come from transformers' own `generate`.
+
+    Raises:
+        RequestError: naming everything that is wrong with the launch configuration.
+    """
+    backend, settings, problems = DistributedBackend(accelerator), accelerator.state, []
+    if backend.fsdp_version == 1:
+        problems.append("FSDP of version 1 does not shard the teacher; set fsdp_version: 2")
+    if accelerator.is_fsdp2:
+        plugin = settings.fsdp_plugin
+        if plugin.cpu_ram_efficient_loading:
+            problems.append("every process must load the weights; set fsdp_cpu_ram_efficient_loading: false")
+        if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
+            problems.append("the student is saved whole; set fsdp_state_dict_type: FULL_STATE_DICT")
+    if backend.is_zero3:
+        if any(each.numel() == 0 for model in models for each in model.parameters()):
+            problems.append("models must be loaded whole before they are sharded; set zero3_init_flag: false")
+        if not settings.deepspeed_plugin.zero3_save_16bit_model:
+            problems.append("the student is saved whole; set zero3_save_16bit_model: true")
+    if is_sharded(accelerator):
+        if adapter in ("lora", "full"):
+            problems.append("the teacher's own weights cannot be trained; train a soft prompt, or use DDP")
+        if needs_generate:
+            problems.append("min_p, repetition_penalty and generation_kwargs need vLLM or DDP")
+    if problems:
+        raise RequestError("Cannot train on these processes: " + "; ".join(problems) + ". See docs/many-processes.md.")
+
+
+def place_teacher(teacher: nn.Module, accelerator: Any) -> nn.Module:
+    """The frozen teacher on this process's device: sharded under FSDP2 and ZeRO-3, else whole."""
+    settings = accelerator.state
+    if settings.deepspeed_plugin is not None:
+        return prepare_deepspeed(teacher, accelerator)
+    if not accelerator.is_fsdp2:
+        return accelerator.prepare_model(teacher, evaluation_mode=True)
+    # accelerate fixes which layers are sharded at the first model it sees; the student's may be of another class
+    plugin = settings.fsdp_plugin
+    before = plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap
+    teacher = fsdp2_prepare_model(accelerator, teacher)
+    plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = before
+    return teacher
+
+
+def run_whole(work: Callable[[nn.Module], T], wrapped: nn.Module, accelerator: Any) -> T:
+    """`work(model)` with all weights of the model on this process; it takes no gradient.
+
+    Every process must come here together. In `work`, each runs the model as often as it likes.
+    """
+    if is_fully_sharded(wrapped):
+        settings = accelerator.state
+        return _run_unsharded(work, wrapped, settings.fsdp_plugin.reshard_after_forward)
+    if DistributedBackend(accelerator).is_zero3:
+        with unwrap_model_for_generation(wrapped, accelerator) as model:
+            return work(model)
+    return work(accelerator.unwrap_model(wrapped))
+
+
+def run_inside(work: Callable[[], T], model: nn.Module) -> T:
+    """`work()` inside the forward of a model that FSDP2 shards, which may then be run in parts; it takes no gradient.
+
+    torch takes the first module that runs for the whole model, unless the whole model runs around it.
+    """
+    if not is_fully_sharded(model):
+        return work()
+    results: list[T] = []
+    with torch.no_grad():
+        _ForwardRedirection()(model, model, lambda: results.append(work()))
+    return results[0]
+
+
+def is_fully_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 shards this model. A trainer's is only once it trains."""
+    return isinstance(model, FSDPModule)
+
+
+def _run_unsharded(work: Callable[[nn.Module], T], model: nn.Module, reshards: bool) -> T:
+    units = [each for each in model.modules() if isinstance(each, FSDPModule)]
+
+    def unsharded() -> T:
+        for unit in units:
+            unit.set_reshard_after_forward(False, recurse=False)
+            unit.unshard()
+        return work(model)
+
+    try:
+        return run_inside(unsharded, model)
+    finally:
+        for unit in units:
+            unit.reshard()
+            unit.set_reshard_after_forward(reshards, recurse=False)
+        # As accelerate leaves them: the last to be used is the first that backward needs.
+        for each in (model, text_model(model).get_output_embeddings()):
+            if isinstance(each, FSDPModule):
+                each.set_reshard_after_forward(False, recurse=False)
