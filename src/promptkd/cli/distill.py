@@ -80,6 +80,7 @@ def run(options: Options, training: dict[str, Any]) -> None:
     from promptkd.methods import named_method
     from promptkd.models import check_same_vocabulary
     from promptkd.training import DistillConfig, DistillTrainer
+    from promptkd.training.teacher_options import teacher_settings
 
     _check(options)
     job = TrainingRun("distill", options, training)
@@ -88,7 +89,10 @@ def run(options: Options, training: dict[str, Any]) -> None:
     tokenizer, teacher_tokenizer = job.tokenizer(options.student), job.tokenizer(options.teacher)
     check_same_vocabulary(tokenizer, teacher_tokenizer)
     train, valid = job.encode(tokenizer, args, need_response=method.responses.needs_data)
-    student, teacher = job.load("student", options.student), job.load("teacher", options.teacher)
+    student, teacher = (
+        job.load("student", options.student),
+        job.load("teacher", options.teacher, teacher_settings(args)),
+    )
     with job.opened():
         trainer = DistillTrainer(
             student,

@@ -89,12 +89,12 @@ class TrainingRun:
         self._examples.clear()
         return encoded["train"], encoded["validation"]
 
-    def load(self, role: str, name: str) -> Any:
-        """A model."""
+    def load(self, role: str, name: str, settings: dict[str, Any] | None = None) -> Any:
+        """A model; `settings` are further arguments of `load_model`, `--model_init_kwargs` if None."""
         from promptkd.models import load_model, model_record
 
-        key = "teacher_model_init_kwargs" if role == "teacher" else "model_init_kwargs"
-        model = load_model(name, trust_remote_code=self._trust, **(self.training.get(key) or {}))
+        settings = self.training.get("model_init_kwargs") or {} if settings is None else settings
+        model = load_model(name, trust_remote_code=self._trust, **settings)
         self.models[role] = model_record(name, model)
         say(f"Loaded the {role}: {name}.")
         return model

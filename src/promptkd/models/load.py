@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
 _RUN_MODELS = ("student", "model")  # what `distill` and `sft` leave in a run's folder
 
 
@@ -52,7 +52,7 @@ def load_model(
 
     Args:
         name: hub name, folder, run folder (its student) or GGUF file.
-        dtype: "float32", "bfloat16" or "float16".
+        dtype: "float32", "bfloat16", "float16", or "auto" for that of the model's files.
         settings: further arguments of transformers' `from_pretrained`, a `quantization_config` for instance.
 
     Raises:
@@ -126,7 +126,7 @@ def _model_folder(folder: Path) -> Path:
 def _clear_load_errors(name: str | Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, struct.error) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, struct.error) as error:
         reason = " ".join(str(error).split())
         raise RequestError(
             f"Could not load a causal language model from {name}: {reason[:400]} "

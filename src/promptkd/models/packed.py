@@ -23,7 +23,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from promptkd.data.packing import TokenBatch
 from promptkd.switches import switched_on
 
-__all__ = ["packed_hidden", "packs", "row_attention", "softcapped_attention"]
+__all__ = ["attention_in_place", "packed_hidden", "packs", "row_attention", "softcapped_attention"]
 
 _ROWS = "promptkd_rows"
 _LONGEST = 1024  # tokens in a pack on CPU: more make the matrix products no faster
@@ -45,7 +45,7 @@ def packs(inner: PreTrainedModel) -> bool:
 def _has_row_attention(inner: PreTrainedModel) -> bool:
     """Whether attention can be told where rows end: what transformers says of a class for flash attention."""
     if inner.get_input_embeddings().weight.device.type == "cpu":
-        # Recomputed activations are computed after the pack, when `row_attention` is no longer in place.
+        # transformers recomputes activations after the pack, when `row_attention` is no longer in place.
         recomputes = inner.is_activation_checkpointing and torch.is_grad_enabled()
         return inner._supports_flash_attn and not recomputes
     return "flash_attention" in str(inner.config._attn_implementation)
@@ -94,15 +94,16 @@ def _run_pack(inner: PreTrainedModel, inputs: dict[str, Tensor], sizes: list[int
     positions = torch.cat([torch.arange(size, device=device) for size in sizes])
     ends = torch.tensor([0, *sizes], device=device).cumsum(0, dtype=torch.int32)
     rows = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": max(sizes), "max_length_k": max(sizes)}
-    with _row_attention_in_place(inner) if device.type == "cpu" else contextlib.nullcontext():
+    with attention_in_place(inner, _ROWS) if device.type == "cpu" else contextlib.nullcontext():
         output = inner.base_model(**inputs, position_ids=positions[None], use_cache=False, **rows)
     return output.last_hidden_state[0]
 
 
 @contextmanager
-def _row_attention_in_place(inner: PreTrainedModel) -> Iterator[None]:
+def attention_in_place(inner: PreTrainedModel, name: str) -> Iterator[None]:
+    """The attention function of that name for a while."""
     before = inner.config._attn_implementation
-    inner.config._attn_implementation = _ROWS
+    inner.config._attn_implementation = name
     try:
         yield
     finally:

@@ -14,7 +14,7 @@ import contextlib
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,13 +50,14 @@ from promptkd.switches import switched_on
 from promptkd.training.config import DistillConfig, PromptKDConfig
 from promptkd.training.rollouts import Rollouts
 from promptkd.training.shared import RunTrainer
+from promptkd.training.teacher_options import teacher_settings
 from promptkd.training.teaching import TeacherTuning
 
 __all__ = ["DistillConfig", "DistillTrainer", "PromptKDConfig", "PromptKDTrainer"]
 
 _TOKEN_SUMS = ("student_loss", "entropy", "prompt_kl", "prompt_regularizer")
 _ROW_SUMS = ("response_length", "cut_share")
-_AS_THEY_ARE = ("lambda", "prompt_grad_norm", "prompt_learning_rate")  # the same on every process
+_AS_THEY_ARE = ("lambda", "prompt_lag", "prompt_grad_norm", "prompt_learning_rate")  # the same on every process
 
 
 class DistillTrainer(Rollouts, TeacherTuning, RunTrainer, DistillationTrainer):
@@ -140,6 +141,7 @@ class DistillTrainer(Rollouts, TeacherTuning, RunTrainer, DistillationTrainer):
         self._window: dict[str, float] = defaultdict(float)
         self._seconds: dict[str, float] = defaultdict(float)
         self._kept_logits: dict[int, list[Tensor]] = {}
+        self._stale_hidden: dict[int, Tensor] = {}
 
     def _check_responses(self, args: DistillConfig, eval_dataset: Any) -> None:
         source = self.method.responses
@@ -216,7 +218,8 @@ class DistillTrainer(Rollouts, TeacherTuning, RunTrainer, DistillationTrainer):
         if tunes and share:
             self._tune_teacher(student, hidden.detach(), tokens)
         with self.accelerator.autocast():
-            loss = self._method_loss(student, inputs, batch, hidden, self._kept_logits.pop(index, None))
+            teacher_hidden, kept = self._teacher_of_student(index), self._kept_logits.pop(index, None)
+            loss = self._method_loss(student, inputs, batch, hidden, teacher_hidden, kept)
         self._window["student_loss"] += float(loss.total.detach()) * float(tokens / items)
         self._window["entropy"] += float(loss.figures.get("entropy", 0.0))
         total = loss.total / items
@@ -231,6 +234,7 @@ class DistillTrainer(Rollouts, TeacherTuning, RunTrainer, DistillationTrainer):
         inputs: dict[str, Any],
         batch: TokenBatch,
         hidden: Tensor,
+        teacher_hidden: Callable[[TokenBatch], Tensor],
         kept_logits: list[Tensor] | None,
     ) -> ChunkedLoss:
         return self.method.student_loss(
@@ -239,7 +243,7 @@ class DistillTrainer(Rollouts, TeacherTuning, RunTrainer, DistillationTrainer):
                 rows=inputs["rows"],
                 batch=batch,
                 student_hidden=hidden,
-                teacher_hidden=self._adapted_hidden,
+                teacher_hidden=teacher_hidden,
                 hidden_of_student=lambda other: response_hidden(student, other),
                 kept_logits=kept_logits,
             )
@@ -325,8 +329,5 @@ def _load_teacher(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     if not isinstance(teacher, str | Path):
         return teacher.eval(), tokenizer
-    settings = dict(args.teacher_model_init_kwargs or {})
-    loaded = load_model(
-        teacher, revision=args.teacher_model_revision, trust_remote_code=args.trust_remote_code, **settings
-    )
+    loaded = load_model(teacher, trust_remote_code=args.trust_remote_code, **teacher_settings(args))
     return loaded, tokenizer or load_tokenizer(teacher, trust_remote_code=args.trust_remote_code)
