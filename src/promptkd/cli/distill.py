@@ -6,11 +6,15 @@ OUT/metrics.jsonl, the record into OUT/results.json and the page into OUT/report
     promptkd distill --student student --teacher runs/teacher \\
         --data train.jsonl --eval-data valid.jsonl --out runs/promptkd
 
+What a run will need, without starting it: --dry-run
 Several processes: accelerate launch -m promptkd distill ...
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 TRAINING_CONFIG = "promptkd.training:DistillConfig"
@@ -40,9 +44,21 @@ COMMON_TRAINING_FLAGS = {
     "overlong": ("drop|error", "What happens to rows over a limit (default drop, and count)."),
     "eval_strategy": ("no|steps|epoch", "When to validate, given --eval-data (default epoch)."),
     "eval_steps": ("INT", "Optimiser steps between validations."),
+    "prompt_refresh": (
+        "fresh|stale",
+        "stale: the student learns from the prompted pass of before the prompt's update; saves a pass of the teacher, "
+        "and is not PromptKD as published (default fresh).",
+    ),
+    "teacher_dtype": ("NAME", "Precision of the teacher's weights: float32, bfloat16, float16 or auto."),
+    "teacher_quantization": ("8bit|4bit", "Quantise the teacher by bitsandbytes (default none)."),
+    "teacher_gradient_checkpointing": ("", "Recompute the teacher's activations in the prompt's backward."),
     "seed": ("INT", "Seed of everything random (default 42)."),
     "report_to": ("NAME", "Tracker, such as wandb or tensorboard (default none)."),
 }
+_STALE = (
+    "--prompt_refresh stale: the student learns from the prompted teacher of before each update of the prompt. "
+    "This is another algorithm than PromptKD as published."
+)
 
 
 @dataclass
@@ -73,14 +89,20 @@ class Options:
     """Go on from the last checkpoint in OUT."""
     overwrite: bool = False
     """Replace the run in OUT."""
+    dry_run: bool = False
+    """Print parameters, a memory estimate, steps and the time of a real step; train nothing, write nothing."""
 
 
 def run(options: Options, training: dict[str, Any]) -> None:
+    from promptkd.cli.forecast import print_forecast
+    from promptkd.cli.session import peak_memory, say
     from promptkd.cli.training_run import TrainingRun
     from promptkd.methods import named_method
     from promptkd.models import check_same_vocabulary
     from promptkd.training import DistillConfig, DistillTrainer
+    from promptkd.training.memory import estimate_memory
     from promptkd.training.teacher_options import teacher_settings
+    from promptkd.training.trial import take_trial_steps
 
     _check(options)
     job = TrainingRun("distill", options, training)
@@ -105,8 +127,15 @@ def run(options: Options, training: dict[str, Any]) -> None:
             teacher_processing_class=teacher_tokenizer,
             peft_config=_lora(options),
         )
+        estimate = estimate_memory(trainer)
+        if options.dry_run:
+            print_forecast(trainer, estimate, take_trial_steps(trainer, lambda: peak_memory(args.device.type)))
+            return
     job.tell_trained_share(*trainer.trainable_share())
-    job.train(trainer, "Distilling")
+    if args.prompt_refresh == "stale":
+        job.notes.append(_STALE)
+        say(_STALE)
+    job.train(trainer, "Distilling", None if estimate is None else estimate.peak)
     if options.merge:
         trainer.merge_student()
     job.save(trainer, "student")
@@ -114,9 +143,21 @@ def run(options: Options, training: dict[str, Any]) -> None:
     job.record(trainer, "student")
 
 
+@contextmanager
+def _trial_folder(args: Any) -> Iterator[None]:
+    """Where a dry run's trainer may write: a folder that is gone afterwards."""
+    from promptkd.training.trial import leave_nothing
+
+    with TemporaryDirectory() as folder:
+        leave_nothing(args, folder)
+        yield
+
+
 def _check(options: Options) -> None:
     from promptkd.errors import RequestError
 
+    if options.dry_run and options.resume:
+        raise RequestError("--dry-run looks at a run from its first step on. Leave --resume out.")
     if options.student_lora_rank is not None and options.student_lora_rank < 1:
         raise RequestError(f"--student-lora-rank must be at least 1. Got {options.student_lora_rank}.")
     if options.merge and options.student_lora_rank is None:

@@ -34,11 +34,13 @@ class TrainingRun:
         self.folder = RunFolder(options.out)
         self._mode = {"resume": options.resume, "overwrite": options.overwrite}
         # How a run was begun is no setting of it: its config.yaml must serve for going on as well.
-        self.merged = {k: v for k, v in merged_config(options, training).items() if k not in self._mode}
+        begun = {*self._mode, "dry_run"}
+        self.merged = {k: v for k, v in merged_config(options, training).items() if k not in begun}
         self._examples: dict[str, Any] = {}
         self.data: dict[str, Any] = {}
         self.models: dict[str, Any] = {}
         self.metrics: dict[str, Any] = {}
+        self.notes: list[str] = []
         self.timings: dict[str, float] = {}
         self._cost: dict[str, Any] = {}
         self.say = say
@@ -112,8 +114,8 @@ class TrainingRun:
             self.metrics["teacher_trained_numbers"] = Metric(value=numbers)
             self.metrics["teacher_trained_share"] = Metric(value=share)
 
-    def train(self, trainer: Any, title: str) -> None:
-        """Train, or go on from the last checkpoint."""
+    def train(self, trainer: Any, title: str, predicted_memory: int | None = None) -> None:
+        """Train, or go on from the last checkpoint; at the end say the peak of memory beside the predicted one."""
         from promptkd.training.checkpoints import last_checkpoint
         from promptkd.training.logs import CostMeter, MetricsFile, ProgressBar, quiet
 
@@ -121,7 +123,8 @@ class TrainingRun:
         if checkpoint is not None:
             say(f"Going on from {checkpoint}.")
         quiet(trainer)
-        bar, meter = ProgressBar(title), CostMeter(peak_memory)
+        device = trainer.accelerator.device.type
+        bar, meter = ProgressBar(title), CostMeter(lambda: peak_memory(device))
         trainer.add_callback(meter)
         trainer.add_callback(MetricsFile(self.folder.metrics))
         trainer.add_callback(bar)
@@ -135,7 +138,10 @@ class TrainingRun:
             "steps": trainer.state.global_step,
             "seconds": meter.seconds,
             "peak_memory_bytes": meter.peak_memory_bytes,
+            "predicted_memory_bytes": predicted_memory,
         }
+        predicted = "" if predicted_memory is None else f" {predicted_memory / 2**30:.2f} GiB had been predicted."
+        say(f"Peak memory {meter.peak_memory_bytes / 2**30:.2f} GiB.{predicted}")
 
     def save(self, trainer: Any, name: str) -> None:
         """Write the finished model."""
@@ -180,7 +186,7 @@ class TrainingRun:
             training={label_of(str(self.folder.path.absolute())): self._training(trainer.args, history)},
             history=[Series(name=self.kind, points=history)],
             timings=self.timings,
-            notes=[f"Peak memory {peak_memory() / 2**30:.1f} GiB."],
+            notes=[*self.notes, f"Peak memory {peak_memory() / 2**30:.1f} GiB."],
         )
         results.write(self.folder.results)
         self.folder.report.write_text(render_report([results]), encoding="utf-8")
@@ -193,7 +199,7 @@ class TrainingRun:
         from promptkd.results import Training
 
         speeds = [entry["tokens_per_second"] for entry in history if "tokens_per_second" in entry]
-        method = args.method if self.kind == "distill" else self.kind
+        method = args.algorithm if self.kind == "distill" else self.kind
         return Training(method=method, tokens_per_second=median(speeds) if speeds else None, **self._cost)
 
     @property

@@ -127,6 +127,11 @@ class DistillConfig(DistillationConfig):
         if problems:
             raise RequestError("Wrong settings: " + "; ".join(problems) + ".")
 
+    @property
+    def algorithm(self) -> str:
+        """What records call it: the method's name, and how far the run is from that method."""
+        return self.method if self.prompt_refresh == "fresh" else f"{self.method}, stale prompt"
+
     def method_settings(self) -> MethodSettings:
         """The part of the arguments that decides the method."""
         return MethodSettings(**{each.name: vars(self)[each.name] for each in fields(MethodSettings)})
