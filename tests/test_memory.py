@@ -138,17 +138,9 @@ def test_a_dry_run_says_what_a_run_will_need_and_writes_nothing(world, tmp_path,
         assert "GiB" in said[part]
 
 
-def test_a_dry_run_of_one_step_and_one_that_is_gone_on_with(world, tmp_path, capsys):
-    ran = done(
-        capsys,
-        *distill(world, tmp_path / "run", "--dry-run", "--method", "kd")[:-4],
-        "--dry-run",
-        "--limit",
-        4,
-        "--method",
-        "kd",
-    )
-    assert "the data's responses serve" in ran.out
+def test_a_dry_run_without_rollouts_and_one_that_is_to_go_on(world, tmp_path, capsys):
+    ran = done(capsys, *distill(world, tmp_path / "run", "--dry-run", "--method", "kd", "--limit", 4))
+    assert "none, the data's responses serve" in ran.out
     refused = run(capsys, *distill(world, tmp_path / "run", "--dry-run", "--resume"))
     assert refused.status == 2
     assert "Leave --resume out" in refused.err

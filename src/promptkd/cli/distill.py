@@ -95,7 +95,7 @@ class Options:
 
 def run(options: Options, training: dict[str, Any]) -> None:
     from promptkd.cli.forecast import print_forecast
-    from promptkd.cli.session import peak_memory, say
+    from promptkd.cli.session import peak_memory
     from promptkd.cli.training_run import TrainingRun
     from promptkd.methods import named_method
     from promptkd.models import check_same_vocabulary
@@ -111,11 +111,9 @@ def run(options: Options, training: dict[str, Any]) -> None:
     tokenizer, teacher_tokenizer = job.tokenizer(options.student), job.tokenizer(options.teacher)
     check_same_vocabulary(tokenizer, teacher_tokenizer)
     train, valid = job.encode(tokenizer, args, need_response=method.responses.needs_data)
-    student, teacher = (
-        job.load("student", options.student),
-        job.load("teacher", options.teacher, teacher_settings(args)),
-    )
-    with job.opened():
+    student = job.load("student", options.student)
+    teacher = job.load("teacher", options.teacher, teacher_settings(args))
+    with _trial_folder(args) if options.dry_run else job.opened():
         trainer = DistillTrainer(
             student,
             teacher,
@@ -133,8 +131,7 @@ def run(options: Options, training: dict[str, Any]) -> None:
             return
     job.tell_trained_share(*trainer.trainable_share())
     if args.prompt_refresh == "stale":
-        job.notes.append(_STALE)
-        say(_STALE)
+        job.note(_STALE)
     job.train(trainer, "Distilling", None if estimate is None else estimate.peak)
     if options.merge:
         trainer.merge_student()

@@ -105,6 +105,11 @@ class TrainingRun:
         """The folder, opened while the trainer is made; see `RunFolder.opened`."""
         return self.folder.opened(self.merged, **self._mode)
 
+    def note(self, text: str) -> None:
+        """Say, and keep in the record, what a reader of the figures must know."""
+        say(text)
+        self.notes.append(text)
+
     def tell_trained_share(self, numbers: int, share: float) -> None:
         """Say, and keep in the record, how much of the teacher is trained along."""
         from promptkd.results import Metric

@@ -35,16 +35,17 @@ def teacher_settings(args: Any) -> dict[str, Any]:
             f"--teacher_quantization {args.teacher_quantization} needs the package bitsandbytes, which is not "
             "installed: pip install bitsandbytes. Without it, --teacher_dtype bfloat16 halves the teacher's weights."
         )
-    settings["quantization_config"] = _bitsandbytes(args.teacher_quantization)
+    settings["quantization_config"] = _bitsandbytes(args.teacher_quantization, args.teacher_dtype)
     # bitsandbytes quantises a weight where it comes to stand, and does not move it later
     return {"device_map": {"": args.device}, **settings}
 
 
-def _bitsandbytes(bits: str) -> BitsAndBytesConfig:
-    """8-bit: LLM.int8(); 4-bit: NormalFloat, multiplied in the precision of the hidden states."""
+def _bitsandbytes(bits: str, dtype: str) -> BitsAndBytesConfig:
+    """8-bit: LLM.int8(); 4-bit: NormalFloat, multiplied in the precision of the other weights."""
     if bits == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    computed = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(dtype, torch.float32)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=computed)
 
 
 def check_teacher_options(args: Any, method: Method, teacher: nn.Module) -> None:
