@@ -4,11 +4,13 @@ import pytest
 import torch
 
 from commands import LIMITS, done, make_world, run
+from promptkd.data.packing import right_pad
 from promptkd.errors import RequestError
 from promptkd.methods import named_method
+from promptkd.models import load_model, response_hidden
 from promptkd.results import Results
 from promptkd.training.teacher_options import teacher_settings
-from tiny import tiny_model
+from tiny import save_model, tiny_model
 from trainers import config, log, trainer
 
 
@@ -72,11 +74,36 @@ def test_bitsandbytes_is_asked_for_where_it_is_missing(tmp_path, monkeypatch):
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
 def test_a_quantised_teacher_takes_the_whole_step(world, tmp_path, capsys, bits):
     pytest.importorskip("bitsandbytes")
-    pair = ("--student", world.student, "--teacher", world.teacher, "--data", world.train)
+    wide = save_model(tmp_path / "wide", tiny_model("llama", layers=3, hidden=64, seed=2))  # 4-bit blocks need 32 rows
+    pair = ("--student", world.student, "--teacher", wide, "--data", world.train)
     run_ = ("distill", *pair, *LIMITS, "--max_steps", 2, "--per_device_train_batch_size", 4, "--use_cpu")
     done(capsys, *run_, "--out", tmp_path / "run", "--teacher-quantization", bits)
     (training,) = Results.read(tmp_path / "run" / "results.json").training.values()
     assert training.steps == 2
+
+
+@pytest.mark.parametrize(("bits", "tolerance"), [("4bit", 1e-4), ("8bit", 0.2)])  # 8-bit rounds the states as well
+def test_gradients_pass_a_quantised_teacher(tmp_path, bits, tolerance):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    folder = save_model(tmp_path / "wide", tiny_model("llama", layers=3, hidden=64, seed=2))
+    settings = teacher_settings(config(tmp_path, teacher_quantization=bits))
+    quantised = load_model(folder, **settings).requires_grad_(False)
+    plain = load_model(folder).requires_grad_(False)
+    for name, layer in quantised.named_modules():
+        if isinstance(layer, bitsandbytes.nn.Linear4bit):
+            weight = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+            plain.get_submodule(name).weight.data.copy_(weight)
+        elif isinstance(layer, bitsandbytes.nn.Linear8bitLt):
+            plain.get_submodule(name).weight.data.copy_(layer.weight.data * layer.weight.SCB[:, None] / 127)
+    batch, found = right_pad([[5, 6, 7], [8], [9, 10]], [[11, 12], [13, 14, 15], [16]]), []
+    for model in (quantised, plain):
+        with torch.no_grad():
+            response_hidden(model, batch)  # as the plain teacher is read first
+        prompt = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        hidden = response_hidden(model, batch, prompt)
+        (hidden * torch.linspace(-1, 1, hidden.numel()).view_as(hidden)).sum().backward()
+        found.append(prompt.grad)
+    assert float((found[0] - found[1]).norm() / found[1].norm()) < tolerance
 
 
 def test_the_command_takes_a_precision_and_refuses_others(world, tmp_path, capsys):

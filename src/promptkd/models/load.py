@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from promptkd.errors import RequestError
 from promptkd.models.gguf_vocabulary import PRE_TOKENIZERS
+from promptkd.models.quantized import keep_backward
 from promptkd.results import ModelRecord, file_sha256
 
 __all__ = [
@@ -75,6 +76,7 @@ def load_model(
             f"{name} lacks {len(report['missing_keys'])} weights that its configuration asks for, "
             f"{min(report['missing_keys'])} among them."
         )
+    keep_backward(model)
     return model.eval()
 
 

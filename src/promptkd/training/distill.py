@@ -42,6 +42,7 @@ from promptkd.models import (
     response_hidden,
     shared_vocabulary_size,
 )
+from promptkd.models.quantized import keep_backward
 from promptkd.models.scoring import text_model
 from promptkd.objectives import forward_kl, reverse_kl
 from promptkd.objectives.linear import ChunkedLoss
@@ -328,6 +329,7 @@ def _load_teacher(
     teacher: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, args: DistillConfig
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     if not isinstance(teacher, str | Path):
+        keep_backward(teacher)
         return teacher.eval(), tokenizer
     loaded = load_model(teacher, trust_remote_code=args.trust_remote_code, **teacher_settings(args))
     return loaded, tokenizer or load_tokenizer(teacher, trust_remote_code=args.trust_remote_code)
