@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from promptkd.data.encode import EncodedExample
+from promptkd.data.prefixes import pack_rows
 from promptkd.models.scoring import text_model
 
 __all__ = ["matmul_rate", "step_flops"]
@@ -18,17 +19,16 @@ def step_flops(
 ) -> dict[str, float]:
     """Floating-point operations of prompt step and student step together, attention's and the heads' among them.
 
-    Counted over real tokens, two for a multiplication with its addition: the student forward once and backward; the
-    plain teacher forward; the prompted teacher forward twice (the prompt has moved in between) and backward once, to
-    its inputs alone; every distribution projected once, at response tokens alone. What runs element by element
-    (norms, softmax, optimiser) counts nothing.
+    Counted over real tokens, those that several rows begin with once; two for a multiplication with its addition: the
+    student forward once and backward; the plain teacher forward; the prompted teacher forward twice (the prompt has
+    moved in between) and backward once, to its inputs alone; every distribution projected once, at response tokens
+    alone. What runs element by element (norms, softmax, optimiser) counts nothing.
     """
-    tokens = sum(len(row.prompt_ids) + len(row.response_ids) for row in rows)
     responses = sum(len(row.response_ids) for row in rows)
-    lengths = [len(row.prompt_ids) + len(row.response_ids) for row in rows]
-    longer = [length + prompt_length for length in lengths]
-    linear = 3 * _linear(student) * tokens + _linear(teacher) * (tokens + 3 * sum(longer))
-    attention = 3 * _attention(student, lengths) + _attention(teacher, lengths) + 4 * _attention(teacher, longer)
+    positions = pack_rows([[*row.prompt_ids, *row.response_ids] for row in rows], share=True).positions
+    further = [*range(prompt_length), *(position + prompt_length for position in positions)]
+    linear = (3 * _linear(student) + _linear(teacher)) * len(positions) + 3 * _linear(teacher) * len(further)
+    attention = 3 * _attention(student, positions) + _attention(teacher, positions) + 4 * _attention(teacher, further)
     # student: forward, backward to inputs and weights; plain: forward; prompted: forward twice, backward to inputs
     head = (3 * _head(student) + 4 * _head(teacher)) * responses
     return {"total": linear + attention + head, "attention": attention, "head": head}
@@ -47,11 +47,11 @@ def _head(model: nn.Module) -> int:
     return 2 * text_model(model).get_output_embeddings().weight.numel()
 
 
-def _attention(model: nn.Module, lengths: Sequence[int]) -> int:
-    """FLOPs of scores and mixtures, causal: a token sees half of its row on average. Backward takes twice that."""
+def _attention(model: nn.Module, positions: Sequence[int]) -> int:
+    """FLOPs of scores and mixtures: a token sees itself and those before it. Backward takes twice that."""
     config = text_model(model).config.get_text_config()
     width = config.num_attention_heads * (config.head_dim or config.hidden_size // config.num_attention_heads)
-    return config.num_hidden_layers * sum(2 * length * (length + 1) * width for length in lengths)
+    return config.num_hidden_layers * 4 * width * sum(position + 1 for position in positions)
 
 
 def matmul_rate(size: int = 2048, repeats: int = 5) -> float:

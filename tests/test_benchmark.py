@@ -4,9 +4,17 @@ import json
 import sys
 
 import pytest
-from benchmarks import step, variants
+import torch
+from benchmarks import rollout, step, variants
+from benchmarks.floor import step_flops
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaForCausalLM
 
 from commands import rows, write_rows
+from promptkd.data.encode import EncodedExample
+from promptkd.data.packing import right_pad
+from promptkd.models import head_logits
+from promptkd.models.scoring import padded_hidden
 from tiny import save_model, tiny_model
 
 
@@ -71,3 +79,48 @@ def test_a_variant_that_there_is_not_is_refused(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         step.main()
     assert "theirs" in capsys.readouterr().err
+
+
+def test_the_floor_counts_the_products_of_both_steps():
+    """torch's own counter over one row; it takes attention as full, which the floor takes as causal."""
+    student, teacher = tiny_model("llama", layers=2), tiny_model("llama", layers=3, hidden=24).requires_grad_(False)
+    row = EncodedExample([1, 2, 3, 4], [5, 6, 7], (), "", 0)
+    batch, prompt = right_pad([row.prompt_ids], [row.response_ids]), torch.zeros(2, 24, requires_grad=True)
+
+    def read(model, vectors=None):
+        return head_logits(model, padded_hidden(model, batch, vectors))
+
+    with FlopCounterMode(display=False) as counter:
+        read(student).sum().backward()
+        read(teacher, prompt).sum().backward()
+        with torch.no_grad():
+            read(teacher)
+            read(teacher, prompt)
+    counted = {str(name): flops for name, flops in counter.get_flop_counts()["Global"].items()}
+    products = sum(flops for name, flops in counted.items() if "attention" not in name)
+    found = step_flops(student, teacher, [row], prompt_length=2)
+    assert found["total"] - found["attention"] == products
+    twice = step_flops(student, teacher, [row, row], prompt_length=2)
+    assert twice["total"] - twice["head"] == found["total"] - found["head"]  # the whole row is shared
+
+
+def test_rollouts_of_both_write_the_lengths_of_the_data(tmp_path, world, monkeypatch, capsys):
+    written = {"ours": [], "generate": []}
+    for name, way, where in (("ours", rollout.generate, rollout), ("generate", LlamaForCausalLM.generate, None)):
+
+        def noting(*args, way=way, name=name, **settings):
+            out = way(*args, **settings)
+            prompts = 0 if name == "ours" else args[1].shape[1]
+            written[name].append([len(row) - prompts for row in out])
+            return out
+
+        monkeypatch.setattr(where or LlamaForCausalLM, "generate", noting)
+    options = ["--model", world["student"], "--data", world["data"], "--template", "Q: {{ instruction }}\nA: "]
+    options += ["--batch-sizes", "2", "4", "--repeats", "1", "--json", str(tmp_path / "rollout.json")]
+    monkeypatch.setattr(sys, "argv", ["rollout", *options])
+    rollout.main()
+    record = json.loads((tmp_path / "rollout.json").read_text())
+    assert set(record) == {"2", "4"}
+    assert all(ratio > 0 for each in record.values() for ratio in each["ratios"])
+    for ours, padded in zip(written["ours"], written["generate"], strict=True):
+        assert max(ours) == max(padded)  # `generate` pads the others to it

@@ -26,7 +26,8 @@ def world(tmp_path_factory):
 
 
 def kept_by_autograd(model, lengths, prompt=None):
-    batch = right_pad([[5] * (length - 3) for length in lengths], [[7] * 3 for _ in lengths])
+    requests = [[row + 1] * (length - 3) for row, length in enumerate(lengths)]  # that have no beginning in common
+    batch = right_pad(requests, [[7] * 3 for _ in lengths])
     kept = {}
 
     def keep(tensor):

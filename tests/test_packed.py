@@ -44,6 +44,16 @@ def random_batch(seed, rows=6):
     return right_pad([tokens(1, 13) for _ in range(rows)], [tokens(0, 9) for _ in range(rows)])
 
 
+def batch_of_common_beginnings(seed, rows=7):
+    """Rows that begin alike in several ways, one of them the beginning of another, and two the same."""
+    generator = torch.Generator().manual_seed(seed)
+    whole = torch.randint(0, 97, (30,), generator=generator).tolist()
+    other = torch.randint(0, 97, (30,), generator=generator).tolist()
+    prompts = [whole[:9], whole[:4], whole[:9] + other[:3], whole[:6] + other[:2], other[:5], whole[:9], other[:1]]
+    responses = [other[:6], whole[4:8], other[9:12], [], whole[:7], other[:6], other[1:9]]
+    return right_pad(prompts[:rows], responses[:rows])
+
+
 def vectors(model, length):
     """A trainable soft prompt, or None."""
     width = model.get_input_embeddings().weight.shape[1]
@@ -78,9 +88,49 @@ def test_packed_rows_equal_padded_ones_and_so_do_their_gradients(architecture, l
     assert relative_gap(our_gradient, their_gradient) < 1e-4
 
 
+@every_architecture
+@pytest.mark.parametrize("length", [0, 3])
+def test_what_rows_have_in_common_is_read_once_and_changes_nothing(architecture, length, monkeypatch):
+    model, batch = model_of(architecture), batch_of_common_beginnings(0)
+    prompt = vectors(model, length)
+    read = []
+
+    def note(module, args, kwargs):
+        read.append(kwargs["position_ids"].shape[1])
+
+    model.base_model.register_forward_pre_hook(note, with_kwargs=True)
+    (ours, our_gradient), (theirs, their_gradient) = (
+        states_and_gradients(hidden_of, model, batch, prompt) for hidden_of in (packed_hidden, padded_hidden)
+    )
+    assert read[0] == length + len({tuple(row[:end]) for row in real_tokens(batch) for end in range(1, len(row) + 1)})
+    assert relative_gap(ours, theirs) < 1e-5
+    assert relative_gap(our_gradient, their_gradient) < 1e-4
+    monkeypatch.setenv("PROMPTKD_OFF", "shared_prefixes")
+    packed_hidden(model, batch, prompt)
+    assert read[-1] == sum(batch.lengths) + length * len(batch.lengths)
+
+
+def real_tokens(batch):
+    return [row[:length] for row, length in zip(batch.input_ids.tolist(), batch.lengths, strict=True)]
+
+
+def test_rows_share_nothing_where_dropout_would_drop_the_same_in_all_of_them():
+    model, batch = model_of("gpt2"), batch_of_common_beginnings(0)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    model.train()
+    read = []
+    model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(kwargs["position_ids"].shape[1]), with_kwargs=True
+    )
+    packed_hidden(model, batch, None)
+    assert read == [sum(batch.lengths)]
+
+
 @pytest.mark.parametrize("architecture", ["gpt2", "opt"])  # the others compute their norms in float32 whatever comes
 def test_packed_rows_equal_padded_ones_in_float64(architecture):
-    model, batch = model_of(architecture, dtype=torch.float64), random_batch(0)
+    model, batch = model_of(architecture, dtype=torch.float64), batch_of_common_beginnings(0)
     ours, theirs = (
         states_and_gradients(hidden_of, model, batch, vectors(model, 3)) for hidden_of in (packed_hidden, padded_hidden)
     )

@@ -57,7 +57,8 @@ def stale_loop(steps, *, window=4):
 
 
 @pytest.mark.parametrize(("batch", "accumulation"), [(4, 1), (2, 2)])
-def test_stale_steps_equal_the_flat_ones(tmp_path, batch, accumulation):
+def test_stale_steps_equal_the_flat_ones(tmp_path, monkeypatch, batch, accumulation):
+    monkeypatch.setenv("PROMPTKD_OFF", "shared_prefixes")  # Llama's norms are float32, where gradients add up otherwise
     losses, student, soft_prompt = stale_loop(3)
     ours = trainer(
         tmp_path,

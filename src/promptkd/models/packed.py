@@ -1,17 +1,16 @@
-"""Rows side by side in one sequence, so that no padding is computed.
+"""Rows side by side in one sequence, so that no padding is computed, nor twice what several rows begin with.
 
-Positions begin anew with every row, and the rows' ends go along as the `cu_seq_lens` that transformers hands to its
-attention functions. Flash attention reads them on GPUs; on CPU `row_attention` does, which is in place only while a
-pack runs: it needs no mask, and decoding, which does need one, must never meet it.
+Positions begin anew with every row. On CPU attention runs row by row, by `row_attention`, which is in place only while
+a pack runs: it needs no mask, and decoding, which does need one, must never meet it. On GPUs flash attention reads the
+rows' ends, the `cu_seq_lens` that transformers hands to its attention functions; there every row stands whole.
 
-Whether a model keeps the rows of a pack apart is tried once, on four tokens; the others are scored padded.
+Whether a model keeps the rows of a pack apart is tried once, on a few tokens; the others are scored padded.
 """
 
-import contextlib
 import logging
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,14 +20,18 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from promptkd.data.packing import TokenBatch
+from promptkd.data.prefixes import Pack, pack_rows
+from promptkd.models.dropout import applies_dropout
+from promptkd.models.onednn import onednn_linears
 from promptkd.switches import switched_on
 
-__all__ = ["attention_in_place", "packed_hidden", "packs", "row_attention", "softcapped_attention"]
+__all__ = ["in_place_again", "pack_inputs", "packed_hidden", "packs", "row_attention", "softcapped_attention"]
 
 _ROWS = "promptkd_rows"
 _LONGEST = 1024  # tokens in a pack on CPU: more make the matrix products no faster
 
 _known: weakref.WeakKeyDictionary[PreTrainedModel, bool] = weakref.WeakKeyDictionary()
+_running: list[Pack] = []  # the packs whose forward runs; the last one counts
 _logger = logging.getLogger(__name__)
 
 
@@ -53,94 +56,140 @@ def _has_row_attention(inner: PreTrainedModel) -> bool:
 
 def _keeps_rows_apart(inner: PreTrainedModel) -> bool:
     device = inner.get_input_embeddings().weight.device
-    ids = torch.tensor([0, 1, 2, 3], device=device)
+    rows = [[0, 1, 2], [0, 3]]
     training = inner.training
     inner.eval()
     try:
         with torch.no_grad():
-            both = _run_pack(inner, {"input_ids": ids[None]}, [2, 2])
-            alone = inner.base_model(input_ids=ids[None, 2:], use_cache=False).last_hidden_state[0]
+            (pack, both), alone = _pack(inner, rows, None), torch.tensor(rows[1:], device=device)
+            expected = inner.base_model(input_ids=alone, use_cache=False).last_hidden_state[0]
     finally:
         inner.train(training)
-    tolerance = max(1e-3, torch.finfo(alone.dtype).eps ** 0.5)
-    return float((both[2:] - alone).abs().max()) <= tolerance * float(alone.abs().max())
+    tolerance = max(1e-3, torch.finfo(expected.dtype).eps ** 0.5)
+    return float((both[pack.paths[1]] - expected).abs().max()) <= tolerance * float(expected.abs().max())
 
 
 def packed_hidden(inner: PreTrainedModel, batch: TokenBatch, prompt: Tensor | None) -> Tensor:
     """`response_hidden` without padding: (N, H), in the order of `batch.targets`."""
     parts = batch.parts(_LONGEST) if batch.input_ids.device.type == "cpu" else [batch]
-    return torch.cat([_pack(inner, part, prompt) for part in parts])
+    return torch.cat([_response_states(inner, part, prompt) for part in parts])
 
 
-def _pack(inner: PreTrainedModel, batch: TokenBatch, prompt: Tensor | None) -> Tensor:
-    ids = torch.cat([row[:length] for row, length in zip(batch.input_ids, batch.lengths, strict=True)])
+def _response_states(inner: PreTrainedModel, batch: TokenBatch, prompt: Tensor | None) -> Tensor:
+    ids = [row[:length] for row, length in zip(batch.input_ids.tolist(), batch.lengths, strict=True)]
+    pack, hidden = _pack(inner, ids, prompt)
     length = 0 if prompt is None else prompt.shape[0]
-    sizes = [tokens + length for tokens in batch.lengths]
+    rows, columns = batch.rows.tolist(), batch.columns.tolist()
+    places = [pack.paths[row][column + length] for row, column in zip(rows, columns, strict=True)]
+    return hidden[torch.tensor(places, dtype=torch.long, device=hidden.device)]
+
+
+def _pack(inner: PreTrainedModel, rows: Sequence[Sequence[int]], prompt: Tensor | None) -> tuple[Pack, Tensor]:
+    """The rows as a pack, the prompt's vectors at their beginnings, and the last hidden states (S, H) of its places."""
+    device = inner.get_input_embeddings().weight.device
+    share = device.type == "cpu" and switched_on("shared_prefixes") and not applies_dropout(inner)
+    pack, inputs = pack_inputs(inner, rows, prompt, share=share)
+    if device.type == "cpu":
+        with _in_place(inner, pack):
+            output = inner.base_model(**inputs, use_cache=False)
+    else:
+        output = inner.base_model(**inputs, use_cache=False, **_row_ends(pack, device))
+    return pack, output.last_hidden_state[0]
+
+
+def pack_inputs(
+    inner: PreTrainedModel, rows: Sequence[Sequence[int]], prompt: Tensor | None, *, share: bool
+) -> tuple[Pack, dict[str, Tensor]]:
+    """The rows as a pack, and it as what a backbone is called with.
+
+    Args:
+        rows: token ids, at least one a row.
+        prompt: (n, E) embeddings put before every row, or None.
+        share: whether rows have in common what they begin with.
+    """
+    device = inner.get_input_embeddings().weight.device
+    before = [] if prompt is None else list(range(-prompt.shape[0], 0))  # the vectors, as negative ids
+    pack = pack_rows([[*before, *row] for row in rows], share=share)
+    ids = torch.tensor(pack.tokens, device=device)
     if prompt is None:
         inputs = {"input_ids": ids[None]}
     else:
-        embedded = inner.get_input_embeddings()(ids)  # (S, E), scaled where the model scales
-        before = prompt.to(embedded.dtype)
-        pieces = embedded.split(list(batch.lengths))
-        inputs = {"inputs_embeds": torch.cat([part for piece in pieces for part in (before, piece)])[None]}
-    hidden = _run_pack(inner, inputs, sizes)
-    starts = torch.tensor([0, *sizes[:-1]], device=hidden.device).cumsum(0)
-    return hidden[starts[batch.rows] + batch.columns + length]
+        embedded = inner.get_input_embeddings()(ids.clamp(min=0))  # (S, E), scaled where the model scales
+        vectors = (ids < 0).nonzero()[:, 0]
+        inputs = {"inputs_embeds": embedded.index_put((vectors,), prompt[ids[vectors]].to(embedded.dtype))[None]}
+    return pack, inputs | {"position_ids": torch.tensor(pack.positions, device=device)[None]}
 
 
-def _run_pack(inner: PreTrainedModel, inputs: dict[str, Tensor], sizes: list[int]) -> Tensor:
-    """Last hidden states (S, H) of rows of `sizes` tokens that stand side by side, S = Σ sizes."""
-    device = next(iter(inputs.values())).device
-    positions = torch.cat([torch.arange(size, device=device) for size in sizes])
-    ends = torch.tensor([0, *sizes], device=device).cumsum(0, dtype=torch.int32)
-    rows = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": max(sizes), "max_length_k": max(sizes)}
-    with attention_in_place(inner, _ROWS) if device.type == "cpu" else contextlib.nullcontext():
-        output = inner.base_model(**inputs, position_ids=positions[None], use_cache=False, **rows)
-    return output.last_hidden_state[0]
+def _row_ends(pack: Pack, device: torch.device) -> dict[str, Any]:
+    """What flash attention must know of rows that stand whole."""
+    ends = torch.tensor([0, *pack.owned], device=device).cumsum(0, dtype=torch.int32)
+    longest = max(pack.owned)
+    return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
 
 
 @contextmanager
-def attention_in_place(inner: PreTrainedModel, name: str) -> Iterator[None]:
-    """The attention function of that name for a while."""
+def _in_place(inner: PreTrainedModel, pack: Pack) -> Iterator[None]:
+    """What a pass over `pack` needs on CPU."""
+    with _row_attention_in_place(inner, pack), onednn_linears(inner):
+        yield
+
+
+def in_place_again(inner: PreTrainedModel) -> AbstractContextManager[None]:
+    """What is in place for the pass of `inner` that runs now, for its layers to be computed again when it is over."""
+    return _in_place(inner, _running[-1]) if inner.config._attn_implementation == _ROWS else nullcontext()
+
+
+@contextmanager
+def _row_attention_in_place(inner: PreTrainedModel, pack: Pack) -> Iterator[None]:
     before = inner.config._attn_implementation
-    inner.config._attn_implementation = name
+    inner.config._attn_implementation = _ROWS
+    _running.append(pack)
     try:
         yield
     finally:
+        _running.pop()
         inner.config._attn_implementation = before
 
 
+def _attention(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **settings: Any
+) -> tuple[Tensor, None]:
+    if not _running:
+        raise RuntimeError("The attention of promptkd's packs was left on outside of a forward of promptkd.")
+    return row_attention(query, key, value, _running[-1], **settings), None
+
+
 def row_attention(
-    module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: None,
+    pack: Pack,
     *,
-    cu_seq_lens_q: Tensor,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **unused: Any,
-) -> tuple[Tensor, None]:
-    """Causal attention within each row of a pack, as transformers calls its attention functions.
+) -> Tensor:
+    """Causal attention within each row of a pack: (1, S, heads, D).
+
+    A row is attended to as a whole; of what comes out for places that it shares, the first row's is taken, as all are
+    equal. (A mask that spared them would cost more: they are few.)
 
     Args:
         query: (1, heads, S, D).
         key, value: (1, key-value heads, S, D).
-        attention_mask: none; the rows' ends say it all.
-        cu_seq_lens_q: (rows + 1,) ends of the rows, from 0 to S.
         sliding_window: a token sees itself and the `sliding_window` - 1 tokens before it.
         softcap: scores become softcap · tanh(scores / softcap).
-
-    Returns:
-        (1, S, heads, D), and no attention weights.
+        unused: what else transformers hands to its attention functions.
     """
-    sizes = cu_seq_lens_q.diff().tolist()
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     outputs = []
-    for q, k, v in zip(*(each.split(sizes, dim=2) for each in (query, key, value)), strict=True):
+    for row, owned in enumerate(pack.owned):
+        if owned == 0:
+            continue
+        runs = pack.runs(row)
+        q, k, v = (_join([each[:, :, run] for run in runs]) for each in (query, key, value))
         if softcap is not None:
             seen = _visible(q.shape[2], sliding_window, q.device)
             output = softcapped_attention(q, k, v, seen, scale=scale, softcap=softcap, dropout=dropout)
@@ -149,8 +198,12 @@ def row_attention(
             output = scaled_dot_product_attention(q, k, v, mask, dropout, scale=scale, enable_gqa=True)
         else:
             output = scaled_dot_product_attention(q, k, v, None, dropout, is_causal=True, scale=scale, enable_gqa=True)
-        outputs.append(output.transpose(1, 2))
-    return torch.cat(outputs, dim=1), None
+        outputs.append(output[:, :, -owned:].transpose(1, 2))
+    return torch.cat(outputs, dim=1)
+
+
+def _join(pieces: Sequence[Tensor]) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces), dim=2)
 
 
 def softcapped_attention(
@@ -177,4 +230,4 @@ def _visible(size: int, window: int | None, device: torch.device) -> Tensor:
     return causal if window is None else causal.triu(1 - window)
 
 
-AttentionInterface.register(_ROWS, row_attention)
+AttentionInterface.register(_ROWS, _attention)

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from promptkd.errors import RequestError
-from promptkd.models.packed import attention_in_place
+from promptkd.models.packed import in_place_again
 from promptkd.models.scoring import text_model
 
 __all__ = ["recomputable_layers", "recomputed_layers"]
@@ -45,8 +45,8 @@ def recomputed_layers(model: nn.Module) -> Iterator[None]:
     layers = recomputable_layers(model)
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        # A packed pass has an attention of its own, which backward must find in place again.
-        return nullcontext(), attention_in_place(inner, inner.config._attn_implementation)
+        # A packed pass has attention and linear layers of its own, which backward must find in place again.
+        return nullcontext(), in_place_again(inner)
 
     for layer in layers:
         recomputed = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)

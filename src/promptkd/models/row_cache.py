@@ -1,10 +1,9 @@
 """Rows of different lengths read by one model without padding, and a key-value store that is written in place.
 
-Inside `rows_of`, the attention of a transformers model is ours: first over whole rows that stand side by side
-(`Rows.read`), each attending to itself alone, then a token a row (`Rows.step`). Keys and values go into one buffer a
-layer, aligned at the right end of the prompts, so that a step writes one column for all rows; transformers' cache
-copies everything it holds at every step. Whether a model can be read so is tried once against its own output
-(`reads_rows`).
+Inside `rows_of`, the attention of a transformers model is ours: first over whole rows that stand side by side, each
+attending to itself alone (`Rows.read`), then a token a row (`Rows.step`). Keys and values go into one buffer a layer,
+aligned at the right end of the prompts, so that a step writes one column for all rows; transformers' cache copies
+everything it holds at every step. Whether a model can be read so is tried once against its own output (`reads_rows`).
 """
 
 import weakref
@@ -18,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
-from promptkd.models.packed import row_attention, softcapped_attention
+from promptkd.data.prefixes import Pack
+from promptkd.models.packed import pack_inputs, row_attention, softcapped_attention
 from promptkd.switches import switched_on
 
 __all__ = ["Rows", "reads_rows", "rows_of"]
@@ -44,6 +44,7 @@ class Rows:
         self.width = 0
         """Columns that are filled: the longest prompt, and the tokens since."""
         self._layers: dict[int, _Layer] = {}
+        self._pack: Pack | None = None
         self._absent: Tensor | None = None
 
     def read(self, prompts: Sequence[Sequence[int]], prompt: Tensor | None = None) -> Tensor:
@@ -60,17 +61,9 @@ class Rows:
         columns = torch.arange(self.width + self.room, device=device)
         first = self.width - torch.tensor(self.lengths, device=device)
         self._absent = columns < first[:, None]  # (R, columns) where a row has not begun
-        ids = torch.tensor([token for row in prompts for token in row], device=device)
-        positions = torch.cat([torch.arange(length, device=device) for length in self.lengths])
-        if prompt is None:
-            inputs = {"input_ids": ids[None]}
-        else:
-            embedded = self.model.get_input_embeddings()(ids)
-            pieces = embedded.split([len(row) for row in prompts])
-            joined = [part for piece in pieces for part in (prompt.to(embedded.dtype), piece)]
-            inputs = {"inputs_embeds": torch.cat(joined)[None]}
-        hidden = self._forward(position_ids=positions[None], **inputs)[0]
-        return hidden[torch.tensor(self.lengths, device=device).cumsum(0) - 1]
+        self._pack, inputs = pack_inputs(self.model, prompts, prompt, share=switched_on("shared_prefixes"))
+        hidden = self._forward(**inputs)[0]
+        return hidden[[path[-1] for path in self._pack.paths]]
 
     def step(self, tokens: Tensor) -> Tensor:
         """Hidden states (R, H) behind one more token a row, (R,)."""
@@ -112,9 +105,9 @@ class Rows:
         index = int(module.layer_idx)  # type: ignore[arg-type]
         if index not in self._layers:
             self._layers[index] = self._stored(key[0], value[0])
-            ends = torch.tensor([0, *self.lengths]).cumsum(0)
+            assert self._pack is not None
             how = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap}
-            return row_attention(module, query, key, value, None, cu_seq_lens_q=ends, **how)[0]  # type: ignore[arg-type]
+            return row_attention(query, key, value, self._pack, **how)  # type: ignore[arg-type]
         layer, rows, column = self._layers[index], query.shape[0], self.width - 1
         layer.keys[:rows, :, column] = key[:, :, 0]
         layer.values[:rows, :, column] = value[:, :, 0]
@@ -131,15 +124,14 @@ class Rows:
         return out.reshape(rows, 1, -1, value.shape[-1])
 
     def _stored(self, key: Tensor, value: Tensor) -> _Layer:
-        """The buffers of a layer, with the rows' keys and values (G, S, D) in their places."""
+        """The buffers of a layer, with the pack's keys and values (G, S, D) in their rows."""
+        assert self._pack is not None
         rows, columns = len(self.lengths), self.width + self.room
         # zeros, for what a row does not see is multiplied by a weight of 0, and NaN times 0 is NaN
         keys, values = (each.new_zeros(rows, each.shape[0], columns, each.shape[-1]) for each in (key, value))
-        for row, (own_keys, own_values) in enumerate(
-            zip(key.split(self.lengths, 1), value.split(self.lengths, 1), strict=True)
-        ):
-            place = slice(self.width - self.lengths[row], self.width)
-            keys[row, :, place], values[row, :, place] = own_keys, own_values
+        for row, path in enumerate(self._pack.paths):
+            place = slice(self.width - len(path), self.width)
+            keys[row, :, place], values[row, :, place] = key[:, path], value[:, path]
         return _Layer(keys, values)
 
 
