@@ -112,7 +112,7 @@ def test_dtypes(folder, dtype):
 
 
 def test_another_dtype_is_refused(folder):
-    with pytest.raises(RequestError, match=r"float32, bfloat16, float16. Got 'int8'"):
+    with pytest.raises(RequestError, match=r"float32, bfloat16, float16, auto. Got 'int8'"):
         load_model(folder, dtype="int8")
 
 

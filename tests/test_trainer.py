@@ -175,8 +175,8 @@ def test_the_best_checkpoint_brings_its_own_prompt(tmp_path):
     kept = {}
     step_adapter = ours._step_adapter
 
-    def remember():
-        step_adapter()
+    def remember(scale):
+        step_adapter(scale)
         kept[ours.state.global_step + 1] = ours.adapter.module.embeddings.detach().clone()
 
     ours._step_adapter = remember

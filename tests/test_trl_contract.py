@@ -101,6 +101,7 @@ STATE = {
         "global_step",
         "is_world_process_zero",
         "log_history",
+        "logging_steps",
         "max_steps",
         "save_to_json",
         "stateful_callbacks",
@@ -185,7 +186,8 @@ def test_the_tables_name_all_that_our_trainers_use(request, ours, plain, named):
 
 def test_the_tables_name_all_that_is_read_of_a_trainer_from_outside():
     read = {name for tree in own_files() for name in attributes_of("trainer", tree)}
-    known = SHARED_METHODS.keys() | SHARED_ATTRIBUTES | CALLED_FROM_OUTSIDE.keys() | WHILE_TRAINING
+    known = SHARED_METHODS.keys() | SHARED_ATTRIBUTES | DISTILLATION_ATTRIBUTES | CALLED_FROM_OUTSIDE.keys()
+    known |= {name for definition in own_classes(DistillTrainer) for name in names_in(definition)} | WHILE_TRAINING
     assert read <= known, f"Name {sorted(read - known)} in the tables."
 
 

@@ -140,6 +140,8 @@ class Training(_Record):
     steps: int
     seconds: float
     peak_memory_bytes: int
+    predicted_memory_bytes: int | None = None
+    """The peak as it was estimated before the start."""
     tokens_per_second: float | None = None
     """Prompt and response tokens trained on a second, median over the logged steps."""
 

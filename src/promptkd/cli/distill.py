@@ -6,11 +6,15 @@ OUT/metrics.jsonl, the record into OUT/results.json and the page into OUT/report
     promptkd distill --student student --teacher runs/teacher \\
         --data train.jsonl --eval-data valid.jsonl --out runs/promptkd
 
+What a run will need, without starting it: --dry-run
 Several processes: accelerate launch -m promptkd distill ...
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -46,9 +50,21 @@ COMMON_TRAINING_FLAGS = {
     "overlong": ("drop|error", "What happens to rows over a limit (default drop, and count)."),
     "eval_strategy": ("no|steps|epoch", "When to validate, given --eval-data (default epoch)."),
     "eval_steps": ("INT", "Optimiser steps between validations."),
+    "prompt_refresh": (
+        "fresh|stale",
+        "stale: the student learns from the prompted pass of before the prompt's update; saves a pass of the teacher, "
+        "and is not PromptKD as published (default fresh).",
+    ),
+    "teacher_dtype": ("NAME", "Precision of the teacher's weights: float32, bfloat16, float16 or auto."),
+    "teacher_quantization": ("8bit|4bit", "Quantise the teacher by bitsandbytes (default none)."),
+    "teacher_gradient_checkpointing": ("", "Recompute the teacher's activations in the prompt's backward."),
     "seed": ("INT", "Seed of everything random (default 42)."),
     "report_to": ("NAME", "Tracker, such as wandb or tensorboard (default none)."),
 }
+_STALE = (
+    "--prompt_refresh stale: the student learns from the prompted teacher of before each update of the prompt. "
+    "This is another algorithm than PromptKD as published."
+)
 
 
 @dataclass
@@ -81,19 +97,27 @@ class Options:
     """Go on from the last checkpoint in OUT."""
     overwrite: bool = False
     """Replace the run in OUT."""
+    dry_run: bool = False
+    """Print parameters, a memory estimate, steps and the time of a real step; train nothing, write nothing."""
 
 
 def run(options: Options, training: dict[str, Any]) -> None:
+    from promptkd.cli.forecast import print_forecast
+    from promptkd.cli.session import peak_memory
     from promptkd.errors import RequestError
     from promptkd.models import check_same_vocabulary
     from promptkd.training import DistillTrainer
+    from promptkd.training.memory import estimate_memory
+    from promptkd.training.teacher_options import teacher_settings
+    from promptkd.training.trial import take_trial_steps
 
     job, args, method = checked(options, training)
     tokenizer, teacher_tokenizer = job.tokenizer(options.student), job.tokenizer(options.teacher)
     check_same_vocabulary(tokenizer, teacher_tokenizer)
     train, valid = job.encode(tokenizer, args, need_response=method.responses.needs_data)
-    student, teacher = job.load("student", options.student), job.load("teacher", options.teacher)
-    with job.opened():
+    student = job.load("student", options.student)
+    teacher = job.load("teacher", options.teacher, teacher_settings(args))
+    with _trial_folder(args) if options.dry_run else job.opened():
         trainer = DistillTrainer(
             student,
             teacher,
@@ -107,8 +131,14 @@ def run(options: Options, training: dict[str, Any]) -> None:
         )
         if options.merge and trainer.is_sharded:
             raise RequestError("--merge needs the student's weights whole: leave it out, and merge by promptkd export.")
+        estimate = estimate_memory(trainer)
+        if options.dry_run:
+            print_forecast(trainer, estimate, take_trial_steps(trainer, lambda: peak_memory(args.device.type)))
+            return
     job.tell_trained_share(*trainer.trainable_share())
-    job.train(trainer, "Distilling")
+    if args.prompt_refresh == "stale":
+        job.note(_STALE)
+    job.train(trainer, "Distilling", None if estimate is None else estimate.peak)
     if options.merge:
         trainer.merge_student()
     job.save(trainer, "student")
@@ -128,9 +158,21 @@ def checked(options: Options, training: dict[str, Any]) -> "tuple[TrainingRun, D
     return job, args, named_method(args.method, args.method_settings())
 
 
+@contextmanager
+def _trial_folder(args: Any) -> Iterator[None]:
+    """Where a dry run's trainer may write: a folder that is gone afterwards."""
+    from promptkd.training.trial import leave_nothing
+
+    with TemporaryDirectory() as folder:
+        leave_nothing(args, folder)
+        yield
+
+
 def _check(options: Options) -> None:
     from promptkd.errors import RequestError
 
+    if options.dry_run and options.resume:
+        raise RequestError("--dry-run looks at a run from its first step on. Leave --resume out.")
     if options.student_lora_rank is not None and options.student_lora_rank < 1:
         raise RequestError(f"--student-lora-rank must be at least 1. Got {options.student_lora_rank}.")
     if options.merge and options.student_lora_rank is None:

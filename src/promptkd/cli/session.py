@@ -171,8 +171,12 @@ def data_record(path: str, rows: int, dropped: int) -> "DataRecord":
     return DataRecord(path=path, rows=rows, dropped=dropped, sha256=file_sha256(file) if file.is_file() else "")
 
 
-def peak_memory() -> int:
-    """Most memory this process has held, in bytes."""
+def peak_memory(device: str = "cpu") -> int:
+    """Most memory this process has held, in bytes; of a CUDA device, what torch has held there."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux
 

@@ -38,11 +38,13 @@ class TrainingRun:
         self.folder = RunFolder(options.out)
         self._mode = {"resume": options.resume, "overwrite": options.overwrite}
         # How a run was begun is no setting of it: its config.yaml must serve for going on as well.
-        self.merged = {k: v for k, v in merged_config(options, training).items() if k not in self._mode}
+        begun = {*self._mode, "dry_run"}
+        self.merged = {k: v for k, v in merged_config(options, training).items() if k not in begun}
         self._examples: dict[str, Any] = {}
         self.data: dict[str, Any] = {}
         self.models: dict[str, Any] = {}
         self.metrics: dict[str, Any] = {}
+        self.notes: list[str] = []
         self.timings: dict[str, float] = {}
         self._cost: dict[str, Any] = {}
         self.say = say
@@ -102,12 +104,12 @@ class TrainingRun:
         self._examples.clear()
         return encoded["train"], encoded["validation"]
 
-    def load(self, role: str, name: str) -> Any:
-        """A model."""
+    def load(self, role: str, name: str, settings: dict[str, Any] | None = None) -> Any:
+        """A model; `settings` are further arguments of `load_model`, `--model_init_kwargs` if None."""
         from promptkd.models import load_model, model_record
 
-        key = "teacher_model_init_kwargs" if role == "teacher" else "model_init_kwargs"
-        model = load_model(name, trust_remote_code=self._trust, **(self.training.get(key) or {}))
+        settings = self.training.get("model_init_kwargs") or {} if settings is None else settings
+        model = load_model(name, trust_remote_code=self._trust, **settings)
         self.models[role] = model_record(name, model)
         say(f"Loaded the {role}: {name}.")
         return model
@@ -115,6 +117,11 @@ class TrainingRun:
     def opened(self) -> AbstractContextManager[None]:
         """The folder, opened while the trainer is made; see `RunFolder.opened`."""
         return self.folder.opened(self.merged, **self._mode)
+
+    def note(self, text: str) -> None:
+        """Say, and keep in the record, what a reader of the figures must know."""
+        say(text)
+        self.notes.append(text)
 
     def tell_trained_share(self, numbers: int, share: float) -> None:
         """Say, and keep in the record, how much of the teacher is trained along."""
@@ -125,8 +132,10 @@ class TrainingRun:
             self.metrics["teacher_trained_numbers"] = Metric(value=numbers)
             self.metrics["teacher_trained_share"] = Metric(value=share)
 
-    def train(self, trainer: Any, title: str) -> None:
+    def train(self, trainer: Any, title: str, predicted_memory: int | None = None) -> None:
         """Train, or go on from the last checkpoint; until the end, or until a signal.
+
+        At the end the peak of memory is said, beside the predicted one.
 
         Raises:
             Stopped: after a signal, when a checkpoint is written.
@@ -138,7 +147,8 @@ class TrainingRun:
         if checkpoint is not None:
             trainer.args.eval_on_start = False  # the run began with it
         quiet(trainer)
-        bar, meter = ProgressBar(title), CostMeter(peak_memory)
+        device = trainer.accelerator.device.type
+        bar, meter = ProgressBar(title), CostMeter(lambda: peak_memory(device))
         trainer.add_callback(meter)
         trainer.add_callback(MetricsFile(self.folder.metrics))
         trainer.add_callback(bar)
@@ -159,7 +169,10 @@ class TrainingRun:
             "steps": trainer.state.global_step,
             "seconds": meter.seconds,
             "peak_memory_bytes": meter.peak_memory_bytes,
+            "predicted_memory_bytes": predicted_memory,
         }
+        predicted = "" if predicted_memory is None else f" {predicted_memory / 2**30:.2f} GiB had been predicted."
+        say(f"Peak memory {meter.peak_memory_bytes / 2**30:.2f} GiB.{predicted}")
 
     def _checkpoint(self) -> "Path | None":
         """The checkpoint to go on from, which the first process looks for; None to begin at the first step."""
@@ -226,7 +239,7 @@ class TrainingRun:
             training={label_of(str(self.folder.path.absolute())): self._training(trainer.args, history)},
             history=[Series(name=self.kind, points=history)],
             timings=self.timings,
-            notes=[f"Peak memory {peak_memory() / 2**30:.1f} GiB."],
+            notes=[*self.notes, f"Peak memory {peak_memory() / 2**30:.1f} GiB."],
         )
         results.write(self.folder.results)
         write_whole(self.folder.report, render_report([results]).encode())
@@ -239,7 +252,7 @@ class TrainingRun:
         from promptkd.results import Training
 
         speeds = [entry["tokens_per_second"] for entry in history if "tokens_per_second" in entry]
-        method = args.method if self.kind == "distill" else self.kind
+        method = args.algorithm if self.kind == "distill" else self.kind
         return Training(method=method, tokens_per_second=median(speeds) if speeds else None, **self._cost)
 
     @property

@@ -26,6 +26,7 @@ from promptkd.files import not_regular
 from promptkd.models.folder import adapter_base, check_model_folder
 from promptkd.models.gguf_check import check_gguf
 from promptkd.models.gguf_vocabulary import PRE_TOKENIZERS
+from promptkd.models.quantized import keep_backward
 from promptkd.results import ModelRecord, file_sha256
 
 __all__ = [
@@ -41,7 +42,7 @@ __all__ = [
 ]
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
 _RUN_MODELS = ("student", "model")  # what `distill` and `sft` leave in a run's folder
 
 
@@ -57,7 +58,7 @@ def load_model(
 
     Args:
         name: hub name, folder, run folder (its student) or GGUF file.
-        dtype: "float32", "bfloat16" or "float16".
+        dtype: "float32", "bfloat16", "float16", or "auto" for that of the model's files.
         settings: further arguments of transformers' `from_pretrained`, a `quantization_config` for instance.
 
     Raises:
@@ -81,6 +82,7 @@ def load_model(
             f"{name} lacks {len(report['missing_keys'])} weights that its configuration asks for, "
             f"{min(report['missing_keys'])} among them."
         )
+    keep_backward(model)
     return model.eval()
 
 

@@ -10,7 +10,7 @@ Whether a model keeps the rows of a pack apart is tried once, on a few tokens; t
 import logging
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from promptkd.models.dropout import applies_dropout
 from promptkd.models.onednn import onednn_linears
 from promptkd.switches import switched_on
 
-__all__ = ["pack_inputs", "packed_hidden", "packs", "row_attention", "softcapped_attention"]
+__all__ = ["in_place_again", "pack_inputs", "packed_hidden", "packs", "row_attention", "softcapped_attention"]
 
 _ROWS = "promptkd_rows"
 _LONGEST = 1024  # tokens in a pack on CPU: more make the matrix products no faster
@@ -48,7 +48,7 @@ def packs(inner: PreTrainedModel) -> bool:
 def _has_row_attention(inner: PreTrainedModel) -> bool:
     """Whether attention can be told where rows end: what transformers says of a class for flash attention."""
     if inner.get_input_embeddings().weight.device.type == "cpu":
-        # Recomputed activations are computed after the pack, when `row_attention` is no longer in place.
+        # transformers recomputes activations after the pack, when `row_attention` is no longer in place.
         recomputes = inner.is_activation_checkpointing and torch.is_grad_enabled()
         return inner._supports_flash_attn and not recomputes
     return "flash_attention" in str(inner.config._attn_implementation)
@@ -90,7 +90,7 @@ def _pack(inner: PreTrainedModel, rows: Sequence[Sequence[int]], prompt: Tensor 
     share = device.type == "cpu" and switched_on("shared_prefixes") and not applies_dropout(inner)
     pack, inputs = pack_inputs(inner, rows, prompt, share=share)
     if device.type == "cpu":
-        with _row_attention_in_place(inner, pack), onednn_linears(inner):
+        with _in_place(inner, pack):
             output = inner.base_model(**inputs, use_cache=False)
     else:
         output = inner.base_model(**inputs, use_cache=False, **_row_ends(pack, device))
@@ -125,6 +125,18 @@ def _row_ends(pack: Pack, device: torch.device) -> dict[str, Any]:
     ends = torch.tensor([0, *pack.owned], device=device).cumsum(0, dtype=torch.int32)
     longest = max(pack.owned)
     return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+
+
+@contextmanager
+def _in_place(inner: PreTrainedModel, pack: Pack) -> Iterator[None]:
+    """What a pass over `pack` needs on CPU."""
+    with _row_attention_in_place(inner, pack), onednn_linears(inner):
+        yield
+
+
+def in_place_again(inner: PreTrainedModel) -> AbstractContextManager[None]:
+    """What is in place for the pass of `inner` that runs now, for its layers to be computed again when it is over."""
+    return _in_place(inner, _running[-1]) if inner.config._attn_implementation == _ROWS else nullcontext()
 
 
 @contextmanager

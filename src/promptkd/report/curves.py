@@ -25,6 +25,9 @@ GROUPS: dict[str, tuple[Figure, ...]] = {
             "prompt_regularizer", "Prompt regulariser", "nats/token", "KL between the prompted and the plain teacher."
         ),
         _figure("lambda", "Regulariser weight λ", "", "Weight of the regulariser; it falls to c/K."),
+        _figure(
+            "prompt_lag", "Prompt lag", "steps", "How many updates behind the prompt is that the student learns from."
+        ),
     ),
     "Responses": (
         _figure("entropy", "Entropy", "nats/token", "Entropy of the student's next-token distribution."),

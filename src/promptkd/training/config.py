@@ -1,7 +1,7 @@
 """Settings of a distillation run: TRL's and transformers' own, plus the ones below."""
 
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from transformers import SchedulerType
@@ -15,6 +15,9 @@ from promptkd.models.soft_prompt import DEFAULT_TEXT
 from promptkd.objectives.sequence import Importance
 
 __all__ = ["DistillConfig", "PromptKDConfig", "common_checks", "option"]
+
+Refresh = Literal["fresh", "stale"]
+TeacherDtype = Literal["float32", "bfloat16", "float16", "auto"]
 
 
 def option(default: Any, text: str) -> Any:
@@ -84,6 +87,12 @@ class DistillConfig(DistillationConfig):
     template: str = option("auto", "auto, alpaca, chat, or a Jinja text with {{ instruction }} and {{ input }}.")
     overlong: Literal["drop", "error"] = option("drop", "Rows over a length limit: drop (and count), or error.")
 
+    teacher_dtype: TeacherDtype = option("float32", "Precision of the teacher's weights; auto is that of its files.")
+    teacher_quantization: Literal["8bit", "4bit"] | None = option(None, "Quantise the teacher by bitsandbytes.")
+    teacher_gradient_checkpointing: bool = option(
+        False, "Compute the teacher's activations again in the prompt's backward: less memory, more time."
+    )
+
     prompt_length: int = option(7, "Vectors of the soft prompt; 0 for none.")
     prompt_start: str = option("text", "What the soft prompt starts from: text, padding or random.")
     prompt_text: str = option(DEFAULT_TEXT, "The text it starts from, cut or repeated to prompt_length tokens.")
@@ -98,6 +107,10 @@ class DistillConfig(DistillationConfig):
     regularizer_kl: str = option("reverse", "Direction of the regulariser: reverse is KL(prompted || plain teacher).")
     regularizer_coefficient: float = option(1.0, "c, the regulariser's weight at the first step.")
     regularizer_schedule: str = option("linear", "How that weight goes: linear (c to c/K), constant or none.")
+    prompt_refresh: Refresh = option(
+        "fresh",
+        "stale: the student learns from the prompted pass of before the prompt's update; not PromptKD as published.",
+    )
 
     learning_rate: float = option(5e-5, "Peak learning rate of the student.")
     max_completion_length: int | None = option(256, "Most tokens of a response.")
@@ -118,6 +131,11 @@ class DistillConfig(DistillationConfig):
         if problems:
             raise RequestError("Wrong settings: " + "; ".join(problems) + ".")
 
+    @property
+    def algorithm(self) -> str:
+        """What records call it: the method's name, and how far the run is from that method."""
+        return self.method if self.prompt_refresh == "fresh" else f"{self.method}, stale prompt"
+
     def method_settings(self) -> MethodSettings:
         """The part of the arguments that decides the method."""
         return MethodSettings(**{each.name: vars(self)[each.name] for each in fields(MethodSettings)})
@@ -131,6 +149,8 @@ class DistillConfig(DistillationConfig):
             choice("prompt_kl", self.prompt_kl, ("reverse", "forward")),
             choice("regularizer_kl", self.regularizer_kl, ("reverse", "forward")),
             choice("regularizer_schedule", self.regularizer_schedule, ("linear", "constant", "none")),
+            choice("prompt_refresh", self.prompt_refresh, get_args(Refresh)),
+            choice("teacher_dtype", self.teacher_dtype, get_args(TeacherDtype)),
             choice("overlong", self.overlong, ("drop", "error")),
             choice(
                 "prompt_lr_scheduler_type", self.prompt_lr_scheduler_type, tuple(each.value for each in SchedulerType)

@@ -40,6 +40,7 @@ from promptkd.models import (
     response_hidden,
     shared_vocabulary_size,
 )
+from promptkd.models.quantized import keep_backward
 from promptkd.models.scoring import text_model
 from promptkd.objectives import forward_kl, reverse_kl
 from promptkd.objectives.linear import ChunkedLoss
@@ -49,6 +50,7 @@ from promptkd.training.config import DistillConfig, PromptKDConfig
 from promptkd.training.rollouts import Rollouts
 from promptkd.training.sharding import check_sharding, place_teacher, run_inside, run_whole
 from promptkd.training.shared import RunTrainer
+from promptkd.training.teacher_options import teacher_settings
 from promptkd.training.teaching import TeacherTuning
 
 __all__ = ["DistillConfig", "DistillTrainer", "PromptKDConfig", "PromptKDTrainer"]
@@ -56,7 +58,7 @@ __all__ = ["DistillConfig", "DistillTrainer", "PromptKDConfig", "PromptKDTrainer
 T = TypeVar("T")
 _TOKEN_SUMS = ("student_loss", "entropy", "prompt_kl", "prompt_regularizer")
 _ROW_SUMS = ("response_length", "cut_share")
-_AS_THEY_ARE = ("lambda", "prompt_grad_norm", "prompt_learning_rate")  # the same on every process
+_AS_THEY_ARE = ("lambda", "prompt_lag", "prompt_grad_norm", "prompt_learning_rate")  # the same on every process
 
 
 class DistillTrainer(Rollouts, TeacherTuning, RunTrainer, DistillationTrainer):
@@ -147,6 +149,7 @@ class DistillTrainer(Rollouts, TeacherTuning, RunTrainer, DistillationTrainer):
         self._window: dict[str, float] = defaultdict(float)
         self._seconds: dict[str, float] = defaultdict(float)
         self._kept_logits: dict[int, list[Tensor]] = {}
+        self._stale_hidden: dict[int, Tensor] = {}
 
     def _check_responses(self, args: DistillConfig, eval_dataset: Any) -> None:
         source = self.method.responses
@@ -223,7 +226,8 @@ class DistillTrainer(Rollouts, TeacherTuning, RunTrainer, DistillationTrainer):
         if tunes and share:
             self._tune_teacher(student, hidden.detach(), tokens)
         with self.accelerator.autocast():
-            loss = self._method_loss(student, inputs, batch, hidden, self._kept_logits.pop(index, None))
+            teacher_hidden, kept = self._teacher_of_student(index), self._kept_logits.pop(index, None)
+            loss = self._method_loss(student, inputs, batch, hidden, teacher_hidden, kept)
         self._window["student_loss"] += float(loss.total.detach()) * float(tokens / items)
         self._window["entropy"] += float(loss.figures.get("entropy", 0.0))
         total = loss.total / items
@@ -238,6 +242,7 @@ class DistillTrainer(Rollouts, TeacherTuning, RunTrainer, DistillationTrainer):
         inputs: dict[str, Any],
         batch: TokenBatch,
         hidden: Tensor,
+        teacher_hidden: Callable[[TokenBatch], Tensor],
         kept_logits: list[Tensor] | None,
     ) -> ChunkedLoss:
         return self.method.student_loss(
@@ -246,7 +251,7 @@ class DistillTrainer(Rollouts, TeacherTuning, RunTrainer, DistillationTrainer):
                 rows=inputs["rows"],
                 batch=batch,
                 student_hidden=hidden,
-                teacher_hidden=self._adapted_hidden,
+                teacher_hidden=teacher_hidden,
                 hidden_of_student=lambda other: response_hidden(student, other),
                 kept_logits=kept_logits,
             )
@@ -332,9 +337,7 @@ def _load_teacher(
     teacher: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, args: DistillConfig
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     if not isinstance(teacher, str | Path):
+        keep_backward(teacher)
         return teacher.eval(), tokenizer
-    settings = dict(args.teacher_model_init_kwargs or {})
-    loaded = load_model(
-        teacher, revision=args.teacher_model_revision, trust_remote_code=args.trust_remote_code, **settings
-    )
+    loaded = load_model(teacher, trust_remote_code=args.trust_remote_code, **teacher_settings(args))
     return loaded, tokenizer or load_tokenizer(teacher, trust_remote_code=args.trust_remote_code)

@@ -1,14 +1,14 @@
 """The second third of an optimiser step: the teacher's adapter, its optimiser, and what a checkpoint holds of them."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+from transformers import IntervalStrategy, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from promptkd.data.packing import TokenBatch
 from promptkd.errors import RequestError
@@ -16,11 +16,14 @@ from promptkd.evaluation.generation import evaluating
 from promptkd.methods import Pair
 from promptkd.models import SoftPrompt, count_parameters, response_hidden
 from promptkd.models.adapters import FullTeacher, LoraTeacher, OnlineTeacher, SoftPromptAdapter, TeacherAdapter
+from promptkd.models.recomputed import recomputed_layers
+from promptkd.models.scoring import text_model
 from promptkd.objectives import regularizer_weight
 from promptkd.objectives.linear import ChunkedLoss
 from promptkd.switches import switched_on
 from promptkd.training.checkpoints import whole_folder
 from promptkd.training.sharding import is_sharded
+from promptkd.training.teacher_options import check_teacher_options
 
 if TYPE_CHECKING:
     from trl import DistillationTrainer as _Trainer  # what this class is mixed into
@@ -50,6 +53,7 @@ class TeacherTuning(_Trainer):
     _trains_dropout: bool
     _teacher_numbers: int
     _kept_logits: dict[int, list[Tensor]]
+    _stale_hidden: dict[int, Tensor]
     _window: dict[str, float]
     _seconds: dict[str, float]
 
@@ -58,6 +62,7 @@ class TeacherTuning(_Trainer):
     ) -> tuple[TeacherAdapter | None, nn.Module]:
         """The adapter that the method asks for, and the teacher to use with it."""
         args, kind = self.args, self.method.teacher_adapter
+        check_teacher_options(args, self.method, teacher)
         self._teacher_numbers = count_parameters(teacher)  # DeepSpeed's shards do not tell
         if not is_sharded(self.accelerator):  # a sharded one goes there part by part
             teacher = teacher.to(self.accelerator.device)
@@ -109,6 +114,9 @@ class TeacherTuning(_Trainer):
         started = time.perf_counter()
         online = self.method.teacher_adapter == "online"  # whose loss has no regulariser
         weight = 0.0 if online else self._regularizer_weight()
+        # at λ = 0 the plain teacher only tells how far the adapted one has gone from it
+        reads_plain = not online and (weight != 0 or self._logs_this_step())
+        scale = self._gradient_scale(tokens)
         pair = self._pair(student)
         batches = [self._token_batch(each) for each in self._buffered_inputs]
         self._kept_logits = {index: [] for index in range(len(batches))} if self._keeps_logits(batches) else {}
@@ -118,16 +126,22 @@ class TeacherTuning(_Trainer):
                 target = _without_dropout(student, batch) if target is None else target
             parts = self._parts(batch)
             spans = target.split([part.response_tokens for part in parts])
+            read = []
             for part, span in zip(parts, spans, strict=True):
                 with self.accelerator.autocast():
-                    loss = self._adapter_loss(pair, part, span, weight, self._kept_logits.get(index))
+                    plain = self._plain_hidden(part) if reads_plain else None  # before the graph takes its memory
+                    adapted = self._hidden_with_graph(part)
+                    loss = self._adapter_loss(pair, part, adapted, span, plain, weight, self._kept_logits.get(index))
                 self._window["prompt_kl"] += float(loss.figures.get("to_student", 0.0))
-                if not online:
+                if reads_plain:
                     self._window["prompt_regularizer"] += float(loss.figures.get("to_plain", 0.0))
-                (loss.total / tokens).backward()
+                (loss.total * scale / tokens).backward()
+                read.append(adapted.detach())
+            if self.args.prompt_refresh == "stale":
+                self._stale_hidden[index] = torch.cat(read)
         if not online:
             self._window["lambda"] = weight
-        self._step_adapter()
+        self._step_adapter(scale)
         self._seconds["prompt"] += time.perf_counter() - started
 
     def _parts(self, batch: TokenBatch) -> list[TokenBatch]:
@@ -146,14 +160,26 @@ class TeacherTuning(_Trainer):
         size = sum(batch.response_tokens for batch in batches) * self.vocabulary * 4  # bytes in float32
         return switched_on("kept_logits") and size <= self.args.keep_logits_mib * 2**20
 
+    def _hidden_with_graph(self, batch: TokenBatch) -> Tensor:
+        if not self.args.teacher_gradient_checkpointing:
+            return self._teacher_hidden(batch, adapted=True)
+        assert self.adapter is not None
+        teacher = self.accelerator.unwrap_model(self.teacher_model)
+        with recomputed_layers(self.adapter.adapted_model(teacher)):
+            return self._teacher_hidden(batch, adapted=True)
+
     def _adapter_loss(
-        self, pair: Pair, batch: TokenBatch, student_hidden: Tensor, weight: float, kept_logits: list[Tensor] | None
+        self,
+        pair: Pair,
+        batch: TokenBatch,
+        adapted: Tensor,
+        student_hidden: Tensor,
+        plain: Tensor | None,
+        weight: float,
+        kept_logits: list[Tensor] | None,
     ) -> ChunkedLoss:
-        adapted = self._teacher_hidden(batch, adapted=True)
         if self.method.teacher_adapter == "online":
             return pair.online_loss(adapted, batch.targets, student_hidden)
-        with torch.no_grad():  # at a weight of 0 too: the log says how far the adapted teacher has gone from it
-            plain = self._teacher_hidden(batch, adapted=False)
         return pair.prompt_loss(
             adapted,
             student_hidden,
@@ -173,13 +199,25 @@ class TeacherTuning(_Trainer):
             schedule=self.args.regularizer_schedule,
         )
 
-    def _step_adapter(self) -> None:
+    def _logs_this_step(self) -> bool:
+        """Whether transformers' Trainer will log at the end of the running step, by `logging_steps`."""
+        step = self.state.global_step + 1
+        if step == 1 and self.args.logging_first_step:
+            return True
+        return self.args.logging_strategy == IntervalStrategy.STEPS and step % self.state.logging_steps == 0
+
+    def _gradient_scale(self, tokens: Tensor) -> Tensor | int:
+        """What the prompt's gradient is multiplied by on its way: in float16 that of a sum survives, not of a mean."""
+        half = text_model(self.accelerator.unwrap_model(self.teacher_model)).dtype == torch.float16
+        return tokens if half else 1
+
+    def _step_adapter(self, scale: Tensor | int) -> None:
         assert self.adapter is not None
         assert self.adapter_optimizer is not None
         parameters = self.adapter.parameters()
         for parameter in parameters:
             if parameter.grad is not None:
-                parameter.grad = self.accelerator.reduce(parameter.grad, reduction="sum")
+                parameter.grad = self.accelerator.reduce(parameter.grad, reduction="sum") / scale
         limit = self.args.prompt_max_grad_norm or float("inf")
         self._window["prompt_grad_norm"] = float(nn.utils.clip_grad_norm_(parameters, limit))
         self._window["prompt_learning_rate"] = self.adapter_scheduler.get_last_lr()[0]
@@ -196,9 +234,25 @@ class TeacherTuning(_Trainer):
         teacher = self.accelerator.unwrap_model(self.teacher_model)
         return self._forward_redirection(self.teacher_model, teacher, run, teacher)
 
+    def _plain_hidden(self, batch: TokenBatch) -> Tensor:
+        with torch.no_grad():
+            return self._teacher_hidden(batch, adapted=False)
+
     def _adapted_hidden(self, batch: TokenBatch) -> Tensor:
         with torch.no_grad():
             return self._teacher_hidden(batch, adapted=True)
+
+    def _teacher_of_student(self, index: int) -> Callable[[TokenBatch], Tensor]:
+        """The states that the student of micro-batch `index` learns from.
+
+        They are the adapted teacher's, read once more since its step has moved it; with `prompt_refresh` "stale" those
+        of before that step, which spares a pass and is another algorithm than PromptKD.
+        """
+        stale = self._stale_hidden.pop(index, None)
+        if stale is None:
+            return self._adapted_hidden
+        self._window["prompt_lag"] = 1
+        return lambda batch: stale  # `check_teacher_options` lets only methods come here that read this one batch
 
     def _pair(self, student: nn.Module) -> Pair:
         teacher = self.accelerator.unwrap_model(self.teacher_model)

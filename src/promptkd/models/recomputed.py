@@ -1,0 +1,58 @@
+"""Decoder layers whose activations are not kept for backward but computed a second time there.
+
+transformers' own gradient checkpointing works in training mode alone and for a whole run. A frozen teacher stays in
+evaluation mode, and only one of its passes has a backward.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from promptkd.errors import RequestError
+from promptkd.models.packed import in_place_again
+from promptkd.models.scoring import text_model
+
+__all__ = ["recomputable_layers", "recomputed_layers"]
+
+
+def recomputable_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
+    """The layers that `recomputed_layers` means.
+
+    Raises:
+        RequestError: if the model's class marks none, as transformers' classes do.
+    """
+    layers = [each for each in text_model(model).modules() if isinstance(each, GradientCheckpointingLayer)]
+    if not layers:
+        raise RequestError(
+            f"{type(text_model(model)).__name__} marks no layers whose activations could be computed again. "
+            "Leave --teacher_gradient_checkpointing out."
+        )
+    return layers
+
+
+@contextmanager
+def recomputed_layers(model: nn.Module) -> Iterator[None]:
+    """Passes that start while this is entered keep the input of every layer alone; the rest comes back in backward.
+
+    Exact as long as weights and random numbers do not change in between: meant for a model in evaluation mode.
+    Backward may run after this is left.
+    """
+    inner = text_model(model)
+    layers = recomputable_layers(model)
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        # A packed pass has attention and linear layers of its own, which backward must find in place again.
+        return nullcontext(), in_place_again(inner)
+
+    for layer in layers:
+        recomputed = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+        vars(layer)["forward"] = partial(recomputed, context_fn=contexts)  # found before the class's own
+    try:
+        yield
+    finally:
+        for layer in layers:
+            vars(layer).pop("forward", None)

@@ -1,0 +1,88 @@
+"""How the teacher is loaded and read, from the settings of a run, and which of them do not go together."""
+
+from collections.abc import Iterable
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig
+
+from promptkd.errors import RequestError
+from promptkd.methods import Method
+from promptkd.models.recomputed import recomputable_layers
+
+__all__ = ["check_teacher_options", "teacher_settings"]
+
+
+def teacher_settings(args: Any) -> dict[str, Any]:
+    """Arguments of `load_model` for the teacher of a `DistillConfig`.
+
+    Raises:
+        RequestError: if a setting is given twice, or bitsandbytes is missing.
+    """
+    given = dict(args.teacher_model_init_kwargs or {})
+    for name, flag in (("dtype", "teacher_dtype"), ("torch_dtype", "teacher_dtype")):
+        if name in given:
+            raise RequestError(f"teacher_model_init_kwargs holds {name}: {given[name]}. Give it as --{flag} instead.")
+    settings = {"dtype": args.teacher_dtype, "revision": args.teacher_model_revision, **given}
+    if args.teacher_quantization is None:
+        return settings
+    if "quantization_config" in given:
+        raise RequestError("The teacher's quantisation is given twice: by flag and in teacher_model_init_kwargs.")
+    if find_spec("bitsandbytes") is None:
+        raise RequestError(
+            f"--teacher_quantization {args.teacher_quantization} needs the package bitsandbytes, which is not "
+            "installed: pip install bitsandbytes. Without it, --teacher_dtype bfloat16 halves the teacher's weights."
+        )
+    settings["quantization_config"] = _bitsandbytes(args.teacher_quantization, args.teacher_dtype)
+    # bitsandbytes quantises a weight where it comes to stand, and does not move it later
+    return {"device_map": {"": args.device}, **settings}
+
+
+def _bitsandbytes(bits: str, dtype: str) -> BitsAndBytesConfig:
+    """8-bit: LLM.int8(); 4-bit: NormalFloat, multiplied in the precision of the other weights."""
+    if bits == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    computed = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(dtype, torch.float32)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=computed)
+
+
+def check_teacher_options(args: Any, method: Method, teacher: nn.Module) -> None:
+    """Refuse settings of the teacher that would do nothing, or something else than they say.
+
+    Raises:
+        RequestError: with everything that is wrong.
+    """
+    problems = [text for wrong, text in _problems(args, method, teacher) if wrong]
+    if problems:
+        raise RequestError("Wrong settings: " + "; ".join(problems) + ".")
+    if args.teacher_gradient_checkpointing:
+        recomputable_layers(teacher)
+
+
+def _problems(args: Any, method: Method, teacher: nn.Module) -> Iterable[tuple[bool, str]]:
+    kind = method.teacher_adapter
+    if kind == "prompt" and args.prompt_length == 0:
+        kind = "none"
+    low = any(each.dtype.itemsize < 4 for each in teacher.parameters())
+    return [
+        (
+            args.prompt_refresh == "stale" and kind in ("none", "full"),
+            "prompt_refresh stale needs a trained prompt, LoRA or module: nothing of the teacher is trained here"
+            if kind == "none"
+            else "prompt_refresh stale cannot keep a pass of a teacher whose head is trained too",
+        ),
+        (
+            args.prompt_refresh == "stale" and method.objective is None,
+            "prompt_refresh stale needs a method with one objective a token, whose pass the two steps share",
+        ),
+        (
+            args.teacher_gradient_checkpointing and kind in ("none", "online"),
+            "teacher_gradient_checkpointing has no effect here: no gradient goes through the teacher's layers",
+        ),
+        (
+            kind == "full" and low,
+            "a whole teacher is trained in float32 alone: leave teacher_dtype and teacher_quantization out",
+        ),
+    ]
