@@ -7,8 +7,8 @@ The rule for a name, in this order:
 3. "owner/name" is a data set on the hub; "owner/name:split" picks its split, "owner/name:config:split" its
    configuration as well.
 
-A file is read within limits, lest a small one fill the memory: `MOST_LINE_BYTES`, `MOST_JSON_BYTES` and
-`tables.allowance`.
+A file is read within limits, lest a small one fill the memory: `MOST_LINE_BYTES`, `MOST_JSON_BYTES`, and `allowance`
+for a packed one.
 """
 
 import csv
