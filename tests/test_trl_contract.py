@@ -33,13 +33,17 @@ TRAINING = Path(promptkd.training.__file__).parent
 
 SHARED_METHODS = {
     # overridden by both trainers
+    "_get_grad_norm": ["model", "grad_norm"],
     "_get_output_dir": ["trial"],
     "_load_optimizer_and_scheduler": ["checkpoint"],
     "_save_checkpoint": ["model", "trial"],
     "create_model_card": ["model_name"],
     "evaluate": ["eval_dataset", "ignore_keys", "metric_key_prefix"],
+    "log": ["logs", "start_time"],
+    "train": ["resume_from_checkpoint"],
     # called
-    "log": ["logs"],
+    "add_callback": ["callback"],
+    "is_world_process_zero": [],
     "save_model": ["output_dir", "_internal_call"],
 }
 DISTILLATION_METHODS = {
@@ -53,30 +57,32 @@ DISTILLATION_METHODS = {
     # called
     "_generate_single_turn": ["prompt_ids", "images", "multimodal_fields"],
 }
+FINETUNING_METHODS = {
+    # overridden
+    "training_step": ["args", "kwargs"],  # passed on as they come
+}
 CALLED_FROM_OUTSIDE = {
-    "train": ["resume_from_checkpoint"],
     "add_callback": ["callback"],
     "remove_callback": ["callback"],
 }
 CONSTRUCTOR = ["model", "args", "train_dataset", "eval_dataset", "processing_class"]
 
 SHARED_ATTRIBUTES = {
-    *("_tag_names", "accelerator", "args", "callback_handler", "control", "eval_dataset", "model"),
-    *("model_wrapped", "processing_class", "state"),
+    *("_metrics", "_tag_names", "accelerator", "args", "callback_handler", "control", "eval_dataset", "model"),
+    *("is_deepspeed_enabled", "model_wrapped", "optimizer", "processing_class", "state"),
 }
 DISTILLATION_ATTRIBUTES = {
     *(
         "_buffered_inputs",
         "_forward_redirection",
         "_logs",
-        "_metrics",
         "_name",
         "_step",
         "log_completions",
         "eos_token_ids",
         "generation_config",
     ),
-    *("is_deepspeed_enabled", "is_fsdp_enabled", "max_completion_length", "repetition_penalty", "shuffle_dataset"),
+    *("is_fsdp_enabled", "max_completion_length", "repetition_penalty", "shuffle_dataset"),
     *("teacher_model", "temperature", "top_k", "top_p", "train_dataset", "use_vllm"),
 }
 
@@ -161,7 +167,11 @@ def own_files() -> list[ast.Module]:
             "plain_distillation",
             SHARED_METHODS.keys() | SHARED_ATTRIBUTES | DISTILLATION_METHODS.keys() | DISTILLATION_ATTRIBUTES,
         ),
-        (FinetuneTrainer, "plain_sft", SHARED_METHODS.keys() | SHARED_ATTRIBUTES | FINETUNING_ATTRIBUTES),
+        (
+            FinetuneTrainer,
+            "plain_sft",
+            SHARED_METHODS.keys() | SHARED_ATTRIBUTES | FINETUNING_METHODS.keys() | FINETUNING_ATTRIBUTES,
+        ),
     ],
 )
 def test_the_tables_name_all_that_our_trainers_use(request, ours, plain, named):
@@ -200,9 +210,13 @@ def test_the_arguments_have_what_we_read(tmp_path, ours, config):
             DistillConfig,
             DistillationConfig,
             {"learning_rate", "max_completion_length", "disable_dropout", "logging_steps", "gradient_checkpointing"}
-            | {"bf16", "save_only_model"},
+            | {"bf16", "logging_nan_inf_filter", "save_only_model"},
         ),
-        (FinetuneConfig, SFTConfig, {"max_length", "logging_steps", "gradient_checkpointing", "bf16"}),
+        (
+            FinetuneConfig,
+            SFTConfig,
+            {"max_length", "logging_steps", "gradient_checkpointing", "bf16", "logging_nan_inf_filter"},
+        ),
     ],
 )
 def test_our_settings_hide_none_of_theirs_by_chance(ours, theirs, again):
@@ -217,7 +231,7 @@ def test_our_settings_hide_none_of_theirs_by_chance(ours, theirs, again):
     ("trainer", "methods"),
     [
         (DistillationTrainer, SHARED_METHODS | DISTILLATION_METHODS | CALLED_FROM_OUTSIDE),
-        (SFTTrainer, SHARED_METHODS | CALLED_FROM_OUTSIDE),
+        (SFTTrainer, SHARED_METHODS | FINETUNING_METHODS | CALLED_FROM_OUTSIDE),
     ],
 )
 def test_methods_take_what_they_took(trainer, methods):
@@ -288,6 +302,11 @@ class Recorder(DistillationTrainer):
         assert inputs is self._buffered_inputs[self._step % 3]
         return next(model.parameters()).sum()
 
+    def _get_grad_norm(self, model, grad_norm=None):
+        self.calls["norm"].append((self.state.global_step, self._step, float(self._tr_loss)))
+        self.watch.weights.append(float(next(model.parameters()).detach().sum()))
+        return super()._get_grad_norm(model, grad_norm=grad_norm)
+
     def create_scheduler(self, num_training_steps, optimizer=None):
         self.order.append(("create_scheduler", num_training_steps))
         return super().create_scheduler(num_training_steps, optimizer)
@@ -323,7 +342,7 @@ class Watch(TrainerCallback):
     """Writes down gradients before each optimiser step, and what is logged."""
 
     def __init__(self):
-        self.gradients, self.logged, self.buffered = [], [], []
+        self.gradients, self.logged, self.weights = [], [], []
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         self.gradients.append(float(next(model.parameters()).grad.mean()))
@@ -417,6 +436,14 @@ def test_the_loss_is_ours_to_scale(trained):
     assert trained.watch.gradients == [3.0] * 4, upgrade("TRL divides the loss by the accumulation steps.")
     losses = [logs["loss"] for logs, _ in trained.watch.logged if "loss" in logs]
     assert len(losses) == 4
+
+
+def test_the_norm_is_asked_for_once_a_step_before_anything_moves(trained):
+    """Without clipping too (`max_grad_norm` 0), behind the last backward, and with the sum of the losses at hand."""
+    places = [(step, micro_batches) for step, micro_batches, _ in trained.calls["norm"]]
+    assert places == [(0, 3), (1, 6), (2, 9), (3, 12)], upgrade("The gradient's norm is asked for elsewhere.")
+    for (_, _, loss), weights in zip(trained.calls["norm"], trained.watch.weights, strict=True):
+        assert loss == pytest.approx(3 * weights, rel=1e-5)  # of three micro-batches since the last logged line
 
 
 def test_figures_put_among_the_metrics_are_logged_once(plain_distillation):

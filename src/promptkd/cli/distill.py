@@ -41,6 +41,7 @@ COMMON_TRAINING_FLAGS = {
     "eval_strategy": ("no|steps|epoch", "When to validate, given --eval-data (default epoch)."),
     "eval_steps": ("INT", "Optimiser steps between validations."),
     "seed": ("INT", "Seed of everything random (default 42)."),
+    "on_nan": ("stop|skip", "What happens at a NaN or infinite loss or gradient (default stop)."),
     "report_to": ("NAME", "Tracker, such as wandb or tensorboard (default none)."),
 }
 

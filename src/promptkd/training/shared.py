@@ -14,11 +14,12 @@ from promptkd.data.encode import EncodedData
 from promptkd.errors import RequestError
 from promptkd.evaluation.measure import Decoding, measure_rows, summarize
 from promptkd.training.checkpoints import staged_checkpoint
+from promptkd.training.finite import FiniteSteps
 
 __all__ = ["RunTrainer"]
 
 
-class RunTrainer:
+class RunTrainer(FiniteSteps):
     """Put before a TRL trainer among the bases of a class."""
 
     args: Any
@@ -61,7 +62,7 @@ class RunTrainer:
         metrics = {f"{metric_key_prefix}_{name}": metric.value for name, metric in summarize(scored).items()}
         metrics[f"{metric_key_prefix}_seconds"] = time.perf_counter() - started
         self.model.eval()  # TRL files what is logged in training mode under training
-        self.log(dict(metrics))  # type: ignore[attr-defined]
+        self.log(dict(metrics))
         self.model.train()
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -91,7 +92,7 @@ class RunTrainer:
         with staged_checkpoint(self) as staging:
             self._staging = staging
             try:
-                super()._save_checkpoint(model, trial)  # type: ignore[misc]
+                super()._save_checkpoint(model, trial)
                 self.save_method_state(staging / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
             finally:
                 self._staging = None
@@ -99,13 +100,13 @@ class RunTrainer:
     def _get_output_dir(self, trial: Any) -> str:
         if self._staging is not None:
             return str(self._staging)
-        return super()._get_output_dir(trial)  # type: ignore[misc]
+        return super()._get_output_dir(trial)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """No card: the run's record and report say what was done."""
 
     def save_student(self, folder: str | Path) -> None:
         """Write model and tokenizer as safetensors that transformers and vLLM load."""
-        self.save_model(str(folder), _internal_call=True)  # type: ignore[attr-defined]
+        self.save_model(str(folder), _internal_call=True)
         if self.args.should_save:
             (Path(folder) / "training_args.bin").unlink(missing_ok=True)  # a pickle has no place beside a model
