@@ -29,10 +29,31 @@ def batch_of(seed):
     return right_pad([tokens(1, 14) for _ in range(6)], [tokens(0, 9) for _ in range(6)])
 
 
-def both_steps(architecture, *, tied, seed, dtype):
+def models(architecture, *, tied, dtype, padding=(0, 0), biased=False):
+    """Student and teacher; their heads have `padding` more columns than there are words, and a bias if `biased`."""
+    sizes = zip((2, 3), (16, 24), padding, strict=True)
+    made = [
+        tiny_model(
+            architecture,
+            layers=layers,
+            hidden=hidden,
+            vocabulary=VOCABULARY + more,
+            tied=tied,
+            dtype=dtype,
+            seed=layers - 1,
+        )
+        for layers, hidden, more in sizes
+    ]
+    for model in made if biased else ():
+        noise = torch.randn(model.lm_head.out_features, generator=torch.Generator().manual_seed(3), dtype=dtype)
+        model.lm_head.bias = torch.nn.Parameter(noise)
+    return made
+
+
+def both_steps(architecture, *, seed, **settings):
     """Prompt loss and its gradient, student loss and its gradient, all as flat tensors."""
-    student = tiny_model(architecture, layers=2, tied=tied, dtype=dtype, seed=1)
-    teacher = tiny_model(architecture, layers=3, hidden=24, tied=tied, dtype=dtype, seed=2).requires_grad_(False)
+    student, teacher = models(architecture, **settings)
+    dtype = teacher.requires_grad_(False).dtype
     noise = torch.randn(4, 24, generator=torch.Generator().manual_seed(seed), dtype=dtype)
     prompt = (noise * teacher.get_input_embeddings().weight.std()).requires_grad_()
     batch, pair, kept = batch_of(seed), Pair(student, teacher, VOCABULARY, chunk=7), []
@@ -86,6 +107,51 @@ def test_fast_equals_plain_in_float64(architecture, tied, monkeypatch, float64_i
     assert max(map(gap, gradients, plain_gradients)) < 1e-12
 
 
+OTHER_HEADS = {
+    "a logit scale, cohere": {"architecture": "cohere", "tied": True},
+    "a logit scale, granite": {"architecture": "granite", "tied": False},
+    "a bias": {"architecture": "llama", "tied": False, "biased": True},
+    "padding": {"architecture": "llama", "tied": True, "padding": (7, 31)},
+    "padding, a bias and a soft cap": {"architecture": "gemma2", "tied": False, "padding": (31, 7), "biased": True},
+}
+
+
+@pytest.mark.parametrize("head", OTHER_HEADS)
+def test_fast_equals_plain_with_other_heads(head, monkeypatch):
+    settings = {**OTHER_HEADS[head], "seed": 0, "dtype": torch.float32}
+    (losses, gradients), (plain_losses, plain_gradients) = fast_and_plain(monkeypatch, **settings)
+    torch.testing.assert_close(losses, plain_losses, rtol=1e-6, atol=0)
+    assert max(map(gap, gradients, plain_gradients)) < 1e-4
+
+
+@pytest.mark.parametrize("head", OTHER_HEADS)
+def test_fast_equals_plain_with_other_heads_in_float64(head, monkeypatch, float64_inside):
+    settings = {**OTHER_HEADS[head], "seed": 0, "dtype": torch.float64}
+    (losses, gradients), (plain_losses, plain_gradients) = fast_and_plain(monkeypatch, **settings)
+    torch.testing.assert_close(losses, plain_losses, rtol=1e-12, atol=0)
+    assert max(map(gap, gradients, plain_gradients)) < 1e-12
+
+
+@pytest.mark.parametrize("head", ["a logit scale, granite", "padding, a bias and a soft cap"])
+def test_twenty_steps_lead_to_the_same_place_with_other_heads(head, tmp_path, monkeypatch):
+    ends = {}
+    for off in ("", "all"):
+        monkeypatch.setenv(VARIABLE, off)
+        pair = models(dtype=torch.float32, **OTHER_HEADS[head])
+        ends[off] = twenty_steps(trainer(tmp_path / (off or "none"), models=pair, max_steps=20, chunk_tokens=5))
+    for got, expected in zip(ends[""], ends["all"], strict=True):
+        assert gap(got, expected) < 1e-4
+
+
+def twenty_steps(run):
+    """The student's losses, and how far student and prompt have come."""
+    before = torch.cat([each.detach().flatten() for each in run.model.parameters()])
+    run.train()
+    after = torch.cat([each.detach().flatten() for each in run.model.parameters()])
+    losses = torch.tensor([entry["student_kl"] for entry in log(run)])
+    return losses, after - before, run.adapter.module.embeddings.detach() - run.adapter.module.start
+
+
 @pytest.mark.parametrize(("batch", "accumulation", "alone"), [(4, 1, ()), (2, 2, DEVICES)])
 def test_twenty_steps_lead_to_the_same_place_without_devices(batch, accumulation, alone, tmp_path, monkeypatch):
     """Responses are fixed: sampled ones would part at the first draw that falls on the other side of a rounding."""
@@ -101,11 +167,7 @@ def test_twenty_steps_lead_to_the_same_place_without_devices(batch, accumulation
             gradient_accumulation_steps=accumulation,
             chunk_tokens=5,
         )
-        before = torch.cat([each.detach().flatten() for each in run.model.parameters()])
-        run.train()
-        after = torch.cat([each.detach().flatten() for each in run.model.parameters()])
-        losses = torch.tensor([entry["student_kl"] for entry in log(run)])
-        ends[off] = losses, after - before, run.adapter.module.embeddings.detach() - run.adapter.module.start
+        ends[off] = twenty_steps(run)
     for off in ("", *alone):
         for got, expected in zip(ends[off], ends["all"], strict=True):
             assert gap(got, expected) < 1e-4, off

@@ -18,6 +18,12 @@ every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 LENGTH = 20  # past Gemma 2's window of 8
 
 
+@pytest.fixture
+def row_cache(monkeypatch):
+    """On, also where the suite runs with it off: for tests that count how it reads rows."""
+    monkeypatch.delenv("PROMPTKD_OFF", raising=False)
+
+
 def some_prompts(count: int = 8) -> list[list[int]]:
     """Of 1 to 19 tokens, in no order of length, two of one length."""
     generator = torch.Generator().manual_seed(3)
@@ -114,6 +120,7 @@ def always(token: int) -> nn.Module:
     return model
 
 
+@pytest.mark.usefixtures("row_cache")
 def test_eos_as_first_token_of_every_row():
     calls = []
     model = always(END_ID)
@@ -123,6 +130,7 @@ def test_eos_as_first_token_of_every_row():
     assert len(calls) == 1  # nothing is decoded behind the last row's end
 
 
+@pytest.mark.usefixtures("row_cache")
 def test_finished_rows_leave_the_batch():
     model, prompts = tiny_model("llama", tied=False), some_prompts()
     unlimited = greedy(model, prompts)
@@ -175,6 +183,7 @@ def test_a_recurrent_model_is_refused_or_right():
     assert written == expected
 
 
+@pytest.mark.usefixtures("row_cache")
 def test_rows_of_like_length_share_a_batch():
     model, prompts = tiny_model("gpt2"), some_prompts()
     assert reads_rows(model)  # tried before forwards are counted
@@ -428,6 +437,7 @@ def test_the_mode_comes_back_after_an_error():
     assert model.training
 
 
+@pytest.mark.usefixtures("row_cache")
 def test_no_graph_is_kept():
     model, kept = tiny_model("llama").requires_grad_(True), []
     assert reads_rows(model)  # tried before forwards are counted

@@ -11,6 +11,13 @@ from tiny import ARCHITECTURES, tiny_model
 PROMPTS = ([5, 9, 11, 2, 40, 7, 7, 30, 12, 1], [3], [5, 9, 4, 60])
 FURTHER = ([10, 20, 30], [31, 21, 11], [12, 22, 32], [13, 23, 33])  # a step each, a token a row
 
+
+@pytest.fixture(autouse=True)
+def devices(monkeypatch):
+    """On, also where the suite runs with them off."""
+    monkeypatch.delenv("PROMPTKD_OFF", raising=False)
+
+
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
 

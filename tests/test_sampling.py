@@ -1,11 +1,21 @@
-"""Which token is drawn, over vocabularies of several blocks: the plain cumulative sum in float64 is the reference."""
+"""Which token is drawn: against the plain cumulative sum in float64, and, for every engine, the exact distribution.
+
+The engines: promptkd's decode loop with and without its key-value store and prepacked weights, the trainer's rollout by
+that loop, and the trainer's rollout by transformers' `generate` through TRL. vLLM runs on GPUs alone and is not here.
+"""
 
 import math
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
+from promptkd.evaluation.exposure_bias import sample_continuations
+from promptkd.evaluation.generation import generate, row_seeds
+from promptkd.evaluation.measure import Decoding, decode_rows
 from promptkd.evaluation.sampling import Sampler
+from tiny import END_ID, VOCABULARY, tiny_model, tiny_tokenizer
+from trainers import rows, trainer
 
 ROWS = 200
 SIZES = (1, 2, 255, 256, 257, 511, 512, 700)  # of words: less than a block, a block, and a last one that is not whole
@@ -73,3 +83,99 @@ def test_truncation_over_several_blocks(top_p, top_k):
         mass = ranked.values[: len(kept)]
         kept = kept[mass.cumsum(-1) - mass < top_p * mass.sum()]
         assert int(drawn[row]) in kept.tolist()
+
+
+# ----------------------------------------------------------------------------- engines, against exact distributions
+
+DRAWS = 4000
+PROMPT = [5, 9, 17]
+UNLIKELY = 1e-4
+"""A test fails below this p-value. With the fixed seeds below the outcome is the same at every run; anew drawn, one
+run of this file in a thousand would fail by chance. Another temperature must fall far below it (`TELLS_APART`)."""
+TELLS_APART = 1e-9
+STEEP = 6
+"""First tokens behind which the second one is tested apart; the others are one class a first token."""
+
+
+def pairs(model, temperature=1.0):
+    """(V, V) exact probabilities of the first two tokens behind the prompt, from float64 logits."""
+    with torch.no_grad():
+        words = model.config.vocab_size
+        ids = torch.cat([torch.tensor([PROMPT]).expand(words, -1), torch.arange(words)[:, None]], dim=1)
+        logits = model(input_ids=ids).logits.double() / temperature
+    first, second = logits[0, len(PROMPT) - 1].softmax(-1), logits[:, len(PROMPT)].softmax(-1)
+    return first[:, None] * second
+
+
+def p_value(drawn, probabilities):
+    """Of Pearson's chi-square over (first, second) tokens; classes that expect fewer than 8 draws are one."""
+    counts = torch.zeros_like(probabilities)
+    counts.index_put_(tuple(torch.tensor(drawn).T), torch.ones(len(drawn), dtype=torch.float64), accumulate=True)
+    steep = probabilities.sum(-1).topk(STEEP).indices
+    rest = torch.ones(len(probabilities), dtype=torch.bool)
+    rest[steep] = False
+    observed, expected = (
+        torch.cat([each[steep].flatten(), each[rest].sum(-1)]) for each in (counts, len(drawn) * probabilities)
+    )
+    rare = expected < 8
+    observed, expected = (torch.cat([each[~rare], each[rare].sum()[None]]) for each in (observed, expected))
+    assert len(expected) > 20
+    statistic = ((observed - expected) ** 2 / expected).sum()
+    return float(torch.special.gammaincc(torch.tensor((len(expected) - 1) / 2, dtype=torch.float64), statistic / 2))
+
+
+def our_loop(model, folder, off):
+    return generate(model, [PROMPT] * DRAWS, max_new_tokens=2, stop_ids=[], seeds=row_seeds(3, DRAWS), batch_size=1000)
+
+
+def rollout(model, folder, off, **settings):
+    """As the trainer samples the student's responses."""
+    torch.manual_seed(5)
+    teacher = tiny_model("llama", layers=1, seed=2, vocabulary=model.config.vocab_size)
+    run = trainer(folder, models=(model, teacher), max_completion_length=2, generation_batch_size=1000, **settings)
+    run.stop_ids = ()
+    run.eos_token_ids, run.generation_config.eos_token_id = [], None
+    torch.manual_seed(5)
+    return run._sample([PROMPT] * DRAWS)
+
+
+def trl_rollout(model, folder, off):
+    """TRL's own, by transformers' `generate`."""
+    return rollout(model, folder, off, generation_kwargs={"renormalize_logits": True})
+
+
+@pytest.mark.parametrize("words", [VOCABULARY, 3 * 256 - 5])  # one block of the inverse CDF, and three
+@pytest.mark.parametrize(
+    ("engine", "off"),
+    [
+        (our_loop, ""),
+        (our_loop, "row_cache"),
+        (our_loop, "prepacked"),
+        (our_loop, "row_cache,prepacked"),
+        (rollout, ""),
+        (trl_rollout, ""),
+    ],
+)
+def test_two_tokens_have_their_exact_probabilities(engine, off, words, tmp_path, monkeypatch):
+    monkeypatch.setenv("PROMPTKD_OFF", off)
+    model = tiny_model("llama", layers=2, vocabulary=words, seed=1, tied=False)
+    exact, warmer = pairs(model), pairs(model, 1.15)
+    model.generation_config = GenerationConfig()
+    drawn = engine(model, tmp_path, off)
+    assert {len(each) for each in drawn} == {2}
+    assert p_value(drawn, exact) > UNLIKELY
+    assert p_value(drawn, warmer) < TELLS_APART
+
+
+def test_the_engines_of_the_commands_are_one():
+    """What `evaluate`, `generate` and `exposure-bias` sample is, seed by seed, what the tested loop samples."""
+    model, tokenizer = tiny_model("llama", tied=False), tiny_tokenizer()
+    data = rows(6).examples
+    prompts, settings = [row.prompt_ids for row in data], {"max_new_tokens": 7, "stop_ids": [END_ID]}
+    seeds = [row_seeds(10 + draw, len(data)) for draw in range(2)]
+    direct = [generate(model, prompts, seeds=each, vocabulary=VOCABULARY, **settings) for each in seeds]
+    measured = decode_rows(model, tokenizer, data, Decoding(1.0, max_new_tokens=7, seed=10), stop_ids=[END_ID])
+    assert measured == direct[0]
+    continued = sample_continuations(model, prompts, samples_per_row=2, seed=10, vocabulary=VOCABULARY, **settings)
+    assert continued == [list(each) for each in zip(*direct, strict=True)]
+    assert direct[0] != direct[1]

@@ -34,15 +34,18 @@ TRAINING = Path(promptkd.training.__file__).parent
 
 SHARED_METHODS = {
     # overridden by both trainers
+    "_get_grad_norm": ["model", "grad_norm"],
     "_get_output_dir": ["trial"],
     "_load_best_model": [],
     "_run_epoch": ["model", "epoch"],
     "_save_checkpoint": ["model", "trial"],
     "create_model_card": ["model_name"],
     "evaluate": ["eval_dataset", "ignore_keys", "metric_key_prefix"],
+    "log": ["logs", "start_time"],
+    "train": ["resume_from_checkpoint"],
     # called
     "add_callback": ["callback"],
-    "log": ["logs"],
+    "is_world_process_zero": [],
     "save_model": ["output_dir", "_internal_call"],
 }
 DISTILLATION_METHODS = {
@@ -56,8 +59,11 @@ DISTILLATION_METHODS = {
     # called
     "_generate_single_turn": ["prompt_ids", "images", "multimodal_fields"],
 }
+FINETUNING_METHODS = {
+    # overridden
+    "training_step": ["args", "kwargs"],  # passed on as they come
+}
 CALLED_FROM_OUTSIDE = {
-    "train": ["resume_from_checkpoint"],
     "remove_callback": ["callback"],
 }
 CONSTRUCTOR = ["model", "args", "train_dataset", "eval_dataset", "processing_class"]
@@ -74,7 +80,7 @@ SHARED_ATTRIBUTES = {
         "eval_dataset",
         "model",
     ),
-    *("model_wrapped", "processing_class", "state"),
+    *("is_deepspeed_enabled", "model_wrapped", "optimizer", "processing_class", "state"),
 }
 DISTILLATION_ATTRIBUTES = {
     *(
@@ -174,7 +180,11 @@ def own_files() -> list[ast.Module]:
             "plain_distillation",
             SHARED_METHODS.keys() | SHARED_ATTRIBUTES | DISTILLATION_METHODS.keys() | DISTILLATION_ATTRIBUTES,
         ),
-        (FinetuneTrainer, "plain_sft", SHARED_METHODS.keys() | SHARED_ATTRIBUTES),
+        (
+            FinetuneTrainer,
+            "plain_sft",
+            SHARED_METHODS.keys() | SHARED_ATTRIBUTES | FINETUNING_METHODS.keys(),
+        ),
     ],
 )
 def test_the_tables_name_all_that_our_trainers_use(request, ours, plain, named):
@@ -214,12 +224,13 @@ def test_the_arguments_have_what_we_read(tmp_path, ours, config):
             DistillConfig,
             DistillationConfig,
             {"learning_rate", "max_completion_length", "disable_dropout", "logging_steps", "gradient_checkpointing"}
-            | {"bf16", "save_only_model", "ddp_find_unused_parameters"},
+            | {"bf16", "save_only_model", "ddp_find_unused_parameters", "logging_nan_inf_filter"},
         ),
         (
             FinetuneConfig,
             SFTConfig,
-            {"max_length", "logging_steps", "gradient_checkpointing", "bf16", "ddp_find_unused_parameters"},
+            {"max_length", "logging_steps", "gradient_checkpointing", "bf16", "ddp_find_unused_parameters"}
+            | {"logging_nan_inf_filter"},
         ),
     ],
 )
@@ -235,7 +246,7 @@ def test_our_settings_hide_none_of_theirs_by_chance(ours, theirs, again):
     ("trainer", "methods"),
     [
         (DistillationTrainer, SHARED_METHODS | DISTILLATION_METHODS | CALLED_FROM_OUTSIDE),
-        (SFTTrainer, SHARED_METHODS | CALLED_FROM_OUTSIDE),
+        (SFTTrainer, SHARED_METHODS | FINETUNING_METHODS | CALLED_FROM_OUTSIDE),
     ],
 )
 def test_methods_take_what_they_took(trainer, methods):
@@ -308,6 +319,11 @@ class Recorder(DistillationTrainer):
         assert inputs is self._buffered_inputs[self._step % 3]
         return next(model.parameters()).sum()
 
+    def _get_grad_norm(self, model, grad_norm=None):
+        self.calls["norm"].append((self.state.global_step, self._step, float(self._tr_loss)))
+        self.watch.weights.append(float(next(model.parameters()).detach().sum()))
+        return super()._get_grad_norm(model, grad_norm=grad_norm)
+
     def create_scheduler(self, num_training_steps, optimizer=None):
         self.order.append(("create_scheduler", num_training_steps))
         return super().create_scheduler(num_training_steps, optimizer)
@@ -343,7 +359,7 @@ class Watch(TrainerCallback):
     """Writes down gradients before each optimiser step, and what is logged."""
 
     def __init__(self):
-        self.gradients, self.logged, self.buffered = [], [], []
+        self.gradients, self.logged, self.weights = [], [], []
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         self.gradients.append(float(next(model.parameters()).grad.mean()))
@@ -443,6 +459,14 @@ def test_the_loss_is_ours_to_scale(trained):
     assert trained.watch.gradients == [3.0] * 4, upgrade("TRL divides the loss by the accumulation steps.")
     losses = [logs["loss"] for logs, _ in trained.watch.logged if "loss" in logs]
     assert len(losses) == 4
+
+
+def test_the_norm_is_asked_for_once_a_step_before_anything_moves(trained):
+    """Without clipping too (`max_grad_norm` 0), behind the last backward, and with the sum of the losses at hand."""
+    places = [(step, micro_batches) for step, micro_batches, _ in trained.calls["norm"]]
+    assert places == [(0, 3), (1, 6), (2, 9), (3, 12)], upgrade("The gradient's norm is asked for elsewhere.")
+    for (_, _, loss), weights in zip(trained.calls["norm"], trained.watch.weights, strict=True):
+        assert loss == pytest.approx(3 * weights, rel=1e-5)  # of three micro-batches since the last logged line
 
 
 def test_figures_put_among_the_metrics_are_logged_once(plain_distillation):

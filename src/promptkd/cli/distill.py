@@ -59,6 +59,7 @@ COMMON_TRAINING_FLAGS = {
     "teacher_quantization": ("8bit|4bit", "Quantise the teacher by bitsandbytes (default none)."),
     "teacher_gradient_checkpointing": ("", "Recompute the teacher's activations in the prompt's backward."),
     "seed": ("INT", "Seed of everything random (default 42)."),
+    "on_nan": ("stop|skip", "What happens at a NaN or infinite loss or gradient (default stop)."),
     "report_to": ("NAME", "Tracker, such as wandb or tensorboard (default none)."),
 }
 _STALE = (

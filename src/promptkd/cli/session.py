@@ -32,7 +32,7 @@ __all__ = [
 
 _OWN = ("config.yaml", "metrics.jsonl", "results.json", "report.html", "responses.jsonl")
 _OWN_FOLDERS = ("student", "model", "prompt", "teacher_lora", "teacher", "online_module", "checkpoints")
-_MAY_CHANGE = frozenset({"resume", "overwrite", "out", "keep"})
+_MAY_CHANGE = frozenset({"resume", "overwrite", "out", "keep", "on_nan"})
 
 
 def say(text: str) -> None:

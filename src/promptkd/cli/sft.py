@@ -23,6 +23,7 @@ COMMON_TRAINING_FLAGS = {
     "template": ("TEXT", "auto, alpaca, chat, or a Jinja text (default auto)."),
     "overlong": ("drop|error", "What happens to rows over a limit (default drop, and count)."),
     "seed": ("INT", "Seed of everything random (default 42)."),
+    "on_nan": ("stop|skip", "What happens at a NaN or infinite loss or gradient (default stop)."),
     "report_to": ("NAME", "Tracker, such as wandb or tensorboard (default none)."),
 }
 

@@ -229,6 +229,7 @@ class TrainingRun:
         if not is_main_process():
             return
         history = read_history(self.folder.metrics)
+        warnings = self._warnings(trainer, history)
         results = Results(
             kind=self.kind,  # type: ignore[arg-type]
             config=self.merged,
@@ -239,13 +240,25 @@ class TrainingRun:
             training={label_of(str(self.folder.path.absolute())): self._training(trainer.args, history)},
             history=[Series(name=self.kind, points=history)],
             timings=self.timings,
-            notes=[*self.notes, f"Peak memory {peak_memory() / 2**30:.1f} GiB."],
+            notes=[*self.notes, f"Peak memory {peak_memory() / 2**30:.1f} GiB.", *warnings],
         )
         results.write(self.folder.results)
         write_whole(self.folder.report, render_report([results]).encode())
         if evaluations:
             print(terminal_table([results]))
         say(f"The model is in {self.folder.path / name}, the page in {self.folder.report}.")
+
+    def _warnings(self, trainer: Any, history: list[dict[str, Any]]) -> list[str]:
+        """What a reader must know of how the training went; the skipped steps also as a figure."""
+        from promptkd.results import Metric
+        from promptkd.training.watch import findings_as_notes
+
+        skipped, steps = trainer.skipped_steps(), trainer.state.global_step
+        if not skipped:
+            return findings_as_notes(history)
+        self.metrics["skipped_steps"] = Metric(value=skipped)
+        note = f"{skipped} of {steps} steps were skipped: their loss or gradient was NaN or infinite."
+        return [note, *findings_as_notes(history)]
 
     def _training(self, args: Any, history: list[dict[str, Any]]) -> "Training":
         """What the run cost; tokens a second where its steps log them."""

@@ -48,6 +48,9 @@ GROUPS: dict[str, tuple[Figure, ...]] = {
         _figure("prompt_grad_norm", "Prompt gradient norm", "", "Of the soft prompt, before clipping."),
         _figure("learning_rate", "Learning rate", "", "Of the student."),
         _figure("prompt_learning_rate", "Prompt learning rate", "", "Of the soft prompt."),
+        _figure(
+            "skipped_steps", "Skipped steps", "steps", "Moved nothing, for a loss or gradient was NaN or infinite."
+        ),
         _figure("epoch", "Epoch", "", "Passes over the training rows."),
     ),
     "Time": (

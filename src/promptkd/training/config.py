@@ -14,7 +14,14 @@ from promptkd.methods.named import ObjectiveName
 from promptkd.models.soft_prompt import DEFAULT_TEXT
 from promptkd.objectives.sequence import Importance
 
-__all__ = ["DistillConfig", "PromptKDConfig", "common_checks", "option"]
+__all__ = ["ON_NAN", "UNFILTERED", "DistillConfig", "OnNan", "PromptKDConfig", "common_checks", "option"]
+
+
+OnNan = Literal["stop", "skip"]
+ON_NAN = (
+    "At a loss or gradient that is NaN or infinite, before anything moves: stop the run, or skip the step and count it."
+)
+UNFILTERED = "Unused: nothing that is NaN or infinite is hidden from the log; see --on_nan."
 
 Refresh = Literal["fresh", "stale"]
 TeacherDtype = Literal["float32", "bfloat16", "float16", "auto"]
@@ -33,6 +40,8 @@ def common_checks(args: Any) -> list[tuple[bool, str]]:
             (getattr(args, name) < 1, f"{name} must be at least 1, got {getattr(args, name)}")
             for name in (*counts, "generation_batch_size", "max_prompt_length")
         ),
+        (args.on_nan not in get_args(OnNan), f"on_nan must be stop or skip, got {args.on_nan!r}"),
+        (args.logging_nan_inf_filter, "logging_nan_inf_filter would hide a loss that is NaN or infinite; see on_nan"),
         (args.learning_rate < 0, f"learning_rate must be 0 or more, got {args.learning_rate}"),
         (args.seed < 0, f"seed must be 0 or more, got {args.seed}"),
         (args.seed >= 2**32, f"seed must be at most {2**32 - 1}, got {args.seed}"),  # NumPy's limit
@@ -74,6 +83,7 @@ class DistillConfig(DistillationConfig):
     adapter_alpha: float = option(32.0, "LoRA teacher adapter: scale of its weights.")
     language_data: str | None = option(None, 'Plain-text rows ({"text": ...}) for an extra language-modelling loss.')
     language_weight: float = option(1.0, "Weight of the language-modelling loss.")
+    on_nan: OnNan = option("stop", ON_NAN)
     eval_temperature: float = option(1.0, "Temperature of validation's responses; 0 decodes greedily.")
     eval_seed: int = option(10, "Seed of validation's sampled responses.")
     generation_batch_size: int = option(32, "Rows that are decoded at a time.")
@@ -121,6 +131,7 @@ class DistillConfig(DistillationConfig):
     ddp_find_unused_parameters: bool | None = option(
         False, "DDP: look for parameters that a step does not reach, as those of experts; costs time."
     )
+    logging_nan_inf_filter: bool = option(False, UNFILTERED)
     save_only_model: bool = option(False, "Leave optimiser, prompt and random states out of checkpoints (no resuming).")
 
     def __post_init__(self) -> None:

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import torch
 from datasets import Dataset
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
@@ -12,7 +13,7 @@ from promptkd.data.dataset import stop_ids_of
 from promptkd.data.encode import EncodedData, EncodedExample
 from promptkd.errors import RequestError
 from promptkd.models.scoring import text_model
-from promptkd.training.config import common_checks, option
+from promptkd.training.config import ON_NAN, UNFILTERED, OnNan, common_checks, option
 from promptkd.training.sharding import check_sharding
 from promptkd.training.shared import RunTrainer
 
@@ -27,12 +28,14 @@ class FinetuneConfig(SFTConfig):
     max_completion_length: int = option(256, "Most tokens of a response, its end token included.")
     template: str = option("auto", "auto, alpaca, chat, or a Jinja text with {{ instruction }} and {{ input }}.")
     overlong: Literal["drop", "error"] = option("drop", "Rows over a length limit: drop (and count), or error.")
+    on_nan: OnNan = option("stop", ON_NAN)
     eval_temperature: float = option(1.0, "Temperature of validation's responses; 0 decodes greedily.")
     eval_seed: int = option(10, "Seed of validation's sampled responses.")
     generation_batch_size: int = option(32, "Rows that are decoded at a time.")
     max_length: int | None = option(None, "Unused: rows over max_prompt_length or max_completion_length are dropped.")
     logging_steps: float = option(1, "Optimiser steps between two logged lines.")
     gradient_checkpointing: bool = option(False, "Recompute activations in backward: less memory, more time.")
+    logging_nan_inf_filter: bool = option(False, UNFILTERED)
     bf16: bool | None = option(None, "bf16 mixed precision; by default where a GPU supports it. Weights stay float32.")
     ddp_find_unused_parameters: bool | None = option(
         False, "DDP: look for parameters that a step does not reach, as those of experts; costs time."
@@ -67,6 +70,7 @@ class FinetuneTrainer(RunTrainer, SFTTrainer):
         processing_class: PreTrainedTokenizerBase,
         **kwargs: Any,
     ):
+        self._training = train_data.examples
         self._validation = [] if eval_data is None else eval_data.examples
         self.stop_ids = stop_ids_of(processing_class, text_model(model).generation_config, template=args.template)
         super().__init__(
@@ -78,6 +82,16 @@ class FinetuneTrainer(RunTrainer, SFTTrainer):
             **kwargs,
         )
         check_sharding(self.accelerator, self.model, adapter="none", needs_generate=False)
+
+    def rows_of_micro_batch(self, index: int, inputs: dict[str, Tensor]) -> list[int]:
+        """The rows with the same tokens, for TRL's batches say nothing else of theirs."""
+        if "attention_mask" in inputs:
+            held = [ids[mask == 1] for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
+        else:  # rows side by side, each counting its positions from 0
+            starts = (inputs["position_ids"][0] == 0).nonzero()[1:, 0].tolist()
+            held = list(inputs["input_ids"][0].tensor_split(starts))
+        tokens = {tuple(ids.tolist()) for ids in held}
+        return [row.row for row in self._training if (*row.prompt_ids, *row.response_ids) in tokens]
 
     def validation_rows(self) -> list[EncodedExample]:
         return self._validation

@@ -130,6 +130,9 @@ class Rollouts(_Trainer):
         """Whether sampling is asked for as only transformers' `generate` (or vLLM) does it."""
         return self.args.min_p is not None or self.repetition_penalty != 1.0 or bool(self.args.generation_kwargs)
 
+    def rows_of_micro_batch(self, index: int, inputs: Any) -> list[int]:
+        return self._buffered_inputs[index]["row"].tolist()
+
     def _token_batch(self, inputs: dict[str, Any]) -> TokenBatch:
         prompts = [row.prompt_ids for row in inputs["rows"]]
         return right_pad(prompts, inputs["response_ids"], device=self.accelerator.device)

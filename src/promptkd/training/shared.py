@@ -15,6 +15,7 @@ from promptkd.errors import PromptKDError, RequestError
 from promptkd.evaluation.measure import Decoding, measure_rows, summarize
 from promptkd.results import RowResult
 from promptkd.training.checkpoints import staged_checkpoint, whole_folder
+from promptkd.training.finite import FiniteSteps
 from promptkd.training.manifest import damage
 from promptkd.training.resuming import ExactResuming
 from promptkd.training.sharding import is_sharded, run_whole
@@ -24,7 +25,7 @@ __all__ = ["RunTrainer"]
 T = TypeVar("T")
 
 
-class RunTrainer:
+class RunTrainer(FiniteSteps):
     """Put before a TRL trainer among the bases of a class."""
 
     args: Any
@@ -46,7 +47,7 @@ class RunTrainer:
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._resuming = ExactResuming(self)
-        self.add_callback(self._resuming)  # type: ignore[attr-defined]
+        self.add_callback(self._resuming)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -82,7 +83,7 @@ class RunTrainer:
         metrics = {f"{metric_key_prefix}_{name}": metric.value for name, metric in summarize(scored).items()}
         metrics[f"{metric_key_prefix}_seconds"] = time.perf_counter() - started
         self.model.eval()  # TRL files what is logged in training mode under training
-        self.log(dict(metrics))  # type: ignore[attr-defined]
+        self.log(dict(metrics))
         self.model.train()
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -120,7 +121,7 @@ class RunTrainer:
         with staged_checkpoint(self) as staging:
             self._staging = staging
             try:
-                super()._save_checkpoint(model, trial)  # type: ignore[misc]
+                super()._save_checkpoint(model, trial)
                 folder = staging / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
                 (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # nothing reads it, and --hub_token stands in it
                 self.save_method_state(folder)
@@ -129,12 +130,12 @@ class RunTrainer:
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step < self.state.max_steps:  # else transformers would take a step beyond the last one
-            super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
+            super()._run_epoch(*args, **kwargs)
 
     def _get_output_dir(self, trial: Any) -> str:
         if self._staging is not None:
             return str(self._staging)
-        return super()._get_output_dir(trial)  # type: ignore[misc]
+        return super()._get_output_dir(trial)
 
     def _load_best_model(self) -> None:
         """The best checkpoint is one of this run's own, wherever a resumed checkpoint says that it lies."""
@@ -149,7 +150,7 @@ class RunTrainer:
                 "on by --resume, which passes over what it cannot trust."
             )
         self.state.best_model_checkpoint = str(best)
-        super()._load_best_model()  # type: ignore[misc]
+        super()._load_best_model()
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """No card: the run's record and report say what was done."""
@@ -157,6 +158,6 @@ class RunTrainer:
     def save_student(self, folder: str | Path) -> None:
         """Write model and tokenizer as safetensors that transformers and vLLM load."""
         with whole_folder(Path(folder), writes=self.args.should_save) as partial:
-            self.save_model(str(partial), _internal_call=True)  # type: ignore[attr-defined]
+            self.save_model(str(partial), _internal_call=True)
             if self.args.should_save:
                 (partial / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle has no place beside a model

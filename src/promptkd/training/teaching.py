@@ -1,5 +1,7 @@
 """The second third of an optimiser step: the teacher's adapter, its optimiser, and what a checkpoint holds of them."""
 
+import copy
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -56,6 +58,7 @@ class TeacherTuning(_Trainer):
     _stale_hidden: dict[int, Tensor]
     _window: dict[str, float]
     _seconds: dict[str, float]
+    _before_step: tuple[dict[str, Tensor], dict[str, Any]]
 
     def _make_adapter(
         self, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
@@ -135,6 +138,7 @@ class TeacherTuning(_Trainer):
                 self._window["prompt_kl"] += float(loss.figures.get("to_student", 0.0))
                 if reads_plain:
                     self._window["prompt_regularizer"] += float(loss.figures.get("to_plain", 0.0))
+                self.note("prompt loss", loss.total, index)
                 (loss.total * scale / tokens).backward()
                 read.append(adapted.detach())
             if self.args.prompt_refresh == "stale":
@@ -219,11 +223,31 @@ class TeacherTuning(_Trainer):
             if parameter.grad is not None:
                 parameter.grad = self.accelerator.reduce(parameter.grad, reduction="sum") / scale
         limit = self.args.prompt_max_grad_norm or float("inf")
-        self._window["prompt_grad_norm"] = float(nn.utils.clip_grad_norm_(parameters, limit))
+        norm = nn.utils.clip_grad_norm_(parameters, limit)
+        self.note("prompt gradient", norm)
+        self._window["prompt_grad_norm"] = float(norm)
         self._window["prompt_learning_rate"] = self.adapter_scheduler.get_last_lr()[0]
+        self._before_step = copy.deepcopy((self.adapter.state_dict(), self.adapter_optimizer.state_dict()))
+        if not math.isfinite(self._window["prompt_grad_norm"]):
+            self.adapter_optimizer.zero_grad(set_to_none=True)  # the student's part of the step goes on without a move
         self.adapter_optimizer.step()
         self.adapter_scheduler.step()
         self.adapter_optimizer.zero_grad(set_to_none=True)
+
+    def take_back_step(self) -> None:
+        """The adapter and its optimiser as they were before this step; the schedule goes on."""
+        if self.adapter is not None:
+            assert self.adapter_optimizer is not None
+            adapter, optimizer = self._before_step
+            rates = [group["lr"] for group in self.adapter_optimizer.param_groups]
+            self.adapter.load_state_dict(adapter)
+            self.adapter_optimizer.load_state_dict(optimizer)
+            for group, rate in zip(self.adapter_optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+
+    def weights_at_hand(self) -> dict[str, nn.Module]:
+        teacher = self.accelerator.unwrap_model(self.teacher_model)
+        return {"student": self.model, "teacher": teacher}
 
     def _teacher_hidden(self, batch: TokenBatch, *, adapted: bool) -> Tensor:
         def run(teacher: nn.Module) -> Tensor:

@@ -1,0 +1,110 @@
+"""Greedy decoding against `generate`: how many rows agree token by token, and how near the others are.
+
+Each row is decoded three times: by promptkd's loop in batches, by transformers' `generate` one row at a time, and by
+`generate` in the same batches, padded on the left. Each sums float32 in an order of its own, so a near tie may fall
+either way. For every pair of continuations that part, the place is told, and how far apart the logits of the two
+candidates are there in float64, by one forward of the model over the row as far as they agree. A gap that is large
+against float32's rounding would be a wrong decoder.
+
+    python -m benchmarks.greedy --model teacher --data dolly.jsonl --rows 50 --new-tokens 64
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+from promptkd.data.dataset import load_rows, stop_ids_of
+from promptkd.evaluation.generation import generate
+from promptkd.models import load_model, load_tokenizer
+
+Tokens = list[list[int]]
+
+
+def ours(model: PreTrainedModel, prompts: Tokens, stops: Sequence[int], length: int, batch: int) -> Tokens:
+    """promptkd's own loop."""
+    return generate(model, prompts, max_new_tokens=length, stop_ids=stops, temperature=0, batch_size=batch)
+
+
+def theirs(model: PreTrainedModel, prompts: Tokens, stops: Sequence[int], length: int, batch: int) -> Tokens:
+    """transformers' `generate`, rows padded on the left, without the settings that the model's folder brings."""
+    config = GenerationConfig(do_sample=False, max_new_tokens=length, eos_token_id=list(stops), pad_token_id=0)
+    model.generation_config = GenerationConfig()
+    written = []
+    for first in range(0, len(prompts), batch):
+        rows = prompts[first : first + batch]
+        width = max(map(len, rows))
+        ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+        out = model.generate(ids, attention_mask=mask, generation_config=config)[:, width:].tolist()
+        written += [until_stop(each, stops) for each in out]
+    return written
+
+
+def until_stop(tokens: list[int], stops: Sequence[int]) -> list[int]:
+    """`tokens` up to and with the first stop."""
+    return next((tokens[: place + 1] for place, token in enumerate(tokens) if token in stops), tokens)
+
+
+def parting(left: list[int], right: list[int]) -> int:
+    """The first place at which two different continuations differ."""
+    return next(
+        place for place in range(max(len(left), len(right))) if left[place : place + 1] != right[place : place + 1]
+    )
+
+
+def gap(wide: PreTrainedModel, prompt: list[int], left: list[int], right: list[int]) -> dict[str, float | int]:
+    """Where they part, and by how many nats the float64 logit of left's token lies above that of right's."""
+    place = parting(left, right)
+    logits = wide(torch.tensor([prompt + left[:place]])).logits[0, -1]
+    return {
+        "place": place,
+        "gap": float(logits[left[place]] - logits[right[place]]),
+        "scale": float(logits.abs().max()),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="hub name, folder or GGUF file")
+    parser.add_argument("--data", required=True, help="rows, in any form that promptkd reads")
+    parser.add_argument("--rows", type=int, default=50, help="the first so many rows (default 50)")
+    parser.add_argument("--new-tokens", type=int, default=64, help="most tokens of a continuation (default 64)")
+    parser.add_argument("--batch-size", type=int, default=8, help="rows decoded together (default 8)")
+    parser.add_argument("--template", default="auto", help="text around a request, as in promptkd (default auto)")
+    parser.add_argument("--json", type=Path, help="write the counts and gaps there too")
+    options = parser.parse_args()
+    tokenizer, model = load_tokenizer(options.model), load_model(options.model).eval()
+    data = load_rows(options.data, tokenizer, template=options.template, max_prompt_length=256, max_response_length=512)
+    prompts = [row.prompt_ids for row in data.examples[: options.rows]]
+    stops = stop_ids_of(tokenizer, model.generation_config, template=options.template)
+    length, batch = options.new_tokens, options.batch_size
+    with torch.no_grad():
+        made = {
+            "ours": ours(model, prompts, stops, length, batch),
+            "generate, a row at a time": theirs(model, prompts, stops, length, 1),
+            f"generate, {batch} rows at a time": theirs(model, prompts, stops, length, batch),
+        }
+        wide = model.double()
+        names, report = list(made), {}
+        for left, right in ((0, 1), (0, 2), (1, 2)):
+            pairs = zip(prompts, made[names[left]], made[names[right]], strict=True)
+            apart = [{"row": row, **gap(wide, p, a, b)} for row, (p, a, b) in enumerate(pairs) if a != b]
+            report[f"{names[left]} / {names[right]}"] = {"identical": len(prompts) - len(apart), "differing": apart}
+    for pair, found in report.items():
+        print(f"{pair}: {found['identical']} of {len(prompts)} rows identical")
+        for each in found["differing"]:
+            print(
+                f"  row {each['row']} parts at token {each['place']}: logits {each['gap']:+.2e} apart in float64, of "
+                f"{each['scale']:.0f} at most"
+            )
+    print(f"{sum(map(len, made['ours']))} tokens by ours; torch runs on {torch.get_num_threads()} threads")
+    if options.json is not None:
+        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""Degenerate learning, seen in the figures that training logs: each kind is told once, when it begins.
+
+`Watch.see` takes the logged lines one by one, in order, and nothing else; `findings` runs it over a whole history. The
+trainers add `Watching`, which reads the log as it is written, and the run's record names what was found.
+"""
+
+import logging
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from transformers import TrainerCallback
+
+__all__ = ["Finding", "Limits", "Watch", "Watching", "findings", "findings_as_notes"]
+
+_LOGGER = logging.getLogger("promptkd")
+_END_TOKEN = (
+    "The end token is not learnt: see that the template's end is a stop token of the tokenizer, and that teacher and "
+    "data write it."
+)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """From where on a figure is called degenerate. docs/warnings.md gives the reasons."""
+
+    steps: int = 5
+    """Optimiser steps for which it must stay so."""
+    lines: int = 10
+    """Logged lines over which response lengths are averaged, at the start and now."""
+    length_share: float = 0.2
+    """Of the mean response length at the start."""
+    empty_length: float = 1.5
+    """Mean length in tokens at which half of the responses are a bare end token."""
+    entropy: float = 0.05
+    """Nats a token."""
+    endless_steps: int = 50
+    """Optimiser steps without any response that ends by itself."""
+    prompt_growth: float = 10.0
+    """Norm of the soft prompt over its norm in the first logged line."""
+    prompt_kl: float = 2.0
+    """Nats a token between the adapted and the plain teacher."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something degenerate that begins."""
+
+    kind: str
+    step: int
+    """Optimiser step at which it was found."""
+    text: str
+
+
+@dataclass(frozen=True)
+class _Sign:
+    holds: bool
+    steps: int
+    """Optimiser steps for which it must last before it is told."""
+    text: str
+
+
+class Watch:
+    """Folds over the logged lines of one run."""
+
+    def __init__(self, limits: Limits | None = None):
+        self.limits = limits or Limits()
+        self._since: dict[str, int] = {}  # by kind, the last step before it began
+        self._told: set[str] = set()
+        self._last_step = 0
+        self._lengths: deque[float] = deque(maxlen=self.limits.lines)
+        self._start_lengths: list[float] = []
+        self._start_norm: float | None = None
+
+    def see(self, line: Mapping[str, Any]) -> list[Finding]:
+        """What begins with this logged line. A kind is told again only after a line without it."""
+        figures = {name: value for name, value in line.items() if isinstance(value, int | float)}
+        step = int(figures.get("step", self._last_step))
+        found = []
+        for kind, sign in self._signs(figures).items():
+            if not sign.holds:
+                self._since.pop(kind, None)
+                self._told.discard(kind)
+                continue
+            began = self._since.setdefault(kind, self._last_step)
+            if kind not in self._told and step - began >= sign.steps:
+                self._told.add(kind)
+                found.append(Finding(kind, step, sign.text))
+        self._last_step = step
+        return found
+
+    def _signs(self, figures: Mapping[str, float]) -> dict[str, _Sign]:
+        """What there is to say of the figures in this line, by kind."""
+        signs: dict[str, _Sign] = {}
+        if "response_length" in figures:
+            signs |= self._of_responses(figures["response_length"], figures.get("cut_share", 0.0))
+        if "eval_eos_share" in figures:
+            signs["endless validation"] = _Sign(
+                figures["eval_eos_share"] == 0,
+                1,  # from one validation to the next
+                f"no response ended by itself in two validations. {_END_TOKEN}",
+            )
+        if "entropy" in figures:
+            signs["entropy"] = _Sign(
+                figures["entropy"] < self.limits.entropy,
+                self.limits.steps,
+                f"the entropy has fallen to {figures['entropy']:.3f} nats a token: the model has one thing to say. "
+                "Lower the learning rate, stop earlier, or take an objective that keeps to the data.",
+            )
+        if "prompt_norm" in figures:
+            signs["prompt norm"] = self._of_norm(figures["prompt_norm"])
+        if "prompt_regularizer" in figures:
+            kl = figures["prompt_regularizer"]
+            signs["prompt KL"] = _Sign(
+                kl > self.limits.prompt_kl,
+                self.limits.steps,
+                f"the teacher as it is trained along is {kl:.2f} nats a token from the plain one: the student learns "
+                "from another model than the one that was chosen. Raise --regularizer_coefficient, or lower "
+                "--prompt_learning_rate.",
+            )
+        return signs
+
+    def _of_responses(self, length: float, cut: float) -> dict[str, _Sign]:
+        limits = self.limits
+        self._lengths.append(length)
+        if cut <= 0.5 and len(self._start_lengths) < limits.lines:  # the limit says nothing of the responses' length
+            self._start_lengths.append(length)
+        mean = fmean(self._lengths)
+        start = fmean(self._start_lengths) if len(self._start_lengths) == limits.lines else 0.0
+        shorter = f", from {start:.1f} in the first steps" if mean < limits.length_share * start else ""
+        short = mean < limits.length_share * start or (mean <= limits.empty_length and cut <= 0.5)
+        return {
+            "length": _Sign(
+                short and len(self._lengths) == limits.lines,
+                limits.steps,
+                f"responses have collapsed to {mean:.1f} tokens{shorter}. Go back to an earlier checkpoint with lower "
+                "learning rates.",
+            ),
+            "cut": _Sign(
+                cut >= 1,
+                limits.steps,
+                f"every response of {limits.steps} steps was cut at the length limit. Raise --max_completion_length, "
+                "or tune the models first on data whose responses end (promptkd sft).",
+            ),
+            "endless": _Sign(
+                cut >= 1,
+                limits.endless_steps,
+                f"no response ended by itself in {limits.endless_steps} steps. {_END_TOKEN}",
+            ),
+        }
+
+    def _of_norm(self, norm: float) -> _Sign:
+        self._start_norm = norm if self._start_norm is None else self._start_norm
+        return _Sign(
+            norm > self.limits.prompt_growth * self._start_norm,
+            self.limits.steps,
+            f"the soft prompt is running away: its norm is {norm:.3g}, from {self._start_norm:.3g} in the first step. "
+            "Lower --prompt_learning_rate.",
+        )
+
+
+def findings(history: Iterable[Mapping[str, Any]], limits: Limits | None = None) -> list[Finding]:
+    """Everything degenerate that begins in the logged lines of a run, in order."""
+    watch = Watch(limits)
+    return [found for line in history for found in watch.see(line)]
+
+
+def findings_as_notes(history: Iterable[Mapping[str, Any]]) -> list[str]:
+    """For a record: a sentence a kind, with the step at which it was first found and how often it came."""
+    found = findings(history)
+    times = Counter(each.kind for each in found)
+    first = {each.kind: each for each in reversed(found)}
+    return [
+        f"Warning at step {each.step}{f', the first of {times[kind]}' if times[kind] > 1 else ''}: {each.text}"
+        for kind, each in sorted(first.items(), key=lambda item: item[1].step)
+    ]
+
+
+class Watching(TrainerCallback):
+    """Warns by Python's logger "promptkd" when something degenerate begins."""
+
+    def __init__(self) -> None:
+        self._watch = Watch()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._watch = Watch()
+        for line in state.log_history:  # of a resumed run, which has told of these
+            self._watch.see(line)
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for found in self._watch.see(state.log_history[-1]):
+            if state.is_world_process_zero:
+                _LOGGER.warning("Step %d: %s", found.step, found.text)
