@@ -37,7 +37,7 @@ SHARED_METHODS = {
     "_get_grad_norm": ["model", "grad_norm"],
     "_get_output_dir": ["trial"],
     "_load_best_model": [],
-    "_run_epoch": ["model", "epoch"],
+    "_run_epoch": ["args", "kwargs"],  # passed on as they come
     "_save_checkpoint": ["model", "trial"],
     "create_model_card": ["model_name"],
     "evaluate": ["eval_dataset", "ignore_keys", "metric_key_prefix"],

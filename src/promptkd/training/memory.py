@@ -113,7 +113,7 @@ def estimate_memory(trainer: Any) -> MemoryEstimate | None:
 
     On CPU it is the process's memory, elsewhere the device's. Validation is not looked at.
     """
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or trainer.use_vllm:
+    if trainer.is_sharded or trainer.is_deepspeed_enabled or trainer.use_vllm:
         return None
     return _Estimate(trainer).whole()
 
