@@ -189,14 +189,13 @@ def sharded(folder: Path) -> dict:
         folder / "fixed", models=(student, teacher), eval_data=rows(5, seed=3), eval_strategy="steps", eval_steps=2
     )
     run.train()
-    held = [
-        sum(each.to_local().numel() for each in model.parameters()) for model in (run.model_wrapped, run.teacher_model)
-    ]
+    models = (run.model_wrapped, run.teacher_model)
+    units = [[each for each in model.modules() if isinstance(each, FSDPModule)] for model in models]
+    for unit in (*units[0], *units[1]):
+        unit.reshard()  # the last layers stay whole between two passes
+    held = [sum(each.to_local().numel() for each in model.parameters()) for model in models]
     seen = {"fixed": outcome(run), "shares": [one / all for one, all in zip(held, whole_numbers, strict=True)]}
-    seen["units"] = [
-        sum(isinstance(each, FSDPModule) for each in model.modules())
-        for model in (run.model_wrapped, run.teacher_model)
-    ]
+    seen["units"] = [len(each) for each in units]
     seen["early"] = early_sharded(folder / "early")
     settings = {"save_strategy": "steps", "save_steps": 2}
     first = made(folder / "first", **settings)
