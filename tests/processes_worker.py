@@ -4,6 +4,7 @@ test_processes.py and benchmarks/reliability/processes.py start it once a proces
 FOLDER, from every process, as `CHECK-RANK.pt`; the test compares.
 """
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -188,14 +189,13 @@ def sharded(folder: Path) -> dict:
         folder / "fixed", models=(student, teacher), eval_data=rows(5, seed=3), eval_strategy="steps", eval_steps=2
     )
     run.train()
-    held = [
-        sum(each.to_local().numel() for each in model.parameters()) for model in (run.model_wrapped, run.teacher_model)
-    ]
+    models = (run.model_wrapped, run.teacher_model)
+    units = [[each for each in model.modules() if isinstance(each, FSDPModule)] for model in models]
+    for unit in (*units[0], *units[1]):
+        unit.reshard()  # the last layers stay whole between two passes
+    held = [sum(each.to_local().numel() for each in model.parameters()) for model in models]
     seen = {"fixed": outcome(run), "shares": [one / all for one, all in zip(held, whole_numbers, strict=True)]}
-    seen["units"] = [
-        sum(isinstance(each, FSDPModule) for each in model.modules())
-        for model in (run.model_wrapped, run.teacher_model)
-    ]
+    seen["units"] = [len(each) for each in units]
     seen["early"] = early_sharded(folder / "early")
     settings = {"save_strategy": "steps", "save_steps": 2}
     first = made(folder / "first", **settings)
@@ -218,12 +218,16 @@ def early_sharded(folder: Path) -> dict:
 
 def zero(stage: int, folder: Path) -> dict:
     """`fixed` under DeepSpeed, with a run that goes on from a checkpoint and one that samples."""
+    small = {"stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": True}
+    common = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"deepspeed-{rank()}.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": stage} | small} | dict.fromkeys(common, "auto")))
     os.environ.update(
         ACCELERATE_USE_DEEPSPEED="true",
-        ACCELERATE_DEEPSPEED_ZERO_STAGE=str(stage),
         ACCELERATE_DEEPSPEED_ZERO3_INIT="false",
         ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL="true",
-        ACCELERATE_GRADIENT_ACCUMULATION_STEPS="auto",
+        ACCELERATE_DEEPSPEED_CONFIG_FILE=str(file),
         DS_ACCELERATOR="cpu",
     )
     on = {"eval_data": rows(5, seed=3), "eval_strategy": "steps", "eval_steps": 2}

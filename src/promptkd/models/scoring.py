@@ -106,14 +106,19 @@ def linear_head(model: nn.Module) -> Head | None:
 
 
 def _gathered(weight: Tensor) -> Tensor:
-    """A sharded weight whole, as it is if it is not sharded."""
-    if not isinstance(weight, DTensor):
-        return weight
-    mesh = weight.device_mesh
-    whole = weight.full_tensor(grad_placements=[Partial()] * mesh.ndim)  # sums the gradients of all processes
-    if whole.requires_grad:
-        whole.register_hook(lambda gradient: gradient / mesh.size())
-    return whole
+    """A sharded weight whole; as it is if it is not sharded."""
+    if isinstance(weight, DTensor):
+        mesh = weight.device_mesh
+        whole = weight.full_tensor(grad_placements=[Partial()] * mesh.ndim)  # sums the gradients of all processes
+        if whole.requires_grad:
+            whole.register_hook(lambda gradient: gradient / mesh.size())
+        return whole
+    if weight.numel() == 0:  # DeepSpeed's; it brings back the weights of the model that runs, not of another beside it
+        from deepspeed.zero import GatheredParameters
+
+        with GatheredParameters([weight]):
+            return weight.detach().clone()
+    return weight
 
 
 def head_size(model: nn.Module) -> int:

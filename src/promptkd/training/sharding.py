@@ -66,7 +66,7 @@ def check_sharding(accelerator: Any, *models: nn.Module, adapter: Adapter, needs
 def place_teacher(teacher: nn.Module, accelerator: Any) -> nn.Module:
     """The frozen teacher on this process's device: sharded under FSDP2 and ZeRO-3, else whole."""
     settings = accelerator.state
-    if settings.deepspeed_plugin is not None:
+    if DistributedBackend(accelerator).is_zero3:
         return prepare_deepspeed(teacher, accelerator)
     if not accelerator.is_fsdp2:
         return accelerator.prepare_model(teacher, evaluation_mode=True)

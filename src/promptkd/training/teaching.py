@@ -256,7 +256,12 @@ class TeacherTuning(_Trainer):
             return (self.adapter.adapted_hidden if adapted else self.adapter.plain_hidden)(teacher, batch)
 
         teacher = self.accelerator.unwrap_model(self.teacher_model)
-        return self._forward_redirection(self.teacher_model, teacher, run, teacher)
+        if self.teacher_model is teacher:
+            return self._forward_redirection(teacher, teacher, run, teacher)
+        # DeepSpeed lets nothing that its wrapper returned take part in a backward other than the wrapper's own
+        hidden: list[Tensor] = []
+        self._forward_redirection(self.teacher_model, teacher, lambda: hidden.append(run(teacher)))
+        return hidden[0]
 
     def _plain_hidden(self, batch: TokenBatch) -> Tensor:
         with torch.no_grad():
