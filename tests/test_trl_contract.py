@@ -35,7 +35,11 @@ SHARED_METHODS = {
     # overridden by both trainers
     "_get_output_dir": ["trial"],
     "_load_best_model": [],
-    "_run_epoch": ["model", "epoch"],
+    "_run_epoch": [
+        *("model", "epoch", "train_dataloader", "steps_in_epoch", "num_update_steps_per_epoch", "trial"),
+        *("ignore_keys_for_eval", "start_time", "resume_from_checkpoint", "epochs_trained"),
+        "steps_trained_in_current_epoch",
+    ],
     "_save_checkpoint": ["model", "trial"],
     "create_model_card": ["model_name"],
     "evaluate": ["eval_dataset", "ignore_keys", "metric_key_prefix"],
