@@ -4,14 +4,15 @@ import os
 import shlex
 import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState
 
 from commands import World, done, hear_interrupts, held, json_lines, make_world, run, steps
+from promptkd.cli import main
 from promptkd.cli.stopping import command_that_goes_on
 from promptkd.evaluation import answers
 from promptkd.training import stopping
@@ -50,10 +51,13 @@ def longer(request: list[object], *arguments: object) -> list[object]:
 
 
 @pytest.mark.parametrize(
-    ("command", "number", "status", "words"),
-    [(distill, signal.SIGTERM, 143, "Stopped by SIGTERM"), (sft, signal.SIGINT, 130, "Interrupted")],
+    ("command", "number", "status", "words", "every"),
+    [
+        (distill, signal.SIGTERM, 143, "Stopped by SIGTERM", 3),  # in the middle of a logged line, too
+        (distill, signal.SIGINT, 130, "Interrupted", 1),
+        (sft, signal.SIGINT, 130, "Interrupted", 3),
+    ],
 )
-@pytest.mark.parametrize("every", [1, 3])  # in the middle of a logged line, too
 def test_a_signal_ends_the_step_with_a_checkpoint(
     world, tmp_path, capfd, monkeypatch, command, number, status, words, every
 ):
@@ -220,49 +224,49 @@ def test_the_command_that_goes_on(monkeypatch, given, overwrite, flags, expected
 # ---- from outside ----
 
 
-def started(request: list[object], **environment: str) -> subprocess.Popen[str]:
-    path = os.pathsep.join(sys.path)
-    settings = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path} | environment
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    command = [sys.executable, "-m", "promptkd", *map(str, request)]
-    return subprocess.Popen(command, env=settings, preexec_fn=hear_interrupts, **pipes)
-
-
-def ended(processes: list[subprocess.Popen[str]], out: Path, step: int, number: int) -> list[str]:
-    """Signal the last process once `step` is logged; what each wrote to standard error when all have ended."""
-    deadline = time.monotonic() + 240
-    try:
-        while not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_text().splitlines()) < step:
-            assert all(each.poll() is None for each in processes), processes[0].communicate()
-            assert time.monotonic() < deadline, "the step never came"
-            time.sleep(0.02)
-        processes[-1].send_signal(number)
-        return [each.communicate(timeout=120)[1] for each in processes]
-    finally:
-        for each in processes:
-            each.kill()
+def forked(request: list[object], log: Path, **environment: str) -> int:
+    """A process of its own that runs a command; it has imported all that this one has."""
+    child = os.fork()
+    if child == 0:
+        os.environ |= environment
+        output = os.open(log, os.O_WRONLY | os.O_CREAT)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+        AcceleratorState._reset_state(reset_partial_state=True)
+        status = main(list(map(str, request)))
+        sys.stderr.flush()
+        os._exit(status)
+    return child
 
 
 def test_a_process_told_by_one_signal_stops_all_at_the_same_step(world, tmp_path, capfd):
     """Two processes; the second hears of it alone. One process goes on with the run."""
-    out = tmp_path / "run"
-    request = [200 if each == 3 else 2 if each == 4 else each for each in distill(world, out)]
+    out, logs = tmp_path / "run", [tmp_path / "first", tmp_path / "second"]
+    request = [60 if each == 3 else 2 if each == 4 else each for each in distill(world, out)]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    processes = [
-        started(request, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        for rank in "01"
-    ]
-    first, second = ended(processes, out, 5, signal.SIGTERM)
-    assert [each.returncode for each in processes] == [143, 143], first + second
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    children = [forked(request, log, RANK=str(rank), LOCAL_RANK=str(rank), **group) for rank, log in enumerate(logs)]
+    deadline = time.monotonic() + 100
+    while not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_text().splitlines()) < 5:
+        if time.monotonic() > deadline:
+            for child in children:
+                os.kill(child, signal.SIGKILL)
+            pytest.fail(logs[0].read_text())
+        time.sleep(0.02)
+    os.kill(children[1], signal.SIGTERM)
+    statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    first, second = (log.read_text() for log in logs)
+    assert statuses == [143, 143], first + second
     assert "Traceback" not in first + second
     (step,) = checkpoints_in(out / "checkpoints")
-    assert 5 <= step < 200
-    message = f"promptkd distill: Stopped by SIGTERM after step {step} of 200, with a checkpoint. To go on: accelerate"
+    assert 5 <= step < 60
+    message = f"promptkd distill: Stopped by SIGTERM after step {step} of 60, with a checkpoint. To go on: accelerate"
     assert message in first
     assert "To go on" not in second
     assert len(json_lines(out / "metrics.jsonl")) == step
     ran = done(capfd, *request, "--resume")
     assert f"Going on from {out / 'checkpoints' / f'checkpoint-{step}'}." in ran.err
-    assert [line["step"] for line in json_lines(out / "metrics.jsonl")] == list(range(1, 201))
+    assert [line["step"] for line in json_lines(out / "metrics.jsonl")] == list(range(1, 61))

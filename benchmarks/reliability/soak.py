@@ -15,6 +15,7 @@ once stopped by SIGTERM and gone on with every so many steps. Each process is wa
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -126,22 +127,27 @@ def _watch(command: list[str], out: Path, until: float) -> tuple[Process, int]:
     """Run a command, tell it to stop at step `until`, and look at it meanwhile."""
     path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    seen, told = Process(), False
+    seen = Process()
     with out.with_suffix(".log").open("a") as log:
         child = subprocess.Popen([sys.executable, "-m", "promptkd", *command], env=environment, stdout=log, stderr=log)
-        process, first = psutil.Process(child.pid), _step(out)
-        while child.poll() is None:
-            step = _step(out)
-            if step > first:
-                try:
-                    seen.samples.append((step, process.memory_info().rss, process.num_fds(), _size(out)))
-                except (psutil.NoSuchProcess, psutil.ZombieProcess):
-                    break
-            if step >= until and not told:
-                child.send_signal(signal.SIGTERM)
-                told = True
-            time.sleep(0.1)
+        try:
+            _look(child, out, until, seen)
+        finally:
+            child.kill()  # if it has not ended
         return seen, child.wait()
+
+
+def _look(child: "subprocess.Popen[bytes]", out: Path, until: float, seen: Process) -> None:
+    process, first, told = psutil.Process(child.pid), _step(out), False
+    while child.poll() is None:
+        step = _step(out)
+        if step > first:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                seen.samples.append((step, process.memory_info().rss, process.num_fds(), _size(out)))
+        if step >= until and not told:
+            child.send_signal(signal.SIGTERM)
+            told = True
+        time.sleep(0.1)
 
 
 def _step(out: Path) -> int:
@@ -158,11 +164,10 @@ def _step(out: Path) -> int:
 def _size(folder: Path) -> int:
     """Bytes of a folder's files, logs left out; files may go while they are counted."""
     total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.stat().st_size if path.is_file() and path.name not in _LOGS else 0
-        except FileNotFoundError:
-            continue
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += (Path(place) / name).stat().st_size if name not in _LOGS else 0
     return total
 
 
