@@ -172,8 +172,9 @@ def test_a_trainer_that_was_stopped_can_train_again(tmp_path):
     with pytest.raises(PromptKDError):
         again.train()
     again.method = FIXED_PROMPTKD
-    again.train()
-    fresh.train()
+    for run in (again, fresh):
+        torch.manual_seed(0)  # the rows of a window change places
+        run.train()
     assert same(state(again), state(fresh))
 
 
