@@ -28,7 +28,7 @@ from promptkd.switches import switched_on
 __all__ = ["in_place_again", "pack_inputs", "packed_hidden", "packs", "row_attention", "softcapped_attention"]
 
 _ROWS = "promptkd_rows"
-_LONGEST = 1024  # tokens in a pack on CPU: more make the matrix products no faster
+_LONGEST = 2048  # tokens in a pack on CPU: more make the matrix products no faster
 
 _known: weakref.WeakKeyDictionary[PreTrainedModel, bool] = weakref.WeakKeyDictionary()
 _running: list[Pack] = []  # the packs whose forward runs; the last one counts

@@ -127,14 +127,16 @@ class TeacherTuning(_Trainer):
             with self.accelerator.autocast(), torch.no_grad():
                 target = first_hidden if index == 0 else None
                 target = _without_dropout(student, batch) if target is None else target
+                plain = self._plain_hidden(batch) if reads_plain else None
             parts = self._parts(batch)
-            spans = target.split([part.response_tokens for part in parts])
+            counts = [part.response_tokens for part in parts]
+            plains = [None] * len(parts) if plain is None else plain.split(counts)
             read = []
-            for part, span in zip(parts, spans, strict=True):
+            for part, span, away_from in zip(parts, target.split(counts), plains, strict=True):
                 with self.accelerator.autocast():
-                    plain = self._plain_hidden(part) if reads_plain else None  # before the graph takes its memory
                     adapted = self._hidden_with_graph(part)
-                    loss = self._adapter_loss(pair, part, adapted, span, plain, weight, self._kept_logits.get(index))
+                    kept = self._kept_logits.get(index)
+                    loss = self._adapter_loss(pair, part, adapted, span, away_from, weight, kept)
                 self._window["prompt_kl"] += float(loss.figures.get("to_student", 0.0))
                 if reads_plain:
                     self._window["prompt_regularizer"] += float(loss.figures.get("to_plain", 0.0))
