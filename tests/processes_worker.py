@@ -14,6 +14,7 @@ import torch
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from promptkd.methods import Method
 from promptkd.models.scoring import linear_head
@@ -234,15 +235,21 @@ def zero(stage: int, folder: Path) -> dict:
     run = made(folder / "fixed", save_strategy="steps", save_steps=2, **on)
     run.train()
     seen = {"fixed": outcome(run)}
-    AcceleratorState._reset_state()
+    forget_deepspeed()
     again = made(folder / "again", **on)
     again.train(resume_from_checkpoint=str(folder / "fixed" / "checkpoint-2"))
     again.save_student(folder / "student")
     seen["again"] = outcome(again)
-    AcceleratorState._reset_state()
+    forget_deepspeed()
     sampled = made(folder / "sampled", method=ON_POLICY, **on)
     sampled.train()
     return seen | {"sampled": outcome(sampled)}
+
+
+def forget_deepspeed() -> None:
+    """Let the next trainer of this process begin as the first did; else transformers makes its models in pieces."""
+    AcceleratorState._reset_state()
+    unset_hf_deepspeed_config()
 
 
 def zero2(folder: Path) -> dict:

@@ -114,9 +114,9 @@ def _gathered(weight: Tensor) -> Tensor:
             whole.register_hook(lambda gradient: gradient / mesh.size())
         return whole
     if weight.numel() == 0:  # DeepSpeed's; it brings back the weights of the model that runs, not of another beside it
-        from deepspeed.zero import GatheredParameters
+        from deepspeed import zero
 
-        with GatheredParameters([weight]):
+        with zero.GatheredParameters([weight]):
             return weight.detach().clone()
     return weight
 
