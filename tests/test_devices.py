@@ -29,7 +29,7 @@ def batch_of(seed):
     return right_pad([tokens(1, 14) for _ in range(6)], [tokens(0, 9) for _ in range(6)])
 
 
-def models(architecture, *, tied, dtype, padding=(0, 0), biased=False):
+def models(architecture, *, tied, dtype, padding=(0, 0), biased=False, **fields):
     """Student and teacher; their heads have `padding` more columns than there are words, and a bias if `biased`."""
     sizes = zip((2, 3), (16, 24), padding, strict=True)
     made = [
@@ -41,6 +41,7 @@ def models(architecture, *, tied, dtype, padding=(0, 0), biased=False):
             tied=tied,
             dtype=dtype,
             seed=layers - 1,
+            **fields,
         )
         for layers, hidden, more in sizes
     ]
@@ -108,8 +109,8 @@ def test_fast_equals_plain_in_float64(architecture, tied, monkeypatch, float64_i
 
 
 OTHER_HEADS = {
-    "a logit scale, cohere": {"architecture": "cohere", "tied": True},
-    "a logit scale, granite": {"architecture": "granite", "tied": False},
+    "a logit scale, cohere": {"architecture": "cohere", "tied": True, "logit_scale": 0.6},
+    "a logit scale, granite": {"architecture": "granite", "tied": False, "logits_scaling": 1.7},
     "a bias": {"architecture": "llama", "tied": False, "biased": True},
     "padding": {"architecture": "llama", "tied": True, "padding": (7, 31)},
     "padding, a bias and a soft cap": {"architecture": "gemma2", "tied": False, "padding": (31, 7), "biased": True},
@@ -133,14 +134,15 @@ def test_fast_equals_plain_with_other_heads_in_float64(head, monkeypatch, float6
 
 
 @pytest.mark.parametrize("head", ["a logit scale, granite", "padding, a bias and a soft cap"])
-def test_twenty_steps_lead_to_the_same_place_with_other_heads(head, tmp_path, monkeypatch):
+def test_twenty_steps_with_other_heads_in_float64(head, tmp_path, monkeypatch, float64_inside):
+    """In float32 the losses of granite part by 8e-4 within twenty steps; here it shows that rounding is the cause."""
     ends = {}
     for off in ("", "all"):
         monkeypatch.setenv(VARIABLE, off)
-        pair = models(dtype=torch.float32, **OTHER_HEADS[head])
+        pair = models(dtype=torch.float64, **OTHER_HEADS[head])
         ends[off] = twenty_steps(trainer(tmp_path / (off or "none"), models=pair, max_steps=20, chunk_tokens=5))
     for got, expected in zip(ends[""], ends["all"], strict=True):
-        assert gap(got, expected) < 1e-4
+        assert gap(got, expected) < 1e-6
 
 
 def twenty_steps(run):
