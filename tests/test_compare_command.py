@@ -9,6 +9,7 @@ from commands import LIMITS, TRAINING, World, done, held, make_world, run
 from promptkd.cli import main
 from promptkd.results import DataRecord, Evaluation, Results, RowResult
 from promptkd.training.logs import ProgressBar
+from promptkd.training.manifest import write_manifest
 
 
 @pytest.fixture(scope="module")
@@ -215,6 +216,7 @@ def test_a_resumed_run_counts_what_it_took_before(world, tmp_path, capsys, monke
         before = 1000.0  # as if the first three steps had taken so long, and so much
         state["stateful_callbacks"]["promptkd_cost"] = {"seconds": before, "peak_memory_bytes": 2**50}
         file.write_text(json.dumps(state))
+        write_manifest(file.parent)
     done(capsys, *request, "--resume")
     cost = Results.read(out / "results.json").training["run"]
     assert cost.steps == 6

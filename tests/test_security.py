@@ -20,6 +20,7 @@ from promptkd.redact import is_secret, redacted, without_secret_values, without_
 from promptkd.report import render_csv, render_markdown, render_report, terminal_table
 from promptkd.report.compared import compared_text
 from promptkd.results import Difference, Evaluation, Metric, ModelRecord, Results, RowResult
+from promptkd.training.manifest import write_manifest
 from tiny import save_model, tiny_model
 
 MARKUP = "<script>alert(1)</script><img src=x onerror=alert(2)>"
@@ -100,6 +101,7 @@ def test_a_planted_pickle_in_a_checkpoint_is_not_unpickled(world, stopped, tmp_p
     (out / "checkpoints" / "checkpoint-2" / name).write_bytes(pickle_that_writes(planted))
     for beside in ("training_args.bin", "pytorch_model.bin"):
         (out / "checkpoints" / "checkpoint-2" / beside).write_bytes(pickle_that_writes(planted))
+    write_manifest(out / "checkpoints" / "checkpoint-2")  # whoever plants a pickle can write a manifest
     ran = run(capsys, *distill(world, out, "--resume"))
     assert not planted.exists()
     assert ran.status == 1

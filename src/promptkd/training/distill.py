@@ -32,6 +32,7 @@ from promptkd.methods import Method, Step, named_method
 from promptkd.models import (
     check_same_vocabulary,
     check_scoring,
+    count_parameters,
     disable_dropout,
     head_logits,
     load_model,
@@ -138,6 +139,7 @@ class DistillTrainer(Rollouts, TeacherTuning, RunTrainer, DistillationTrainer):
         self._check_sizes(teacher)
         self.vocabulary = shared_vocabulary_size(self.model, teacher, processing_class)
         teacher.requires_grad_(False)
+        self._teacher_numbers = count_parameters(teacher)  # DeepSpeed's shards do not tell
         self.adapter, teacher = self._make_adapter(teacher, processing_class)
         self.language_rows = self._language_rows(processing_class)
         self._trains_dropout = not args.disable_dropout

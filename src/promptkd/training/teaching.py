@@ -16,7 +16,7 @@ from promptkd.data.packing import TokenBatch
 from promptkd.errors import RequestError
 from promptkd.evaluation.generation import evaluating
 from promptkd.methods import Pair
-from promptkd.models import SoftPrompt, count_parameters, response_hidden
+from promptkd.models import SoftPrompt, response_hidden
 from promptkd.models.adapters import FullTeacher, LoraTeacher, OnlineTeacher, SoftPromptAdapter, TeacherAdapter
 from promptkd.models.recomputed import recomputed_layers
 from promptkd.models.scoring import text_model
@@ -66,7 +66,6 @@ class TeacherTuning(_Trainer):
         """The adapter that the method asks for, and the teacher to use with it."""
         args, kind = self.args, self.method.teacher_adapter
         check_teacher_options(args, self.method, teacher)
-        self._teacher_numbers = count_parameters(teacher)  # DeepSpeed's shards do not tell
         if not is_sharded(self.accelerator):  # a sharded one goes there part by part
             teacher = teacher.to(self.accelerator.device)
         if kind == "none" or (kind == "prompt" and args.prompt_length == 0):
