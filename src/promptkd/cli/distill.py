@@ -6,7 +6,8 @@ OUT/metrics.jsonl, the record into OUT/results.json and the page into OUT/report
     promptkd distill --student student --teacher runs/teacher \\
         --data train.jsonl --eval-data valid.jsonl --out runs/promptkd
 
-What a run will need, without starting it: --dry-run
+What a run will need, without starting it: --dry-run.
+
 Several processes: accelerate launch -m promptkd distill ...
 """
 
