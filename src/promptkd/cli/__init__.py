@@ -18,6 +18,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import Any
 
 from promptkd.cli.help import command_help, overview
 from promptkd.cli.options import nearest, parse_options
@@ -120,12 +121,16 @@ def _dispatch(arguments: list[str]) -> int:
     try:
         command.run(parsed.options, parsed.training)
     except (Stopped, KeyboardInterrupt, OSError) as error:
-        if "GOES_ON" in vars(command):
+        if "GOES_ON" in vars(command) and _can_go_on(parsed.options, parsed.training):
             error.add_note(
                 "To go on: " + command_that_goes_on(name, without_secrets(rest), parsed.options, command.GOES_ON)
             )
         raise
     return 0
+
+
+def _can_go_on(options: Any, training: dict[str, Any]) -> bool:
+    return not vars(options).get("dry_run") and not training.get("save_only_model")
 
 
 def _no_such_command(name: str) -> str:

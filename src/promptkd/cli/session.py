@@ -102,7 +102,7 @@ class RunFolder:
             )
         if resume and held:
             self._check_same_settings(merged)
-        foreign = [name for name in held if name.removesuffix(".partial") not in (*_OWN, *_OWN_FOLDERS)]
+        foreign = [name for name in held if name.partition(".partial")[0] not in (*_OWN, *_OWN_FOLDERS)]
         if overwrite and foreign:
             raise RequestError(
                 f"--overwrite replaces a run, but {self.path} holds {', '.join(foreign[:5])}, which no run wrote. "

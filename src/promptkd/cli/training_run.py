@@ -240,7 +240,7 @@ class TrainingRun:
             training={label_of(str(self.folder.path.absolute())): self._training(trainer.args, history)},
             history=[Series(name=self.kind, points=history)],
             timings=self.timings,
-            notes=[*self.notes, f"Peak memory {peak_memory() / 2**30:.1f} GiB.", *warnings],
+            notes=[*self.notes, f"Peak memory of the process {peak_memory() / 2**30:.1f} GiB.", *warnings],
         )
         results.write(self.folder.results)
         write_whole(self.folder.report, render_report([results]).encode())

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import dropout as drop
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
@@ -71,8 +72,16 @@ def _keeps_rows_apart(inner: PreTrainedModel) -> bool:
 
 def packed_hidden(inner: PreTrainedModel, batch: TokenBatch, prompt: Tensor | None) -> Tensor:
     """`response_hidden` without padding: (N, H), in the order of `batch.targets`."""
-    parts = batch.parts(_LONGEST) if batch.input_ids.device.type == "cpu" else [batch]
+    splits = batch.input_ids.device.type == "cpu" and not _is_sharded(inner)
+    parts = batch.parts(_LONGEST) if splits else [batch]
     return torch.cat([_response_states(inner, part, prompt) for part in parts])
+
+
+def _is_sharded(inner: PreTrainedModel) -> bool:
+    """Whether weights are gathered from all processes, which must then call the model equally often."""
+    return any(isinstance(each, FSDPModule) for each in inner.modules()) or any(
+        "ds_id" in vars(each) for each in inner.parameters()
+    )
 
 
 def _response_states(inner: PreTrainedModel, batch: TokenBatch, prompt: Tensor | None) -> Tensor:

@@ -16,7 +16,12 @@ from promptkd.errors import RequestError
 from promptkd.models.packed import in_place_again
 from promptkd.models.scoring import text_model
 
-__all__ = ["recomputable_layers", "recomputed_layers"]
+__all__ = ["marks_layers", "recomputable_layers", "recomputed_layers"]
+
+
+def marks_layers(model: nn.Module) -> bool:
+    """Whether the model's class marks layers whose activations can be computed again."""
+    return any(isinstance(each, GradientCheckpointingLayer) for each in text_model(model).modules())
 
 
 def recomputable_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:

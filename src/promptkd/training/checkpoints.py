@@ -91,8 +91,7 @@ def whole_folder(target: Path, *, writes: bool) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
         yield partial
         if writes:
-            shutil.rmtree(target, ignore_errors=True)
-            os.replace(partial, target)
+            _take_place(partial, target)
     except _DISK_ERRORS as error:
         if writes:
             shutil.rmtree(partial, ignore_errors=True)
@@ -143,8 +142,9 @@ def set_aside(checkpoints: Mapping[Path, str]) -> None:
 
 
 def _take_place(written: Path, place: Path) -> None:
-    replaced = written.with_name("replaced")
-    if place.exists():  # the same step, saved again
+    replaced = written.with_name(f"{written.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)  # of a process that was killed here
+    if place.exists():  # the same step, or the same model, saved again
         os.replace(place, replaced)
     try:
         os.replace(written, place)
@@ -152,6 +152,7 @@ def _take_place(written: Path, place: Path) -> None:
         if replaced.exists():
             os.replace(replaced, place)
         raise
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _finish_replacing(folder: Path) -> None:

@@ -17,7 +17,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from promptkd.errors import PromptKDError, RequestError
-from promptkd.training.checkpoints import resumable_checkpoint
+from promptkd.training.checkpoints import checkpoints_in
 from promptkd.training.watch import Watching
 
 if TYPE_CHECKING:
@@ -182,10 +182,11 @@ class FiniteSteps(_Trainer):
         return text
 
     def _way_on(self) -> str:
-        checkpoint, _ = resumable_checkpoint(Path(self.args.output_dir))
+        written = list(checkpoints_in(Path(self.args.output_dir)).values())
         kept = "No checkpoint was written yet."
-        if checkpoint is not None:
-            kept = f"{checkpoint} stays as it was; --resume goes on from it."
+        if written:
+            kept = f"{written[-1]} stays as it was"
+            kept += "." if self.args.save_only_model else "; --resume goes on from it."
         skip = "" if self.args.on_nan == "skip" else ", or leave such steps out by --on_nan skip"
         return f"{kept} Look at these rows, the models and the learning rates{skip} (docs/warnings.md)."
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from promptkd.data.packing import TokenBatch, right_pad
 from promptkd.evaluation.generation import evaluating
 from promptkd.models.packed import packs
-from promptkd.models.recomputed import recomputed_layers
+from promptkd.models.recomputed import marks_layers, recomputed_layers
 from promptkd.models.scoring import linear_head, response_hidden, text_model
 from promptkd.responses import ResponseMix, Responses
 from promptkd.switches import switched_on
@@ -28,7 +28,6 @@ __all__ = ["MemoryEstimate", "PassCost", "estimate_memory", "pass_cost", "tensor
 _WIDE = 4  # bytes of a float32
 _PROBES = (24, 48)  # tokens
 _PREPACKED = 4 * 2**30  # most bytes of weights that decoding lays out anew
-_GPT2_NAMES = (("num_hidden_layers", "n_layer"), ("num_attention_heads", "n_head"))
 _DRAWS = 200  # micro-batches among which the largest is looked for
 
 
@@ -132,7 +131,8 @@ class _Estimate:
         self.learned = sum(each.numel() * each.element_size() for each in learned)
         self.adapted = [] if trainer.adapter is None else trainer.adapter.parameters()
         with trainer.accelerator.autocast():
-            self.student_cost = pass_cost(self.student, recomputed=bool(self.args.gradient_checkpointing))
+            recomputes = self.args.gradient_checkpointing and marks_layers(self.student)
+            self.student_cost = pass_cost(self.student, recomputed=bool(recomputes))
 
     def whole(self) -> MemoryEstimate:
         weights = {
@@ -150,11 +150,12 @@ class _Estimate:
         return MemoryEstimate({"process": process} | weights | optimiser, phases)
 
     def _rollout(self) -> dict[str, int]:
-        config = text_model(self.student).config.get_text_config().to_dict()
+        config = text_model(self.student).config.get_text_config()  # its attributes have one name in all families
         rows = min(self.args.generation_batch_size, len(self.batch.lengths) * self.args.gradient_accumulation_steps)
-        layers, heads = (config.get(name) or config[other] for name, other in _GPT2_NAMES)
-        width = config.get("head_dim") or (config.get("hidden_size") or config["n_embd"]) // heads
-        shared = config.get("num_key_value_heads") or heads
+        layers, heads = config.num_hidden_layers, config.num_attention_heads
+        named = config.to_dict()
+        width = named.get("head_dim") or config.hidden_size // heads
+        shared = named.get("num_key_value_heads") or heads
         columns = self.args.max_prompt_length + self.args.max_completion_length
         cache = 2 * layers * shared * width * columns * rows * text_model(self.student).dtype.itemsize
         linear = [each.weight for each in self.student.modules() if type(each) is nn.Linear]

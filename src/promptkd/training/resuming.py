@@ -46,6 +46,7 @@ class ExactResuming(TrainerCallback):
             "logged": trainer._globalstep_last_logged,
             "figures": dict(trainer._metrics["train"]),
             "tokens": trainer._total_train_tokens,
+            "since_log": dict(trainer._since_log),
         }
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -60,3 +61,4 @@ class ExactResuming(TrainerCallback):
         trainer._globalstep_last_logged = kept["logged"]
         trainer._metrics["train"].update({name: list(values) for name, values in kept["figures"].items()})
         trainer._total_train_tokens = kept["tokens"]
+        trainer._since_log = dict(kept["since_log"])

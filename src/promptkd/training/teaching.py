@@ -58,7 +58,7 @@ class TeacherTuning(_Trainer):
     _stale_hidden: dict[int, Tensor]
     _window: dict[str, float]
     _seconds: dict[str, float]
-    _before_step: tuple[dict[str, Tensor], dict[str, Any]]
+    _before_step: tuple[dict[str, Tensor], dict[str, Any]] | None
 
     def _make_adapter(
         self, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
@@ -228,6 +228,7 @@ class TeacherTuning(_Trainer):
         self.note("prompt gradient", norm)
         self._window["prompt_grad_norm"] = float(norm)
         self._window["prompt_learning_rate"] = self.adapter_scheduler.get_last_lr()[0]
+        self._before_step = None  # two copies of a whole teacher would be too many
         self._before_step = copy.deepcopy((self.adapter.state_dict(), self.adapter_optimizer.state_dict()))
         if not math.isfinite(self._window["prompt_grad_norm"]):
             self.adapter_optimizer.zero_grad(set_to_none=True)  # the student's part of the step goes on without a move
@@ -239,6 +240,7 @@ class TeacherTuning(_Trainer):
         """The adapter and its optimiser as they were before this step; the schedule goes on."""
         if self.adapter is not None:
             assert self.adapter_optimizer is not None
+            assert self._before_step is not None
             adapter, optimizer = self._before_step
             rates = [group["lr"] for group in self.adapter_optimizer.param_groups]
             self.adapter.load_state_dict(adapter)

@@ -32,7 +32,7 @@ def leave_nothing(args: Any, folder: str | Path) -> None:
     args.output_dir = str(folder)
     args.save_strategy, args.eval_strategy = SaveStrategy.NO, IntervalStrategy.NO
     args.load_best_model_at_end = args.push_to_hub = args.log_completions = False
-    args.report_to = []
+    args.report_to, args.eval_on_start = [], False
 
 
 def take_trial_steps(trainer: Any, peak_memory: Callable[[], int]) -> Trial:
@@ -63,4 +63,5 @@ class _Clock(TrainerCallback):
         now = time.perf_counter()
         self.seconds.append(now - self._since)
         self._since = now
-        control.should_training_stop = len(self.seconds) == 2
+        if len(self.seconds) == 2:
+            control.should_training_stop = True
