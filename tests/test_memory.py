@@ -158,3 +158,8 @@ def test_a_run_says_its_peak_beside_the_predicted_one(world, tmp_path, capsys):
     assert training.method == "promptkd, stale prompt"
     assert "another algorithm than PromptKD" in ran.err
     assert "another algorithm than PromptKD" in (out / "report.html").read_text()
+
+
+def test_a_dry_run_of_a_run_of_one_step_takes_one(world, tmp_path, capsys):
+    ran = done(capsys, *distill(world, tmp_path / "run", "--dry-run", "--max_steps", 1))
+    assert "the run's only step" in ran.out
