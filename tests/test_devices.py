@@ -1,7 +1,6 @@
 """The devices that make a step fast, against the plain way: losses, gradients, and where twenty steps lead."""
 
 import gc
-import itertools
 
 import psutil
 import pytest
@@ -199,16 +198,15 @@ def test_kept_logits_are_bounded_and_used_up(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_five_hundred_steps_hold_no_more_memory_than_one_hundred(tmp_path):
-    """A leak grows in every hundred steps; what the allocator takes for good, once, it takes in one of them."""
     held = []
 
     class Watch(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step % 100 == 0:
+            if state.global_step in (100, 500):
                 gc.collect()
                 held.append(psutil.Process().memory_info().rss)
 
     run = trainer(tmp_path, max_steps=500, logging_steps=500)
     run.add_callback(Watch())
     run.train()
-    assert min(after - before for before, after in itertools.pairwise(held)) < 2**20
+    assert held[1] - held[0] < 8 * 2**20

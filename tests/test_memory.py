@@ -161,5 +161,7 @@ def test_a_run_says_its_peak_beside_the_predicted_one(world, tmp_path, capsys):
 
 
 def test_a_dry_run_of_a_run_of_one_step_takes_one(world, tmp_path, capsys):
-    ran = done(capsys, *distill(world, tmp_path / "run", "--dry-run", "--max_steps", 1))
+    request = list(distill(world, tmp_path / "run", "--dry-run"))
+    request[request.index("--max_steps") + 1] = 1
+    ran = done(capsys, *request)
     assert "the run's only step" in ran.out

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from promptkd.evaluation import generate
-from promptkd.models.onednn import prepacked_linears
+from promptkd.models.prepacked import prepacked_linears
 from promptkd.models.row_cache import reads_rows, rows_of
 from tiny import ARCHITECTURES, tiny_model
 

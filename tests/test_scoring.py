@@ -1,7 +1,5 @@
 """Logits and losses of response tokens: the model's own whatever stands around them, with a soft prompt and without."""
 
-import os
-
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
@@ -39,12 +37,6 @@ def vectors(model: nn.Module, length: int, seed: int = 5) -> torch.Tensor | None
     table = model.get_input_embeddings()(torch.arange(VOCABULARY)).detach()
     noise = torch.randn(length, table.shape[1], generator=torch.Generator().manual_seed(seed), dtype=table.dtype)
     return noise * table.std()
-
-
-@pytest.fixture(autouse=True)
-def linear_layers_of_torch(monkeypatch):
-    """Positions, prompts and heads are compared number by number; how oneDNN rounds, test_packed.py bounds."""
-    monkeypatch.setenv("PROMPTKD_OFF", ",".join(filter(None, [os.environ.get("PROMPTKD_OFF"), "onednn"])))
 
 
 def own_logits(model: nn.Module, row, prompt: torch.Tensor | None = None) -> torch.Tensor:

@@ -220,6 +220,7 @@ def test_what_is_not_read_changes_nothing(tmp_path):
         for steps in (1, 4)
     ]
     for each in runs:
+        torch.manual_seed(0)  # TRL draws the order of a window's rows, and sums round by their order
         each.train()
     torch.testing.assert_close(*(each.adapter.module.embeddings for each in runs), rtol=0, atol=1e-6)
     often, seldom = (log(each)[-1]["prompt_regularizer"] for each in runs)

@@ -14,7 +14,6 @@ VARIABLE = "PROMPTKD_OFF"
 DEVICES = {
     "packing": "rows stand side by side in one sequence instead of being padded to the longest",
     "shared_prefixes": "on CPU, what several rows of a pack begin with is read once",
-    "onednn": "on CPU, the linear layers of packed rows run by oneDNN",
     "row_cache": "decoding keeps keys and values in place, and reads prompts without padding",
     "prepacked": "decoding has the weights laid out anew for the processor",
     "fused_head": "head and divergence run over a few hundred tokens at a time, with a gradient worked out by hand",

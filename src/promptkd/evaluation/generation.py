@@ -18,7 +18,7 @@ from transformers import DynamicCache
 
 from promptkd.errors import RequestError
 from promptkd.evaluation.sampling import Sampler, uniforms
-from promptkd.models.onednn import prepacked_linears
+from promptkd.models.prepacked import prepacked_linears
 from promptkd.models.row_cache import Rows, reads_rows, rows_of
 from promptkd.models.scoring import head_logits, text_model
 

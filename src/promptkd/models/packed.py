@@ -23,7 +23,6 @@ from transformers import AttentionInterface, PreTrainedModel
 from promptkd.data.packing import TokenBatch
 from promptkd.data.prefixes import Pack, pack_rows
 from promptkd.models.dropout import applies_dropout
-from promptkd.models.onednn import onednn_linears
 from promptkd.switches import switched_on
 
 __all__ = ["in_place_again", "pack_inputs", "packed_hidden", "packs", "row_attention", "softcapped_attention"]
@@ -99,7 +98,7 @@ def _pack(inner: PreTrainedModel, rows: Sequence[Sequence[int]], prompt: Tensor 
     share = device.type == "cpu" and switched_on("shared_prefixes") and not applies_dropout(inner)
     pack, inputs = pack_inputs(inner, rows, prompt, share=share)
     if device.type == "cpu":
-        with _in_place(inner, pack):
+        with _row_attention_in_place(inner, pack):
             output = inner.base_model(**inputs, use_cache=False)
     else:
         output = inner.base_model(**inputs, use_cache=False, **_row_ends(pack, device))
@@ -136,16 +135,9 @@ def _row_ends(pack: Pack, device: torch.device) -> dict[str, Any]:
     return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
 
 
-@contextmanager
-def _in_place(inner: PreTrainedModel, pack: Pack) -> Iterator[None]:
-    """What a pass over `pack` needs on CPU."""
-    with _row_attention_in_place(inner, pack), onednn_linears(inner):
-        yield
-
-
 def in_place_again(inner: PreTrainedModel) -> AbstractContextManager[None]:
     """What is in place for the pass of `inner` that runs now, for its layers to be computed again when it is over."""
-    return _in_place(inner, _running[-1]) if inner.config._attn_implementation == _ROWS else nullcontext()
+    return _row_attention_in_place(inner, _running[-1]) if inner.config._attn_implementation == _ROWS else nullcontext()
 
 
 @contextmanager

@@ -8,6 +8,7 @@ skipped keeps its place in the schedules of the learning rates and of λ.
 
 import logging
 import math
+from abc import abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,9 +88,9 @@ class FiniteSteps(_Trainer):
         """
         self._noted.append(_Noted(what, value.detach(), micro_batch))
 
+    @abstractmethod
     def rows_of_micro_batch(self, index: int, inputs: Any) -> list[int]:
         """Rows of the data in a micro-batch of the window, on this process; `inputs` are those of `training_step`."""
-        raise NotImplementedError
 
     def weights_at_hand(self) -> dict[str, nn.Module]:
         """By name, the models whose weights may be at fault."""
