@@ -41,7 +41,7 @@ def overview(commands: Mapping[str, tuple[str, str]]) -> str:
         "",
         "promptkd COMMAND --help explains a command's flags; promptkd --version prints the version.",
         "Several processes: accelerate launch -m promptkd COMMAND [flags].",
-        "Exit status: 0 done, 1 the run failed, 2 the request was wrong, 130 interrupted, 143 stopped by SIGTERM.",
+        "Exit status: 0 done, 1 the run failed, 2 the request was wrong, 130 interrupted, 143 terminated.",
         "",
         "Try it, offline, in some minutes: promptkd demo",
     ]
