@@ -23,7 +23,7 @@ def test_every_row_is_found_again_at_its_places_and_positions(rows, share):
 def test_runs_are_the_places_of_a_row(rows, share):
     pack = pack_rows(rows, share=share)
     for row, path in enumerate(pack.paths):
-        runs = pack.runs(row)
+        runs = pack.runs[row]
         assert [place for run in runs for place in range(run.start, run.stop)] == path
         assert all(run.stop < following.start for run, following in itertools.pairwise(runs))
 
@@ -46,4 +46,4 @@ def test_a_row_owns_what_follows_the_longest_beginning_that_came_before():
     pack = pack_rows([[5, 6, 7], [5, 6, 8, 9], [5], [5, 6, 8, 1]], share=True)
     assert pack.tokens == [5, 6, 7, 8, 9, 1]
     assert pack.owned == [3, 2, 0, 1]
-    assert pack.runs(3) == [slice(0, 2), slice(3, 4), slice(5, 6)]
+    assert pack.runs[3] == [slice(0, 2), slice(3, 4), slice(5, 6)]

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from promptkd.evaluation import generate
+from promptkd.models.lean_decoder import LeanDecoder
 from promptkd.models.prepacked import prepacked_linears
 from promptkd.models.row_cache import reads_rows, rows_of
 from tiny import ARCHITECTURES, tiny_model
@@ -95,6 +97,71 @@ def test_kinds_of_attention_that_are_not_known_are_left_to_transformers():
 
 def test_a_recurrent_model_is_left_to_transformers():
     assert not reads_rows(tiny_model("mamba"))
+
+
+# --------------------------------------------------------------------------------------------------- the lean decoder
+
+LLAMAS = {
+    "llama": {},
+    "mistral": {"sliding_window": 4, "head_dim": 8},
+    "qwen2": {},  # biases
+    "qwen3": {"head_dim": 8},  # norms of heads
+}
+
+
+@pytest.mark.parametrize("architecture", LLAMAS)
+@pytest.mark.parametrize("length", [0, 3])
+def test_the_lean_decoder_reads_rows_as_each_alone(architecture, length):
+    model = tiny_model(architecture, **LLAMAS[architecture])
+    assert LeanDecoder.suits(model)
+    lean = LeanDecoder(model, 3)
+    assert reads_rows(model, lean)
+    embedded = model.get_input_embeddings()(torch.arange(40, 40 + length)).detach() if length else None
+    with torch.no_grad(), rows_of(model, len(FURTHER), lean) as rows:
+        rows.read(PROMPTS, embedded)
+        got = [rows.step(torch.tensor(tokens)) for tokens in FURTHER[:2]]
+        rows.keep([2, 1])  # the first row ends
+        got.append(rows.step(torch.tensor([FURTHER[2][2], FURTHER[2][1]])))
+    for step, hidden in enumerate(got):
+        for place, row in enumerate([0, 1, 2] if step < 2 else [2, 1]):
+            whole = [*PROMPTS[row], *(tokens[row] for tokens in FURTHER[: step + 1])]
+            torch.testing.assert_close(hidden[place], alone(model, whole, embedded), rtol=1e-4, atol=1e-4)
+
+
+def test_generate_decodes_with_it_and_finished_rows_leave(monkeypatch):
+    model, rows, step = tiny_model("llama", tied=False), [], LeanDecoder.__call__
+
+    def noted(self, tokens, *further):
+        rows.append(len(tokens))
+        return step(self, tokens, *further)
+
+    monkeypatch.setattr(LeanDecoder, "__call__", noted)
+    asked = {"max_new_tokens": [4, 1, 3], "stop_ids": [], "temperature": 0}
+    written = generate(model, PROMPTS, **asked)
+    assert rows[-3:] == [2, 2, 1]  # before them, the trial
+    monkeypatch.setenv("PROMPTKD_OFF", "lean_decoder")
+    assert generate(model, PROMPTS, **asked) == written
+    assert len(rows) == 4
+
+
+def test_other_models_are_decoded_by_their_own_modules():
+    hooked, in_float64 = tiny_model("llama"), tiny_model("llama", dtype=torch.float64)
+    hooked.model.layers[1].mlp.register_forward_hook(lambda module, args, output: None)
+    adapted = get_peft_model(tiny_model("llama"), LoraConfig(task_type="CAUSAL_LM", r=2)).get_base_model()
+    uneven = tiny_model("llama")
+    uneven.model.layers[0].self_attn.q_proj.bias = torch.nn.Parameter(torch.zeros(16))
+    for model in (hooked, in_float64, adapted, uneven, *map(tiny_model, ("gpt2", "opt", "gemma2", "cohere"))):
+        assert not LeanDecoder.suits(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not LeanDecoder.suits(tiny_model("llama"))
+
+
+def test_a_model_that_only_looks_like_llamas_family_is_found_out():
+    model = tiny_model("llama")
+    model.model.layers[0].mlp.forward = lambda hidden: 2 * hidden
+    lean = LeanDecoder(model, 2)
+    assert not reads_rows(model, lean)
+    assert reads_rows(model)
 
 
 # ------------------------------------------------------------------------------------------------- prepacked weights

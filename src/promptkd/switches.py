@@ -16,6 +16,7 @@ DEVICES = {
     "shared_prefixes": "on CPU, what several rows of a pack begin with is read once",
     "row_cache": "decoding keeps keys and values in place, and reads prompts without padding",
     "prepacked": "decoding has the weights laid out anew for the processor",
+    "lean_decoder": "on CPU, decoding runs the layers of Llama's family in a few joined operations",
     "fused_head": "head and divergence run over a few hundred tokens at a time, with a gradient worked out by hand",
     "shared_passes": "the student's pass serves the prompt's step and its own",
     "split_prompt_pass": "on CPU the prompted teacher reads a few rows at a time, so that few activations are held",

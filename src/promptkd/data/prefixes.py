@@ -6,6 +6,7 @@ do: under a template, after a system turn, or for several responses to one reque
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 __all__ = ["Pack", "pack_rows"]
 
@@ -23,12 +24,16 @@ class Pack:
     owned: list[int]
     """How many tokens at its end a row adds to the sequence; those before them stand there for an earlier row."""
 
-    def runs(self, row: int) -> list[slice]:
-        """The places of a row, as stretches of places that follow each other."""
-        path = self.paths[row]
-        starts = [0, *(index for index in range(1, len(path)) if path[index] != path[index - 1] + 1)]
-        ends = [*starts[1:], len(path)]
-        return [slice(path[start], path[end - 1] + 1) for start, end in zip(starts, ends, strict=True)]
+    @cached_property
+    def runs(self) -> list[list[slice]]:
+        """The places of each row, as stretches of places that follow each other."""
+        return [_runs(path) for path in self.paths]
+
+
+def _runs(path: Sequence[int]) -> list[slice]:
+    starts = [0, *(index for index in range(1, len(path)) if path[index] != path[index - 1] + 1)]
+    ends = [*starts[1:], len(path)]
+    return [slice(path[start], path[end - 1] + 1) for start, end in zip(starts, ends, strict=True)]
 
 
 def pack_rows(rows: Sequence[Sequence[Hashable]], *, share: bool) -> Pack:

@@ -18,6 +18,7 @@ from transformers import DynamicCache
 
 from promptkd.errors import RequestError
 from promptkd.evaluation.sampling import Sampler, uniforms
+from promptkd.models.lean_decoder import LeanDecoder
 from promptkd.models.prepacked import prepacked_linears
 from promptkd.models.row_cache import Rows, reads_rows, rows_of
 from promptkd.models.scoring import head_logits, text_model
@@ -77,15 +78,15 @@ def generate(
     with torch.no_grad(), contextlib.ExitStack() as stack:
         for each, _ in models:
             stack.enter_context(evaluating(each))
-            stack.enter_context(prepacked_linears(each, min(batch_size, len(prompts))))
+        laid_out = [stack.enter_context(_laid_out(each, min(batch_size, len(prompts)))) for each, _ in models]
         for first in range(0, len(order), batch_size):
             rows = order[first : first + batch_size]
             ends = [limits[row] for row in rows]
             drawn = None if temperature == 0 else uniforms([seeds[row] for row in rows], max(ends))  # type: ignore[index]
             with contextlib.ExitStack() as reading:
                 readers = [
-                    (reading.enter_context(_reader(each, max(ends), vocabulary, prompt)), weight)
-                    for each, weight in models
+                    (reading.enter_context(_reader(each, lean, max(ends), vocabulary, prompt)), weight)
+                    for (each, weight), lean in zip(models, laid_out, strict=True)
                 ]
                 decoded = _decode(readers, [prompts[row] for row in rows], ends, stop_ids, pick, drawn)
             for row, response in zip(rows, decoded, strict=True):
@@ -120,14 +121,29 @@ class _Reader(Protocol):
 
 
 @contextmanager
-def _reader(model: nn.Module, room: int, vocabulary: int | None, prompt: Tensor | None) -> Iterator[_Reader]:
+def _laid_out(model: nn.Module, rows: int) -> Iterator[LeanDecoder | None]:
+    """Lay weights out for steps of `rows` rows; yields what takes them in place of the backbone, if anything does."""
+    inner = text_model(model)
+    lean = LeanDecoder(inner, rows) if LeanDecoder.suits(inner) else None
+    if lean is not None and reads_rows(inner, lean):
+        with prepacked_linears(inner.get_output_embeddings(), rows):
+            yield lean
+    else:
+        with prepacked_linears(model, rows):
+            yield None
+
+
+@contextmanager
+def _reader(
+    model: nn.Module, lean: LeanDecoder | None, room: int, vocabulary: int | None, prompt: Tensor | None
+) -> Iterator[_Reader]:
     """The fastest reader for `model` while it is entered, for at most `room` tokens behind a prompt.
 
     On CPU that is our own key-value store for the architectures that it reads, elsewhere transformers' cache.
     """
     inner = text_model(model)
     if inner.get_input_embeddings().weight.device.type == "cpu" and reads_rows(inner):
-        with rows_of(inner, room) as rows:
+        with rows_of(inner, room, lean) as rows:
             yield _RowReader(model, rows, vocabulary, prompt)
     else:
         yield CacheReader(model, vocabulary, prompt)

@@ -39,8 +39,8 @@ class Sampler:
         if len(logits) == 1 and uniforms is None:
             return logits[0][0].argmax(-1)
         temperature = self.temperature or 1.0  # the most probable token of a mixture is that at temperature 1
-        probabilities = sum(weight * _softmax(each, temperature) for each, weight in logits)
-        assert isinstance(probabilities, Tensor)
+        first, *others = (_softmax(each, temperature).mul_(weight) for each, weight in logits)
+        probabilities = sum(others, first)
         if uniforms is None:
             return probabilities.argmax(-1)
         if self.top_k > 0 or self.top_p < 1:

@@ -16,16 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from torch.nn.functional import dropout as drop
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from promptkd.data.packing import TokenBatch
 from promptkd.data.prefixes import Pack, pack_rows
 from promptkd.models.dropout import applies_dropout
+from promptkd.models.row_attention import row_attention
 from promptkd.switches import switched_on
 
-__all__ = ["in_place_again", "pack_inputs", "packed_hidden", "packs", "row_attention", "softcapped_attention"]
+__all__ = ["in_place_again", "pack_inputs", "packed_hidden", "packs"]
 
 _ROWS = "promptkd_rows"
 _LONGEST = 2048  # tokens in a pack on CPU: more make the matrix products no faster
@@ -158,77 +157,6 @@ def _attention(
     if not _running:
         raise RuntimeError("The attention of promptkd's packs was left on outside of a forward of promptkd.")
     return row_attention(query, key, value, _running[-1], **settings), None
-
-
-def row_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    pack: Pack,
-    *,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **unused: Any,
-) -> Tensor:
-    """Causal attention within each row of a pack: (1, S, heads, D).
-
-    A row is attended to as a whole; of what comes out for places that it shares, the first row's is taken, as all are
-    equal. (A mask that spared them would cost more: they are few.)
-
-    Args:
-        query: (1, heads, S, D).
-        key, value: (1, key-value heads, S, D).
-        sliding_window: a token sees itself and the `sliding_window` - 1 tokens before it.
-        softcap: scores become softcap · tanh(scores / softcap).
-        unused: what else transformers hands to its attention functions.
-    """
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    outputs = []
-    for row, owned in enumerate(pack.owned):
-        if owned == 0:
-            continue
-        runs = pack.runs(row)
-        q, k, v = (_join([each[:, :, run] for run in runs]) for each in (query, key, value))
-        if softcap is not None:
-            seen = _visible(q.shape[2], sliding_window, q.device)
-            output = softcapped_attention(q, k, v, seen, scale=scale, softcap=softcap, dropout=dropout)
-        elif sliding_window is not None and q.shape[2] > sliding_window:
-            mask = _visible(q.shape[2], sliding_window, q.device)
-            output = scaled_dot_product_attention(q, k, v, mask, dropout, scale=scale, enable_gqa=True)
-        else:
-            output = scaled_dot_product_attention(q, k, v, None, dropout, is_causal=True, scale=scale, enable_gqa=True)
-        outputs.append(output[:, :, -owned:].transpose(1, 2))
-    return torch.cat(outputs, dim=1)
-
-
-def _join(pieces: Sequence[Tensor]) -> Tensor:
-    return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces), dim=2)
-
-
-def softcapped_attention(
-    query: Tensor, key: Tensor, value: Tensor, seen: Tensor, *, scale: float, softcap: float, dropout: float = 0.0
-) -> Tensor:
-    """(B, heads, T, D) attention with scores softcap · tanh(scale · query · key / softcap).
-
-    Args:
-        query: (B, heads, T, D).
-        key, value: (B, key-value heads, S, D).
-        seen: True where a position sees a column, of a shape that (B, heads, T, S) takes.
-    """
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scores = torch.tanh(query @ key.transpose(2, 3) * scale / softcap) * softcap
-    wide = torch.promote_types(torch.float32, query.dtype)
-    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1, dtype=wide).to(query.dtype)
-    return drop(weights, dropout) @ value
-
-
-def _visible(size: int, window: int | None, device: torch.device) -> Tensor:
-    """(size, size), True where a token of the row sees another: itself and what stands before it, within the window."""
-    causal = torch.ones(size, size, dtype=torch.bool, device=device).tril()
-    return causal if window is None else causal.triu(1 - window)
 
 
 AttentionInterface.register(_ROWS, _attention)

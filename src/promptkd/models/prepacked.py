@@ -5,7 +5,7 @@ BLAS behind `nn.Linear`, if the weights are in blocks of its own; laying them ou
 them, and as much memory again.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -13,9 +13,43 @@ from torch import Tensor, nn
 
 from promptkd.switches import switched_on
 
-__all__ = ["prepacked_linears"]
+__all__ = ["PackedLinear", "prepacked_linears", "prepacks"]
 
 _MOST_BYTES = 4 * 2**30  # of weights: a second copy of more is not worth its memory
+
+
+class PackedLinear:
+    """Linear layers that read the same input as one, with the weights that they have when this is made.
+
+    Args:
+        layers: of as many inputs; all of them have a bias, or none has.
+        rows: how many rows a call will have, about.
+    """
+
+    def __init__(self, layers: Sequence[nn.Linear], rows: int):
+        weights = [each.weight.detach() for each in layers]
+        biases = [each.bias.detach() for each in layers if each.bias is not None]
+        if 0 < len(biases) < len(layers):
+            raise ValueError("Either all layers that are joined have a bias, or none has.")
+        self.bias = torch.cat(biases) if biases else None
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(torch.cat(weights), rows)
+
+    def __call__(self, inputs: Tensor, plus: Tensor | None = None) -> Tensor:
+        """The outputs side by side, (…, all outputs); with `plus`, of that shape, added."""
+        if plus is None:
+            return torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise.binary(inputs, plus, self.weight, self.bias, "add")
+
+
+def prepacks(model: nn.Module) -> bool:
+    """Whether the model's linear layers may be laid out anew: on a CPU, in float32, without autocast, up to 4 GiB."""
+    size = sum(layer.weight.numel() * layer.weight.element_size() for layer in _suitable(model))
+    return (
+        switched_on("prepacked")
+        and torch.backends.mkldnn.is_available()
+        and not torch.is_autocast_enabled("cpu")  # which would hand over inputs in another precision
+        and 0 < size <= _MOST_BYTES
+    )
 
 
 @contextmanager
@@ -28,29 +62,19 @@ def prepacked_linears(model: nn.Module, rows: int) -> Iterator[None]:
     Args:
         rows: how many rows a call will have, about.
     """
-    layers = [each for each in model.modules() if type(each) is nn.Linear and _suits(each)]
-    size = sum(layer.weight.numel() * layer.weight.element_size() for layer in layers)
-    packs = switched_on("prepacked") and torch.backends.mkldnn.is_available() and size <= _MOST_BYTES
-    packs = packs and not torch.is_autocast_enabled("cpu")  # which would hand over inputs in another precision
+    layers = _suitable(model) if prepacks(model) else []
     try:
-        for layer in layers if packs else ():
-            vars(layer)["forward"] = _Packed(layer, rows)  # found before the class's own
+        for layer in layers:
+            vars(layer)["forward"] = PackedLinear([layer], rows)  # found before the class's own
         yield
     finally:
         for layer in layers:
             vars(layer).pop("forward", None)
 
 
+def _suitable(model: nn.Module) -> list[nn.Linear]:
+    return [each for each in model.modules() if type(each) is nn.Linear and _suits(each)]
+
+
 def _suits(layer: nn.Linear) -> bool:
     return layer.weight.device.type == "cpu" and layer.weight.dtype == torch.float32 and "forward" not in vars(layer)
-
-
-class _Packed:
-    """The forward of a linear layer."""
-
-    def __init__(self, layer: nn.Linear, rows: int):
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), rows)
-        self.bias = layer.bias
-
-    def __call__(self, inputs: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, "none", [], "")

@@ -1,9 +1,10 @@
 """Rows of different lengths read by one model without padding, and a key-value store that is written in place.
 
 Inside `rows_of`, the attention of a transformers model is ours: first over whole rows that stand side by side, each
-attending to itself alone (`Rows.read`), then a token a row (`Rows.step`). Keys and values go into one buffer a layer,
-aligned at the right end of the prompts, so that a step writes one column for all rows; transformers' cache copies
-everything it holds at every step. Whether a model can be read so is tried once against its own output (`reads_rows`).
+attending to itself alone (`Rows.read`), then a token a row (`Rows.step`), with a `LeanDecoder` if there is one. Keys
+and values go into one buffer a layer, aligned at the right end of the prompts, so that a step writes one column for all
+rows; transformers' cache copies everything it holds at every step. Whether a model can be read so is tried once against
+its own output (`reads_rows`).
 """
 
 import weakref
@@ -18,14 +19,16 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from promptkd.data.prefixes import Pack
-from promptkd.models.packed import pack_inputs, row_attention, softcapped_attention
+from promptkd.models.lean_decoder import LeanDecoder
+from promptkd.models.packed import pack_inputs
+from promptkd.models.row_attention import row_attention, softcapped_attention
 from promptkd.switches import switched_on
 
 __all__ = ["Rows", "reads_rows", "rows_of"]
 
 _NAME = "promptkd_row_cache"
 _reading: list["Rows"] = []  # the rows whose keys and values the running forward reads; the last one counts
-_known: weakref.WeakKeyDictionary[PreTrainedModel, bool] = weakref.WeakKeyDictionary()
+_known: weakref.WeakKeyDictionary[PreTrainedModel, dict[bool, bool]] = weakref.WeakKeyDictionary()
 
 
 @dataclass
@@ -33,19 +36,22 @@ class _Layer:
     keys: Tensor
     """(R, G, width + room, D) for R rows and G key-value heads."""
     values: Tensor
+    how: dict[str, Any]
+    """Scaling, sliding window and soft cap, as the layer itself gives them."""
 
 
 class Rows:
     """The rows of one decode, read by one model. `rows_of` makes them."""
 
-    def __init__(self, model: PreTrainedModel, room: int):
-        self.model, self.room = model, room
+    def __init__(self, model: PreTrainedModel, room: int, lean: LeanDecoder | None = None):
+        self.model, self.room, self.lean = model, room, lean
         self.lengths: list[int] = []
         self.width = 0
         """Columns that are filled: the longest prompt, and the tokens since."""
         self._layers: dict[int, _Layer] = {}
         self._pack: Pack | None = None
         self._absent: Tensor | None = None
+        self._seen: Tensor | None = None
 
     def read(self, prompts: Sequence[Sequence[int]], prompt: Tensor | None = None) -> Tensor:
         """Hidden states (R, H) behind the last token of each prompt.
@@ -68,9 +74,13 @@ class Rows:
     def step(self, tokens: Tensor) -> Tensor:
         """Hidden states (R, H) behind one more token a row, (R,)."""
         self.width += 1
-        positions = torch.tensor(self.lengths, device=tokens.device)[:, None]
+        assert self._absent is not None
+        self._seen = ~self._absent[:, None, None, : self.width]
+        positions = torch.tensor(self.lengths, device=tokens.device)
         self.lengths = [length + 1 for length in self.lengths]
-        return self._forward(input_ids=tokens[:, None], position_ids=positions)[:, -1]
+        if self.lean is not None:
+            return self.lean(tokens, positions, self._attend_to_past)
+        return self._forward(input_ids=tokens[:, None], position_ids=positions[:, None])[:, -1]
 
     def keep(self, slots: Sequence[int]) -> None:
         """Row i is from now on what row `slots[i]` was. No row may move to a place behind its own."""
@@ -103,18 +113,23 @@ class Rows:
     ) -> Tensor:
         """Attention output (B, T, heads, D) of `query` (B, heads, T, D), B = 1 for whole rows and T = 1 for a step."""
         index = int(module.layer_idx)  # type: ignore[arg-type]
-        if index not in self._layers:
-            self._layers[index] = self._stored(key[0], value[0])
-            assert self._pack is not None
-            how = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap}
-            return row_attention(query, key, value, self._pack, **how)  # type: ignore[arg-type]
+        if index in self._layers:
+            return self._attend_to_past(index, query, key, value)
+        how = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap}
+        self._layers[index] = self._stored(key[0], value[0], how)
+        assert self._pack is not None
+        return row_attention(query, key, value, self._pack, **how)  # type: ignore[arg-type]
+
+    def _attend_to_past(self, index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """(R, 1, heads, D) of one token a row, whose keys and values take the place of the running column."""
         layer, rows, column = self._layers[index], query.shape[0], self.width - 1
         layer.keys[:rows, :, column] = key[:, :, 0]
         layer.values[:rows, :, column] = value[:, :, 0]
+        scaling, sliding_window, softcap = layer.how.values()
         first = 0 if sliding_window is None else max(0, self.width - sliding_window)
         keys, values = (each[:rows, :, first : self.width] for each in (layer.keys, layer.values))
-        assert self._absent is not None
-        seen = ~self._absent[:, None, None, first : self.width]
+        assert self._seen is not None
+        seen = self._seen[..., first:]
         grouped = query.reshape(rows, keys.shape[1], -1, query.shape[-1])  # heads that share keys stand together
         if softcap is None:
             out = scaled_dot_product_attention(grouped, keys, values, seen, scale=scaling)
@@ -123,7 +138,7 @@ class Rows:
             out = softcapped_attention(grouped, keys, values, seen, scale=scale, softcap=softcap)
         return out.reshape(rows, 1, -1, value.shape[-1])
 
-    def _stored(self, key: Tensor, value: Tensor) -> _Layer:
+    def _stored(self, key: Tensor, value: Tensor, how: dict[str, Any]) -> _Layer:
         """The buffers of a layer, with the pack's keys and values (G, S, D) in their rows."""
         assert self._pack is not None
         rows, columns = len(self.lengths), self.width + self.room
@@ -132,7 +147,7 @@ class Rows:
         for row, path in enumerate(self._pack.paths):
             place = slice(self.width - len(path), self.width)
             keys[row, :, place], values[row, :, place] = key[:, path], value[:, path]
-        return _Layer(keys, values)
+        return _Layer(keys, values, how)
 
 
 def _attention(
@@ -159,44 +174,46 @@ AttentionInterface.register(_NAME, _attention)
 
 
 @contextmanager
-def rows_of(model: PreTrainedModel, room: int) -> Iterator[Rows]:
+def rows_of(model: PreTrainedModel, room: int, lean: LeanDecoder | None = None) -> Iterator[Rows]:
     """Rows that `model` reads while this is entered.
 
     Args:
         model: a decoder of transformers for which `reads_rows` holds, in evaluation mode.
         room: how many tokens may follow a prompt.
+        lean: what takes a step in place of the model.
     """
     before = model.config._attn_implementation
     model.set_attn_implementation(_NAME)
     try:
-        yield Rows(model, room)
+        yield Rows(model, room, lean)
     finally:
         model.set_attn_implementation(before)
 
 
-def reads_rows(model: PreTrainedModel) -> bool:
+def reads_rows(model: PreTrainedModel, lean: LeanDecoder | None = None) -> bool:
     """Whether `Rows` gives this model's own hidden states, tried once on two rows and a step."""
     if not switched_on("row_cache"):
         return False
     kinds = model.config.get_text_config().to_dict().get("layer_types") or []
     if not set(kinds) <= {"full_attention", "sliding_attention"}:  # two short rows would not show another kind
         return False
-    if model not in _known:
+    known = _known.setdefault(model, {})
+    if (lean is not None) not in known:
         training = model.training
         model.eval()
         try:
             with torch.no_grad():
-                _known[model] = _agrees(model)
+                known[lean is not None] = _agrees(model, lean)
         finally:
             model.train(training)
-    return _known[model]
+    return known[lean is not None]
 
 
-def _agrees(model: PreTrainedModel) -> bool:
+def _agrees(model: PreTrainedModel, lean: LeanDecoder | None) -> bool:
     device = model.get_input_embeddings().weight.device
     prompts, further = [[0, 1, 2], [3, 0]], [1, 2]
     try:
-        with rows_of(model, room=1) as rows:
+        with rows_of(model, 1, lean) as rows:
             got = [rows.read(prompts), rows.step(torch.tensor(further, device=device))]
     except (RuntimeError, TypeError, AttributeError, KeyError, IndexError):  # not of the form that transformers gives
         return False

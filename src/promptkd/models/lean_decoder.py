@@ -1,0 +1,120 @@
+"""A token a row through the layers of Llama's family, in some twenty operations a layer.
+
+For a handful of rows, what goes on around the matrices in transformers' modules costs nearly as much time as reading
+the weights. Here matrices that read the same input are one, and everything else is one operation where it can be.
+"""
+
+from collections.abc import Callable
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.functional import rms_norm
+from transformers import PreTrainedModel
+
+from promptkd.models.prepacked import PackedLinear, prepacks
+from promptkd.switches import switched_on
+
+__all__ = ["Attend", "LeanDecoder"]
+
+_FAMILIES = {"llama", "mistral", "qwen2", "qwen3"}
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""The index of a layer, its query (R, heads, 1, D), key and value (R, key-value heads, 1, D), to (R, 1, heads, D)."""
+
+
+class _Layer(NamedTuple):
+    norm: nn.Module
+    query_key_value: PackedLinear
+    head_norms: tuple[nn.Module, nn.Module] | None
+    output: PackedLinear
+    middle_norm: nn.Module
+    gate_up: PackedLinear
+    activation: nn.Module
+    down: PackedLinear
+
+
+class LeanDecoder:
+    """The backbone of a model, for one token a row, with the weights that it has when this is made.
+
+    Args:
+        model: one for which `suits` holds.
+        rows: how many rows a step will have, about.
+    """
+
+    def __init__(self, model: PreTrainedModel, rows: int):
+        backbone, attention = model.base_model, model.base_model.layers[0].self_attn
+        self._embed, self._norm, self._rotary = backbone.embed_tokens, backbone.norm, backbone.rotary_emb
+        self._head_size: int = attention.head_dim
+        self._queries = attention.q_proj.out_features // self._head_size
+        self._keys = attention.k_proj.out_features // self._head_size
+        self._layers = [_layer(each, rows) for each in backbone.layers]
+
+    @staticmethod
+    def suits(model: PreTrainedModel) -> bool:
+        """Whether the model is of Llama's family as transformers has it, on a CPU, whole, in float32, without hooks."""
+        if not switched_on("lean_decoder") or model.config.model_type not in _FAMILIES or not prepacks(model):
+            return False
+        if any(each._forward_hooks or each._forward_pre_hooks for each in model.modules()):
+            return False  # they would not be called
+        linears = [_linears(layer) for layer in model.base_model.layers]
+        return all(
+            type(linear) is nn.Linear and prepacks(linear) and not isinstance(linear.weight, DTensor)
+            for linear in chain(*linears)
+        ) and all(_alike(query, key, value) and _alike(gate, up) for query, key, value, _, gate, up, _ in linears)
+
+    def __call__(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """Hidden states (R, H) behind `tokens` (R,), which stand at `positions` (R,) of their rows."""
+        rows = len(tokens)
+        hidden = self._embed(tokens)  # (R, H)
+        cosines, sines = (each[:, 0, None] for each in self._rotary(hidden, positions[:, None]))  # (R, 1, D)
+        half = self._head_size // 2
+        sines = torch.cat([-sines[..., :half], sines[..., half:]], -1)
+        turned = self._queries + self._keys
+        for index, layer in enumerate(self._layers):
+            mixed = layer.query_key_value(_normed(layer.norm, hidden))
+            mixed = mixed.view(rows, -1, self._head_size)  # (R, heads, D): of queries, keys and values
+            if layer.head_norms is None:
+                heads = mixed[:, :turned]
+            else:
+                both = mixed[:, : self._queries], mixed[:, self._queries : turned]
+                heads = torch.cat([_normed(*each) for each in zip(layer.head_norms, both, strict=True)], 1)
+            heads = torch.addcmul(heads * cosines, heads.roll(half, -1), sines)  # rotary positions
+            query, key, value = heads[:, : self._queries], heads[:, self._queries :], mixed[:, turned:]
+            seen = attend(index, query[:, :, None], key[:, :, None], value[:, :, None])
+            hidden = layer.output(seen.reshape(rows, -1), plus=hidden)
+            gate, up = layer.gate_up(_normed(layer.middle_norm, hidden)).chunk(2, -1)
+            hidden = layer.down(layer.activation(gate) * up, plus=hidden)
+        return _normed(self._norm, hidden)
+
+
+def _linears(layer: Any) -> list[nn.Linear]:
+    attention, mlp = layer.self_attn, layer.mlp
+    projections = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+    return [*projections, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+
+
+def _alike(*linears: nn.Linear) -> bool:
+    """Whether all of them have a bias, or none has."""
+    return len({linear.bias is None for linear in linears}) == 1
+
+
+def _layer(layer: Any, rows: int) -> _Layer:
+    query, key, value, output, gate, up, down = _linears(layer)
+    attention, mlp = layer.self_attn, layer.mlp
+    return _Layer(
+        layer.input_layernorm,
+        PackedLinear([query, key, value], rows),
+        (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None,
+        PackedLinear([output], rows),
+        layer.post_attention_layernorm,
+        PackedLinear([gate, up], rows),
+        mlp.act_fn,
+        PackedLinear([down], rows),
+    )
+
+
+def _normed(norm: nn.Module, inputs: Tensor) -> Tensor:
+    return rms_norm(inputs, norm.weight.shape, norm.weight, norm.variance_epsilon)  # type: ignore[arg-type]
