@@ -19,27 +19,39 @@ def step_flops(
 ) -> dict[str, float]:
     """Floating-point operations of prompt step and student step together, attention's and the heads' among them.
 
-    Counted over real tokens, those that several rows begin with once; two for a multiplication with its addition: the
-    student forward once and backward; the plain teacher forward; the prompted teacher forward twice (the prompt has
-    moved in between) and backward once, to its inputs alone; every distribution projected once, at response tokens
-    alone. What runs element by element (norms, softmax, optimiser) counts nothing.
+    Counted over real tokens without the last of each row, which predicts none, and those that several rows begin with
+    once; two for a multiplication with its addition: the student forward once and backward; the plain teacher forward;
+    the prompted teacher forward twice (the prompt has moved in between) and backward once, to its inputs alone; every
+    distribution projected once, at response tokens alone, where alone the last layer counts behind its attention. What
+    runs element by element (norms, softmax, optimiser) counts nothing.
     """
     responses = sum(len(row.response_ids) for row in rows)
-    positions = pack_rows([[*row.prompt_ids, *row.response_ids] for row in rows], share=True).positions
+    pack = pack_rows([[*row.prompt_ids, *row.response_ids[:-1]] for row in rows], share=True)
+    positions = pack.positions
+    predicting = {
+        place for row, path in zip(rows, pack.paths, strict=True) for place in path[len(row.prompt_ids) - 1 :]
+    }
     further = [*range(prompt_length), *(position + prompt_length for position in positions)]
-    linear = (3 * _linear(student) + _linear(teacher)) * len(positions) + 3 * _linear(teacher) * len(further)
+    linear = (
+        3 * _linear(student, len(positions), len(predicting))
+        + _linear(teacher, len(positions), len(predicting))
+        + 3 * _linear(teacher, len(further), len(predicting))
+    )
     attention = 3 * _attention(student, positions) + _attention(teacher, positions) + 4 * _attention(teacher, further)
     # student: forward, backward to inputs and weights; plain: forward; prompted: forward twice, backward to inputs
     head = (3 * _head(student) + 4 * _head(teacher)) * responses
     return {"total": linear + attention + head, "attention": attention, "head": head}
 
 
-def _linear(model: nn.Module) -> int:
-    """FLOPs a token of the matrices between embedding and head."""
+def _linear(model: nn.Module, tokens: int, predicting: int) -> int:
+    """FLOPs of the matrices between embedding and head, over all tokens and over those whose states are asked for."""
     backbone = text_model(model).base_model
     layers = [layer for layer in backbone.modules() if not isinstance(layer, nn.Embedding)]
     weights = [weight for layer in layers for weight in layer.parameters(recurse=False) if weight.ndim == 2]
-    return 2 * sum(weight.numel() for weight in weights)
+    last = backbone.layers[-1]
+    behind_attention = [*last.self_attn.o_proj.parameters(), *last.mlp.parameters()]
+    everywhere = sum(weight.numel() for weight in weights)
+    return 2 * (everywhere * tokens - sum(weight.numel() for weight in behind_attention) * (tokens - predicting))
 
 
 def _head(model: nn.Module) -> int:

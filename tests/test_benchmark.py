@@ -14,7 +14,7 @@ from commands import rows, write_rows
 from promptkd.data.encode import EncodedExample
 from promptkd.data.packing import right_pad
 from promptkd.models import head_logits
-from promptkd.models.scoring import padded_hidden
+from promptkd.models.packed import packed_hidden
 from tiny import save_model, tiny_model
 
 
@@ -81,15 +81,18 @@ def test_a_variant_that_there_is_not_is_refused(monkeypatch, capsys):
     assert "theirs" in capsys.readouterr().err
 
 
-def test_the_floor_counts_the_products_of_both_steps():
+def test_the_floor_counts_the_products_of_both_steps(monkeypatch):
     """torch's own counter over one row; it takes attention as full, which the floor takes as causal."""
+    monkeypatch.delenv("PROMPTKD_OFF", raising=False)
     student, teacher = tiny_model("llama", layers=2), tiny_model("llama", layers=3, hidden=24).requires_grad_(False)
     row = EncodedExample([1, 2, 3, 4], [5, 6, 7], (), "", 0)
     batch, prompt = right_pad([row.prompt_ids], [row.response_ids]), torch.zeros(2, 24, requires_grad=True)
 
     def read(model, vectors=None):
-        return head_logits(model, padded_hidden(model, batch, vectors))
+        return head_logits(model, packed_hidden(model, batch, vectors))
 
+    for model in (student, teacher):
+        read(model)  # packs are tried once
     with FlopCounterMode(display=False) as counter:
         read(student).sum().backward()
         read(teacher, prompt).sum().backward()

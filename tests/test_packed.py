@@ -4,19 +4,23 @@ import logging
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AttentionInterface
 
 from promptkd.data.packing import right_pad
 from promptkd.errors import RequestError
-from promptkd.models import response_hidden
+from promptkd.models import packed, response_hidden
+from promptkd.models.lean_layers import is_lean, lean_states
 from promptkd.models.packed import packed_hidden, packs
 from promptkd.models.scoring import padded_hidden
 from promptkd.switches import switched_on
 from tiny import tiny_model
 
-ARCHITECTURES = ("gpt2", "opt", "llama", "qwen2", "gemma", "gemma2", "mistral", "cohere", "granite")
+LEAN = ("llama", "qwen2", "qwen3", "mistral")
+ARCHITECTURES = (*LEAN, "gpt2", "opt", "gemma", "gemma2", "cohere", "granite")
 SETTINGS = {
     "mistral": {"sliding_window": 4, "head_dim": 8},
+    "qwen3": {"head_dim": 8},
     "gemma2": {"attn_logit_softcapping": 1.5},  # a soft cap that the random scores reach
 }
 
@@ -107,11 +111,14 @@ def test_what_rows_have_in_common_is_read_once_and_changes_nothing(architecture,
     assert relative_gap(our_gradient, their_gradient) < 1e-4
     monkeypatch.setenv("PROMPTKD_OFF", "shared_prefixes")
     packed_hidden(model, batch, prompt)
-    assert read[-1] == sum(batch.lengths) + length * len(batch.lengths)
+    assert read[-1] == sum(map(len, real_tokens(batch))) + length * len(batch.lengths)
 
 
 def real_tokens(batch):
-    return [row[:length] for row, length in zip(batch.input_ids.tolist(), batch.lengths, strict=True)]
+    """What a pass must read of every row: up to the token that predicts the last one."""
+    rows, columns = batch.rows.tolist(), batch.columns.tolist()
+    ends = [max((at for row, at in zip(rows, columns, strict=True) if row == each), default=0) for each in range(99)]
+    return [row[: end + 1] for row, end in zip(batch.input_ids.tolist(), ends, strict=False)]
 
 
 def test_rows_share_nothing_where_dropout_would_drop_the_same_in_all_of_them():
@@ -125,7 +132,68 @@ def test_rows_share_nothing_where_dropout_would_drop_the_same_in_all_of_them():
         lambda module, args, kwargs: read.append(kwargs["position_ids"].shape[1]), with_kwargs=True
     )
     packed_hidden(model, batch, None)
-    assert read == [sum(batch.lengths)]
+    assert read == [sum(map(len, real_tokens(batch)))]
+
+
+# ------------------------------------------------------------------------------------------- layers of Llama's family
+
+
+@pytest.mark.parametrize("architecture", LEAN)
+def test_lean_layers_equal_the_models_own(architecture, monkeypatch):
+    model, batch = model_of(architecture), batch_of_common_beginnings(1)
+    prompt, run = vectors(model, 3), []
+    monkeypatch.setattr(packed, "lean_states", lambda *args: run.append(len(args)) or lean_states(*args))
+    packed_hidden(model, batch, prompt)
+    assert len(run) == 2  # the trial, and the pack
+    ours, our_gradient = states_and_gradients(packed_hidden, model, batch, prompt)
+    monkeypatch.setenv("PROMPTKD_OFF", "lean_layers")
+    theirs, their_gradient = states_and_gradients(packed_hidden, model, batch, prompt)
+    assert len(run) == 3
+    assert relative_gap(ours, theirs) < 1e-6
+    assert relative_gap(our_gradient, their_gradient) < 1e-5
+    assert not torch.equal(ours, theirs)  # another way was taken
+
+
+def test_layers_with_lora_are_lean_too():
+    model, batch = model_of("llama"), random_batch(2)
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights=False)).eval()
+    learned = [each for each in adapted.parameters() if each.requires_grad]
+    assert is_lean(model)
+    found = []
+    for hidden_of in (packed_hidden, padded_hidden):
+        hidden = hidden_of(model, batch, None)
+        gradients = torch.autograd.grad(hidden.square().sum(), learned)
+        found.append([hidden.detach(), torch.cat([each.flatten() for each in gradients])])
+    assert relative_gap(found[0][0], found[1][0]) < 1e-5
+    assert relative_gap(found[0][1], found[1][1]) < 1e-4
+
+
+def test_a_model_whose_modules_must_be_called_is_not_lean():
+    assert is_lean(model_of("llama"))
+    hooked, replaced = model_of("llama"), model_of("llama")
+    hooked.model.layers[0].register_forward_pre_hook(lambda module, args: None)
+    replaced.model.layers[0].mlp.forward = lambda hidden: hidden
+    others = (model_of("llama", dtype=torch.float64), model_of("gemma"), model_of("gpt2"))
+    assert not any(map(is_lean, (hooked, replaced, *others)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not is_lean(model_of("llama"))
+
+
+def test_a_model_that_only_looks_like_llamas_family_keeps_its_layers(monkeypatch):
+    class Doubled(type(model_of("llama").model.layers[0].mlp)):
+        def forward(self, hidden):
+            return 2 * super().forward(hidden)
+
+    model, batch = model_of("llama"), random_batch(0)
+    model.model.layers[1].mlp.__class__ = Doubled
+    assert is_lean(model)
+    assert relative_gap(packed_hidden(model, batch, None), padded_hidden(model, batch, None)) < 1e-5
+
+
+def test_dropout_in_attention_is_left_to_the_model(monkeypatch):
+    model = model_of("llama", attention_dropout=0.5).train()
+    monkeypatch.setattr(packed, "lean_states", None)
+    assert packed_hidden(model, random_batch(0), None).isfinite().all()
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "opt"])  # the others compute their norms in float32 whatever comes

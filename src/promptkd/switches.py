@@ -14,6 +14,7 @@ VARIABLE = "PROMPTKD_OFF"
 DEVICES = {
     "packing": "rows stand side by side in one sequence instead of being padded to the longest",
     "shared_prefixes": "on CPU, what several rows of a pack begin with is read once",
+    "lean_layers": "on CPU, packs run through layers of Llama's family that are written out, with their backward",
     "row_cache": "decoding keeps keys and values in place, and reads prompts without padding",
     "prepacked": "decoding has the weights laid out anew for the processor",
     "lean_decoder": "on CPU, decoding runs the layers of Llama's family in a few joined operations",

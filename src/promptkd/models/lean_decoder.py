@@ -10,16 +10,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.functional import rms_norm
 from transformers import PreTrainedModel
 
+from promptkd.models.lean_layers import is_lean
 from promptkd.models.prepacked import PackedLinear, prepacks
 from promptkd.switches import switched_on
 
 __all__ = ["Attend", "LeanDecoder"]
-
-_FAMILIES = {"llama", "mistral", "qwen2", "qwen3"}
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """The index of a layer, its query (R, heads, 1, D), key and value (R, key-value heads, 1, D), to (R, 1, heads, D)."""
@@ -54,16 +52,13 @@ class LeanDecoder:
 
     @staticmethod
     def suits(model: PreTrainedModel) -> bool:
-        """Whether the model is of Llama's family as transformers has it, on a CPU, whole, in float32, without hooks."""
-        if not switched_on("lean_decoder") or model.config.model_type not in _FAMILIES or not prepacks(model):
+        """Whether `is_lean` holds, and the weights of joined layers may be copied."""
+        if not switched_on("lean_decoder") or not is_lean(model) or not prepacks(model):
             return False
-        if any(each._forward_hooks or each._forward_pre_hooks for each in model.modules()):
-            return False  # they would not be called
         linears = [_linears(layer) for layer in model.base_model.layers]
-        return all(
-            type(linear) is nn.Linear and prepacks(linear) and not isinstance(linear.weight, DTensor)
-            for linear in chain(*linears)
-        ) and all(_alike(query, key, value) and _alike(gate, up) for query, key, value, _, gate, up, _ in linears)
+        return all(type(linear) is nn.Linear for linear in chain(*linears)) and all(
+            _alike(query, key, value) and _alike(gate, up) for query, key, value, _, gate, up, _ in linears
+        )
 
     def __call__(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Hidden states (R, H) behind `tokens` (R,), which stand at `positions` (R,) of their rows."""

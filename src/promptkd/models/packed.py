@@ -4,7 +4,8 @@ Positions begin anew with every row. On CPU attention runs row by row, by `row_a
 a pack runs: it needs no mask, and decoding, which does need one, must never meet it. On GPUs flash attention reads the
 rows' ends, the `cu_seq_lens` that transformers hands to its attention functions; there every row stands whole.
 
-Whether a model keeps the rows of a pack apart is tried once, on a few tokens; the others are scored padded.
+Whether a model keeps the rows of a pack apart is tried once, on a few tokens; the others are scored padded. On CPU
+those of Llama's family run through `lean_states`.
 """
 
 import logging
@@ -21,6 +22,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from promptkd.data.packing import TokenBatch
 from promptkd.data.prefixes import Pack, pack_rows
 from promptkd.models.dropout import applies_dropout
+from promptkd.models.lean_layers import is_lean, lean_states
 from promptkd.models.row_attention import row_attention
 from promptkd.switches import switched_on
 
@@ -29,7 +31,9 @@ __all__ = ["in_place_again", "pack_inputs", "packed_hidden", "packs"]
 _ROWS = "promptkd_rows"
 _LONGEST = 2048  # tokens in a pack on CPU: more make the matrix products no faster
 
+_TRIAL = [[0, 1, 2], [0, 3]]  # rows of tokens
 _known: weakref.WeakKeyDictionary[PreTrainedModel, bool] = weakref.WeakKeyDictionary()
+_known_lean: weakref.WeakKeyDictionary[PreTrainedModel, bool] = weakref.WeakKeyDictionary()
 _running: list[Pack] = []  # the packs whose forward runs; the last one counts
 _logger = logging.getLogger(__name__)
 
@@ -55,12 +59,12 @@ def _has_row_attention(inner: PreTrainedModel) -> bool:
 
 def _keeps_rows_apart(inner: PreTrainedModel) -> bool:
     device = inner.get_input_embeddings().weight.device
-    rows = [[0, 1, 2], [0, 3]]
     training = inner.training
     inner.eval()
     try:
         with torch.no_grad():
-            (pack, both), alone = _pack(inner, rows, None), torch.tensor(rows[1:], device=device)
+            pack, inputs = _pack(inner, _TRIAL, None)
+            both, alone = _states(inner, pack, inputs), torch.tensor(_TRIAL[1:], device=device)
             expected = inner.base_model(input_ids=alone, use_cache=False).last_hidden_state[0]
     finally:
         inner.train(training)
@@ -83,25 +87,48 @@ def _is_sharded(inner: PreTrainedModel) -> bool:
 
 
 def _response_states(inner: PreTrainedModel, batch: TokenBatch, prompt: Tensor | None) -> Tensor:
-    ids = [row[:length] for row, length in zip(batch.input_ids.tolist(), batch.lengths, strict=True)]
-    pack, hidden = _pack(inner, ids, prompt)
-    length = 0 if prompt is None else prompt.shape[0]
     rows, columns = batch.rows.tolist(), batch.columns.tolist()
+    ends = [1] * len(batch.lengths)  # what stands behind the last token that predicts one changes nothing
+    for row, column in zip(rows, columns, strict=True):
+        ends[row] = max(ends[row], column + 1)
+    pack, inputs = _pack(inner, [row[:end] for row, end in zip(batch.input_ids.tolist(), ends, strict=True)], prompt)
+    length = 0 if prompt is None else prompt.shape[0]
     places = [pack.paths[row][column + length] for row, column in zip(rows, columns, strict=True)]
-    return hidden[torch.tensor(places, dtype=torch.long, device=hidden.device)]
+    wanted = torch.tensor(places, dtype=torch.long, device=batch.input_ids.device)
+    if _reads_lean(inner):
+        return lean_states(inner, pack, inputs, wanted)
+    return _states(inner, pack, inputs)[wanted]
 
 
-def _pack(inner: PreTrainedModel, rows: Sequence[Sequence[int]], prompt: Tensor | None) -> tuple[Pack, Tensor]:
-    """The rows as a pack, the prompt's vectors at their beginnings, and the last hidden states (S, H) of its places."""
+def _reads_lean(inner: PreTrainedModel) -> bool:
+    """Whether `lean_states` gives this model's own states."""
+    if not switched_on("lean_layers") or not is_lean(inner) or applies_dropout(inner):
+        return False
+    if inner not in _known_lean:
+        pack, inputs = _pack(inner, _TRIAL, None)
+        places = torch.arange(len(pack.tokens))
+        with torch.no_grad():
+            expected, got = _states(inner, pack, inputs), lean_states(inner, pack, inputs, places)
+        _known_lean[inner] = torch.allclose(got, expected, rtol=0, atol=1e-3 * float(expected.abs().max()))
+    return _known_lean[inner]
+
+
+def _pack(
+    inner: PreTrainedModel, rows: Sequence[Sequence[int]], prompt: Tensor | None
+) -> tuple[Pack, dict[str, Tensor]]:
+    """The rows as a pack, the prompt's vectors at their beginnings, and what the backbone is called with."""
+    on_cpu = inner.get_input_embeddings().weight.device.type == "cpu"
+    share = on_cpu and switched_on("shared_prefixes") and not applies_dropout(inner)
+    return pack_inputs(inner, rows, prompt, share=share)
+
+
+def _states(inner: PreTrainedModel, pack: Pack, inputs: dict[str, Tensor]) -> Tensor:
+    """The last hidden states (S, H) of a pack's places, by the model's own layers."""
     device = inner.get_input_embeddings().weight.device
-    share = device.type == "cpu" and switched_on("shared_prefixes") and not applies_dropout(inner)
-    pack, inputs = pack_inputs(inner, rows, prompt, share=share)
     if device.type == "cpu":
         with _row_attention_in_place(inner, pack):
-            output = inner.base_model(**inputs, use_cache=False)
-    else:
-        output = inner.base_model(**inputs, use_cache=False, **_row_ends(pack, device))
-    return pack, output.last_hidden_state[0]
+            return inner.base_model(**inputs, use_cache=False).last_hidden_state[0]
+    return inner.base_model(**inputs, use_cache=False, **_row_ends(pack, device)).last_hidden_state[0]
 
 
 def pack_inputs(
