@@ -25,8 +25,9 @@ def is_lean(model: PreTrainedModel) -> bool:
     """Whether a model is of Llama's family, whole on a CPU, in float32, and nothing hooks into its modules."""
     if model.config.model_type not in _FAMILIES or torch.is_autocast_enabled("cpu"):
         return False
-    if any(each._forward_hooks or each._forward_pre_hooks or _has_own_forward(each) for each in model.modules()):
-        return False  # they would not be called
+    called = list(model.base_model.modules())
+    if any(each._forward_hooks or each._forward_pre_hooks or _has_own_forward(each) for each in called):
+        return False  # they would not be
     return all(
         weight.device.type == "cpu"
         and weight.dtype == torch.float32

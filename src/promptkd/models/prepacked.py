@@ -10,10 +10,11 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from promptkd.switches import switched_on
 
-__all__ = ["PackedLinear", "prepacked_linears", "prepacks"]
+__all__ = ["PackedLinear", "multiplies_by_onednn", "prepacked_linears", "prepacks"]
 
 _MOST_BYTES = 4 * 2**30  # of weights: a second copy of more is not worth its memory
 
@@ -41,15 +42,20 @@ class PackedLinear:
         return torch.ops.mkldnn._linear_pointwise.binary(inputs, plus, self.weight, self.bias, "add")
 
 
-def prepacks(model: nn.Module) -> bool:
-    """Whether the model's linear layers may be laid out anew: on a CPU, in float32, without autocast, up to 4 GiB."""
-    size = sum(layer.weight.numel() * layer.weight.element_size() for layer in _suitable(model))
+def multiplies_by_onednn(weight: Tensor) -> bool:
+    """Whether oneDNN may multiply by this weight here and now: on a CPU, in float32, without autocast."""
     return (
-        switched_on("prepacked")
+        weight.device.type == "cpu"
+        and weight.dtype == torch.float32
         and torch.backends.mkldnn.is_available()
         and not torch.is_autocast_enabled("cpu")  # which would hand over inputs in another precision
-        and 0 < size <= _MOST_BYTES
     )
+
+
+def prepacks(model: nn.Module) -> bool:
+    """Whether the model's linear layers may be laid out anew: those that oneDNN multiplies by, up to 4 GiB."""
+    size = sum(layer.weight.numel() * layer.weight.element_size() for layer in _suitable(model))
+    return switched_on("prepacked") and 0 < size <= _MOST_BYTES
 
 
 @contextmanager
@@ -60,21 +66,30 @@ def prepacked_linears(model: nn.Module, rows: int) -> Iterator[None]:
     differ from `nn.Linear` by rounding.
 
     Args:
-        rows: how many rows a call will have, about.
+        rows: the most rows that a step has; calls with more are left to torch.
     """
     layers = _suitable(model) if prepacks(model) else []
     try:
         for layer in layers:
-            vars(layer)["forward"] = PackedLinear([layer], rows)  # found before the class's own
+            vars(layer)["forward"] = _Step(layer, rows)  # found before the class's own
         yield
     finally:
         for layer in layers:
             vars(layer).pop("forward", None)
 
 
+class _Step:
+    """The forward of a layer: packed for a step, its own for prompts, of whose every length oneDNN keeps a program."""
+
+    def __init__(self, layer: nn.Linear, rows: int):
+        self._packed, self._layer, self._rows = PackedLinear([layer], rows), layer, rows
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        if inputs.numel() > self._rows * self._layer.in_features:
+            return linear(inputs, self._layer.weight, self._layer.bias)
+        return self._packed(inputs)
+
+
 def _suitable(model: nn.Module) -> list[nn.Linear]:
-    return [each for each in model.modules() if type(each) is nn.Linear and _suits(each)]
-
-
-def _suits(layer: nn.Linear) -> bool:
-    return layer.weight.device.type == "cpu" and layer.weight.dtype == torch.float32 and "forward" not in vars(layer)
+    layers = [each for each in model.modules() if type(each) is nn.Linear and "forward" not in vars(each)]
+    return [each for each in layers if multiplies_by_onednn(each.weight)]

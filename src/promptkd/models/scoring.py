@@ -12,7 +12,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from promptkd.data.packing import TokenBatch
 from promptkd.errors import RequestError
 from promptkd.models.packed import packed_hidden, packs
+from promptkd.models.prepacked import multiplies_by_onednn
 from promptkd.objectives.linear import Head
+from promptkd.switches import switched_on
 
 __all__ = [
     "check_scoring",
@@ -102,7 +104,11 @@ def linear_head(model: nn.Module) -> Head | None:
     if kind is not nn.Linear:
         return None
     tensors = [_gathered(each) for each in (layer.weight, layer.bias) if each is not None]
-    return Head(tensors[0], tensors[1] if len(tensors) > 1 else None, *_logit_transform(inner.config.get_text_config()))
+    bias = tensors[1] if len(tensors) > 1 else None
+    scale, softcap = _logit_transform(inner.config.get_text_config())
+    return Head(
+        tensors[0], bias, scale, softcap, onednn=switched_on("onednn_head") and multiplies_by_onednn(tensors[0])
+    )
 
 
 def _gathered(weight: Tensor) -> Tensor:

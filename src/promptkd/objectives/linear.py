@@ -11,7 +11,7 @@ processor's cache. The gradient takes the place of the logits.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,6 +35,9 @@ class Head:
     """(V,)"""
     scale: float = 1.0
     softcap: float | None = None
+    onednn: bool = False
+    """Whether oneDNN projects full chunks of tokens, a quarter faster on CPU. It keeps a program for every number of
+    tokens that it meets, so no others go there. For float32 alone."""
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """(C, H) to (C, V), written into `out` if that is given."""
@@ -64,7 +67,7 @@ class Head:
         if vocabulary == self.weight.shape[0]:
             return self
         bias = None if self.bias is None else self.bias[:vocabulary]
-        return Head(self.weight[:vocabulary], bias, self.scale, self.softcap)
+        return replace(self, weight=self.weight[:vocabulary], bias=bias)
 
 
 @dataclass(frozen=True)
@@ -176,22 +179,31 @@ class _Source:
         self._buffer: Tensor | None = None
 
     def sizes(self, chunk: int) -> list[int]:
-        """Tokens of each chunk: those of the kept logits, else equal shares of at most `chunk`."""
+        """Tokens of each chunk: those of the kept logits, else `chunk` as often as that goes, and the rest."""
         if self._read is not None:
             return [len(each) for each in self._read]
-        tokens = self.hidden.shape[0]
-        chunks = -(-tokens // chunk)
-        return [tokens * (index + 1) // chunks - tokens * index // chunks for index in range(chunks)]
+        return [len(part) for part in self.hidden.split(chunk)]
 
-    def logits(self, part: slice) -> Tensor:
+    def logits(self, part: slice, chunk: int) -> Tensor:
         """(C, V), the caller's to write over unless they are kept."""
         if self._read is not None:
             return self._read.pop(0)
         hidden = self.hidden[part]
-        if self._kept is not None:
-            self._kept.append(self.head.logits(hidden))
-            return self._kept[-1]
-        if hidden.device.type != "cpu" or torch.is_autocast_enabled("cpu") or hidden.dtype != self.head.weight.dtype:
+        if self._kept is None:
+            return self._projected(hidden, chunk)
+        self._kept.append(self._projected(hidden, chunk))
+        return self._kept[-1]
+
+    def _projected(self, hidden: Tensor, chunk: int) -> Tensor:
+        head = self.head
+        if head.onednn and len(hidden) == chunk and head.scale == 1.0 and head.softcap is None:
+            return torch.ops.mkldnn._linear_pointwise(hidden, head.weight, head.bias, "none", [], "")
+        if (
+            self._kept is not None
+            or hidden.device.type != "cpu"
+            or torch.is_autocast_enabled("cpu")
+            or hidden.dtype != self.head.weight.dtype
+        ):
             return self.head.logits(hidden)
         if self._buffer is None or len(self._buffer) < len(hidden):
             self._buffer = hidden.new_empty(len(hidden), self.head.weight.shape[0])
@@ -204,7 +216,7 @@ class _Given:
     def __init__(self, values: Tensor):
         self.hidden = values
 
-    def logits(self, part: slice) -> Tensor:
+    def logits(self, part: slice, chunk: int) -> Tensor:
         return self.hidden[part]
 
 
@@ -242,7 +254,7 @@ class _Chunked(torch.autograd.Function):
         for size in learner.sizes(chunk):
             part = slice(first, first + size)
             first += size
-            logits, *others = (each.logits(part) for each in (learner, *targets))
+            logits, *others = (each.logits(part, chunk) for each in (learner, *targets))
             total += _chunk_loss(kernel, learner.head, logits, others, figures)  # `logits` becomes the gradient
             if hidden_gradient is not None:
                 hidden_gradient[part] = logits @ weight.to(logits.dtype)
@@ -250,6 +262,7 @@ class _Chunked(torch.autograd.Function):
                 _add_product(weight_gradient, logits.T, hidden[part])
             if bias_gradient is not None:
                 bias_gradient += logits.sum(0)
+            del logits, others  # before the next ones are there
         ctx.save_for_backward(hidden_gradient, weight_gradient, bias_gradient)
         return total
 

@@ -35,7 +35,7 @@ else:
 __all__ = ["TeacherTuning"]
 
 _METHOD_STATE = "method.pt"
-_PART = 512  # tokens
+_PART = 1536  # tokens
 
 
 class TeacherTuning(_Trainer):
