@@ -29,7 +29,10 @@ def step_flops(
     pack = pack_rows([[*row.prompt_ids, *row.response_ids[:-1]] for row in rows], share=True)
     positions = pack.positions
     predicting = {
-        place for row, path in zip(rows, pack.paths, strict=True) for place in path[len(row.prompt_ids) - 1 :]
+        place
+        for row, path in zip(rows, pack.paths, strict=True)
+        if row.response_ids
+        for place in path[len(row.prompt_ids) - 1 :]
     }
     further = [*range(prompt_length), *(position + prompt_length for position in positions)]
     linear = (
@@ -51,7 +54,8 @@ def _linear(model: nn.Module, tokens: int, predicting: int) -> int:
     last = backbone.layers[-1]
     behind_attention = [*last.self_attn.o_proj.parameters(), *last.mlp.parameters()]
     everywhere = sum(weight.numel() for weight in weights)
-    return 2 * (everywhere * tokens - sum(weight.numel() for weight in behind_attention) * (tokens - predicting))
+    spared = sum(weight.numel() for weight in behind_attention if weight.ndim == 2)
+    return 2 * (everywhere * tokens - spared * (tokens - predicting))
 
 
 def _head(model: nn.Module) -> int:

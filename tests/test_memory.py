@@ -26,8 +26,8 @@ def world(tmp_path_factory):
 
 
 def kept_by_autograd(model, lengths, prompt=None):
-    requests = [[row + 1] * (length - 3) for row, length in enumerate(lengths)]  # that have no beginning in common
-    batch = right_pad(requests, [[7] * 3 for _ in lengths])
+    requests = [[row + 1] for row in range(len(lengths))]  # that have no beginning in common
+    batch = right_pad(requests, [[7] * (length - 1) for length in lengths])
     kept = {}
 
     def keep(tensor):
@@ -43,13 +43,19 @@ def kept_by_autograd(model, lengths, prompt=None):
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])  # gemma2: a soft cap, whose scores are kept
 def test_activations_are_those_that_autograd_keeps(architecture):
     model, lengths = tiny_model(architecture, layers=4, hidden=32), [70, 12, 33]
-    assert pass_cost(model).kept(lengths) == pytest.approx(kept_by_autograd(model, lengths), rel=0.1)
+    read = [length - 1 for length in lengths]  # nothing is predicted from the last token
+    assert pass_cost(model).kept(read) == pytest.approx(kept_by_autograd(model, lengths), rel=0.1)
+
+
+def test_activations_of_long_rows_follow_from_short_ones():
+    model = tiny_model(layers=4, hidden=32, max_position_embeddings=1024)
+    assert pass_cost(model).kept([799]) == pytest.approx(kept_by_autograd(model, [800]), rel=0.1)
 
 
 def test_a_prompted_pass_keeps_less_and_a_recomputed_one_far_less():
     model, lengths = tiny_model(layers=6, hidden=32).requires_grad_(False), [50, 20]
     prompt = torch.zeros(5, 32, requires_grad=True)
-    behind = [length + 5 for length in lengths]
+    behind = [length - 1 + 5 for length in lengths]
     prompted = pass_cost(model, prompted=True)
     assert prompted.kept(behind) == pytest.approx(kept_by_autograd(model, lengths, prompt), rel=0.1)
     with recomputed_layers(model):

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LNTuningConfig, LoraConfig, get_peft_model
 from transformers import AttentionInterface
 
 from promptkd.data.packing import right_pad
@@ -16,11 +16,14 @@ from promptkd.models.scoring import padded_hidden
 from promptkd.switches import switched_on
 from tiny import tiny_model
 
-LEAN = ("llama", "qwen2", "qwen3", "mistral")
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+LEAN = ("llama", "qwen2", "qwen3", "mistral", "llama, biases", "llama, scaled rotation")
 ARCHITECTURES = (*LEAN, "gpt2", "opt", "gemma", "gemma2", "cohere", "granite")
 SETTINGS = {
     "mistral": {"sliding_window": 4, "head_dim": 8},
     "qwen3": {"head_dim": 8},
+    "llama, biases": {"attention_bias": True, "mlp_bias": True},
+    "llama, scaled rotation": {"rope_parameters": YARN},
     "gemma2": {"attn_logit_softcapping": 1.5},  # a soft cap that the random scores reach
 }
 
@@ -34,7 +37,7 @@ def packing(monkeypatch):
 
 
 def model_of(architecture, **settings):
-    return tiny_model(architecture, **SETTINGS.get(architecture, {}), **settings)
+    return tiny_model(architecture.split(",")[0], **SETTINGS.get(architecture, {}), **settings)
 
 
 def random_batch(seed, rows=6):
@@ -117,8 +120,11 @@ def test_what_rows_have_in_common_is_read_once_and_changes_nothing(architecture,
 def real_tokens(batch):
     """What a pass must read of every row: up to the token that predicts the last one."""
     rows, columns = batch.rows.tolist(), batch.columns.tolist()
-    ends = [max((at for row, at in zip(rows, columns, strict=True) if row == each), default=0) for each in range(99)]
-    return [row[: end + 1] for row, end in zip(batch.input_ids.tolist(), ends, strict=False)]
+    ends = [
+        max((at for row, at in zip(rows, columns, strict=True) if row == each), default=0)
+        for each in range(len(batch.lengths))
+    ]
+    return [row[: end + 1] for row, end in zip(batch.input_ids.tolist(), ends, strict=True)]
 
 
 def test_rows_share_nothing_where_dropout_would_drop_the_same_in_all_of_them():
@@ -170,24 +176,41 @@ def test_layers_with_lora_are_lean_too():
 
 def test_a_model_whose_modules_must_be_called_is_not_lean():
     assert is_lean(model_of("llama"))
-    hooked, replaced = model_of("llama"), model_of("llama")
+    hooked, behind, replaced = (model_of("llama") for _ in range(3))
     hooked.model.layers[0].register_forward_pre_hook(lambda module, args: None)
+    behind.model.layers[0].mlp.register_full_backward_hook(lambda module, inward, outward: None)
     replaced.model.layers[0].mlp.forward = lambda hidden: hidden
+    tuned = get_peft_model(model_of("llama"), LNTuningConfig(target_modules=["input_layernorm"])).get_base_model()
     others = (model_of("llama", dtype=torch.float64), model_of("gemma"), model_of("gpt2"))
-    assert not any(map(is_lean, (hooked, replaced, *others)))
+    other_gates = model_of("llama", hidden_act="gelu")
+    assert not any(map(is_lean, (hooked, behind, replaced, tuned, other_gates, *others)))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert not is_lean(model_of("llama"))
 
 
-def test_a_model_that_only_looks_like_llamas_family_keeps_its_layers(monkeypatch):
+def test_a_model_that_only_looks_like_llamas_family_keeps_its_layers():
     class Doubled(type(model_of("llama").model.layers[0].mlp)):
         def forward(self, hidden):
             return 2 * super().forward(hidden)
 
     model, batch = model_of("llama"), random_batch(0)
     model.model.layers[1].mlp.__class__ = Doubled
-    assert is_lean(model)
+    assert not is_lean(model)
     assert relative_gap(packed_hidden(model, batch, None), padded_hidden(model, batch, None)) < 1e-5
+
+
+def test_a_trial_finds_out_what_classes_do_not_tell(monkeypatch):
+    model, batch = model_of("llama"), random_batch(0)
+    monkeypatch.setattr(packed, "lean_states", lambda *args: 2 * lean_states(*args))
+    assert relative_gap(packed_hidden(model, batch, None), padded_hidden(model, batch, None)) < 1e-5
+
+
+def test_second_derivatives_are_refused():
+    model, batch = model_of("llama"), random_batch(0)
+    weight = model.model.norm.weight
+    (gradient,) = torch.autograd.grad(packed_hidden(model, batch, None).square().sum(), weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
 
 
 def test_dropout_in_attention_is_left_to_the_model(monkeypatch):

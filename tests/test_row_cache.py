@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 
 from promptkd.evaluation import generate
 from promptkd.models.lean_decoder import LeanDecoder
-from promptkd.models.prepacked import prepacked_linears
+from promptkd.models.prepacked import PackedLinear, prepacked_linears
 from promptkd.models.row_cache import reads_rows, rows_of
 from tiny import ARCHITECTURES, tiny_model
 
@@ -106,13 +106,22 @@ LLAMAS = {
     "mistral": {"sliding_window": 4, "head_dim": 8},
     "qwen2": {},  # biases
     "qwen3": {"head_dim": 8},  # norms of heads
+    "llama, biases": {"attention_bias": True, "mlp_bias": True},
+    "llama, scaled rotation": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    },
 }
 
 
 @pytest.mark.parametrize("architecture", LLAMAS)
 @pytest.mark.parametrize("length", [0, 3])
 def test_the_lean_decoder_reads_rows_as_each_alone(architecture, length):
-    model = tiny_model(architecture, **LLAMAS[architecture])
+    model = tiny_model(architecture.split(",")[0], **LLAMAS[architecture])
     assert LeanDecoder.suits(model)
     lean = LeanDecoder(model, 3)
     assert reads_rows(model, lean)
@@ -168,25 +177,37 @@ def test_a_model_that_only_looks_like_llamas_family_is_found_out():
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "opt"])  # without and with biases
-def test_prepacked_layers_give_the_same_logits(architecture):
-    model, ids = tiny_model(architecture), torch.tensor([[4, 9, 2], [7, 7, 1]])
+def test_prepacked_layers_give_the_same_logits(architecture, monkeypatch):
+    model, ids, called = tiny_model(architecture), torch.tensor([[4, 9, 2], [7, 7, 1]]), []
+    product = PackedLinear.__call__
+    monkeypatch.setattr(PackedLinear, "__call__", lambda self, *args: called.append(self) or product(self, *args))
     with torch.no_grad():
         expected = model(ids).logits
-        with prepacked_linears(model, 2):
+        with prepacked_linears(model, 6):
             got = model(ids).logits
             assert "forward" in vars(model.lm_head)
     assert "forward" not in vars(model.lm_head)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)
+    assert len(called) == sum(type(each) is torch.nn.Linear for each in model.modules())
+
+
+def test_more_rows_than_a_step_has_are_left_to_torch():
+    """oneDNN keeps a program for every number of rows, and prompts have any number of tokens."""
+    model, ids = tiny_model("llama"), torch.tensor([[4, 9, 2], [7, 7, 1]])
+    with torch.no_grad(), prepacked_linears(model, 5):
+        got = model(ids).logits
+    with torch.no_grad():
+        assert torch.equal(got, model(ids).logits)
 
 
 def test_prepacked_layers_see_weights_as_they_are_at_entry():
     model, ids = tiny_model("llama"), torch.tensor([[4, 9, 2]])
-    with torch.no_grad(), prepacked_linears(model, 1):
+    with torch.no_grad(), prepacked_linears(model, 3):
         before = model(ids).logits
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight.mul_(2)
         expected = model(ids).logits
-        with prepacked_linears(model, 1):
+        with prepacked_linears(model, 3):
             got = model(ids).logits
     assert (got - before).abs().max() > 1e-2
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)

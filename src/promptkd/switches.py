@@ -21,7 +21,7 @@ DEVICES = {
     "fused_head": "head and divergence run over a few hundred tokens at a time, with a gradient worked out by hand",
     "onednn_head": "on CPU, full chunks of tokens are projected by oneDNN",
     "shared_passes": "the student's pass serves the prompt's step and its own",
-    "split_prompt_pass": "on CPU the prompted teacher reads a few rows at a time, so that few activations are held",
+    "split_prompt_pass": "on CPU the prompted teacher reads 1,536 tokens at a time, so that few activations are held",
     "kept_logits": "the student's logits of the prompt's step are kept for its own, within `keep_logits_mib`",
 }
 

@@ -124,13 +124,11 @@ class _Reader(Protocol):
 def _laid_out(model: nn.Module, rows: int) -> Iterator[LeanDecoder | None]:
     """Lay weights out for steps of `rows` rows; yields what takes them in place of the backbone, if anything does."""
     inner = text_model(model)
-    lean = LeanDecoder(inner, rows) if LeanDecoder.suits(inner) else None
-    if lean is not None and reads_rows(inner, lean):
-        with prepacked_linears(inner.get_output_embeddings(), rows):
-            yield lean
-    else:
-        with prepacked_linears(model, rows):
-            yield None
+    lean = LeanDecoder(inner, rows) if LeanDecoder.suits(inner) and reads_rows(inner) else None
+    if lean is not None and not reads_rows(inner, lean):
+        lean = None
+    with prepacked_linears(model if lean is None else inner.get_output_embeddings(), rows):
+        yield lean
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 from transformers import PreTrainedModel
 
-from promptkd.models.lean_layers import is_lean
+from promptkd.models.lean_layers import head_norms, is_lean
 from promptkd.models.prepacked import PackedLinear, prepacks
 from promptkd.switches import switched_on
 
@@ -26,7 +26,7 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 class _Layer(NamedTuple):
     norm: nn.Module
     query_key_value: PackedLinear
-    head_norms: tuple[nn.Module, nn.Module] | None
+    head_norms: list[nn.Module]
     output: PackedLinear
     middle_norm: nn.Module
     gate_up: PackedLinear
@@ -71,9 +71,8 @@ class LeanDecoder:
         for index, layer in enumerate(self._layers):
             mixed = layer.query_key_value(_normed(layer.norm, hidden))
             mixed = mixed.view(rows, -1, self._head_size)  # (R, heads, D): of queries, keys and values
-            if layer.head_norms is None:
-                heads = mixed[:, :turned]
-            else:
+            heads = mixed[:, :turned]
+            if layer.head_norms:
                 both = mixed[:, : self._queries], mixed[:, self._queries : turned]
                 heads = torch.cat([_normed(*each) for each in zip(layer.head_norms, both, strict=True)], 1)
             heads = torch.addcmul(heads * cosines, heads.roll(half, -1), sines)  # rotary positions
@@ -102,7 +101,7 @@ def _layer(layer: Any, rows: int) -> _Layer:
     return _Layer(
         layer.input_layernorm,
         PackedLinear([query, key, value], rows),
-        (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None,
+        head_norms(attention),
         PackedLinear([output], rows),
         layer.post_attention_layernorm,
         PackedLinear([gate, up], rows),

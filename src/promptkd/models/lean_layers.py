@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import silu
 from torch.utils.checkpoint import checkpoint
@@ -16,18 +17,17 @@ from transformers import PreTrainedModel
 from promptkd.data.prefixes import Pack
 from promptkd.models.row_attention import row_attention
 
-__all__ = ["is_lean", "lean_states"]
+__all__ = ["head_norms", "is_lean", "lean_states"]
 
 _FAMILIES = {"llama", "mistral", "qwen2", "qwen3"}
 
 
 def is_lean(model: PreTrainedModel) -> bool:
     """Whether a model is of Llama's family, whole on a CPU, in float32, and nothing hooks into its modules."""
-    if model.config.model_type not in _FAMILIES or torch.is_autocast_enabled("cpu"):
+    if not _has_layers_of_family(model) or torch.is_autocast_enabled("cpu"):
         return False
-    called = list(model.base_model.modules())
-    if any(each._forward_hooks or each._forward_pre_hooks or _has_own_forward(each) for each in called):
-        return False  # they would not be
+    if any(_hooks(each) or _has_own_forward(each) for each in model.base_model.modules()):
+        return False
     return all(
         weight.device.type == "cpu"
         and weight.dtype == torch.float32
@@ -35,6 +35,30 @@ def is_lean(model: PreTrainedModel) -> bool:
         and not isinstance(weight, DTensor)
         for weight in model.parameters()
     )
+
+
+def _has_layers_of_family(model: PreTrainedModel) -> bool:
+    """Whether all that is written out here is, in this model, of transformers' own classes."""
+    config, backbone = model.config, model.base_model
+    home = f"transformers.models.{config.model_type}.modeling_{config.model_type}"
+    if config.model_type not in _FAMILIES or type(backbone).__module__ != home or config.hidden_act != "silu":
+        return False
+    parts = [backbone.norm, backbone.rotary_emb]
+    for layer in backbone.layers:
+        parts += [layer, layer.self_attn, layer.mlp, layer.input_layernorm, layer.post_attention_layernorm]
+        parts += head_norms(layer.self_attn)
+    return all(type(each).__module__ == home for each in parts)
+
+
+def head_norms(attention: Any) -> list[Any]:
+    """The norms of a layer's query and key heads; none in most families."""
+    return [attention.q_norm, attention.k_norm] if attention.config.model_type == "qwen3" else []
+
+
+def _hooks(module: nn.Module) -> bool:
+    """Whether something would miss that the module is not called."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks)
 
 
 def _has_own_forward(module: nn.Module) -> bool:
@@ -48,8 +72,10 @@ def _recomputes(layer: nn.Module) -> bool:
 
 def _sliding_window(attention: Any) -> int | None:
     """How far a layer's attention sees back, itself included."""
-    of_family = attention.config if attention.config.model_type == "mistral" else attention
-    return getattr(of_family, "sliding_window", None)
+    family = attention.config.model_type
+    if family == "llama":
+        return None
+    return attention.config.sliding_window if family == "mistral" else attention.sliding_window
 
 
 def lean_states(model: PreTrainedModel, pack: Pack, inputs: dict[str, Tensor], places: Tensor) -> Tensor:
@@ -88,8 +114,8 @@ def _attended(attention: Any, hidden: Tensor, cosines: Tensor, sines: Tensor, pa
         project(hidden).unflatten(-1, (-1, attention.head_dim))
         for project in (attention.q_proj, attention.k_proj, attention.v_proj)
     )  # (S, heads, D)
-    if hasattr(attention, "q_norm"):
-        query, key = _normed(attention.q_norm, query), _normed(attention.k_norm, key)
+    if norms := head_norms(attention):
+        query, key = (_normed(*each) for each in zip(norms, (query, key), strict=True))
     query, key = (_Turned.apply(each, cosines, sines) for each in (query, key))
     query, key, value = (each.transpose(0, 1)[None] for each in (query, key, value))  # (1, heads, S, D)
     window = _sliding_window(attention)
@@ -110,6 +136,7 @@ class _Normed(torch.autograd.Function):
         return (inputs * scale).mul_(weight)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """dx = r g' - x r³ mean(g' x) with g' = w g, and dw = Σ g x r."""
         inputs, weight, scale = ctx.saved_tensors
@@ -132,6 +159,7 @@ class _Turned(torch.autograd.Function):
         return _turned(heads, cosines, sines)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         cosines, sines = ctx.saved_tensors
         return _turned(gradient, cosines, -sines), None, None  # back by the same angle
@@ -152,6 +180,7 @@ class _Gated(torch.autograd.Function):
         return silu(gate).mul_(up)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         return torch.ops.aten.silu_backward(gradient * up, gate), silu(gate).mul_(gradient)

@@ -32,14 +32,18 @@ class PackedLinear:
         biases = [each.bias.detach() for each in layers if each.bias is not None]
         if 0 < len(biases) < len(layers):
             raise ValueError("Either all layers that are joined have a bias, or none has.")
-        self.bias = torch.cat(biases) if biases else None
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(torch.cat(weights), rows)
+        self.bias = _joined(biases) if biases else None
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(_joined(weights), rows)
 
     def __call__(self, inputs: Tensor, plus: Tensor | None = None) -> Tensor:
         """The outputs side by side, (…, all outputs); with `plus`, of that shape, added."""
         if plus is None:
             return torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, "none", [], "")
         return torch.ops.mkldnn._linear_pointwise.binary(inputs, plus, self.weight, self.bias, "add")
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
 def multiplies_by_onednn(weight: Tensor) -> bool:

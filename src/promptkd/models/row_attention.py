@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import dropout as drop
 from torch.nn.functional import pad, scaled_dot_product_attention
 
@@ -50,10 +51,11 @@ def row_attention(
         if owned == 0:
             continue
         q, k, v = (_joined(each, runs) for each in (query, key, value))
-        seen = _visible(q.shape[2], sliding_window, q.device)
+        seen = None if whole and softcap is None else _visible(q.shape[2], sliding_window, q.device)
         if softcap is None:
-            output = scaled_dot_product_attention(q, k, v, seen, dropout, scale=scale, enable_gqa=True)
+            output = scaled_dot_product_attention(q, k, v, seen, dropout, seen is None, scale=scale, enable_gqa=True)
         else:
+            assert seen is not None
             output = softcapped_attention(q, k, v, seen, scale=scale, softcap=softcap, dropout=dropout)
         outputs.append(output[:, :, -owned:].transpose(1, 2))
     return torch.cat(outputs, dim=1)
@@ -81,6 +83,7 @@ class _WholeRows(torch.autograd.Function):
         return outputs
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, outputs, *sums = ctx.saved_tensors
         gradients = [torch.zeros_like(each, memory_format=torch.contiguous_format) for each in (query, key, value)]

@@ -37,7 +37,7 @@ class _Layer:
     """(R, G, width + room, D) for R rows and G key-value heads."""
     values: Tensor
     how: dict[str, Any]
-    """Scaling, sliding window and soft cap, as the layer itself gives them."""
+    """`scaling`, `sliding_window` and `softcap`, as the layer itself gives them."""
 
 
 class Rows:
@@ -125,7 +125,7 @@ class Rows:
         layer, rows, column = self._layers[index], query.shape[0], self.width - 1
         layer.keys[:rows, :, column] = key[:, :, 0]
         layer.values[:rows, :, column] = value[:, :, 0]
-        scaling, sliding_window, softcap = layer.how.values()
+        scaling, sliding_window, softcap = (layer.how[name] for name in ("scaling", "sliding_window", "softcap"))
         first = 0 if sliding_window is None else max(0, self.width - sliding_window)
         keys, values = (each[:rows, :, first : self.width] for each in (layer.keys, layer.values))
         assert self._seen is not None

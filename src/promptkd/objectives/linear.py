@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from promptkd.objectives.kernels import Kernel, Objective, cross_entropy_kernel, objective_kernel, prompt_kernel
 from promptkd.objectives.prompt import Direction
@@ -164,7 +165,8 @@ def chunked_prompt_loss(
 class _Source:
     """Logits of one model, a chunk of tokens at a time.
 
-    On CPU they stand in one buffer, since fresh memory costs about as much there as the arithmetic on it.
+    On CPU those that torch projects stand in one buffer, since fresh memory costs about as much there as the arithmetic
+    on it; oneDNN takes its own, and is faster even so.
 
     Args:
         hidden: (N, H).
@@ -247,7 +249,7 @@ class _Chunked(torch.autograd.Function):
     ) -> Tensor:
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         hidden_gradient = torch.empty_like(hidden) if needs_hidden else None
-        weight_gradient = torch.zeros_like(weight) if needs_weight else None
+        weight_gradient: Tensor | None = None
         bias_gradient = torch.zeros_like(bias) if needs_bias and bias is not None else None
         total = torch.zeros((), dtype=torch.promote_types(torch.float32, hidden.dtype), device=hidden.device)
         first = 0
@@ -258,8 +260,8 @@ class _Chunked(torch.autograd.Function):
             total += _chunk_loss(kernel, learner.head, logits, others, figures)  # `logits` becomes the gradient
             if hidden_gradient is not None:
                 hidden_gradient[part] = logits @ weight.to(logits.dtype)
-            if weight_gradient is not None:
-                _add_product(weight_gradient, logits.T, hidden[part])
+            if needs_weight:
+                weight_gradient = _plus_product(weight_gradient, logits.T, hidden[part], weight.dtype)
             if bias_gradient is not None:
                 bias_gradient += logits.sum(0)
             del logits, others  # before the next ones are there
@@ -267,17 +269,19 @@ class _Chunked(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         gradients = [None if each is None else each * upstream.to(each.dtype) for each in ctx.saved_tensors]
         return (*gradients, None, None, None, None, None)
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, multiplied in the precision of `left`."""
+def _plus_product(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """total + left @ right, multiplied in the precision of `left`, held in `dtype`, and written over `total`."""
+    if total is None:
+        return (left @ right.to(left.dtype)).to(dtype)
     if total.dtype == left.dtype == right.dtype:
-        total.addmm_(left, right)
-    else:
-        total += left @ right.to(left.dtype)
+        return total.addmm_(left, right)
+    return total.add_(left @ right.to(left.dtype))
 
 
 def _chunk_loss(

@@ -88,7 +88,8 @@ def _kept_bytes(model: nn.Module, tokens: int, prompted: bool, recomputed: bool)
     if prompted:
         prompt = torch.zeros(1, weight.shape[1], device=weight.device, requires_grad=True)
         tokens -= 1
-    batch = right_pad([[0] * (tokens - 1)], [[0]], device=weight.device)
+    packed = packs(text_model(model))  # where the last token of a row is not read
+    batch = right_pad([[0]], [[0] * (tokens if packed else tokens - 1)], device=weight.device)
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -216,8 +217,9 @@ def writes_responses(source: Responses) -> bool:
 
 def _rows(model: nn.Module, batch: TokenBatch) -> list[int]:
     """Tokens of each row that are computed: padding too, where rows are not packed."""
-    inner = text_model(model)
-    return list(batch.lengths) if packs(inner) else [batch.input_ids.shape[1]] * len(batch.lengths)
+    if packs(text_model(model)):
+        return [max(1, length - 1) for length in batch.lengths]  # nothing is predicted from the last one
+    return [batch.input_ids.shape[1]] * len(batch.lengths)
 
 
 def _largest_batch(trainer: Any) -> TokenBatch:
