@@ -248,6 +248,7 @@ def launched(*, fsdp: dict | None = None, zero: dict | None = None) -> SimpleNam
         (launched(fsdp={}), {"adapter": "lora"}, "soft prompt"),
         (launched(zero={}), {"adapter": "full"}, "soft prompt"),
         (launched(fsdp={}), {"needs_generate": True}, "vLLM"),
+        (launched(fsdp={}), {"chunks": False}, "chunk_tokens above 0"),
     ],
 )
 def test_a_launch_that_would_hang_or_lose_the_student_is_refused(accelerator, settings, words):
@@ -255,9 +256,9 @@ def test_a_launch_that_would_hang_or_lose_the_student_is_refused(accelerator, se
     with pytest.raises(RequestError, match=words):
         check(accelerator, **given | settings)
     check(launched(fsdp={}), **given)
-    check(launched(zero={}), **given)
+    check(launched(zero={}), **given | {"chunks": False})
     check(launched(zero={"zero_stage": 2, "zero3_save_16bit_model": False}), **given | {"adapter": "full"})
 
 
-def check(accelerator, *, model, adapter, needs_generate):
-    check_sharding(accelerator, model, adapter=adapter, needs_generate=needs_generate)
+def check(accelerator, *, model, **settings):
+    check_sharding(accelerator, model, **settings)

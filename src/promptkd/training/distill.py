@@ -127,6 +127,7 @@ class DistillTrainer(Rollouts, TeacherTuning, RunTrainer, DistillationTrainer):
             teacher,
             adapter=self.method.teacher_adapter,
             needs_generate=self._needs_generate() and not self.use_vllm,
+            chunks=args.chunk_tokens > 0 and switched_on("fused_head"),
         )
         generation_config = text_model(self.model).generation_config
         self.stop_ids = stop_ids_of(processing_class, generation_config, template=args.template)

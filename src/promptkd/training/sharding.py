@@ -30,12 +30,16 @@ def is_sharded(accelerator: Any) -> bool:
     return accelerator.is_fsdp2 or DistributedBackend(accelerator).is_zero3
 
 
-def check_sharding(accelerator: Any, *models: nn.Module, adapter: Adapter, needs_generate: bool) -> None:
+def check_sharding(
+    accelerator: Any, *models: nn.Module, adapter: Adapter, needs_generate: bool, chunks: bool = True
+) -> None:
     """Refuse what would hang, train other weights than it says, or save none.
 
     Args:
         models: as they were loaded.
         needs_generate: whether responses come from transformers' own `generate`.
+        chunks: whether objectives run over chunks of tokens, for which heads are gathered; as modules outside of the
+            model's forward, FSDP2 leaves them whole, or ends the process.
 
     Raises:
         RequestError: naming everything that is wrong with the launch configuration.
@@ -49,6 +53,8 @@ def check_sharding(accelerator: Any, *models: nn.Module, adapter: Adapter, needs
             problems.append("every process must load the weights; set fsdp_cpu_ram_efficient_loading: false")
         if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
             problems.append("the student is saved whole; set fsdp_state_dict_type: FULL_STATE_DICT")
+        if not chunks:
+            problems.append("sharded heads run over chunks of tokens alone; set chunk_tokens above 0, fused_head on")
     if backend.is_zero3:
         if any(each.numel() == 0 for model in models for each in model.parameters()):
             problems.append("models must be loaded whole before they are sharded; set zero3_init_flag: false")
