@@ -3,9 +3,10 @@
 import pytest
 import torch
 from torch.autograd import gradcheck
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from promptkd.data.prefixes import pack_rows
-from promptkd.models.lean_layers import _Gated, _Normed, _Turned
+from promptkd.models.lean_layers import _Gated, _Normed, _Turned, rotation
 from promptkd.models.row_attention import row_attention
 
 
@@ -20,8 +21,12 @@ def test_norms():
 
 
 def test_rotary_positions():
-    angles = values(5, 1, 3, seed=2).detach().repeat(1, 1, 2)
-    assert gradcheck(lambda x: _Turned.apply(x, 1.3 * angles.cos(), 1.3 * angles.sin()), (values(5, 2, 6),))
+    angles = values(1, 5, 3, seed=2).detach().repeat(1, 1, 2)
+    heads = values(5, 2, 6)
+    cosines, sines = (each[0] for each in rotation(lambda *_: (1.3 * angles.cos(), 1.3 * angles.sin()), heads, angles))
+    assert gradcheck(lambda x: _Turned.apply(x, cosines, sines), (heads,))
+    (expected, _) = apply_rotary_pos_emb(heads, heads, 1.3 * angles[0].cos(), 1.3 * angles[0].sin())
+    torch.testing.assert_close(_Turned.apply(heads, cosines, sines), expected)
 
 
 def test_gates():

@@ -13,6 +13,8 @@ from promptkd.training.teacher_options import teacher_settings
 from tiny import save_model, tiny_model
 from trainers import config, log, trainer
 
+NO_BITSANDBYTES = "bitsandbytes is not installed: pip install bitsandbytes"
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
@@ -73,7 +75,7 @@ def test_bitsandbytes_is_asked_for_where_it_is_missing(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
 def test_a_quantised_teacher_takes_the_whole_step(world, tmp_path, capsys, bits):
-    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("bitsandbytes", reason=NO_BITSANDBYTES)
     wide = save_model(tmp_path / "wide", tiny_model("llama", layers=3, hidden=64, seed=2))  # 4-bit blocks need 32 rows
     pair = ("--student", world.student, "--teacher", wide, "--data", world.train)
     run_ = ("distill", *pair, *LIMITS, "--max_steps", 2, "--per_device_train_batch_size", 4, "--use_cpu")
@@ -84,7 +86,7 @@ def test_a_quantised_teacher_takes_the_whole_step(world, tmp_path, capsys, bits)
 
 @pytest.mark.parametrize(("bits", "tolerance"), [("4bit", 1e-4), ("8bit", 0.2)])  # 8-bit rounds the states as well
 def test_gradients_pass_a_quantised_teacher(tmp_path, bits, tolerance):
-    bitsandbytes = pytest.importorskip("bitsandbytes")
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason=NO_BITSANDBYTES)
     folder = save_model(tmp_path / "wide", tiny_model("llama", layers=3, hidden=64, seed=2))
     settings = teacher_settings(config(tmp_path, teacher_quantization=bits))
     quantised = load_model(folder, **settings).requires_grad_(False)

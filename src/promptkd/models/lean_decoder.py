@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 from transformers import PreTrainedModel
 
-from promptkd.models.lean_layers import head_norms, is_lean
+from promptkd.models.lean_layers import head_norms, is_lean, rotation, turned
 from promptkd.models.prepacked import PackedLinear, prepacks
 from promptkd.switches import switched_on
 
@@ -64,19 +64,17 @@ class LeanDecoder:
         """Hidden states (R, H) behind `tokens` (R,), which stand at `positions` (R,) of their rows."""
         rows = len(tokens)
         hidden = self._embed(tokens)  # (R, H)
-        cosines, sines = (each[:, 0, None] for each in self._rotary(hidden, positions[:, None]))  # (R, 1, D)
-        half = self._head_size // 2
-        sines = torch.cat([-sines[..., :half], sines[..., half:]], -1)
-        turned = self._queries + self._keys
+        cosines, sines = (each[:, 0] for each in rotation(self._rotary, hidden, positions[:, None]))  # (R, 1, D)
+        rotated = self._queries + self._keys
         for index, layer in enumerate(self._layers):
             mixed = layer.query_key_value(_normed(layer.norm, hidden))
             mixed = mixed.view(rows, -1, self._head_size)  # (R, heads, D): of queries, keys and values
-            heads = mixed[:, :turned]
+            heads = mixed[:, :rotated]
             if layer.head_norms:
-                both = mixed[:, : self._queries], mixed[:, self._queries : turned]
+                both = mixed[:, : self._queries], mixed[:, self._queries : rotated]
                 heads = torch.cat([_normed(*each) for each in zip(layer.head_norms, both, strict=True)], 1)
-            heads = torch.addcmul(heads * cosines, heads.roll(half, -1), sines)  # rotary positions
-            query, key, value = heads[:, : self._queries], heads[:, self._queries :], mixed[:, turned:]
+            heads = turned(heads, cosines, sines)
+            query, key, value = heads[:, : self._queries], heads[:, self._queries :], mixed[:, rotated:]
             seen = attend(index, query[:, :, None], key[:, :, None], value[:, :, None])
             hidden = layer.output(seen.reshape(rows, -1), plus=hidden)
             gate, up = layer.gate_up(_normed(layer.middle_norm, hidden)).chunk(2, -1)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from promptkd.data.prefixes import Pack
 from promptkd.models.row_attention import row_attention
 
-__all__ = ["head_norms", "is_lean", "lean_states"]
+__all__ = ["head_norms", "is_lean", "lean_states", "rotation", "turned"]
 
 _FAMILIES = {"llama", "mistral", "qwen2", "qwen3"}
 
@@ -87,7 +87,7 @@ def lean_states(model: PreTrainedModel, pack: Pack, inputs: dict[str, Tensor], p
     """
     backbone = model.base_model
     hidden = inputs["inputs_embeds"] if "inputs_embeds" in inputs else backbone.embed_tokens(inputs["input_ids"])
-    cosines, sines = (each[0, :, None] for each in backbone.rotary_emb(hidden, inputs["position_ids"]))  # (S, 1, D)
+    cosines, sines = (each[0] for each in rotation(backbone.rotary_emb, hidden, inputs["position_ids"]))  # (S, 1, D)
     hidden, last = hidden[0], len(backbone.layers) - 1  # (S, H)
     for index, layer in enumerate(backbone.layers):
         inputs_of_layer = (layer, hidden, cosines, sines, pack, places if index == last else None)
@@ -151,24 +151,30 @@ class _Normed(torch.autograd.Function):
 
 
 class _Turned(torch.autograd.Function):
-    """Rotary positions of heads (S, heads, D): x cos + rotate_half(x) sin, with cos and sin (S, 1, D)."""
+    """Rotary positions of heads (S, heads, D), as `turned` has them."""
 
     @staticmethod
     def forward(ctx: Any, heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
         ctx.save_for_backward(cosines, sines)
-        return _turned(heads, cosines, sines)
+        return turned(heads, cosines, sines)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         cosines, sines = ctx.saved_tensors
-        return _turned(gradient, cosines, -sines), None, None  # back by the same angle
+        return turned(gradient, cosines, -sines), None, None  # back by the same angle
 
 
-def _turned(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    half = heads.shape[-1] // 2
-    signed = torch.cat([-sines[..., :half], sines[..., half:]], -1)
-    return (heads * cosines).addcmul_(heads.roll(half, -1), signed)
+def rotation(rotary: nn.Module, states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (B, T, 1, D) for `turned` at `positions` (B, T); the sines of the first half are negative."""
+    cosines, sines = (each[:, :, None] for each in rotary(states, positions))
+    half = sines.shape[-1] // 2
+    return cosines, torch.cat([-sines[..., :half], sines[..., half:]], -1)
+
+
+def turned(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """Heads (..., heads, D) at their places: x cos + rotate_half(x) sin."""
+    return (heads * cosines).addcmul_(heads.roll(heads.shape[-1] // 2, -1), sines)
 
 
 class _Gated(torch.autograd.Function):

@@ -54,7 +54,9 @@ def check_sharding(
         if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
             problems.append("the student is saved whole; set fsdp_state_dict_type: FULL_STATE_DICT")
         if not chunks:
-            problems.append("sharded heads run over chunks of tokens alone; set chunk_tokens above 0, fused_head on")
+            problems.append(
+            problems.append("sharded heads need chunks; set chunk_tokens above 0, keep fused_head out of PROMPTKD_OFF")
+            )
     if backend.is_zero3:
         if any(each.numel() == 0 for model in models for each in model.parameters()):
             problems.append("models must be loaded whole before they are sharded; set zero3_init_flag: false")
