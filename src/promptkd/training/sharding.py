@@ -54,9 +54,7 @@ def check_sharding(
         if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
             problems.append("the student is saved whole; set fsdp_state_dict_type: FULL_STATE_DICT")
         if not chunks:
-            problems.append(
-            problems.append("sharded heads need chunks; set chunk_tokens above 0, keep fused_head out of PROMPTKD_OFF")
-            )
+            problems.append("sharded heads need chunks; set chunk_tokens above 0, leave fused_head out of PROMPTKD_OFF")
     if backend.is_zero3:
         if any(each.numel() == 0 for model in models for each in model.parameters()):
             problems.append("models must be loaded whole before they are sharded; set zero3_init_flag: false")
