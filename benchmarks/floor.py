@@ -9,7 +9,7 @@ from torch import nn
 
 from promptkd.data.encode import EncodedExample
 from promptkd.data.prefixes import pack_rows
-from promptkd.models.scoring import text_model
+from promptkd.engine import unwrap_peft
 
 __all__ = ["matmul_rate", "step_flops"]
 
@@ -48,7 +48,7 @@ def step_flops(
 
 def _linear(model: nn.Module, tokens: int, predicting: int) -> int:
     """FLOPs of the matrices between embedding and head, over all tokens and over those whose states are asked for."""
-    backbone = text_model(model).base_model
+    backbone = unwrap_peft(model).base_model
     layers = [layer for layer in backbone.modules() if not isinstance(layer, nn.Embedding)]
     weights = [weight for layer in layers for weight in layer.parameters(recurse=False) if weight.ndim == 2]
     last = backbone.layers[-1]
@@ -60,12 +60,12 @@ def _linear(model: nn.Module, tokens: int, predicting: int) -> int:
 
 def _head(model: nn.Module) -> int:
     """FLOPs a token of the head."""
-    return 2 * text_model(model).get_output_embeddings().weight.numel()
+    return 2 * unwrap_peft(model).get_output_embeddings().weight.numel()
 
 
 def _attention(model: nn.Module, positions: Sequence[int]) -> int:
     """FLOPs of scores and mixtures: a token sees itself and those before it. Backward takes twice that."""
-    config = text_model(model).config.get_text_config()
+    config = unwrap_peft(model).config.get_text_config()
     width = config.num_attention_heads * (config.head_dim or config.hidden_size // config.num_attention_heads)
     return config.num_hidden_layers * 4 * width * sum(position + 1 for position in positions)
 

@@ -17,9 +17,9 @@ from torch.distributed.tensor import DTensor
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from promptkd.methods import Method
-from promptkd.models.scoring import linear_head
+from promptkd.engine import linear_head
 from promptkd.objectives import reverse_kl
-from promptkd.objectives.linear import Head, chunked_objective
+from promptkd.engine.chunked_loss import Head, chunked_objective
 from promptkd.responses import AdaptiveReplay, ResponseMix, Responses
 from promptkd.switches import DEVICES, VARIABLE
 from test_vllm import answer, connect, serving

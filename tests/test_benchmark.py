@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 from commands import rows, write_rows
 from promptkd.data.encode import EncodedExample
 from promptkd.data.packing import right_pad
-from promptkd.models import head_logits
+from promptkd.engine import head_logits
 from promptkd.models.packed import packed_hidden
 from tiny import save_model, tiny_model
 

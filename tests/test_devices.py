@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 
 from promptkd.data.packing import right_pad
 from promptkd.methods import Pair
-from promptkd.models import response_hidden
+from promptkd.engine import response_hidden
 from promptkd.objectives import reverse_kl
 from promptkd.switches import DEVICES, VARIABLE
 from tiny import VOCABULARY, tiny_model

@@ -19,7 +19,7 @@ from promptkd.objectives import (
     skew_reverse_kl,
     total_variation,
 )
-from promptkd.objectives.linear import Head, chunked_cross_entropy, chunked_objective, chunked_prompt_loss
+from promptkd.engine.chunked_loss import Head, chunked_cross_entropy, chunked_objective, chunked_prompt_loss
 
 TOKENS, STUDENT, TEACHER, WORDS = 13, 5, 7, 29
 OBJECTIVES = {

@@ -10,8 +10,8 @@ from peft import LoraConfig
 from commands import TRAINING, done, make_world, run
 from promptkd.data.packing import right_pad
 from promptkd.methods import named_method
-from promptkd.models import response_hidden
-from promptkd.models.recomputed import recomputed_layers
+from promptkd.engine import response_hidden
+from promptkd.engine.recompute import recomputed_layers
 from promptkd.results import Results
 from promptkd.training.memory import MemoryEstimate, estimate_memory, pass_cost
 from tiny import VOCABULARY, tiny_model

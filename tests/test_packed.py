@@ -9,10 +9,11 @@ from transformers import AttentionInterface
 
 from promptkd.data.packing import right_pad
 from promptkd.errors import RequestError
-from promptkd.models import packed, response_hidden
+from promptkd.engine import response_hidden
+from promptkd.models import packed
 from promptkd.models.lean_layers import is_lean, lean_states
 from promptkd.models.packed import packed_hidden, packs
-from promptkd.models.scoring import padded_hidden
+from promptkd.engine import padded_hidden
 from promptkd.switches import switched_on
 from tiny import tiny_model
 

@@ -7,7 +7,8 @@ from peft import PeftModel
 from promptkd.data.packing import right_pad
 from promptkd.evaluation import generate
 from promptkd.evaluation.generation import row_seeds
-from promptkd.models import SoftPrompt, response_logits
+from promptkd.engine import response_logits
+from promptkd.models import SoftPrompt
 from tiny import ARCHITECTURES, VOCABULARY, tiny_model, tiny_tokenizer
 
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)

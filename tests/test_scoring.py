@@ -7,8 +7,8 @@ from torch import nn
 
 from promptkd.data.packing import TokenBatch, right_pad
 from promptkd.errors import RequestError
-from promptkd.models import check_scoring, head_logits, response_hidden, response_logits
-from promptkd.models.scoring import head_size, linear_head
+from promptkd.engine import check_scoring, head_logits, response_hidden, response_logits
+from promptkd.engine import head_size, linear_head
 from promptkd.objectives import prompt_loss, reverse_kl
 from tiny import ARCHITECTURES, END_ID, VOCABULARY, tiny_model
 

@@ -9,7 +9,8 @@ from peft import LoraConfig, PeftModel, PromptTuningConfig, PromptTuningInit, ge
 
 from promptkd.data.packing import right_pad
 from promptkd.errors import RequestError
-from promptkd.models import SoftPrompt, response_hidden, response_logits
+from promptkd.engine import response_hidden, response_logits
+from promptkd.models import SoftPrompt
 from promptkd.models.adapters import SoftPromptAdapter
 from promptkd.models.soft_prompt import DEFAULT_TEXT
 from tiny import ARCHITECTURES, END_ID, PAD_ID, VOCABULARY, save_model, tiny_model, tiny_tokenizer

@@ -11,9 +11,9 @@ from minimal_loop import kl, response_log_probs, start_prompt
 from promptkd.data.packing import right_pad
 from promptkd.errors import RequestError
 from promptkd.methods import MethodSettings, named_method
-from promptkd.models import response_hidden
+from promptkd.engine import response_hidden
 from promptkd.models.adapters import FullTeacher, LoraTeacher, SoftPromptAdapter
-from promptkd.models.recomputed import recomputed_layers
+from promptkd.engine.recompute import recomputed_layers
 from promptkd.models.soft_prompt import SoftPrompt
 from tiny import tiny_model, tiny_tokenizer
 from trainers import FixedResponses, log, pair, rows, trainer

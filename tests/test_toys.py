@@ -11,7 +11,7 @@ import torch
 from promptkd.data.packing import right_pad
 from promptkd.evaluation.generation import generate
 from promptkd.methods import METHODS, named_method
-from promptkd.models import response_logits
+from promptkd.engine import response_logits
 from promptkd.objectives import (
     adaptive_kl,
     forward_kl,

@@ -11,7 +11,7 @@ from promptkd.data.packing import right_pad
 from promptkd.errors import PromptKDError, RequestError
 from promptkd.methods import MethodSettings, named_method
 from promptkd.models import SoftPrompt
-from promptkd.models.scoring import response_logits
+from promptkd.engine import response_logits
 from promptkd.objectives import forward_kl, reverse_kl
 from promptkd.training import DistillTrainer
 from tiny import VOCABULARY, tiny_model, tiny_tokenizer

@@ -63,7 +63,8 @@ def load_subject(name: str, trust_remote_code: bool) -> Any:
     """A model that can be scored, on the fastest device there is."""
     import torch
 
-    from promptkd.models import check_scoring, load_model
+    from promptkd.engine import check_scoring
+    from promptkd.models import load_model
 
     model = load_model(name, trust_remote_code=trust_remote_code)
     if torch.cuda.is_available():

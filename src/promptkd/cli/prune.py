@@ -43,7 +43,8 @@ def run(options: Options, training: dict[str, Any]) -> None:
     from promptkd.cli.options import merged_config
     from promptkd.cli.session import quiet_libraries, say
     from promptkd.cli.whole import written_whole
-    from promptkd.models import check_scoring, count_parameters, load_model, load_tokenizer, model_record, prune_layers
+    from promptkd.engine import check_scoring
+    from promptkd.models import count_parameters, load_model, load_tokenizer, model_record, prune_layers
     from promptkd.results import Metric, Results
 
     _check(options)

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -13,7 +15,8 @@ __all__ = ["TokenBatch", "right_pad"]
 class TokenBatch:
     """Rows of prompt + response, padded on the right. Positions decide what is scored, never token ids.
 
-    Padding stands behind every real token, where a causal model cannot see it, so its id means nothing.
+    Padding stands behind every real token, where a causal model cannot see it, so its id means nothing. What is known
+    of the rows stays on the host too: nothing here waits for a device.
     """
 
     input_ids: Tensor
@@ -24,8 +27,31 @@ class TokenBatch:
     """(N,) the column that predicts each response token: the one before it."""
     targets: Tensor
     """(N,) the response tokens."""
-    lengths: tuple[int, ...]
-    """Real tokens of each row."""
+    token_ids: tuple[list[int], ...]
+    """Real tokens of each row, on the host."""
+    prompt_lengths: tuple[int, ...]
+    """Tokens of each row's prompt."""
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Real tokens of each row."""
+        return tuple(map(len, self.token_ids))
+
+    @property
+    def response_lengths(self) -> tuple[int, ...]:
+        """Response tokens of each row."""
+        return tuple(whole - prompt for whole, prompt in zip(self.lengths, self.prompt_lengths, strict=True))
+
+    @cached_property
+    def scored_places(self) -> tuple[list[int], list[int]]:
+        """`rows` and `columns`, on the host."""
+        rows = [row for row, count in enumerate(self.response_lengths) for _ in range(count)]
+        columns = [
+            column
+            for prompt, whole in zip(self.prompt_lengths, self.lengths, strict=True)
+            for column in range(prompt - 1, whole - 1)
+        ]
+        return rows, columns
 
     @property
     def position_ids(self) -> Tensor:
@@ -46,20 +72,26 @@ class TokenBatch:
                 total = 0
             total += tokens
         ends = [*starts[1:], len(self.lengths)]
-        return [self._between(start, end) for start, end in zip(starts, ends, strict=True)]
+        return [self] if len(starts) == 1 else [self._between(*each) for each in zip(starts, ends, strict=True)]
 
     def _between(self, start: int, end: int) -> "TokenBatch":
-        inside = (self.rows >= start) & (self.rows < end)
-        lengths = self.lengths[start:end]
-        ids = self.input_ids[start:end, : max(lengths)]
-        return TokenBatch(ids, self.rows[inside] - start, self.columns[inside], self.targets[inside], lengths)
+        first, last = sum(self.response_lengths[:start]), sum(self.response_lengths[:end])
+        return TokenBatch(
+            self.input_ids[start:end, : max(self.lengths[start:end])],
+            self.rows[first:last] - start,
+            self.columns[first:last],
+            self.targets[first:last],
+            self.token_ids[start:end],
+            self.prompt_lengths[start:end],
+        )
 
     def by_row(self, values: Tensor) -> Tensor:
         """Values of the response tokens, (N,), as (B, length of the longest response); 0 where a row has none."""
-        counts = torch.bincount(self.rows, minlength=self.input_ids.shape[0])  # (B,)
-        first = counts.cumsum(0) - counts
+        counts = self.response_lengths
+        firsts = [0, *accumulate(counts)][:-1]
+        first = torch.tensor(firsts).to(self.rows.device)
         place = torch.arange(len(self.rows), device=self.rows.device) - first[self.rows]
-        table = values.new_zeros(self.input_ids.shape[0], int(counts.max()))
+        table = values.new_zeros(self.input_ids.shape[0], max(counts))
         return table.index_put((self.rows, place), values)
 
 
@@ -78,21 +110,21 @@ def right_pad(
     empty = [row for row, prompt in enumerate(prompts) if len(prompt) == 0]
     if empty:
         raise ValueError(f"A prompt needs at least one token. Got none in row {empty[0]} of the batch.")
-    width = max(len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True))
-    input_ids = torch.zeros(len(prompts), width, dtype=torch.long)
+    whole = tuple([*prompt, *response] for prompt, response in zip(prompts, responses, strict=True))
+    input_ids = torch.zeros(len(whole), max(map(len, whole)), dtype=torch.long)
     rows: list[int] = []
     columns: list[int] = []
     targets: list[int] = []
-    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        tokens = [*prompt, *response]
+    for row, (prompt, response, tokens) in enumerate(zip(prompts, responses, whole, strict=True)):
         input_ids[row, : len(tokens)] = torch.tensor(tokens)
         rows.extend([row] * len(response))
         columns.extend(range(len(prompt) - 1, len(tokens) - 1))
         targets.extend(response)
     return TokenBatch(
         input_ids=input_ids.to(device),
-        rows=torch.tensor(rows, dtype=torch.long, device=device),
-        columns=torch.tensor(columns, dtype=torch.long, device=device),
-        targets=torch.tensor(targets, dtype=torch.long, device=device),
-        lengths=tuple(len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)),
+        rows=torch.tensor(rows, dtype=torch.long).to(device),
+        columns=torch.tensor(columns, dtype=torch.long).to(device),
+        targets=torch.tensor(targets, dtype=torch.long).to(device),
+        token_ids=whole,
+        prompt_lengths=tuple(map(len, prompts)),
     )

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from promptkd.data.packing import right_pad
+from promptkd.engine import evaluating, head_logits, response_hidden
 from promptkd.errors import PromptKDError, RequestError
 from promptkd.evaluation.accumulated_error import Ended, Floats, excess_accumulated_error
 from promptkd.evaluation.bootstrap import token_mean_interval
-from promptkd.evaluation.generation import evaluating, generate, row_seeds
-from promptkd.models import head_logits, response_hidden
+from promptkd.evaluation.generation import generate, row_seeds
 from promptkd.objectives import forward_kl
 from promptkd.results import CurvePoint, Metric
 
@@ -182,7 +182,7 @@ def token_errors(
 def _kl(student: nn.Module, teacher: nn.Module, mine: Tensor, theirs: Tensor, vocabulary: int | None) -> Tensor:
     """(N,) KL(teacher || student) from hidden states (N, H)."""
     parts = [
-        forward_kl(head_logits(student, own)[:, :vocabulary], head_logits(teacher, other)[:, :vocabulary])
+        forward_kl(head_logits(student, own, vocabulary=vocabulary), head_logits(teacher, other, vocabulary=vocabulary))
         for own, other in zip(mine.split(_CHUNK), theirs.split(_CHUNK), strict=True)
     ]
     return torch.cat(parts)

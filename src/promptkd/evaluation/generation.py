@@ -6,24 +6,16 @@ runs.
 """
 
 import contextlib
-import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Protocol
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
-from promptkd.errors import RequestError
+from promptkd.engine import DecodeSession, decoding, embedding_device, engine_for, evaluating, unwrap_peft
 from promptkd.evaluation.sampling import Sampler, uniforms
-from promptkd.models.lean_decoder import LeanDecoder
-from promptkd.models.prepacked import prepacked_linears
-from promptkd.models.row_cache import Rows, reads_rows, rows_of
-from promptkd.models.scoring import head_logits, text_model
 
-__all__ = ["CacheReader", "check_request", "evaluating", "generate", "row_seeds"]
+__all__ = ["check_request", "generate", "row_seeds"]
 
 
 def row_seeds(seed: int, rows: int) -> list[int]:
@@ -70,6 +62,8 @@ def generate(
     check_request(prompts, limits, temperature, top_p, top_k, seeds, batch_size)
     if prompt is not None and mixed_with is not None:
         raise ValueError("Cannot generate: a soft prompt stands before one model, not before a mixture of two.")
+    if prompt is not None and len(prompt) == 0:
+        prompt = None
     order = sorted(range(len(prompts)), key=lambda row: (-len(prompts[row]), row))
     responses: list[list[int]] = [[] for _ in prompts]
     pick = Sampler(temperature, top_p, top_k)
@@ -78,17 +72,19 @@ def generate(
     with torch.no_grad(), contextlib.ExitStack() as stack:
         for each, _ in models:
             stack.enter_context(evaluating(each))
-        laid_out = [stack.enter_context(_laid_out(each, min(batch_size, len(prompts)))) for each, _ in models]
+        size = min(batch_size, len(prompts))
+        sessions = [
+            (stack.enter_context(decoding(each, size, vocabulary=vocabulary)), weight) for each, weight in models
+        ]
+        device = embedding_device(unwrap_peft(model))
         for first in range(0, len(order), batch_size):
             rows = order[first : first + batch_size]
             ends = [limits[row] for row in rows]
             drawn = None if temperature == 0 else uniforms([seeds[row] for row in rows], max(ends))  # type: ignore[index]
-            with contextlib.ExitStack() as reading:
-                readers = [
-                    (reading.enter_context(_reader(each, lean, max(ends), vocabulary, prompt)), weight)
-                    for (each, weight), lean in zip(models, laid_out, strict=True)
-                ]
-                decoded = _decode(readers, [prompts[row] for row in rows], ends, stop_ids, pick, drawn)
+            with contextlib.ExitStack() as running:
+                readers = [(running.enter_context(each(max(ends))), weight) for each, weight in sessions]
+                batch = _Batch(readers, pick, ends, stop_ids, drawn, device)
+                decoded = batch.decoded([prompts[row] for row in rows], prompt, engine_for(device).check_every)
             for row, response in zip(rows, decoded, strict=True):
                 responses[row] = response
             if on_batch is not None:
@@ -96,85 +92,61 @@ def generate(
     return responses
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while (no dropout), then the mode that was."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
+class _Batch:
+    """Rows that are decoded together. Tokens stay on the device; every few of them, rows that have ended leave.
 
-
-class _Reader(Protocol):
-    """A model that reads rows of different lengths, first their prompts, then a token a row."""
-
-    def read(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """(R, V) float32 logits behind each prompt."""
-
-    def step(self, tokens: Tensor) -> Tensor:
-        """(R, V) float32 logits behind one more token a row, (R,)."""
-
-    def keep(self, slots: Sequence[int]) -> None:
-        """Row i is from now on what row `slots[i]` was; rows only move forward."""
-
-
-@contextmanager
-def _laid_out(model: nn.Module, rows: int) -> Iterator[LeanDecoder | None]:
-    """Lay weights out for steps of `rows` rows; yields what takes them in place of the backbone, if anything does."""
-    inner = text_model(model)
-    lean = LeanDecoder(inner, rows) if LeanDecoder.suits(inner) and reads_rows(inner) else None
-    if lean is not None and not reads_rows(inner, lean):
-        lean = None
-    with prepacked_linears(model if lean is None else inner.get_output_embeddings(), rows):
-        yield lean
-
-
-@contextmanager
-def _reader(
-    model: nn.Module, lean: LeanDecoder | None, room: int, vocabulary: int | None, prompt: Tensor | None
-) -> Iterator[_Reader]:
-    """The fastest reader for `model` while it is entered, for at most `room` tokens behind a prompt.
-
-    On CPU that is our own key-value store for the architectures that it reads, elsewhere transformers' cache.
+    A row that has ended goes on until it leaves; what it writes meanwhile is dropped.
     """
-    inner = text_model(model)
-    if inner.get_input_embeddings().weight.device.type == "cpu" and reads_rows(inner):
-        with rows_of(inner, room, lean) as rows:
-            yield _RowReader(model, rows, vocabulary, prompt)
-    else:
-        yield CacheReader(model, vocabulary, prompt)
 
+    def __init__(
+        self,
+        readers: Sequence[tuple[DecodeSession, float]],
+        pick: Sampler,
+        limits: Sequence[int],
+        stop_ids: Sequence[int],
+        drawn: Tensor | None,
+        device: torch.device,
+    ):
+        self.readers, self.pick, self.limits, self.stop_ids = readers, pick, limits, stop_ids
+        self.drawn = None if drawn is None else drawn.to(device)  # (R, T)
+        self.stops = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
+        self.last = torch.tensor(limits, device=device) - 1  # (R,) the step of each row's last token
+        self.written = torch.zeros(len(limits), max(limits), dtype=torch.long, device=device)
+        self.rows = list(range(len(limits)))  # those still decoded, in the order of the readers' rows
+        self.index = torch.arange(len(limits), device=device)  # the same
+        self.going = torch.ones(len(limits), dtype=torch.bool, device=device)
 
-def _decode(
-    readers: Sequence[tuple[_Reader, float]],
-    prompts: Sequence[Sequence[int]],
-    limits: Sequence[int],
-    stop_ids: Sequence[int],
-    pick: Sampler,
-    drawn: Tensor | None,
-) -> list[list[int]]:
-    responses: list[list[int]] = [[] for _ in prompts]
-    alive = list(range(len(prompts)))
-    stops = frozenset(stop_ids)
-    logits = [(reader.read(prompts), weight) for reader, weight in readers]  # (R, V) of rows still alive
-    for step in range(max(limits)):
-        tokens = pick(logits, None if drawn is None else drawn[alive, step].to(logits[0][0].device))
-        written = tokens.tolist()
-        for row, token in zip(alive, written, strict=True):
-            responses[row].append(token)
-        slots = _moved_up(
-            [token not in stops and step + 1 < limits[row] for row, token in zip(alive, written, strict=True)]
-        )
-        if not slots:
-            break
-        if len(slots) < len(alive):
-            for reader, _ in readers:
-                reader.keep(slots)
-            alive, tokens = [alive[slot] for slot in slots], tokens[slots]
-        logits = [(reader.step(tokens), weight) for reader, weight in readers]
-    return responses
+    def decoded(
+        self, prompts: Sequence[Sequence[int]], soft_prompt: Tensor | None, check_every: int
+    ) -> list[list[int]]:
+        """The responses. Rows that have ended are looked for, which waits for the device, every few tokens."""
+        logits = [(reader.prefill(prompts, soft_prompt), weight) for reader, weight in self.readers]
+        for step in range(max(self.limits)):
+            tokens = self.pick(logits, None if self.drawn is None else self.drawn[self.index, step])  # (R,)
+            self.written[self.index, step] = tokens
+            self.going &= ~torch.isin(tokens, self.stops) & (step < self.last[self.index])
+            if (step + 1) % check_every == 0:
+                slots = _moved_up(self.going.tolist())
+                if not slots:
+                    break
+                if len(slots) < len(self.rows):
+                    tokens = self._select(slots, tokens)
+            if step + 1 < max(self.limits):
+                logits = [(reader.decode(tokens), weight) for reader, weight in self.readers]
+        return [self._response(*each) for each in zip(self.written.tolist(), self.limits, strict=True)]
+
+    def _select(self, slots: list[int], tokens: Tensor) -> Tensor:
+        for reader, _ in self.readers:
+            reader.select(slots)
+        chosen = torch.tensor(slots).to(tokens.device)
+        self.rows = [self.rows[slot] for slot in slots]
+        self.index, self.going = self.index[chosen], self.going[chosen]
+        return tokens[chosen]
+
+    def _response(self, tokens: list[int], limit: int) -> list[int]:
+        """A row's tokens up to its first stop id or its limit."""
+        ends = [tokens.index(stop) + 1 for stop in self.stop_ids if stop in tokens[:limit]]
+        return tokens[: min([limit, *ends])]
 
 
 def _moved_up(going: Sequence[bool]) -> list[int]:
@@ -186,86 +158,6 @@ def _moved_up(going: Sequence[bool]) -> list[int]:
             if slot < len(slots):
                 slots[slot] = last
     return slots
-
-
-class _RowReader:
-    """A model read without padding, on its own key-value store."""
-
-    def __init__(self, model: nn.Module, rows: Rows, vocabulary: int | None, prompt: Tensor | None):
-        self.model, self.rows, self.vocabulary, self.prompt = model, rows, vocabulary, prompt
-
-    def read(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        return _logits(self.model, self.rows.read(prompts, self.prompt), self.vocabulary)
-
-    def step(self, tokens: Tensor) -> Tensor:
-        return _logits(self.model, self.rows.step(tokens), self.vocabulary)
-
-    def keep(self, slots: Sequence[int]) -> None:
-        self.rows.keep(slots)
-
-
-class CacheReader:
-    """A model read on transformers' cache, its rows padded on the left."""
-
-    mask: Tensor
-    positions: Tensor
-
-    def __init__(self, model: nn.Module, vocabulary: int | None, prompt: Tensor | None = None):
-        self.model, self.vocabulary, self.prompt = model, vocabulary, prompt
-        self.inner = text_model(model)
-        if "past_key_values" not in inspect.signature(self.inner.base_model.forward).parameters:
-            raise RequestError(f"{type(self.inner).__name__} keeps no key-value cache; promptkd cannot decode with it.")
-        self.cache = DynamicCache(config=self.inner.config)
-
-    def read(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        length = 0 if self.prompt is None else len(self.prompt)
-        places = [[0] * length + list(each) for each in prompts]  # the vectors' places, and the request's ids
-        ids, self.mask = _left_pad(places, self.inner.get_input_embeddings().weight.device)
-        self.positions = (self.mask.cumsum(-1) - 1).clamp(min=0)
-        return self._forward(input_ids=ids) if self.prompt is None else self._forward(inputs_embeds=self._embedded(ids))
-
-    def step(self, tokens: Tensor) -> Tensor:
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
-        self.positions = self.positions[:, -1:] + 1
-        return self._forward(input_ids=tokens[:, None])
-
-    def keep(self, slots: Sequence[int]) -> None:
-        chosen = torch.tensor(slots, device=self.mask.device)
-        self.cache.batch_select_indices(chosen)
-        self.mask, self.positions = self.mask[chosen], self.positions[chosen]
-
-    def _embedded(self, ids: Tensor) -> Tensor:
-        """(R, T, E) embeddings of left-padded rows, the soft prompt in the first n places behind the padding."""
-        assert self.prompt is not None
-        embedded = self.inner.get_input_embeddings()(ids)  # scaled where the model scales
-        first = (self.mask == 0).sum(-1, keepdim=True)  # (R, 1)
-        columns = first + torch.arange(len(self.prompt), device=ids.device)  # (R, n)
-        rows = torch.arange(len(ids), device=ids.device)[:, None]
-        return embedded.index_put((rows, columns), self.prompt.to(embedded))
-
-    def _forward(self, **inputs: Tensor) -> Tensor:
-        hidden = self.inner.base_model(
-            **inputs,
-            attention_mask=self.mask,
-            position_ids=self.positions,
-            past_key_values=self.cache,
-            use_cache=True,
-        ).last_hidden_state[:, -1]
-        return _logits(self.model, hidden, self.vocabulary)
-
-
-def _logits(model: nn.Module, hidden: Tensor, vocabulary: int | None) -> Tensor:
-    return head_logits(model, hidden)[:, :vocabulary].float()
-
-
-def _left_pad(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    width = max(len(prompt) for prompt in prompts)
-    ids = torch.zeros(len(prompts), width, dtype=torch.long)
-    mask = torch.zeros(len(prompts), width, dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
-    return ids.to(device), mask.to(device)
 
 
 def check_request(

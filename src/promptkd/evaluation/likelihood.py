@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 from promptkd.data.encode import EncodedExample
 from promptkd.data.packing import TokenBatch, right_pad
-from promptkd.evaluation.generation import evaluating
-from promptkd.models import head_logits, response_hidden, shared_vocabulary_size
+from promptkd.engine import evaluating, head_logits, response_hidden
+from promptkd.models import shared_vocabulary_size
 from promptkd.objectives import reverse_kl
 
 __all__ = ["kl_nats", "reference_nats"]
@@ -30,7 +30,7 @@ def reference_nats(
     with torch.no_grad(), evaluating(model):
         for indices, batch in _batches(rows, [row.response_ids for row in rows], batch_size, model):
             losses = [
-                cross_entropy(head_logits(model, hidden)[:, :vocabulary].float(), targets, reduction="none")
+                cross_entropy(head_logits(model, hidden, vocabulary=vocabulary), targets, reduction="none")
                 for hidden, targets in _chunks(response_hidden(model, batch), batch.targets)
             ]
             _sum_by_row(torch.cat(losses), batch, indices, nats)
@@ -52,7 +52,9 @@ def kl_nats(
     with torch.no_grad(), evaluating(model), evaluating(teacher):
         for indices, batch in _batches(rows, samples, batch_size, model):
             divergences = [
-                reverse_kl(head_logits(model, ours)[:, :vocabulary], head_logits(teacher, theirs)[:, :vocabulary])
+                reverse_kl(
+                    head_logits(model, ours, vocabulary=vocabulary), head_logits(teacher, theirs, vocabulary=vocabulary)
+                )
                 for ours, theirs in _chunks(response_hidden(model, batch), response_hidden(teacher, batch))
             ]
             _sum_by_row(torch.cat(divergences), batch, indices, nats)

@@ -6,7 +6,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from promptkd.evaluation.generation import CacheReader, check_request, evaluating
+from promptkd.engine import evaluating, unwrap_peft
+from promptkd.engine.reference import CacheSession
+from promptkd.evaluation.generation import check_request
 from promptkd.evaluation.sampling import Sampler, uniforms
 
 __all__ = ["TextStream", "stream"]
@@ -34,12 +36,13 @@ def stream(
     seeds = None if seed is None else [seed]
     check_request([prompt], [max_new_tokens], temperature, top_p, top_k, seeds, batch_size=1)
     pick = Sampler(temperature, top_p, top_k)
-    return _tokens(CacheReader(model, vocabulary), prompt, max_new_tokens, frozenset(stop_ids), pick, seed)
+    session = CacheSession(unwrap_peft(model), vocabulary)
+    return _tokens(session, prompt, max_new_tokens, frozenset(stop_ids), pick, seed)
 
 
 @torch.no_grad()  # as a decorator it holds while the generator runs, and not between two of its tokens
 def _tokens(
-    reader: CacheReader,
+    session: CacheSession,
     prompt: Sequence[int],
     max_new_tokens: int,
     stops: frozenset[int],
@@ -47,14 +50,14 @@ def _tokens(
     seed: int | None,
 ) -> Generator[int]:
     drawn = None if seed is None or pick.temperature == 0 else uniforms([seed], max_new_tokens)
-    with evaluating(reader.model):
-        logits = reader.read([prompt])
+    with evaluating(session.model):
+        logits = session.prefill([prompt])
         for step in range(max_new_tokens):
             token = pick([(logits, 1.0)], None if drawn is None else drawn[:, step].to(logits.device))
             yield int(token)
             if int(token) in stops or step + 1 == max_new_tokens:
                 return
-            logits = reader.step(token)
+            logits = session.decode(token)
 
 
 class TextStream:

@@ -7,17 +7,17 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from promptkd.models.scoring import head_logits, linear_head
-from promptkd.objectives import prompt_loss_terms
-from promptkd.objectives.linear import (
+from promptkd.engine import (
     ChunkedLoss,
     Head,
     chunked_cross_entropy,
     chunked_objective,
     chunked_prompt_loss,
+    head_logits,
+    linear_head,
 )
+from promptkd.objectives import prompt_loss_terms
 from promptkd.objectives.prompt import Direction
-from promptkd.switches import switched_on
 
 __all__ = ["Pair", "entropy"]
 
@@ -32,9 +32,9 @@ class Pair:
     student: nn.Module
     teacher: nn.Module
     vocabulary: int
-    """Words that both heads have; further columns are padding."""
-    chunk: int = 256
-    """Tokens whose logits are held at a time; 0 for all at once, by the plain objectives."""
+    """Tokens that both heads have a column for; further columns are padding."""
+    chunk: int | None = None
+    """Tokens whose logits are held at a time; None for what suits the device, 0 for all, by the plain objectives."""
     adapted: nn.Module | None = None
     """The model whose head reads the adapted teacher's states; None if that is the teacher itself."""
 
@@ -43,22 +43,12 @@ class Pair:
         objective: Objective,
         student_hidden: Tensor,
         teacher_hidden: Tensor,
-        kept_logits: list[Tensor] | None = None,
     ) -> ChunkedLoss:
-        """Sum of `objective` over the tokens, for the student; the figure "entropy" is the student's.
-
-        `kept_logits` are the student's, as `prompt_loss` kept them.
-        """
+        """Sum of `objective` over the tokens, for the student; the figure "entropy" is the student's."""
         heads = self._heads("student", "teacher")
         if heads is not None:
             return chunked_objective(
-                objective,
-                student_hidden,
-                heads[0],
-                teacher_hidden.detach(),
-                heads[1],
-                chunk=self.chunk,
-                kept_logits=kept_logits or None,
+                objective, student_hidden, heads[0], teacher_hidden.detach(), heads[1], chunk=self.chunk
             )
         logits = self.logits("student", student_hidden)
         with torch.no_grad():
@@ -71,8 +61,7 @@ class Pair:
         if heads is not None:
             return chunked_cross_entropy(hidden, heads[0], targets, chunk=self.chunk)
         logits = self.logits(which, hidden)
-        wide = logits.to(torch.promote_types(torch.float32, logits.dtype))
-        total = torch.nn.functional.cross_entropy(wide, targets, reduction="sum")
+        total = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
         return ChunkedLoss(total, {"entropy": entropy(logits).sum()})
 
     def prompt_loss(
@@ -84,12 +73,8 @@ class Pair:
         weight: float,
         student_direction: Direction,
         plain_direction: Direction,
-        kept_logits: list[Tensor] | None = None,
     ) -> ChunkedLoss:
-        """Sum over the tokens of the teacher adapter's loss, with its terms "to_student" and "to_plain".
-
-        The student's logits are added to `kept_logits` for `student_loss`, if it is a list and the heads are linear.
-        """
+        """Sum over the tokens of the teacher adapter's loss, with its terms "to_student" and "to_plain"."""
         heads = self._heads("teacher", "student", "plain")
         if heads is not None:
             adapted_head, student_head, plain_head = heads
@@ -104,7 +89,6 @@ class Pair:
                 student_direction=student_direction,
                 plain_direction=plain_direction,
                 chunk=self.chunk,
-                kept_logits=kept_logits,
             )
         with torch.no_grad():
             student_logits = self.logits("student", student_hidden)
@@ -134,8 +118,8 @@ class Pair:
         return ChunkedLoss(hard.total + soft.total, soft.figures)
 
     def logits(self, which: Role, hidden: Tensor) -> Tensor:
-        """Logits (N, V) over the shared words, all at once; "teacher" is the adapted one, "plain" the one that came."""
-        return head_logits(self._model(which), hidden)[:, : self.vocabulary]
+        """Logits (N, V) over the shared tokens, all at once; "teacher" is the adapted one, "plain" as it came."""
+        return head_logits(self._model(which), hidden, vocabulary=self.vocabulary)
 
     def _model(self, which: Role) -> nn.Module:
         if which == "student":
@@ -144,10 +128,10 @@ class Pair:
 
     def _heads(self, *which: Role) -> list[Head] | None:
         """The heads as tensors; None if they must be run as modules, or all tokens are wanted at once."""
-        if self.chunk == 0 or not switched_on("fused_head"):
+        if self.chunk == 0:
             return None
         heads = [linear_head(self._model(each)) for each in which]
-        return None if None in heads else [head.sliced(self.vocabulary) for head in heads if head is not None]
+        return None if None in heads else [head.of(self.vocabulary) for head in heads if head is not None]
 
 
 def entropy(logits: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from promptkd.data.encode import EncodedExample
 from promptkd.data.packing import TokenBatch
+from promptkd.engine import ChunkedLoss
 from promptkd.methods.losses import Pair
-from promptkd.objectives.linear import ChunkedLoss
 from promptkd.responses import Responses
 
 __all__ = ["Adapter", "Method", "Objective", "Step", "StudentLoss"]
@@ -35,8 +35,6 @@ class Step:
     """States of the (adapted) teacher for any batch, (N, H_t), without a graph."""
     hidden_of_student: Callable[[TokenBatch], Tensor]
     """States of the student for any batch, with its graph."""
-    kept_logits: list[Tensor] | None = None
-    """The student's logits, where the adapter's step has kept them. See `Pair.student_loss`."""
 
 
 StudentLoss = Callable[[Step], ChunkedLoss]
@@ -67,4 +65,4 @@ class Method:
             return self.loss(step)
         assert self.objective is not None
         teacher_hidden = step.teacher_hidden(step.batch)
-        return step.pair.student_loss(self.objective, step.student_hidden, teacher_hidden, step.kept_logits)
+        return step.pair.student_loss(self.objective, step.student_hidden, teacher_hidden)

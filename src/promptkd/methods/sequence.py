@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from promptkd.data.packing import TokenBatch, right_pad
+from promptkd.engine import ChunkedLoss
 from promptkd.methods.losses import entropy
 from promptkd.methods.method import Objective, Step
 from promptkd.objectives.divergences import reverse_kl
-from promptkd.objectives.linear import ChunkedLoss
 from promptkd.objectives.sequence import Importance, dpkd, minillm
 
 __all__ = ["CrossEntropy", "DirectPreference", "MiniLLM"]

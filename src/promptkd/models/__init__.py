@@ -1,6 +1,5 @@
-"""Models: loading, pruning, scoring, and the soft-prompt teacher."""
+"""Models: loading, pruning, and the soft-prompt teacher."""
 
-from promptkd.models.dropout import disable_dropout
 from promptkd.models.load import (
     cache_folder,
     count_parameters,
@@ -10,7 +9,6 @@ from promptkd.models.load import (
     resolve_model,
 )
 from promptkd.models.prune import block_influence, evenly_spaced, most_influential, prune_layers
-from promptkd.models.scoring import check_scoring, head_logits, response_hidden, response_logits
 from promptkd.models.soft_prompt import SoftPrompt
 from promptkd.models.vocabulary import check_same_vocabulary, shared_vocabulary_size, vocabulary_size
 
@@ -19,19 +17,14 @@ __all__ = [
     "block_influence",
     "cache_folder",
     "check_same_vocabulary",
-    "check_scoring",
     "count_parameters",
-    "disable_dropout",
     "evenly_spaced",
-    "head_logits",
     "load_model",
     "load_tokenizer",
     "model_record",
     "most_influential",
     "prune_layers",
     "resolve_model",
-    "response_hidden",
-    "response_logits",
     "shared_vocabulary_size",
     "vocabulary_size",
 ]

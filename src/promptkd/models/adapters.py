@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from promptkd.data.packing import TokenBatch
+from promptkd.engine import response_hidden, unwrap_peft
 from promptkd.errors import RequestError
-from promptkd.models.scoring import response_hidden, text_model
 from promptkd.models.soft_prompt import SoftPrompt
 
 __all__ = [
@@ -149,7 +149,7 @@ class LoraTeacher(_TrainedWeights):
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            wrapped = get_peft_model(text_model(teacher), config)
+            wrapped = get_peft_model(unwrap_peft(teacher), config)
         return cls(wrapped), wrapped.eval()
 
     def adapted_hidden(self, teacher: nn.Module, batch: TokenBatch) -> Tensor:
@@ -172,7 +172,7 @@ class FullTeacher(_TrainedWeights):
     folder = "teacher"
 
     def __init__(self, teacher: nn.Module):
-        plain = text_model(teacher)
+        plain = unwrap_peft(teacher)
         self.copy = copy.deepcopy(plain).requires_grad_(True).eval()
         super().__init__(dict(self.copy.named_parameters()), dict(plain.named_parameters()))
 
@@ -213,7 +213,7 @@ class OnlineTeacher(ModuleAdapter):
     def __init__(self, teacher: nn.Module, *, rank: int, seed: int):
         if rank < 1:
             raise RequestError(f"The online module's rank must be at least 1. Got {rank}.")
-        head = text_model(teacher).get_output_embeddings().weight
+        head = unwrap_peft(teacher).get_output_embeddings().weight
         super().__init__(OnlineModule(head.shape[1], rank, seed).to(head.device))
 
     def adapted_hidden(self, teacher: nn.Module, batch: TokenBatch) -> Tensor:

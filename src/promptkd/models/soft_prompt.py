@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from promptkd.engine import unwrap_peft
 from promptkd.errors import RequestError
-from promptkd.models.scoring import text_model
 
 __all__ = ["DEFAULT_TEXT", "PromptStart", "SoftPrompt"]
 
@@ -55,7 +55,7 @@ class SoftPrompt(nn.Module):
         """
         if length < 0:
             raise RequestError(f"The soft prompt's length must be 0 or more. Got {length}.")
-        embedding = text_model(teacher).get_input_embeddings()
+        embedding = unwrap_peft(teacher).get_input_embeddings()
         if length == 0:
             return cls(torch.empty(0, embedding.weight.shape[1]))
         if start not in get_args(PromptStart):
@@ -85,7 +85,7 @@ class SoftPrompt(nn.Module):
 
     def save(self, folder: Path, teacher: nn.Module) -> None:
         """Write `folder` as a PEFT prompt-tuning adapter of `teacher`."""
-        inner = text_model(teacher)
+        inner = unwrap_peft(teacher)
         config = inner.config.get_text_config()
         adapter = PromptTuningConfig(
             task_type="CAUSAL_LM",

@@ -3,8 +3,8 @@
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from promptkd.engine import head_size
 from promptkd.errors import RequestError
-from promptkd.models.scoring import head_size
 
 __all__ = ["check_same_vocabulary", "shared_vocabulary_size", "vocabulary_size"]
 

@@ -1,9 +1,10 @@
-"""Divergences on a few rows of logits: values, and the gradient written over the logits that learn.
+"""Divergences on a few rows of logits: values, and the gradient written over the logits that require grad.
 
 The hand-written ones are for logits that are finite everywhere; the others go through the plain objective and autograd.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,34 +13,46 @@ from torch import Tensor
 from promptkd.objectives.divergences import forward_kl, reverse_kl, shared_log_probs
 from promptkd.objectives.prompt import Direction, prompt_loss_terms
 
-__all__ = ["Kernel", "Objective", "cross_entropy_kernel", "objective_kernel", "prompt_kernel"]
+__all__ = ["PLAIN_KERNELS", "Kernel", "Kernels", "Objective", "objective_kernel", "prompt_kernel"]
 
 Objective = Callable[[Tensor, Tensor], Tensor]
 Kernel = Callable[..., tuple[Tensor, dict[str, Tensor]]]
-"""Logits that learn (C, V) and targets, each logits (C, V) or labels (C,), to values (C,) and figures (C,). The
-gradient of the values is written over the logits that learn."""
+"""Logits that require grad (C, V) and targets, each logits (C, V) or labels (C,), to values (C,) and figures (C,). The
+gradient of the values is written over the logits that require grad."""
 
 
-def objective_kernel(objective: Objective, *, absent_words: bool) -> Kernel:
+@dataclass(frozen=True)
+class Kernels:
+    """Kernels with gradients worked out by hand, for logits that are finite everywhere."""
+
+    reverse_kl: Kernel
+    forward_kl: Kernel
+    cross_entropy: Kernel
+    """Its target is labels."""
+    prompt: Callable[[float], Kernel]
+    """From λ to the prompt loss, both of its KLs reverse."""
+
+
+def objective_kernel(objective: Objective, kernels: Kernels, *, absent_tokens: bool) -> Kernel:
     """Student and teacher logits to `objective`, with the figure "entropy" of the student.
 
     Args:
-        absent_words: whether logits may be -inf.
+        absent_tokens: whether logits may be -inf.
     """
-    written: dict[Any, Kernel] = {reverse_kl: _reverse_kl, forward_kl: _forward_kl}
-    return _by_autograd(objective) if absent_words or objective not in written else written[objective]
+    written: dict[Any, Kernel] = {reverse_kl: kernels.reverse_kl, forward_kl: kernels.forward_kl}
+    return _by_autograd(objective) if absent_tokens or objective not in written else written[objective]
 
 
 def prompt_kernel(
-    weight: float, student_direction: Direction, plain_direction: Direction, *, absent_words: bool
+    weight: float, student_direction: Direction, plain_direction: Direction, kernels: Kernels, *, absent_tokens: bool
 ) -> Kernel:
     """Prompted, student and (optional) plain logits to `prompt_loss`, with the figures "to_student" and "to_plain"."""
-    if student_direction == plain_direction == "reverse" and not absent_words:
-        return _reverse_prompt_kl(weight)
+    if student_direction == plain_direction == "reverse" and not absent_tokens:
+        return kernels.prompt(weight)
     return _prompt_by_autograd(weight, student_direction, plain_direction)
 
 
-def cross_entropy_kernel(logits: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """-log q(y): d/dz = q - [y]."""
     log_q = logits.log_softmax(-1)
     values = -log_q.gather(-1, labels[:, None])[:, 0]
@@ -127,3 +140,7 @@ def _prompt_by_autograd(weight: float, student_direction: Direction, plain_direc
 
 def _entropy(q: Tensor, log_q: Tensor) -> Tensor:
     return -torch.where(log_q == -torch.inf, 0.0, q * log_q).sum(-1)
+
+
+PLAIN_KERNELS = Kernels(_reverse_kl, _forward_kl, _cross_entropy, _reverse_prompt_kl)
+"""In a few operations of torch, on any device."""

@@ -88,9 +88,8 @@ class DistillConfig(DistillationConfig):
     eval_seed: int = option(10, "Seed of validation's sampled responses.")
     generation_batch_size: int = option(32, "Rows that are decoded at a time.")
 
-    chunk_tokens: int = option(256, "Tokens whose logits are held at a time; 0 holds all of a micro-batch.")
-    keep_logits_mib: int = option(
-        512, "Most MiB of the student's logits to keep from the prompt's step for its own, instead of projecting anew."
+    chunk_tokens: int | None = option(
+        None, "Tokens whose logits are held at a time: by default 256 on CPU, 2,048 on a GPU; 0 holds all."
     )
 
     max_prompt_length: int = option(256, "Most tokens of a prompt, template included; see --overlong.")
@@ -194,8 +193,7 @@ class DistillConfig(DistillationConfig):
             ),
             (self.adapter_rank < 1, f"adapter_rank must be at least 1, got {self.adapter_rank}"),
             (self.replay_capacity < 1, f"replay_capacity must be at least 1, got {self.replay_capacity}"),
-            (self.chunk_tokens < 0, f"chunk_tokens must be 0 or more, got {self.chunk_tokens}"),
-            (self.keep_logits_mib < 0, f"keep_logits_mib must be 0 or more, got {self.keep_logits_mib}"),
+            ((self.chunk_tokens or 0) < 0, f"chunk_tokens must be 0 or more, got {self.chunk_tokens}"),
             (self.temperature <= 0, f"temperature must be above 0, got {self.temperature}"),
             (bool(self.chat_template_kwargs), "chat_template_kwargs has no effect here; write a Jinja --template"),
             (bool(self.pad_to_multiple_of), "pad_to_multiple_of has no effect here: rows are not padded for rollouts"),

@@ -27,26 +27,20 @@ from trl import DistillationTrainer
 from promptkd.data.dataset import encode_rows, stop_ids_of
 from promptkd.data.encode import EncodedData
 from promptkd.data.packing import TokenBatch, right_pad
+from promptkd.engine import ChunkedLoss, check_scoring, disable_dropout, head_logits, response_hidden, unwrap_peft
 from promptkd.errors import RequestError
 from promptkd.methods import Method, Step, named_method
 from promptkd.models import (
     check_same_vocabulary,
-    check_scoring,
     count_parameters,
-    disable_dropout,
-    head_logits,
     load_model,
     load_tokenizer,
     resolve_model,
-    response_hidden,
     shared_vocabulary_size,
 )
 from promptkd.models.quantized import keep_backward
-from promptkd.models.scoring import text_model
 from promptkd.objectives import forward_kl, reverse_kl
-from promptkd.objectives.linear import ChunkedLoss
 from promptkd.responses import AdaptiveReplay, TeacherMixed
-from promptkd.switches import switched_on
 from promptkd.training.config import DistillConfig, PromptKDConfig
 from promptkd.training.rollouts import Rollouts
 from promptkd.training.sharding import check_sharding, place_teacher, run_inside, run_whole
@@ -127,9 +121,9 @@ class DistillTrainer(Rollouts, TeacherTuning, RunTrainer, DistillationTrainer):
             teacher,
             adapter=self.method.teacher_adapter,
             needs_generate=self._needs_generate() and not self.use_vllm,
-            chunks=args.chunk_tokens > 0 and switched_on("fused_head"),
+            chunks=args.chunk_tokens != 0,
         )
-        generation_config = text_model(self.model).generation_config
+        generation_config = unwrap_peft(self.model).generation_config
         self.stop_ids = stop_ids_of(processing_class, generation_config, template=args.template)
         # TRL's rollout takes them from here; without any it would look for the id None.
         self.eos_token_ids = list(self.stop_ids)
@@ -151,7 +145,6 @@ class DistillTrainer(Rollouts, TeacherTuning, RunTrainer, DistillationTrainer):
         self.adapter_scheduler: Any = None
         self._window: dict[str, float] = defaultdict(float)
         self._seconds: dict[str, float] = defaultdict(float)
-        self._kept_logits: dict[int, list[Tensor]] = {}
         self._stale_hidden: dict[int, Tensor] = {}
 
     def _check_responses(self, args: DistillConfig, eval_dataset: Any) -> None:
@@ -199,7 +192,7 @@ class DistillTrainer(Rollouts, TeacherTuning, RunTrainer, DistillationTrainer):
         prompt = self.args.prompt_length if self.method.teacher_adapter == "prompt" else 0
         for name, each, extra in (("student", self.model, 0), ("teacher", teacher, prompt)):
             # an attribute, not a key: GPT-2 spells it n_positions; models without positions have none
-            limit = getattr(text_model(each).config.get_text_config(), "max_position_embeddings", None)
+            limit = getattr(unwrap_peft(each).config.get_text_config(), "max_position_embeddings", None)
             if limit is not None and longest + extra > limit:
                 raise RequestError(
                     f"The {name} has {limit} positions. max_prompt_length + max_completion_length"
@@ -220,17 +213,11 @@ class DistillTrainer(Rollouts, TeacherTuning, RunTrainer, DistillationTrainer):
         tokens = inputs["tokens_in_batch"].clamp(min=1)
         batch = self._token_batch(inputs)
         index = self._step % self.args.gradient_accumulation_steps
-        tunes = index == 0 and self.adapter is not None
-        share = switched_on("shared_passes") and not self._trains_dropout
-        if tunes and not share:
-            self._tune_teacher(student, None, tokens)
+        if index == 0 and self.adapter is not None:
+            self._tune_teacher(student, tokens)
         with self.accelerator.autocast():  # the redirected forward goes round accelerate's own
             hidden = response_hidden(student, batch)  # (N, H)
-        if tunes and share:
-            self._tune_teacher(student, hidden.detach(), tokens)
-        with self.accelerator.autocast():
-            teacher_hidden, kept = self._teacher_of_student(index), self._kept_logits.pop(index, None)
-            loss = self._method_loss(student, inputs, batch, hidden, teacher_hidden, kept)
+            loss = self._method_loss(student, inputs, batch, hidden, self._teacher_of_student(index))
         self._window["student_loss"] += float(loss.total.detach()) * float(tokens / items)
         self._window["entropy"] += float(loss.figures.get("entropy", 0.0))
         total = loss.total / items
@@ -246,7 +233,6 @@ class DistillTrainer(Rollouts, TeacherTuning, RunTrainer, DistillationTrainer):
         batch: TokenBatch,
         hidden: Tensor,
         teacher_hidden: Callable[[TokenBatch], Tensor],
-        kept_logits: list[Tensor] | None,
     ) -> ChunkedLoss:
         return self.method.student_loss(
             Step(
@@ -256,7 +242,6 @@ class DistillTrainer(Rollouts, TeacherTuning, RunTrainer, DistillationTrainer):
                 student_hidden=hidden,
                 teacher_hidden=teacher_hidden,
                 hidden_of_student=lambda other: response_hidden(student, other),
-                kept_logits=kept_logits,
             )
         )
 

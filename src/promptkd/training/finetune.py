@@ -11,8 +11,8 @@ from trl import SFTConfig, SFTTrainer
 
 from promptkd.data.dataset import stop_ids_of
 from promptkd.data.encode import EncodedData, EncodedExample
+from promptkd.engine import unwrap_peft
 from promptkd.errors import RequestError
-from promptkd.models.scoring import text_model
 from promptkd.training.config import ON_NAN, UNFILTERED, OnNan, common_checks, option
 from promptkd.training.sharding import check_sharding
 from promptkd.training.shared import RunTrainer
@@ -72,7 +72,7 @@ class FinetuneTrainer(RunTrainer, SFTTrainer):
     ):
         self._training = train_data.examples
         self._validation = [] if eval_data is None else eval_data.examples
-        self.stop_ids = stop_ids_of(processing_class, text_model(model).generation_config, template=args.template)
+        self.stop_ids = stop_ids_of(processing_class, unwrap_peft(model).generation_config, template=args.template)
         super().__init__(
             model=model,
             args=args,

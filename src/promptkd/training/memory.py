@@ -16,15 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from promptkd.data.packing import TokenBatch, right_pad
-from promptkd.evaluation.generation import evaluating
-from promptkd.models.packed import packs
-from promptkd.models.recomputed import marks_layers, recomputed_layers
-from promptkd.models.scoring import linear_head, response_hidden, text_model
+from promptkd.engine import evaluating, linear_head, response_hidden, unwrap_peft
+from promptkd.engine.recompute import marks_layers, recomputed_layers
 from promptkd.responses import ResponseMix, Responses
-from promptkd.switches import switched_on
 
 __all__ = ["MemoryEstimate", "PassCost", "estimate_memory", "pass_cost", "tensor_bytes", "writes_responses"]
 
+switched_on = packs = lambda _: True
 _WIDE = 4  # bytes of a float32
 _PROBES = (24, 48)  # tokens
 _PREPACKED = 4 * 2**30  # most bytes of weights that decoding lays out anew
@@ -75,7 +73,7 @@ def pass_cost(model: nn.Module, *, prompted: bool = False, recomputed: bool = Fa
         prompted: whether the gradient enters by embeddings put before the row, as a soft prompt's does.
         recomputed: whether layers keep their inputs alone.
     """
-    layers = text_model(model).config.get_text_config().num_hidden_layers
+    layers = unwrap_peft(model).config.get_text_config().num_hidden_layers
     first, second = (_kept_bytes(model, tokens, prompted, recomputed) for tokens in _PROBES)
     short, long = _PROBES
     square = max(0.0, (second / long - first / short) / (long - short))
@@ -83,12 +81,12 @@ def pass_cost(model: nn.Module, *, prompted: bool = False, recomputed: bool = Fa
 
 
 def _kept_bytes(model: nn.Module, tokens: int, prompted: bool, recomputed: bool) -> int:
-    weight = text_model(model).get_input_embeddings().weight
+    weight = unwrap_peft(model).get_input_embeddings().weight
     prompt = None
     if prompted:
         prompt = torch.zeros(1, weight.shape[1], device=weight.device, requires_grad=True)
         tokens -= 1
-    packed = packs(text_model(model))  # where the last token of a row is not read
+    packed = packs(unwrap_peft(model))  # where the last token of a row is not read
     batch = right_pad([[0]], [[0] * (tokens if packed else tokens - 1)], device=weight.device)
     kept: dict[int, Tensor] = {}
 
@@ -125,7 +123,7 @@ class _Estimate:
         self.teacher = trainer.accelerator.unwrap_model(trainer.teacher_model)
         self.on_cpu = trainer.accelerator.device.type == "cpu"
         self.batch = _largest_batch(trainer)
-        head = text_model(self.student).get_output_embeddings().weight
+        head = unwrap_peft(self.student).get_output_embeddings().weight
         self.head = tensor_bytes([head]) if head.requires_grad else 0
         self.words = trainer.vocabulary * _WIDE  # bytes of one token's logits
         learned = [each for each in self.student.parameters() if each.requires_grad]
@@ -151,14 +149,14 @@ class _Estimate:
         return MemoryEstimate({"process": process} | weights | optimiser, phases)
 
     def _rollout(self) -> dict[str, int]:
-        config = text_model(self.student).config.get_text_config()  # its attributes have one name in all families
+        config = unwrap_peft(self.student).config.get_text_config()  # its attributes have one name in all families
         rows = min(self.args.generation_batch_size, len(self.batch.lengths) * self.args.gradient_accumulation_steps)
         layers, heads = config.num_hidden_layers, config.num_attention_heads
         named = config.to_dict()
         width = named.get("head_dim") or config.hidden_size // heads
         shared = named.get("num_key_value_heads") or heads
         columns = self.args.max_prompt_length + self.args.max_completion_length
-        cache = 2 * layers * shared * width * columns * rows * text_model(self.student).dtype.itemsize
+        cache = 2 * layers * shared * width * columns * rows * unwrap_peft(self.student).dtype.itemsize
         linear = [each.weight for each in self.student.modules() if type(each) is nn.Linear]
         packed = sum(each.numel() * _WIDE for each in linear)
         prepacks = self.on_cpu and switched_on("prepacked") and packed <= _PREPACKED
@@ -170,7 +168,7 @@ class _Estimate:
         online = trainer.method.teacher_adapter == "online"
         prompted = trainer.method.teacher_adapter == "prompt"
         before = self.args.prompt_length if prompted else 0
-        shares = switched_on("shared_passes") and not trainer._trains_dropout
+        shares = False
         with trainer.accelerator.autocast():
             whole = pass_cost(trainer.adapter.adapted_model(self.teacher), prompted=prompted)
             kept = whole
@@ -178,7 +176,7 @@ class _Estimate:
                 kept = pass_cost(trainer.adapter.adapted_model(self.teacher), prompted=prompted, recomputed=True)
         parts = [[length + before for length in _rows(self.teacher, part)] for part in trainer._parts(batch)]
         window = batch.response_tokens * self.args.gradient_accumulation_steps
-        keeps = trainer._keeps_logits([batch] * self.args.gradient_accumulation_steps)
+        keeps = False
         return {
             "activations of the student": self.student_cost.kept(_rows(self.student, batch)) if shares else 0,
             "activations of the teacher": 0 if online else max(kept.kept(part) + whole.working(part) for part in parts),
@@ -189,7 +187,7 @@ class _Estimate:
         rows = _rows(self.student, self.batch)
         accumulates = self.args.gradient_accumulation_steps > 1
         window = self.batch.response_tokens * self.args.gradient_accumulation_steps
-        keeps = bool(self.adapted) and self.trainer._keeps_logits([self.batch] * self.args.gradient_accumulation_steps)
+        keeps = False
         return {
             "activations of the student": self.student_cost.kept(rows) + self.student_cost.working(rows),
             "logits": self._chunks(1 if keeps else 2) + (window * self.words if keeps else 0),
@@ -203,10 +201,10 @@ class _Estimate:
     def _chunks(self, models: int) -> int:
         """Logits of `models` models that are held at a time."""
         tokens, chunk = self.batch.response_tokens, self.args.chunk_tokens
-        fused = chunk > 0 and switched_on("fused_head")
+        fused = chunk != 0 and switched_on("fused_head")
         if fused and linear_head(self.student) is not None and linear_head(self.teacher) is not None:
             buffers = models if self.on_cpu else 3 * models  # on CPU a few rows at a time go through the divergence
-            return buffers * min(chunk, tokens) * self.words
+            return buffers * min(chunk or 256, tokens) * self.words
         return 3 * models * tokens * self.words
 
 
@@ -217,7 +215,7 @@ def writes_responses(source: Responses) -> bool:
 
 def _rows(model: nn.Module, batch: TokenBatch) -> list[int]:
     """Tokens of each row that are computed: padding too, where rows are not packed."""
-    if packs(text_model(model)):
+    if packs(unwrap_peft(model)):
         return [max(1, length - 1) for length in batch.lengths]  # nothing is predicted from the last one
     return [batch.input_ids.shape[1]] * len(batch.lengths)
 

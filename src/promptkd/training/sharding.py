@@ -16,9 +16,9 @@ from trl.distributed import DistributedBackend
 from trl.models import prepare_deepspeed, unwrap_model_for_generation
 from trl.models.utils import _ForwardRedirection
 
+from promptkd.engine import unwrap_peft
 from promptkd.errors import RequestError
 from promptkd.methods.method import Adapter
-from promptkd.models.scoring import text_model
 
 __all__ = ["check_sharding", "is_sharded", "place_teacher", "run_inside", "run_whole"]
 
@@ -54,7 +54,7 @@ def check_sharding(
         if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
             problems.append("the student is saved whole; set fsdp_state_dict_type: FULL_STATE_DICT")
         if not chunks:
-            problems.append("sharded heads need chunks; set chunk_tokens above 0, leave fused_head out of PROMPTKD_OFF")
+            problems.append("sharded heads need chunks; leave chunk_tokens out, or set it above 0")
     if backend.is_zero3:
         if any(each.numel() == 0 for model in models for each in model.parameters()):
             problems.append("models must be loaded whole before they are sharded; set zero3_init_flag: false")
@@ -132,6 +132,6 @@ def _run_unsharded(work: Callable[[nn.Module], T], model: nn.Module, reshards: b
             unit.reshard()
             unit.set_reshard_after_forward(reshards, recurse=False)
         # As accelerate leaves them: the last to be used is the first that backward needs.
-        for each in (model, text_model(model).get_output_embeddings()):
+        for each in (model, unwrap_peft(model).get_output_embeddings()):
             if isinstance(each, FSDPModule):
                 each.set_reshard_after_forward(False, recurse=False)

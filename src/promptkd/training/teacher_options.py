@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
 
+from promptkd.engine.recompute import recomputable_layers
 from promptkd.errors import RequestError
 from promptkd.methods import Method
-from promptkd.models.recomputed import recomputable_layers
 
 __all__ = ["check_teacher_options", "teacher_settings"]
 

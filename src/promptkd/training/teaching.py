@@ -3,7 +3,7 @@
 import copy
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,16 +13,13 @@ from torch import Tensor, nn
 from transformers import IntervalStrategy, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from promptkd.data.packing import TokenBatch
+from promptkd.engine import ChunkedLoss, embedding_device, engine_for, evaluating, response_hidden, unwrap_peft
+from promptkd.engine.recompute import recomputed_layers
 from promptkd.errors import RequestError
-from promptkd.evaluation.generation import evaluating
 from promptkd.methods import Pair
-from promptkd.models import SoftPrompt, response_hidden
+from promptkd.models import SoftPrompt
 from promptkd.models.adapters import FullTeacher, LoraTeacher, OnlineTeacher, SoftPromptAdapter, TeacherAdapter
-from promptkd.models.recomputed import recomputed_layers
-from promptkd.models.scoring import text_model
 from promptkd.objectives import regularizer_weight
-from promptkd.objectives.linear import ChunkedLoss
-from promptkd.switches import switched_on
 from promptkd.training.checkpoints import whole_folder
 from promptkd.training.sharding import is_sharded
 from promptkd.training.teacher_options import check_teacher_options
@@ -35,7 +32,6 @@ else:
 __all__ = ["TeacherTuning"]
 
 _METHOD_STATE = "method.pt"
-_PART = 1536  # tokens
 
 
 class TeacherTuning(_Trainer):
@@ -52,9 +48,7 @@ class TeacherTuning(_Trainer):
     vocabulary: int
     _forward_redirection: Any
     _token_batch: Any
-    _trains_dropout: bool
     _teacher_numbers: int
-    _kept_logits: dict[int, list[Tensor]]
     _stale_hidden: dict[int, Tensor]
     _window: dict[str, float]
     _seconds: dict[str, float]
@@ -103,12 +97,10 @@ class TeacherTuning(_Trainer):
             )
         return super().create_scheduler(num_training_steps, optimizer)
 
-    def _tune_teacher(self, student: nn.Module, first_hidden: Tensor | None, tokens: Tensor) -> None:
+    def _tune_teacher(self, student: nn.Module, tokens: Tensor) -> None:
         """One step of the teacher's adapter on all response tokens of the window (PromptKD section 3.2).
 
         Args:
-            first_hidden: the student's states of the window's first micro-batch, which its own step goes on with; None
-                computes them without dropout, as those of the other micro-batches.
             tokens: response tokens of the window on all processes.
         """
         assert self.adapter is not None
@@ -121,11 +113,9 @@ class TeacherTuning(_Trainer):
         scale = self._gradient_scale(tokens)
         pair = self._pair(student)
         batches = [self._token_batch(each) for each in self._buffered_inputs]
-        self._kept_logits = {index: [] for index in range(len(batches))} if self._keeps_logits(batches) else {}
         for index, batch in enumerate(batches):
             with self.accelerator.autocast(), torch.no_grad():
-                target = first_hidden if index == 0 else None
-                target = _without_dropout(student, batch) if target is None else target
+                target = _without_dropout(student, batch)
                 plain = self._plain_hidden(batch) if reads_plain else None
             parts = self._parts(batch)
             counts = [part.response_tokens for part in parts]
@@ -134,8 +124,7 @@ class TeacherTuning(_Trainer):
             for part, span, away_from in zip(parts, target.split(counts), plains, strict=True):
                 with self.accelerator.autocast():
                     adapted = self._hidden_with_graph(part)
-                    kept = self._kept_logits.get(index)
-                    loss = self._adapter_loss(pair, part, adapted, span, away_from, weight, kept)
+                    loss = self._adapter_loss(pair, part, adapted, span, away_from, weight)
                 self._window["prompt_kl"] += float(loss.figures.get("to_student", 0.0))
                 if reads_plain:
                     self._window["prompt_regularizer"] += float(loss.figures.get("to_plain", 0.0))
@@ -152,18 +141,12 @@ class TeacherTuning(_Trainer):
     def _parts(self, batch: TokenBatch) -> list[TokenBatch]:
         """A micro-batch in the pieces in which the adapted teacher reads it, each with a backward of its own.
 
-        A GPU is faster with all rows at once; there `gradient_accumulation_steps` bounds the memory. Processes that
-        share a teacher's weights must call it equally often.
+        They bound the activations that are held. Processes that share a teacher's weights must call it equally often.
         """
-        splits = self.accelerator.device.type == "cpu" and self.accelerator.num_processes == 1
-        return batch.parts(_PART) if splits and switched_on("split_prompt_pass") else [batch]
-
-    def _keeps_logits(self, batches: Sequence[TokenBatch]) -> bool:
-        """Whether the student's logits of the whole window may stay in memory until its own step uses them up."""
-        if self._trains_dropout or self.method.objective is None or self.method.teacher_adapter == "online":
-            return False
-        size = sum(batch.response_tokens for batch in batches) * self.vocabulary * 4  # bytes in float32
-        return switched_on("kept_logits") and size <= self.args.keep_logits_mib * 2**20
+        if is_sharded(self.accelerator):
+            return [batch]
+        teacher = unwrap_peft(self.accelerator.unwrap_model(self.teacher_model))
+        return batch.parts(engine_for(embedding_device(teacher)).pass_tokens)
 
     def _hidden_with_graph(self, batch: TokenBatch) -> Tensor:
         if not self.args.teacher_gradient_checkpointing:
@@ -181,7 +164,6 @@ class TeacherTuning(_Trainer):
         student_hidden: Tensor,
         plain: Tensor | None,
         weight: float,
-        kept_logits: list[Tensor] | None,
     ) -> ChunkedLoss:
         if self.method.teacher_adapter == "online":
             return pair.online_loss(adapted, batch.targets, student_hidden)
@@ -192,7 +174,6 @@ class TeacherTuning(_Trainer):
             weight=weight,
             student_direction=self.args.prompt_kl,
             plain_direction=self.args.regularizer_kl,
-            kept_logits=kept_logits,
         )
 
     def _regularizer_weight(self) -> float:
@@ -213,7 +194,7 @@ class TeacherTuning(_Trainer):
 
     def _gradient_scale(self, tokens: Tensor) -> Tensor | int:
         """What the prompt's gradient is multiplied by on its way: in float16 that of a sum survives, not of a mean."""
-        half = text_model(self.accelerator.unwrap_model(self.teacher_model)).dtype == torch.float16
+        half = unwrap_peft(self.accelerator.unwrap_model(self.teacher_model)).dtype == torch.float16
         return tokens if half else 1
 
     def _step_adapter(self, scale: Tensor | int) -> None:

@@ -13,16 +13,16 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from promptkd.engine.attention import in_place_again
+from promptkd.engine.backbone import unwrap_peft
 from promptkd.errors import RequestError
-from promptkd.models.packed import in_place_again
-from promptkd.models.scoring import text_model
 
-__all__ = ["marks_layers", "recomputable_layers", "recomputed_layers"]
+__all__ = ["marks_layers", "recomputable_layers", "recomputed_layers", "recomputes"]
 
 
 def marks_layers(model: nn.Module) -> bool:
     """Whether the model's class marks layers whose activations can be computed again."""
-    return any(isinstance(each, GradientCheckpointingLayer) for each in text_model(model).modules())
+    return any(isinstance(each, GradientCheckpointingLayer) for each in unwrap_peft(model).modules())
 
 
 def recomputable_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
@@ -31,10 +31,10 @@ def recomputable_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
     Raises:
         RequestError: if the model's class marks none, as transformers' classes do.
     """
-    layers = [each for each in text_model(model).modules() if isinstance(each, GradientCheckpointingLayer)]
+    layers = [each for each in unwrap_peft(model).modules() if isinstance(each, GradientCheckpointingLayer)]
     if not layers:
         raise RequestError(
-            f"{type(text_model(model)).__name__} marks no layers whose activations could be computed again. "
+            f"{type(unwrap_peft(model)).__name__} marks no layers whose activations could be computed again. "
             "Leave --teacher_gradient_checkpointing out."
         )
     return layers
@@ -47,7 +47,7 @@ def recomputed_layers(model: nn.Module) -> Iterator[None]:
     Exact as long as weights and random numbers do not change in between: meant for a model in evaluation mode.
     Backward may run after this is left.
     """
-    inner = text_model(model)
+    inner = unwrap_peft(model)
     layers = recomputable_layers(model)
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -63,10 +63,13 @@ def recomputed_layers(model: nn.Module) -> Iterator[None]:
             vars(layer).pop("forward", None)
 
 
+def recomputes(layer: nn.Module) -> bool:
+    """Whether `recomputed_layers` has this layer's activations computed again: fused layers call no forward of one."""
+    return isinstance(vars(layer).get("forward"), _Recomputed)
+
+
 class _Recomputed:
     """The forward of a layer, computed again in backward."""
-
-    recomputes = True  # `lean_states` looks for it: it calls no forward of a layer
 
     def __init__(self, forward: Callable[..., Any], contexts: Callable[[], Any]):
         self._forward, self._contexts = forward, contexts
