@@ -17,10 +17,11 @@ ROWS = (
     ("methods",),
     ("responses",),
     ("models",),
+    ("engine",),
     ("data", "objectives"),
     ("results",),
     ("files",),
-    ("switches", "visible", "redact"),
+    ("visible", "redact"),
     ("errors",),
 )
 DEPTH = {part: depth for depth, row in enumerate(ROWS) for part in row}

@@ -201,10 +201,11 @@ class _Gradients:
 
     def add(self, projection: Projection, gradient: Tensor, hidden: Tensor, part: slice) -> None:
         """`gradient`: (C, V) with respect to W h + b, of a chunk."""
+        prepared = projection.prepared(gradient)
         if self.hidden is not None:
-            self.hidden[part] = projection.to_hidden(gradient)
+            self.hidden[part] = projection.to_hidden(prepared)
         if self._needs_weight:
-            self._sum = projection.add_to_weight(self._sum, gradient, hidden[part])
+            self._sum = projection.add_to_weight(self._sum, prepared, hidden[part])
         if self.bias is not None:
             self.bias[: self._head.vocabulary] += gradient.sum(0)
 

@@ -83,14 +83,18 @@ class Projection:
         """(C, H) to (C, V). What an earlier call has returned may be overwritten."""
         return self.head.transformed(torch.nn.functional.linear(hidden.to(self.head.wide), self.weight, self.bias))
 
-    def to_hidden(self, gradient: Tensor) -> Tensor:
-        """The gradient (C, V) with respect to W h + b as one with respect to hidden states, (C, H)."""
-        return gradient @ self.weight
+    def prepared(self, gradient: Tensor) -> Tensor:
+        """A gradient (C, V) with respect to W h + b in the form that `to_hidden` and `add_to_weight` multiply."""
+        return gradient
 
-    def add_to_weight(self, total: Tensor | None, gradient: Tensor, hidden: Tensor) -> Tensor:
+    def to_hidden(self, prepared: Tensor) -> Tensor:
+        """The gradient with respect to hidden states, (C, H)."""
+        return prepared @ self.weight
+
+    def add_to_weight(self, total: Tensor | None, prepared: Tensor, hidden: Tensor) -> Tensor:
         """total + gradientᵀ hidden, (V, H) in float32 or wider, written over `total`, which is None at first."""
         hidden = hidden.to(self.head.wide)
-        return gradient.T @ hidden if total is None else total.addmm_(gradient.T, hidden)
+        return prepared.T @ hidden if total is None else total.addmm_(prepared.T, hidden)
 
 
 class HeadProducts:

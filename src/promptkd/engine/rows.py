@@ -20,7 +20,7 @@ from promptkd.engine.backbone import embedding_device
 from promptkd.engine.base import DecodeSession
 from promptkd.engine.packed import PackedScorer, pack_inputs, supports_packing
 
-__all__ = ["Attend", "Backbone", "Layer", "RowSession", "attend_to_columns", "supports_rows"]
+__all__ = ["Attend", "Backbone", "Layer", "RowSession", "StepAttention", "attend_to_columns", "supports_rows"]
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """The index of a layer, its query (R, heads, 1, D), key and value (R, key-value heads, 1, D), to (R, 1, heads, D)."""
@@ -82,7 +82,7 @@ class RowSession(DecodeSession):
         """Hidden states (R, H) behind `tokens` (R,) at `positions` (R,), whose keys and values go into the store."""
         if self.backbone is not None:
             return self.backbone(tokens, positions, self.attend_to_past)
-        with attention_in_place(self.model, _Step(self)):
+        with attention_in_place(self.model, StepAttention(self.attend_to_past)):
             hidden = self.model.base_model(
                 input_ids=tokens[:, None], position_ids=positions[:, None], use_cache=False
             ).last_hidden_state
@@ -113,14 +113,14 @@ class _Prefill:
         return self.inner.attend(module, query, key, value, **settings)
 
 
-class _Step:
-    """Attention of one token per row."""
+class StepAttention:
+    """Attention of one token per row inside a model's own layers."""
 
-    def __init__(self, session: RowSession):
-        self.session = session
+    def __init__(self, attend: Attend):
+        self._attend = attend
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **settings: Any) -> Tensor:
-        return self.session.attend_to_past(int(module.layer_idx), query, key, value)  # type: ignore[arg-type]
+        return self._attend(int(module.layer_idx), query, key, value)  # type: ignore[arg-type]
 
 
 def attend_to_columns(layer: Layer, query: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:

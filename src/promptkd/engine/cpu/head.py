@@ -44,13 +44,13 @@ class _CpuProjection(Projection):
                 products = torch.addmm(self.bias, wide, self.weight.T, out=out)
         return self.head.transformed(products)
 
-    def to_hidden(self, gradient: Tensor) -> Tensor:
+    def to_hidden(self, prepared: Tensor) -> Tensor:
         with _factors_as(self.computing):
-            return super().to_hidden(gradient)
+            return super().to_hidden(prepared)
 
-    def add_to_weight(self, total: Tensor | None, gradient: Tensor, hidden: Tensor) -> Tensor:
+    def add_to_weight(self, total: Tensor | None, prepared: Tensor, hidden: Tensor) -> Tensor:
         with _factors_as(self.computing):
-            return super().add_to_weight(total, gradient, hidden)
+            return super().add_to_weight(total, prepared, hidden)
 
     def _out(self, hidden: Tensor) -> Tensor | None:
         if not self._reuse:
