@@ -1,0 +1,1 @@
+"""Running a model: one interface, one implementation per kind of device."""
