@@ -90,7 +90,7 @@ def prompt_kernel(weight: float) -> Kernel:
 
 
 def _reverse_kl(logits: Tensor, weight: float, **targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """KL to the first target, to the second (0 without one), and entropy, (C,) each; the gradient of the weighted sum."""
+    """KL to the first target, to the second (0 without one), and entropy, (C,) each; gradient of the weighted sum."""
     _check(logits, **targets)
     student, plain = (*targets.values(), None)[:2]
     results = _per_row(logits), _per_row(logits), _per_row(logits)
