@@ -100,10 +100,12 @@ class Projection:
 class HeadProducts:
     """How an engine multiplies by heads, and compares what comes out."""
 
-    kernels: Kernels = PLAIN_KERNELS
-    """Divergences with their gradients."""
     chunk: int = 256
     """Tokens whose logits are held at a time."""
+
+    def kernels(self, dtype: torch.dtype) -> Kernels:
+        """Divergences with their gradients, for logits of this precision."""
+        return PLAIN_KERNELS
 
     def projection(self, head: Head, computing: torch.dtype, *, reuse: bool = False) -> Projection:
         """The head as it is now.
