@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from promptkd.engine.cuda import kernels
-from promptkd.objectives import forward_kl, reverse_kl
-from promptkd.objectives import kernels as plain
+from promptkd.objectives.kernels import PLAIN_KERNELS
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 LAMBDA = 0.6
@@ -42,7 +41,7 @@ class Case(NamedTuple):
 
 
 def prompt_case(weight, targets):
-    written = plain.prompt_kernel(weight, "reverse", "reverse", absent_words=False)
+    written = PLAIN_KERNELS.prompt(weight)
     figures = {"to_student": lambda z, q, *p0: kl(z, q), "to_plain": lambda z, q, *p0: kl(z, *p0)}
     if targets == 1:
         del figures["to_plain"]
@@ -52,17 +51,15 @@ def prompt_case(weight, targets):
 
 OF_ENTROPY = {"entropy": lambda z, *_: entropy(z)}
 CASES = {
-    "reverse_kl": Case(
-        kernels.reverse_kl_kernel, plain.objective_kernel(reverse_kl, absent_words=False), 1, kl, OF_ENTROPY
-    ),
+    "reverse_kl": Case(kernels.reverse_kl_kernel, PLAIN_KERNELS.reverse_kl, 1, kl, OF_ENTROPY),
     "forward_kl": Case(
         kernels.forward_kl_kernel,
-        plain.objective_kernel(forward_kl, absent_words=False),
+        PLAIN_KERNELS.forward_kl,
         1,
         lambda z, p: kl(p, z),
         OF_ENTROPY,
     ),
-    "cross_entropy": Case(kernels.cross_entropy_kernel, plain.cross_entropy_kernel, 0, cross_entropy, OF_ENTROPY),
+    "cross_entropy": Case(kernels.cross_entropy_kernel, PLAIN_KERNELS.cross_entropy, 0, cross_entropy, OF_ENTROPY),
     "prompt": prompt_case(LAMBDA, 2),
     "prompt, λ = 0": prompt_case(0.0, 2),
     "prompt, λ = 1": prompt_case(1, 2),

@@ -47,8 +47,8 @@ def pack_rows(rows: Sequence[Sequence[Hashable]], *, share: bool) -> Pack:
     if not share:
         for row in rows:
             pack.paths.append(list(range(len(pack.tokens), len(pack.tokens) + len(row))))
-            pack.tokens += row
-            pack.positions += range(len(row))
+            pack.tokens.extend(row)
+            pack.positions.extend(range(len(row)))
             pack.owned.append(len(row))
         return pack
     following: dict[tuple[int, Hashable], int] = {}  # the place of a token behind that of the token before it
