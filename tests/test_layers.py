@@ -19,7 +19,7 @@ ROWS = (
     ("models",),
     ("data", "objectives"),
     ("results",),
-    ("files",),
+    ("files", "memory"),
     ("switches", "visible", "redact"),
     ("errors",),
 )
