@@ -1,5 +1,7 @@
 """Memory that runs out: one message with the phase, the batch and what needs less, and a run that can be resumed."""
 
+import weakref
+from dataclasses import fields
 from types import SimpleNamespace
 
 import accelerate.optimizer
@@ -12,9 +14,10 @@ import promptkd.training.rollouts
 import promptkd.training.shared
 import promptkd.training.teaching
 from commands import LIMITS, World, done, make_world, run, steps
+from promptkd.cli.session import _MICRO_BATCHES, _OF_MEMORY
 from promptkd.errors import PromptKDError
 from promptkd.results import Results
-from promptkd.training import DistillTrainer
+from promptkd.training import DistillConfig, DistillTrainer, FinetuneConfig
 from promptkd.training.out_of_memory import Savings, advice
 from test_commands import distill, sft, weights
 from trainers import log, trainer
@@ -144,6 +147,28 @@ def test_a_dry_run_that_is_too_large_says_so_and_does_not_speak_of_resuming(worl
     assert "--teacher_gradient_checkpointing" in ran.err
     assert "resume" not in ran.err
     assert "checkpoint-" not in ran.err
+
+
+@pytest.mark.parametrize("settings", [DistillConfig, FinetuneConfig])
+def test_the_rows_of_a_step_are_counted_with_the_defaults_that_the_trainers_have(settings):
+    defaults = {each.name: each.default for each in fields(settings)}
+    assert {name: defaults[name] for name in _MICRO_BATCHES} == _MICRO_BATCHES
+    assert _OF_MEMORY - defaults.keys() <= {"chunk_tokens", "teacher_gradient_checkpointing"}
+
+
+def test_the_tensors_of_a_failed_step_are_free_again(tmp_path, monkeypatch):
+    made, held = trainer(tmp_path), []
+
+    def failing(self, *args, **kwargs):
+        large = torch.zeros(10)
+        held.append(weakref.ref(large))
+        raise CUDA
+
+    monkeypatch.setattr(DistillTrainer, "_method_loss", failing)
+    with pytest.raises(PromptKDError) as caught:
+        made.train()
+    assert caught.value.__cause__.__traceback__ is not None
+    assert held[0]() is None
 
 
 def test_a_trainer_trains_on_after_it_ran_out_of_memory(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Training that runs out of memory ends with one message: where, on what, and which settings need less there."""
 
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,7 +37,11 @@ def out_of_memory_told(trainer: "RunTrainer") -> Iterator[None]:
     except (MemoryError, RuntimeError, OSError) as error:
         if not is_out_of_memory(error):
             raise
-        raise PromptKDError(_message(trainer, error)) from error
+        message = _message(trainer, error)
+        traceback.clear_frames(
+            error.__traceback__
+        )  # which hold the tensors: a notebook can go on with smaller settings
+        raise PromptKDError(message) from error
 
 
 def _message(trainer: "RunTrainer", error: BaseException) -> str:
