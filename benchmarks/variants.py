@@ -20,9 +20,9 @@ from benchmarks.authors import AuthorsStep
 from benchmarks.floor import matmul_rate, step_flops
 from benchmarks.workload import EndAtLengths, Shape, workload
 from promptkd import PromptKDConfig, PromptKDTrainer
-from promptkd.cli.session import peak_memory
 from promptkd.data.encode import EncodedData, EncodedExample
 from promptkd.evaluation.generation import generate
+from promptkd.memory import peak_memory
 from promptkd.methods import Method
 from promptkd.models import SoftPrompt, load_model, load_tokenizer
 from promptkd.objectives import reverse_kl

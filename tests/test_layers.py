@@ -20,7 +20,7 @@ ROWS = (
     ("engine",),
     ("data", "objectives"),
     ("results",),
-    ("files",),
+    ("files", "memory"),
     ("visible", "redact"),
     ("errors",),
 )

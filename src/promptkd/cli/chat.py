@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from promptkd.evaluation.conversation import Conversation, Decoding
 
 POSITIONAL = "models"
+LESS_MEMORY = ("fewer models", "a smaller --max-completion-length (now {max_completion_length})")
 Number = TypeVar("Number", int, float)
 HELP = """\
 /reset            forget what was said, and the count of answers that seeds depend on

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from promptkd.training import DistillConfig
 
 GOES_ON = ("--resume",)
+LESS_MEMORY = ("--teacher_dtype bfloat16", "--teacher_quantization 8bit")  # to load; training tells of its phases
 TRAINING_CONFIG = "promptkd.training:DistillConfig"
 COMMON_TRAINING_FLAGS = {
     "method": (
@@ -100,18 +101,16 @@ class Options:
     overwrite: bool = False
     """Replace the run in OUT."""
     dry_run: bool = False
-    """Print parameters, a memory estimate, steps and the time of a real step; train nothing, write nothing."""
+    """Take two real steps on the longest rows; print peak memory, seconds and expected time; write nothing."""
 
 
 def run(options: Options, training: dict[str, Any]) -> None:
     from promptkd.cli.forecast import print_forecast
-    from promptkd.cli.session import peak_memory
     from promptkd.errors import RequestError
     from promptkd.models import check_same_vocabulary
     from promptkd.training import DistillTrainer
-    from promptkd.training.memory import estimate_memory
     from promptkd.training.teacher_options import teacher_settings
-    from promptkd.training.trial import take_trial_steps
+    from promptkd.training.trial import at_its_most, longest_rows_first, take_trial_steps
 
     job, args, method = checked(options, training)
     tokenizer, teacher_tokenizer = job.tokenizer(options.student), job.tokenizer(options.teacher)
@@ -119,6 +118,8 @@ def run(options: Options, training: dict[str, Any]) -> None:
     train, valid = job.encode(tokenizer, args, need_response=method.responses.needs_data)
     student = job.load("student", options.student)
     teacher = job.load("teacher", options.teacher, teacher_settings(args))
+    if options.dry_run:
+        train, method = longest_rows_first(train, args, method), at_its_most(method)
     with _trial_folder(args) if options.dry_run else job.opened():
         trainer = DistillTrainer(
             student,
@@ -133,14 +134,13 @@ def run(options: Options, training: dict[str, Any]) -> None:
         )
         if options.merge and trainer.is_sharded:
             raise RequestError("--merge needs the student's weights whole: leave it out, and merge by promptkd export.")
-        estimate = estimate_memory(trainer)
         if options.dry_run:
-            print_forecast(trainer, estimate, take_trial_steps(trainer, lambda: peak_memory(args.device.type)))
+            print_forecast(trainer, take_trial_steps(trainer))
             return
     job.tell_trained_share(*trainer.trainable_share())
     if args.prompt_refresh == "stale":
         job.note(_STALE)
-    job.train(trainer, "Distilling", None if estimate is None else estimate.peak)
+    job.train(trainer, "Distilling")
     if options.merge:
         trainer.merge_student()
     job.save(trainer, "student")

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from promptkd.results import Results
 
 GOES_ON: tuple[str, ...] = ()
+LESS_MEMORY = (
+    "a smaller --batch-size (now {batch_size})",
+    "a smaller --max-completion-length (now {max_completion_length})",
+)
 
 
 @dataclass
@@ -69,6 +73,7 @@ _ANSWERS_DEPEND_ON = (
 def run(options: Options, training: dict[str, Any]) -> None:
     import time
 
+    from promptkd.cli.measured_memory import say_peak
     from promptkd.cli.measuring import label_of, load_subject
     from promptkd.cli.session import progress_lines, quiet_libraries, say
     from promptkd.data.dataset import stop_ids_of
@@ -119,6 +124,7 @@ def run(options: Options, training: dict[str, Any]) -> None:
     results.write(options.out)
     print(terminal_table([results]))
     say(f"The record is in {options.out}.")
+    say_peak()
 
 
 def check(options: Options) -> None:

@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from promptkd.evaluation.exposure_bias import ExposureBias
     from promptkd.results import Results
 
+LESS_MEMORY = (
+    "a smaller --batch-size (now {batch_size})",
+    "a smaller --max-completion-length (now {max_completion_length})",
+)
+
 
 @dataclass
 class Options:
@@ -56,9 +61,11 @@ class Options:
 
 def run(options: Options, training: dict[str, Any]) -> None:
     from promptkd.cli.exposure_table import exposure_table
+    from promptkd.cli.measured_memory import say_peak
     from promptkd.cli.measuring import check_output, label_of, load_subject
     from promptkd.cli.options import merged_config
-    from promptkd.cli.session import data_record, peak_memory, quiet_libraries, say
+    from promptkd.cli.session import data_record, quiet_libraries, say
+    from promptkd.memory import peak_memory
     from promptkd.models import model_record
     from promptkd.results import Results
 
@@ -80,6 +87,7 @@ def run(options: Options, training: dict[str, Any]) -> None:
     results.write(options.out)
     print(exposure_table(measured))
     say(f"The record is in {options.out}.")
+    say_peak()
 
 
 @dataclass

@@ -11,6 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+LESS_MEMORY = (
+    "a smaller --batch-size (now {batch_size})",
+    "a smaller --max-completion-length (now {max_completion_length})",
+)
+
 
 @dataclass
 class Options:
@@ -50,6 +55,7 @@ def run(options: Options, training: dict[str, Any]) -> None:
     import json
     import os
 
+    from promptkd.cli.measured_memory import say_peak
     from promptkd.cli.measuring import check_decoding, check_output, load_subject, measured_rows
     from promptkd.cli.session import progress_lines, quiet_libraries, say
     from promptkd.data.dataset import stop_ids_of
@@ -101,3 +107,4 @@ def run(options: Options, training: dict[str, Any]) -> None:
     written = len(rows) - cut if options.ended_only else len(rows)
     dropped = f"; {data.dropped} rows over the length limit were dropped" if data.dropped else ""
     say(f"{written} responses in {options.out}; {cut} did not end by themselves{dropped}.")
+    say_peak()

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+LESS_MEMORY = ("a smaller --max-prompt-length (now {max_prompt_length})", "--choose even, which runs no row")
+
 
 @dataclass
 class Options:
@@ -40,6 +42,7 @@ class Options:
 
 
 def run(options: Options, training: dict[str, Any]) -> None:
+    from promptkd.cli.measured_memory import say_peak
     from promptkd.cli.options import merged_config
     from promptkd.cli.session import quiet_libraries, say
     from promptkd.cli.whole import written_whole
@@ -69,6 +72,7 @@ def run(options: Options, training: dict[str, Any]) -> None:
         ).write(folder / "results.json")
     say(f"Kept layers {', '.join(map(str, kept))}.")
     say(f"{before:,} parameters before, {after:,} after ({after / before:.0%}). The student is in {options.out}.")
+    say_peak()
 
 
 def _check(options: Options) -> None:

@@ -11,7 +11,6 @@ tests/test_trl_contract.py names every hook of TRL and transformers that is used
 """
 
 import contextlib
-import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -42,6 +41,7 @@ from promptkd.models.quantized import keep_backward
 from promptkd.objectives import forward_kl, reverse_kl
 from promptkd.responses import AdaptiveReplay, TeacherMixed
 from promptkd.training.config import DistillConfig, PromptKDConfig
+from promptkd.training.out_of_memory import Savings
 from promptkd.training.rollouts import Rollouts
 from promptkd.training.sharding import check_sharding, place_teacher, run_inside, run_whole
 from promptkd.training.shared import RunTrainer
@@ -53,6 +53,7 @@ __all__ = ["DistillConfig", "DistillTrainer", "PromptKDConfig", "PromptKDTrainer
 T = TypeVar("T")
 _TOKEN_SUMS = ("student_loss", "entropy", "prompt_kl", "prompt_regularizer")
 _ROW_SUMS = ("response_length", "cut_share")
+_TIMED = ("rollout", "prompt", "student")
 _AS_THEY_ARE = ("lambda", "prompt_lag", "prompt_grad_norm", "prompt_learning_rate")  # the same on every process
 
 
@@ -144,7 +145,6 @@ class DistillTrainer(Rollouts, TeacherTuning, RunTrainer, DistillationTrainer):
         self.adapter_optimizer: torch.optim.Optimizer | None = None
         self.adapter_scheduler: Any = None
         self._window: dict[str, float] = defaultdict(float)
-        self._seconds: dict[str, float] = defaultdict(float)
         self._stale_hidden: dict[int, Tensor] = {}
 
     def _check_responses(self, args: DistillConfig, eval_dataset: Any) -> None:
@@ -212,9 +212,11 @@ class DistillTrainer(Rollouts, TeacherTuning, RunTrainer, DistillationTrainer):
         items = inputs["num_items_in_batch"].clamp(min=1)
         tokens = inputs["tokens_in_batch"].clamp(min=1)
         batch = self._token_batch(inputs)
+        self.phases.works_on(batch.lengths)
         index = self._step % self.args.gradient_accumulation_steps
         if index == 0 and self.adapter is not None:
-            self._tune_teacher(student, tokens)
+            with self.phases("prompt"):
+                self._tune_teacher(student, tokens)
         with self.accelerator.autocast():  # the redirected forward goes round accelerate's own
             hidden = response_hidden(student, batch)  # (N, H)
             loss = self._method_loss(student, inputs, batch, hidden, self._teacher_of_student(index))
@@ -256,9 +258,7 @@ class DistillTrainer(Rollouts, TeacherTuning, RunTrainer, DistillationTrainer):
         return self.args.language_weight * loss / inputs["language_items"].clamp(min=1)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        started = time.perf_counter()
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self._seconds["total"] += time.perf_counter() - started
         if self._step % self.args.gradient_accumulation_steps == 0:
             self._log_window(int(self._buffered_inputs[0]["tokens_in_batch"]))
         return loss
@@ -268,7 +268,8 @@ class DistillTrainer(Rollouts, TeacherTuning, RunTrainer, DistillationTrainer):
         names = [name for name in (*_TOKEN_SUMS, *_ROW_SUMS, "rows", "processed_tokens") if name in self._window]
         sums = torch.tensor([self._window[name] for name in names], dtype=torch.float64, device=self.accelerator.device)
         total = dict(zip(names, self.accelerator.reduce(sums, reduction="sum").tolist(), strict=True))
-        seconds = self._seconds.copy()
+        spent = self.phases.lap()
+        seconds = {f"seconds_{name}": spent.get(name, 0.0) for name in _TIMED}
         figures = {name: total[name] / max(tokens, 1) for name in _TOKEN_SUMS if name in total}
         if self.method.objective in (forward_kl, reverse_kl):
             figures["student_kl"] = figures.pop("student_loss")
@@ -281,15 +282,12 @@ class DistillTrainer(Rollouts, TeacherTuning, RunTrainer, DistillationTrainer):
             sums = torch.tensor(self._window["language_loss"], device=self.accelerator.device)
             language_items = max(int(self._buffered_inputs[0]["language_items"]), 1)
             figures["language_loss"] = float(self.accelerator.reduce(sums, reduction="sum")) / language_items
-        figures["tokens_per_second"] = total["processed_tokens"] / max(seconds["total"], 1e-9)
-        figures["seconds_rollout"] = seconds["rollout"]
-        figures["seconds_prompt"] = seconds["prompt"]
-        figures["seconds_student"] = seconds["total"] - seconds["rollout"] - seconds["prompt"]
+        figures["tokens_per_second"] = total["processed_tokens"] / max(sum(seconds.values()), 1e-9)
+        figures |= seconds
         for name, value in figures.items():
             self._metrics["train"][name].append(value)
         self._metrics["train"].pop("step_time", None)  # TRL's, the sum of the three above
         self._window.clear()
-        self._seconds.clear()
 
     def merge_student(self) -> None:
         """Merge a LoRA student's weights into its own, so that it is saved as a plain model."""
@@ -305,6 +303,15 @@ class DistillTrainer(Rollouts, TeacherTuning, RunTrainer, DistillationTrainer):
                 return run_inside(lambda: work(student, teacher), teacher)
 
         return run_whole(with_teacher, self.model_wrapped, self.accelerator)
+
+    def savings(self) -> Savings:
+        kind = "none" if self.adapter is None else self.method.teacher_adapter
+        teacher = self.accelerator.unwrap_model(self.teacher_model)
+        return Savings(
+            recompute_teacher=kind in ("prompt", "lora", "full") and not self.args.teacher_gradient_checkpointing,
+            lower_teacher=kind != "full" and all(each.dtype.itemsize >= 4 for each in teacher.parameters()),
+            lora_student=not isinstance(self.accelerator.unwrap_model(self.model), PeftModel),
+        )
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As `RunTrainer.evaluate`; the source of responses hears of the loss."""

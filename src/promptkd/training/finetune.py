@@ -60,6 +60,7 @@ class FinetuneTrainer(RunTrainer, SFTTrainer):
     """`SFTTrainer` on encoded rows: the loss counts response tokens alone."""
 
     _tag_names = ("promptkd", "sft")
+    step_phase = "training"
 
     def __init__(
         self,
@@ -92,6 +93,11 @@ class FinetuneTrainer(RunTrainer, SFTTrainer):
             held = list(inputs["input_ids"][0].tensor_split(starts))
         tokens = {tuple(ids.tolist()) for ids in held}
         return [row.row for row in self._training if (*row.prompt_ids, *row.response_ids) in tokens]
+
+    def row_lengths(self, inputs: dict[str, Tensor]) -> list[int]:
+        """Padding counts: it is computed too."""
+        rows, width = inputs["input_ids"].shape
+        return [width] * rows
 
     def validation_rows(self) -> list[EncodedExample]:
         return self._validation

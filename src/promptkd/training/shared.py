@@ -1,12 +1,12 @@
 """What distillation and fine-tuning share: validation, whole checkpoints, and the folder of the finished model."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from accelerate.utils import gather_object
-from torch import nn
+from torch import Tensor, nn
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -17,6 +17,8 @@ from promptkd.results import RowResult
 from promptkd.training.checkpoints import staged_checkpoint, whole_folder
 from promptkd.training.finite import FiniteSteps
 from promptkd.training.manifest import damage
+from promptkd.training.out_of_memory import Savings, out_of_memory_told
+from promptkd.training.phases import Phases, UpdatePhase
 from promptkd.training.resuming import ExactResuming
 from promptkd.training.sharding import is_sharded, run_whole
 
@@ -39,6 +41,10 @@ class RunTrainer(FiniteSteps):
     processing_class: Any
     stop_ids: tuple[int, ...]
     _staging: Path | None = None
+    step_phase = "student"
+    """What `phases` calls a forward and backward pass of the trained model."""
+    is_trial = False
+    """Whether this is a trial, which writes no checkpoint and cannot be resumed."""
     _tr_loss: Any
     _globalstep_last_logged: int
     _metrics: Any
@@ -48,6 +54,28 @@ class RunTrainer(FiniteSteps):
         super().__init__(*args, **kwargs)
         self._resuming = ExactResuming(self)
         self.add_callback(self._resuming)
+        self.phases = Phases(self.accelerator.device)
+        self.add_callback(UpdatePhase(self.phases))
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'. Raises `PromptKDError` with one message where memory runs out."""
+        self.phases.restart()
+        with out_of_memory_told(self):
+            return super().train(*args, **kwargs)
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        # The last micro-batch of an optimizer step waits for the device, and so for the work of those before it.
+        with self.phases(self.step_phase, synchronize=self.accelerator.sync_gradients):
+            self.phases.works_on(self.row_lengths(inputs))
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    def row_lengths(self, inputs: Any) -> Sequence[int]:
+        """Tokens of each row in `training_step`'s inputs, found without waiting for the device; () if unknown."""
+        return ()
+
+    def savings(self) -> Savings:
+        """Which settings of the models would still save memory, for the message where it runs out."""
+        return Savings()
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -78,7 +106,8 @@ class RunTrainer(FiniteSteps):
                     batch_size=self.args.per_device_eval_batch_size,
                 )
 
-        scored = self.on_models(measured)
+        with out_of_memory_told(self), self.phases("validation"):
+            scored = self.on_models(measured)
         scored = gather_object(scored) if count > 1 else scored
         metrics = {f"{metric_key_prefix}_{name}": metric.value for name, metric in summarize(scored).items()}
         metrics[f"{metric_key_prefix}_seconds"] = time.perf_counter() - started

@@ -2,7 +2,6 @@
 
 import copy
 import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from promptkd.models import SoftPrompt
 from promptkd.models.adapters import FullTeacher, LoraTeacher, OnlineTeacher, SoftPromptAdapter, TeacherAdapter
 from promptkd.objectives import regularizer_weight
 from promptkd.training.checkpoints import whole_folder
+from promptkd.training.phases import Phases
 from promptkd.training.sharding import is_sharded
 from promptkd.training.teacher_options import check_teacher_options
 
@@ -51,7 +51,7 @@ class TeacherTuning(_Trainer):
     _teacher_numbers: int
     _stale_hidden: dict[int, Tensor]
     _window: dict[str, float]
-    _seconds: dict[str, float]
+    phases: Phases
     _before_step: tuple[dict[str, Tensor], dict[str, Any]] | None
 
     def _make_adapter(
@@ -105,7 +105,6 @@ class TeacherTuning(_Trainer):
         """
         assert self.adapter is not None
         assert self.adapter_optimizer is not None
-        started = time.perf_counter()
         online = self.method.teacher_adapter == "online"  # whose loss has no regulariser
         weight = 0.0 if online else self._regularizer_weight()
         # at λ = 0 the plain teacher only tells how far the adapted one has gone from it
@@ -114,6 +113,7 @@ class TeacherTuning(_Trainer):
         pair = self._pair(student)
         batches = [self._token_batch(each) for each in self._buffered_inputs]
         for index, batch in enumerate(batches):
+            self.phases.works_on(batch.lengths)
             with self.accelerator.autocast(), torch.no_grad():
                 target = _without_dropout(student, batch)
                 plain = self._plain_hidden(batch) if reads_plain else None
@@ -136,7 +136,6 @@ class TeacherTuning(_Trainer):
         if not online:
             self._window["lambda"] = weight
         self._step_adapter(scale)
-        self._seconds["prompt"] += time.perf_counter() - started
 
     def _parts(self, batch: TokenBatch) -> list[TokenBatch]:
         """A micro-batch in the pieces in which the adapted teacher reads it, each with a backward of its own.
