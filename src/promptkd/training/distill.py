@@ -144,7 +144,7 @@ class DistillTrainer(Rollouts, TeacherTuning, RunTrainer, DistillationTrainer):
         self.teacher_model = place_teacher(teacher, self.accelerator)
         self.adapter_optimizer: torch.optim.Optimizer | None = None
         self.adapter_scheduler: Any = None
-        self._window: dict[str, float] = defaultdict(float)
+        self._window: dict[str, Any] = defaultdict(float)  # sums on the device: a number would wait for it
         self._stale_hidden: dict[int, Tensor] = {}
 
     def _check_responses(self, args: DistillConfig, eval_dataset: Any) -> None:
@@ -220,8 +220,9 @@ class DistillTrainer(Rollouts, TeacherTuning, RunTrainer, DistillationTrainer):
         with self.accelerator.autocast():  # the redirected forward goes round accelerate's own
             hidden = response_hidden(student, batch)  # (N, H)
             loss = self._method_loss(student, inputs, batch, hidden, self._teacher_of_student(index))
-        self._window["student_loss"] += float(loss.total.detach()) * float(tokens / items)
-        self._window["entropy"] += float(loss.figures.get("entropy", 0.0))
+        self._window["student_loss"] += loss.total.detach().double() * (tokens / items).double()
+        if "entropy" in loss.figures:
+            self._window["entropy"] += loss.figures["entropy"].double()
         total = loss.total / items
         if "language_ids" in inputs:
             total = total + self._language_loss(student, inputs)
@@ -254,7 +255,7 @@ class DistillTrainer(Rollouts, TeacherTuning, RunTrainer, DistillationTrainer):
         with self.accelerator.autocast():
             logits = head_logits(student, response_hidden(student, batch)).float()
         loss = nn.functional.cross_entropy(logits, batch.targets, reduction="sum")
-        self._window["language_loss"] += float(loss.detach())
+        self._window["language_loss"] += loss.detach().double()
         return self.args.language_weight * loss / inputs["language_items"].clamp(min=1)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
@@ -266,7 +267,8 @@ class DistillTrainer(Rollouts, TeacherTuning, RunTrainer, DistillationTrainer):
     def _log_window(self, tokens: int) -> None:
         """Turn the window's sums over tokens and rows into means over all processes."""
         names = [name for name in (*_TOKEN_SUMS, *_ROW_SUMS, "rows", "processed_tokens") if name in self._window]
-        sums = torch.tensor([self._window[name] for name in names], dtype=torch.float64, device=self.accelerator.device)
+        own = [float(self._window[name]) for name in names]
+        sums = torch.tensor(own, dtype=torch.float64, device=self.accelerator.device)
         total = dict(zip(names, self.accelerator.reduce(sums, reduction="sum").tolist(), strict=True))
         spent = self.phases.lap()
         seconds = {f"seconds_{name}": spent.get(name, 0.0) for name in _TIMED}
@@ -279,7 +281,7 @@ class DistillTrainer(Rollouts, TeacherTuning, RunTrainer, DistillationTrainer):
             figures |= self.adapter.figures()
         figures |= self.method.responses.figures()
         if "language_loss" in self._window:
-            sums = torch.tensor(self._window["language_loss"], device=self.accelerator.device)
+            sums = torch.tensor(float(self._window["language_loss"]), device=self.accelerator.device)
             language_items = max(int(self._buffered_inputs[0]["language_items"]), 1)
             figures["language_loss"] = float(self.accelerator.reduce(sums, reduction="sum")) / language_items
         figures["tokens_per_second"] = total["processed_tokens"] / max(sum(seconds.values()), 1e-9)

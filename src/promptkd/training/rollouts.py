@@ -36,7 +36,7 @@ class Rollouts(_Trainer):
     stop_ids: tuple[int, ...]
     vocabulary: int
     language_rows: list[list[int]]
-    _window: dict[str, float]
+    _window: dict[str, Any]
     phases: Phases
 
     def _get_train_sampler(self, dataset: Any = None) -> RepeatSampler:

@@ -50,7 +50,7 @@ class TeacherTuning(_Trainer):
     _token_batch: Any
     _teacher_numbers: int
     _stale_hidden: dict[int, Tensor]
-    _window: dict[str, float]
+    _window: dict[str, Any]
     phases: Phases
     _before_step: tuple[dict[str, Tensor], dict[str, Any]] | None
 
@@ -125,9 +125,9 @@ class TeacherTuning(_Trainer):
                 with self.accelerator.autocast():
                     adapted = self._hidden_with_graph(part)
                     loss = self._adapter_loss(pair, part, adapted, span, away_from, weight)
-                self._window["prompt_kl"] += float(loss.figures.get("to_student", 0.0))
+                self._window["prompt_kl"] += loss.figures["to_student"].double()
                 if reads_plain:
-                    self._window["prompt_regularizer"] += float(loss.figures.get("to_plain", 0.0))
+                    self._window["prompt_regularizer"] += loss.figures["to_plain"].double()
                 self.note("prompt loss", loss.total, index)
                 (loss.total * scale / tokens).backward()
                 read.append(adapted.detach())
