@@ -112,7 +112,6 @@ def _micro_batches(args: Any) -> list[str]:
 
 
 def _chunks(args: Any) -> list[str]:
-    size = vars(args).get("chunk_tokens")  # fine-tuning has none
-    if size is None or 0 < size <= _CHUNK:
-        return []
-    return [f"--chunk_tokens {_CHUNK}"]
+    """Fewer tokens whose logits are held at a time. Fine-tuning has no such setting."""
+    holds_fewer = 0 < (vars(args).get("chunk_tokens") or 0) <= _CHUNK  # None takes more, 0 all
+    return [] if "chunk_tokens" not in vars(args) or holds_fewer else [f"--chunk_tokens {_CHUNK}"]
