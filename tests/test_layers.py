@@ -20,7 +20,7 @@ ROWS = (
     ("data", "objectives"),
     ("results",),
     ("files",),
-    ("switches", "visible", "redact"),
+    ("precision", "switches", "visible", "redact"),
     ("errors",),
 )
 DEPTH = {part: depth for depth, row in enumerate(ROWS) for part in row}

@@ -49,7 +49,16 @@ from promptkd.responses import AdaptiveReplay, TeacherMixed
 from promptkd.switches import switched_on
 from promptkd.training.config import DistillConfig, PromptKDConfig
 from promptkd.training.rollouts import Rollouts
-from promptkd.training.sharding import check_sharding, place_teacher, run_inside, run_whole
+from promptkd.training.sharding import (
+    autocast,
+    check_dispatched,
+    check_sharding,
+    is_dispatched,
+    place_teacher,
+    run_inside,
+    run_whole,
+    settle_dispatched,
+)
 from promptkd.training.shared import RunTrainer
 from promptkd.training.teacher_options import teacher_settings
 from promptkd.training.teaching import TeacherTuning
@@ -98,12 +107,14 @@ class DistillTrainer(Rollouts, TeacherTuning, RunTrainer, DistillationTrainer):
         self.method = method or named_method(args.method, args.method_settings())
         if isinstance(model, str | Path):
             model = resolve_model(model)
+            # TRL would have the student's layers dealt out over all GPUs in sight.
+            args.model_init_kwargs = {"device_map": None} | (args.model_init_kwargs or {})
             processing_class = processing_class or load_tokenizer(model, trust_remote_code=args.trust_remote_code)
         if processing_class is None:
             raise RequestError("Expected the tokenizer as `processing_class` beside a loaded model. Got None.")
         if model is teacher_model:
             raise RequestError("Student and teacher are one and the same model. Load the teacher a second time.")
-        teacher, teacher_tokenizer = _load_teacher(teacher_model, teacher_processing_class, args)
+        teacher, teacher_tokenizer = _load_teacher(teacher_model, teacher_processing_class, args, self.method)
         if teacher_tokenizer is not None:
             check_same_vocabulary(processing_class, teacher_tokenizer)
 
@@ -129,6 +140,9 @@ class DistillTrainer(Rollouts, TeacherTuning, RunTrainer, DistillationTrainer):
             needs_generate=self._needs_generate() and not self.use_vllm,
             chunks=args.chunk_tokens > 0 and switched_on("fused_head"),
         )
+        check_dispatched(teacher, self.accelerator, self.method.teacher_adapter)
+        if is_dispatched(teacher):
+            settle_dispatched(teacher, self.accelerator.device)
         generation_config = text_model(self.model).generation_config
         self.stop_ids = stop_ids_of(processing_class, generation_config, template=args.template)
         # TRL's rollout takes them from here; without any it would look for the id None.
@@ -224,11 +238,11 @@ class DistillTrainer(Rollouts, TeacherTuning, RunTrainer, DistillationTrainer):
         share = switched_on("shared_passes") and not self._trains_dropout
         if tunes and not share:
             self._tune_teacher(student, None, tokens)
-        with self.accelerator.autocast():  # the redirected forward goes round accelerate's own
+        with autocast(self.accelerator, self.args):  # the redirected forward goes round accelerate's own
             hidden = response_hidden(student, batch)  # (N, H)
         if tunes and share:
             self._tune_teacher(student, hidden.detach(), tokens)
-        with self.accelerator.autocast():
+        with autocast(self.accelerator, self.args):
             teacher_hidden, kept = self._teacher_of_student(index), self._kept_logits.pop(index, None)
             loss = self._method_loss(student, inputs, batch, hidden, teacher_hidden, kept)
         self._window["student_loss"] += float(loss.total.detach()) * float(tokens / items)
@@ -264,7 +278,7 @@ class DistillTrainer(Rollouts, TeacherTuning, RunTrainer, DistillationTrainer):
         """The micro-batch's part of the mean cross-entropy on plain text (MiniLLM's L_PT), weighted."""
         texts = inputs["language_ids"]
         batch = right_pad([ids[:1] for ids in texts], [ids[1:] for ids in texts], device=self.accelerator.device)
-        with self.accelerator.autocast():
+        with autocast(self.accelerator, self.args):
             logits = head_logits(student, response_hidden(student, batch)).float()
         loss = nn.functional.cross_entropy(logits, batch.targets, reduction="sum")
         self._window["language_loss"] += float(loss.detach())
@@ -337,10 +351,13 @@ class PromptKDTrainer(DistillTrainer):
 
 
 def _load_teacher(
-    teacher: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, args: DistillConfig
+    teacher: str | Path | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    args: DistillConfig,
+    method: Method,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     if not isinstance(teacher, str | Path):
         keep_backward(teacher)
         return teacher.eval(), tokenizer
-    loaded = load_model(teacher, trust_remote_code=args.trust_remote_code, **teacher_settings(args))
+    loaded = load_model(teacher, trust_remote_code=args.trust_remote_code, **teacher_settings(args, method))
     return loaded, tokenizer or load_tokenizer(teacher, trust_remote_code=args.trust_remote_code)
