@@ -10,14 +10,16 @@ from peft import LoraConfig
 from commands import LIMITS, TRAINING, done, json_lines, make_world, run, write_rows
 from promptkd import precision
 from promptkd.errors import RequestError
-from promptkd.evaluation.measure import row_batches
+from promptkd.evaluation import likelihood, measure
+from promptkd.evaluation.answers import SetEvaluation
+from promptkd.evaluation.measure import Decoding, measure_rows, row_batches
 from promptkd.methods import named_method
 from promptkd.models import load_model
 from promptkd.precision import compute_dtype, computing, has_bfloat16_units, teacher_precision
 from promptkd.results import Results
-from promptkd.training.config import common_checks
+from promptkd.training.config import common_checks, use_one_gpu
 from promptkd.training.teacher_options import teacher_settings
-from tiny import tiny_model
+from tiny import END_ID, tiny_tokenizer
 from trainers import FIXED_PROMPTKD, config, pair, rows, trainer
 
 BF16 = ("--bf16", "true")
@@ -130,8 +132,6 @@ def test_several_gpus_are_not_used_by_data_parallel(tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.TrainingArguments.n_gpu", property(lambda self: vars(self).get("_n_gpu", 0)))
     settled = config(tmp_path)
     settled._n_gpu = 4
-    from promptkd.training.config import use_one_gpu
-
     use_one_gpu(settled)
     assert (settled.n_gpu, settled.train_batch_size) == (1, settled.per_device_train_batch_size)
 
@@ -139,7 +139,7 @@ def test_several_gpus_are_not_used_by_data_parallel(tmp_path, monkeypatch):
 def test_what_a_gpu_cannot_do_is_refused_in_a_sentence(tmp_path):
     args = config(tmp_path)
     on_gpu = SimpleNamespace(**{**vars(args), "full_determinism": True, "device": torch.device("cuda")})
-    assert [text for wrong, text in common_checks(on_gpu) if wrong][0].startswith("full_determinism would stop")
+    assert any(wrong and text.startswith("full_determinism would stop") for wrong, text in common_checks(on_gpu))
     for settings in ({"torch_compile": True}, {"torch_compile_backend": "eager"}):
         with pytest.raises(RequestError, match="torch_compile is not supported"):
             config(tmp_path, **settings)
@@ -167,6 +167,34 @@ def test_batches_do_not_depend_on_the_order_of_rows():
     turned = data[::-1]
     assert batches == [{turned[place].row for place in places} for places in row_batches(turned, 8)]
     assert sorted(place for places in row_batches(data, 8) for place in places) == list(range(20))
+
+
+def test_validation_and_evaluate_measure_in_the_same_batches(tmp_path, monkeypatch):
+    """On units for bfloat16 a product is rounded by what shares its batch; tiny models do not show that."""
+    data, (student, teacher), tokenizer = rows(41).examples, pair(), tiny_tokenizer()
+    seen: list = []
+
+    def written_down(module, name):
+        work = vars(module)[name]
+        monkeypatch.setattr(
+            module,
+            name,
+            lambda model, first, *rest, **named: (
+                seen.append((name, first if name != "response_hidden" else first.input_ids.tolist())),
+                work(model, first, *rest, **named),
+            )[1],
+        )
+
+    written_down(measure, "generate")
+    written_down(likelihood, "response_hidden")
+    measure_rows(student, tokenizer, data, Decoding(max_new_tokens=5), stop_ids=[END_ID], teacher=teacher)
+    validation, seen[:] = sorted(seen, key=str), []
+    job = SetEvaluation(
+        student, tokenizer, data, [END_ID], file_of=lambda part: tmp_path / f"{part}.jsonl", teacher=teacher
+    )
+    job.run(Decoding(max_new_tokens=5), [10], greedy=False, model_label="model", data_label="data")
+    assert len(validation) == 2 + 6 + 2 * 6  # 32 rows at a time are decoded, 8 scored, for the KL by two models
+    assert validation == sorted(seen, key=str)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

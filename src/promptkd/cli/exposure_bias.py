@@ -79,12 +79,12 @@ def run(options: Options, training: dict[str, Any]) -> None:
     students = _students(options)
     soft_prompt = _soft_prompt(options.prompt)
     tokenizer, data = _requests(options)
-    precision, weights = settled_precision(options.dtype), teacher_precision_here(options.teacher_dtype)
+    weights = teacher_precision_here(options.teacher_dtype)
     teacher = load_subject(options.teacher, options.trust_remote_code, weights)
     prompt = _placed(soft_prompt, teacher, options.prompt)
-    results = Results(
-        kind="exposure-bias", config=merged_config(options, {}) | {"dtype": precision, "teacher_dtype": weights}
-    )
+    precision = settled_precision(options.dtype)
+    config = merged_config(options, {}) | {"dtype": precision, "teacher_dtype": weights}
+    results = Results(kind="exposure-bias", config=config)
     results.models[f"teacher {label_of(options.teacher)}"] = model_record(options.teacher, teacher)
     results.data[label_of(options.data)] = data_record(options.data, len(data.examples), data.dropped)
     job = _Job(options, results, tokenizer, data.examples, teacher, prompt)

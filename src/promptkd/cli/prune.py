@@ -53,7 +53,7 @@ def run(options: Options, training: dict[str, Any]) -> None:
     quiet_libraries()
     tokenizer = load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
     rows = _rows(options, tokenizer)
-    precision = settled_precision(options.dtype)
+    precision = settled_precision(options.dtype) if rows else "float32"  # without rows nothing is measured
     teacher = load_subject(options.model, options.trust_remote_code)
     kept, influence = _choose(options, teacher, rows, precision)
     student = prune_layers(teacher, kept)
