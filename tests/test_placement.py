@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator, dispatch_model
 from accelerate.hooks import AlignDevicesHook
+from accelerate.utils import DynamoBackend
 
 from commands import TRAINING, done, json_lines, make_world
 from promptkd.errors import RequestError
@@ -14,6 +15,7 @@ from promptkd.methods import named_method
 from promptkd.training.sharding import (
     autocast,
     check_dispatched,
+    check_sharding,
     is_dispatched,
     place_teacher,
     settle_dispatched,
@@ -145,12 +147,6 @@ def test_every_pass_of_a_step_is_under_that_autocast(tmp_path, monkeypatch):
 
 def test_a_compiled_launch_is_refused(monkeypatch):
     accelerator = Accelerator(cpu=True)
-    accelerator.state.dynamo_plugin.backend, before = (
-        sharding.DynamoBackend.EAGER,
-        accelerator.state.dynamo_plugin.backend,
-    )
-    try:
-        with pytest.raises(RequestError, match="a compiled model cannot be run in parts; leave dynamo out"):
-            sharding.check_sharding(accelerator, adapter="prompt", needs_generate=False)
-    finally:
-        accelerator.state.dynamo_plugin.backend = before
+    monkeypatch.setattr(accelerator.state.dynamo_plugin, "backend", DynamoBackend.EAGER)
+    with pytest.raises(RequestError, match="a compiled model cannot be run in parts; leave dynamo out"):
+        check_sharding(accelerator, adapter="prompt", needs_generate=False)
