@@ -1,7 +1,13 @@
 """Fixtures that several files share."""
 
-import pytest
-import torch
+import os
+
+from promptkd.cli.waiting import let_threads_sleep
+
+let_threads_sleep(os.environ)  # before torch is imported, here and in the processes that tests start
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 
 @pytest.fixture

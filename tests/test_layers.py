@@ -21,7 +21,7 @@ ROWS = (
     ("data", "objectives"),
     ("results",),
     ("files", "memory"),
-    ("visible", "redact"),
+    ("precision", "visible", "redact"),
     ("errors",),
 )
 DEPTH = {part: depth for depth, row in enumerate(ROWS) for part in row}

@@ -26,6 +26,7 @@ from promptkd.cli.measured_memory import out_of_memory_told
 from promptkd.cli.options import nearest, parse_options
 from promptkd.cli.session import is_main_process
 from promptkd.cli.stopping import command_that_goes_on, ended_by_signals
+from promptkd.cli.waiting import let_threads_sleep
 from promptkd.errors import NO_ROOM, PromptKDError, RequestError, Stopped
 from promptkd.redact import redacted, without_secrets
 from promptkd.visible import shown
@@ -56,6 +57,7 @@ _LONGEST_MESSAGE = 4000
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that `argv` (by default the program's arguments) names; return the exit status."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports its use over the network unless told not to
+    let_threads_sleep(os.environ)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else tokenizers warn, or hang, when a loader forks
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a λ in the help must not fail on an ASCII terminal

@@ -57,7 +57,12 @@ COMMON_TRAINING_FLAGS = {
         "stale: the student learns from the prompted pass of before the prompt's update; saves a pass of the teacher, "
         "and is not PromptKD as published (default fresh).",
     ),
-    "teacher_dtype": ("NAME", "Precision of the teacher's weights: float32, bfloat16, float16 or auto."),
+    "teacher_dtype": (
+        "NAME",
+        "Precision of the teacher's weights: float32, bfloat16, float16, or auto for that of its files (default "
+        "bfloat16 where the device has units for it, else float32).",
+    ),
+    "bf16": ("true|false", "Compute in bfloat16 (default true where the device has units for it)."),
     "teacher_quantization": ("8bit|4bit", "Quantise the teacher by bitsandbytes (default none)."),
     "teacher_gradient_checkpointing": ("", "Recompute the teacher's activations in the prompt's backward."),
     "seed": ("INT", "Seed of everything random (default 42)."),
@@ -117,7 +122,7 @@ def run(options: Options, training: dict[str, Any]) -> None:
     check_same_vocabulary(tokenizer, teacher_tokenizer)
     train, valid = job.encode(tokenizer, args, need_response=method.responses.needs_data)
     student = job.load("student", options.student)
-    teacher = job.load("teacher", options.teacher, teacher_settings(args))
+    teacher = job.load("teacher", options.teacher, teacher_settings(args, method))
     if options.dry_run:
         train, method = longest_rows_first(train, args, method), at_its_most(method)
     with _trial_folder(args) if options.dry_run else job.opened():
@@ -134,6 +139,7 @@ def run(options: Options, training: dict[str, Any]) -> None:
         )
         if options.merge and trainer.is_sharded:
             raise RequestError("--merge needs the student's weights whole: leave it out, and merge by promptkd export.")
+        job.take_notes(trainer)
         if options.dry_run:
             print_forecast(trainer, take_trial_steps(trainer))
             return

@@ -55,7 +55,7 @@ def is_main_process() -> bool:
 
 
 def quiet_libraries() -> None:
-    """Leave the terminal to promptkd's own lines; errors of the libraries still show."""
+    """Leave the terminal to the command's own lines; errors of the libraries still show."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     from datasets import disable_progress_bars
@@ -64,7 +64,8 @@ def quiet_libraries() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     disable_progress_bars()
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    for name in ("accelerate", "promptkd"):  # what our own library warns of, a command says itself
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def check_writable(folder: Path, target: Path) -> None:

@@ -125,6 +125,11 @@ class TrainingRun:
         say(text)
         self.notes.append(text)
 
+    def take_notes(self, trainer: Any) -> None:
+        """Say, and keep in the record, what the trainer itself has to tell of the run."""
+        for text in trainer.notes:
+            self.note(text)
+
     def tell_trained_share(self, numbers: int, share: float) -> None:
         """Say, and keep in the record, how much of the teacher is trained along."""
         from promptkd.results import Metric
@@ -203,6 +208,7 @@ class TrainingRun:
         from promptkd.report import render_report, terminal_table
         from promptkd.results import Results, Series, read_history
         from promptkd.training.out_of_memory import out_of_memory_told
+        from promptkd.training.sharding import autocast
 
         trainer.accelerator.wait_for_everyone()
         if not (is_main_process() or trainer.is_sharded):
@@ -221,13 +227,15 @@ class TrainingRun:
                     data_label="validation",
                     stop_ids=trainer.stop_ids,
                     teacher=teacher,
+                    batch_size=trainer.args.per_device_eval_batch_size,
                 )
                 evaluations.append(evaluation)
                 self.timings["evaluate"] = time.perf_counter() - started
             if is_main_process():
                 self.models[name] = model_record(self.folder.path / name, model)
 
-        with out_of_memory_told(trainer), trainer.phases("validation"):
+        precision = autocast(trainer.accelerator, trainer.args)
+        with out_of_memory_told(trainer), trainer.phases("validation"), precision:
             trainer.on_models(measure)
         if not is_main_process():
             return

@@ -43,7 +43,16 @@ from promptkd.responses import AdaptiveReplay, TeacherMixed
 from promptkd.training.config import DistillConfig, PromptKDConfig
 from promptkd.training.out_of_memory import Savings
 from promptkd.training.rollouts import Rollouts
-from promptkd.training.sharding import check_sharding, place_teacher, run_inside, run_whole
+from promptkd.training.sharding import (
+    autocast,
+    check_dispatched,
+    check_sharding,
+    is_dispatched,
+    place_teacher,
+    run_inside,
+    run_whole,
+    settle_dispatched,
+)
 from promptkd.training.shared import RunTrainer
 from promptkd.training.teacher_options import teacher_settings
 from promptkd.training.teaching import TeacherTuning
@@ -93,12 +102,14 @@ class DistillTrainer(Rollouts, TeacherTuning, RunTrainer, DistillationTrainer):
         self.method = method or named_method(args.method, args.method_settings())
         if isinstance(model, str | Path):
             model = resolve_model(model)
+            # TRL would have the student's layers dealt out over all GPUs in sight.
+            args.model_init_kwargs = {"device_map": None} | (args.model_init_kwargs or {})
             processing_class = processing_class or load_tokenizer(model, trust_remote_code=args.trust_remote_code)
         if processing_class is None:
             raise RequestError("Expected the tokenizer as `processing_class` beside a loaded model. Got None.")
         if model is teacher_model:
             raise RequestError("Student and teacher are one and the same model. Load the teacher a second time.")
-        teacher, teacher_tokenizer = _load_teacher(teacher_model, teacher_processing_class, args)
+        teacher, teacher_tokenizer = _load_teacher(teacher_model, teacher_processing_class, args, self.method)
         if teacher_tokenizer is not None:
             check_same_vocabulary(processing_class, teacher_tokenizer)
 
@@ -124,6 +135,9 @@ class DistillTrainer(Rollouts, TeacherTuning, RunTrainer, DistillationTrainer):
             needs_generate=self._needs_generate() and not self.use_vllm,
             chunks=args.chunk_tokens != 0,
         )
+        check_dispatched(teacher, self.accelerator, self.method.teacher_adapter)
+        if is_dispatched(teacher):
+            settle_dispatched(teacher, self.accelerator.device)
         generation_config = unwrap_peft(self.model).generation_config
         self.stop_ids = stop_ids_of(processing_class, generation_config, template=args.template)
         # TRL's rollout takes them from here; without any it would look for the id None.
@@ -217,7 +231,7 @@ class DistillTrainer(Rollouts, TeacherTuning, RunTrainer, DistillationTrainer):
         if index == 0 and self.adapter is not None:
             with self.phases("prompt"):
                 self._tune_teacher(student, tokens)
-        with self.accelerator.autocast():  # the redirected forward goes round accelerate's own
+        with autocast(self.accelerator, self.args):  # the redirected forward goes round accelerate's own
             hidden = response_hidden(student, batch)  # (N, H)
             loss = self._method_loss(student, inputs, batch, hidden, self._teacher_of_student(index))
         self._window["student_loss"] += loss.total.detach().double() * (tokens / items).double()
@@ -252,7 +266,7 @@ class DistillTrainer(Rollouts, TeacherTuning, RunTrainer, DistillationTrainer):
         """The micro-batch's part of the mean cross-entropy on plain text (MiniLLM's L_PT), weighted."""
         texts = inputs["language_ids"]
         batch = right_pad([ids[:1] for ids in texts], [ids[1:] for ids in texts], device=self.accelerator.device)
-        with self.accelerator.autocast():
+        with autocast(self.accelerator, self.args):
             logits = head_logits(student, response_hidden(student, batch)).float()
         loss = nn.functional.cross_entropy(logits, batch.targets, reduction="sum")
         self._window["language_loss"] += loss.detach().double()
@@ -331,10 +345,13 @@ class PromptKDTrainer(DistillTrainer):
 
 
 def _load_teacher(
-    teacher: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, args: DistillConfig
+    teacher: str | Path | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    args: DistillConfig,
+    method: Method,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     if not isinstance(teacher, str | Path):
         keep_backward(teacher)
         return teacher.eval(), tokenizer
-    loaded = load_model(teacher, trust_remote_code=args.trust_remote_code, **teacher_settings(args))
+    loaded = load_model(teacher, trust_remote_code=args.trust_remote_code, **teacher_settings(args, method))
     return loaded, tokenizer or load_tokenizer(teacher, trust_remote_code=args.trust_remote_code)

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -13,7 +12,16 @@ from promptkd.data.dataset import stop_ids_of
 from promptkd.data.encode import EncodedData, EncodedExample
 from promptkd.engine import unwrap_peft
 from promptkd.errors import RequestError
-from promptkd.training.config import ON_NAN, UNFILTERED, OnNan, common_checks, option
+from promptkd.training.config import (
+    BF16,
+    ON_NAN,
+    UNFILTERED,
+    OnNan,
+    common_checks,
+    fill_in_precision,
+    option,
+    use_one_gpu,
+)
 from promptkd.training.sharding import check_sharding
 from promptkd.training.shared import RunTrainer
 
@@ -36,15 +44,15 @@ class FinetuneConfig(SFTConfig):
     logging_steps: float = option(1, "Optimiser steps between two logged lines.")
     gradient_checkpointing: bool = option(False, "Recompute activations in backward: less memory, more time.")
     logging_nan_inf_filter: bool = option(False, UNFILTERED)
-    bf16: bool | None = option(None, "bf16 mixed precision; by default where a GPU supports it. Weights stay float32.")
+    bf16: bool | None = option(None, BF16)
     ddp_find_unused_parameters: bool | None = option(
         False, "DDP: look for parameters that a step does not reach, as those of experts; costs time."
     )
 
     def __post_init__(self) -> None:
-        if self.bf16 is None:
-            self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        fill_in_precision(self)
         super().__post_init__()
+        use_one_gpu(self)
         problems = [text for wrong, text in common_checks(self) if wrong]
         if self.overlong not in ("drop", "error"):
             problems.append(f"overlong must be drop or error, got {self.overlong!r}")

@@ -16,7 +16,7 @@ from promptkd.errors import RequestError
 from promptkd.evaluation.generation import generate
 from promptkd.responses import Sampler
 from promptkd.training.phases import Phases
-from promptkd.training.sharding import is_sharded, run_whole
+from promptkd.training.sharding import autocast, is_sharded, run_whole
 
 if TYPE_CHECKING:
     from trl import DistillationTrainer as _Trainer  # what this class is mixed into
@@ -90,7 +90,7 @@ class Rollouts(_Trainer):
             return self._generate_single_turn(prompts, None, {})
 
         def sampled(student: nn.Module) -> list[list[int]]:
-            with self.accelerator.autocast():
+            with autocast(self.accelerator, self.args):
                 return generate(
                     student,
                     prompts,

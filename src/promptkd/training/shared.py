@@ -1,11 +1,14 @@
-"""What distillation and fine-tuning share: validation, whole checkpoints, and the folder of the finished model."""
+"""What distillation and fine-tuning share: precision, validation, whole checkpoints, the finished model's folder."""
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from accelerate.utils import gather_object
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -20,11 +23,12 @@ from promptkd.training.manifest import damage
 from promptkd.training.out_of_memory import Savings, out_of_memory_told
 from promptkd.training.phases import Phases, UpdatePhase
 from promptkd.training.resuming import ExactResuming
-from promptkd.training.sharding import is_sharded, run_whole
+from promptkd.training.sharding import autocast, is_sharded, run_whole
 
 __all__ = ["RunTrainer"]
 
 T = TypeVar("T")
+_logger = logging.getLogger(__name__)
 
 
 class RunTrainer(FiniteSteps):
@@ -49,9 +53,14 @@ class RunTrainer(FiniteSteps):
     _globalstep_last_logged: int
     _metrics: Any
     _total_train_tokens: int
+    notes: list[str]
+    """What a reader of the run's figures must know of where and in which precision it computes."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self.notes = _notes(self.args, raise_to_float32(self.model))
+        for note in self.notes[1:]:
+            _logger.warning(note)
         self._resuming = ExactResuming(self)
         self.add_callback(self._resuming)
         self.phases = Phases(self.accelerator.device)
@@ -95,7 +104,7 @@ class RunTrainer(FiniteSteps):
             index, count = 0, 1  # a sharded teacher runs on all processes together, so each measures all rows
 
         def measured(model: nn.Module, teacher: nn.Module | None) -> list[RowResult]:
-            with self.accelerator.autocast():
+            with autocast(self.accelerator, self.args):
                 return measure_rows(
                     model,
                     self.processing_class,
@@ -190,3 +199,38 @@ class RunTrainer(FiniteSteps):
             self.save_model(str(partial), _internal_call=True)
             if self.args.should_save:
                 (partial / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle has no place beside a model
+
+
+def raise_to_float32(model: nn.Module) -> torch.dtype | None:
+    """Make the trained weights float32; return the lower precision that they had, None if they had none.
+
+    The weights that stand beside them go with them, but not those below an adapter of PEFT.
+    """
+    low = [each for each in model.parameters() if each.requires_grad and each.dtype.itemsize < 4]
+    if not low:
+        return None
+    before = low[0].dtype
+    if isinstance(model, PeftModel):
+        for each in low:
+            each.data = each.data.float()
+    else:
+        model.float()
+    return before
+
+
+def _notes(args: Any, raised_from: torch.dtype | None) -> list[str]:
+    """Sentences on the precision, on weights that were raised, and on GPUs that are not used."""
+    computes = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
+    notes = [f"Computed in {computes}, with trained weights in float32, on {args.device.type}."]
+    if raised_from is not None:
+        notes.append(
+            f"The weights to train came in {str(raised_from).removeprefix('torch.')} and were raised to float32: lower "
+            "precision loses small updates."
+        )
+    visible = torch.cuda.device_count() if args.device.type == "cuda" and args.world_size == 1 else 1
+    if visible > 1:
+        notes.append(
+            f"{visible} GPUs are visible and one is trained on. To train on all: accelerate launch --num_processes "
+            f"{visible} -m promptkd, and the same arguments."
+        )
+    return notes

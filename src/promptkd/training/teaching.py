@@ -21,7 +21,7 @@ from promptkd.models.adapters import FullTeacher, LoraTeacher, OnlineTeacher, So
 from promptkd.objectives import regularizer_weight
 from promptkd.training.checkpoints import whole_folder
 from promptkd.training.phases import Phases
-from promptkd.training.sharding import is_sharded
+from promptkd.training.sharding import autocast, is_dispatched, is_sharded
 from promptkd.training.teacher_options import check_teacher_options
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class TeacherTuning(_Trainer):
         """The adapter that the method asks for, and the teacher to use with it."""
         args, kind = self.args, self.method.teacher_adapter
         check_teacher_options(args, self.method, teacher)
-        if not is_sharded(self.accelerator):  # a sharded one goes there part by part
+        if not (is_sharded(self.accelerator) or is_dispatched(teacher)):  # a sharded one goes there part by part
             teacher = teacher.to(self.accelerator.device)
         if kind == "none" or (kind == "prompt" and args.prompt_length == 0):
             return None, teacher
@@ -114,7 +114,7 @@ class TeacherTuning(_Trainer):
         batches = [self._token_batch(each) for each in self._buffered_inputs]
         for index, batch in enumerate(batches):
             self.phases.works_on(batch.lengths)
-            with self.accelerator.autocast(), torch.no_grad():
+            with autocast(self.accelerator, self.args), torch.no_grad():
                 target = _without_dropout(student, batch)
                 plain = self._plain_hidden(batch) if reads_plain else None
             parts = self._parts(batch)
@@ -122,7 +122,7 @@ class TeacherTuning(_Trainer):
             plains = [None] * len(parts) if plain is None else plain.split(counts)
             read = []
             for part, span, away_from in zip(parts, target.split(counts), plains, strict=True):
-                with self.accelerator.autocast():
+                with autocast(self.accelerator, self.args):
                     adapted = self._hidden_with_graph(part)
                     loss = self._adapter_loss(pair, part, adapted, span, away_from, weight)
                 self._window["prompt_kl"] += loss.figures["to_student"].double()
