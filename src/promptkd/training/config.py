@@ -8,6 +8,7 @@ from accelerate.utils import parse_flag_from_env
 from transformers import SchedulerType
 from trl import DistillationConfig
 
+from promptkd.engine import engine_for
 from promptkd.errors import RequestError
 from promptkd.methods import MethodSettings
 from promptkd.methods.method import Adapter
@@ -18,6 +19,7 @@ from promptkd.precision import WeightPrecision, has_bfloat16_units
 
 __all__ = [
     "BF16",
+    "DECODED_ROWS",
     "ON_NAN",
     "UNFILTERED",
     "DistillConfig",
@@ -25,6 +27,7 @@ __all__ = [
     "PromptKDConfig",
     "common_checks",
     "fill_in_precision",
+    "fill_in_rows",
     "option",
     "use_one_gpu",
 ]
@@ -34,6 +37,7 @@ OnNan = Literal["stop", "skip"]
 ON_NAN = (
     "At a loss or gradient that is NaN or infinite, before anything moves: stop the run, or skip the step and count it."
 )
+DECODED_ROWS = "Rows that are decoded at a time: by default 32 on CPU, 128 on a GPU."
 BF16 = "Compute in bfloat16; by default where the device has units for it. Trained weights stay float32."
 UNFILTERED = "Unused: nothing that is NaN or infinite is hidden from the log; see --on_nan."
 
@@ -57,6 +61,12 @@ def fill_in_precision(args: Any) -> None:
         args.bf16 = not args.fp16 and has_bfloat16_units(device)
     if args.bf16 and device.type == "cpu":
         args.use_cpu = True
+
+
+def fill_in_rows(args: Any) -> None:
+    """Settle how many rows of training arguments are decoded at a time."""
+    if args.generation_batch_size is None:
+        args.generation_batch_size = engine_for(args.device).decode_rows
 
 
 def use_one_gpu(args: Any) -> None:
@@ -128,7 +138,7 @@ class DistillConfig(DistillationConfig):
     on_nan: OnNan = option("stop", ON_NAN)
     eval_temperature: float = option(1.0, "Temperature of validation's responses; 0 decodes greedily.")
     eval_seed: int = option(10, "Seed of validation's sampled responses.")
-    generation_batch_size: int = option(32, "Rows that are decoded at a time.")
+    generation_batch_size: int | None = option(None, DECODED_ROWS)
 
     chunk_tokens: int | None = option(
         None, "Tokens whose logits are held at a time: by default 256 on CPU, 2,048 on a GPU; 0 holds all."
@@ -182,6 +192,7 @@ class DistillConfig(DistillationConfig):
     def __post_init__(self) -> None:
         fill_in_precision(self)
         super().__post_init__()
+        fill_in_rows(self)
         use_one_gpu(self)
         problems = [text for wrong, text in (*common_checks(self), *self._checks()) if wrong]
         if problems:

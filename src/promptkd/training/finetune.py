@@ -14,11 +14,13 @@ from promptkd.engine import unwrap_peft
 from promptkd.errors import RequestError
 from promptkd.training.config import (
     BF16,
+    DECODED_ROWS,
     ON_NAN,
     UNFILTERED,
     OnNan,
     common_checks,
     fill_in_precision,
+    fill_in_rows,
     option,
     use_one_gpu,
 )
@@ -39,7 +41,7 @@ class FinetuneConfig(SFTConfig):
     on_nan: OnNan = option("stop", ON_NAN)
     eval_temperature: float = option(1.0, "Temperature of validation's responses; 0 decodes greedily.")
     eval_seed: int = option(10, "Seed of validation's sampled responses.")
-    generation_batch_size: int = option(32, "Rows that are decoded at a time.")
+    generation_batch_size: int | None = option(None, DECODED_ROWS)
     max_length: int | None = option(None, "Unused: rows over max_prompt_length or max_completion_length are dropped.")
     logging_steps: float = option(1, "Optimiser steps between two logged lines.")
     gradient_checkpointing: bool = option(False, "Recompute activations in backward: less memory, more time.")
@@ -52,6 +54,7 @@ class FinetuneConfig(SFTConfig):
     def __post_init__(self) -> None:
         fill_in_precision(self)
         super().__post_init__()
+        fill_in_rows(self)
         use_one_gpu(self)
         problems = [text for wrong, text in common_checks(self) if wrong]
         if self.overlong not in ("drop", "error"):
