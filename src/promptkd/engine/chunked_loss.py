@@ -213,8 +213,10 @@ class _Gradients:
 
     @property
     def weight(self) -> Tensor | None:
-        total = self._sum if self._whole is None else self._whole
-        return None if total is None else total.to(self._head.weight.dtype)
+        weight, total = self._head.weight, self._sum if self._whole is None else self._whole
+        if total is None:  # without tokens there is a gradient too: processes that train together wait for it
+            return torch.zeros_like(weight) if self._needs_weight else None
+        return total.to(weight.dtype)
 
 
 def _chunk_loss(step: _Step, logits: Tensor, targets: Sequence[Tensor]) -> Tensor:
