@@ -154,6 +154,7 @@ def run_trl(
             processing_class=tokenizer,
             callbacks=[clock],
         )
+        quiet(trainer)
         trainer.train()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return [

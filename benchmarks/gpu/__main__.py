@@ -8,7 +8,7 @@ from pathlib import Path
 
 import benchmarks.gpu
 from benchmarks.gpu.parts import PARTS, chosen_parts
-from benchmarks.gpu.runner import Record, run_parts
+from benchmarks.gpu.runner import NoDeviceError, Record, run_parts
 
 
 def main() -> int:
@@ -22,6 +22,12 @@ def main() -> int:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--tiny", action="store_true", help="shapes that take seconds on a CPU")
     parser.add_argument("--seconds", type=float, default=480, help="for everything together (default 480)")
+    parser.add_argument(
+        "--patience",
+        type=float,
+        default=1,
+        help="times the limit of every part, for a machine that is busy (default 1)",
+    )
     default = Path(os.environ.get("OUT", ".")) / "gpu.json"
     parser.add_argument("--json", type=Path, default=default, help="file for the record (default $OUT/gpu.json)")
     given = parser.parse_args()
@@ -36,9 +42,14 @@ def main() -> int:
         "device": given.device,
         "tiny": given.tiny,
         "seconds": given.seconds,
+        "patience": given.patience,
     }
     record = Record(given.json, about, parts)
-    run_parts(parts, record, device=given.device, tiny=given.tiny, seconds=given.seconds)
+    limits = {"seconds": given.seconds, "patience": given.patience}
+    try:
+        run_parts(parts, record, device=given.device, tiny=given.tiny, **limits)
+    except NoDeviceError as error:
+        parser.error(str(error))
     for each in record.targets:
         value = "" if each["value"] is None else f": {each['value']:.4g}"
         print(f"{each['verdict']}: {each['text']} ({each['target']}){value}", flush=True)

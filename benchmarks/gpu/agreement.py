@@ -1,7 +1,7 @@
 """Part 3: the engine's packed states and gradients, and a few trainer steps, against the reference.
 
-States and gradients are held to float64 on the CPU. The engine in bfloat16 may be off by what the reference, in the same
-precision on the same device, is off by, and a little more: both round, in different orders.
+States and gradients are held to float64 on the CPU. In bfloat16 the engine may be off by what the reference is off by,
+in the same precision on the same device, and a little more: both round, in different orders.
 """
 
 import copy

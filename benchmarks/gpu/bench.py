@@ -1,8 +1,9 @@
 """What a part of the run is given: where to run, how large, until when, and somebody to tell what it found."""
 
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,13 +11,32 @@ import torch
 
 from benchmarks.gpu.targets import TARGETS
 
-__all__ = ["Bench", "OutOfTime"]
+__all__ = ["Bench", "OutOfTime", "time_limit"]
 
 Message = dict[str, Any]
 
 
-class OutOfTime(Exception):
-    """The part's time was up before it had done everything."""
+class OutOfTime(BaseException):
+    """Time was up before everything was done. No `Exception`, lest a library on the way takes it for a failure."""
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise `OutOfTime` in the body, in the main thread, when its time is up; a call into the system is waited for."""
+
+    def up(number: int, frame: Any) -> None:
+        raise OutOfTime(f"{seconds:.0f} s were not enough")
+
+    before = signal.signal(signal.SIGALRM, up)
+    left, _ = signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+    started = time.monotonic()
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        if left:  # a limit around this one
+            signal.setitimer(signal.ITIMER_REAL, max(left - (time.monotonic() - started), 1e-3))
 
 
 @dataclass(frozen=True)
@@ -73,13 +93,19 @@ class Bench:
         self.say(f"{what}: skipped: {reason}")
 
     @contextmanager
-    def attempt(self, what: str) -> Iterator[None]:
-        """Run something of another's, or something that may not fit; a failure is told, and the part continues."""
+    def attempt(self, what: str, seconds: float | None = None) -> Iterator[None]:
+        """Run something of another's, or something that may not fit; a failure is told, and the part continues.
+
+        Args:
+            seconds: a limit of its own, within the part's.
+        """
+        own = seconds is not None and seconds < self.left
         try:
-            yield
-        except OutOfTime:
-            raise
-        except Exception as error:  # what foreign code raises can be anything
+            with time_limit(seconds) if own and seconds is not None else nullcontext():
+                yield
+        except (Exception, OutOfTime) as error:  # what foreign code raises can be anything
+            if isinstance(error, OutOfTime) and not own:
+                raise
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             self.send({"kind": "skipped", "name": what, "reason": reason})
             self.say(f"{what}: failed: {reason}")

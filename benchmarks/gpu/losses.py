@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,12 +39,12 @@ class Worst:
     """The largest errors of all cases in one precision, each with the case that it is of."""
 
     loss: tuple[float, str] = (0.0, "")
+    relative: tuple[float, str] = (0.0, "")
     gradient: tuple[float, str] = (0.0, "")
     bias: tuple[float, str] = (0.0, "")
     token: tuple[float, str] = (0.0, "")
 
-    def see(self, case: str, *, loss: float, gradient: float, bias: float, token: float) -> None:
-        found = {"loss": loss, "gradient": gradient, "bias": bias, "token": token}
+    def see(self, case: str, found: dict[str, float]) -> None:
         for name, value in found.items():
             wrong = math.inf if math.isnan(value) else value
             if abs(wrong) > abs(vars(self)[name][0]):
@@ -60,12 +61,13 @@ def run(bench: Bench) -> None:
     for vocabulary, columns in ((97, 128), (1001, 1024)) if bench.tiny else ((49_152, 49_152), (151_665, 151_936)):
         for form in FORMS:
             exact = _inputs(bench, vocabulary, columns, form, exact=True)
+            here = Here.of(exact, bench.device)
             for name in LOSSES:
                 bench.require(2 if not bench.tiny else 0.1, "the next loss")
                 expected = references(name, exact)
                 for mode, worsts in worst.items():
                     case = f"{name}, {form}, {vocabulary} tokens"
-                    worsts.see(case, **_errors(bench, name, exact, expected, bfloat16=mode == "bfloat16"))
+                    worsts.see(case, _errors(here, name, expected, bfloat16=mode == "bfloat16"))
     for mode, worsts in worst.items():
         for name, (value, case) in vars(worsts).items():
             bench.report(f"{mode}, worst {_WHAT[name]}", {"value": value, "case": case})
@@ -75,7 +77,8 @@ def run(bench: Bench) -> None:
 
 
 _WHAT = {
-    "loss": "relative error of a loss",
+    "loss": "error of a loss, in nats or relative, whichever is less",
+    "relative": "relative error of a loss",
     "gradient": "relative error of a gradient (norms)",
     "bias": "signed bias, nats a token",
     "token": "error of eight tokens' mean, nats",
@@ -127,58 +130,69 @@ def _inputs(bench: Bench, vocabulary: int, columns: int, form: str, *, exact: bo
     return Inputs(**inputs, labels=labels, vocabulary=vocabulary, softcap=softcap)  # type: ignore[arg-type]
 
 
-def _loss(
-    bench: Bench, name: str, inputs: Inputs, *, bfloat16: bool, part: slice = slice(None)
-) -> tuple[ChunkedLoss, dict[str, Tensor]]:
+@dataclass(frozen=True)
+class Here:
+    """The same inputs on the device, the student's side in float32."""
+
+    inputs: Inputs
+    teacher_half: Tensor
+    """The teacher's head in bfloat16, which holds it exactly."""
+
+    @classmethod
+    def of(cls, inputs: Inputs, device: torch.device) -> "Here":
+        def moved(values: Any) -> Any:
+            wide = isinstance(values, Tensor) and values.is_floating_point()
+            return values.float().to(device) if wide else values.to(device) if isinstance(values, Tensor) else values
+
+        there = Inputs(**{name: moved(each) for name, each in vars(inputs).items()})
+        return cls(there, there.teacher_head.bfloat16())
+
+
+def _loss(here: Here, name: str, *, bfloat16: bool, part: slice = slice(None)) -> tuple[ChunkedLoss, dict[str, Tensor]]:
     """The product's loss over `part` of the tokens, and the leaves that it has gradients for."""
-
-    def here(values: Tensor | None, dtype: torch.dtype = torch.float32, *, learns: bool = False) -> Tensor | None:
-        return None if values is None else values.to(bench.device, dtype).requires_grad_(learns)
-
-    prompt = name.startswith("prompt")
-    leaves = {
-        "student_hidden": here(inputs.student_hidden[part], learns=not prompt),
-        "student_head": here(inputs.student_head, learns=not prompt),
-        "student_bias": here(inputs.student_bias, learns=not prompt),
-        "prompted_hidden": here(inputs.prompted_hidden[part], learns=prompt),
-    }
-    student = Head(leaves["student_head"], leaves["student_bias"], 1.0, inputs.softcap, inputs.vocabulary)
-    half = torch.bfloat16 if bfloat16 else torch.float32
-    teacher = Head(here(inputs.teacher_head, half), None, 1.0, inputs.softcap, inputs.vocabulary)
-    hidden, prompted = leaves["student_hidden"], leaves["prompted_hidden"]
+    inputs, prompt = here.inputs, name.startswith("prompt")
+    hidden = inputs.student_hidden[part].detach().requires_grad_(not prompt)
+    weight = inputs.student_head.detach().requires_grad_(not prompt)
+    offset = None if inputs.student_bias is None else inputs.student_bias.detach().requires_grad_(not prompt)
+    prompted = inputs.prompted_hidden[part].detach().requires_grad_(prompt)
+    student = Head(weight, offset, 1.0, inputs.softcap, inputs.vocabulary)
+    theirs = here.teacher_half if bfloat16 else inputs.teacher_head
+    teacher = Head(theirs, None, 1.0, inputs.softcap, inputs.vocabulary)
     chunk = len(hidden) // 2 + 1  # two chunks, of different lengths
-    with torch.autocast(bench.device.type, dtype=torch.bfloat16, enabled=bfloat16):
+    with torch.autocast(hidden.device.type, dtype=torch.bfloat16, enabled=bfloat16):
         if prompt:
-            plain = here(inputs.plain_hidden[part])
-            weight = 0.7 if name.endswith("0.7") else 0.0
-            loss = chunked_prompt_loss(prompted, teacher, hidden, student, plain, teacher, weight=weight, chunk=chunk)
+            plain, strength = inputs.plain_hidden[part], 0.7 if name.endswith("0.7") else 0.0
+            loss = chunked_prompt_loss(prompted, teacher, hidden, student, plain, teacher, weight=strength, chunk=chunk)
         elif name == "cross_entropy":
-            labels = inputs.labels[part].to(bench.device)
-            loss = chunked_cross_entropy(hidden, student, labels, chunk=chunk)
+            loss = chunked_cross_entropy(hidden, student, inputs.labels[part], chunk=chunk)
         else:
             loss = chunked_objective(OBJECTIVES[name], hidden, student, prompted, teacher, chunk=chunk)
+    leaves = {"student_hidden": hidden, "student_head": weight, "student_bias": offset, "prompted_hidden": prompted}
     return loss, {key: each for key, each in leaves.items() if each is not None and each.requires_grad}
 
 
-def _errors(bench: Bench, name: str, inputs: Inputs, expected: Reference, *, bfloat16: bool) -> dict[str, float]:
-    loss, leaves = _loss(bench, name, inputs, bfloat16=bfloat16)
+def _errors(here: Here, name: str, expected: Reference, *, bfloat16: bool) -> dict[str, float]:
+    loss, leaves = _loss(here, name, bfloat16=bfloat16)
     gradients = torch.autograd.grad(loss.total, list(leaves.values()))
-    total, tokens = float(expected.values.sum()), len(expected.values)
+    tokens = len(expected.values)
+    mean = float(expected.values.mean())
     distances = [
         float((got.cpu().double() - expected.gradients[key]).norm() / expected.gradients[key].norm())
         for key, got in zip(leaves, gradients, strict=True)
     ]
-    bias = (float(loss.total.detach()) - total) / tokens
+    bias = float(loss.total.detach()) / tokens - mean
     groups = [slice(first, first + 8) for first in range(0, tokens, 8)]
     apart = [
-        float(_loss(bench, name, inputs, bfloat16=bfloat16, part=part)[0].total.detach() - expected.values[part].sum())
+        (float(_loss(here, name, bfloat16=bfloat16, part=part)[0].total.detach()) - float(expected.values[part].sum()))
+        / 8
         for part in groups
     ]
     return {
-        "loss": bias * tokens / total,
+        "loss": bias / max(mean, 1.0),
+        "relative": bias / mean,
         "gradient": max(distances, key=lambda each: math.inf if math.isnan(each) else each),
         "bias": bias,
-        "token": max(apart, key=abs) / 8,
+        "token": max(apart, key=abs),
     }
 
 
@@ -187,5 +201,5 @@ def _rounding_bias(bench: Bench, name: str) -> float:
     vocabulary, columns = (1001, 1024) if bench.tiny else (151_665, 151_936)
     inputs = _inputs(bench, vocabulary, columns, "plain", exact=False)
     expected = references(name, inputs).values
-    loss, _ = _loss(bench, name, inputs, bfloat16=True)
+    loss, _ = _loss(Here.of(inputs, bench.device), name, bfloat16=True)
     return float(loss.total.detach().double().cpu() - expected.sum()) / len(expected)

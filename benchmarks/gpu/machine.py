@@ -22,7 +22,11 @@ def describe(device: torch.device) -> dict[str, Any]:
     found |= {name: _version(name) for name in _PACKAGES}
     if device.type == "cuda":
         card = torch.cuda.get_device_properties(device)
-        found |= {"card": card.name, "memory_gb": card.total_memory / 1e9, "multiprocessors": card.multi_processor_count}
+        found |= {
+            "card": card.name,
+            "memory_gb": card.total_memory / 1e9,
+            "multiprocessors": card.multi_processor_count,
+        }
         found |= {"cuda": torch.version.cuda, "driver": _driver(), "capability": f"{card.major}.{card.minor}"}
     else:
         found |= {"card": None, "driver": None, "processor": platform.processor() or platform.machine()}

@@ -22,10 +22,10 @@ PARTS = (
     Part(2, "losses", 60, "losses and gradients against float64"),
     Part(3, "agreement", 50, "packed states and gradients, and three trainer steps, against the reference"),
     Part(4, "decoding", 40, "greedy decoding against generate, and the distribution of samples"),
-    Part(5, "memory", 75, "peak memory of a 7B teacher and a 1.5B student under default settings"),
+    Part(5, "memory", 60, "peak memory of a 7B teacher and a 1.5B student under default settings"),
     Part(6, "rollouts", 90, "tokens a second of a rollout"),
-    Part(7, "heads", 35, "head and divergence at 8,192 tokens"),
-    Part(8, "steps", 75, "a whole optimizer step, ours and others'"),
+    Part(7, "heads", 30, "head and divergence at 8,192 tokens"),
+    Part(8, "steps", 85, "a whole optimizer step, ours and others'"),
     Part(9, "profiled", 30, "kernels and synchronizations of one step"),
 )
 

@@ -12,12 +12,12 @@ from benchmarks.gpu.parts import PARTS, Part
 from benchmarks.gpu.targets import verdicts
 from benchmarks.gpu.worker import work
 
-__all__ = ["Record", "run_parts"]
+__all__ = ["NoDeviceError", "Record", "run_parts"]
 
 _START = 90.0
 """Seconds that a worker has to import what it needs."""
-_GRACE = 2.0
-"""Seconds that a part has to end by itself when its time is up."""
+_GRACE = 5.0
+"""Seconds that a part has to end by itself when its time is up, before its process is killed."""
 
 
 class Record:
@@ -87,12 +87,22 @@ class Record:
         os.replace(partial, self._file)
 
 
-def run_parts(parts: Sequence[Part], record: Record, *, device: str, tiny: bool, seconds: float) -> None:
-    """Run all `parts` within `seconds`; each ends at its own limit at the latest."""
+class NoDeviceError(Exception):
+    """There is no such device."""
+
+
+def run_parts(
+    parts: Sequence[Part], record: Record, *, device: str, tiny: bool, seconds: float, patience: float
+) -> None:
+    """Run all `parts` within `seconds`; each ends at its own limit, times `patience`, at the latest.
+
+    Raises:
+        NoDeviceError: if the device does not exist.
+    """
     ends = time.monotonic() + seconds
     waiting = list(parts)
     while waiting and time.monotonic() < ends:
-        done = _run_worker(waiting, record, device, tiny, ends)
+        done = _run_worker(waiting, record, device, tiny, ends, patience)
         if done == 0:
             break
         waiting = waiting[done:]
@@ -102,11 +112,11 @@ def run_parts(parts: Sequence[Part], record: Record, *, device: str, tiny: bool,
     record.write()
 
 
-def _run_worker(parts: Sequence[Part], record: Record, device: str, tiny: bool, ends: float) -> int:
+def _run_worker(parts: Sequence[Part], record: Record, device: str, tiny: bool, ends: float, patience: float) -> int:
     """One process, until it has run all parts or one of them went wrong. How many it has begun."""
     context = multiprocessing.get_context("spawn")  # a process that CUDA was used in cannot be forked
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=work, args=(theirs, parts, device, tiny, ends), daemon=True)
+    process = context.Process(target=work, args=(theirs, parts, device, tiny, ends, patience))
     process.start()
     theirs.close()
     begun = 0
@@ -118,10 +128,13 @@ def _run_worker(parts: Sequence[Part], record: Record, device: str, tiny: bool, 
                 print(", ".join(f"{name} {value}" for name, value in record.machine.items() if value), flush=True)
                 message = _next(ours, ends)
                 continue
+            if message["kind"] == "impossible":
+                raise NoDeviceError(message["text"])
             part = parts[begun]
             begun += 1
-            print(f"{part.number} {part.name}: {part.title}, at most {part.seconds:.0f} s", flush=True)
-            message = _follow(ours, part, record, ends)
+            limit = min(part.seconds * patience, ends - time.monotonic())
+            print(f"{part.number} {part.name}: {part.title}, at most {limit:.0f} s", flush=True)
+            message = _follow(ours, part, record, limit, ends)
         if message is None and begun == 0:
             print("The process that runs the parts did not start in time.", flush=True)
     finally:
@@ -130,15 +143,14 @@ def _run_worker(parts: Sequence[Part], record: Record, device: str, tiny: bool, 
     return begun
 
 
-def _follow(connection: Any, part: Part, record: Record, ends: float) -> dict[str, Any] | None:
+def _follow(connection: Any, part: Part, record: Record, limit: float, ends: float) -> dict[str, Any] | None:
     """Take what a part says until its end. The message behind it; None where the process is to be ended."""
     started = time.monotonic()
-    limit = min(started + part.seconds, ends) + _GRACE
     while True:
-        message = _next(connection, limit)
+        message = _next(connection, started + limit + _GRACE)
         spent = time.monotonic() - started
         if message is None:
-            record.end(part.name, "out of time", spent, f"ended at its limit of {limit - _GRACE - started:.0f} s")
+            record.end(part.name, "out of time", spent, f"killed {_GRACE:.0f} s behind its limit")
             return None
         if message["kind"] == "over":
             record.end(part.name, "failed", spent, "the process that ran it died")

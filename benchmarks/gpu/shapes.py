@@ -107,9 +107,9 @@ def words(size: int) -> PreTrainedTokenizerFast:
 
 
 def lengths_around(mean: int, rows: int, *, seed: int = 0) -> list[int]:
-    """Between half and one and a half of `mean`."""
+    """Within a quarter of `mean`."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(mean // 2, mean + mean // 2 + 1, (rows,), generator=generator).tolist()
+    return torch.randint(mean - mean // 4, mean + mean // 4 + 1, (rows,), generator=generator).tolist()
 
 
 def random_rows(

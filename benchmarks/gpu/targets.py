@@ -25,7 +25,11 @@ class Target:
 
 TARGETS = {
     "loss_error": Target(
-        "losses", "float32 losses from float64, the largest relative error", "below", 1e-5, anywhere=True
+        "losses",
+        "float32 losses from float64, the largest error in nats, or relative above a nat",
+        "below",
+        1e-5,
+        anywhere=True,
     ),
     "gradient_error": Target(
         "losses", "bfloat16 gradients from float64, the largest relative error", "below", 2e-2, anywhere=True

@@ -14,13 +14,15 @@ from benchmarks.gpu.parts import Part
 __all__ = ["work"]
 
 
-def work(connection: Connection, parts: Sequence[Part], device: str, tiny: bool, ends: float) -> None:
+def work(connection: Connection, parts: Sequence[Part], device: str, tiny: bool, ends: float, patience: float) -> None:
     """Run `parts`; on CUDA no further than the first that fails, since a failed kernel leaves the device unusable.
 
-    Messages: "machine" once; for every part "begin", what `Bench` sends, and "end" with "error" (None if it went well).
+    Messages: "machine" or "impossible" once; for every part "begin", what `Bench` sends, and "end" with "error" (None
+    if it went well).
 
     Args:
         ends: when all must be done, by `time.monotonic`.
+        patience: what the parts' limits are multiplied by.
     """
     # Their names are read when torch and transformers are imported.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -28,20 +30,24 @@ def work(connection: Connection, parts: Sequence[Part], device: str, tiny: bool,
     import torch
     import transformers
 
-    from benchmarks.gpu.bench import Bench, OutOfTime
+    from benchmarks.gpu.bench import Bench, OutOfTime, time_limit
     from benchmarks.gpu.machine import describe
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     target = torch.device(device)
+    if target.type == "cuda" and not torch.cuda.is_available():
+        connection.send({"kind": "impossible", "text": "There is no CUDA device. Give --device cpu --tiny."})
+        return
     connection.send({"kind": "machine", "value": describe(target)})
     for part in parts:
-        limit = min(time.monotonic() + part.seconds, ends)
+        limit = min(time.monotonic() + part.seconds * patience, ends)
         connection.send({"kind": "begin", "part": part.name})
         error: dict[str, Any] | None = None
         torch.manual_seed(0)
         try:
-            import_module(f"benchmarks.gpu.{part.name}").run(Bench(target, tiny, limit, connection.send))
+            with time_limit(limit - time.monotonic()):
+                import_module(f"benchmarks.gpu.{part.name}").run(Bench(target, tiny, limit, connection.send))
         except OutOfTime as late:
             error = {"status": "out of time", "text": str(late)}
         # Whatever a part raises must not keep the others from running.
