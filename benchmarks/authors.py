@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from benchmarks.clock import synchronize
 from benchmarks.workload import EndAtLengths, Shape
 from promptkd.data.encode import EncodedExample
 
@@ -30,16 +31,20 @@ class AuthorsStep:
 
     def __call__(self, rows: Sequence[EncodedExample], weight: float) -> dict[str, float]:
         """One optimiser step; seconds by part, and the losses as means over response tokens."""
-        started = time.perf_counter()
+        started = self._now()
         self._rollout(rows)
-        rollout = time.perf_counter()
-        ids, attention, labels = self._rectangle(rows)
+        rollout = self._now()
+        ids, attention, labels = (each.to(self.prompt.device) for each in self._rectangle(rows))
         prompt_loss = self._prompt_step(ids, attention, labels, weight)
-        prompt = time.perf_counter()
+        prompt = self._now()
         student_loss = self._student_step(ids, attention, labels)
-        student = time.perf_counter()
+        student = self._now()
         seconds = {"rollout": rollout - started, "prompt": prompt - rollout, "student": student - prompt}
         return {**seconds, "seconds": student - started, "prompt_loss": prompt_loss, "student_loss": student_loss}
+
+    def _now(self) -> float:
+        synchronize(self.prompt.device)
+        return time.perf_counter()
 
     @torch.no_grad()
     def _rollout(self, rows: Sequence[EncodedExample]) -> None:
@@ -48,10 +53,11 @@ class AuthorsStep:
         for place, row in zip(ids, rows, strict=True):
             place[width - len(row.prompt_ids) :] = torch.tensor(row.prompt_ids)
         mask = torch.stack([(torch.arange(width) >= width - len(row.prompt_ids)).long() for row in rows])
+        lengths = [len(row.response_ids) for row in rows]
         self.student.eval()
         self.student.generate(
-            input_ids=ids,
-            attention_mask=mask,
+            input_ids=ids.to(self.prompt.device),
+            attention_mask=mask.to(self.prompt.device),
             do_sample=True,
             temperature=1.0,
             top_p=1.0,
@@ -59,7 +65,7 @@ class AuthorsStep:
             max_length=self.shape.max_length * self.shape.length_factor,
             eos_token_id=self.end,
             pad_token_id=self.pad,
-            logits_processor=[EndAtLengths([len(row.response_ids) for row in rows], width, self.end)],
+            logits_processor=[EndAtLengths(lengths, width, self.end, self.prompt.device)],
         )
 
     def _rectangle(self, rows: Sequence[EncodedExample]) -> tuple[Tensor, Tensor, Tensor]:

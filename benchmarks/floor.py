@@ -1,12 +1,11 @@
 """The arithmetic that a PromptKD step cannot do without, and how fast this machine multiplies matrices."""
 
-import statistics
-import time
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 
+from benchmarks.clock import median_seconds
 from promptkd.data.encode import EncodedExample
 from promptkd.data.prefixes import pack_rows
 from promptkd.engine import unwrap_peft
@@ -66,16 +65,14 @@ def _head(model: nn.Module) -> int:
 def _attention(model: nn.Module, positions: Sequence[int]) -> int:
     """FLOPs of scores and mixtures: a token sees itself and those before it. Backward takes twice that."""
     config = unwrap_peft(model).config.get_text_config()
-    width = config.num_attention_heads * (config.head_dim or config.hidden_size // config.num_attention_heads)
+    size = config.to_dict().get("head_dim") or config.hidden_size // config.num_attention_heads  # Qwen2 names none
+    width = config.num_attention_heads * size
     return config.num_hidden_layers * 4 * width * sum(position + 1 for position in positions)
 
 
-def matmul_rate(size: int = 2048, repeats: int = 5) -> float:
-    """FLOPs a second of a float32 product of two square matrices, the median of `repeats`."""
-    left, right = torch.randn(size, size), torch.randn(size, size)
-    seconds = []
-    for _ in range(repeats + 1):  # the first one is not counted
-        started = time.perf_counter()
-        left @ right
-        seconds.append(time.perf_counter() - started)
-    return 2 * size**3 / statistics.median(seconds[1:])
+def matmul_rate(
+    size: int = 2048, repeats: int = 5, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> float:
+    """FLOPs a second of a product of two square matrices, the median of `repeats`."""
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / median_seconds(lambda: left @ right, left.device, repeats)

@@ -39,6 +39,7 @@ def theirs(model: PreTrainedModel, prompts: Tokens, stops: Sequence[int], length
         width = max(map(len, rows))
         ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+        ids, mask = ids.to(model.device), mask.to(model.device)
         out = model.generate(ids, attention_mask=mask, generation_config=config)[:, width:].tolist()
         written += [until_stop(each, stops) for each in out]
     return written

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl import DistillationConfig, DistillationTrainer
 
 from benchmarks.authors import AuthorsStep
+from benchmarks.clock import synchronize
 from benchmarks.floor import matmul_rate, step_flops
 from benchmarks.workload import EndAtLengths, Shape, workload
 from promptkd import PromptKDConfig, PromptKDTrainer
@@ -24,6 +25,7 @@ from promptkd.data.encode import EncodedData, EncodedExample
 from promptkd.evaluation.generation import generate
 from promptkd.memory import peak_memory
 from promptkd.methods import Method
+from promptkd.methods.method import Adapter
 from promptkd.models import SoftPrompt, load_model, load_tokenizer
 from promptkd.objectives import reverse_kl
 from promptkd.responses import Responses
@@ -72,13 +74,16 @@ def run_authors(
 class StepClock(TrainerCallback):
     """Seconds from the beginning of each optimiser step to its end, the loading of rows left out."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self.seconds: list[float] = []
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        synchronize(self._device)
         self.seconds.append(-time.perf_counter())
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        synchronize(self._device)
         self.seconds[-1] += time.perf_counter()
 
 
@@ -109,11 +114,16 @@ def run_trl(
     tokenizer: PreTrainedTokenizerBase,
     windows: Sequence[Sequence[EncodedExample]],
     shape: Shape,
+    **changes: Any,
 ) -> Steps:
-    """TRL's trainer with reverse KL. It has no prompt step."""
+    """TRL's trainer with reverse KL. It has no prompt step.
+
+    Args:
+        changes: arguments of the trainer beside or in place of `settings`.
+    """
     rows = [row for window in windows for row in window]
     responses = {tuple(row.prompt_ids): row.response_ids for row in rows}
-    clock, rollouts = StepClock(), []
+    clock, rollouts = StepClock(student.device), []
 
     class Trainer(DistillationTrainer):
         """TRL's, with the responses' lengths given, and the data's responses scored."""
@@ -126,7 +136,8 @@ def run_trl(
             given = [responses[tuple(ids)] for ids in prompt_ids]
             width = max(len(ids) for ids in prompt_ids)
             width += -width % (self.pad_to_multiple_of or 1)
-            ends = EndAtLengths([len(each) for each in given], width, tokenizer.eos_token_id)
+            lengths = [len(each) for each in given]
+            ends = EndAtLengths(lengths, width, tokenizer.eos_token_id, self.model.device)
             original = self.model.generate
             self.model.generate = lambda **inputs: original(**inputs, logits_processor=[ends])
             super()._generate_single_turn(prompt_ids, *args, **kwargs)
@@ -138,11 +149,12 @@ def run_trl(
         trainer = Trainer(
             model=student,
             teacher_model=teacher,
-            args=DistillationConfig(**settings(folder, shape, len(windows)), beta=1.0),
+            args=DistillationConfig(**(settings(folder, shape, len(windows)) | changes), beta=1.0),
             train_dataset=Dataset.from_dict({"prompt": [row.prompt_ids for row in rows]}),
             processing_class=tokenizer,
             callbacks=[clock],
         )
+        quiet(trainer)
         trainer.train()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return [
@@ -157,38 +169,52 @@ def run_ours(
     tokenizer: PreTrainedTokenizerBase,
     windows: Sequence[Sequence[EncodedExample]],
     shape: Shape,
+    *,
+    adapter: Adapter = "prompt",
+    trainer_class: type[PromptKDTrainer] = PromptKDTrainer,
+    callbacks: Sequence[TrainerCallback] = (),
+    **changes: Any,
 ) -> Steps:
-    """This project's trainer, with the switches that the environment sets."""
+    """This project's trainer.
+
+    Args:
+        adapter: "prompt" is PromptKD; "none" is GKD with the reverse KL, on text of the student's own.
+        trainer_class: what is made of it in place of `PromptKDTrainer`.
+        callbacks: what listens to it.
+        changes: arguments of the trainer beside or in place of `settings`.
+    """
     rows = [row for window in windows for row in window]
-    clock = StepClock()
+    clock = StepClock(student.device)
 
     class AtLengths(Responses):
         """The student writes responses of the data's lengths; the data's are taken."""
 
         def __call__(self, rows: Sequence[EncodedExample], sample: Any, progress: float) -> list[list[int]]:
             lengths = [len(row.response_ids) for row in rows]
-            generate(
-                student,
-                [row.prompt_ids for row in rows],
-                max_new_tokens=lengths,
-                stop_ids=(),
-                seeds=torch.randint(2**62, (len(rows),)).tolist(),
-            )
+            with trainer.accelerator.autocast():
+                generate(
+                    student,
+                    [row.prompt_ids for row in rows],
+                    max_new_tokens=lengths,
+                    stop_ids=(),
+                    seeds=torch.randint(2**62, (len(rows),)).tolist(),
+                    vocabulary=trainer.vocabulary,
+                )
             return [row.response_ids for row in rows]
 
     with tempfile.TemporaryDirectory() as folder:
-        trainer = PromptKDTrainer(
+        trainer = trainer_class(
             student,
             teacher,
             PromptKDConfig(
-                **settings(folder, shape, len(windows)),
+                **(settings(folder, shape, len(windows)) | changes),
                 max_prompt_length=shape.max_prompt_length * shape.length_factor,
                 prompt_length=PROMPT_LENGTH,
             ),
             train_dataset=EncodedData(rows, 0),
             processing_class=tokenizer,
-            method=Method(AtLengths(), reverse_kl, "prompt"),
-            callbacks=[clock],
+            method=Method(AtLengths(), reverse_kl, adapter),
+            callbacks=[clock, *callbacks],
         )
         quiet(trainer)
         trainer.train()
@@ -199,11 +225,18 @@ def run_ours(
             "prompt": entry["seconds_prompt"],
             "student": whole - entry["seconds_rollout"] - entry["seconds_prompt"],
             "seconds": whole,
-            "prompt_loss": entry["prompt_kl"] + entry["lambda"] * entry["prompt_regularizer"],
+            **_prompt_loss(entry),
             "student_loss": entry["student_kl"],
         }
         for entry, whole in zip(log, clock.seconds, strict=True)
     ]
+
+
+def _prompt_loss(entry: dict[str, float]) -> dict[str, float]:
+    """Of a logged step; nothing if it had no prompt."""
+    if "prompt_kl" not in entry:
+        return {}
+    return {"prompt_loss": entry["prompt_kl"] + entry["lambda"] * entry["prompt_regularizer"]}
 
 
 if __name__ == "__main__":

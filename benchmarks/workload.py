@@ -47,8 +47,8 @@ def workload(data: str, tokenizer, shape: Shape, template: str, *, first: int, s
 class EndAtLengths(LogitsProcessor):
     """Row i of `generate` writes the end token as its `lengths[i]`-th token, and not before."""
 
-    def __init__(self, lengths: Sequence[int], prompt_width: int, end: int):
-        self.lengths, self.prompt_width, self.end = torch.tensor(lengths), prompt_width, end
+    def __init__(self, lengths: Sequence[int], prompt_width: int, end: int, device: torch.device | str = "cpu"):
+        self.lengths, self.prompt_width, self.end = torch.tensor(lengths, device=device), prompt_width, end
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         ends = self.lengths == input_ids.shape[1] - self.prompt_width + 1

@@ -282,6 +282,26 @@ def test_a_heads_cast_follows_its_weight_in_place(as_cuda):
     assert again.weight.shape == (128, 24)
 
 
+def test_one_cast_serves_every_vocabulary(as_cuda):
+    """A graph of one vocabulary would read freed memory if another vocabulary made a new cast."""
+    weight = torch.randn(100, 24)
+    address = ENGINE.head.projection(Head(weight, columns=70), torch.bfloat16).weight.data_ptr()
+    for columns in (100, 30, 70):
+        again = ENGINE.head.projection(Head(weight, columns=columns), torch.bfloat16)
+        assert again.weight.data_ptr() == address
+        assert torch.equal(again.weight[:columns], weight[:columns].bfloat16())
+
+
+def test_a_bias_in_half_precision_is_cast_into_the_same_memory(as_cuda):
+    """CUDA graphs read it long after the projection that they were captured with is gone."""
+    weight, bias = torch.randn(100, 24).bfloat16(), torch.randn(100).bfloat16()
+    kept = [ENGINE.head.projection(Head(weight, bias, columns=90), torch.bfloat16).bias]
+    bias.mul_(2)
+    again = ENGINE.head.projection(Head(weight, bias, columns=80), torch.bfloat16).bias
+    assert again.data_ptr() == kept[0].data_ptr()
+    assert torch.equal(again, bias[:80].float())
+
+
 def test_a_head_in_half_precision_is_not_copied(as_cuda):
     weight = torch.randn(130, 24).bfloat16()
     projection = ENGINE.head.projection(Head(weight, columns=100), torch.bfloat16)

@@ -33,19 +33,26 @@ class CudaHeadProducts(HeadProducts):
     def projection(self, head: Head, computing: torch.dtype, *, reuse: bool = False) -> Projection:
         if computing not in (torch.bfloat16, torch.float16):
             return Projection(head, computing)
-        return _HalfProjection(head, computing, self._cast(head, computing))
+        weight = self._aligned(head.weight, head.vocabulary, computing)
+        bias = None if head.bias is None else self._aligned(head.bias, head.vocabulary, torch.float32)
+        return _HalfProjection(head, computing, weight, bias)
 
-    def _cast(self, head: Head, dtype: torch.dtype) -> Tensor:
-        """The head's weight in `dtype`, (V rounded up to 64, H). What its last rows hold means nothing."""
-        weight = head.weight.detach()
-        columns = -(-head.vocabulary // _ALIGNED) * _ALIGNED
+    def _aligned(self, weight: Tensor, vocabulary: int, dtype: torch.dtype) -> Tensor:
+        """A weight or bias in `dtype`, (V rounded up to 64, …). What its last rows hold means nothing."""
+        columns = _rounded_up(vocabulary)
         if weight.dtype == dtype and len(weight) >= columns:
-            return weight[:columns]
-        known = self._casts.get(head.weight)
-        if known is None or known.shape != (columns, weight.shape[1]) or known.dtype != dtype:
-            known = self._casts[head.weight] = _Cast(weight.new_zeros(columns, weight.shape[1], dtype=dtype))
-        known.refresh(head.weight)
-        return known.tensor
+            return weight.detach()[:columns]
+        known = self._casts.get(weight)
+        if known is None or known.tensor.dtype != dtype:
+            # All rows, however many are asked for: one cast serves every vocabulary, and its address stays.
+            shape = (_rounded_up(len(weight)), *weight.shape[1:])
+            known = self._casts[weight] = _Cast(weight.new_zeros(shape, dtype=dtype))
+        known.refresh(weight)
+        return known.tensor[:columns]
+
+
+def _rounded_up(columns: int) -> int:
+    return -(-columns // _ALIGNED) * _ALIGNED
 
 
 class _Cast:
@@ -55,18 +62,9 @@ class _Cast:
         self.tensor = tensor
         self._version: int | None = None
 
-    @property
-    def shape(self) -> torch.Size:
-        return self.tensor.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.tensor.dtype
-
     def refresh(self, weight: Tensor) -> None:
         if self._version != weight._version:  # torch counts what is written over a tensor, an optimizer's steps too
-            rows = min(len(weight), len(self.tensor))
-            self.tensor[:rows].copy_(weight.detach()[:rows])
+            self.tensor[: len(weight)].copy_(weight.detach())
             self._version = weight._version
 
 
@@ -74,12 +72,13 @@ class _HalfProjection(Projection):
     """Products of half precision whose results are float32, on rows that begin at aligned addresses.
 
     Args:
-        cast: (V rounded up, H) the weight in half precision.
+        weight: (V rounded up, H) in half precision.
+        bias: (V rounded up,) in float32.
     """
 
-    def __init__(self, head: Head, computing: torch.dtype, cast: Tensor):
-        self.head, self.computing, self.weight = head, computing, cast
-        self.bias = None if head.bias is None else head.bias.detach()[: head.vocabulary].float()
+    def __init__(self, head: Head, computing: torch.dtype, weight: Tensor, bias: Tensor | None):
+        self.head, self.computing, self.weight = head, computing, weight
+        self.bias = None if bias is None else bias[: head.vocabulary]
 
     def logits(self, hidden: Tensor) -> Tensor:
         products = _product(hidden.to(self.computing), self.weight.T)[:, : self.head.vocabulary]

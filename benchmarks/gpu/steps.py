@@ -1,0 +1,148 @@
+"""Part 8: a whole optimizer step, a 1.5B teacher and a 0.5B student, 32 rows: PromptKD, gkd, TRL's, the authors'.
+
+All score the same responses of given lengths, and all write as many tokens of their own in the rollout. Ours and TRL's
+trainer have a float32 student and compute in bfloat16; TRL's keeps its default of recomputed activations. The authors'
+manner has both models in bfloat16, rows padded to 512 tokens and prompts to 256 as in their scripts, eight rows at a
+time: four steps of it are counted as one.
+"""
+
+import gc
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from benchmarks.clock import Laps, peak_bytes, restart_peak
+from benchmarks.floor import matmul_rate, step_flops
+from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.shapes import lengths_around, qwen, random_rows, vocabulary_of, words
+from benchmarks.gpu.watched import UpdateWatch, watched_trainer
+from benchmarks.variants import PROMPT_LENGTH, Steps, run_authors, run_ours, run_trl
+from benchmarks.workload import Shape
+from promptkd.data.encode import EncodedExample
+
+__all__ = ["run"]
+
+Windows = list[list[EncodedExample]]
+_STEPS = 3
+"""Of which the first is not counted: kernels are compiled and graphs captured in it."""
+_AUTHORS_ROWS = 8
+
+
+def run(bench: Bench) -> None:
+    rows, mean = (4, 10) if bench.tiny else (32, 128)
+    shape = Shape(max_length=4 * mean, max_prompt_length=2 * mean, batch_size=rows)
+    vocabulary = vocabulary_of(bench)
+    prompts, responses = (lengths_around(mean, rows * _STEPS, seed=seed) for seed in (0, 1))
+    made = random_rows(prompts, responses, vocabulary)
+    windows = [made[start : start + rows] for start in range(0, len(made), rows)]
+    tokenizer = words(vocabulary)
+    changes = {"use_cpu": not bench.on_cuda, "bf16": bench.on_cuda}
+    ways: dict[str, Callable[[], float]] = {
+        "PromptKD": lambda: _ours(bench, tokenizer, windows, shape, "prompt", changes),
+        "gkd": lambda: _ours(bench, tokenizer, windows, shape, "none", changes),
+        "TRL's DistillationTrainer": lambda: _trl(bench, tokenizer, windows, shape, changes),
+        "the authors' manner": lambda: _authors(bench, tokenizer, windows),
+    }
+    found: dict[str, float] = {}
+    for name, way in ways.items():
+        bench.require(0 if bench.tiny else 10, name)
+        with bench.attempt(name):
+            found[name] = way()
+        gc.collect()
+    for name, seconds in found.items():
+        if name != "PromptKD" and "PromptKD" in found:
+            bench.report(f"{name}, seconds a step over PromptKD's", seconds / found["PromptKD"])
+    if "PromptKD" in found and "TRL's DistillationTrainer" in found:
+        bench.measured("step_over_trl", found["TRL's DistillationTrainer"] / found["PromptKD"])
+
+
+def _models(bench: Bench, student: torch.dtype) -> tuple[Any, Any]:
+    half = torch.bfloat16 if bench.on_cuda else torch.float32
+    return qwen("0.5B", bench, student if bench.on_cuda else torch.float32), qwen("1.5B", bench, half)
+
+
+def _ours(
+    bench: Bench, tokenizer: PreTrainedTokenizerBase, windows: Windows, shape: Shape, adapter: Any, changes: dict
+) -> float:
+    student, teacher = _models(bench, torch.float32)
+    laps = Laps(bench.device)
+    restart_peak(bench.device)
+    steps = run_ours(
+        student,
+        teacher,
+        tokenizer,
+        windows,
+        shape,
+        adapter=adapter,
+        trainer_class=watched_trainer(laps),
+        callbacks=[UpdateWatch(laps, laps.begin_step)],
+        **changes,
+    )
+    phases = laps.medians(skip=1)
+    peak = max(laps.peaks.values(), default=None)
+    name = "PromptKD" if adapter == "prompt" else "gkd"
+    seconds = _report(bench, name, steps, phases, windows, peak)
+    if adapter == "prompt":
+        dtype = torch.bfloat16 if bench.on_cuda else torch.float32
+        rate = matmul_rate(256 if bench.tiny else 8192, device=bench.device, dtype=dtype)
+        floors = [step_flops(student, teacher, window, PROMPT_LENGTH)["total"] / rate for window in windows[1:]]
+        both = [
+            prompt + own for prompt, own in zip(laps.seconds["prompt"][1:], laps.seconds["student"][1:], strict=True)
+        ]
+        over = statistics.median(mine / floor for mine, floor in zip(both, floors, strict=True))
+        bench.report(
+            "floor of prompt step and student step", statistics.median(floors), f"s at {rate / 1e12:.3g} TFLOP/s"
+        )
+        bench.report("prompt step and student step over their floor", over)
+        bench.measured("step_over_floor", over)
+    return seconds
+
+
+def _trl(bench: Bench, tokenizer: PreTrainedTokenizerBase, windows: Windows, shape: Shape, changes: dict) -> float:
+    student, teacher = _models(bench, torch.float32)
+    restart_peak(bench.device)
+    steps = run_trl(student, teacher, tokenizer, windows, shape, gradient_checkpointing=True, **changes)
+    return _report(bench, "TRL's DistillationTrainer", steps, {}, windows, peak_bytes(bench.device))
+
+
+def _authors(bench: Bench, tokenizer: PreTrainedTokenizerBase, windows: Windows) -> float:
+    student, teacher = _models(bench, torch.bfloat16)
+    size = 2 if bench.tiny else _AUTHORS_ROWS
+    shape = Shape(max_length=64, max_prompt_length=32) if bench.tiny else Shape(max_length=512, max_prompt_length=256)
+    first, second = windows[:2]
+    parts = [first[:size], *(second[start : start + size] for start in range(0, len(second), size))]
+    restart_peak(bench.device)
+    steps = run_authors(student, teacher, tokenizer, parts, shape)
+    whole = [steps[0], _joined(steps[1:])]  # the first one is not counted
+    return _report(bench, "the authors' manner", whole, {}, [first[:size], second], peak_bytes(bench.device))
+
+
+def _joined(steps: Steps) -> dict[str, float]:
+    """Several steps counted as one; the losses are their means."""
+    sums = {name: sum(step[name] for step in steps) for name in steps[0]}
+    return {name: value / len(steps) if name.endswith("loss") else value for name, value in sums.items()}
+
+
+def _report(
+    bench: Bench, name: str, steps: Steps, phases: dict[str, float], windows: Sequence[Any], peak: int | None
+) -> float:
+    """Median seconds a step, the first left out.
+
+    Args:
+        phases: seconds by phase in place of the steps' own, or {}.
+    """
+    counted, tokens = steps[1:], [sum(len(row.prompt_ids) + len(row.response_ids) for row in each) for each in windows]
+    seconds = statistics.median(step["seconds"] for step in counted)
+    own = {part: statistics.median(step[part] for step in counted) for part in ("rollout", "prompt", "student")}
+    figures: dict[str, Any] = {"seconds a step": seconds, **(phases or own)}
+    figures["tokens/s"] = statistics.median(
+        number / step["seconds"] for number, step in zip(tokens[1:], counted, strict=True)
+    )
+    if peak is not None:
+        figures["peak GB"] = peak / 1e9
+    figures |= {part: counted[-1][part] for part in ("prompt_loss", "student_loss") if part in counted[-1]}
+    bench.report(name, figures)
+    return seconds
