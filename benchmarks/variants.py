@@ -158,7 +158,7 @@ def run_ours(
     windows: Sequence[Sequence[EncodedExample]],
     shape: Shape,
 ) -> Steps:
-    """This project's trainer, with the switches that the environment sets."""
+    """This project's trainer, by the engine that the environment names."""
     rows = [row for window in windows for row in window]
     clock = StepClock()
 

@@ -9,26 +9,21 @@ from peft import LoraConfig
 
 from commands import TRAINING, done, make_world, run
 from promptkd.data.packing import right_pad
-from promptkd.methods import named_method
 from promptkd.engine import response_hidden
 from promptkd.engine.recompute import recomputed_layers
+from promptkd.methods import named_method
 from promptkd.results import Results
 from promptkd.training.memory import MemoryEstimate, estimate_memory, pass_cost
 from tiny import VOCABULARY, tiny_model
 from trainers import trainer
 
+pytestmark = pytest.mark.usefixtures("own_engine")  # what the estimate says is worked out here for packed rows
 WORD = 4 * VOCABULARY  # bytes of a token's logits
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     return make_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(autouse=True)
-def devices(monkeypatch):
-    """On, also where the suite runs with them off: what the estimate says is worked out here for packed rows."""
-    monkeypatch.delenv("PROMPTKD_OFF", raising=False)
 
 
 def kept_by_autograd(model, lengths, prompt=None):
@@ -90,7 +85,7 @@ def test_parts_follow_from_the_shapes(tmp_path):
     assert estimate.standing["optimiser states"] == 2 * (student + prompt)
     assert set(estimate.phases) == {"rollout", "prompt step", "student step", "update"}
     assert estimate.phases["prompt step"]["adapter's gradients"] == prompt
-    assert estimate.phases["prompt step"]["logits"] == 2 * 32 * WORD + 2 * 32 * WORD  # chunks; kept, 4 x 8 x 2 tokens
+    assert estimate.phases["prompt step"]["logits"] == 3 * 32 * WORD  # of three models, 4 x 8 tokens
     assert estimate.phases["student step"]["gradients"] == student + 4 * VOCABULARY * 16
     assert (
         estimate.phases["rollout"]["key-value cache"] == 2 * 2 * 8 * 4 * (16 + 8) * 8
@@ -117,7 +112,7 @@ def test_recomputing_and_smaller_chunks_are_seen(tmp_path):
     plain = prompt_step("a")
     recomputed = prompt_step("b", teacher_gradient_checkpointing=True)
     assert recomputed["activations of the teacher"] < 0.8 * plain["activations of the teacher"]
-    small = prompt_step("c", chunk_tokens=4, keep_logits_mib=0)
+    small = prompt_step("c", chunk_tokens=4)
     assert small["logits"] == 3 * 4 * WORD
 
 
