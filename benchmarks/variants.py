@@ -175,7 +175,7 @@ def run_ours(
     callbacks: Sequence[TrainerCallback] = (),
     **changes: Any,
 ) -> Steps:
-    """This project's trainer.
+    """This project's trainer, by the engine that the environment names.
 
     Args:
         adapter: "prompt" is PromptKD; "none" is GKD with the reverse KL, on text of the student's own.

@@ -284,6 +284,14 @@ def test_a_pack_leaves_the_models_attention_as_it_was(architecture):
     assert model.config._attn_implementation == before
 
 
+def test_the_attention_of_packs_is_refused_outside_of_a_pass():
+    """It needs no mask, so a model that is left with it would see padding and all other rows."""
+    model = model_of("llama")
+    model.config._attn_implementation = "promptkd"
+    with pytest.raises(RuntimeError, match="outside of a forward of promptkd"):
+        model(input_ids=torch.tensor([[1, 2]]))
+
+
 def test_activations_that_are_computed_again_see_no_other_row():
     model, batch = model_of("llama").train(), random_batch(0)
     _, expected = states_and_gradients(padded_way.hidden, model, batch, None)

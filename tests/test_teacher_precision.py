@@ -5,9 +5,9 @@ import torch
 
 from commands import LIMITS, done, make_world, run
 from promptkd.data.packing import right_pad
+from promptkd.engine import response_hidden
 from promptkd.errors import RequestError
 from promptkd.methods import named_method
-from promptkd.engine import response_hidden
 from promptkd.models import load_model
 from promptkd.results import Results
 from promptkd.training.teacher_options import teacher_settings
