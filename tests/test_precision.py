@@ -237,8 +237,9 @@ def test_the_precision_that_was_taken_is_said_and_recorded(world, tmp_path, caps
     measure = ("evaluate", "--model", world.student, "--data", world.test, *LIMITS, "--no-greedy", "--out", out)
     ran = done(capsys, *measure, "--dtype", "bfloat16", "--teacher", world.teacher, "--teacher-dtype", "float32")
     assert "Computing in bfloat16 on cpu." in ran.err
-    kept = Results.read(out).config
-    assert (kept["dtype"], kept["teacher_dtype"]) == ("bfloat16", "float32")
+    record = Results.read(out)
+    assert record.notes == ["Computed in bfloat16 on cpu.", "The teacher's weights were loaded in float32."]
+    assert (record.config["dtype"], record.config["teacher_dtype"]) == ("bfloat16", "float32")
     again = run(capsys, *measure, "--dtype", "float32", "--teacher", world.teacher)
     assert again.status == 2
     assert "--dtype was 'bfloat16' and is now 'float32'" in again.err
@@ -294,4 +295,4 @@ def test_commands_compute_as_they_are_told(world, tmp_path, capsys, monkeypatch,
     assert (torch.bfloat16 in seen) == (wanted == "bfloat16" or command == "exposure-bias")  # whose teacher is bfloat16
     if command == "prune":
         assert load_model(out, dtype="auto").dtype == torch.float32
-        assert Results.read(out / "results.json").config["dtype"] == wanted
+        assert Results.read(out / "results.json").notes == [f"Computed in {wanted} on cpu."]
