@@ -2,13 +2,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint fix bench soak clean
+.PHONY: demo test test-gpu lint fix bench soak clean
 
 demo: $(READY) ## the main job on embedded defaults, with a report
 	$(BIN)/promptkd demo --out runs/demo --overwrite
 
 test: $(READY) lint ## lint, types and the whole suite
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+test-gpu: $(READY) ## the numerical tests on this machine's CUDA device
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m gpu
 
 lint: $(READY) ## lint and types
 	$(BIN)/ruff check .

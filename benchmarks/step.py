@@ -6,7 +6,7 @@
 Variants alternate, and each runs in a process of its own. `authors_512` and `authors_256` work in the manner of the
 authors' code (`benchmarks/authors.py`) at its own padding (rows to 512 tokens, prompts to 256) and at one tuned to
 shorter rows (256, 128); `trl` is trl.DistillationTrainer, which has no prompt step; `ours` is this project's trainer;
-`ours_without_X` the same without one of its devices; `ours_256` the same on the shorter rows; `ours_length2` and
+`ours_reference` the same by the reference engine; `ours_256` the same on the shorter rows; `ours_length2` and
 `ours_batch4` on rows twice as long and on four times as many.
 
 Ratios are a variant's seconds a step over ours on the same rows, the median of all pairs.
@@ -24,8 +24,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from promptkd.switches import DEVICES, VARIABLE
-
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("rollout", "prompt", "student")
 
@@ -39,7 +37,8 @@ class Variant:
     max_prompt_length: int = 256
     length_factor: int = 1
     batch_factor: int = 1
-    off: str = ""
+    engine: str = ""
+    """What `PROMPTKD_ENGINE` is; empty for the device's own."""
     baseline: str = "ours"
     """The variant that it is a pair with."""
 
@@ -50,7 +49,7 @@ VARIANTS = {
     "trl": Variant("trl"),
     "ours": Variant("ours"),
     "ours_256": Variant("ours", 256, 128, baseline="ours_256"),
-    **{f"ours_without_{device}": Variant("ours", off=device) for device in DEVICES},
+    "ours_reference": Variant("ours", engine="reference"),
     "ours_length2": Variant("ours", length_factor=2),
     "ours_batch4": Variant("ours", batch_factor=4),
 }
@@ -144,7 +143,7 @@ def run(name: str, given: argparse.Namespace, *, first: int) -> dict[str, Any]:
         "length-factor": variant.length_factor,
     }
     command += [part for flag, number in numbers.items() for part in (f"--{flag}", str(number))]
-    return json.loads(start(command, {VARIABLE: variant.off}).splitlines()[-1])
+    return json.loads(start(command, {"PROMPTKD_ENGINE": variant.engine}).splitlines()[-1])
 
 
 def start(command: Sequence[str], environment: dict[str, str]) -> str:

@@ -21,9 +21,9 @@ from benchmarks.clock import synchronize
 from benchmarks.floor import matmul_rate, step_flops
 from benchmarks.workload import EndAtLengths, Shape, workload
 from promptkd import PromptKDConfig, PromptKDTrainer
-from promptkd.cli.session import peak_memory
 from promptkd.data.encode import EncodedData, EncodedExample
 from promptkd.evaluation.generation import generate
+from promptkd.memory import peak_memory
 from promptkd.methods import Method
 from promptkd.methods.method import Adapter
 from promptkd.models import SoftPrompt, load_model, load_tokenizer
@@ -175,7 +175,7 @@ def run_ours(
     callbacks: Sequence[TrainerCallback] = (),
     **changes: Any,
 ) -> Steps:
-    """This project's trainer.
+    """This project's trainer, by the engine that the environment names.
 
     Args:
         adapter: "prompt" is PromptKD; "none" is GKD with the reverse KL, on text of the student's own.

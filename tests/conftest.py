@@ -1,7 +1,27 @@
 """Fixtures that several files share."""
 
-import pytest
-import torch
+import os
+
+from promptkd.cli.waiting import let_threads_sleep
+
+let_threads_sleep(os.environ)  # before torch is imported, here and in the processes that tests start
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_CUDA])])
+def device(request):
+    """Where a numerical test runs: on the CPU everywhere, and on a CUDA device where there is one."""
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def own_engine(monkeypatch):
+    """The device's own engine, also where the suite runs with another one: for tests of how it works."""
+    monkeypatch.delenv("PROMPTKD_ENGINE", raising=False)
 
 
 @pytest.fixture

@@ -16,12 +16,10 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from promptkd.engine import Head, chunked_objective, linear_head
 from promptkd.methods import Method
-from promptkd.engine import linear_head
 from promptkd.objectives import reverse_kl
-from promptkd.engine.chunked_loss import Head, chunked_objective
 from promptkd.responses import AdaptiveReplay, ResponseMix, Responses
-from promptkd.switches import DEVICES, VARIABLE
 from test_vllm import answer, connect, serving
 from tiny import VOCABULARY, tiny_model
 from trainers import log, pair, rows, trainer
@@ -185,8 +183,6 @@ def sharded(folder: Path) -> dict:
     AcceleratorState._reset_state(True)
     AcceleratorState.__init__ = switched_on
     os.environ.update(FSDP)
-    if os.environ.get(VARIABLE) == "all":
-        os.environ[VARIABLE] = ",".join(DEVICES.keys() - {"fused_head"})  # without it FSDP2 is refused
     student, teacher = pair()
     whole_numbers = [sum(each.numel() for each in model.parameters()) for model in (student, teacher)]
     run = made(

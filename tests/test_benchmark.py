@@ -13,8 +13,7 @@ from transformers import LlamaForCausalLM
 from commands import rows, write_rows
 from promptkd.data.encode import EncodedExample
 from promptkd.data.packing import right_pad
-from promptkd.engine import head_logits
-from promptkd.models.packed import packed_hidden
+from promptkd.engine import head_logits, response_hidden
 from tiny import save_model, tiny_model
 
 
@@ -54,17 +53,17 @@ def measured(file, world, monkeypatch, capsys, names):
 
 
 def test_variants_find_the_same_losses(tmp_path, world, monkeypatch, capsys, in_this_process):
-    names = ["authors_256", "trl", "ours", "ours_256", "ours_without_packing", "ours_batch4"]
+    names = ["authors_256", "trl", "ours", "ours_256", "ours_reference", "ours_batch4"]
     record, printed = measured(tmp_path / "step.json", world, monkeypatch, capsys, names)
     found = record["variants"]
     assert list(found) == names
-    assert set(record["ratios"]) == {"authors_256", "trl", "ours_without_packing"}
+    assert set(record["ratios"]) == {"authors_256", "trl", "ours_reference"}
     for name, each in found.items():
         assert f"| {name} |" in printed
         assert each["peak_rss"] > 2**20
         assert each["seconds"]["total"] == pytest.approx(each["ranges"]["total"][0], rel=0.99)
         assert each["tokens_per_second"] > 0
-    for other in ("authors_256", "ours", "ours_without_packing"):
+    for other in ("authors_256", "ours", "ours_reference"):
         for theirs, ours in zip(found[other]["losses"], found["ours_256"]["losses"], strict=True):
             assert theirs == pytest.approx(ours, rel=1e-4)
     first = found["ours_256"]["losses"][0]
@@ -81,18 +80,18 @@ def test_a_variant_that_there_is_not_is_refused(monkeypatch, capsys):
     assert "theirs" in capsys.readouterr().err
 
 
-def test_the_floor_counts_the_products_of_both_steps(monkeypatch):
+@pytest.mark.usefixtures("own_engine")
+def test_the_floor_counts_the_products_of_both_steps():
     """torch's own counter over one row; it takes attention as full, which the floor takes as causal."""
-    monkeypatch.delenv("PROMPTKD_OFF", raising=False)
     student, teacher = tiny_model("llama", layers=2), tiny_model("llama", layers=3, hidden=24).requires_grad_(False)
     row = EncodedExample([1, 2, 3, 4], [5, 6, 7], (), "", 0)
     batch, prompt = right_pad([row.prompt_ids], [row.response_ids]), torch.zeros(2, 24, requires_grad=True)
 
     def read(model, vectors=None):
-        return head_logits(model, packed_hidden(model, batch, vectors))
+        return head_logits(model, response_hidden(model, batch, vectors))
 
     for model in (student, teacher):
-        read(model)  # packs are tried once
+        read(model)  # layers are tried once
     with FlopCounterMode(display=False) as counter:
         read(student).sum().backward()
         read(teacher, prompt).sum().backward()

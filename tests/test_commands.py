@@ -534,7 +534,8 @@ def test_prune_in_a_process_of_its_own(world, tmp_path):
     assert process.returncode == 0, stderr
     assert not stdout
     assert stderr.splitlines()[0] == "Kept layers 0."
-    assert len(stderr.splitlines()) == 2  # nothing of the libraries' own
+    assert stderr.splitlines()[2].startswith("Peak memory ")
+    assert len(stderr.splitlines()) == 3  # nothing of the libraries' own
     assert json.loads((tmp_path / "student" / "results.json").read_text())["command"][1:3] == ["prune", "--model"]
 
 

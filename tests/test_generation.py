@@ -9,19 +9,20 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import GenerationConfig
 
+from promptkd.engine import engine_for, first_verified
+from promptkd.engine.reference import CacheDecoder
 from promptkd.errors import RequestError
 from promptkd.evaluation.generation import evaluating, generate, row_seeds
-from promptkd.models.row_cache import reads_rows
 from tiny import ARCHITECTURES, END_ID, VOCABULARY, tiny_model
 
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 LENGTH = 20  # past Gemma 2's window of 8
 
 
-@pytest.fixture
-def row_cache(monkeypatch):
-    """On, also where the suite runs with it off: for tests that count how it reads rows."""
-    monkeypatch.delenv("PROMPTKD_OFF", raising=False)
+def is_tried(model) -> bool:
+    """Have a model's decoders tried before its forwards are counted; whether one other than the reference runs it."""
+    decoders = engine_for(model.device).decoders
+    return not isinstance(first_verified(decoders, model), CacheDecoder)
 
 
 def some_prompts(count: int = 8) -> list[list[int]]:
@@ -41,7 +42,7 @@ def transformers_greedy(model, prompt, *, stop_ids=(), **settings):
         do_sample=False, max_new_tokens=LENGTH, eos_token_id=list(stop_ids) or None, pad_token_id=END_ID, **settings
     )
     model.generation_config = GenerationConfig()
-    ids = torch.tensor([prompt])
+    ids = torch.tensor([prompt], device=model.device)
     written = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
     return written[0, len(prompt) :].tolist()
 
@@ -57,8 +58,8 @@ def until_stop(response, stop_ids):
 
 
 @every_architecture
-def test_greedy_is_transformers_generate_token_by_token(architecture):
-    model, prompts = tiny_model(architecture, tied=False), some_prompts()
+def test_greedy_is_transformers_generate_token_by_token(architecture, device):
+    model, prompts = tiny_model(architecture, tied=False).to(device), some_prompts()
     expected = [transformers_greedy(model, prompt) for prompt in prompts]
     assert len({tuple(response) for response in expected}) == len(prompts)
     assert max(len(set(response)) for response in expected) > 4  # not one token over and over
@@ -67,8 +68,8 @@ def test_greedy_is_transformers_generate_token_by_token(architecture):
 
 
 @every_architecture
-def test_rows_that_end_early_change_no_other_row(architecture):
-    model, prompts = tiny_model(architecture, tied=False), some_prompts()
+def test_rows_that_end_early_change_no_other_row(architecture, device):
+    model, prompts = tiny_model(architecture, tied=False).to(device), some_prompts()
     unlimited = greedy(model, prompts)
     stops = [unlimited[0][0], unlimited[1][3], unlimited[5][9]]  # at once, early, late
     expected = [until_stop(response, stops) for response in unlimited]
@@ -120,25 +121,26 @@ def always(token: int) -> nn.Module:
     return model
 
 
-@pytest.mark.usefixtures("row_cache")
+@pytest.mark.usefixtures("own_engine")
 def test_eos_as_first_token_of_every_row():
     calls = []
     model = always(END_ID)
-    assert reads_rows(model)  # tried before forwards are counted
+    assert is_tried(model)
     model.transformer.register_forward_hook(lambda *_: calls.append(1))
     assert greedy(model, some_prompts(), stop_ids=[END_ID]) == [[END_ID]] * 8
     assert len(calls) == 1  # nothing is decoded behind the last row's end
 
 
-@pytest.mark.usefixtures("row_cache")
+@pytest.mark.usefixtures("own_engine")
 def test_finished_rows_leave_the_batch():
     model, prompts = tiny_model("llama", tied=False), some_prompts()
     unlimited = greedy(model, prompts)
     stops = [unlimited[0][0], unlimited[1][3]]
-    assert reads_rows(model)  # tried before forwards are counted
     lengths = [len(until_stop(response, stops)) for response in unlimited]
     rows = []
     model.model.register_forward_hook(lambda module, args, output: rows.append(len(output.last_hidden_state)))
+    assert is_tried(model)
+    rows.clear()
     greedy(model, prompts, stop_ids=stops)
     # the prompts are read side by side as one row, then a token a row
     assert rows == [1] + [sum(length > step for length in lengths) for step in range(1, max(lengths))]
@@ -183,10 +185,10 @@ def test_a_recurrent_model_is_refused_or_right():
     assert written == expected
 
 
-@pytest.mark.usefixtures("row_cache")
+@pytest.mark.usefixtures("own_engine")
 def test_rows_of_like_length_share_a_batch():
     model, prompts = tiny_model("gpt2"), some_prompts()
-    assert reads_rows(model)  # tried before forwards are counted
+    assert is_tried(model)
     shapes = []
     model.transformer.wte.register_forward_hook(lambda module, args, output: shapes.append(tuple(args[0].shape)))
     greedy(model, prompts, length=1, batch_size=2)
@@ -266,8 +268,8 @@ def test_a_mixture_of_one_model_alone_is_that_model(share):
 
 
 @every_architecture
-def test_a_sampled_response_does_not_depend_on_batch_or_order(architecture):
-    model, prompts = tiny_model(architecture, tied=False), some_prompts()
+def test_a_sampled_response_does_not_depend_on_batch_or_order(architecture, device):
+    model, prompts = tiny_model(architecture, tied=False).to(device), some_prompts()
     prompts[5] = list(prompts[1])  # two rows of one prompt
     seeds = row_seeds(7, len(prompts))
 
@@ -437,11 +439,12 @@ def test_the_mode_comes_back_after_an_error():
     assert model.training
 
 
-@pytest.mark.usefixtures("row_cache")
+@pytest.mark.usefixtures("own_engine")
 def test_no_graph_is_kept():
     model, kept = tiny_model("llama").requires_grad_(True), []
-    assert reads_rows(model)  # tried before forwards are counted
     model.model.register_forward_hook(lambda module, args, output: kept.append(output.last_hidden_state.requires_grad))
+    assert is_tried(model)
+    kept.clear()
     greedy(model, some_prompts(2), length=2)
     assert kept == [False, False]
     assert torch.is_grad_enabled()

@@ -20,14 +20,19 @@ ROWS = (
     ("engine",),
     ("data", "objectives"),
     ("results",),
-    ("files",),
-    ("visible", "redact"),
+    ("files", "memory"),
+    ("precision", "visible", "redact"),
     ("errors",),
 )
 DEPTH = {part: depth for depth, row in enumerate(ROWS) for part in row}
 FACES = {"__init__", "__main__"}  # the package's own, which stand above everything
-NARROWER = {"report": {"results", "errors", "visible"}, "objectives": {"errors"}}
-"""Parts that may import less than what stands below them: a report reads records, objectives know tensors."""
+NARROWER = {
+    "report": {"results", "errors", "visible"},
+    "engine": {"data", "objectives", "errors"},
+    "objectives": {"errors"},
+}
+"""Parts that may import less than what stands below them: a report reads records, an engine runs models on batches of
+tokens, objectives know tensors."""
 
 
 def part_of(path: Path) -> str:

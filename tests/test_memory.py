@@ -1,23 +1,23 @@
-"""The memory estimate against what autograd keeps, its parts against shapes, and the dry run that prints it."""
+"""What a run costs: measured in trial steps on the longest rows before it starts, and said and recorded at its end."""
 
+import json
 import os
 import re
+from dataclasses import replace
 
 import pytest
-import torch
-from peft import LoraConfig
 
+import promptkd.training.rollouts
 from commands import TRAINING, done, make_world, run
-from promptkd.data.packing import right_pad
+from promptkd.data.encode import EncodedData, EncodedExample
+from promptkd.evaluation.generation import generate
 from promptkd.methods import named_method
-from promptkd.engine import response_hidden
-from promptkd.engine.recompute import recomputed_layers
-from promptkd.results import Results
-from promptkd.training.memory import MemoryEstimate, estimate_memory, pass_cost
-from tiny import VOCABULARY, tiny_model
-from trainers import trainer
+from promptkd.responses import AdaptiveReplay, ResponseMix, Responses, TeacherMixed, writes_responses
+from promptkd.results import Results, Training
+from promptkd.training.trial import at_its_most, longest_rows_first, take_trial_steps
+from trainers import config, rows, trainer
 
-WORD = 4 * VOCABULARY  # bytes of a token's logits
+PHASES = {"rollout", "prompt", "student", "update"}
 
 
 @pytest.fixture(scope="module")
@@ -25,100 +25,111 @@ def world(tmp_path_factory):
     return make_world(tmp_path_factory.mktemp("world"))
 
 
-@pytest.fixture(autouse=True)
-def devices(monkeypatch):
-    """On, also where the suite runs with them off: what the estimate says is worked out here for packed rows."""
-    monkeypatch.delenv("PROMPTKD_OFF", raising=False)
+# ---- the trial's rows and responses ----
 
 
-def kept_by_autograd(model, lengths, prompt=None):
-    requests = [[row + 1] for row in range(len(lengths))]  # that have no beginning in common
-    batch = right_pad(requests, [[7] * (length - 1) for length in lengths])
-    kept = {}
-
-    def keep(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        response_hidden(model, batch, prompt)
-    weights = {each.untyped_storage().data_ptr() for each in (*model.parameters(), *model.buffers())}
-    return sum(each.untyped_storage().nbytes() for place, each in kept.items() if place not in weights)
+def data_of(*lengths):
+    """Rows of so many prompt and response tokens."""
+    made = [
+        EncodedExample([3] * prompt, [4] * response, ("abc",), "?", row)
+        for row, (prompt, response) in enumerate(lengths)
+    ]
+    return EncodedData(made, 0)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])  # gemma2: a soft cap, whose scores are kept
-def test_activations_are_those_that_autograd_keeps(architecture):
-    model, lengths = tiny_model(architecture, layers=4, hidden=32), [70, 12, 33]
-    read = [length - 1 for length in lengths]  # nothing is predicted from the last token
-    assert pass_cost(model).kept(read) == pytest.approx(kept_by_autograd(model, lengths), rel=0.1)
+LENGTHS = ((2, 8), (9, 2), (5, 5), (7, 1), (1, 1))
 
 
-def test_activations_of_long_rows_follow_from_short_ones():
-    model = tiny_model(layers=4, hidden=32, max_position_embeddings=1024)
-    assert pass_cost(model).kept([799]) == pytest.approx(kept_by_autograd(model, [800]), rel=0.1)
+@pytest.mark.parametrize(
+    ("method", "order"),
+    [
+        ("promptkd", [1, 3, 1, 3, 2]),  # responses reach the limit: the longest prompts
+        ("kd", [1, 0, 1, 0, 2]),  # of the data's responses
+    ],
+)
+def test_the_longest_rows_come_first_and_in_both_steps(tmp_path, method, order):
+    args = config(tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=2)
+    ordered = longest_rows_first(data_of(*LENGTHS), args, named_method(method))
+    assert [row.row for row in ordered.examples] == order
+    assert not args.shuffle_dataset
 
 
-def test_a_prompted_pass_keeps_less_and_a_recomputed_one_far_less():
-    model, lengths = tiny_model(layers=6, hidden=32).requires_grad_(False), [50, 20]
-    prompt = torch.zeros(5, 32, requires_grad=True)
-    behind = [length - 1 + 5 for length in lengths]
-    prompted = pass_cost(model, prompted=True)
-    assert prompted.kept(behind) == pytest.approx(kept_by_autograd(model, lengths, prompt), rel=0.1)
-    with recomputed_layers(model):
-        held = kept_by_autograd(model, lengths, prompt)
-    recomputed = pass_cost(model, prompted=True, recomputed=True)
-    assert recomputed.kept(behind) == pytest.approx(held, rel=0.1)
-    assert held < 0.4 * prompted.kept(behind)
-    assert prompted.working(behind) == prompted.kept(behind) // 6
+def test_rows_of_less_than_two_steps_stay_as_many(tmp_path):
+    args = config(tmp_path, per_device_train_batch_size=4)
+    ordered = longest_rows_first(data_of(*LENGTHS), args, named_method("kd"))
+    assert [row.row for row in ordered.examples] == [1, 0, 2, 3, 1]
 
 
-def test_the_peak_is_what_stands_and_the_largest_phase():
-    estimate = MemoryEstimate(
-        {"weights": 5, "process": 2}, {"rollout": {"cache": 3, "logits": 1}, "update": {"all": 6}}
-    )
-    assert (estimate.largest, estimate.peak) == ("update", 13)
+@pytest.mark.parametrize(
+    ("source", "writes", "most"),
+    [
+        (Responses(), False, Responses),
+        (ResponseMix(0.0), False, ResponseMix),
+        (ResponseMix(0.3), True, ResponseMix),
+        (AdaptiveReplay(), True, ResponseMix),
+        (TeacherMixed(0.2), True, TeacherMixed),
+    ],
+)
+def test_a_trial_lets_the_student_write_whatever_it_may_write(source, writes, most):
+    method = replace(named_method("gkd"), responses=source)
+    assert writes_responses(source) == writes
+    trial = at_its_most(method).responses
+    assert type(trial) is most
+    if most is ResponseMix:
+        assert trial.student_share == float(writes)
 
 
-def test_parts_follow_from_the_shapes(tmp_path):
-    made = trainer(tmp_path, method=named_method("promptkd"), gradient_accumulation_steps=2)
-    student = 4 * sum(each.numel() for each in made.model.parameters())
-    teacher = 4 * sum(each.numel() for each in made.teacher_model.parameters())
-    prompt = 4 * 7 * 24
-    estimate = estimate_memory(made)
-    assert estimate.standing["student's weights"] == pytest.approx(student, rel=0.02)  # and the rotary frequencies
-    assert estimate.standing["teacher's weights"] == pytest.approx(teacher + prompt, rel=0.02)
-    assert estimate.standing["optimiser states"] == 2 * (student + prompt)
-    assert set(estimate.phases) == {"rollout", "prompt step", "student step", "update"}
-    assert estimate.phases["prompt step"]["adapter's gradients"] == prompt
-    assert estimate.phases["prompt step"]["logits"] == 2 * 32 * WORD + 2 * 32 * WORD  # chunks; kept, 4 x 8 x 2 tokens
-    assert estimate.phases["student step"]["gradients"] == student + 4 * VOCABULARY * 16
-    assert (
-        estimate.phases["rollout"]["key-value cache"] == 2 * 2 * 8 * 4 * (16 + 8) * 8
-    )  # 2 layers, 1 head of 8, 8 rows
-    assert estimate.peak == sum(estimate.standing.values()) + max(
-        sum(each.values()) for each in estimate.phases.values()
-    )
+def watched_generation(monkeypatch, alter):
+    """What the rollout asks `generate` for, and what it gets, with `alter` applied to what is asked."""
+    seen = []
+
+    def watched(model, prompts, **settings):
+        alter(settings)
+        responses = generate(model, prompts, **settings)
+        seen.append((prompts, responses))
+        return responses
+
+    monkeypatch.setattr(promptkd.training.rollouts, "generate", watched)
+    return seen
 
 
-def test_what_a_run_does_not_do_takes_no_memory(tmp_path):
-    data = estimate_memory(trainer(tmp_path / "a", method=named_method("kd")))
-    assert set(data.phases) == {"student step", "update"}
-    lora = trainer(tmp_path / "b", peft_config=LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
-    trained = 4 * sum(each.numel() for each in lora.model.parameters() if each.requires_grad)
-    estimate = estimate_memory(lora)
-    assert estimate.standing["optimiser states"] == 2 * (trained + 4 * 7 * 24)
-    assert estimate.phases["update"]["gradients"] == trained
+def test_every_phase_runs_on_the_longest_rows_with_responses_at_their_limit(tmp_path, monkeypatch):
+    seen = watched_generation(monkeypatch, lambda settings: None)
+    method = named_method("promptkd")
+    data = longest_rows_first(rows(), config(tmp_path), method)
+    made = trainer(tmp_path, data=data, method=method, shuffle_dataset=False, max_steps=40)
+    made.stop_ids = tuple(range(60))  # nearly any token would end a response
+    trial = take_trial_steps(made)
+    longest = sorted((len(row.prompt_ids) for row in rows().examples), reverse=True)[:4]
+    assert len(seen) == 2
+    for prompts, responses in seen:
+        assert sorted(map(len, prompts), reverse=True) == longest
+        assert [len(each) for each in responses] == [8] * 4
+    assert set(trial.peak_memory_by_phase) == set(trial.seconds_by_phase) == PHASES
+    assert all(seconds > 0 for seconds in trial.seconds_by_phase.values())
+    assert sum(trial.seconds_by_phase.values()) <= trial.seconds
+    assert max(trial.peak_memory_by_phase.values()) <= trial.peak_memory_bytes
+    assert (trial.steps, trial.warm, trial.longest_row) == (40, True, longest[0] + 8)
 
 
-def test_recomputing_and_smaller_chunks_are_seen(tmp_path):
-    def prompt_step(name, **settings):
-        return estimate_memory(trainer(tmp_path / name, **settings)).phases["prompt step"]
+def test_responses_of_transformers_generate_reach_their_limit_too(tmp_path):
+    method = named_method("promptkd")
+    made = trainer(tmp_path, method=method, generation_kwargs={"num_beams": 1}, max_steps=2)
+    made.eos_token_ids = list(range(60))
+    made.generation_config.eos_token_id = list(range(60))
+    lengths = []
+    original = made._token_batch
 
-    plain = prompt_step("a")
-    recomputed = prompt_step("b", teacher_gradient_checkpointing=True)
-    assert recomputed["activations of the teacher"] < 0.8 * plain["activations of the teacher"]
-    small = prompt_step("c", chunk_tokens=4, keep_logits_mib=0)
-    assert small["logits"] == 3 * 4 * WORD
+    def watched(inputs):
+        lengths.extend(len(each) for each in inputs["response_ids"])
+        return original(inputs)
+
+    made._token_batch = watched
+    take_trial_steps(made)
+    assert set(lengths) == {8}
+
+
+# ---- what --dry-run says ----
 
 
 def distill(world, out, *arguments):
@@ -137,21 +148,22 @@ def test_a_dry_run_says_what_a_run_will_need_and_writes_nothing(world, tmp_path,
     ran = done(capsys, *distill(world, tmp_path / "run", *validation, "--dry-run"))
     assert not os.listdir(tmp_path)
     assert files(world.folder) == before
-    said = dict(
-        line.split(None, 1) if line.startswith("rows") else re.split(r"\s{2,}", line.strip(), maxsplit=1)
-        for line in ran.out.splitlines()
-        if "  " in line.strip()
-    )
+    memory, _, time = ran.out.partition("seconds a step")
+    said = dict(re.split(r"\s{2,}", line.strip(), maxsplit=1) for line in memory.splitlines() if "  " in line.strip())
     assert said["rows"] == "12"
     assert said["optimiser steps"] == "3 of 4 rows"
     assert said["rollouts a step"] == "up to 4"
     assert said["teacher"].startswith("168 trained, ")
-    assert "measured on one step after one to warm up" in said["seconds a step"]
-    for part in ("process", "student's weights", "teacher's weights", "optimiser states", "key-value cache", "peak"):
-        assert "GiB" in said[part]
+    assert re.search(r"measured on the longest rows, of up to \d\d tokens", memory)
+    assert "GiB, loading included" in said["peak"]
+    assert "measured on one step after one to warm up" in time
+    for phase in PHASES:
+        assert re.fullmatch(r"\d+\.\d\d GiB", said[phase])
+        assert re.search(rf"^  {phase} +\d+\.\d\d$", time, re.MULTILINE)
+    assert re.search("expected time +at most", time)
 
 
-def test_a_dry_run_without_rollouts_and_one_that_is_to_go_on(world, tmp_path, capsys):
+def test_a_dry_run_without_rollouts_and_one_that_is_to_be_resumed(world, tmp_path, capsys):
     ran = done(capsys, *distill(world, tmp_path / "run", "--dry-run", "--method", "kd", "--limit", 4))
     assert "none, the data's responses serve" in ran.out
     refused = run(capsys, *distill(world, tmp_path / "run", "--dry-run", "--resume"))
@@ -160,20 +172,39 @@ def test_a_dry_run_without_rollouts_and_one_that_is_to_go_on(world, tmp_path, ca
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_says_its_peak_beside_the_predicted_one(world, tmp_path, capsys):
+def test_a_dry_run_of_a_run_of_one_step_takes_one(world, tmp_path, capsys):
+    request = list(distill(world, tmp_path / "run", "--dry-run"))
+    request[request.index("--max_steps") + 1] = 1
+    ran = done(capsys, *request)
+    assert "the run's only step" in ran.out
+
+
+# ---- what a run says at its end ----
+
+
+def test_a_run_says_and_records_its_peak_by_phase(world, tmp_path, capsys):
     out = tmp_path / "run"
-    ran = done(capsys, *distill(world, out, "--prompt-refresh", "stale"))
-    assert re.search(r"Peak memory \d+\.\d\d GiB\. \d+\.\d\d GiB had been predicted\.", ran.err)
+    ran = done(capsys, *distill(world, out, "--prompt-refresh", "stale", "--eval-data", world.valid))
     (training,) = Results.read(out / "results.json").training.values()
-    assert training.predicted_memory_bytes > 0
+    assert set(training.peak_memory_by_phase) == {*PHASES, "validation"}
+    assert max(training.peak_memory_by_phase.values()) <= training.peak_memory_bytes
+    (told,) = re.findall(r"Peak memory \d+\.\d\d GiB \((.*)\)\.", ran.err)
+    assert {each.split()[-3] for each in told.split(", ")} == {*PHASES, "validation"}
     # the stale prompt is another algorithm, and is called one wherever the run is spoken of
     assert training.method == "promptkd, stale prompt"
     assert "another algorithm than PromptKD" in ran.err
     assert "another algorithm than PromptKD" in (out / "report.html").read_text()
 
 
-def test_a_dry_run_of_a_run_of_one_step_takes_one(world, tmp_path, capsys):
-    request = list(distill(world, tmp_path / "run", "--dry-run"))
-    request[request.index("--max_steps") + 1] = 1
-    ran = done(capsys, *request)
-    assert "the run's only step" in ran.out
+def test_records_with_an_estimate_are_still_read_and_no_longer_written(tmp_path):
+    record = Results(kind="distill", training={"a": Training(method="kd", steps=1, seconds=1.0, peak_memory_bytes=7)})
+    old = json.loads(record.model_dump_json())
+    old["training"]["a"]["predicted_memory_bytes"] = 5
+    del old["training"]["a"]["peak_memory_by_phase"]
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps(old))
+    read = Results.read(file)
+    assert read.training["a"].predicted_memory_bytes == 5
+    assert read.training["a"].peak_memory_by_phase == {}
+    read.write(file)
+    assert "predicted_memory_bytes" not in file.read_text()

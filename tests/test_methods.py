@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from promptkd.data.packing import right_pad
+from promptkd.engine import response_hidden
 from promptkd.errors import RequestError
 from promptkd.methods import METHODS, Method, MethodSettings, named_method
 from promptkd.methods.losses import Pair
-from promptkd.engine import response_hidden
 from promptkd.objectives import forward_kl, reverse_kl
 from promptkd.responses import AdaptiveReplay, ResponseMix, Responses, Sampler, TeacherMixed
 from tiny import VOCABULARY, tiny_model

@@ -5,9 +5,9 @@ import torch
 from peft import PeftModel
 
 from promptkd.data.packing import right_pad
+from promptkd.engine import response_logits
 from promptkd.evaluation import generate
 from promptkd.evaluation.generation import row_seeds
-from promptkd.engine import response_logits
 from promptkd.models import SoftPrompt
 from tiny import ARCHITECTURES, VOCABULARY, tiny_model, tiny_tokenizer
 

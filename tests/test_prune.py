@@ -1,6 +1,7 @@
 """Students cut from a teacher's layers: the right layers, the right weights, and the teacher as it was."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -206,7 +207,7 @@ def test_padding_and_batching_do_not_change_influence(architecture):
     assert block_influence(model, [batch_of([row]) for row in ROWS]) == pytest.approx(expected, abs=1e-6)
     whole = batch_of(ROWS)
     wider = torch.cat([whole.input_ids, torch.full((3, 9), 41)], dim=1)
-    padded = TokenBatch(wider, whole.rows, whole.columns, whole.targets, whole.lengths)
+    padded = replace(whole, input_ids=wider)
     assert block_influence(model, [padded]) == pytest.approx(expected, abs=1e-6)
 
 

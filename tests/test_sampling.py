@@ -1,7 +1,7 @@
-"""Which token is drawn: against the plain cumulative sum in float64, and, for every engine, the exact distribution.
+"""Which token is drawn: against the plain cumulative sum in float64, and, for every loop, the exact distribution.
 
-The engines: promptkd's decode loop with and without its key-value store and prepacked weights, the trainer's rollout by
-that loop, and the trainer's rollout by transformers' `generate` through TRL. vLLM runs on GPUs alone and is not here.
+The loops: promptkd's by every decoder of the CPU engine and by the reference, the trainer's rollout by that loop, and
+the trainer's rollout by transformers' `generate` through TRL. vLLM runs on GPUs alone and is not here.
 """
 
 import math
@@ -30,6 +30,10 @@ def logits(words: int, seed: int = 0) -> torch.Tensor:
     return drawn.masked_fill(absent, -math.inf)
 
 
+def uniforms_of(seed: int, device: torch.device) -> torch.Tensor:
+    return torch.rand(ROWS, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
 def by_the_plain_sum(probabilities: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     cumulative = probabilities.double().cumsum(-1)
     return torch.searchsorted(cumulative, (uniforms * cumulative[:, -1])[:, None], right=True)[:, 0]
@@ -37,9 +41,9 @@ def by_the_plain_sum(probabilities: torch.Tensor, uniforms: torch.Tensor) -> tor
 
 @pytest.mark.parametrize("words", SIZES)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_the_word_at_which_the_cumulative_distribution_passes_u(words, temperature):
-    given = logits(words)
-    uniforms = torch.rand(ROWS, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+def test_the_word_at_which_the_cumulative_distribution_passes_u(words, temperature, device):
+    given = logits(words).to(device)
+    uniforms = uniforms_of(1, device)
     drawn = Sampler(temperature, 1.0, 0)([(given, 1.0)], uniforms)
     assert torch.equal(drawn, by_the_plain_sum((given / temperature).softmax(-1), uniforms))
     assert words == 1 or len(set(drawn.tolist())) > 1
@@ -47,9 +51,9 @@ def test_the_word_at_which_the_cumulative_distribution_passes_u(words, temperatu
 
 @pytest.mark.parametrize("words", SIZES)
 @pytest.mark.parametrize("u", [0.0, 1 - 2**-53])
-def test_the_ends_of_the_unit_interval_give_a_word_that_there_is(words, u):
-    given = logits(words)
-    drawn = Sampler(1.0, 1.0, 0)([(given, 1.0)], torch.full((ROWS,), u, dtype=torch.float64))
+def test_the_ends_of_the_unit_interval_give_a_word_that_there_is(words, u, device):
+    given = logits(words).to(device)
+    drawn = Sampler(1.0, 1.0, 0)([(given, 1.0)], torch.full((ROWS,), u, dtype=torch.float64, device=device))
     probabilities = given.softmax(-1)
     assert (probabilities.gather(-1, drawn[:, None]) > 0).all()
     present = probabilities > 0
@@ -57,12 +61,13 @@ def test_the_ends_of_the_unit_interval_give_a_word_that_there_is(words, u):
     assert torch.equal(drawn, place)
 
 
-def test_the_border_between_two_blocks_never_gives_a_word_without_probability():
+def test_the_border_between_two_blocks_never_gives_a_word_without_probability(device):
     """u at the very sum of the first block, and next to it: rounding must not fall on a word of probability 0."""
     given = torch.full((ROWS, 600), -math.inf)
     generator = torch.Generator().manual_seed(2)
     given[:, 40:200] = torch.randn(ROWS, 160, generator=generator)
     given[:, 300:500] = torch.randn(ROWS, 200, generator=generator)
+    given = given.to(device)
     probabilities = given.softmax(-1)
     border = probabilities[:, :256].double().sum(-1) / probabilities.double().sum(-1)
     for step in (-1, 0, 1):
@@ -73,9 +78,9 @@ def test_the_border_between_two_blocks_never_gives_a_word_without_probability():
 
 
 @pytest.mark.parametrize(("top_p", "top_k"), [(0.6, 0), (1.0, 5), (0.8, 9)])
-def test_truncation_over_several_blocks(top_p, top_k):
-    given = logits(700)
-    uniforms = torch.rand(ROWS, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+def test_truncation_over_several_blocks(top_p, top_k, device):
+    given = logits(700).to(device)
+    uniforms = uniforms_of(3, device)
     drawn = Sampler(1.0, top_p, top_k)([(given, 1.0)], uniforms)
     for row in range(ROWS):
         ranked = given[row].softmax(-1).sort(descending=True)
@@ -85,7 +90,7 @@ def test_truncation_over_several_blocks(top_p, top_k):
         assert int(drawn[row]) in kept.tolist()
 
 
-# ----------------------------------------------------------------------------- engines, against exact distributions
+# ------------------------------------------------------------------------------- loops, against exact distributions
 
 DRAWS = 4000
 PROMPT = [5, 9, 17]
@@ -124,11 +129,17 @@ def p_value(drawn, probabilities):
     return float(torch.special.gammaincc(torch.tensor((len(expected) - 1) / 2, dtype=torch.float64), statistic / 2))
 
 
-def our_loop(model, folder, off):
+def our_loop(model, folder):
     return generate(model, [PROMPT] * DRAWS, max_new_tokens=2, stop_ids=[], seeds=row_seeds(3, DRAWS), batch_size=1000)
 
 
-def rollout(model, folder, off, **settings):
+def our_modules(model, folder):
+    """The same with the model's own layers: a hook is what fused ones would pass over."""
+    model.model.norm.register_forward_hook(lambda module, inputs, output: None)
+    return our_loop(model, folder)
+
+
+def rollout(model, folder, **settings):
     """As the trainer samples the student's responses."""
     torch.manual_seed(5)
     teacher = tiny_model("llama", layers=1, seed=2, vocabulary=model.config.vocab_size)
@@ -140,9 +151,9 @@ def rollout(model, folder, off, **settings):
     return run._sample([PROMPT] * DRAWS)
 
 
-def trl_rollout(model, folder, off):
+def trl_rollout(model, folder):
     """TRL's own, by transformers' `generate`."""
-    return rollout(model, folder, off, generation_kwargs={"renormalize_logits": True})
+    return rollout(model, folder, generation_kwargs={"renormalize_logits": True})
 
 
 @pytest.mark.parametrize(
@@ -150,23 +161,26 @@ def trl_rollout(model, folder, off):
     [(VOCABULARY, 1.2), (3 * 256 - 5, 1.5)],
 )
 @pytest.mark.parametrize(
-    ("engine", "off"),
-    [
-        (our_loop, ""),
-        (our_loop, "row_cache"),
-        (our_loop, "prepacked"),
-        (our_loop, "row_cache,prepacked"),
-        (rollout, ""),
-        (trl_rollout, ""),
-    ],
+    ("loop", "engine"),
+    [(our_loop, ""), (our_modules, ""), (our_loop, "reference"), (rollout, ""), (trl_rollout, "")],
 )
-def test_two_tokens_have_their_exact_probabilities(engine, off, words, warmer, tmp_path, monkeypatch):
-    monkeypatch.setenv("PROMPTKD_OFF", off)
+def test_two_tokens_have_their_exact_probabilities(loop, engine, words, warmer, tmp_path, monkeypatch):
+    monkeypatch.setenv("PROMPTKD_ENGINE", engine)
     model = tiny_model("llama", layers=2, vocabulary=words, seed=1, tied=False)
     exact, other = pairs(model), pairs(model, warmer)
     model.generation_config = GenerationConfig()
-    drawn = engine(model, tmp_path, off)
+    drawn = loop(model, tmp_path)
     assert {len(each) for each in drawn} == {2}
+    assert p_value(drawn, exact) > UNLIKELY
+    assert p_value(drawn, other) < TELLS_APART
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_two_tokens_have_their_exact_probabilities_on_the_device(tmp_path):
+    model = tiny_model("llama", layers=2, seed=1, tied=False)
+    exact, other = pairs(model), pairs(model, 1.2)
+    drawn = our_loop(model.to("cuda"), tmp_path)
     assert p_value(drawn, exact) > UNLIKELY
     assert p_value(drawn, other) < TELLS_APART
 

@@ -1,14 +1,17 @@
 """Logits and losses of response tokens: the model's own whatever stands around them, with a soft prompt and without."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from torch import nn
 
 from promptkd.data.packing import TokenBatch, right_pad
+from promptkd.engine import check_scoring, head_logits, head_size, linear_head, response_hidden, response_logits
+from promptkd.engine.cpu.head import CpuHeadProducts
+from promptkd.engine.heads import HeadProducts
 from promptkd.errors import RequestError
-from promptkd.engine import check_scoring, head_logits, response_hidden, response_logits
-from promptkd.engine import head_size, linear_head
 from promptkd.objectives import prompt_loss, reverse_kl
 from tiny import ARCHITECTURES, END_ID, VOCABULARY, tiny_model
 
@@ -86,7 +89,9 @@ def test_the_prompt_changes_the_logits(architecture):
 
 @every_architecture
 @with_and_without
-def test_padding_and_batching_change_no_logit_and_no_loss(architecture, length):
+@pytest.mark.parametrize("engine", ["", "reference"])  # the reference computes the padding
+def test_padding_and_batching_change_no_logit_and_no_loss(architecture, length, engine, monkeypatch):
+    monkeypatch.setenv("PROMPTKD_ENGINE", engine)
     teacher, student = tiny_model(architecture), tiny_model(architecture, layers=2, seed=1)
     prompt = vectors(teacher, length)
 
@@ -115,13 +120,20 @@ def padding_columns(batch: TokenBatch, count: int, filler: int) -> TokenBatch:
     for row, (prompt, response) in enumerate(ROWS):
         real = len(prompt) + len(response)
         ids[row, :real] = batch.input_ids[row, :real]
-    return TokenBatch(ids, batch.rows, batch.columns, batch.targets, batch.lengths)
+    return replace(batch, input_ids=ids)
 
 
 def padding_rows(batch: TokenBatch, count: int, filler: int) -> TokenBatch:
     """`count` rows of `filler` alone put first."""
     ids = torch.cat([torch.full((count, batch.input_ids.shape[1]), filler), batch.input_ids])
-    return TokenBatch(ids, batch.rows + count, batch.columns, batch.targets, (3,) * count + batch.lengths)
+    added = ([filler] * 3,) * count
+    return replace(
+        batch,
+        input_ids=ids,
+        rows=batch.rows + count,
+        token_ids=(*added, *batch.token_ids),
+        prompt_lengths=(*(len(row) for row in added), *batch.prompt_lengths),
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- PEFT
@@ -204,16 +216,19 @@ def test_the_prompts_gradient_is_a_float64_finite_difference(architecture, direc
 
 @every_architecture
 @with_and_without
-def test_only_response_positions_reach_the_head(architecture, length):
-    model = tiny_model(architecture)
+def test_only_response_positions_reach_the_head(architecture, length, monkeypatch):
+    model, batch = tiny_model(architecture), batch_of(ROWS)
     rows: list[int] = []
-    handle = model.get_output_embeddings().register_forward_hook(
-        lambda module, args, output: rows.append(args[0].numel() // args[0].shape[-1])
-    )
-    batch = batch_of(ROWS)
+    linear = torch.nn.functional.linear
+
+    def counting(inputs, weight, bias=None):
+        if len(weight) == VOCABULARY:  # no other size of a tiny model equals it
+            rows.append(inputs.numel() // inputs.shape[-1])
+        return linear(inputs, weight, bias)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", counting)
     scored(model, batch, vectors(model, length))
-    handle.remove()
-    assert sum(rows) == batch.response_tokens == 23
+    assert rows == [batch.response_tokens] == [23]
 
 
 @pytest.mark.parametrize("architecture", ["cohere", "granite", "gemma2"])
@@ -233,14 +248,37 @@ def test_logit_scale_and_soft_cap_are_the_models_own(architecture):
         close(logits, bare * {"cohere": 3.0, "granite": 1 / 0.5}[architecture])
 
 
+@pytest.mark.parametrize("products", [HeadProducts(), CpuHeadProducts()], ids=["reference", "cpu"])
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, "cohere", "granite"])
-def test_the_head_as_tensors_gives_the_same_logits(architecture):
+def test_the_head_as_tensors_gives_the_same_logits(architecture, products):
     scale = {"cohere": {"logit_scale": 3.0}, "granite": {"logits_scaling": 4.0}}.get(architecture, {})
     model, batch = tiny_model(architecture, tied=False, **scale), batch_of(ROWS)
     for bias in (None, nn.Parameter(torch.linspace(-1, 1, VOCABULARY))):
         model.lm_head.bias = bias
         with torch.no_grad():
-            assert torch.equal(linear_head(model).logits(response_hidden(model, batch)), scored(model, batch))
+            hidden, expected = response_hidden(model, batch), scored(model, batch)
+            got = products.projection(linear_head(model), torch.float32).logits(hidden)
+            narrow = products.projection(linear_head(model).of(50), torch.float32).logits(hidden)
+        close(got, expected)
+        close(narrow, expected[:, :50])
+        assert len({tuple(row) for row in got.tolist()}) > 10
+
+
+@every_architecture
+def test_logits_are_float32_whatever_is_computed_in(architecture):
+    """Of the same bfloat16 states, by the model's own float32 head: rounded logits would be off by up to 0.06."""
+    model, half = tiny_model(architecture), tiny_model(architecture, dtype=torch.bfloat16)
+    model.load_state_dict(half.state_dict())  # weights that bfloat16 holds
+    with torch.no_grad():
+        hidden = response_hidden(half, batch_of(ROWS))
+        expected = head_logits(model, hidden.float())
+        found = [head_logits(half, hidden)]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found += [head_logits(half, hidden), head_logits(model, hidden)]
+    assert not torch.equal(expected, expected.bfloat16().float())
+    for got in found:
+        assert got.dtype == torch.float32
+        close(got, expected)
 
 
 def test_a_head_that_is_more_than_linear_is_not_given_as_tensors():
@@ -260,7 +298,7 @@ def test_vocabulary_slices_the_padding_of_the_head_away():
     with torch.no_grad():
         sliced = response_logits(model, batch, vocabulary=VOCABULARY)
     assert head_size(model) == VOCABULARY + 7
-    assert torch.equal(sliced, scored(model, batch)[:, :VOCABULARY])
+    close(sliced, scored(model, batch)[:, :VOCABULARY])
 
 
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, "cohere", "granite"])

@@ -8,8 +8,8 @@ import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, PromptTuningInit, get_peft_model
 
 from promptkd.data.packing import right_pad
-from promptkd.errors import RequestError
 from promptkd.engine import response_hidden, response_logits
+from promptkd.errors import RequestError
 from promptkd.models import SoftPrompt
 from promptkd.models.adapters import SoftPromptAdapter
 from promptkd.models.soft_prompt import DEFAULT_TEXT

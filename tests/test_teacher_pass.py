@@ -1,6 +1,7 @@
 """The teacher's pass of the prompt step: used again by the student (stale), computed twice (recomputed), left out."""
 
 import copy
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -9,11 +10,12 @@ import torch
 import promptkd.models.adapters
 from minimal_loop import kl, response_log_probs, start_prompt
 from promptkd.data.packing import right_pad
+from promptkd.engine import response_hidden
+from promptkd.engine.cpu.attention import CpuPackedScorer
+from promptkd.engine.recompute import recomputed_layers
 from promptkd.errors import RequestError
 from promptkd.methods import MethodSettings, named_method
-from promptkd.engine import response_hidden
 from promptkd.models.adapters import FullTeacher, LoraTeacher, SoftPromptAdapter
-from promptkd.engine.recompute import recomputed_layers
 from promptkd.models.soft_prompt import SoftPrompt
 from tiny import tiny_model, tiny_tokenizer
 from trainers import FixedResponses, log, pair, rows, trainer
@@ -53,12 +55,17 @@ def stale_loop(steps, *, window=4):
     return losses, student, soft_prompt
 
 
+def share_nothing(monkeypatch):
+    """Every row of a pack whole, also where rows begin alike."""
+    monkeypatch.setattr(CpuPackedScorer, "shares_prefixes", lambda self, model: False)
+
+
 # ---- the pass of before the update ----
 
 
 @pytest.mark.parametrize(("batch", "accumulation"), [(4, 1), (2, 2)])
 def test_stale_steps_equal_the_flat_ones(tmp_path, monkeypatch, batch, accumulation):
-    monkeypatch.setenv("PROMPTKD_OFF", "shared_prefixes")  # Llama's norms are float32, where gradients add up otherwise
+    share_nothing(monkeypatch)  # Llama's norms are float32, where gradients add up otherwise
     losses, student, soft_prompt = stale_loop(3)
     ours = trainer(
         tmp_path,
@@ -129,17 +136,16 @@ def _adapters():
 
 
 @pytest.mark.parametrize("kind", ["prompt", "lora", "full"])
-@pytest.mark.parametrize("off", ["", "packing"])
-def test_recomputed_passes_have_the_same_states_and_gradients(monkeypatch, kind, off):
-    monkeypatch.setenv("PROMPTKD_OFF", off)
+@pytest.mark.parametrize("engine", ["", "reference"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_recomputed_passes_have_the_same_states_and_gradients(monkeypatch, kind, engine, autocast):
+    monkeypatch.setenv("PROMPTKD_ENGINE", engine)
     adapter, teacher = _adapters()[kind]
     batch = right_pad([[5, 6, 7], [8], [9, 10]], [[11, 12], [13, 14, 15], [16]])
     found = []
     for again in (False, True):
-        if again:
-            with recomputed_layers(adapter.adapted_model(teacher)):
-                hidden = adapter.adapted_hidden(teacher, batch)
-        else:
+        layers = recomputed_layers(adapter.adapted_model(teacher)) if again else nullcontext()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast), layers:
             hidden = adapter.adapted_hidden(teacher, batch)
         weights = torch.linspace(-1, 1, hidden.numel()).reshape(hidden.shape)
         found.append([hidden.detach(), *torch.autograd.grad((hidden * weights).sum(), adapter.parameters())])

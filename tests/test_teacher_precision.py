@@ -5,14 +5,14 @@ import torch
 
 from commands import LIMITS, done, make_world, run
 from promptkd.data.packing import right_pad
+from promptkd.engine import response_hidden
 from promptkd.errors import RequestError
 from promptkd.methods import named_method
-from promptkd.engine import response_hidden
 from promptkd.models import load_model
 from promptkd.results import Results
 from promptkd.training.teacher_options import teacher_settings
 from tiny import save_model, tiny_model
-from trainers import config, log, trainer
+from trainers import FIXED_PROMPTKD, config, log, trainer
 
 NO_BITSANDBYTES = "bitsandbytes is not installed: pip install bitsandbytes"
 
@@ -61,9 +61,9 @@ def test_a_whole_teacher_is_not_trained_in_lower_precision(tmp_path):
 
 
 def test_settings_of_loading(tmp_path):
-    assert teacher_settings(config(tmp_path, teacher_dtype="auto"))["dtype"] == "auto"
+    assert teacher_settings(config(tmp_path, teacher_dtype="auto"), FIXED_PROMPTKD)["dtype"] == "auto"
     with pytest.raises(RequestError, match="Give it as --teacher_dtype"):
-        teacher_settings(config(tmp_path, teacher_model_init_kwargs={"dtype": "bfloat16"}))
+        teacher_settings(config(tmp_path, teacher_model_init_kwargs={"dtype": "bfloat16"}), FIXED_PROMPTKD)
     with pytest.raises(RequestError, match="teacher_dtype must be one of float32"):
         config(tmp_path, teacher_dtype="int8")
 
@@ -71,7 +71,7 @@ def test_settings_of_loading(tmp_path):
 def test_bitsandbytes_is_asked_for_where_it_is_missing(tmp_path, monkeypatch):
     monkeypatch.setattr("promptkd.training.teacher_options.find_spec", lambda name: None)
     with pytest.raises(RequestError, match="needs the package bitsandbytes"):
-        teacher_settings(config(tmp_path, teacher_quantization="4bit"))
+        teacher_settings(config(tmp_path, teacher_quantization="4bit"), FIXED_PROMPTKD)
 
 
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
@@ -89,7 +89,7 @@ def test_a_quantised_teacher_takes_the_whole_step(world, tmp_path, capsys, bits)
 def test_gradients_pass_a_quantised_teacher(tmp_path, bits, tolerance):
     bitsandbytes = pytest.importorskip("bitsandbytes", reason=NO_BITSANDBYTES)
     folder = save_model(tmp_path / "wide", tiny_model("llama", layers=3, hidden=64, seed=2))
-    settings = teacher_settings(config(tmp_path, teacher_quantization=bits))
+    settings = teacher_settings(config(tmp_path, teacher_quantization=bits), FIXED_PROMPTKD)
     quantised = load_model(folder, **settings).requires_grad_(False)
     plain = load_model(folder).requires_grad_(False)
     for name, layer in quantised.named_modules():

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from promptkd.data.packing import right_pad
+from promptkd.engine import response_logits
 from promptkd.evaluation.generation import generate
 from promptkd.methods import METHODS, named_method
-from promptkd.engine import response_logits
 from promptkd.objectives import (
     adaptive_kl,
     forward_kl,

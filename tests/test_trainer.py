@@ -8,10 +8,10 @@ import torch
 
 from minimal_loop import start_prompt, step
 from promptkd.data.packing import right_pad
+from promptkd.engine import response_logits
 from promptkd.errors import PromptKDError, RequestError
 from promptkd.methods import MethodSettings, named_method
 from promptkd.models import SoftPrompt
-from promptkd.engine import response_logits
 from promptkd.objectives import forward_kl, reverse_kl
 from promptkd.training import DistillTrainer
 from tiny import VOCABULARY, tiny_model, tiny_tokenizer

@@ -8,7 +8,7 @@ import torch
 
 from promptkd.data.encode import EncodedExample
 
-__all__ = ["AdaptiveReplay", "ResponseMix", "Responses", "Sampler", "TeacherMixed"]
+__all__ = ["AdaptiveReplay", "ResponseMix", "Responses", "Sampler", "TeacherMixed", "writes_responses"]
 
 Tokens = list[list[int]]
 
@@ -137,6 +137,11 @@ class AdaptiveReplay(Responses):
         self.buffer[row] = response
         if len(self.buffer) > self.capacity:
             del self.buffer[next(iter(self.buffer))]  # the oldest
+
+
+def writes_responses(source: Responses) -> bool:
+    """Whether a model writes responses while the student trains; a source of one's own counts as one that asks it."""
+    return type(source) is not Responses and not (isinstance(source, ResponseMix) and source.student_share == 0)
 
 
 def _chosen(rows: int, share: float) -> list[bool]:

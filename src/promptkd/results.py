@@ -140,8 +140,10 @@ class Training(_Record):
     steps: int
     seconds: float
     peak_memory_bytes: int
-    predicted_memory_bytes: int | None = None
-    """The peak as it was estimated before the start."""
+    peak_memory_by_phase: dict[str, int] = Field(default_factory=dict)
+    """The peak of each phase of training, in bytes; empty in records of older versions."""
+    predicted_memory_bytes: int | None = Field(default=None, exclude=True)
+    """Read in records of older versions, which estimated the peak before the start; no longer written."""
     tokens_per_second: float | None = None
     """Prompt and response tokens trained on a second, median over the logged steps."""
 

@@ -6,6 +6,7 @@ A command is a module with `Options` (a dataclass; the docstring under a field i
 - `TRAINING_CONFIG = "package.module:Class"`: a dataclass, imported late, whose fields are flags of the command too;
 - `COMMON_TRAINING_FLAGS = {"learning_rate": ("NUMBER", "help")}`: those that `--help` shows without that import;
 - `POSITIONAL = "runs"`: the option that takes the arguments which follow no flag;
+- `LESS_MEMORY = ("a smaller --batch-size (now {batch_size})",)`: what needs less memory, with its options in braces;
 - `GOES_ON = ("--resume",)`: with what the same command goes on after it was stopped, if it keeps what it has done.
 
 Exit status: 0 done, 1 the run failed, 2 the request was wrong, 130 interrupted, 143 stopped by SIGTERM.
@@ -21,9 +22,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from promptkd.cli.help import command_help, overview
+from promptkd.cli.measured_memory import out_of_memory_told
 from promptkd.cli.options import nearest, parse_options
 from promptkd.cli.session import is_main_process
 from promptkd.cli.stopping import command_that_goes_on, ended_by_signals
+from promptkd.cli.waiting import let_threads_sleep
 from promptkd.errors import NO_ROOM, PromptKDError, RequestError, Stopped
 from promptkd.redact import redacted, without_secrets
 from promptkd.visible import shown
@@ -54,6 +57,7 @@ _LONGEST_MESSAGE = 4000
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that `argv` (by default the program's arguments) names; return the exit status."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports its use over the network unless told not to
+    let_threads_sleep(os.environ)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else tokenizers warn, or hang, when a loader forks
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a λ in the help must not fail on an ASCII terminal
@@ -118,8 +122,10 @@ def _dispatch(arguments: list[str]) -> int:
     if "--help" in rest or "-h" in rest:
         return _show(command_help(name, command))
     parsed = parse_options(name, command, rest)
+    kept = "What is done is kept: the same command goes on from there." if vars(command).get("GOES_ON") == () else ""
     try:
-        command.run(parsed.options, parsed.training)
+        with out_of_memory_told(command, parsed.options, kept):
+            command.run(parsed.options, parsed.training)
     except (Stopped, KeyboardInterrupt, OSError) as error:
         if "GOES_ON" in vars(command) and _can_go_on(parsed.options, parsed.training):
             error.add_note(

@@ -11,7 +11,7 @@ the answers are plain text, one labelled block a model. A model's control charac
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from promptkd.cli.values import LARGEST_INTEGER
 from promptkd.errors import RequestError
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from promptkd.evaluation.conversation import Conversation, Decoding
 
 POSITIONAL = "models"
+LESS_MEMORY = ("fewer models", "a smaller --max-completion-length (now {max_completion_length})")
 Number = TypeVar("Number", int, float)
 HELP = """\
 /reset            forget what was said, and the count of answers that seeds depend on
@@ -51,6 +52,8 @@ class Options:
     """auto, alpaca, chat, or a Jinja text."""
     max_completion_length: int = 256
     """Most tokens of an answer."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision to compute in, with weights in float32; auto is bfloat16 where the device has units for it."""
     trust_remote_code: bool = False
     """Run code that a hub model ships."""
 
@@ -58,6 +61,7 @@ class Options:
 def run(options: Options, training: dict[str, Any]) -> None:
     from rich.console import Console
 
+    from promptkd.cli.measuring import computing_in, settled_precision
     from promptkd.cli.session import quiet_libraries
     from promptkd.evaluation.conversation import Decoding
 
@@ -72,9 +76,15 @@ def run(options: Options, training: dict[str, Any]) -> None:
     if options.prompt is not None and not options.prompt.strip():
         raise RequestError("--prompt is empty. Expected some text.")
     quiet_libraries()
+    precision = settled_precision(options.dtype)
     session = _Session(_load(options, labels), decoding, Console(highlight=False))
-    if options.prompt is not None:
-        session.ask(options.prompt)
+    with computing_in(precision):
+        _talk(session, options.prompt)
+
+
+def _talk(session: "_Session", prompt: str | None) -> None:
+    if prompt is not None:
+        session.ask(prompt)
     elif sys.stdin.isatty() and sys.stdout.isatty():
         session.talk()
     else:

@@ -30,11 +30,12 @@ class Options:
 
 def run(options: Options, training: dict[str, Any]) -> None:
     from promptkd.cli.options import merged_config
-    from promptkd.cli.session import RunFolder, peak_memory, quiet_libraries, say
+    from promptkd.cli.session import RunFolder, quiet_libraries, say
     from promptkd.demo.pipeline import Demo
     from promptkd.demo.settings import DemoSettings, teacher_file
     from promptkd.errors import RequestError
     from promptkd.evaluation.resumable import write_whole
+    from promptkd.memory import peak_memory
     from promptkd.report import render_report, terminal_table
 
     if not 1 <= options.layers <= 30:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from promptkd.training import DistillConfig
 
 GOES_ON = ("--resume",)
+LESS_MEMORY = ("--teacher_dtype bfloat16", "--teacher_quantization 8bit")  # to load; training tells of its phases
 TRAINING_CONFIG = "promptkd.training:DistillConfig"
 COMMON_TRAINING_FLAGS = {
     "method": (
@@ -56,7 +57,12 @@ COMMON_TRAINING_FLAGS = {
         "stale: the student learns from the prompted pass of before the prompt's update; saves a pass of the teacher, "
         "and is not PromptKD as published (default fresh).",
     ),
-    "teacher_dtype": ("NAME", "Precision of the teacher's weights: float32, bfloat16, float16 or auto."),
+    "teacher_dtype": (
+        "NAME",
+        "Precision of the teacher's weights: float32, bfloat16, float16, or auto for that of its files (default "
+        "bfloat16 where the device has units for it, else float32).",
+    ),
+    "bf16": ("true|false", "Compute in bfloat16 (default true where the device has units for it)."),
     "teacher_quantization": ("8bit|4bit", "Quantise the teacher by bitsandbytes (default none)."),
     "teacher_gradient_checkpointing": ("", "Recompute the teacher's activations in the prompt's backward."),
     "seed": ("INT", "Seed of everything random (default 42)."),
@@ -100,25 +106,25 @@ class Options:
     overwrite: bool = False
     """Replace the run in OUT."""
     dry_run: bool = False
-    """Print parameters, a memory estimate, steps and the time of a real step; train nothing, write nothing."""
+    """Take two real steps on the longest rows; print peak memory, seconds and expected time; write nothing."""
 
 
 def run(options: Options, training: dict[str, Any]) -> None:
     from promptkd.cli.forecast import print_forecast
-    from promptkd.cli.session import peak_memory
     from promptkd.errors import RequestError
     from promptkd.models import check_same_vocabulary
     from promptkd.training import DistillTrainer
-    from promptkd.training.memory import estimate_memory
     from promptkd.training.teacher_options import teacher_settings
-    from promptkd.training.trial import take_trial_steps
+    from promptkd.training.trial import at_its_most, longest_rows_first, take_trial_steps
 
     job, args, method = checked(options, training)
     tokenizer, teacher_tokenizer = job.tokenizer(options.student), job.tokenizer(options.teacher)
     check_same_vocabulary(tokenizer, teacher_tokenizer)
     train, valid = job.encode(tokenizer, args, need_response=method.responses.needs_data)
     student = job.load("student", options.student)
-    teacher = job.load("teacher", options.teacher, teacher_settings(args))
+    teacher = job.load("teacher", options.teacher, teacher_settings(args, method))
+    if options.dry_run:
+        train, method = longest_rows_first(train, args, method), at_its_most(method)
     with _trial_folder(args) if options.dry_run else job.opened():
         trainer = DistillTrainer(
             student,
@@ -133,14 +139,14 @@ def run(options: Options, training: dict[str, Any]) -> None:
         )
         if options.merge and trainer.is_sharded:
             raise RequestError("--merge needs the student's weights whole: leave it out, and merge by promptkd export.")
-        estimate = estimate_memory(trainer)
+        job.take_notes(trainer)
         if options.dry_run:
-            print_forecast(trainer, estimate, take_trial_steps(trainer, lambda: peak_memory(args.device.type)))
+            print_forecast(trainer, take_trial_steps(trainer))
             return
     job.tell_trained_share(*trainer.trainable_share())
     if args.prompt_refresh == "stale":
         job.note(_STALE)
-    job.train(trainer, "Distilling", None if estimate is None else estimate.peak)
+    job.train(trainer, "Distilling")
     if options.merge:
         trainer.merge_student()
     job.save(trainer, "student")

@@ -11,13 +11,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from promptkd.evaluation.measure import Decoding
     from promptkd.results import Results
 
 GOES_ON: tuple[str, ...] = ()
+LESS_MEMORY = (
+    "a smaller --batch-size (now {batch_size})",
+    "a smaller --max-completion-length (now {max_completion_length})",
+)
 
 
 @dataclass
@@ -54,6 +58,10 @@ class Options:
     """Most tokens of a response."""
     max_reference_length: int = 768
     """Most tokens of a first reference; rows above it are dropped and counted."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision to compute in, with weights in float32; auto is bfloat16 where the device has units for it."""
+    teacher_dtype: Literal["float32", "bfloat16", "float16", "auto"] | None = None
+    """Precision of the teacher's weights; by default bfloat16 where the device has units for it, else float32."""
     trust_remote_code: bool = False
     """Run code that a hub model ships."""
     overwrite: bool = False
@@ -61,7 +69,7 @@ class Options:
 
 
 _ANSWERS_DEPEND_ON = (
-    *("temperature", "top_p", "top_k", "limit", "template"),
+    *("dtype", "temperature", "top_p", "top_k", "limit", "template"),
     *("max_prompt_length", "max_completion_length", "max_reference_length"),
 )
 
@@ -69,7 +77,8 @@ _ANSWERS_DEPEND_ON = (
 def run(options: Options, training: dict[str, Any]) -> None:
     import time
 
-    from promptkd.cli.measuring import label_of, load_subject
+    from promptkd.cli.measured_memory import say_peak
+    from promptkd.cli.measuring import computing_in, label_of, load_subject, settled_precision, teacher_precision_here
     from promptkd.cli.session import progress_lines, quiet_libraries, say
     from promptkd.data.dataset import stop_ids_of
     from promptkd.evaluation.answers import SetEvaluation
@@ -87,14 +96,19 @@ def run(options: Options, training: dict[str, Any]) -> None:
     sets = _read(options, tokenizer)
     for metric in metrics:
         metric.check(row.references for data in sets.values() for row in data.examples)
+    precision = settled_precision(options.dtype)
     model = load_subject(options.model, trust)
-    teacher = None if options.teacher is None else load_subject(options.teacher, trust)
+    settled = {"dtype": precision, "teacher_dtype": None}
+    teacher = None
+    if options.teacher is not None:
+        settled["teacher_dtype"] = weights = teacher_precision_here(options.teacher_dtype)
+        teacher = load_subject(options.teacher, trust, weights)
     stops = stop_ids_of(tokenizer, model.generation_config, template=options.template)
-    results = _begun_record(options, sets, model, teacher)
+    results = _begun_record(options, settled, sets, model, teacher)
     _settle(options, results, stops)
     for name, data in sets.items():
         started = time.perf_counter()
-        results.evaluations += SetEvaluation(
+        job = SetEvaluation(
             model,
             tokenizer,
             data.examples,
@@ -103,13 +117,15 @@ def run(options: Options, training: dict[str, Any]) -> None:
             teacher=teacher,
             metrics=metrics,
             progress=progress_lines(name, len(data.examples)),
-        ).run(
-            _decoding(options),
-            options.seeds,
-            greedy=options.greedy,
-            model_label=label_of(options.model),
-            data_label=name,
         )
+        with computing_in(precision):
+            results.evaluations += job.run(
+                _decoding(options),
+                options.seeds,
+                greedy=options.greedy,
+                model_label=label_of(options.model),
+                data_label=name,
+            )
         results.timings[name] = time.perf_counter() - started
     results.notes += [
         f"{metric.label} could not score {metric.failed_on_empty} empty answers; they count 0."
@@ -119,6 +135,7 @@ def run(options: Options, training: dict[str, Any]) -> None:
     results.write(options.out)
     print(terminal_table([results]))
     say(f"The record is in {options.out}.")
+    say_peak()
 
 
 def check(options: Options) -> None:
@@ -128,6 +145,8 @@ def check(options: Options) -> None:
 
     check_output(options.out, overwrite=options.overwrite or _settings_file(options.out).exists())
     check_decoding(options, options.seeds)
+    if options.teacher_dtype is not None and options.teacher is None:
+        raise RequestError("--teacher-dtype is of a --teacher. Give one, or leave it out.")
     if not options.seeds:
         raise RequestError("Expected at least one seed. Got none; --temperature 0 decodes greedily alone.")
     if options.temperature == 0 and not options.greedy:
@@ -156,8 +175,10 @@ def _read(options: Options, tokenizer: Any) -> dict[str, Any]:
     return sets
 
 
-def _begun_record(options: Options, sets: dict[str, Any], model: Any, teacher: Any) -> "Results":
-    """The record without its figures."""
+def _begun_record(
+    options: Options, settled: dict[str, Any], sets: dict[str, Any], model: Any, teacher: Any
+) -> "Results":
+    """The record without its figures. `settled` are options whose defaults depend on the machine, as they came out."""
     from promptkd.cli.measuring import label_of, training_cost
     from promptkd.cli.options import merged_config
     from promptkd.cli.session import data_record
@@ -170,7 +191,7 @@ def _begun_record(options: Options, sets: dict[str, Any], model: Any, teacher: A
         models[f"teacher {label_of(options.teacher)}"] = model_record(options.teacher, teacher)
     return Results(
         kind="evaluate",
-        config=merged_config(options, {}),
+        config=merged_config(options, {}) | settled,
         models=models,
         data={
             name: data_record(path, len(data.examples), data.dropped)
@@ -190,6 +211,8 @@ def _settle(options: Options, results: "Results", stops: Sequence[int]) -> None:
     roles = ("model", "teacher")
     settings |= {role: each.sha256 or each.path for role, each in zip(roles, results.models.values(), strict=False)}
     settings |= {f"data {name}": each.sha256 or each.path for name, each in results.data.items()}
+    if options.teacher is not None:
+        settings["--teacher-dtype"] = results.config["teacher_dtype"]
     settings["ids that end an answer"] = list(stops)
     parts = parts_of(_decoding(options), options.seeds, greedy=options.greedy, teacher=options.teacher is not None)
     files = [_file(options.out, name, part) for name in results.data for part in parts]

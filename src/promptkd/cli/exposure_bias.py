@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from promptkd.evaluation.exposure_bias import ExposureBias
     from promptkd.results import Results
 
+LESS_MEMORY = (
+    "a smaller --batch-size (now {batch_size})",
+    "a smaller --max-completion-length (now {max_completion_length})",
+)
+
 
 @dataclass
 class Options:
@@ -48,6 +53,10 @@ class Options:
     """Most tokens of a prompt; rows above it are dropped and counted."""
     max_completion_length: int = 256
     """Most tokens of a continuation."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision to compute in, with weights in float32; auto is bfloat16 where the device has units for it."""
+    teacher_dtype: Literal["float32", "bfloat16", "float16", "auto"] | None = None
+    """Precision of the teacher's weights; by default bfloat16 where the device has units for it, else float32."""
     trust_remote_code: bool = False
     """Run code that a hub model ships."""
     overwrite: bool = False
@@ -56,9 +65,18 @@ class Options:
 
 def run(options: Options, training: dict[str, Any]) -> None:
     from promptkd.cli.exposure_table import exposure_table
-    from promptkd.cli.measuring import check_output, label_of, load_subject
+    from promptkd.cli.measured_memory import say_peak
+    from promptkd.cli.measuring import (
+        check_output,
+        computing_in,
+        label_of,
+        load_subject,
+        settled_precision,
+        teacher_precision_here,
+    )
     from promptkd.cli.options import merged_config
-    from promptkd.cli.session import data_record, peak_memory, quiet_libraries, say
+    from promptkd.cli.session import data_record, quiet_libraries, say
+    from promptkd.memory import peak_memory
     from promptkd.models import model_record
     from promptkd.results import Results
 
@@ -68,18 +86,26 @@ def run(options: Options, training: dict[str, Any]) -> None:
     students = _students(options)
     soft_prompt = _soft_prompt(options.prompt)
     tokenizer, data = _requests(options)
-    teacher = load_subject(options.teacher, options.trust_remote_code)
+    weights = teacher_precision_here(options.teacher_dtype)
+    teacher = load_subject(options.teacher, options.trust_remote_code, weights)
     prompt = _placed(soft_prompt, teacher, options.prompt)
-    results = Results(kind="exposure-bias", config=merged_config(options, {}))
+    precision = settled_precision(options.dtype)
+    config = merged_config(options, {}) | {"dtype": precision, "teacher_dtype": weights}
+    results = Results(kind="exposure-bias", config=config)
     results.models[f"teacher {label_of(options.teacher)}"] = model_record(options.teacher, teacher)
     results.data[label_of(options.data)] = data_record(options.data, len(data.examples), data.dropped)
     job = _Job(options, results, tokenizer, data.examples, teacher, prompt)
-    samples = job.sample("the teacher", teacher, prompt)
-    measured = {label: job.measure(label, path, samples) for label, path in students.items()}
+    with computing_in(precision):
+        samples = job.sample("the teacher", teacher, prompt)
+    measured = {}
+    for label, path in students.items():  # each under an autocast of its own, which keeps copies of its weights
+        with computing_in(precision):
+            measured[label] = job.measure(label, path, samples)
     results.notes.append(f"Peak memory {peak_memory() / 2**30:.1f} GiB.")
     results.write(options.out)
     print(exposure_table(measured))
     say(f"The record is in {options.out}.")
+    say_peak()
 
 
 @dataclass

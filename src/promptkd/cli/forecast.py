@@ -1,30 +1,25 @@
-"""What `distill --dry-run` prints: sizes, memory by parts, steps and time."""
+"""What `distill --dry-run` prints: sizes, steps, and the measured memory and time of a step by phase."""
 
 from typing import TYPE_CHECKING, Any
 
 from promptkd.cli.session import is_main_process
+from promptkd.memory import gibibytes
 
 if TYPE_CHECKING:
-    from promptkd.training.memory import MemoryEstimate
     from promptkd.training.trial import Trial
 
-__all__ = ["forecast", "gibibytes", "print_forecast"]
+__all__ = ["forecast", "print_forecast"]
 
 
-def gibibytes(size: int) -> str:
-    """2147483648 -> "2.00 GiB"."""
-    return f"{size / 2**30:.2f} GiB"
-
-
-def print_forecast(trainer: Any, estimate: "MemoryEstimate | None", trial: "Trial") -> None:
+def print_forecast(trainer: Any, trial: "Trial") -> None:
     """Print what a run will need, from the first process alone."""
     if is_main_process():
-        print("\n".join(forecast(trainer, estimate, trial)))
+        print("\n".join(forecast(trainer, trial)))
 
 
-def forecast(trainer: Any, estimate: "MemoryEstimate | None", trial: "Trial") -> list[str]:
+def forecast(trainer: Any, trial: "Trial") -> list[str]:
     """The lines, of a trainer whose trial is over."""
-    return [*_sizes(trainer), *_work(trainer, trial), *_memory(trainer, estimate, trial), *_time(trial)]
+    return [*_sizes(trainer), *_work(trainer, trial), *_memory(trial), *_time(trial)]
 
 
 def _sizes(trainer: Any) -> list[str]:
@@ -40,7 +35,7 @@ def _sizes(trainer: Any) -> list[str]:
 
 
 def _work(trainer: Any, trial: "Trial") -> list[str]:
-    from promptkd.training.memory import writes_responses
+    from promptkd.responses import writes_responses
 
     args, processes = trainer.args, trainer.accelerator.num_processes
     window = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
@@ -52,30 +47,25 @@ def _work(trainer: Any, trial: "Trial") -> list[str]:
     ]
 
 
-def _memory(trainer: Any, estimate: "MemoryEstimate | None", trial: "Trial") -> list[str]:
-    measured = _line(
-        "memory, measured", f"{gibibytes(trial.peak_memory_bytes)} at the peak of the trial, loading included"
-    )
-    if estimate is None:
-        return [_line("memory", "no estimate where FSDP, DeepSpeed or vLLM hold the weights"), measured]
-    lines = [
-        f"memory, an estimate for responses of {trainer.args.max_completion_length} tokens where a model writes them"
+def _memory(trial: "Trial") -> list[str]:
+    by_size = sorted(trial.peak_memory_by_phase.items(), key=lambda each: each[1], reverse=True)
+    how = "held at the ends of phases" if trial.sampled else "the most held in each phase"
+    return [
+        f"memory, measured on the longest rows, of up to {trial.longest_row:,} tokens; {how}",
+        *(_line(f"  {name}", gibibytes(size)) for name, size in by_size),
+        _line("  peak", f"{gibibytes(trial.peak_memory_bytes)}, loading included"),
     ]
-    lines += [_line(f"  {part}", gibibytes(size)) for part, size in estimate.standing.items()]
-    for phase, parts in estimate.phases.items():
-        lines.append(_line(f"  {phase}", f"+ {gibibytes(sum(parts.values()))}"))
-        lines += [_line(f"    {part}", gibibytes(size)) for part, size in parts.items()]
-    lines.append(_line("  peak", f"{gibibytes(estimate.peak)}, in the {estimate.largest}"))
-    return [*lines, measured]
 
 
 def _time(trial: "Trial") -> list[str]:
     from promptkd.report.provenance import duration
 
-    how = "measured on one step after one to warm up" if trial.warm else "measured on the run's only step"
+    how = "on one step after one to warm up" if trial.warm else "on the run's only step"
+    whole = duration(trial.seconds * trial.steps)
     return [
-        _line("seconds a step", f"{trial.seconds:.2f}, {how}"),
-        _line("expected time", f"{duration(trial.seconds * trial.steps)}; loading, validation and checkpoints apart"),
+        _line("seconds a step", f"{trial.seconds:.2f}, measured {how} with the longest rows"),
+        *(_line(f"  {name}", f"{seconds:.2f}") for name, seconds in trial.seconds_by_phase.items()),
+        _line("expected time", f"at most {whole}; loading, validation and checkpoints apart"),
     ]
 
 

@@ -9,7 +9,12 @@ left out of it by --ended-only.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+LESS_MEMORY = (
+    "a smaller --batch-size (now {batch_size})",
+    "a smaller --max-completion-length (now {max_completion_length})",
+)
 
 
 @dataclass
@@ -40,6 +45,8 @@ class Options:
     """Most tokens of a response."""
     ended_only: bool = False
     """Leave out the responses that were cut at the limit, and count them."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision to compute in, with weights in float32; auto is bfloat16 where the device has units for it."""
     trust_remote_code: bool = False
     """Run code that a hub model ships."""
     overwrite: bool = False
@@ -50,7 +57,15 @@ def run(options: Options, training: dict[str, Any]) -> None:
     import json
     import os
 
-    from promptkd.cli.measuring import check_decoding, check_output, load_subject, measured_rows
+    from promptkd.cli.measured_memory import say_peak
+    from promptkd.cli.measuring import (
+        check_decoding,
+        check_output,
+        computing_in,
+        load_subject,
+        measured_rows,
+        settled_precision,
+    )
     from promptkd.cli.session import progress_lines, quiet_libraries, say
     from promptkd.data.dataset import stop_ids_of
     from promptkd.evaluation.generation import generate, row_seeds
@@ -62,23 +77,25 @@ def run(options: Options, training: dict[str, Any]) -> None:
     tokenizer = load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
     data = measured_rows(options, options.data, tokenizer, need_response=False)
     rows = data.examples
+    precision = settled_precision(options.dtype)
     model = load_subject(options.model, options.trust_remote_code)
     stops = stop_ids_of(tokenizer, model.generation_config, template=options.template)
     seeds = row_seeds(options.seed, max(row.row for row in rows) + 1)
     tell = progress_lines("Generating", len(rows))
-    responses = generate(
-        model,
-        [row.prompt_ids for row in rows],
-        max_new_tokens=options.max_completion_length,
-        stop_ids=stops,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        top_k=options.top_k,
-        seeds=[seeds[row.row] for row in rows],
-        batch_size=options.batch_size,
-        vocabulary=vocabulary_size(tokenizer),
-        on_batch=lambda done: tell("responses", done),
-    )
+    with computing_in(precision):
+        responses = generate(
+            model,
+            [row.prompt_ids for row in rows],
+            max_new_tokens=options.max_completion_length,
+            stop_ids=stops,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            top_k=options.top_k,
+            seeds=[seeds[row.row] for row in rows],
+            batch_size=options.batch_size,
+            vocabulary=vocabulary_size(tokenizer),
+            on_batch=lambda done: tell("responses", done),
+        )
     options.out.parent.mkdir(parents=True, exist_ok=True)
     partial = options.out.with_name(options.out.name + ".partial")
     cut = 0
@@ -101,3 +118,4 @@ def run(options: Options, training: dict[str, Any]) -> None:
     written = len(rows) - cut if options.ended_only else len(rows)
     dropped = f"; {data.dropped} rows over the length limit were dropped" if data.dropped else ""
     say(f"{written} responses in {options.out}; {cut} did not end by themselves{dropped}.")
+    say_peak()

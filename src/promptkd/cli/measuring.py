@@ -1,21 +1,28 @@
 """What the commands that measure share: checks, loading, labels and names of files."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from promptkd.cli.session import check_writable
+from promptkd.cli.session import check_writable, say
 from promptkd.errors import RequestError
 
 if TYPE_CHECKING:
+    import torch
+
+    from promptkd.precision import Precision, WeightPrecision
     from promptkd.results import Training
 
 __all__ = [
     "check_decoding",
     "check_output",
+    "computing_in",
     "label_of",
     "load_subject",
     "measured_rows",
+    "settled_precision",
+    "teacher_precision_here",
     "training_cost",
 ]
 
@@ -59,16 +66,45 @@ def _listed(seeds: Sequence[int]) -> str:
     return " ".join(map(str, seeds))
 
 
-def load_subject(name: str, trust_remote_code: bool) -> Any:
-    """A model that can be scored, on the fastest device there is."""
+def measuring_device() -> "torch.device":
+    """The fastest device there is."""
     import torch
 
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def settled_precision(choice: "Precision") -> str:
+    """The precision that --dtype comes to on the device that measures: float32 or bfloat16. It is said."""
+    from promptkd.precision import compute_dtype
+
+    device = measuring_device()
+    name = str(compute_dtype(choice, device)).removeprefix("torch.")
+    say(f"Computing in {name} on {device.type}.")
+    return name
+
+
+def computing_in(precision: str) -> AbstractContextManager[object]:
+    """What models with float32 weights run in, to compute as `settled_precision` says."""
+    import torch
+
+    from promptkd.precision import computing
+
+    return computing(measuring_device(), {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision])
+
+
+def teacher_precision_here(choice: "WeightPrecision | None") -> "WeightPrecision":
+    """The precision of a teacher's weights that --teacher-dtype comes to on the device that measures."""
+    from promptkd.precision import teacher_precision
+
+    return teacher_precision(choice, measuring_device())
+
+
+def load_subject(name: str, trust_remote_code: bool, dtype: "WeightPrecision" = "float32") -> Any:
+    """A model that can be scored, with weights of `dtype`, on the device that measures."""
     from promptkd.engine import check_scoring
     from promptkd.models import load_model
 
-    model = load_model(name, trust_remote_code=trust_remote_code)
-    if torch.cuda.is_available():
-        model = model.to("cuda")
+    model = load_model(name, dtype=dtype, trust_remote_code=trust_remote_code).to(measuring_device())
     check_scoring(model)
     return model
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+LESS_MEMORY = ("a smaller --max-prompt-length (now {max_prompt_length})", "--choose even, which runs no row")
+
 
 @dataclass
 class Options:
@@ -33,6 +35,8 @@ class Options:
     """Most tokens of a prompt; rows above it are not used."""
     max_completion_length: int = 256
     """Most tokens of a response; rows above it are not used."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision to compute the influence in; auto is bfloat16 where the device has units for it."""
     trust_remote_code: bool = False
     """Run code that a hub model ships."""
     overwrite: bool = False
@@ -40,19 +44,22 @@ class Options:
 
 
 def run(options: Options, training: dict[str, Any]) -> None:
+    from promptkd.cli.measured_memory import say_peak
+    from promptkd.cli.measuring import load_subject, settled_precision
     from promptkd.cli.options import merged_config
     from promptkd.cli.session import quiet_libraries, say
     from promptkd.cli.whole import written_whole
     from promptkd.engine import check_scoring
-    from promptkd.models import count_parameters, load_model, load_tokenizer, model_record, prune_layers
+    from promptkd.models import count_parameters, load_tokenizer, model_record, prune_layers
     from promptkd.results import Metric, Results
 
     _check(options)
     quiet_libraries()
     tokenizer = load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
     rows = _rows(options, tokenizer)
-    teacher = load_model(options.model, trust_remote_code=options.trust_remote_code)
-    kept, influence = _choose(options, teacher, rows)
+    precision = settled_precision(options.dtype) if rows else "float32"  # without rows nothing is measured
+    teacher = load_subject(options.model, options.trust_remote_code)
+    kept, influence = _choose(options, teacher, rows, precision)
     student = prune_layers(teacher, kept)
     check_scoring(student)
     before, after = count_parameters(teacher), count_parameters(student)
@@ -63,12 +70,13 @@ def run(options: Options, training: dict[str, Any]) -> None:
         made = model_record(folder, student).model_copy(update={"path": str(options.out)})
         Results(
             kind="prune",
-            config={**merged_config(options, {}), "kept": kept, "files": files},
+            config={**merged_config(options, {}), "dtype": precision, "kept": kept, "files": files},
             models={"teacher": model_record(options.model, teacher), "student": made},
             metrics={f"influence_{index}": Metric(value=value) for index, value in enumerate(influence)},
         ).write(folder / "results.json")
     say(f"Kept layers {', '.join(map(str, kept))}.")
     say(f"{before:,} parameters before, {after:,} after ({after / before:.0%}). The student is in {options.out}.")
+    say_peak()
 
 
 def _check(options: Options) -> None:
@@ -130,7 +138,8 @@ def _rows(options: Options, tokenizer: Any) -> Any:
     return data.examples[: options.rows]
 
 
-def _choose(options: Options, teacher: Any, rows: Any) -> tuple[list[int], list[float]]:
+def _choose(options: Options, teacher: Any, rows: Any, precision: str) -> tuple[list[int], list[float]]:
+    from promptkd.cli.measuring import computing_in
     from promptkd.data.packing import right_pad
     from promptkd.models import block_influence, evenly_spaced, most_influential
     from promptkd.models.prune import decoder_layers
@@ -146,5 +155,6 @@ def _choose(options: Options, teacher: Any, rows: Any) -> tuple[list[int], list[
         right_pad([row.prompt_ids for row in chunk], [row.response_ids for row in chunk], device=teacher.device)
         for chunk in (rows[first : first + 8] for first in range(0, len(rows), 8))
     ]
-    influence = block_influence(teacher, batches)
+    with computing_in(precision):
+        influence = block_influence(teacher, batches)
     return most_influential(influence, options.layers), influence

@@ -2,13 +2,13 @@
 
 import logging
 import os
-import resource
 import shutil
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,6 @@ __all__ = [
     "check_writable",
     "data_record",
     "is_main_process",
-    "peak_memory",
     "progress_lines",
     "quiet_libraries",
     "say",
@@ -33,6 +32,15 @@ __all__ = [
 _OWN = ("config.yaml", "metrics.jsonl", "results.json", "report.html", "responses.jsonl")
 _OWN_FOLDERS = ("student", "model", "prompt", "teacher_lora", "teacher", "online_module", "checkpoints")
 _MAY_CHANGE = frozenset({"resume", "overwrite", "out", "keep", "on_nan"})
+_OF_MEMORY = frozenset(
+    {
+        *("generation_batch_size", "per_device_eval_batch_size", "chunk_tokens"),
+        *("gradient_checkpointing", "teacher_gradient_checkpointing"),
+    }
+)
+"""Settings that change what a run holds at a time, not what it computes: a run that was too large resumes smaller."""
+_MICRO_BATCHES = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+"""The settings whose product is an optimizer step's rows per process, and their defaults. They may change together."""
 
 
 def say(text: str) -> None:
@@ -47,7 +55,7 @@ def is_main_process() -> bool:
 
 
 def quiet_libraries() -> None:
-    """Leave the terminal to promptkd's own lines; errors of the libraries still show."""
+    """Leave the terminal to the command's own lines; errors of the libraries still show."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     from datasets import disable_progress_bars
@@ -56,7 +64,8 @@ def quiet_libraries() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     disable_progress_bars()
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    for name in ("accelerate", "promptkd"):  # what our own library warns of, a command says itself
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def check_writable(folder: Path, target: Path) -> None:
@@ -144,16 +153,24 @@ class RunFolder:
         if not self.config.is_file():
             raise RequestError(f"--resume needs a run in {self.path}, but config.yaml is not there.")
         before = read_config(self.config)
+        free = _MAY_CHANGE | _OF_MEMORY
+        if _rows_of_a_step(before) == _rows_of_a_step(merged):
+            free |= _MICRO_BATCHES.keys()
         changed = [
             f"{key} was {before.get(key)!r} and is now {merged.get(key)!r}"
             for key in sorted(before.keys() | merged.keys())
-            if key not in _MAY_CHANGE and before.get(key) != merged.get(key)
+            if key not in free and before.get(key) != merged.get(key)
         ]
         if changed:
             raise RequestError(
                 f"--resume goes on with the run in {self.path} as it was started, but {'; '.join(changed)}. "
                 f"Use its own settings (--config {self.config} --resume) or start a new run."
             )
+
+
+def _rows_of_a_step(settings: dict[str, Any]) -> int:
+    """Rows of an optimizer step on each process."""
+    return prod(int(settings.get(name, default)) for name, default in _MICRO_BATCHES.items())
 
 
 def _remove(place: Path) -> None:
@@ -169,16 +186,6 @@ def data_record(path: str, rows: int, dropped: int) -> "DataRecord":
 
     file = Path(path)
     return DataRecord(path=path, rows=rows, dropped=dropped, sha256=file_sha256(file) if file.is_file() else "")
-
-
-def peak_memory(device: str = "cpu") -> int:
-    """Most memory this process has held, in bytes; of a CUDA device, what torch has held there."""
-    if device == "cuda":
-        import torch
-
-        return torch.cuda.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux
 
 
 def progress_lines(title: str, total: int, every: float = 10.0) -> Callable[[str, int], None]:

@@ -22,6 +22,7 @@ COMMON_TRAINING_FLAGS = {
     "max_completion_length": ("INT", "Most tokens of a response (default 256)."),
     "template": ("TEXT", "auto, alpaca, chat, or a Jinja text (default auto)."),
     "overlong": ("drop|error", "What happens to rows over a limit (default drop, and count)."),
+    "bf16": ("true|false", "Compute in bfloat16 (default true where the device has units for it)."),
     "seed": ("INT", "Seed of everything random (default 42)."),
     "on_nan": ("stop|skip", "What happens at a NaN or infinite loss or gradient (default stop)."),
     "report_to": ("NAME", "Tracker, such as wandb or tensorboard (default none)."),
@@ -63,6 +64,7 @@ def run(options: Options, training: dict[str, Any]) -> None:
     model = job.load("model", options.model)
     with job.opened():
         trainer = FinetuneTrainer(model, args, train, valid, tokenizer)
+    job.take_notes(trainer)
     job.train(trainer, "Fine-tuning")
     job.save(trainer, "model")
     job.record(trainer, "model")

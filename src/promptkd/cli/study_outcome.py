@@ -117,6 +117,16 @@ def _mean_cost(costs: "list[Training]") -> "Training":
         "steps": round(mean(each.steps for each in costs)),
         "seconds": mean(each.seconds for each in costs),
         "peak_memory_bytes": max(each.peak_memory_bytes for each in costs),
+        "peak_memory_by_phase": _largest_peaks(costs),
         "tokens_per_second": median(speeds) if speeds else None,
     }
     return Training(**settings)
+
+
+def _largest_peaks(costs: "list[Training]") -> dict[str, int]:
+    """By phase."""
+    peaks: dict[str, int] = {}
+    for each in costs:
+        for phase, size in each.peak_memory_by_phase.items():
+            peaks[phase] = max(peaks.get(phase, 0), size)
+    return peaks

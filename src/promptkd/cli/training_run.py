@@ -6,10 +6,12 @@ from pickle import UnpicklingError
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from promptkd.cli.measured_memory import told_peak
 from promptkd.cli.measuring import label_of
 from promptkd.cli.options import merged_config
-from promptkd.cli.session import RunFolder, data_record, is_main_process, peak_memory, quiet_libraries, say
+from promptkd.cli.session import RunFolder, data_record, is_main_process, quiet_libraries, say
 from promptkd.errors import PromptKDError, RequestError
+from promptkd.memory import peak_memory
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -123,6 +125,11 @@ class TrainingRun:
         say(text)
         self.notes.append(text)
 
+    def take_notes(self, trainer: Any) -> None:
+        """Say, and keep in the record, what the trainer itself has to tell of the run."""
+        for text in trainer.notes:
+            self.note(text)
+
     def tell_trained_share(self, numbers: int, share: float) -> None:
         """Say, and keep in the record, how much of the teacher is trained along."""
         from promptkd.results import Metric
@@ -132,12 +139,13 @@ class TrainingRun:
             self.metrics["teacher_trained_numbers"] = Metric(value=numbers)
             self.metrics["teacher_trained_share"] = Metric(value=share)
 
-    def train(self, trainer: Any, title: str, predicted_memory: int | None = None) -> None:
+    def train(self, trainer: Any, title: str) -> None:
         """Train, or go on from the last checkpoint; until the end, or until a signal.
 
-        At the end the peak of memory is said, beside the predicted one.
+        At the end the peak of memory is said, by phase.
 
         Raises:
+            PromptKDError: where memory runs out; what the checkpoints hold is kept.
             Stopped: after a signal, when a checkpoint is written.
         """
         from promptkd.training.logs import CostMeter, MetricsFile, ProgressBar, quiet
@@ -147,8 +155,7 @@ class TrainingRun:
         if checkpoint is not None:
             trainer.args.eval_on_start = False  # the run began with it
         quiet(trainer)
-        device = trainer.accelerator.device.type
-        bar, meter = ProgressBar(title), CostMeter(lambda: peak_memory(device))
+        bar, meter = ProgressBar(title), CostMeter(trainer.phases)
         trainer.add_callback(meter)
         trainer.add_callback(MetricsFile(self.folder.metrics))
         trainer.add_callback(bar)
@@ -169,10 +176,9 @@ class TrainingRun:
             "steps": trainer.state.global_step,
             "seconds": meter.seconds,
             "peak_memory_bytes": meter.peak_memory_bytes,
-            "predicted_memory_bytes": predicted_memory,
+            "peak_memory_by_phase": meter.peak_memory_by_phase,
         }
-        predicted = "" if predicted_memory is None else f" {predicted_memory / 2**30:.2f} GiB had been predicted."
-        say(f"Peak memory {meter.peak_memory_bytes / 2**30:.2f} GiB.{predicted}")
+        say(told_peak(meter.peak_memory_bytes, meter.peak_memory_by_phase, sampled=trainer.phases.sampled))
 
     def _checkpoint(self) -> "Path | None":
         """The checkpoint to go on from, which the first process looks for; None to begin at the first step."""
@@ -201,6 +207,8 @@ class TrainingRun:
         from promptkd.models import model_record
         from promptkd.report import render_report, terminal_table
         from promptkd.results import Results, Series, read_history
+        from promptkd.training.out_of_memory import out_of_memory_told
+        from promptkd.training.sharding import autocast
 
         trainer.accelerator.wait_for_everyone()
         if not (is_main_process() or trainer.is_sharded):
@@ -219,13 +227,16 @@ class TrainingRun:
                     data_label="validation",
                     stop_ids=trainer.stop_ids,
                     teacher=teacher,
+                    batch_size=trainer.args.per_device_eval_batch_size,
                 )
                 evaluations.append(evaluation)
                 self.timings["evaluate"] = time.perf_counter() - started
             if is_main_process():
                 self.models[name] = model_record(self.folder.path / name, model)
 
-        trainer.on_models(measure)
+        precision = autocast(trainer.accelerator, trainer.args)
+        with out_of_memory_told(trainer), trainer.phases("validation"), precision:
+            trainer.on_models(measure)
         if not is_main_process():
             return
         history = read_history(self.folder.metrics)

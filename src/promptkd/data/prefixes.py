@@ -44,11 +44,18 @@ def pack_rows(rows: Sequence[Sequence[Hashable]], *, share: bool) -> Pack:
         share: whether rows that begin alike have their beginning in common.
     """
     pack = Pack([], [], [], [])
+    if not share:
+        for row in rows:
+            pack.paths.append(list(range(len(pack.tokens), len(pack.tokens) + len(row))))
+            pack.tokens.extend(row)
+            pack.positions.extend(range(len(row)))
+            pack.owned.append(len(row))
+        return pack
     following: dict[tuple[int, Hashable], int] = {}  # the place of a token behind that of the token before it
     for row in rows:
         place, path, first_own = -1, [], len(pack.tokens)
         for position, token in enumerate(row):
-            known = following.get((place, token)) if share else None
+            known = following.get((place, token))
             if known is None:
                 known = len(pack.tokens)
                 pack.tokens.append(token)

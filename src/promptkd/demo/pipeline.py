@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from promptkd.data.dataset import load_rows, stop_ids_of
@@ -18,6 +19,7 @@ from promptkd.demo.settings import TEMPLATE, DemoSettings, data_file, teacher_fi
 from promptkd.evaluation.measure import Decoding, evaluate_model
 from promptkd.models import block_influence, load_model, load_tokenizer, model_record, most_influential, prune_layers
 from promptkd.models.load import GGUF_CONVERSION
+from promptkd.precision import compute_dtype, computing
 from promptkd.results import DataRecord, Evaluation, Results, Series, file_sha256
 from promptkd.training import DistillConfig, DistillTrainer, FinetuneConfig, FinetuneTrainer, PromptKDConfig
 from promptkd.training.logs import MetricsFile, ProgressBar, quiet
@@ -34,6 +36,7 @@ class Demo:
 
     def __init__(self, settings: DemoSettings, out: Path, say: Callable[[str], None]):
         self.settings, self.out, self.say = settings, out, say
+        self.dtype = compute_dtype("auto", "cpu")  # as the training stages compute
         self.tokenizer = load_tokenizer(teacher_file())
         self.rows = {split: self._load(split) for split in ("train", "validation", "test")}
         self.stop_ids: tuple[int, ...] = ()
@@ -45,14 +48,15 @@ class Demo:
         teacher = self.tuned_teacher()
         self.stop_ids = stop_ids_of(self.tokenizer, teacher.model.generation_config, template=TEMPLATE)
         pruned = self.pruned_student(teacher.model)
+        frozen = self.frozen_teacher(teacher)
         evaluations = {}
         evaluations["teacher"] = self.measure("teacher", teacher.model, None)
-        evaluations["pruned"] = self.measure("pruned", pruned, teacher.model)
-        recovered = self.recovered_student(pruned, teacher)
-        evaluations["recovered"] = self.measure("recovered", recovered.model, teacher.model)
-        trainer, history = self.promptkd(recovered.model, teacher.model)
+        evaluations["pruned"] = self.measure("pruned", pruned, frozen)
+        recovered = self.recovered_student(pruned, teacher, frozen)
+        evaluations["recovered"] = self.measure("recovered", recovered.model, frozen)
+        trainer, history = self.promptkd(recovered.model, frozen)
         student = trainer.accelerator.unwrap_model(trainer.model)
-        evaluations["promptkd"] = self.measure("promptkd", student, teacher.model)
+        evaluations["promptkd"] = self.measure("promptkd", student, frozen)
         trainer.save_student(self.out / "student")
         trainer.save_adapter(self.out)
         shutil.rmtree(self.out / "checkpoints", ignore_errors=True)  # nothing was saved there
@@ -89,14 +93,19 @@ class Demo:
         rows = self.rows["train"].examples[: self.settings.influence_rows]
         chunks = [rows[first : first + 16] for first in range(0, len(rows), 16)]
         batches = [right_pad([r.prompt_ids for r in chunk], [r.response_ids for r in chunk]) for chunk in chunks]
-        influence = block_influence(teacher, batches)
+        with computing("cpu", self.dtype):
+            influence = block_influence(teacher, batches)
         kept = most_influential(influence, self.settings.layers)
         left = [index for index in range(len(influence)) if index not in kept]
         self.say(f"Pruned to {len(kept)} of {len(influence)} layers; left out {', '.join(map(str, left)) or 'none'}.")
         self.timings["pruning"] = time.perf_counter() - started
         return prune_layers(teacher, kept)
 
-    def recovered_student(self, pruned: PreTrainedModel, teacher: Stage) -> Stage:
+    def frozen_teacher(self, teacher: Stage) -> PreTrainedModel:
+        """The teacher that students learn from, with weights in the precision that is computed in."""
+        return teacher.model if self.dtype == torch.float32 else load_model(teacher.folder, dtype="bfloat16")
+
+    def recovered_student(self, pruned: PreTrainedModel, teacher: Stage, frozen: PreTrainedModel) -> Stage:
         """The pruned student after knowledge distillation on the responses of the data."""
         settings = self.settings
         args = DistillConfig(
@@ -110,7 +119,7 @@ class Demo:
         def make() -> tuple[PreTrainedModel, list[dict[str, Any]], float]:
             trainer = DistillTrainer(
                 prune_copy(pruned),
-                teacher.model,
+                frozen,
                 args,
                 self.rows["train"],
                 None,
@@ -155,18 +164,19 @@ class Demo:
         """Greedy answers to the test requests, and the KL to the teacher on samples."""
         started = time.perf_counter()
         self.say(f"Measuring: {label}")
-        evaluation = evaluate_model(
-            model,
-            self.tokenizer,
-            self.rows["test"].examples,
-            Decoding(0.0, max_new_tokens=self.settings.max_response_length, seed=self.settings.seed, batch_size=64),
-            model_label=label,
-            data_label="test",
-            stop_ids=self.stop_ids,
-            teacher=teacher,
-            samples_per_row=1 if label == "pruned" else self.settings.samples_per_row,  # it is far from all others
-            batch_size=16,
-        )
+        with computing("cpu", self.dtype):
+            evaluation = evaluate_model(
+                model,
+                self.tokenizer,
+                self.rows["test"].examples,
+                Decoding(0.0, max_new_tokens=self.settings.max_response_length, seed=self.settings.seed, batch_size=64),
+                model_label=label,
+                data_label="test",
+                stop_ids=self.stop_ids,
+                teacher=teacher,
+                samples_per_row=1 if label == "pruned" else self.settings.samples_per_row,  # it is far from all others
+                batch_size=16,
+            )
         self.timings["measuring"] = self.timings.get("measuring", 0.0) + time.perf_counter() - started
         return evaluation
 
@@ -216,6 +226,7 @@ class Demo:
             "model": teacher_hash(),
             "conversion": GGUF_CONVERSION,
             "order": _TUNING_ORDER,
+            "dtype": str(self.dtype),
         }
 
     def _tell(self, stage: Stage, part: str, what: str) -> Stage:
@@ -256,6 +267,7 @@ class Demo:
                 Series(name="promptkd", points=history),
             ],
             timings=self.timings,
+            notes=[f"Computed in {str(self.dtype).removeprefix('torch.')}, with trained weights in float32, on cpu."],
         )
 
 

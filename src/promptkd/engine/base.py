@@ -99,5 +99,7 @@ class Engine:
     """Products with the head's weights."""
     check_every: int
     """Tokens between two looks at which rows have ended. Each look waits for the device."""
+    decode_rows: int
+    """Rows that are decoded together, unless someone says another number."""
     pass_tokens: int
     """Most tokens of a pass that keeps activations for a soft prompt alone. More make matrix products no faster."""

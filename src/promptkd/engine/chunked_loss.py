@@ -60,7 +60,7 @@ def chunked_objective(
     """
     products = engine_for(student_hidden.device).head
     absent = student_head.has_absent_tokens or teacher_head.has_absent_tokens
-    kernel = objective_kernel(objective, products.kernels, absent_tokens=absent)
+    kernel = objective_kernel(objective, products.kernels(student_head.wide), absent_tokens=absent)
     return _run(products, kernel, (student_hidden, student_head), [(teacher_hidden, teacher_head)], chunk)
 
 
@@ -75,7 +75,8 @@ def chunked_cross_entropy(
         chunk: most tokens at a time; None for what suits the device.
     """
     products = engine_for(student_hidden.device).head
-    return _run(products, products.kernels.cross_entropy, (student_hidden, student_head), [(labels, None)], chunk)
+    kernel = products.kernels(student_head.wide).cross_entropy
+    return _run(products, kernel, (student_hidden, student_head), [(labels, None)], chunk)
 
 
 def chunked_prompt_loss(
@@ -111,7 +112,8 @@ def chunked_prompt_loss(
     if plain_hidden is not None:
         targets.append((plain_hidden, plain_head))
     absent = any(head.has_absent_tokens for head in (prompted_head, student_head, plain_head))
-    kernel = prompt_kernel(weight, student_direction, plain_direction, products.kernels, absent_tokens=absent)
+    kernels = products.kernels(prompted_head.wide)
+    kernel = prompt_kernel(weight, student_direction, plain_direction, kernels, absent_tokens=absent)
     return _run(products, kernel, (prompted_hidden, prompted_head), targets, chunk)
 
 
@@ -211,8 +213,10 @@ class _Gradients:
 
     @property
     def weight(self) -> Tensor | None:
-        total = self._sum if self._whole is None else self._whole
-        return None if total is None else total.to(self._head.weight.dtype)
+        weight, total = self._head.weight, self._sum if self._whole is None else self._whole
+        if total is None:  # without tokens there is a gradient too: processes that train together wait for it
+            return torch.zeros_like(weight) if self._needs_weight else None
+        return total.to(weight.dtype)
 
 
 def _chunk_loss(step: _Step, logits: Tensor, targets: Sequence[Tensor]) -> Tensor:

@@ -100,10 +100,12 @@ class Projection:
 class HeadProducts:
     """How an engine multiplies by heads, and compares what comes out."""
 
-    kernels: Kernels = PLAIN_KERNELS
-    """Divergences with their gradients."""
     chunk: int = 256
     """Tokens whose logits are held at a time."""
+
+    def kernels(self, dtype: torch.dtype) -> Kernels:
+        """Divergences with their gradients, for logits of this precision."""
+        return PLAIN_KERNELS
 
     def projection(self, head: Head, computing: torch.dtype, *, reuse: bool = False) -> Projection:
         """The head as it is now.
@@ -132,18 +134,23 @@ def head_logits(model: nn.Module, hidden: Tensor, *, vocabulary: int | None = No
     weight, bias = head.weight[: head.vocabulary], head.bias
     with torch.autocast(hidden.device.type, enabled=False):
         bias = None if bias is None else bias[: head.vocabulary].to(head.wide)
-        return head.transformed(torch.nn.functional.linear(hidden.to(head.wide), weight.to(head.wide), bias))
+        products = torch.nn.functional.linear(hidden.to(head.wide), weight.to(head.wide), bias)
+        return _transformed_with_graph(products, head.scale, head.softcap)
 
 
 def module_logits(model: nn.Module, hidden: Tensor) -> Tensor:
     """Logits (…, V) by the head's own module, in the precision that it has: for heads with LoRA, or quantized."""
     inner = unwrap_peft(model)
     products = inner.get_output_embeddings()(hidden)
-    scale, softcap = _logit_transform(inner.config.get_text_config())
-    logits = products.to(torch.promote_types(torch.float32, products.dtype))
+    wide = products.to(torch.promote_types(torch.float32, products.dtype))
+    return _transformed_with_graph(wide, *_logit_transform(inner.config.get_text_config()))
+
+
+def _transformed_with_graph(products: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """`Head.transformed` for products that autograd may come back to, so nothing is written over."""
     if scale != 1.0:
-        logits = logits * scale
-    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+        products = products * scale
+    return products if softcap is None else torch.tanh(products / softcap) * softcap
 
 
 def linear_head(model: nn.Module) -> Head | None:

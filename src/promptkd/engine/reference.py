@@ -124,5 +124,6 @@ REFERENCE = Engine(
     decoders=(CacheDecoder(),),
     head=HeadProducts(),
     check_every=1,
+    decode_rows=32,
     pass_tokens=2**31,
 )

@@ -16,7 +16,7 @@ from promptkd.data.encode import EncodedExample
 from promptkd.errors import RequestError
 from promptkd.evaluation.hub_metrics import HubMetric
 from promptkd.evaluation.likelihood import kl_nats, reference_nats
-from promptkd.evaluation.measure import Decoding, decode_rows, row_results, summarize
+from promptkd.evaluation.measure import REFERENCES_AT_A_TIME, Decoding, decode_rows, row_batches, row_results, summarize
 from promptkd.evaluation.resumable import ResumableLines
 from promptkd.models import vocabulary_size
 from promptkd.results import Evaluation, RowResult
@@ -24,7 +24,6 @@ from promptkd.results import Evaluation, RowResult
 __all__ = ["SetEvaluation", "parts_of"]
 
 Line = dict[str, Any]
-_REFERENCES_AT_A_TIME = 32
 _GREEDY, _REFERENCES = "greedy", "references"
 
 
@@ -141,7 +140,7 @@ class SetEvaluation:
     def _losses(self) -> list[float]:
         """Nats of each row's first reference."""
         file = ResumableLines(self.file_of(_REFERENCES))
-        for batch, held in self._batches(file, _REFERENCES_AT_A_TIME, _REFERENCES):
+        for batch, held in self._batches(file, REFERENCES_AT_A_TIME, _REFERENCES):
             if len(held) < len(batch):
                 nats = reference_nats(self.model, batch, vocabulary=vocabulary_size(self.tokenizer))
                 file.append(_line(row, nats=value) for row, value in zip(batch, nats, strict=True))
@@ -151,13 +150,14 @@ class SetEvaluation:
 
     def _batches(self, file: ResumableLines, size: int, part: str) -> Iterator[tuple[list[EncodedExample], list[Line]]]:
         """Rows of like length, the longest first, with the lines that the file holds of them."""
-        order = sorted(self.rows, key=lambda row: (-len(row.prompt_ids), row.row))
-        for first in range(0, len(order), size):
-            batch = order[first : first + size]
+        done = 0
+        for places in row_batches(self.rows, size):
+            batch = [self.rows[place] for place in places]
             held = [_checked(file, row) for row in batch if (row.row,) in file.lines]
             yield batch, held
+            done += len(batch)
             if self.progress is not None:
-                self.progress(part if part == _REFERENCES else f"answers ({part})", first + len(batch))
+                self.progress(part if part == _REFERENCES else f"answers ({part})", done)
 
 
 def _line(row: EncodedExample, **made: Any) -> Line:

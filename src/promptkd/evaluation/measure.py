@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from torch import nn
@@ -16,9 +16,20 @@ from promptkd.evaluation.text_metrics import answer_scores
 from promptkd.models import vocabulary_size
 from promptkd.results import Evaluation, Metric, RowResult
 
-__all__ = ["Decoding", "decode_rows", "evaluate_model", "measure_rows", "row_results", "summarize"]
+__all__ = [
+    "REFERENCES_AT_A_TIME",
+    "Decoding",
+    "decode_rows",
+    "evaluate_model",
+    "measure_rows",
+    "row_batches",
+    "row_results",
+    "summarize",
+]
 
-Tell = Callable[[str, int], None]
+T = TypeVar("T")
+REFERENCES_AT_A_TIME = 32
+"""Rows whose references are scored together."""
 _OF_THE_REFERENCES = ("loss",)  # figures that no decoding takes part in
 
 
@@ -59,6 +70,24 @@ class Decoding:
         }
 
 
+def row_batches(rows: Sequence[EncodedExample], size: int) -> list[list[int]]:
+    """Places in `rows`, `size` at a time, the longest prompts first.
+
+    Validation and `promptkd evaluate` both measure in these batches. In bfloat16 the rows that share a batch decide
+    how products are rounded, and so, now and then, which token is drawn: other batches would give other answers.
+    """
+    order = sorted(range(len(rows)), key=lambda place: (-len(rows[place].prompt_ids), rows[place].row))
+    return [order[first : first + size] for first in range(0, len(order), size)]
+
+
+def _in_order(batches: Sequence[list[int]], work: Callable[[list[int]], Sequence[T]]) -> list[T]:
+    """What `work` makes of the rows at the places of every batch, in the order of the rows."""
+    made: dict[int, T] = {}
+    for places in batches:
+        made |= zip(places, work(places), strict=True)
+    return [made[place] for place in range(len(made))]
+
+
 def measure_rows(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -69,7 +98,6 @@ def measure_rows(
     teacher: nn.Module | None = None,
     samples_per_row: int = 1,
     batch_size: int = 8,
-    progress: Tell | None = None,
 ) -> list[RowResult]:
     """Scores of `model` row by row.
 
@@ -78,17 +106,34 @@ def measure_rows(
     """
     if not rows:
         return []
-    answers = decode_rows(model, tokenizer, rows, decoding, stop_ids=stop_ids, progress=progress)
-    losses = reference_nats(model, rows, vocabulary=vocabulary_size(tokenizer), batch_size=batch_size)
+
+    batches = row_batches(rows, decoding.batch_size)
+
+    def at(places: list[int]) -> list[EncodedExample]:
+        return [rows[place] for place in places]
+
+    def decoded(how: Decoding) -> list[list[int]]:
+        return _in_order(batches, lambda places: decode_rows(model, tokenizer, at(places), how, stop_ids=stop_ids))
+
+    def kl_to(teacher: nn.Module, seed: int) -> list[tuple[float, int]]:
+        plain = decoding.plain(seed)
+        samples = answers if plain == decoding else decoded(plain)
+
+        def nats(places: list[int]) -> list[float]:
+            own = [samples[place] for place in places]
+            return kl_nats(model, teacher, tokenizer, at(places), own, batch_size=batch_size)
+
+        return [(kl, len(sample)) for kl, sample in zip(_in_order(batches, nats), samples, strict=True)]
+
+    answers = decoded(decoding)
+    vocabulary = vocabulary_size(tokenizer)
+    losses = _in_order(
+        row_batches(rows, REFERENCES_AT_A_TIME),
+        lambda places: reference_nats(model, at(places), vocabulary=vocabulary, batch_size=batch_size),
+    )
     kls = []
     if teacher is not None and teacher is not model:
-        for draw in range(samples_per_row):
-            plain = decoding.plain(decoding.seed + draw)
-            samples = answers
-            if plain != decoding:
-                samples = decode_rows(model, tokenizer, rows, plain, stop_ids=stop_ids, progress=progress)
-            nats = kl_nats(model, teacher, tokenizer, rows, samples, batch_size=batch_size)
-            kls.append([(kl, len(sample)) for kl, sample in zip(nats, samples, strict=True)])
+        kls = [kl_to(teacher, decoding.seed + draw) for draw in range(samples_per_row)]
     return row_results(tokenizer, rows, answers, decoding, stop_ids=stop_ids, losses=losses, kls=kls)
 
 
@@ -99,7 +144,6 @@ def decode_rows(
     decoding: Decoding,
     *,
     stop_ids: Sequence[int],
-    progress: Tell | None = None,
 ) -> list[list[int]]:
     """The answers' token ids, in the order of `rows`, the stop id at the end where one was written."""
     # Seeds follow the row's place in its file, so that a part of the file gets the answers it gets in the whole.
@@ -115,7 +159,6 @@ def decode_rows(
         seeds=[seeds[row.row] for row in rows],
         batch_size=decoding.batch_size,
         vocabulary=vocabulary_size(tokenizer),
-        on_batch=None if progress is None else lambda done: progress("answers", done),
     )
 
 
@@ -208,7 +251,6 @@ def evaluate_model(
     teacher: nn.Module | None = None,
     samples_per_row: int = 1,
     batch_size: int = 8,
-    progress: Tell | None = None,
 ) -> Evaluation:
     """`measure_rows` as a record for `results.json`."""
     results = measure_rows(
@@ -220,7 +262,6 @@ def evaluate_model(
         teacher=teacher,
         samples_per_row=samples_per_row,
         batch_size=batch_size,
-        progress=progress,
     )
     return Evaluation(
         model=model_label,

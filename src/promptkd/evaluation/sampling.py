@@ -39,7 +39,7 @@ class Sampler:
         if len(logits) == 1 and uniforms is None:
             return logits[0][0].argmax(-1)
         temperature = self.temperature or 1.0  # the most probable token of a mixture is that at temperature 1
-        first, *others = (_softmax(each, temperature).mul_(weight) for each, weight in logits)
+        first, *others = (_softmax(each, temperature, weight) for each, weight in logits)
         probabilities = sum(others, first)
         if uniforms is None:
             return probabilities.argmax(-1)
@@ -58,8 +58,9 @@ class Sampler:
         return torch.zeros_like(probabilities).scatter(-1, order, ranked * keep)
 
 
-def _softmax(logits: Tensor, temperature: float) -> Tensor:
-    return (logits if temperature == 1 else logits / temperature).softmax(-1)
+def _softmax(logits: Tensor, temperature: float, share: float) -> Tensor:
+    probabilities = (logits if temperature == 1 else logits / temperature).softmax(-1)
+    return probabilities if share == 1 else probabilities.mul_(share)
 
 
 def _inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:

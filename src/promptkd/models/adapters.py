@@ -125,7 +125,8 @@ class _TrainedWeights:
 
     def figures(self) -> dict[str, float]:
         squares = [(weight.detach() - self._start[name]).square().sum() for name, weight in self._named.items()]
-        return {"adapter_distance": float(torch.stack(squares).sum().sqrt())}
+        here = squares[0].device  # a teacher's layers may lie on several
+        return {"adapter_distance": float(torch.stack([each.to(here) for each in squares]).sum().sqrt())}
 
 
 class LoraTeacher(_TrainedWeights):

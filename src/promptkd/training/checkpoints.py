@@ -13,9 +13,18 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from promptkd.errors import PromptKDError
+from promptkd.memory import is_out_of_memory
 from promptkd.training.manifest import damage, write_manifest
 
-__all__ = ["checkpoints_in", "point_at_best", "resumable_checkpoint", "set_aside", "staged_checkpoint", "whole_folder"]
+__all__ = [
+    "checkpoints_in",
+    "point_at_best",
+    "resumable_checkpoint",
+    "set_aside",
+    "staged_checkpoint",
+    "told_last_checkpoint",
+    "whole_folder",
+]
 
 _STAGING = ".partial"
 _ASIDE = "passed-over-"  # behind the number, transformers would still take the folder for a checkpoint
@@ -50,6 +59,8 @@ def staged_checkpoint(trainer: Any) -> Iterator[Path]:
     except _DISK_ERRORS as error:
         if trainer.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
+        if is_out_of_memory(error):
+            raise
         kept = ", ".join(each.name for each in checkpoints_in(root).values())
         intact = f"Whole and to go on from by --resume: {kept}." if kept else "There is no earlier checkpoint."
         raise PromptKDError(f"{_not_written(root / name, error)} {intact}") from error
@@ -95,6 +106,8 @@ def whole_folder(target: Path, *, writes: bool) -> Iterator[Path]:
     except _DISK_ERRORS as error:
         if writes:
             shutil.rmtree(partial, ignore_errors=True)
+        if is_out_of_memory(error):
+            raise
         raise PromptKDError(_not_written(target, error)) from error
 
 
@@ -106,6 +119,14 @@ def checkpoints_in(folder: Path) -> dict[int, Path]:
         if each.is_dir() and each.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-").isdecimal()
     }
     return dict(sorted(found.items()))
+
+
+def told_last_checkpoint(args: Any) -> str:
+    """What a run with these training arguments has kept when it fails, as a sentence."""
+    written = list(checkpoints_in(Path(args.output_dir)).values())
+    if not written:
+        return "No checkpoint was written yet."
+    return f"{written[-1]} stays as it was{'.' if args.save_only_model else '; --resume goes on from it.'}"
 
 
 def resumable_checkpoint(folder: Path) -> tuple[Path | None, dict[Path, str]]:

@@ -4,32 +4,74 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from transformers import SchedulerType
 from trl import DistillationConfig
 
+from promptkd.engine import engine_for
 from promptkd.errors import RequestError
 from promptkd.methods import MethodSettings
 from promptkd.methods.method import Adapter
 from promptkd.methods.named import ObjectiveName
 from promptkd.models.soft_prompt import DEFAULT_TEXT
 from promptkd.objectives.sequence import Importance
+from promptkd.precision import WeightPrecision, has_bfloat16_units
 
-__all__ = ["ON_NAN", "UNFILTERED", "DistillConfig", "OnNan", "PromptKDConfig", "common_checks", "option"]
+__all__ = [
+    "BF16",
+    "DECODED_ROWS",
+    "ON_NAN",
+    "UNFILTERED",
+    "DistillConfig",
+    "OnNan",
+    "PromptKDConfig",
+    "common_checks",
+    "fill_in_precision",
+    "fill_in_rows",
+    "option",
+    "use_one_gpu",
+]
 
 
 OnNan = Literal["stop", "skip"]
 ON_NAN = (
     "At a loss or gradient that is NaN or infinite, before anything moves: stop the run, or skip the step and count it."
 )
+DECODED_ROWS = "Rows that are decoded at a time: by default 32 on CPU, 128 on a GPU."
+BF16 = "Compute in bfloat16; by default where the device has units for it. Trained weights stay float32."
 UNFILTERED = "Unused: nothing that is NaN or infinite is hidden from the log; see --on_nan."
 
 Refresh = Literal["fresh", "stale"]
-TeacherDtype = Literal["float32", "bfloat16", "float16", "auto"]
 
 
 def option(default: Any, text: str) -> Any:
     """A dataclass field whose help text is `text`."""
     return field(default=default, metadata={"help": text})
+
+
+def fill_in_precision(args: Any) -> None:
+    """Settle `bf16` of training arguments, before transformers looks at them.
+
+    transformers takes bf16 on a CPU only with `use_cpu`, which is no choice where there is nothing else.
+    """
+    asks_for_cpu = args.use_cpu or parse_flag_from_env("ACCELERATE_USE_CPU")
+    other = None if asks_for_cpu else torch.accelerator.current_accelerator(check_available=True)
+    device = torch.device("cpu") if other is None else other
+    if args.bf16 is None:
+        args.bf16 = not args.fp16 and has_bfloat16_units(device)
+    if args.bf16 and device.type == "cpu":
+        args.use_cpu = True
+
+
+def fill_in_rows(args: Any) -> None:
+    """Settle how many rows of training arguments are decoded at a time."""
+    if args.generation_batch_size is None:
+        args.generation_batch_size = engine_for(args.device).decode_rows
+
+
+def use_one_gpu(args: Any) -> None:
+    """Without a launcher, leave all GPUs but one alone: transformers would copy the student to each at every step."""
+    args._n_gpu = min(args.n_gpu, 1)
 
 
 def common_checks(args: Any) -> list[tuple[bool, str]]:
@@ -41,6 +83,16 @@ def common_checks(args: Any) -> list[tuple[bool, str]]:
             for name in (*counts, "generation_batch_size", "max_prompt_length")
         ),
         (args.on_nan not in get_args(OnNan), f"on_nan must be stop or skip, got {args.on_nan!r}"),
+        (
+            args.torch_compile,
+            "torch_compile is not supported, since a compiled model cannot be run in parts as training and validation "
+            "do; leave it, its backend and its mode out",
+        ),
+        (
+            args.full_determinism and args.device.type == "cuda",
+            "full_determinism would stop the first sampled response, since CUDA sums cumulatively in no fixed order; "
+            "leave it out (--seed repeats a run up to rounding), or give --use_cpu",
+        ),
         (args.logging_nan_inf_filter, "logging_nan_inf_filter would hide a loss that is NaN or infinite; see on_nan"),
         (args.learning_rate < 0, f"learning_rate must be 0 or more, got {args.learning_rate}"),
         (args.seed < 0, f"seed must be 0 or more, got {args.seed}"),
@@ -60,7 +112,7 @@ class DistillConfig(DistillationConfig):
 
     Defaults that differ from TRL's: learning_rate 5e-5 (the authors' for GPT-2), max_completion_length 256,
     disable_dropout (one distribution in the rollout, the prompt step and the student step), logging_steps 1, no
-    gradient checkpointing, and bf16 only where the device has it.
+    gradient checkpointing, and bf16 only where the device has units for it.
     """
 
     method: str = option("promptkd", "Name of the method; `promptkd distill --help` lists them.")
@@ -86,7 +138,7 @@ class DistillConfig(DistillationConfig):
     on_nan: OnNan = option("stop", ON_NAN)
     eval_temperature: float = option(1.0, "Temperature of validation's responses; 0 decodes greedily.")
     eval_seed: int = option(10, "Seed of validation's sampled responses.")
-    generation_batch_size: int = option(32, "Rows that are decoded at a time.")
+    generation_batch_size: int | None = option(None, DECODED_ROWS)
 
     chunk_tokens: int | None = option(
         None, "Tokens whose logits are held at a time: by default 256 on CPU, 2,048 on a GPU; 0 holds all."
@@ -96,7 +148,11 @@ class DistillConfig(DistillationConfig):
     template: str = option("auto", "auto, alpaca, chat, or a Jinja text with {{ instruction }} and {{ input }}.")
     overlong: Literal["drop", "error"] = option("drop", "Rows over a length limit: drop (and count), or error.")
 
-    teacher_dtype: TeacherDtype = option("float32", "Precision of the teacher's weights; auto is that of its files.")
+    teacher_dtype: WeightPrecision | None = option(
+        None,
+        "Precision of the teacher's weights; by default bfloat16 where the device has units for it, else float32; "
+        "auto is that of its files.",
+    )
     teacher_quantization: Literal["8bit", "4bit"] | None = option(None, "Quantise the teacher by bitsandbytes.")
     teacher_gradient_checkpointing: bool = option(
         False, "Compute the teacher's activations again in the prompt's backward: less memory, more time."
@@ -126,7 +182,7 @@ class DistillConfig(DistillationConfig):
     disable_dropout: bool = option(True, "Train the student without dropout.")
     logging_steps: float = option(1, "Optimiser steps between two logged lines.")
     gradient_checkpointing: bool = option(False, "Recompute activations in backward: less memory, more time.")
-    bf16: bool | None = option(None, "bf16 mixed precision; by default where a GPU supports it. Weights stay float32.")
+    bf16: bool | None = option(None, BF16)
     ddp_find_unused_parameters: bool | None = option(
         False, "DDP: look for parameters that a step does not reach, as those of experts; costs time."
     )
@@ -134,9 +190,10 @@ class DistillConfig(DistillationConfig):
     save_only_model: bool = option(False, "Leave optimiser, prompt and random states out of checkpoints (no resuming).")
 
     def __post_init__(self) -> None:
-        if self.bf16 is None:
-            self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        fill_in_precision(self)
         super().__post_init__()
+        fill_in_rows(self)
+        use_one_gpu(self)
         problems = [text for wrong, text in (*common_checks(self), *self._checks()) if wrong]
         if problems:
             raise RequestError("Wrong settings: " + "; ".join(problems) + ".")
@@ -160,7 +217,7 @@ class DistillConfig(DistillationConfig):
             choice("regularizer_kl", self.regularizer_kl, ("reverse", "forward")),
             choice("regularizer_schedule", self.regularizer_schedule, ("linear", "constant", "none")),
             choice("prompt_refresh", self.prompt_refresh, get_args(Refresh)),
-            choice("teacher_dtype", self.teacher_dtype, get_args(TeacherDtype)),
+            choice("teacher_dtype", self.teacher_dtype or "auto", get_args(WeightPrecision)),
             choice("overlong", self.overlong, ("drop", "error")),
             choice(
                 "prompt_lr_scheduler_type", self.prompt_lr_scheduler_type, tuple(each.value for each in SchedulerType)

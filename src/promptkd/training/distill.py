@@ -11,7 +11,6 @@ tests/test_trl_contract.py names every hook of TRL and transformers that is used
 """
 
 import contextlib
-import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -42,8 +41,18 @@ from promptkd.models.quantized import keep_backward
 from promptkd.objectives import forward_kl, reverse_kl
 from promptkd.responses import AdaptiveReplay, TeacherMixed
 from promptkd.training.config import DistillConfig, PromptKDConfig
+from promptkd.training.out_of_memory import Savings
 from promptkd.training.rollouts import Rollouts
-from promptkd.training.sharding import check_sharding, place_teacher, run_inside, run_whole
+from promptkd.training.sharding import (
+    autocast,
+    check_dispatched,
+    check_sharding,
+    is_dispatched,
+    place_teacher,
+    run_inside,
+    run_whole,
+    settle_dispatched,
+)
 from promptkd.training.shared import RunTrainer
 from promptkd.training.teacher_options import teacher_settings
 from promptkd.training.teaching import TeacherTuning
@@ -53,6 +62,7 @@ __all__ = ["DistillConfig", "DistillTrainer", "PromptKDConfig", "PromptKDTrainer
 T = TypeVar("T")
 _TOKEN_SUMS = ("student_loss", "entropy", "prompt_kl", "prompt_regularizer")
 _ROW_SUMS = ("response_length", "cut_share")
+_TIMED = ("rollout", "prompt", "student")
 _AS_THEY_ARE = ("lambda", "prompt_lag", "prompt_grad_norm", "prompt_learning_rate")  # the same on every process
 
 
@@ -92,12 +102,14 @@ class DistillTrainer(Rollouts, TeacherTuning, RunTrainer, DistillationTrainer):
         self.method = method or named_method(args.method, args.method_settings())
         if isinstance(model, str | Path):
             model = resolve_model(model)
+            # TRL would have the student's layers dealt out over all GPUs in sight.
+            args.model_init_kwargs = {"device_map": None} | (args.model_init_kwargs or {})
             processing_class = processing_class or load_tokenizer(model, trust_remote_code=args.trust_remote_code)
         if processing_class is None:
             raise RequestError("Expected the tokenizer as `processing_class` beside a loaded model. Got None.")
         if model is teacher_model:
             raise RequestError("Student and teacher are one and the same model. Load the teacher a second time.")
-        teacher, teacher_tokenizer = _load_teacher(teacher_model, teacher_processing_class, args)
+        teacher, teacher_tokenizer = _load_teacher(teacher_model, teacher_processing_class, args, self.method)
         if teacher_tokenizer is not None:
             check_same_vocabulary(processing_class, teacher_tokenizer)
 
@@ -123,6 +135,9 @@ class DistillTrainer(Rollouts, TeacherTuning, RunTrainer, DistillationTrainer):
             needs_generate=self._needs_generate() and not self.use_vllm,
             chunks=args.chunk_tokens != 0,
         )
+        check_dispatched(teacher, self.accelerator, self.method.teacher_adapter)
+        if is_dispatched(teacher):
+            settle_dispatched(teacher, self.accelerator.device)
         generation_config = unwrap_peft(self.model).generation_config
         self.stop_ids = stop_ids_of(processing_class, generation_config, template=args.template)
         # TRL's rollout takes them from here; without any it would look for the id None.
@@ -143,8 +158,7 @@ class DistillTrainer(Rollouts, TeacherTuning, RunTrainer, DistillationTrainer):
         self.teacher_model = place_teacher(teacher, self.accelerator)
         self.adapter_optimizer: torch.optim.Optimizer | None = None
         self.adapter_scheduler: Any = None
-        self._window: dict[str, float] = defaultdict(float)
-        self._seconds: dict[str, float] = defaultdict(float)
+        self._window: dict[str, Any] = defaultdict(float)  # sums on the device: a number would wait for it
         self._stale_hidden: dict[int, Tensor] = {}
 
     def _check_responses(self, args: DistillConfig, eval_dataset: Any) -> None:
@@ -212,14 +226,17 @@ class DistillTrainer(Rollouts, TeacherTuning, RunTrainer, DistillationTrainer):
         items = inputs["num_items_in_batch"].clamp(min=1)
         tokens = inputs["tokens_in_batch"].clamp(min=1)
         batch = self._token_batch(inputs)
+        self.phases.works_on(batch.lengths)
         index = self._step % self.args.gradient_accumulation_steps
         if index == 0 and self.adapter is not None:
-            self._tune_teacher(student, tokens)
-        with self.accelerator.autocast():  # the redirected forward goes round accelerate's own
+            with self.phases("prompt"):
+                self._tune_teacher(student, tokens)
+        with autocast(self.accelerator, self.args):  # the redirected forward goes round accelerate's own
             hidden = response_hidden(student, batch)  # (N, H)
             loss = self._method_loss(student, inputs, batch, hidden, self._teacher_of_student(index))
-        self._window["student_loss"] += float(loss.total.detach()) * float(tokens / items)
-        self._window["entropy"] += float(loss.figures.get("entropy", 0.0))
+        self._window["student_loss"] += loss.total.detach().double() * (tokens / items).double()
+        if "entropy" in loss.figures:
+            self._window["entropy"] += loss.figures["entropy"].double()
         total = loss.total / items
         if "language_ids" in inputs:
             total = total + self._language_loss(student, inputs)
@@ -249,16 +266,14 @@ class DistillTrainer(Rollouts, TeacherTuning, RunTrainer, DistillationTrainer):
         """The micro-batch's part of the mean cross-entropy on plain text (MiniLLM's L_PT), weighted."""
         texts = inputs["language_ids"]
         batch = right_pad([ids[:1] for ids in texts], [ids[1:] for ids in texts], device=self.accelerator.device)
-        with self.accelerator.autocast():
+        with autocast(self.accelerator, self.args):
             logits = head_logits(student, response_hidden(student, batch)).float()
         loss = nn.functional.cross_entropy(logits, batch.targets, reduction="sum")
-        self._window["language_loss"] += float(loss.detach())
+        self._window["language_loss"] += loss.detach().double()
         return self.args.language_weight * loss / inputs["language_items"].clamp(min=1)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        started = time.perf_counter()
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self._seconds["total"] += time.perf_counter() - started
         if self._step % self.args.gradient_accumulation_steps == 0:
             self._log_window(int(self._buffered_inputs[0]["tokens_in_batch"]))
         return loss
@@ -266,9 +281,11 @@ class DistillTrainer(Rollouts, TeacherTuning, RunTrainer, DistillationTrainer):
     def _log_window(self, tokens: int) -> None:
         """Turn the window's sums over tokens and rows into means over all processes."""
         names = [name for name in (*_TOKEN_SUMS, *_ROW_SUMS, "rows", "processed_tokens") if name in self._window]
-        sums = torch.tensor([self._window[name] for name in names], dtype=torch.float64, device=self.accelerator.device)
+        own = [float(self._window[name]) for name in names]
+        sums = torch.tensor(own, dtype=torch.float64, device=self.accelerator.device)
         total = dict(zip(names, self.accelerator.reduce(sums, reduction="sum").tolist(), strict=True))
-        seconds = self._seconds.copy()
+        spent = self.phases.lap()
+        seconds = {f"seconds_{name}": spent.get(name, 0.0) for name in _TIMED}
         figures = {name: total[name] / max(tokens, 1) for name in _TOKEN_SUMS if name in total}
         if self.method.objective in (forward_kl, reverse_kl):
             figures["student_kl"] = figures.pop("student_loss")
@@ -278,18 +295,15 @@ class DistillTrainer(Rollouts, TeacherTuning, RunTrainer, DistillationTrainer):
             figures |= self.adapter.figures()
         figures |= self.method.responses.figures()
         if "language_loss" in self._window:
-            sums = torch.tensor(self._window["language_loss"], device=self.accelerator.device)
+            sums = torch.tensor(float(self._window["language_loss"]), device=self.accelerator.device)
             language_items = max(int(self._buffered_inputs[0]["language_items"]), 1)
             figures["language_loss"] = float(self.accelerator.reduce(sums, reduction="sum")) / language_items
-        figures["tokens_per_second"] = total["processed_tokens"] / max(seconds["total"], 1e-9)
-        figures["seconds_rollout"] = seconds["rollout"]
-        figures["seconds_prompt"] = seconds["prompt"]
-        figures["seconds_student"] = seconds["total"] - seconds["rollout"] - seconds["prompt"]
+        figures["tokens_per_second"] = total["processed_tokens"] / max(sum(seconds.values()), 1e-9)
+        figures |= seconds
         for name, value in figures.items():
             self._metrics["train"][name].append(value)
         self._metrics["train"].pop("step_time", None)  # TRL's, the sum of the three above
         self._window.clear()
-        self._seconds.clear()
 
     def merge_student(self) -> None:
         """Merge a LoRA student's weights into its own, so that it is saved as a plain model."""
@@ -305,6 +319,15 @@ class DistillTrainer(Rollouts, TeacherTuning, RunTrainer, DistillationTrainer):
                 return run_inside(lambda: work(student, teacher), teacher)
 
         return run_whole(with_teacher, self.model_wrapped, self.accelerator)
+
+    def savings(self) -> Savings:
+        kind = "none" if self.adapter is None else self.method.teacher_adapter
+        teacher = self.accelerator.unwrap_model(self.teacher_model)
+        return Savings(
+            recompute_teacher=kind in ("prompt", "lora", "full") and not self.args.teacher_gradient_checkpointing,
+            lower_teacher=kind != "full" and all(each.dtype.itemsize >= 4 for each in teacher.parameters()),
+            lora_student=not isinstance(self.accelerator.unwrap_model(self.model), PeftModel),
+        )
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As `RunTrainer.evaluate`; the source of responses hears of the loss."""
@@ -322,10 +345,13 @@ class PromptKDTrainer(DistillTrainer):
 
 
 def _load_teacher(
-    teacher: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, args: DistillConfig
+    teacher: str | Path | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    args: DistillConfig,
+    method: Method,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     if not isinstance(teacher, str | Path):
         keep_backward(teacher)
         return teacher.eval(), tokenizer
-    loaded = load_model(teacher, trust_remote_code=args.trust_remote_code, **teacher_settings(args))
+    loaded = load_model(teacher, trust_remote_code=args.trust_remote_code, **teacher_settings(args, method))
     return loaded, tokenizer or load_tokenizer(teacher, trust_remote_code=args.trust_remote_code)

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -13,7 +12,18 @@ from promptkd.data.dataset import stop_ids_of
 from promptkd.data.encode import EncodedData, EncodedExample
 from promptkd.engine import unwrap_peft
 from promptkd.errors import RequestError
-from promptkd.training.config import ON_NAN, UNFILTERED, OnNan, common_checks, option
+from promptkd.training.config import (
+    BF16,
+    DECODED_ROWS,
+    ON_NAN,
+    UNFILTERED,
+    OnNan,
+    common_checks,
+    fill_in_precision,
+    fill_in_rows,
+    option,
+    use_one_gpu,
+)
 from promptkd.training.sharding import check_sharding
 from promptkd.training.shared import RunTrainer
 
@@ -31,20 +41,21 @@ class FinetuneConfig(SFTConfig):
     on_nan: OnNan = option("stop", ON_NAN)
     eval_temperature: float = option(1.0, "Temperature of validation's responses; 0 decodes greedily.")
     eval_seed: int = option(10, "Seed of validation's sampled responses.")
-    generation_batch_size: int = option(32, "Rows that are decoded at a time.")
+    generation_batch_size: int | None = option(None, DECODED_ROWS)
     max_length: int | None = option(None, "Unused: rows over max_prompt_length or max_completion_length are dropped.")
     logging_steps: float = option(1, "Optimiser steps between two logged lines.")
     gradient_checkpointing: bool = option(False, "Recompute activations in backward: less memory, more time.")
     logging_nan_inf_filter: bool = option(False, UNFILTERED)
-    bf16: bool | None = option(None, "bf16 mixed precision; by default where a GPU supports it. Weights stay float32.")
+    bf16: bool | None = option(None, BF16)
     ddp_find_unused_parameters: bool | None = option(
         False, "DDP: look for parameters that a step does not reach, as those of experts; costs time."
     )
 
     def __post_init__(self) -> None:
-        if self.bf16 is None:
-            self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        fill_in_precision(self)
         super().__post_init__()
+        fill_in_rows(self)
+        use_one_gpu(self)
         problems = [text for wrong, text in common_checks(self) if wrong]
         if self.overlong not in ("drop", "error"):
             problems.append(f"overlong must be drop or error, got {self.overlong!r}")
@@ -60,6 +71,7 @@ class FinetuneTrainer(RunTrainer, SFTTrainer):
     """`SFTTrainer` on encoded rows: the loss counts response tokens alone."""
 
     _tag_names = ("promptkd", "sft")
+    step_phase = "training"
 
     def __init__(
         self,
@@ -92,6 +104,11 @@ class FinetuneTrainer(RunTrainer, SFTTrainer):
             held = list(inputs["input_ids"][0].tensor_split(starts))
         tokens = {tuple(ids.tolist()) for ids in held}
         return [row.row for row in self._training if (*row.prompt_ids, *row.response_ids) in tokens]
+
+    def row_lengths(self, inputs: dict[str, Tensor]) -> list[int]:
+        """Padding counts: it is computed too."""
+        rows, width = inputs["input_ids"].shape
+        return [width] * rows
 
     def validation_rows(self) -> list[EncodedExample]:
         return self._validation

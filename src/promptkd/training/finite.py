@@ -10,7 +10,6 @@ import logging
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +17,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from promptkd.errors import PromptKDError, RequestError
-from promptkd.training.checkpoints import checkpoints_in
+from promptkd.training.checkpoints import told_last_checkpoint
 from promptkd.training.watch import Watching
 
 if TYPE_CHECKING:
@@ -183,11 +182,7 @@ class FiniteSteps(_Trainer):
         return text
 
     def _way_on(self) -> str:
-        written = list(checkpoints_in(Path(self.args.output_dir)).values())
-        kept = "No checkpoint was written yet."
-        if written:
-            kept = f"{written[-1]} stays as it was"
-            kept += "." if self.args.save_only_model else "; --resume goes on from it."
+        kept = told_last_checkpoint(self.args)
         skip = "" if self.args.on_nan == "skip" else ", or leave such steps out by --on_nan skip"
         return f"{kept} Look at these rows, the models and the learning rates{skip} (docs/warnings.md)."
 

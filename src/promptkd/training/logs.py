@@ -3,7 +3,6 @@
 import json
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from promptkd.training.phases import Phases
 
 __all__ = ["CostMeter", "MetricsFile", "ProgressBar", "quiet"]
 
@@ -96,33 +97,42 @@ class CostMeter(TrainerCallback):
 
     The seconds are those of the steps that led to the last one, checkpoints included. Validation is not among them, and
     neither are steps that an interruption lost and a resumed run did again. The memory is the process's peak by the end
-    of the last step, over all parts of the run.
-
-    Args:
-        peak_memory: the most bytes that this process has held so far.
+    of the last step or validation, over all parts of the run; by phase too.
     """
 
     _KEY = "promptkd_cost"
 
-    def __init__(self, peak_memory: Callable[[], int]):
-        self._peak_memory = peak_memory
+    def __init__(self, phases: Phases):
+        self._phases = phases
         self.seconds = 0.0
         self.peak_memory_bytes = 0
+        self.peak_memory_by_phase: dict[str, int] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         before = state.stateful_callbacks.get(self._KEY, {"seconds": 0.0, "peak_memory_bytes": 0})
         self.seconds, self.peak_memory_bytes = before["seconds"], before["peak_memory_bytes"]
+        self.peak_memory_by_phase = dict(before.get("peak_memory_by_phase", {}))  # older checkpoints have none
         self._since = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         now = time.perf_counter()
         self.seconds, self._since = self.seconds + now - self._since, now
-        self.peak_memory_bytes = max(self.peak_memory_bytes, self._peak_memory())
-        # transformers writes this mapping into every checkpoint and reads it back
-        state.stateful_callbacks[self._KEY] = {"seconds": self.seconds, "peak_memory_bytes": self.peak_memory_bytes}
+        self._keep(state)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._since = time.perf_counter()
+        self._keep(state)
+
+    def _keep(self, state: Any) -> None:
+        """Put the cost so far where transformers writes it into every checkpoint, and reads it back."""
+        self.peak_memory_bytes = max(self.peak_memory_bytes, self._phases.peak)
+        for name, size in self._phases.peaks.items():
+            self.peak_memory_by_phase[name] = max(self.peak_memory_by_phase.get(name, 0), size)
+        state.stateful_callbacks[self._KEY] = {
+            "seconds": self.seconds,
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "peak_memory_by_phase": dict(self.peak_memory_by_phase),
+        }
 
 
 def quiet(trainer: Any) -> None:

@@ -1,6 +1,5 @@
 """The first third of an optimiser step: rows in an order of their own, and responses for the whole window."""
 
-import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,8 @@ from promptkd.data.texts import encode_texts
 from promptkd.errors import RequestError
 from promptkd.evaluation.generation import generate
 from promptkd.responses import Sampler
-from promptkd.training.sharding import is_sharded, run_whole
+from promptkd.training.phases import Phases
+from promptkd.training.sharding import autocast, is_sharded, run_whole
 
 if TYPE_CHECKING:
     from trl import DistillationTrainer as _Trainer  # what this class is mixed into
@@ -36,8 +36,8 @@ class Rollouts(_Trainer):
     stop_ids: tuple[int, ...]
     vocabulary: int
     language_rows: list[list[int]]
-    _window: dict[str, float]
-    _seconds: dict[str, float]
+    _window: dict[str, Any]
+    phases: Phases
 
     def _get_train_sampler(self, dataset: Any = None) -> RepeatSampler:
         rows = self.train_dataset if dataset is None else dataset
@@ -58,11 +58,11 @@ class Rollouts(_Trainer):
         )
 
     def _generate_and_score_completions(self, inputs: list[EncodedExample]) -> dict[str, Any]:
-        started = time.perf_counter()
         together = self.accelerator.num_processes > 1 and (self.use_vllm or is_sharded(self.accelerator))
         sampler = Sampler(student=self._sample, mixed=self._sample_mixed, together=together)
-        responses = self.method.responses(inputs, sampler, self.state.global_step / self.state.max_steps)
-        self._seconds["rollout"] += time.perf_counter() - started
+        with self.phases("rollout"):
+            self.phases.works_on([len(row.prompt_ids) + self.max_completion_length for row in inputs])
+            responses = self.method.responses(inputs, sampler, self.state.global_step / self.state.max_steps)
         tokens = torch.tensor([len(each) for each in responses], device=self.accelerator.device)
         ended = [bool(each) and each[-1] in self.stop_ids for each in responses]
         self._window["rows"] += len(responses)
@@ -90,7 +90,7 @@ class Rollouts(_Trainer):
             return self._generate_single_turn(prompts, None, {})
 
         def sampled(student: nn.Module) -> list[list[int]]:
-            with self.accelerator.autocast():
+            with autocast(self.accelerator, self.args):
                 return generate(
                     student,
                     prompts,
@@ -106,6 +106,14 @@ class Rollouts(_Trainer):
                 )
 
         return run_whole(sampled, self.model_wrapped, self.accelerator)
+
+    def write_to_the_limit(self) -> None:
+        """Let every response that a model writes have `max_completion_length` tokens, as a trial of the cost needs."""
+        limit = self.max_completion_length
+        self.stop_ids = ()  # `generate` then stops at the limit alone
+        self.generation_config.min_new_tokens = limit  # of transformers' `generate`
+        if self.use_vllm:
+            self.vllm_generation.generation_kwargs |= {"min_tokens": limit}
 
     def _as_many_everywhere(self, prompts: list[list[int]]) -> list[list[int]]:
         """`prompts`, and the first one again until all processes have as many: TRL deals vLLM's answers out evenly."""

@@ -3,13 +3,18 @@
 Such a model runs only where all processes run it, equally often: each layer's weights are gathered from all of them. In
 a training step they do. Decoding does not, since rows end at different tokens on different processes, so the student,
 which is the small one, is gathered whole while it decodes or is measured. The teacher stays spread out.
+
+A teacher that was loaded with a `device_map` is another matter: one process runs it, its layers one after the other on
+the devices where they lie.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
-from accelerate.utils import fsdp2_prepare_model
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+from accelerate.utils import DynamoBackend, fsdp2_prepare_model
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from trl.distributed import DistributedBackend
@@ -19,8 +24,19 @@ from trl.models.utils import _ForwardRedirection
 from promptkd.engine import unwrap_peft
 from promptkd.errors import RequestError
 from promptkd.methods.method import Adapter
+from promptkd.precision import computing
 
-__all__ = ["check_sharding", "is_sharded", "place_teacher", "run_inside", "run_whole"]
+__all__ = [
+    "autocast",
+    "check_dispatched",
+    "check_sharding",
+    "is_dispatched",
+    "is_sharded",
+    "place_teacher",
+    "run_inside",
+    "run_whole",
+    "settle_dispatched",
+]
 
 T = TypeVar("T")
 
@@ -28,6 +44,63 @@ T = TypeVar("T")
 def is_sharded(accelerator: Any) -> bool:
     """Whether no process holds all weights of a model."""
     return accelerator.is_fsdp2 or DistributedBackend(accelerator).is_zero3
+
+
+def autocast(accelerator: Any, args: Any) -> AbstractContextManager[object]:
+    """What every model runs in, by the `bf16` of the training arguments.
+
+    Under DeepSpeed accelerate's own autocast does nothing, since the engine's student is in bfloat16 already; a teacher
+    need not be.
+    """
+    if accelerator.native_amp or not args.bf16:
+        return accelerator.autocast()
+    return computing(accelerator.device, torch.bfloat16)
+
+
+def is_dispatched(model: nn.Module) -> bool:
+    """Whether a `device_map` has put the model's layers on several devices."""
+    return len(set(_device_map(model).values())) > 1
+
+
+def _device_map(model: nn.Module) -> dict[str, Any]:
+    return vars(unwrap_peft(model)).get("hf_device_map", {})  # set by accelerate, where a map was given
+
+
+def check_dispatched(model: nn.Module, accelerator: Any, adapter: Adapter) -> None:
+    """Refuse a `device_map` with which the teacher could not be run, or not be trained as it should.
+
+    Raises:
+        RequestError: with everything that is wrong.
+    """
+    if not is_dispatched(model):
+        return
+    problems = []
+    if accelerator.num_processes > 1:
+        problems.append("the other processes need their GPUs; start one process, or shard the teacher by FSDP2")
+    if set(map(str, _device_map(model).values())) & {"cpu", "disk"}:
+        problems.append(
+            "no layer may stay on the CPU or the disk; give more GPUs, --teacher_dtype bfloat16 or "
+            "--teacher_quantization"
+        )
+    if adapter == "full":
+        problems.append("the whole teacher cannot be trained; train a soft prompt or LoRA weights")
+    if problems:
+        raise RequestError("Cannot use this teacher's device_map: " + "; ".join(problems) + ".")
+
+
+def settle_dispatched(teacher: nn.Module, device: torch.device) -> None:
+    """Have a teacher of several devices take and give tensors of `device`, the student's; its layers stay.
+
+    Embeddings and head come to `device`: the soft prompt stands beside the ones, and the other is read beside the
+    student's head. The backbone brings its last hidden state back, and the gradient goes the same way.
+    """
+    inner = unwrap_peft(teacher)
+    ends = (inner.get_input_embeddings(), inner.get_output_embeddings())
+    for each in ends:
+        remove_hook_from_module(each)
+    for each in ends:  # together: tied ones share their weight
+        add_hook_to_module(each.to(device), AlignDevicesHook(execution_device=device))
+    add_hook_to_module(inner.base_model, AlignDevicesHook(execution_device=device, io_same_device=True), append=True)
 
 
 def check_sharding(
@@ -45,6 +118,8 @@ def check_sharding(
         RequestError: naming everything that is wrong with the launch configuration.
     """
     backend, settings, problems = DistributedBackend(accelerator), accelerator.state, []
+    if settings.dynamo_plugin.backend != DynamoBackend.NO:
+        problems.append("a compiled model cannot be run in parts; leave dynamo out")
     if backend.fsdp_version == 1:
         problems.append("FSDP of version 1 does not shard the teacher; set fsdp_version: 2")
     if accelerator.is_fsdp2:
@@ -70,7 +145,12 @@ def check_sharding(
 
 
 def place_teacher(teacher: nn.Module, accelerator: Any) -> nn.Module:
-    """The frozen teacher on this process's device: sharded under FSDP2 and ZeRO-3, else whole."""
+    """The frozen teacher on this process's device: sharded under FSDP2 and ZeRO-3, else whole.
+
+    One that a `device_map` has put on several devices stays there.
+    """
+    if is_dispatched(teacher):
+        return teacher
     settings = accelerator.state
     if DistributedBackend(accelerator).is_zero3:
         return prepare_deepspeed(teacher, accelerator)

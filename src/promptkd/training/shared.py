@@ -1,12 +1,15 @@
-"""What distillation and fine-tuning share: validation, whole checkpoints, and the folder of the finished model."""
+"""What distillation and fine-tuning share: precision, validation, whole checkpoints, the finished model's folder."""
 
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from accelerate.utils import gather_object
-from torch import nn
+from peft import PeftModel
+from torch import Tensor, nn
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -17,12 +20,15 @@ from promptkd.results import RowResult
 from promptkd.training.checkpoints import staged_checkpoint, whole_folder
 from promptkd.training.finite import FiniteSteps
 from promptkd.training.manifest import damage
+from promptkd.training.out_of_memory import Savings, out_of_memory_told
+from promptkd.training.phases import Phases, UpdatePhase
 from promptkd.training.resuming import ExactResuming
-from promptkd.training.sharding import is_sharded, run_whole
+from promptkd.training.sharding import autocast, is_sharded, run_whole
 
 __all__ = ["RunTrainer"]
 
 T = TypeVar("T")
+_logger = logging.getLogger(__name__)
 
 
 class RunTrainer(FiniteSteps):
@@ -39,15 +45,46 @@ class RunTrainer(FiniteSteps):
     processing_class: Any
     stop_ids: tuple[int, ...]
     _staging: Path | None = None
+    step_phase = "student"
+    """What `phases` calls a forward and backward pass of the trained model."""
+    is_trial = False
+    """Whether this is a trial, which writes no checkpoint and cannot be resumed."""
     _tr_loss: Any
     _globalstep_last_logged: int
     _metrics: Any
     _total_train_tokens: int
+    notes: list[str]
+    """What a reader of the run's figures must know of where and in which precision it computes."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self.notes = _notes(self.args, raise_to_float32(self.model))
+        for note in self.notes[1:]:
+            _logger.warning(note)
         self._resuming = ExactResuming(self)
         self.add_callback(self._resuming)
+        self.phases = Phases(self.accelerator.device)
+        self.add_callback(UpdatePhase(self.phases))
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'. Raises `PromptKDError` with one message where memory runs out."""
+        self.phases.restart()
+        with out_of_memory_told(self):
+            return super().train(*args, **kwargs)
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        # The last micro-batch of an optimizer step waits for the device, and so for the work of those before it.
+        with self.phases(self.step_phase, synchronize=self.accelerator.sync_gradients):
+            self.phases.works_on(self.row_lengths(inputs))
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    def row_lengths(self, inputs: Any) -> Sequence[int]:
+        """Tokens of each row in `training_step`'s inputs, found without waiting for the device; () if unknown."""
+        return ()
+
+    def savings(self) -> Savings:
+        """Which settings of the models would still save memory, for the message where it runs out."""
+        return Savings()
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -67,7 +104,7 @@ class RunTrainer(FiniteSteps):
             index, count = 0, 1  # a sharded teacher runs on all processes together, so each measures all rows
 
         def measured(model: nn.Module, teacher: nn.Module | None) -> list[RowResult]:
-            with self.accelerator.autocast():
+            with autocast(self.accelerator, self.args):
                 return measure_rows(
                     model,
                     self.processing_class,
@@ -78,7 +115,8 @@ class RunTrainer(FiniteSteps):
                     batch_size=self.args.per_device_eval_batch_size,
                 )
 
-        scored = self.on_models(measured)
+        with out_of_memory_told(self), self.phases("validation"):
+            scored = self.on_models(measured)
         scored = gather_object(scored) if count > 1 else scored
         metrics = {f"{metric_key_prefix}_{name}": metric.value for name, metric in summarize(scored).items()}
         metrics[f"{metric_key_prefix}_seconds"] = time.perf_counter() - started
@@ -161,3 +199,38 @@ class RunTrainer(FiniteSteps):
             self.save_model(str(partial), _internal_call=True)
             if self.args.should_save:
                 (partial / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle has no place beside a model
+
+
+def raise_to_float32(model: nn.Module) -> torch.dtype | None:
+    """Make the trained weights float32; return the lower precision that they had, None if they had none.
+
+    The weights that stand beside them go with them, but not those below an adapter of PEFT.
+    """
+    low = [each for each in model.parameters() if each.requires_grad and each.dtype.itemsize < 4]
+    if not low:
+        return None
+    before = low[0].dtype
+    if isinstance(model, PeftModel):
+        for each in low:
+            each.data = each.data.float()
+    else:
+        model.float()
+    return before
+
+
+def _notes(args: Any, raised_from: torch.dtype | None) -> list[str]:
+    """Sentences on the precision, on weights that were raised, and on GPUs that are not used."""
+    computes = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
+    notes = [f"Computed in {computes}, with trained weights in float32, on {args.device.type}."]
+    if raised_from is not None:
+        notes.append(
+            f"The weights to train came in {str(raised_from).removeprefix('torch.')} and were raised to float32: lower "
+            "precision loses small updates."
+        )
+    visible = torch.cuda.device_count() if args.device.type == "cuda" and args.world_size == 1 else 1
+    if visible > 1:
+        notes.append(
+            f"{visible} GPUs are visible and one is trained on. To train on all: accelerate launch --num_processes "
+            f"{visible} -m promptkd, and the same arguments."
+        )
+    return notes

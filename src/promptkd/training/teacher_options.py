@@ -11,11 +11,12 @@ from transformers import BitsAndBytesConfig
 from promptkd.engine.recompute import recomputable_layers
 from promptkd.errors import RequestError
 from promptkd.methods import Method
+from promptkd.precision import teacher_precision
 
 __all__ = ["check_teacher_options", "teacher_settings"]
 
 
-def teacher_settings(args: Any) -> dict[str, Any]:
+def teacher_settings(args: Any, method: Method) -> dict[str, Any]:
     """Arguments of `load_model` for the teacher of a `DistillConfig`.
 
     Raises:
@@ -25,7 +26,8 @@ def teacher_settings(args: Any) -> dict[str, Any]:
     for name, flag in (("dtype", "teacher_dtype"), ("torch_dtype", "teacher_dtype")):
         if name in given:
             raise RequestError(f"teacher_model_init_kwargs holds {name}: {given[name]}. Give it as --{flag} instead.")
-    settings = {"dtype": args.teacher_dtype, "revision": args.teacher_model_revision, **given}
+    dtype = teacher_precision(args.teacher_dtype, args.device, trained=method.teacher_adapter == "full")
+    settings = {"dtype": dtype, "revision": args.teacher_model_revision, **given}
     if args.teacher_quantization is None:
         return settings
     if "quantization_config" in given:
@@ -35,7 +37,7 @@ def teacher_settings(args: Any) -> dict[str, Any]:
             f"--teacher_quantization {args.teacher_quantization} needs the package bitsandbytes, which is not "
             "installed: pip install bitsandbytes. Without it, --teacher_dtype bfloat16 halves the teacher's weights."
         )
-    settings["quantization_config"] = _bitsandbytes(args.teacher_quantization, args.teacher_dtype)
+    settings["quantization_config"] = _bitsandbytes(args.teacher_quantization, dtype)
     # bitsandbytes quantises a weight where it comes to stand, and does not move it later
     return {"device_map": {"": args.device}, **settings}
 

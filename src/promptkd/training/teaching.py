@@ -2,7 +2,6 @@
 
 import copy
 import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,8 @@ from promptkd.models import SoftPrompt
 from promptkd.models.adapters import FullTeacher, LoraTeacher, OnlineTeacher, SoftPromptAdapter, TeacherAdapter
 from promptkd.objectives import regularizer_weight
 from promptkd.training.checkpoints import whole_folder
-from promptkd.training.sharding import is_sharded
+from promptkd.training.phases import Phases
+from promptkd.training.sharding import autocast, is_dispatched, is_sharded
 from promptkd.training.teacher_options import check_teacher_options
 
 if TYPE_CHECKING:
@@ -50,8 +50,8 @@ class TeacherTuning(_Trainer):
     _token_batch: Any
     _teacher_numbers: int
     _stale_hidden: dict[int, Tensor]
-    _window: dict[str, float]
-    _seconds: dict[str, float]
+    _window: dict[str, Any]
+    phases: Phases
     _before_step: tuple[dict[str, Tensor], dict[str, Any]] | None
 
     def _make_adapter(
@@ -60,7 +60,7 @@ class TeacherTuning(_Trainer):
         """The adapter that the method asks for, and the teacher to use with it."""
         args, kind = self.args, self.method.teacher_adapter
         check_teacher_options(args, self.method, teacher)
-        if not is_sharded(self.accelerator):  # a sharded one goes there part by part
+        if not (is_sharded(self.accelerator) or is_dispatched(teacher)):  # a sharded one goes there part by part
             teacher = teacher.to(self.accelerator.device)
         if kind == "none" or (kind == "prompt" and args.prompt_length == 0):
             return None, teacher
@@ -105,7 +105,6 @@ class TeacherTuning(_Trainer):
         """
         assert self.adapter is not None
         assert self.adapter_optimizer is not None
-        started = time.perf_counter()
         online = self.method.teacher_adapter == "online"  # whose loss has no regulariser
         weight = 0.0 if online else self._regularizer_weight()
         # at λ = 0 the plain teacher only tells how far the adapted one has gone from it
@@ -114,7 +113,8 @@ class TeacherTuning(_Trainer):
         pair = self._pair(student)
         batches = [self._token_batch(each) for each in self._buffered_inputs]
         for index, batch in enumerate(batches):
-            with self.accelerator.autocast(), torch.no_grad():
+            self.phases.works_on(batch.lengths)
+            with autocast(self.accelerator, self.args), torch.no_grad():
                 target = _without_dropout(student, batch)
                 plain = self._plain_hidden(batch) if reads_plain else None
             parts = self._parts(batch)
@@ -122,12 +122,12 @@ class TeacherTuning(_Trainer):
             plains = [None] * len(parts) if plain is None else plain.split(counts)
             read = []
             for part, span, away_from in zip(parts, target.split(counts), plains, strict=True):
-                with self.accelerator.autocast():
+                with autocast(self.accelerator, self.args):
                     adapted = self._hidden_with_graph(part)
                     loss = self._adapter_loss(pair, part, adapted, span, away_from, weight)
-                self._window["prompt_kl"] += float(loss.figures.get("to_student", 0.0))
+                self._window["prompt_kl"] += loss.figures["to_student"].double()
                 if reads_plain:
-                    self._window["prompt_regularizer"] += float(loss.figures.get("to_plain", 0.0))
+                    self._window["prompt_regularizer"] += loss.figures["to_plain"].double()
                 self.note("prompt loss", loss.total, index)
                 (loss.total * scale / tokens).backward()
                 read.append(adapted.detach())
@@ -136,7 +136,6 @@ class TeacherTuning(_Trainer):
         if not online:
             self._window["lambda"] = weight
         self._step_adapter(scale)
-        self._seconds["prompt"] += time.perf_counter() - started
 
     def _parts(self, batch: TokenBatch) -> list[TokenBatch]:
         """A micro-batch in the pieces in which the adapted teacher reads it, each with a backward of its own.

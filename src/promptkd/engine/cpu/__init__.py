@@ -17,5 +17,6 @@ ENGINE = Engine(
     decoders=(CpuDecoder(fused=True), CpuDecoder(fused=False), CacheDecoder()),
     head=CpuHeadProducts(),
     check_every=1,
+    decode_rows=32,
     pass_tokens=1536,
 )

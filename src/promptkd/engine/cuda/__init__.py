@@ -18,5 +18,6 @@ ENGINE = Engine(
     decoders=(CudaDecoder(_PACKED, _HEAD, fused=True), CudaDecoder(_PACKED, _HEAD, fused=False), CacheDecoder()),
     head=_HEAD,
     check_every=16,
+    decode_rows=128,
     pass_tokens=8192,
 )

@@ -63,11 +63,11 @@ class CudaDecoder(Decoder):
     def opened(self, model: PreTrainedModel, rows: int, vocabulary: int | None) -> Iterator[SessionFactory]:
         store = self._store(model)
         store.refill(model)
-        project = self._projection(model, vocabulary)
+        project, address = self._projection(model, vocabulary)
 
         @contextmanager
         def session(max_new_tokens: int) -> Iterator[DecodeSession]:
-            yield _CudaSession(model, max_new_tokens, self._packed, store, project, vocabulary)
+            yield _CudaSession(model, max_new_tokens, self._packed, store, project, (vocabulary, address))
 
         yield session
 
@@ -77,12 +77,13 @@ class CudaDecoder(Decoder):
             known = self._stores[model] = _Store(model, fused=self.fused)
         return known
 
-    def _projection(self, model: PreTrainedModel, vocabulary: int | None) -> Callable[[Tensor], Tensor]:
-        """Hidden states (R, H) to logits (R, V) in float32, from weights at an address that stays."""
+    def _projection(self, model: PreTrainedModel, vocabulary: int | None) -> tuple[Callable[[Tensor], Tensor], int]:
+        """Hidden states (R, H) to logits (R, V) in float32, and the address of the weights that they are read from."""
         head = linear_head(model)
         if head is None:
-            return lambda hidden: head_logits(model, hidden, vocabulary=vocabulary)
-        return self._head.projection(head.of(vocabulary), compute_dtype(model)).logits
+            return lambda hidden: head_logits(model, hidden, vocabulary=vocabulary), 0
+        projection = self._head.projection(head.of(vocabulary), compute_dtype(model))
+        return projection.logits, projection.weight.data_ptr()
 
 
 def _signature(model: PreTrainedModel) -> tuple[Any, ...]:
@@ -199,7 +200,7 @@ class _CudaSession(RowSession):
     Args: see `RowSession`.
         max_new_tokens: how many tokens may follow a prompt.
         store: where weights, keys and values stand.
-        vocabulary: of `project`, for the graphs that hold it.
+        head: what tells apart the projections that graphs hold.
     """
 
     def __init__(
@@ -209,10 +210,10 @@ class _CudaSession(RowSession):
         packed: PackedScorer,
         store: _Store,
         project: Callable[[Tensor], Tensor],
-        vocabulary: int | None,
+        head: tuple[int | None, int],
     ):
         super().__init__(model, packed, store.backbone, project)
-        self.max_new_tokens, self.memory, self.vocabulary = max_new_tokens, store, vocabulary
+        self.max_new_tokens, self.memory, self.head = max_new_tokens, store, head
         self.count = self.width = 0
         """Rows, and columns that are filled."""
         self._places: tuple[Tensor, Tensor] | None = None  # the row and the column of every token of the pack
@@ -251,7 +252,7 @@ class _CudaSession(RowSession):
         self.width += 1
         memory.tokens[: self.count].copy_(tokens)
         rows, span = _row_bucket(self.count), min(_rounded_up(self.width, _SPAN), memory.columns)
-        logits = memory.graphs.run((rows, span, self.vocabulary), memory.device, lambda: self._step(rows, span))
+        logits = memory.graphs.run((rows, span, self.head), memory.device, lambda: self._step(rows, span))
         memory.positions.add_(1)
         memory.column.add_(1)
         return logits[: self.count]

@@ -22,10 +22,9 @@ class CudaHeadProducts(HeadProducts):
     def __init__(self) -> None:
         self._casts = WeakIdKeyDictionary()  # from a weight to its `_Cast`
 
-    @property
-    def kernels(self) -> Kernels:  # type: ignore[override]
-        """Fused ones where Triton is installed."""
-        if find_spec("triton") is None:
+    def kernels(self, dtype: torch.dtype) -> Kernels:
+        """Fused ones for float32 where Triton is installed."""
+        if dtype != torch.float32 or find_spec("triton") is None:
             return PLAIN_KERNELS
         from promptkd.engine.cuda.kernels import KERNELS
 

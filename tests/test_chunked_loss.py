@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from promptkd.engine import Head, chunked_cross_entropy, chunked_objective, chunked_prompt_loss
 from promptkd.objectives import (
     adaptive_kl,
     forward_kl,
@@ -19,7 +20,6 @@ from promptkd.objectives import (
     skew_reverse_kl,
     total_variation,
 )
-from promptkd.engine.chunked_loss import Head, chunked_cross_entropy, chunked_objective, chunked_prompt_loss
 
 TOKENS, STUDENT, TEACHER, WORDS = 13, 5, 7, 29
 OBJECTIVES = {
@@ -39,14 +39,23 @@ HEADS = {
 }
 
 
-def random(*shape, seed):
+def random(*shape, seed, device="cpu"):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, dtype=torch.float64, generator=generator)
+    return torch.randn(*shape, dtype=torch.float64, generator=generator).to(device)
 
 
-def head(width, seed, *, words=WORDS, bias=False, scale=1.0, softcap=None, trained=False):
-    weight = random(words, width, seed=seed)
-    offset = random(words, seed=seed + 1) if bias else None
+def logits(head, hidden):
+    """softcap · tanh(scale · (W h + b) / softcap), in the precision that all of it has, by autograd."""
+    products = hidden @ head.weight[: head.vocabulary].T
+    if head.bias is not None:
+        products = products + head.bias[: head.vocabulary]
+    scaled = head.scale * products
+    return scaled if head.softcap is None else head.softcap * torch.tanh(scaled / head.softcap)
+
+
+def head(width, seed, *, words=WORDS, bias=False, scale=1.0, softcap=None, trained=False, device="cpu"):
+    weight = random(words, width, seed=seed, device=device)
+    offset = random(words, seed=seed + 1, device=device) if bias else None
     for each in (weight, offset):
         if each is not None and trained:
             each.requires_grad_()
@@ -59,13 +68,13 @@ def gradients(total, *tensors):
 
 @pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_value_and_gradients_equal_the_plain_objective(name, kind):
+def test_value_and_gradients_equal_the_plain_objective(name, kind, device):
     objective = OBJECTIVES[name]
-    hidden = random(TOKENS, STUDENT, seed=0).requires_grad_()
-    teacher_hidden = random(TOKENS, TEACHER, seed=1)
-    student_head = head(STUDENT, 2, trained=True, **HEADS[kind])
-    teacher_head = head(TEACHER, 4, **HEADS[kind])
-    plain = objective(student_head.logits(hidden), teacher_head.logits(teacher_hidden)).sum()
+    hidden = random(TOKENS, STUDENT, seed=0, device=device).requires_grad_()
+    teacher_hidden = random(TOKENS, TEACHER, seed=1, device=device)
+    student_head = head(STUDENT, 2, trained=True, **HEADS[kind], device=device)
+    teacher_head = head(TEACHER, 4, **HEADS[kind], device=device)
+    plain = objective(logits(student_head, hidden), logits(teacher_head, teacher_hidden)).sum()
     chunked = chunked_objective(objective, hidden, student_head, teacher_hidden, teacher_head, chunk=4)
     torch.testing.assert_close(chunked.total, plain, rtol=1e-12, atol=0)
     scaled = [total * 0.37 for total in (chunked.total, plain)]  # as the division by the tokens does
@@ -78,15 +87,18 @@ def test_value_and_gradients_equal_the_plain_objective(name, kind):
 @pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize(("student_direction", "plain_direction"), [("reverse", "reverse"), ("forward", "reverse")])
 @pytest.mark.parametrize("weight", [0.0, 0.6])
-def test_the_prompt_loss_equals_the_plain_one(weight, student_direction, plain_direction, kind):
-    prompted = random(TOKENS, TEACHER, seed=0).requires_grad_()
-    plain_hidden, student_hidden = random(TOKENS, TEACHER, seed=1), random(TOKENS, STUDENT, seed=2)
-    teacher_head, student_head = head(TEACHER, 3, **HEADS[kind]), head(STUDENT, 5)
+def test_the_prompt_loss_equals_the_plain_one(weight, student_direction, plain_direction, kind, device):
+    prompted = random(TOKENS, TEACHER, seed=0, device=device).requires_grad_()
+    plain_hidden, student_hidden = (
+        random(TOKENS, TEACHER, seed=1, device=device),
+        random(TOKENS, STUDENT, seed=2, device=device),
+    )
+    teacher_head, student_head = head(TEACHER, 3, **HEADS[kind], device=device), head(STUDENT, 5, device=device)
     directions = {"student_direction": student_direction, "plain_direction": plain_direction}
     plain = prompt_loss(
-        teacher_head.logits(prompted),
-        student_head.logits(student_hidden),
-        teacher_head.logits(plain_hidden),
+        logits(teacher_head, prompted),
+        logits(student_head, student_hidden),
+        logits(teacher_head, plain_hidden),
         weight=weight,
         **directions,
     ).sum()
@@ -108,9 +120,9 @@ def test_the_prompt_loss_equals_the_plain_one(weight, student_direction, plain_d
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
-def test_equal_models_give_exactly_zero():
-    hidden = random(TOKENS, STUDENT, seed=0).requires_grad_()
-    same = head(STUDENT, 1, trained=True)
+def test_equal_models_give_exactly_zero(device):
+    hidden = random(TOKENS, STUDENT, seed=0, device=device).requires_grad_()
+    same = head(STUDENT, 1, trained=True, device=device)
     for objective in (forward_kl, reverse_kl):
         loss = chunked_objective(objective, hidden, same, hidden.detach(), same, chunk=4)
         assert float(loss.total.detach()) == 0
@@ -118,13 +130,13 @@ def test_equal_models_give_exactly_zero():
         assert float(gradient.abs().max()) < 1e-12
 
 
-def test_padded_heads_are_sliced_and_their_columns_get_no_gradient():
-    hidden = random(TOKENS, STUDENT, seed=0).requires_grad_()
-    teacher_hidden = random(TOKENS, TEACHER, seed=1)
-    wide = head(STUDENT, 2, words=WORDS + 6, bias=True, trained=True)
+def test_padded_heads_are_sliced_and_their_columns_get_no_gradient(device):
+    hidden = random(TOKENS, STUDENT, seed=0, device=device).requires_grad_()
+    teacher_hidden = random(TOKENS, TEACHER, seed=1, device=device)
+    wide = head(STUDENT, 2, words=WORDS + 6, bias=True, trained=True, device=device)
     narrow = Head(wide.weight[:WORDS].detach(), wide.bias[:WORDS].detach())
-    teacher_head = head(TEACHER, 4)
-    ours = chunked_objective(reverse_kl, hidden, wide.sliced(WORDS), teacher_hidden, teacher_head, chunk=4)
+    teacher_head = head(TEACHER, 4, device=device)
+    ours = chunked_objective(reverse_kl, hidden, wide.of(WORDS), teacher_hidden, teacher_head, chunk=4)
     theirs = chunked_objective(reverse_kl, hidden, narrow, teacher_hidden, teacher_head, chunk=4)
     assert torch.equal(ours.total, theirs.total)
     (gradient,) = gradients(ours.total, wide.weight)
@@ -133,20 +145,29 @@ def test_padded_heads_are_sliced_and_their_columns_get_no_gradient():
     assert float(gradient[:WORDS].abs().max()) > 0
 
 
-def test_entropy_is_the_students():
-    hidden, teacher_hidden = random(TOKENS, STUDENT, seed=0), random(TOKENS, TEACHER, seed=1)
-    student_head, teacher_head = head(STUDENT, 2), head(TEACHER, 4)
-    q = student_head.logits(hidden).softmax(-1)
+def test_entropy_is_the_students(device):
+    hidden, teacher_hidden = (
+        random(TOKENS, STUDENT, seed=0, device=device),
+        random(TOKENS, TEACHER, seed=1, device=device),
+    )
+    student_head, teacher_head = head(STUDENT, 2, device=device), head(TEACHER, 4, device=device)
+    q = logits(student_head, hidden).softmax(-1)
     expected = -(q * q.log()).sum()
     for objective in OBJECTIVES.values():
         loss = chunked_objective(objective, hidden, student_head, teacher_hidden, teacher_head, chunk=5)
         torch.testing.assert_close(loss.figures["entropy"], expected, rtol=1e-12, atol=0)
 
 
-def test_no_tokens_give_zero_and_a_graph():
-    hidden = torch.empty(0, STUDENT, dtype=torch.float64, requires_grad=True)
-    student_head = head(STUDENT, 2, trained=True)
-    loss = chunked_objective(reverse_kl, hidden, student_head, torch.empty(0, TEACHER).double(), head(TEACHER, 4))
+def test_no_tokens_give_zero_and_a_graph(device):
+    hidden = torch.empty(0, STUDENT, dtype=torch.float64, device=device, requires_grad=True)
+    student_head = head(STUDENT, 2, trained=True, device=device)
+    loss = chunked_objective(
+        reverse_kl,
+        hidden,
+        student_head,
+        torch.empty(0, TEACHER, dtype=torch.float64, device=device),
+        head(TEACHER, 4, device=device),
+    )
     assert float(loss.total.detach()) == 0
     loss.total.backward()
     assert float(student_head.weight.grad.abs().max()) == 0
@@ -190,13 +211,15 @@ def shapes(draw) -> Shape:
     )
 
 
-def heads_of(shape: Shape, seed: int) -> tuple[Head, Head]:
+def heads_of(shape: Shape, seed: int, device: torch.device) -> tuple[Head, Head]:
     """A learner's head as wide as its padding asks, trained, and the target's."""
     made = []
     for index, (width, kind, absent) in enumerate(zip(shape.widths, shape.heads, shape.absent, strict=True)):
         words = shape.words + (shape.padding if index == 0 else 0)
-        each = head(width, seed + 10 * index, words=words, **kind)
-        bias = each.bias if each.bias is not None or not absent else torch.zeros(words, dtype=torch.float64)
+        each = head(width, seed + 10 * index, words=words, device=device, **kind)
+        bias = (
+            each.bias if each.bias is not None or not absent else torch.zeros(words, dtype=torch.float64, device=device)
+        )
         if bias is not None:
             bias[sorted(absent)] = -math.inf
         if index == 0:
@@ -218,19 +241,19 @@ ANY_OBJECTIVE = st.sampled_from([forward_kl, reverse_kl, total_variation]) | st.
 
 @settings(deadline=None)
 @given(objective=ANY_OBJECTIVE, shape=shapes(), seed=st.integers(0, 999))
-def test_any_objective_at_any_shape_equals_the_plain_one(objective, shape, seed):
-    hidden = random(shape.tokens, shape.widths[0], seed=seed).requires_grad_()
-    target_hidden = random(shape.tokens, shape.widths[1], seed=seed + 1)
-    wide, target = heads_of(shape, seed + 2)
-    learner = wide.sliced(shape.words)
-    logits, target_logits = learner.logits(hidden), target.logits(target_hidden)
-    plain = objective(logits, target_logits).sum()
+def test_any_objective_at_any_shape_equals_the_plain_one(objective, shape, seed, device):
+    hidden = random(shape.tokens, shape.widths[0], seed=seed, device=device).requires_grad_()
+    target_hidden = random(shape.tokens, shape.widths[1], seed=seed + 1, device=device)
+    wide, target = heads_of(shape, seed + 2, device)
+    learner = wide.of(shape.words)
+    student, teacher = logits(learner, hidden), logits(target, target_hidden)
+    plain = objective(student, teacher).sum()
     chunked = chunked_objective(objective, hidden, learner, target_hidden, target, chunk=shape.chunk)
     torch.testing.assert_close(chunked.total, plain, rtol=1e-10, atol=1e-12)
     same_gradients(0.37 * chunked.total, 0.37 * plain, hidden, wide.weight, wide.bias)
     if shape.tokens:
-        both = (logits + target_logits).detach() > -math.inf
-        log_q = logits.detach().masked_fill(~both, -math.inf).log_softmax(-1)
+        both = (student + teacher).detach() > -math.inf
+        log_q = student.detach().masked_fill(~both, -math.inf).log_softmax(-1)
         entropy = -torch.where(both, log_q.exp() * log_q, 0.0).sum()
         torch.testing.assert_close(chunked.figures["entropy"], entropy, rtol=1e-10, atol=1e-12)
 
@@ -242,18 +265,18 @@ def test_any_objective_at_any_shape_equals_the_plain_one(objective, shape, seed)
     weight=st.sampled_from([0.0, 1.0]) | st.floats(0, 3),
     directions=st.tuples(*[st.sampled_from(["reverse", "forward"])] * 2),
 )
-def test_the_prompt_loss_at_any_shape_equals_the_plain_one(shape, seed, weight, directions):
+def test_the_prompt_loss_at_any_shape_equals_the_plain_one(shape, seed, weight, directions, device):
     """The prompted and the plain teacher share a head, whose padding and absent columns are the learner's."""
-    prompted = random(shape.tokens, shape.widths[0], seed=seed).requires_grad_()
-    plain_hidden = random(shape.tokens, shape.widths[0], seed=seed + 1)
-    student_hidden = random(shape.tokens, shape.widths[1], seed=seed + 2)
-    wide, student_head = heads_of(shape, seed + 3)
-    teacher_head = wide.sliced(shape.words)
+    prompted = random(shape.tokens, shape.widths[0], seed=seed, device=device).requires_grad_()
+    plain_hidden = random(shape.tokens, shape.widths[0], seed=seed + 1, device=device)
+    student_hidden = random(shape.tokens, shape.widths[1], seed=seed + 2, device=device)
+    wide, student_head = heads_of(shape, seed + 3, device)
+    teacher_head = wide.of(shape.words)
     named = dict(zip(("student_direction", "plain_direction"), directions, strict=True))
     plain = prompt_loss(
-        teacher_head.logits(prompted),
-        student_head.logits(student_hidden),
-        teacher_head.logits(plain_hidden),
+        logits(teacher_head, prompted),
+        logits(student_head, student_hidden),
+        logits(teacher_head, plain_hidden),
         weight=weight,
         **named,
     ).sum()
@@ -265,19 +288,19 @@ def test_the_prompt_loss_at_any_shape_equals_the_plain_one(shape, seed, weight, 
 
 @settings(deadline=None, max_examples=60)
 @given(shape=shapes(), seed=st.integers(0, 999))
-def test_the_cross_entropy_at_any_shape_equals_the_plain_one(shape, seed):
-    hidden = random(shape.tokens, shape.widths[0], seed=seed).requires_grad_()
-    wide, _ = heads_of(shape, seed + 1)
-    learner = wide.sliced(shape.words)
+def test_the_cross_entropy_at_any_shape_equals_the_plain_one(shape, seed, device):
+    hidden = random(shape.tokens, shape.widths[0], seed=seed, device=device).requires_grad_()
+    wide, _ = heads_of(shape, seed + 1, device)
+    learner = wide.of(shape.words)
     there = [each for each in range(shape.words) if each not in shape.absent[0]]
-    labels = torch.tensor([there[each % len(there)] for each in range(shape.tokens)], dtype=torch.long)
-    logits = learner.logits(hidden)
-    plain = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+    labels = torch.tensor([there[each % len(there)] for each in range(shape.tokens)], dtype=torch.long, device=device)
+    student = logits(learner, hidden)
+    plain = torch.nn.functional.cross_entropy(student, labels, reduction="sum")
     chunked = chunked_cross_entropy(hidden, learner, labels, chunk=shape.chunk)
     torch.testing.assert_close(chunked.total, plain, rtol=1e-10, atol=1e-12)
     same_gradients(0.37 * chunked.total, 0.37 * plain, hidden, wide.weight, wide.bias)
     if shape.tokens:
-        log_q = logits.detach().log_softmax(-1)
+        log_q = student.detach().log_softmax(-1)
         entropy = -torch.where(log_q == -math.inf, 0.0, log_q.exp() * log_q).sum()
         torch.testing.assert_close(chunked.figures["entropy"], entropy, rtol=1e-10, atol=1e-12)
 
@@ -290,11 +313,11 @@ def same_gradients(ours, theirs, *tensors):
 
 @pytest.mark.parametrize("kind", ["plain", "softcap"])
 @pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "adaptive_kl"])
-def test_gradients_equal_finite_differences(name, kind):
+def test_gradients_equal_finite_differences(name, kind, device):
     """Not of the adaptive KL, whose weights are constants for its gradient alone: it is held to the plain one above."""
-    hidden, target_hidden = random(3, 2, seed=0).requires_grad_(), random(3, 4, seed=1)
-    learner = head(2, 2, words=5, trained=True, **HEADS[kind])
-    target = head(4, 4, words=5, **HEADS[kind])
+    hidden, target_hidden = random(3, 2, seed=0, device=device).requires_grad_(), random(3, 4, seed=1, device=device)
+    learner = head(2, 2, words=5, trained=True, **HEADS[kind], device=device)
+    target = head(4, 4, words=5, **HEADS[kind], device=device)
     rest = [each for each in (learner.weight, learner.bias) if each is not None]
 
     def total(hidden, weight, bias=None):
@@ -306,9 +329,12 @@ def test_gradients_equal_finite_differences(name, kind):
 
 @pytest.mark.parametrize("student_direction", ["reverse", "forward"])
 @pytest.mark.parametrize("plain_direction", ["reverse", "forward"])
-def test_the_prompts_gradient_equals_finite_differences(student_direction, plain_direction):
-    teacher_head, student_head = head(4, 3, words=5, **HEADS["softcap"]), head(2, 5, words=5)
-    plain_hidden, student_hidden = random(3, 4, seed=1), random(3, 2, seed=2)
+def test_the_prompts_gradient_equals_finite_differences(student_direction, plain_direction, device):
+    teacher_head, student_head = (
+        head(4, 3, words=5, **HEADS["softcap"], device=device),
+        head(2, 5, words=5, device=device),
+    )
+    plain_hidden, student_hidden = random(3, 4, seed=1, device=device), random(3, 2, seed=2, device=device)
 
     def total(prompted):
         return chunked_prompt_loss(
@@ -319,23 +345,24 @@ def test_the_prompts_gradient_equals_finite_differences(student_direction, plain
             chunk=2,
         ).total
 
-    assert torch.autograd.gradcheck(total, (random(3, 4, seed=0).requires_grad_(),), fast_mode=True)
+    assert torch.autograd.gradcheck(total, (random(3, 4, seed=0, device=device).requires_grad_(),), fast_mode=True)
 
 
-def extreme(dtype):
+def extreme(dtype, device):
     """Logits of ±80 as the states of heads that pass them on; the teacher's last column is padding."""
-    student = torch.tensor([[80.0, -80, 0, 1], [-80, 80, 0, 1], [80, 80, -80, -80], [0, 0, 0, 0]], dtype=dtype)
-    teacher = torch.tensor([[-80.0, 80, 0, 1], [-80, 80, 0, 1], [-80, 80, 80, -80], [80, -80, -80, 80]], dtype=dtype)
-    weight = torch.eye(4, dtype=dtype)
-    padded = torch.tensor([0.0, 0.0, 0.0, -math.inf], dtype=dtype)
-    return student, Head(weight.clone(), torch.zeros(4, dtype=dtype)), teacher, Head(weight.clone(), padded)
+    like = {"dtype": dtype, "device": device}
+    student = torch.tensor([[80.0, -80, 0, 1], [-80, 80, 0, 1], [80, 80, -80, -80], [0, 0, 0, 0]], **like)
+    teacher = torch.tensor([[-80.0, 80, 0, 1], [-80, 80, 0, 1], [-80, 80, 80, -80], [80, -80, -80, 80]], **like)
+    weight = torch.eye(4, **like)
+    padded = torch.tensor([0.0, 0.0, 0.0, -math.inf], **like)
+    return student, Head(weight.clone(), torch.zeros(4, **like)), teacher, Head(weight.clone(), padded)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("chunk", [1, 3, 8])
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_extreme_logits_and_a_padded_teacher_stay_finite_and_right(name, chunk, dtype):
-    student, student_head, teacher, teacher_head = extreme(dtype)
+def test_extreme_logits_and_a_padded_teacher_stay_finite_and_right(name, chunk, dtype, device):
+    student, student_head, teacher, teacher_head = extreme(dtype, device)
     student.requires_grad_()
     trained = (student, student_head.weight.requires_grad_(), student_head.bias.requires_grad_())
     loss = chunked_objective(OBJECTIVES[name], student, student_head, teacher, teacher_head, chunk=chunk)
@@ -349,8 +376,8 @@ def test_extreme_logits_and_a_padded_teacher_stay_finite_and_right(name, chunk, 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("student_direction", ["reverse", "forward"])
 @pytest.mark.parametrize("plain_direction", ["reverse", "forward"])
-def test_the_prompt_loss_of_extreme_logits_stays_finite_and_right(student_direction, plain_direction, dtype):
-    student, student_head, prompted, teacher_head = extreme(dtype)
+def test_the_prompt_loss_of_extreme_logits_stays_finite_and_right(student_direction, plain_direction, dtype, device):
+    student, student_head, prompted, teacher_head = extreme(dtype, device)
     prompted.requires_grad_()
     plain_hidden = prompted.detach().flip(0)
     directions = {"student_direction": student_direction, "plain_direction": plain_direction}
@@ -365,11 +392,14 @@ def test_the_prompt_loss_of_extreme_logits_stays_finite_and_right(student_direct
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_float32_is_within_1e_5_of_float64(name):
+def test_float32_is_within_1e_5_of_float64(name, device):
     """A token's loss, and the gradient, from the same float32 states and weights."""
     tokens, width, words = 48, 24, 400
-    hidden, teacher_hidden = random(tokens, width, seed=0).float(), random(tokens, width, seed=1).float()
-    weights = [random(words, width, seed=seed).float() / 3 for seed in (2, 3)]
+    hidden, teacher_hidden = (
+        random(tokens, width, seed=0, device=device).float(),
+        random(tokens, width, seed=1, device=device).float(),
+    )
+    weights = [random(words, width, seed=seed, device=device).float() / 3 for seed in (2, 3)]
 
     def outcome(dtype):
         state, weight = (each.detach().to(dtype).requires_grad_() for each in (hidden, weights[0]))
@@ -384,7 +414,7 @@ def test_float32_is_within_1e_5_of_float64(name):
 def test_states_that_do_not_belong_together_are_refused():
     hidden, few = random(4, STUDENT, seed=0), random(3, TEACHER, seed=1)
     student_head, teacher_head = head(STUDENT, 2), head(TEACHER, 4)
-    with pytest.raises(ValueError, match=r"one state a token.*4, 3"):
+    with pytest.raises(ValueError, match=r"one state per token.*4, 3"):
         chunked_objective(reverse_kl, hidden, student_head, few, teacher_head, chunk=3)
     with pytest.raises(ValueError, match=r"`plain_hidden`.*0\.5"):
         chunked_prompt_loss(few, teacher_head, few, teacher_head, None, teacher_head, weight=0.5)
@@ -401,43 +431,94 @@ def test_blocks_of_a_chunk_change_nothing(kind, monkeypatch):
             yield from gradients(loss.total, hidden, student_head.weight, student_head.bias)
 
     whole = list(losses())
-    monkeypatch.setattr("promptkd.objectives.linear._BLOCK", 3 * WORDS)  # rows in blocks of 3, 3, 3, 3 and 1
+    monkeypatch.setattr("promptkd.engine.cpu.head._BLOCK", 3 * WORDS)  # rows in blocks of 3, 3, 3, 3 and 1
     for got, expected in zip(losses(), whole, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
 
 
-def test_a_bias_of_minus_infinity_takes_a_word_away():
-    hidden, teacher_hidden = random(TOKENS, STUDENT, seed=0).requires_grad_(), random(TOKENS, TEACHER, seed=1)
-    student_head, teacher_head = (head(width, 2, trained=True, bias=True) for width in (STUDENT, TEACHER))
+def test_a_bias_of_minus_infinity_takes_a_word_away(device):
+    hidden, teacher_hidden = (
+        random(TOKENS, STUDENT, seed=0, device=device).requires_grad_(),
+        random(TOKENS, TEACHER, seed=1, device=device),
+    )
+    student_head, teacher_head = (
+        head(width, 2, trained=True, bias=True, device=device) for width in (STUDENT, TEACHER)
+    )
     with torch.no_grad():
         student_head.bias[3] = teacher_head.bias[7] = -torch.inf
     for objective in (reverse_kl, forward_kl):
-        plain = objective(student_head.logits(hidden), teacher_head.logits(teacher_hidden)).sum()
+        plain = objective(logits(student_head, hidden), logits(teacher_head, teacher_hidden)).sum()
         chunked = chunked_objective(objective, hidden, student_head, teacher_hidden, teacher_head, chunk=4)
         torch.testing.assert_close(chunked.total, plain, rtol=1e-12, atol=0)
         (ours,), (theirs,) = gradients(chunked.total, hidden), gradients(plain, hidden)
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
-    prompted = random(TOKENS, TEACHER, seed=2).requires_grad_()
+    prompted = random(TOKENS, TEACHER, seed=2, device=device).requires_grad_()
     models = (prompted, teacher_head), (hidden.detach(), student_head), (teacher_hidden, teacher_head)
-    plain = prompt_loss(*(each.logits(state) for state, each in models), weight=0.6).sum()
+    plain = prompt_loss(*(logits(each, state) for state, each in models), weight=0.6).sum()
     chunked = chunked_prompt_loss(*(part for model in models for part in model), weight=0.6, chunk=4)
     torch.testing.assert_close(chunked.total, plain, rtol=1e-12, atol=0)
     (ours,), (theirs,) = gradients(chunked.total, prompted), gradients(plain, prompted)
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
-def test_bfloat16_heads_are_compared_in_float32():
-    hidden = random(TOKENS, STUDENT, seed=0).bfloat16().requires_grad_()
-    teacher_hidden = random(TOKENS, TEACHER, seed=1).bfloat16()
-    student_head = Head(head(STUDENT, 2).weight.bfloat16().requires_grad_())
-    teacher_head = Head(head(TEACHER, 4).weight.bfloat16())
-    plain = reverse_kl(student_head.logits(hidden), teacher_head.logits(teacher_hidden)).sum()
-    chunked = chunked_objective(reverse_kl, hidden, student_head, teacher_hidden, teacher_head, chunk=4)
-    assert chunked.total.dtype == torch.float32
-    torch.testing.assert_close(chunked.total, plain, rtol=1e-5, atol=0)
-    for mine, other in zip(
-        gradients(chunked.total, hidden, student_head.weight),
-        gradients(plain, hidden, student_head.weight),
-        strict=True,
-    ):
-        torch.testing.assert_close(mine, other, rtol=2e-2, atol=2e-2)
+def bfloat16_values(*shape, seed, device):
+    """Random float32 numbers that bfloat16 holds exactly, so that a product may round its factors to it."""
+    return random(*shape, seed=seed, device=device).bfloat16().float()
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "total_variation"])
+@pytest.mark.parametrize("loads", ["under autocast", "in bfloat16"])
+def test_logits_of_bfloat16_states_are_float32(name, loads, device):
+    """Logits near 16, which bfloat16 would round by 0.06; the same states and weights in float64 are the reference."""
+    hidden, teacher_hidden = (bfloat16_values(40, 16, seed=seed, device=device).bfloat16() for seed in (0, 1))
+    weights = [4 * bfloat16_values(300, 16, seed=seed, device=device) for seed in (2, 3)]
+    autocast = loads == "under autocast"
+    weight, teacher_weight = weights if autocast else (each.bfloat16() for each in weights)
+    hidden.requires_grad_(), weight.requires_grad_()
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
+        teacher = Head(teacher_weight)
+        loss = chunked_objective(OBJECTIVES[name], hidden, Head(weight), teacher_hidden, teacher, chunk=7)
+    exact = [each.detach().double().requires_grad_() for each in (hidden, weight)]
+    student_logits, teacher_logits = exact[0] @ exact[1].T, teacher_hidden.double() @ teacher_weight.double().T
+    assert float(student_logits.detach().abs().max()) > 16
+    expected = OBJECTIVES[name](student_logits, teacher_logits).sum()
+    assert loss.total.dtype == torch.float32
+    assert float(loss.total.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    for mine, other in zip(gradients(loss.total, hidden, weight), gradients(expected, *exact), strict=True):
+        assert float((mine.double() - other).norm() / other.norm()) < 1e-2
+
+
+def test_the_prompt_loss_of_bfloat16_states_is_float32(device):
+    states = [bfloat16_values(40, 16, seed=seed, device=device).bfloat16() for seed in range(3)]
+    heads = [4 * bfloat16_values(300, 16, seed=seed, device=device) for seed in (3, 4)]
+    heads.append(heads[0])  # prompted, student, plain
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        arguments = [part for state, head in zip(states, heads, strict=True) for part in (state, Head(head))]
+        loss = chunked_prompt_loss(*arguments, weight=0.6, chunk=7)
+    exact = [state.double() @ head.double().T for state, head in zip(states, heads, strict=True)]
+    assert loss.total.dtype == torch.float32
+    assert float(loss.total) == pytest.approx(float(prompt_loss(*exact, weight=0.6).sum()), rel=1e-5)
+
+
+def test_a_chunk_of_every_size_gives_the_same_under_autocast(device):
+    """The gradient takes the place of the logits, and both reuse a buffer from chunk to chunk."""
+    hidden, teacher_hidden = (bfloat16_values(13, 5, seed=seed, device=device).bfloat16() for seed in (0, 1))
+    weight, teacher = (bfloat16_values(29, 5, seed=seed, device=device) for seed in (2, 3))
+    hidden.requires_grad_(), weight.requires_grad_()
+    found = []
+    for chunk in (1, 4, 13, None):
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            loss = chunked_objective(reverse_kl, hidden, Head(weight), teacher_hidden, Head(teacher), chunk=chunk)
+        found.append([loss.total.detach(), *gradients(loss.total, hidden, weight)])
+    for others in found[1:]:
+        torch.testing.assert_close(others[0], found[0][0], rtol=1e-5, atol=0)
+        for mine, other in zip(others[1:], found[0][1:], strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-2, atol=1e-3)
+
+
+def test_second_derivatives_are_refused():
+    hidden = random(TOKENS, STUDENT, seed=0).requires_grad_()
+    loss = chunked_objective(reverse_kl, hidden, head(STUDENT, 2), random(TOKENS, TEACHER, seed=1), head(TEACHER, 4))
+    (gradient,) = torch.autograd.grad(loss.total.square(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()

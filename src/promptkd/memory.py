@@ -1,0 +1,95 @@
+"""The memory of this process: its peak, that peak started over, and what is said when an allocator has no more.
+
+Everything of torch is imported late: commands that need no torch ask for the peak too.
+"""
+
+import errno
+import re
+import resource
+import sys
+from pathlib import Path
+
+import psutil
+
+__all__ = ["gibibytes", "is_out_of_memory", "memory_at_hand", "peak_memory", "resident_memory", "restart_peak"]
+
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+_RESTART_PEAK = "5"  # proc(5): sets the peak of the resident set to what is resident now
+_PEAK = re.compile(r"^VmHWM:\s+(\d+) kB$", re.MULTILINE)
+_NO_MEMORY = (
+    "out of memory",  # CUDA and MPS, also where it is no torch.OutOfMemoryError, as in the capture of a graph
+    "DefaultCPUAllocator: can't allocate memory",  # Linux
+    "DefaultCPUAllocator: not enough memory",  # elsewhere
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+_ASKED_FOR = re.compile(r"tried to allocate ([\d.]+) (bytes|[KMGT]iB)", re.IGNORECASE)
+_UNITS = {"bytes": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+
+_before_restarts = 0
+
+
+def gibibytes(size: int) -> str:
+    """2147483648 -> "2.00 GiB"."""
+    return f"{size / 2**30:.2f} GiB"
+
+
+def resident_memory() -> int:
+    """Bytes of the machine's memory that this process holds now."""
+    return psutil.Process().memory_info().rss
+
+
+def peak_memory() -> int:
+    """The most bytes of the machine's memory that this process has held, however often `restart_peak` was called."""
+    return max(_before_restarts, _since_restart())
+
+
+def restart_peak() -> int | None:
+    """Let the system's count of the peak start over at what is held now; `peak_memory` keeps the peak so far.
+
+    Returns:
+        The peak since the last restart in bytes; None where the system keeps one peak for the whole process only. Linux
+        restarts it for a process that may write to its own `/proc/self/clear_refs`.
+    """
+    global _before_restarts
+    reached = _since_restart()
+    try:
+        _CLEAR_REFS.write_text(_RESTART_PEAK)
+    except OSError:
+        return None
+    _before_restarts = max(_before_restarts, reached)
+    return reached
+
+
+def _since_restart() -> int:
+    """The system's own count."""
+    if sys.platform == "linux" and (found := _PEAK.search(_STATUS.read_text())):
+        return int(found[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator, of a device or of the machine, said that it has no more memory."""
+    if isinstance(error, MemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _NO_MEMORY)
+
+
+def memory_at_hand(error: BaseException) -> str:
+    """What was held, of how much, and what more was asked for, as far as it is known: a sentence."""
+    import torch
+
+    asked = _ASKED_FOR.search(str(error))
+    more = (
+        ""
+        if asked is None
+        else f", and {gibibytes(int(float(asked[1]) * _UNITS[asked[2].lower()]))} more were asked for"
+    )
+    if isinstance(error, torch.OutOfMemoryError) and torch.cuda.is_available():
+        _, total = torch.cuda.mem_get_info()
+        return f"{gibibytes(torch.cuda.memory_allocated())} of the GPU's {gibibytes(total)} were allocated{more}."
+    total = psutil.virtual_memory().total
+    return f"The process held {gibibytes(resident_memory())} of the machine's {gibibytes(total)}{more}."
