@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -93,6 +94,18 @@ def test_parts_are_chosen_by_number_or_name():
 
 def test_all_limits_together_are_within_eight_minutes():
     assert sum(part.seconds for part in PARTS) <= 480
+
+
+def test_the_document_names_parts_and_tests_that_there_are():
+    text = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
+    table = text.split("## What was measured on which card")[1].split("\n## ")[0]
+    lines = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")][1:]
+    assert {cells[1].strip("`") for cells in lines if not cells[1].startswith("none")} == {part.name for part in PARTS}
+    assert {cells[2] for cells in lines} == {"not yet"}  # a figure of a card changes this line and that one together
+    named = re.findall(r"`(tests/\w+\.py)(?:::(\w+))?`", table)
+    assert len(named) >= 10
+    for file, test in named:
+        assert f"def {test}" in (ROOT / file).read_text(encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------- parts that fail, hang or die
