@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-gpu lint fix bench soak clean
+.PHONY: demo test test-gpu lint fix bench bench-gpu soak clean
 
 demo: $(READY) ## the main job on embedded defaults, with a report
 	$(BIN)/promptkd demo --out runs/demo --overwrite
@@ -24,6 +24,9 @@ fix: $(READY) ## what ruff can mend by itself
 
 bench: $(READY) ## seconds and memory of a PromptKD step, beside other ways to do it; make bench BENCH="--data dolly.jsonl"
 	$(BIN)/python -m benchmarks.step $(BENCH)
+
+bench-gpu: $(READY) ## what is right and what it costs on a GPU, 8 minutes at most; make bench-gpu BENCH="--parts losses steps"
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.gpu $(BENCH)
 
 soak: $(READY) ## kills, thousands of steps, many processes, hostile input: the scripts of benchmarks/reliability, an hour at most
 	for script in kill soak processes fuzz; do \

@@ -108,7 +108,7 @@ class AuthorsStep:
     def _prompted_logits(self, ids: Tensor, attention: Tensor) -> Tensor:
         rows, length = ids.shape[0], len(self.prompt)
         embedded = self.teacher.get_input_embeddings()(ids)
-        embedded = torch.cat([self.prompt.expand(rows, -1, -1), embedded], dim=1)
+        embedded = torch.cat([self.prompt.to(embedded.dtype).expand(rows, -1, -1), embedded], dim=1)
         seen = torch.cat([attention.new_ones(rows, length), attention], dim=1)
         return self.teacher(inputs_embeds=embedded, attention_mask=seen, use_cache=False).logits[:, length:]
 

@@ -2,13 +2,12 @@
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-__all__ = ["Laps", "median_seconds", "peak_bytes", "restart_peak", "seconds_of", "synchronize"]
+__all__ = ["median_seconds", "peak_bytes", "restart_peak", "seconds_of", "synchronize"]
 
 
 def synchronize(device: torch.device) -> None:
@@ -41,58 +40,3 @@ def median_seconds(work: Callable[[], Any], device: torch.device, repeats: int) 
     """The median of `repeats` calls, after one that is not counted."""
     work()
     return statistics.median(seconds_of(work, device) for _ in range(repeats))
-
-
-class Laps:
-    """Seconds and peaks of a step's phases. A phase inside of another one counts for itself alone.
-
-    with laps("student"):
-        ...
-        with laps("rollout"):  # the student's clock stands still meanwhile
-            ...
-    """
-
-    def __init__(self, device: torch.device):
-        self._device = device
-        self._running: list[str] = []
-        self._since = 0.0
-        self.seconds: dict[str, list[float]] = {}
-        """By phase, one for each step."""
-        self.peaks: dict[str, int] = {}
-        """By phase, the most bytes of all steps; empty where the device does not count."""
-
-    def begin_step(self) -> None:
-        """What follows belongs to a further step."""
-        for laps in self.seconds.values():
-            laps.append(0.0)
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        self._turn()
-        self._running.append(phase)
-        try:
-            yield
-        finally:
-            self._turn()
-            self._running.pop()
-
-    def _turn(self) -> None:
-        """Count what ran since the last turn for the phase that it ran in."""
-        synchronize(self._device)
-        now = time.perf_counter()
-        if self._running:
-            phase = self._running[-1]
-            self.seconds.setdefault(phase, [0.0])[-1] += now - self._since
-            reached = peak_bytes(self._device)
-            if reached is not None:
-                self.peaks[phase] = max(reached, self.peaks.get(phase, 0))
-        restart_peak(self._device)
-        self._since = now
-
-    def medians(self, skip: int = 0) -> dict[str, float]:
-        """Seconds by phase, the median of all steps but the first `skip`."""
-        return {phase: statistics.median(_behind(laps, skip)) for phase, laps in self.seconds.items()}
-
-
-def _behind(laps: Sequence[float], skip: int) -> Sequence[float]:
-    return laps[skip:] or laps

@@ -227,6 +227,7 @@ def run_ours(
             "seconds": whole,
             **_prompt_loss(entry),
             "student_loss": entry["student_kl"],
+            "peak_bytes": max(trainer.phases.peaks.values()),
         }
         for entry, whole in zip(log, clock.seconds, strict=True)
     ]

@@ -53,7 +53,7 @@ class Worst:
 
 def run(bench: Bench) -> None:
     head = Head(torch.zeros(64, 8, device=bench.device))
-    kernels = engine_for(bench.device).head.kernels
+    kernels = engine_for(bench.device).head.kernels(torch.float32)
     rounds = engine_for(bench.device).head.projection(head, torch.bfloat16).weight.dtype == torch.bfloat16
     bench.report("kernels", kernels.reverse_kl.__module__)
     bench.report("products in bfloat16 round their factors", rounds)

@@ -4,11 +4,9 @@ import tempfile
 
 import torch
 
-from benchmarks.clock import Laps, restart_peak
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.shapes import qwen, random_rows, vocabulary_of, words
-from benchmarks.gpu.watched import PHASES, UpdateWatch, watched_trainer
-from promptkd import PromptKDConfig
+from promptkd import PromptKDConfig, PromptKDTrainer
 from promptkd.data.encode import EncodedData
 from promptkd.training.logs import quiet
 
@@ -22,17 +20,15 @@ _TOKENS = 256
 
 def run(bench: Bench) -> None:
     """Two steps, the second with the optimizer's state in place; responses run to the limit, or nearly so."""
-    restart_peak(bench.device)
     student = qwen("1.5B", bench, torch.float32)
     teacher = qwen("7B", bench, torch.bfloat16 if bench.on_cuda else torch.float32)
     numbers = [sum(each.numel() for each in model.parameters()) for model in (student, teacher)]
     bench.report("parameters", {"student": numbers[0], "teacher": numbers[1]})
     limit = 12 if bench.tiny else _TOKENS
     rows = random_rows([limit] * _ROWS * _STEPS, [0] * _ROWS * _STEPS, vocabulary_of(bench))
-    laps = Laps(bench.device)
     with tempfile.TemporaryDirectory() as folder:
         tiny = {"max_prompt_length": limit, "max_completion_length": limit} if bench.tiny else {}
-        trainer = watched_trainer(laps)(
+        trainer = PromptKDTrainer(
             student,
             teacher,
             # the rest is as the command line has it
@@ -48,7 +44,6 @@ def run(bench: Bench) -> None:
             ),
             train_dataset=EncodedData(rows, 0),
             processing_class=words(vocabulary_of(bench)),
-            callbacks=[UpdateWatch(laps, laps.begin_step)],
         )
         quiet(trainer)
         trainer.train()
@@ -57,12 +52,13 @@ def run(bench: Bench) -> None:
     bench.check(
         "losses are finite", all(torch.tensor(each["student_kl"]).isfinite() for each in steps), f"{len(steps)} steps"
     )
-    bench.report("seconds of the second step", laps.medians(skip=1))
-    if not laps.peaks:
+    parts = ("rollout", "prompt", "student")
+    bench.report("seconds of the second step", {part: steps[-1][f"seconds_{part}"] for part in parts})
+    if not bench.on_cuda:
         bench.skip("peak memory")
         return
-    peaks = {phase: laps.peaks[phase] / 1e9 for phase in PHASES}
+    peaks = {phase: peak / 1e9 for phase, peak in trainer.phases.peaks.items()}
     bench.report("peak by phase", peaks, "GB")
-    bench.report("peak", max(peaks.values()), "GB allocated")
+    bench.report("peak", trainer.phases.peak / 1e9, "GB allocated")
     bench.report("reserved by torch's allocator", torch.cuda.max_memory_reserved(bench.device) / 1e9, "GB")
-    bench.measured("memory", max(peaks.values()))
+    bench.measured("memory", trainer.phases.peak / 1e9)

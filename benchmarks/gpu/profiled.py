@@ -30,7 +30,7 @@ _KINDS = (
     ("gemm", r"gemm|gemv|cutlass|nvjet|xmma|::mm|addmm|bmm|matmul|::linear|mkldnn|sm\d+_"),
     ("copies and fills", r"memcpy|memset|copy|fill|::cat|zero"),
     ("optimizer", r"adam|multi_tensor|foreach"),
-    ("triton", r"triton|_kernel$"),
+    ("triton", r"triton|_rows$"),
     ("reductions", r"reduce|softmax|::sum|norm|scan|cumsum|sort"),
     ("element by element", r"elementwise|vectorized|index|gather|scatter|::mul|::add|::sub|::div|silu|where"),
 )

@@ -31,6 +31,7 @@ class Record:
     def __init__(self, file: Path, about: dict[str, Any], parts: Sequence[Part]):
         self._file = file
         self._about = about
+        asked = {part.name for part in parts}
         self._measured: dict[str, float] = {}
         self.machine: dict[str, Any] | None = None
         self.parts: dict[str, dict[str, Any]] = {
@@ -38,7 +39,7 @@ class Record:
                 "number": part.number,
                 "title": part.title,
                 "limit_seconds": part.seconds,
-                "status": "not run" if part in parts else "not asked for",
+                "status": "not run" if part.name in asked else "not asked for",
                 "seconds": None,
                 "error": None,
                 "results": {},

@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from benchmarks.clock import Laps, peak_bytes, restart_peak
+from benchmarks.clock import peak_bytes, restart_peak
 from benchmarks.floor import matmul_rate, step_flops
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.shapes import lengths_around, qwen, random_rows, vocabulary_of, words
-from benchmarks.gpu.watched import UpdateWatch, watched_trainer
 from benchmarks.variants import PROMPT_LENGTH, Steps, run_authors, run_ours, run_trl
 from benchmarks.workload import Shape
 from promptkd.data.encode import EncodedExample
@@ -68,34 +67,17 @@ def _ours(
     bench: Bench, tokenizer: PreTrainedTokenizerBase, windows: Windows, shape: Shape, adapter: Any, changes: dict
 ) -> float:
     student, teacher = _models(bench, torch.float32)
-    laps = Laps(bench.device)
-    restart_peak(bench.device)
-    steps = run_ours(
-        student,
-        teacher,
-        tokenizer,
-        windows,
-        shape,
-        adapter=adapter,
-        trainer_class=watched_trainer(laps),
-        callbacks=[UpdateWatch(laps, laps.begin_step)],
-        **changes,
-    )
-    phases = laps.medians(skip=1)
-    peak = max(laps.peaks.values(), default=None)
-    name = "PromptKD" if adapter == "prompt" else "gkd"
-    seconds = _report(bench, name, steps, phases, windows, peak)
+    steps = run_ours(student, teacher, tokenizer, windows, shape, adapter=adapter, **changes)
+    peak = int(steps[-1]["peak_bytes"]) if bench.on_cuda else None
+    seconds = _report(bench, "PromptKD" if adapter == "prompt" else "gkd", steps, windows, peak)
     if adapter == "prompt":
         dtype = torch.bfloat16 if bench.on_cuda else torch.float32
         rate = matmul_rate(256 if bench.tiny else 8192, device=bench.device, dtype=dtype)
         floors = [step_flops(student, teacher, window, PROMPT_LENGTH)["total"] / rate for window in windows[1:]]
-        both = [
-            prompt + own for prompt, own in zip(laps.seconds["prompt"][1:], laps.seconds["student"][1:], strict=True)
-        ]
+        both = [step["prompt"] + step["student"] for step in steps[1:]]  # the update among it
         over = statistics.median(mine / floor for mine, floor in zip(both, floors, strict=True))
-        bench.report(
-            "floor of prompt step and student step", statistics.median(floors), f"s at {rate / 1e12:.3g} TFLOP/s"
-        )
+        unit = f"s at {rate / 1e12:.3g} TFLOP/s"
+        bench.report("floor of prompt step and student step", statistics.median(floors), unit)
         bench.report("prompt step and student step over their floor", over)
         bench.measured("step_over_floor", over)
     return seconds
@@ -105,7 +87,7 @@ def _trl(bench: Bench, tokenizer: PreTrainedTokenizerBase, windows: Windows, sha
     student, teacher = _models(bench, torch.float32)
     restart_peak(bench.device)
     steps = run_trl(student, teacher, tokenizer, windows, shape, gradient_checkpointing=True, **changes)
-    return _report(bench, "TRL's DistillationTrainer", steps, {}, windows, peak_bytes(bench.device))
+    return _report(bench, "TRL's DistillationTrainer", steps, windows, peak_bytes(bench.device))
 
 
 def _authors(bench: Bench, tokenizer: PreTrainedTokenizerBase, windows: Windows) -> float:
@@ -117,7 +99,7 @@ def _authors(bench: Bench, tokenizer: PreTrainedTokenizerBase, windows: Windows)
     restart_peak(bench.device)
     steps = run_authors(student, teacher, tokenizer, parts, shape)
     whole = [steps[0], _joined(steps[1:])]  # the first one is not counted
-    return _report(bench, "the authors' manner", whole, {}, [first[:size], second], peak_bytes(bench.device))
+    return _report(bench, "the authors' manner", whole, [first[:size], second], peak_bytes(bench.device))
 
 
 def _joined(steps: Steps) -> dict[str, float]:
@@ -126,18 +108,12 @@ def _joined(steps: Steps) -> dict[str, float]:
     return {name: value / len(steps) if name.endswith("loss") else value for name, value in sums.items()}
 
 
-def _report(
-    bench: Bench, name: str, steps: Steps, phases: dict[str, float], windows: Sequence[Any], peak: int | None
-) -> float:
-    """Median seconds a step, the first left out.
-
-    Args:
-        phases: seconds by phase in place of the steps' own, or {}.
-    """
+def _report(bench: Bench, name: str, steps: Steps, windows: Sequence[Any], peak: int | None) -> float:
+    """Median seconds a step, the first left out."""
     counted, tokens = steps[1:], [sum(len(row.prompt_ids) + len(row.response_ids) for row in each) for each in windows]
     seconds = statistics.median(step["seconds"] for step in counted)
-    own = {part: statistics.median(step[part] for step in counted) for part in ("rollout", "prompt", "student")}
-    figures: dict[str, Any] = {"seconds a step": seconds, **(phases or own)}
+    figures: dict[str, Any] = {"seconds a step": seconds}
+    figures |= {part: statistics.median(step[part] for step in counted) for part in ("rollout", "prompt", "student")}
     figures["tokens/s"] = statistics.median(
         number / step["seconds"] for number, step in zip(tokens[1:], counted, strict=True)
     )

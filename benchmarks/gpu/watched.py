@@ -1,4 +1,4 @@
-"""A `PromptKDTrainer` whose phases are watched from outside: by a clock, or by the profiler's ranges."""
+"""A `PromptKDTrainer` whose phases are watched from outside, as by the ranges of a profile."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
@@ -16,10 +16,7 @@ Watch = Callable[[str], AbstractContextManager[Any]]
 
 
 def watched_trainer(watch: Watch) -> type[PromptKDTrainer]:
-    """A trainer that enters `watch` for "rollout", "prompt" and "student"; the former two run inside of the latter.
-
-    "update", the student's optimizer, is `UpdateWatch`'s.
-    """
+    """A trainer that enters `watch` for "rollout", "prompt" and "student"; the former two run inside of the latter."""
 
     class WatchedTrainer(PromptKDTrainer):
         def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -38,14 +35,11 @@ def watched_trainer(watch: Watch) -> type[PromptKDTrainer]:
 
 
 class UpdateWatch(TrainerCallback):
-    """Enters `watch` for "update"; calls `on_step` as a step begins."""
+    """Enters `watch` for "update", the step of the student's optimizer."""
 
-    def __init__(self, watch: Watch, on_step: Callable[[], None] = lambda: None):
-        self._watch, self._on_step = watch, on_step
+    def __init__(self, watch: Watch):
+        self._watch = watch
         self._running = ExitStack()
-
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self._on_step()
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         self._running.enter_context(self._watch("update"))
