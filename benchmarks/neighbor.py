@@ -37,20 +37,21 @@ class Timing(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--turns", type=int, default=3, help="measurements of every setting beside every neighbor")
-    parser.add_argument("--rounds", type=int, default=40, help="rounds of a measurement")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of a measurement of each kind of work")
+    parser.add_argument("--neighbors", nargs="+", choices=NEIGHBORS, default=NEIGHBORS, help="what runs beside it")
     parser.add_argument("--threads", type=int, default=2, help="OpenMP threads of a process")
     parser.add_argument("--work", action="store_true", help="measure in this process and print it as JSON")
     options = parser.parse_args()
     if options.work:
-        print(json.dumps(work(options.rounds)))
+        print(json.dumps(work(options.seconds)))
         return
     found: dict[tuple[str, str, str], list[Timing]] = {}
     for _ in range(options.turns):
-        for neighbor in NEIGHBORS:
+        for neighbor in options.neighbors:
             for setting in SETTINGS:
                 for part, seconds in measured(setting, neighbor, options).items():
                     found.setdefault((neighbor, part, setting), []).append(Timing(*seconds))
-    print(f"Load over the last minute at the end: {os.getloadavg()[0]:.1f}.\n")
+                    print(f"{neighbor}, {part}, {setting}: {seconds}; load {os.getloadavg()[0]:.1f}", file=sys.stderr)
     print("\n".join(table(found)))
 
 
@@ -58,9 +59,9 @@ def measured(setting: str, neighbor: str, options: argparse.Namespace) -> dict[s
     """What a process under `setting` measures beside `neighbor`."""
     environment = {name: value for name, value in os.environ.items() if name not in _WAITING}
     environment |= SETTINGS[setting] | {"OMP_NUM_THREADS": str(options.threads)}
-    command = [sys.executable, "-m", "benchmarks.neighbor", "--work", "--rounds", str(options.rounds)]
+    command = [sys.executable, "-m", "benchmarks.neighbor", "--work", "--seconds", str(options.seconds)]
     beside = {"none": [], "busy thread": [sys.executable, "-c", "while True: pass"]}.get(
-        neighbor, [*command[:-1], "100000"]
+        neighbor, [*command[:-1], "3600"]
     )
     with running(beside, environment):
         return json.loads(subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True).stdout)
@@ -81,8 +82,8 @@ def running(command: list[str], environment: dict[str, str]) -> Iterator[None]:
         process.wait()
 
 
-def work(rounds: int) -> dict[str, Timing]:
-    """Rounds of a layer's training (512 tokens, forward and backward) and of decoding (50 products of 8 rows)."""
+def work(seconds: float) -> dict[str, Timing]:
+    """A layer's training (512 tokens, forward and backward) and decoding (50 products of 8 rows), each for a while."""
     import torch
 
     layers = torch.nn.Sequential(torch.nn.Linear(576, 1536), torch.nn.GELU(), torch.nn.Linear(1536, 576))
@@ -96,16 +97,17 @@ def work(rounds: int) -> dict[str, Timing]:
             for _ in range(25):
                 layers(rows)
 
-    return {part: timed(act, rounds) for part, act in zip(PARTS, (training, decoding), strict=True)}
+    return {part: timed(act, seconds) for part, act in zip(PARTS, (training, decoding), strict=True)}
 
 
-def timed(act: Callable[[], None], rounds: int) -> Timing:
-    seconds = []
-    for _ in range(rounds + 3):  # the first ones are not counted
+def timed(act: Callable[[], None], seconds: float) -> Timing:
+    """Rounds for so many seconds, five at least; two before them are not counted."""
+    rounds: list[float] = []
+    while len(rounds) < 7 or sum(rounds) < seconds:
         started = time.perf_counter()
         act()
-        seconds.append(time.perf_counter() - started)
-    return Timing(min(seconds[3:]), statistics.median(seconds[3:]))
+        rounds.append(time.perf_counter() - started)
+    return Timing(min(rounds[2:]), statistics.median(rounds[2:]))
 
 
 def table(found: dict[tuple[str, str, str], list[Timing]]) -> list[str]:

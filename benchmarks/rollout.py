@@ -1,8 +1,9 @@
-"""Tokens a second of a rollout, ours beside transformers' `generate`, on the same rows and response lengths.
+"""Tokens per second of a rollout, ours beside transformers' `generate`, on the same rows and response lengths.
 
     python -m benchmarks.rollout --data dolly.jsonl --json rollout.json
 
-Both sample at temperature 1 from the whole distribution, in one process, taking turns. `generate` pads its prompts to
+Between them stands ours by the model's own layers, without the fused decoder of Llama's family. All sample at
+temperature 1 from the whole distribution, in one process, taking turns. `generate` pads its prompts to
 the longest of the batch and goes on until the longest response has ended, as it does. Each row ends where the data's
 response ends.
 """
@@ -12,7 +13,9 @@ import json
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -20,6 +23,7 @@ from torch import nn
 from benchmarks.step import demo_rows, demo_teacher, pruned_student
 from benchmarks.workload import EndAtLengths, Shape, workload
 from promptkd.data.encode import EncodedExample
+from promptkd.engine.cpu import ENGINE as CPU_ENGINE
 from promptkd.evaluation import generate
 from promptkd.models import load_model, load_tokenizer
 
@@ -40,20 +44,21 @@ def main() -> None:
         str(size): compare(model, tokenizer, given.data, given.template, size, given.repeats)
         for size in given.batch_sizes
     }
-    print("| batch | ours, tokens/s | generate, tokens/s | ratio, median | range |\n|---|---|---|---|---|")
-    for size, each in record.items():
-        mine, other, ratio = (statistics.median(each[name]) for name in ("ours", "generate", "ratios"))
-        least, most = min(each["ratios"]), max(each["ratios"])
-        print(f"| {size} | {mine:.0f} | {other:.0f} | {ratio:.2f} | {least:.2f}-{most:.2f} |")
+    print("| batch | way | tokens/s | ours over it, median | range |\n|---|---|---|---|---|")
+    for size, speeds in record.items():
+        for name, each in speeds.items():
+            ratios = [mine / other for mine, other in zip(speeds["ours"], each, strict=True)]
+            middle, least, most = statistics.median(ratios), min(ratios), max(ratios)
+            print(f"| {size} | {name} | {statistics.median(each):.0f} | {middle:.2f} | {least:.2f}-{most:.2f} |")
     if given.json:
         Path(given.json).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def compare(model: nn.Module, tokenizer, data: str, template: str, size: int, repeats: int) -> dict[str, list[float]]:
-    """Tokens a second of both, and their ratio, in each of `repeats` turns."""
+    """Tokens per second of every way, in each of `repeats` turns."""
     rows = workload(data, tokenizer, Shape(batch_size=size), template, first=0, steps=repeats)
-    speeds: dict[str, list[float]] = {"ours": [], "generate": []}
-    ways = {"ours": ours, "generate": by_generate}
+    ways = {"ours": ours, "ours, unfused": unfused, "generate": by_generate}
+    speeds: dict[str, list[float]] = {name: [] for name in ways}
     for way in ways.values():  # the first call of each is not counted
         way(model, tokenizer, rows[:2])
     for turn in range(repeats):
@@ -62,13 +67,20 @@ def compare(model: nn.Module, tokenizer, data: str, template: str, size: int, re
             started = time.perf_counter()
             way(model, tokenizer, batch)
             speeds[name].append(sum(len(row.response_ids) for row in batch) / (time.perf_counter() - started))
-    return speeds | {"ratios": [mine / other for mine, other in zip(*speeds.values(), strict=True)]}
+    return speeds
 
 
 def ours(model: nn.Module, tokenizer, rows: Sequence[EncodedExample]) -> None:
     lengths = [len(row.response_ids) for row in rows]
     prompts = [row.prompt_ids for row in rows]
     generate(model, prompts, max_new_tokens=lengths, stop_ids=(), seeds=list(range(len(rows))))
+
+
+def unfused(model: nn.Module, tokenizer, rows: Sequence[EncodedExample]) -> None:
+    fused, *others = CPU_ENGINE.decoders
+    assert fused.name == "fused decoder"
+    with patch("promptkd.engine.resolve._of_kind", return_value=replace(CPU_ENGINE, decoders=tuple(others))):
+        ours(model, tokenizer, rows)
 
 
 def by_generate(model: nn.Module, tokenizer, rows: Sequence[EncodedExample]) -> None:

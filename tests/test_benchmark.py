@@ -123,6 +123,9 @@ def test_rollouts_of_both_write_the_lengths_of_the_data(tmp_path, world, monkeyp
     rollout.main()
     record = json.loads((tmp_path / "rollout.json").read_text())
     assert set(record) == {"2", "4"}
-    assert all(ratio > 0 for each in record.values() for ratio in each["ratios"])
-    for ours, padded in zip(written["ours"], written["generate"], strict=True):
+    assert all(set(each) == {"ours", "ours, unfused", "generate"} for each in record.values())
+    assert all(speed > 0 for each in record.values() for speeds in each.values() for speed in speeds)
+    fused, unfused = written["ours"][::2], written["ours"][1::2]
+    for ours, other, padded in zip(fused, unfused, written["generate"], strict=True):
+        assert ours == other
         assert max(ours) == max(padded)  # `generate` pads the others to it

@@ -17,6 +17,7 @@ from promptkd.methods import named_method
 from promptkd.models import load_model
 from promptkd.precision import compute_dtype, computing, has_bfloat16_units, teacher_precision
 from promptkd.results import Results
+from promptkd.training import shared
 from promptkd.training.config import common_checks, use_one_gpu
 from promptkd.training.teacher_options import teacher_settings
 from tiny import END_ID, tiny_tokenizer
@@ -136,6 +137,15 @@ def test_several_gpus_are_not_used_by_data_parallel(tmp_path, monkeypatch):
     assert (settled.n_gpu, settled.train_batch_size) == (1, settled.per_device_train_batch_size)
 
 
+def test_a_run_says_that_further_gpus_are_not_used(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    args = {"bf16": True, "fp16": False, "device": torch.device("cuda", 0)}
+    (_, advice) = shared._notes(SimpleNamespace(**args, world_size=1), None)
+    assert advice.startswith("4 GPUs are visible and one is trained on.")
+    assert "accelerate launch --num_processes 4 -m promptkd" in advice
+    assert len(shared._notes(SimpleNamespace(**args, world_size=4), None)) == 1
+
+
 def test_what_a_gpu_cannot_do_is_refused_in_a_sentence(tmp_path):
     args = config(tmp_path)
     on_gpu = SimpleNamespace(**{**vars(args), "full_determinism": True, "device": torch.device("cuda")})
@@ -227,8 +237,9 @@ def test_the_precision_that_was_taken_is_said_and_recorded(world, tmp_path, caps
     measure = ("evaluate", "--model", world.student, "--data", world.test, *LIMITS, "--no-greedy", "--out", out)
     ran = done(capsys, *measure, "--dtype", "bfloat16", "--teacher", world.teacher, "--teacher-dtype", "float32")
     assert "Computing in bfloat16 on cpu." in ran.err
-    kept = Results.read(out).config
-    assert (kept["dtype"], kept["teacher_dtype"]) == ("bfloat16", "float32")
+    record = Results.read(out)
+    assert record.notes == ["Computed in bfloat16 on cpu.", "The teacher's weights were loaded in float32."]
+    assert (record.config["dtype"], record.config["teacher_dtype"]) == ("bfloat16", "float32")
     again = run(capsys, *measure, "--dtype", "float32", "--teacher", world.teacher)
     assert again.status == 2
     assert "--dtype was 'bfloat16' and is now 'float32'" in again.err
@@ -284,4 +295,4 @@ def test_commands_compute_as_they_are_told(world, tmp_path, capsys, monkeypatch,
     assert (torch.bfloat16 in seen) == (wanted == "bfloat16" or command == "exposure-bias")  # whose teacher is bfloat16
     if command == "prune":
         assert load_model(out, dtype="auto").dtype == torch.float32
-        assert Results.read(out / "results.json").config["dtype"] == wanted
+        assert Results.read(out / "results.json").notes == [f"Computed in {wanted} on cpu."]

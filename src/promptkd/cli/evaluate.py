@@ -69,7 +69,7 @@ class Options:
 
 
 _ANSWERS_DEPEND_ON = (
-    *("dtype", "temperature", "top_p", "top_k", "limit", "template"),
+    *("temperature", "top_p", "top_k", "limit", "template"),
     *("max_prompt_length", "max_completion_length", "max_reference_length"),
 )
 
@@ -78,7 +78,14 @@ def run(options: Options, training: dict[str, Any]) -> None:
     import time
 
     from promptkd.cli.measured_memory import say_peak
-    from promptkd.cli.measuring import computing_in, label_of, load_subject, settled_precision, teacher_precision_here
+    from promptkd.cli.measuring import (
+        computing_in,
+        label_of,
+        load_subject,
+        precision_notes,
+        settled_precision,
+        teacher_precision_here,
+    )
     from promptkd.cli.session import progress_lines, quiet_libraries, say
     from promptkd.data.dataset import stop_ids_of
     from promptkd.evaluation.answers import SetEvaluation
@@ -98,14 +105,14 @@ def run(options: Options, training: dict[str, Any]) -> None:
         metric.check(row.references for data in sets.values() for row in data.examples)
     precision = settled_precision(options.dtype)
     model = load_subject(options.model, trust)
-    settled = {"dtype": precision, "teacher_dtype": None}
-    teacher = None
+    teacher, teacher_dtype = None, None
     if options.teacher is not None:
-        settled["teacher_dtype"] = weights = teacher_precision_here(options.teacher_dtype)
-        teacher = load_subject(options.teacher, trust, weights)
+        teacher_dtype = teacher_precision_here(options.teacher_dtype)
+        teacher = load_subject(options.teacher, trust, teacher_dtype)
     stops = stop_ids_of(tokenizer, model.generation_config, template=options.template)
-    results = _begun_record(options, settled, sets, model, teacher)
-    _settle(options, results, stops)
+    results = _begun_record(options, sets, model, teacher)
+    results.notes += precision_notes(precision, teacher_dtype)
+    _settle(options, results, stops, precision, teacher_dtype)
     for name, data in sets.items():
         started = time.perf_counter()
         job = SetEvaluation(
@@ -175,10 +182,8 @@ def _read(options: Options, tokenizer: Any) -> dict[str, Any]:
     return sets
 
 
-def _begun_record(
-    options: Options, settled: dict[str, Any], sets: dict[str, Any], model: Any, teacher: Any
-) -> "Results":
-    """The record without its figures. `settled` are options whose defaults depend on the machine, as they came out."""
+def _begun_record(options: Options, sets: dict[str, Any], model: Any, teacher: Any) -> "Results":
+    """The record without its figures."""
     from promptkd.cli.measuring import label_of, training_cost
     from promptkd.cli.options import merged_config
     from promptkd.cli.session import data_record
@@ -191,7 +196,7 @@ def _begun_record(
         models[f"teacher {label_of(options.teacher)}"] = model_record(options.teacher, teacher)
     return Results(
         kind="evaluate",
-        config=merged_config(options, {}) | settled,
+        config=merged_config(options, {}),
         models=models,
         data={
             name: data_record(path, len(data.examples), data.dropped)
@@ -201,7 +206,9 @@ def _begun_record(
     )
 
 
-def _settle(options: Options, results: "Results", stops: Sequence[int]) -> None:
+def _settle(
+    options: Options, results: "Results", stops: Sequence[int], precision: str, teacher_dtype: str | None
+) -> None:
     """Make sure that answers which are there already were made as this command would make them."""
     from promptkd.cli.session import say
     from promptkd.evaluation.answers import parts_of
@@ -211,8 +218,9 @@ def _settle(options: Options, results: "Results", stops: Sequence[int]) -> None:
     roles = ("model", "teacher")
     settings |= {role: each.sha256 or each.path for role, each in zip(roles, results.models.values(), strict=False)}
     settings |= {f"data {name}": each.sha256 or each.path for name, each in results.data.items()}
-    if options.teacher is not None:
-        settings["--teacher-dtype"] = results.config["teacher_dtype"]
+    settings["--dtype"] = precision
+    if teacher_dtype is not None:
+        settings["--teacher-dtype"] = teacher_dtype
     settings["ids that end an answer"] = list(stops)
     parts = parts_of(_decoding(options), options.seeds, greedy=options.greedy, teacher=options.teacher is not None)
     files = [_file(options.out, name, part) for name in results.data for part in parts]

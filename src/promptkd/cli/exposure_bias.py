@@ -71,6 +71,7 @@ def run(options: Options, training: dict[str, Any]) -> None:
         computing_in,
         label_of,
         load_subject,
+        precision_notes,
         settled_precision,
         teacher_precision_here,
     )
@@ -90,8 +91,8 @@ def run(options: Options, training: dict[str, Any]) -> None:
     teacher = load_subject(options.teacher, options.trust_remote_code, weights)
     prompt = _placed(soft_prompt, teacher, options.prompt)
     precision = settled_precision(options.dtype)
-    config = merged_config(options, {}) | {"dtype": precision, "teacher_dtype": weights}
-    results = Results(kind="exposure-bias", config=config)
+    results = Results(kind="exposure-bias", config=merged_config(options, {}))
+    results.notes += precision_notes(precision, weights)
     results.models[f"teacher {label_of(options.teacher)}"] = model_record(options.teacher, teacher)
     results.data[label_of(options.data)] = data_record(options.data, len(data.examples), data.dropped)
     job = _Job(options, results, tokenizer, data.examples, teacher, prompt)

@@ -21,6 +21,7 @@ __all__ = [
     "label_of",
     "load_subject",
     "measured_rows",
+    "precision_notes",
     "settled_precision",
     "teacher_precision_here",
     "training_cost",
@@ -90,6 +91,12 @@ def computing_in(precision: str) -> AbstractContextManager[object]:
     from promptkd.precision import computing
 
     return computing(measuring_device(), {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision])
+
+
+def precision_notes(precision: str, teacher_dtype: str | None = None) -> list[str]:
+    """What the record says of it; its config holds what was asked for, the same on every machine."""
+    notes = [f"Computed in {precision} on {measuring_device().type}."]
+    return notes if teacher_dtype is None else [*notes, f"The teacher's weights were loaded in {teacher_dtype}."]
 
 
 def teacher_precision_here(choice: "WeightPrecision | None") -> "WeightPrecision":

@@ -45,7 +45,7 @@ class Options:
 
 def run(options: Options, training: dict[str, Any]) -> None:
     from promptkd.cli.measured_memory import say_peak
-    from promptkd.cli.measuring import load_subject, settled_precision
+    from promptkd.cli.measuring import load_subject, precision_notes, settled_precision
     from promptkd.cli.options import merged_config
     from promptkd.cli.session import quiet_libraries, say
     from promptkd.cli.whole import written_whole
@@ -70,9 +70,10 @@ def run(options: Options, training: dict[str, Any]) -> None:
         made = model_record(folder, student).model_copy(update={"path": str(options.out)})
         Results(
             kind="prune",
-            config={**merged_config(options, {}), "dtype": precision, "kept": kept, "files": files},
+            config={**merged_config(options, {}), "kept": kept, "files": files},
             models={"teacher": model_record(options.model, teacher), "student": made},
             metrics={f"influence_{index}": Metric(value=value) for index, value in enumerate(influence)},
+            notes=precision_notes(precision) if influence else [],
         ).write(folder / "results.json")
     say(f"Kept layers {', '.join(map(str, kept))}.")
     say(f"{before:,} parameters before, {after:,} after ({after / before:.0%}). The student is in {options.out}.")
