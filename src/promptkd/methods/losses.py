@@ -130,7 +130,9 @@ class Pair:
         """The heads as tensors; None if they must be run as modules, or all tokens are wanted at once."""
         if self.chunk == 0:
             return None
-        heads = [linear_head(self._model(each)) for each in which]
+        models = [self._model(each) for each in which]
+        known = {id(model): linear_head(model) for model in models}  # a sharded head is gathered once for all its roles
+        heads = [known[id(model)] for model in models]
         return None if None in heads else [head.of(self.vocabulary) for head in heads if head is not None]
 
 
