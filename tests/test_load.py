@@ -12,6 +12,7 @@ from tokenizers import normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from promptkd.data.packing import right_pad
+from promptkd.engine import response_logits
 from promptkd.errors import RequestError
 from promptkd.models import (
     cache_folder,
@@ -21,7 +22,6 @@ from promptkd.models import (
     load_tokenizer,
     model_record,
     resolve_model,
-    response_logits,
     shared_vocabulary_size,
     vocabulary_size,
 )

@@ -31,6 +31,21 @@ def test_every_method_takes_its_steps_and_moves_the_student(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", METHODS)
+def test_under_bfloat16_autocast_steps_of_every_method_move_every_weight(tmp_path, name):
+    """A pass without a graph before the student's must leave no cast of a weight that has none either."""
+    ours = trainer(tmp_path, method=named_method(name), max_steps=2, bf16=True)  # LoRA moves one half first
+    trained = [*ours.model.named_parameters(), *((str(i), each) for i, each in enumerate(adapter_of(ours)))]
+    before = [weight.detach().clone() for _, weight in trained]
+    ours.train()
+    assert {weight.dtype for _, weight in trained} == {torch.float32}
+    assert [name for (name, weight), old in zip(trained, before, strict=True) if torch.equal(weight, old)] == []
+
+
+def adapter_of(ours):
+    return [] if ours.adapter is None else ours.adapter.parameters()
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_micro_batches_and_chunks_do_not_matter(tmp_path, name):
     """8 x 1 = 2 x 4 = 1 x 8, in chunks of all, 3 and 256 tokens: log, student and adapter after two float64 steps."""
     outcomes = []
@@ -45,8 +60,7 @@ def test_micro_batches_and_chunks_do_not_matter(tmp_path, name):
             chunk_tokens=chunk,
         )
         ours.train()
-        adapter = [] if ours.adapter is None else ours.adapter.parameters()
-        outcomes.append((log(ours), [*ours.model.parameters(), *adapter]))
+        outcomes.append((log(ours), [*ours.model.parameters(), *adapter_of(ours)]))
     for entries, parameters in outcomes[1:]:
         for entry, expected in zip(entries, outcomes[0][0], strict=True):
             assert entry.keys() == expected.keys()

@@ -248,7 +248,7 @@ def launched(*, fsdp: dict | None = None, zero: dict | None = None) -> SimpleNam
         (launched(fsdp={}), {"adapter": "lora"}, "soft prompt"),
         (launched(zero={}), {"adapter": "full"}, "soft prompt"),
         (launched(fsdp={}), {"needs_generate": True}, "vLLM"),
-        (launched(fsdp={}), {"chunks": False}, "chunk_tokens above 0"),
+        (launched(fsdp={}), {"chunks": False}, "leave chunk_tokens out"),
     ],
 )
 def test_a_launch_that_would_hang_or_lose_the_student_is_refused(accelerator, settings, words):
