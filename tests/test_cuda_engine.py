@@ -11,6 +11,7 @@ from importlib import reload
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.nn.functional import scaled_dot_product_attention
 
 from promptkd.data.packing import right_pad
@@ -270,36 +271,31 @@ def test_losses_of_half_precision_heads_round_factors_alone(vocabulary, rows, se
         assert float((mine - other).norm() / other.norm()) < 1e-2
 
 
-def test_a_heads_cast_follows_its_weight_in_place(as_cuda):
-    """CUDA graphs read the cast at its address; an old cast would sample from an earlier student."""
-    weight = torch.randn(100, 24)
+WRITERS = {
+    "in place": lambda weight: weight.mul_(2),
+    "through data": lambda weight: weight.data.copy_(2 * weight),  # which counts no version, nor does the next one
+    "a fused optimizer": lambda weight: stepped(weight),
+}
+
+
+def stepped(weight):
+    weight.grad = torch.ones_like(weight)
+    torch.optim.AdamW([weight], lr=0.5, fused=True).step()
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_heads_cast_follows_its_weight_in_place(writer, as_cuda):
+    """CUDA graphs read the cast at its address; an old cast would sample from an earlier student, and train on it."""
+    weight = torch.nn.Parameter(torch.randn(100, 24))
     projection = ENGINE.head.projection(Head(weight), torch.bfloat16)
-    address = projection.weight.data_ptr()
-    weight.mul_(2)
+    address, before = projection.weight.data_ptr(), weight.detach().clone()
+    with torch.no_grad():
+        WRITERS[writer](weight)
+    assert not torch.equal(weight, before)
     again = ENGINE.head.projection(Head(weight), torch.bfloat16)
     assert again.weight.data_ptr() == address
     assert torch.equal(again.weight[:100], weight.bfloat16())
     assert again.weight.shape == (128, 24)
-
-
-def test_one_cast_serves_every_vocabulary(as_cuda):
-    """A graph of one vocabulary would read freed memory if another vocabulary made a new cast."""
-    weight = torch.randn(100, 24)
-    address = ENGINE.head.projection(Head(weight, columns=70), torch.bfloat16).weight.data_ptr()
-    for columns in (100, 30, 70):
-        again = ENGINE.head.projection(Head(weight, columns=columns), torch.bfloat16)
-        assert again.weight.data_ptr() == address
-        assert torch.equal(again.weight[:columns], weight[:columns].bfloat16())
-
-
-def test_a_bias_in_half_precision_is_cast_into_the_same_memory(as_cuda):
-    """CUDA graphs read it long after the projection that they were captured with is gone."""
-    weight, bias = torch.randn(100, 24).bfloat16(), torch.randn(100).bfloat16()
-    kept = [ENGINE.head.projection(Head(weight, bias, columns=90), torch.bfloat16).bias]
-    bias.mul_(2)
-    again = ENGINE.head.projection(Head(weight, bias, columns=80), torch.bfloat16).bias
-    assert again.data_ptr() == kept[0].data_ptr()
-    assert torch.equal(again, bias[:80].float())
 
 
 def test_a_head_in_half_precision_is_not_copied(as_cuda):
@@ -322,3 +318,99 @@ def test_the_other_losses_run_on_half_precision_heads(as_cuda):
     torch.testing.assert_close(
         loss, torch.nn.functional.cross_entropy(logits, labels, reduction="sum"), rtol=1e-5, atol=1e-5
     )
+
+
+# ------------------------------------------------------------------------------------------- what outlives a decode
+
+
+@pytest.mark.parametrize("decoder", [ROWS], ids=["rows"])
+def test_an_adapter_that_is_switched_or_merged_is_another_model(decoder):
+    base = tiny_model("llama")
+    adapted = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights=False)).eval()
+    inner = adapted.get_base_model()
+    own, expected = both_in_bfloat16(decoder, inner)
+    assert distance(own, expected) < 0.05
+    with adapted.disable_adapter():
+        plain, expected = both_in_bfloat16(decoder, inner)
+    assert distance(plain, expected) < 0.05
+    assert distance(plain, own) > 0.1
+    adapted.merge_adapter()
+    assert distance(*both_in_bfloat16(decoder, inner)) < 0.05
+
+
+def distance(got, expected):
+    return float((got - expected).norm() / expected.norm())
+
+
+def test_what_is_made_in_inference_mode_serves_outside_of_it(as_cuda):
+    model, batch = tiny_model("llama"), batch_of()
+    settings = {"max_new_tokens": 5, "stop_ids": [], "temperature": 0}
+
+    def loss():
+        hidden = FUSED_LAYERS.hidden(model, batch, None)
+        own = Head(model.lm_head.weight)
+        return chunked_objective(reverse_kl, hidden, own, hidden.detach(), own, chunk=4).total
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.inference_mode():
+            first = generate(model, PROMPTS, **settings)
+            loss()
+        assert generate(model, PROMPTS, **settings) == first
+        assert abs(float(loss().detach())) < 1e-3
+
+
+def test_two_sessions_of_one_model_are_refused():
+    """They would write over each other's keys and values."""
+    model = tiny_model("llama")
+    refused = pytest.raises(RuntimeError, match="one batch at a time")
+    with torch.no_grad(), FUSED.opened(model, 2, None) as sessions, sessions(4), refused, sessions(4):
+        pass
+    with torch.no_grad(), FUSED.opened(model, 2, None) as sessions, sessions(4) as session:
+        assert session.prefill([[1], [2]]).isfinite().all()  # the one before has ended
+
+
+def test_rows_that_have_ended_stay_within_the_table_of_positions(as_cuda):
+    model = tiny_model("gpt2", n_positions=32)
+    prompts, limits = [[5] * 28, [7, 8]], [4, 25]
+    written = generate(model, prompts, max_new_tokens=limits, stop_ids=[], temperature=0)
+    assert [len(each) for each in written] == limits
+
+
+def test_quantized_weights_are_not_cast():
+    model = tiny_model("llama")
+    packed = torch.zeros(16, 8, dtype=torch.uint8)
+    model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(packed, requires_grad=False)
+    assert not ROWS.supports(model)
+    assert not FUSED.supports(model)
+
+
+def test_a_way_that_fails_its_trial_holds_nothing(monkeypatch):
+    model = tiny_model("llama")
+    monkeypatch.setattr(decoding._CudaSession, "_step", lambda self, rows, span: torch.zeros(rows, 97))
+    assert first_verified(ENGINE.decoders, model) is ENGINE.decoders[-1]
+    assert model not in FUSED._stores
+    assert model not in ROWS._stores
+
+
+def test_running_out_of_memory_is_no_verdict(monkeypatch):
+    model = tiny_model("llama")
+
+    def fail(self, *args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decoding._CudaSession, "_step", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            first_verified(ENGINE.decoders, model)
+    assert first_verified(ENGINE.decoders, model) is FUSED
+
+
+def test_only_matrices_are_copied_where_layers_are_the_models_own():
+    """Embeddings and norms stay float32 as under autocast: rows are sampled from the distribution that is scored."""
+    model = tiny_model("gpt2")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        decoded(ROWS, model)
+    copied = ROWS._stores[model]._own._backbone
+    assert copied.wte.weight is model.transformer.wte.weight
+    assert copied.h[0].ln_1.weight is model.transformer.h[0].ln_1.weight
+    assert copied.h[0].mlp.c_fc.weight.dtype == torch.bfloat16

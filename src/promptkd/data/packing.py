@@ -4,11 +4,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["TokenBatch", "right_pad"]
+__all__ = ["TokenBatch", "moved", "on_device", "right_pad"]
+
+
+def on_device(values: Sequence[Any], device: torch.device | str) -> Tensor:
+    """Integers, nested as a tensor nests them, on a device, without waiting for it.
+
+    A plain copy to a GPU waits until all that was queued there is done.
+    """
+    return moved(torch.tensor(values, dtype=torch.long), device)
+
+
+def moved(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor of the host on a device, without waiting for it."""
+    if torch.device(device).type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -89,7 +105,7 @@ class TokenBatch:
         """Values of the response tokens, (N,), as (B, length of the longest response); 0 where a row has none."""
         counts = self.response_lengths
         firsts = [0, *accumulate(counts)][:-1]
-        first = torch.tensor(firsts).to(self.rows.device)
+        first = on_device(firsts, self.rows.device)
         place = torch.arange(len(self.rows), device=self.rows.device) - first[self.rows]
         table = values.new_zeros(self.input_ids.shape[0], max(counts))
         return table.index_put((self.rows, place), values)
@@ -121,10 +137,10 @@ def right_pad(
         columns.extend(range(len(prompt) - 1, len(tokens) - 1))
         targets.extend(response)
     return TokenBatch(
-        input_ids=input_ids.to(device),
-        rows=torch.tensor(rows, dtype=torch.long).to(device),
-        columns=torch.tensor(columns, dtype=torch.long).to(device),
-        targets=torch.tensor(targets, dtype=torch.long).to(device),
+        input_ids=moved(input_ids, device),
+        rows=on_device(rows, device),
+        columns=on_device(columns, device),
+        targets=on_device(targets, device),
         token_ids=whole,
         prompt_lengths=tuple(map(len, prompts)),
     )

@@ -78,6 +78,8 @@ def _attend(
 ) -> tuple[Tensor, None]:
     if not _running:
         raise RuntimeError("The attention of promptkd was left on outside of a forward of promptkd.")
+    if settings.get("s_aux") is not None:
+        raise NotImplementedError("attention sinks")
     attended = _running[-1].attend(
         module,
         query,

@@ -85,6 +85,10 @@ class Decoder(ABC):
             vocabulary: logits of the first so many tokens; None for all.
         """
 
+    def forget(self, model: PreTrainedModel) -> None:
+        """Let go of what is held for the model between calls: this way will not run it."""
+        del model  # most hold nothing
+
 
 @dataclass(frozen=True)
 class Engine:

@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from promptkd.data.packing import TokenBatch
+from promptkd.data.packing import TokenBatch, on_device
 from promptkd.data.prefixes import Pack, pack_rows
 from promptkd.engine.attention import Attention, attention_in_place
 from promptkd.engine.backbone import embedding_device
 from promptkd.engine.base import Scorer
 
-__all__ = ["PackedScorer", "pack_inputs", "supports_packing"]
+__all__ = ["PackedScorer", "is_sharded", "pack_inputs", "supports_packing"]
 
 
 class PackedScorer(Scorer):
@@ -46,7 +46,7 @@ class PackedScorer(Scorer):
 
     def hidden(self, model: PreTrainedModel, batch: TokenBatch, prompt: Tensor | None) -> Tensor:
         # where weights are gathered from all processes, these must call the model equally often
-        parts = [batch] if _is_sharded(model) else batch.parts(self.longest)
+        parts = [batch] if is_sharded(model) else batch.parts(self.longest)
         return torch.cat([self._part(model, part, prompt) for part in parts])
 
     def states(self, model: PreTrainedModel, pack: Pack, inputs: dict[str, Tensor], places: Tensor) -> Tensor:
@@ -63,14 +63,16 @@ class PackedScorer(Scorer):
         pack, inputs = pack_inputs(model, read, prompt, share=self.shares_prefixes(model))
         length = 0 if prompt is None else prompt.shape[0]
         places = [pack.paths[row][column + length] for row, column in zip(rows, columns, strict=True)]
-        return self.states(model, pack, inputs, torch.tensor(places, dtype=torch.long, device=batch.input_ids.device))
+        return self.states(model, pack, inputs, on_device(places, batch.input_ids.device))
 
 
 def supports_packing(model: PreTrainedModel) -> bool:
     """Whether attention can be told where rows end: what transformers says of a class for flash attention."""
     # transformers recomputes activations after the pack, when our attention is no longer in place
     recomputes = model.is_activation_checkpointing and torch.is_grad_enabled()
-    return model._supports_flash_attn and not recomputes
+    kinds = model.config.get_text_config().to_dict().get("layer_types") or []
+    # a trial of a few short rows would not show another kind, such as chunks
+    return model._supports_flash_attn and not recomputes and set(kinds) <= {"full_attention", "sliding_attention"}
 
 
 def pack_inputs(
@@ -86,19 +88,18 @@ def pack_inputs(
     device = embedding_device(model)
     before = [] if prompt is None else list(range(-prompt.shape[0], 0))  # the vectors, as negative ids
     pack = pack_rows([[*before, *row] for row in rows], share=share)
-    ids, positions = torch.tensor([pack.tokens, pack.positions]).to(device)  # one transfer for both
+    ids, positions = on_device([pack.tokens, pack.positions], device)
     if prompt is None:
         inputs = {"input_ids": ids[None]}
     else:
         embedded = model.get_input_embeddings()(ids.clamp(min=0))  # (S, E), scaled where the model scales
         places = [place for place, token in enumerate(pack.tokens) if token < 0]  # type: ignore[operator]
-        vectors = torch.tensor([pack.tokens[place] for place in places]).to(device)
-        index = torch.tensor(places).to(device)
+        index, vectors = on_device([places, [pack.tokens[place] for place in places]], device)
         inputs = {"inputs_embeds": embedded.index_put((index,), prompt[vectors].to(embedded.dtype))[None]}
     return pack, inputs | {"position_ids": positions[None]}
 
 
-def _is_sharded(model: PreTrainedModel) -> bool:
+def is_sharded(model: PreTrainedModel) -> bool:
     """Whether weights are gathered from all processes."""
     return any(isinstance(each, FSDPModule) for each in model.modules()) or any(
         "ds_id" in vars(each) for each in model.parameters()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
+from promptkd.data.packing import on_device
 from promptkd.data.prefixes import Pack
 from promptkd.engine.attention import Attention, attention_in_place, softcapped_attention
 from promptkd.engine.backbone import embedding_device
@@ -31,9 +32,7 @@ Backbone = Callable[[Tensor, Tensor, Attend], Tensor]
 
 def supports_rows(model: PreTrainedModel) -> bool:
     """Whether rows of this model may be decoded so, as far as its configuration tells."""
-    kinds = model.config.get_text_config().to_dict().get("layer_types") or []
-    # a trial of a few short rows would not show another kind, such as chunks
-    return supports_packing(model) and set(kinds) <= {"full_attention", "sliding_attention"}
+    return supports_packing(model)
 
 
 @dataclass
@@ -76,7 +75,7 @@ class RowSession(DecodeSession):
         attention = _Prefill(self, pack, self.packed.attention(pack, embedding_device(self.model)))
         with attention_in_place(self.model, attention):
             hidden = self.model.base_model(use_cache=False, **inputs).last_hidden_state[0]
-        return self.project(hidden[[path[-1] for path in pack.paths]])
+        return self.project(hidden[on_device([path[-1] for path in pack.paths], hidden.device)])
 
     def states(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Hidden states (R, H) behind `tokens` (R,) at `positions` (R,), whose keys and values go into the store."""

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from promptkd.data.packing import on_device
 from promptkd.engine import DecodeSession, decoding, embedding_device, engine_for, evaluating, unwrap_peft
 from promptkd.evaluation.sampling import Sampler, uniforms
 
@@ -109,8 +110,8 @@ class _Batch:
     ):
         self.readers, self.pick, self.limits, self.stop_ids = readers, pick, limits, stop_ids
         self.drawn = None if drawn is None else drawn.to(device)  # (R, T)
-        self.stops = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
-        self.last = torch.tensor(limits, device=device) - 1  # (R,) the step of each row's last token
+        self.stops = on_device(list(stop_ids), device)
+        self.last = on_device(limits, device) - 1  # (R,) the step of each row's last token
         self.written = torch.zeros(len(limits), max(limits), dtype=torch.long, device=device)
         self.rows = list(range(len(limits)))  # those still decoded, in the order of the readers' rows
         self.index = torch.arange(len(limits), device=device)  # the same
@@ -120,12 +121,13 @@ class _Batch:
         self, prompts: Sequence[Sequence[int]], soft_prompt: Tensor | None, check_every: int
     ) -> list[list[int]]:
         """The responses. Rows that have ended are looked for, which waits for the device, every few tokens."""
+        limits = set(self.limits)  # a row at its limit may have no further place in the model's table of positions
         logits = [(reader.prefill(prompts, soft_prompt), weight) for reader, weight in self.readers]
         for step in range(max(self.limits)):
             tokens = self.pick(logits, None if self.drawn is None else self.drawn[self.index, step])  # (R,)
             self.written[self.index, step] = tokens
             self.going &= ~torch.isin(tokens, self.stops) & (step < self.last[self.index])
-            if (step + 1) % check_every == 0:
+            if (step + 1) % check_every == 0 or step + 1 in limits:
                 slots = _moved_up(self.going.tolist())
                 if not slots:
                     break
@@ -138,7 +140,7 @@ class _Batch:
     def _select(self, slots: list[int], tokens: Tensor) -> Tensor:
         for reader, _ in self.readers:
             reader.select(slots)
-        chosen = torch.tensor(slots).to(tokens.device)
+        chosen = on_device(slots, tokens.device)
         self.rows = [self.rows[slot] for slot in slots]
         self.index, self.going = self.index[chosen], self.going[chosen]
         return tokens[chosen]

@@ -13,7 +13,7 @@ from promptkd.data.prefixes import Pack
 from promptkd.engine.backbone import embedding_device
 from promptkd.engine.base import Decoder, DecodeSession, SessionFactory
 from promptkd.engine.cpu.attention import CpuPackedScorer
-from promptkd.engine.cpu.prepacked import PackedLinear, joined, onednn_multiplies, prepacked_linears, prepacks
+from promptkd.engine.cpu.prepacked import PackedLinear, fits_twice, joined, onednn_multiplies, prepacked_linears
 from promptkd.engine.fused_decoder import FusedDecoder, supports_fused_decoder
 from promptkd.engine.heads import head_logits, linear_head
 from promptkd.engine.rows import Backbone, Layer, RowSession, attend_to_columns, supports_rows
@@ -33,7 +33,7 @@ class CpuDecoder(Decoder):
         self.name = "fused decoder" if fused else "rows in place"
 
     def supports(self, model: PreTrainedModel) -> bool:
-        return supports_rows(model) and (not self.fused or (supports_fused_decoder(model) and prepacks(model)))
+        return supports_rows(model) and (not self.fused or (supports_fused_decoder(model) and fits_twice(model)))
 
     @contextmanager
     def opened(self, model: PreTrainedModel, rows: int, vocabulary: int | None) -> Iterator[SessionFactory]:

@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 from promptkd.engine.backbone import computing_with
 from promptkd.engine.fused_decoder import joined_weights
 
-__all__ = ["PackedLinear", "PlainLinear", "joined", "prepacked_linears", "prepacks"]
+__all__ = ["PackedLinear", "PlainLinear", "fits_twice", "joined", "onednn_multiplies", "prepacked_linears"]
 
 _MOST_BYTES = 4 * 2**30  # of weights: a second copy of more is not worth its memory
 
@@ -74,10 +74,10 @@ def onednn_multiplies(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def prepacks(model: nn.Module) -> bool:
-    """Whether the model's linear layers may be laid out anew: those that oneDNN multiplies by, up to 4 GiB."""
-    size = sum(each.weight.numel() * computing_with(each.weight).itemsize for each in _suitable(model))
-    return 0 < size <= _MOST_BYTES
+def fits_twice(model: nn.Module) -> bool:
+    """Whether a second copy of the linear layers, in the precision in which they multiply, is worth its memory."""
+    layers = [each for each in model.modules() if type(each) is nn.Linear]
+    return sum(each.weight.numel() * computing_with(each.weight).itemsize for each in layers) <= _MOST_BYTES
 
 
 @contextmanager
@@ -90,7 +90,7 @@ def prepacked_linears(model: nn.Module, rows: int) -> Iterator[None]:
     Args:
         rows: the most rows that a step has; calls with more are left to torch.
     """
-    layers = _suitable(model) if prepacks(model) else []
+    layers = _suitable(model) if fits_twice(model) else []
     try:
         for layer in layers:
             vars(layer)["forward"] = _Step(layer, rows)  # found before the class's own

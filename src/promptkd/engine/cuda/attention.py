@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.attention import varlen
 from transformers import PreTrainedModel
 
+from promptkd.data.packing import moved
 from promptkd.data.prefixes import Pack
 from promptkd.engine.attention import Attention
 from promptkd.engine.backbone import applies_dropout, compute_dtype
@@ -39,7 +40,7 @@ class VarlenAttention:
 
     def __init__(self, pack: Pack, device: torch.device):
         ends = torch.tensor([0, *pack.owned]).cumsum(0, dtype=torch.int32)
-        self.ends, self.longest = ends.to(device), max(pack.owned)
+        self.ends, self.longest = moved(ends, device), max(pack.owned)
 
     def attend(
         self,
@@ -64,7 +65,7 @@ class VarlenAttention:
         query, key, value = (each[0].transpose(0, 1).to(value.dtype) for each in (query, key, value))  # (S, heads, D)
         # torch counts the tokens that are seen before a token, transformers those with it
         window = (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
-        ends, longest = self.ends, self.longest
+        ends, longest = self.ends.to(value.device), self.longest  # of a model on several GPUs, the layer's
         attended = varlen.varlen_attn(
             query, key, value, ends, ends, longest, longest, scale=scaling, window_size=window, **_GROUPED
         )

@@ -8,14 +8,16 @@ rest per session.
 import copy
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from typing import Any, ParamSpec, TypeVar
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
+from promptkd.data.packing import on_device
 from promptkd.data.prefixes import Pack
 from promptkd.engine.attention import attention_in_place
 from promptkd.engine.backbone import compute_dtype, embedding_device
@@ -23,10 +25,13 @@ from promptkd.engine.base import Decoder, DecodeSession, SessionFactory
 from promptkd.engine.cuda.graphs import Graphs
 from promptkd.engine.fused_decoder import FusedDecoder, supports_fused_decoder
 from promptkd.engine.heads import HeadProducts, head_logits, linear_head
-from promptkd.engine.packed import PackedScorer
+from promptkd.engine.packed import PackedScorer, is_sharded
 from promptkd.engine.rows import Attend, Backbone, Layer, RowSession, StepAttention, attend_to_columns, supports_rows
 
 __all__ = ["CudaDecoder"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _PROMPT_COLUMNS = 64  # prompts end at a multiple of it
 _SPAN = 128  # columns that a step attends to come in multiples of it
@@ -56,18 +61,26 @@ class CudaDecoder(Decoder):
         self._stores: weakref.WeakKeyDictionary[PreTrainedModel, _Store] = weakref.WeakKeyDictionary()
 
     def supports(self, model: PreTrainedModel) -> bool:
-        packs = supports_rows(model) and self._packed.supports(model)
-        return packs and (not self.fused or supports_fused_decoder(model))
+        # the weights of a sharded model are gathered elsewhere each time; quantized ones are not to be cast
+        if not supports_rows(model) or not self._packed.supports(model) or is_sharded(model):
+            return False
+        if self.fused:
+            return supports_fused_decoder(model)
+        return all(each.is_floating_point() and each.itemsize >= 2 for each in model.parameters())
+
+    def forget(self, model: PreTrainedModel) -> None:
+        self._stores.pop(model, None)
 
     @contextmanager
     def opened(self, model: PreTrainedModel, rows: int, vocabulary: int | None) -> Iterator[SessionFactory]:
         store = self._store(model)
-        store.refill(model)
+        store.refill()
         project, address = self._projection(model, vocabulary)
 
         @contextmanager
         def session(max_new_tokens: int) -> Iterator[DecodeSession]:
-            yield _CudaSession(model, max_new_tokens, self._packed, store, project, (vocabulary, address))
+            with store.taken():
+                yield _CudaSession(model, max_new_tokens, self._packed, store, project, (vocabulary, address))
 
         yield session
 
@@ -87,22 +100,32 @@ class CudaDecoder(Decoder):
 
 
 def _signature(model: PreTrainedModel) -> tuple[Any, ...]:
-    """What graphs rely on: the precision, and where the weights lie."""
-    return compute_dtype(model), *(each.data_ptr() for each in model.parameters())
+    """What graphs rely on: the precision, where the weights lie, and which adapters take part."""
+    adapters = [
+        (each.merged, each.disable_adapters, tuple(each.active_adapters))
+        for each in model.modules()
+        if isinstance(each, BaseTunerLayer)
+    ]
+    return compute_dtype(model), *adapters, *(each.data_ptr() for each in model.parameters())
+
+
+def _lasting(method: Callable[P, R]) -> Callable[P, R]:
+    """For what outlives a call: tensors that are made in inference mode could not be written over outside of it."""
+    return torch.inference_mode(False)(torch.no_grad()(method))
 
 
 class _CastLinear:
     """Linear layers that read the same input, as one weight in the computing precision; refilled as they change."""
 
+    @_lasting
     def __init__(self, layers: Sequence[nn.Linear], dtype: torch.dtype):
         self._layers = layers
         size = sum(each.out_features for each in layers)
         weight, bias = layers[0].weight, layers[0].bias
-        self._weight = weight.new_empty(size, weight.shape[1], dtype=dtype)
-        self._bias = None if bias is None else bias.new_empty(size, dtype=dtype)
-        self.refill()
+        self._weight = torch.empty(size, weight.shape[1], dtype=dtype, device=weight.device)
+        self._bias = None if bias is None else torch.empty(size, dtype=dtype, device=weight.device)
 
-    @torch.no_grad()
+    @_lasting
     def refill(self) -> None:
         sizes = [each.out_features for each in self._layers]
         for place, layer in zip(self._weight.split(sizes), self._layers, strict=True):
@@ -131,25 +154,38 @@ class _LiveLinear:
 
 
 class _OwnLayers:
-    """The model's own layers for one token per row, in the computing precision."""
+    """The model's own layers for one token per row, their matrices in the computing precision.
 
+    Embeddings and norms keep theirs, as under autocast: rows are sampled from the distribution that is scored.
+    """
+
+    @_lasting
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype):
-        self._backbone = model.base_model
-        self._copied = any(each.dtype != dtype for each in model.base_model.parameters())
-        if self._copied:
-            self._backbone = copy.deepcopy(model.base_model).requires_grad_(False).eval()
-            for each in self._backbone.parameters():  # buffers, such as rotary frequencies, keep their precision
-                each.data = each.data.to(dtype)
+        self._dtype, own = dtype, model.base_model
+        tables = {id(each.weight) for each in own.modules() if isinstance(each, nn.Embedding)}
+        cast = [
+            each
+            for each in own.parameters()
+            if each.ndim >= 2 and each.dtype not in (dtype, torch.float64) and id(each) not in tables
+        ]
+        # what is not cast is shared with the model
+        copies = {id(each): nn.Parameter(each.detach().to(dtype), requires_grad=False) for each in cast}
+        self._casts = [(copies[id(each)], each) for each in cast]
+        shared = {id(each): each for each in (*own.parameters(), *own.buffers())}
+        self._backbone = copy.deepcopy(own, shared | copies).eval() if cast else own
 
-    @torch.no_grad()
-    def refill(self, model: PreTrainedModel) -> None:
-        if self._copied:
-            for ours, theirs in zip(self._backbone.parameters(), model.base_model.parameters(), strict=True):
-                ours.copy_(theirs)
+    @_lasting
+    def refill(self) -> None:
+        for ours, theirs in self._casts:
+            ours.copy_(theirs)
 
     def __call__(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """See `Backbone`."""
-        with attention_in_place(self._backbone, StepAttention(attend)):
+        kind = tokens.device.type
+        mixed = self._dtype in (torch.bfloat16, torch.float16)
+        # a cache of casts would outlive the graph that they were made in
+        precision = torch.autocast(kind, dtype=self._dtype, cache_enabled=False) if mixed else nullcontext()
+        with precision, attention_in_place(self._backbone, StepAttention(attend)):
             hidden = self._backbone(input_ids=tokens[:, None], position_ids=positions[:, None], use_cache=False)
         return hidden.last_hidden_state[:, -1]
 
@@ -163,6 +199,8 @@ class _Store:
         self.graphs = Graphs()
         self.rows = self.columns = 0
         self.layers: dict[int, Layer] = {}
+        self._logits: dict[int, Tensor] = {}
+        self._is_taken = False
         self._casts: list[_CastLinear] = []
         self._own = None if fused else _OwnLayers(model, self.dtype)
         self.backbone: Backbone = FusedDecoder(model, self._joined) if self._own is None else self._own
@@ -173,13 +211,33 @@ class _Store:
         self._casts.append(_CastLinear(layers, self.dtype))
         return self._casts[-1]
 
-    def refill(self, model: PreTrainedModel) -> None:
+    def refill(self) -> None:
         """Take the weights as they are now."""
         for each in self._casts:
             each.refill()
         if self._own is not None:
-            self._own.refill(model)
+            self._own.refill()
 
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """For one session at a time."""
+        if self._is_taken:
+            raise RuntimeError("One model decodes one batch at a time on CUDA: end the session that is open.")
+        self._is_taken = True
+        try:
+            yield
+        finally:
+            self._is_taken = False
+
+    @_lasting
+    def kept(self, logits: Tensor) -> Tensor:
+        """(R, V) logits in a buffer that all graphs write: each with an output of its own would fill gigabytes."""
+        size = logits.shape[1]
+        if size not in self._logits:
+            self._logits[size] = torch.empty(self.rows, size, dtype=logits.dtype, device=logits.device)
+        return self._logits[size][: len(logits)].copy_(logits)
+
+    @_lasting
     def make_room(self, rows: int, columns: int) -> None:
         """For a session of `rows` rows and `columns` columns; the store of every layer is empty afterwards."""
         rows, columns = _row_bucket(rows), _rounded_up(columns, _SPAN)
@@ -187,6 +245,7 @@ class _Store:
             self.rows, self.columns = max(rows, self.rows), max(columns, self.columns)
             self.layers.clear()
             self.graphs.clear()
+            self._logits.clear()
             self.tokens, self.positions, self.first = torch.zeros(3, self.rows, dtype=torch.long, device=self.device)
             self.column = torch.zeros(1, dtype=torch.long, device=self.device)
         for layer in self.layers.values():  # a NaN of an earlier session would pass through a weight of 0
@@ -225,14 +284,17 @@ class _CudaSession(RowSession):
         memory.make_room(self.count, width + self.max_new_tokens)
         # rows that only fill a bucket begin where the first new column is: they see that, and nothing else
         unused = memory.rows - self.count
-        memory.positions.copy_(torch.tensor([*lengths, *[0] * unused]))
-        memory.first.copy_(torch.tensor([*(width - each for each in lengths), *[width] * unused]))
+        starts = [width - each for each in lengths] + [width] * unused
+        positions, first = on_device([[*lengths, *[0] * unused], starts], memory.device)
+        memory.positions.copy_(positions)
+        memory.first.copy_(first)
         memory.column.fill_(width)
         rows = [row for row, length in enumerate(lengths) for _ in range(length)]
         columns = [column for length in lengths for column in range(width - length, width)]
-        places = torch.tensor([rows, columns]).to(memory.device)
+        places = on_device([rows, columns], memory.device)
         self._places = places[0], places[1]
 
+    @_lasting
     def store(self, index: int, pack: Pack, key: Tensor, value: Tensor, **settings: Any) -> None:
         memory = self.memory
         if index not in memory.layers:
@@ -253,7 +315,7 @@ class _CudaSession(RowSession):
         memory.tokens[: self.count].copy_(tokens)
         rows, span = _row_bucket(self.count), min(_rounded_up(self.width, _SPAN), memory.columns)
         logits = memory.graphs.run((rows, span, self.head), memory.device, lambda: self._step(rows, span))
-        memory.positions.add_(1)
+        memory.positions[: self.count].add_(1)  # of rows that have left, no position leaves the model's table
         memory.column.add_(1)
         return logits[: self.count]
 
@@ -264,7 +326,7 @@ class _CudaSession(RowSession):
         seen = (columns >= memory.first[:rows, None]) & (columns <= memory.column)  # (rows, span)
         self._seen = {None: seen[:, None, None]}
         with torch.autocast(memory.device.type, enabled=False):
-            return self.project(self.states(memory.tokens[:rows], memory.positions[:rows]))
+            return memory.kept(self.project(self.states(memory.tokens[:rows], memory.positions[:rows])))
 
     def attend_to_past(self, index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         memory, layer, rows = self.memory, self.memory.layers[index], query.shape[0]
@@ -288,7 +350,7 @@ class _CudaSession(RowSession):
         memory, device = self.memory, self.memory.device
         moves = [(place, row) for place, row in enumerate(rows) if place != row]
         if moves:
-            to, source = torch.tensor(moves).T.to(device)
+            to, source = on_device(moves, device).T
             for layer in memory.layers.values():
                 for each in (layer.keys, layer.values):
                     each[to, :, : self.width] = each[source, :, : self.width]

@@ -1,5 +1,7 @@
 """Products with a head on CUDA: factors in half precision, sums and results in float32."""
 
+import logging
+from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -11,61 +13,67 @@ from promptkd.objectives.kernels import PLAIN_KERNELS, Kernels
 
 __all__ = ["CudaHeadProducts"]
 
+_LOGGER = logging.getLogger(__name__)
 _ALIGNED = 64  # columns: the rows of a matrix must begin at multiples of 128 bytes for the fast products
 
 
 class CudaHeadProducts(HeadProducts):
-    """A head's weights are cast once per optimizer step, into the same memory each time: CUDA graphs read it."""
+    """A head's weights are cast into the same memory each time: CUDA graphs read it."""
 
     chunk = 2048
 
     def __init__(self) -> None:
-        self._casts = WeakIdKeyDictionary()  # from a weight to its `_Cast`
+        self._casts = WeakIdKeyDictionary()  # from a weight or bias to its cast
 
     def kernels(self, dtype: torch.dtype) -> Kernels:
-        """Fused ones for float32 where Triton is installed."""
-        if dtype != torch.float32 or find_spec("triton") is None:
-            return PLAIN_KERNELS
-        from promptkd.engine.cuda.kernels import KERNELS
-
-        return KERNELS
+        """Fused ones for float32 where Triton compiles them."""
+        return _fused_kernels() if dtype == torch.float32 else PLAIN_KERNELS
 
     def projection(self, head: Head, computing: torch.dtype, *, reuse: bool = False) -> Projection:
-        if computing not in (torch.bfloat16, torch.float16):
+        if computing != torch.bfloat16:  # in float16 the smallest gradients would vanish
             return Projection(head, computing)
         weight = self._aligned(head.weight, head.vocabulary, computing)
         bias = None if head.bias is None else self._aligned(head.bias, head.vocabulary, torch.float32)
         return _HalfProjection(head, computing, weight, bias)
 
+    @torch.inference_mode(False)  # what is made here outlives the call
+    @torch.no_grad()
     def _aligned(self, weight: Tensor, vocabulary: int, dtype: torch.dtype) -> Tensor:
-        """A weight or bias in `dtype`, (V rounded up to 64, …). What its last rows hold means nothing."""
+        """A weight or bias in `dtype`, (V rounded up to 64, …). What its last rows hold means nothing.
+
+        It is cast at every call, in a millisecond at most. No version of a tensor tells whether that is needed: fused
+        optimizers and sharding write over weights without counting.
+        """
         columns = _rounded_up(vocabulary)
         if weight.dtype == dtype and len(weight) >= columns:
             return weight.detach()[:columns]
-        known = self._casts.get(weight)
-        if known is None or known.tensor.dtype != dtype:
+        cast = self._casts.get(weight)
+        if cast is None or cast.dtype != dtype:
             # All rows, however many are asked for: one cast serves every vocabulary, and its address stays.
             shape = (_rounded_up(len(weight)), *weight.shape[1:])
-            known = self._casts[weight] = _Cast(weight.new_zeros(shape, dtype=dtype))
-        known.refresh(weight)
-        return known.tensor[:columns]
+            cast = self._casts[weight] = torch.zeros(shape, dtype=dtype, device=weight.device)
+        cast[: len(weight)].copy_(weight)
+        return cast[:columns]
 
 
 def _rounded_up(columns: int) -> int:
     return -(-columns // _ALIGNED) * _ALIGNED
 
 
-class _Cast:
-    """A weight in another precision, and the version of the weight that it is a cast of."""
+@cache
+def _fused_kernels() -> Kernels:
+    """Triton's, if a small one runs: it needs a C compiler, which slim images lack."""
+    if find_spec("triton") is None:
+        return PLAIN_KERNELS
+    from promptkd.engine.cuda.kernels import KERNELS
 
-    def __init__(self, tensor: Tensor):
-        self.tensor = tensor
-        self._version: int | None = None
-
-    def refresh(self, weight: Tensor) -> None:
-        if self._version != weight._version:  # torch counts what is written over a tensor, an optimizer's steps too
-            self.tensor[: len(weight)].copy_(weight.detach())
-            self._version = weight._version
+    logits = torch.zeros(1, 8, device="cuda")
+    try:
+        KERNELS.reverse_kl(logits, logits.clone())
+    except (RuntimeError, OSError, ImportError) as error:
+        _LOGGER.warning("Divergences run by torch's own operations: Triton compiles nothing here (%s).", error)
+        return PLAIN_KERNELS
+    return KERNELS
 
 
 class _HalfProjection(Projection):
