@@ -46,8 +46,8 @@ class Options:
     """Share of the probability mass to sample from."""
     top_k: int = 0
     """Number of tokens to sample from; 0 for all."""
-    batch_size: int = 32
-    """Rows that are decoded at a time."""
+    batch_size: int | None = None
+    """Rows that are decoded at a time; by default 32 on CPU, 128 on a GPU."""
     limit: int | None = None
     """Use the first so many rows of each data set."""
     template: str = "auto"
@@ -183,7 +183,7 @@ def _read(options: Options, tokenizer: Any) -> dict[str, Any]:
 
 
 def _begun_record(options: Options, sets: dict[str, Any], model: Any, teacher: Any) -> "Results":
-    """The record without its figures."""
+    """The record without its metrics."""
     from promptkd.cli.measuring import label_of, training_cost
     from promptkd.cli.options import merged_config
     from promptkd.cli.session import data_record
@@ -230,6 +230,7 @@ def _settle(
 
 
 def _decoding(options: Options) -> "Decoding":
+    from promptkd.cli.measuring import settled_rows
     from promptkd.evaluation.measure import Decoding
 
     return Decoding(
@@ -237,7 +238,7 @@ def _decoding(options: Options) -> "Decoding":
         top_p=options.top_p,
         top_k=options.top_k,
         max_new_tokens=options.max_completion_length,
-        batch_size=options.batch_size,
+        batch_size=settled_rows(options.batch_size),
     )
 
 

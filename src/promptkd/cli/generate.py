@@ -33,8 +33,8 @@ class Options:
     """Number of tokens to sample from; 0 for all."""
     seed: int = 10
     """Seed of the samples."""
-    batch_size: int = 32
-    """Rows that are decoded at a time."""
+    batch_size: int | None = None
+    """Rows that are decoded at a time; by default 32 on CPU, 128 on a GPU."""
     limit: int | None = None
     """Use the first so many rows."""
     template: str = "auto"
@@ -65,6 +65,7 @@ def run(options: Options, training: dict[str, Any]) -> None:
         load_subject,
         measured_rows,
         settled_precision,
+        settled_rows,
     )
     from promptkd.cli.session import progress_lines, quiet_libraries, say
     from promptkd.data.dataset import stop_ids_of
@@ -92,7 +93,7 @@ def run(options: Options, training: dict[str, Any]) -> None:
             top_p=options.top_p,
             top_k=options.top_k,
             seeds=[seeds[row.row] for row in rows],
-            batch_size=options.batch_size,
+            batch_size=settled_rows(options.batch_size),
             vocabulary=vocabulary_size(tokenizer),
             on_batch=lambda done: tell("responses", done),
         )

@@ -48,10 +48,20 @@ def out_of_memory_told(command: ModuleType, options: Any, resume: str = "") -> I
     except (MemoryError, RuntimeError, OSError) as error:
         if not is_out_of_memory(error):
             raise
-        less = [each.format(**vars(options)) for each in vars(command).get("LESS_MEMORY", ())]
+        given = _settled(vars(options))
+        less = [each.format(**given) for each in vars(command).get("LESS_MEMORY", ())]
         advice = f"Less is needed with {', or '.join(less)}." if less else "It takes a machine with more memory."
-        told = [f"Out of memory{_batch(vars(options))}.", memory_at_hand(error), advice, resume]
+        told = [f"Out of memory{_batch(given)}.", memory_at_hand(error), advice, resume]
         raise PromptKDError(" ".join(part for part in told if part)) from error
+
+
+def _settled(given: dict[str, Any]) -> dict[str, Any]:
+    """The options, a batch size that was left out as it was chosen."""
+    if "batch_size" not in given:
+        return given
+    from promptkd.cli.measuring import settled_rows
+
+    return given | {"batch_size": settled_rows(given["batch_size"])}
 
 
 def _batch(given: dict[str, Any]) -> str:

@@ -23,8 +23,10 @@ __all__ = [
     "measured_rows",
     "precision_notes",
     "settled_precision",
+    "settled_rows",
     "teacher_precision_here",
     "training_cost",
+    "wrong_batch_size",
 ]
 
 MOST_TOKENS = 1_000_000
@@ -54,7 +56,7 @@ def check_decoding(options: Any, seeds: Sequence[int]) -> None:
             options.max_completion_length > MOST_TOKENS,
             f"--max-completion-length must be at most {MOST_TOKENS}, got {options.max_completion_length}",
         ),
-        (options.batch_size < 1, f"--batch-size must be at least 1, got {options.batch_size}"),
+        wrong_batch_size(options),
         (any(seed < 0 for seed in seeds), f"seeds must be 0 or more, got {_listed(seeds)}"),
         (len(set(seeds)) < len(seeds), f"each seed must be given once, got {_listed(seeds)}"),
     ]
@@ -65,6 +67,19 @@ def check_decoding(options: Any, seeds: Sequence[int]) -> None:
 
 def _listed(seeds: Sequence[int]) -> str:
     return " ".join(map(str, seeds))
+
+
+def wrong_batch_size(options: Any) -> tuple[bool, str]:
+    """Whether --batch-size is wrong, and the words for it."""
+    size = options.batch_size
+    return size is not None and size < 1, f"--batch-size must be at least 1, got {size}"
+
+
+def settled_rows(batch_size: int | None) -> int:
+    """How many rows --batch-size comes to on the device that measures: as many as in training, unless it says so."""
+    from promptkd.engine import engine_for
+
+    return engine_for(measuring_device()).decode_rows if batch_size is None else batch_size
 
 
 def measuring_device() -> "torch.device":
