@@ -32,12 +32,10 @@ from promptkd.methods import Method, Step, named_method
 from promptkd.models import (
     check_same_vocabulary,
     count_parameters,
-    load_model,
     load_tokenizer,
     resolve_model,
     shared_vocabulary_size,
 )
-from promptkd.models.quantized import keep_backward
 from promptkd.objectives import forward_kl, reverse_kl
 from promptkd.responses import AdaptiveReplay, TeacherMixed
 from promptkd.training.config import DistillConfig, PromptKDConfig
@@ -54,7 +52,7 @@ from promptkd.training.sharding import (
     settle_dispatched,
 )
 from promptkd.training.shared import RunTrainer
-from promptkd.training.teacher_options import teacher_settings
+from promptkd.training.teacher_options import load_teacher
 from promptkd.training.teaching import TeacherTuning
 
 __all__ = ["DistillConfig", "DistillTrainer", "PromptKDConfig", "PromptKDTrainer"]
@@ -109,7 +107,7 @@ class DistillTrainer(Rollouts, TeacherTuning, RunTrainer, DistillationTrainer):
             raise RequestError("Expected the tokenizer as `processing_class` beside a loaded model. Got None.")
         if model is teacher_model:
             raise RequestError("Student and teacher are one and the same model. Load the teacher a second time.")
-        teacher, teacher_tokenizer = _load_teacher(teacher_model, teacher_processing_class, args, self.method)
+        teacher, teacher_tokenizer = load_teacher(teacher_model, teacher_processing_class, args, self.method)
         if teacher_tokenizer is not None:
             check_same_vocabulary(processing_class, teacher_tokenizer)
 
@@ -342,16 +340,3 @@ class PromptKDTrainer(DistillTrainer):
 
     def __init__(self, model: Any, teacher_model: Any, args: PromptKDConfig | None = None, **kwargs: Any):
         super().__init__(model, teacher_model, args or PromptKDConfig("promptkd"), **kwargs)
-
-
-def _load_teacher(
-    teacher: str | Path | PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    args: DistillConfig,
-    method: Method,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    if not isinstance(teacher, str | Path):
-        keep_backward(teacher)
-        return teacher.eval(), tokenizer
-    loaded = load_model(teacher, trust_remote_code=args.trust_remote_code, **teacher_settings(args, method))
-    return loaded, tokenizer or load_tokenizer(teacher, trust_remote_code=args.trust_remote_code)

@@ -2,18 +2,41 @@
 
 from collections.abc import Iterable
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from promptkd.engine.recompute import recomputable_layers
 from promptkd.errors import RequestError
 from promptkd.methods import Method
+from promptkd.models import load_model, load_tokenizer
+from promptkd.models.quantized import keep_backward
 from promptkd.precision import teacher_precision
 
-__all__ = ["check_teacher_options", "teacher_settings"]
+__all__ = ["check_teacher_options", "load_teacher", "teacher_settings"]
+
+
+def load_teacher(
+    teacher: str | Path | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    args: Any,
+    method: Method,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """The teacher in evaluation mode, and its tokenizer, None for a loaded model that came without.
+
+    Args:
+        teacher: a loaded model, or what `load_model` takes.
+        tokenizer: the teacher's, if it is known.
+        args: a `DistillConfig`.
+    """
+    if not isinstance(teacher, str | Path):
+        keep_backward(teacher)
+        return teacher.eval(), tokenizer
+    loaded = load_model(teacher, trust_remote_code=args.trust_remote_code, **teacher_settings(args, method))
+    return loaded, tokenizer or load_tokenizer(teacher, trust_remote_code=args.trust_remote_code)
 
 
 def teacher_settings(args: Any, method: Method) -> dict[str, Any]:

@@ -5,33 +5,28 @@ tokens, positions and column live as long as the model, in a `_Store`, and are r
 rest per session.
 """
 
-import copy
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import Any, ParamSpec, TypeVar
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from promptkd.data.packing import on_device
 from promptkd.data.prefixes import Pack
-from promptkd.engine.attention import attention_in_place
 from promptkd.engine.backbone import compute_dtype, embedding_device
 from promptkd.engine.base import Decoder, DecodeSession, SessionFactory
 from promptkd.engine.cuda.graphs import Graphs
+from promptkd.engine.cuda.weights import CastLinear, LiveLinear, OwnLayers, lasting
 from promptkd.engine.fused_decoder import FusedDecoder, supports_fused_decoder
 from promptkd.engine.heads import HeadProducts, head_logits, linear_head
 from promptkd.engine.packed import PackedScorer, is_sharded
-from promptkd.engine.rows import Attend, Backbone, Layer, RowSession, StepAttention, attend_to_columns, supports_rows
+from promptkd.engine.rows import Backbone, Layer, RowSession, attend_to_columns, supports_rows
 
 __all__ = ["CudaDecoder"]
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 _PROMPT_COLUMNS = 64  # prompts end at a multiple of it
 _SPAN = 128  # columns that a step attends to come in multiples of it
@@ -109,87 +104,6 @@ def _signature(model: PreTrainedModel) -> tuple[Any, ...]:
     return compute_dtype(model), *adapters, *(each.data_ptr() for each in model.parameters())
 
 
-def _lasting(method: Callable[P, R]) -> Callable[P, R]:
-    """For what outlives a call: tensors that are made in inference mode could not be written over outside of it."""
-    return torch.inference_mode(False)(torch.no_grad()(method))
-
-
-class _CastLinear:
-    """Linear layers that read the same input, as one weight in the computing precision; refilled as they change."""
-
-    @_lasting
-    def __init__(self, layers: Sequence[nn.Linear], dtype: torch.dtype):
-        self._layers = layers
-        size = sum(each.out_features for each in layers)
-        weight, bias = layers[0].weight, layers[0].bias
-        self._weight = torch.empty(size, weight.shape[1], dtype=dtype, device=weight.device)
-        self._bias = None if bias is None else torch.empty(size, dtype=dtype, device=weight.device)
-
-    @_lasting
-    def refill(self) -> None:
-        sizes = [each.out_features for each in self._layers]
-        for place, layer in zip(self._weight.split(sizes), self._layers, strict=True):
-            place.copy_(layer.weight)
-        if self._bias is not None:
-            for place, layer in zip(self._bias.split(sizes), self._layers, strict=True):
-                place.copy_(layer.bias)
-
-    def __call__(self, inputs: Tensor, plus: Tensor | None = None) -> Tensor:
-        """See `JoinedLinear`."""
-        outputs = linear(inputs.to(self._weight.dtype), self._weight, self._bias)
-        return outputs if plus is None else plus + outputs
-
-
-class _LiveLinear:
-    """The same for weights that are in the computing precision already: a second copy would only cost memory."""
-
-    def __init__(self, layers: Sequence[nn.Linear]):
-        self._layers = layers
-
-    def __call__(self, inputs: Tensor, plus: Tensor | None = None) -> Tensor:
-        """See `JoinedLinear`."""
-        parts = [linear(inputs.to(each.weight.dtype), each.weight, each.bias) for each in self._layers]
-        outputs = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-        return outputs if plus is None else plus + outputs
-
-
-class _OwnLayers:
-    """The model's own layers for one token per row, their matrices in the computing precision.
-
-    Embeddings and norms keep theirs, as under autocast: rows are sampled from the distribution that is scored.
-    """
-
-    @_lasting
-    def __init__(self, model: PreTrainedModel, dtype: torch.dtype):
-        self._dtype, own = dtype, model.base_model
-        tables = {id(each.weight) for each in own.modules() if isinstance(each, nn.Embedding)}
-        cast = [
-            each
-            for each in own.parameters()
-            if each.ndim >= 2 and each.dtype not in (dtype, torch.float64) and id(each) not in tables
-        ]
-        # what is not cast is shared with the model
-        copies = {id(each): nn.Parameter(each.detach().to(dtype), requires_grad=False) for each in cast}
-        self._casts = [(copies[id(each)], each) for each in cast]
-        shared = {id(each): each for each in (*own.parameters(), *own.buffers())}
-        self._backbone = copy.deepcopy(own, shared | copies).eval() if cast else own
-
-    @_lasting
-    def refill(self) -> None:
-        for ours, theirs in self._casts:
-            ours.copy_(theirs)
-
-    def __call__(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """See `Backbone`."""
-        kind = tokens.device.type
-        mixed = self._dtype in (torch.bfloat16, torch.float16)
-        # a cache of casts would outlive the graph that they were made in
-        precision = torch.autocast(kind, dtype=self._dtype, cache_enabled=False) if mixed else nullcontext()
-        with precision, attention_in_place(self._backbone, StepAttention(attend)):
-            hidden = self._backbone(input_ids=tokens[:, None], position_ids=positions[:, None], use_cache=False)
-        return hidden.last_hidden_state[:, -1]
-
-
 class _Store:
     """What graphs of one model read and write. It holds parts of the model, and never the model itself."""
 
@@ -201,14 +115,14 @@ class _Store:
         self.layers: dict[int, Layer] = {}
         self._logits: dict[int, Tensor] = {}
         self._is_taken = False
-        self._casts: list[_CastLinear] = []
-        self._own = None if fused else _OwnLayers(model, self.dtype)
+        self._casts: list[CastLinear] = []
+        self._own = None if fused else OwnLayers(model, self.dtype)
         self.backbone: Backbone = FusedDecoder(model, self._joined) if self._own is None else self._own
 
-    def _joined(self, layers: Sequence[nn.Linear]) -> _CastLinear | _LiveLinear:
+    def _joined(self, layers: Sequence[nn.Linear]) -> CastLinear | LiveLinear:
         if all(each.weight.dtype == self.dtype for each in layers):
-            return _LiveLinear(layers)
-        self._casts.append(_CastLinear(layers, self.dtype))
+            return LiveLinear(layers)
+        self._casts.append(CastLinear(layers, self.dtype))
         return self._casts[-1]
 
     def refill(self) -> None:
@@ -229,7 +143,7 @@ class _Store:
         finally:
             self._is_taken = False
 
-    @_lasting
+    @lasting
     def kept(self, logits: Tensor) -> Tensor:
         """(R, V) logits in a buffer that all graphs write: each with an output of its own would fill gigabytes."""
         size = logits.shape[1]
@@ -237,7 +151,7 @@ class _Store:
             self._logits[size] = torch.empty(self.rows, size, dtype=logits.dtype, device=logits.device)
         return self._logits[size][: len(logits)].copy_(logits)
 
-    @_lasting
+    @lasting
     def make_room(self, rows: int, columns: int) -> None:
         """For a session of `rows` rows and `columns` columns; the store of every layer is empty afterwards."""
         rows, columns = _row_bucket(rows), _rounded_up(columns, _SPAN)
@@ -294,7 +208,7 @@ class _CudaSession(RowSession):
         places = on_device([rows, columns], memory.device)
         self._places = places[0], places[1]
 
-    @_lasting
+    @lasting
     def store(self, index: int, pack: Pack, key: Tensor, value: Tensor, **settings: Any) -> None:
         memory = self.memory
         if index not in memory.layers:
