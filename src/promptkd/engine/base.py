@@ -105,5 +105,7 @@ class Engine:
     """Tokens between two looks at which rows have ended. Each look waits for the device."""
     decode_rows: int
     """Rows that are decoded together, unless someone says another number."""
+    shares_passes: bool
+    """Whether the student's pass serves the prompt's step too: time saved, for activations held through that step."""
     pass_tokens: int
     """Most tokens of a pass that keeps activations for a soft prompt alone. More make matrix products no faster."""

@@ -125,5 +125,6 @@ REFERENCE = Engine(
     head=HeadProducts(),
     check_every=1,
     decode_rows=32,
+    shares_passes=False,
     pass_tokens=2**31,
 )

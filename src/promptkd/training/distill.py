@@ -26,7 +26,15 @@ from trl import DistillationTrainer
 from promptkd.data.dataset import encode_rows, stop_ids_of
 from promptkd.data.encode import EncodedData
 from promptkd.data.packing import TokenBatch, right_pad
-from promptkd.engine import ChunkedLoss, check_scoring, disable_dropout, head_logits, response_hidden, unwrap_peft
+from promptkd.engine import (
+    ChunkedLoss,
+    check_scoring,
+    disable_dropout,
+    engine_for,
+    head_logits,
+    response_hidden,
+    unwrap_peft,
+)
 from promptkd.errors import RequestError
 from promptkd.methods import Method, Step, named_method
 from promptkd.models import (
@@ -226,11 +234,17 @@ class DistillTrainer(Rollouts, TeacherTuning, RunTrainer, DistillationTrainer):
         batch = self._token_batch(inputs)
         self.phases.works_on(batch.lengths)
         index = self._step % self.args.gradient_accumulation_steps
-        if index == 0 and self.adapter is not None:
+        tunes = index == 0 and self.adapter is not None
+        shares = engine_for(self.accelerator.device).shares_passes and not self._trains_dropout
+        if tunes and not shares:
             with self.phases("prompt"):
-                self._tune_teacher(student, tokens)
+                self._tune_teacher(student, None, tokens)
         with autocast(self.accelerator, self.args):  # the redirected forward goes round accelerate's own
             hidden = response_hidden(student, batch)  # (N, H)
+        if tunes and shares:
+            with self.phases("prompt"):
+                self._tune_teacher(student, hidden.detach(), tokens)
+        with autocast(self.accelerator, self.args):
             loss = self._method_loss(student, inputs, batch, hidden, self._teacher_of_student(index))
         self._window["student_loss"] += loss.total.detach().double() * (tokens / items).double()
         if "entropy" in loss.figures:

@@ -97,10 +97,12 @@ class TeacherTuning(_Trainer):
             )
         return super().create_scheduler(num_training_steps, optimizer)
 
-    def _tune_teacher(self, student: nn.Module, tokens: Tensor) -> None:
+    def _tune_teacher(self, student: nn.Module, first_hidden: Tensor | None, tokens: Tensor) -> None:
         """One step of the teacher's adapter on all response tokens of the window (PromptKD section 3.2).
 
         Args:
+            first_hidden: the student's states of the window's first micro-batch, if they are known; None computes them
+                without dropout, as those of the other micro-batches.
             tokens: response tokens of the window on all processes.
         """
         assert self.adapter is not None
@@ -115,7 +117,8 @@ class TeacherTuning(_Trainer):
         for index, batch in enumerate(batches):
             self.phases.works_on(batch.lengths)
             with autocast(self.accelerator, self.args), torch.no_grad():
-                target = _without_dropout(student, batch)
+                known = first_hidden if index == 0 else None
+                target = _without_dropout(student, batch) if known is None else known
                 plain = self._plain_hidden(batch) if reads_plain else None
             parts = self._parts(batch)
             counts = [part.response_tokens for part in parts]

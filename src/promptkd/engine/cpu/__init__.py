@@ -18,5 +18,6 @@ ENGINE = Engine(
     head=CpuHeadProducts(),
     check_every=1,
     decode_rows=32,
+    shares_passes=True,
     pass_tokens=1536,
 )

@@ -19,5 +19,6 @@ ENGINE = Engine(
     head=_HEAD,
     check_every=16,
     decode_rows=128,
+    shares_passes=False,
     pass_tokens=8192,
 )
