@@ -5,8 +5,7 @@ Which layers: those with the highest block influence, 1 - cos(input, output) ave
 """
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from promptkd.data.packing import TokenBatch
+from promptkd.engine import evaluating
 from promptkd.errors import RequestError
 
 __all__ = ["block_influence", "decoder_layers", "evenly_spaced", "most_influential", "prune_layers"]
@@ -62,7 +62,7 @@ def block_influence(model: PreTrainedModel, batches: Sequence[TokenBatch]) -> li
 
     handles = [layer.register_forward_hook(record(i), with_kwargs=True) for i, layer in enumerate(layers)]
     try:
-        with torch.no_grad(), _evaluating(model):
+        with torch.no_grad(), evaluating(model):
             for batch in batches:
                 last = torch.zeros(batch.input_ids.shape[0], dtype=torch.long, device=batch.input_ids.device)
                 last.scatter_reduce_(0, batch.rows, batch.columns + 1, "amax")
@@ -147,7 +147,7 @@ def _check_cut(model: PreTrainedModel, student: PreTrainedModel, stack: nn.Modul
     dropped = [layer for index, layer in enumerate(stack) if index not in set(layers)]
     handles = [layer.register_forward_hook(hand_through, with_kwargs=True) for layer in dropped]
     try:
-        with torch.no_grad(), _evaluating(model):
+        with torch.no_grad(), evaluating(model):
             expected = model.base_model(input_ids=ids, use_cache=False).last_hidden_state.float()
             got = student.base_model(input_ids=ids, use_cache=False).last_hidden_state.float()
     finally:
@@ -170,13 +170,3 @@ def _check_indices(layers: Sequence[int], total: int) -> None:
         raise RequestError(f"The teacher has layers 0 … {total - 1}. Got {outside[0]}.")
     if list(layers) != sorted(set(layers)):
         raise RequestError(f"Layers must be given once each, in rising order. Got {list(layers)}.")
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
