@@ -1,5 +1,6 @@
 """Memory that runs out: one message with the phase, the batch and what needs less, and a run that can be resumed."""
 
+import re
 import weakref
 from dataclasses import fields
 from types import SimpleNamespace
@@ -188,7 +189,7 @@ def test_a_trainer_trains_on_after_it_ran_out_of_memory(tmp_path, monkeypatch):
 def test_evaluate_names_its_batch_and_keeps_its_answers(world, tmp_path, capsys, monkeypatch):
     request = ("evaluate", "--model", world.student, "--data", world.test, *LIMITS, "--batch-size", 2, "--out")
     undisturbed, interrupted = tmp_path / "undisturbed.json", tmp_path / "interrupted.json"
-    assert "Peak memory 0." in done(capsys, *request, undisturbed).err
+    assert re.search(r"Peak memory \d", done(capsys, *request, undisturbed).err)
     with monkeypatch.context() as patch:
         fail_in_second_step(patch, promptkd.evaluation.answers, "decode_rows", CUDA)
         ran = run(capsys, *request, interrupted)

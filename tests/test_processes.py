@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DynamoBackend
 
 import processes_worker
 from commands import MODEL_FILES, PROMPT_FILES, RUN_FILES, TRAINING, below, held, json_lines, make_world
@@ -234,7 +235,9 @@ def launched(*, fsdp: dict | None = None, zero: dict | None = None) -> SimpleNam
     plugin = None if fsdp is None else SimpleNamespace(**full | fsdp)
     stage = None if zero is None else SimpleNamespace(**{"zero_stage": 3, "zero3_save_16bit_model": True} | zero)
     two = plugin is not None and plugin.fsdp_version == 2
-    return SimpleNamespace(is_fsdp2=two, state=SimpleNamespace(fsdp_plugin=plugin, deepspeed_plugin=stage))
+    compiled = SimpleNamespace(backend=DynamoBackend.NO)
+    state = SimpleNamespace(fsdp_plugin=plugin, deepspeed_plugin=stage, dynamo_plugin=compiled)
+    return SimpleNamespace(is_fsdp2=two, state=state)
 
 
 @pytest.mark.parametrize(

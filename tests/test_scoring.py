@@ -396,3 +396,10 @@ def test_rows_that_nothing_can_score_are_refused():
         right_pad([[1]], [[2], [3]])
     with pytest.raises(ValueError, match="Got 0 and 0"):
         right_pad([], [])
+
+
+def test_a_model_is_checked_in_its_own_precision_within_autocast():
+    """There it would round its own logits, and look like one whose head is not known."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        check_scoring(tiny_model("llama"))
+    check_scoring(tiny_model("llama", dtype=torch.bfloat16))

@@ -76,9 +76,8 @@ def run(options: Options, training: dict[str, Any]) -> None:
     if options.prompt is not None and not options.prompt.strip():
         raise RequestError("--prompt is empty. Expected some text.")
     quiet_libraries()
-    precision = settled_precision(options.dtype)
     session = _Session(_load(options, labels), decoding, Console(highlight=False))
-    with computing_in(precision):
+    with computing_in(settled_precision(options.dtype)):
         _talk(session, options.prompt)
 
 

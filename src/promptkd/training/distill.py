@@ -61,7 +61,7 @@ from promptkd.training.sharding import (
 )
 from promptkd.training.shared import RunTrainer
 from promptkd.training.teacher_options import load_teacher
-from promptkd.training.teaching import TeacherTuning
+from promptkd.training.teaching import TeacherTuning, figure
 
 __all__ = ["DistillConfig", "DistillTrainer", "PromptKDConfig", "PromptKDTrainer"]
 
@@ -247,8 +247,7 @@ class DistillTrainer(Rollouts, TeacherTuning, RunTrainer, DistillationTrainer):
         with autocast(self.accelerator, self.args):
             loss = self._method_loss(student, inputs, batch, hidden, self._teacher_of_student(index))
         self._window["student_loss"] += loss.total.detach().double() * (tokens / items).double()
-        if "entropy" in loss.figures:
-            self._window["entropy"] += loss.figures["entropy"].double()
+        self._window["entropy"] += figure(loss, "entropy")
         total = loss.total / items
         if "language_ids" in inputs:
             total = total + self._language_loss(student, inputs)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 else:
     _Trainer = object
 
-__all__ = ["TeacherTuning"]
+__all__ = ["TeacherTuning", "figure"]
 
 _METHOD_STATE = "method.pt"
 
@@ -128,9 +128,9 @@ class TeacherTuning(_Trainer):
                 with autocast(self.accelerator, self.args):
                     adapted = self._hidden_with_graph(part)
                     loss = self._adapter_loss(pair, part, adapted, span, away_from, weight)
-                self._window["prompt_kl"] += loss.figures["to_student"].double()
+                self._window["prompt_kl"] += figure(loss, "to_student")
                 if reads_plain:
-                    self._window["prompt_regularizer"] += loss.figures["to_plain"].double()
+                    self._window["prompt_regularizer"] += figure(loss, "to_plain")
                 self.note("prompt loss", loss.total, index)
                 (loss.total * scale / tokens).backward()
                 read.append(adapted.detach())
@@ -327,6 +327,11 @@ class TeacherTuning(_Trainer):
             return 0, 0.0
         numbers = sum(parameter.numel() for parameter in self.adapter.parameters())
         return numbers, numbers / self._teacher_numbers
+
+
+def figure(loss: ChunkedLoss, name: str) -> Tensor | float:
+    """A figure of a loss in float64, on its device: a number would wait for that. 0 of a loss without tokens."""
+    return loss.figures[name].double() if name in loss.figures else 0.0
 
 
 def _without_dropout(student: nn.Module, batch: TokenBatch) -> Tensor:
