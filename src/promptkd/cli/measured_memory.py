@@ -16,7 +16,7 @@ def told_peak(peak: int, by_phase: Mapping[str, int], *, sampled: bool = False) 
     """The peak as a sentence, by phase where phases are known, the largest first.
 
     Args:
-        sampled: whether the phases' figures are what was held at their ends.
+        sampled: whether the phases' peaks are what was held at their ends.
     """
     if not by_phase:
         return f"Peak memory {gibibytes(peak)}."
