@@ -14,6 +14,7 @@ from promptkd.methods import MethodSettings, named_method
 from promptkd.models import SoftPrompt
 from promptkd.objectives import forward_kl, reverse_kl
 from promptkd.training import DistillTrainer
+from promptkd.training.row_order import ShuffledRows
 from tiny import VOCABULARY, tiny_model, tiny_tokenizer
 from trainers import FIXED_PROMPTKD, FixedResponses, config, log, pair, rows, trainer
 
@@ -102,6 +103,17 @@ def test_a_resumed_run_equals_the_undisturbed_one_bit_for_bit(tmp_path, stop):
     assert torch.equal(resumed.adapter.module.embeddings, whole.adapter.module.embeddings)
     for mine, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(mine, theirs)
+
+
+def test_the_order_of_an_epoch_belongs_to_its_seed_alone():
+    orders = {}
+    for seed in range(4):
+        shuffled = ShuffledRows(32, seed)
+        for epoch in range(4):
+            shuffled.set_epoch(epoch)
+            orders[seed, epoch] = tuple(shuffled)
+            assert sorted(orders[seed, epoch]) == list(range(32))
+    assert len(set(orders.values())) == 16  # with seed + epoch there would be 7
 
 
 def test_epochs_differ_in_order(tmp_path):

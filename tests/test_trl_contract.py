@@ -65,6 +65,7 @@ DISTILLATION_METHODS = {
 }
 FINETUNING_METHODS = {
     # overridden
+    "_get_train_sampler": ["train_dataset"],
     "training_step": ["args", "kwargs"],  # passed on as they come
 }
 CALLED_FROM_OUTSIDE = {

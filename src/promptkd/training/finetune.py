@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from datasets import Dataset
 from torch import Tensor
+from torch.utils.data import RandomSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
@@ -24,6 +25,7 @@ from promptkd.training.config import (
     option,
     use_one_gpu,
 )
+from promptkd.training.row_order import ShuffledRows
 from promptkd.training.sharding import check_sharding
 from promptkd.training.shared import RunTrainer
 
@@ -94,6 +96,10 @@ class FinetuneTrainer(RunTrainer, SFTTrainer):
             **kwargs,
         )
         check_sharding(self.accelerator, self.model, adapter="none", needs_generate=False)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        sampler = super()._get_train_sampler(train_dataset)
+        return ShuffledRows(len(sampler), self.args.seed) if isinstance(sampler, RandomSampler) else sampler
 
     def rows_of_micro_batch(self, index: int, inputs: dict[str, Tensor]) -> list[int]:
         """The rows with the same tokens, for TRL's batches say nothing else of theirs."""

@@ -16,6 +16,7 @@ from promptkd.errors import RequestError
 from promptkd.evaluation.generation import generate
 from promptkd.responses import Sampler
 from promptkd.training.phases import Phases
+from promptkd.training.row_order import epoch_seed
 from promptkd.training.sharding import autocast, is_sharded, run_whole
 
 if TYPE_CHECKING:
@@ -169,5 +170,5 @@ class _EpochSampler(RepeatSampler):
 
     def __iter__(self) -> Iterator[int]:
         if self.shuffle:
-            self.generator.manual_seed(self.seed + self._epoch())
+            self.generator.manual_seed(epoch_seed(self.seed, self._epoch()))
         return super().__iter__()
