@@ -9,7 +9,7 @@ import accelerate.optimizer
 import pytest
 import torch
 
-import promptkd.evaluation.answers
+import promptkd.evaluation.dataset_evaluation
 import promptkd.training.finetune
 import promptkd.training.rollouts
 import promptkd.training.shared
@@ -191,7 +191,7 @@ def test_evaluate_names_its_batch_and_keeps_its_answers(world, tmp_path, capsys,
     undisturbed, interrupted = tmp_path / "undisturbed.json", tmp_path / "interrupted.json"
     assert re.search(r"Peak memory \d", done(capsys, *request, undisturbed).err)
     with monkeypatch.context() as patch:
-        fail_in_second_step(patch, promptkd.evaluation.answers, "decode_rows", CUDA)
+        fail_in_second_step(patch, promptkd.evaluation.dataset_evaluation, "decode_rows", CUDA)
         ran = run(capsys, *request, interrupted)
     assert ran.status == 1
     assert "promptkd evaluate: Out of memory on up to 2 rows at a time, each of up to 48 tokens." in ran.err

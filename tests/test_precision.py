@@ -12,7 +12,7 @@ from commands import LIMITS, TRAINING, done, json_lines, make_world, run, write_
 from promptkd import precision
 from promptkd.errors import RequestError
 from promptkd.evaluation import likelihood, measure
-from promptkd.evaluation.answers import SetEvaluation
+from promptkd.evaluation.dataset_evaluation import SetEvaluation
 from promptkd.evaluation.measure import Decoding, measure_rows, row_batches
 from promptkd.methods import named_method
 from promptkd.models import load_model

@@ -13,7 +13,7 @@ from promptkd.data.encode import EncodedExample
 from promptkd.data.packing import TokenBatch, right_pad
 from promptkd.data.texts import encode_texts
 from promptkd.errors import RequestError
-from promptkd.evaluation.generation import generate
+from promptkd.generation import generate
 from promptkd.responses import Sampler
 from promptkd.training.phases import Phases
 from promptkd.training.row_order import epoch_seed
