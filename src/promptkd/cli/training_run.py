@@ -209,6 +209,7 @@ class TrainingRun:
         from promptkd.results import Results, Series, read_history
         from promptkd.training.distributed import autocast
         from promptkd.training.out_of_memory import out_of_memory_told
+        from promptkd.training.validation import validation_decoding
 
         trainer.accelerator.wait_for_everyone()
         if not (is_main_process() or trainer.is_sharded):
@@ -216,13 +217,13 @@ class TrainingRun:
         evaluations = []
 
         def measure(model: Any, teacher: Any) -> None:
-            if trainer.validation_rows():
+            if trainer.validation_rows:
                 started = time.perf_counter()
                 evaluation = evaluate_model(
                     model,
                     trainer.processing_class,
-                    trainer.validation_rows(),
-                    trainer.decoding(),
+                    trainer.validation_rows,
+                    validation_decoding(trainer.args),
                     model_label=name,
                     data_label="validation",
                     stop_ids=trainer.stop_ids,
@@ -264,7 +265,7 @@ class TrainingRun:
         from promptkd.results import Metric
         from promptkd.training.collapse import findings_as_notes
 
-        skipped, steps = trainer.skipped_steps(), trainer.state.global_step
+        skipped, steps = trainer.guard.skipped, trainer.state.global_step
         if not skipped:
             return findings_as_notes(history)
         self.metrics["skipped_steps"] = Metric(value=skipped)

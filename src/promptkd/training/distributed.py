@@ -33,6 +33,7 @@ __all__ = [
     "is_dispatched",
     "is_sharded",
     "place_teacher",
+    "run_in_forward",
     "run_inside",
     "run_whole",
     "settle_dispatched",
@@ -176,6 +177,17 @@ def run_whole(work: Callable[[nn.Module], T], wrapped: nn.Module, accelerator: A
         with unwrap_model_for_generation(wrapped, accelerator) as model:
             return work(model)
     return work(accelerator.unwrap_model(wrapped))
+
+
+def run_in_forward(work: Callable[[], T], wrapped: nn.Module, accelerator: Any, *, always: bool = False) -> T:
+    """`work()` inside the forward of a model's wrapper, where its weights are sharded.
+
+    Args:
+        always: whether DDP's wrapper must see the model being used too, as for a pass that has a backward.
+    """
+    if always or is_sharded(accelerator):
+        return _ForwardRedirection()(wrapped, accelerator.unwrap_model(wrapped), work)
+    return work()
 
 
 def run_inside(work: Callable[[], T], model: nn.Module) -> T:
