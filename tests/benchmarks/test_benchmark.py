@@ -5,16 +5,16 @@ import sys
 
 import pytest
 import torch
-from benchmarks import rollout, step, variants
 from benchmarks.floor import step_flops
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
 
-from commands import rows, write_rows
+from benchmarks import rollout, step, variants
+from helpers.commands import rows, write_rows
+from helpers.tiny import save_model, tiny_model
 from promptkd.data.encode import EncodedExample
 from promptkd.data.packing import right_pad
 from promptkd.engine import head_logits, response_hidden
-from tiny import save_model, tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -13,13 +13,13 @@ import time
 import pytest
 from rich.console import Console
 
-from commands import hear_interrupts, json_lines, run, write_rows
+from helpers.commands import hear_interrupts, json_lines, run, write_rows
+from helpers.tiny import END_ID, POSITIONS, save_model, tiny_model, tiny_tokenizer
 from promptkd.cli.chat_view import Writing, write_in_turn, write_side_by_side
 from promptkd.errors import RequestError
 from promptkd.evaluation.conversation import Answer, Conversation, Decoding
 from promptkd.evaluation.generation import generate, row_seeds
 from promptkd.visible import shown
-from tiny import END_ID, POSITIONS, save_model, tiny_model, tiny_tokenizer
 
 LENGTH = 12
 SHORT = ("--max-completion-length", LENGTH)

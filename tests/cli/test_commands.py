@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import promptkd.training.shared
-from commands import (
+from helpers.commands import (
     LIMITS,
     METRICS,
     MODEL_FILES,
@@ -24,13 +24,16 @@ from commands import (
     TRAINING,
     World,
     below,
+    distill,
     done,
     hear_interrupts,
     held,
     json_lines,
     make_world,
     run,
+    sft,
     steps,
+    weights,
     write_rows,
 )
 from promptkd.cli import COMMANDS
@@ -50,21 +53,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return make_world(tmp_path_factory.mktemp("world"))
 
 
-def distill(world: World, out: Path, *arguments: object) -> list[object]:
-    pair = ("--student", world.student, "--teacher", world.teacher)
-    return ["distill", *pair, "--data", world.train, "--out", out, *TRAINING, *arguments]
-
-
-def sft(world: World, out: Path, *arguments: object) -> list[object]:
-    return ["sft", "--model", world.student, "--data", world.train, "--out", out, *TRAINING, *arguments]
-
-
 def record(folder: Path) -> Results:
     return Results.read(folder / "results.json")
-
-
-def weights(folder: Path) -> bytes:
-    return (folder / "model.safetensors").read_bytes()
 
 
 # ---- prune ----

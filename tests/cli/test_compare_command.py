@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from commands import LIMITS, TRAINING, World, done, held, make_world, run
+from helpers.commands import LIMITS, TRAINING, World, done, held, make_world, run
 from promptkd.cli import main
 from promptkd.results import DataRecord, Evaluation, Results, RowResult
 from promptkd.training.logs import ProgressBar

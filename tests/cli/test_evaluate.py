@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import promptkd.evaluation.answers
-from commands import (
+from helpers.commands import (
     LIMITS,
     METRICS,
     TEMPLATE,

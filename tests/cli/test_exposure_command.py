@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from commands import LIMITS, TEMPLATE, TRAINING, World, done, held, make_world, run
+from helpers.commands import LIMITS, TEMPLATE, TRAINING, World, done, held, make_world, run
+from helpers.tiny import END_ID, VOCABULARY, save_model, tiny_model, tiny_tokenizer
 from promptkd.cli.exposure_table import exposure_table
 from promptkd.data.dataset import load_rows
 from promptkd.evaluation import ExposureBias, exposure_bias, sample_continuations
 from promptkd.models import SoftPrompt, load_model, load_tokenizer
 from promptkd.results import CurvePoint, Metric, Results
-from tiny import END_ID, VOCABULARY, save_model, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")

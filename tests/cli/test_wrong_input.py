@@ -12,8 +12,8 @@ from typing import NamedTuple
 import pytest
 
 import promptkd.models
-from commands import LIMITS, World, done, make_world, rows, run, write_rows
-from hostile import make_files, make_models, make_records
+from helpers.commands import LIMITS, World, done, make_world, rows, run, write_rows
+from helpers.hostile import make_files, make_models, make_records
 
 BROKEN = "\n".join([*map(json.dumps, rows(6)), '{"instruction": "the",']) + "\n"
 

@@ -6,12 +6,12 @@ from collections import Counter
 
 import pytest
 
+from helpers.tiny import save_model, tiny_model, tiny_tokenizer
 from promptkd.cli import main
 from promptkd.data import read_examples
 from promptkd.demo import pipeline, settings
 from promptkd.demo.settings import DemoSettings, data_file
 from promptkd.results import Results
-from tiny import save_model, tiny_model, tiny_tokenizer
 
 SPLITS = {"train": 300, "validation": 50, "test": 50}
 

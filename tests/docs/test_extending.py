@@ -10,15 +10,15 @@ import pytest
 import torch
 
 import promptkd.training
-from commands import TEMPLATE, TRAINING, done, make_world, rows
+from helpers.commands import TEMPLATE, TRAINING, done, make_world, rows
+from helpers.tiny import tiny_tokenizer
+from helpers.trainers import log, pair
 from promptkd.methods import METHODS, Method
 from promptkd.objectives import total_variation
 from promptkd.responses import ResponseMix
 from promptkd.training import DistillTrainer
-from tiny import tiny_tokenizer
-from trainers import log, pair
 
-PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
+PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 SMALL = {"max_prompt_length": 40, "max_completion_length": 8, "template": TEMPLATE, "use_cpu": True}
 

@@ -1,10 +1,10 @@
-"""The flat example runs as it is written. That its steps are the trainer's is held by tests/test_trainer.py."""
+"""The flat example runs as it is written. That its steps are the trainer's is held by training/test_trainer.py."""
 
 import torch
 from transformers import AutoModelForCausalLM
 
 import minimal_loop
-from tiny import END_ID, save_model, tiny_model, tiny_tokenizer
+from helpers.tiny import END_ID, save_model, tiny_model, tiny_tokenizer
 
 
 def test_it_trains_a_student_from_the_command_line(tmp_path, monkeypatch, capsys):

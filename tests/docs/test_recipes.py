@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 
 import promptkd.cli.distill
-from commands import World, done, make_world, run
+from helpers.commands import World, done, make_world, run
 from promptkd.cli.config_file import read_config
 from promptkd.cli.options import parse_options
 from promptkd.errors import RequestError
 from promptkd.methods import METHODS
 from promptkd.results import Results
 
-FOLDER = Path(__file__).parents[1] / "recipes"
+FOLDER = Path(__file__).parents[2] / "recipes"
 RECIPES = {path.stem: path for path in sorted(FOLDER.glob("*.yaml")) if path.stem != "study"}  # see test_study
 REQUIRED = ("--student", "S", "--teacher", "T", "--data", "D", "--out", "O")
 

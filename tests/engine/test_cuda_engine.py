@@ -1,8 +1,7 @@
 """The CUDA engine's own code, held to the reference on CPU: what CUDA alone can do is replaced by ten lines each.
 
 Varlen attention becomes a loop over rows, products of half precision with float32 sums become float32 products, and a
-graph is called instead of replayed. On a machine with CUDA, tests/test_engines.py and tests/test_decoding.py run the
-real things.
+graph is called instead of replayed. On a machine with CUDA, test_engines.py and test_decoding.py run the real things.
 """
 
 import gc
@@ -14,6 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import scaled_dot_product_attention
 
+from helpers.tiny import tiny_model
 from promptkd.data.packing import right_pad
 from promptkd.engine import Head, chunked_objective, chunked_prompt_loss, compute_dtype
 from promptkd.engine.chunked_loss import chunked_cross_entropy
@@ -23,7 +23,6 @@ from promptkd.engine.verify import first_verified
 from promptkd.evaluation import generate
 from promptkd.objectives import reverse_kl
 from promptkd.objectives.kernels import PLAIN_KERNELS
-from tiny import tiny_model
 
 PROMPTS = ([5, 9, 11, 2, 40, 7, 7, 30, 12, 1], [3], [5, 9, 4, 60], [8, 8])
 FUSED, ROWS, _ = ENGINE.decoders

@@ -6,13 +6,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from helpers.tiny import ARCHITECTURES, VOCABULARY, tiny_model
 from promptkd.engine import decoding, first_verified, head_logits
 from promptkd.engine.cpu import ENGINE, prepacked
 from promptkd.engine.cpu.prepacked import PackedLinear, onednn_multiplies, prepacked_linears
 from promptkd.engine.fused_decoder import FusedDecoder, supports_fused_decoder
 from promptkd.engine.rows import supports_rows
 from promptkd.evaluation import generate
-from tiny import ARCHITECTURES, VOCABULARY, tiny_model
 
 PROMPTS = ([5, 9, 11, 2, 40, 7, 7, 30, 12, 1], [3], [5, 9, 4, 60])
 ROWS = len(PROMPTS)

@@ -10,6 +10,8 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from helpers.tiny import VOCABULARY, tiny_model
+from helpers.trainers import log, trainer
 from promptkd.data.packing import right_pad
 from promptkd.engine import engine_for, response_hidden
 from promptkd.engine.resolve import ENGINES, VARIABLE
@@ -18,8 +20,6 @@ from promptkd.evaluation import generate
 from promptkd.methods import Pair
 from promptkd.objectives import reverse_kl
 from promptkd.training import teaching
-from tiny import VOCABULARY, tiny_model
-from trainers import log, trainer
 
 ARCHITECTURES = ("gpt2", "opt", "llama", "qwen2", "gemma2")
 CPU = torch.device("cpu")

@@ -7,12 +7,12 @@ import torch
 from peft import LNTuningConfig, LoraConfig, get_peft_model
 from transformers import AttentionInterface
 
+from helpers.tiny import tiny_model
 from promptkd.data.packing import right_pad
 from promptkd.engine import engine_for, first_verified, response_hidden
 from promptkd.engine.cpu import ENGINE
 from promptkd.engine.llama import FusedScorer, supports_fused_forward
 from promptkd.engine.reference import PaddedScorer
-from tiny import tiny_model
 
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 FUSED = ("llama", "qwen2", "qwen3", "mistral", "llama, biases", "llama, scaled rotation")

@@ -7,13 +7,13 @@ import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from torch import nn
 
+from helpers.tiny import ARCHITECTURES, END_ID, VOCABULARY, tiny_model
 from promptkd.data.packing import TokenBatch, right_pad
 from promptkd.engine import check_scoring, head_logits, head_size, linear_head, response_hidden, response_logits
 from promptkd.engine.cpu.head import CpuHeadProducts
 from promptkd.engine.heads import HeadProducts
 from promptkd.errors import RequestError
 from promptkd.objectives import prompt_loss, reverse_kl
-from tiny import ARCHITECTURES, END_ID, VOCABULARY, tiny_model
 
 # (prompt, response): different lengths, one prompt token, END inside and at the front, an empty response in the middle
 ROWS = [

@@ -21,7 +21,7 @@ from triton.compiler import ASTSource
 
 from promptkd.engine.cuda import kernels, row_programs
 
-CASES = Path(__file__).with_name("triton_kernel_cases.py")
+CASES = Path(__file__).parents[1] / "helpers" / "triton_kernel_cases.py"
 SECONDS = 600
 
 
@@ -30,7 +30,7 @@ def test_every_case():
     interpret = "0" if torch.cuda.is_available() else "1"
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(CASES)],
-        cwd=CASES.parent.parent,
+        cwd=CASES.parents[2],
         env=os.environ | {"TRITON_INTERPRET": interpret, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,

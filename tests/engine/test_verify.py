@@ -6,10 +6,10 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from helpers.tiny import tiny_model
 from promptkd.data.packing import right_pad
 from promptkd.engine import first_verified, response_hidden
 from promptkd.engine.reference import CacheDecoder, CacheSession, PaddedScorer
-from tiny import tiny_model
 
 pytestmark = pytest.mark.usefixtures("own_engine")
 SCORED_TWICE = ["prompted", "plain"]  # what one trial asks a scorer for

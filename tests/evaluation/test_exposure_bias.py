@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from helpers.tiny import VOCABULARY, tiny_model, tiny_tokenizer
+from helpers.trainers import pair
 from promptkd.engine import head_logits
 from promptkd.errors import PromptKDError, RequestError
 from promptkd.evaluation import ExposureBias, exposure_bias, generate, sample_continuations
@@ -16,8 +18,6 @@ from promptkd.evaluation.accumulated_error import excess_accumulated_error
 from promptkd.evaluation.exposure_bias import token_errors
 from promptkd.evaluation.generation import row_seeds
 from promptkd.models import SoftPrompt
-from tiny import VOCABULARY, tiny_model, tiny_tokenizer
-from trainers import pair
 
 STOP = 3
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from commands import LIMITS, done, json_lines, make_world, run, write_rows
+from helpers.commands import LIMITS, done, json_lines, make_world, run, write_rows
 from promptkd.errors import PromptKDError, RequestError
 from promptkd.evaluation.bootstrap import mean_interval
 from promptkd.evaluation.hub_metrics import HubMetric

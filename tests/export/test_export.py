@@ -11,12 +11,12 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-from commands import MODEL_FILES, done, held, run
+from helpers.commands import MODEL_FILES, done, held, run
+from helpers.tiny import save_model, tiny_model, tiny_tokenizer
 from promptkd.errors import PromptKDError, RequestError
 from promptkd.models import load_model, load_tokenizer
 from promptkd.models.export import export_gguf, export_safetensors
 from promptkd.models.gguf_vocabulary import PRE_TOKENIZERS
-from tiny import save_model, tiny_model, tiny_tokenizer
 
 END, START, PLAIN = "<|im_end|>", "<|im_start|>", "<think>"
 MERGES = [("t", "h"), ("th", "e"), ("a", "n"), ("Ġ", "the"), ("Ġ", "Ġ"), ("Ċ", "Ċ"), ("Ġ", "1"), ("1", "2")]

@@ -9,11 +9,11 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import GenerationConfig
 
+from helpers.tiny import ARCHITECTURES, END_ID, VOCABULARY, tiny_model
 from promptkd.engine import engine_for, first_verified
 from promptkd.engine.reference import CacheDecoder
 from promptkd.errors import RequestError
 from promptkd.evaluation.generation import evaluating, generate, row_seeds
-from tiny import ARCHITECTURES, END_ID, VOCABULARY, tiny_model
 
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 LENGTH = 20  # past Gemma 2's window of 8

@@ -4,12 +4,12 @@ import pytest
 import torch
 from peft import PeftModel
 
+from helpers.tiny import ARCHITECTURES, VOCABULARY, tiny_model, tiny_tokenizer
 from promptkd.data.packing import right_pad
 from promptkd.engine import response_logits
 from promptkd.evaluation import generate
 from promptkd.evaluation.generation import row_seeds
 from promptkd.models import SoftPrompt
-from tiny import ARCHITECTURES, VOCABULARY, tiny_model, tiny_tokenizer
 
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 LENGTH = 12  # past Gemma 2's window of 8

@@ -10,12 +10,12 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from helpers.tiny import END_ID, VOCABULARY, tiny_model, tiny_tokenizer
+from helpers.trainers import rows, trainer
 from promptkd.evaluation.exposure_bias import sample_continuations
 from promptkd.evaluation.generation import generate, row_seeds
 from promptkd.evaluation.measure import Decoding, decode_rows
 from promptkd.evaluation.sampling import Sampler
-from tiny import END_ID, VOCABULARY, tiny_model, tiny_tokenizer
-from trainers import rows, trainer
 
 ROWS = 200
 SIZES = (1, 2, 255, 256, 257, 511, 512, 700)  # of words: less than a block, a block, and a last one that is not whole

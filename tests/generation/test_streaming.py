@@ -5,9 +5,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from helpers.tiny import ARCHITECTURES, END_ID, tiny_model, tiny_tokenizer
 from promptkd.evaluation.generation import generate
 from promptkd.evaluation.streaming import TextStream, stream
-from tiny import ARCHITECTURES, END_ID, tiny_model, tiny_tokenizer
 
 PROMPT = [4, 11, 60, 7, 23]
 SAMPLED = {"temperature": 1.3, "top_p": 0.9, "top_k": 40}

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import huggingface_hub.constants
 import pytest
 
+from helpers.tiny import save_model, tiny_model, tiny_tokenizer
+from helpers.trainers import TIMINGS
 from promptkd.cli import main
-from tiny import save_model, tiny_model, tiny_tokenizer
-from trainers import TIMINGS
 
 MODEL_FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 PROMPT_FILES = {"adapter_config.json", "adapter_model.safetensors"}
@@ -66,6 +66,19 @@ def rows(count: int, *, first: int = 0) -> list[dict]:
         {"instruction": f"the {index}", "input": "an" * (index % 3), "output": "ab" * (1 + index % 3)}
         for index in range(first, first + count)
     ]
+
+
+def distill(world: World, out: Path, *arguments: object) -> list[object]:
+    pair = ("--student", world.student, "--teacher", world.teacher)
+    return ["distill", *pair, "--data", world.train, "--out", out, *TRAINING, *arguments]
+
+
+def sft(world: World, out: Path, *arguments: object) -> list[object]:
+    return ["sft", "--model", world.student, "--data", world.train, "--out", out, *TRAINING, *arguments]
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
 
 
 def write_rows(path: Path, lines: list[dict]) -> Path:

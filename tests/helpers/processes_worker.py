@@ -1,7 +1,7 @@
-"""One of several processes that train together: `python processes_worker.py FOLDER CHECK ...`.
+"""One of several processes that train together: `python -m helpers.processes_worker FOLDER CHECK ...`.
 
-test_processes.py and benchmarks/reliability/processes.py start it once a process. Each check writes what it saw into
-FOLDER, from every process, as `CHECK-RANK.pt`; the test compares.
+processes.py starts it once per process. Each check writes what it saw into FOLDER, from every process, as
+`CHECK-RANK.pt`; the test compares.
 """
 
 import json
@@ -16,13 +16,13 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from helpers.tiny import VOCABULARY, tiny_model
+from helpers.trainers import log, pair, rows, trainer
+from helpers.vllm_server import answer, connect, serving
 from promptkd.engine import Head, chunked_objective, linear_head
 from promptkd.methods import Method
 from promptkd.objectives import reverse_kl
 from promptkd.responses import AdaptiveReplay, ResponseMix, Responses
-from test_vllm import answer, connect, serving
-from tiny import VOCABULARY, tiny_model
-from trainers import log, pair, rows, trainer
 
 ON_POLICY = Method(ResponseMix(1.0), reverse_kl, "prompt")
 WINDOW = 16

@@ -18,13 +18,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from commands import done, held, json_lines, run, write_rows
-from judge_server import JudgeServer, answer_rows, by_length, judge_server, parts
+from helpers.commands import done, held, json_lines, run, write_rows
+from helpers.judge_server import JudgeServer, answer_rows, by_length, judge_server, parts
+from helpers.tiny import save_model, tiny_model, tiny_tokenizer
 from promptkd.evaluation.bootstrap import token_mean_interval
 from promptkd.evaluation.endpoint import _retry_after
 from promptkd.models import cache_folder
 from promptkd.results import Results, file_sha256
-from tiny import save_model, tiny_model, tiny_tokenizer
 
 KEY = "sk-planted/0123456789"
 QUICK = {"--backoff": 0.01, "--timeout": 5}

@@ -5,6 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from helpers.tiny import VOCABULARY, tiny_model
+from helpers.trainers import FixedResponses, config, log, pair, rows, trainer
 from promptkd.data.packing import right_pad
 from promptkd.engine import response_hidden
 from promptkd.errors import RequestError
@@ -12,8 +14,6 @@ from promptkd.methods import METHODS, Method, MethodSettings, named_method
 from promptkd.methods.losses import Pair
 from promptkd.objectives import forward_kl, reverse_kl
 from promptkd.responses import AdaptiveReplay, ResponseMix, Responses, Sampler, TeacherMixed
-from tiny import VOCABULARY, tiny_model
-from trainers import FixedResponses, config, log, pair, rows, trainer
 
 
 def fixed(name, **settings):

@@ -8,6 +8,8 @@ from itertools import pairwise
 import pytest
 import torch
 
+from helpers.tiny import END_ID
+from helpers.trainers import FixedResponses, log, pair, rows, trainer
 from promptkd.data.packing import right_pad
 from promptkd.engine import response_logits
 from promptkd.evaluation.generation import generate
@@ -22,8 +24,6 @@ from promptkd.objectives import (
     total_variation,
 )
 from promptkd.responses import Responses
-from tiny import END_ID
-from trainers import FixedResponses, log, pair, rows, trainer
 
 OBJECTIVES = {
     "forward_kl": forward_kl,

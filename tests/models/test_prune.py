@@ -12,11 +12,11 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from helpers.tiny import ARCHITECTURES, END_ID, save_model, tiny_model
 from promptkd.data.packing import TokenBatch, right_pad
 from promptkd.errors import RequestError
 from promptkd.models import block_influence, evenly_spaced, most_influential, prune_layers
 from promptkd.models.prune import decoder_layers
-from tiny import ARCHITECTURES, END_ID, save_model, tiny_model
 
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 

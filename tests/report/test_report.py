@@ -11,8 +11,8 @@ import pytest
 from plotly.offline import get_plotlyjs
 
 import promptkd.report
-from demo_record import EVALUATED, FIGURES, HOSTILE, LOGGED, MODELS, record
-from pages import Page, unpacked
+from helpers.demo_record import EVALUATED, FIGURES, HOSTILE, LOGGED, MODELS, record
+from helpers.pages import Page, unpacked
 from promptkd.errors import RequestError
 from promptkd.report import comparison_table, difference_table, render_report, terminal_table, unified
 from promptkd.report.escape import packed_json
@@ -244,7 +244,7 @@ def test_terminal_table_is_plain_and_fits() -> None:
 
 
 def test_files_beside_the_code_are_packaged() -> None:
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     folder = Path(promptkd.report.__file__).parent
     patterns = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
     packaged = {path for pattern in patterns["promptkd.report"] for path in folder.glob(pattern)}

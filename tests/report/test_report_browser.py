@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from demo_record import HOSTILE, record
-from pages import browser
+from helpers.demo_record import HOSTILE, record
+from helpers.pages import browser
+from helpers.records import answered_by, biased, made_up_rows, study
 from promptkd.report import render_report
 from promptkd.results import Results
-from records import answered_by, biased, made_up_rows, study
 
 __all__ = ["browser"]
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from commands import done, run
-from demo_record import HOSTILE, record
+from helpers.commands import done, run
+from helpers.demo_record import HOSTILE, record
+from helpers.records import made_up_rows, study
 from promptkd.report import render_csv, render_json, render_markdown
 from promptkd.report.escape import csv_text, markdown_text
 from promptkd.results import Difference, Evaluation, Metric, Results
-from records import made_up_rows, study
 
 STUDY = study(made_up_rows(12))
 FORMULAS = ("＝1", "=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "\n=1", '=HYPERLINK("http://x")')

@@ -1,6 +1,7 @@
 """Several records read as one story: one label a model and a data set, one row for what was measured alike."""
 
-from pages import Page
+from helpers.pages import Page
+from helpers.records import STUDENTS, biased, compared, distilled, evaluated, made_up_rows, study
 from promptkd.report import comparison_table, difference_table, render_report, unified
 from promptkd.report.answers import answering_models, browser_data, row_sets
 from promptkd.report.bias import bias_plots
@@ -10,7 +11,6 @@ from promptkd.report.decoding import curve_words, decoding_words
 from promptkd.report.story import run_labels
 from promptkd.report.summary import summarise
 from promptkd.results import Difference, Evaluation, Metric, ModelRecord, Results, RowResult, Training
-from records import STUDENTS, biased, compared, distilled, evaluated, made_up_rows, study
 
 ROWS = made_up_rows(12)
 

@@ -14,7 +14,7 @@ import yaml
 from rich.console import Console
 
 import promptkd.cli.distill
-from commands import (
+from helpers.commands import (
     LIMITS,
     MODEL_FILES,
     PROMPT_FILES,
@@ -28,6 +28,7 @@ from commands import (
     make_world,
     run,
 )
+from helpers.tiny import save_model, tiny_model
 from promptkd.cli.options import parse_options
 from promptkd.errors import RequestError
 from promptkd.evaluation.pairing import Candidate
@@ -40,9 +41,8 @@ from promptkd.study.pooling import Member, both_ways, compare_groups, t_quantile
 from promptkd.study.processes import Job, shell_line
 from promptkd.study.progress import last_words
 from promptkd.study.table import Row, Table
-from tiny import save_model, tiny_model
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "study.yaml"
+RECIPE = Path(__file__).parents[2] / "recipes" / "study.yaml"
 PAIR = {"student": "s", "teacher": "t", "data": "d"}
 
 

@@ -11,14 +11,13 @@ import pytest
 import torch
 
 import promptkd.training.shared
-from commands import World, done, held, json_lines, make_world, run, steps
+from helpers.commands import World, distill, done, held, json_lines, make_world, run, steps, weights
+from helpers.trainers import log, rows, trainer
 from promptkd.errors import PromptKDError
 from promptkd.methods import named_method
 from promptkd.results import Metric
 from promptkd.training.checkpoints import resumable_checkpoint, set_aside, whole_folder
 from promptkd.training.manifest import MANIFEST, damage, write_manifest
-from test_commands import distill, weights
-from trainers import log, rows, trainer
 
 
 @pytest.fixture(scope="module")

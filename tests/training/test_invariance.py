@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from commands import TEMPLATE, World, done, make_world, steps
+from helpers.commands import TEMPLATE, World, done, make_world, steps
+from helpers.tiny import END_ID, save_model, tiny_model
 from promptkd.methods import METHODS
-from tiny import END_ID, save_model, tiny_model
 
 WINDOWS = ((8, 1), (2, 4), (1, 8))
 """Micro-batch x accumulation."""

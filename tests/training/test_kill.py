@@ -4,9 +4,9 @@ import os
 
 from benchmarks.reliability.kill import PARTS, Job, Marks
 
-from commands import make_world
-from test_load import write_gguf
-from tiny import tiny_model
+from helpers.commands import make_world
+from helpers.gguf_file import write_gguf
+from helpers.tiny import tiny_model
 
 
 def test_a_killed_job_that_goes_on_ends_in_the_same_bits(tmp_path):

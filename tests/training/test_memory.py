@@ -8,14 +8,14 @@ from dataclasses import replace
 import pytest
 
 import promptkd.training.rollouts
-from commands import TRAINING, done, make_world, run
+from helpers.commands import TRAINING, done, make_world, run
+from helpers.trainers import config, rows, trainer
 from promptkd.data.encode import EncodedData, EncodedExample
 from promptkd.evaluation.generation import generate
 from promptkd.methods import named_method
 from promptkd.responses import AdaptiveReplay, ResponseMix, Responses, TeacherMixed, writes_responses
 from promptkd.results import Results, Training
 from promptkd.training.trial import at_its_most, longest_rows_first, take_trial_steps
-from trainers import config, rows, trainer
 
 PHASES = {"rollout", "prompt", "student", "update"}
 

@@ -12,9 +12,11 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from commands import TEMPLATE, done, json_lines, make_world, write_rows
-from commands import rows as text_rows
-from commands import run as command
+from helpers.commands import TEMPLATE, done, json_lines, make_world, write_rows
+from helpers.commands import rows as text_rows
+from helpers.commands import run as command
+from helpers.tiny import save_model, tiny_model, tiny_tokenizer, token_id
+from helpers.trainers import FIXED_PROMPTKD, FixedResponses, config, log, rows, trainer
 from promptkd.data.encode import EncodedData
 from promptkd.errors import PromptKDError, RequestError
 from promptkd.methods import named_method
@@ -23,8 +25,6 @@ from promptkd.results import Results
 from promptkd.training import DistillTrainer, FinetuneConfig, FinetuneTrainer
 from promptkd.training.finite import MOST_SKIPPED
 from promptkd.training.logs import quiet
-from tiny import save_model, tiny_model, tiny_tokenizer, token_id
-from trainers import FIXED_PROMPTKD, FixedResponses, config, log, rows, trainer
 
 BAD = token_id("&")  # in no row but those that are marked with it
 
@@ -350,7 +350,7 @@ def test_processes_decide_alike(tmp_path):
     script = tmp_path / "process.py"
     script.write_text(PROCESS)
     source = Path(sys.modules["promptkd"].__file__).parents[1]
-    paths = os.pathsep.join(map(str, (source, Path(__file__).parent, Path(__file__).parents[1] / "recipes")))
+    paths = os.pathsep.join(map(str, (source, *Path(__file__).parents[:2], Path(__file__).parents[2] / "recipes")))
     launch = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     done = subprocess.run(
         [*launch, script, tmp_path],

@@ -14,14 +14,13 @@ import promptkd.training.finetune
 import promptkd.training.rollouts
 import promptkd.training.shared
 import promptkd.training.teaching
-from commands import LIMITS, World, done, make_world, run, steps
+from helpers.commands import LIMITS, World, distill, done, make_world, run, sft, steps, weights
+from helpers.trainers import log, trainer
 from promptkd.cli.session import _MICRO_BATCHES, _OF_MEMORY
 from promptkd.errors import PromptKDError
 from promptkd.results import Results
 from promptkd.training import DistillConfig, DistillTrainer, FinetuneConfig
 from promptkd.training.out_of_memory import Savings, advice
-from test_commands import distill, sft, weights
-from trainers import log, trainer
 
 CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ...")
 CPU = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1073741824 bytes.")

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 import promptkd.memory
+from helpers.trainers import trainer
 from promptkd.memory import gibibytes, is_out_of_memory, peak_memory, resident_memory, restart_peak
 from promptkd.training import phases as module
 from promptkd.training.phases import Phases
-from trainers import trainer
 
 CPU = torch.device("cpu")
 MIB = 2**20

@@ -9,7 +9,9 @@ from accelerate import Accelerator, dispatch_model
 from accelerate.hooks import AlignDevicesHook
 from accelerate.utils import DynamoBackend
 
-from commands import TRAINING, done, json_lines, make_world
+from helpers.commands import TRAINING, done, json_lines, make_world
+from helpers.tiny import tiny_model
+from helpers.trainers import log, pair, trainer
 from promptkd.errors import RequestError
 from promptkd.methods import named_method
 from promptkd.training.sharding import (
@@ -20,8 +22,6 @@ from promptkd.training.sharding import (
     place_teacher,
     settle_dispatched,
 )
-from tiny import tiny_model
-from trainers import log, pair, trainer
 
 MODULES = (
     *("model.embed_tokens", "model.rotary_emb", "model.layers.0"),

@@ -8,7 +8,9 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from commands import LIMITS, TRAINING, done, json_lines, make_world, run, write_rows
+from helpers.commands import LIMITS, TRAINING, done, json_lines, make_world, run, write_rows
+from helpers.tiny import END_ID, tiny_tokenizer
+from helpers.trainers import FIXED_PROMPTKD, config, pair, rows, trainer
 from promptkd import precision
 from promptkd.errors import RequestError
 from promptkd.evaluation import likelihood, measure
@@ -21,8 +23,6 @@ from promptkd.results import Results
 from promptkd.training import shared
 from promptkd.training.config import common_checks, use_one_gpu
 from promptkd.training.teacher_options import teacher_settings
-from tiny import END_ID, tiny_tokenizer
-from trainers import FIXED_PROMPTKD, config, pair, rows, trainer
 
 BF16 = ("--bf16", "true")
 

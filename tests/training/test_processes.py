@@ -4,10 +4,8 @@ They are started once for all checks (processes_worker.py), since each takes sec
 """
 
 import os
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,63 +15,15 @@ import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DynamoBackend
 
-import processes_worker
-from commands import MODEL_FILES, PROMPT_FILES, RUN_FILES, TRAINING, below, held, json_lines, make_world
+from helpers import processes_worker
+from helpers.commands import MODEL_FILES, PROMPT_FILES, RUN_FILES, TRAINING, below, held, json_lines, make_world
+from helpers.processes import CHECKS, SECONDS, port, start
+from helpers.tiny import VOCABULARY
 from promptkd.errors import RequestError
 from promptkd.models import load_model
 from promptkd.training.sharding import check_sharding
-from tiny import VOCABULARY
 
-LAUNCH = Path(__file__).parents[1] / "recipes" / "launch"
-CHECKS = ("fixed", "empty", "early", "mixed", "uneven", "resumed", "served", "heads", "sharded")
-SECONDS = 150  # in which it is done, or hangs
-
-
-def port() -> int:
-    """One that nobody listens on."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return taken.getsockname()[1]
-
-
-def start(folder: Path, processes: int, checks: tuple[str, ...], seconds: float = SECONDS) -> list[str]:
-    """Run the checks on so many processes and return what each printed.
-
-    Raises:
-        AssertionError: if one fails, or they are not done in time; the others are ended with it.
-    """
-    source = Path(__file__).parent
-    common = {
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "WORLD_SIZE": str(processes),
-        "LOCAL_WORLD_SIZE": str(processes),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port()),
-        "OMP_NUM_THREADS": "1",
-    }
-    outputs = [folder / f"output-{rank}" for rank in range(processes)]
-    running = []
-    for rank, output in enumerate(outputs):
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        command = [sys.executable, "-W", "ignore", str(source / "processes_worker.py"), str(folder), *checks]
-        with output.open("w") as file:
-            running.append(subprocess.Popen(command, env=os.environ | common | own, stdout=file, stderr=file))
-    until = time.monotonic() + seconds
-    try:
-        while any(each.poll() is None for each in running):
-            failed = [rank for rank, each in enumerate(running) if each.poll() not in (None, 0)]
-            if failed or time.monotonic() > until:
-                break
-            time.sleep(0.1)
-    finally:
-        ended = [each.poll() for each in running]
-        for each in running:
-            each.kill()
-    texts = [output.read_text() for output in outputs]
-    assert ended == [0] * processes, "\n".join(
-        f"process {rank}: {ended[rank]}\n{texts[rank][-3000:]}" for rank in range(processes)
-    )
-    return texts
+LAUNCH = Path(__file__).parents[2] / "recipes" / "launch"
 
 
 @pytest.fixture(scope="module")

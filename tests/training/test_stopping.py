@@ -11,14 +11,25 @@ from pathlib import Path
 import pytest
 from accelerate.state import AcceleratorState
 
-from commands import World, done, hear_interrupts, held, json_lines, make_world, run, steps
+from helpers.commands import (
+    World,
+    distill,
+    done,
+    hear_interrupts,
+    held,
+    json_lines,
+    make_world,
+    run,
+    sft,
+    steps,
+    weights,
+)
 from promptkd.cli import main
 from promptkd.cli.stopping import command_that_goes_on
 from promptkd.evaluation import answers
 from promptkd.training import stopping
 from promptkd.training.checkpoints import checkpoints_in
 from promptkd.training.logs import ProgressBar
-from test_commands import distill, sft, weights
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import promptkd.models.adapters
+from helpers.tiny import tiny_model, tiny_tokenizer
+from helpers.trainers import FixedResponses, log, pair, rows, trainer
 from minimal_loop import kl, response_log_probs, start_prompt
 from promptkd.data.packing import right_pad
 from promptkd.engine import response_hidden
@@ -17,8 +19,6 @@ from promptkd.errors import RequestError
 from promptkd.methods import MethodSettings, named_method
 from promptkd.models.adapters import FullTeacher, LoraTeacher, SoftPromptAdapter
 from promptkd.models.soft_prompt import SoftPrompt
-from tiny import tiny_model, tiny_tokenizer
-from trainers import FixedResponses, log, pair, rows, trainer
 
 
 def stale_loop(steps, *, window=4):

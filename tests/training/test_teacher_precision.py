@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from commands import LIMITS, done, make_world, run
+from helpers.commands import LIMITS, done, make_world, run
+from helpers.tiny import save_model, tiny_model
+from helpers.trainers import FIXED_PROMPTKD, config, log, trainer
 from promptkd.data.packing import right_pad
 from promptkd.engine import response_hidden
 from promptkd.errors import RequestError
@@ -11,8 +13,6 @@ from promptkd.methods import named_method
 from promptkd.models import load_model
 from promptkd.results import Results
 from promptkd.training.teacher_options import teacher_settings
-from tiny import save_model, tiny_model
-from trainers import FIXED_PROMPTKD, config, log, trainer
 
 NO_BITSANDBYTES = "bitsandbytes is not installed: pip install bitsandbytes"
 

@@ -6,6 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from helpers.tiny import VOCABULARY, tiny_model, tiny_tokenizer
+from helpers.trainers import FIXED_PROMPTKD, FixedResponses, config, log, pair, rows, trainer
 from minimal_loop import start_prompt, step
 from promptkd.data.packing import right_pad
 from promptkd.engine import response_logits
@@ -15,8 +17,6 @@ from promptkd.models import SoftPrompt
 from promptkd.objectives import forward_kl, reverse_kl
 from promptkd.training import DistillTrainer
 from promptkd.training.row_order import ShuffledRows
-from tiny import VOCABULARY, tiny_model, tiny_tokenizer
-from trainers import FIXED_PROMPTKD, FixedResponses, config, log, pair, rows, trainer
 
 
 def flat_loop(steps, *, window=4, dtype=torch.float64):

@@ -27,8 +27,8 @@ from trl.models import prepare_deepspeed, unwrap_model_for_generation
 from trl.trainer.utils import RepeatSampler
 
 import promptkd.training
+from helpers.tiny import tiny_model, tiny_tokenizer
 from promptkd.training import DistillConfig, DistillTrainer, FinetuneConfig, FinetuneTrainer
-from tiny import tiny_model, tiny_tokenizer
 
 TRAINING = Path(promptkd.training.__file__).parent
 
@@ -129,7 +129,7 @@ def upgrade(message: str) -> str:
 
 @pytest.mark.parametrize("package", ["trl", "transformers"])
 def test_the_installed_version_lies_in_our_range(package):
-    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     (required,) = (each for each in map(Requirement, project["dependencies"]) if each.name == package)
     assert required.specifier.contains(metadata.version(package), prereleases=True), (
         f"{package} {metadata.version(package)} is installed, and pyproject.toml asks for {required.specifier}."

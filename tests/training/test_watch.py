@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from commands import LIMITS, done, make_world
+from helpers.commands import LIMITS, done, make_world
+from helpers.tiny import END_ID, save_model, tiny_model
+from helpers.trainers import log, trainer
 from promptkd.results import Results
 from promptkd.training.watch import Limits, Watch, findings, findings_as_notes
-from tiny import END_ID, save_model, tiny_model
-from trainers import log, trainer
 
 
 def healthy(steps=120):
