@@ -46,7 +46,7 @@ from helpers.gguf_file import write_gguf  # noqa: E402
 from helpers.tiny import tiny_model  # noqa: E402
 from promptkd.cli import main as promptkd_main  # noqa: E402
 from promptkd.cli.training_run import TrainingRun  # noqa: E402
-from promptkd.training.distill import DistillTrainer  # noqa: E402
+from promptkd.training.trainer import DistillTrainer  # noqa: E402
 
 PARTS: dict[str, tuple[Any, str, str]] = {
     "conversion": (promptkd.models.load, "_convert", "prune"),

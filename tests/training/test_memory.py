@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-import promptkd.training.rollouts
+import promptkd.training.rollout
 from helpers.commands import TRAINING, done, make_world, run
 from helpers.trainers import config, rows, trainer
 from promptkd.data.encode import EncodedData, EncodedExample
@@ -15,7 +15,7 @@ from promptkd.evaluation.generation import generate
 from promptkd.methods import named_method
 from promptkd.responses import AdaptiveReplay, ResponseMix, Responses, TeacherMixed, writes_responses
 from promptkd.results import Results, Training
-from promptkd.training.trial import at_its_most, longest_rows_first, take_trial_steps
+from promptkd.training.dry_run import at_its_most, longest_rows_first, take_trial_steps
 
 PHASES = {"rollout", "prompt", "student", "update"}
 
@@ -89,7 +89,7 @@ def watched_generation(monkeypatch, alter):
         seen.append((prompts, responses))
         return responses
 
-    monkeypatch.setattr(promptkd.training.rollouts, "generate", watched)
+    monkeypatch.setattr(promptkd.training.rollout, "generate", watched)
     return seen
 
 

@@ -23,8 +23,8 @@ from promptkd.methods import named_method
 from promptkd.objectives import reverse_kl
 from promptkd.results import Results
 from promptkd.training import DistillTrainer, FinetuneConfig, FinetuneTrainer
-from promptkd.training.finite import MOST_SKIPPED
-from promptkd.training.logs import quiet
+from promptkd.training.callbacks import quiet
+from promptkd.training.guard import MOST_SKIPPED
 
 BAD = token_id("&")  # in no row but those that are marked with it
 

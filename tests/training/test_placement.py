@@ -14,7 +14,7 @@ from helpers.tiny import tiny_model
 from helpers.trainers import log, pair, trainer
 from promptkd.errors import RequestError
 from promptkd.methods import named_method
-from promptkd.training.sharding import (
+from promptkd.training.distributed import (
     autocast,
     check_dispatched,
     check_sharding,

@@ -21,7 +21,7 @@ from helpers.processes import CHECKS, SECONDS, port, start
 from helpers.tiny import VOCABULARY
 from promptkd.errors import RequestError
 from promptkd.models import load_model
-from promptkd.training.sharding import check_sharding
+from promptkd.training.distributed import check_sharding
 
 LAUNCH = Path(__file__).parents[2] / "recipes" / "launch"
 

@@ -27,9 +27,9 @@ from helpers.commands import (
 from promptkd.cli import main
 from promptkd.cli.stopping import command_that_goes_on
 from promptkd.evaluation import answers
-from promptkd.training import stopping
-from promptkd.training.checkpoints import checkpoints_in
-from promptkd.training.logs import ProgressBar
+from promptkd.training import signals
+from promptkd.training.callbacks import ProgressBar
+from promptkd.training.checkpoint import checkpoints_in
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,7 @@ def test_a_signal_in_the_last_step_leaves_the_finish_to_the_resumed_run(world, t
 
 
 def test_a_second_signal_ends_at_once(world, tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(stopping, "_ECHO", -1.0)
+    monkeypatch.setattr(signals, "_ECHO", -1.0)
     signalled(monkeypatch, signal.SIGTERM, 1)
     signalled(monkeypatch, signal.SIGTERM, 1)
     ran = run(capfd, *distill(world, tmp_path / "run"))

@@ -7,7 +7,7 @@ from helpers.commands import LIMITS, done, make_world
 from helpers.tiny import END_ID, save_model, tiny_model
 from helpers.trainers import log, trainer
 from promptkd.results import Results
-from promptkd.training.watch import Limits, Watch, findings, findings_as_notes
+from promptkd.training.collapse import Limits, Watch, findings, findings_as_notes
 
 
 def healthy(steps=120):
