@@ -11,8 +11,9 @@ import pytest
 import torch
 import yaml
 
-from commands import TRAINING, World, done, make_world, rows, run, write_rows
-from hostile import ESCAPE, OVERRIDE, pickle_that_writes
+from helpers.commands import TRAINING, World, done, make_world, rows, run, write_rows
+from helpers.hostile import ESCAPE, OVERRIDE, pickle_that_writes
+from helpers.tiny import save_model, tiny_model
 from promptkd.cli.options import merged_config
 from promptkd.errors import RequestError
 from promptkd.io.redact import is_secret, redacted, without_secret_values, without_secrets
@@ -21,7 +22,6 @@ from promptkd.report import render_csv, render_markdown, render_report, terminal
 from promptkd.report.compared import compared_text
 from promptkd.results import Difference, Evaluation, Metric, ModelRecord, Results, RowResult
 from promptkd.training.manifest import write_manifest
-from tiny import save_model, tiny_model
 
 MARKUP = "<script>alert(1)</script><img src=x onerror=alert(2)>"
 HOSTILE = f"{MARKUP}{ESCAPE}{OVERRIDE}\x9b2J"

@@ -37,7 +37,7 @@ from promptkd.report import render_report, terminal_table
 from promptkd.results import Evaluation, Metric, ModelRecord, Results, RowResult, Series
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
-from tiny import tiny_tokenizer
+from helpers.tiny import tiny_tokenizer
 
 __all__ = ["TARGETS", "Target", "findings_of"]
 

@@ -41,12 +41,12 @@ import promptkd.cli.report  # noqa: E402
 import promptkd.evaluation  # noqa: E402
 import promptkd.models.load  # noqa: E402
 import promptkd.report  # noqa: E402
-from commands import LIMITS, World, make_world, steps  # noqa: E402
+from helpers.commands import LIMITS, World, make_world, steps  # noqa: E402
+from helpers.gguf_file import write_gguf  # noqa: E402
+from helpers.tiny import tiny_model  # noqa: E402
 from promptkd.cli import main as promptkd_main  # noqa: E402
 from promptkd.cli.training_run import TrainingRun  # noqa: E402
 from promptkd.training.trainer import DistillTrainer  # noqa: E402
-from test_load import write_gguf  # noqa: E402
-from tiny import tiny_model  # noqa: E402
 
 PARTS: dict[str, tuple[Any, str, str]] = {
     "conversion": (promptkd.models.load, "_convert", "prune"),

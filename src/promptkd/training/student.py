@@ -50,9 +50,7 @@ def prepare_student(
     elif isinstance(model, PeftModel):
         raise RequestError("The student is a PeftModel already. Merge its adapter first, or leave peft_config out.")
     elif peft_config.is_prompt_learning:
-        raise RequestError(
-            "The student cannot have a soft prompt of its own. Give a LoraConfig as peft_config."
-        )
+        raise RequestError("The student cannot have a soft prompt of its own. Give a LoraConfig as peft_config.")
     else:
         student = get_peft_model(model, peft_config)
     if isinstance(student, PeftModel):

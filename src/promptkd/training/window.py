@@ -1,4 +1,4 @@
-"""What one optimizer step works on: its rows with their responses, cut into micro-batches, and what is summed of them."""
+"""What an optimizer step works on: rows with their responses, in micro-batches; and the metrics summed of them."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
