@@ -198,7 +198,7 @@ def run_ours(
                     max_new_tokens=lengths,
                     stop_ids=(),
                     seeds=torch.randint(2**62, (len(rows),)).tolist(),
-                    vocabulary=trainer.vocabulary,
+                    vocabulary=trainer.teacher.vocabulary,
                 )
             return [row.response_ids for row in rows]
 

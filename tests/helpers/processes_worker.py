@@ -134,14 +134,13 @@ def served(folder: Path) -> dict:
             vllm_mode="server",
             vllm_server_base_url=f"http://127.0.0.1:{server.server_port}",
         )
-        find, seen = run._generate_and_score_completions, []
+        cut, seen = run.rollout._cut, []
 
-        def watched(inputs):
-            batch = find(inputs)
-            seen.extend((row, response) for row, response in zip(batch["rows"], batch["response_ids"], strict=True))
-            return batch
+        def watched(inputs, responses):
+            seen.extend(zip(inputs, responses, strict=True))
+            return cut(inputs, responses)
 
-        run._generate_and_score_completions = watched
+        run.rollout._cut = watched
         run.train()
     own = [row for row, response in seen if response == answer(row.prompt_ids)]
     data = [row for row, response in seen if response == row.response_ids]
@@ -189,7 +188,7 @@ def sharded(folder: Path) -> dict:
         folder / "fixed", models=(student, teacher), eval_data=rows(5, seed=3), eval_strategy="steps", eval_steps=2
     )
     run.train()
-    models = (run.model_wrapped, run.teacher_model)
+    models = (run.model_wrapped, run.teacher.placed)
     units = [[each for each in model.modules() if isinstance(each, FSDPModule)] for model in models]
     for unit in (*units[0], *units[1]):
         unit.reshard()  # the last layers stay whole between two passes

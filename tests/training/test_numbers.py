@@ -79,7 +79,7 @@ def state(run):
     weights, groups = list(run.model.parameters()), list(run.optimizer.state.values())
     if isinstance(run, DistillTrainer) and run.adapter is not None:
         weights += run.adapter.parameters()
-        groups += run.adapter_optimizer.state.values()
+        groups += run.tuner.optimizer.state.values()
     return [each.detach().clone() for each in (*weights, *(each for group in groups for each in group.values()))]
 
 
@@ -201,7 +201,7 @@ def test_a_skipped_step_moves_nothing_and_is_counted(tmp_path, caplog):
     assert all(math.isfinite(value) for line in lines for value in line.values())
     assert [line["lambda"] for line in lines] == pytest.approx([1 - k / 8 for k in range(8)])
     assert [line["learning_rate"] for line in lines] == pytest.approx([1e-3 * (1 - k / 8) for k in range(8)])
-    assert run.skipped_steps() == 2
+    assert run.guard.skipped == 2
     assert [message.partition(":")[0] for message in caplog.messages] == ["Step 2 was skipped", "Step 6 was skipped"]
     assert "rows 4, 5, 6, 7 of the data" in caplog.text
 

@@ -63,7 +63,7 @@ def test_lambda_falls_from_c_to_c_over_k_and_every_step_is_taken_once(tmp_path):
     weights = [entry["lambda"] for entry in log(ours)]
     assert weights == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
     assert ours.state.global_step == 5
-    optimizer_steps = {int(state["step"]) for state in ours.adapter_optimizer.state.values()}
+    optimizer_steps = {int(state["step"]) for state in ours.tuner.optimizer.state.values()}
     assert optimizer_steps == {5}
 
 
@@ -79,9 +79,9 @@ def test_the_teacher_is_bit_identical_after_training(tmp_path):
     ours = trainer(tmp_path, models=(student, teacher))
     ours.train()
     assert ours.adapter.module.distance() > 0
-    for name, tensor in ours.teacher_model.state_dict().items():
+    for name, tensor in ours.teacher.model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
-    assert all(parameter.grad is None for parameter in ours.teacher_model.parameters())
+    assert all(parameter.grad is None for parameter in ours.teacher.model.parameters())
 
 
 @pytest.mark.parametrize("stop", [3, 4])  # in the middle of an epoch of 4 steps, and at its end
@@ -160,7 +160,7 @@ def test_heads_padded_to_different_sizes_are_sliced_to_the_tokens(tmp_path):
     student = tiny_model("llama", layers=2, hidden=16, vocabulary=VOCABULARY + 7, seed=1)
     teacher = tiny_model("llama", layers=3, hidden=24, vocabulary=VOCABULARY + 31, seed=2)
     ours = trainer(tmp_path, models=(student, teacher))
-    assert ours.vocabulary == VOCABULARY
+    assert ours.teacher.vocabulary == VOCABULARY
     ours.train()
     ours.evaluate(rows(4, seed=1))  # what the student samples must be ids that the teacher knows, too
 
@@ -194,13 +194,13 @@ def test_the_best_checkpoint_brings_its_own_prompt(tmp_path):
         prompt_learning_rate=0.1,
     )
     kept = {}
-    step_adapter = ours._step_adapter
+    step_adapter = ours.tuner._update
 
     def remember(scale):
         step_adapter(scale)
         kept[ours.state.global_step + 1] = ours.adapter.module.embeddings.detach().clone()
 
-    ours._step_adapter = remember
+    ours.tuner._update = remember
     evaluate = ours.evaluate
     ours.evaluate = lambda **kwargs: {
         **evaluate(**kwargs),
@@ -307,7 +307,7 @@ def test_the_trained_prompt_enters_the_teacher(tmp_path):
 def test_bf16_runs_both_models_in_bf16_and_keeps_float32_masters(tmp_path):
     ours = trainer(tmp_path, bf16=True, max_steps=1)
     seen = {}
-    for name, model in (("student", ours.model), ("teacher", ours.teacher_model)):
+    for name, model in (("student", ours.model), ("teacher", ours.teacher.model)):
         layer = model.base_model.layers[0].self_attn.q_proj
         layer.register_forward_hook(lambda _, __, output, name=name: seen.__setitem__(name, output.dtype))
     ours.train()

@@ -26,7 +26,7 @@ def _sizes(trainer: Any) -> list[str]:
     from promptkd.models import count_parameters
 
     student = trainer.accelerator.unwrap_model(trainer.model)
-    teacher = trainer.accelerator.unwrap_model(trainer.teacher_model)
+    teacher = trainer.teacher.model
     numbers, _ = trainer.trainable_share()
     return [
         _line("student", f"{count_parameters(student, trainable=True):,} of {count_parameters(student):,} trained"),
