@@ -13,7 +13,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-import promptkd.cli.distill
+import promptkd.cli.options.distill
 from commands import (
     LIMITS,
     MODEL_FILES,
@@ -28,7 +28,7 @@ from commands import (
     make_world,
     run,
 )
-from promptkd.cli.options import parse_options
+from promptkd.cli.parsing.parser import parse_options
 from promptkd.errors import RequestError
 from promptkd.evaluation.pairing import Candidate
 from promptkd.results import DataRecord, Evaluation, Results, RowResult
@@ -121,7 +121,7 @@ def test_arguments_give_the_settings_again():
         **{"eval_data": None, "template": "Q: {{ x }}\nA: ", "learning_rate": -1e-05, "optim_args": ""},
         **{"model_init_kwargs": {"a": [1, None], "b": {"c": True}}, "report_to": ["wandb", "tensorboard"]},
     }
-    merged = parse_options("distill", promptkd.cli.distill, arguments_of(settings)).merged
+    merged = parse_options("distill", promptkd.cli.options.distill, arguments_of(settings)).merged
     assert {name: merged[name] for name in settings} == settings
 
 
