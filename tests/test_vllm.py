@@ -19,6 +19,7 @@ import trl.trainer.distillation_trainer
 from peft import LoraConfig
 
 from promptkd.methods import Method
+from promptkd.models.adapters import SoftPromptFactory
 from promptkd.objectives import reverse_kl
 from promptkd.responses import ResponseMix
 from tiny import END_ID
@@ -162,7 +163,7 @@ def distilled(folder, *, mode, url=None, share=1.0, **settings):
     """A trained student, the responses of each step, and its weights before each step."""
     made = trainer(
         folder,
-        method=Method(ResponseMix(share), reverse_kl, "prompt"),
+        method=Method(ResponseMix(share), reverse_kl, SoftPromptFactory),
         use_vllm=True,
         vllm_mode=mode,
         vllm_server_base_url=url,

@@ -157,13 +157,13 @@ def run(options: Options, training: dict[str, Any]) -> None:
 def checked(options: Options, training: dict[str, Any]) -> "tuple[TrainingRun, DistillConfig, Method]":
     """The run, once everything that can be checked without a model is sound; nothing is written."""
     from promptkd.cli.training_run import TrainingRun
-    from promptkd.methods import named_method
     from promptkd.training import DistillConfig
+    from promptkd.training.config import chosen_method
 
     _check(options)
     job = TrainingRun("distill", options, training)
     args = job.arguments(DistillConfig)
-    return job, args, named_method(args.method, args.method_settings())
+    return job, args, chosen_method(args)
 
 
 @contextmanager

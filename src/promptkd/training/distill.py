@@ -36,7 +36,7 @@ from promptkd.engine import (
     unwrap_peft,
 )
 from promptkd.errors import RequestError
-from promptkd.methods import Method, Step, named_method
+from promptkd.methods import Method, Step
 from promptkd.models import (
     check_same_vocabulary,
     count_parameters,
@@ -46,7 +46,7 @@ from promptkd.models import (
 )
 from promptkd.objectives import forward_kl, reverse_kl
 from promptkd.responses import AdaptiveReplay, TeacherMixed
-from promptkd.training.config import DistillConfig, PromptKDConfig
+from promptkd.training.config import DistillConfig, PromptKDConfig, chosen_method
 from promptkd.training.out_of_memory import Savings
 from promptkd.training.rollouts import Rollouts
 from promptkd.training.sharding import (
@@ -105,7 +105,7 @@ class DistillTrainer(Rollouts, TeacherTuning, RunTrainer, DistillationTrainer):
         **kwargs: Any,
     ):
         args = args or DistillConfig("distilled")
-        self.method = method or named_method(args.method, args.method_settings())
+        self.method = chosen_method(args, method)
         if isinstance(model, str | Path):
             model = resolve_model(model)
             # TRL would have the student's layers dealt out over all GPUs in sight.
@@ -137,11 +137,11 @@ class DistillTrainer(Rollouts, TeacherTuning, RunTrainer, DistillationTrainer):
             self.accelerator,
             self.model,
             teacher,
-            adapter=self.method.teacher_adapter,
+            adapter=self.method.adapter_class,
             needs_generate=self._needs_generate() and not self.use_vllm,
             chunks=args.chunk_tokens != 0,
         )
-        check_dispatched(teacher, self.accelerator, self.method.teacher_adapter)
+        check_dispatched(teacher, self.accelerator, self.method.adapter_class)
         if is_dispatched(teacher):
             settle_dispatched(teacher, self.accelerator.device)
         generation_config = unwrap_peft(self.model).generation_config
@@ -152,11 +152,11 @@ class DistillTrainer(Rollouts, TeacherTuning, RunTrainer, DistillationTrainer):
         if self.use_vllm:  # which knows the model's own end token, and not the template's
             own = {"stop_token_ids": list(self.stop_ids)}
             self.vllm_generation.generation_kwargs = own | self.vllm_generation.generation_kwargs
-        self._check_sizes(teacher)
         self.vocabulary = shared_vocabulary_size(self.model, teacher, processing_class)
         teacher.requires_grad_(False)
         self._teacher_numbers = count_parameters(teacher)  # DeepSpeed's shards do not tell
         self.adapter, teacher = self._make_adapter(teacher, processing_class)
+        self._check_sizes(teacher)
         self.language_rows = self._language_rows(processing_class)
         self._trains_dropout = not args.disable_dropout
         if args.disable_dropout:
@@ -209,7 +209,7 @@ class DistillTrainer(Rollouts, TeacherTuning, RunTrainer, DistillationTrainer):
                 f"Got {len(self.train_dataset)}. Lower --per_device_train_batch_size or give more rows."
             )
         longest = self.args.max_prompt_length + self.args.max_completion_length
-        prompt = self.args.prompt_length if self.method.teacher_adapter == "prompt" else 0
+        prompt = 0 if self.adapter is None else self.adapter.extra_positions
         for name, each, extra in (("student", self.model, 0), ("teacher", teacher, prompt)):
             # an attribute, not a key: GPT-2 spells it n_positions; models without positions have none
             limit = getattr(unwrap_peft(each).config.get_text_config(), "max_position_embeddings", None)
@@ -303,8 +303,8 @@ class DistillTrainer(Rollouts, TeacherTuning, RunTrainer, DistillationTrainer):
         figures |= {name: total[name] / total["rows"] for name in _ROW_SUMS}
         figures |= {name: self._window[name] for name in _AS_THEY_ARE if name in self._window}
         if self.adapter is not None:
-            figures |= self.adapter.figures()
-        figures |= self.method.responses.figures()
+            figures |= self.adapter.metrics()
+        figures |= self.method.responses.metrics()
         if "language_loss" in self._window:
             sums = torch.tensor(float(self._window["language_loss"]), device=self.accelerator.device)
             language_items = max(int(self._buffered_inputs[0]["language_items"]), 1)
@@ -326,17 +326,18 @@ class DistillTrainer(Rollouts, TeacherTuning, RunTrainer, DistillationTrainer):
     def on_models(self, work: Callable[[nn.Module, nn.Module | None], T]) -> T:
         def with_teacher(student: nn.Module) -> T:
             teacher = self.accelerator.unwrap_model(self.teacher_model)
-            with contextlib.nullcontext() if self.adapter is None else self.adapter.switched_off():
+            with contextlib.nullcontext() if self.adapter is None else self.adapter.disabled():
                 return run_inside(lambda: work(student, teacher), teacher)
 
         return run_whole(with_teacher, self.model_wrapped, self.accelerator)
 
     def savings(self) -> Savings:
-        kind = "none" if self.adapter is None else self.method.teacher_adapter
+        adapter = self.adapter
         teacher = self.accelerator.unwrap_model(self.teacher_model)
         return Savings(
-            recompute_teacher=kind in ("prompt", "lora", "full") and not self.args.teacher_gradient_checkpointing,
-            lower_teacher=kind != "full" and all(each.dtype.itemsize >= 4 for each in teacher.parameters()),
+            recompute_teacher=bool(adapter and adapter.backpropagates) and not self.args.teacher_gradient_checkpointing,
+            lower_teacher=not (adapter and adapter.copies_teacher)
+            and all(each.dtype.itemsize >= 4 for each in teacher.parameters()),
             lora_student=not isinstance(self.accelerator.unwrap_model(self.model), PeftModel),
         )
 

@@ -13,6 +13,7 @@ from promptkd.data.dataset import stop_ids_of
 from promptkd.data.encode import EncodedData, EncodedExample
 from promptkd.engine import unwrap_peft
 from promptkd.errors import RequestError
+from promptkd.settings import option
 from promptkd.training.config import (
     BF16,
     DECODED_ROWS,
@@ -22,7 +23,6 @@ from promptkd.training.config import (
     common_checks,
     fill_in_precision,
     fill_in_rows,
-    option,
     use_one_gpu,
 )
 from promptkd.training.row_order import ShuffledRows
@@ -95,7 +95,7 @@ class FinetuneTrainer(RunTrainer, SFTTrainer):
             processing_class=processing_class,
             **kwargs,
         )
-        check_sharding(self.accelerator, self.model, adapter="none", needs_generate=False)
+        check_sharding(self.accelerator, self.model, needs_generate=False)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         sampler = super()._get_train_sampler(train_dataset)

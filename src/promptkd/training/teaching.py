@@ -16,9 +16,8 @@ from promptkd.engine import ChunkedLoss, embedding_device, engine_for, evaluatin
 from promptkd.engine.recompute import recomputed_layers
 from promptkd.errors import RequestError
 from promptkd.methods import Pair
-from promptkd.models import SoftPrompt
-from promptkd.models.adapters import FullTeacher, LoraTeacher, OnlineTeacher, SoftPromptAdapter, TeacherAdapter
-from promptkd.objectives import regularizer_weight
+from promptkd.models.adapters import PromptLossSettings, TeacherAdapter, TunerStep
+from promptkd.settings import Reader
 from promptkd.training.checkpoints import whole_folder
 from promptkd.training.phases import Phases
 from promptkd.training.sharding import autocast, is_dispatched, is_sharded
@@ -58,29 +57,13 @@ class TeacherTuning(_Trainer):
         self, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     ) -> tuple[TeacherAdapter | None, nn.Module]:
         """The adapter that the method asks for, and the teacher to use with it."""
-        args, kind = self.args, self.method.teacher_adapter
-        check_teacher_options(args, self.method, teacher)
+        check_teacher_options(self.args, self.method, teacher)
         if not (is_sharded(self.accelerator) or is_dispatched(teacher)):  # a sharded one goes there part by part
             teacher = teacher.to(self.accelerator.device)
-        if kind == "none" or (kind == "prompt" and args.prompt_length == 0):
+        if self.method.adapter is None:
             return None, teacher
-        if kind == "lora":
-            return LoraTeacher.wrap(teacher, rank=args.adapter_rank, alpha=args.adapter_alpha, seed=args.seed)
-        if kind == "full":
-            return FullTeacher(teacher), teacher
-        if kind == "online":
-            online = OnlineTeacher(teacher, rank=args.adapter_rank, seed=args.seed)
-            online.module.to(self.accelerator.device)
-            return online, teacher
-        prompt = SoftPrompt.create(
-            teacher,
-            tokenizer,
-            length=args.prompt_length,
-            start=args.prompt_start,
-            text=args.prompt_text,
-            seed=args.seed,
-        )
-        return SoftPromptAdapter(prompt.to(self.accelerator.device)), teacher
+        device = self.accelerator.device
+        return self.method.adapter.create(teacher, tokenizer, seed=self.args.seed, device=device)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         if self.adapter is not None:
@@ -107,10 +90,10 @@ class TeacherTuning(_Trainer):
         """
         assert self.adapter is not None
         assert self.adapter_optimizer is not None
-        online = self.method.teacher_adapter == "online"  # whose loss has no regulariser
-        weight = 0.0 if online else self._regularizer_weight()
+        settings, regularizes = Reader(self.args)(PromptLossSettings), self.adapter.has_regularizer
+        weight = settings.weight(self.state.global_step, self.state.max_steps) if regularizes else 0.0
         # at λ = 0 the plain teacher only tells how far the adapted one has gone from it
-        reads_plain = not online and (weight != 0 or self._logs_this_step())
+        reads_plain = regularizes and (weight != 0 or self._logs_this_step())
         scale = self._gradient_scale(tokens)
         pair = self._pair(student)
         batches = [self._token_batch(each) for each in self._buffered_inputs]
@@ -127,7 +110,7 @@ class TeacherTuning(_Trainer):
             for part, span, away_from in zip(parts, target.split(counts), plains, strict=True):
                 with autocast(self.accelerator, self.args):
                     adapted = self._hidden_with_graph(part)
-                    loss = self._adapter_loss(pair, part, adapted, span, away_from, weight)
+                    loss = self.adapter.loss(TunerStep(pair, part, adapted, span, away_from, weight, settings))
                 self._window["prompt_kl"] += figure(loss, "to_student")
                 if reads_plain:
                     self._window["prompt_regularizer"] += figure(loss, "to_plain")
@@ -136,7 +119,7 @@ class TeacherTuning(_Trainer):
                 read.append(adapted.detach())
             if self.args.prompt_refresh == "stale":
                 self._stale_hidden[index] = torch.cat(read)
-        if not online:
+        if regularizes:
             self._window["lambda"] = weight
         self._step_adapter(scale)
 
@@ -157,35 +140,6 @@ class TeacherTuning(_Trainer):
         teacher = self.accelerator.unwrap_model(self.teacher_model)
         with recomputed_layers(self.adapter.adapted_model(teacher)):
             return self._teacher_hidden(batch, adapted=True)
-
-    def _adapter_loss(
-        self,
-        pair: Pair,
-        batch: TokenBatch,
-        adapted: Tensor,
-        student_hidden: Tensor,
-        plain: Tensor | None,
-        weight: float,
-    ) -> ChunkedLoss:
-        if self.method.teacher_adapter == "online":
-            return pair.online_loss(adapted, batch.targets, student_hidden)
-        return pair.prompt_loss(
-            adapted,
-            student_hidden,
-            plain,
-            weight=weight,
-            student_direction=self.args.prompt_kl,
-            plain_direction=self.args.regularizer_kl,
-        )
-
-    def _regularizer_weight(self) -> float:
-        """λ of this step."""
-        return regularizer_weight(
-            self.state.global_step,
-            self.state.max_steps,
-            coefficient=self.args.regularizer_coefficient,
-            schedule=self.args.regularizer_schedule,
-        )
 
     def _logs_this_step(self) -> bool:
         """Whether transformers' Trainer will log at the end of the running step, by `logging_steps`."""
