@@ -115,7 +115,7 @@ def count_passes(monkeypatch):
         (
             Method(ResponseMix(1.0), reverse_kl, SoftPromptFactory),
             0,
-            "without a teacher adapter takes no prompt_refresh",
+            "takes no prompt_learning_rate, prompt_refresh",
         ),
         (named_method("kd"), 7, "without a teacher adapter takes no prompt_refresh"),
         (named_method("promptkd-full"), 7, "whose head is trained too"),
