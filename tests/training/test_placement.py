@@ -14,6 +14,7 @@ from helpers.tiny import tiny_model
 from helpers.trainers import log, pair, trainer
 from promptkd.errors import RequestError
 from promptkd.methods import named_method
+from promptkd.models.adapters import FullTeacher, SoftPromptAdapter
 from promptkd.training.distributed import (
     autocast,
     check_dispatched,
@@ -100,10 +101,10 @@ def test_only_several_devices_are_a_dispatched_model():
 @pytest.mark.parametrize(
     ("devices", "processes", "adapter", "match"),
     [
-        ((0, 1), 2, "prompt", "the other processes need their GPUs"),
-        ((0, "disk"), 1, "prompt", "no layer may stay on the CPU or the disk"),
-        ((0, "cpu"), 1, "prompt", "no layer may stay on the CPU or the disk"),
-        ((0, 1), 1, "full", "the whole teacher cannot be trained"),
+        ((0, 1), 2, SoftPromptAdapter, "the other processes need their GPUs"),
+        ((0, "disk"), 1, SoftPromptAdapter, "no layer may stay on the CPU or the disk"),
+        ((0, "cpu"), 1, None, "no layer may stay on the CPU or the disk"),
+        ((0, 1), 1, FullTeacher, "the whole teacher cannot be trained"),
     ],
 )
 def test_maps_that_cannot_be_used_are_refused(devices, processes, adapter, match):
@@ -149,4 +150,4 @@ def test_a_compiled_launch_is_refused(monkeypatch):
     accelerator = Accelerator(cpu=True)
     monkeypatch.setattr(accelerator.state.dynamo_plugin, "backend", DynamoBackend.EAGER)
     with pytest.raises(RequestError, match="a compiled model cannot be run in parts; leave dynamo out"):
-        check_sharding(accelerator, adapter="prompt", needs_generate=False)
+        check_sharding(accelerator, needs_generate=False)

@@ -142,7 +142,7 @@ def test_epochs_differ_in_order(tmp_path):
 def test_gkd_with_reverse_kl_equals_promptkd_without_a_prompt(tmp_path):
     gkd = trainer(tmp_path / "a", method=named_method("gkd", MethodSettings(student_share=1.0, beta=1.0)))
     gkd.train()
-    bare = trainer(tmp_path / "b", method=named_method("promptkd"), prompt_length=0)  # seeds anew
+    bare = trainer(tmp_path / "b", method=named_method("promptkd", MethodSettings(prompt_length=0)))  # seeds anew
     bare.train()
     assert log(gkd) == log(bare)
     for mine, theirs in zip(gkd.model.parameters(), bare.model.parameters(), strict=True):

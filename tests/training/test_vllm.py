@@ -17,6 +17,7 @@ from helpers.tiny import END_ID
 from helpers.trainers import pair, rows, trainer
 from helpers.vllm_server import answer, connect, serving
 from promptkd.methods import Method
+from promptkd.models.adapters import SoftPromptFactory
 from promptkd.objectives import reverse_kl
 from promptkd.responses import ResponseMix
 
@@ -77,7 +78,7 @@ def distilled(folder, *, mode, url=None, share=1.0, **settings):
     """A trained student, the responses of each step, and its weights before each step."""
     made = trainer(
         folder,
-        method=Method(ResponseMix(share), reverse_kl, "prompt"),
+        method=Method(ResponseMix(share), reverse_kl, SoftPromptFactory),
         use_vllm=True,
         vllm_mode=mode,
         vllm_server_base_url=url,

@@ -27,9 +27,9 @@ from promptkd.training.callbacks import CostMeter, MetricsFile, ProgressBar, qui
 from promptkd.training.checkpoint import resumable_checkpoint, set_aside
 from promptkd.training.collapse import findings_as_notes
 from promptkd.training.distributed import autocast
-from promptkd.training.validation import validation_decoding
 from promptkd.training.out_of_memory import out_of_memory_told
 from promptkd.training.signals import StopOnSignal
+from promptkd.training.validation import validation_decoding
 
 _LOWER_IS_BETTER = {"rouge_l": False, "loss": True, "kl_to_teacher": True}
 _SET_HERE = {

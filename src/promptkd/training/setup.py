@@ -13,8 +13,7 @@ from promptkd.data.encode import EncodedData
 from promptkd.engine import check_scoring, unwrap_peft
 from promptkd.errors import RequestError
 from promptkd.methods import Method
-from promptkd.models import SoftPrompt
-from promptkd.models.adapters import FullTeacher, LoraTeacher, OnlineTeacher, SoftPromptAdapter, TeacherAdapter
+from promptkd.models.adapters import TeacherAdapter
 from promptkd.responses import AdaptiveReplay, TeacherMixed
 from promptkd.training.distributed import (
     check_dispatched,
@@ -64,27 +63,31 @@ def check_responses(method: Method, args: Any, *, validates: bool) -> None:
         )
 
 
-def check_models(
+def check_placement(
     student: nn.Module, teacher: PreTrainedModel, method: Method, args: Any, accelerator: Accelerator
 ) -> None:
-    """Refuse models that cannot be trained so on these processes; settle a teacher that lies on several devices.
+    """Refuse models that these processes cannot train so; settle a teacher that lies on several devices.
 
     Raises:
-        RequestError: for sharding that would train something else, too few positions, or layers that cannot be scored.
+        RequestError: with what is wrong with the launch configuration or the teacher's `device_map`.
     """
     check_sharding(
         accelerator,
         student,
         teacher,
-        adapter=method.teacher_adapter,
+        adapter=method.adapter_class,
         needs_generate=needs_generate(args) and not args.use_vllm,
         chunks=args.chunk_tokens != 0,
     )
-    check_dispatched(teacher, accelerator, method.teacher_adapter)
+    check_dispatched(teacher, accelerator, method.adapter_class)
     if is_dispatched(teacher):
         settle_dispatched(teacher, accelerator.device)
+
+
+def check_models(student: nn.Module, teacher: PreTrainedModel, adapter: TeacherAdapter | None, args: Any) -> None:
+    """Refuse models with too few positions, or that cannot be scored at given positions."""
     longest = args.max_prompt_length + args.max_completion_length
-    prompt = args.prompt_length if method.teacher_adapter == "prompt" else 0
+    prompt = 0 if adapter is None else adapter.extra_positions
     for name, each, extra in (("student", student, 0), ("teacher", teacher, prompt)):
         # an attribute, not a key: GPT-2 spells it n_positions; models without positions have none
         limit = getattr(unwrap_peft(each).config.get_text_config(), "max_position_embeddings", None)
@@ -110,26 +113,10 @@ def make_adapter(
     method: Method, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: Any, accelerator: Accelerator
 ) -> tuple[TeacherAdapter | None, nn.Module]:
     """The adapter that the method asks for, and the teacher to use with it."""
-    kind = method.teacher_adapter
     check_teacher_options(args, method, teacher)
     if not (is_sharded(accelerator) or is_dispatched(teacher)):  # a sharded one goes there part by part
         teacher = teacher.to(accelerator.device)
-    if kind == "none" or (kind == "prompt" and args.prompt_length == 0):
+    factory: Any = method.adapter
+    if factory is None:
         return None, teacher
-    if kind == "lora":
-        return LoraTeacher.wrap(teacher, rank=args.adapter_rank, alpha=args.adapter_alpha, seed=args.seed)
-    if kind == "full":
-        return FullTeacher(teacher), teacher
-    if kind == "online":
-        online = OnlineTeacher(teacher, rank=args.adapter_rank, seed=args.seed)
-        online.module.to(accelerator.device)
-        return online, teacher
-    prompt = SoftPrompt.create(
-        teacher,
-        tokenizer,
-        length=args.prompt_length,
-        start=args.prompt_start,
-        text=args.prompt_text,
-        seed=args.seed,
-    )
-    return SoftPromptAdapter(prompt.to(accelerator.device)), teacher
+    return factory.create(teacher, tokenizer, seed=args.seed, device=accelerator.device)

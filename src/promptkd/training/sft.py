@@ -15,6 +15,7 @@ from promptkd.data.dataset import stop_ids_of
 from promptkd.data.encode import EncodedData, EncodedExample
 from promptkd.engine import unwrap_peft
 from promptkd.errors import RequestError
+from promptkd.settings import option
 from promptkd.training.callbacks import CheckpointTiming, UpdatePhase
 from promptkd.training.checkpoint import prepare_best, save_model_folder, staged_checkpoint
 from promptkd.training.collapse import Watching
@@ -27,7 +28,6 @@ from promptkd.training.config import (
     common_checks,
     fill_in_precision,
     fill_in_rows,
-    option,
     use_one_gpu,
 )
 from promptkd.training.distributed import check_sharding, is_sharded, run_whole
@@ -110,7 +110,7 @@ class FinetuneTrainer(SFTTrainer):
         )
         self.notes = precision_notes(args, raise_to_float32(self.model))
         """Sentences that a reader of the run's metrics must know, on precision and devices."""
-        check_sharding(self.accelerator, self.model, adapter="none", needs_generate=False)
+        check_sharding(self.accelerator, self.model, needs_generate=False)
         self.phases = Phases(self.accelerator.device)
         self.guard = Guard(args, self.accelerator, lambda: {"model": self.model})
         log = PartialLog(self)

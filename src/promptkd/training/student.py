@@ -62,6 +62,14 @@ def prepare_student(
     return student
 
 
+def merge_lora(trainer: Any) -> None:
+    """Merge the LoRA weights of a trainer's student into its own."""
+    student = trainer.accelerator.unwrap_model(trainer.model)
+    if not isinstance(student, PeftModel):
+        raise RequestError("Only a student that was trained with LoRA (peft_config) can be merged.")
+    trainer.model = trainer.model_wrapped = student.merge_and_unload()
+
+
 def raise_to_float32(model: nn.Module) -> torch.dtype | None:
     """Make the trained weights float32; return the lower precision that they had, None if they had none.
 

@@ -12,8 +12,8 @@ from trl.models.utils import _ForwardRedirection
 from promptkd.data.packing import TokenBatch
 from promptkd.engine import embedding_device, engine_for, response_hidden, unwrap_peft
 from promptkd.engine.recompute import recomputed_layers
-from promptkd.methods.losses import Pair
 from promptkd.models.adapters import TeacherAdapter
+from promptkd.models.pair import Pair
 from promptkd.training.distributed import is_sharded, place_teacher
 
 
@@ -71,7 +71,7 @@ class Teacher:
 
     def without_adapter(self) -> AbstractContextManager[None]:
         """While it is entered, `model` is the plain teacher."""
-        return nullcontext() if self.adapter is None else self.adapter.switched_off()
+        return nullcontext() if self.adapter is None else self.adapter.disabled()
 
     def _hidden(self, batch: TokenBatch, *, adapted: bool) -> Tensor:
         def run() -> Tensor:

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,8 +10,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import get_scheduler
 
-from promptkd.models.adapters import OnlineTeacher
-from promptkd.objectives import regularizer_weight
+from promptkd.models.adapters import PromptLossSettings, TunerStep
+from promptkd.settings import Reader
+from promptkd.training.config import TunerSettings
 from promptkd.training.distributed import autocast
 from promptkd.training.guard import Guard
 from promptkd.training.phases import Phases
@@ -25,7 +26,7 @@ class TeacherTuner:
 
     Args:
         teacher: a teacher with an adapter.
-        args: a `DistillConfig`; its settings `prompt_*` and `regularizer_*` are read.
+        args: a `DistillConfig`; its `TunerSettings` and `PromptLossSettings` are read.
         guard: is told of the loss and of the gradient's norm.
         metrics: of the running step; takes the loss's terms, λ, the norm and the learning rate.
     """
@@ -36,18 +37,19 @@ class TeacherTuner:
         assert teacher.adapter is not None
         self.teacher, self.adapter, self.metrics = teacher, teacher.adapter, metrics
         self._args, self._accelerator, self._guard, self._phases = args, accelerator, guard, phases
+        self._settings, self._loss_settings = Reader(args)(TunerSettings), Reader(args)(PromptLossSettings)
         self._before: tuple[dict[str, Tensor], dict[str, Any]] | None = None
 
     def start(self, total_steps: int) -> None:
         """Make optimizer and schedule anew, for a training of `total_steps` optimizer steps."""
-        args = self._args
+        settings = self._settings
         self.optimizer = torch.optim.AdamW(
-            self.adapter.parameters(), lr=args.prompt_learning_rate, weight_decay=args.prompt_weight_decay
+            self.adapter.parameters(), lr=settings.prompt_learning_rate, weight_decay=settings.prompt_weight_decay
         )
         self.scheduler = get_scheduler(
-            args.prompt_lr_scheduler_type,
+            settings.prompt_lr_scheduler_type,
             self.optimizer,
-            num_warmup_steps=args.prompt_warmup_steps,
+            num_warmup_steps=settings.prompt_warmup_steps,
             num_training_steps=total_steps,
         )
         self.optimizer.zero_grad(set_to_none=True)  # of a training that ended within a step
@@ -71,11 +73,9 @@ class TeacherTuner:
             logs: whether the step will be logged, so that the KL to the plain teacher is wanted even at λ = 0.
         """
         args, teacher = self._args, self.teacher
-        weight = regularizer_weight(
-            step, self._total_steps, coefficient=args.regularizer_coefficient, schedule=args.regularizer_schedule
-        )
-        has_regularizer = not isinstance(self.adapter, OnlineTeacher)
-        reads_plain = has_regularizer and (weight != 0 or logs)
+        regularizes = self.adapter.has_regularizer
+        weight = self._loss_settings.weight(step, self._total_steps) if regularizes else 0.0
+        reads_plain = regularizes and (weight != 0 or logs)
         # In float16 the gradient of a sum survives, that of a mean does not.
         scale = window.tokens.clamp(min=1) if teacher.backbone.dtype == torch.float16 else 1
         pair = teacher.pair(self._accelerator.unwrap_model(student))
@@ -92,32 +92,19 @@ class TeacherTuner:
             for part, part_target, part_plain in zip(parts, target.split(counts), plains, strict=True):
                 with autocast(self._accelerator, args):
                     adapted = teacher.trained_hidden(part)
-                    loss = self._loss(pair, part, adapted, part_target, part_plain, weight)
+                    seen = TunerStep(pair, part, adapted, part_target, part_plain, weight, self._loss_settings)
+                    loss = self.adapter.loss(seen)
                 self.metrics.add("prompt_kl", summed(loss, "to_student"))
                 if reads_plain:
                     self.metrics.add("prompt_regularizer", summed(loss, "to_plain"))
                 self._guard.note("prompt loss", loss.total, micro_batch.index)
                 (loss.total * scale / window.tokens.clamp(min=1)).backward()
                 read.append(adapted.detach())
-            if args.prompt_refresh == "stale":
+            if self._settings.prompt_refresh == "stale":
                 micro_batch.teacher_hidden = torch.cat(read)
-        if has_regularizer:
+        if regularizes:
             self.metrics.set("lambda", weight)
         self._update(scale)
-
-    def _loss(
-        self, pair: Any, batch: Any, adapted: Tensor, student: Tensor, plain: Tensor | None, weight: float
-    ) -> Any:
-        if isinstance(self.adapter, OnlineTeacher):
-            return pair.online_loss(adapted, batch.targets, student)
-        return pair.prompt_loss(
-            adapted,
-            student,
-            plain,
-            weight=weight,
-            student_direction=self._args.prompt_kl,
-            plain_direction=self._args.regularizer_kl,
-        )
 
     def _update(self, scale: Tensor | int) -> None:
         """Sum the gradients of all processes, clip them and step; a gradient that is not finite moves nothing."""
@@ -125,7 +112,7 @@ class TeacherTuner:
         for parameter in parameters:
             if parameter.grad is not None:
                 parameter.grad = self._accelerator.reduce(parameter.grad, reduction="sum") / scale
-        norm = float(nn.utils.clip_grad_norm_(parameters, self._args.prompt_max_grad_norm or math.inf))
+        norm = float(nn.utils.clip_grad_norm_(parameters, self._settings.prompt_max_grad_norm or math.inf))
         self._guard.note("prompt gradient", torch.tensor(norm))
         self.metrics.set("prompt_grad_norm", norm)
         self.metrics.set("prompt_learning_rate", self.scheduler.get_last_lr()[0])
@@ -157,7 +144,7 @@ class TeacherTuner:
             "scheduler": self.scheduler.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume from `state`."""
         self.adapter.load_state_dict(state["adapter"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -20,7 +20,7 @@ from promptkd.data.dataset import stop_ids_of
 from promptkd.data.encode import EncodedData
 from promptkd.engine import disable_dropout, unwrap_peft
 from promptkd.errors import RequestError
-from promptkd.methods import Method, named_method
+from promptkd.methods import Method
 from promptkd.models import (
     check_same_vocabulary,
     count_parameters,
@@ -32,16 +32,16 @@ from promptkd.objectives import forward_kl, reverse_kl
 from promptkd.training.callbacks import CheckpointTiming, CompletionLog, UpdatePhase, logs_step
 from promptkd.training.checkpoint import prepare_best, save_model_folder, staged_checkpoint, whole_folder
 from promptkd.training.collapse import Watching
-from promptkd.training.config import DistillConfig, PromptKDConfig
+from promptkd.training.config import DistillConfig, PromptKDConfig, chosen_method
 from promptkd.training.distributed import is_sharded, run_inside, run_whole
 from promptkd.training.guard import Guard
 from promptkd.training.out_of_memory import Savings, out_of_memory_told
 from promptkd.training.phases import Phases
 from promptkd.training.rollout import Rollout
 from promptkd.training.row_order import EpochOrder
-from promptkd.training.setup import check_models, check_responses, check_rows, encode, make_adapter
+from promptkd.training.setup import check_models, check_placement, check_responses, check_rows, encode, make_adapter
 from promptkd.training.state import ExtraState, PartialLog
-from promptkd.training.student import precision_notes, prepare_student, raise_to_float32
+from promptkd.training.student import merge_lora, precision_notes, prepare_student, raise_to_float32
 from promptkd.training.student_loss import StudentLoss
 from promptkd.training.teacher import Teacher
 from promptkd.training.teacher_options import load_teacher
@@ -77,6 +77,94 @@ class DistillTrainer(Trainer):
     checkpoint_root: Path | None = None
     """Where a checkpoint is being written, before it takes its place."""
     _total_train_tokens = 0
+
+    def __init__(
+        self,
+        model: str | Path | PreTrainedModel,
+        teacher_model: str | Path | PreTrainedModel,
+        args: DistillConfig | None = None,
+        train_dataset: Sequence[dict[str, Any]] | EncodedData | None = None,
+        eval_dataset: Sequence[dict[str, Any]] | EncodedData | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        *,
+        method: Method | None = None,
+        teacher_processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: PeftConfig | None = None,
+        quantization_config: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+    ):
+        args = args or DistillConfig("distilled")
+        self.method = chosen_method(args, method)
+        if isinstance(model, str | Path):
+            model = resolve_model(model)
+            processing_class = processing_class or load_tokenizer(model, trust_remote_code=args.trust_remote_code)
+        if processing_class is None:
+            raise RequestError("Expected the tokenizer as `processing_class` beside a loaded model. Got None.")
+        if model is teacher_model:
+            raise RequestError("Student and teacher are one and the same model. Load the teacher a second time.")
+        teacher, teacher_tokenizer = load_teacher(teacher_model, teacher_processing_class, args, self.method)
+        if teacher_tokenizer is not None:
+            check_same_vocabulary(processing_class, teacher_tokenizer)
+        check_responses(self.method, args, validates=eval_dataset is not None)
+        train = encode(train_dataset, processing_class, args, need_response=self.method.responses.needs_data)
+        valid = encode(eval_dataset, processing_class, args)
+        self.dropped_rows = 0 if train is None else train.dropped
+        super().__init__(
+            prepare_student(model, args, processing_class, peft_config, quantization_config),
+            args,
+            list,  # collates nothing: rows stay rows
+            None if train is None else train.examples,
+            None if valid is None else valid.examples,
+            processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self._make_parts(teacher)
+        set_seed(args.seed, device_specific=True)  # each process draws responses of its own
+
+    def _make_parts(self, teacher: PreTrainedModel) -> None:
+        """What a step is made of, once transformers has placed the student."""
+        args, accelerator, student, tokenizer = self.args, self.accelerator, self.model, self.processing_class
+        self.notes = precision_notes(args, raise_to_float32(student))
+        """Sentences that a reader of the run's metrics must know, on precision and devices."""
+        check_placement(student, teacher, self.method, args, accelerator)
+        check_rows(None if self.train_dataset is None else len(self.train_dataset), args)
+        self.stop_ids = stop_ids_of(tokenizer, unwrap_peft(student).generation_config, template=args.template)
+        vocabulary = shared_vocabulary_size(student, teacher, tokenizer)
+        self._teacher_parameters = count_parameters(teacher)  # DeepSpeed's shards do not tell
+        self.adapter, adapted = make_adapter(self.method, teacher.requires_grad_(False), tokenizer, args, accelerator)
+        check_models(student, teacher, self.adapter, args)
+        student.add_model_tags(["promptkd", "distillation"])
+        if args.disable_dropout:
+            disable_dropout(student)
+        self.teacher = Teacher(adapted, self.adapter, accelerator, args, vocabulary)
+        self.phases = Phases(accelerator.device)
+        self.step_metrics = StepMetrics()
+        self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list)}  # since the last logged line
+        self.window: Window | None = None
+        self.rollout = Rollout(
+            self.method,
+            self.teacher,
+            args,
+            accelerator,
+            tokenizer,
+            student=student,
+            stop_ids=self.stop_ids,
+            metrics=self.step_metrics,
+        )
+        self.guard = Guard(args, accelerator, lambda: {"student": self.model, "teacher": self.teacher.model})
+        self.tuner: TeacherTuner | None = None
+        if self.adapter is not None:
+            self.tuner = TeacherTuner(self.teacher, args, accelerator, self.guard, self.phases, self.step_metrics)
+            self.guard.rollback = self.tuner.rollback
+        self.student_loss = StudentLoss(self.method, self.teacher, args, accelerator, self.step_metrics)
+        log = PartialLog(self)
+        self.extra_state = ExtraState(log, self.guard, responses=self.method.responses, tuner=self.tuner)
+        for callback in (CheckpointTiming(self, log), UpdatePhase(self.phases), Watching()):
+            self.add_callback(callback)
+        if args.log_completions:
+            self.add_callback(CompletionLog(self.rollout.completions))
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """One micro-batch; with the first one of an optimizer step come its responses and the teacher's step.
@@ -125,8 +213,8 @@ class DistillTrainer(Trainer):
         if self.method.objective in (forward_kl, reverse_kl):
             metrics["student_kl"] = metrics.pop("student_loss")
         if self.adapter is not None:
-            metrics |= self.adapter.figures()
-        for name, value in (metrics | self.method.responses.figures()).items():
+            metrics |= self.adapter.metrics()
+        for name, value in (metrics | self.method.responses.metrics()).items():
             self._metrics["train"][name].append(value)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -136,93 +224,6 @@ class DistillTrainer(Trainer):
             logs |= {name: sum(values) / len(values) for name, values in self._metrics["train"].items()}
             self._metrics["train"].clear()
         super().log(logs, start_time)
-
-    def __init__(
-        self,
-        model: str | Path | PreTrainedModel,
-        teacher_model: str | Path | PreTrainedModel,
-        args: DistillConfig | None = None,
-        train_dataset: Sequence[dict[str, Any]] | EncodedData | None = None,
-        eval_dataset: Sequence[dict[str, Any]] | EncodedData | None = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
-        *,
-        method: Method | None = None,
-        teacher_processing_class: PreTrainedTokenizerBase | None = None,
-        peft_config: PeftConfig | None = None,
-        quantization_config: Any = None,
-        callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[Any, Any] = (None, None),
-    ):
-        args = args or DistillConfig("distilled")
-        self.method = method or named_method(args.method, args.method_settings())
-        if isinstance(model, str | Path):
-            model = resolve_model(model)
-            processing_class = processing_class or load_tokenizer(model, trust_remote_code=args.trust_remote_code)
-        if processing_class is None:
-            raise RequestError("Expected the tokenizer as `processing_class` beside a loaded model. Got None.")
-        if model is teacher_model:
-            raise RequestError("Student and teacher are one and the same model. Load the teacher a second time.")
-        teacher, teacher_tokenizer = load_teacher(teacher_model, teacher_processing_class, args, self.method)
-        if teacher_tokenizer is not None:
-            check_same_vocabulary(processing_class, teacher_tokenizer)
-        check_responses(self.method, args, validates=eval_dataset is not None)
-        train = encode(train_dataset, processing_class, args, need_response=self.method.responses.needs_data)
-        valid = encode(eval_dataset, processing_class, args)
-        self.dropped_rows = 0 if train is None else train.dropped
-        super().__init__(
-            prepare_student(model, args, processing_class, peft_config, quantization_config),
-            args,
-            list,  # collates nothing: rows stay rows
-            None if train is None else train.examples,
-            None if valid is None else valid.examples,
-            processing_class,
-            callbacks=callbacks,
-            optimizers=optimizers,
-        )
-        self._make_parts(teacher)
-        set_seed(args.seed, device_specific=True)  # each process draws responses of its own
-
-    def _make_parts(self, teacher: PreTrainedModel) -> None:
-        """What a step is made of, once transformers has placed the student."""
-        args, accelerator, student, tokenizer = self.args, self.accelerator, self.model, self.processing_class
-        self.notes = precision_notes(args, raise_to_float32(student))
-        """Sentences that a reader of the run's metrics must know, on precision and devices."""
-        check_models(student, teacher, self.method, args, accelerator)
-        check_rows(None if self.train_dataset is None else len(self.train_dataset), args)
-        self.stop_ids = stop_ids_of(tokenizer, unwrap_peft(student).generation_config, template=args.template)
-        vocabulary = shared_vocabulary_size(student, teacher, tokenizer)
-        self._teacher_parameters = count_parameters(teacher)  # DeepSpeed's shards do not tell
-        self.adapter, adapted = make_adapter(self.method, teacher.requires_grad_(False), tokenizer, args, accelerator)
-        student.add_model_tags(["promptkd", "distillation"])
-        if args.disable_dropout:
-            disable_dropout(student)
-        self.teacher = Teacher(adapted, self.adapter, accelerator, args, vocabulary)
-        self.phases = Phases(accelerator.device)
-        self.step_metrics = StepMetrics()
-        self._metrics = {"train": defaultdict(list)}  # by name, values of the steps since the last logged line
-        self.window: Window | None = None
-        self.rollout = Rollout(
-            self.method,
-            self.teacher,
-            args,
-            accelerator,
-            tokenizer,
-            student=student,
-            stop_ids=self.stop_ids,
-            metrics=self.step_metrics,
-        )
-        self.guard = Guard(args, accelerator, lambda: {"student": self.model, "teacher": self.teacher.model})
-        self.tuner: TeacherTuner | None = None
-        if self.adapter is not None:
-            self.tuner = TeacherTuner(self.teacher, args, accelerator, self.guard, self.phases, self.step_metrics)
-            self.guard.rollback = self.tuner.rollback
-        self.student_loss = StudentLoss(self.method, self.teacher, args, accelerator, self.step_metrics)
-        log = PartialLog(self)
-        self.extra_state = ExtraState(log, self.guard, responses=self.method.responses, tuner=self.tuner)
-        for callback in (CheckpointTiming(self, log), UpdatePhase(self.phases), Watching()):
-            self.add_callback(callback)
-        if args.log_completions:
-            self.add_callback(CompletionLog(self.rollout.completions))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers', also after a call that ended within a step.
@@ -321,10 +322,7 @@ class DistillTrainer(Trainer):
 
     def merge_student(self) -> None:
         """Merge a LoRA student's weights into its own, so that it is saved as a plain model."""
-        student = self.accelerator.unwrap_model(self.model)
-        if not isinstance(student, PeftModel):
-            raise RequestError("Only a student that was trained with LoRA (peft_config) can be merged.")
-        self.model = self.model_wrapped = student.merge_and_unload()
+        merge_lora(self)
 
     # ---- what commands and parts ask ----
 
@@ -357,10 +355,10 @@ class DistillTrainer(Trainer):
 
     def savings(self) -> Savings:
         """Which settings of the models would still save memory, for the message where it runs out."""
-        kind = "none" if self.adapter is None else self.method.teacher_adapter
+        adapter, in_float32 = self.adapter, all(each.dtype.itemsize >= 4 for each in self.teacher.model.parameters())
         return Savings(
-            recompute_teacher=kind in ("prompt", "lora", "full") and not self.args.teacher_gradient_checkpointing,
-            lower_teacher=kind != "full" and all(each.dtype.itemsize >= 4 for each in self.teacher.model.parameters()),
+            recompute_teacher=bool(adapter and adapter.backpropagates) and not self.args.teacher_gradient_checkpointing,
+            lower_teacher=in_float32 and not (adapter and adapter.copies_teacher),
             lora_student=not isinstance(self.accelerator.unwrap_model(self.model), PeftModel),
         )
 
