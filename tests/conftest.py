@@ -2,7 +2,7 @@
 
 import os
 
-from promptkd.cli.waiting import let_threads_sleep
+from promptkd.cli.openmp import let_threads_sleep
 
 # Before torch and transformers are imported, here and in the processes that tests start. Tiny models gain nothing from
 # a second thread, and wait long for it where cores are busy.

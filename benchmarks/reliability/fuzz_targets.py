@@ -20,8 +20,8 @@ from gguf import GGUFReader
 from safetensors.torch import save
 
 from promptkd.cli import COMMANDS
-from promptkd.cli.config_file import read_config, write_config
-from promptkd.cli.options import merged_config, parse_options
+from promptkd.cli.parsing.config_file import read_config, write_config
+from promptkd.cli.parsing.parser import merged_config, parse_options
 from promptkd.data.sources import read_examples
 from promptkd.data.templates import resolve_template
 from promptkd.data.texts import encode_texts

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
+import promptkd.cli.commands
+import promptkd.cli.options
 from promptkd import cli
-from promptkd.cli.config_file import read_config
-from promptkd.cli.options import Parsed, merged_config, parse_options, write_config
+from promptkd.cli.parsing.config_file import read_config, write_config
+from promptkd.cli.parsing.parser import Parsed, merged_config, parse_options
 from promptkd.errors import PromptKDError, RequestError
 
 TOY = '''"""Do something with a model.
@@ -150,7 +152,10 @@ REQUIRED = ["--model", "M", "--data", "D"]
 @pytest.fixture(scope="module")
 def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("toys")
-    texts = {"toy_command": TOY, "toy_training": TOY_TRAINING, "toy_lazy": TOY_LAZY, "toy_loose": LOOSE}
+    texts = {"toy_training": TOY_TRAINING, "toy_lazy": TOY_LAZY}
+    for package in ("options", "commands"):
+        (folder / package).mkdir()
+        texts |= {f"{package}/toy": TOY, f"{package}/loose": LOOSE}
     for name, text in texts.items():
         (folder / f"{name}.py").write_text(text, encoding="utf-8")
     return folder
@@ -159,14 +164,17 @@ def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def toys(toy_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(toy_folder))
-    monkeypatch.setitem(cli.COMMANDS, "toy", ("toy_command", "Do something."))
-    monkeypatch.setitem(cli.COMMANDS, "loose", ("toy_loose", "Take runs."))
+    monkeypatch.setitem(cli.COMMANDS, "toy", "Do something.")
+    monkeypatch.setitem(cli.COMMANDS, "loose", "Take runs.")
+    for package in (promptkd.cli.options, promptkd.cli.commands):
+        folder = toy_folder / package.__name__.rpartition(".")[2]
+        monkeypatch.setattr(package, "__path__", [*package.__path__, str(folder)])
     monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")  # so that main's defaults do not outlive the test
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
 
 
 def parse(*arguments: str, command: str = "toy") -> Parsed:
-    module = importlib.import_module(cli.COMMANDS[command][0])
+    module = importlib.import_module(f"promptkd.cli.options.{command}")
     assert isinstance(module, ModuleType)
     return parse_options(command, module, arguments)
 
@@ -201,7 +209,9 @@ def subprocess_main(
     """Run `main` in a fresh interpreter with the toy command in the table; `after` sees `status`."""
     script = (
         f"import sys; sys.path.insert(0, {str(folder)!r})\n{before}\n"
-        "from promptkd import cli\ncli.COMMANDS['toy'] = ('toy_command', 'Do something.')\n"
+        "from promptkd.cli import commands, options\nfrom promptkd import cli\ncli.COMMANDS['toy'] = 'Do something.'\n"
+        f"options.__path__.append({str(folder / 'options')!r})\n"
+        f"commands.__path__.append({str(folder / 'commands')!r})\n"
         f"status = cli.main({list(arguments)!r})\n{after}\nsys.exit(status)\n"
     )
     return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
@@ -619,7 +629,7 @@ def test_options_of_the_command_alone_do_not_import_the_training_config(toy_fold
 def test_overview(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--help"]) == 0
     text = capsys.readouterr().out
-    for name, (_, summary) in cli.COMMANDS.items():
+    for name, summary in cli.COMMANDS.items():
         assert [name, *summary.split()] in [line.split() for line in text.splitlines()]
     assert max(map(len, text.splitlines())) <= 100
     assert cli.main([]) == 2

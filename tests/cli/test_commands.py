@@ -37,7 +37,7 @@ from helpers.commands import (
     write_rows,
 )
 from promptkd.cli import COMMANDS
-from promptkd.cli.config_file import read_config
+from promptkd.cli.parsing.config_file import read_config
 from promptkd.data.dataset import load_rows
 from promptkd.results import Metric, Results, file_sha256
 from promptkd.training.callbacks import ProgressBar

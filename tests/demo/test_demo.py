@@ -9,7 +9,7 @@ import pytest
 from helpers.tiny import save_model, tiny_model, tiny_tokenizer
 from promptkd.cli import main
 from promptkd.data import read_examples
-from promptkd.demo import pipeline, settings
+from promptkd.demo import pipeline
 from promptkd.demo.settings import DemoSettings, data_file
 from promptkd.results import Results
 
@@ -76,11 +76,13 @@ def tiny_demo(tmp_path, monkeypatch):
         lines = [json.dumps({"instruction": f"the {split} {i}", "input": "", "output": "an"}) for i in range(5)]
         (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
     monkeypatch.setenv("PROMPTKD_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(settings, "teacher_file", lambda: teacher)
+    monkeypatch.setattr("promptkd.cli.commands.demo.teacher_file", lambda: teacher)
     monkeypatch.setattr(pipeline, "teacher_file", lambda: teacher)
     monkeypatch.setattr(pipeline, "data_file", lambda split: tmp_path / f"{split}.jsonl")
     monkeypatch.setattr(pipeline, "teacher_hash", lambda: "tiny")
-    monkeypatch.setattr(settings, "DemoSettings", lambda **given: DemoSettings(**{**vars(small), **given}))
+    monkeypatch.setattr(
+        "promptkd.cli.commands.demo.DemoSettings", lambda **given: DemoSettings(**{**vars(small), **given})
+    )
     return tmp_path
 
 

@@ -4,15 +4,15 @@ from pathlib import Path
 
 import pytest
 
-import promptkd.cli.distill
+import promptkd.cli.options.distill
 from helpers.commands import World, done, make_world, run
-from promptkd.cli.config_file import read_config
-from promptkd.cli.options import parse_options
+from promptkd.cli.parsing.config_file import read_config
+from promptkd.cli.parsing.parser import parse_options
 from promptkd.errors import RequestError
 from promptkd.methods import METHODS
 from promptkd.results import Results
 
-FOLDER = Path(__file__).parents[2] / "recipes"
+FOLDER = Path(__file__).parents[1] / "recipes"
 RECIPES = {path.stem: path for path in sorted(FOLDER.glob("*.yaml")) if path.stem != "study"}  # see test_study
 REQUIRED = ("--student", "S", "--teacher", "T", "--data", "D", "--out", "O")
 
@@ -39,7 +39,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def merged(path: Path, *flags: str) -> dict:
-    return parse_options("distill", promptkd.cli.distill, [*REQUIRED, "--config", str(path), *flags]).merged
+    return parse_options("distill", promptkd.cli.options.distill, [*REQUIRED, "--config", str(path), *flags]).merged
 
 
 def test_there_is_a_recipe_for_each_method_and_each_published_setting():

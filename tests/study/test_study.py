@@ -13,7 +13,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-import promptkd.cli.distill
+import promptkd.cli.options.distill
 from helpers.commands import (
     LIMITS,
     MODEL_FILES,
@@ -29,7 +29,7 @@ from helpers.commands import (
     run,
 )
 from helpers.tiny import save_model, tiny_model
-from promptkd.cli.options import parse_options
+from promptkd.cli.parsing.parser import parse_options
 from promptkd.errors import RequestError
 from promptkd.evaluation.pairing import Candidate
 from promptkd.io.lock import locked
@@ -42,7 +42,7 @@ from promptkd.study.processes import Job, shell_line
 from promptkd.study.progress import last_words
 from promptkd.study.table import Row, Table
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "study.yaml"
+RECIPE = Path(__file__).parents[1] / "recipes" / "study.yaml"
 PAIR = {"student": "s", "teacher": "t", "data": "d"}
 
 
@@ -121,7 +121,7 @@ def test_arguments_give_the_settings_again():
         **{"eval_data": None, "template": "Q: {{ x }}\nA: ", "learning_rate": -1e-05, "optim_args": ""},
         **{"model_init_kwargs": {"a": [1, None], "b": {"c": True}}, "report_to": ["wandb", "tensorboard"]},
     }
-    merged = parse_options("distill", promptkd.cli.distill, arguments_of(settings)).merged
+    merged = parse_options("distill", promptkd.cli.options.distill, arguments_of(settings)).merged
     assert {name: merged[name] for name in settings} == settings
 
 

@@ -16,7 +16,7 @@ import promptkd.training.teacher_tuner
 import promptkd.training.validation
 from helpers.commands import LIMITS, World, distill, done, make_world, run, sft, steps, weights
 from helpers.trainers import log, trainer
-from promptkd.cli.session import _MICRO_BATCHES, _OF_MEMORY
+from promptkd.cli.run_folder import _MICRO_BATCHES, _OF_MEMORY
 from promptkd.errors import PromptKDError
 from promptkd.results import Results
 from promptkd.training import DistillConfig, DistillTrainer, FinetuneConfig
@@ -204,7 +204,7 @@ def test_loading_says_what_makes_a_teacher_smaller(world, tmp_path, capsys, monk
     def full(*args, **kwargs):
         raise CPU
 
-    monkeypatch.setattr(promptkd.models, "load_model", full)
+    monkeypatch.setattr("promptkd.cli.training_run.load_model", full)
     ran = run(capsys, *distill(world, tmp_path / "run"))
     assert ran.status == 1
     assert "Less is needed with --teacher_dtype bfloat16, or --teacher_quantization 8bit." in ran.err

@@ -25,7 +25,7 @@ from helpers.commands import (
     weights,
 )
 from promptkd.cli import main
-from promptkd.cli.stopping import command_that_goes_on
+from promptkd.cli.signals import command_that_goes_on
 from promptkd.evaluation import dataset_evaluation
 from promptkd.training import signals
 from promptkd.training.callbacks import ProgressBar

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Collection, Mapping
 
-from promptkd.cli.session import progress_lines, say
+from promptkd.cli.terminal import progress_lines, say
 from promptkd.errors import PromptKDError
 from promptkd.judge.concurrent_requests import ask_all
 from promptkd.judge.endpoint import Endpoint, Refusal, Reply
@@ -11,8 +11,6 @@ from promptkd.judge.metrics import verdict_of
 from promptkd.judge.prompt_template import Task
 from promptkd.judge.verdict_log import Key, Verdict, VerdictLog
 from promptkd.results import Metric
-
-__all__ = ["ask_missing", "cost_sentence"]
 
 
 def ask_missing(task: Task, endpoint: Endpoint, questions: dict[Key, str], log: VerdictLog, concurrency: int) -> None:

@@ -1,72 +1,36 @@
-"""Score a model's answers to one or several data sets, sampled under every seed and greedy.
+"""`promptkd evaluate`."""
 
-The record, --out, holds every figure with its interval over rows and its deviation between seeds, and every row's
-answers and scores. The answers are kept beside it while they are made, a JSONL file a data set and seed. Run a command
-that was stopped once more, and it does only what is missing; sets and seeds may be added in the same way.
-
-    promptkd evaluate --model runs/promptkd --data dolly.jsonl sni.jsonl --seeds 10 20 30 40 50 --out results.json
-"""
-
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
-if TYPE_CHECKING:
-    from promptkd.evaluation.measure import Decoding
-    from promptkd.results import Results
-
-GOES_ON: tuple[str, ...] = ()
-LESS_MEMORY = (
-    "a smaller --batch-size (now {batch_size})",
-    "a smaller --max-completion-length (now {max_completion_length})",
+from promptkd.cli.library_logging import quiet_libraries
+from promptkd.cli.measuring_device import (
+    computing_in,
+    load_subject,
+    measured_rows,
+    precision_notes,
+    say_peak,
+    settled_precision,
+    settled_rows,
+    teacher_precision_here,
 )
-
-
-@dataclass
-class Options:
-    model: str
-    """The model to score: a hub name, folder, run folder or GGUF file."""
-    data: list[str]
-    """Rows with references: files, folders or hub data sets."""
-    out: Path
-    """The results file to write; answers go beside it."""
-    teacher: str | None = None
-    """A teacher, to report the KL from the model to it."""
-    seeds: list[int] = field(default_factory=lambda: [10])
-    """Seeds of the sampled answers; each is a decoding of every row."""
-    greedy: bool = True
-    """Decode greedily as well; --no-greedy leaves it out."""
-    metrics: list[str] = field(default_factory=list)
-    """More metrics, of Hugging Face's `evaluate`: names, or paths of metric scripts."""
-    temperature: float = 1.0
-    """Sampling temperature; 0 gives the greedy answers alone."""
-    top_p: float = 1.0
-    """Share of the probability mass to sample from."""
-    top_k: int = 0
-    """Number of tokens to sample from; 0 for all."""
-    batch_size: int | None = None
-    """Rows that are decoded at a time; by default 32 on CPU, 128 on a GPU."""
-    limit: int | None = None
-    """Use the first so many rows of each data set."""
-    template: str = "auto"
-    """auto, alpaca, chat, or a Jinja text."""
-    max_prompt_length: int = 256
-    """Most tokens of a prompt; rows above it are dropped and counted."""
-    max_completion_length: int = 256
-    """Most tokens of a response."""
-    max_reference_length: int = 768
-    """Most tokens of a first reference; rows above it are dropped and counted."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision to compute in, with weights in float32; auto is bfloat16 where the device has units for it."""
-    teacher_dtype: Literal["float32", "bfloat16", "float16", "auto"] | None = None
-    """Precision of the teacher's weights; by default bfloat16 where the device has units for it, else float32."""
-    trust_remote_code: bool = False
-    """Run code that a hub model ships."""
-    overwrite: bool = False
-    """Begin anew: replace --out and the answers beside it."""
-
+from promptkd.cli.option_checks import check_decoding, check_output
+from promptkd.cli.options.evaluate import Options
+from promptkd.cli.parsing.parser import merged_config
+from promptkd.cli.provenance import data_record, label_of, training_cost
+from promptkd.cli.terminal import progress_lines, say
+from promptkd.data.dataset import stop_ids_of
+from promptkd.errors import RequestError
+from promptkd.evaluation.dataset_evaluation import SetEvaluation, parts_of
+from promptkd.evaluation.hub_metrics import HubMetric
+from promptkd.evaluation.measure import Decoding
+from promptkd.io.jsonl import settle_settings
+from promptkd.models import check_same_vocabulary, load_tokenizer, model_record
+from promptkd.report import terminal_table
+from promptkd.results import Results
 
 _ANSWERS_DEPEND_ON = (
     *("temperature", "top_p", "top_k", "limit", "template"),
@@ -75,24 +39,6 @@ _ANSWERS_DEPEND_ON = (
 
 
 def run(options: Options, training: dict[str, Any]) -> None:
-    import time
-
-    from promptkd.cli.measured_memory import say_peak
-    from promptkd.cli.measuring import (
-        computing_in,
-        label_of,
-        load_subject,
-        precision_notes,
-        settled_precision,
-        teacher_precision_here,
-    )
-    from promptkd.cli.session import progress_lines, quiet_libraries, say
-    from promptkd.data.dataset import stop_ids_of
-    from promptkd.evaluation.dataset_evaluation import SetEvaluation
-    from promptkd.evaluation.hub_metrics import HubMetric
-    from promptkd.models import check_same_vocabulary, load_tokenizer
-    from promptkd.report import terminal_table
-
     check(options)
     quiet_libraries()
     metrics = [HubMetric(name) for name in options.metrics]
@@ -147,9 +93,6 @@ def run(options: Options, training: dict[str, Any]) -> None:
 
 def check(options: Options) -> None:
     """Refuse what is wrong by itself, before anything is loaded."""
-    from promptkd.cli.measuring import check_decoding, check_output, label_of
-    from promptkd.errors import RequestError
-
     check_output(options.out, overwrite=options.overwrite or _settings_file(options.out).exists())
     check_decoding(options, options.seeds)
     if options.teacher_dtype is not None and options.teacher is None:
@@ -170,9 +113,6 @@ def check(options: Options) -> None:
 
 def _read(options: Options, tokenizer: Any) -> dict[str, Any]:
     """The encoded rows of each data set by its label."""
-    from promptkd.cli.measuring import label_of, measured_rows
-    from promptkd.cli.session import say
-
     sets = {}
     for path in options.data:
         data = measured_rows(options, path, tokenizer, max_reference_length=options.max_reference_length)
@@ -182,14 +122,8 @@ def _read(options: Options, tokenizer: Any) -> dict[str, Any]:
     return sets
 
 
-def _begun_record(options: Options, sets: dict[str, Any], model: Any, teacher: Any) -> "Results":
+def _begun_record(options: Options, sets: dict[str, Any], model: Any, teacher: Any) -> Results:
     """The record without its metrics."""
-    from promptkd.cli.measuring import label_of, training_cost
-    from promptkd.cli.options import merged_config
-    from promptkd.cli.session import data_record
-    from promptkd.models import model_record
-    from promptkd.results import Results
-
     label, cost = label_of(options.model), training_cost(options.model)
     models = {label: model_record(options.model, model)}
     if options.teacher is not None:
@@ -207,13 +141,9 @@ def _begun_record(options: Options, sets: dict[str, Any], model: Any, teacher: A
 
 
 def _settle(
-    options: Options, results: "Results", stops: Sequence[int], precision: str, teacher_dtype: str | None
+    options: Options, results: Results, stops: Sequence[int], precision: str, teacher_dtype: str | None
 ) -> None:
     """Make sure that answers which are there already were made as this command would make them."""
-    from promptkd.cli.session import say
-    from promptkd.evaluation.dataset_evaluation import parts_of
-    from promptkd.io.jsonl import settle_settings
-
     settings = {f"--{name.replace('_', '-')}": results.config[name] for name in _ANSWERS_DEPEND_ON}
     roles = ("model", "teacher")
     settings |= {role: each.sha256 or each.path for role, each in zip(roles, results.models.values(), strict=False)}
@@ -229,10 +159,7 @@ def _settle(
         say(f"Going on from {len(held)} of {len(files)} files of answers and losses.")
 
 
-def _decoding(options: Options) -> "Decoding":
-    from promptkd.cli.measuring import settled_rows
-    from promptkd.evaluation.measure import Decoding
-
+def _decoding(options: Options) -> Decoding:
     return Decoding(
         temperature=options.temperature,
         top_p=options.top_p,

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping
 from types import ModuleType
 from typing import Any
 
-from promptkd.cli.annotations import MOST_CHOICES_SHOWN, choices, metavar, takes_switch, takes_values
-from promptkd.cli.fields import Field, own_fields, positional, training_fields
-from promptkd.cli.values import plain
+from promptkd.cli.parsing.annotations import MOST_CHOICES_SHOWN, choices, metavar, takes_switch, takes_values
+from promptkd.cli.parsing.fields import Field, own_fields, positional, training_fields
+from promptkd.cli.parsing.values import plain
 
 __all__ = ["command_help", "overview"]
 
@@ -26,7 +26,7 @@ _EVERY_COMMAND = (
 )
 
 
-def overview(commands: Mapping[str, tuple[str, str]]) -> str:
+def overview(commands: Mapping[str, str]) -> str:
     """What `promptkd --help` prints."""
     lines = [
         "promptkd compresses generative language models: it distils a large one into a small one.",
@@ -36,7 +36,7 @@ def overview(commands: Mapping[str, tuple[str, str]]) -> str:
         "Commands",
     ]
     width = max(map(len, commands)) + 2
-    lines += [f"  {name:<{width}}{summary}" for name, (_, summary) in commands.items()]
+    lines += [f"  {name:<{width}}{summary}" for name, summary in commands.items()]
     lines += [
         "",
         "promptkd COMMAND --help explains a command's flags; promptkd --version prints the version.",

@@ -1,50 +1,26 @@
-"""Write a model as serving tools load it: one GGUF file for llama.cpp, or a safetensors folder for vLLM.
+"""`promptkd export`."""
 
-A LoRA student is merged into its base. What was written is read back and compared with the model before it takes its
-place. GGUF knows Llama (SmolLM2), Qwen2, Qwen3 and GPT-2 with byte-level BPE tokenizers.
-
-    promptkd export runs/promptkd --to gguf --out student.gguf --dtype f16
-    promptkd export runs/promptkd --to safetensors --out student --dtype bf16
-"""
-
-from dataclasses import dataclass
+import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import torch
+
+from promptkd.cli.library_logging import quiet_libraries
+from promptkd.cli.option_checks import check_output, check_writable
+from promptkd.cli.options.export import Options
+from promptkd.cli.provenance import label_of
+from promptkd.cli.terminal import say
+from promptkd.cli.whole import written_whole
 from promptkd.errors import RequestError
+from promptkd.models import count_parameters
+from promptkd.models.export import export_gguf, export_safetensors, plain_model
 
-POSITIONAL = "model"
 _OWN = ("config.json", "generation_config.json", "chat_template.jinja", "special_tokens_map.json", "vocab.json")
 _OWN_PATTERNS = ("model*.safetensors", "model.safetensors.index.json", "tokenizer*", "merges.txt", "*.py")
 
 
-@dataclass
-class Options:
-    model: str
-    """What to write: a run folder, model folder, hub name or GGUF file."""
-    to: Literal["gguf", "safetensors"]
-    """The form: a file for llama.cpp, or a folder for transformers and vLLM."""
-    out: Path
-    """The .gguf file or the folder to write."""
-    dtype: Literal["f32", "f16", "bf16"] = "f16"
-    """How the weights are stored."""
-    trust_remote_code: bool = False
-    """Run code that a hub model ships."""
-    overwrite: bool = False
-    """Replace --out."""
-
-
 def run(options: Options, training: dict[str, Any]) -> None:
-    import time
-
-    import torch
-
-    from promptkd.cli.measuring import label_of
-    from promptkd.cli.session import quiet_libraries, say
-    from promptkd.cli.whole import written_whole
-    from promptkd.models import count_parameters
-    from promptkd.models.export import export_gguf, export_safetensors, plain_model
-
     _check(options)
     quiet_libraries()
     dtype = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[options.dtype]
@@ -75,9 +51,6 @@ def run(options: Options, training: dict[str, Any]) -> None:
 
 
 def _check(options: Options) -> None:
-    from promptkd.cli.measuring import check_output
-    from promptkd.cli.session import check_writable
-
     out, source = options.out, Path(options.model).expanduser()
     if out.resolve() in {(source / inside).resolve() for inside in ("", "student", "model")}:
         raise RequestError(f"--out must be another place than the model's own, {out}.")

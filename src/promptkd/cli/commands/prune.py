@@ -1,58 +1,33 @@
-"""Make a student of the teacher's most useful layers.
+"""`promptkd prune`."""
 
-The layers are chosen by block influence (1 - cosine between a layer's input and output), measured on rows of --data; or
-evenly with --choose even; or by number with --keep 0 1 5 29.
-
-    promptkd prune --model runs/teacher --layers 15 --data train.jsonl --out student
-"""
-
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-LESS_MEMORY = ("a smaller --max-prompt-length (now {max_prompt_length})", "--choose even, which runs no row")
-
-
-@dataclass
-class Options:
-    model: str
-    """The teacher: a hub name, folder, run folder or GGUF file."""
-    out: Path
-    """Folder of the student that is made."""
-    layers: int | None = None
-    """How many layers to keep."""
-    keep: list[int] = field(default_factory=list)
-    """The layers to keep by number from 0, in place of --layers."""
-    choose: Literal["influence", "even"] = "influence"
-    """How to choose layers: by influence on --data, or evenly spaced."""
-    data: str | None = None
-    """Rows to measure the influence on: a file, folder or hub name."""
-    rows: int = 64
-    """How many rows to measure it on."""
-    template: str = "auto"
-    """auto, alpaca, chat, or a Jinja text."""
-    max_prompt_length: int = 256
-    """Most tokens of a prompt; rows above it are not used."""
-    max_completion_length: int = 256
-    """Most tokens of a response; rows above it are not used."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision to compute the influence in; auto is bfloat16 where the device has units for it."""
-    trust_remote_code: bool = False
-    """Run code that a hub model ships."""
-    overwrite: bool = False
-    """Replace the model in --out."""
+from promptkd.cli.library_logging import quiet_libraries
+from promptkd.cli.measuring_device import computing_in, load_subject, precision_notes, say_peak, settled_precision
+from promptkd.cli.option_checks import check_writable
+from promptkd.cli.options.prune import Options
+from promptkd.cli.parsing.parser import merged_config
+from promptkd.cli.terminal import say
+from promptkd.cli.whole import written_whole
+from promptkd.data.dataset import load_rows
+from promptkd.data.packing import right_pad
+from promptkd.engine import check_scoring
+from promptkd.errors import RequestError
+from promptkd.models import (
+    block_influence,
+    count_parameters,
+    evenly_spaced,
+    load_tokenizer,
+    model_record,
+    most_influential,
+    prune_layers,
+)
+from promptkd.models.prune import decoder_layers
+from promptkd.results import Metric, Results
 
 
 def run(options: Options, training: dict[str, Any]) -> None:
-    from promptkd.cli.measured_memory import say_peak
-    from promptkd.cli.measuring import load_subject, precision_notes, settled_precision
-    from promptkd.cli.options import merged_config
-    from promptkd.cli.session import quiet_libraries, say
-    from promptkd.cli.whole import written_whole
-    from promptkd.engine import check_scoring
-    from promptkd.models import count_parameters, load_tokenizer, model_record, prune_layers
-    from promptkd.results import Metric, Results
-
     _check(options)
     quiet_libraries()
     tokenizer = load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
@@ -81,9 +56,6 @@ def run(options: Options, training: dict[str, Any]) -> None:
 
 
 def _check(options: Options) -> None:
-    from promptkd.cli.session import check_writable
-    from promptkd.errors import RequestError
-
     problems = []
     if (options.layers is None) == (not options.keep):
         problems.append("give either --layers N or --keep with the layers' numbers")
@@ -108,9 +80,6 @@ def _check(options: Options) -> None:
 
 def _check_own(out: Path) -> None:
     """Refuse to replace a folder that holds anything but what an earlier `prune` wrote, by that one's own record."""
-    from promptkd.errors import RequestError
-    from promptkd.results import Results
-
     held = {each.name for each in out.iterdir()} if out.is_dir() else set()
     record = Results.read(out / "results.json") if "results.json" in held else None
     files = record.config.get("files") if record is not None and record.kind == "prune" else None
@@ -126,7 +95,6 @@ def _check_own(out: Path) -> None:
 def _rows(options: Options, tokenizer: Any) -> Any:
     if options.keep or options.choose == "even" or options.data is None:
         return []
-    from promptkd.data.dataset import load_rows
 
     data = load_rows(
         options.data,
@@ -140,11 +108,6 @@ def _rows(options: Options, tokenizer: Any) -> Any:
 
 
 def _choose(options: Options, teacher: Any, rows: Any, precision: str) -> tuple[list[int], list[float]]:
-    from promptkd.cli.measuring import computing_in
-    from promptkd.data.packing import right_pad
-    from promptkd.models import block_influence, evenly_spaced, most_influential
-    from promptkd.models.prune import decoder_layers
-
     total = len(decoder_layers(teacher)[1])
     if options.keep:
         return options.keep, []

@@ -8,7 +8,7 @@ is kept.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 GOES_ON = ("--resume",)
 TRAINING_CONFIG = "promptkd.training:FinetuneConfig"
@@ -51,20 +51,3 @@ class Options:
     """Go on from the last checkpoint in OUT."""
     overwrite: bool = False
     """Replace the run in OUT."""
-
-
-def run(options: Options, training: dict[str, Any]) -> None:
-    from promptkd.cli.training_run import TrainingRun
-    from promptkd.training import FinetuneConfig, FinetuneTrainer
-
-    job = TrainingRun("sft", options, training)
-    args = job.arguments(FinetuneConfig)
-    tokenizer = job.tokenizer(options.model)
-    train, valid = job.encode(tokenizer, args)
-    model = job.load("model", options.model)
-    with job.opened():
-        trainer = FinetuneTrainer(model, args, train, valid, tokenizer)
-    job.take_notes(trainer)
-    job.train(trainer, "Fine-tuning")
-    job.save(trainer, "model")
-    job.record(trainer, "model")

@@ -1,41 +1,20 @@
-"""Make one HTML page, or tables for a paper, from the results of one or several runs.
+"""`promptkd report`."""
 
-Several records of one model (its training, its evaluations, its comparison with others) become one story.
-
-    promptkd report runs/promptkd runs/kd promptkd-test.json kd-test.json --out report.html
-    promptkd report promptkd-test.json kd-test.json --out table.md
-"""
-
-from dataclasses import dataclass
+import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-POSITIONAL = "runs"
+from promptkd.cli.option_checks import check_output
+from promptkd.cli.options.report import Options
+from promptkd.cli.terminal import say
+from promptkd.errors import RequestError
+from promptkd.report import render_csv, render_json, render_markdown, render_report, terminal_table
+from promptkd.results import Results
+
 _SUFFIXES = {".html": "html", ".htm": "html", ".md": "markdown", ".json": "json", ".csv": "csv"}
 
 
-@dataclass
-class Options:
-    runs: list[str]
-    """Run folders, or results files."""
-    out: Path
-    """The file to write."""
-    format: Literal["html", "markdown", "json", "csv"] | None = None
-    """html (a page), markdown (tables), json or csv (figures); by default what the suffix of --out says."""
-    title: str | None = None
-    """Title of the page."""
-    overwrite: bool = False
-    """Replace --out."""
-
-
 def run(options: Options, training: dict[str, Any]) -> None:
-    import os
-
-    from promptkd.cli.measuring import check_output
-    from promptkd.cli.session import say
-    from promptkd.report import terminal_table
-    from promptkd.results import Results
-
     form = options.format or _form_of(options.out)
     check_output(options.out, overwrite=options.overwrite)
     paths = [Path(name) for name in options.runs]
@@ -50,8 +29,6 @@ def run(options: Options, training: dict[str, Any]) -> None:
 
 
 def _form_of(out: Path) -> str:
-    from promptkd.errors import RequestError
-
     form = _SUFFIXES.get(out.suffix.lower())
     if form is None:
         raise RequestError(
@@ -62,8 +39,6 @@ def _form_of(out: Path) -> str:
 
 
 def _render(form: str, records: list[Any], title: str | None) -> str:
-    from promptkd.report import render_csv, render_json, render_markdown, render_report
-
     if form == "html":
         return render_report(records, title=title)
     if form == "markdown":

@@ -1,28 +1,23 @@
-"""Ask one or several models, and see their answers side by side as they are written.
-
-With a chat template each model reads the whole conversation with its own answers; without one (--template alpaca, or a
-tokenizer that has none) every request stands alone. Without a terminal each line of standard input is a request, and
-the answers are plain text, one labelled block a model. A model's control characters are shown and never obeyed.
-
-    promptkd chat runs/promptkd runs/kd --teacher runs/teacher
-    promptkd chat runs/promptkd --prompt "Name three rivers." --temperature 0.7 --seed 1
-"""
+"""`promptkd chat`."""
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from dataclasses import replace
+from typing import Any, TypeVar
 
-from promptkd.cli.values import LARGEST_INTEGER
+from rich.console import Console
+
+from promptkd.cli.chat_view import Writing, on_terminal, write_in_turn, write_side_by_side
+from promptkd.cli.library_logging import quiet_libraries
+from promptkd.cli.measuring_device import computing_in, load_subject, settled_precision
+from promptkd.cli.options.chat import Options
+from promptkd.cli.parsing.values import LARGEST_INTEGER
+from promptkd.cli.provenance import label_of
+from promptkd.cli.terminal import say
 from promptkd.errors import RequestError
+from promptkd.generation.conversation import Conversation, Decoding
+from promptkd.models import load_tokenizer
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from promptkd.generation.conversation import Conversation, Decoding
-
-POSITIONAL = "models"
-LESS_MEMORY = ("fewer models", "a smaller --max-completion-length (now {max_completion_length})")
 Number = TypeVar("Number", int, float)
 HELP = """\
 /reset            forget what was said, and the count of answers that seeds depend on
@@ -32,39 +27,7 @@ HELP = """\
 A request that begins with a slash is typed with a space before it."""
 
 
-@dataclass
-class Options:
-    models: list[str]
-    """Who answers: hub names, folders, run folders or GGUF files."""
-    teacher: str | None = None
-    """One more model, shown last and labelled as the teacher."""
-    prompt: str | None = None
-    """Ask this once and leave."""
-    temperature: float = 0.0
-    """Sampling temperature; 0 decodes greedily."""
-    top_p: float = 1.0
-    """Share of the probability mass to sample from."""
-    top_k: int = 0
-    """Number of tokens to sample from; 0 for all."""
-    seed: int = 10
-    """Seed of the samples."""
-    template: str = "auto"
-    """auto, alpaca, chat, or a Jinja text."""
-    max_completion_length: int = 256
-    """Most tokens of an answer."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision to compute in, with weights in float32; auto is bfloat16 where the device has units for it."""
-    trust_remote_code: bool = False
-    """Run code that a hub model ships."""
-
-
 def run(options: Options, training: dict[str, Any]) -> None:
-    from rich.console import Console
-
-    from promptkd.cli.measuring import computing_in, settled_precision
-    from promptkd.cli.session import quiet_libraries
-    from promptkd.generation.conversation import Decoding
-
     decoding = Decoding(
         max_new_tokens=options.max_completion_length,
         temperature=options.temperature,
@@ -94,8 +57,6 @@ def _talk(session: "_Session", prompt: str | None) -> None:
 
 def _labels(options: Options) -> dict[str, str]:
     """The label of each model, the teacher last."""
-    from promptkd.cli.measuring import label_of
-
     names = [*options.models, *([] if options.teacher is None else [options.teacher])]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -106,11 +67,7 @@ def _labels(options: Options) -> dict[str, str]:
     return labels
 
 
-def _load(options: Options, labels: dict[str, str]) -> dict[str, "Conversation"]:
-    from promptkd.cli.measuring import load_subject
-    from promptkd.generation.conversation import Conversation
-    from promptkd.models import load_tokenizer
-
+def _load(options: Options, labels: dict[str, str]) -> dict[str, Conversation]:
     loaded = {}
     for name, label in labels.items():
         tokenizer = load_tokenizer(name, trust_remote_code=options.trust_remote_code)
@@ -122,14 +79,12 @@ def _load(options: Options, labels: dict[str, str]) -> dict[str, "Conversation"]
 class _Session:
     """The models, how they decode, and where their answers go."""
 
-    def __init__(self, conversations: dict[str, "Conversation"], decoding: "Decoding", console: "Console"):
+    def __init__(self, conversations: dict[str, Conversation], decoding: Decoding, console: Console):
         self.conversations, self.decoding, self.console = conversations, decoding, console
         self.turn = 0
 
     def talk(self) -> None:
         """Read requests from the terminal until /exit or Ctrl-D."""
-        from promptkd.cli.session import say
-
         say(self._greeting())
         for line in _typed_lines():
             try:
@@ -165,8 +120,6 @@ class _Session:
 
     def ask(self, request: str) -> None:
         """Have every model answer."""
-        from promptkd.cli.chat_view import Writing, on_terminal, write_in_turn, write_side_by_side
-
         writings = []
         for label, conversation in self.conversations.items():
             try:

@@ -1,86 +1,48 @@
-"""Measure how errors accumulate on a student's own continuations.
+"""`promptkd exposure-bias`."""
 
-ExAccErr(l) in %: by how much the KL(teacher || student), added up over the first l tokens, is larger on what the
-student writes than on what the teacher writes (Arora et al. 2022). Both write several continuations of every request
-at temperature 1; intervals are 95 %, by bootstrap over rows. The data need no responses.
-
-    promptkd exposure-bias --student runs/promptkd runs/kd --teacher T --data test.jsonl --out exposure.json
-"""
-
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from torch import Tensor
 
-    from promptkd.evaluation.exposure_bias import ExposureBias
-    from promptkd.results import Results
-
-LESS_MEMORY = (
-    "a smaller --batch-size (now {batch_size})",
-    "a smaller --max-completion-length (now {max_completion_length})",
+from promptkd.cli.exposure_table import exposure_table
+from promptkd.cli.library_logging import quiet_libraries
+from promptkd.cli.measuring_device import (
+    computing_in,
+    load_subject,
+    measured_rows,
+    precision_notes,
+    say_peak,
+    settled_precision,
+    settled_rows,
+    teacher_precision_here,
 )
-
-
-@dataclass
-class Options:
-    student: list[str]
-    """The students: hub names, folders, run folders or GGUF files."""
-    teacher: str
-    """The teacher that all of them are compared with."""
-    data: str
-    """Requests: a file, a folder, or a hub data set."""
-    out: Path
-    """The results file to write."""
-    prompt: Path | None = None
-    """A run or PEFT folder with a soft prompt: the prompted teacher is sampled and compared in the teacher's place."""
-    every_checkpoint: bool = False
-    """Measure the checkpoints of each student's run too, in the order of their steps."""
-    samples_per_row: int = 3
-    """Continuations of each request, by every model."""
-    seed: int = 10
-    """Seed of the first continuation; the others take the seeds after it."""
-    ended: Literal["leave", "zero"] = "leave"
-    """Rows that have ended: leave the mean of later tokens, or count there as errors of zero (as the authors do)."""
-    batch_size: int | None = None
-    """Continuations that are decoded at a time; by default 32 on CPU, 128 on a GPU."""
-    limit: int | None = None
-    """Use the first so many rows."""
-    template: str = "auto"
-    """auto, alpaca, chat, or a Jinja text."""
-    max_prompt_length: int = 256
-    """Most tokens of a prompt; rows above it are dropped and counted."""
-    max_completion_length: int = 256
-    """Most tokens of a continuation."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision to compute in, with weights in float32; auto is bfloat16 where the device has units for it."""
-    teacher_dtype: Literal["float32", "bfloat16", "float16", "auto"] | None = None
-    """Precision of the teacher's weights; by default bfloat16 where the device has units for it, else float32."""
-    trust_remote_code: bool = False
-    """Run code that a hub model ships."""
-    overwrite: bool = False
-    """Replace --out."""
+from promptkd.cli.option_checks import MOST_TOKENS, check_output, wrong_batch_size
+from promptkd.cli.options.exposure_bias import Options
+from promptkd.cli.parsing.parser import merged_config
+from promptkd.cli.provenance import data_record, label_of
+from promptkd.cli.terminal import progress_lines, say
+from promptkd.data.dataset import stop_ids_of
+from promptkd.errors import RequestError
+from promptkd.evaluation import exposure_bias, sample_continuations
+from promptkd.evaluation.exposure_bias import ExposureBias
+from promptkd.memory import peak_memory
+from promptkd.models import (
+    SoftPrompt,
+    check_same_vocabulary,
+    load_tokenizer,
+    model_record,
+    resolve_model,
+    shared_vocabulary_size,
+    vocabulary_size,
+)
+from promptkd.results import Curve, Results
+from promptkd.training.checkpoint import checkpoints_in
 
 
 def run(options: Options, training: dict[str, Any]) -> None:
-    from promptkd.cli.exposure_table import exposure_table
-    from promptkd.cli.measured_memory import say_peak
-    from promptkd.cli.measuring import (
-        check_output,
-        computing_in,
-        label_of,
-        load_subject,
-        precision_notes,
-        settled_precision,
-        teacher_precision_here,
-    )
-    from promptkd.cli.options import merged_config
-    from promptkd.cli.session import data_record, quiet_libraries, say
-    from promptkd.memory import peak_memory
-    from promptkd.models import model_record
-    from promptkd.results import Results
-
     check_output(options.out, overwrite=options.overwrite)
     _check(options)
     quiet_libraries()
@@ -114,22 +76,14 @@ class _Job:
     """What is measured alike for every student."""
 
     options: Options
-    results: "Results"
+    results: Results
     tokenizer: Any
     rows: list[Any]
     teacher: Any
-    prompt: "Tensor | None"
+    prompt: Tensor | None
 
-    def sample(self, title: str, model: Any, prompt: "Tensor | None" = None) -> list[list[list[int]]]:
+    def sample(self, title: str, model: Any, prompt: Tensor | None = None) -> list[list[list[int]]]:
         """The model's continuations of every request."""
-        import time
-
-        from promptkd.cli.measuring import settled_rows
-        from promptkd.cli.session import progress_lines
-        from promptkd.data.dataset import stop_ids_of
-        from promptkd.evaluation import sample_continuations
-        from promptkd.models import vocabulary_size
-
         options, started = self.options, time.perf_counter()
         tell = progress_lines(f"Sampling {title}", len(self.rows) * options.samples_per_row)
         samples = sample_continuations(
@@ -148,16 +102,8 @@ class _Job:
         self.results.timings[f"sampling {title}"] = time.perf_counter() - started
         return samples
 
-    def measure(self, label: str, path: str, teacher_samples: list[list[list[int]]]) -> "ExposureBias":
+    def measure(self, label: str, path: str, teacher_samples: list[list[list[int]]]) -> ExposureBias:
         """One student, loaded for as long as this takes; its curve goes into the record."""
-        import time
-
-        from promptkd.cli.measuring import label_of, load_subject
-        from promptkd.cli.session import progress_lines
-        from promptkd.evaluation import exposure_bias
-        from promptkd.models import model_record, shared_vocabulary_size
-        from promptkd.results import Curve
-
         student = load_subject(path, self.options.trust_remote_code)
         self.results.models[label] = model_record(path, student)
         samples = self.sample(label, student)
@@ -204,9 +150,6 @@ def _settings(options: Options) -> dict[str, Any]:
 
 
 def _check(options: Options) -> None:
-    from promptkd.cli.measuring import MOST_TOKENS, wrong_batch_size
-    from promptkd.errors import RequestError
-
     checks = [
         (options.samples_per_row < 1, f"--samples-per-row must be at least 1, got {options.samples_per_row}"),
         (
@@ -227,11 +170,6 @@ def _check(options: Options) -> None:
 
 def _students(options: Options) -> dict[str, str]:
     """Where each model to measure lies, by its label; a run's checkpoints stand before its student."""
-    from promptkd.cli.measuring import label_of
-    from promptkd.errors import RequestError
-    from promptkd.models import resolve_model
-    from promptkd.training.checkpoint import checkpoints_in
-
     found: dict[str, str] = {}
     for path in options.student:
         label = label_of(path, options.student)
@@ -251,10 +189,6 @@ def _students(options: Options) -> dict[str, str]:
 
 def _requests(options: Options) -> tuple[Any, Any]:
     """The tokenizer and the encoded rows, which must be the same for every student."""
-    from promptkd.cli.measuring import measured_rows
-    from promptkd.errors import RequestError
-    from promptkd.models import check_same_vocabulary, load_tokenizer
-
     trust = options.trust_remote_code
     teacher = load_tokenizer(options.teacher, trust_remote_code=trust)
     tokenizers = [load_tokenizer(path, trust_remote_code=trust) for path in options.student]
@@ -271,17 +205,13 @@ def _requests(options: Options) -> tuple[Any, Any]:
 
 
 def _soft_prompt(path: Path | None) -> Any:
-    from promptkd.models import SoftPrompt
-
     if path is None:
         return None
     return SoftPrompt.load(path / "prompt" if (path / "prompt").is_dir() else path)
 
 
-def _placed(soft_prompt: Any, teacher: Any, path: Path | None) -> "Tensor | None":
+def _placed(soft_prompt: Any, teacher: Any, path: Path | None) -> Tensor | None:
     """The prompt's vectors beside the teacher that reads them."""
-    from promptkd.errors import RequestError
-
     if soft_prompt is None:
         return None
     weight = teacher.get_input_embeddings().weight

@@ -1,91 +1,36 @@
-"""Let a language model score a model's answers, or compare them with another model's.
+"""`promptkd judge`."""
 
-Alone, --responses asks a score from 1 to 10 for every answer and for its row's first reference, and reports the ratio
-of the sums in % (the feedback score of MiniLLM and PromptKD). With --against it asks which of two models' answers is
-better, in both orders, and reports win, tie and flip rates.
-
-The judge is any OpenAI-compatible endpoint. Its key is read from the environment variable OPENAI_API_KEY, or the one
-that --key-variable names, and is written nowhere; a server without keys needs none. Every verdict goes at once to a
-JSONL file beside --out, and the same command asks for the missing ones alone.
-
-    promptkd judge --responses student.jsonl --endpoint http://localhost:8000/v1 --judge-model NAME --out judged.json
-"""
-
-from dataclasses import dataclass
+import hashlib
+import os
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from promptkd.judge.endpoint import Endpoint
-    from promptkd.judge.prompt_template import Task
-    from promptkd.judge.questions import Answer
-    from promptkd.judge.verdict_log import VerdictLog
-    from promptkd.results import DataRecord
-
-GOES_ON: tuple[str, ...] = ()
-
-
-@dataclass
-class Options:
-    responses: Path
-    """The answers to judge, as `promptkd generate` or `promptkd evaluate` writes them."""
-    endpoint: str
-    """Base address of an OpenAI-compatible server, such as http://localhost:8000/v1."""
-    judge_model: str
-    """The judge, by the name that the server knows it by."""
-    out: Path
-    """The results file to write; the verdicts go beside it."""
-    against: Path | None = None
-    """Another model's answers to the same requests, to compare with."""
-    label: str | None = None
-    """Name of the model; by default the file's."""
-    against_label: str | None = None
-    """Name of the other model; by default the file's."""
-    data: str | None = None
-    """The data the answers were made from: the judge is then shown its requests, without the template around them."""
-    data_label: str | None = None
-    """Name of the data set in tables and reports; by default that of --data, else "requests"."""
-    prompt_file: Path | None = None
-    """Text to ask with, in place of the one that ships; it must hold {{ request }}, {{ first }} and {{ second }}."""
-    limit: int | None = None
-    """Judge the first so many rows."""
-    temperature: float | None = 0.0
-    """Temperature of the judge; none sends none."""
-    seed: int | None = 0
-    """Seed of the judge; none sends none."""
-    max_tokens: int | None = 512
-    """Most tokens of a verdict; none sends none."""
-    extra_body: dict[str, Any] | None = None
-    """Further fields of every request, such as {"reasoning_effort": "low"}."""
-    key_variable: str | None = None
-    """The environment variable that holds the key, in place of OPENAI_API_KEY."""
-    concurrency: int = 4
-    """Requests under way at a time."""
-    timeout: float = 120.0
-    """Seconds to wait for a whole answer."""
-    retries: int = 5
-    """How often a request is repeated after a failure that may pass."""
-    backoff: float = 1.0
-    """Seconds before the first repetition, doubled for each further one; a server's Retry-After counts where longer."""
-    overwrite: bool = False
-    """Replace --out and the verdicts beside it."""
+from promptkd.cli.option_checks import check_writable
+from promptkd.cli.options.judge import Options
+from promptkd.cli.parsing.parser import merged_config
+from promptkd.cli.provenance import data_record, label_of
+from promptkd.cli.terminal import say
+from promptkd.cli.verdict_requests import ask_missing, cost_sentence
+from promptkd.errors import RequestError
+from promptkd.io.redact import without_secret_values
+from promptkd.judge.endpoint import Endpoint, check_client, check_url
+from promptkd.judge.metrics import judge_notes, judge_results, token_cost
+from promptkd.judge.prompt_template import Task, load_prompt
+from promptkd.judge.questions import (
+    Answer,
+    check_same_requests,
+    questions_about,
+    read_answers,
+    requests_sha256,
+    with_requests,
+)
+from promptkd.judge.verdict_log import VerdictLog
+from promptkd.report import terminal_table
+from promptkd.results import DataRecord, Results, file_sha256
 
 
 def run(options: Options, training: dict[str, Any]) -> None:
-    import hashlib
-    import time
-
-    from promptkd.cli.judging import ask_missing, cost_sentence
-    from promptkd.cli.measuring import label_of
-    from promptkd.cli.options import merged_config
-    from promptkd.cli.session import say
-    from promptkd.judge.endpoint import check_client
-    from promptkd.judge.metrics import judge_notes, judge_results, token_cost
-    from promptkd.judge.prompt_template import load_prompt
-    from promptkd.judge.questions import questions_about
-    from promptkd.report import terminal_table
-    from promptkd.results import Results
-
     _check(options)
     check_client()
     task: Task = "score" if options.against is None else "pairwise"
@@ -112,11 +57,6 @@ def run(options: Options, training: dict[str, Any]) -> None:
 
 def _check(options: Options) -> None:
     """Refuse what cannot work, all at once and before anything is read."""
-    from promptkd.cli.session import check_writable
-    from promptkd.errors import RequestError
-    from promptkd.io.redact import without_secret_values
-    from promptkd.judge.endpoint import check_url
-
     own = sorted({"model", "messages", "stream", "n"} & (options.extra_body or {}).keys())
     checks = [
         (not options.judge_model.strip(), "--judge-model must name the judge"),
@@ -153,9 +93,7 @@ def _same_label(options: Options) -> bool:
     return _label(options.responses, options.label) == _label(options.against, options.against_label)
 
 
-def _endpoint(options: Options) -> "Endpoint":
-    from promptkd.judge.endpoint import Endpoint
-
+def _endpoint(options: Options) -> Endpoint:
     named = {"temperature": options.temperature, "seed": options.seed, "max_tokens": options.max_tokens}
     return Endpoint(
         url=options.endpoint.rstrip("/"),
@@ -170,10 +108,6 @@ def _endpoint(options: Options) -> "Endpoint":
 
 def _key(variable: str | None) -> str | None:
     """The key from the environment. No message repeats it, nor `variable`, which might be the key by mistake."""
-    import os
-
-    from promptkd.errors import RequestError
-
     key = os.environ.get(variable or "OPENAI_API_KEY", "").strip()
     if variable is not None and not key:
         raise RequestError(
@@ -184,10 +118,8 @@ def _key(variable: str | None) -> str | None:
     return key or None
 
 
-def _answers(options: Options) -> "dict[str, dict[int, Answer]]":
+def _answers(options: Options) -> dict[str, dict[int, Answer]]:
     """The answers of one model, or of two to the same requests, by label."""
-    from promptkd.judge.questions import check_same_requests, read_answers, with_requests
-
     models = {_label(options.responses, options.label): read_answers(options.responses, limit=options.limit)}
     (answers,) = models.values()
     if options.against is not None:
@@ -204,17 +136,11 @@ def _answers(options: Options) -> "dict[str, dict[int, Answer]]":
 
 
 def _label(path: Path, given: str | None) -> str:
-    from promptkd.cli.measuring import label_of
-
     return given or label_of(str(path))
 
 
-def _provenance(options: Options, data: str, models: "dict[str, dict[int, Answer]]") -> "dict[str, DataRecord]":
+def _provenance(options: Options, data: str, models: dict[str, dict[int, Answer]]) -> dict[str, DataRecord]:
     """The files of answers, and the requests: their hash is the same for every model that was asked the same."""
-    from promptkd.cli.session import data_record
-    from promptkd.judge.questions import requests_sha256
-    from promptkd.results import DataRecord
-
     answers, *_ = models.values()
     sha256 = requests_sha256(answers.values())
     source = options.data or str(options.responses)
@@ -225,12 +151,8 @@ def _provenance(options: Options, data: str, models: "dict[str, dict[int, Answer
     return records
 
 
-def _log(options: Options, task: "Task", endpoint: "Endpoint", prompt: str) -> "VerdictLog":
+def _log(options: Options, task: Task, endpoint: Endpoint, prompt: str) -> VerdictLog:
     """The verdicts there are, under settings on which a verdict depends; how patiently one asks is not among them."""
-    from promptkd.cli.session import data_record
-    from promptkd.judge.verdict_log import VerdictLog
-    from promptkd.results import file_sha256
-
     settings = {
         "task": task,
         "endpoint": endpoint.url,

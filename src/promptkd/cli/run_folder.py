@@ -1,33 +1,16 @@
-"""What the commands that train or measure share: the run's folder, a quiet transformers, a closing line."""
+"""The folder of a run: opened empty, to be replaced, or to be gone on with."""
 
-import logging
-import os
 import shutil
-import sys
-import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from promptkd.cli.options import write_config
+from promptkd.cli.option_checks import check_writable
+from promptkd.cli.parsing.config_file import read_config, write_config
+from promptkd.cli.terminal import is_main_process
 from promptkd.errors import RequestError, cannot_write
-from promptkd.visible import shown
-
-if TYPE_CHECKING:
-    from promptkd.results import DataRecord
-
-__all__ = [
-    "RunFolder",
-    "check_writable",
-    "data_record",
-    "is_main_process",
-    "progress_lines",
-    "quiet_libraries",
-    "say",
-]
 
 _OWN = ("config.yaml", "metrics.jsonl", "results.json", "report.html", "responses.jsonl")
 _OWN_FOLDERS = ("student", "model", "prompt", "teacher_lora", "teacher", "online_module", "checkpoints")
@@ -41,39 +24,6 @@ _OF_MEMORY = frozenset(
 """Settings that change what a run holds at a time, not what it computes: a run that was too large resumes smaller."""
 _MICRO_BATCHES = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
 """The settings whose product is an optimizer step's rows per process, and their defaults. They may change together."""
-
-
-def say(text: str) -> None:
-    """A line on standard error, from the first process alone; no terminal obeys what a name in it holds."""
-    if is_main_process():
-        print(shown(text), file=sys.stderr, flush=True)
-
-
-def is_main_process() -> bool:
-    """Whether this is the process of rank 0, by the environment that torchrun and accelerate set."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def quiet_libraries() -> None:
-    """Leave the terminal to the command's own lines; errors of the libraries still show."""
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", message=".*pin_memory.*")
-    from datasets import disable_progress_bars
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    disable_progress_bars()
-    for name in ("accelerate", "promptkd.training.validation"):  # the latter's notes, a command says itself
-        logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def check_writable(folder: Path, target: Path) -> None:
-    """Refuse a `target` whose folder, or the nearest one above it that exists, cannot be written to."""
-    while not os.path.exists(folder):  # Path.exists would raise where a folder above may not be entered
-        folder = folder.parent
-    if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        raise RequestError(f"Cannot write {target}: {folder} is not a folder that can be written to.")
 
 
 class RunFolder:
@@ -148,8 +98,6 @@ class RunFolder:
         return sorted(each.name for each in self.path.iterdir()) if self.path.is_dir() else []
 
     def _check_same_settings(self, merged: dict[str, Any]) -> None:
-        from promptkd.cli.config_file import read_config
-
         if not self.config.is_file():
             raise RequestError(f"--resume needs a run in {self.path}, but config.yaml is not there.")
         before = read_config(self.config)
@@ -178,25 +126,3 @@ def _remove(place: Path) -> None:
         shutil.rmtree(place)
     else:
         place.unlink(missing_ok=True)
-
-
-def data_record(path: str, rows: int, dropped: int) -> "DataRecord":
-    """Provenance of a data set: hash of the file, or of nothing for a hub name."""
-    from promptkd.results import DataRecord, file_sha256
-
-    file = Path(path)
-    return DataRecord(path=path, rows=rows, dropped=dropped, sha256=file_sha256(file) if file.is_file() else "")
-
-
-def progress_lines(title: str, total: int, every: float = 10.0) -> Callable[[str, int], None]:
-    """A callback that says how many of `total` rows are done, at most every `every` seconds."""
-    last = time.monotonic()
-
-    def tell(what: str, done: int) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last >= every:
-            say(f"{title}: {done} of {total} {what}")
-            last = now
-
-    return tell

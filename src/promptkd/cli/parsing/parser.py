@@ -11,10 +11,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from promptkd.cli.annotations import choices, describe, takes_switch, takes_values
-from promptkd.cli.config_file import read_config, write_config
-from promptkd.cli.fields import Field, own_fields, positional, training_fields
-from promptkd.cli.values import LARGEST_INTEGER, convert, plain
+from promptkd.cli.parsing.annotations import choices, describe, takes_switch, takes_values
+from promptkd.cli.parsing.config_file import read_config, write_config
+from promptkd.cli.parsing.fields import Field, own_fields, positional, training_fields
+from promptkd.cli.parsing.values import LARGEST_INTEGER, convert, plain
 from promptkd.errors import RequestError
 from promptkd.io.redact import is_secret, redacted, without_secret_values
 

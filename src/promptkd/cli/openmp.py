@@ -2,8 +2,6 @@
 
 from collections.abc import MutableMapping
 
-__all__ = ["let_threads_sleep"]
-
 _SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 _SPINS = "1000"
 

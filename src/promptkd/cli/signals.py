@@ -11,8 +11,6 @@ from typing import Any
 
 from promptkd.errors import Stopped
 
-__all__ = ["command_that_goes_on", "ended_by_signals"]
-
 _MODES = ("resume", "overwrite")
 
 

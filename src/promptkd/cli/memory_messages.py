@@ -1,15 +1,12 @@
-"""What a command says of the memory that it has held, and of memory that it did not get."""
+"""What a command says of the memory that it held, and of memory that it did not get."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-from promptkd.cli.session import say
 from promptkd.errors import PromptKDError
-from promptkd.memory import gibibytes, is_out_of_memory, memory_at_hand, peak_memory
-
-__all__ = ["out_of_memory_told", "say_peak", "told_peak"]
+from promptkd.memory import gibibytes, is_out_of_memory, memory_at_hand
 
 
 def told_peak(peak: int, by_phase: Mapping[str, int], *, sampled: bool = False) -> str:
@@ -23,14 +20,6 @@ def told_peak(peak: int, by_phase: Mapping[str, int], *, sampled: bool = False) 
     by_size = sorted(by_phase.items(), key=lambda each: each[1], reverse=True)
     phases = ", ".join(f"{name} {gibibytes(size)}" for name, size in by_size)
     return f"Peak memory {gibibytes(peak)} ({'at the ends of phases: ' if sampled else ''}{phases})."
-
-
-def say_peak() -> None:
-    """Say the peak of a command that measures: of the GPU where it used one, else of the process."""
-    import torch
-
-    of_device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    say(told_peak(of_device or peak_memory(), {}))
 
 
 @contextmanager
@@ -59,7 +48,8 @@ def _settled(given: dict[str, Any]) -> dict[str, Any]:
     """The options, a batch size that was left out as it was chosen."""
     if "batch_size" not in given:
         return given
-    from promptkd.cli.measuring import settled_rows
+
+    from promptkd.cli.measuring_device import settled_rows
 
     return given | {"batch_size": settled_rows(given["batch_size"])}
 

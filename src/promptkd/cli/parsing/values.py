@@ -8,8 +8,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from promptkd.cli.annotations import choices, item_of, kind_of, members, spell
-from promptkd.cli.config_file import parse_yaml
+from promptkd.cli.parsing.annotations import choices, item_of, kind_of, members, spell
+from promptkd.cli.parsing.config_file import parse_yaml
 from promptkd.errors import RequestError
 
 __all__ = ["LARGEST_INTEGER", "convert", "plain"]

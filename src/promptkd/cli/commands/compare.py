@@ -1,51 +1,22 @@
-"""Compare runs that were measured on the same data: intervals, tests, and what each cost.
+"""`promptkd compare`."""
 
-A run is a run's folder or a results file (of evaluate, distill, sft or judge). Each model is compared with the first,
-row by row: the difference with its 95 % bootstrap interval, a sign-flip test whose p is adjusted for the number of
-differences (Holm), and the effect size. Two models are told apart where both interval and p say so. Runs whose data or
-decoding differ are refused.
-
-    promptkd compare runs/kd.json runs/promptkd.json --out comparison.json
-"""
-
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from promptkd.evaluation.pairing import Candidate
-    from promptkd.results import ModelRecord, Training
-
-POSITIONAL = "runs"
-
-
-@dataclass
-class Options:
-    runs: list[str]
-    """Run folders or results files, each as RUN or, to name it, LABEL=RUN."""
-    out: Path | None = None
-    """The results file to write; `promptkd report` reads it."""
-    baseline: str | None = None
-    """Label of the model that the others are compared with; by default the first."""
-    all_pairs: bool = False
-    """Compare every model with every other."""
-    metrics: list[str] = field(default_factory=list)
-    """The metrics to compare, by default all. p is adjusted for their number: name those that you decide by."""
-    allow_different: bool = False
-    """Compare the rows that all hold although data or decoding differ; the record says in what."""
-    overwrite: bool = False
-    """Replace --out."""
+from promptkd.cli.option_checks import check_output
+from promptkd.cli.options.compare import Options
+from promptkd.cli.parsing.parser import merged_config
+from promptkd.cli.provenance import label_of
+from promptkd.cli.terminal import say
+from promptkd.errors import RequestError
+from promptkd.evaluation.comparison import compare
+from promptkd.evaluation.pairing import Candidate
+from promptkd.report.compared import compared_sentences, compared_text
+from promptkd.report.figures import metric
+from promptkd.results import ModelRecord, Results, Training
 
 
 def run(options: Options, training: dict[str, Any]) -> None:
-    from promptkd.cli.measuring import check_output
-    from promptkd.cli.options import merged_config
-    from promptkd.cli.session import say
-    from promptkd.evaluation.comparison import compare
-    from promptkd.report.compared import compared_sentences, compared_text
-    from promptkd.report.figures import metric
-    from promptkd.results import Results
-
     if options.out is not None:
         check_output(options.out, overwrite=options.overwrite)
     candidates = [each for run in options.runs for each in _candidates(run)]
@@ -73,13 +44,8 @@ def run(options: Options, training: dict[str, Any]) -> None:
         say(f"The record is in {options.out}.")
 
 
-def _candidates(run: str) -> "list[Candidate]":
+def _candidates(run: str) -> list[Candidate]:
     """The models of one run. A run's own words for its model, "student" and "model", give way to its folder's name."""
-    from promptkd.cli.measuring import label_of
-    from promptkd.errors import RequestError
-    from promptkd.evaluation.pairing import Candidate
-    from promptkd.results import Results
-
     name, path = _named(run)
     file = path / "results.json" if path.is_dir() else path
     record = Results.read(file)
@@ -104,11 +70,11 @@ def _named(run: str) -> tuple[str | None, Path]:
     return None, Path(run)
 
 
-def _size(candidate: "Candidate") -> "ModelRecord | None":
+def _size(candidate: Candidate) -> ModelRecord | None:
     return candidate.record.models.get(candidate.model)
 
 
-def _cost(candidate: "Candidate") -> "Training | None":
+def _cost(candidate: Candidate) -> Training | None:
     """What the model cost to train: under its label, or the only one in the record of a run of one model."""
     known = candidate.record.training
     if candidate.model in known:
