@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import scaled_dot_product_attention
 
+from helpers.standins import StandIn
 from helpers.tiny import tiny_model
 from promptkd.data.packing import right_pad
 from promptkd.engine import Head, chunked_objective, chunked_prompt_loss, compute_dtype
@@ -54,7 +55,7 @@ def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=No
 @pytest.fixture(autouse=True)
 def on_cpu(monkeypatch):
     wide = {torch.float32, torch.float64, torch.bfloat16}
-    monkeypatch.setattr(attention.varlen, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(attention, "varlen", StandIn(attention.varlen, varlen_attn=varlen_attn))
     monkeypatch.setattr(attention, "_GROUPED", {})
     monkeypatch.setattr(attention, "_PRECISIONS", wide)
     monkeypatch.setattr(head, "_product", lambda left, right: left.float() @ right.float())
