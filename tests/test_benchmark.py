@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
 
 from commands import rows, write_rows
+from promptkd.data.batch import right_pad
 from promptkd.data.encode import EncodedExample
-from promptkd.data.packing import right_pad
 from promptkd.engine import head_logits, response_hidden
 from tiny import save_model, tiny_model
 

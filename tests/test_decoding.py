@@ -7,10 +7,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from promptkd.engine import decoding, first_verified, head_logits
-from promptkd.engine.cpu import ENGINE, prepacked
-from promptkd.engine.cpu.prepacked import PackedLinear, onednn_multiplies, prepacked_linears
+from promptkd.engine.cpu import ENGINE, onednn
+from promptkd.engine.cpu.onednn import PackedLinear, onednn_multiplies, prepacked_linears
 from promptkd.engine.fused_decoder import FusedDecoder, supports_fused_decoder
-from promptkd.engine.rows import supports_rows
+from promptkd.engine.static_cache import supports_rows
 from promptkd.evaluation import generate
 from tiny import ARCHITECTURES, VOCABULARY, tiny_model
 
@@ -222,7 +222,7 @@ def test_the_fused_decoder_decodes_rows_as_each_alone(architecture, length):
 def test_the_fused_decoder_in_bfloat16(architecture, kind, units, monkeypatch):
     """With oneDNN's products and with torch's own, whichever this processor would take."""
     autocast = kind == "under autocast"
-    monkeypatch.setattr(prepacked, "onednn_multiplies", lambda dtype: units)
+    monkeypatch.setattr(onednn, "onednn_multiplies", lambda dtype: units)
     model = tiny_model(
         architecture.split(",")[0], dtype=torch.float32 if autocast else torch.bfloat16, **LLAMAS[architecture]
     )
@@ -269,7 +269,7 @@ def test_a_model_that_only_looks_like_llamas_family_is_found_out(monkeypatch):
     assert first_verified(ENGINE.decoders, tiny_model("llama")) is rows_way
 
 
-# ------------------------------------------------------------------------------------------------- prepacked weights
+# -------------------------------------------------------------------------------------------------- weights for oneDNN
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "opt"])  # without and with biases
@@ -333,7 +333,7 @@ def test_other_precisions_are_left_as_they_are():
 def test_under_autocast_layers_are_laid_out_in_bfloat16_where_onednn_multiplies_it(architecture, units, monkeypatch):
     """Autocast casts the inputs of `nn.Linear`, and a prepacked layer its own."""
     model, ids = tiny_model(architecture), torch.tensor([[4, 9, 2]])
-    monkeypatch.setattr(prepacked, "onednn_multiplies", lambda dtype: dtype == torch.float32 or units)
+    monkeypatch.setattr(onednn, "onednn_multiplies", lambda dtype: dtype == torch.float32 or units)
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
         expected = model(ids).logits
         with prepacked_linears(model, 3):

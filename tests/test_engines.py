@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from promptkd.data.packing import right_pad
+from promptkd.data.batch import right_pad
 from promptkd.engine import engine_for, response_hidden
 from promptkd.engine.resolve import ENGINES, VARIABLE
 from promptkd.errors import RequestError

@@ -7,10 +7,10 @@ import torch
 from peft import LNTuningConfig, LoraConfig, get_peft_model
 from transformers import AttentionInterface
 
-from promptkd.data.packing import right_pad
+from promptkd.data.batch import right_pad
 from promptkd.engine import engine_for, first_verified, response_hidden
 from promptkd.engine.cpu import ENGINE
-from promptkd.engine.llama import FusedScorer, supports_fused_forward
+from promptkd.engine.fused_layers import FusedScorer, supports_fused_forward
 from promptkd.engine.reference import PaddedScorer
 from tiny import tiny_model
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from promptkd.data.packing import right_pad
+from promptkd.data.batch import right_pad
 from promptkd.engine import response_logits
 from promptkd.evaluation import generate
 from promptkd.evaluation.generation import row_seeds

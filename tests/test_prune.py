@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from promptkd.data.packing import TokenBatch, right_pad
+from promptkd.data.batch import TokenBatch, right_pad
 from promptkd.errors import RequestError
 from promptkd.models import block_influence, evenly_spaced, most_influential, prune_layers
 from promptkd.models.prune import decoder_layers

@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from torch import nn
 
-from promptkd.data.packing import TokenBatch, right_pad
+from promptkd.data.batch import TokenBatch, right_pad
 from promptkd.engine import check_scoring, head_logits, head_size, linear_head, response_hidden, response_logits
 from promptkd.engine.cpu.head import CpuHeadProducts
 from promptkd.engine.heads import HeadProducts

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from promptkd.data.packing import right_pad
+from promptkd.data.batch import right_pad
 from promptkd.objectives import reverse_kl
 from promptkd.objectives.sequence import dpkd, minillm, return_to_go
 

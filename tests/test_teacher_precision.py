@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from commands import LIMITS, done, make_world, run
-from promptkd.data.packing import right_pad
+from promptkd.data.batch import right_pad
 from promptkd.engine import response_hidden
 from promptkd.errors import RequestError
 from promptkd.methods import named_method

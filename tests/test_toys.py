@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from promptkd.data.packing import right_pad
+from promptkd.data.batch import right_pad
 from promptkd.engine import response_logits
 from promptkd.evaluation.generation import generate
 from promptkd.methods import METHODS, named_method

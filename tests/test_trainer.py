@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from minimal_loop import start_prompt, step
-from promptkd.data.packing import right_pad
+from promptkd.data.batch import right_pad
 from promptkd.engine import response_logits
 from promptkd.errors import PromptKDError, RequestError
 from promptkd.methods import MethodSettings, named_method

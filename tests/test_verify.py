@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from promptkd.data.packing import right_pad
+from promptkd.data.batch import right_pad
 from promptkd.engine import first_verified, response_hidden
 from promptkd.engine.reference import CacheDecoder, CacheSession, PaddedScorer
 from tiny import tiny_model

@@ -141,7 +141,7 @@ def _rows(options: Options, tokenizer: Any) -> Any:
 
 def _choose(options: Options, teacher: Any, rows: Any, precision: str) -> tuple[list[int], list[float]]:
     from promptkd.cli.measuring import computing_in
-    from promptkd.data.packing import right_pad
+    from promptkd.data.batch import right_pad
     from promptkd.models import block_influence, evenly_spaced, most_influential
     from promptkd.models.prune import decoder_layers
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from promptkd.data.batch import right_pad
 from promptkd.data.dataset import load_rows, stop_ids_of
 from promptkd.data.encode import EncodedData
-from promptkd.data.packing import right_pad
 from promptkd.demo.cache import Stage, cached_stage
 from promptkd.demo.measurement import differences
 from promptkd.demo.settings import TEMPLATE, DemoSettings, data_file, teacher_file, teacher_hash

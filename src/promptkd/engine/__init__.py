@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 
 from torch import Tensor, nn
 
-from promptkd.data.packing import TokenBatch
+from promptkd.data.batch import TokenBatch
 from promptkd.engine.backbone import (
     applies_dropout,
     compute_dtype,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from promptkd.data.packing import TokenBatch
+from promptkd.data.batch import TokenBatch
 
 if TYPE_CHECKING:
     from promptkd.engine.heads import HeadProducts

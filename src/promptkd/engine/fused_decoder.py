@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 from transformers import PreTrainedModel
 
+from promptkd.engine.fused_layers import head_norms, supports_fused_forward
 from promptkd.engine.fused_ops import rotate, rotation, swiglu
-from promptkd.engine.llama import head_norms, supports_fused_forward
-from promptkd.engine.rows import Attend
+from promptkd.engine.static_cache import Attend
 
 __all__ = ["FusedDecoder", "JoinedLinear", "Joins", "joined_weights", "supports_fused_decoder"]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from promptkd.data.packing import TokenBatch, on_device
+from promptkd.data.batch import TokenBatch, on_device
 from promptkd.data.prefixes import Pack, pack_rows
 from promptkd.engine.attention import Attention, attention_in_place
 from promptkd.engine.backbone import embedding_device

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from promptkd.data.packing import TokenBatch
+from promptkd.data.batch import TokenBatch
 from promptkd.engine.backbone import embedding_device
 from promptkd.engine.base import Decoder, DecodeSession, Engine, Scorer, SessionFactory
 from promptkd.engine.heads import HeadProducts, head_logits

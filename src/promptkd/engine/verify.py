@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from promptkd.data.packing import right_pad
+from promptkd.data.batch import right_pad
 from promptkd.engine.backbone import compute_dtype, embedding_device, evaluating
 from promptkd.engine.base import Decoder, Scorer
 

@@ -6,8 +6,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from promptkd.data.batch import TokenBatch
 from promptkd.data.encode import EncodedExample
-from promptkd.data.packing import TokenBatch
 from promptkd.engine import ChunkedLoss
 from promptkd.methods.losses import Pair
 from promptkd.responses import Responses

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from promptkd.data.packing import TokenBatch, right_pad
+from promptkd.data.batch import TokenBatch, right_pad
 from promptkd.engine import ChunkedLoss
 from promptkd.methods.losses import entropy
 from promptkd.methods.method import Objective, Step

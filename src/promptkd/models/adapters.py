@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from promptkd.data.packing import TokenBatch
+from promptkd.data.batch import TokenBatch
 from promptkd.engine import response_hidden, unwrap_peft
 from promptkd.errors import RequestError
 from promptkd.models.soft_prompt import SoftPrompt

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DistillationTrainer
 
+from promptkd.data.batch import TokenBatch, right_pad
 from promptkd.data.dataset import encode_rows, stop_ids_of
 from promptkd.data.encode import EncodedData
-from promptkd.data.packing import TokenBatch, right_pad
 from promptkd.engine import (
     ChunkedLoss,
     check_scoring,

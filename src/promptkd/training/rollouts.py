@@ -9,8 +9,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from trl.trainer.utils import RepeatSampler
 
+from promptkd.data.batch import TokenBatch, right_pad
 from promptkd.data.encode import EncodedExample
-from promptkd.data.packing import TokenBatch, right_pad
 from promptkd.data.texts import encode_texts
 from promptkd.errors import RequestError
 from promptkd.evaluation.generation import generate

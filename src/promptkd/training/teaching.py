@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import IntervalStrategy, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
-from promptkd.data.packing import TokenBatch
+from promptkd.data.batch import TokenBatch
 from promptkd.engine import ChunkedLoss, embedding_device, engine_for, evaluating, response_hidden, unwrap_peft
 from promptkd.engine.recompute import recomputed_layers
 from promptkd.errors import RequestError

@@ -4,7 +4,7 @@ from promptkd.engine.base import Engine
 from promptkd.engine.cpu.attention import CpuPackedScorer
 from promptkd.engine.cpu.decoding import CpuDecoder
 from promptkd.engine.cpu.head import CpuHeadProducts
-from promptkd.engine.llama import FusedScorer
+from promptkd.engine.fused_layers import FusedScorer
 from promptkd.engine.reference import CacheDecoder, PaddedScorer
 
 __all__ = ["ENGINE"]

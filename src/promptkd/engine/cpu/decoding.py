@@ -13,10 +13,10 @@ from promptkd.data.prefixes import Pack
 from promptkd.engine.backbone import embedding_device
 from promptkd.engine.base import Decoder, DecodeSession, SessionFactory
 from promptkd.engine.cpu.attention import CpuPackedScorer
-from promptkd.engine.cpu.prepacked import PackedLinear, fits_twice, joined, onednn_multiplies, prepacked_linears
+from promptkd.engine.cpu.onednn import PackedLinear, fits_twice, joined, onednn_multiplies, prepacked_linears
 from promptkd.engine.fused_decoder import FusedDecoder, supports_fused_decoder
 from promptkd.engine.heads import head_logits, linear_head
-from promptkd.engine.rows import Backbone, Layer, RowSession, attend_to_columns, supports_rows
+from promptkd.engine.static_cache import Backbone, Layer, RowSession, attend_to_columns, supports_rows
 
 __all__ = ["CpuDecoder"]
 

@@ -4,7 +4,7 @@ from promptkd.engine.base import Engine
 from promptkd.engine.cuda.attention import CudaPackedScorer
 from promptkd.engine.cuda.decoding import CudaDecoder
 from promptkd.engine.cuda.head import CudaHeadProducts
-from promptkd.engine.llama import FusedScorer
+from promptkd.engine.fused_layers import FusedScorer
 from promptkd.engine.reference import CacheDecoder, PaddedScorer
 
 __all__ = ["ENGINE"]

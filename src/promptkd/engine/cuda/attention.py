@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.attention import varlen
 from transformers import PreTrainedModel
 
-from promptkd.data.packing import moved
+from promptkd.data.batch import moved
 from promptkd.data.prefixes import Pack
 from promptkd.engine.attention import Attention
 from promptkd.engine.backbone import applies_dropout, compute_dtype

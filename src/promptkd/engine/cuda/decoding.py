@@ -15,16 +15,16 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from promptkd.data.packing import on_device
+from promptkd.data.batch import on_device
 from promptkd.data.prefixes import Pack
 from promptkd.engine.backbone import compute_dtype, embedding_device
 from promptkd.engine.base import Decoder, DecodeSession, SessionFactory
 from promptkd.engine.cuda.graphs import Graphs
-from promptkd.engine.cuda.weights import CastLinear, LiveLinear, OwnLayers, lasting
+from promptkd.engine.cuda.weight_copies import CastLinear, LiveLinear, OwnLayers, lasting
 from promptkd.engine.fused_decoder import FusedDecoder, supports_fused_decoder
 from promptkd.engine.heads import HeadProducts, head_logits, linear_head
 from promptkd.engine.packed import PackedScorer, is_sharded
-from promptkd.engine.rows import Backbone, Layer, RowSession, attend_to_columns, supports_rows
+from promptkd.engine.static_cache import Backbone, Layer, RowSession, attend_to_columns, supports_rows
 
 __all__ = ["CudaDecoder"]
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
-from promptkd.data.packing import on_device
+from promptkd.data.batch import on_device
 from promptkd.data.prefixes import Pack
 from promptkd.engine.attention import Attention, attention_in_place, softcapped_attention
 from promptkd.engine.backbone import embedding_device

@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from promptkd.engine.attention import attention_in_place
-from promptkd.engine.rows import Attend, StepAttention
+from promptkd.engine.static_cache import Attend, StepAttention
 
 __all__ = ["CastLinear", "LiveLinear", "OwnLayers", "lasting"]
 
