@@ -10,7 +10,7 @@ from torch import nn
 from transformers import GenerationConfig
 
 from promptkd.engine import engine_for, first_verified
-from promptkd.engine.reference import CacheDecoder
+from promptkd.engine.reference import DynamicCacheDecoder
 from promptkd.errors import RequestError
 from promptkd.evaluation.generation import evaluating, generate, row_seeds
 from tiny import ARCHITECTURES, END_ID, VOCABULARY, tiny_model
@@ -22,7 +22,7 @@ LENGTH = 20  # past Gemma 2's window of 8
 def is_tried(model) -> bool:
     """Have a model's decoders tried before its forwards are counted; whether one other than the reference runs it."""
     decoders = engine_for(model.device).decoders
-    return not isinstance(first_verified(decoders, model), CacheDecoder)
+    return not isinstance(first_verified(decoders, model), DynamicCacheDecoder)
 
 
 def some_prompts(count: int = 8) -> list[list[int]]:

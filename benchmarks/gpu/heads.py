@@ -36,11 +36,11 @@ def run(bench: Bench) -> None:
     head, teacher_head = Head(weight), Head(theirs)
 
     def ours() -> Tensor:
-        return chunked_objective(reverse_kl, student, head, prompted.detach(), teacher_head).total
+        return chunked_objective(reverse_kl, (student, head), (prompted.detach(), teacher_head)).total
 
     def ours_prompt() -> Tensor:
         target = student.detach()
-        return chunked_prompt_loss(prompted, teacher_head, target, head, plain, teacher_head, weight=0.7).total
+        return chunked_prompt_loss((prompted, teacher_head), (target, head), (plain, teacher_head), weight=0.7).total
 
     def simple() -> Tensor:
         return reverse_kl(student @ weight.T, (prompted.detach() @ theirs.T).float()).sum()

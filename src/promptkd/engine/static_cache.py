@@ -1,59 +1,49 @@
-"""Rows of different lengths decoded by one model without padding, on a key-value store that is written in place.
+"""Decoding on a static key-value cache: preallocated, without padding, and written in place.
 
-Prompts are packed, each attending to itself alone; then rows go on a token at a time. Keys and values stand in one
-buffer per layer, aligned at the right end of the prompts, so that a step writes one column for all rows. transformers'
-cache copies everything it holds at every step.
+Prompts are packed. Then each step appends one token to every row. The cache is one buffer per layer in which all
+prompts end at the same column, so that a step writes one column for all rows. (transformers' dynamic cache copies all
+of its contents at every step.)
 """
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
 from promptkd.data.batch import on_device
-from promptkd.data.prefixes import Pack
-from promptkd.engine.attention import Attention, attention_in_place, softcapped_attention
+from promptkd.engine.attention import Attention, AttentionSettings, softcapped_attention, use_attention
 from promptkd.engine.backbone import embedding_device
 from promptkd.engine.base import DecodeSession
-from promptkd.engine.packed import PackedScorer, pack_inputs, supports_packing
+from promptkd.engine.packed import PackedRows, PackedScorer, pack_inputs
 
-__all__ = ["Attend", "Backbone", "Layer", "RowSession", "StepAttention", "attend_to_columns", "supports_rows"]
+CachedAttention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""Takes the index of a layer, its query (R, heads, 1, D), key and value (R, key-value heads, 1, D), and returns
+(R, 1, heads, D)."""
 
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""The index of a layer, its query (R, heads, 1, D), key and value (R, key-value heads, 1, D), to (R, 1, heads, D)."""
-
-Backbone = Callable[[Tensor, Tensor, Attend], Tensor]
-"""Tokens (R,), their positions (R,) and the attention of every layer, to hidden states (R, H)."""
-
-
-def supports_rows(model: PreTrainedModel) -> bool:
-    """Whether rows of this model may be decoded so, as far as its configuration tells."""
-    return supports_packing(model)
+DecodeBackbone = Callable[[Tensor, Tensor, CachedAttention], Tensor]
+"""Takes tokens (R,), their positions (R,) and the attention of every layer, and returns hidden states (R, H)."""
 
 
 @dataclass
-class Layer:
-    """The key-value store of one layer, and what its attention asks for."""
+class LayerCache:
+    """Keys and values of one layer, for R rows and G key-value heads."""
 
     keys: Tensor
-    """(R, G, columns, D) for R rows and G key-value heads."""
+    """(R, G, columns, D)"""
     values: Tensor
-    scaling: float | None
-    sliding_window: int | None
-    softcap: float | None
+    settings: AttentionSettings
 
 
-class RowSession(DecodeSession):
-    """Rows of one model. How columns are counted, and which are seen, is left to each kind of device.
+class StaticCacheSession(DecodeSession):
+    """Rows of one model. Each kind of device has its own way to count columns and to mask them.
 
     Args:
         model: in evaluation mode.
-        packed: how prompts are packed.
-        backbone: takes a token per row in place of the model's own layers; None for those.
+        packed: packs the prompts.
+        backbone: takes the place of the model's own layers for one token per row; None for these.
         project: hidden states (R, H) to logits (R, V).
     """
 
@@ -61,80 +51,81 @@ class RowSession(DecodeSession):
         self,
         model: PreTrainedModel,
         packed: PackedScorer,
-        backbone: Backbone | None,
+        backbone: DecodeBackbone | None,
         project: Callable[[Tensor], Tensor],
     ):
         self.model, self.packed, self.backbone, self.project = model, packed, backbone, project
-        self.layers: dict[int, Layer] = {}
+        self.layers: dict[int, LayerCache] = {}
 
     def prefill(self, prompts: Sequence[Sequence[int]], soft_prompt: Tensor | None = None) -> Tensor:
         before = 0 if soft_prompt is None else soft_prompt.shape[0]
-        self.begin([before + len(ids) for ids in prompts])
-        share = self.packed.shares_prefixes(self.model)
-        pack, inputs = pack_inputs(self.model, prompts, soft_prompt, share=share)
-        attention = _Prefill(self, pack, self.packed.attention(pack, embedding_device(self.model)))
-        with attention_in_place(self.model, attention):
+        self.allocate([before + len(ids) for ids in prompts])
+        pack, inputs = pack_inputs(self.model, prompts, soft_prompt, share=self.packed.shares_prefixes(self.model))
+        attention = _PrefillAttention(self, pack, self.packed.attention(pack, embedding_device(self.model)))
+        with use_attention(self.model, attention):
             hidden = self.model.base_model(use_cache=False, **inputs).last_hidden_state[0]
-        return self.project(hidden[on_device([path[-1] for path in pack.paths], hidden.device)])
+        return self.project(hidden[on_device([indices[-1] for indices in pack.row_indices], hidden.device)])
 
-    def states(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Hidden states (R, H) behind `tokens` (R,) at `positions` (R,), whose keys and values go into the store."""
+    def hidden(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Hidden states (R, H) of `tokens` (R,) at `positions` (R,), whose keys and values enter the cache."""
         if self.backbone is not None:
-            return self.backbone(tokens, positions, self.attend_to_past)
-        with attention_in_place(self.model, StepAttention(self.attend_to_past)):
+            return self.backbone(tokens, positions, self.attend_to_cache)
+        with use_attention(self.model, DecodeAttention(self.attend_to_cache)):
             hidden = self.model.base_model(
                 input_ids=tokens[:, None], position_ids=positions[:, None], use_cache=False
             ).last_hidden_state
         return hidden[:, -1]
 
     @abstractmethod
-    def begin(self, lengths: Sequence[int]) -> None:
+    def allocate(self, lengths: Sequence[int]) -> None:
         """Make room for prompts of these lengths, soft prompt included."""
 
     @abstractmethod
-    def store(self, index: int, pack: Pack, key: Tensor, value: Tensor, **settings: Any) -> None:
-        """Put a pack's keys and values (1, G, S, D) of a layer into its rows; `settings` are those of `Layer`."""
+    def store(self, index: int, pack: PackedRows, key: Tensor, value: Tensor, settings: AttentionSettings) -> None:
+        """Put a pack's keys and values (1, G, S, D) of a layer into its rows."""
 
     @abstractmethod
-    def attend_to_past(self, index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """(R, 1, heads, D) of one token per row, whose keys and values take the place of the running column."""
+    def attend_to_cache(self, index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """A `CachedAttention` that first writes key and value into the current column."""
 
 
-class _Prefill:
-    """Attention of the prompts, which stores keys and values on the way."""
+class _PrefillAttention:
+    """Attention of the prompts, which also stores keys and values."""
 
-    def __init__(self, session: RowSession, pack: Pack, inner: Attention):
+    def __init__(self, session: StaticCacheSession, pack: PackedRows, inner: Attention):
         self.session, self.pack, self.inner = session, pack, inner
 
-    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **settings: Any) -> Tensor:
-        layer = {name: settings[name] for name in ("scaling", "sliding_window", "softcap")}
-        self.session.store(int(module.layer_idx), self.pack, key, value, **layer)  # type: ignore[arg-type]
-        return self.inner.attend(module, query, key, value, **settings)
+    def attend(
+        self, module: nn.Module | None, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings
+    ) -> Tensor:
+        self.session.store(int(module.layer_idx), self.pack, key, value, settings)  # type: ignore[union-attr, arg-type]
+        return self.inner.attend(module, query, key, value, settings)
 
 
-class StepAttention:
-    """Attention of one token per row inside a model's own layers."""
+class DecodeAttention:
+    """Attention of one token per row within a model's own layers."""
 
-    def __init__(self, attend: Attend):
+    def __init__(self, attend: CachedAttention):
         self._attend = attend
 
-    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **settings: Any) -> Tensor:
-        return self._attend(int(module.layer_idx), query, key, value)  # type: ignore[arg-type]
+    def attend(
+        self, module: nn.Module | None, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings
+    ) -> Tensor:
+        return self._attend(int(module.layer_idx), query, key, value)  # type: ignore[union-attr, arg-type]
 
 
-def attend_to_columns(layer: Layer, query: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
-    """(R, 1, heads, D) of `query` (R, heads, 1, D) over columns of a store.
+def attend_to_columns(layer: LayerCache, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """(R, 1, heads, D) attention of `query` (R, heads, 1, D) to columns of a cache.
 
     Args:
         keys, values: (R, G, columns, D).
-        seen: (R, 1, 1, columns), True where a row has something.
+        mask: (R, 1, 1, columns), True where a row sees a column.
     """
-    rows = query.shape[0]
-    grouped = query.reshape(rows, keys.shape[1], -1, query.shape[-1])  # heads that share keys stand together
-    grouped = grouped.to(keys.dtype)
-    if layer.softcap is None:
-        attended = scaled_dot_product_attention(grouped, keys, values, seen, scale=layer.scaling)
+    rows, settings = query.shape[0], layer.settings
+    # heads that share keys, side by side
+    grouped = query.reshape(rows, keys.shape[1], -1, query.shape[-1]).to(keys.dtype)
+    if settings.softcap is None:
+        attended = scaled_dot_product_attention(grouped, keys, values, mask, scale=settings.scaling)
     else:
-        scale = query.shape[-1] ** -0.5 if layer.scaling is None else layer.scaling
-        attended = softcapped_attention(grouped, keys, values, seen, scale=scale, softcap=layer.softcap)
+        attended = softcapped_attention(grouped, keys, values, mask, settings)
     return attended.reshape(rows, 1, -1, values.shape[-1])

@@ -11,7 +11,7 @@ from promptkd.engine import ChunkedLoss
 from promptkd.methods.losses import entropy
 from promptkd.methods.method import Objective, Step
 from promptkd.objectives.divergences import reverse_kl
-from promptkd.objectives.sequence import Importance, dpkd, minillm
+from promptkd.objectives.sequence import Importance, ResponseLogProbs, dpkd, minillm
 
 __all__ = ["CrossEntropy", "DirectPreference", "MiniLLM"]
 
@@ -29,7 +29,7 @@ class CrossEntropy:
             return hard
         assert self.objective is not None
         soft = step.pair.student_loss(self.objective, step.student_hidden, step.teacher_hidden(step.batch))
-        return ChunkedLoss((1 - self.share) * soft.total + self.share * hard.total, soft.figures)
+        return ChunkedLoss((1 - self.share) * soft.total + self.share * hard.total, soft.metrics)
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class DirectPreference:
             target = step.pair.logits("teacher", step.teacher_hidden(batch)).detach()
             log_q, log_p = _log_probs(logits, batch), _log_probs(target, batch)
             mask = batch.by_row(torch.ones_like(log_p)) > 0
-            sides += [batch.by_row(log_q), batch.by_row(log_p), mask]
+            sides.append(ResponseLogProbs(batch.by_row(log_q), batch.by_row(log_p), mask))
         values = dpkd(*sides, beta=self.beta, level=self.level, length_normalization=self.length_normalization)
         return ChunkedLoss(values.sum(), {"entropy": entropy(logits).sum()})
 

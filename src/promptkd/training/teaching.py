@@ -148,7 +148,7 @@ class TeacherTuning(_Trainer):
         if is_sharded(self.accelerator):
             return [batch]
         teacher = unwrap_peft(self.accelerator.unwrap_model(self.teacher_model))
-        return batch.parts(engine_for(embedding_device(teacher)).pass_tokens)
+        return batch.split(engine_for(embedding_device(teacher)).pass_tokens)
 
     def _hidden_with_graph(self, batch: TokenBatch) -> Tensor:
         if not self.args.teacher_gradient_checkpointing:
@@ -331,7 +331,7 @@ class TeacherTuning(_Trainer):
 
 def figure(loss: ChunkedLoss, name: str) -> Tensor | float:
     """A figure of a loss in float64, on its device: a number would wait for that. 0 of a loss without tokens."""
-    return loss.figures[name].double() if name in loss.figures else 0.0
+    return loss.metrics[name].double() if name in loss.metrics else 0.0
 
 
 def _without_dropout(student: nn.Module, batch: TokenBatch) -> Tensor:
