@@ -1,5 +1,8 @@
 """Phases of an optimizer step: seconds of work done, peaks of memory, and how often the device is waited for."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -130,6 +133,20 @@ def test_where_the_peak_cannot_be_restarted_phases_say_what_they_end_with(monkey
     assert phases.peak > phases.peaks["rollout"]  # the process's one peak has seen it
 
 
+def test_without_the_module_resource_which_windows_lacks_the_peak_is_what_the_process_holds():
+    code = """
+import sys
+import psutil
+sys.modules["resource"] = None  # importing it raises ImportError
+sys.platform = "win32"
+from promptkd.memory import peak_memory, resident_memory, restart_peak
+assert restart_peak() is None or peak_memory() > 0
+print(resident_memory() / 2 < peak_memory() < 2 * resident_memory())
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert ran.stdout.strip() == "True", ran.stderr
+
+
 def test_a_trainers_step_waits_a_handful_of_times_and_never_within_a_pass(tmp_path, device, monkeypatch):
     made = trainer(tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=4, max_steps=3)
     made.phases = Phases(torch.device("cuda"))
@@ -195,7 +212,7 @@ def test_what_torch_raises_on_this_machine_is_one_of_them():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(10**15)
     assert is_out_of_memory(caught.value)
-    assert f"{gibibytes(4 * 10**15)} more were asked for" in promptkd.memory.memory_at_hand(caught.value)
+    assert f"{gibibytes(4 * 10**15)} more were asked for" in promptkd.memory.memory_status(caught.value)
 
 
 def test_of_a_gpu_it_is_said_what_torch_has_allocated_there(monkeypatch):
@@ -205,6 +222,6 @@ def test_of_a_gpu_it_is_said_what_torch_has_allocated_there(monkeypatch):
     error = torch.OutOfMemoryError(
         "CUDA out of memory. Tried to allocate 512.00 MiB. GPU 0 has a total capacity of ..."
     )
-    assert promptkd.memory.memory_at_hand(error) == (
+    assert promptkd.memory.memory_status(error) == (
         "76.00 GiB of the GPU's 80.00 GiB were allocated, and 0.50 GiB more were asked for."
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 from promptkd.cli.session import say
 from promptkd.errors import PromptKDError
-from promptkd.memory import gibibytes, is_out_of_memory, memory_at_hand, peak_memory
+from promptkd.memory import gibibytes, is_out_of_memory, memory_status, peak_memory
 
 __all__ = ["out_of_memory_told", "say_peak", "told_peak"]
 
@@ -51,7 +51,7 @@ def out_of_memory_told(command: ModuleType, options: Any, resume: str = "") -> I
         given = _settled(vars(options))
         less = [each.format(**given) for each in vars(command).get("LESS_MEMORY", ())]
         advice = f"Less is needed with {', or '.join(less)}." if less else "It takes a machine with more memory."
-        told = [f"Out of memory{_batch(given)}.", memory_at_hand(error), advice, resume]
+        told = [f"Out of memory{_batch(given)}.", memory_status(error), advice, resume]
         raise PromptKDError(" ".join(part for part in told if part)) from error
 
 
