@@ -22,9 +22,9 @@ from safetensors.torch import save
 from promptkd.cli import COMMANDS
 from promptkd.cli.config_file import read_config, write_config
 from promptkd.cli.options import merged_config, parse_options
+from promptkd.data.encode import encode_texts
 from promptkd.data.sources import read_examples
 from promptkd.data.templates import resolve_template
-from promptkd.data.texts import encode_texts
 from promptkd.errors import RequestError
 from promptkd.evaluation.judge_answers import questions_about, read_answers
 from promptkd.evaluation.judge_prompts import load_prompt

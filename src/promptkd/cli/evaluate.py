@@ -87,7 +87,7 @@ def run(options: Options, training: dict[str, Any]) -> None:
         teacher_precision_here,
     )
     from promptkd.cli.session import progress_lines, quiet_libraries, say
-    from promptkd.data.dataset import stop_ids_of
+    from promptkd.data import stop_token_ids
     from promptkd.evaluation.answers import SetEvaluation
     from promptkd.evaluation.hub_metrics import HubMetric
     from promptkd.models import check_same_vocabulary, load_tokenizer
@@ -109,7 +109,7 @@ def run(options: Options, training: dict[str, Any]) -> None:
     if options.teacher is not None:
         teacher_dtype = teacher_precision_here(options.teacher_dtype)
         teacher = load_subject(options.teacher, trust, teacher_dtype)
-    stops = stop_ids_of(tokenizer, model.generation_config, template=options.template)
+    stops = stop_token_ids(tokenizer, model.generation_config, options.template)
     results = _begun_record(options, sets, model, teacher)
     results.notes += precision_notes(precision, teacher_dtype)
     _settle(options, results, stops, precision, teacher_dtype)

@@ -126,7 +126,7 @@ class _Job:
 
         from promptkd.cli.measuring import settled_rows
         from promptkd.cli.session import progress_lines
-        from promptkd.data.dataset import stop_ids_of
+        from promptkd.data import stop_token_ids
         from promptkd.evaluation import sample_continuations
         from promptkd.models import vocabulary_size
 
@@ -137,7 +137,7 @@ class _Job:
             [row.prompt_ids for row in self.rows],
             samples_per_row=options.samples_per_row,
             max_new_tokens=options.max_completion_length,
-            stop_ids=stop_ids_of(self.tokenizer, model.generation_config, template=options.template),
+            stop_ids=stop_token_ids(self.tokenizer, model.generation_config, options.template),
             rows=[row.row for row in self.rows],
             seed=options.seed,
             prompt=prompt,

@@ -68,7 +68,7 @@ def run(options: Options, training: dict[str, Any]) -> None:
         settled_rows,
     )
     from promptkd.cli.session import progress_lines, quiet_libraries, say
-    from promptkd.data.dataset import stop_ids_of
+    from promptkd.data import stop_token_ids
     from promptkd.evaluation.generation import generate, row_seeds
     from promptkd.models import load_tokenizer, vocabulary_size
 
@@ -80,7 +80,7 @@ def run(options: Options, training: dict[str, Any]) -> None:
     rows = data.examples
     precision = settled_precision(options.dtype)
     model = load_subject(options.model, options.trust_remote_code)
-    stops = stop_ids_of(tokenizer, model.generation_config, template=options.template)
+    stops = stop_token_ids(tokenizer, model.generation_config, options.template)
     seeds = row_seeds(options.seed, max(row.row for row in rows) + 1)
     tell = progress_lines("Generating", len(rows))
     with computing_in(precision):

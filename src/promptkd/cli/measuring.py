@@ -135,22 +135,21 @@ def measured_rows(
     options: Any, source: str, tokenizer: Any, *, need_response: bool = True, max_reference_length: int | None = None
 ) -> Any:
     """The rows of one data set, encoded as the options say; a reference has a response's limit unless one is given."""
-    from promptkd.data.dataset import load_rows
+    from promptkd.data import encode_examples, read_examples
 
-    return load_rows(
-        source,
+    return encode_examples(
+        read_examples(source, limit=options.limit),
         tokenizer,
-        template=options.template,
+        options.template,
         max_prompt_length=options.max_prompt_length,
         max_response_length=options.max_completion_length if max_reference_length is None else max_reference_length,
         need_response=need_response,
-        limit=options.limit,
     )
 
 
 def label_of(path: str, among: Sequence[str] = ()) -> str:
     """A short name: the last part of the path without its suffix, or the whole path where that would be ambiguous."""
-    from promptkd.data.sources import SUFFIXES
+    from promptkd.data.formats import SUFFIXES
 
     name = Path(path).name
     suffix = next((each for each in (*SUFFIXES, ".gguf") if name.lower().endswith(each)), "")  # not Qwen2.5's

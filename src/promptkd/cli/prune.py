@@ -126,15 +126,14 @@ def _check_own(out: Path) -> None:
 def _rows(options: Options, tokenizer: Any) -> Any:
     if options.keep or options.choose == "even" or options.data is None:
         return []
-    from promptkd.data.dataset import load_rows
+    from promptkd.data import encode_examples, read_examples
 
-    data = load_rows(
-        options.data,
+    data = encode_examples(
+        read_examples(options.data, limit=options.rows * 4),
         tokenizer,
-        template=options.template,
+        options.template,
         max_prompt_length=options.max_prompt_length,
         max_response_length=options.max_completion_length,
-        limit=options.rows * 4,
     )
     return data.examples[: options.rows]
 

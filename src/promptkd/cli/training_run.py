@@ -86,14 +86,14 @@ class TrainingRun:
 
     def encode(self, tokenizer: Any, args: Any, *, need_response: bool = True) -> tuple[Any, Any]:
         """Training and validation rows as tokens; None for validation rows that were not asked for."""
-        from promptkd.data import encode_examples, resolve_template
+        from promptkd.data import encode_examples
 
         encoded: dict[str, Any] = {"train": None, "validation": None}
         for name, (_, examples) in self._examples.items():
             encoded[name] = encode_examples(
                 examples,
                 tokenizer,
-                resolve_template(args.template, tokenizer),
+                args.template,
                 max_prompt_length=args.max_prompt_length,
                 max_response_length=args.max_completion_length,
                 overlong=args.overlong,

@@ -23,9 +23,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DistillationTrainer
 
+from promptkd.data import EncodedData, encode_examples, examples_from_rows, stop_token_ids
 from promptkd.data.batch import TokenBatch, right_pad
-from promptkd.data.dataset import encode_rows, stop_ids_of
-from promptkd.data.encode import EncodedData
 from promptkd.engine import (
     ChunkedLoss,
     check_scoring,
@@ -145,7 +144,7 @@ class DistillTrainer(Rollouts, TeacherTuning, RunTrainer, DistillationTrainer):
         if is_dispatched(teacher):
             settle_dispatched(teacher, self.accelerator.device)
         generation_config = unwrap_peft(self.model).generation_config
-        self.stop_ids = stop_ids_of(processing_class, generation_config, template=args.template)
+        self.stop_ids = stop_token_ids(processing_class, generation_config, args.template)
         # TRL's rollout takes them from here; without any it would look for the id None.
         self.eos_token_ids = list(self.stop_ids)
         self.generation_config.eos_token_id = list(self.stop_ids) or None
@@ -191,10 +190,10 @@ class DistillTrainer(Rollouts, TeacherTuning, RunTrainer, DistillationTrainer):
     ) -> EncodedData | None:
         if rows is None or isinstance(rows, EncodedData):
             return rows
-        return encode_rows(
-            rows,
+        return encode_examples(
+            examples_from_rows(rows),
             tokenizer,
-            template=args.template,
+            args.template,
             max_prompt_length=args.max_prompt_length,
             max_response_length=args.max_completion_length or 0,
             overlong=args.overlong,

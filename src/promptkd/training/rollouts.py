@@ -10,8 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from trl.trainer.utils import RepeatSampler
 
 from promptkd.data.batch import TokenBatch, right_pad
-from promptkd.data.encode import EncodedExample
-from promptkd.data.texts import encode_texts
+from promptkd.data.encode import EncodedExample, encode_texts
 from promptkd.errors import RequestError
 from promptkd.evaluation.generation import generate
 from promptkd.responses import Sampler
