@@ -22,7 +22,7 @@ def step_flops(
     once; two for a multiplication with its addition: the student forward once and backward; the plain teacher forward;
     the prompted teacher forward twice (the prompt has moved in between) and backward once, to its inputs alone; every
     distribution projected once, at response tokens alone, where alone the last layer counts behind its attention. What
-    runs element by element (norms, softmax, optimiser) counts nothing.
+    runs element by element (norms, softmax, optimizer) counts nothing.
     """
     responses = sum(len(row.response_ids) for row in rows)
     pack = pack_rows([[*row.prompt_ids, *row.response_ids[:-1]] for row in rows], share=True)

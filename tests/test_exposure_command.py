@@ -143,7 +143,7 @@ WRONG = {
     "unknown treatment": (("--ended", "lave"), "Did you mean leave?"),
 }
 OTHER_STUDENTS = {
-    "another vocabulary": (["W/other"], "share their tokens but cut text differently"),
+    "another vocabulary": (["W/other"], "share their tokens but split text differently"),
     "no such student": (["W/student", "W/none"], "No such model: W/none does not exist"),
     "a student twice": (["W/student", "W/student"], "each student must be given once, got W/student W/student"),
 }

@@ -299,8 +299,8 @@ def test_too_few_or_too_many_layers_are_refused(count):
         ([], r"at least one layer to keep, of 0 … 2"),
         ([0, 3], r"layers 0 … 2\. Got 3"),
         ([-1, 0], r"layers 0 … 2\. Got -1"),
-        ([0, 0, 1], r"once each, in rising order\. Got \[0, 0, 1\]"),
-        ([2, 1], r"once each, in rising order\. Got \[2, 1\]"),
+        ([0, 0, 1], r"once each, in ascending order\. Got \[0, 0, 1\]"),
+        ([2, 1], r"once each, in ascending order\. Got \[2, 1\]"),
     ],
 )
 def test_wrong_indices_are_refused(layers, message):

@@ -268,7 +268,7 @@ def test_too_few_rows_for_a_step_and_too_many_positions_are_refused(tmp_path):
 def test_a_teacher_with_another_vocabulary_is_refused(tmp_path):
     student, teacher = pair()
     other = tiny_tokenizer(merges=())
-    with pytest.raises(RequestError, match="cut text differently"):
+    with pytest.raises(RequestError, match="split text differently"):
         DistillTrainer(
             student, teacher, config(tmp_path), rows(), None, tiny_tokenizer(), teacher_processing_class=other
         )

@@ -32,7 +32,7 @@ from promptkd.evaluation.resumable import ResumableLines, settle_settings
 from promptkd.evaluation.verdict_log import VerdictLog
 from promptkd.evaluation.verdicts import read_preference, read_scores
 from promptkd.models.folder import adapter_base, check_model_folder
-from promptkd.models.gguf_check import check_gguf
+from promptkd.models.gguf_read import check_gguf
 from promptkd.report import render_report, terminal_table
 from promptkd.results import Evaluation, Metric, ModelRecord, Results, RowResult, Series
 

@@ -33,18 +33,12 @@ class TokenBatch:
     all that is known of the rows, so that nothing here waits for a device.
     """
 
-    input_ids: Tensor
-    """(B, T)"""
-    rows: Tensor
-    """(N,) the row of each response token, in row-major order."""
-    columns: Tensor
-    """(N,) the column that predicts each response token: the one before it."""
-    targets: Tensor
-    """(N,) the response tokens."""
-    token_ids: tuple[list[int], ...]
-    """Each row without padding, on the host."""
-    prompt_lengths: tuple[int, ...]
-    """Tokens of each row's prompt."""
+    input_ids: Tensor  # (B, T)
+    rows: Tensor  # (N,) the row of each response token, in row-major order
+    columns: Tensor  # (N,) the column that predicts each response token: the one before it
+    targets: Tensor  # (N,) the response tokens
+    token_ids: tuple[list[int], ...]  # each row without padding, on the host
+    prompt_lengths: tuple[int, ...]  # tokens of each row's prompt
 
     @property
     def lengths(self) -> tuple[int, ...]:

@@ -25,13 +25,10 @@ class EncodedExample:
     """One row as tokens."""
 
     prompt_ids: list[int]
-    response_ids: list[int]
-    """The first reference and the end token; [] if the row has no reference."""
+    response_ids: list[int]  # the first reference and the end token; [] if the row has no reference
     references: tuple[str, ...]
-    prompt: str
-    """The text of `prompt_ids`, without the BOS that the tokenizer adds."""
-    row: int
-    """Index of the row in its source, from 0."""
+    prompt: str  # the text of `prompt_ids`, without the BOS that the tokenizer adds
+    row: int  # index of the row in its source, from 0
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,7 @@ class Instruction:
     """A request that a template renders."""
 
     instruction: str
-    input: str
-    """What the instruction is about; "" if there is nothing."""
+    input: str  # what the instruction is about; "" if there is nothing
 
 
 Request = Instruction | str | tuple[Message, ...]
@@ -42,14 +41,10 @@ Request = Instruction | str | tuple[Message, ...]
 class Example:
     """One request and its reference answers."""
 
-    request: Request
-    """An instruction (a template renders it), a prompt's text used as it is, or messages."""
-    references: tuple[str, ...]
-    """Training uses the first, evaluation all of them; empty if the row has none."""
-    location: str
-    """The row's place, for error messages: "train.jsonl, line 12" (from 1) or "train.parquet, row 11" (from 0)."""
-    row: int
-    """Index of the row in its source, from 0."""
+    request: Request  # an instruction (a template renders it), a prompt's text used as it is, or messages
+    references: tuple[str, ...]  # training uses the first, evaluation all of them; empty if the row has none
+    location: str  # for error messages: "train.jsonl, line 12" (from 1) or "train.parquet, row 11" (from 0)
+    row: int  # index of the row in its source, from 0
 
 
 def examples_from_rows(rows: Iterable[Mapping[str, Any]], *, origin: str = "row") -> list[Example]:

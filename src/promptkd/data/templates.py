@@ -33,12 +33,9 @@ _JINJA_NAMES = frozenset({"instruction", "input", "messages"})
 class Template:
     """Renders requests. `resolve_template` makes one."""
 
-    name: str
-    """ "alpaca", "chat" or "jinja"."""
-    adds_special_tokens: bool
-    """Whether the tokenizer puts its BOS before a rendered request; a chat template writes its own."""
-    end_token_id: int | None
-    """The token that ends every response; None if the tokenizer has none."""
+    name: str  # "alpaca", "chat" or "jinja"
+    adds_special_tokens: bool  # whether the tokenizer adds its BOS to the prompt; a chat template writes its own
+    end_token_id: int | None  # the token that ends every response; None if the tokenizer has none
     render_request: Callable[[Instruction | tuple[Message, ...]], str]
 
     def render(self, example: Example) -> str:

@@ -18,7 +18,7 @@ from promptkd.demo.measurement import differences
 from promptkd.demo.settings import TEMPLATE, DemoSettings, data_file, teacher_file, teacher_hash
 from promptkd.evaluation.measure import Decoding, evaluate_model
 from promptkd.models import block_influence, load_model, load_tokenizer, model_record, most_influential, prune_layers
-from promptkd.models.load import GGUF_CONVERSION
+from promptkd.models.gguf_read import GGUF_CONVERSION
 from promptkd.precision import compute_dtype, computing
 from promptkd.results import DataRecord, Evaluation, Results, Series, file_sha256
 from promptkd.training import DistillConfig, DistillTrainer, FinetuneConfig, FinetuneTrainer, PromptKDConfig

@@ -19,13 +19,10 @@ from transformers import AttentionInterface, PreTrainedModel
 class AttentionSettings:
     """What a layer sets for its attention, named as in transformers."""
 
-    scaling: float | None = None
-    """Factor of the scores; None for 1 / sqrt(D)."""
+    scaling: float | None = None  # factor of the scores; None for 1 / sqrt(D)
     dropout: float = 0.0
-    sliding_window: int | None = None
-    """Each token sees itself and the `sliding_window` - 1 tokens before it; None for all before it."""
-    softcap: float | None = None
-    """Scores become softcap · tanh(scores / softcap)."""
+    sliding_window: int | None = None  # each token sees so many tokens, the last of which is itself
+    softcap: float | None = None  # scores become softcap · tanh(scores / softcap)
 
     def scale(self, query: Tensor) -> float:
         return query.shape[-1] ** -0.5 if self.scaling is None else self.scaling

@@ -18,15 +18,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from promptkd.data.batch import TokenBatch
-
-if TYPE_CHECKING:
-    from promptkd.engine.heads import HeadBackend
+from promptkd.engine.heads import HeadBackend
 
 
 class Scorer(ABC):
@@ -102,17 +99,10 @@ class Engine:
     """How models are run on one kind of device."""
 
     name: str
-    scorers: tuple[Scorer, ...]
-    """The fastest first, the reference last."""
-    decoders: tuple[Decoder, ...]
-    """The fastest first, the reference last."""
-    head: "HeadBackend"
-    """Matrix products with the model's head, and the divergences that follow."""
-    check_every: int
-    """Decoded tokens between two checks of which rows have ended. Each check waits for the device."""
-    decode_rows: int
-    """Default number of rows that are decoded together."""
-    shares_passes: bool
-    """Whether the student's forward pass also serves the prompt's step: less time, more activations held meanwhile."""
-    pass_tokens: int
-    """Most tokens of a pass that keeps activations only for a soft prompt; beyond, products get no faster."""
+    scorers: tuple[Scorer, ...]  # the fastest first, the reference last
+    decoders: tuple[Decoder, ...]  # the fastest first, the reference last
+    head: HeadBackend  # matrix products with the model's head, and the divergences that follow
+    check_every: int  # decoded tokens between two checks of which rows have ended; each waits for the device
+    decode_rows: int  # default number of rows that are decoded together
+    shares_passes: bool  # whether the student's pass also serves the prompt's step: less time, more memory
+    pass_tokens: int  # most tokens of a pass that keeps activations only for a soft prompt

@@ -31,10 +31,8 @@ HiddenAndHead = tuple[Tensor, Head]
 class ChunkedLoss:
     """A loss summed over tokens, and metrics computed along with it."""
 
-    total: Tensor
-    """Scalar, with a gradient."""
-    metrics: dict[str, Tensor]
-    """Scalar sums over tokens, without a gradient."""
+    total: Tensor  # scalar, with a gradient
+    metrics: dict[str, Tensor]  # scalar sums over tokens, without a gradient
 
     @property
     def figures(self) -> dict[str, Tensor]:

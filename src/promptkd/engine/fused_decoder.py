@@ -91,7 +91,20 @@ class FusedDecoder:
         self._head_size: int = attention.head_dim
         self._queries = attention.q_proj.out_features // self._head_size
         self._keys = attention.k_proj.out_features // self._head_size
-        self._layers = [_layer(layer, join) for layer in backbone.layers]
+        self._layers = []
+        for layer in backbone.layers:
+            query, key, value, output, gate, up, down = _linears(layer)
+            self._layers.append(
+                _Layer(
+                    norm=layer.input_layernorm,
+                    query_key_value=join([query, key, value]),
+                    head_norms=head_norms(layer.self_attn),
+                    output=join([output]),
+                    middle_norm=layer.post_attention_layernorm,
+                    gate_up=join([gate, up]),
+                    down=join([down]),
+                )
+            )
 
     def __call__(self, tokens: Tensor, positions: Tensor, attend: CachedAttention) -> Tensor:
         """Hidden states (R, H) of `tokens` (R,) at `positions` (R,) of their rows."""
@@ -123,19 +136,6 @@ def _linears(layer: Any) -> list[nn.Linear]:
 
 def _biases_agree(*linears: nn.Linear) -> bool:
     return len({each.bias is None for each in linears}) == 1
-
-
-def _layer(layer: Any, join: Callable[[Sequence[nn.Linear]], JoinedLinear]) -> _Layer:
-    query, key, value, output, gate, up, down = _linears(layer)
-    return _Layer(
-        norm=layer.input_layernorm,
-        query_key_value=join([query, key, value]),
-        head_norms=head_norms(layer.self_attn),
-        output=join([output]),
-        middle_norm=layer.post_attention_layernorm,
-        gate_up=join([gate, up]),
-        down=join([down]),
-    )
 
 
 def _rms_norm(norm: nn.Module, inputs: Tensor) -> Tensor:

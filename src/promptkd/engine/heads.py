@@ -21,14 +21,11 @@ from promptkd.objectives.kernels import PLAIN_KERNELS, Kernels
 class Head:
     """A linear head: softcap · tanh(scale · (W h + b) / softcap), for the first `vocabulary_size` tokens."""
 
-    weight: Tensor
-    """(V or more, H)"""
-    bias: Tensor | None = None
-    """(V or more,)"""
+    weight: Tensor  # (V or more, H)
+    bias: Tensor | None = None  # (V or more,)
     scale: float = 1.0
     softcap: float | None = None
-    columns: int | None = None
-    """V, the columns that stand for tokens; None for all. The columns behind them are padding."""
+    columns: int | None = None  # V, where columns behind the first V are padding; None for all
 
     @property
     def vocabulary_size(self) -> int:
@@ -101,8 +98,7 @@ class Projection:
 class HeadBackend:
     """How an engine computes with heads: in the plain form here."""
 
-    chunk: int = 256
-    """Tokens whose logits are held at a time."""
+    chunk: int = 256  # tokens whose logits are held at a time
 
     def kernels(self, dtype: torch.dtype) -> Kernels:
         """Divergences with their gradients, for logits of this precision."""

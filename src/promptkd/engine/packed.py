@@ -26,14 +26,10 @@ from promptkd.engine.fused_layers import fused_forward, supports_fused_forward
 class PackedRows:
     """A sequence of S tokens that holds several rows."""
 
-    tokens: list[int]
-    """(S,) token ids."""
-    positions: list[int]
-    """(S,) positions, counted within each row."""
-    row_indices: list[list[int]]
-    """For each row, the indices of its tokens in the sequence, ascending."""
-    own_lengths: list[int]
-    """For each row, how many tokens at its end are its own; the ones before are shared with an earlier row."""
+    tokens: list[int]  # (S,) token ids
+    positions: list[int]  # (S,) positions, counted within each row
+    row_indices: list[list[int]]  # for each row, the indices of its tokens in the sequence, ascending
+    own_lengths: list[int]  # for each row, how many tokens at its end are its own, not shared with an earlier row
 
     @cached_property
     def row_slices(self) -> list[list[slice]]:

@@ -31,8 +31,7 @@ DecodeBackbone = Callable[[Tensor, Tensor, CachedAttention], Tensor]
 class LayerCache:
     """Keys and values of one layer, for R rows and G key-value heads."""
 
-    keys: Tensor
-    """(R, G, columns, D)"""
+    keys: Tensor  # (R, G, columns, D)
     values: Tensor
     settings: AttentionSettings
 

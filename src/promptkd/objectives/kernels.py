@@ -29,10 +29,8 @@ class Kernels:
 
     reverse_kl: Kernel
     forward_kl: Kernel
-    cross_entropy: Kernel
-    """Its target is labels."""
-    prompt: Callable[[float], Kernel]
-    """From λ to the prompt loss with both KLs reverse."""
+    cross_entropy: Kernel  # its target is labels
+    prompt: Callable[[float], Kernel]  # from λ to the prompt loss with both KLs reverse
 
 
 def objective_kernel(objective: Objective, kernels: Kernels, *, absent_tokens: bool) -> Kernel:

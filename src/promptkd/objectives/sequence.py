@@ -79,12 +79,9 @@ def return_to_go(cost: Tensor, mask: Tensor, *, normalize: bool) -> Tensor:
 class ResponseLogProbs(NamedTuple):
     """Log-probabilities of the tokens of B responses."""
 
-    log_q: Tensor
-    """(B, T) under the student."""
-    log_p: Tensor
-    """(B, T) under the teacher, constant."""
-    mask: Tensor
-    """(B, T) bool."""
+    log_q: Tensor  # (B, T) under the student
+    log_p: Tensor  # (B, T) under the teacher, constant
+    mask: Tensor  # (B, T) bool
 
 
 def dpkd(

@@ -34,7 +34,11 @@ class _CpuProjection(Projection):
         self._buffer: Tensor | None = None
 
     def logits(self, hidden: Tensor) -> Tensor:
-        wide, out = hidden.to(self.head.logits_dtype), self._out(hidden)
+        wide, out = hidden.to(self.head.logits_dtype), None
+        if self._reuse:
+            if self._buffer is None or len(self._buffer) < len(hidden):
+                self._buffer = self.weight.new_empty(len(hidden), len(self.weight))
+            out = self._buffer[: len(hidden)]
         with _factors_may_round_to(self.dtype):
             if self.bias is None:
                 products = torch.mm(wide, self.weight.T, out=out)
@@ -49,13 +53,6 @@ class _CpuProjection(Projection):
     def add_weight_gradient(self, total: Tensor | None, prepared: Tensor, hidden: Tensor) -> Tensor:
         with _factors_may_round_to(self.dtype):
             return super().add_weight_gradient(total, prepared, hidden)
-
-    def _out(self, hidden: Tensor) -> Tensor | None:
-        if not self._reuse:
-            return None
-        if self._buffer is None or len(self._buffer) < len(hidden):
-            self._buffer = self.weight.new_empty(len(hidden), len(self.weight))
-        return self._buffer[: len(hidden)]
 
 
 @contextmanager
