@@ -18,7 +18,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from promptkd.data import encode_examples, read_examples, stop_token_ids
-from promptkd.evaluation.generation import generate
+from promptkd.generation import generate
 from promptkd.models import load_model, load_tokenizer
 
 Tokens = list[list[int]]

@@ -22,14 +22,14 @@ from benchmarks.floor import matmul_rate, step_flops
 from benchmarks.workload import EndAtLengths, Shape, workload
 from promptkd import PromptKDConfig, PromptKDTrainer
 from promptkd.data.encode import EncodedData, EncodedExample
-from promptkd.evaluation.generation import generate
+from promptkd.generation import generate
 from promptkd.memory import peak_memory
 from promptkd.methods import Method
 from promptkd.methods.method import Adapter
 from promptkd.models import SoftPrompt, load_model, load_tokenizer
 from promptkd.objectives import reverse_kl
 from promptkd.responses import Responses
-from promptkd.training.logs import quiet
+from promptkd.training.callbacks import quiet
 
 Steps = list[dict[str, float]]
 PROMPT_LENGTH = 7

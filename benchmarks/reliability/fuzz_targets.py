@@ -20,24 +20,24 @@ from gguf import GGUFReader
 from safetensors.torch import save
 
 from promptkd.cli import COMMANDS
-from promptkd.cli.config_file import read_config, write_config
-from promptkd.cli.options import merged_config, parse_options
+from promptkd.cli.parsing.config_file import read_config, write_config
+from promptkd.cli.parsing.parser import merged_config, parse_options
 from promptkd.data.encode import encode_texts
 from promptkd.data.sources import read_examples
 from promptkd.data.templates import resolve_template
 from promptkd.errors import RequestError
-from promptkd.evaluation.judge_answers import questions_about, read_answers
-from promptkd.evaluation.judge_prompts import load_prompt
-from promptkd.evaluation.resumable import ResumableLines, settle_settings
-from promptkd.evaluation.verdict_log import VerdictLog
-from promptkd.evaluation.verdicts import read_preference, read_scores
+from promptkd.io.jsonl import ResumableLines, settle_settings
+from promptkd.judge.prompt_template import load_prompt
+from promptkd.judge.questions import questions_about, read_answers
+from promptkd.judge.verdict_log import VerdictLog
+from promptkd.judge.verdict_parsing import read_preference, read_scores
 from promptkd.models.folder import adapter_base, check_model_folder
 from promptkd.models.gguf_read import check_gguf
 from promptkd.report import render_report, terminal_table
 from promptkd.results import Evaluation, Metric, ModelRecord, Results, RowResult, Series
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
-from tiny import tiny_tokenizer
+from helpers.tiny import tiny_tokenizer
 
 __all__ = ["TARGETS", "Target", "findings_of"]
 

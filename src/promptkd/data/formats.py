@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from promptkd.errors import RequestError
-from promptkd.files import MIB, is_plain_name, json_value, read_json_object, read_regular
+from promptkd.io.files import MIB, is_plain_name, json_value, read_json_object, read_regular
 
 MOST_LINE_BYTES = 16 * MIB
 """Of a line of JSONL or CSV."""

@@ -26,7 +26,7 @@ from promptkd.data.formats import (
 )
 from promptkd.data.rows import Example, example_from_row
 from promptkd.errors import RequestError
-from promptkd.files import not_regular
+from promptkd.io.files import not_regular
 
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[^:/]+)(?=:))?(:(?P<split>[^:/]+))?")
 

@@ -3,7 +3,7 @@
 Written plainly, a loss over N tokens and V vocabulary columns needs several tensors of shape (N, V). Here a chunk of
 tokens is projected, its loss and the gradient with respect to its logits are computed, and the gradient is passed on to
 the hidden states and the head at once. No tensor of shape (N, V) is ever made, and backward only multiplies. The values
-are those of the plain objectives, which remain the reference (tests/test_chunked_loss.py).
+are those of the plain objectives, which remain the reference (tests/engine/test_chunked_loss.py).
 
 Logits, divergences and sums are float32 or wider, also under autocast. The gradient overwrites the logits.
 """

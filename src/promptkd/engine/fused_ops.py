@@ -1,7 +1,7 @@
 """RMS norm, rotary positions and SwiGLU of the Llama family, each with a hand-written backward.
 
 They keep less for backward than autograd would and pass over memory less often. On CUDA each is compiled into one
-kernel; `tests/test_fused_ops.py` holds the compiled forms to the plain ones.
+kernel; `tests/engine/test_fused_ops.py` holds the compiled forms to the plain ones.
 """
 
 from collections.abc import Callable

@@ -20,7 +20,7 @@ from promptkd.engine import evaluating, head_logits, response_hidden
 from promptkd.errors import PromptKDError, RequestError
 from promptkd.evaluation.accumulated_error import Ended, Floats, excess_accumulated_error
 from promptkd.evaluation.bootstrap import token_mean_interval
-from promptkd.evaluation.generation import generate, row_seeds
+from promptkd.generation import generate, row_seeds
 from promptkd.objectives import forward_kl
 from promptkd.results import CurvePoint, Metric
 

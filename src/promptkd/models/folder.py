@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from promptkd.errors import PromptKDError, RequestError
-from promptkd.files import is_plain_name, json_value, read_json_object
+from promptkd.io.files import is_plain_name, json_value, read_json_object
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")

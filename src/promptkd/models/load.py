@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from promptkd.errors import RequestError
-from promptkd.files import not_regular
+from promptkd.io.files import not_regular
 from promptkd.models.folder import adapter_base, check_model_folder, clear_load_errors
 from promptkd.models.gguf_read import converted_gguf
 from promptkd.results import ModelRecord, file_sha256

@@ -20,7 +20,7 @@ at logits around 30, and a KL with it. A log-ratio is
 
 which has no rounding at the tops, where p is large, and is exactly 0 for equal inputs.
 
-This module needs Triton, which torch brings along on CUDA. Tests: tests/test_triton_kernels.py.
+This module needs Triton, which torch brings along on CUDA. Tests: tests/engine/test_triton_kernels.py.
 """
 
 from typing import Any

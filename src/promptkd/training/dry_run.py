@@ -1,0 +1,121 @@
+"""Real optimizer steps on the longest rows that leave nothing behind, to tell what a run will cost at most."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+from promptkd.data.encode import EncodedData, EncodedExample
+from promptkd.methods import Method
+from promptkd.responses import AdaptiveReplay, ResponseMix, writes_responses
+from promptkd.training.callbacks import quiet
+
+__all__ = ["Trial", "at_its_most", "leave_nothing", "longest_rows_first", "take_trial_steps"]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What the steps of a trial cost."""
+
+    steps: int
+    """Optimizer steps that the whole run would take."""
+    seconds: float
+    """Of the last of the trial's steps."""
+    seconds_by_phase: Mapping[str, float]
+    """Of the same step."""
+    warm: bool
+    """Whether a step came before it, which takes longer than all others."""
+    longest_row: int
+    """Tokens of the trial's longest row, its response included."""
+    peak_memory_bytes: int
+    """Since the process began, loading included."""
+    peak_memory_by_phase: Mapping[str, int]
+    sampled: bool
+    """Whether the peaks by phase are what was held at the ends of phases."""
+
+
+def leave_nothing(args: Any, folder: str | Path) -> None:
+    """Change training arguments, before a trainer is made of them, so that it writes at most into `folder`."""
+    args.output_dir = str(folder)
+    args.save_strategy, args.eval_strategy = SaveStrategy.NO, IntervalStrategy.NO
+    args.load_best_model_at_end = args.push_to_hub = args.log_completions = False
+    args.report_to, args.eval_on_start = [], False
+
+
+def at_its_most(method: Method) -> Method:
+    """The method with the responses that cost most: where student and data share in writing them, all the student's."""
+    source = method.responses
+    if isinstance(source, AdaptiveReplay) or (isinstance(source, ResponseMix) and source.student_share > 0):
+        return replace(method, responses=ResponseMix(1.0))
+    return method
+
+
+def longest_rows_first(data: EncodedData, args: Any, method: Method) -> EncodedData:
+    """The rows in the order of a trial, as many as before: the longest of them in each of the first two steps.
+
+    The second step is the one that counts: it is warm, and the optimizer's states stand beside the longest rows. The
+    rows are taken as they come from then on, so `args` no longer shuffle.
+    """
+    args.shuffle_dataset = False
+    limit = args.max_completion_length if writes_responses(method.responses) else None
+    ranked = sorted(data.examples, key=lambda row: _length(row, limit), reverse=True)
+    window = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return EncodedData((ranked[:window] * 2 + ranked[window:])[: len(ranked)], data.dropped)
+
+
+def _length(row: EncodedExample, limit: int | None) -> int:
+    """Tokens of prompt and response; `limit`: of a response that a model writes."""
+    return len(row.prompt_ids) + (len(row.response_ids) if limit is None else limit)
+
+
+def take_trial_steps(trainer: Any) -> Trial:
+    """Two optimizer steps, one if the run has no more; the trainer and its models are of no use afterwards.
+
+    Responses that a model writes go on to their limit, whatever it would stop at.
+
+    Args:
+        trainer: a `DistillTrainer` on `longest_rows_first` whose arguments went through `leave_nothing`.
+    """
+    quiet(trainer)
+    trainer.is_trial = True
+    trainer.write_to_the_limit()
+    clock = _Clock(trainer.phases)
+    trainer.add_callback(clock)
+    trainer.train()
+    limit = trainer.max_completion_length if writes_responses(trainer.method.responses) else None
+    return Trial(
+        steps=trainer.state.max_steps,
+        seconds=clock.seconds[-1],
+        seconds_by_phase=clock.by_phase,
+        warm=len(clock.seconds) > 1,
+        longest_row=_length(trainer.train_dataset[0], limit),
+        peak_memory_bytes=trainer.phases.peak,
+        peak_memory_by_phase=trainer.phases.peaks,
+        sampled=trainer.phases.sampled,
+    )
+
+
+class _Clock(TrainerCallback):
+    """Seconds of every step, those of the last one by phase, and the end of training after the second."""
+
+    def __init__(self, phases: Any) -> None:
+        self.seconds: list[float] = []
+        self.by_phase: dict[str, float] = {}
+        self._phases = phases
+        self._before: dict[str, float] = {}
+        self._since = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._since = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        now, total = time.perf_counter(), dict(self._phases.seconds)
+        self.seconds.append(now - self._since)
+        self.by_phase = {name: seconds - self._before.get(name, 0.0) for name, seconds in total.items()}
+        self._since, self._before = now, total
+        if len(self.seconds) == 2:
+            control.should_training_stop = True
