@@ -72,7 +72,7 @@ def run_authors(
 
 
 class StepClock(TrainerCallback):
-    """Seconds from the beginning of each optimiser step to its end, the loading of rows left out."""
+    """Seconds from the beginning of each optimizer step to its end, the loading of rows left out."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

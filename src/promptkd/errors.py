@@ -1,13 +1,11 @@
-"""The ways in which the project ends on purpose before it is done: it fails, or it is told to stop."""
+"""The exceptions that end a command: a failure, a wrong request, a signal."""
 
 import errno
 import signal
 from pathlib import Path
 
-__all__ = ["NO_ROOM", "PromptKDError", "RequestError", "Stopped", "cannot_write"]
-
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-"""Why a disk that took everything until now takes no more."""
+"""Errors of a disk that becomes unwritable while a command runs."""
 
 
 class PromptKDError(Exception):
@@ -23,13 +21,11 @@ class RequestError(PromptKDError, ValueError):
 
 
 class Stopped(SystemExit):
-    """A signal ended the command (exit status 128 + its number).
-
-    Like every `SystemExit`, it passes where errors are caught.
+    """A signal ended the command (exit status 128 + its number). As a `SystemExit`, it passes `except Exception`.
 
     Args:
         number: the signal's.
-        reached: what was done until then, as the end of a sentence: "after step 7 of 10".
+        reached: how far the command got, as the end of a sentence: "after step 7 of 10".
     """
 
     def __init__(self, number: int, reached: str = ""):
@@ -43,7 +39,7 @@ class Stopped(SystemExit):
 
 
 def cannot_write(target: Path, error: OSError) -> PromptKDError:
-    """What to raise where the disk refuses: one that is full fails the run, a wrong place makes a wrong request."""
+    """The exception for a write that failed: a full disk fails the run, a wrong place is a wrong request."""
     reason = error.strerror or str(error)
     if error.errno in NO_ROOM and error.errno != errno.EROFS:
         return PromptKDError(f"Cannot write {target}: {reason}. Make room there or give another --out.")

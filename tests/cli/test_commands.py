@@ -38,7 +38,7 @@ from helpers.commands import (
 )
 from promptkd.cli import COMMANDS
 from promptkd.cli.parsing.config_file import read_config
-from promptkd.data.dataset import load_rows
+from promptkd.data import encode_examples, read_examples
 from promptkd.results import Metric, Results, file_sha256
 from promptkd.training.callbacks import ProgressBar
 
@@ -125,7 +125,7 @@ def test_the_loss_of_sft_counts_response_tokens_alone(world, tmp_path, capsys):
     model = AutoModelForCausalLM.from_pretrained(world.student)
     tokenizer = AutoTokenizer.from_pretrained(world.student)
     nats = tokens = 0.0
-    for row in load_rows(world.train, tokenizer, template=LIMITS[-1]).examples:
+    for row in encode_examples(read_examples(world.train), tokenizer, LIMITS[-1]).examples:
         with torch.no_grad():
             logits = model(torch.tensor([row.prompt_ids + row.response_ids])).logits[0, len(row.prompt_ids) - 1 : -1]
         nats -= float(logits.log_softmax(-1)[range(len(row.response_ids)), row.response_ids].sum())

@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 
 from helpers.tiny import ARCHITECTURES, END_ID, VOCABULARY, tiny_model
 from promptkd.engine import engine_for, evaluating, first_verified
-from promptkd.engine.reference import CacheDecoder
+from promptkd.engine.reference import DynamicCacheDecoder
 from promptkd.errors import RequestError
 from promptkd.generation import generate, row_seeds
 
@@ -22,7 +22,7 @@ LENGTH = 20  # past Gemma 2's window of 8
 def is_tried(model) -> bool:
     """Have a model's decoders tried before its forwards are counted; whether one other than the reference runs it."""
     decoders = engine_for(model.device).decoders
-    return not isinstance(first_verified(decoders, model), CacheDecoder)
+    return not isinstance(first_verified(decoders, model), DynamicCacheDecoder)
 
 
 def some_prompts(count: int = 8) -> list[list[int]]:

@@ -10,7 +10,7 @@ import torch
 
 from helpers.tiny import END_ID
 from helpers.trainers import FixedResponses, log, pair, rows, trainer
-from promptkd.data.packing import right_pad
+from promptkd.data.batch import right_pad
 from promptkd.engine import response_logits
 from promptkd.generation import generate
 from promptkd.methods import METHODS, named_method

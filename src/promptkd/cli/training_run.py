@@ -15,7 +15,7 @@ from promptkd.cli.parsing.parser import merged_config
 from promptkd.cli.provenance import data_record, label_of
 from promptkd.cli.run_folder import RunFolder
 from promptkd.cli.terminal import is_main_process, say
-from promptkd.data import encode_examples, read_examples, resolve_template
+from promptkd.data import encode_examples, read_examples
 from promptkd.errors import PromptKDError, RequestError
 from promptkd.evaluation.measure import evaluate_model
 from promptkd.io.jsonl import write_whole
@@ -100,7 +100,7 @@ class TrainingRun:
             encoded[name] = encode_examples(
                 examples,
                 tokenizer,
-                resolve_template(args.template, tokenizer),
+                args.template,
                 max_prompt_length=args.max_prompt_length,
                 max_response_length=args.max_completion_length,
                 overlong=args.overlong,

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from promptkd.data.packing import right_pad
+from promptkd.data.batch import right_pad
 from promptkd.engine import evaluating, head_logits, response_hidden
 from promptkd.errors import PromptKDError, RequestError
 from promptkd.evaluation.accumulated_error import Ended, Floats, excess_accumulated_error

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from promptkd.data.packing import on_device
+from promptkd.data.batch import on_device
 from promptkd.engine import DecodeSession, decoding, embedding_device, engine_for, evaluating, unwrap_peft
 from promptkd.generation.sampling import Sampler, uniforms
 

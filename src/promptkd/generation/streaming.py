@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from promptkd.engine import evaluating, unwrap_peft
-from promptkd.engine.reference import CacheSession
+from promptkd.engine.reference import DynamicCacheSession
 from promptkd.generation.decode_loop import check_request
 from promptkd.generation.sampling import Sampler, uniforms
 
@@ -36,13 +36,13 @@ def stream(
     seeds = None if seed is None else [seed]
     check_request([prompt], [max_new_tokens], temperature, top_p, top_k, seeds, batch_size=1)
     pick = Sampler(temperature, top_p, top_k)
-    session = CacheSession(unwrap_peft(model), vocabulary)
+    session = DynamicCacheSession(unwrap_peft(model), vocabulary)
     return _tokens(session, prompt, max_new_tokens, frozenset(stop_ids), pick, seed)
 
 
 @torch.no_grad()  # as a decorator it holds while the generator runs, and not between two of its tokens
 def _tokens(
-    session: CacheSession,
+    session: DynamicCacheSession,
     prompt: Sequence[int],
     max_new_tokens: int,
     stops: frozenset[int],

@@ -13,9 +13,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.models import unwrap_model_for_generation
 
-from promptkd.data.encode import EncodedExample
-from promptkd.data.packing import right_pad
-from promptkd.data.texts import encode_texts
+from promptkd.data.batch import right_pad
+from promptkd.data.encode import EncodedExample, encode_texts
 from promptkd.errors import RequestError
 from promptkd.generation import generate
 from promptkd.methods import Method

@@ -11,8 +11,7 @@ from torch.utils.data import RandomSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
-from promptkd.data.dataset import stop_ids_of
-from promptkd.data.encode import EncodedData, EncodedExample
+from promptkd.data.encode import EncodedData, EncodedExample, stop_token_ids
 from promptkd.engine import unwrap_peft
 from promptkd.errors import RequestError
 from promptkd.settings import option
@@ -99,7 +98,7 @@ class FinetuneTrainer(SFTTrainer):
     ):
         self._training = train_data.examples
         self.validation_rows = [] if eval_data is None else eval_data.examples
-        self.stop_ids = stop_ids_of(processing_class, unwrap_peft(model).generation_config, template=args.template)
+        self.stop_ids = stop_token_ids(processing_class, unwrap_peft(model).generation_config, args.template)
         super().__init__(
             model=model,
             args=args,
