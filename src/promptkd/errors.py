@@ -2,9 +2,8 @@
 
 import errno
 import signal
+from collections.abc import Iterable
 from pathlib import Path
-
-__all__ = ["NO_ROOM", "PromptKDError", "RequestError", "Stopped", "cannot_write"]
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 """Why a disk that took everything until now takes no more."""
@@ -40,6 +39,20 @@ class Stopped(SystemExit):
 
     def __str__(self) -> str:
         return f"{self._name} {self.reached}".rstrip() + "."
+
+
+def check_all(lead: str, checks: Iterable[tuple[bool, str]], advice: str = "") -> None:
+    """Report everything that is wrong with a request together: "lead: problem; problem. advice".
+
+    Args:
+        checks: pairs of whether something is wrong and the words for it.
+
+    Raises:
+        RequestError: if anything is wrong.
+    """
+    problems = [problem for is_wrong, problem in checks if is_wrong]
+    if problems:
+        raise RequestError(f"{lead}: {'; '.join(problems)}.{advice and f' {advice}'}")
 
 
 def cannot_write(target: Path, error: OSError) -> PromptKDError:

@@ -205,7 +205,7 @@ def _settings(options: Options) -> dict[str, Any]:
 
 def _check(options: Options) -> None:
     from promptkd.cli.measuring import MOST_TOKENS, wrong_batch_size
-    from promptkd.errors import RequestError
+    from promptkd.errors import check_all
 
     checks = [
         (options.samples_per_row < 1, f"--samples-per-row must be at least 1, got {options.samples_per_row}"),
@@ -220,9 +220,7 @@ def _check(options: Options) -> None:
             f"each student must be given once, got {' '.join(options.student)}",
         ),
     ]
-    problems = [text for wrong, text in checks if wrong]
-    if problems:
-        raise RequestError("Cannot measure: " + "; ".join(problems) + ".")
+    check_all("Cannot measure", checks)
 
 
 def _students(options: Options) -> dict[str, str]:

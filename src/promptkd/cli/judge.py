@@ -113,7 +113,7 @@ def run(options: Options, training: dict[str, Any]) -> None:
 def _check(options: Options) -> None:
     """Refuse what cannot work, all at once and before anything is read."""
     from promptkd.cli.session import check_writable
-    from promptkd.errors import RequestError
+    from promptkd.errors import RequestError, check_all
     from promptkd.io.redact import without_secret_values
     from promptkd.judge.endpoint import check_url
 
@@ -138,9 +138,7 @@ def _check(options: Options) -> None:
         (_same_label(options), "both models have the same name: give --label or --against-label"),
         (options.out.is_dir(), f"--out must be a file, and {options.out} is a folder"),
     ]
-    problems = [text for wrong, text in checks if wrong]
-    if problems:
-        raise RequestError("Cannot judge: " + "; ".join(problems) + ".")
+    check_all("Cannot judge", checks)
     check_url(options.endpoint)
     check_writable(options.out.parent, options.out)
     if options.out.exists() and not _log_path(options).exists() and not options.overwrite:

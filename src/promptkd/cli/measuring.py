@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from promptkd.cli.session import check_writable, say
-from promptkd.errors import RequestError
+from promptkd.errors import RequestError, check_all
 
 if TYPE_CHECKING:
     import torch
@@ -60,9 +60,7 @@ def check_decoding(options: Any, seeds: Sequence[int]) -> None:
         (any(seed < 0 for seed in seeds), f"seeds must be 0 or more, got {_listed(seeds)}"),
         (len(set(seeds)) < len(seeds), f"each seed must be given once, got {_listed(seeds)}"),
     ]
-    problems = [text for wrong, text in checks if wrong]
-    if problems:
-        raise RequestError("Cannot decode: " + "; ".join(problems) + ".")
+    check_all("Cannot decode", checks)
 
 
 def _listed(seeds: Sequence[int]) -> str:

@@ -79,7 +79,7 @@ def run(options: Options, training: dict[str, Any]) -> None:
 
 
 def _check(options: Options) -> None:
-    from promptkd.errors import RequestError
+    from promptkd.errors import check_all
 
     checks = [
         (options.workers < 1, f"--workers must be at least 1, got {options.workers}"),
@@ -94,8 +94,7 @@ def _check(options: Options) -> None:
             "--ray-address goes with --engine ray",
         ),
     ]
-    if problems := [text for wrong, text in checks if wrong]:
-        raise RequestError("; ".join(problems) + ".")
+    check_all("Cannot run the study", checks)
 
 
 def _carry_out(options: Options, runs: "list[StudyRun]") -> None:
