@@ -2,7 +2,8 @@
 
 import errno
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -55,9 +56,17 @@ def check_all(lead: str, checks: Iterable[tuple[bool, str]], advice: str = "") -
         raise RequestError(f"{lead}: {'; '.join(problems)}.{advice and f' {advice}'}")
 
 
-def cannot_write(target: Path, error: OSError) -> PromptKDError:
-    """What to raise where the disk refuses: one that is full fails the run, a wrong place makes a wrong request."""
-    reason = error.strerror or str(error)
-    if error.errno in NO_ROOM and error.errno != errno.EROFS:
-        return PromptKDError(f"Cannot write {target}: {reason}. Make room there or give another --out.")
-    return RequestError(f"Cannot write {target}: {reason}.")
+@contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Say that `target` cannot be written where the body meets an error of the disk.
+
+    Raises:
+        PromptKDError: in place of an `OSError` of the body; a `RequestError` unless the disk is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if error.errno in NO_ROOM and error.errno != errno.EROFS:
+            raise PromptKDError(f"Cannot write {target}: {reason}. Make room there or give another --out.") from error
+        raise RequestError(f"Cannot write {target}: {reason}.") from error

@@ -12,7 +12,7 @@ Several processes: accelerate launch -m promptkd distill ...
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -110,6 +110,12 @@ class Options:
 
 
 def run(options: Options, training: dict[str, Any]) -> None:
+    job, args, method = checked(options, training)
+    with nullcontext() if options.dry_run else job.folder.locked():
+        _distill(options, job, args, method)
+
+
+def _distill(options: Options, job: "TrainingRun", args: "DistillConfig", method: "Method") -> None:
     from promptkd.cli.forecast import print_forecast
     from promptkd.errors import RequestError
     from promptkd.models import check_same_vocabulary
@@ -117,7 +123,6 @@ def run(options: Options, training: dict[str, Any]) -> None:
     from promptkd.training.dry_run import at_its_most, longest_rows_first, take_trial_steps
     from promptkd.training.teacher_options import teacher_settings
 
-    job, args, method = checked(options, training)
     tokenizer, teacher_tokenizer = job.tokenizer(options.student), job.tokenizer(options.teacher)
     check_same_vocabulary(tokenizer, teacher_tokenizer)
     train, valid = job.encode(tokenizer, args, need_response=method.responses.needs_data)

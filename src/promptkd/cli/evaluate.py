@@ -75,6 +75,14 @@ _ANSWERS_DEPEND_ON = (
 
 
 def run(options: Options, training: dict[str, Any]) -> None:
+    from promptkd.io.lock import locked
+
+    check(options)
+    with locked(options.out):
+        _evaluate(options)
+
+
+def _evaluate(options: Options) -> None:
     import time
 
     from promptkd.cli.measured_memory import say_peak
@@ -93,7 +101,6 @@ def run(options: Options, training: dict[str, Any]) -> None:
     from promptkd.models import check_same_vocabulary, load_tokenizer
     from promptkd.report import terminal_table
 
-    check(options)
     quiet_libraries()
     metrics = [HubMetric(name) for name in options.metrics]
     trust = options.trust_remote_code

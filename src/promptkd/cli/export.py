@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from promptkd.errors import RequestError
+from promptkd.errors import RequestError, writing
 
 POSITIONAL = "model"
 _OWN = ("config.json", "generation_config.json", "chat_template.jinja", "special_tokens_map.json", "vocab.json")
@@ -41,7 +41,7 @@ def run(options: Options, training: dict[str, Any]) -> None:
 
     from promptkd.cli.measuring import label_of
     from promptkd.cli.session import quiet_libraries, say
-    from promptkd.cli.whole import written_whole
+    from promptkd.io.atomic import atomic
     from promptkd.models import count_parameters
     from promptkd.models.export import export_gguf, export_safetensors, plain_model
 
@@ -50,7 +50,7 @@ def run(options: Options, training: dict[str, Any]) -> None:
     dtype = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[options.dtype]
     model, tokenizer = plain_model(options.model, trust_remote_code=options.trust_remote_code)
     started = time.monotonic()
-    with written_whole(options.out, folder=options.to == "safetensors") as partial:
+    with writing(options.out), atomic(options.out) as partial:
         if options.to == "gguf":
             found = export_gguf(partial, model, tokenizer, dtype, title=label_of(options.model))
         else:

@@ -54,9 +54,6 @@ class Options:
 
 
 def run(options: Options, training: dict[str, Any]) -> None:
-    import json
-    import os
-
     from promptkd.cli.measured_memory import say_peak
     from promptkd.cli.measuring import (
         check_decoding,
@@ -70,6 +67,8 @@ def run(options: Options, training: dict[str, Any]) -> None:
     from promptkd.cli.session import progress_lines, quiet_libraries, say
     from promptkd.data.dataset import stop_ids_of
     from promptkd.generation import generate, row_seeds
+    from promptkd.io.atomic import write_atomic
+    from promptkd.io.jsonl import encoded
     from promptkd.models import load_tokenizer, vocabulary_size
 
     check_output(options.out, overwrite=options.overwrite)
@@ -97,26 +96,20 @@ def run(options: Options, training: dict[str, Any]) -> None:
             vocabulary=vocabulary_size(tokenizer),
             on_batch=lambda done: tell("responses", done),
         )
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    partial = options.out.with_name(options.out.name + ".partial")
-    cut = 0
-    with partial.open("w", encoding="utf-8") as file:
-        for row, response in zip(rows, responses, strict=True):
-            ended = bool(response) and response[-1] in stops
-            cut += not ended
-            if options.ended_only and not ended:
-                continue
-            line = {
-                "row": row.row,
-                "prompt": row.prompt,
-                "completion": tokenizer.decode(response, skip_special_tokens=True),
-                "references": list(row.references),
-                "tokens": len(response),
-                "ended": ended,
-            }
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    os.replace(partial, options.out)
-    written = len(rows) - cut if options.ended_only else len(rows)
+    lines = [
+        {
+            "row": row.row,
+            "prompt": row.prompt,
+            "completion": tokenizer.decode(response, skip_special_tokens=True),
+            "references": list(row.references),
+            "tokens": len(response),
+            "ended": bool(response) and response[-1] in stops,
+        }
+        for row, response in zip(rows, responses, strict=True)
+    ]
+    cut = sum(not line["ended"] for line in lines)
+    written = [line for line in lines if line["ended"] or not options.ended_only]
+    write_atomic(options.out, encoded(written))
     dropped = f"; {data.dropped} rows over the length limit were dropped" if data.dropped else ""
-    say(f"{written} responses in {options.out}; {cut} did not end by themselves{dropped}.")
+    say(f"{len(written)} responses in {options.out}; {cut} did not end by themselves{dropped}.")
     say_peak()

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from promptkd.io.jsonl import ResumableLines
     from promptkd.judge.endpoint import Endpoint
     from promptkd.judge.prompt_template import Task
     from promptkd.judge.questions import Answer
-    from promptkd.judge.verdict_log import VerdictLog
     from promptkd.results import DataRecord
 
 GOES_ON: tuple[str, ...] = ()
@@ -72,6 +72,16 @@ class Options:
 
 
 def run(options: Options, training: dict[str, Any]) -> None:
+    from promptkd.io.lock import locked
+    from promptkd.judge.endpoint import check_client
+
+    _check(options)
+    check_client()
+    with locked(options.out):
+        _judge(options)
+
+
+def _judge(options: Options) -> None:
     import hashlib
     import time
 
@@ -79,15 +89,13 @@ def run(options: Options, training: dict[str, Any]) -> None:
     from promptkd.cli.measuring import label_of
     from promptkd.cli.options import merged_config
     from promptkd.cli.session import say
-    from promptkd.judge.endpoint import check_client
     from promptkd.judge.metrics import judge_notes, judge_results, token_cost
     from promptkd.judge.prompt_template import load_prompt
     from promptkd.judge.questions import questions_about
+    from promptkd.judge.verdict_log import Verdict
     from promptkd.report import terminal_table
     from promptkd.results import Results
 
-    _check(options)
-    check_client()
     task: Task = "score" if options.against is None else "pairwise"
     prompt = load_prompt(task, options.prompt_file)
     endpoint = _endpoint(options)
@@ -96,8 +104,8 @@ def run(options: Options, training: dict[str, Any]) -> None:
     log = _log(options, task, endpoint, prompt)
     start = time.monotonic()
     ask_missing(task, endpoint, questions, log, options.concurrency)
-    log.finish()
-    verdicts = {key: log.verdicts[key] for key in questions}
+    log.replace([log.lines[key] for key in sorted(log.lines)])
+    verdicts = {key: Verdict(**log.lines[key]) for key in questions}
     data = options.data_label or ("requests" if options.data is None else label_of(options.data))
     asked = {"judge": endpoint.model, **endpoint.fields, "prompt": hashlib.sha256(prompt.encode()).hexdigest()[:12]}
     results = Results(kind="judge", config=merged_config(options, {}), metrics=token_cost(verdicts.values()))
@@ -223,10 +231,10 @@ def _provenance(options: Options, data: str, models: "dict[str, dict[int, Answer
     return records
 
 
-def _log(options: Options, task: "Task", endpoint: "Endpoint", prompt: str) -> "VerdictLog":
+def _log(options: Options, task: "Task", endpoint: "Endpoint", prompt: str) -> "ResumableLines":
     """The verdicts there are, under settings on which a verdict depends; how patiently one asks is not among them."""
     from promptkd.cli.session import data_record
-    from promptkd.judge.verdict_log import VerdictLog
+    from promptkd.judge.verdict_log import verdict_log
     from promptkd.results import file_sha256
 
     settings = {
@@ -239,7 +247,7 @@ def _log(options: Options, task: "Task", endpoint: "Endpoint", prompt: str) -> "
         "data": None if options.data is None else data_record(options.data, 0, 0).sha256 or options.data,
         "prompt": prompt,
     }
-    return VerdictLog(_log_path(options), settings, overwrite=options.overwrite)
+    return verdict_log(_log_path(options), settings, overwrite=options.overwrite)
 
 
 def _log_path(options: Options) -> Path:

@@ -48,8 +48,9 @@ def run(options: Options, training: dict[str, Any]) -> None:
     from promptkd.cli.measuring import load_subject, precision_notes, settled_precision
     from promptkd.cli.options import merged_config
     from promptkd.cli.session import quiet_libraries, say
-    from promptkd.cli.whole import written_whole
     from promptkd.engine import check_scoring
+    from promptkd.errors import writing
+    from promptkd.io.atomic import atomic
     from promptkd.models import count_parameters, load_tokenizer, model_record, prune_layers
     from promptkd.results import Metric, Results
 
@@ -63,7 +64,7 @@ def run(options: Options, training: dict[str, Any]) -> None:
     student = prune_layers(teacher, kept)
     check_scoring(student)
     before, after = count_parameters(teacher), count_parameters(student)
-    with written_whole(options.out, folder=True) as folder:
+    with writing(options.out), atomic(options.out) as folder:
         student.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         files = sorted(each.name for each in folder.iterdir())

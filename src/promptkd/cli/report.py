@@ -29,10 +29,9 @@ class Options:
 
 
 def run(options: Options, training: dict[str, Any]) -> None:
-    import os
-
     from promptkd.cli.measuring import check_output
     from promptkd.cli.session import say
+    from promptkd.io.atomic import write_atomic
     from promptkd.report import terminal_table
     from promptkd.results import Results
 
@@ -41,10 +40,7 @@ def run(options: Options, training: dict[str, Any]) -> None:
     paths = [Path(name) for name in options.runs]
     records = [Results.read(path / "results.json" if path.is_dir() else path) for path in paths]
     text = _render(form, records, options.title)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    partial = options.out.with_name(options.out.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, options.out)
+    write_atomic(options.out, text)
     print(terminal_table(records))
     say(f"The {'page' if form == 'html' else 'report'} is {options.out}.")
 

@@ -2,18 +2,19 @@
 
 import logging
 import os
-import shutil
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from promptkd.cli.options import write_config
-from promptkd.errors import RequestError, cannot_write
+from promptkd.errors import RequestError, writing
+from promptkd.io.atomic import remove
+from promptkd.io.lock import FOLDER_LOCK, locked
 from promptkd.visible import shown
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def check_writable(folder: Path, target: Path) -> None:
 
 
 class RunFolder:
-    """The folder of a run: opened empty, to be replaced, or to be gone on with."""
+    """The folder of a run: opened empty, to be replaced, or to be resumed."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -124,11 +125,9 @@ class RunFolder:
         if not is_main_process():
             return
         for name in self._held() if overwrite else ():
-            _remove(self.path / name)
-        try:
+            remove(self.path / name)
+        with writing(self.path):
             write_config(self.config, merged)
-        except OSError as error:
-            raise cannot_write(self.path, error) from error
 
     @contextmanager
     def opened(self, merged: dict[str, Any], *, resume: bool, overwrite: bool) -> Iterator[None]:
@@ -141,11 +140,16 @@ class RunFolder:
         except BaseException:
             if is_main_process():
                 for place in new:
-                    _remove(place)
+                    remove(place)
             raise
 
+    def locked(self) -> AbstractContextManager[object]:
+        """The folder for this process alone; of a launch's processes the first holds it for all."""
+        return locked(self.path, folder=True) if is_main_process() else nullcontext()
+
     def _held(self) -> list[str]:
-        return sorted(each.name for each in self.path.iterdir()) if self.path.is_dir() else []
+        names = [each.name for each in self.path.iterdir()] if self.path.is_dir() else []
+        return sorted(name for name in names if name != FOLDER_LOCK)
 
     def _check_same_settings(self, merged: dict[str, Any]) -> None:
         from promptkd.cli.config_file import read_config
@@ -171,13 +175,6 @@ class RunFolder:
 def _rows_of_a_step(settings: dict[str, Any]) -> int:
     """Rows of an optimizer step on each process."""
     return prod(int(settings.get(name, default)) for name, default in _MICRO_BATCHES.items())
-
-
-def _remove(place: Path) -> None:
-    if place.is_dir() and not place.is_symlink():
-        shutil.rmtree(place)
-    else:
-        place.unlink(missing_ok=True)
 
 
 def data_record(path: str, rows: int, dropped: int) -> "DataRecord":

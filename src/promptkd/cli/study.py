@@ -106,7 +106,7 @@ def _carry_out(options: Options, runs: "list[StudyRun]") -> None:
     from promptkd.study.table import Table
 
     cluster = _cluster(options) if options.engine == "ray" else None
-    with locked(options.out) as lock:
+    with locked(options.out, folder=True) as lock:
         config = {k: v for k, v in merged_config(options, {}).items() if k not in ("config", "dry_run")}
         write_config(options.out / "config.yaml", config)
         jobs = [each.job for each in runs if each.job.commands]

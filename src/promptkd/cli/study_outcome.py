@@ -19,6 +19,7 @@ __all__ = ["compare_and_report"]
 def compare_and_report(options: "Options", runs: "Sequence[StudyRun]") -> None:
     """Compare the finished runs, write the record and the page, and print the table."""
     from promptkd.cli.session import say
+    from promptkd.io.atomic import write_atomic
     from promptkd.report import render_report, terminal_table
 
     if not runs:
@@ -29,9 +30,7 @@ def compare_and_report(options: "Options", runs: "Sequence[StudyRun]") -> None:
     if made is not None:
         made.write(options.out / "comparison.json")
         print(terminal_table([made]))
-    page.write_text(
-        render_report([*([made] if made else []), *records], title=f"Study {options.out.name}"), encoding="utf-8"
-    )
+    write_atomic(page, render_report([*([made] if made else []), *records], title=f"Study {options.out.name}"))
     say(f"The page is {page}.")
 
 

@@ -203,7 +203,7 @@ class TrainingRun:
     def record(self, trainer: Any, name: str) -> None:
         """Measure the finished model on the validation rows, write the record and the page, and print the table."""
         from promptkd.evaluation.measure import evaluate_model
-        from promptkd.io.jsonl import write_whole
+        from promptkd.io.atomic import write_atomic
         from promptkd.models import model_record
         from promptkd.report import render_report, terminal_table
         from promptkd.results import Results, Series, read_history
@@ -254,7 +254,7 @@ class TrainingRun:
             notes=[*self.notes, f"Peak memory of the process {peak_memory() / 2**30:.1f} GiB.", *warnings],
         )
         results.write(self.folder.results)
-        write_whole(self.folder.report, render_report([results]).encode())
+        write_atomic(self.folder.report, render_report([results]))
         if evaluations:
             print(terminal_table([results]))
         say(f"The model is in {self.folder.path / name}, the page in {self.folder.report}.")
