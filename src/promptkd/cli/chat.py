@@ -19,7 +19,8 @@ from promptkd.errors import RequestError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from promptkd.generation.conversation import Conversation, Decoding
+    from promptkd.generation import Decoding
+    from promptkd.generation.conversation import Conversation
 
 POSITIONAL = "models"
 LESS_MEMORY = ("fewer models", "a smaller --max-completion-length (now {max_completion_length})")
@@ -61,10 +62,11 @@ class Options:
 def run(options: Options, training: dict[str, Any]) -> None:
     from rich.console import Console
 
-    from promptkd.cli.measuring import computing_in, settled_precision
+    from promptkd.cli.measuring import check_decoding, computing_in, settled_precision
     from promptkd.cli.session import quiet_libraries
-    from promptkd.generation.conversation import Decoding
+    from promptkd.generation import Decoding
 
+    check_decoding(options, [options.seed])
     decoding = Decoding(
         max_new_tokens=options.max_completion_length,
         temperature=options.temperature,

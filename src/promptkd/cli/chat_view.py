@@ -15,7 +15,7 @@ from promptkd.cli.session import say
 from promptkd.visible import shown
 
 if TYPE_CHECKING:
-    from promptkd.generation.conversation import Answer
+    from promptkd.generation.conversation import StreamedAnswer
 
 __all__ = ["Writing", "on_terminal", "write_in_turn", "write_side_by_side"]
 
@@ -34,7 +34,7 @@ class Writing:
     """An answer on its way."""
 
     label: str
-    answer: "Answer"
+    answer: "StreamedAnswer"
     pieces: Iterator[str]
     seconds: float = 0.0
     running: bool = True

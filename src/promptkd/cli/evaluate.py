@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from promptkd.evaluation.measure import Decoding
+    from promptkd.generation import Decoding
     from promptkd.results import Results
 
 GOES_ON: tuple[str, ...] = ()
@@ -116,17 +116,16 @@ def _evaluate(options: Options) -> None:
     if options.teacher is not None:
         teacher_dtype = teacher_precision_here(options.teacher_dtype)
         teacher = load_subject(options.teacher, trust, teacher_dtype)
-    stops = stop_ids_of(tokenizer, model.generation_config, template=options.template)
+    decoding = _decoding(options, stop_ids_of(tokenizer, model.generation_config, template=options.template))
     results = _begun_record(options, sets, model, teacher)
     results.notes += precision_notes(precision, teacher_dtype)
-    _settle(options, results, stops, precision, teacher_dtype)
+    _settle(options, results, decoding, precision, teacher_dtype)
     for name, data in sets.items():
         started = time.perf_counter()
         job = SetEvaluation(
             model,
             tokenizer,
             data.examples,
-            stops,
             file_of=partial(_file, options.out, name),
             teacher=teacher,
             metrics=metrics,
@@ -134,7 +133,7 @@ def _evaluate(options: Options) -> None:
         )
         with computing_in(precision):
             results.evaluations += job.run(
-                _decoding(options),
+                decoding,
                 options.seeds,
                 greedy=options.greedy,
                 model_label=label_of(options.model),
@@ -214,7 +213,7 @@ def _begun_record(options: Options, sets: dict[str, Any], model: Any, teacher: A
 
 
 def _settle(
-    options: Options, results: "Results", stops: Sequence[int], precision: str, teacher_dtype: str | None
+    options: Options, results: "Results", decoding: "Decoding", precision: str, teacher_dtype: str | None
 ) -> None:
     """Make sure that answers which are there already were made as this command would make them."""
     from promptkd.cli.session import say
@@ -228,19 +227,20 @@ def _settle(
     settings["--dtype"] = precision
     if teacher_dtype is not None:
         settings["--teacher-dtype"] = teacher_dtype
-    settings["ids that end an answer"] = list(stops)
-    parts = parts_of(_decoding(options), options.seeds, greedy=options.greedy, teacher=options.teacher is not None)
+    settings["ids that end an answer"] = list(decoding.stop_ids)
+    parts = parts_of(decoding, options.seeds, greedy=options.greedy, teacher=options.teacher is not None)
     files = [_file(options.out, name, part) for name in results.data for part in parts]
     held = settle_settings(_settings_file(options.out), settings, files, overwrite=options.overwrite)
     if held:
         say(f"Going on from {len(held)} of {len(files)} files of answers and losses.")
 
 
-def _decoding(options: Options) -> "Decoding":
+def _decoding(options: Options, stop_ids: Sequence[int]) -> "Decoding":
     from promptkd.cli.measuring import settled_rows
-    from promptkd.evaluation.measure import Decoding
+    from promptkd.generation import Decoding
 
     return Decoding(
+        stop_ids=stop_ids,
         temperature=options.temperature,
         top_p=options.top_p,
         top_k=options.top_k,

@@ -66,7 +66,7 @@ def run(options: Options, training: dict[str, Any]) -> None:
     )
     from promptkd.cli.session import progress_lines, quiet_libraries, say
     from promptkd.data.dataset import stop_ids_of
-    from promptkd.generation import generate, row_seeds
+    from promptkd.generation import SamplingParams, generate, row_seeds
     from promptkd.io.atomic import write_atomic
     from promptkd.io.jsonl import encoded
     from promptkd.models import load_tokenizer, vocabulary_size
@@ -81,19 +81,22 @@ def run(options: Options, training: dict[str, Any]) -> None:
     model = load_subject(options.model, options.trust_remote_code)
     stops = stop_ids_of(tokenizer, model.generation_config, template=options.template)
     seeds = row_seeds(options.seed, max(row.row for row in rows) + 1)
+    params = SamplingParams(
+        max_new_tokens=options.max_completion_length,
+        stop_ids=stops,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        top_k=options.top_k,
+        vocabulary=vocabulary_size(tokenizer),
+    )
     tell = progress_lines("Generating", len(rows))
     with computing_in(precision):
         responses = generate(
             model,
             [row.prompt_ids for row in rows],
-            max_new_tokens=options.max_completion_length,
-            stop_ids=stops,
-            temperature=options.temperature,
-            top_p=options.top_p,
-            top_k=options.top_k,
+            params,
             seeds=[seeds[row.row] for row in rows],
             batch_size=settled_rows(options.batch_size),
-            vocabulary=vocabulary_size(tokenizer),
             on_batch=lambda done: tell("responses", done),
         )
     lines = [

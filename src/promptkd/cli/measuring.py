@@ -69,7 +69,7 @@ def _listed(seeds: Sequence[int]) -> str:
 
 def wrong_batch_size(options: Any) -> tuple[bool, str]:
     """Whether --batch-size is wrong, and the words for it."""
-    size = options.batch_size
+    size = vars(options).get("batch_size")
     return size is not None and size < 1, f"--batch-size must be at least 1, got {size}"
 
 

@@ -225,7 +225,6 @@ class TrainingRun:
                     trainer.decoding(),
                     model_label=name,
                     data_label="validation",
-                    stop_ids=trainer.stop_ids,
                     teacher=teacher,
                     batch_size=trainer.args.per_device_eval_batch_size,
                 )
