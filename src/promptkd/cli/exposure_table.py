@@ -6,8 +6,6 @@ from promptkd.evaluation import ExposureBias
 from promptkd.results import CurvePoint, Metric
 from promptkd.visible import shown
 
-__all__ = ["exposure_table"]
-
 MOST_LENGTHS = 5
 
 

@@ -2,26 +2,25 @@
 
 from collections.abc import Sequence
 from statistics import mean, median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from promptkd.cli.options.study import Options
+from promptkd.cli.parsing.parser import merged_config
+from promptkd.cli.study_runs import StudyRun
+from promptkd.cli.terminal import say
 from promptkd.errors import RequestError
+from promptkd.evaluation.comparison import Comparison, compare
+from promptkd.evaluation.pairing import Candidate
+from promptkd.io.atomic import write_atomic
+from promptkd.report import render_report, terminal_table
+from promptkd.report.compared import compared_sentences
+from promptkd.report.figures import metric
+from promptkd.results import Results, Training
+from promptkd.study.pooling import Member, compare_groups
 
-if TYPE_CHECKING:
-    from promptkd.cli.study import Options
-    from promptkd.cli.study_runs import StudyRun
-    from promptkd.evaluation.comparison import Comparison
-    from promptkd.evaluation.pairing import Candidate
-    from promptkd.results import Results, Training
 
-__all__ = ["compare_and_report"]
-
-
-def compare_and_report(options: "Options", runs: "Sequence[StudyRun]") -> None:
+def compare_and_report(options: Options, runs: Sequence[StudyRun]) -> None:
     """Compare the finished runs, write the record and the page, and print the table."""
-    from promptkd.cli.session import say
-    from promptkd.io.atomic import write_atomic
-    from promptkd.report import render_report, terminal_table
-
     if not runs:
         return
     records = _records(runs)
@@ -34,21 +33,14 @@ def compare_and_report(options: "Options", runs: "Sequence[StudyRun]") -> None:
     say(f"The page is {page}.")
 
 
-def _records(runs: "Sequence[StudyRun]") -> "list[Results]":
+def _records(runs: Sequence[StudyRun]) -> list[Results]:
     """What each run trained and how. What it measured is pooled in the comparison; its answers are on its own page."""
-    from promptkd.results import Results
-
     records = [Results.read(run.folder / "results.json") for run in runs]
     return [record.model_copy(update={"evaluations": []}) for record in records]
 
 
-def _comparison(options: "Options", runs: "Sequence[StudyRun]") -> "Results | None":
+def _comparison(options: Options, runs: Sequence[StudyRun]) -> Results | None:
     """The record of the comparison; None, with a sentence, if there is nothing to compare."""
-    from promptkd.cli.options import merged_config
-    from promptkd.cli.session import say
-    from promptkd.report.compared import compared_sentences
-    from promptkd.results import Results
-
     try:
         comparison = _compared(options, runs)
     except RequestError as error:
@@ -66,11 +58,7 @@ def _comparison(options: "Options", runs: "Sequence[StudyRun]") -> "Results | No
     return results
 
 
-def _compared(options: "Options", runs: "Sequence[StudyRun]") -> "Comparison":
-    from promptkd.evaluation.comparison import compare
-    from promptkd.report.figures import metric
-    from promptkd.study.pooling import Member, compare_groups
-
+def _compared(options: Options, runs: Sequence[StudyRun]) -> Comparison:
     groups = list(dict.fromkeys(run.planned.group for run in runs))
     baseline = options.baseline or groups[0]
     if baseline not in groups:
@@ -86,20 +74,15 @@ def _compared(options: "Options", runs: "Sequence[StudyRun]") -> "Comparison":
     return compare([each.candidate for each in members], better, baseline=baseline, metrics=options.metrics)
 
 
-def _candidate(run: "StudyRun", label: str) -> "Candidate":
-    from promptkd.evaluation.pairing import Candidate
-    from promptkd.results import Results
-
+def _candidate(run: StudyRun, label: str) -> Candidate:
     record = Results.read(run.results)
     if not record.evaluations:
         raise RequestError("the runs hold no measurement. Give `eval_data` in `base`, or `evaluate` with its data.")
     return Candidate(label, record, record.evaluations[0].model)
 
 
-def _costs(runs: "Sequence[StudyRun]") -> "dict[str, Training]":
+def _costs(runs: Sequence[StudyRun]) -> dict[str, Training]:
     """What a run of each group cost: means over its seeds, and the most memory."""
-    from promptkd.results import Results, Training
-
     groups: dict[str, list[Training]] = {}
     for run in runs:
         record = Results.read(run.folder / "results.json")
@@ -107,9 +90,7 @@ def _costs(runs: "Sequence[StudyRun]") -> "dict[str, Training]":
     return {group: _mean_cost(costs) for group, costs in groups.items()}
 
 
-def _mean_cost(costs: "list[Training]") -> "Training":
-    from promptkd.results import Training
-
+def _mean_cost(costs: list[Training]) -> Training:
     speeds = [each.tokens_per_second for each in costs if each.tokens_per_second is not None]
     settings: dict[str, Any] = {
         "method": costs[0].method,
@@ -122,7 +103,7 @@ def _mean_cost(costs: "list[Training]") -> "Training":
     return Training(**settings)
 
 
-def _largest_peaks(costs: "list[Training]") -> dict[str, int]:
+def _largest_peaks(costs: list[Training]) -> dict[str, int]:
     """By phase."""
     peaks: dict[str, int] = {}
     for each in costs:
