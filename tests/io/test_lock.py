@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers.commands import MODEL_FILES, PROMPT_FILES, RUN_FILES, below, done, held, make_world, run
 
+from helpers.commands import MODEL_FILES, PROMPT_FILES, RUN_FILES, below, done, held, make_world, run
 from promptkd.errors import RequestError
 from promptkd.io import lock
 from promptkd.io.lock import locked

@@ -166,7 +166,7 @@ class Demo:
         started = time.perf_counter()
         self.say(f"Measuring: {label}")
         limit, seed = self.settings.max_response_length, self.settings.seed
-        decoding = Decoding(limit, self.stop_ids, temperature=0.0, seed=seed, batch_size=64)
+        decoding = Decoding(0.0, max_new_tokens=limit, stop_ids=self.stop_ids, seed=seed, batch_size=64)
         with computing("cpu", self.dtype):
             evaluation = evaluate_model(
                 model,

@@ -75,7 +75,7 @@ def sample_continuations(
     written = generate(
         model,
         [each for each in prompts for _ in by_draw],
-        SamplingParams(max_new_tokens, stop_ids, vocabulary=vocabulary),
+        SamplingParams(max_new_tokens=max_new_tokens, stop_ids=stop_ids, vocabulary=vocabulary),
         seeds=[seeds[place] for place in places for seeds in by_draw],
         prompt=prompt,
         batch_size=batch_size,

@@ -26,16 +26,16 @@ class SamplingParams:
         RequestError: naming every setting with which nothing can be decoded.
     """
 
-    max_new_tokens: int | Sequence[int] = 256
-    """Length limit of every response, or one for each prompt."""
-    stop_ids: Sequence[int] = ()
-    """Tokens that end a response, and belong to it."""
     temperature: float = 1.0
     """Divides the logits; 0 decodes greedily."""
     top_p: float = 1.0
     """Share of the probability mass to sample from, 1 for all of it."""
     top_k: int = 0
     """Number of tokens to sample from, 0 for all."""
+    max_new_tokens: int | Sequence[int] = 256
+    """Length limit of every response, or one for each prompt."""
+    stop_ids: Sequence[int] = ()
+    """Tokens that end a response, and belong to it."""
     vocabulary: int | None = None
     """Only the first so many ids are written; the further columns of a padded head mean nothing."""
 
