@@ -18,7 +18,7 @@ from promptkd.cli.terminal import is_main_process, say
 from promptkd.data import encode_examples, read_examples
 from promptkd.errors import PromptKDError, RequestError
 from promptkd.evaluation.measure import evaluate_model
-from promptkd.io.jsonl import write_whole
+from promptkd.io.atomic import write_atomic
 from promptkd.memory import peak_memory
 from promptkd.models import load_model, load_tokenizer, model_record
 from promptkd.report import render_report, terminal_table
@@ -211,10 +211,9 @@ class TrainingRun:
                     model,
                     trainer.processing_class,
                     trainer.validation_rows,
-                    validation_decoding(trainer.args),
+                    validation_decoding(trainer),
                     model_label=name,
                     data_label="validation",
-                    stop_ids=trainer.stop_ids,
                     teacher=teacher,
                     batch_size=trainer.args.per_device_eval_batch_size,
                 )
@@ -243,7 +242,7 @@ class TrainingRun:
             notes=[*self.notes, f"Peak memory of the process {peak_memory() / 2**30:.1f} GiB.", *warnings],
         )
         results.write(self.folder.results)
-        write_whole(self.folder.report, render_report([results]).encode())
+        write_atomic(self.folder.report, render_report([results]))
         if evaluations:
             print(terminal_table([results]))
         say(f"The model is in {self.folder.path / name}, the page in {self.folder.report}.")

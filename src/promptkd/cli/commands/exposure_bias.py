@@ -25,7 +25,7 @@ from promptkd.cli.parsing.parser import merged_config
 from promptkd.cli.provenance import data_record, label_of
 from promptkd.cli.terminal import progress_lines, say
 from promptkd.data import stop_token_ids
-from promptkd.errors import RequestError
+from promptkd.errors import RequestError, check_all
 from promptkd.evaluation import exposure_bias, sample_continuations
 from promptkd.evaluation.exposure_bias import ExposureBias
 from promptkd.memory import peak_memory
@@ -163,9 +163,7 @@ def _check(options: Options) -> None:
             f"each student must be given once, got {' '.join(options.student)}",
         ),
     ]
-    problems = [text for wrong, text in checks if wrong]
-    if problems:
-        raise RequestError("Cannot measure: " + "; ".join(problems) + ".")
+    check_all("Cannot measure", checks)
 
 
 def _students(options: Options) -> dict[str, str]:
