@@ -7,8 +7,13 @@ import numpy as np
 import pytest
 
 from promptkd.errors import RequestError
-from promptkd.evaluation import bootstrap
-from promptkd.evaluation.bootstrap import mean_interval, paired_difference, paired_token_difference, token_mean_interval
+from promptkd.evaluation import statistics
+from promptkd.evaluation.statistics import (
+    mean_interval,
+    paired_difference,
+    paired_token_difference,
+    token_mean_interval,
+)
 from promptkd.results import Metric
 
 
@@ -129,7 +134,7 @@ def test_equal_arguments_give_equal_intervals_and_another_seed_another() -> None
 def test_drawing_in_blocks_covers_every_resample(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.random.default_rng(7).normal(size=30)
     whole = mean_interval(values, resamples=101)
-    monkeypatch.setattr(bootstrap, "_BLOCK", 30 * 25)  # 25, 25, 25, 25 and 1
+    monkeypatch.setattr(statistics, "_BLOCK", 30 * 25)  # 25, 25, 25, 25 and 1
     assert mean_interval(values, resamples=101) == whole
 
 

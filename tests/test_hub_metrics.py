@@ -7,8 +7,8 @@ import pytest
 
 from commands import LIMITS, done, json_lines, make_world, run, write_rows
 from promptkd.errors import PromptKDError, RequestError
-from promptkd.evaluation.bootstrap import mean_interval
 from promptkd.evaluation.hub_metrics import HubMetric
+from promptkd.evaluation.statistics import mean_interval
 from promptkd.results import Results
 
 SCRIPT = """

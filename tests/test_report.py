@@ -16,7 +16,7 @@ from pages import Page, unpacked
 from promptkd.errors import RequestError
 from promptkd.report import comparison_table, difference_table, render_report, terminal_table, unified
 from promptkd.report.escape import packed_json
-from promptkd.report.figures import estimate, metric, score
+from promptkd.report.metrics import estimate, metric, score
 from promptkd.report.plots import stages
 from promptkd.results import DataRecord, Difference, Evaluation, Metric, ModelRecord, Results, Series
 from promptkd.visible import visible

@@ -43,7 +43,7 @@ def run(options: Options, training: dict[str, Any]) -> None:
     from promptkd.cli.session import say
     from promptkd.evaluation.comparison import compare
     from promptkd.report.compared import compared_sentences, compared_text
-    from promptkd.report.figures import metric
+    from promptkd.report.metrics import metric
     from promptkd.results import Results
 
     if options.out is not None:

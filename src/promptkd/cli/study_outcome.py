@@ -69,7 +69,7 @@ def _comparison(options: "Options", runs: "Sequence[StudyRun]") -> "Results | No
 
 def _compared(options: "Options", runs: "Sequence[StudyRun]") -> "Comparison":
     from promptkd.evaluation.comparison import compare
-    from promptkd.report.figures import metric
+    from promptkd.report.metrics import metric
     from promptkd.study.pooling import Member, compare_groups
 
     groups = list(dict.fromkeys(run.planned.group for run in runs))

@@ -1,6 +1,5 @@
 """What a model can do: answers, scores and intervals."""
 
-from promptkd.evaluation.bootstrap import mean_interval, paired_difference, paired_token_difference, token_mean_interval
 from promptkd.evaluation.comparison import Candidate, Comparison, compare
 from promptkd.evaluation.exposure_bias import ExposureBias, exposure_bias, sample_continuations
 from promptkd.evaluation.generation import generate
@@ -14,6 +13,12 @@ from promptkd.evaluation.rouge import (
     rouge_l_scores,
 )
 from promptkd.evaluation.significance import effect_size, holm, sign_flip_test
+from promptkd.evaluation.statistics import (
+    mean_interval,
+    paired_difference,
+    paired_token_difference,
+    token_mean_interval,
+)
 from promptkd.evaluation.text_metrics import distinct
 
 __all__ = [

@@ -14,9 +14,9 @@ import numpy as np
 
 from promptkd.errors import RequestError
 from promptkd.evaluation.alike import unlike
-from promptkd.evaluation.bootstrap import paired_token_difference, token_mean_interval
 from promptkd.evaluation.pairing import Candidate, Column, Setting, settings_of
 from promptkd.evaluation.significance import effect_size, holm, row_contributions, sign_flip_test
+from promptkd.evaluation.statistics import paired_token_difference, token_mean_interval
 from promptkd.results import DataRecord, Difference, Evaluation
 
 __all__ = ["Candidate", "Comparison", "compare", "teachers_of"]

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from promptkd.evaluation.bootstrap import mean_interval, paired_difference, token_mean_interval
 from promptkd.evaluation.endpoint import Refusal, Reply
 from promptkd.evaluation.judge_answers import Answer
 from promptkd.evaluation.judge_prompts import Task
+from promptkd.evaluation.statistics import mean_interval, paired_difference, token_mean_interval
 from promptkd.evaluation.verdict_log import Key, Verdict
 from promptkd.evaluation.verdicts import read_preference, read_scores
 from promptkd.results import Difference, Evaluation, Metric, RowResult

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from promptkd.report.decoding import decoding_words
-from promptkd.report.figures import in_order, metric, score
+from promptkd.report.metrics import in_order, metric, score
 from promptkd.report.story import run_labels
 from promptkd.report.tables import model_order
 from promptkd.results import Results, RowResult

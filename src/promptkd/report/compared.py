@@ -8,7 +8,7 @@ from rich.cells import cell_len
 
 from promptkd.report.cost import cost_table
 from promptkd.report.differences import DifferenceRow, difference_table
-from promptkd.report.figures import effect, estimate, in_order, probability
+from promptkd.report.metrics import effect, estimate, in_order, probability
 from promptkd.report.sentences import Pair, listed, paired
 from promptkd.results import Results
 from promptkd.visible import shown

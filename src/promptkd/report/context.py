@@ -11,8 +11,8 @@ from promptkd.report.bias import bias_data, bias_plots
 from promptkd.report.compared import compared_sentences
 from promptkd.report.cost import cost_table
 from promptkd.report.differences import DifferenceRow, difference_table
-from promptkd.report.figures import Figure, effect, metric, probability
 from promptkd.report.labels import is_teacher
+from promptkd.report.metrics import Figure, effect, metric, probability
 from promptkd.report.plots import Stage, chart_data, stages
 from promptkd.report.provenance import Provenance, provenance
 from promptkd.report.story import unified

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from promptkd.report.figures import number
 from promptkd.report.labels import TEACHER, is_teacher
+from promptkd.report.metrics import number
 from promptkd.report.provenance import duration
 from promptkd.results import ModelRecord, Results, Training
 

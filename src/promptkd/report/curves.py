@@ -1,6 +1,6 @@
 """Names, units and groups of the figures that training logs."""
 
-from promptkd.report.figures import METRICS, Figure
+from promptkd.report.metrics import METRICS, Figure
 
 __all__ = ["GROUPS", "LOGGED", "group_of", "logged"]
 

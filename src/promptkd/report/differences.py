@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from promptkd.report.figures import Figure, estimate, metric
+from promptkd.report.metrics import Figure, estimate, metric
 from promptkd.report.story import run_labels
 from promptkd.results import Difference, Results
 

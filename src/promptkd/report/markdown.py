@@ -6,7 +6,7 @@ from promptkd.report.bias import bias_plots
 from promptkd.report.cost import cost_table
 from promptkd.report.differences import DifferenceRow, difference_table
 from promptkd.report.escape import markdown_text
-from promptkd.report.figures import effect, metric, probability
+from promptkd.report.metrics import effect, metric, probability
 from promptkd.report.story import unified
 from promptkd.report.summary import summarise
 from promptkd.report.tables import Cell, ComparisonRow, by_setting, comparison_table, metric_columns

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from promptkd.report.curves import LOGGED, group_of, logged
-from promptkd.report.figures import Figure, power
 from promptkd.report.labels import is_teacher
+from promptkd.report.metrics import Figure, power
 from promptkd.report.story import run_labels
 from promptkd.results import Results, Series
 from promptkd.visible import visible

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from promptkd.report.figures import estimate, in_order, metric
+from promptkd.report.metrics import estimate, in_order, metric
 from promptkd.report.story import run_labels
 from promptkd.results import Metric, Results
 

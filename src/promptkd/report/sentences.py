@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from promptkd.report.differences import DifferenceRow
-from promptkd.report.figures import probability
+from promptkd.report.metrics import probability
 
 __all__ = ["Pair", "comparison_sentences", "listed", "paired"]
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from promptkd.report.cost import millions
 from promptkd.report.differences import difference_table
-from promptkd.report.figures import estimate, in_order, metric
 from promptkd.report.labels import TEACHER, is_teacher
+from promptkd.report.metrics import estimate, in_order, metric
 from promptkd.report.sentences import Pair, comparison_sentences, listed
 from promptkd.report.tables import ComparisonRow, comparison_table, model_order
 from promptkd.results import Evaluation, ModelRecord, Results

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from promptkd.report.decoding import decoding_words
 from promptkd.report.differences import verdict
-from promptkd.report.figures import Better, deviation, estimate, in_order, metric
 from promptkd.report.labels import is_teacher
+from promptkd.report.metrics import Better, deviation, estimate, in_order, metric
 from promptkd.report.story import run_labels
 from promptkd.results import Difference, Metric, Results
 

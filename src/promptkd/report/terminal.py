@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.cells import cell_len
 
 from promptkd.report.differences import difference_table
-from promptkd.report.figures import metric
+from promptkd.report.metrics import metric
 from promptkd.report.sentences import comparison_sentences
 from promptkd.report.story import unified
 from promptkd.report.tables import ComparisonRow, by_setting, comparison_table, metric_columns

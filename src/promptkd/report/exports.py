@@ -10,7 +10,7 @@ from typing import Any
 from promptkd.report.cost import costs
 from promptkd.report.differences import difference_table
 from promptkd.report.escape import csv_text
-from promptkd.report.figures import metric
+from promptkd.report.metrics import metric
 from promptkd.report.story import unified
 from promptkd.report.tables import comparison_table
 from promptkd.results import Results
