@@ -29,7 +29,7 @@ from promptkd.methods.method import Adapter
 from promptkd.models import SoftPrompt, load_model, load_tokenizer
 from promptkd.objectives import reverse_kl
 from promptkd.responses import Responses
-from promptkd.training.logs import quiet
+from promptkd.training.callbacks import quiet
 
 Steps = list[dict[str, float]]
 PROMPT_LENGTH = 7

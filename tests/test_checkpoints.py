@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import promptkd.training.shared
+import promptkd.training.validation
 from commands import World, done, held, json_lines, make_world, run, steps
 from promptkd.errors import PromptKDError
 from promptkd.methods import named_method
 from promptkd.results import Metric
-from promptkd.training.checkpoints import resumable_checkpoint, set_aside, whole_folder
+from promptkd.training.checkpoint import resumable_checkpoint, set_aside, whole_folder
 from promptkd.training.manifest import MANIFEST, damage, write_manifest
 from test_commands import distill, weights
 from trainers import log, rows, trainer
@@ -210,9 +210,9 @@ def test_a_checkpoint_at_any_step_holds_the_line_and_the_validation_to_come(tmp_
 
 
 def test_a_run_that_was_moved_keeps_its_best(world, tmp_path, capsys, monkeypatch):
-    summarize, told = promptkd.training.shared.summarize, iter((1.0, 2.0, 3.0))
+    summarize, told = promptkd.training.validation.summarize, iter((1.0, 2.0, 3.0))
     monkeypatch.setattr(
-        promptkd.training.shared, "summarize", lambda rows: summarize(rows) | {"loss": Metric(value=next(told))}
+        promptkd.training.validation, "summarize", lambda rows: summarize(rows) | {"loss": Metric(value=next(told))}
     )
     chosen = ("--eval-data", world.valid, "--select", "loss", "--eval_steps", 1)
     done(capsys, *distill(world, tmp_path / "run", *chosen))

@@ -13,7 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import promptkd.training.shared
+import promptkd.training.validation
 from commands import (
     LIMITS,
     METRICS,
@@ -37,7 +37,7 @@ from promptkd.cli import COMMANDS
 from promptkd.cli.config_file import read_config
 from promptkd.data.dataset import load_rows
 from promptkd.results import Metric, Results, file_sha256
-from promptkd.training.logs import ProgressBar
+from promptkd.training.callbacks import ProgressBar
 
 STEP = {"step", "epoch", "loss", "learning_rate", "grad_norm"}
 DISTILLED = {"student_kl", "entropy", "response_length", "cut_share"}
@@ -486,13 +486,13 @@ def test_flags_win_over_the_file_and_the_file_over_the_defaults(world, tmp_path,
     ],
 )
 def test_the_best_checkpoint_by_validation_is_kept(world, tmp_path, capsys, monkeypatch, select, figures, best):
-    summarize, told = promptkd.training.shared.summarize, iter(figures)
+    summarize, told = promptkd.training.validation.summarize, iter(figures)
 
     def told_figures(scored):
         metrics = summarize(scored)
         return metrics if select == "last" else metrics | {select: Metric(value=next(told))}
 
-    monkeypatch.setattr(promptkd.training.shared, "summarize", told_figures)
+    monkeypatch.setattr(promptkd.training.validation, "summarize", told_figures)
     out = tmp_path / "run"
     keep = ("--keep", 5, "--save_strategy", "steps", *(("--save_steps", 1) if select == "last" else ()))
     validation = ("--eval-data", world.valid, "--eval_steps", 1, "--select", select)

@@ -8,7 +8,7 @@ import pytest
 from commands import LIMITS, TRAINING, World, done, held, make_world, run
 from promptkd.cli import main
 from promptkd.results import DataRecord, Evaluation, Results, RowResult
-from promptkd.training.logs import ProgressBar
+from promptkd.training.callbacks import ProgressBar
 from promptkd.training.manifest import write_manifest
 
 

@@ -7,14 +7,14 @@ from dataclasses import replace
 
 import pytest
 
-import promptkd.training.rollouts
+import promptkd.training.rollout
 from commands import TRAINING, done, make_world, run
 from promptkd.data.encode import EncodedData, EncodedExample
 from promptkd.evaluation.generation import generate
 from promptkd.methods import named_method
 from promptkd.responses import AdaptiveReplay, ResponseMix, Responses, TeacherMixed, writes_responses
 from promptkd.results import Results, Training
-from promptkd.training.trial import at_its_most, longest_rows_first, take_trial_steps
+from promptkd.training.dry_run import at_its_most, longest_rows_first, take_trial_steps
 from trainers import config, rows, trainer
 
 PHASES = {"rollout", "prompt", "student", "update"}
@@ -89,7 +89,7 @@ def watched_generation(monkeypatch, alter):
         seen.append((prompts, responses))
         return responses
 
-    monkeypatch.setattr(promptkd.training.rollouts, "generate", watched)
+    monkeypatch.setattr(promptkd.training.rollout, "generate", watched)
     return seen
 
 

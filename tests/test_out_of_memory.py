@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import promptkd.evaluation.answers
-import promptkd.training.finetune
-import promptkd.training.rollouts
-import promptkd.training.shared
-import promptkd.training.teaching
+import promptkd.training.sft
+import promptkd.training.rollout
+import promptkd.training.validation
+import promptkd.training.teacher_tuner
 from commands import LIMITS, World, done, make_world, run, steps
 from promptkd.cli.session import _MICRO_BATCHES, _OF_MEMORY
 from promptkd.errors import PromptKDError
@@ -46,11 +46,11 @@ def fail_in_second_step(patch, owner, name, error):
     patch.setattr(owner, name, failing)
 
 
-ROLLOUT = (promptkd.training.rollouts, "generate")
-PROMPT = (promptkd.training.teaching.TeacherTuning, "_hidden_with_graph")
+ROLLOUT = (promptkd.training.rollout, "generate")
+PROMPT = (promptkd.training.teacher_tuner.TeacherTuning, "_hidden_with_graph")
 STUDENT = (DistillTrainer, "_method_loss")
 UPDATE = (accelerate.optimizer.AcceleratedOptimizer, "step")
-VALIDATION = (promptkd.training.shared, "measure_rows")
+VALIDATION = (promptkd.training.validation, "measure_rows")
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_the_message_says_how_much_was_held_and_asked_for(world, tmp_path, capsy
 
 
 def test_fine_tuning_names_its_batch(world, tmp_path, capsys, monkeypatch):
-    fail_in_second_step(monkeypatch, promptkd.training.finetune.SFTTrainer, "compute_loss", CUDA)
+    fail_in_second_step(monkeypatch, promptkd.training.sft.SFTTrainer, "compute_loss", CUDA)
     ran = run(capsys, *sft(world, tmp_path / "run", "--save_steps", 1))
     assert ran.status == 1
     assert "Out of memory in the training phase of step 2, on 4 rows, the longest of " in ran.err

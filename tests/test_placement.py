@@ -12,7 +12,7 @@ from accelerate.utils import DynamoBackend
 from commands import TRAINING, done, json_lines, make_world
 from promptkd.errors import RequestError
 from promptkd.methods import named_method
-from promptkd.training.sharding import (
+from promptkd.training.distributed import (
     autocast,
     check_dispatched,
     check_sharding,

@@ -18,7 +18,7 @@ from promptkd.methods import named_method
 from promptkd.models import load_model
 from promptkd.precision import compute_dtype, computing, has_bfloat16_units, teacher_precision
 from promptkd.results import Results
-from promptkd.training import shared
+from promptkd.training import validation
 from promptkd.training.config import common_checks, use_one_gpu
 from promptkd.training.teacher_options import teacher_settings
 from tiny import END_ID, tiny_tokenizer
@@ -111,7 +111,7 @@ def test_the_teachers_default_precision(tmp_path, units):
 
 def test_a_student_in_lower_precision_is_raised_and_it_is_said(tmp_path, caplog):
     student, teacher = pair()
-    with caplog.at_level(logging.WARNING, logger="promptkd.training.shared"):  # which a command silences
+    with caplog.at_level(logging.WARNING, logger="promptkd.training.validation"):  # which a command silences
         made = trainer(tmp_path, models=(student.to(torch.bfloat16), teacher), max_steps=1)
     assert {each.dtype for each in made.model.parameters()} == {torch.float32}
     assert "came in bfloat16 and were raised to float32" in made.notes[1]

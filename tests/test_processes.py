@@ -21,7 +21,7 @@ import processes_worker
 from commands import MODEL_FILES, PROMPT_FILES, RUN_FILES, TRAINING, below, held, json_lines, make_world
 from promptkd.errors import RequestError
 from promptkd.models import load_model
-from promptkd.training.sharding import check_sharding
+from promptkd.training.distributed import check_sharding
 from tiny import VOCABULARY
 
 LAUNCH = Path(__file__).parents[1] / "recipes" / "launch"

@@ -16,8 +16,8 @@ from promptkd.cli import main
 from promptkd.cli.stopping import command_that_goes_on
 from promptkd.evaluation import answers
 from promptkd.training import stopping
-from promptkd.training.checkpoints import checkpoints_in
-from promptkd.training.logs import ProgressBar
+from promptkd.training.checkpoint import checkpoints_in
+from promptkd.training.callbacks import ProgressBar
 from test_commands import distill, sft, weights
 
 

@@ -5,7 +5,7 @@ import torch
 
 from commands import LIMITS, done, make_world
 from promptkd.results import Results
-from promptkd.training.watch import Limits, Watch, findings, findings_as_notes
+from promptkd.training.collapse import Limits, Watch, findings, findings_as_notes
 from tiny import END_ID, save_model, tiny_model
 from trainers import log, trainer
 

@@ -9,7 +9,7 @@ from promptkd.methods import Method
 from promptkd.objectives import reverse_kl
 from promptkd.responses import Responses
 from promptkd.training import DistillConfig, DistillTrainer
-from promptkd.training.logs import quiet
+from promptkd.training.callbacks import quiet
 from tiny import tiny_model, tiny_tokenizer
 
 TIMINGS = ("tokens_per_second", "seconds_rollout", "seconds_prompt", "seconds_student", "eval_seconds")

@@ -27,7 +27,7 @@ from promptkd.engine.verify import first_verified
 from promptkd.methods import Method
 from promptkd.objectives import reverse_kl
 from promptkd.responses import Responses
-from promptkd.training.logs import quiet
+from promptkd.training.callbacks import quiet
 
 __all__ = ["reference_engine", "run"]
 

@@ -8,7 +8,7 @@ from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.shapes import qwen, random_rows, vocabulary_of, words
 from promptkd import PromptKDConfig, PromptKDTrainer
 from promptkd.data.encode import EncodedData
-from promptkd.training.logs import quiet
+from promptkd.training.callbacks import quiet
 
 __all__ = ["run"]
 

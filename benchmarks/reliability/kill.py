@@ -44,7 +44,7 @@ import promptkd.report  # noqa: E402
 from commands import LIMITS, World, make_world, steps  # noqa: E402
 from promptkd.cli import main as promptkd_main  # noqa: E402
 from promptkd.cli.training_run import TrainingRun  # noqa: E402
-from promptkd.training.distill import DistillTrainer  # noqa: E402
+from promptkd.training.trainer import DistillTrainer  # noqa: E402
 from test_load import write_gguf  # noqa: E402
 from tiny import tiny_model  # noqa: E402
 

@@ -115,7 +115,7 @@ def run(options: Options, training: dict[str, Any]) -> None:
     from promptkd.models import check_same_vocabulary
     from promptkd.training import DistillTrainer
     from promptkd.training.teacher_options import teacher_settings
-    from promptkd.training.trial import at_its_most, longest_rows_first, take_trial_steps
+    from promptkd.training.dry_run import at_its_most, longest_rows_first, take_trial_steps
 
     job, args, method = checked(options, training)
     tokenizer, teacher_tokenizer = job.tokenizer(options.student), job.tokenizer(options.teacher)
@@ -169,7 +169,7 @@ def checked(options: Options, training: dict[str, Any]) -> "tuple[TrainingRun, D
 @contextmanager
 def _trial_folder(args: Any) -> Iterator[None]:
     """Where a dry run's trainer may write: a folder that is gone afterwards."""
-    from promptkd.training.trial import leave_nothing
+    from promptkd.training.dry_run import leave_nothing
 
     with TemporaryDirectory() as folder:
         leave_nothing(args, folder)

@@ -230,7 +230,7 @@ def _students(options: Options) -> dict[str, str]:
     from promptkd.cli.measuring import label_of
     from promptkd.errors import RequestError
     from promptkd.models import resolve_model
-    from promptkd.training.checkpoints import checkpoints_in
+    from promptkd.training.checkpoint import checkpoints_in
 
     found: dict[str, str] = {}
     for path in options.student:

@@ -6,7 +6,7 @@ from promptkd.cli.session import is_main_process
 from promptkd.memory import gibibytes
 
 if TYPE_CHECKING:
-    from promptkd.training.trial import Trial
+    from promptkd.training.dry_run import Trial
 
 __all__ = ["forecast", "print_forecast"]
 

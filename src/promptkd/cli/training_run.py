@@ -148,8 +148,8 @@ class TrainingRun:
             PromptKDError: where memory runs out; what the checkpoints hold is kept.
             Stopped: after a signal, when a checkpoint is written.
         """
-        from promptkd.training.logs import CostMeter, MetricsFile, ProgressBar, quiet
-        from promptkd.training.stopping import StopOnSignal
+        from promptkd.training.callbacks import CostMeter, MetricsFile, ProgressBar, quiet
+        from promptkd.training.signals import StopOnSignal
 
         checkpoint = self._checkpoint() if self.options.resume else None
         if checkpoint is not None:
@@ -184,7 +184,7 @@ class TrainingRun:
         """The checkpoint to go on from, which the first process looks for; None to begin at the first step."""
         from accelerate.utils import broadcast_object_list
 
-        from promptkd.training.checkpoints import resumable_checkpoint, set_aside
+        from promptkd.training.checkpoint import resumable_checkpoint, set_aside
 
         found: list[Path | None] = [None]
         if is_main_process():
@@ -208,7 +208,7 @@ class TrainingRun:
         from promptkd.report import render_report, terminal_table
         from promptkd.results import Results, Series, read_history
         from promptkd.training.out_of_memory import out_of_memory_told
-        from promptkd.training.sharding import autocast
+        from promptkd.training.distributed import autocast
 
         trainer.accelerator.wait_for_everyone()
         if not (is_main_process() or trainer.is_sharded):
@@ -262,7 +262,7 @@ class TrainingRun:
     def _warnings(self, trainer: Any, history: list[dict[str, Any]]) -> list[str]:
         """What a reader must know of how the training went; the skipped steps also as a figure."""
         from promptkd.results import Metric
-        from promptkd.training.watch import findings_as_notes
+        from promptkd.training.collapse import findings_as_notes
 
         skipped, steps = trainer.skipped_steps(), trainer.state.global_step
         if not skipped:

@@ -22,7 +22,7 @@ from promptkd.models.load import GGUF_CONVERSION
 from promptkd.precision import compute_dtype, computing
 from promptkd.results import DataRecord, Evaluation, Results, Series, file_sha256
 from promptkd.training import DistillConfig, DistillTrainer, FinetuneConfig, FinetuneTrainer, PromptKDConfig
-from promptkd.training.logs import MetricsFile, ProgressBar, quiet
+from promptkd.training.callbacks import MetricsFile, ProgressBar, quiet
 
 __all__ = ["Demo"]
 

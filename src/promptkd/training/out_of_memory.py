@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from promptkd.errors import PromptKDError
 from promptkd.memory import is_out_of_memory, memory_at_hand
-from promptkd.training.checkpoints import told_last_checkpoint
+from promptkd.training.checkpoint import told_last_checkpoint
 
 if TYPE_CHECKING:
     from promptkd.training.phases import Phase
-    from promptkd.training.shared import RunTrainer
+    from promptkd.training.validation import RunTrainer
 
 __all__ = ["Savings", "advice", "out_of_memory_told"]
 

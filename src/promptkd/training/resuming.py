@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
-from promptkd.training.checkpoints import point_at_best
+from promptkd.training.checkpoint import point_at_best
 
 if TYPE_CHECKING:
-    from promptkd.training.shared import RunTrainer
+    from promptkd.training.validation import RunTrainer
 
 __all__ = ["ExactResuming", "ends_epoch"]
 

@@ -12,7 +12,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from promptkd.data.encode import EncodedData, EncodedExample
 from promptkd.methods import Method
 from promptkd.responses import AdaptiveReplay, ResponseMix, writes_responses
-from promptkd.training.logs import quiet
+from promptkd.training.callbacks import quiet
 
 __all__ = ["Trial", "at_its_most", "leave_nothing", "longest_rows_first", "take_trial_steps"]
 

@@ -26,8 +26,8 @@ from promptkd.training.config import (
     use_one_gpu,
 )
 from promptkd.training.row_order import ShuffledRows
-from promptkd.training.sharding import check_sharding
-from promptkd.training.shared import RunTrainer
+from promptkd.training.distributed import check_sharding
+from promptkd.training.validation import RunTrainer
 
 __all__ = ["FinetuneConfig", "FinetuneTrainer"]
 

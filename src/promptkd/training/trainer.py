@@ -48,8 +48,8 @@ from promptkd.objectives import forward_kl, reverse_kl
 from promptkd.responses import AdaptiveReplay, TeacherMixed
 from promptkd.training.config import DistillConfig, PromptKDConfig
 from promptkd.training.out_of_memory import Savings
-from promptkd.training.rollouts import Rollouts
-from promptkd.training.sharding import (
+from promptkd.training.rollout import Rollouts
+from promptkd.training.distributed import (
     autocast,
     check_dispatched,
     check_sharding,
@@ -59,9 +59,9 @@ from promptkd.training.sharding import (
     run_whole,
     settle_dispatched,
 )
-from promptkd.training.shared import RunTrainer
+from promptkd.training.validation import RunTrainer
 from promptkd.training.teacher_options import load_teacher
-from promptkd.training.teaching import TeacherTuning, figure
+from promptkd.training.teacher_tuner import TeacherTuning, figure
 
 __all__ = ["DistillConfig", "DistillTrainer", "PromptKDConfig", "PromptKDTrainer"]
 

@@ -17,8 +17,8 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from promptkd.errors import PromptKDError, RequestError
-from promptkd.training.checkpoints import told_last_checkpoint
-from promptkd.training.watch import Watching
+from promptkd.training.checkpoint import told_last_checkpoint
+from promptkd.training.collapse import Watching
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer  # what this class is mixed into

@@ -19,9 +19,9 @@ from promptkd.methods import Pair
 from promptkd.models import SoftPrompt
 from promptkd.models.adapters import FullTeacher, LoraTeacher, OnlineTeacher, SoftPromptAdapter, TeacherAdapter
 from promptkd.objectives import regularizer_weight
-from promptkd.training.checkpoints import whole_folder
+from promptkd.training.checkpoint import whole_folder
 from promptkd.training.phases import Phases
-from promptkd.training.sharding import autocast, is_dispatched, is_sharded
+from promptkd.training.distributed import autocast, is_dispatched, is_sharded
 from promptkd.training.teacher_options import check_teacher_options
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from promptkd.evaluation.generation import generate
 from promptkd.responses import Sampler
 from promptkd.training.phases import Phases
 from promptkd.training.row_order import epoch_seed
-from promptkd.training.sharding import autocast, is_sharded, run_whole
+from promptkd.training.distributed import autocast, is_sharded, run_whole
 
 if TYPE_CHECKING:
     from trl import DistillationTrainer as _Trainer  # what this class is mixed into
