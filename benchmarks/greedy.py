@@ -18,7 +18,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from promptkd.data.dataset import load_rows, stop_ids_of
-from promptkd.evaluation.generation import generate
+from promptkd.generation import generate
 from promptkd.models import load_model, load_tokenizer
 
 Tokens = list[list[int]]

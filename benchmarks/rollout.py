@@ -24,7 +24,7 @@ from benchmarks.step import demo_rows, demo_teacher, pruned_student
 from benchmarks.workload import EndAtLengths, Shape, workload
 from promptkd.data.encode import EncodedExample
 from promptkd.engine.cpu import ENGINE as CPU_ENGINE
-from promptkd.evaluation import generate
+from promptkd.generation import generate
 from promptkd.models import load_model, load_tokenizer
 
 

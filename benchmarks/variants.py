@@ -22,7 +22,7 @@ from benchmarks.floor import matmul_rate, step_flops
 from benchmarks.workload import EndAtLengths, Shape, workload
 from promptkd import PromptKDConfig, PromptKDTrainer
 from promptkd.data.encode import EncodedData, EncodedExample
-from promptkd.evaluation.generation import generate
+from promptkd.generation import generate
 from promptkd.memory import peak_memory
 from promptkd.methods import Method
 from promptkd.methods.method import Adapter

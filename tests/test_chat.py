@@ -16,8 +16,8 @@ from rich.console import Console
 from commands import hear_interrupts, json_lines, run, write_rows
 from promptkd.cli.chat_view import Writing, write_in_turn, write_side_by_side
 from promptkd.errors import RequestError
-from promptkd.evaluation.conversation import Answer, Conversation, Decoding
-from promptkd.evaluation.generation import generate, row_seeds
+from promptkd.generation import generate, row_seeds
+from promptkd.generation.conversation import Answer, Conversation, Decoding
 from promptkd.visible import shown
 from tiny import END_ID, POSITIONS, save_model, tiny_model, tiny_tokenizer
 

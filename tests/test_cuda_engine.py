@@ -20,7 +20,7 @@ from promptkd.engine.chunked_loss import chunked_cross_entropy
 from promptkd.engine.cuda import ENGINE, attention, decoding, head
 from promptkd.engine.reference import CacheDecoder, PaddedScorer
 from promptkd.engine.verify import first_verified
-from promptkd.evaluation import generate
+from promptkd.generation import generate
 from promptkd.objectives import reverse_kl
 from promptkd.objectives.kernels import PLAIN_KERNELS
 from tiny import tiny_model

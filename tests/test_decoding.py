@@ -11,7 +11,7 @@ from promptkd.engine.cpu import ENGINE, prepacked
 from promptkd.engine.cpu.prepacked import PackedLinear, onednn_multiplies, prepacked_linears
 from promptkd.engine.fused_decoder import FusedDecoder, supports_fused_decoder
 from promptkd.engine.rows import supports_rows
-from promptkd.evaluation import generate
+from promptkd.generation import generate
 from tiny import ARCHITECTURES, VOCABULARY, tiny_model
 
 PROMPTS = ([5, 9, 11, 2, 40, 7, 7, 30, 12, 1], [3], [5, 9, 4, 60])

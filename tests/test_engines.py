@@ -14,7 +14,7 @@ from promptkd.data.packing import right_pad
 from promptkd.engine import engine_for, response_hidden
 from promptkd.engine.resolve import ENGINES, VARIABLE
 from promptkd.errors import RequestError
-from promptkd.evaluation import generate
+from promptkd.generation import generate
 from promptkd.methods import Pair
 from promptkd.objectives import reverse_kl
 from promptkd.training import teaching

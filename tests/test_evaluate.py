@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-import promptkd.evaluation.answers
+import promptkd.evaluation.dataset_evaluation
 from commands import (
     LIMITS,
     METRICS,
@@ -207,13 +207,13 @@ def contents(folder: Path) -> dict[str, bytes | dict]:
 
 def count_decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Rows of each batch that is decoded from now on."""
-    counts, decode = [], promptkd.evaluation.answers.decode_rows
+    counts, decode = [], promptkd.evaluation.dataset_evaluation.decode_rows
 
     def counted(model, tokenizer, batch, *arguments, **settings):
         counts.append(len(batch))
         return decode(model, tokenizer, batch, *arguments, **settings)
 
-    monkeypatch.setattr(promptkd.evaluation.answers, "decode_rows", counted)
+    monkeypatch.setattr(promptkd.evaluation.dataset_evaluation, "decode_rows", counted)
     return counts
 
 

@@ -11,10 +11,10 @@ from torch import nn
 
 from promptkd.engine import head_logits
 from promptkd.errors import PromptKDError, RequestError
-from promptkd.evaluation import ExposureBias, exposure_bias, generate, sample_continuations
+from promptkd.evaluation import ExposureBias, exposure_bias, sample_continuations
 from promptkd.evaluation.accumulated_error import excess_accumulated_error
 from promptkd.evaluation.exposure_bias import token_errors
-from promptkd.evaluation.generation import row_seeds
+from promptkd.generation import generate, row_seeds
 from promptkd.models import SoftPrompt
 from tiny import VOCABULARY, tiny_model, tiny_tokenizer
 from trainers import pair

@@ -9,10 +9,10 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import GenerationConfig
 
-from promptkd.engine import engine_for, first_verified
+from promptkd.engine import engine_for, evaluating, first_verified
 from promptkd.engine.reference import CacheDecoder
 from promptkd.errors import RequestError
-from promptkd.evaluation.generation import evaluating, generate, row_seeds
+from promptkd.generation import generate, row_seeds
 from tiny import ARCHITECTURES, END_ID, VOCABULARY, tiny_model
 
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -20,8 +20,8 @@ import pytest
 
 from commands import done, held, json_lines, run, write_rows
 from judge_server import JudgeServer, answer_rows, by_length, judge_server, parts
-from promptkd.evaluation.endpoint import _retry_after
 from promptkd.evaluation.statistics import token_mean_interval
+from promptkd.judge.endpoint import _retry_after
 from promptkd.models import cache_folder
 from promptkd.results import Results, file_sha256
 from tiny import save_model, tiny_model, tiny_tokenizer

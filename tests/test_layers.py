@@ -11,17 +11,17 @@ ROOT = Path(promptkd.__file__).parent
 ROWS = (
     ("cli",),
     ("demo",),
-    ("study",),
+    ("study", "judge"),
     ("training",),
     ("evaluation", "report"),
-    ("methods",),
+    ("methods", "generation"),
     ("responses",),
     ("models",),
     ("engine",),
     ("data", "objectives"),
     ("results",),
-    ("files", "memory"),
-    ("precision", "visible", "redact"),
+    ("io", "memory"),
+    ("precision", "visible"),
     ("errors",),
 )
 DEPTH = {part: depth for depth, row in enumerate(ROWS) for part in row}

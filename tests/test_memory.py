@@ -10,7 +10,7 @@ import pytest
 import promptkd.training.rollout
 from commands import TRAINING, done, make_world, run
 from promptkd.data.encode import EncodedData, EncodedExample
-from promptkd.evaluation.generation import generate
+from promptkd.generation import generate
 from promptkd.methods import named_method
 from promptkd.responses import AdaptiveReplay, ResponseMix, Responses, TeacherMixed, writes_responses
 from promptkd.results import Results, Training

@@ -21,8 +21,8 @@ from promptkd.methods import named_method
 from promptkd.objectives import reverse_kl
 from promptkd.results import Results
 from promptkd.training import DistillTrainer, FinetuneConfig, FinetuneTrainer
-from promptkd.training.guard import MOST_SKIPPED
 from promptkd.training.callbacks import quiet
+from promptkd.training.guard import MOST_SKIPPED
 from tiny import save_model, tiny_model, tiny_tokenizer, token_id
 from trainers import FIXED_PROMPTKD, FixedResponses, config, log, rows, trainer
 

@@ -9,11 +9,11 @@ import accelerate.optimizer
 import pytest
 import torch
 
-import promptkd.evaluation.answers
-import promptkd.training.sft
+import promptkd.evaluation.dataset_evaluation
 import promptkd.training.rollout
-import promptkd.training.validation
+import promptkd.training.sft
 import promptkd.training.teacher_tuner
+import promptkd.training.validation
 from commands import LIMITS, World, done, make_world, run, steps
 from promptkd.cli.session import _MICRO_BATCHES, _OF_MEMORY
 from promptkd.errors import PromptKDError
@@ -191,7 +191,7 @@ def test_evaluate_names_its_batch_and_keeps_its_answers(world, tmp_path, capsys,
     undisturbed, interrupted = tmp_path / "undisturbed.json", tmp_path / "interrupted.json"
     assert re.search(r"Peak memory \d", done(capsys, *request, undisturbed).err)
     with monkeypatch.context() as patch:
-        fail_in_second_step(patch, promptkd.evaluation.answers, "decode_rows", CUDA)
+        fail_in_second_step(patch, promptkd.evaluation.dataset_evaluation, "decode_rows", CUDA)
         ran = run(capsys, *request, interrupted)
     assert ran.status == 1
     assert "promptkd evaluate: Out of memory on up to 2 rows at a time, each of up to 48 tokens." in ran.err

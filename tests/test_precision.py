@@ -12,13 +12,12 @@ from commands import LIMITS, TRAINING, done, json_lines, make_world, run, write_
 from promptkd import precision
 from promptkd.errors import RequestError
 from promptkd.evaluation import likelihood, measure
-from promptkd.evaluation.answers import SetEvaluation
+from promptkd.evaluation.dataset_evaluation import SetEvaluation
 from promptkd.evaluation.measure import Decoding, measure_rows, row_batches
 from promptkd.methods import named_method
 from promptkd.models import load_model
 from promptkd.precision import compute_dtype, computing, has_bfloat16_units, teacher_precision
 from promptkd.results import Results
-from promptkd.training import validation
 from promptkd.training.config import common_checks, use_one_gpu
 from promptkd.training.teacher_options import teacher_settings
 from tiny import END_ID, tiny_tokenizer

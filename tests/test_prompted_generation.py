@@ -6,8 +6,7 @@ from peft import PeftModel
 
 from promptkd.data.packing import right_pad
 from promptkd.engine import response_logits
-from promptkd.evaluation import generate
-from promptkd.evaluation.generation import row_seeds
+from promptkd.generation import generate, row_seeds
 from promptkd.models import SoftPrompt
 from tiny import ARCHITECTURES, VOCABULARY, tiny_model, tiny_tokenizer
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from promptkd.errors import RequestError
-from promptkd.redact import without_secrets
+from promptkd.io.redact import without_secrets
 from promptkd.results import Evaluation, Metric, Results, file_sha256
 
 

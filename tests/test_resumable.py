@@ -5,7 +5,7 @@ import json
 import pytest
 
 from promptkd.errors import RequestError
-from promptkd.evaluation.resumable import ResumableLines, settle_settings
+from promptkd.io.jsonl import ResumableLines, settle_settings
 
 
 def written(path) -> list[dict]:

@@ -11,9 +11,9 @@ import torch
 from transformers import GenerationConfig
 
 from promptkd.evaluation.exposure_bias import sample_continuations
-from promptkd.evaluation.generation import generate, row_seeds
 from promptkd.evaluation.measure import Decoding, decode_rows
-from promptkd.evaluation.sampling import Sampler
+from promptkd.generation import generate, row_seeds
+from promptkd.generation.sampling import Sampler
 from tiny import END_ID, VOCABULARY, tiny_model, tiny_tokenizer
 from trainers import rows, trainer
 

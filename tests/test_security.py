@@ -15,8 +15,8 @@ from commands import TRAINING, World, done, make_world, rows, run, write_rows
 from hostile import ESCAPE, OVERRIDE, pickle_that_writes
 from promptkd.cli.options import merged_config
 from promptkd.errors import RequestError
+from promptkd.io.redact import is_secret, redacted, without_secret_values, without_secrets
 from promptkd.models import SoftPrompt, load_model, load_tokenizer
-from promptkd.redact import is_secret, redacted, without_secret_values, without_secrets
 from promptkd.report import render_csv, render_markdown, render_report, terminal_table
 from promptkd.report.compared import compared_text
 from promptkd.results import Difference, Evaluation, Metric, ModelRecord, Results, RowResult

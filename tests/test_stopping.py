@@ -14,10 +14,10 @@ from accelerate.state import AcceleratorState
 from commands import World, done, hear_interrupts, held, json_lines, make_world, run, steps
 from promptkd.cli import main
 from promptkd.cli.stopping import command_that_goes_on
-from promptkd.evaluation import answers
+from promptkd.evaluation import dataset_evaluation
 from promptkd.training import stopping
-from promptkd.training.checkpoint import checkpoints_in
 from promptkd.training.callbacks import ProgressBar
+from promptkd.training.checkpoint import checkpoints_in
 from test_commands import distill, sft, weights
 
 
@@ -155,7 +155,7 @@ def test_other_commands_leave_nothing_that_looks_whole(world, tmp_path, capfd, m
     pair = ("--student", world.student, "--teacher", world.teacher, "--data", world.test)
     done(capfd, *distill(world, tmp_path / "run"))
     cases = {
-        "promptkd.evaluation.generation.generate": ("generate", *model, "--out", tmp_path / "g.jsonl"),
+        "promptkd.generation.generate": ("generate", *model, "--out", tmp_path / "g.jsonl"),
         "promptkd.evaluation.sample_continuations": ("exposure-bias", *pair, "--out", tmp_path / "x.json"),
         "promptkd.models.prune.prune_layers": ("prune", "--model", world.teacher, "--keep", 0, "--out", tmp_path / "p"),
         "promptkd.models.export.export_safetensors": (
@@ -179,7 +179,7 @@ def test_evaluate_says_how_it_goes_on_and_does(world, tmp_path, capfd, monkeypat
     out, data = tmp_path / "results.json", ("--data", world.test, "--template", "Q {{ instruction }}")
     request = ["evaluate", "--model", world.student, *data, "--max_completion_length", 4, "--out", out, "--seeds", 1, 2]
     answered = 0
-    decode_rows = answers.decode_rows
+    decode_rows = dataset_evaluation.decode_rows
 
     def told(*args, **kwargs):
         nonlocal answered
@@ -189,7 +189,7 @@ def test_evaluate_says_how_it_goes_on_and_does(world, tmp_path, capfd, monkeypat
         return decode_rows(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(answers, "decode_rows", told)
+        patch.setattr(dataset_evaluation, "decode_rows", told)
         ran = run(capfd, *request, "--overwrite")
     assert ran.status == 143
     assert not out.exists()

@@ -5,8 +5,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from promptkd.evaluation.generation import generate
-from promptkd.evaluation.streaming import TextStream, stream
+from promptkd.generation import generate
+from promptkd.generation.streaming import TextStream, stream
 from tiny import ARCHITECTURES, END_ID, tiny_model, tiny_tokenizer
 
 PROMPT = [4, 11, 60, 7, 23]

@@ -31,9 +31,9 @@ from commands import (
 from promptkd.cli.options import parse_options
 from promptkd.errors import RequestError
 from promptkd.evaluation.pairing import Candidate
+from promptkd.io.lock import locked
 from promptkd.results import DataRecord, Evaluation, Results, RowResult
 from promptkd.study.local import LocalPool, shares
-from promptkd.study.lock import locked
 from promptkd.study.loop import carry_out
 from promptkd.study.plan import arguments_of, plan_runs
 from promptkd.study.pooling import Member, both_ways, compare_groups, t_quantile, t_two_sided

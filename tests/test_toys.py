@@ -10,7 +10,7 @@ import torch
 
 from promptkd.data.packing import right_pad
 from promptkd.engine import response_logits
-from promptkd.evaluation.generation import generate
+from promptkd.generation import generate
 from promptkd.methods import METHODS, named_method
 from promptkd.objectives import (
     adaptive_kl,

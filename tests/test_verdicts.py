@@ -5,8 +5,8 @@ import time
 import pytest
 
 from promptkd.errors import RequestError
-from promptkd.evaluation.judge_prompts import fill_prompt, load_prompt
-from promptkd.evaluation.verdicts import read_preference, read_scores
+from promptkd.judge.prompt_template import fill_prompt, load_prompt
+from promptkd.judge.verdict_parsing import read_preference, read_scores
 
 SCORES = {
     "7 9": (7, 9),

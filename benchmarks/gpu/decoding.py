@@ -16,7 +16,7 @@ from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.shapes import lengths_around, random_rows, sharp_model
 from promptkd.engine import engine_for
 from promptkd.engine.verify import first_verified
-from promptkd.evaluation import generate
+from promptkd.generation import generate
 
 __all__ = ["run"]
 

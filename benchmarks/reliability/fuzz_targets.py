@@ -26,11 +26,11 @@ from promptkd.data.sources import read_examples
 from promptkd.data.templates import resolve_template
 from promptkd.data.texts import encode_texts
 from promptkd.errors import RequestError
-from promptkd.evaluation.judge_answers import questions_about, read_answers
-from promptkd.evaluation.judge_prompts import load_prompt
-from promptkd.evaluation.resumable import ResumableLines, settle_settings
-from promptkd.evaluation.verdict_log import VerdictLog
-from promptkd.evaluation.verdicts import read_preference, read_scores
+from promptkd.io.jsonl import ResumableLines, settle_settings
+from promptkd.judge.prompt_template import load_prompt
+from promptkd.judge.questions import questions_about, read_answers
+from promptkd.judge.verdict_log import VerdictLog
+from promptkd.judge.verdict_parsing import read_preference, read_scores
 from promptkd.models.folder import adapter_base, check_model_folder
 from promptkd.models.gguf_check import check_gguf
 from promptkd.report import render_report, terminal_table

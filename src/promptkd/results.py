@@ -19,8 +19,8 @@ import psutil
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from promptkd.errors import RequestError
-from promptkd.files import MIB, read_regular
-from promptkd.redact import without_secrets
+from promptkd.io.files import MIB, read_regular
+from promptkd.io.redact import without_secrets
 
 __all__ = [
     "SCHEMA_VERSION",

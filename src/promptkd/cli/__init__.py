@@ -28,7 +28,7 @@ from promptkd.cli.session import is_main_process
 from promptkd.cli.stopping import command_that_goes_on, ended_by_signals
 from promptkd.cli.waiting import let_threads_sleep
 from promptkd.errors import NO_ROOM, PromptKDError, RequestError, Stopped
-from promptkd.redact import redacted, without_secrets
+from promptkd.io.redact import redacted, without_secrets
 from promptkd.visible import shown
 
 __all__ = ["COMMANDS", "main"]

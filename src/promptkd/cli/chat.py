@@ -19,7 +19,7 @@ from promptkd.errors import RequestError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from promptkd.evaluation.conversation import Conversation, Decoding
+    from promptkd.generation.conversation import Conversation, Decoding
 
 POSITIONAL = "models"
 LESS_MEMORY = ("fewer models", "a smaller --max-completion-length (now {max_completion_length})")
@@ -63,7 +63,7 @@ def run(options: Options, training: dict[str, Any]) -> None:
 
     from promptkd.cli.measuring import computing_in, settled_precision
     from promptkd.cli.session import quiet_libraries
-    from promptkd.evaluation.conversation import Decoding
+    from promptkd.generation.conversation import Decoding
 
     decoding = Decoding(
         max_new_tokens=options.max_completion_length,
@@ -108,7 +108,7 @@ def _labels(options: Options) -> dict[str, str]:
 
 def _load(options: Options, labels: dict[str, str]) -> dict[str, "Conversation"]:
     from promptkd.cli.measuring import load_subject
-    from promptkd.evaluation.conversation import Conversation
+    from promptkd.generation.conversation import Conversation
     from promptkd.models import load_tokenizer
 
     loaded = {}

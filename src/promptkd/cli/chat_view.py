@@ -15,7 +15,7 @@ from promptkd.cli.session import say
 from promptkd.visible import shown
 
 if TYPE_CHECKING:
-    from promptkd.evaluation.conversation import Answer
+    from promptkd.generation.conversation import Answer
 
 __all__ = ["Writing", "on_terminal", "write_in_turn", "write_side_by_side"]
 

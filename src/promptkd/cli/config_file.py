@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from promptkd.errors import RequestError
-from promptkd.files import MIB, read_regular
+from promptkd.io.files import MIB, read_regular
 
 __all__ = ["parse_yaml", "read_config", "write_config"]
 

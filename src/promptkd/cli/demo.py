@@ -34,7 +34,7 @@ def run(options: Options, training: dict[str, Any]) -> None:
     from promptkd.demo.pipeline import Demo
     from promptkd.demo.settings import DemoSettings, teacher_file
     from promptkd.errors import RequestError
-    from promptkd.evaluation.resumable import write_whole
+    from promptkd.io.jsonl import write_whole
     from promptkd.memory import peak_memory
     from promptkd.report import render_report, terminal_table
 

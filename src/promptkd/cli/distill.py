@@ -114,8 +114,8 @@ def run(options: Options, training: dict[str, Any]) -> None:
     from promptkd.errors import RequestError
     from promptkd.models import check_same_vocabulary
     from promptkd.training import DistillTrainer
-    from promptkd.training.teacher_options import teacher_settings
     from promptkd.training.dry_run import at_its_most, longest_rows_first, take_trial_steps
+    from promptkd.training.teacher_options import teacher_settings
 
     job, args, method = checked(options, training)
     tokenizer, teacher_tokenizer = job.tokenizer(options.student), job.tokenizer(options.teacher)

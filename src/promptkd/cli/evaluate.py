@@ -88,7 +88,7 @@ def run(options: Options, training: dict[str, Any]) -> None:
     )
     from promptkd.cli.session import progress_lines, quiet_libraries, say
     from promptkd.data.dataset import stop_ids_of
-    from promptkd.evaluation.answers import SetEvaluation
+    from promptkd.evaluation.dataset_evaluation import SetEvaluation
     from promptkd.evaluation.hub_metrics import HubMetric
     from promptkd.models import check_same_vocabulary, load_tokenizer
     from promptkd.report import terminal_table
@@ -211,8 +211,8 @@ def _settle(
 ) -> None:
     """Make sure that answers which are there already were made as this command would make them."""
     from promptkd.cli.session import say
-    from promptkd.evaluation.answers import parts_of
-    from promptkd.evaluation.resumable import settle_settings
+    from promptkd.evaluation.dataset_evaluation import parts_of
+    from promptkd.io.jsonl import settle_settings
 
     settings = {f"--{name.replace('_', '-')}": results.config[name] for name in _ANSWERS_DEPEND_ON}
     roles = ("model", "teacher")

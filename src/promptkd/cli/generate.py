@@ -69,7 +69,7 @@ def run(options: Options, training: dict[str, Any]) -> None:
     )
     from promptkd.cli.session import progress_lines, quiet_libraries, say
     from promptkd.data.dataset import stop_ids_of
-    from promptkd.evaluation.generation import generate, row_seeds
+    from promptkd.generation import generate, row_seeds
     from promptkd.models import load_tokenizer, vocabulary_size
 
     check_output(options.out, overwrite=options.overwrite)

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from promptkd.evaluation.endpoint import Endpoint
-    from promptkd.evaluation.judge_answers import Answer
-    from promptkd.evaluation.judge_prompts import Task
-    from promptkd.evaluation.verdict_log import VerdictLog
+    from promptkd.judge.endpoint import Endpoint
+    from promptkd.judge.prompt_template import Task
+    from promptkd.judge.questions import Answer
+    from promptkd.judge.verdict_log import VerdictLog
     from promptkd.results import DataRecord
 
 GOES_ON: tuple[str, ...] = ()
@@ -79,10 +79,10 @@ def run(options: Options, training: dict[str, Any]) -> None:
     from promptkd.cli.measuring import label_of
     from promptkd.cli.options import merged_config
     from promptkd.cli.session import say
-    from promptkd.evaluation.endpoint import check_client
-    from promptkd.evaluation.judge import judge_notes, judge_results, token_cost
-    from promptkd.evaluation.judge_answers import questions_about
-    from promptkd.evaluation.judge_prompts import load_prompt
+    from promptkd.judge.endpoint import check_client
+    from promptkd.judge.metrics import judge_notes, judge_results, token_cost
+    from promptkd.judge.prompt_template import load_prompt
+    from promptkd.judge.questions import questions_about
     from promptkd.report import terminal_table
     from promptkd.results import Results
 
@@ -114,8 +114,8 @@ def _check(options: Options) -> None:
     """Refuse what cannot work, all at once and before anything is read."""
     from promptkd.cli.session import check_writable
     from promptkd.errors import RequestError
-    from promptkd.evaluation.endpoint import check_url
-    from promptkd.redact import without_secret_values
+    from promptkd.io.redact import without_secret_values
+    from promptkd.judge.endpoint import check_url
 
     own = sorted({"model", "messages", "stream", "n"} & (options.extra_body or {}).keys())
     checks = [
@@ -154,7 +154,7 @@ def _same_label(options: Options) -> bool:
 
 
 def _endpoint(options: Options) -> "Endpoint":
-    from promptkd.evaluation.endpoint import Endpoint
+    from promptkd.judge.endpoint import Endpoint
 
     named = {"temperature": options.temperature, "seed": options.seed, "max_tokens": options.max_tokens}
     return Endpoint(
@@ -186,7 +186,7 @@ def _key(variable: str | None) -> str | None:
 
 def _answers(options: Options) -> "dict[str, dict[int, Answer]]":
     """The answers of one model, or of two to the same requests, by label."""
-    from promptkd.evaluation.judge_answers import check_same_requests, read_answers, with_requests
+    from promptkd.judge.questions import check_same_requests, read_answers, with_requests
 
     models = {_label(options.responses, options.label): read_answers(options.responses, limit=options.limit)}
     (answers,) = models.values()
@@ -212,7 +212,7 @@ def _label(path: Path, given: str | None) -> str:
 def _provenance(options: Options, data: str, models: "dict[str, dict[int, Answer]]") -> "dict[str, DataRecord]":
     """The files of answers, and the requests: their hash is the same for every model that was asked the same."""
     from promptkd.cli.session import data_record
-    from promptkd.evaluation.judge_answers import requests_sha256
+    from promptkd.judge.questions import requests_sha256
     from promptkd.results import DataRecord
 
     answers, *_ = models.values()
@@ -228,7 +228,7 @@ def _provenance(options: Options, data: str, models: "dict[str, dict[int, Answer
 def _log(options: Options, task: "Task", endpoint: "Endpoint", prompt: str) -> "VerdictLog":
     """The verdicts there are, under settings on which a verdict depends; how patiently one asks is not among them."""
     from promptkd.cli.session import data_record
-    from promptkd.evaluation.verdict_log import VerdictLog
+    from promptkd.judge.verdict_log import VerdictLog
     from promptkd.results import file_sha256
 
     settings = {

@@ -5,11 +5,11 @@ from collections.abc import Callable, Collection, Mapping
 
 from promptkd.cli.session import progress_lines, say
 from promptkd.errors import PromptKDError
-from promptkd.evaluation.asking import ask_all
-from promptkd.evaluation.endpoint import Endpoint, Refusal, Reply
-from promptkd.evaluation.judge import verdict_of
-from promptkd.evaluation.judge_prompts import Task
-from promptkd.evaluation.verdict_log import Key, Verdict, VerdictLog
+from promptkd.judge.concurrent_requests import ask_all
+from promptkd.judge.endpoint import Endpoint, Refusal, Reply
+from promptkd.judge.metrics import verdict_of
+from promptkd.judge.prompt_template import Task
+from promptkd.judge.verdict_log import Key, Verdict, VerdictLog
 from promptkd.results import Metric
 
 __all__ = ["ask_missing", "cost_sentence"]

@@ -16,7 +16,7 @@ from promptkd.cli.config_file import read_config, write_config
 from promptkd.cli.fields import Field, own_fields, positional, training_fields
 from promptkd.cli.values import LARGEST_INTEGER, convert, plain
 from promptkd.errors import RequestError
-from promptkd.redact import is_secret, redacted, without_secret_values
+from promptkd.io.redact import is_secret, redacted, without_secret_values
 
 __all__ = ["Parsed", "merged_config", "nearest", "parse_options", "write_config"]
 

@@ -102,7 +102,7 @@ def _carry_out(options: Options, runs: "list[StudyRun]") -> None:
     from promptkd.cli.options import merged_config, write_config
     from promptkd.cli.session import say
     from promptkd.cli.study_outcome import compare_and_report
-    from promptkd.study.lock import locked
+    from promptkd.io.lock import locked
     from promptkd.study.loop import carry_out
     from promptkd.study.table import Table
 

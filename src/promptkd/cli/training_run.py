@@ -203,12 +203,12 @@ class TrainingRun:
     def record(self, trainer: Any, name: str) -> None:
         """Measure the finished model on the validation rows, write the record and the page, and print the table."""
         from promptkd.evaluation.measure import evaluate_model
-        from promptkd.evaluation.resumable import write_whole
+        from promptkd.io.jsonl import write_whole
         from promptkd.models import model_record
         from promptkd.report import render_report, terminal_table
         from promptkd.results import Results, Series, read_history
-        from promptkd.training.out_of_memory import out_of_memory_told
         from promptkd.training.distributed import autocast
+        from promptkd.training.out_of_memory import out_of_memory_told
 
         trainer.accelerator.wait_for_everyone()
         if not (is_main_process() or trainer.is_sharded):

@@ -25,7 +25,7 @@ from typing import IO, Any, cast
 from promptkd.data.rows import Example, Instruction, Message, Request, example_from_row, examples_from_rows
 from promptkd.data.tables import allowance, parquet_rows, saved_rows, undecoded, unpacks_too_far
 from promptkd.errors import RequestError
-from promptkd.files import MIB, json_value, not_regular, read_regular
+from promptkd.io.files import MIB, json_value, not_regular, read_regular
 
 __all__ = [
     "MOST_JSON_BYTES",

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from promptkd.errors import RequestError
-from promptkd.files import MIB, is_plain_name, read_json_object
+from promptkd.io.files import MIB, is_plain_name, read_json_object
 
 __all__ = ["allowance", "parquet_rows", "saved_rows", "undecoded", "unpacks_too_far"]
 

@@ -2,7 +2,6 @@
 
 from promptkd.evaluation.comparison import Candidate, Comparison, compare
 from promptkd.evaluation.exposure_bias import ExposureBias, exposure_bias, sample_continuations
-from promptkd.evaluation.generation import generate
 from promptkd.evaluation.measure import Decoding, evaluate_model, measure_rows, summarize
 from promptkd.evaluation.rouge import (
     exact_match,
@@ -33,7 +32,6 @@ __all__ = [
     "exact_match",
     "exact_match_scores",
     "exposure_bias",
-    "generate",
     "holm",
     "mean_interval",
     "measure_rows",

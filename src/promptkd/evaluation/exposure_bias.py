@@ -19,8 +19,8 @@ from promptkd.data.packing import right_pad
 from promptkd.engine import evaluating, head_logits, response_hidden
 from promptkd.errors import PromptKDError, RequestError
 from promptkd.evaluation.accumulated_error import Ended, Floats, excess_accumulated_error
-from promptkd.evaluation.generation import generate, row_seeds
 from promptkd.evaluation.statistics import token_mean_interval
+from promptkd.generation import generate, row_seeds
 from promptkd.objectives import forward_kl
 from promptkd.results import CurvePoint, Metric
 

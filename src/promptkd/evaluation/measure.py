@@ -9,10 +9,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from promptkd.data.encode import EncodedExample
-from promptkd.evaluation.generation import generate, row_seeds
 from promptkd.evaluation.likelihood import kl_nats, reference_nats
 from promptkd.evaluation.statistics import mean_interval, token_mean_interval
 from promptkd.evaluation.text_metrics import answer_scores
+from promptkd.generation import generate, row_seeds
 from promptkd.models import vocabulary_size
 from promptkd.results import Evaluation, Metric, RowResult
 

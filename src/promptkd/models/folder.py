@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from promptkd.errors import RequestError
-from promptkd.files import is_plain_name, json_value, read_json_object
+from promptkd.io.files import is_plain_name, json_value, read_json_object
 
 __all__ = ["adapter_base", "check_model_folder"]
 

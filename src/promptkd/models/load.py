@@ -22,7 +22,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from promptkd.errors import PromptKDError, RequestError
-from promptkd.files import not_regular
+from promptkd.io.files import not_regular
 from promptkd.models.folder import adapter_base, check_model_folder
 from promptkd.models.gguf_check import check_gguf
 from promptkd.models.gguf_vocabulary import PRE_TOKENIZERS

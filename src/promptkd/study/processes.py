@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from promptkd.redact import without_secrets
+from promptkd.io.redact import without_secrets
 
 __all__ = ["Job", "run_job", "shell_line", "start_command"]
 

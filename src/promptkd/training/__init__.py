@@ -1,8 +1,8 @@
 """Training by TRL's trainers. The only package that knows their hooks."""
 
 from promptkd.training.config import DistillConfig, PromptKDConfig
-from promptkd.training.trainer import DistillTrainer, PromptKDTrainer
 from promptkd.training.sft import FinetuneConfig, FinetuneTrainer
+from promptkd.training.trainer import DistillTrainer, PromptKDTrainer
 
 __all__ = [
     "DistillConfig",

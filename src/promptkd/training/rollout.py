@@ -13,11 +13,11 @@ from promptkd.data.encode import EncodedExample
 from promptkd.data.packing import TokenBatch, right_pad
 from promptkd.data.texts import encode_texts
 from promptkd.errors import RequestError
-from promptkd.evaluation.generation import generate
+from promptkd.generation import generate
 from promptkd.responses import Sampler
+from promptkd.training.distributed import autocast, is_sharded, run_whole
 from promptkd.training.phases import Phases
 from promptkd.training.row_order import epoch_seed
-from promptkd.training.distributed import autocast, is_sharded, run_whole
 
 if TYPE_CHECKING:
     from trl import DistillationTrainer as _Trainer  # what this class is mixed into

@@ -25,8 +25,8 @@ from promptkd.training.config import (
     option,
     use_one_gpu,
 )
-from promptkd.training.row_order import ShuffledRows
 from promptkd.training.distributed import check_sharding
+from promptkd.training.row_order import ShuffledRows
 from promptkd.training.validation import RunTrainer
 
 __all__ = ["FinetuneConfig", "FinetuneTrainer"]

@@ -20,8 +20,8 @@ from promptkd.models import SoftPrompt
 from promptkd.models.adapters import FullTeacher, LoraTeacher, OnlineTeacher, SoftPromptAdapter, TeacherAdapter
 from promptkd.objectives import regularizer_weight
 from promptkd.training.checkpoint import whole_folder
-from promptkd.training.phases import Phases
 from promptkd.training.distributed import autocast, is_dispatched, is_sharded
+from promptkd.training.phases import Phases
 from promptkd.training.teacher_options import check_teacher_options
 
 if TYPE_CHECKING:

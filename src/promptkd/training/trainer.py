@@ -47,8 +47,6 @@ from promptkd.models import (
 from promptkd.objectives import forward_kl, reverse_kl
 from promptkd.responses import AdaptiveReplay, TeacherMixed
 from promptkd.training.config import DistillConfig, PromptKDConfig
-from promptkd.training.out_of_memory import Savings
-from promptkd.training.rollout import Rollouts
 from promptkd.training.distributed import (
     autocast,
     check_dispatched,
@@ -59,9 +57,11 @@ from promptkd.training.distributed import (
     run_whole,
     settle_dispatched,
 )
-from promptkd.training.validation import RunTrainer
+from promptkd.training.out_of_memory import Savings
+from promptkd.training.rollout import Rollouts
 from promptkd.training.teacher_options import load_teacher
 from promptkd.training.teacher_tuner import TeacherTuning, figure
+from promptkd.training.validation import RunTrainer
 
 __all__ = ["DistillConfig", "DistillTrainer", "PromptKDConfig", "PromptKDTrainer"]
 

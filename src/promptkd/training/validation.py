@@ -18,12 +18,12 @@ from promptkd.errors import PromptKDError, RequestError
 from promptkd.evaluation.measure import Decoding, measure_rows, summarize
 from promptkd.results import RowResult
 from promptkd.training.checkpoint import staged_checkpoint, whole_folder
+from promptkd.training.distributed import autocast, is_sharded, run_whole
 from promptkd.training.guard import FiniteSteps
 from promptkd.training.manifest import damage
 from promptkd.training.out_of_memory import Savings, out_of_memory_told
 from promptkd.training.phases import Phases, UpdatePhase
 from promptkd.training.resuming import ExactResuming
-from promptkd.training.distributed import autocast, is_sharded, run_whole
 
 __all__ = ["RunTrainer"]
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Generic, TypeVar
 
 from promptkd.errors import PromptKDError
-from promptkd.evaluation.endpoint import Asker, Endpoint, Refusal, Reply, Unanswered
+from promptkd.judge.endpoint import Asker, Endpoint, Refusal, Reply, Unanswered
 
 __all__ = ["ask_all"]
 

@@ -11,8 +11,8 @@ from promptkd.data.rows import Example, Instruction, Message
 from promptkd.data.templates import resolve_template
 from promptkd.data.tokens import prompt_tokens
 from promptkd.errors import RequestError
-from promptkd.evaluation.generation import row_seeds
-from promptkd.evaluation.streaming import TextStream, stream
+from promptkd.generation.decode_loop import row_seeds
+from promptkd.generation.streaming import TextStream, stream
 from promptkd.models import vocabulary_size
 
 __all__ = ["Answer", "Conversation", "Decoding"]
@@ -20,7 +20,7 @@ __all__ = ["Answer", "Conversation", "Decoding"]
 
 @dataclass(frozen=True)
 class Decoding:
-    """How answers are decoded. See `evaluation.generation.generate`."""
+    """How answers are decoded. See `generation.generate`."""
 
     max_new_tokens: int
     temperature: float = 0.0

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from promptkd.errors import RequestError
-from promptkd.files import MIB, read_regular
+from promptkd.io.files import MIB, read_regular
 
 __all__ = ["PLACEHOLDERS", "Task", "fill_prompt", "load_prompt"]
 
@@ -26,7 +26,7 @@ def load_prompt(task: Task, path: Path | None = None) -> str:
         RequestError: the file cannot be read, lacks a placeholder, or holds one that is not known.
     """
     if path is None:
-        return (resources.files("promptkd.evaluation") / "prompts" / f"{task}.txt").read_text(encoding="utf-8")
+        return (resources.files("promptkd.judge") / "prompts" / f"{task}.txt").read_text(encoding="utf-8")
     try:
         text = read_regular(path, most=MIB).decode("utf-8-sig")
     except OSError as error:

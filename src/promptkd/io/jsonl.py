@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from promptkd.errors import RequestError
-from promptkd.files import MIB, is_plain_name, json_value, read_regular
+from promptkd.io.files import MIB, is_plain_name, json_value, read_regular
 
 __all__ = ["ResumableLines", "settle_settings", "write_whole"]
 

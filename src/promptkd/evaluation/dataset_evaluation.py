@@ -17,7 +17,7 @@ from promptkd.errors import RequestError
 from promptkd.evaluation.hub_metrics import HubMetric
 from promptkd.evaluation.likelihood import kl_nats, reference_nats
 from promptkd.evaluation.measure import REFERENCES_AT_A_TIME, Decoding, decode_rows, row_batches, row_results, summarize
-from promptkd.evaluation.resumable import ResumableLines
+from promptkd.io.jsonl import ResumableLines
 from promptkd.models import vocabulary_size
 from promptkd.results import Evaluation, RowResult
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from promptkd.data.packing import on_device
 from promptkd.engine import DecodeSession, decoding, embedding_device, engine_for, evaluating, unwrap_peft
-from promptkd.evaluation.sampling import Sampler, uniforms
+from promptkd.generation.sampling import Sampler, uniforms
 
 __all__ = ["check_request", "generate", "row_seeds"]
 

@@ -8,8 +8,8 @@ from transformers import PreTrainedTokenizerBase
 
 from promptkd.engine import evaluating, unwrap_peft
 from promptkd.engine.reference import CacheSession
-from promptkd.evaluation.generation import check_request
-from promptkd.evaluation.sampling import Sampler, uniforms
+from promptkd.generation.decode_loop import check_request
+from promptkd.generation.sampling import Sampler, uniforms
 
 __all__ = ["TextStream", "stream"]
 

@@ -13,8 +13,8 @@ from pydantic import BaseModel, StrictInt, ValidationError
 from promptkd.data.rows import Instruction, Request, text_field
 from promptkd.data.sources import read_examples, read_objects
 from promptkd.errors import RequestError
-from promptkd.evaluation.judge_prompts import fill_prompt
-from promptkd.evaluation.verdict_log import Key
+from promptkd.judge.prompt_template import fill_prompt
+from promptkd.judge.verdict_log import Key
 
 __all__ = [
     "Answer",

@@ -12,8 +12,8 @@ from typing import Any, BinaryIO
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from promptkd.errors import RequestError
-from promptkd.evaluation.resumable import write_whole
-from promptkd.files import MIB, json_value, read_regular
+from promptkd.io.files import MIB, json_value, read_regular
+from promptkd.io.jsonl import write_whole
 
 __all__ = ["Key", "Verdict", "VerdictLog"]
 
