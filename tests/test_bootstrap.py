@@ -9,6 +9,7 @@ import pytest
 from promptkd.errors import RequestError
 from promptkd.evaluation import statistics
 from promptkd.evaluation.statistics import (
+    Bootstrap,
     mean_interval,
     paired_difference,
     paired_token_difference,
@@ -30,20 +31,20 @@ def test_two_rows_give_the_exact_quantiles() -> None:
     # Resampled means are 0, 5 and 10 with probabilities 1/4, 1/2, 1/4.
     wide = mean_interval([0.0, 10.0])
     assert (wide.low, wide.high) == (0, 10)
-    narrow = mean_interval([0.0, 10.0], level=0.4)  # quantiles 0.3 and 0.7 fall on the middle value
+    narrow = mean_interval([0.0, 10.0], Bootstrap(level=0.4))  # quantiles 0.3 and 0.7 fall on the middle value
     assert (narrow.low, narrow.high) == (5, 5)
 
 
 def test_the_quantiles_of_every_possible_draw_are_approached() -> None:
     values = [0.0, 1.0, 3.0, 10.0, 11.0]
     every_mean = [float(np.mean(draw)) for draw in product(values, repeat=5)]  # all 3125 equally likely draws
-    metric = mean_interval(values, resamples=60_000, level=0.8)
+    metric = mean_interval(values, Bootstrap(resamples=60_000, level=0.8))
     assert [metric.low, metric.high] == pytest.approx(np.quantile(every_mean, [0.1, 0.9]), abs=0.21)
 
 
 def test_a_token_mean_weights_rows_by_their_tokens() -> None:
     # 12 nats over 10 tokens; the mean of the rows' own means would be 4.5.
-    metric = token_mean_interval([8.0, 4.0], [1, 9], level=0.4)
+    metric = token_mean_interval([8.0, 4.0], [1, 9], Bootstrap(level=0.4))
     assert metric.value == pytest.approx(1.2)
     assert metric.low == pytest.approx(1.2)  # the draws: 8 (1/4), 1.2 (1/2), 4/9 (1/4)
     wide = token_mean_interval([8.0, 4.0], [1, 9])
@@ -90,7 +91,7 @@ def test_it_agrees_with_a_plain_loop_of_another_generator() -> None:
         rows = [dice.randrange(50) for _ in range(50)]
         drawn.append(sum(sums[row] for row in rows) / sum(counts[row] for row in rows))
     drawn.sort()
-    metric = token_mean_interval(sums, counts, resamples=4000)
+    metric = token_mean_interval(sums, counts, Bootstrap(resamples=4000))
     width = drawn[3900] - drawn[100]
     assert [metric.low, metric.high] == pytest.approx([drawn[100], drawn[3900]], abs=0.08 * width)
 
@@ -103,9 +104,9 @@ def test_nineteen_intervals_in_twenty_hold_the_true_mean(weighted: bool) -> None
         counts = rng.integers(10, 60, size=60)
         values = rng.exponential(size=60) + 1  # true mean 2, skewed
         if weighted:
-            metric = token_mean_interval(values * counts, counts, resamples=400, seed=seed)
+            metric = token_mean_interval(values * counts, counts, Bootstrap(resamples=400, seed=seed))
         else:
-            metric = mean_interval(values, resamples=400, seed=seed)
+            metric = mean_interval(values, Bootstrap(resamples=400, seed=seed))
         assert metric.low is not None
         assert metric.high is not None
         held += metric.low <= 2 <= metric.high
@@ -122,20 +123,20 @@ def test_the_level_and_the_number_of_rows_move_the_width() -> None:
 
     expected = 2 * 1.96 * values.std() / 20  # normal theory
     assert width(mean_interval(values)) == pytest.approx(expected, rel=0.1)
-    assert width(mean_interval(values, level=0.5)) == pytest.approx(expected * 0.6745 / 1.96, rel=0.1)
+    assert width(mean_interval(values, Bootstrap(level=0.5))) == pytest.approx(expected * 0.6745 / 1.96, rel=0.1)
 
 
 def test_equal_arguments_give_equal_intervals_and_another_seed_another() -> None:
     values = np.random.default_rng(6).normal(size=30)
     assert mean_interval(values) == mean_interval(values.tolist())
-    assert mean_interval(values) != mean_interval(values, seed=1)
+    assert mean_interval(values) != mean_interval(values, Bootstrap(seed=1))
 
 
 def test_drawing_in_blocks_covers_every_resample(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.random.default_rng(7).normal(size=30)
-    whole = mean_interval(values, resamples=101)
+    whole = mean_interval(values, Bootstrap(resamples=101))
     monkeypatch.setattr(statistics, "_BLOCK", 30 * 25)  # 25, 25, 25, 25 and 1
-    assert mean_interval(values, resamples=101) == whole
+    assert mean_interval(values, Bootstrap(resamples=101)) == whole
 
 
 def test_a_single_row_gives_no_interval() -> None:
@@ -169,8 +170,8 @@ def test_equal_rows_give_an_interval_without_width() -> None:
         (lambda: token_mean_interval([1.0, 2.0], [3, 0]), "Got 0 in row 1"),
         (lambda: paired_token_difference([1.0], [1], [1.0], [-1]), "`counts_b` .*Got -1 in row 0"),
         (lambda: mean_interval(np.zeros((2, 2))), r"Got shape \(2, 2\)"),
-        (lambda: mean_interval([1.0, 2.0], resamples=0), "`resamples`"),
-        (lambda: mean_interval([1.0, 2.0], level=95), "`level`"),
+        (lambda: Bootstrap(resamples=0), "`resamples`"),
+        (lambda: Bootstrap(level=95), "`level`"),
     ],
 )
 def test_unsound_requests_are_refused(call, message: str) -> None:

@@ -11,7 +11,7 @@ import torch
 from commands import LIMITS, TEMPLATE, TRAINING, World, done, held, make_world, run
 from promptkd.cli.exposure_table import exposure_table
 from promptkd.data.dataset import load_rows
-from promptkd.evaluation import ExposureBias, exposure_bias, sample_continuations
+from promptkd.evaluation import ExposureBias, Scoring, exposure_bias, sample_continuations
 from promptkd.models import SoftPrompt, load_model, load_tokenizer
 from promptkd.results import CurvePoint, Metric, Results
 from tiny import END_ID, VOCABULARY, save_model, tiny_model, tiny_tokenizer
@@ -38,7 +38,7 @@ def in_python(world, name, *, prompt=None, samples_per_row=3, ended="leave"):
     settings = {"samples_per_row": samples_per_row, "max_new_tokens": 8, "stop_ids": [END_ID], "vocabulary": VOCABULARY}
     mine = sample_continuations(student, prompts, **settings)
     theirs = sample_continuations(teacher, prompts, prompt=prompt, **settings)
-    return exposure_bias(student, teacher, prompts, mine, theirs, prompt=prompt, ended=ended, vocabulary=VOCABULARY)
+    return exposure_bias(student, teacher, prompts, mine, theirs, Scoring(prompt, VOCABULARY), ended=ended)
 
 
 def test_two_students_on_one_record(world, tmp_path, capsys):

@@ -18,6 +18,7 @@ from promptkd.methods import named_method
 from promptkd.models import load_model
 from promptkd.precision import compute_dtype, computing, has_bfloat16_units, teacher_precision
 from promptkd.results import Results
+from promptkd.training import validation
 from promptkd.training.config import common_checks, use_one_gpu
 from promptkd.training.teacher_options import teacher_settings
 from tiny import END_ID, tiny_tokenizer
@@ -141,10 +142,10 @@ def test_several_gpus_are_not_used_by_data_parallel(tmp_path, monkeypatch):
 def test_a_run_says_that_further_gpus_are_not_used(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     args = {"bf16": True, "fp16": False, "device": torch.device("cuda", 0)}
-    (_, advice) = shared._notes(SimpleNamespace(**args, world_size=1), None)
+    (_, advice) = validation._notes(SimpleNamespace(**args, world_size=1), None)
     assert advice.startswith("4 GPUs are visible and one is trained on.")
     assert "accelerate launch --num_processes 4 -m promptkd" in advice
-    assert len(shared._notes(SimpleNamespace(**args, world_size=4), None)) == 1
+    assert len(validation._notes(SimpleNamespace(**args, world_size=4), None)) == 1
 
 
 def test_what_a_gpu_cannot_do_is_refused_in_a_sentence(tmp_path):

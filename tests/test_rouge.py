@@ -12,7 +12,7 @@ from nltk.stem.porter import PorterStemmer
 from rouge_score.rouge_scorer import RougeScorer
 
 from promptkd.errors import RequestError
-from promptkd.evaluation.rouge import (
+from promptkd.evaluation.text_metrics import (
     exact_match,
     exact_match_scores,
     normalize_answer,

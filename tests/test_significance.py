@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from promptkd.errors import RequestError
-from promptkd.evaluation.significance import effect_size, holm, row_contributions, sign_flip_test
+from promptkd.evaluation.statistics import effect_size, holm, row_contributions, sign_flip_test
 
 
 def contributions(a, b):
@@ -64,7 +64,7 @@ def test_drawn_patterns_approach_the_exact_p_and_never_give_zero():
 def test_drawing_in_blocks_draws_as_often(monkeypatch):
     values = np.random.default_rng(2).normal(size=40) + 0.3
     whole = sign_flip_test(values, draws=1000)
-    monkeypatch.setattr("promptkd.evaluation.significance._BLOCK", 40 * 300)
+    monkeypatch.setattr("promptkd.evaluation.statistics._BLOCK", 40 * 300)
     assert sign_flip_test(values, draws=1000) == pytest.approx(whole, abs=0.03)
     assert sign_flip_test(np.ones(40), draws=1000) == 1 / 1001
 
@@ -134,7 +134,7 @@ def test_effect_size_by_hand():
 
 @pytest.mark.parametrize("values", [[], [1.0, math.nan], [math.inf], [[1.0]]])
 def test_values_that_cannot_be_tested_are_refused(values):
-    with pytest.raises(RequestError, match="one finite number a row"):
+    with pytest.raises(RequestError, match="one finite number per row"):
         sign_flip_test(np.array(values))
 
 

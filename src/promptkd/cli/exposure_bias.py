@@ -154,7 +154,7 @@ class _Job:
 
         from promptkd.cli.measuring import label_of, load_subject
         from promptkd.cli.session import progress_lines
-        from promptkd.evaluation import exposure_bias
+        from promptkd.evaluation import Scoring, exposure_bias
         from promptkd.models import model_record, shared_vocabulary_size
         from promptkd.results import Curve
 
@@ -169,10 +169,12 @@ class _Job:
             [row.prompt_ids for row in self.rows],
             samples,
             teacher_samples,
-            prompt=self.prompt,
-            vocabulary=shared_vocabulary_size(student, self.teacher, self.tokenizer),
+            Scoring(
+                self.prompt,
+                vocabulary=shared_vocabulary_size(student, self.teacher, self.tokenizer),
+                on_batch=lambda done: tell("continuations", done),
+            ),
             ended=self.options.ended,
-            on_batch=lambda done: tell("continuations", done),
         )
         self.results.timings[f"scoring {label}"] = time.perf_counter() - started
         self.results.metrics[f"{label}: KL(teacher || student) on its own continuations, nats/token"] = (

@@ -202,7 +202,7 @@ class TrainingRun:
 
     def record(self, trainer: Any, name: str) -> None:
         """Measure the finished model on the validation rows, write the record and the page, and print the table."""
-        from promptkd.evaluation.measure import evaluate_model
+        from promptkd.evaluation.measure import evaluation_of, measure_rows
         from promptkd.io.jsonl import write_whole
         from promptkd.models import model_record
         from promptkd.report import render_report, terminal_table
@@ -218,18 +218,17 @@ class TrainingRun:
         def measure(model: Any, teacher: Any) -> None:
             if trainer.validation_rows():
                 started = time.perf_counter()
-                evaluation = evaluate_model(
+                decoding = trainer.decoding()
+                results = measure_rows(
                     model,
                     trainer.processing_class,
                     trainer.validation_rows(),
-                    trainer.decoding(),
-                    model_label=name,
-                    data_label="validation",
+                    decoding,
                     stop_ids=trainer.stop_ids,
                     teacher=teacher,
                     batch_size=trainer.args.per_device_eval_batch_size,
                 )
-                evaluations.append(evaluation)
+                evaluations.append(evaluation_of(results, decoding, [decoding.seed], model=name, data="validation"))
                 self.timings["evaluate"] = time.perf_counter() - started
             if is_main_process():
                 self.models[name] = model_record(self.folder.path / name, model)
