@@ -32,7 +32,7 @@ class Options:
     metrics: list[str] = field(default_factory=list)
     """The metrics to compare, by default all. p is adjusted for their number: name those that you decide by."""
     allow_different: bool = False
-    """Compare the rows that all hold although data or decoding differ; the record says in what."""
+    """Compare the rows that all have although data or decoding differ; the record says in what."""
     overwrite: bool = False
     """Replace --out."""
 
@@ -42,8 +42,9 @@ def run(options: Options, training: dict[str, Any]) -> None:
     from promptkd.cli.options import merged_config
     from promptkd.cli.session import say
     from promptkd.evaluation.comparison import compare
-    from promptkd.report.compared import compared_sentences, compared_text
-    from promptkd.report.metrics import metric
+    from promptkd.report.differences import compared_sentences
+    from promptkd.report.metrics import metric_info
+    from promptkd.report.terminal import compared_text
     from promptkd.results import Results
 
     if options.out is not None:
@@ -51,7 +52,7 @@ def run(options: Options, training: dict[str, Any]) -> None:
     candidates = [each for run in options.runs for each in _candidates(run)]
     comparison = compare(
         candidates,
-        lambda name: metric(name).better,
+        lambda name: metric_info(name).better,
         baseline=options.baseline,
         all_pairs=options.all_pairs,
         metrics=options.metrics,

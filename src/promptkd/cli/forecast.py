@@ -58,7 +58,7 @@ def _memory(trial: "Trial") -> list[str]:
 
 
 def _time(trial: "Trial") -> list[str]:
-    from promptkd.report.provenance import duration
+    from promptkd.report.formatting import duration
 
     how = "on one step after one to warm up" if trial.warm else "on the run's only step"
     whole = duration(trial.seconds * trial.steps)

@@ -47,7 +47,7 @@ def _comparison(options: "Options", runs: "Sequence[StudyRun]") -> "Results | No
     """The record of the comparison; None, with a sentence, if there is nothing to compare."""
     from promptkd.cli.options import merged_config
     from promptkd.cli.session import say
-    from promptkd.report.compared import compared_sentences
+    from promptkd.report.differences import compared_sentences
     from promptkd.results import Results
 
     try:
@@ -69,7 +69,7 @@ def _comparison(options: "Options", runs: "Sequence[StudyRun]") -> "Results | No
 
 def _compared(options: "Options", runs: "Sequence[StudyRun]") -> "Comparison":
     from promptkd.evaluation.comparison import compare
-    from promptkd.report.metrics import metric
+    from promptkd.report.metrics import metric_info
     from promptkd.study.pooling import Member, compare_groups
 
     groups = list(dict.fromkeys(run.planned.group for run in runs))
@@ -81,7 +81,7 @@ def _compared(options: "Options", runs: "Sequence[StudyRun]") -> "Comparison":
         Member(run.planned.group, run.planned.seed, _candidate(run, run.planned.name if several else run.planned.group))
         for run in runs
     ]
-    better = lambda name: metric(name).better  # noqa: E731
+    better = lambda name: metric_info(name).better  # noqa: E731
     if several:
         return compare_groups(members, better, baseline=baseline, metrics=options.metrics)
     return compare([each.candidate for each in members], better, baseline=baseline, metrics=options.metrics)

@@ -7,26 +7,21 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from promptkd.report.metrics import estimate, in_order, metric
-from promptkd.report.story import run_labels
+from promptkd.report.formatting import duration, estimate
+from promptkd.report.labels import run_labels
+from promptkd.report.metrics import in_order, metric_info
 from promptkd.results import Metric, Results
-
-__all__ = ["Provenance", "duration", "provenance"]
 
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
     run: str
-    kind: str
     created: str
     command: str
     config: str
     """Indented JSON; empty where the record holds none."""
-    code: list[tuple[str, str]]
-    machine: list[tuple[str, str]]
-    figures: list[tuple[str, str]]
-    """Figures of the run as a whole."""
-    timings: list[tuple[str, str]]
+    facts: dict[str, list[tuple[str, str]]]
+    """By title: the run's own metrics, its timings, code and machine."""
     record: Results
 
 
@@ -37,17 +32,18 @@ def provenance(records: Sequence[Results]) -> list[Provenance]:
 
 def _entry(run: str, record: Results) -> Provenance:
     plain = record.model_dump(mode="json", include={"config", "machine"})
+    versions = [(name, version or "not installed") for name, version in record.code.items() if name != "git_commit"]
     return Provenance(
         run=run,
-        kind=record.kind,
         created=_moment(record.created),
         command=shlex.join(record.command),
         config=json.dumps(plain["config"], indent=2, ensure_ascii=False) if record.config else "",
-        code=[(name, version or "not installed") for name, version in record.code.items() if name != "git_commit"]
-        + [("git commit", record.code.get("git_commit") or "not a checkout")],
-        machine=[_machine_fact(name, value) for name, value in plain["machine"].items()],
-        figures=_figures(record.metrics),
-        timings=[(name, duration(seconds)) for name, seconds in record.timings.items()],
+        facts={
+            "Metrics of the run": [_metric(name, record.metrics[name]) for name in in_order(record.metrics)],
+            "Time": [(name, duration(seconds)) for name, seconds in record.timings.items()],
+            "Code": [*versions, ("git commit", record.code.get("git_commit") or "not a checkout")],
+            "Machine": [_machine_fact(name, value) for name, value in plain["machine"].items()],
+        },
         record=record,
     )
 
@@ -67,18 +63,6 @@ def _machine_fact(name: str, value: Any) -> tuple[str, str]:
     return name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _figures(metrics: dict[str, Metric]) -> list[tuple[str, str]]:
-    rows = []
-    for name in in_order(metrics):
-        value, interval = estimate(metric(name), metrics[name])
-        rows.append((metric(name).label, " ".join(part for part in (value, interval, metric(name).unit) if part)))
-    return rows
-
-
-def duration(seconds: float) -> str:
-    """95.3 -> "1 min 35 s"."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+def _metric(name: str, measured: Metric) -> tuple[str, str]:
+    info = metric_info(name)
+    return info.label, " ".join(part for part in (*estimate(info, measured), info.unit) if part)
