@@ -3,7 +3,8 @@
     python recipes/minimal_loop.py TEACHER STUDENT requests.txt
 
 `requests.txt` holds one prompt a line. The student is trained in place and saved to ./student. The library gives the
-same losses on the same responses (tests/test_minimal_loop.py); it adds accumulation, processes, packing and records.
+same losses on the same responses (tests/docs/test_minimal_loop.py); it adds accumulation, processes, packing and
+records.
 """
 
 import sys

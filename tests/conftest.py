@@ -2,7 +2,7 @@
 
 import os
 
-from promptkd.cli.waiting import let_threads_sleep
+from promptkd.cli.openmp import let_threads_sleep
 
 let_threads_sleep(os.environ)  # before torch is imported, here and in the processes that tests start
 

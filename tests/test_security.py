@@ -11,9 +11,10 @@ import pytest
 import torch
 import yaml
 
-from commands import TRAINING, World, done, make_world, rows, run, write_rows
-from hostile import ESCAPE, OVERRIDE, pickle_that_writes
-from promptkd.cli.options import merged_config
+from helpers.commands import TRAINING, World, done, make_world, rows, run, write_rows
+from helpers.hostile import ESCAPE, OVERRIDE, pickle_that_writes
+from helpers.tiny import save_model, tiny_model
+from promptkd.cli.parsing.parser import merged_config
 from promptkd.errors import RequestError
 from promptkd.io.redact import is_secret, redacted, without_secret_values, without_secrets
 from promptkd.models import SoftPrompt, load_model, load_tokenizer
@@ -21,7 +22,6 @@ from promptkd.report import render_csv, render_markdown, render_report, terminal
 from promptkd.report.terminal import compared_text
 from promptkd.results import Difference, Evaluation, Metric, ModelRecord, Results, RowResult
 from promptkd.training.manifest import write_manifest
-from tiny import save_model, tiny_model
 
 MARKUP = "<script>alert(1)</script><img src=x onerror=alert(2)>"
 HOSTILE = f"{MARKUP}{ESCAPE}{OVERRIDE}\x9b2J"
@@ -359,9 +359,9 @@ def test_every_form_of_a_report_shows_hostile_text_as_text():
 
 
 def test_a_merged_configuration_is_plain_and_keeps_no_secret():
-    from promptkd.cli import sft
+    from promptkd.cli.options.sft import Options
 
-    options = sft.Options(model="https://me:pw@h/m", data="d", out=Path("o"))
+    options = Options(model="https://me:pw@h/m", data="d", out=Path("o"))
     merged = merged_config(options, {"hub_token": "t", "model_init_kwargs": {"token": "t"}})
     assert merged["model"] == "https://***@h/m"
     assert merged["model_init_kwargs"] == {}

@@ -20,8 +20,8 @@ from gguf import GGUFReader
 from safetensors.torch import save
 
 from promptkd.cli import COMMANDS
-from promptkd.cli.config_file import read_config, write_config
-from promptkd.cli.options import merged_config, parse_options
+from promptkd.cli.parsing.config_file import read_config, write_config
+from promptkd.cli.parsing.parser import merged_config, parse_options
 from promptkd.data.sources import read_examples
 from promptkd.data.templates import resolve_template
 from promptkd.data.texts import encode_texts
@@ -37,7 +37,7 @@ from promptkd.report import render_report, terminal_table
 from promptkd.results import Evaluation, Metric, ModelRecord, Results, RowResult, Series
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
-from tiny import tiny_tokenizer
+from helpers.tiny import tiny_tokenizer
 
 __all__ = ["TARGETS", "Target", "findings_of"]
 

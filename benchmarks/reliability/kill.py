@@ -36,21 +36,21 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import huggingface_hub.constants  # noqa: E402
 
-import promptkd.cli.prune  # noqa: E402
-import promptkd.cli.report  # noqa: E402
+import promptkd.cli.commands.prune  # noqa: E402
+import promptkd.cli.commands.report  # noqa: E402
 import promptkd.evaluation  # noqa: E402
 import promptkd.models.load  # noqa: E402
 import promptkd.report  # noqa: E402
-from commands import LIMITS, World, make_world, steps  # noqa: E402
+from helpers.commands import LIMITS, World, make_world, steps  # noqa: E402
+from helpers.gguf_file import write_gguf  # noqa: E402
+from helpers.tiny import tiny_model  # noqa: E402
 from promptkd.cli import main as promptkd_main  # noqa: E402
 from promptkd.cli.training_run import TrainingRun  # noqa: E402
 from promptkd.training.trainer import DistillTrainer  # noqa: E402
-from test_load import write_gguf  # noqa: E402
-from tiny import tiny_model  # noqa: E402
 
 PARTS: dict[str, tuple[Any, str, str]] = {
     "conversion": (promptkd.models.load, "_convert", "prune"),
-    "pruning": (promptkd.cli.prune, "run", "prune"),
+    "pruning": (promptkd.cli.commands.prune, "run", "prune"),
     "rollout": (DistillTrainer, "_generate_and_score_completions", "distill"),
     "prompt step": (DistillTrainer, "_tune_teacher", "distill"),
     "student step": (DistillTrainer, "training_step", "distill"),
@@ -58,7 +58,7 @@ PARTS: dict[str, tuple[Any, str, str]] = {
     "checkpoint": (DistillTrainer, "_save_checkpoint", "distill"),
     "saving the student": (TrainingRun, "save", "distill"),
     "record and page": (TrainingRun, "record", "distill"),
-    "report": (promptkd.cli.report, "run", "report"),
+    "report": (promptkd.cli.commands.report, "run", "report"),
 }
 """What is killed: where its function stands, and the command that it is a part of."""
 

@@ -22,7 +22,7 @@ TOLERANCE = 1e-5
 
 
 def largest_difference(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
-    """Of all logged figures, the prompt and the student, of two outcomes (tests/processes_worker.py)."""
+    """Of all logged figures, the prompt and the student, of two outcomes (tests/helpers/processes_worker.py)."""
     figures = [
         abs(mine[name] - other[name]) for mine, other in zip(ours["log"], theirs["log"], strict=True) for name in mine
     ]
@@ -40,8 +40,8 @@ def main() -> int:
 
     import torch
 
-    import processes_worker
-    from test_processes import CHECKS, start
+    from helpers import processes_worker
+    from helpers.processes import CHECKS, start
 
     differences: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as name:

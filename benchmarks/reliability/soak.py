@@ -34,7 +34,7 @@ import psutil
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from commands import LIMITS, World, make_world, steps  # noqa: E402
+from helpers.commands import LIMITS, World, make_world, steps  # noqa: E402
 
 GROWTH, SLACK = 2**12, 2**21  # bytes a step, and bytes
 _LOGS = ("metrics.jsonl", "trainer_state.json")  # which grow with the steps, as they must

@@ -1,7 +1,8 @@
 """The command line: finds the command, runs it, and turns what happens into a message and an exit status.
 
-A command is a module with `Options` (a dataclass; the docstring under a field is its help) and
-`run(options, training)`. It may also name
+A command NAME is two modules: `options/NAME.py` with `Options` (a dataclass; the docstring under a field is its help),
+which imports nothing heavy, and `commands/NAME.py` with `run(options, training)`, imported when the request is sound.
+The options' module may also name
 
 - `TRAINING_CONFIG = "package.module:Class"`: a dataclass, imported late, whose fields are flags of the command too;
 - `COMMON_TRAINING_FLAGS = {"learning_rate": ("NUMBER", "help")}`: those that `--help` shows without that import;
@@ -21,34 +22,34 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from promptkd.cli.help import command_help, overview
-from promptkd.cli.measured_memory import out_of_memory_told
-from promptkd.cli.options import nearest, parse_options
-from promptkd.cli.session import is_main_process
-from promptkd.cli.stopping import command_that_goes_on, ended_by_signals
-from promptkd.cli.waiting import let_threads_sleep
+from promptkd.cli.memory_messages import out_of_memory_told
+from promptkd.cli.openmp import let_threads_sleep
+from promptkd.cli.parsing.help import command_help, overview
+from promptkd.cli.parsing.parser import nearest, parse_options
+from promptkd.cli.signals import command_that_goes_on, ended_by_signals
+from promptkd.cli.terminal import is_main_process
 from promptkd.errors import NO_ROOM, PromptKDError, RequestError, Stopped
 from promptkd.io.redact import redacted, without_secrets
 from promptkd.visible import shown
 
 __all__ = ["COMMANDS", "main"]
 
-COMMANDS: dict[str, tuple[str, str]] = {
-    "demo": ("promptkd.cli.demo", "Distil a small student offline on embedded defaults, with a report."),
-    "prune": ("promptkd.cli.prune", "Make a student of the teacher's most useful layers."),
-    "sft": ("promptkd.cli.sft", "Tune a model on the responses of a data set."),
-    "distill": ("promptkd.cli.distill", "Train a student on a teacher, with PromptKD or one of its rivals."),
-    "generate": ("promptkd.cli.generate", "Write a model's responses to a data set."),
-    "evaluate": ("promptkd.cli.evaluate", "Score a model's responses over several seeds."),
-    "exposure-bias": ("promptkd.cli.exposure_bias", "Measure how errors accumulate on a student's own continuations."),
-    "judge": ("promptkd.cli.judge", "Let a language model score answers, or compare two models' answers."),
-    "compare": ("promptkd.cli.compare", "Compare runs row by row: intervals, tests, and what each cost."),
-    "report": ("promptkd.cli.report", "Make one HTML page from the results of one or several runs."),
-    "chat": ("promptkd.cli.chat", "Ask one or several models, their answers side by side."),
-    "study": ("promptkd.cli.study", "Run methods x settings x seeds, resumable, and compare the methods."),
-    "export": ("promptkd.cli.export", "Write a model as serving tools load it: GGUF or safetensors."),
+COMMANDS: dict[str, str] = {
+    "demo": "Distil a small student offline on embedded defaults, with a report.",
+    "prune": "Make a student of the teacher's most useful layers.",
+    "sft": "Tune a model on the responses of a data set.",
+    "distill": "Train a student on a teacher, with PromptKD or one of its rivals.",
+    "generate": "Write a model's responses to a data set.",
+    "evaluate": "Score a model's responses over several seeds.",
+    "exposure-bias": "Measure how errors accumulate on a student's own continuations.",
+    "judge": "Let a language model score answers, or compare two models' answers.",
+    "compare": "Compare runs row by row: intervals, tests, and what each cost.",
+    "report": "Make one HTML page from the results of one or several runs.",
+    "chat": "Ask one or several models, their answers side by side.",
+    "study": "Run methods x settings x seeds, resumable, and compare the methods.",
+    "export": "Write a model as serving tools load it: GGUF or safetensors.",
 }
-"""Each command's name, in the order of the help: its module and what it does."""
+"""Each command's name, in the order of the help: what it does."""
 
 _LONGEST_MESSAGE = 4000
 """Characters of a failure's message that are shown: it may quote what a file holds."""
@@ -116,7 +117,8 @@ def _dispatch(arguments: list[str]) -> int:
         return _show(f"promptkd {version('promptkd')}\n")
     if name not in COMMANDS:
         raise RequestError(_no_such_command(name))
-    command = importlib.import_module(COMMANDS[name][0])
+    module = name.replace("-", "_")
+    command = importlib.import_module(f"promptkd.cli.options.{module}")
     if "--help-all" in rest or "--help_all" in rest:
         return _show(command_help(name, command, every_flag=True))
     if "--help" in rest or "-h" in rest:
@@ -125,7 +127,8 @@ def _dispatch(arguments: list[str]) -> int:
     kept = "What is done is kept: the same command goes on from there." if vars(command).get("GOES_ON") == () else ""
     try:
         with out_of_memory_told(command, parsed.options, kept):
-            command.run(parsed.options, parsed.training)
+            run = importlib.import_module(f"promptkd.cli.commands.{module}").run
+            run(parsed.options, parsed.training)
     except (Stopped, KeyboardInterrupt, OSError) as error:
         if "GOES_ON" in vars(command) and _can_go_on(parsed.options, parsed.training):
             error.add_note(

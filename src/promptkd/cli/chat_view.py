@@ -3,7 +3,6 @@
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -11,13 +10,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from promptkd.cli.session import say
+from promptkd.cli.terminal import say
+from promptkd.generation.conversation import Answer
 from promptkd.visible import shown
-
-if TYPE_CHECKING:
-    from promptkd.generation.conversation import Answer
-
-__all__ = ["Writing", "on_terminal", "write_in_turn", "write_side_by_side"]
 
 NARROWEST = 36
 """Cells of a column below which fewer columns stand side by side."""
@@ -34,7 +29,7 @@ class Writing:
     """An answer on its way."""
 
     label: str
-    answer: "Answer"
+    answer: Answer
     pieces: Iterator[str]
     seconds: float = 0.0
     running: bool = True

@@ -6,8 +6,6 @@ from promptkd.evaluation import ExposureBias
 from promptkd.report.terminal import text_table
 from promptkd.results import CurvePoint, Metric
 
-__all__ = ["exposure_table"]
-
 MOST_LENGTHS = 5
 
 

@@ -1,30 +1,27 @@
 """What `distill --dry-run` prints: sizes, steps, and the measured memory and time of a step by phase."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from promptkd.cli.session import is_main_process
+from promptkd.cli.terminal import is_main_process
 from promptkd.memory import gibibytes
+from promptkd.models import count_parameters
+from promptkd.report.formatting import duration
+from promptkd.responses import writes_responses
+from promptkd.training.dry_run import Trial
 
-if TYPE_CHECKING:
-    from promptkd.training.dry_run import Trial
 
-__all__ = ["forecast", "print_forecast"]
-
-
-def print_forecast(trainer: Any, trial: "Trial") -> None:
+def print_forecast(trainer: Any, trial: Trial) -> None:
     """Print what a run will need, from the first process alone."""
     if is_main_process():
         print("\n".join(forecast(trainer, trial)))
 
 
-def forecast(trainer: Any, trial: "Trial") -> list[str]:
+def forecast(trainer: Any, trial: Trial) -> list[str]:
     """The lines, of a trainer whose trial is over."""
     return [*_sizes(trainer), *_work(trainer, trial), *_memory(trial), *_time(trial)]
 
 
 def _sizes(trainer: Any) -> list[str]:
-    from promptkd.models import count_parameters
-
     student = trainer.accelerator.unwrap_model(trainer.model)
     teacher = trainer.accelerator.unwrap_model(trainer.teacher_model)
     numbers, _ = trainer.trainable_share()
@@ -34,9 +31,7 @@ def _sizes(trainer: Any) -> list[str]:
     ]
 
 
-def _work(trainer: Any, trial: "Trial") -> list[str]:
-    from promptkd.responses import writes_responses
-
+def _work(trainer: Any, trial: Trial) -> list[str]:
     args, processes = trainer.args, trainer.accelerator.num_processes
     window = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
     rollouts = f"up to {window}" if writes_responses(trainer.method.responses) else "none, the data's responses serve"
@@ -47,7 +42,7 @@ def _work(trainer: Any, trial: "Trial") -> list[str]:
     ]
 
 
-def _memory(trial: "Trial") -> list[str]:
+def _memory(trial: Trial) -> list[str]:
     by_size = sorted(trial.peak_memory_by_phase.items(), key=lambda each: each[1], reverse=True)
     how = "held at the ends of phases" if trial.sampled else "the most held in each phase"
     return [
@@ -57,9 +52,7 @@ def _memory(trial: "Trial") -> list[str]:
     ]
 
 
-def _time(trial: "Trial") -> list[str]:
-    from promptkd.report.formatting import duration
-
+def _time(trial: Trial) -> list[str]:
     how = "on one step after one to warm up" if trial.warm else "on the run's only step"
     whole = duration(trial.seconds * trial.steps)
     return [

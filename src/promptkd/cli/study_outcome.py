@@ -2,25 +2,24 @@
 
 from collections.abc import Sequence
 from statistics import mean, median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from promptkd.cli.options.study import Options
+from promptkd.cli.parsing.parser import merged_config
+from promptkd.cli.study_runs import StudyRun
+from promptkd.cli.terminal import say
 from promptkd.errors import RequestError
-
-if TYPE_CHECKING:
-    from promptkd.cli.study import Options
-    from promptkd.cli.study_runs import StudyRun
-    from promptkd.evaluation.comparison import Comparison
-    from promptkd.evaluation.pairing import Candidate
-    from promptkd.results import Results, Training
-
-__all__ = ["compare_and_report"]
+from promptkd.evaluation.comparison import Comparison, compare
+from promptkd.evaluation.pairing import Candidate
+from promptkd.report import render_report, terminal_table
+from promptkd.report.differences import compared_sentences
+from promptkd.report.metrics import metric_info
+from promptkd.results import Results, Training
+from promptkd.study.pooling import Member, compare_groups
 
 
-def compare_and_report(options: "Options", runs: "Sequence[StudyRun]") -> None:
+def compare_and_report(options: Options, runs: Sequence[StudyRun]) -> None:
     """Compare the finished runs, write the record and the page, and print the table."""
-    from promptkd.cli.session import say
-    from promptkd.report import render_report, terminal_table
-
     if not runs:
         return
     records = _records(runs)
@@ -35,21 +34,14 @@ def compare_and_report(options: "Options", runs: "Sequence[StudyRun]") -> None:
     say(f"The page is {page}.")
 
 
-def _records(runs: "Sequence[StudyRun]") -> "list[Results]":
+def _records(runs: Sequence[StudyRun]) -> list[Results]:
     """What each run trained and how. What it measured is pooled in the comparison; its answers are on its own page."""
-    from promptkd.results import Results
-
     records = [Results.read(run.folder / "results.json") for run in runs]
     return [record.model_copy(update={"evaluations": []}) for record in records]
 
 
-def _comparison(options: "Options", runs: "Sequence[StudyRun]") -> "Results | None":
+def _comparison(options: Options, runs: Sequence[StudyRun]) -> Results | None:
     """The record of the comparison; None, with a sentence, if there is nothing to compare."""
-    from promptkd.cli.options import merged_config
-    from promptkd.cli.session import say
-    from promptkd.report.differences import compared_sentences
-    from promptkd.results import Results
-
     try:
         comparison = _compared(options, runs)
     except RequestError as error:
@@ -67,11 +59,7 @@ def _comparison(options: "Options", runs: "Sequence[StudyRun]") -> "Results | No
     return results
 
 
-def _compared(options: "Options", runs: "Sequence[StudyRun]") -> "Comparison":
-    from promptkd.evaluation.comparison import compare
-    from promptkd.report.metrics import metric_info
-    from promptkd.study.pooling import Member, compare_groups
-
+def _compared(options: Options, runs: Sequence[StudyRun]) -> Comparison:
     groups = list(dict.fromkeys(run.planned.group for run in runs))
     baseline = options.baseline or groups[0]
     if baseline not in groups:
@@ -87,20 +75,15 @@ def _compared(options: "Options", runs: "Sequence[StudyRun]") -> "Comparison":
     return compare([each.candidate for each in members], better, baseline=baseline, metrics=options.metrics)
 
 
-def _candidate(run: "StudyRun", label: str) -> "Candidate":
-    from promptkd.evaluation.pairing import Candidate
-    from promptkd.results import Results
-
+def _candidate(run: StudyRun, label: str) -> Candidate:
     record = Results.read(run.results)
     if not record.evaluations:
         raise RequestError("the runs hold no measurement. Give `eval_data` in `base`, or `evaluate` with its data.")
     return Candidate(label, record, record.evaluations[0].model)
 
 
-def _costs(runs: "Sequence[StudyRun]") -> "dict[str, Training]":
+def _costs(runs: Sequence[StudyRun]) -> dict[str, Training]:
     """What a run of each group cost: means over its seeds, and the most memory."""
-    from promptkd.results import Results, Training
-
     groups: dict[str, list[Training]] = {}
     for run in runs:
         record = Results.read(run.folder / "results.json")
@@ -108,9 +91,7 @@ def _costs(runs: "Sequence[StudyRun]") -> "dict[str, Training]":
     return {group: _mean_cost(costs) for group, costs in groups.items()}
 
 
-def _mean_cost(costs: "list[Training]") -> "Training":
-    from promptkd.results import Training
-
+def _mean_cost(costs: list[Training]) -> Training:
     speeds = [each.tokens_per_second for each in costs if each.tokens_per_second is not None]
     settings: dict[str, Any] = {
         "method": costs[0].method,
@@ -123,7 +104,7 @@ def _mean_cost(costs: "list[Training]") -> "Training":
     return Training(**settings)
 
 
-def _largest_peaks(costs: "list[Training]") -> dict[str, int]:
+def _largest_peaks(costs: list[Training]) -> dict[str, int]:
     """By phase."""
     peaks: dict[str, int] = {}
     for each in costs:

@@ -1,20 +1,15 @@
 """What a study would do, in words: its runs, their cost, and their commands."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+from promptkd.cli.study_runs import StudyRun
 from promptkd.report.terminal import text_table
 from promptkd.study.processes import shell_line
 from promptkd.study.progress import progress_of
 from promptkd.study.table import Phase, clock
 
-if TYPE_CHECKING:
-    from promptkd.cli.study_runs import StudyRun
 
-__all__ = ["plan_text"]
-
-
-def plan_text(runs: "Sequence[StudyRun]", workers: int) -> str:
+def plan_text(runs: Sequence[StudyRun], workers: int) -> str:
     """A line a run, the sum, and the commands of what is not done, to be copied."""
     heads = ("run", "state", "steps", "about")
     lines = [heads, *(_cells(run, _pace(run, runs)) for run in runs)]
@@ -22,7 +17,7 @@ def plan_text(runs: "Sequence[StudyRun]", workers: int) -> str:
     return "\n\n".join(filter(None, [text_table(lines, left=(0, 1)), _total(runs, workers), "\n".join(commands)]))
 
 
-def _total(runs: "Sequence[StudyRun]", workers: int) -> str:
+def _total(runs: Sequence[StudyRun], workers: int) -> str:
     left = [run for run in runs if run.job.commands]
     steps = sum(_steps_left(run) for run in left)
     said = f"{len(left)} of {len(runs)} runs to do, {steps:,} steps."
@@ -37,7 +32,7 @@ def _total(runs: "Sequence[StudyRun]", workers: int) -> str:
     return f"{said} Seconds a step are known once a run of each method is done." if left else said
 
 
-def _cells(run: "StudyRun", pace: float | None) -> tuple[str, str, str, str]:
+def _cells(run: StudyRun, pace: float | None) -> tuple[str, str, str, str]:
     if run.row.phase is Phase.DONE:
         state = "done"
     elif run.trained is not None:
@@ -49,11 +44,11 @@ def _cells(run: "StudyRun", pace: float | None) -> tuple[str, str, str, str]:
     return run.planned.name, state, f"{run.row.steps:,}", clock(pace * left) if pace is not None and left else ""
 
 
-def _steps_left(run: "StudyRun") -> int:
+def _steps_left(run: StudyRun) -> int:
     return 0 if run.trained is not None else run.row.steps
 
 
-def _pace(run: "StudyRun", runs: "Sequence[StudyRun]") -> float | None:
+def _pace(run: StudyRun, runs: Sequence[StudyRun]) -> float | None:
     """Seconds a step, by finished runs of the same group, else of the same method; None if there is none."""
     for alike in (
         lambda other: other.planned.group == run.planned.group,

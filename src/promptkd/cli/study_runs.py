@@ -5,23 +5,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import promptkd.cli.distill
-import promptkd.cli.evaluate
-from promptkd.cli.config_file import read_config
-from promptkd.cli.options import merged_config, parse_options
+import promptkd.cli.options.distill
+import promptkd.cli.options.evaluate
+from promptkd.cli.commands.distill import checked
+from promptkd.cli.commands.evaluate import check
+from promptkd.cli.options.study import Options
+from promptkd.cli.parsing.config_file import read_config
+from promptkd.cli.parsing.parser import merged_config, parse_options
+from promptkd.data import read_examples
 from promptkd.errors import RequestError
+from promptkd.results import Results
 from promptkd.study.plan import Planned, arguments_of, plan_runs, told
 from promptkd.study.processes import Job
 from promptkd.study.progress import read_results
 from promptkd.study.table import Phase, Row
-
-if TYPE_CHECKING:
-    from promptkd.cli.study import Options
-    from promptkd.results import Results
-
-__all__ = ["StudyRun", "checked_runs"]
 
 _ALIKE = ("template", "max_prompt_length", "max_completion_length", "trust_remote_code")
 """Settings of training that evaluation has too, and takes over unless it is told otherwise."""
@@ -39,7 +38,7 @@ class StudyRun:
     row: Row
     results: Path
     """The record in which its student is measured."""
-    trained: "Results | None"
+    trained: Results | None
     """The record of its training, if that is done."""
 
 
@@ -48,12 +47,12 @@ class _Stage:
     """A command of a run."""
 
     arguments: tuple[str, ...]
-    done: "Results | None"
+    done: Results | None
     """Its record, if there is one of these settings."""
     steps: int = 0
 
 
-def checked_runs(options: "Options") -> list[StudyRun]:
+def checked_runs(options: Options) -> list[StudyRun]:
     """Every run of the study. Raises one `RequestError` that lists everything that is wrong; nothing is written."""
     planned = plan_runs(options.base, options.methods, options.seeds, options.grid, read_file=read_config)
     problems = _Problems(options.out)
@@ -128,18 +127,16 @@ def _training(planned: Planned, folder: Path) -> _Stage:
     torn = folder.is_dir() and any(folder.iterdir()) and not (folder / "config.yaml").is_file()
     mode = "--overwrite" if torn else "--resume"
     arguments = ("distill", *arguments_of(planned.settings), "--out", str(folder), mode)
-    parsed = parse_options("distill", promptkd.cli.distill, arguments[1:])
-    job, args, _ = promptkd.cli.distill.checked(parsed.options, parsed.training)  # and that its settings are the same
+    parsed = parse_options("distill", promptkd.cli.options.distill, arguments[1:])
+    job, args, _ = checked(parsed.options, parsed.training)  # and that its settings are the same
     return _Stage(arguments, read_results(folder / "results.json"), _steps(args, job.rows()))
 
 
 def _evaluation(model: Path, settings: dict[str, Any], results: Path) -> _Stage:
-    from promptkd.data import read_examples
-
     own = {key: value for key, value in settings.items() if key not in _NOT_EVALUATED}
     arguments = ("evaluate", "--model", str(model), *arguments_of(own), "--out", str(results))
-    parsed = parse_options("evaluate", promptkd.cli.evaluate, arguments[1:])
-    promptkd.cli.evaluate.check(parsed.options)
+    parsed = parse_options("evaluate", promptkd.cli.options.evaluate, arguments[1:])
+    check(parsed.options)
     for source in parsed.options.data:
         read_examples(source, limit=parsed.options.limit)
     record, asked = read_results(results), merged_config(parsed.options, {})
@@ -147,7 +144,7 @@ def _evaluation(model: Path, settings: dict[str, Any], results: Path) -> _Stage:
     return _Stage(arguments, record if same else None)
 
 
-def _run(planned: Planned, options: "Options", stages: list[_Stage]) -> StudyRun:
+def _run(planned: Planned, options: Options, stages: list[_Stage]) -> StudyRun:
     training, name = stages[0], planned.name
     # a student that is trained anew is measured anew
     commands = tuple(stage.arguments for stage in stages if training.done is None or stage.done is None)

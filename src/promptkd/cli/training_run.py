@@ -2,23 +2,33 @@
 
 import time
 from contextlib import AbstractContextManager
+from pathlib import Path
 from pickle import UnpicklingError
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from promptkd.cli.measured_memory import told_peak
-from promptkd.cli.measuring import label_of
-from promptkd.cli.options import merged_config
-from promptkd.cli.session import RunFolder, data_record, is_main_process, quiet_libraries, say
+from accelerate.utils import broadcast_object_list
+
+from promptkd.cli.library_logging import quiet_libraries
+from promptkd.cli.memory_messages import told_peak
+from promptkd.cli.parsing.parser import merged_config
+from promptkd.cli.provenance import data_record, label_of
+from promptkd.cli.run_folder import RunFolder
+from promptkd.cli.terminal import is_main_process, say
+from promptkd.data import encode_examples, read_examples, resolve_template
 from promptkd.errors import PromptKDError, RequestError
+from promptkd.evaluation.measure import evaluation_of, measure_rows
+from promptkd.io.jsonl import write_whole
 from promptkd.memory import peak_memory
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from promptkd.results import Training
-
-__all__ = ["TrainingRun"]
+from promptkd.models import load_model, load_tokenizer, model_record
+from promptkd.report import render_report, terminal_table
+from promptkd.results import Metric, Results, Series, Training, read_history
+from promptkd.training.callbacks import CostMeter, MetricsFile, ProgressBar, quiet
+from promptkd.training.checkpoint import resumable_checkpoint, set_aside
+from promptkd.training.collapse import findings_as_notes
+from promptkd.training.distributed import autocast
+from promptkd.training.out_of_memory import out_of_memory_told
+from promptkd.training.signals import StopOnSignal
 
 _LOWER_IS_BETTER = {"rouge_l": False, "loss": True, "kl_to_teacher": True}
 _SET_HERE = {
@@ -80,14 +90,10 @@ class TrainingRun:
 
     def tokenizer(self, name: str) -> Any:
         """The tokenizer of a model."""
-        from promptkd.models import load_tokenizer
-
         return load_tokenizer(name, trust_remote_code=self._trust)
 
     def encode(self, tokenizer: Any, args: Any, *, need_response: bool = True) -> tuple[Any, Any]:
         """Training and validation rows as tokens; None for validation rows that were not asked for."""
-        from promptkd.data import encode_examples, resolve_template
-
         encoded: dict[str, Any] = {"train": None, "validation": None}
         for name, (_, examples) in self._examples.items():
             encoded[name] = encode_examples(
@@ -108,8 +114,6 @@ class TrainingRun:
 
     def load(self, role: str, name: str, settings: dict[str, Any] | None = None) -> Any:
         """A model; `settings` are further arguments of `load_model`, `--model_init_kwargs` if None."""
-        from promptkd.models import load_model, model_record
-
         settings = self.training.get("model_init_kwargs") or {} if settings is None else settings
         model = load_model(name, trust_remote_code=self._trust, **settings)
         self.models[role] = model_record(name, model)
@@ -132,8 +136,6 @@ class TrainingRun:
 
     def tell_trained_share(self, numbers: int, share: float) -> None:
         """Say, and keep in the record, how much of the teacher is trained along."""
-        from promptkd.results import Metric
-
         if numbers:
             say(f"{numbers:,} numbers of the teacher are trained along, {share:.4%} of its parameters.")
             self.metrics["teacher_trained_numbers"] = Metric(value=numbers)
@@ -148,8 +150,6 @@ class TrainingRun:
             PromptKDError: where memory runs out; what the checkpoints hold is kept.
             Stopped: after a signal, when a checkpoint is written.
         """
-        from promptkd.training.callbacks import CostMeter, MetricsFile, ProgressBar, quiet
-        from promptkd.training.signals import StopOnSignal
 
         checkpoint = self._checkpoint() if self.options.resume else None
         if checkpoint is not None:
@@ -180,12 +180,8 @@ class TrainingRun:
         }
         say(told_peak(meter.peak_memory_bytes, meter.peak_memory_by_phase, sampled=trainer.phases.sampled))
 
-    def _checkpoint(self) -> "Path | None":
+    def _checkpoint(self) -> Path | None:
         """The checkpoint to go on from, which the first process looks for; None to begin at the first step."""
-        from accelerate.utils import broadcast_object_list
-
-        from promptkd.training.checkpoint import resumable_checkpoint, set_aside
-
         found: list[Path | None] = [None]
         if is_main_process():
             found[0], passed_over = resumable_checkpoint(self.folder.checkpoints)
@@ -202,14 +198,6 @@ class TrainingRun:
 
     def record(self, trainer: Any, name: str) -> None:
         """Measure the finished model on the validation rows, write the record and the page, and print the table."""
-        from promptkd.evaluation.measure import evaluation_of, measure_rows
-        from promptkd.io.jsonl import write_whole
-        from promptkd.models import model_record
-        from promptkd.report import render_report, terminal_table
-        from promptkd.results import Results, Series, read_history
-        from promptkd.training.distributed import autocast
-        from promptkd.training.out_of_memory import out_of_memory_told
-
         trainer.accelerator.wait_for_everyone()
         if not (is_main_process() or trainer.is_sharded):
             return
@@ -260,9 +248,6 @@ class TrainingRun:
 
     def _warnings(self, trainer: Any, history: list[dict[str, Any]]) -> list[str]:
         """What a reader must know of how the training went; the skipped steps also as a figure."""
-        from promptkd.results import Metric
-        from promptkd.training.collapse import findings_as_notes
-
         skipped, steps = trainer.skipped_steps(), trainer.state.global_step
         if not skipped:
             return findings_as_notes(history)
@@ -270,10 +255,8 @@ class TrainingRun:
         note = f"{skipped} of {steps} steps were skipped: their loss or gradient was NaN or infinite."
         return [note, *findings_as_notes(history)]
 
-    def _training(self, args: Any, history: list[dict[str, Any]]) -> "Training":
+    def _training(self, args: Any, history: list[dict[str, Any]]) -> Training:
         """What the run cost; tokens a second where its steps log them."""
-        from promptkd.results import Training
-
         speeds = [entry["tokens_per_second"] for entry in history if "tokens_per_second" in entry]
         method = args.algorithm if self.kind == "distill" else self.kind
         return Training(method=method, tokens_per_second=median(speeds) if speeds else None, **self._cost)
@@ -310,7 +293,5 @@ class TrainingRun:
         return chosen
 
     def _read(self, name: str, source: str | None, limit: int | None) -> None:
-        from promptkd.data import read_examples
-
         if source is not None:
             self._examples[name] = source, read_examples(source, limit=limit)

@@ -3,7 +3,7 @@
 A loss over N tokens and a vocabulary of V needs tensors of shape (N, V) if written plainly, several of them. Here a
 chunk of tokens is projected, its loss and the gradient with respect to its logits are computed, and the gradient goes
 on to the hidden states and the head at once; no tensor of shape (N, V) is ever made, and backward only multiplies. The
-values are those of the plain objectives, which stay the reference (tests/test_chunked_loss.py).
+values are those of the plain objectives, which stay the reference (tests/engine/test_chunked_loss.py).
 
 Logits, divergences and sums are float32 or wider, also under autocast. The gradient takes the place of the logits.
 """

@@ -1,7 +1,7 @@
 """What stands between the matrices of Llama's family, each with its backward written out.
 
 They keep less for backward than autograd would and pass over memory less often. On CUDA they are compiled into one
-kernel each; `tests/test_fused_ops.py` holds the compiled forms to the plain ones.
+kernel each; `tests/engine/test_fused_ops.py` holds the compiled forms to the plain ones.
 """
 
 from collections.abc import Callable

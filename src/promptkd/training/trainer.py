@@ -7,7 +7,7 @@ response tokens, on every process:
 2. the teacher's adapter: gradients of all micro-batches, then one step of its own optimiser (teaching.py);
 3. the student: each micro-batch against the teacher as step 2 left it (here, `_student_loss`).
 
-tests/test_trl_contract.py names every hook of TRL and transformers that is used here.
+tests/training/test_trl_contract.py names every hook of TRL and transformers that is used here.
 """
 
 import contextlib

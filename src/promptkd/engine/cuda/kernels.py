@@ -2,7 +2,7 @@
 
 Same calls, same results, and like them for logits that are finite everywhere (a logit of -inf gives NaN). In float32
 alone, each row read twice and written once; what is computed, and how exactly, is told in `row_programs.py`. The plain
-kernels stay the reference (tests/test_triton_kernels.py).
+kernels stay the reference (tests/engine/test_triton_kernels.py).
 
 Importing this module needs Triton, which torch brings along on CUDA.
 """

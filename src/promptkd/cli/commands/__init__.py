@@ -1,0 +1,1 @@
+"""The commands themselves: `run` of each."""

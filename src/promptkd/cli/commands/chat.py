@@ -1,0 +1,168 @@
+"""`promptkd chat`."""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from rich.console import Console
+
+from promptkd.cli.chat_view import Writing, on_terminal, write_in_turn, write_side_by_side
+from promptkd.cli.library_logging import quiet_libraries
+from promptkd.cli.measuring_device import computing_in, load_subject, settled_precision
+from promptkd.cli.options.chat import Options
+from promptkd.cli.parsing.values import LARGEST_INTEGER
+from promptkd.cli.provenance import label_of
+from promptkd.cli.terminal import say
+from promptkd.errors import RequestError
+from promptkd.generation.conversation import Conversation, Decoding
+from promptkd.models import load_tokenizer
+
+Number = TypeVar("Number", int, float)
+HELP = """\
+/reset            forget what was said, and the count of answers that seeds depend on
+/temperature T    sample at this temperature; 0 decodes greedily
+/seed N           draw the samples from another seed
+/exit             leave, as Ctrl-D does; Ctrl-C stops an answer
+A request that begins with a slash is typed with a space before it."""
+
+
+def run(options: Options, training: dict[str, Any]) -> None:
+    decoding = Decoding(
+        max_new_tokens=options.max_completion_length,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        top_k=options.top_k,
+        seed=options.seed,
+    )
+    labels = _labels(options)
+    if options.prompt is not None and not options.prompt.strip():
+        raise RequestError("--prompt is empty. Expected some text.")
+    quiet_libraries()
+    session = _Session(_load(options, labels), decoding, Console(highlight=False))
+    with computing_in(settled_precision(options.dtype)):
+        _talk(session, options.prompt)
+
+
+def _talk(session: "_Session", prompt: str | None) -> None:
+    if prompt is not None:
+        session.ask(prompt)
+    elif sys.stdin.isatty() and sys.stdout.isatty():
+        session.talk()
+    else:
+        for line in _piped_lines():
+            if line.strip() and not session.take(line.rstrip("\n")):
+                break
+
+
+def _labels(options: Options) -> dict[str, str]:
+    """The label of each model, the teacher last."""
+    names = [*options.models, *([] if options.teacher is None else [options.teacher])]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise RequestError(f"Each model answers once. {', '.join(twice)} is given more than once.")
+    labels = {name: label_of(name, among=names) for name in names}
+    if options.teacher is not None:
+        labels[options.teacher] = f"teacher: {labels[options.teacher]}"
+    return labels
+
+
+def _load(options: Options, labels: dict[str, str]) -> dict[str, Conversation]:
+    loaded = {}
+    for name, label in labels.items():
+        tokenizer = load_tokenizer(name, trust_remote_code=options.trust_remote_code)
+        model = load_subject(name, options.trust_remote_code)
+        loaded[label] = Conversation(model, tokenizer, options.template)
+    return loaded
+
+
+class _Session:
+    """The models, how they decode, and where their answers go."""
+
+    def __init__(self, conversations: dict[str, Conversation], decoding: Decoding, console: Console):
+        self.conversations, self.decoding, self.console = conversations, decoding, console
+        self.turn = 0
+
+    def talk(self) -> None:
+        """Read requests from the terminal until /exit or Ctrl-D."""
+        say(self._greeting())
+        for line in _typed_lines():
+            try:
+                if line.strip() and not self.take(line):
+                    return
+            except KeyboardInterrupt:
+                say("Stopped.")
+            except RequestError as error:
+                say(str(error))
+
+    def take(self, line: str) -> bool:
+        """Do what a line asks for, a command or a request; return whether to go on."""
+        if not line.startswith("/"):
+            self.ask(line.strip())
+            return True
+        name, _, value = line.strip().partition(" ")
+        match name:
+            case "/exit":
+                return False
+            case "/help":
+                self.console.out(HELP, highlight=False)
+            case "/reset":
+                self.turn = 0
+                for conversation in self.conversations.values():
+                    conversation.reset()
+            case "/temperature":
+                self.decoding = replace(self.decoding, temperature=_number(float, name, value))
+            case "/seed":
+                self.decoding = replace(self.decoding, seed=_number(int, name, value))
+            case _:
+                raise RequestError(f"{name} is no command. /help lists them; text that begins so takes a space before.")
+        return True
+
+    def ask(self, request: str) -> None:
+        """Have every model answer."""
+        writings = []
+        for label, conversation in self.conversations.items():
+            try:
+                writings.append(Writing(label, *conversation.ask(request, self.decoding, self.turn)))
+            except RequestError as error:
+                raise RequestError(f"{label}: {error}") from error
+        self.turn += 1
+        (write_side_by_side if on_terminal(self.console) else write_in_turn)(self.console, writings)
+
+    def _greeting(self) -> str:
+        alone = [label for label, each in self.conversations.items() if not each.remembers]
+        memory = "Each model reads the whole conversation, with its own answers."
+        if alone:
+            memory = f"Each request stands alone for {', '.join(alone)}: the template takes no conversation."
+        return f"{memory} /help lists the commands, Ctrl-D leaves."
+
+
+def _number(kind: type[Number], name: str, value: str) -> Number:
+    try:
+        number = kind(value)
+        if abs(number) <= LARGEST_INTEGER:  # neither NaN nor infinite
+            return number
+    except ValueError:
+        pass
+    raise RequestError(f"{name} expects a number. Got {value[:40] or 'nothing'}.")
+
+
+def _piped_lines() -> Iterator[str]:
+    try:
+        yield from sys.stdin
+    except UnicodeDecodeError as error:
+        raise RequestError(f"Expected UTF-8 on standard input: {error}.") from error
+
+
+def _typed_lines() -> Iterator[str]:
+    """Lines from the terminal, with editing and a history by the arrow keys."""
+    import readline  # noqa: F401  its import is what gives `input` both
+
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print()

@@ -1,0 +1,84 @@
+"""`promptkd compare`."""
+
+from pathlib import Path
+from typing import Any
+
+from promptkd.cli.option_checks import check_output
+from promptkd.cli.options.compare import Options
+from promptkd.cli.parsing.parser import merged_config
+from promptkd.cli.provenance import label_of
+from promptkd.cli.terminal import say
+from promptkd.errors import RequestError
+from promptkd.evaluation.comparison import compare
+from promptkd.evaluation.pairing import Candidate
+from promptkd.report.differences import compared_sentences
+from promptkd.report.metrics import metric_info
+from promptkd.report.terminal import compared_text
+from promptkd.results import ModelRecord, Results, Training
+
+
+def run(options: Options, training: dict[str, Any]) -> None:
+    if options.out is not None:
+        check_output(options.out, overwrite=options.overwrite)
+    candidates = [each for run in options.runs for each in _candidates(run)]
+    comparison = compare(
+        candidates,
+        lambda name: metric_info(name).better,
+        baseline=options.baseline,
+        all_pairs=options.all_pairs,
+        metrics=options.metrics,
+        allow_different=options.allow_different,
+    )
+    results = Results(
+        kind="compare",
+        config=merged_config(options, {}),
+        models={each.label: size for each in candidates if (size := _size(each)) is not None},
+        training={each.label: cost for each in candidates if (cost := _cost(each)) is not None},
+        data=comparison.data,
+        evaluations=comparison.evaluations,
+        differences=comparison.differences,
+    )
+    results.notes = [*compared_sentences(results), *comparison.notes]
+    print(compared_text(results))
+    if options.out is not None:
+        results.write(options.out)
+        say(f"The record is in {options.out}.")
+
+
+def _candidates(run: str) -> list[Candidate]:
+    """The models of one run. A run's own words for its model, "student" and "model", give way to its folder's name."""
+    name, path = _named(run)
+    file = path / "results.json" if path.is_dir() else path
+    record = Results.read(file)
+    models = list(dict.fromkeys(each.model for each in record.evaluations))
+    if not models:
+        raise RequestError(
+            f"{path} holds no evaluation to compare: it is the record of `{record.kind}`. Measure its model by "
+            "`promptkd evaluate` and compare the results."
+        )
+    if record.kind in ("distill", "sft"):
+        name = name or label_of(str(file.absolute().parent))
+    if name is not None and len(models) > 1:
+        raise RequestError(f"{run} gives one name to {len(models)} models: {', '.join(models)}. Leave the name out.")
+    return [Candidate(name or model, record, model) for model in models]
+
+
+def _named(run: str) -> tuple[str | None, Path]:
+    """The parts of LABEL=RUN; a path that exists is none, whatever is in its name."""
+    label, equals, path = run.partition("=")
+    if equals and label and path and not Path(run).exists():
+        return label, Path(path)
+    return None, Path(run)
+
+
+def _size(candidate: Candidate) -> ModelRecord | None:
+    return candidate.record.models.get(candidate.model)
+
+
+def _cost(candidate: Candidate) -> Training | None:
+    """What the model cost to train: under its label, or the only one in the record of a run of one model."""
+    known = candidate.record.training
+    if candidate.model in known:
+        return known[candidate.model]
+    alone = len(known) == 1 and len({each.model for each in candidate.record.evaluations}) == 1
+    return next(iter(known.values())) if alone else None

@@ -1,0 +1,36 @@
+"""`promptkd demo`."""
+
+from typing import Any
+
+from promptkd.cli.library_logging import quiet_libraries
+from promptkd.cli.options.demo import Options
+from promptkd.cli.parsing.parser import merged_config
+from promptkd.cli.run_folder import RunFolder
+from promptkd.cli.terminal import say
+from promptkd.demo.pipeline import Demo
+from promptkd.demo.settings import DemoSettings, teacher_file
+from promptkd.errors import RequestError
+from promptkd.io.jsonl import write_whole
+from promptkd.memory import peak_memory
+from promptkd.report import render_report, terminal_table
+
+
+def run(options: Options, training: dict[str, Any]) -> None:
+    if not 1 <= options.layers <= 30:
+        raise RequestError(f"--layers must lie between 1 and 30, the number the teacher has. Got {options.layers}.")
+    if options.steps < 1:
+        raise RequestError(f"--steps must be at least 1. Got {options.steps}.")
+    if options.seed < 0:
+        raise RequestError(f"--seed must be 0 or more. Got {options.seed}.")
+    quiet_libraries()
+    teacher_file()
+    folder = RunFolder(options.out)
+    folder.open(merged_config(options, {}), resume=False, overwrite=options.overwrite)
+    demo = Demo(DemoSettings(layers=options.layers, steps=options.steps, seed=options.seed), options.out, say)
+    results = demo.run()
+    results.notes = [*results.notes, f"Peak memory {peak_memory() / 2**30:.1f} GiB."]
+    results.write(folder.results)
+    write_whole(folder.report, render_report([results], title="promptkd demo").encode())
+    print(terminal_table([results]))
+    say(f"The student is in {options.out / 'student'}, the soft prompt in {options.out / 'prompt'}.")
+    say(f"Open {folder.report} in a browser.")

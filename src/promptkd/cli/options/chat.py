@@ -1,0 +1,41 @@
+"""Ask one or several models, and see their answers side by side as they are written.
+
+With a chat template each model reads the whole conversation with its own answers; without one (--template alpaca, or a
+tokenizer that has none) every request stands alone. Without a terminal each line of standard input is a request, and
+the answers are plain text, one labelled block a model. A model's control characters are shown and never obeyed.
+
+    promptkd chat runs/promptkd runs/kd --teacher runs/teacher
+    promptkd chat runs/promptkd --prompt "Name three rivers." --temperature 0.7 --seed 1
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+POSITIONAL = "models"
+LESS_MEMORY = ("fewer models", "a smaller --max-completion-length (now {max_completion_length})")
+
+
+@dataclass
+class Options:
+    models: list[str]
+    """Who answers: hub names, folders, run folders or GGUF files."""
+    teacher: str | None = None
+    """One more model, shown last and labelled as the teacher."""
+    prompt: str | None = None
+    """Ask this once and leave."""
+    temperature: float = 0.0
+    """Sampling temperature; 0 decodes greedily."""
+    top_p: float = 1.0
+    """Share of the probability mass to sample from."""
+    top_k: int = 0
+    """Number of tokens to sample from; 0 for all."""
+    seed: int = 10
+    """Seed of the samples."""
+    template: str = "auto"
+    """auto, alpaca, chat, or a Jinja text."""
+    max_completion_length: int = 256
+    """Most tokens of an answer."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision to compute in, with weights in float32; auto is bfloat16 where the device has units for it."""
+    trust_remote_code: bool = False
+    """Run code that a hub model ships."""

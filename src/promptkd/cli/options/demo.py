@@ -1,0 +1,27 @@
+"""Distil a small student offline on embedded defaults, with a report.
+
+A 135M-parameter teacher (SmolLM2-135M-Instruct) is tuned on a small instruction set, pruned to a student, and the
+student recovers by knowledge distillation and then learns by PromptKD. Every stage is measured on held-out requests.
+The tuned teacher and the recovered student are kept in the cache folder for the next time.
+
+    promptkd demo --out runs/demo
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+GOES_ON = ("--overwrite",)  # finished stages come from the cache
+
+
+@dataclass
+class Options:
+    out: Path = Path("runs/demo")
+    """Folder of the run."""
+    layers: int = 24
+    """Layers of the student, of the teacher's 30."""
+    steps: int = 40
+    """Optimiser steps of PromptKD."""
+    seed: int = 0
+    """Seed of everything random."""
+    overwrite: bool = False
+    """Replace the run in OUT."""

@@ -1,0 +1,57 @@
+"""Measure how errors accumulate on a student's own continuations.
+
+ExAccErr(l) in %: by how much the KL(teacher || student), added up over the first l tokens, is larger on what the
+student writes than on what the teacher writes (Arora et al. 2022). Both write several continuations of every request
+at temperature 1; intervals are 95 %, by bootstrap over rows. The data need no responses.
+
+    promptkd exposure-bias --student runs/promptkd runs/kd --teacher T --data test.jsonl --out exposure.json
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+LESS_MEMORY = (
+    "a smaller --batch-size (now {batch_size})",
+    "a smaller --max-completion-length (now {max_completion_length})",
+)
+
+
+@dataclass
+class Options:
+    student: list[str]
+    """The students: hub names, folders, run folders or GGUF files."""
+    teacher: str
+    """The teacher that all of them are compared with."""
+    data: str
+    """Requests: a file, a folder, or a hub data set."""
+    out: Path
+    """The results file to write."""
+    prompt: Path | None = None
+    """A run or PEFT folder with a soft prompt: the prompted teacher is sampled and compared in the teacher's place."""
+    every_checkpoint: bool = False
+    """Measure the checkpoints of each student's run too, in the order of their steps."""
+    samples_per_row: int = 3
+    """Continuations of each request, by every model."""
+    seed: int = 10
+    """Seed of the first continuation; the others take the seeds after it."""
+    ended: Literal["leave", "zero"] = "leave"
+    """Rows that have ended: leave the mean of later tokens, or count there as errors of zero (as the authors do)."""
+    batch_size: int | None = None
+    """Continuations that are decoded at a time; by default 32 on CPU, 128 on a GPU."""
+    limit: int | None = None
+    """Use the first so many rows."""
+    template: str = "auto"
+    """auto, alpaca, chat, or a Jinja text."""
+    max_prompt_length: int = 256
+    """Most tokens of a prompt; rows above it are dropped and counted."""
+    max_completion_length: int = 256
+    """Most tokens of a continuation."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision to compute in, with weights in float32; auto is bfloat16 where the device has units for it."""
+    teacher_dtype: Literal["float32", "bfloat16", "float16", "auto"] | None = None
+    """Precision of the teacher's weights; by default bfloat16 where the device has units for it, else float32."""
+    trust_remote_code: bool = False
+    """Run code that a hub model ships."""
+    overwrite: bool = False
+    """Replace --out."""

@@ -1,0 +1,27 @@
+"""Make one HTML page, or tables for a paper, from the results of one or several runs.
+
+Several records of one model (its training, its evaluations, its comparison with others) become one story.
+
+    promptkd report runs/promptkd runs/kd promptkd-test.json kd-test.json --out report.html
+    promptkd report promptkd-test.json kd-test.json --out table.md
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+POSITIONAL = "runs"
+
+
+@dataclass
+class Options:
+    runs: list[str]
+    """Run folders, or results files."""
+    out: Path
+    """The file to write."""
+    format: Literal["html", "markdown", "json", "csv"] | None = None
+    """html (a page), markdown (tables), json or csv (figures); by default what the suffix of --out says."""
+    title: str | None = None
+    """Title of the page."""
+    overwrite: bool = False
+    """Replace --out."""

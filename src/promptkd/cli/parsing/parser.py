@@ -1,0 +1,252 @@
+"""A command's options from defaults, a YAML file and flags: flags win over the file, the file over the defaults.
+
+Everything that is wrong with a request is collected and reported at once.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from promptkd.cli.parsing.annotations import choices, describe, takes_switch, takes_values
+from promptkd.cli.parsing.config_file import read_config, write_config
+from promptkd.cli.parsing.fields import Field, own_fields, positional, training_fields
+from promptkd.cli.parsing.values import LARGEST_INTEGER, convert, plain
+from promptkd.errors import RequestError
+from promptkd.io.redact import is_secret, redacted, without_secret_values
+
+__all__ = ["Parsed", "merged_config", "nearest", "parse_options", "write_config"]
+
+_PROGRAM_FLAGS = ("config", "debug", "help", "help_all", "version")
+_NUMBER = re.compile(r"-[0-9.]")
+_LONGEST_SHOWN = 200
+_REPEATED = "Give it once."
+_REPEATED_LIST = "Give the values together: --flag A B."
+
+
+@dataclass(frozen=True)
+class Parsed:
+    options: Any
+    """The command's `Options`."""
+    training: dict[str, Any]
+    """The values of the training configuration that the user gave, and no others."""
+
+    @property
+    def merged(self) -> dict[str, Any]:
+        return merged_config(self.options, self.training)
+
+
+@dataclass(frozen=True)
+class _Flag:
+    spelled: str
+    name: str
+    values: list[str]
+    joined: bool
+    """Whether the value was written behind an equals sign."""
+
+
+def merged_config(options: Any, training: dict[str, Any]) -> dict[str, Any]:
+    """Every option and every training value that was given, as plain data for `write_config`; secrets are left out."""
+    merged = {field.name: vars(options)[field.name] for field in fields(options)} | training
+    return without_secret_values({name: plain(value) for name, value in merged.items()})
+
+
+def parse_options(name: str, command: ModuleType, arguments: Sequence[str]) -> Parsed:
+    """Read the arguments of command `name`. Raises one `RequestError` that lists everything that is wrong."""
+    request = _Request(command)
+    request.read(arguments)
+    if request.problems:
+        advice = f"`promptkd {name} --help` explains the flags."
+        if len(request.problems) == 1:
+            raise RequestError(f"{request.problems[0]} {advice}")
+        lines = "".join(f"\n  - {problem}" for problem in request.problems)
+        raise RequestError(f"{len(request.problems)} things are wrong with the request:{lines}\n{advice}")
+    own = {key: value for key, value in request.values.items() if key in request.own}
+    training = {key: value for key, value in request.values.items() if key not in request.own}
+    return Parsed(command.Options(**own), training)
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that is most like `name`, if one is."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)
+
+
+class _Request:
+    """What has been read so far, and what was wrong with it."""
+
+    def __init__(self, command: ModuleType) -> None:
+        self.command = command
+        self.own = own_fields(command)
+        self.positional = positional(command)
+        self.values: dict[str, Any] = {}
+        self.problems: list[str] = []
+        self._given: dict[str, str] = {}  # name -> how it was spelled, its value right or wrong
+        self._loose: list[str] = []  # for the positional option
+        self._config: Path | None = None
+
+    def read(self, arguments: Sequence[str]) -> None:
+        for flag in self._split(arguments):
+            self._take_flag(flag)
+        if self._loose and self.positional and self._is_first(self.positional, " ".join(self._loose), _REPEATED):
+            value = self._loose if len(self._loose) > 1 else self._loose[0]
+            self._set(self.own[self.positional], value, self.positional.upper())
+        if "config" in self.own:  # the file is what the command is about
+            self._config = self._config or self.values.get("config")
+            self.values |= {"config": self._config} if self._config else {}
+        if self._config is None or self._take_file(self._config):
+            self._find_missing()
+
+    def _split(self, arguments: Sequence[str]) -> list[_Flag]:
+        """Each flag with all that follows it up to the next one. Arguments before the first flag are surplus."""
+        flags: list[_Flag] = []
+        before: list[str] = []
+        for argument in arguments:
+            if argument.startswith("--") and len(argument) > 2:
+                spelled, equals, value = argument.partition("=")
+                name = spelled[2:].replace("-", "_")
+                flags.append(_Flag(spelled, name, [value] if equals else [], joined=bool(equals)))
+            elif argument.startswith("-") and len(argument) > 1 and not _NUMBER.match(argument):
+                self.problems.append(
+                    f"{argument} is no flag: flags begin with two dashes and a name. "
+                    "A value that begins with a dash is written --flag=VALUE."
+                )
+            else:
+                (flags[-1].values if flags else before).append(argument)
+        self._surplus(before, "every value follows a flag")
+        return flags
+
+    def _take_flag(self, flag: _Flag) -> None:
+        name = flag.name
+        if name == "debug":
+            self.problems.append(
+                "--debug takes no value: it shows the traceback of a failure. "
+                "The training setting of that name goes into the --config file."
+            )
+        elif name == "config":
+            self._take_config(flag)
+        elif field := self._find(name):
+            if self._is_first(name, flag.spelled, _REPEATED_LIST if takes_values(field.annotation) else _REPEATED):
+                self._take_values(field, flag)
+        elif name.startswith("no_") and (field := self._find(name[3:])):
+            self._negate(field, flag)
+        else:
+            self.problems.append(f"{flag.spelled} is unknown.{self._suggest(name, '--', '-')}")
+
+    def _take_config(self, flag: _Flag) -> None:
+        if not flag.values:
+            self.problems.append("--config expects a YAML file. Got no value.")
+        elif self._is_first(flag.name, flag.spelled, "Put everything into one file."):
+            self._config = Path(flag.values[0]).expanduser()
+            self._surplus(flag.values[1:], "--config takes one file")
+
+    def _take_values(self, field: Field, flag: _Flag) -> None:
+        one = flag.joined or not takes_values(field.annotation)
+        values, surplus = (flag.values[:1], flag.values[1:]) if one else (flag.values, [])
+        if takes_switch(field.annotation) and not flag.joined:
+            if self.positional and values and values[0].lower() not in ("true", "false"):
+                values, surplus = [], flag.values
+            values = values or ["true"]
+        self._surplus(surplus, f"{flag.spelled} takes one value")
+        if values:
+            self._set(field, values if len(values) > 1 else values[0], flag.spelled)
+        else:
+            self.problems.append(f"{flag.spelled} expects {describe(field.annotation)}. Got no value.")
+
+    def _negate(self, field: Field, flag: _Flag) -> None:
+        if not takes_switch(field.annotation):
+            self.problems.append(f"{flag.spelled} is unknown: {field.flag} expects {describe(field.annotation)}.")
+        elif self._is_first(field.name, flag.spelled, _REPEATED):
+            self.values[field.name] = False
+            self._surplus(flag.values, f"{flag.spelled} takes no value")
+
+    def _surplus(self, values: list[str], reason: str) -> None:
+        """Arguments that belong to no flag are the positional option's, or wrong."""
+        if self.positional:
+            self._loose += values
+        elif values:
+            self.problems.append(f"Did not expect {_show(values)}: {reason}.")
+
+    def _take_file(self, path: Path) -> bool:
+        """Take from the file what no flag has given; return whether the file could be read."""
+        try:
+            values = read_config(path)
+        except RequestError as error:
+            self.problems.append(str(error))
+            return False
+        for name, value in values.items():
+            field = None if name == "config" else self._find(name)
+            if field:  # a wrong value is reported even where a flag wins over it
+                self._set(field, value, f"{path}: {name}", keep=name not in self._given)
+            else:
+                self.problems.append(f"{path}: the key {name} is unknown.{self._suggest(name, '', '_')}")
+        self._given = dict.fromkeys(values, str(path)) | self._given
+        return True
+
+    def _find_missing(self) -> None:
+        for field in self.own.values():
+            if field.required and field.name not in self._given:
+                spelled = field.name.upper() if field.name == self.positional else field.flag
+                self.problems.append(f"{spelled} is missing: {field.help or describe(field.annotation)}")
+
+    def _set(self, field: Field, value: Any, source: str, *, keep: bool = True) -> None:
+        if not _is_written(value):
+            self.problems.append(f"{source} holds what is no character of UTF-8 (half a surrogate pair). Type it anew.")
+            return
+        try:
+            converted = convert(value, field.annotation, default=field.default)
+        except (ValueError, RecursionError):
+            expected = describe(field.annotation)
+            got = "a secret" if is_secret(field.name) else _show(value)
+            self.problems.append(f"{source} expects {expected}. Got {got}.{_hint(value, expected, field)}")
+        else:
+            if keep:
+                self.values[field.name] = converted
+
+    def _is_first(self, name: str, spelled: str, advice: str) -> bool:
+        if name in self._given:
+            other = "" if self._given[name] == spelled else f", first as {self._given[name]}"
+            self.problems.append(f"{spelled} is given twice{other}. {advice}")
+            return False
+        self._given[name] = spelled
+        return True
+
+    def _find(self, name: str) -> Field | None:
+        return self.own.get(name) or training_fields(self.command).get(name)
+
+    def _suggest(self, name: str, prefix: str, dash: str) -> str:
+        known = [*self.own, *training_fields(self.command), *(_PROGRAM_FLAGS if prefix else ())]
+        guess = nearest(name, known)
+        return f" Did you mean {prefix}{guess.replace('_', dash)}?" if guess else " --help-all lists every name."
+
+
+def _hint(value: Any, expected: str, field: Field) -> str:
+    if isinstance(value, str) and (guess := nearest(value, choices(field.annotation))):
+        return f" Did you mean {guess}?"
+    if isinstance(value, bool | int | float) and "text" in expected:
+        return " Put it in quotes."
+    if "whole number" in expected and re.fullmatch(r"[-+]?\d{19,}", _show(value).strip("'")):
+        return f" It may be at most {LARGEST_INTEGER}."
+    return ""
+
+
+def _is_written(value: Any) -> bool:
+    """Whether every text in `value` can be written as UTF-8: an argument in another encoding cannot."""
+    if isinstance(value, str):
+        return not any("\ud800" <= character <= "\udfff" for character in value)
+    if isinstance(value, dict):
+        return all(_is_written(key) and _is_written(part) for key, part in value.items())
+    return all(map(_is_written, value)) if isinstance(value, list) else True
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, list):
+        text = " ".join(str(part) for part in value) or "no value"
+    elif isinstance(value, int) and not isinstance(value, bool) and abs(value) > LARGEST_INTEGER:
+        text = "a number that is far larger" if value.bit_length() > 10_000 else str(value)
+    else:
+        text = "nothing" if value is None or value == "" else repr(value)
+    text = redacted(text)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]} … ({len(text)} characters)"

@@ -1,0 +1,117 @@
+"""The demo's data (form, splits, leaks) and its whole course on a tiny teacher."""
+
+import json
+import re
+from collections import Counter
+
+import pytest
+
+from helpers.tiny import save_model, tiny_model, tiny_tokenizer
+from promptkd.cli import main
+from promptkd.data import read_examples
+from promptkd.demo import pipeline
+from promptkd.demo.settings import DemoSettings, data_file
+from promptkd.results import Results
+
+SPLITS = {"train": 300, "validation": 50, "test": 50}
+
+
+def rows(split):
+    return [json.loads(line) for line in data_file(split).read_text(encoding="utf-8").splitlines()]
+
+
+def words(text):
+    return re.findall(r"\w+", text.lower())
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_form(split):
+    content = rows(split)
+    assert len(content) >= SPLITS[split]
+    assert len(read_examples(data_file(split))) == len(content)
+    for row in content:
+        assert row.keys() == {"task", "instruction", "input", "output"}
+        assert row["instruction"].strip() == row["instruction"] != ""
+        assert row["output"].strip() == row["output"] != ""
+        assert 1 <= len(words(row["output"])) <= 45
+        assert not re.search(r"\b(Sure!|Certainly|As an AI)", row["output"])
+    tasks = Counter(row["task"] for row in content)
+    assert len(tasks) == 9
+    assert min(tasks.values()) >= 0.05 * len(content)
+
+
+def test_no_row_twice_and_no_leak_between_splits():
+    content = {split: rows(split) for split in SPLITS}
+    everything = [row for split in SPLITS for row in content[split]]
+    keys = [(tuple(words(row["instruction"])), tuple(words(row["input"]))) for row in everything]
+    assert max(Counter(keys).values()) == 1
+    trained_passages = {row["input"] for row in content["train"] if row["input"]}
+    trained_answers = {tuple(words(row["output"])) for row in content["train"] if len(words(row["output"])) > 8}
+    for split in ("validation", "test"):
+        for row in content[split]:
+            assert row["input"] not in trained_passages, row
+            assert tuple(words(row["output"])) not in trained_answers, row
+
+
+def test_near_duplicates_do_not_cross_splits():
+    """No held-out request shares most of its words with a training request (passage included)."""
+    trained = [set(words(row["instruction"] + " " + row["input"])) for row in rows("train")]
+    for split in ("validation", "test"):
+        for row in rows(split):
+            mine = set(words(row["instruction"] + " " + row["input"]))
+            if len(mine) >= 6:
+                overlap = max(len(mine & other) / len(mine | other) for other in trained)
+                assert overlap < 0.75, row
+
+
+@pytest.fixture
+def tiny_demo(tmp_path, monkeypatch):
+    """The demo with a tiny teacher in place of the embedded one, and few rows and steps."""
+    tokenizer = tiny_tokenizer()
+    teacher = save_model(tmp_path / "teacher", tiny_model("llama", layers=4, hidden=16, seed=1), tokenizer)
+    small = DemoSettings(
+        layers=3, steps=2, batch_size=2, tuning_steps=2, recovery_steps=2, max_response_length=8, influence_rows=4
+    )
+    for split in SPLITS:
+        lines = [json.dumps({"instruction": f"the {split} {i}", "input": "", "output": "an"}) for i in range(5)]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
+    monkeypatch.setenv("PROMPTKD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("promptkd.cli.commands.demo.teacher_file", lambda: teacher)
+    monkeypatch.setattr(pipeline, "teacher_file", lambda: teacher)
+    monkeypatch.setattr(pipeline, "data_file", lambda split: tmp_path / f"{split}.jsonl")
+    monkeypatch.setattr(pipeline, "teacher_hash", lambda: "tiny")
+    monkeypatch.setattr(
+        "promptkd.cli.commands.demo.DemoSettings", lambda **given: DemoSettings(**{**vars(small), **given})
+    )
+    return tmp_path
+
+
+def test_the_whole_course(tiny_demo, capsys):
+    out = tiny_demo / "run"
+    assert main(["demo", "--out", str(out), "--layers", "3", "--steps", "2"]) == 0
+    names = {path.name for path in out.iterdir()}
+    assert names == {"config.yaml", "metrics.jsonl", "results.json", "report.html", "student", "prompt"}
+    results = Results.read(out / "results.json")
+    assert [each.model for each in results.evaluations] == ["teacher", "pruned", "recovered", "promptkd"]
+    assert {"loss", "rouge_l", "eos_share", "kl_to_teacher"} <= results.evaluations[3].metrics.keys()
+    assert [each.name for each in results.history] == ["tuning the teacher", "recovery", "promptkd"]
+    assert all(each.difference.rows == 5 for each in results.differences)
+    assert len(results.history[2].points) == 2
+    first = capsys.readouterr()
+    assert "promptkd" in first.out
+    assert "cache" not in first.err
+    kept = (out / "student" / "model.safetensors").read_bytes()
+    assert main(["demo", "--out", str(out), "--layers", "3", "--steps", "2", "--overwrite"]) == 0
+    second = capsys.readouterr()
+    assert second.err.count("comes from the cache") == 2
+    assert (out / "student" / "model.safetensors").read_bytes() == kept  # stages from the cache change nothing
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [(["--layers", "0"], "between 1 and 30"), (["--steps", "0"], "at least 1"), (["--seed", "-1"], "0 or more")],
+)
+def test_wrong_requests(tmp_path, capsys, flags, told):
+    assert main(["demo", "--out", str(tmp_path / "run"), *flags]) == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,1 @@
+"""Tiny models, trainers, servers and records that several test files share."""

@@ -1,0 +1,409 @@
+"""Every named method: trains, is invariant to how its rows are cut into micro-batches, and does what its name says."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from helpers.tiny import VOCABULARY, tiny_model
+from helpers.trainers import FixedResponses, config, log, pair, rows, trainer
+from promptkd.data.packing import right_pad
+from promptkd.engine import response_hidden
+from promptkd.errors import RequestError
+from promptkd.methods import METHODS, Method, MethodSettings, named_method
+from promptkd.methods.losses import Pair
+from promptkd.objectives import forward_kl, reverse_kl
+from promptkd.responses import AdaptiveReplay, ResponseMix, Responses, Sampler, TeacherMixed
+
+
+def fixed(name, **settings):
+    return replace(named_method(name, MethodSettings(**settings)), responses=FixedResponses())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_takes_its_steps_and_moves_the_student(tmp_path, name):
+    ours = trainer(tmp_path, method=named_method(name), max_steps=2)
+    before = [parameter.detach().clone() for parameter in ours.model.parameters()]
+    ours.train()
+    assert ours.state.global_step == 2
+    assert all(torch.isfinite(torch.tensor(entry["loss"])) for entry in log(ours))
+    assert any(not torch.equal(old, new) for old, new in zip(before, ours.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_under_bfloat16_autocast_steps_of_every_method_move_every_weight(tmp_path, name):
+    """A pass without a graph before the student's must leave no cast of a weight that has none either."""
+    ours = trainer(tmp_path, method=named_method(name), max_steps=2, bf16=True)  # LoRA moves one half first
+    trained = [*ours.model.named_parameters(), *((str(i), each) for i, each in enumerate(adapter_of(ours)))]
+    before = [weight.detach().clone() for _, weight in trained]
+    ours.train()
+    assert {weight.dtype for _, weight in trained} == {torch.float32}
+    assert [name for (name, weight), old in zip(trained, before, strict=True) if torch.equal(weight, old)] == []
+
+
+def adapter_of(ours):
+    return [] if ours.adapter is None else ours.adapter.parameters()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_micro_batches_and_chunks_do_not_matter(tmp_path, name):
+    """8 x 1 = 2 x 4 = 1 x 8, in chunks of all, 3 and 256 tokens: log, student and adapter after two float64 steps."""
+    outcomes = []
+    for batch, accumulation, chunk in ((8, 1, 0), (2, 4, 3), (1, 8, 256)):
+        ours = trainer(
+            tmp_path / str(batch),
+            method=fixed(name),
+            models=pair(torch.float64),
+            max_steps=2,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            chunk_tokens=chunk,
+        )
+        ours.train()
+        outcomes.append((log(ours), [*ours.model.parameters(), *adapter_of(ours)]))
+    for entries, parameters in outcomes[1:]:
+        for entry, expected in zip(entries, outcomes[0][0], strict=True):
+            assert entry.keys() == expected.keys()
+            for key, value in expected.items():
+                assert entry[key] == pytest.approx(value, rel=1e-5, abs=1e-8), key
+        for mine, theirs in zip(parameters, outcomes[0][1], strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_two_seeds_differ(tmp_path, name):
+    def student(seed):
+        ours = trainer(tmp_path / str(seed), method=named_method(name), seed=seed, max_steps=1)
+        ours.train()
+        return torch.cat([parameter.flatten() for parameter in ours.model.parameters()])
+
+    assert not torch.equal(student(1), student(2))
+
+
+@pytest.mark.parametrize("name", ["promptkd-lora", "promptkd-full", "okd", "distillm"])
+def test_every_adapter_and_the_buffer_resume_bit_for_bit(tmp_path, name):
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    made = {"student_share": 0.5} if name == "distillm" else {}
+    whole = trainer(tmp_path / "whole", method=named_method(name, MethodSettings(**made)), **settings)
+    whole.train()
+    resumed = trainer(tmp_path / "resumed", method=named_method(name, MethodSettings(**made)), **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert log(resumed) == log(whole)
+    for mine, other in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(mine, other)
+    assert resumed.method.responses.state_dict() == whole.method.responses.state_dict()
+    if whole.adapter is not None:
+        for mine, other in zip(resumed.adapter.parameters(), whole.adapter.parameters(), strict=True):
+            assert torch.equal(mine, other)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("promptkd-lora", "lora"), ("promptkd-full", "full"), ("okd", "online")])
+def test_the_plain_teacher_stays_what_it_was(tmp_path, name, kind):
+    student, teacher = pair()
+    data = rows(4)
+    batch = right_pad([row.prompt_ids for row in data.examples], [row.response_ids for row in data.examples])
+    with torch.no_grad():
+        before = response_hidden(teacher, batch)
+    ours = trainer(tmp_path, data=data, models=(student, teacher), method=fixed(name), prompt_learning_rate=1e-2)
+    ours.train()
+    with torch.no_grad():
+        plain = ours._teacher_hidden(batch, adapted=False)
+        adapted = ours._teacher_hidden(batch, adapted=True)
+    assert ours.method.teacher_adapter == kind
+    assert torch.equal(plain, before)
+    assert not torch.allclose(adapted, before, atol=1e-4)
+
+
+def test_adapters_lower_the_divergence_to_the_student(tmp_path):
+    for name in ("promptkd", "promptkd-lora", "promptkd-full", "okd"):
+        ours = trainer(
+            tmp_path / name,
+            method=fixed(name),
+            data=rows(4),
+            max_steps=12,
+            learning_rate=0.0,
+            prompt_learning_rate=1e-2,
+            regularizer_schedule="none",
+        )
+        ours.train()
+        divergences = [entry["prompt_kl"] for entry in log(ours)]
+        assert divergences[-1] < divergences[0], name
+
+
+def test_trainable_shares(tmp_path):
+    student, teacher = pair()
+    total = sum(parameter.numel() for parameter in teacher.parameters())
+    prompt = trainer(tmp_path, models=(student, teacher), prompt_length=7)
+    assert prompt.trainable_share() == (7 * 24, 7 * 24 / total)
+    full = trainer(tmp_path, models=pair(), method=named_method("promptkd-full"))
+    assert full.trainable_share() == (total, 1.0)
+    lora = trainer(tmp_path, models=pair(), method=named_method("promptkd-lora"), adapter_rank=2)
+    numbers, share = lora.trainable_share()
+    assert 0 < numbers < total
+    assert share == numbers / total
+    assert trainer(tmp_path, models=pair(), method=named_method("kd")).trainable_share() == (0, 0.0)
+
+
+class StudentAlone(Responses):
+    """Every response is the student's, without a share."""
+
+    def __call__(self, rows, sample, progress):
+        return sample.student([row.prompt_ids for row in rows])
+
+
+@pytest.mark.parametrize("name", ["imitkd", "gkd", "distillm"])
+@pytest.mark.parametrize(("share", "pure"), [(0.0, Responses()), (1.0, StudentAlone())])
+def test_mixture_shares_zero_and_one_are_the_pure_forms(tmp_path, name, share, pure):
+    """For distillm in its first step, before anything can be replayed."""
+    steps = 1 if name == "distillm" else 2
+    mixed = named_method(name, MethodSettings(student_share=share))
+    runs = []
+    for method in (mixed, replace(mixed, responses=pure)):
+        ours = trainer(tmp_path, models=pair(), method=method, max_steps=steps)
+        ours.train()
+        shown = [{key: entry[key] for key in entry if key not in source_figures(mixed)} for entry in log(ours)]
+        runs.append((shown, torch.cat([parameter.detach().flatten() for parameter in ours.model.parameters()])))
+    assert runs[0][0] == runs[1][0]
+    assert torch.equal(runs[0][1], runs[1][1])
+
+
+def source_figures(method):
+    return method.responses.figures()
+
+
+def test_a_fixed_prompt_teaches_as_a_teacher_that_carries_it(tmp_path):
+    """Learning rate 0 for the prompt is distillation from that prompted teacher, step for step."""
+    ours = trainer(tmp_path / "a", models=pair(), prompt_learning_rate=0.0)
+    prompt = ours.adapter.module.embeddings.detach().clone()
+    ours.train()
+    student, teacher = pair()
+    plain = trainer(tmp_path / "b", models=(student, teacher), method=Method(FixedResponses(), reverse_kl))
+    plain._teacher_hidden = lambda batch, adapted: response_hidden(teacher, batch, prompt)
+    plain.train()
+    for mine, other in zip(log(ours), log(plain), strict=True):
+        assert mine["student_kl"] == other["student_kl"]
+    for mine, other in zip(ours.model.parameters(), student.parameters(), strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_a_cross_entropy_share_mixes_the_two_losses(tmp_path):
+    def loss(**settings):
+        ours = trainer(tmp_path, models=pair(torch.float64), method=fixed("kd", **settings), max_steps=1)
+        ours.train()
+        entry = log(ours)[0]
+        return entry.get("student_kl", entry.get("student_loss"))
+
+    soft, hard = loss(), loss(cross_entropy_share=1.0)
+    assert loss(cross_entropy_share=0.25) == pytest.approx(0.75 * soft + 0.25 * hard, rel=1e-9)
+
+
+def test_temperature_divides_both_models_logits():
+    q, p = torch.randn(5, 11, dtype=torch.float64), torch.randn(5, 11, dtype=torch.float64)
+    for name, plain in (("kd", forward_kl), ("promptkd", reverse_kl)):
+        method = named_method(name, MethodSettings(distillation_temperature=2.0))
+        torch.testing.assert_close(method.objective(q, p), plain(q / 2, p / 2))
+
+
+def test_plain_text_adds_its_cross_entropy(tmp_path):
+    file = tmp_path / "text.jsonl"
+    file.write_text('{"text": "the cat and the hat"}\n{"text": "an ant in the van"}\n')
+    settings = {"method": fixed("minillm"), "max_steps": 1, "language_data": str(file), "max_prompt_length": 16}
+    with_text = trainer(tmp_path / "a", models=pair(), language_weight=0.5, **settings)
+    with_text.train()
+    without = trainer(tmp_path / "b", models=pair(), language_weight=0.0, **settings)
+    without.train()
+    entry, other = log(with_text)[0], log(without)[0]
+    assert entry["language_loss"] == other["language_loss"] > 0
+    assert entry["loss"] - other["loss"] == pytest.approx(0.5 * entry["language_loss"], rel=1e-4)
+
+
+def sampler():
+    return Sampler(
+        student=lambda prompts: [[1] * len(prompt) for prompt in prompts],
+        mixed=lambda prompts, share: [[2] for _ in prompts],
+    )
+
+
+def test_sources_of_responses():
+    data = rows(200).examples
+    own = [row.response_ids for row in data]
+    assert ResponseMix(0.0)(data, sampler(), 0.0) == own
+    assert ResponseMix(1.0)(data, sampler(), 0.0) == [[1] * len(row.prompt_ids) for row in data]
+    torch.manual_seed(0)
+    mixed = ResponseMix(0.3)(data, sampler(), 0.0)
+    students = sum(set(response) == {1} for response in mixed)
+    assert 40 <= students <= 80  # 60 expected, 6.5 the deviation
+    assert TeacherMixed(0.2)(data, sampler(), 0.0) == [[2]] * 200
+    assert TeacherMixed(0.0)(data, sampler(), 0.0) == [[1] * len(row.prompt_ids) for row in data]
+
+
+def test_the_adaptive_share_rises_when_validation_gets_worse():
+    source = AdaptiveReplay(start=0.0, step=0.4)
+    for loss in (3.0, 2.0, 2.5, 2.1, 1.9, 5.0):
+        source.on_validation(loss)
+    assert source.share == 1.0  # 2.5, 2.1 and 5.0 exceed the least so far: 0.4, 0.8, at most 1
+    assert source.best == 1.9
+
+
+def test_validation_in_a_run_moves_the_adaptive_share(tmp_path):
+    """At a rate that ruins the student, the share of each step is what the losses logged before it say."""
+    ours = trainer(
+        tmp_path,
+        method=named_method("distillm", MethodSettings(replay_step=0.3)),
+        eval_data=rows(4, seed=5),
+        eval_strategy="steps",
+        eval_steps=1,
+        max_steps=4,
+        learning_rate=1.0,
+    )
+    ours.train()
+    share, best, shares, expected = 0.0, None, [], []
+    for entry in log(ours):
+        if "student_share" in entry:
+            shares.append(entry["student_share"])
+            expected.append(share)
+        elif "eval_loss" in entry:
+            share += 0.3 if best is not None and entry["eval_loss"] > best else 0.0
+            best = entry["eval_loss"] if best is None else min(best, entry["eval_loss"])
+    assert shares == pytest.approx(expected)
+    assert shares[-1] > 0
+
+
+def test_the_replay_buffer_gives_old_samples_again_and_forgets_the_oldest():
+    source = AdaptiveReplay(start=1.0, capacity=3)
+    data = rows(4).examples
+    counted = []
+
+    def student(prompts):
+        counted.append(len(prompts))
+        return [[50 + len(counted)] for _ in prompts]
+
+    fresh = Sampler(student=student, mixed=lambda prompts, share: [])
+    first = source(data, fresh, 0.0)  # all new
+    assert first == [[51]] * 4
+    assert set(source.buffer) == {1, 2, 3}
+    assert source(data[1:], fresh, 1.0) == [[51]] * 3  # all from the buffer
+    assert counted == [4]
+    assert source(data[:1], fresh, 1.0) == [[52]]  # forgotten, so sampled anew
+    again = AdaptiveReplay()
+    again.load_state_dict(source.state_dict())
+    assert again.state_dict() == source.state_dict()
+
+
+def test_wrong_choices_are_told(tmp_path):
+    with pytest.raises(RequestError, match=r"Expected a method of .*promptkd.*okd.* Got 'promtkd'"):
+        named_method("promtkd")
+    with pytest.raises(ValueError, match="either an objective or a loss"):
+        Method(ResponseMix(0.0))
+    with pytest.raises(RequestError, match="mu must lie in"):
+        config(tmp_path, mu=1.5)
+    with pytest.raises(RequestError, match=r"needs both models whole|Sampling from a mixture"):
+        trainer(tmp_path, method=named_method("minillm"), repetition_penalty=1.2).train()
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("seqkd", {"objective": "reverse_kl"}),
+        ("minillm", {"cross_entropy_share": 0.5}),
+        ("dpkd", {"distillation_temperature": 2.0}),
+        ("promptkd", {"student_share": 0.5}),
+        ("promptkd", {"beta": 0.5}),
+        ("kd", {"alpha": 0.2}),
+        ("akl", {"objective": "jensen_shannon", "mu": 0.2}),
+        ("gkd", {"clip_ratio": None}),
+        ("imitkd", {"replay_step": 0.2}),
+    ],
+)
+def test_settings_without_effect_are_refused(name, settings):
+    with pytest.raises(RequestError, match=f"{name} takes no {list(settings)[-1]}"):
+        named_method(name, MethodSettings(**settings))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("promptkd", {"objective": "jensen_shannon", "beta": 0.5}),
+        ("kd", {"objective": "skew_forward_kl", "alpha": 0.2, "student_share": 0.3}),
+        ("gkd", {"objective": "adaptive_kl", "mu": 0.2}),
+        ("distillm", {"alpha": 0.2, "replay_step": 0.2, "replay_capacity": 9, "teacher_adapter": "prompt"}),
+        ("minillm", {"teacher_mix": 0.0, "importance": "none", "length_normalization": False, "clip_ratio": None}),
+        ("dpkd", {"dpkd_beta": 0.2, "dpkd_level": "token", "length_normalization": False}),
+        ("kd", {"cross_entropy_share": 1.0}),
+    ],
+)
+def test_settings_that_a_method_takes(name, settings):
+    named_method(name, MethodSettings(**settings))
+
+
+def test_which_methods_need_the_datas_responses():
+    assert {name for name in METHODS if not named_method(name).responses.needs_data} == {
+        *("promptkd", "promptkd-lora", "promptkd-full", "gkd", "minillm"),
+    }
+    assert named_method("gkd", MethodSettings(student_share=0.9)).responses.needs_data
+
+
+def test_a_mixed_sampler_keeps_to_the_whole_distribution(tmp_path):
+    for setting in ({"temperature": 0.7}, {"top_p": 0.9}, {"top_k": 5}):
+        with pytest.raises(RequestError, match="temperature 1 of the whole distribution"):
+            trainer(tmp_path, method=named_method("minillm"), **setting)
+
+
+def test_a_share_that_can_never_rise_is_told(tmp_path):
+    with pytest.warns(UserWarning, match="stays at 0"):
+        trainer(tmp_path, method=named_method("distillm"))
+
+
+def test_students_of_another_architecture_learn_from_the_teacher(tmp_path):
+    student = tiny_model("gpt2", layers=2, hidden=16, seed=1)
+    _, teacher = pair()
+    ours = trainer(tmp_path, models=(student, teacher), max_steps=2)
+    ours.train()
+    assert ours.state.global_step == 2
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_a_lora_student_trains_its_own_weights_alone_and_can_be_merged(tmp_path, merge):
+    from peft import LoraConfig
+
+    from promptkd.models import load_model
+
+    student, teacher = pair()
+    student.save_pretrained(tmp_path / "base")
+    student = load_model(tmp_path / "base")  # the adapter notes where its base is
+    before = {name: weight.clone() for name, weight in student.named_parameters()}
+    lora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    ours = trainer(tmp_path / "run", models=(student, teacher), peft_config=lora, max_steps=2)
+    ours.train()
+    for name, weight in ours.model.get_base_model().named_parameters():
+        if "lora" not in name:
+            assert torch.equal(weight, before[name.replace(".base_layer", "")]), name
+    batch = right_pad([[1, 2, 3]], [[4, 5]])
+    with torch.no_grad():
+        trained = response_hidden(ours.model, batch)
+    if merge:
+        ours.merge_student()
+    ours.save_student(tmp_path / "student")
+    with torch.no_grad():
+        loaded = response_hidden(load_model(tmp_path / "student"), batch)
+    torch.testing.assert_close(loaded, trained, rtol=0, atol=1e-4)
+    assert (tmp_path / "student" / ("model.safetensors" if merge else "adapter_model.safetensors")).is_file()
+    assert not torch.allclose(trained, response_hidden(load_model(tmp_path / "base"), batch).detach(), atol=1e-4)
+
+
+def test_the_online_modules_loss_by_hand():
+    """-log p(y) + KL(p || q), summed over the tokens; the adapted teacher alone gets a gradient."""
+    student, teacher = pair(torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    adapted = torch.randn(5, 24, dtype=torch.float64, generator=generator).requires_grad_()
+    student_hidden = torch.randn(5, 16, dtype=torch.float64, generator=generator).requires_grad_()
+    targets = torch.tensor([3, 1, 4, 1, 5])
+    loss = Pair(student, teacher, VOCABULARY).online_loss(adapted, targets, student_hidden)
+    log_p = teacher.get_output_embeddings()(adapted).log_softmax(-1)
+    log_q = student.get_output_embeddings()(student_hidden).log_softmax(-1)
+    p, kl = log_p.exp(), (log_p.exp() * (log_p - log_q)).sum(-1)
+    torch.testing.assert_close(loss.total, kl.sum() - log_p[range(5), targets].sum())
+    torch.testing.assert_close(loss.figures["to_student"], kl.sum().detach())
+    by_logits = p * (log_p - log_q - kl[:, None]) + p - torch.nn.functional.one_hot(targets, VOCABULARY)
+    (gradient,) = torch.autograd.grad(loss.total, adapted)
+    torch.testing.assert_close(gradient, by_logits.detach() @ teacher.get_output_embeddings().weight.detach())

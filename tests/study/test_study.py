@@ -1,0 +1,640 @@
+"""`promptkd study`: what it plans and refuses, runs in processes of their own, and what it goes on with."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import yaml
+from rich.console import Console
+
+import promptkd.cli.options.distill
+from helpers.commands import (
+    LIMITS,
+    MODEL_FILES,
+    PROMPT_FILES,
+    RUN_FILES,
+    TEMPLATE,
+    World,
+    below,
+    done,
+    hear_interrupts,
+    json_lines,
+    make_world,
+    run,
+)
+from helpers.tiny import save_model, tiny_model
+from promptkd.cli.parsing.parser import parse_options
+from promptkd.errors import RequestError
+from promptkd.evaluation.pairing import Candidate
+from promptkd.io.lock import locked
+from promptkd.results import DataRecord, Evaluation, Results, RowResult
+from promptkd.study.local import LocalPool, shares
+from promptkd.study.loop import carry_out
+from promptkd.study.plan import arguments_of, plan_runs
+from promptkd.study.pooling import Member, both_ways, compare_groups, t_quantile, t_two_sided
+from promptkd.study.processes import Job, shell_line
+from promptkd.study.progress import last_words
+from promptkd.study.table import Row, Table
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "study.yaml"
+PAIR = {"student": "s", "teacher": "t", "data": "d"}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def planned(methods, seeds=(1,), grid=None, base=PAIR, files=None):
+    return plan_runs(base, methods, list(seeds), grid or {}, read_file=lambda path: (files or {})[str(path)])
+
+
+def study_file(world: World, out: Path, /, steps: int = 2, **changes) -> Path:
+    """A study of two steps a run, in a file beside its folder."""
+    limits = {str(flag).removeprefix("--"): value for flag, value in zip(LIMITS[::2], LIMITS[1::2], strict=True)}
+    base = {
+        **{"student": world.student, "teacher": world.teacher, "data": world.train, "eval_data": world.valid},
+        **{"max_steps": steps, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "use_cpu": True, **limits},
+    }
+    settings = {"out": str(out), "base": base | changes.pop("base", {}), "methods": ["kd"], "seeds": [1]}
+    file = out.with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(settings | changes))
+    return file
+
+
+# ---- the plan ----
+
+
+def test_a_run_for_each_method_setting_and_seed():
+    methods = ["kd", {"name": "gkd", "grid": {"beta": [0, 0.5, 1]}}]
+    runs = planned(methods, [3, 1], {"learning_rate": [1e-4, 5e-5]})
+    assert len(runs) == len({run.name for run in runs}) == 2 * 2 * (1 + 3)
+    assert [run.seed for run in runs] == [3] * 8 + [1] * 8
+    assert runs[0].name == "kd-learning_rate-0.0001-seed-3"
+    assert runs[3].name == "gkd-learning_rate-0.0001-beta-0.5-seed-3"
+    assert runs[3].settings == {**PAIR, "method": "gkd", "learning_rate": 1e-4, "beta": 0.5, "seed": 3}
+
+
+def test_a_study_that_grows_keeps_the_names_it_has():
+    small = planned(["kd"], [1], {"learning_rate": [1e-4]})
+    large = planned(["gkd", "kd"], [2, 1], {"learning_rate": [5e-5, 1e-4]})
+    assert small[0] in large
+
+
+def test_the_nearer_setting_wins():
+    files = {"base.yaml": {"alpha": 1, "beta": 1, "gamma": 1, "delta": 1, "seed": 9}, "m.yaml": {"beta": 2, "gamma": 2}}
+    base = {"config": "base.yaml", "gamma": 3, "delta": 3, "eps": 3}
+    method = {"name": "kd", "config": "m.yaml", "delta": 4}
+    (found,) = planned([method], [5], {"zeta": [6]}, base, files)
+    expected = {"alpha": 1, "beta": 2, "gamma": 3, "delta": 4, "eps": 3, "zeta": 6, "method": "kd", "seed": 5}
+    assert found.settings == expected
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ({"name": "fast", "method": "promptkd"}, "promptkd"),
+        ({"name": "published", "config": "recipe"}, "promptkd"),
+        ("kd", "kd"),
+    ],
+)
+def test_the_name_is_the_method_unless_one_is_given(method, expected):
+    (found,) = planned([method], files={"recipe": {"method": "promptkd"}})
+    assert found.settings["method"] == expected
+
+
+def test_values_that_no_folder_can_be_named_by_get_a_hash():
+    names = [run.name for run in planned(["kd"], grid={"template": ["a b", "a/b", "a" * 300, "a" * 301, ""]})]
+    assert len(set(names)) == 5
+    assert all(len(name) < 60 and "/" not in name and " " not in name for name in names)
+
+
+def test_arguments_give_the_settings_again():
+    settings = {
+        **{"student": "a b", "teacher": "-t", "data": "d", "out": "o", "merge": True, "student_lora_rank": 4},
+        **{"eval_data": None, "template": "Q: {{ x }}\nA: ", "learning_rate": -1e-05, "optim_args": ""},
+        **{"model_init_kwargs": {"a": [1, None], "b": {"c": True}}, "report_to": ["wandb", "tensorboard"]},
+    }
+    merged = parse_options("distill", promptkd.cli.options.distill, arguments_of(settings)).merged
+    assert {name: merged[name] for name in settings} == settings
+
+
+WRONG_PLANS = {
+    "no method": ({"methods": []}, "at least one method"),
+    "no seed": ({"seeds": []}, "at least one seed"),
+    "a seed twice": ({"seeds": [1, 1]}, "Each seed must be given once. 1 is there twice"),
+    "a negative seed": ({"seeds": [-1]}, "seeds must be 0 or more. Got -1"),
+    "a method twice": ({"methods": ["kd", "KD"]}, "Two are called KD-seed-1, kd-seed-1"),
+    "a value twice": ({"grid": {"alpha": [1, 1]}}, "Two are called kd-alpha-1-seed-1"),
+    "a nameless method": ({"methods": [{"beta": 1}]}, "mappings with a name such as"),
+    "a path for a name": ({"methods": ["../kd"]}, "a name becomes a folder's"),
+    "a seed in base": ({"base": {"seed": 1}}, "base sets seed, but `seeds` lists the seeds"),
+    "a folder in a method": ({"methods": [{"name": "kd", "out": "x"}]}, "kd sets out, but the study names"),
+    "a secret": (
+        {"base": {"hub_token": "hf_x"}},
+        "base sets hub_token, but the study's file and commands are no place",
+    ),
+    "a method in base": ({"base": {"method": "kd"}}, "base sets method"),
+    "a method in the grid": ({"grid": {"method": ["kd"]}}, "grid varies method; list several methods"),
+    "base against grid": ({"base": {"beta": 1}, "grid": {"beta": [0]}}, "base sets beta, which grid varies"),
+    "method against grid": (
+        {"methods": [{"name": "kd", "beta": 1}], "grid": {"beta": [0]}},
+        "kd sets beta, which the grid varies",
+    ),
+    "a grid without values": ({"grid": {"beta": []}}, "beta needs at least one value"),
+    "no grid": ({"methods": [{"name": "kd", "grid": 3}]}, "kd: grid: expected a mapping"),
+    "a key twice": ({"base": {"eval-data": "a", "eval_data": "b"}}, "eval_data stands twice"),
+    "no file": ({"base": {"config": 3}}, "config expects the path of a YAML file. Got 3"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_PLANS)
+def test_a_wrong_plan(case):
+    changes, message = WRONG_PLANS[case]
+    with pytest.raises(RequestError) as caught:
+        planned(**({"methods": ["kd"]} | changes))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)  # one problem, told once
+
+
+def test_problems_of_a_plan_are_told_together():
+    with pytest.raises(RequestError, match=r"(?s)^3 things are wrong.*seeds.*a/b.*Got 3"):
+        planned(["a/b", 3], [])
+
+
+# ---- what is refused before anything runs ----
+
+
+def refused(capsys, file: Path, *arguments) -> str:
+    before = sorted(file.parent.rglob("*"))
+    ran = run(capsys, "study", file, *arguments)
+    assert ran.status == 2, ran.err
+    assert not ran.out
+    assert sorted(file.parent.rglob("*")) == before
+    return ran.err
+
+
+def test_every_wrong_flag_of_every_run_is_told_at_once(world, tmp_path, capsys):
+    methods = ["kd", "promtkd", {"name": "gkd", "beta": 7}, {"name": "b", "method": "kd", "beta": 0.5}]
+    evaluate = {"data": [world.test, "none.jsonl"], "seeds": [1], "model": "m"}
+    file = study_file(world, tmp_path / "out", methods=methods, seeds=[1, 2], evaluate=evaluate)
+    said = refused(capsys, file, "--baseline", "sft")
+    assert "6 things are wrong" in said
+    assert "promtkd-seed-1 and 1 more: Expected a method of" in said
+    assert "gkd-seed-1 and 1 more: beta must be in [0.0, 1.0]" in said
+    assert "b-seed-1 and 1 more: kd takes no beta" in said
+    assert "all 8 runs: No such file or folder: none.jsonl" in said
+    assert "evaluate sets model" in said
+    assert "--baseline must be one of kd, promtkd, gkd, b. Got sft" in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"base": {"max_stpes": 3}}, "kd-seed-1: --max-stpes is unknown. Did you mean --max-steps?"),
+        ({"sedes": [1]}, "the key sedes is unknown. Did you mean seeds?"),
+        ({"base": {"data": "none.jsonl"}}, "No such file or folder: none.jsonl"),
+        ({"evaluate": {"data": ["t"], "sedes": [1]}}, "--sedes is unknown. Did you mean --seeds?"),
+        ({"workers": 0}, "--workers must be at least 1"),
+        ({"cpus_per_run": 0}, "--cpus-per-run must be at least 1"),
+        ({"gpus_per_run": -1}, "--gpus-per-run must be 0 or more"),
+        ({"engine": "ray", "workers": 2}, "--workers is of this machine"),
+        ({"ray_address": "x"}, "--ray-address goes with --engine ray"),
+        ({"engine": "slurm"}, "engine expects one of local, ray"),
+        ({"seeds": "x"}, "seeds expects one or more values, each a whole number"),
+        (
+            {"methods": ["kd", {"name": "long", "method": "kd", "max_completion_length": 9}], "evaluate": {"data": []}},
+            "The runs differ in max_completion_length. Say in `evaluate`",
+        ),
+    ],
+)
+def test_a_wrong_study(world, tmp_path, capsys, changes, message):
+    assert message in refused(capsys, study_file(world, tmp_path / "out", **changes))
+
+
+def test_a_file_is_missing(tmp_path, capsys):
+    assert "CONFIG is missing: The study." in run(capsys, "study").err
+    assert "expects a YAML file" in run(capsys, "study", tmp_path / "none.yaml").err
+    assert "CONFIG expects a path" in run(capsys, "study", "a.yaml", "b.yaml").err
+
+
+def test_ray_that_is_not_installed(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    file = study_file(world, tmp_path / "out")
+    assert "pip install 'promptkd[ray]'" in refused(capsys, file, "--engine", "ray")
+
+
+def test_a_dry_run_writes_nothing_and_its_commands_can_be_run(world, tmp_path, capsys):
+    grid = {"learning_rate": [1e-3, 2e-3]}
+    base = {"num_train_epochs": 3, "max_steps": -1, "gradient_accumulation_steps": 2}
+    file = study_file(world, tmp_path / "out", methods=["kd", "promptkd"], seeds=[1, 2], base=base)
+    settings = yaml.safe_load(file.read_text())
+    del settings["base"]["learning_rate"]
+    file.write_text(yaml.safe_dump(settings | {"grid": grid}))
+    said = done(capsys, "study", file, "--dry-run").out
+    assert list(tmp_path.iterdir()) == [file]
+    assert "8 of 8 runs to do, 48 steps." in said  # 12 rows: 3 batches, 2 steps an epoch
+    commands = [line for line in said.replace(TEMPLATE, "T").splitlines() if line.startswith("promptkd distill")]
+    assert len(commands) == 8
+    assert commands[0].endswith(f"--seed 1 --out {tmp_path}/out/kd-learning_rate-0.001-seed-1 --resume")
+
+
+def test_the_recipe_is_a_study(world, tmp_path, capsys):
+    base = yaml.safe_load(RECIPE.read_text())["base"] | {
+        **{"student": world.student, "teacher": world.teacher, "data": world.train, "eval_data": world.valid},
+    }
+    evaluate = {"data": [world.test], "seeds": [10, 20]}
+    places = ("--out", tmp_path / "out", "--base", yaml.safe_dump(base, default_flow_style=True, width=10**6).strip())
+    measured = ("--evaluate", yaml.safe_dump(evaluate, default_flow_style=True, width=10**6).strip())
+    said = done(capsys, "study", RECIPE, *places, *measured, "--dry-run").out
+    assert "36 of 36 runs to do, 18,000 steps." in said  # (4 + 2 of distillm) methods x 2 rates x 3 seeds
+    assert said.count("promptkd evaluate") == 36
+
+
+# ---- running ----
+
+
+@pytest.mark.slow
+def test_a_study_runs_goes_on_and_compares(world, tmp_path, capsys, monkeypatch):
+    """Two methods x two seeds on two workers, one method failing until its student is there."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    out, late = tmp_path / "out", tmp_path / "late"
+    evaluate = {"data": [world.test], "seeds": [10]}
+    methods = ["promptkd", {"name": "late", "method": "kd", "student": str(late)}]
+    file = study_file(world, out, methods=methods, seeds=[1, 2], evaluate=evaluate, metrics=["loss", "rouge_l"])
+    ran = run(capsys, "study", file, "--workers", 2)
+    assert ran.status == 1
+    assert "2 of 4 runs failed" in ran.err
+    assert f"late-seed-2 (status 2), see {out}/logs/late-seed-2.log: promptkd distill: " in ran.err
+    assert f"Try them again by: promptkd study {out}/config.yaml" in ran.err
+    evaluated = {f"results{part}" for part in (".json", "-settings.json")}
+    evaluated |= {f"results-test-{part}.jsonl" for part in ("greedy", "seed10", "references")}
+    trained = RUN_FILES | below("student", MODEL_FILES) | below("prompt", PROMPT_FILES)
+    trained |= {"checkpoints/checkpoint-2"}
+    finished = {"promptkd-seed-1", "promptkd-seed-2"}
+    kept = {".lock", "config.yaml", "comparison.json", "report.html"}
+    kept |= {f"logs/{name}-seed-{seed}.log" for name in ("promptkd", "late") for seed in (1, 2)}
+    for name in finished:
+        kept |= below(name, trained) | below(f"evaluations/{name}", evaluated)
+    assert files(out) == kept
+    first = {name: (out / name / "results.json").stat().st_mtime_ns for name in finished}
+
+    save_model(late, tiny_model("llama", layers=2, hidden=16, seed=1))
+    ran = done(capsys, "study", out / "config.yaml", "--workers", 2)
+    assert "2 of 4 runs are done already" in ran.err
+    assert "late-seed-1: started" in ran.err
+    assert "promptkd-seed-1: started" not in ran.err
+    assert {name: (out / name / "results.json").stat().st_mtime_ns for name in finished} == first
+    results = Results.read(out / "comparison.json")
+    assert results.kind == "study"
+    page = (out / "report.html").read_text()
+    assert "intervals over the seeds of training and the rows" in page
+    assert "do not cover another training seed" not in page
+    assert {(each.model, each.baseline) for each in results.differences} == {("late", "promptkd")}
+    assert {each.metric for each in results.differences} == {"loss", "rouge_l"}
+    losses = {each.model: each.metrics["loss"] for each in results.evaluations if "loss" in each.metrics}
+    for group, figure in losses.items():
+        each = [Results.read(out / f"evaluations/{group}-seed-{seed}/results.json") for seed in (1, 2)]
+        own = [record.evaluations[0].metrics["loss"].value for record in each]
+        assert figure.value == pytest.approx(np.mean(own))
+        assert figure.deviation == pytest.approx(np.std(own, ddof=1))
+    assert {name: cost.steps for name, cost in results.training.items()} == {"promptkd": 2, "late": 2}
+    assert "late" in ran.out
+    said = done(capsys, "study", file, "--dry-run").out
+    assert "0 of 4 runs to do, 0 steps." in said
+
+    settings = yaml.safe_load(file.read_text())
+    settings["base"]["learning_rate"] = 5e-4
+    file.write_text(yaml.safe_dump(settings))
+    before = files(out)
+    ran = run(capsys, "study", file)
+    assert ran.status == 2
+    assert "all 4 runs: --resume goes on with the run" in ran.err
+    assert "learning_rate was 0.001 and is now 0.0005" in ran.err
+    assert files(out) == before
+
+
+def files(folder: Path) -> set[str]:
+    """Every file of a study; of a checkpoint, its folder alone."""
+    found = set()
+    for path in (each.relative_to(folder) for each in folder.rglob("*") if each.is_file()):
+        parts = path.parts[:3] if "checkpoints" in path.parts else path.parts
+        found.add("/".join(parts))
+    return found
+
+
+@pytest.mark.slow
+def test_a_study_that_is_killed_leaves_nothing_running_and_goes_on(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    out = tmp_path / "out"
+    file = study_file(world, out, steps=120, base={"save_steps": 10, "logging_steps": 10, "eval_strategy": "no"})
+    command = [sys.executable, "-m", "promptkd", "study", str(file)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, preexec_fn=hear_interrupts)
+    checkpoints = out / "kd-seed-1" / "checkpoints"
+    until(lambda: any(checkpoints.glob("checkpoint-*")), 120)
+    with pytest.raises(RequestError, match="Another study is at work"), locked(out, patience=0):
+        pass
+    (child,) = [each for each in psutil.Process(process.pid).children() if "distill" in each.cmdline()]
+    process.kill()
+    process.wait()
+    until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, 60)
+    assert not (out / "kd-seed-1" / "results.json").exists()
+    ran = done(capsys, "study", file)
+    assert "kd-seed-1: done" in ran.err
+    assert "Going on from" in (out / "logs" / "kd-seed-1.log").read_text()
+    logged = [line["step"] for line in json_lines(out / "kd-seed-1" / "metrics.jsonl")]
+    assert logged == list(range(10, 121, 10))
+
+
+def until(holds, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.1)
+
+
+# ---- processes, signals, the table ----
+
+
+def row_of(job: Job, folder: Path) -> Row:
+    return Row(job.name, folder / job.name, 10)
+
+
+def test_a_job_that_fails_ends_its_own_commands_alone(tmp_path):
+    version, wrong = ("--version",), ("no-such-command",)
+    jobs = [
+        Job("bad", (wrong, version), tmp_path / "bad.log"),
+        Job("good", (version, version), tmp_path / "good.log"),
+        Job("more", (version,), tmp_path / "more.log"),
+    ]
+    console = Console(file=(tmp_path / "said").open("w"), width=60)
+    outcome = carry_out(jobs, LocalPool([{}, {}]), Table([row_of(job, tmp_path) for job in jobs], console))
+    assert outcome.statuses == {"bad": 2, "good": 0, "more": 0}
+    assert outcome.signal is None
+    assert (tmp_path / "good.log").read_text().count("$ promptkd --version\npromptkd ") == 2
+    assert "There is no command 'no-such-command'" in (tmp_path / "bad.log").read_text()
+    assert "--version" not in (tmp_path / "bad.log").read_text()
+    console.file.close()
+    said = (tmp_path / "said").read_text()
+    assert "bad: failed (2) after" in said
+    assert "2 done, 1 failed" in said.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("means", "statuses"), [("stop", {-signal.SIGTERM, 143}), ("kill", {-signal.SIGKILL})])
+def test_a_pool_stops_its_processes(tmp_path, means, statuses):
+    os.mkfifo(tmp_path / "never")  # reading it waits for a writer
+    job = Job("a", (("study", str(tmp_path / "never")), ("--version",)), tmp_path / "a.log")
+    pool = LocalPool([{}])
+    pool.start(job)
+    assert not pool.has_room()
+    assert pool.finished() == {}
+    getattr(pool, means)()
+    ended: dict[str, int] = {}
+    until(lambda: ended.update(pool.finished()) or ended, 20)
+    assert ended["a"] in statuses
+    assert pool.has_room()
+    assert "--version" not in job.log.read_text()
+
+
+class Endless:
+    """An engine whose jobs end when they are told to."""
+
+    def __init__(self, deaf: bool = False):
+        self.deaf, self.active, self.calls, self.ended = deaf, [], [], {}
+
+    def has_room(self):
+        return len(self.active) < 2
+
+    def start(self, job):
+        self.active.append(job.name)
+        if len(self.active) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def is_running(self, job):
+        return True
+
+    def finished(self):
+        ended, self.ended = self.ended, {}
+        return ended
+
+    def stop(self):
+        self.calls.append("stop")
+        if self.deaf:
+            os.kill(os.getpid(), signal.SIGTERM)  # SIGINT is not heard where the suite runs in the background
+        else:
+            self.ended = dict.fromkeys(self.active, 143)
+
+    def kill(self):
+        self.calls.append("kill")
+        self.ended = dict.fromkeys(self.active, -9)
+
+    def close(self):
+        self.calls.append("close")
+
+
+@pytest.mark.parametrize(("deaf", "calls"), [(False, ["stop", "close"]), (True, ["stop", "kill", "close"])])
+def test_a_signal_stops_the_runs_and_a_second_one_ends_them(tmp_path, deaf, calls):
+    jobs = [Job(name, (), tmp_path / name) for name in "abc"]
+    engine, handlers = Endless(deaf), [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    console = Console(file=(tmp_path / "said").open("w"))
+    outcome = carry_out(jobs, engine, Table([row_of(job, tmp_path) for job in jobs], console))
+    assert outcome.signal == signal.SIGTERM
+    assert outcome.statuses.keys() == {"a", "b"}
+    assert engine.calls == calls
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
+    console.file.close()
+    assert "2 stopped, 1 waiting" in (tmp_path / "said").read_text()
+
+
+def test_workers_share_cores_and_gpus():
+    assert shares(2, 8, [], {}) == [{"OMP_NUM_THREADS": "4"}] * 2
+    assert shares(3, 2, [], {}) == [{"OMP_NUM_THREADS": "1"}] * 3
+    assert shares(3, 8, ["4", "7"], {"OMP_NUM_THREADS": "2"}) == [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in "474"]
+
+
+def test_the_last_words_of_a_log_cannot_reach_the_terminal_as_codes(tmp_path):
+    (tmp_path / "a.log").write_text("first\n\x1b[31mred \n\n")
+    assert last_words(tmp_path / "a.log") == "␛[31mred"
+    assert last_words(tmp_path / "none.log") == ""
+
+
+def test_a_command_is_shown_without_secrets():
+    assert (
+        shell_line(["distill", "--hub-token", "hf_x", "--data", "a b"])
+        == "promptkd distill --hub-token '***' --data 'a b'"
+    )
+
+
+def test_the_live_table(tmp_path):
+    jobs = [Job(f"kd-seed-{seed}", (), tmp_path / "log") for seed in range(40)]
+    rows = [row_of(job, tmp_path) for job in jobs]
+    (tmp_path / "kd-seed-7").mkdir()
+    (tmp_path / "kd-seed-7" / "metrics.jsonl").write_text(
+        '{"step": 3, "loss": 1.25}\n{"step": 4, "eval_loss": 2}\n{"ste'
+    )
+    file = (tmp_path / "screen").open("w+")
+    table = Table(rows, Console(file=file, force_terminal=True, width=70, height=12))
+    with table:
+        for name, status in (("kd-seed-3", 0), ("kd-seed-5", 1)):
+            table.queued(name)
+            table.running(name)
+            table.ended(name, status, stopped=False)
+        table.queued("kd-seed-7")
+        table.running("kd-seed-7")
+        file.truncate(0)
+        table.refresh()
+    file.seek(0)
+    shown = file.read()
+    (line,) = {line.split("\x1b")[0].rstrip() for line in shown.splitlines() if "kd-seed-7" in line}
+    assert line.split()[-5:-1] == ["kd-seed-7", "running", "4/10", "1.250"]
+    assert "failed (1)" in shown
+    assert "1 done, 1 failed, 1 running, 37 waiting" in shown
+    assert "32 more runs" in shown
+
+
+# ---- what the methods are compared by ----
+
+
+@pytest.mark.parametrize(
+    ("df", "t"), [(1, 12.7062), (2, 4.3027), (3.0, 3.1824), (10, 2.2281), (30, 2.0423), (1000, 1.9623)]
+)
+def test_students_t(df, t):
+    assert t_quantile(df) == pytest.approx(t, rel=1e-4)
+    assert t_two_sided(t, df) == pytest.approx(0.05, rel=1e-3)
+    assert t_two_sided(-t, df) == t_two_sided(t, df)
+    assert t_two_sided(0, df) == pytest.approx(1)
+
+
+def test_both_ways_by_hand():
+    by_seed, by_row = np.array([1.0, 3.0]), np.array([0.5, -0.5, 0.0])
+    metric, p = both_ways(by_seed, by_row)
+    seeds, rows = 2 / 2, 3 / 2 * 0.5  # Var(v) / S; R / (R - 1) Σ t²
+    degrees = (seeds + rows) ** 2 / (seeds**2 / 1 + rows**2 / 2)
+    reach = max(t_quantile(degrees) * (seeds + rows) ** 0.5, t_quantile(1) * seeds**0.5)
+    assert (metric.value, metric.deviation) == (2, pytest.approx(2**0.5))
+    assert (metric.low, metric.high) == (pytest.approx(2 - reach), pytest.approx(2 + reach))
+    assert p == pytest.approx(max(t_two_sided(2 / (seeds + rows) ** 0.5, degrees), t_two_sided(2 / seeds**0.5, 1)))
+    alike = np.array([2.0, 2.0])  # rows alone differ
+    assert both_ways(alike, by_row)[1] == pytest.approx(t_two_sided(2 / rows**0.5, 2))
+    assert both_ways(np.array([1.0]), by_row)[0].low is None
+    assert both_ways(np.zeros(3), np.zeros(4))[1] == 1
+
+
+def member(group: str, seed: int, scores, *, teacher: str = "t") -> Member:
+    """A run whose row i has the score `scores[i]` under every decoding seed, and a loss over i + 1 tokens."""
+    samples = [
+        RowResult(
+            row=row, seed=10, prompt=str(row), references=[], response="",
+            scores={"rouge_l": score, "loss": score, "kl_to_teacher": score, "response_length": 1.0},
+            tokens={"loss": row + 1},
+        )
+        for row, score in enumerate(scores)
+    ]  # fmt: skip
+    decoding = {"temperature": 1.0, "max_new_tokens": 8, "seeds": [10]}
+    made = Evaluation(model="m", data="test", decoding=decoding, metrics={}, samples=samples)
+    record = Results(kind="evaluate", evaluations=[made], data={"test": DataRecord(path="t", rows=3, sha256="ab")})
+    from promptkd.results import ModelRecord
+
+    record.models["teacher"] = ModelRecord(path=teacher, parameters=1, sha256="")
+    return Member(group, seed, Candidate(f"{group}-{seed}", record, "m"))
+
+
+BETTER = {"rouge_l": "higher", "loss": "lower", "kl_to_teacher": "lower", "response_length": None}.get
+
+
+def test_groups_are_compared_over_the_seeds_that_both_have():
+    scores = {("a", 1): [1, 2, 3], ("a", 2): [2, 2, 5], ("b", 1): [3, 2, 4], ("b", 2): [4, 5, 6], ("b", 3): [9, 9, 9]}
+    members = [member(group, seed, rows) for (group, seed), rows in scores.items()]
+    made = compare_groups(members, BETTER, baseline="a")
+    found = {each.metric: each for each in made.differences}
+    assert found.keys() == {"rouge_l", "loss", "kl_to_teacher"}
+    assert found["rouge_l"].difference.value == pytest.approx(np.mean([9 - 6, 15 - 9]) / 3)
+    weighted = {key: np.dot(rows, [1, 2, 3]) / 6 for key, rows in scores.items()}
+    by_seed = [weighted["b", seed] - weighted["a", seed] for seed in (1, 2)]
+    assert found["loss"].difference.value == pytest.approx(np.mean(by_seed))
+    assert found["loss"].difference.deviation == pytest.approx(np.std(by_seed, ddof=1))
+    parts = np.zeros(3)
+    for seed in (1, 2):
+        for sign, group in ((1, "b"), (-1, "a")):
+            own = np.array(scores[group, seed]) - weighted[group, seed]
+            parts += sign * own * np.array([1, 2, 3]) / 6 / 2
+    assert found["loss"].p_value == pytest.approx(both_ways(np.array(by_seed), parts)[1])
+    assert all(each.p_value <= each.p_adjusted for each in made.differences)
+    (a, b) = made.evaluations
+    assert (a.model, b.model) == ("a", "b")
+    assert b.metrics["rouge_l"].value == pytest.approx(np.mean([3, 5, 9]))
+    assert "a has no finished run of seed 3." in made.notes
+    assert [each.metric for each in compare_groups(members, BETTER, baseline="b", metrics=["loss"]).differences] == [
+        "loss"
+    ]
+
+
+def test_a_kl_to_different_teachers_is_not_compared():
+    members = [member(group, seed, [1, 2, 3], teacher=group) for group in "ab" for seed in (1, 2)]
+    made = compare_groups(members, BETTER, baseline="a")
+    assert {each.metric for each in made.differences} == {"rouge_l", "loss"}
+
+
+@pytest.mark.parametrize(("seed_spread", "row_spread"), [(1.0, 0.1), (0.1, 1.0), (1.0, 1.0)])
+def test_no_more_than_five_percent_of_equal_methods_are_told_apart(seed_spread, row_spread):
+    """Differences of 3 seeds on 40 rows, drawn with mean 0; rows alone would claim far more where seeds spread."""
+    draw = np.random.default_rng(0)
+    claimed = 0
+    for _ in range(1000):
+        table = (
+            seed_spread * draw.normal(size=(3, 1)) + row_spread * 6 * draw.normal(size=40) + draw.normal(size=(3, 40))
+        )
+        by_row = table.mean(0) / 40
+        claimed += both_ways(table.mean(1), by_row - by_row.mean())[1] <= 0.05
+    assert claimed <= 65  # 50 expected at most; 3 standard deviations are 20
+
+
+# ---- on a Ray cluster ----
+
+
+@pytest.mark.slow
+def test_a_ray_cluster_of_two_nodes_runs_a_study(world, tmp_path, capsys, monkeypatch):
+    """Each node has one core and each run takes one, so that two runs at a time are on two nodes."""
+    pytest.importorskip("ray", reason="ray is not installed: pip install 'promptkd[ray]'")
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    node = {"num_cpus": 1, "object_store_memory": 100 * 2**20, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=node)
+    try:
+        cluster.add_node(**{key: value for key, value in node.items() if key != "include_dashboard"})
+        cluster.wait_for_nodes()
+        file = study_file(world, tmp_path / "out", methods=["kd", {"name": "bad", "method": "kd", "student": "none"}])
+        on_ray = ("--engine", "ray", "--ray-address", cluster.address)
+        said = run(capsys, "study", file, *on_ray, "--cpus-per-run", 2)
+        assert said.status == 2
+        assert "No node of the cluster has --cpus-per-run 2" in said.err
+        said = run(capsys, "study", file, *on_ray, "--seeds", 1, 2)
+        assert said.status == 1, said.err
+        assert "2 of 4 runs failed" in said.err
+        logs = {name: tmp_path / "out" / "logs" / f"{name}.log" for name in ("kd-seed-1", "bad-seed-1", "kd-seed-2")}
+        begun, ended = {}, {}
+        for name, log in logs.items():
+            begun[name], ended[name] = span_of(log)
+        assert max(begun["kd-seed-1"], begun["bad-seed-1"]) < min(ended["kd-seed-1"], ended["bad-seed-1"])
+        assert begun["kd-seed-2"] + 1 > min(ended["kd-seed-1"], ended["bad-seed-1"])  # there was no third core
+        assert "kd-seed-2: done" in said.err
+        assert "bad-seed-1 (status 2), see" in said.err
+        assert {each.model for each in Results.read(tmp_path / "out" / "comparison.json").evaluations} == {"kd"}
+    finally:
+        cluster.shutdown()
+
+
+def span_of(log: Path) -> tuple[float, float]:
+    """When a run's log was begun and last written."""
+    begun = time.mktime(time.strptime(log.read_text()[:19], "%Y-%m-%d %H:%M:%S"))
+    return begun, log.stat().st_mtime

@@ -1,0 +1,283 @@
+"""SIGINT and SIGTERM: where a run stops, what it leaves, what it says, and that going on loses nothing."""
+
+import os
+import shlex
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState
+
+from helpers.commands import (
+    World,
+    distill,
+    done,
+    hear_interrupts,
+    held,
+    json_lines,
+    make_world,
+    run,
+    sft,
+    steps,
+    weights,
+)
+from promptkd.cli import main
+from promptkd.cli.signals import command_that_goes_on
+from promptkd.evaluation import dataset_evaluation
+from promptkd.training import signals
+from promptkd.training.callbacks import ProgressBar
+from promptkd.training.checkpoint import checkpoints_in
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(autouse=True)
+def _hear_interrupts():
+    before = signal.getsignal(signal.SIGINT)
+    hear_interrupts()
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def signalled(monkeypatch: pytest.MonkeyPatch, number: int, step: int, event: str = "on_step_begin") -> None:
+    """The process is signalled when so many steps are done."""
+    original = getattr(ProgressBar, event, lambda *args, **kwargs: None)
+
+    def told(self, args, state, control, **kwargs):
+        original(self, args, state, control, **kwargs)
+        if state.global_step == step:
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(ProgressBar, event, told)
+
+
+def longer(request: list[object], *arguments: object) -> list[object]:
+    return [7 if each == 3 else each for each in request] + list(arguments)
+
+
+@pytest.mark.parametrize(
+    ("command", "number", "status", "words", "every"),
+    [
+        (distill, signal.SIGTERM, 143, "Stopped by SIGTERM", 3),  # in the middle of a logged line, too
+        (distill, signal.SIGINT, 130, "Interrupted", 1),
+        (sft, signal.SIGINT, 130, "Interrupted", 3),
+    ],
+)
+def test_a_signal_ends_the_step_with_a_checkpoint(
+    world, tmp_path, capfd, monkeypatch, command, number, status, words, every
+):
+    settings = ("--logging_steps", every, "--gradient_accumulation_steps", 2)  # two micro-batches of two rows
+    requests = {}
+    for name in ("whole", "cut"):
+        requests[name] = [2 if each == 4 else each for each in longer(command(world, tmp_path / name))]
+    done(capfd, *requests["whole"], *settings)
+    with monkeypatch.context() as patch:
+        signalled(patch, number, 3, "on_substep_end")  # within the fourth step
+        ran = run(capfd, *requests["cut"], *settings)
+    assert ran.status == status
+    assert "Stopping after this optimiser step, with a checkpoint. A second signal ends at once." in ran.err
+    message = f"promptkd {command.__name__}: {words} after step 4 of 7, with a checkpoint. To go on: "
+    said, goes_on = ran.err.split(message)
+    assert "Traceback" not in said
+    assert held(tmp_path / "cut") == {"config.yaml", "metrics.jsonl", "checkpoints/checkpoint-4"}
+
+    words = shlex.split(goes_on)
+    assert words == ["promptkd", *map(str, [*requests["cut"], *settings]), "--resume"]
+    done(capfd, *words[1:])
+    assert held(tmp_path / "cut") >= held(tmp_path / "whole")
+    assert steps(tmp_path / "cut") == steps(tmp_path / "whole")
+    name = "student" if command is distill else "model"
+    assert weights(tmp_path / "cut" / name) == weights(tmp_path / "whole" / name)
+
+
+@pytest.mark.parametrize("event", ["on_step_begin", "on_evaluate", "on_log"])
+def test_an_epochs_validation_comes_before_the_checkpoint_it_belongs_to(world, tmp_path, capfd, monkeypatch, event):
+    """Three steps are an epoch. A signal in its last step, or in its validation, loses neither of the two."""
+    settings = ("--eval-data", world.valid, "--select", "last", "--save_strategy", "steps", "--save_steps", 3)
+    requests = {name: [*longer(distill(world, tmp_path / name)), *settings] for name in ("whole", "cut")}
+    done(capfd, *requests["whole"])
+    with monkeypatch.context() as patch:
+        signalled(patch, signal.SIGTERM, 2 if event == "on_step_begin" else 3, event)
+        assert run(capfd, *requests["cut"]).status == 143
+    assert checkpoints_in(tmp_path / "cut" / "checkpoints").keys() == {3}
+    assert "eval_loss" in json_lines(tmp_path / "cut" / "metrics.jsonl")[-1]
+    done(capfd, *requests["cut"], "--resume")
+    assert steps(tmp_path / "cut") == steps(tmp_path / "whole")
+
+
+def test_a_signal_in_the_last_step_leaves_the_finish_to_the_resumed_run(world, tmp_path, capfd, monkeypatch):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        signalled(patch, signal.SIGTERM, 6)
+        assert run(capfd, *longer(distill(world, out))).status == 143
+    assert held(out) == {"config.yaml", "metrics.jsonl", "checkpoints/checkpoint-7"}  # in the middle of an epoch
+    done(capfd, *longer(distill(world, out)), "--resume")
+    done(capfd, *longer(distill(world, tmp_path / "whole")))
+    assert held(out) == held(tmp_path / "whole")
+    assert steps(out) == steps(tmp_path / "whole")
+    assert weights(out / "student") == weights(tmp_path / "whole" / "student")
+
+
+def test_a_second_signal_ends_at_once(world, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(signals, "_ECHO", -1.0)
+    signalled(monkeypatch, signal.SIGTERM, 1)
+    signalled(monkeypatch, signal.SIGTERM, 1)
+    ran = run(capfd, *distill(world, tmp_path / "run"))
+    assert ran.status == 143
+    assert "Stopped by SIGTERM before a checkpoint was written. To go on: promptkd distill" in ran.err
+    assert held(tmp_path / "run") == {"config.yaml", "metrics.jsonl"}
+
+
+def test_a_signal_that_a_launcher_repeats_counts_once(world, tmp_path, capfd, monkeypatch):
+    signalled(monkeypatch, signal.SIGTERM, 1)
+    signalled(monkeypatch, signal.SIGTERM, 1)
+    assert run(capfd, *distill(world, tmp_path / "run")).status == 143
+    assert checkpoints_in(tmp_path / "run" / "checkpoints").keys() == {2}
+
+
+def test_the_handlers_are_those_of_before_afterwards(world, tmp_path, capfd, monkeypatch):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    signalled(monkeypatch, signal.SIGTERM, 1)
+    run(capfd, *distill(world, tmp_path / "run"))
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_an_ignored_signal_stays_ignored(world, tmp_path, capfd, monkeypatch):
+    """As under nohup, or in a script's background job."""
+    monkeypatch.setattr(signal, "default_int_handler", None)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signalled(monkeypatch, signal.SIGINT, 1)
+    done(capfd, *distill(world, tmp_path / "run"))
+
+
+def test_other_commands_leave_nothing_that_looks_whole(world, tmp_path, capfd, monkeypatch):
+    """The signal comes in the middle of what takes the time."""
+
+    def told(*args, **kwargs):
+        signal.raise_signal(signal.SIGTERM)
+
+    model = ("--model", world.student, "--data", world.test, "--template", "{{ instruction }}")
+    pair = ("--student", world.student, "--teacher", world.teacher, "--data", world.test)
+    done(capfd, *distill(world, tmp_path / "run"))
+    cases = {
+        "promptkd.evaluation.generation.generate": ("generate", *model, "--out", tmp_path / "g.jsonl"),
+        "promptkd.evaluation.sample_continuations": ("exposure-bias", *pair, "--out", tmp_path / "x.json"),
+        "promptkd.models.prune.prune_layers": ("prune", "--model", world.teacher, "--keep", 0, "--out", tmp_path / "p"),
+        "promptkd.models.export.export_safetensors": (
+            *("export", "--model", world.student, "--to", "safetensors", "--out", tmp_path / "e"),
+        ),
+        "promptkd.report.render_report": ("report", tmp_path / "run", "--out", tmp_path / "r.html"),
+    }
+    before = {each.name for each in tmp_path.iterdir()}
+    for place, arguments in cases.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(place, told)
+            if arguments[0] == "prune":
+                patch.setattr("promptkd.models.prune_layers", told)
+            ran = run(capfd, *arguments)
+        assert ran.status == 143, arguments
+        assert ran.err.splitlines()[-1] == f"promptkd {arguments[0]}: Stopped by SIGTERM."
+        assert {each.name for each in tmp_path.iterdir()} == before, arguments
+
+
+def test_evaluate_says_how_it_goes_on_and_does(world, tmp_path, capfd, monkeypatch):
+    out, data = tmp_path / "results.json", ("--data", world.test, "--template", "Q {{ instruction }}")
+    request = ["evaluate", "--model", world.student, *data, "--max_completion_length", 4, "--out", out, "--seeds", 1, 2]
+    answered = 0
+    decode_rows = dataset_evaluation.decode_rows
+
+    def told(*args, **kwargs):
+        nonlocal answered
+        answered += 1
+        if answered == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return decode_rows(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset_evaluation, "decode_rows", told)
+        ran = run(capfd, *request, "--overwrite")
+    assert ran.status == 143
+    assert not out.exists()
+    goes_on = ran.err.split("promptkd evaluate: Stopped by SIGTERM. To go on: ")[1]
+    assert shlex.split(goes_on) == ["promptkd", *map(str, request)]  # --overwrite would begin anew
+    ran = done(capfd, *shlex.split(goes_on)[1:])
+    assert "Going on from" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("given", "overwrite", "flags", "expected"),
+    [
+        (["--out", "a b", "--resume"], False, ("--resume",), "--out 'a b' --resume"),
+        (["--overwrite", "--out", "r"], True, ("--resume",), "--out r --resume"),
+        (["--overwrite", "true", "--out", "r"], True, (), "--out r"),
+        (["--overwrite=true", "--no-resume", "--out", "r"], True, ("--resume",), "--out r --resume"),
+        (["--config", "c.yaml"], True, ("--resume",), "--config c.yaml --resume --no-overwrite"),
+        (["--out", "r"], False, ("--overwrite",), "--out r --overwrite"),
+    ],
+)
+def test_the_command_that_goes_on(monkeypatch, given, overwrite, flags, expected):
+    class Options:
+        pass
+
+    options = Options()
+    options.overwrite = overwrite
+    assert command_that_goes_on("distill", given, options, flags) == f"promptkd distill {expected}"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert command_that_goes_on("distill", given, options, flags).startswith("accelerate launch -m promptkd distill ")
+
+
+# ---- from outside ----
+
+
+def forked(request: list[object], log: Path, **environment: str) -> int:
+    """A process of its own that runs a command; it has imported all that this one has."""
+    child = os.fork()
+    if child == 0:
+        os.environ |= environment
+        output = os.open(log, os.O_WRONLY | os.O_CREAT)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+        AcceleratorState._reset_state(reset_partial_state=True)
+        status = main(list(map(str, request)))
+        sys.stderr.flush()
+        os._exit(status)
+    return child
+
+
+def test_a_process_told_by_one_signal_stops_all_at_the_same_step(world, tmp_path, capfd):
+    """Two processes; the second hears of it alone. One process goes on with the run."""
+    out, logs = tmp_path / "run", [tmp_path / "first", tmp_path / "second"]
+    request = [60 if each == 3 else 2 if each == 4 else each for each in distill(world, out)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    children = [forked(request, log, RANK=str(rank), LOCAL_RANK=str(rank), **group) for rank, log in enumerate(logs)]
+    deadline = time.monotonic() + 100
+    while not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_text().splitlines()) < 5:
+        if time.monotonic() > deadline:
+            for child in children:
+                os.kill(child, signal.SIGKILL)
+            pytest.fail(logs[0].read_text())
+        time.sleep(0.02)
+    os.kill(children[1], signal.SIGTERM)
+    statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    first, second = (log.read_text() for log in logs)
+    assert statuses == [143, 143], first + second
+    assert "Traceback" not in first + second
+    (step,) = checkpoints_in(out / "checkpoints")
+    assert 5 <= step < 60
+    message = f"promptkd distill: Stopped by SIGTERM after step {step} of 60, with a checkpoint. To go on: accelerate"
+    assert message in first
+    assert "To go on" not in second
+    assert len(json_lines(out / "metrics.jsonl")) == step
+    ran = done(capfd, *request, "--resume")
+    assert f"Going on from {out / 'checkpoints' / f'checkpoint-{step}'}." in ran.err
+    assert [line["step"] for line in json_lines(out / "metrics.jsonl")] == list(range(1, 61))

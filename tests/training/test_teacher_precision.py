@@ -1,0 +1,118 @@
+"""A teacher in lower precision, or quantised, beside a prompt and a student in float32."""
+
+import pytest
+import torch
+
+from helpers.commands import LIMITS, done, make_world, run
+from helpers.tiny import save_model, tiny_model
+from helpers.trainers import FIXED_PROMPTKD, config, log, trainer
+from promptkd.data.packing import right_pad
+from promptkd.engine import response_hidden
+from promptkd.errors import RequestError
+from promptkd.methods import named_method
+from promptkd.models import load_model
+from promptkd.results import Results
+from promptkd.training.teacher_options import teacher_settings
+
+NO_BITSANDBYTES = "bitsandbytes is not installed: pip install bitsandbytes"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def teacher(dtype=torch.float32):
+    return tiny_model("llama", layers=3, hidden=24, seed=2).to(dtype)
+
+
+def student():
+    return tiny_model("llama", layers=2, hidden=16, seed=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["promptkd", "promptkd-lora", "okd"])
+def test_what_is_trained_stays_in_float32_and_the_losses_are_near(tmp_path, dtype, kind):
+    logs, moved = [], []
+    for precision in (torch.float32, dtype):
+        made = trainer(
+            tmp_path / str(precision), models=(student(), teacher(precision)), method=named_method(kind), max_steps=1
+        )
+        made.train()
+        logs.append(log(made)[0])
+        moved.append(made.adapter.parameters())
+        assert {each.dtype for each in (*made.model.parameters(), *made.adapter.parameters())} == {torch.float32}
+    for name in ("prompt_kl", "student_kl"):
+        assert logs[1][name] == pytest.approx(logs[0][name], rel=0.1)
+    assert logs[1]["prompt_grad_norm"] == pytest.approx(logs[0]["prompt_grad_norm"], rel=0.15)
+    assert logs[1]["prompt_kl"] != logs[0]["prompt_kl"]  # else the lower precision was not there
+
+
+def test_float16_gradients_do_not_vanish(tmp_path):
+    """Means over many tokens have gradients below float16's least number; those of sums come through."""
+    made = trainer(tmp_path, models=(student(), teacher(torch.float16)), max_steps=1)
+    assert made._gradient_scale(torch.tensor(2000)) == 2000
+    assert trainer(tmp_path / "b", max_steps=1)._gradient_scale(torch.tensor(2000)) == 1
+
+
+def test_a_whole_teacher_is_not_trained_in_lower_precision(tmp_path):
+    with pytest.raises(RequestError, match="trained in float32 alone"):
+        trainer(tmp_path, models=(student(), teacher(torch.bfloat16)), method=named_method("promptkd-full"))
+
+
+def test_settings_of_loading(tmp_path):
+    assert teacher_settings(config(tmp_path, teacher_dtype="auto"), FIXED_PROMPTKD)["dtype"] == "auto"
+    with pytest.raises(RequestError, match="Give it as --teacher_dtype"):
+        teacher_settings(config(tmp_path, teacher_model_init_kwargs={"dtype": "bfloat16"}), FIXED_PROMPTKD)
+    with pytest.raises(RequestError, match="teacher_dtype must be one of float32"):
+        config(tmp_path, teacher_dtype="int8")
+
+
+def test_bitsandbytes_is_asked_for_where_it_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr("promptkd.training.teacher_options.find_spec", lambda name: None)
+    with pytest.raises(RequestError, match="needs the package bitsandbytes"):
+        teacher_settings(config(tmp_path, teacher_quantization="4bit"), FIXED_PROMPTKD)
+
+
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+def test_a_quantised_teacher_takes_the_whole_step(world, tmp_path, capsys, bits):
+    pytest.importorskip("bitsandbytes", reason=NO_BITSANDBYTES)
+    wide = save_model(tmp_path / "wide", tiny_model("llama", layers=3, hidden=64, seed=2))  # 4-bit blocks need 32 rows
+    pair = ("--student", world.student, "--teacher", wide, "--data", world.train)
+    run_ = ("distill", *pair, *LIMITS, "--max_steps", 2, "--per_device_train_batch_size", 4, "--use_cpu")
+    done(capsys, *run_, "--out", tmp_path / "run", "--teacher-quantization", bits)
+    (training,) = Results.read(tmp_path / "run" / "results.json").training.values()
+    assert training.steps == 2
+
+
+@pytest.mark.parametrize(("bits", "tolerance"), [("4bit", 1e-4), ("8bit", 0.2)])  # 8-bit rounds the states as well
+def test_gradients_pass_a_quantised_teacher(tmp_path, bits, tolerance):
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason=NO_BITSANDBYTES)
+    folder = save_model(tmp_path / "wide", tiny_model("llama", layers=3, hidden=64, seed=2))
+    settings = teacher_settings(config(tmp_path, teacher_quantization=bits), FIXED_PROMPTKD)
+    quantised = load_model(folder, **settings).requires_grad_(False)
+    plain = load_model(folder).requires_grad_(False)
+    for name, layer in quantised.named_modules():
+        if isinstance(layer, bitsandbytes.nn.Linear4bit):
+            weight = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+            plain.get_submodule(name).weight.data.copy_(weight)
+        elif isinstance(layer, bitsandbytes.nn.Linear8bitLt):
+            plain.get_submodule(name).weight.data.copy_(layer.weight.data * layer.weight.SCB[:, None] / 127)
+    batch, found = right_pad([[5, 6, 7], [8], [9, 10]], [[11, 12], [13, 14, 15], [16]]), []
+    for model in (quantised, plain):
+        with torch.no_grad():
+            response_hidden(model, batch)  # as the plain teacher is read first
+        prompt = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        hidden = response_hidden(model, batch, prompt)
+        (hidden * torch.linspace(-1, 1, hidden.numel()).view_as(hidden)).sum().backward()
+        found.append(prompt.grad)
+    assert float((found[0] - found[1]).norm() / found[1].norm()) < tolerance
+
+
+def test_the_command_takes_a_precision_and_refuses_others(world, tmp_path, capsys):
+    pair = ("--student", world.student, "--teacher", world.teacher, "--data", world.train)
+    run_ = ("distill", *pair, *LIMITS, "--max_steps", 1, "--per_device_train_batch_size", 4, "--use_cpu")
+    done(capsys, *run_, "--out", tmp_path / "run", "--teacher-dtype", "bfloat16")
+    refused = run(capsys, *run_, "--out", tmp_path / "other", "--teacher-dtype", "int3")
+    assert refused.status == 2
+    assert "bfloat16" in refused.err

@@ -1,0 +1,176 @@
+"""Degenerate learning: each kind is found in a history planted with it, and nothing is found in a healthy one."""
+
+import pytest
+import torch
+
+from helpers.commands import LIMITS, done, make_world
+from helpers.tiny import END_ID, save_model, tiny_model
+from helpers.trainers import log, trainer
+from promptkd.results import Results
+from promptkd.training.collapse import Limits, Watch, findings, findings_as_notes
+
+
+def healthy(steps=120):
+    """An on-policy run as they go: a student that rambles to the limit first, learns to stop, and loses entropy."""
+    lines = []
+    for k in range(steps):
+        done = k / steps
+        rambles = max(0.0, 0.9 - 2 * done)
+        lines.append(
+            {
+                "step": k + 1,
+                "loss": 2.0 - done,
+                "entropy": 2.5 - 2.2 * done,
+                "response_length": rambles * 256 + (1 - rambles) * (60 + 15 * (-1) ** k),
+                "cut_share": 1.0 if k == 3 else rambles,
+                "prompt_norm": 5.0 + 15 * done,
+                "prompt_distance": 15 * done,
+                "prompt_regularizer": 0.05 + done if k != 7 else 4.0,
+            }
+        )
+        if k % 20 == 19:
+            lines.append({"step": k + 1, "eval_loss": 2.0, "eval_eos_share": 0.0 if k == 19 else 0.5})
+    return lines
+
+
+def planted(first, last=None, **changed):
+    """The healthy history with figures changed from step `first` to step `last`."""
+    lines = healthy()
+    for line in lines:
+        if line["step"] >= first and (last is None or line["step"] <= last):
+            line |= {name: value for name, value in changed.items() if name in line}
+    return lines
+
+
+def test_a_healthy_run_is_left_in_peace():
+    assert findings(healthy()) == []
+    assert findings([]) == []
+    assert findings([{"step": 1, "loss": 2.0, "grad_norm": None}, {"step": 1, "eval_loss": 2.0}]) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "changed", "step", "text"),
+    [
+        ("length", {"response_length": 6.0}, 89, "collapsed to 6.0 tokens, from"),
+        ("length", {"response_length": 1.2, "cut_share": 0.0}, 89, "collapsed to 1.2 tokens, from"),
+        ("cut", {"cut_share": 1.0}, 84, "every response of 5 steps was cut at the length limit"),
+        ("entropy", {"entropy": 0.01}, 84, "entropy has fallen to 0.010 nats a token"),
+        ("prompt norm", {"prompt_norm": 51.0}, 84, "its norm is 51, from 5 in the first step"),
+        ("prompt KL", {"prompt_regularizer": 2.5}, 84, "is 2.50 nats a token from the plain one"),
+        ("endless validation", {"eval_eos_share": 0.0}, 100, "ended by itself in two validations"),
+    ],
+)
+def test_each_kind_is_found_once(kind, changed, step, text):
+    (found,) = findings(planted(80, **changed))
+    assert (found.kind, found.step) == (kind, step)
+    assert text in found.text
+
+
+def test_a_length_that_is_short_from_the_start():
+    """There is no fall then; a bare end token for most rows is degenerate all the same."""
+    lines = [{"step": k + 1, "response_length": 1.1, "cut_share": 0.0} for k in range(30)]
+    (found,) = findings(lines)
+    assert (found.kind, found.step) == ("length", 14)
+    assert "from" not in found.text
+    short = [line | {"response_length": 2.0} for line in lines]  # a word and its end
+    assert findings(short) == []
+
+
+def test_an_end_that_is_never_learnt():
+    found = findings(planted(20, cut_share=1.0, response_length=256.0))
+    assert [(each.kind, each.step) for each in found] == [("cut", 24), ("endless", 69)]
+
+
+def test_one_short_batch_is_no_collapse():
+    for k in range(30, 34):
+        assert findings(planted(k, k + 3, response_length=1.0)) == []
+
+
+def test_an_episode_is_told_once_and_the_next_one_again():
+    twice = planted(30, 50, entropy=0.0)
+    for line in twice:
+        if line["step"] >= 80 and "entropy" in line:
+            line["entropy"] = 0.0
+    assert [each.step for each in findings(twice)] == [34, 84]
+    assert findings_as_notes(twice) == [
+        "Warning at step 34, the first of 2: the entropy has fallen to 0.000 nats a token: the model has one thing to "
+        "say. Lower the learning rate, stop earlier, or take an objective that keeps to the data."
+    ]
+
+
+@pytest.mark.parametrize("every", [1, 2, 10])
+def test_steps_are_counted_whatever_is_logged(every):
+    lines = [line for line in planted(61, entropy=0.0) if line["step"] % every == 0]
+    assert [each.step for each in findings(lines)] == [{1: 65, 2: 66, 10: 70}[every]]
+
+
+def test_limits_can_be_others():
+    assert findings(healthy(), Limits(prompt_growth=2.0))[0].kind == "prompt norm"
+
+
+def test_lines_may_come_one_by_one():
+    watch, lines = Watch(), planted(80, entropy=0.0)
+    assert [found for line in lines for found in watch.see(line)] == findings(lines)
+
+
+# ------------------------------------------------------------------------------------------------------- in tiny runs
+
+
+def silent():
+    """A student that writes its end token and nothing else."""
+    student = tiny_model("gpt2", layers=2, hidden=16, seed=1, tied=False)
+    student.lm_head.bias = torch.nn.Parameter(torch.zeros(student.config.vocab_size))
+    with torch.no_grad():
+        student.lm_head.weight.zero_()
+        student.lm_head.bias[END_ID] = 20.0
+    return student
+
+
+def warned(caplog):
+    return [record.getMessage() for record in caplog.records if record.name == "promptkd"]
+
+
+def test_a_student_of_end_tokens_is_warned_of_once(tmp_path, caplog):
+    from promptkd.methods import named_method
+
+    settings = {
+        "models": (silent(), tiny_model("llama", layers=3, hidden=24, seed=2)),
+        "method": named_method("promptkd"),
+        "learning_rate": 0.0,
+        "regularizer_coefficient": 5.0,
+        "prompt_learning_rate": 0.0,
+        "save_strategy": "steps",
+        "save_steps": 18,
+    }
+    whole = trainer(tmp_path, max_steps=20, **settings)
+    whole.train()
+    assert [text.partition(":")[0] for text in warned(caplog)] == ["Step 5", "Step 14"]
+    assert "entropy has fallen to 0.000" in caplog.text
+    assert "collapsed to 1.0 tokens" in caplog.text
+    assert [each.kind for each in findings(log(whole))] == ["entropy", "length"]
+    caplog.clear()
+    trainer(tmp_path / "resumed", max_steps=20, **settings).train(
+        resume_from_checkpoint=str(tmp_path / "checkpoint-18")
+    )
+    assert warned(caplog) == []  # they were told before
+
+
+def test_a_student_that_never_ends_is_in_the_record_and_on_the_page(tmp_path, capsys):
+    world = make_world(tmp_path)
+    student = tiny_model("llama", layers=2, hidden=16, seed=1, tied=False)
+    with torch.no_grad():
+        student.lm_head.weight[END_ID] = 0.0
+        student.model.norm.weight.mul_(4)  # so that a logit of 0 is never drawn
+    ran = done(
+        capsys,
+        *("distill", "--student", save_model(tmp_path / "endless", student), "--teacher", world.teacher),
+        *("--data", world.train, "--out", tmp_path / "run", *LIMITS, "--max_steps", 6, "--learning_rate", 0),
+        *("--prompt_learning_rate", 0, "--per_device_train_batch_size", 4, "--use_cpu"),
+    )
+    record = Results.read(tmp_path / "run" / "results.json")
+    cut = [line["cut_share"] for line in record.history[0].points]
+    assert cut == [1.0] * 6
+    note = "Warning at step 5: every response of 5 steps was cut at the length limit."
+    assert [each for each in record.notes if each.startswith(note)]
+    assert note in (tmp_path / "run" / "report.html").read_text()
+    assert ran.status == 0
