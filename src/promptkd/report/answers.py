@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from promptkd.report.formatting import score
 from promptkd.report.labels import run_labels
 from promptkd.report.metrics import in_order, metric_info
 from promptkd.report.settings_text import decoding_words
@@ -13,7 +12,6 @@ from promptkd.report.tables import model_order
 from promptkd.results import Results, RowResult
 from promptkd.visible import visible
 
-_FIRST_REQUESTS = 10
 _DIGITS = 4
 _Place = tuple[int, str]
 """Row and prompt: answers are shown together only under the very prompt that they were given."""
@@ -43,18 +41,6 @@ class RowSet:
     def places(self) -> list[_Place]:
         """The requests in the order of their rows."""
         return sorted(self.references, key=lambda place: place[0])
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One request for readers without scripts."""
-
-    data: str
-    row: int
-    prompt: str
-    references: list[str]
-    answers: list[tuple[str, str, list[str]]]
-    """Model, text and scores."""
 
 
 def row_sets(records: Sequence[Results]) -> list[RowSet]:
@@ -91,21 +77,6 @@ def answering_models(records: Sequence[Results], sets: Sequence[RowSet]) -> list
     return list(dict.fromkeys([*model_order(records), *(model for view in views for model in view.answers)]))
 
 
-def first_requests(sets: Sequence[RowSet], models: Sequence[str]) -> list[Request]:
-    """The first requests of the first data set under its first decoding, for readers without scripts."""
-    found = []
-    for rows in sets[:1]:
-        answers = next(iter(rows.views.values())).answers
-        for place in rows.places[:_FIRST_REQUESTS]:
-            held = {model: answers[model][place] for model in models if place in answers.get(model, {})}
-            texts = [
-                (model, each.response, [score(name, each.scores[name]) for name in in_order(each.scores)])
-                for model, each in held.items()
-            ]
-            found.append(Request(rows.data, place[0], place[1], rows.references[place], texts))
-    return found
-
-
 def browser_data(records: Sequence[Results], sets: Sequence[RowSet], models: Sequence[str]) -> dict[str, Any]:
     """What the page's script browses: every prompt and reference once, answers and scores in columns by request.
 
@@ -134,7 +105,7 @@ def _set(rows: RowSet, models: Sequence[str], names: list[str]) -> dict[str, Any
                 "label": visible(view.label),
                 "setting": visible(view.setting),
                 "answers": [
-                    {"model": position, **_columns([view.answers[model].get(place) for place in places], names)}
+                    {"model": position} | _columns([view.answers[model].get(place) for place in places], names)
                     for position, model in enumerate(models)
                     if model in view.answers
                 ],

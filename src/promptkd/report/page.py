@@ -13,12 +13,12 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from promptkd.errors import RequestError
-from promptkd.report.answers import answering_models, browser_data, first_requests, row_sets
+from promptkd.report.answers import answering_models, browser_data, row_sets
 from promptkd.report.differences import DifferenceRow, compared_sentences, difference_table
 from promptkd.report.escape import packed_json, packed_text
-from promptkd.report.formatting import effect, listed, probability
+from promptkd.report.formatting import effect, listed, probability, score
 from promptkd.report.labels import is_teacher, unified
-from promptkd.report.metrics import MetricInfo, metric_info
+from promptkd.report.metrics import MetricInfo, in_order, metric_info
 from promptkd.report.plots import Stage, bias_data, bias_plots, chart_data, stages
 from promptkd.report.provenance import Provenance, provenance
 from promptkd.report.summary import summarize
@@ -85,8 +85,9 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    functions = {"is_teacher": is_teacher, "probability": probability, "effect": effect, "positions": _positions}
-    environment.globals |= functions | {"bar_width": _BAR_WIDTH}
+    for function in (is_teacher, in_order, score, probability, effect, bar_positions):
+        environment.globals[function.__name__] = function
+    environment.globals["bar_width"] = _BAR_WIDTH
     return environment
 
 
@@ -154,8 +155,9 @@ def _context(records: Sequence[Results]) -> tuple[dict[str, Any], dict[str, Any]
         "bias": bias,
         "distributions": bool(data["browser"]["metrics"]),
         "answered": [model for model in models if any(model in view.answers for view in views)],
-        "requests": first_requests(sets, models),
-        "view": views[0].label if views else "",
+        "models": models,
+        "rows": sets[0] if sets else None,
+        "view": views[0] if views else None,
         "recorded_requests": sum(len(each.places) for each in sets),
         "cost_heads": cost_heads,
         "cost_lines": cost_lines,
@@ -214,7 +216,7 @@ def _pairs(rows: Sequence[DifferenceRow]) -> dict[str, dict[tuple[str, str, str]
     return sets
 
 
-def _positions(measured: Metric) -> list[str]:
+def bar_positions(measured: Metric) -> list[str]:
     """Where lower end, value and upper end stand on a bar with zero in its middle; empty if one is not finite.
 
     Every bar has its own scale, so that zero inside an interval is seen to be inside.

@@ -13,8 +13,6 @@ from promptkd.results import Curve, CurvePoint, Results, Series
 from promptkd.visible import visible
 
 _GROUP_ORDER = ("Losses", "Validation", "Responses", "Other metrics", "Norms and rates", "Time")
-_FOLDED = ("Norms and rates", "Time")
-"""Behind a summary line, since few readers need them."""
 _TABLE_LENGTHS = 6
 
 
@@ -36,10 +34,6 @@ class Line:
     def span(self) -> str:
         """First and last finite value: "3.36 → 2.81"."""
         return " → ".join(dict.fromkeys(map(_short, self.finite[:1] + self.finite[-1:]))) or "not finite"
-
-    @property
-    def not_finite(self) -> int:
-        return self.y.count(None)
 
     @property
     def spoken(self) -> str:
@@ -64,16 +58,6 @@ class Chart:
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
-    title: str
-    charts: list[Chart]
-
-    @property
-    def folded(self) -> bool:
-        return self.title in _FOLDED
-
-
-@dataclass(frozen=True, slots=True)
 class Stage:
     """One stage of training, of one or several runs."""
 
@@ -81,7 +65,8 @@ class Stage:
     runs: list[str]
     """Names of the runs, in the order of their colors; one empty name where there is a single one."""
     points: int
-    groups: list[Group]
+    groups: dict[str, list[Chart]]
+    """By title."""
     once: list[tuple[str, str]]
     """Label and value of the metrics that were logged a single time."""
     not_numbers: list[str]
@@ -118,8 +103,8 @@ def chart_data(found: Sequence[Stage]) -> list[dict[str, Any]]:
             "names": [visible(name) for name in stage.runs] if len(stage.runs) > 1 else [],
         }
         for stage in found
-        for group in stage.groups
-        for chart in group.charts
+        for group in stage.groups.values()
+        for chart in group
     ]
 
 
@@ -141,7 +126,7 @@ def _stage(name: str, runs: dict[str, Series], prefix: str) -> Stage:
             ]
         else:
             groups.setdefault(logged_group(logged), []).append(Chart(f"{prefix}-{position}", info, lines))
-    ordered = [Group(title, groups[title]) for title in _GROUP_ORDER if title in groups]
+    ordered = {title: groups[title] for title in _GROUP_ORDER if title in groups}
     return Stage(name, list(runs), max(len(series.points) for series in runs.values()), ordered, once, not_numbers)
 
 

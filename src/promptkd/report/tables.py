@@ -20,7 +20,6 @@ class Cell:
     """ "± 0.4": the standard deviation between the seeds."""
     best: bool
     """Among the students of this data set and decoding the best, or not told apart from the best (see `_marked`)."""
-    source: Metric
 
 
 @dataclass(slots=True)
@@ -69,8 +68,7 @@ def comparison_table(records: Sequence[Results]) -> list[ComparisonRow]:
         for name, measured in row.metrics.items():
             info = metric_info(name)
             value, interval = estimate(info, measured)
-            best = position in marked[name]
-            row.cells[name] = Cell(value, interval, deviation(info, measured), best, measured)
+            row.cells[name] = Cell(value, interval, deviation(info, measured), position in marked[name])
     return rows
 
 
