@@ -114,7 +114,10 @@ def compare(
         )
     # The smallest p that draws can give is 1 / (draws + 1); after the correction it must still be able to reach 0.01.
     draws = max(draws, 100 * len(planned) - 1)
-    made.differences = _adjusted([_difference(each, bootstrap, draws) for each in planned])
+    made.differences = [_difference(each, bootstrap, draws) for each in planned]
+    tested = [(each, each.p_value) for each in made.differences if each.p_value is not None]
+    for (each, _), p in zip(tested, holm([p for _, p in tested]), strict=True):
+        each.p_adjusted = p
     made.notes += _notes(settings, planned, ordered)
     if neither := [metric for metric in names if better(metric) is None]:
         made.notes.append(f"Not tested, for neither direction is better: {', '.join(neither)}.")
@@ -138,20 +141,15 @@ def _checked(candidates: Sequence[Candidate], baseline: str | None) -> list[Cand
 def _alike(settings: Sequence[Setting], candidates: Sequence[Candidate], allow_different: bool) -> list[str]:
     """Notes on what differs; raises where that is not allowed, or where nothing is shared."""
     if not settings:
-        raise RequestError("The runs share no data set: " + "; ".join(map(_measured_sets, candidates)) + ".")
+        sets = {c.label: [e.data for e in c.record.evaluations if e.model == c.model and e.samples] for c in candidates}
+        held = [f"{label} has rows of {', '.join(dict.fromkeys(data)) or 'none'}" for label, data in sets.items()]
+        raise RequestError(f"The runs share no data set: {'; '.join(held)}.")
     differing = [sentence for setting in settings for sentence in setting.differing()]
     if differing and not allow_different:
         raise RequestError(
             " ".join(differing) + " Measure them alike, or compare the rows that all have by --allow-different."
         )
     return [f"Compared although {sentence}" for sentence in differing]
-
-
-def _measured_sets(candidate: Candidate) -> str:
-    sets = dict.fromkeys(
-        each.data for each in candidate.record.evaluations if each.model == candidate.model and each.samples
-    )
-    return f"{candidate.label} has rows of {', '.join(sets) or 'none'}"
 
 
 def _known_metrics(settings: Sequence[Setting], asked: Sequence[str]) -> list[str]:
@@ -197,14 +195,6 @@ def _difference(planned: _Planned, bootstrap: Bootstrap, draws: int) -> Differen
         found.p_value = sign_flip_test(parts, draws=draws, seed=bootstrap.seed)
         found.effect_size = effect_size(parts)
     return found
-
-
-def _adjusted(differences: list[Difference]) -> list[Difference]:
-    """With p by Holm's correction over all that have a p."""
-    tested = [(each, each.p_value) for each in differences if each.p_value is not None]
-    for (each, _), p in zip(tested, holm([p for _, p in tested]), strict=True):
-        each.p_adjusted = p
-    return differences
 
 
 def _notes(settings: Sequence[Setting], planned: Sequence[_Planned], candidates: Sequence[Candidate]) -> list[str]:

@@ -2,11 +2,7 @@
 
 A row is a request with all its responses. Tokens of one response depend on each other, so resampling tokens would give
 intervals that are too narrow. The same seed resamples the same rows wherever the number of rows is the same. Intervals
-and tests cover the rows alone: the spread between seeds of training is not in them.
-
-Resampling is written out here because scipy's gives other intervals: `scipy.stats.bootstrap` draws the same rows from
-the same seed but rounds the quantiles differently, `scipy.stats.permutation_test` draws other signs and takes ten times
-as long (docs/compare.md).
+and tests cover the rows alone, not the spread between seeds of training. Why scipy does not resample: docs/compare.md.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -63,9 +59,7 @@ def mean_interval(values: Values, bootstrap: Bootstrap = DEFAULT) -> Metric:
     """Mean of `values`, shape (rows,), with its interval.
 
     A single row gives no interval, and neither do values that are not all finite (their mean is reported as it is).
-
-    Raises:
-        RequestError: no rows, or more than one dimension.
+    All four functions raise `RequestError` for no rows, more than one dimension, unequal lengths or a count of 0.
     """
     return _interval(lambda v: v.mean(-1), bootstrap, values=values)
 
@@ -73,41 +67,25 @@ def mean_interval(values: Values, bootstrap: Bootstrap = DEFAULT) -> Metric:
 def token_mean_interval(sums: Values, counts: Values, bootstrap: Bootstrap = DEFAULT) -> Metric:
     """Σ `sums` / Σ `counts`, the mean over tokens, with its interval over rows; for a loss in nats per token.
 
-    Args:
-        sums: total over the tokens of each row, shape (rows,).
-        counts: tokens of each row, shape (rows,), all above 0.
-
-    Raises:
-        RequestError: as `mean_interval`, and for unequal lengths or a row without tokens.
+    Args: totals over the tokens of each row and tokens of each row (all above 0), of shape (rows,).
     """
     return _interval(lambda s, c: s.sum(-1) / c.sum(-1), bootstrap, sums=sums, counts=counts)
 
 
 def paired_difference(a: Values, b: Values, bootstrap: Bootstrap = DEFAULT) -> Metric:
-    """mean(a) - mean(b) over the same rows, with the interval of that difference; entry i of both is row i.
-
-    Raises:
-        RequestError: as `mean_interval`, and for unequal lengths.
-    """
+    """mean(a) - mean(b) over the same rows, with the interval of that difference; entry i of both is row i."""
     return _interval(lambda x, y: (x - y).mean(-1), bootstrap, a=a, b=b)
 
 
 def paired_token_difference(
     sums_a: Values, counts_a: Values, sums_b: Values, counts_b: Values, bootstrap: Bootstrap = DEFAULT
 ) -> Metric:
-    """Token mean of a less token mean of b over the same rows (the token counts of a and b may differ).
+    """Token mean of a less token mean of b over the same rows (the token counts of a and b may differ)."""
 
-    Raises:
-        RequestError: as `token_mean_interval`.
-    """
-    return _interval(
-        lambda s_a, c_a, s_b, c_b: s_a.sum(-1) / c_a.sum(-1) - s_b.sum(-1) / c_b.sum(-1),
-        bootstrap,
-        sums_a=sums_a,
-        counts_a=counts_a,
-        sums_b=sums_b,
-        counts_b=counts_b,
-    )
+    def difference(s_a: Floats, c_a: Floats, s_b: Floats, c_b: Floats) -> Floats:
+        return s_a.sum(-1) / c_a.sum(-1) - s_b.sum(-1) / c_b.sum(-1)
+
+    return _interval(difference, bootstrap, sums_a=sums_a, counts_a=counts_a, sums_b=sums_b, counts_b=counts_b)
 
 
 def _interval(statistic: Callable[..., Floats], bootstrap: Bootstrap, **given: Values) -> Metric:
