@@ -19,6 +19,7 @@ import psutil
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from promptkd.errors import RequestError
+from promptkd.io.atomic import write_atomic
 from promptkd.io.files import MIB, read_regular
 from promptkd.io.redact import without_secrets
 
@@ -183,10 +184,7 @@ class Results(_Record):
         if self.config.get("trust_remote_code") and _FOREIGN_CODE not in self.notes:
             self.notes.append(_FOREIGN_CODE)
         record = Results.model_validate(self.model_dump())
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        write_atomic(path, record.model_dump_json(indent=1) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> "Results":

@@ -18,7 +18,7 @@ from promptkd.cli.terminal import is_main_process, say
 from promptkd.data import encode_examples, read_examples, resolve_template
 from promptkd.errors import PromptKDError, RequestError
 from promptkd.evaluation.measure import evaluation_of, measure_rows
-from promptkd.io.jsonl import write_whole
+from promptkd.io.atomic import write_atomic
 from promptkd.memory import peak_memory
 from promptkd.models import load_model, load_tokenizer, model_record
 from promptkd.report import render_report, terminal_table
@@ -212,7 +212,6 @@ class TrainingRun:
                     trainer.processing_class,
                     trainer.validation_rows(),
                     decoding,
-                    stop_ids=trainer.stop_ids,
                     teacher=teacher,
                     batch_size=trainer.args.per_device_eval_batch_size,
                 )
@@ -241,7 +240,7 @@ class TrainingRun:
             notes=[*self.notes, f"Peak memory of the process {peak_memory() / 2**30:.1f} GiB.", *warnings],
         )
         results.write(self.folder.results)
-        write_whole(self.folder.report, render_report([results]).encode())
+        write_atomic(self.folder.report, render_report([results]))
         if evaluations:
             print(terminal_table([results]))
         say(f"The model is in {self.folder.path / name}, the page in {self.folder.report}.")

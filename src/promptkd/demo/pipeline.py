@@ -16,7 +16,8 @@ from promptkd.data.packing import right_pad
 from promptkd.demo.cache import Stage, cached_stage
 from promptkd.demo.measurement import differences
 from promptkd.demo.settings import TEMPLATE, DemoSettings, data_file, teacher_file, teacher_hash
-from promptkd.evaluation.measure import Decoding, evaluation_of, measure_rows
+from promptkd.evaluation.measure import evaluation_of, measure_rows
+from promptkd.generation import Decoding
 from promptkd.models import block_influence, load_model, load_tokenizer, model_record, most_influential, prune_layers
 from promptkd.models.load import GGUF_CONVERSION
 from promptkd.precision import compute_dtype, computing
@@ -165,14 +166,13 @@ class Demo:
         started = time.perf_counter()
         self.say(f"Measuring: {label}")
         seed, limit = self.settings.seed, self.settings.max_response_length
-        greedy = Decoding(0.0, max_new_tokens=limit, seed=seed, batch_size=64)
+        greedy = Decoding(0.0, max_new_tokens=limit, stop_ids=self.stop_ids, seed=seed, batch_size=64)
         with computing("cpu", self.dtype):
             results = measure_rows(
                 model,
                 self.tokenizer,
                 self.rows["test"].examples,
                 greedy,
-                stop_ids=self.stop_ids,
                 teacher=teacher,
                 samples_per_row=1 if label == "pruned" else self.settings.samples_per_row,  # it is far from all others
                 batch_size=16,

@@ -2,7 +2,7 @@
 
 from promptkd.evaluation.comparison import Candidate, Comparison, compare
 from promptkd.evaluation.exposure_bias import ExposureBias, Scoring, exposure_bias, sample_continuations
-from promptkd.evaluation.measure import Decoding, evaluation_of, measure_rows, summarize
+from promptkd.evaluation.measure import evaluation_of, measure_rows, summarize
 from promptkd.evaluation.statistics import (
     Bootstrap,
     effect_size,
@@ -22,6 +22,7 @@ from promptkd.evaluation.text_metrics import (
     rouge_l,
     rouge_l_scores,
 )
+from promptkd.generation import Decoding
 
 __all__ = [
     "Bootstrap",

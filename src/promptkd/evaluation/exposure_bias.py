@@ -20,7 +20,7 @@ from promptkd.errors import PromptKDError, RequestError
 from promptkd.evaluation.accumulated_error import Ended, excess_accumulated_error
 from promptkd.evaluation.likelihood import batches_by_length, token_divergences
 from promptkd.evaluation.statistics import DEFAULT, Bootstrap, Floats, token_mean_interval
-from promptkd.generation import generate, row_seeds
+from promptkd.generation import Decoding, generate, row_seeds
 from promptkd.objectives import forward_kl
 from promptkd.results import CurvePoint, Metric
 
@@ -59,38 +59,34 @@ DEFAULT_SCORING = Scoring()
 def sample_continuations(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
     *,
     samples_per_row: int,
-    max_new_tokens: int,
-    stop_ids: Sequence[int],
     rows: Sequence[int] | None = None,
-    seed: int = 10,
     prompt: Tensor | None = None,
-    vocabulary: int | None = None,
-    batch_size: int = 32,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[list[list[int]]]:
     """Several continuations of each request at temperature 1, samples[row][draw].
 
-    Draw d of a row has the seed that `promptkd evaluate` gives the row under seed `seed` + d. It is the same for every
-    model: common random numbers, which make what two models share cancel in their comparison.
+    Draw d of a row has the seed that `promptkd evaluate` gives the row under seed `decoding.seed` + d. It is the same
+    for every model: common random numbers, whose effect on both models cancels in their comparison.
 
     Args:
+        decoding: length limit, stop ids, vocabulary, first seed and batch size; its temperature and cut-offs are not
+            used.
         rows: each request's index in its file, from which its seeds follow; by default 0, 1, …
         prompt: (n, E) soft prompt before the model.
-        vocabulary, stop_ids, batch_size, on_batch: as in `generate`.
+        on_batch: as in `generate`.
     """
-    places = range(len(prompts)) if rows is None else rows
-    by_draw = [row_seeds(seed + draw, max(places, default=0) + 1) for draw in range(samples_per_row)]
+    indices = range(len(prompts)) if rows is None else rows
+    by_draw = [row_seeds(decoding.seed + draw, max(indices, default=0) + 1) for draw in range(samples_per_row)]
     written = generate(
         model,
         [each for each in prompts for _ in by_draw],
-        max_new_tokens=max_new_tokens,
-        stop_ids=stop_ids,
-        seeds=[seeds[place] for place in places for seeds in by_draw],
+        decoding.plain(decoding.seed),
+        seeds=[seeds[index] for index in indices for seeds in by_draw],
         prompt=prompt,
-        vocabulary=vocabulary,
-        batch_size=batch_size,
+        batch_size=decoding.batch_size,
         on_batch=on_batch,
     )
     return [written[first : first + samples_per_row] for first in range(0, len(written), samples_per_row)]

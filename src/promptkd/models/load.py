@@ -4,25 +4,23 @@ A GGUF file is converted once into safetensors under the cache folder ($PROMPTKD
 $XDG_CACHE_HOME or ~/.cache): reading GGUF takes many times as long as reading safetensors.
 """
 
-import glob
 import json
 import os
-import platform
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import gguf
-import psutil
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from promptkd.errors import PromptKDError, RequestError
+from promptkd.io.atomic import atomic
 from promptkd.io.files import not_regular
+from promptkd.io.lock import locked
 from promptkd.models.folder import adapter_base, check_model_folder
 from promptkd.models.gguf_check import check_gguf
 from promptkd.models.gguf_vocabulary import PRE_TOKENIZERS
@@ -186,20 +184,10 @@ def _converted(file: Path) -> Path:
 
 
 def _convert(file: Path, target: Path) -> None:
-    ours = f"{target.name}.partial-{platform.node()}-"
-    for left in target.parent.glob(f"{glob.escape(ours)}*"):
-        if not psutil.pid_exists(int(left.name.removeprefix(ours))):  # that one was killed
-            shutil.rmtree(left, ignore_errors=True)
-    partial = target.with_name(f"{ours}{os.getpid()}")
-    try:
-        convert_gguf(file, partial)
-        try:
-            os.replace(partial, target)
-        except OSError:
-            if not (target / "config.json").is_file():  # else another process was quicker: its folder is as good
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with locked(target, waits=True):
+        if not (target / "config.json").is_file():  # else another process was quicker: its folder is as good
+            with atomic(target) as partial:
+                convert_gguf(file, partial)
 
 
 def convert_gguf(file: Path, folder: Path) -> None:

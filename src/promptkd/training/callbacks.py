@@ -1,7 +1,6 @@
 """What a run writes while it trains: one JSON line a logged step, a progress bar, and what it cost."""
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from promptkd.io.atomic import write_atomic
+from promptkd.io.jsonl import encoded
 from promptkd.training.phases import Phases
 
 __all__ = ["CostMeter", "MetricsFile", "ProgressBar", "quiet"]
@@ -26,10 +27,7 @@ class MetricsFile(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            lines = [json.dumps(entry) + "\n" for entry in state.log_history if _SUMMARY not in entry]
-            partial = self._path.with_name(self._path.name + ".partial")
-            partial.write_text("".join(lines), encoding="utf-8")
-            os.replace(partial, self._path)
+            write_atomic(self._path, encoded(entry for entry in state.log_history if _SUMMARY not in entry))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         entry = state.log_history[-1]

@@ -9,7 +9,7 @@ from transformers import SchedulerType
 from trl import DistillationConfig
 
 from promptkd.engine import engine_for
-from promptkd.errors import RequestError
+from promptkd.errors import check_all
 from promptkd.methods import MethodSettings
 from promptkd.methods.method import Adapter
 from promptkd.methods.named import ObjectiveName
@@ -194,9 +194,7 @@ class DistillConfig(DistillationConfig):
         super().__post_init__()
         fill_in_rows(self)
         use_one_gpu(self)
-        problems = [text for wrong, text in (*common_checks(self), *self._checks()) if wrong]
-        if problems:
-            raise RequestError("Wrong settings: " + "; ".join(problems) + ".")
+        check_all("Wrong settings", (*common_checks(self), *self._checks()))
 
     @property
     def algorithm(self) -> str:

@@ -13,7 +13,7 @@ from promptkd.data.encode import EncodedExample
 from promptkd.data.packing import TokenBatch, right_pad
 from promptkd.data.texts import encode_texts
 from promptkd.errors import RequestError
-from promptkd.generation import generate
+from promptkd.generation import SamplingParams, generate
 from promptkd.responses import Sampler
 from promptkd.training.distributed import autocast, is_sharded, run_whole
 from promptkd.training.phases import Phases
@@ -90,19 +90,23 @@ class Rollouts(_Trainer):
         if self._needs_generate():
             return self._generate_single_turn(prompts, None, {})
 
+        params = SamplingParams(
+            max_new_tokens=self.max_completion_length,
+            stop_ids=self.stop_ids,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            vocabulary=self.vocabulary,
+        )
+
         def sampled(student: nn.Module) -> list[list[int]]:
             with autocast(self.accelerator, self.args):
                 return generate(
                     student,
                     prompts,
-                    max_new_tokens=self.max_completion_length,
-                    stop_ids=self.stop_ids,
-                    temperature=self.temperature,
-                    top_p=self.top_p,
-                    top_k=self.top_k,
+                    params,
                     seeds=torch.randint(2**62, (len(prompts),)).tolist(),
                     batch_size=self.args.generation_batch_size,
-                    vocabulary=self.vocabulary,
                     mixed_with=mixed_with,
                 )
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from promptkd.engine.recompute import recomputable_layers
-from promptkd.errors import RequestError
+from promptkd.errors import RequestError, check_all
 from promptkd.methods import Method
 from promptkd.models import load_model, load_tokenizer
 from promptkd.models.quantized import keep_backward
@@ -79,9 +79,7 @@ def check_teacher_options(args: Any, method: Method, teacher: nn.Module) -> None
     Raises:
         RequestError: with everything that is wrong.
     """
-    problems = [text for wrong, text in _problems(args, method, teacher) if wrong]
-    if problems:
-        raise RequestError("Wrong settings: " + "; ".join(problems) + ".")
+    check_all("Wrong settings", _problems(args, method, teacher))
     if args.teacher_gradient_checkpointing:
         recomputable_layers(teacher)
 

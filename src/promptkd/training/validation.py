@@ -15,7 +15,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from promptkd.data.encode import EncodedData
 from promptkd.errors import PromptKDError, RequestError
-from promptkd.evaluation.measure import Decoding, measure_rows, summarize
+from promptkd.evaluation.measure import measure_rows, summarize
+from promptkd.generation import Decoding
 from promptkd.results import RowResult
 from promptkd.training.checkpoint import staged_checkpoint, whole_folder
 from promptkd.training.distributed import autocast, is_sharded, run_whole
@@ -110,7 +111,6 @@ class RunTrainer(FiniteSteps):
                     self.processing_class,
                     rows[index::count],
                     self.decoding(),
-                    stop_ids=self.stop_ids,
                     teacher=teacher,
                     batch_size=self.args.per_device_eval_batch_size,
                 )
@@ -150,6 +150,7 @@ class RunTrainer(FiniteSteps):
         return Decoding(
             temperature=self.args.eval_temperature,
             max_new_tokens=self.args.max_completion_length,
+            stop_ids=self.stop_ids,
             seed=self.args.eval_seed,
             batch_size=self.args.generation_batch_size,
         )
