@@ -4,6 +4,7 @@ Reports and comparisons read these records and nothing else. A record is validat
 is read; an unknown key is an error in both directions.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -207,24 +208,18 @@ class Results(_Record):
 
 def code_version() -> dict[str, str | None]:
     """Versions of the code that ran: promptkd, its git commit (None outside a checkout), and the main libraries."""
-    versions: dict[str, str | None] = {"git_commit": _git_commit()}
+    here = Path(__file__).resolve().parent
+    git = ["git", "-C", str(here), "rev-parse", "HEAD"]
+    versions: dict[str, str | None] = {"git_commit": None}
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(git, capture_output=True, text=True, timeout=10, check=True)
+        versions["git_commit"] = done.stdout.strip()
     for package in ("promptkd", "torch", "transformers", "trl", "peft", "accelerate"):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = None
     return versions
-
-
-def _git_commit() -> str | None:
-    here = Path(__file__).resolve().parent
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def machine_facts() -> dict[str, Any]:

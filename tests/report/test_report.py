@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from plotly.offline import get_plotlyjs
+from rich.cells import cell_len
 
 import promptkd.report
 from helpers.demo_record import EVALUATED, FIGURES, HOSTILE, LOGGED, MODELS, record
@@ -19,6 +20,7 @@ from promptkd.report.escape import packed_json
 from promptkd.report.formatting import estimate, score
 from promptkd.report.metrics import metric_info
 from promptkd.report.plots import stages
+from promptkd.report.terminal import text_table
 from promptkd.results import DataRecord, Difference, Evaluation, Metric, ModelRecord, Results, Series
 from promptkd.visible import visible
 
@@ -242,6 +244,19 @@ def test_terminal_table_is_plain_and_fits() -> None:
     nasty = record()
     nasty.evaluations[0].model = HOSTILE[3]
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029]", terminal_table([nasty], width=120))
+
+
+def test_no_cell_of_a_table_is_cut_wrapped_or_obeyed(monkeypatch: Any) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    lines = [["", "a wide heading\nof two lines"], ["模型", "1\n[2, 3]"], ["[red]x[/red] " * 20, "\x1b[31m−1\n"]]
+    first, second, third, fourth, fifth, _ = text_table(lines).split("\n")
+    assert (first.strip(), second.strip()) == ("a wide heading", "of two lines")
+    assert third.split() == ["模型", "1"]
+    assert fourth.split() == ["[2,", "3]"]
+    assert fifth.startswith("[red]x[/red] " * 19)
+    assert fifth.endswith("␛[31m-1")
+    assert {cell_len(line) for line in (first, second, third, fourth, fifth)} == {cell_len(fifth)}
 
 
 def test_files_beside_the_code_are_packaged() -> None:

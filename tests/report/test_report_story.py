@@ -5,9 +5,9 @@ from helpers.records import STUDENTS, biased, compared, distilled, evaluated, ma
 from promptkd.report import comparison_table, difference_table, render_report, unified
 from promptkd.report.answers import answering_models, browser_data, row_sets
 from promptkd.report.differences import compared_sentences
+from promptkd.report.formatting import curve_words, decoding_words
 from promptkd.report.labels import run_labels
 from promptkd.report.plots import bias_plots
-from promptkd.report.settings_text import curve_words, decoding_words
 from promptkd.report.summary import summarize
 from promptkd.report.tables import costs
 from promptkd.results import Difference, Evaluation, Metric, ModelRecord, Results, RowResult, Training

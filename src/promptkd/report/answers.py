@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from promptkd.report.formatting import decoding_words
 from promptkd.report.labels import run_labels
 from promptkd.report.metrics import in_order, metric_info
-from promptkd.report.settings_text import decoding_words
 from promptkd.report.tables import model_order
 from promptkd.results import Results, RowResult
 from promptkd.visible import visible

@@ -9,7 +9,7 @@ from operator import attrgetter
 from pathlib import PurePath
 from typing import TypeVar
 
-from promptkd.report.settings_text import decoding_words
+from promptkd.report.formatting import decoding_words
 from promptkd.results import Curve, DataRecord, Evaluation, ModelRecord, Results
 
 TEACHER = "teacher"

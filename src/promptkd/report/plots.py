@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from promptkd.report.formatting import DASH, power_of_ten
+from promptkd.report.formatting import DASH, curve_words, power_of_ten
 from promptkd.report.labels import is_teacher, run_labels
 from promptkd.report.metrics import LOGGED, MetricInfo, logged_group, logged_info
-from promptkd.report.settings_text import curve_words
 from promptkd.results import Curve, CurvePoint, Results, Series
 from promptkd.visible import visible
 

@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from promptkd.report.differences import verdict
-from promptkd.report.formatting import DASH, deviation, duration, estimate, millions, number
+from promptkd.report.formatting import DASH, decoding_words, deviation, duration, estimate, millions, number
 from promptkd.report.labels import TEACHER, is_teacher, run_labels
 from promptkd.report.metrics import in_order, metric_info
-from promptkd.report.settings_text import decoding_words
 from promptkd.results import Better, Difference, Metric, ModelRecord, Results, Training
 
 
