@@ -299,7 +299,7 @@ def test_sets_that_not_all_were_measured_on_are_told():
     ("runs", "message"),
     [
         ([plain("a", [1, 2])], "two models or more. Got a"),
-        ([plain("a", [1, 2]), plain("a", [1, 2])], "a is there twice; name a run by LABEL=RUN"),
+        ([plain("a", [1, 2]), plain("a", [1, 2])], "Got a twice; name a run by LABEL=RUN"),
         (
             [plain("a", [1]), candidate("b", evaluation(answers({"rouge_l": [1]}), data="other"))],
             "share no data set: a has rows of test; b has rows of other",

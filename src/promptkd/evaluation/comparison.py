@@ -131,7 +131,7 @@ def _checked(candidates: Sequence[Candidate], baseline: str | None) -> list[Cand
         raise RequestError(f"A comparison takes two models or more. Got {', '.join(labels) or 'none'}.")
     if duplicates := sorted({label for label in labels if labels.count(label) > 1}):
         raise RequestError(
-            f"Each model must have a label of its own. {', '.join(duplicates)} is there twice; name a run by LABEL=RUN."
+            f"Each model must have a label of its own. Got {', '.join(duplicates)} twice; name a run by LABEL=RUN."
         )
     if baseline is not None and baseline not in labels:
         raise RequestError(f"The baseline must be one of {', '.join(labels)}. Got {baseline}.")
