@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-GOES_ON = ("--resume",)
+RESUMED_BY = ("--resume",)
 LESS_MEMORY = ("--teacher_dtype bfloat16", "--teacher_quantization 8bit")  # to load; training tells of its phases
 TRAINING_CONFIG = "promptkd.training:DistillConfig"
 COMMON_TRAINING_FLAGS = {

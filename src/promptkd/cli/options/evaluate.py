@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-GOES_ON: tuple[str, ...] = ()
+RESUMED_BY: tuple[str, ...] = ()
 LESS_MEMORY = (
     "a smaller --batch-size (now {batch_size})",
     "a smaller --max-completion-length (now {max_completion_length})",

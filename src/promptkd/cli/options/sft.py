@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-GOES_ON = ("--resume",)
+RESUMED_BY = ("--resume",)
 TRAINING_CONFIG = "promptkd.training:FinetuneConfig"
 COMMON_TRAINING_FLAGS = {
     "max_steps": ("INT", "Optimiser steps; by default num_train_epochs decides."),

@@ -10,8 +10,6 @@ from functools import cache
 from types import ModuleType
 from typing import Any, get_type_hints
 
-__all__ = ["Field", "own_fields", "positional", "training_fields"]
-
 
 @dataclass(frozen=True)
 class Field:
