@@ -309,7 +309,7 @@ CASES |= {
     "a YAML list": Case(judge("--config", "W/h/list.yaml"), "expected a mapping such as"),
     "YAML nested 5,000 deep": Case(distill("--config", "W/h/deep.yaml"), "W/h/deep.yaml: not readable as YAML"),
     "YAML that breaks off": Case(generate("--config", "W/h/text.yaml"), "W/h/text.yaml, line 2: not readable as YAML"),
-    "half a surrogate pair in YAML": Case(generate("--config", "W/h/half.yaml"), "no character of UTF-8"),
+    "half a surrogate pair in YAML": Case(generate("--config", "W/h/half.yaml"), "is not valid UTF-8"),
     "a NUL byte in a path": Case(("compare", "a", "--config", "W/h/nul.yaml"), "out expects a path"),
     "YAML of 1.6 MB": Case(("chat", "a", "--config", "W/h/large.yaml"), "it holds more than 1 MiB"),
     "a named pipe of YAML": Case(export("a", "--config", "W/h/pipe.yaml"), "it is a named pipe"),

@@ -24,8 +24,8 @@ def run_command(name: str, command: ModuleType, arguments: Sequence[str]) -> Non
         with _out_of_memory_explained(command, options):
             importlib.import_module(f"promptkd.cli.commands.{name.replace('-', '_')}").run(options, parsed.training)
     except (Stopped, KeyboardInterrupt, OSError) as error:
-        keeps_nothing = flags is None or vars(options).get("dry_run") or parsed.training.get("save_only_model")
-        if not keeps_nothing:
+        keeps_nothing = vars(options).get("dry_run") or parsed.training.get("save_only_model")
+        if flags is not None and not keeps_nothing:
             error.add_note("To resume: " + resume_command(name, without_secrets(arguments), options, flags))
         raise
 

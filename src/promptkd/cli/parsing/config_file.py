@@ -8,6 +8,7 @@ anything but plain data: texts, numbers, truth values, null, lists and mappings.
 import math
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +71,14 @@ def _finite(text: str) -> float:
     return number
 
 
-for _name, (_pattern, _starts) in _SCALARS.items():
-    _Loader.add_implicit_resolver(_TAG + _name, _pattern, _starts)
-for _name, _read in {
+_READERS: dict[str, Callable[[str], Any]] = {
     "bool": lambda text: {"true": True, "false": False}[text.lower()],
     "int": int,
     "float": _finite,
-}.items():
+}
+for _name, (_pattern, _starts) in _SCALARS.items():
+    _Loader.add_implicit_resolver(_TAG + _name, _pattern, _starts)
+for _name, _read in _READERS.items():
     _Loader.add_constructor(_TAG + _name, lambda loader, node, read=_read: read(loader.construct_scalar(node)))
 
 
