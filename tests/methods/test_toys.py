@@ -149,7 +149,6 @@ def test_every_method_lowers_its_own_loss(tmp_path, name):
         data=rows(4),
         max_steps=15,
         learning_rate=3e-3,
-        prompt_learning_rate=1e-3,
     )
     ours.train()
     losses = [entry["loss"] for entry in log(ours)]

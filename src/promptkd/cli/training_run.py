@@ -28,6 +28,7 @@ from promptkd.training.collapse import findings_as_notes
 from promptkd.training.distributed import autocast
 from promptkd.training.out_of_memory import out_of_memory_told
 from promptkd.training.signals import StopOnSignal
+from promptkd.training.validation import validation_decoding
 
 _LOWER_IS_BETTER = {"rouge_l": False, "loss": True, "kl_to_teacher": True}
 _SET_HERE = {
@@ -203,13 +204,13 @@ class TrainingRun:
         evaluations = []
 
         def measure(model: Any, teacher: Any) -> None:
-            if trainer.validation_rows():
+            if trainer.validation_rows:
                 started = time.perf_counter()
                 evaluation = evaluate_model(
                     model,
                     trainer.processing_class,
-                    trainer.validation_rows(),
-                    trainer.decoding(),
+                    trainer.validation_rows,
+                    validation_decoding(trainer.args),
                     model_label=name,
                     data_label="validation",
                     stop_ids=trainer.stop_ids,
@@ -248,7 +249,7 @@ class TrainingRun:
 
     def _warnings(self, trainer: Any, history: list[dict[str, Any]]) -> list[str]:
         """What a reader must know of how the training went; the skipped steps also as a figure."""
-        skipped, steps = trainer.skipped_steps(), trainer.state.global_step
+        skipped, steps = trainer.guard.skipped, trainer.state.global_step
         if not skipped:
             return findings_as_notes(history)
         self.metrics["skipped_steps"] = Metric(value=skipped)
