@@ -347,8 +347,8 @@ def test_everything_wrong_is_reported_at_once_a_line_each() -> None:
         "4 things are wrong with the request:",
         "  - --temperature expects a finite number. Got 'hot'.",
         "  - --oot is unknown. Did you mean --out?",
-        "  - --model is missing: Folder or hub name of the model.",
         "  - --data is missing: Files of rows.",
+        "  - --model is missing: Folder or hub name of the model.",
         "`promptkd toy --help` explains the flags.",
     ]
 
@@ -576,7 +576,11 @@ def test_a_configuration_that_cannot_be_written_leaves_the_old_one(tmp_path: Pat
 def test_help_shows_groups_defaults_and_types(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["toy", "--help"]) == 0
     text = capsys.readouterr().out
-    assert text.startswith("promptkd toy: Do something with a model.\n\nUsage: promptkd toy --model TEXT --data PATH")
+    assert text.startswith(
+        "promptkd toy: Do something with a model.\n\nUsage: promptkd toy --data PATH [PATH ...] --model TEXT"
+    )
+        "promptkd toy: Do something with a model.\n\nUsage: promptkd toy --data PATH [PATH ...] --model TEXT"
+    )
     assert "\nIt takes these two lines and fills them into one paragraph.\n" in text
     assert "\n    promptkd toy --model M --data D   # an example, as it stands\n" in text
     titles = ["\nRequired\n", "\nOptions\n", "\nTraining flags in common use\n", "\nWith every command\n"]

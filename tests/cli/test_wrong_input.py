@@ -330,7 +330,7 @@ CASES |= {
     "a demo over somebody's files": Case(("demo", "--overwrite", "--out", "W/notes"), "holds notes.txt, which no run"),
     "a flag twice": Case(sft("--limit", 1, "--limit", 2), "--limit is given twice"),
     "a switch on and off": Case(evaluate("--greedy", "--no-greedy"), "--no-greedy is given twice, first as --greedy"),
-    "text that is no UTF-8": Case(generate("--template", "{{ instruction }}\udcff"), "no character of UTF-8"),
+    "text that is no UTF-8": Case(generate("--template", "{{ instruction }}\udcff"), "is not valid UTF-8"),
     "a path that is no UTF-8": Case(generate(out="\udcff"), "--out is not valid UTF-8"),
     "a template of 5,000 digits": Case(
         generate("--template", f"{{{{ instruction * {'9' * 5000} }}}}"), "does not compile"
