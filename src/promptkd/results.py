@@ -19,6 +19,7 @@ import psutil
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from promptkd.errors import RequestError
+from promptkd.io.atomic import write_atomic
 from promptkd.io.files import MIB, read_regular
 from promptkd.io.redact import without_secrets
 
@@ -197,14 +198,11 @@ class Results(_Record):
     """Sentences that a reader of the figures must know."""
 
     def write(self, path: Path) -> None:
-        """Validate and write to `path`, whole or not at all. A note says so where a model's own code was allowed."""
+        """Validate and write to `path`, atomically. A note says so where a model's own code was allowed."""
         if self.config.get("trust_remote_code") and _FOREIGN_CODE not in self.notes:
             self.notes.append(_FOREIGN_CODE)
         record = Results.model_validate(self.model_dump())
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        write_atomic(path, record.model_dump_json(indent=1) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> "Results":

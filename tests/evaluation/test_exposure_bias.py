@@ -16,7 +16,7 @@ from promptkd.errors import PromptKDError, RequestError
 from promptkd.evaluation import ExposureBias, exposure_bias, sample_continuations
 from promptkd.evaluation.accumulated_error import excess_accumulated_error
 from promptkd.evaluation.exposure_bias import token_errors
-from promptkd.generation import generate, row_seeds
+from promptkd.generation import SamplingParams, generate, row_seeds
 from promptkd.models import SoftPrompt
 
 STOP = 3
@@ -354,9 +354,9 @@ def accumulated(table: torch.Tensor, error: torch.Tensor, length: int) -> torch.
 def test_it_grows_with_the_length_for_a_student_trained_on_the_teachers_continuations():
     """Teacher forcing never shows what is beside the ring: the student slips off it and does not find back."""
     length, prompts = 24, [[row % RING] for row in range(48)]
-    settings = {"max_new_tokens": length, "stop_ids": [], "batch_size": 144}
+    settings = {"max_new_tokens": length, "stop_ids": []}
     teacher, student = markov(ring()), markov(torch.full((WORDS, WORDS), 1 / WORDS))
-    shown = generate(teacher, prompts, seeds=row_seeds(1, 48), **settings)
+    shown = generate(teacher, prompts, SamplingParams(**settings), seeds=row_seeds(1, 48))
     rows = torch.tensor([[*prompt, *response] for prompt, response in zip(prompts, shown, strict=True)])
     optimizer = torch.optim.Adam([student.lm_head.weight], lr=0.02)
     for _ in range(20):
@@ -364,7 +364,10 @@ def test_it_grows_with_the_length_for_a_student_trained_on_the_teachers_continua
         nn.functional.cross_entropy(logits.reshape(-1, WORDS), rows[:, 1:].reshape(-1)).backward()
         optimizer.step()
         optimizer.zero_grad()
-    mine, theirs = (sample_continuations(each, prompts, samples_per_row=3, **settings) for each in (student, teacher))
+    mine, theirs = (
+        sample_continuations(each, prompts, samples_per_row=3, batch_size=144, **settings)
+        for each in (student, teacher)
+    )
     points = exposure_bias(student, teacher, prompts, mine, theirs, batch_size=48).points
 
     with torch.no_grad():
@@ -386,7 +389,7 @@ def test_a_draw_has_the_seed_that_its_row_has_in_evaluate():
     samples = sample_continuations(model, requests, samples_per_row=3, rows=[0, 2, 3, 7], seed=4, **settings)
     for draw in range(3):
         seeds = [row_seeds(4 + draw, 8)[row] for row in (0, 2, 3, 7)]
-        assert [row[draw] for row in samples] == generate(model, requests, seeds=seeds, **settings)
+        assert [row[draw] for row in samples] == generate(model, requests, SamplingParams(**settings), seeds=seeds)
     assert len({tuple(draw) for row in samples for draw in row}) > 6
 
 

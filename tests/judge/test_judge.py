@@ -513,11 +513,12 @@ def test_other_settings_are_refused_by_name(tmp_path, capsys, student):
 @pytest.mark.parametrize(
     ("line", "content", "told"),
     [
-        (1, "{}", "line 1: not the settings of a judge"),
-        (1, "[1]", "line 1: not the settings of a judge"),
-        (3, '{"row": 1', "line 3: not a verdict"),
-        (3, '{"row": 1}', "line 3: not a verdict"),
-        (3, "", "line 3: not a verdict"),
+        (1, "{}", "line 1: expected the settings of the lines below"),
+        (1, "[1]", "line 1: expected the settings of the lines below"),
+        (3, '{"row": 1', "line 3: expected a JSON object with row, model_first"),
+        (3, '{"row": 1}', "line 3: expected a JSON object with row, model_first"),
+        (3, '{"row": 1, "model_first": true, "model": "x"}', "line 3: expected a JSON object with row, model_first"),
+        (3, "", "line 3: expected a JSON object with row, model_first"),
     ],
 )
 def test_a_damaged_log(tmp_path, capsys, student, line, content, told):

@@ -1,10 +1,13 @@
 """Phases of an optimizer step: seconds of work done, peaks of memory, and how often the device is waited for."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
 
 import promptkd.memory
+from helpers.standins import StandIn
 from helpers.trainers import trainer
 from promptkd.memory import gibibytes, is_out_of_memory, peak_memory, resident_memory, restart_peak
 from promptkd.training import phases as module
@@ -19,10 +22,14 @@ class Device:
 
     def __init__(self, monkeypatch):
         self.clock, self.queued, self.held, self.reached, self.waits = 0.0, 0.0, 0, 0, 0
-        monkeypatch.setattr(module.time, "perf_counter", lambda: self.clock)
-        monkeypatch.setattr(torch.cuda, "synchronize", self.synchronize)
-        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: self.reached)
-        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", self.reset)
+        cuda = StandIn(
+            torch.cuda,
+            synchronize=self.synchronize,
+            max_memory_allocated=lambda device: self.reached,
+            reset_peak_memory_stats=self.reset,
+        )
+        monkeypatch.setattr(module, "time", StandIn(time, perf_counter=lambda: self.clock))
+        monkeypatch.setattr(module, "torch", StandIn(torch, cuda=cuda))
 
     def work(self, seconds, memory=0):
         self.queued += seconds

@@ -5,11 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from helpers.tiny import VOCABULARY, tiny_model, tiny_tokenizer
 from helpers.trainers import FIXED_PROMPTKD, FixedResponses, config, log, pair, rows, trainer
 from minimal_loop import start_prompt, step
-from promptkd.data.packing import right_pad
+from promptkd.data.batch import right_pad
 from promptkd.engine import response_logits
 from promptkd.errors import PromptKDError, RequestError
 from promptkd.methods import MethodSettings, named_method
@@ -277,7 +278,7 @@ def test_too_few_rows_for_a_step_and_too_many_positions_are_refused(tmp_path):
 def test_a_teacher_with_another_vocabulary_is_refused(tmp_path):
     student, teacher = pair()
     other = tiny_tokenizer(merges=())
-    with pytest.raises(RequestError, match="cut text differently"):
+    with pytest.raises(RequestError, match="split text differently"):
         DistillTrainer(
             student, teacher, config(tmp_path), rows(), None, tiny_tokenizer(), teacher_processing_class=other
         )
@@ -387,6 +388,14 @@ def test_losses_by_row_leave_the_figures_by_token_alone(tmp_path):
     torch.testing.assert_close(by_row[1], by_token[1])
 
 
+class AfterSteps(TrainerCallback):
+    def __init__(self, act):
+        self.act = act
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.act()
+
+
 @pytest.mark.parametrize(
     ("schedule", "coefficient", "weights", "to_student", "to_plain"),
     [
@@ -417,19 +426,24 @@ def test_the_flags_of_prompt_experiments_reach_the_step(tmp_path, schedule, coef
     start = SoftPrompt.create(teacher, tiny_tokenizer(), length=3, start="random", seed=5).embeddings
     assert torch.equal(ours.adapter.module.embeddings, start)
     batch = right_pad([row.prompt_ids for row in data.examples], [row.response_ids for row in data.examples])
-    with torch.no_grad():
-        prompted = response_logits(teacher, batch, start)
-        kl = {"reverse": reverse_kl, "forward": forward_kl}
-        expected = {
+    kl = {"reverse": reverse_kl, "forward": forward_kl}
+
+    @torch.no_grad()
+    def measures(prompt):
+        prompted = response_logits(teacher, batch, prompt)
+        return {
             "prompt_kl": float(kl[to_student](prompted, response_logits(student, batch)).mean()),
             "prompt_regularizer": float(kl[to_plain](prompted, response_logits(teacher, batch)).mean()),
         }
+
+    moved = []
+    ours.add_callback(AfterSteps(lambda: moved.append(ours.adapter.module.embeddings.detach().clone())))
     ours.train()
+    for logged, prompt in zip(log(ours), (start, moved[0]), strict=True):
+        for name, value in measures(prompt).items():  # the regularizer's KL also where it has no weight
+            assert logged[name] == pytest.approx(value, rel=1e-9), name
     first, second = log(ours)
     assert [first["lambda"], second["lambda"]] == weights
-    for name, value in expected.items():  # the regulariser's KL also where it has no weight
-        assert first[name] == pytest.approx(value, rel=1e-9), name
-        assert second[name] != first[name]
     found = ours.adapter.module.embeddings.detach()
     assert second["prompt_distance"] == pytest.approx(float((found - start.detach()).norm()), rel=1e-6)
     assert second["prompt_norm"] == pytest.approx(float(found.norm()), rel=1e-6)

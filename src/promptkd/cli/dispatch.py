@@ -11,7 +11,7 @@ from typing import Any
 from promptkd.cli.parsing.parser import parse_options
 from promptkd.errors import PromptKDError, Stopped
 from promptkd.io.redact import without_secrets
-from promptkd.memory import is_out_of_memory, memory_at_hand
+from promptkd.memory import is_out_of_memory, memory_status
 
 _MODES = ("resume", "overwrite")
 
@@ -73,4 +73,4 @@ def _out_of_memory_explained(command: ModuleType, options: Any) -> Iterator[None
         advice = f"Less is needed with {', or '.join(less)}." if less else "It takes a machine with more memory."
         kept = vars(command).get("RESUMED_BY") == ()
         resume = " What is done is kept: run the same command again to resume." if kept else ""
-        raise PromptKDError(f"Out of memory{batch}. {memory_at_hand(error)} {advice}{resume}") from error
+        raise PromptKDError(f"Out of memory{batch}. {memory_status(error)} {advice}{resume}") from error

@@ -11,6 +11,7 @@ from promptkd.cli.terminal import say
 from promptkd.errors import RequestError
 from promptkd.evaluation.comparison import Comparison, compare
 from promptkd.evaluation.pairing import Candidate
+from promptkd.io.atomic import write_atomic
 from promptkd.report import render_report, terminal_table
 from promptkd.report.compared import compared_sentences
 from promptkd.report.figures import metric
@@ -28,9 +29,7 @@ def compare_and_report(options: Options, runs: Sequence[StudyRun]) -> None:
     if made is not None:
         made.write(options.out / "comparison.json")
         print(terminal_table([made]))
-    page.write_text(
-        render_report([*([made] if made else []), *records], title=f"Study {options.out.name}"), encoding="utf-8"
-    )
+    write_atomic(page, render_report([*([made] if made else []), *records], title=f"Study {options.out.name}"))
     say(f"The page is {page}.")
 
 

@@ -14,10 +14,10 @@ from promptkd.cli.parsing.parser import merged_config
 from promptkd.cli.provenance import data_record, label_of
 from promptkd.cli.run_folder import RunFolder
 from promptkd.cli.terminal import is_main_process, say
-from promptkd.data import encode_examples, read_examples, resolve_template
+from promptkd.data import encode_examples, read_examples
 from promptkd.errors import PromptKDError, RequestError
 from promptkd.evaluation.measure import evaluate_model
-from promptkd.io.jsonl import write_whole
+from promptkd.io.atomic import write_atomic
 from promptkd.memory import gibibytes, peak_memory
 from promptkd.models import load_model, load_tokenizer, model_record
 from promptkd.report import render_report, terminal_table
@@ -99,7 +99,7 @@ class TrainingRun:
             encoded[name] = encode_examples(
                 examples,
                 tokenizer,
-                resolve_template(args.template, tokenizer),
+                args.template,
                 max_prompt_length=args.max_prompt_length,
                 max_response_length=args.max_completion_length,
                 overlong=args.overlong,
@@ -210,10 +210,9 @@ class TrainingRun:
                     model,
                     trainer.processing_class,
                     trainer.validation_rows,
-                    validation_decoding(trainer.args),
+                    validation_decoding(trainer),
                     model_label=name,
                     data_label="validation",
-                    stop_ids=trainer.stop_ids,
                     teacher=teacher,
                     batch_size=trainer.args.per_device_eval_batch_size,
                 )
@@ -242,7 +241,7 @@ class TrainingRun:
             notes=[*self.notes, f"Peak memory of the process {peak_memory() / 2**30:.1f} GiB.", *warnings],
         )
         results.write(self.folder.results)
-        write_whole(self.folder.report, render_report([results]).encode())
+        write_atomic(self.folder.report, render_report([results]))
         if evaluations:
             print(terminal_table([results]))
         say(f"The model is in {self.folder.path / name}, the page in {self.folder.report}.")

@@ -3,7 +3,7 @@
 from promptkd.evaluation.bootstrap import mean_interval, paired_difference, paired_token_difference, token_mean_interval
 from promptkd.evaluation.comparison import Candidate, Comparison, compare
 from promptkd.evaluation.exposure_bias import ExposureBias, exposure_bias, sample_continuations
-from promptkd.evaluation.measure import Decoding, evaluate_model, measure_rows, summarize
+from promptkd.evaluation.measure import evaluate_model, measure_rows, summarize
 from promptkd.evaluation.rouge import (
     exact_match,
     exact_match_scores,
@@ -14,6 +14,7 @@ from promptkd.evaluation.rouge import (
 )
 from promptkd.evaluation.significance import effect_size, holm, sign_flip_test
 from promptkd.evaluation.text_metrics import distinct
+from promptkd.generation import Decoding
 
 __all__ = [
     "Candidate",

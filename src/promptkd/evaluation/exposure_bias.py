@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from promptkd.data.packing import right_pad
+from promptkd.data.batch import right_pad
 from promptkd.engine import evaluating, head_logits, response_hidden
 from promptkd.errors import PromptKDError, RequestError
 from promptkd.evaluation.accumulated_error import Ended, Floats, excess_accumulated_error
 from promptkd.evaluation.bootstrap import token_mean_interval
-from promptkd.generation import generate, row_seeds
+from promptkd.generation import SamplingParams, generate, row_seeds
 from promptkd.objectives import forward_kl
 from promptkd.results import CurvePoint, Metric
 
@@ -67,18 +67,17 @@ def sample_continuations(
     Args:
         rows: each request's index in its file, from which its seeds follow; by default 0, 1, …
         prompt: (n, E) soft prompt before the model.
-        vocabulary, stop_ids, batch_size, on_batch: as in `generate`.
+        max_new_tokens, stop_ids, vocabulary: as in `SamplingParams`.
+        batch_size, on_batch: as in `generate`.
     """
     places = range(len(prompts)) if rows is None else rows
     by_draw = [row_seeds(seed + draw, max(places, default=0) + 1) for draw in range(samples_per_row)]
     written = generate(
         model,
         [each for each in prompts for _ in by_draw],
-        max_new_tokens=max_new_tokens,
-        stop_ids=stop_ids,
+        SamplingParams(max_new_tokens=max_new_tokens, stop_ids=stop_ids, vocabulary=vocabulary),
         seeds=[seeds[place] for place in places for seeds in by_draw],
         prompt=prompt,
-        vocabulary=vocabulary,
         batch_size=batch_size,
         on_batch=on_batch,
     )

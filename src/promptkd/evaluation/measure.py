@@ -1,8 +1,8 @@
 """Measure a model on rows: loss on the references, scores of its own answers, KL to a teacher on its own samples."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 from torch import nn
@@ -12,7 +12,7 @@ from promptkd.data.encode import EncodedExample
 from promptkd.evaluation.bootstrap import mean_interval, token_mean_interval
 from promptkd.evaluation.likelihood import kl_nats, reference_nats
 from promptkd.evaluation.text_metrics import answer_scores
-from promptkd.generation import generate, row_seeds
+from promptkd.generation import Decoding, generate, row_seeds
 from promptkd.models import vocabulary_size
 from promptkd.results import Evaluation, Metric, RowResult
 
@@ -31,43 +31,6 @@ T = TypeVar("T")
 REFERENCES_AT_A_TIME = 32
 """Rows whose references are scored together."""
 _OF_THE_REFERENCES = ("loss",)  # figures that no decoding takes part in
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How answers are decoded, in validation and in the test alike."""
-
-    temperature: float = 1.0
-    """0 decodes greedily."""
-    top_p: float = 1.0
-    top_k: int = 0
-    max_new_tokens: int = 256
-    seed: int = 10
-    batch_size: int = 32
-
-    @property
-    def is_greedy(self) -> bool:
-        return self.temperature == 0
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether answers are drawn from the model's own distribution, on which the KL is taken."""
-        return (self.temperature, self.top_p, self.top_k) == (1.0, 1.0, 0)
-
-    def plain(self, seed: int) -> "Decoding":
-        return replace(self, temperature=1.0, top_p=1.0, top_k=0, seed=seed)
-
-    def record(self, seeds: Sequence[int]) -> dict[str, Any]:
-        """What the answers depend on, as an `Evaluation` holds it."""
-        if self.is_greedy:
-            return {"temperature": 0.0, "max_new_tokens": self.max_new_tokens}
-        return {
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": self.top_k,
-            "max_new_tokens": self.max_new_tokens,
-            "seeds": list(seeds),
-        }
 
 
 def row_batches(rows: Sequence[EncodedExample], size: int) -> list[list[int]]:
@@ -94,7 +57,6 @@ def measure_rows(
     rows: Sequence[EncodedExample],
     decoding: Decoding,
     *,
-    stop_ids: Sequence[int],
     teacher: nn.Module | None = None,
     samples_per_row: int = 1,
     batch_size: int = 8,
@@ -113,7 +75,7 @@ def measure_rows(
         return [rows[place] for place in places]
 
     def decoded(how: Decoding) -> list[list[int]]:
-        return _in_order(batches, lambda places: decode_rows(model, tokenizer, at(places), how, stop_ids=stop_ids))
+        return _in_order(batches, lambda places: decode_rows(model, tokenizer, at(places), how))
 
     def kl_to(teacher: nn.Module, seed: int) -> list[tuple[float, int]]:
         plain = decoding.plain(seed)
@@ -134,16 +96,11 @@ def measure_rows(
     kls = []
     if teacher is not None and teacher is not model:
         kls = [kl_to(teacher, decoding.seed + draw) for draw in range(samples_per_row)]
-    return row_results(tokenizer, rows, answers, decoding, stop_ids=stop_ids, losses=losses, kls=kls)
+    return row_results(tokenizer, rows, answers, decoding, losses=losses, kls=kls)
 
 
 def decode_rows(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[EncodedExample],
-    decoding: Decoding,
-    *,
-    stop_ids: Sequence[int],
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[EncodedExample], decoding: Decoding
 ) -> list[list[int]]:
     """The answers' token ids, in the order of `rows`, the stop id at the end where one was written."""
     # Seeds follow the row's place in its file, so that a part of the file gets the answers it gets in the whole.
@@ -151,14 +108,9 @@ def decode_rows(
     return generate(
         model,
         [row.prompt_ids for row in rows],
-        max_new_tokens=decoding.max_new_tokens,
-        stop_ids=stop_ids,
-        temperature=decoding.temperature,
-        top_p=decoding.top_p,
-        top_k=decoding.top_k,
+        replace(decoding, vocabulary=vocabulary_size(tokenizer)),
         seeds=[seeds[row.row] for row in rows],
         batch_size=decoding.batch_size,
-        vocabulary=vocabulary_size(tokenizer),
     )
 
 
@@ -168,7 +120,6 @@ def row_results(
     answers: Sequence[Sequence[int]],
     decoding: Decoding,
     *,
-    stop_ids: Sequence[int],
     losses: Sequence[float],
     kls: Sequence[Sequence[tuple[float, int]]] = (),
 ) -> list[RowResult]:
@@ -185,8 +136,8 @@ def row_results(
         [row.references for row in rows],
         answers,
         [len(row.response_ids) for row in rows],
-        stop_ids=stop_ids,
-        max_new_tokens=decoding.max_new_tokens,
+        stop_ids=decoding.stop_ids,
+        max_new_tokens=decoding.limits(1)[0],
     )
     results = []
     for index, row in enumerate(rows):
@@ -247,7 +198,6 @@ def evaluate_model(
     *,
     model_label: str,
     data_label: str,
-    stop_ids: Sequence[int],
     teacher: nn.Module | None = None,
     samples_per_row: int = 1,
     batch_size: int = 8,
@@ -258,7 +208,6 @@ def evaluate_model(
         tokenizer,
         rows,
         decoding,
-        stop_ids=stop_ids,
         teacher=teacher,
         samples_per_row=samples_per_row,
         batch_size=batch_size,

@@ -24,8 +24,8 @@ from promptkd.cli.options.exposure_bias import Options
 from promptkd.cli.parsing.parser import merged_config
 from promptkd.cli.provenance import data_record, label_of
 from promptkd.cli.terminal import progress_lines, say
-from promptkd.data.dataset import stop_ids_of
-from promptkd.errors import RequestError
+from promptkd.data import stop_token_ids
+from promptkd.errors import RequestError, check_all
 from promptkd.evaluation import exposure_bias, sample_continuations
 from promptkd.evaluation.exposure_bias import ExposureBias
 from promptkd.memory import peak_memory
@@ -91,7 +91,7 @@ class _Job:
             [row.prompt_ids for row in self.rows],
             samples_per_row=options.samples_per_row,
             max_new_tokens=options.max_completion_length,
-            stop_ids=stop_ids_of(self.tokenizer, model.generation_config, template=options.template),
+            stop_ids=stop_token_ids(self.tokenizer, model.generation_config, options.template),
             rows=[row.row for row in self.rows],
             seed=options.seed,
             prompt=prompt,
@@ -163,9 +163,7 @@ def _check(options: Options) -> None:
             f"each student must be given once, got {' '.join(options.student)}",
         ),
     ]
-    problems = [text for wrong, text in checks if wrong]
-    if problems:
-        raise RequestError("Cannot measure: " + "; ".join(problems) + ".")
+    check_all("Cannot measure", checks)
 
 
 def _students(options: Options) -> dict[str, str]:

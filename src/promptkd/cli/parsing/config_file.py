@@ -1,4 +1,4 @@
-"""YAML configuration files: read with the rules of YAML 1.2, written whole or not at all.
+"""YAML configuration files: read with the rules of YAML 1.2, written atomically.
 
 PyYAML follows YAML 1.1, where `2e-5` is text, `no` is false, `010` is 8 and `1:30` is 90. Here `2e-5` is a number,
 only `true` and `false` are truth values, numbers are decimal, and a duplicate key is an error. No tag makes
@@ -6,7 +6,6 @@ anything but plain data: texts, numbers, truth values, null, lists and mappings.
 """
 
 import math
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import yaml
 
 from promptkd.errors import RequestError
+from promptkd.io.atomic import write_atomic
 from promptkd.io.files import MIB, read_regular
 
 _MOST_BYTES = MIB
@@ -154,10 +154,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def write_config(path: Path, merged: dict[str, Any]) -> None:
-    """Write plain data to `path` as YAML that `--config` reads back, whole or not at all."""
+    """Write plain data to `path` as YAML that `--config` reads back, atomically."""
     text = "# The configuration of this run. Run the same command with --config and this file to repeat it.\n"
     text += yaml.dump(merged, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    write_atomic(path, text)
