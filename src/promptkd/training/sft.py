@@ -79,7 +79,6 @@ class FinetuneTrainer(SFTTrainer):
     """`SFTTrainer` on encoded rows: the loss counts response tokens alone."""
 
     _tag_names = ("promptkd", "sft")
-    step_phase = "training"
     is_trial = False
     checkpoint_root: Path | None = None
     """Where a checkpoint is being written, before it takes its place."""
@@ -123,7 +122,7 @@ class FinetuneTrainer(SFTTrainer):
             return super().train(*args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        with self.phases(self.step_phase, synchronize=self.accelerator.sync_gradients):
+        with self.phases("training", synchronize=self.accelerator.sync_gradients):
             rows, width = inputs["input_ids"].shape
             self.phases.works_on([width] * rows)  # padding is computed too
             index = self.guard.begin_micro_batch(lambda: self._rows_in(inputs), self._tr_loss)
