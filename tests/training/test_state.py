@@ -59,7 +59,7 @@ def test_the_adapter_alone_is_taken_from_the_best_checkpoint(tmp_path):
     with torch.no_grad():
         tuner.adapter.module.embeddings.add_(1.0)
     extra.save(tmp_path, writes=True)
-    part, _, other, _, log, resumed = make(tmp_path)
+    part, _, other, _, _, resumed = make(tmp_path)
     part.guard.skipped = 2
     resumed.load_adapter(tmp_path)
     assert torch.equal(other.adapter.module.embeddings, tuner.adapter.module.embeddings)
@@ -95,5 +95,5 @@ def test_only_the_process_that_writes_does(tmp_path):
     extra = make(tmp_path)[-1]
     extra.save(tmp_path, writes=False)
     assert not list(tmp_path.iterdir())
-    with pytest.raises(RequestError, match="Expected the method's state at .*method.pt"):
+    with pytest.raises(RequestError, match=r"Expected the method's state at .*method\.pt"):
         extra.load(tmp_path, process=0)
