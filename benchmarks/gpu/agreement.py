@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.shapes import random_rows, sharp_model, words
 from promptkd import PromptKDConfig, PromptKDTrainer
+from promptkd.data.batch import TokenBatch, right_pad
 from promptkd.data.encode import EncodedData
-from promptkd.data.packing import TokenBatch, right_pad
 from promptkd.engine import engine_for, response_hidden
 from promptkd.engine.resolve import VARIABLE
 from promptkd.engine.verify import first_verified

@@ -113,13 +113,13 @@ def _report(bench: Bench, name: str, steps: Steps, windows: Sequence[Any], peak:
     """Median seconds a step, the first left out."""
     counted, tokens = steps[1:], [sum(len(row.prompt_ids) + len(row.response_ids) for row in each) for each in windows]
     seconds = statistics.median(step["seconds"] for step in counted)
-    figures: dict[str, Any] = {"seconds a step": seconds}
-    figures |= {part: statistics.median(step[part] for step in counted) for part in ("rollout", "prompt", "student")}
-    figures["tokens/s"] = statistics.median(
+    metrics: dict[str, Any] = {"seconds a step": seconds}
+    metrics |= {part: statistics.median(step[part] for step in counted) for part in ("rollout", "prompt", "student")}
+    metrics["tokens/s"] = statistics.median(
         number / step["seconds"] for number, step in zip(tokens[1:], counted, strict=True)
     )
     if peak is not None:
-        figures["peak GB"] = peak / 1e9
-    figures |= {part: counted[-1][part] for part in ("prompt_loss", "student_loss") if part in counted[-1]}
-    bench.report(name, figures)
+        metrics["peak GB"] = peak / 1e9
+    metrics |= {part: counted[-1][part] for part in ("prompt_loss", "student_loss") if part in counted[-1]}
+    bench.report(name, metrics)
     return seconds

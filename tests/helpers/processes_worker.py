@@ -155,10 +155,10 @@ def heads(folder: Path) -> dict:
     teacher = Head(torch.randn(VOCABULARY, 16, generator=generator))
     plain, student = (tiny_model("llama", layers=1, tied=False, seed=1) for _ in range(2))
     for each in hidden:
-        chunked_objective(reverse_kl, each, linear_head(plain), each, teacher).total.backward()
+        chunked_objective(reverse_kl, (each, linear_head(plain)), (each, teacher)).total.backward()
     fully_shard(student.lm_head)
     head = linear_head(student)
-    loss = chunked_objective(reverse_kl, hidden[rank()], head, hidden[rank()], teacher).total
+    loss = chunked_objective(reverse_kl, (hidden[rank()], head), (hidden[rank()], teacher)).total
     loss.backward()
     gradient = student.lm_head.weight.grad
     assert isinstance(gradient, DTensor)

@@ -7,7 +7,7 @@ import torch
 
 from helpers.tiny import VOCABULARY, tiny_model
 from helpers.trainers import FixedResponses, config, log, pair, rows, trainer
-from promptkd.data.packing import right_pad
+from promptkd.data.batch import right_pad
 from promptkd.engine import response_hidden
 from promptkd.errors import RequestError
 from promptkd.methods import METHODS, Method, MethodSettings, named_method
@@ -408,7 +408,7 @@ def test_the_online_modules_loss_by_hand():
     log_q = student.get_output_embeddings()(student_hidden).log_softmax(-1)
     p, kl = log_p.exp(), (log_p.exp() * (log_p - log_q)).sum(-1)
     torch.testing.assert_close(loss.total, kl.sum() - log_p[range(5), targets].sum())
-    torch.testing.assert_close(loss.figures["to_student"], kl.sum().detach())
+    torch.testing.assert_close(loss.metrics["to_student"], kl.sum().detach())
     by_logits = p * (log_p - log_q - kl[:, None]) + p - torch.nn.functional.one_hot(targets, VOCABULARY)
     (gradient,) = torch.autograd.grad(loss.total, adapted)
     torch.testing.assert_close(gradient, by_logits.detach() @ teacher.get_output_embeddings().weight.detach())

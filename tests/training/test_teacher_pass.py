@@ -11,7 +11,7 @@ import promptkd.models.adapters
 from helpers.tiny import tiny_model, tiny_tokenizer
 from helpers.trainers import FixedResponses, log, pair, rows, trainer
 from minimal_loop import kl, response_log_probs, start_prompt
-from promptkd.data.packing import right_pad
+from promptkd.data.batch import right_pad
 from promptkd.engine import response_hidden
 from promptkd.engine.cpu.attention import CpuPackedScorer
 from promptkd.engine.recompute import recomputed_layers

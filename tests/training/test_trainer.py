@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from helpers.tiny import VOCABULARY, tiny_model, tiny_tokenizer
 from helpers.trainers import FIXED_PROMPTKD, FixedResponses, config, log, pair, rows, trainer
 from minimal_loop import start_prompt, step
-from promptkd.data.packing import right_pad
+from promptkd.data.batch import right_pad
 from promptkd.engine import response_logits
 from promptkd.errors import PromptKDError, RequestError
 from promptkd.methods import MethodSettings, named_method
@@ -257,7 +257,7 @@ def test_too_few_rows_for_a_step_and_too_many_positions_are_refused(tmp_path):
 def test_a_teacher_with_another_vocabulary_is_refused(tmp_path):
     student, teacher = pair()
     other = tiny_tokenizer(merges=())
-    with pytest.raises(RequestError, match="cut text differently"):
+    with pytest.raises(RequestError, match="split text differently"):
         DistillTrainer(
             student, teacher, config(tmp_path), rows(), None, tiny_tokenizer(), teacher_processing_class=other
         )

@@ -5,11 +5,11 @@ from typing import Literal
 
 import torch
 
-from promptkd.data.packing import right_pad
+from promptkd.data.batch import right_pad
 from promptkd.engine import ChunkedLoss
 from promptkd.methods.method import AdaptedMethod, Method, Step
 from promptkd.models.pair import entropy, log_probs
-from promptkd.objectives.sequence import dpkd
+from promptkd.objectives.sequence import ResponseLogProbs, dpkd
 from promptkd.responses import ResponseMix
 from promptkd.settings import Reader, option
 
@@ -45,7 +45,7 @@ class DPKD(AdaptedMethod):
             target = step.pair.logits("teacher", step.teacher_hidden(batch)).detach()
             log_q, log_p = log_probs(logits, batch.targets), log_probs(target, batch.targets)
             mask = batch.by_row(torch.ones_like(log_p)) > 0
-            sides += [batch.by_row(log_q), batch.by_row(log_p), mask]
+            sides.append(ResponseLogProbs(batch.by_row(log_q), batch.by_row(log_p), mask))
         values = dpkd(
             *sides, beta=self.dpkd_beta, level=self.dpkd_level, length_normalization=self.length_normalization
         )

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from promptkd.data.batch import TokenBatch
 from promptkd.data.encode import EncodedExample
-from promptkd.data.packing import TokenBatch
 from promptkd.engine import ChunkedLoss
 from promptkd.models.adapters import ADAPTERS, AdapterFactory, AdapterName, TeacherAdapter
 from promptkd.models.pair import Objective, Pair

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from promptkd.data.packing import TokenBatch
+from promptkd.data.batch import TokenBatch
 from promptkd.engine import ChunkedLoss, response_hidden, unwrap_peft
 from promptkd.methods.token_method import MixedMethod
 from promptkd.models.adapters import AdapterFactory, Made, ModuleAdapter, TunerStep

@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from promptkd.data.packing import TokenBatch
+from promptkd.data.batch import TokenBatch
 from promptkd.engine import ChunkedLoss, response_hidden, unwrap_peft
 from promptkd.errors import RequestError
 from promptkd.models.pair import Pair

@@ -43,22 +43,21 @@ class Pair:
         student_hidden: Tensor,
         teacher_hidden: Tensor,
     ) -> ChunkedLoss:
-        """Sum of `objective` over the tokens, for the student; the figure "entropy" is the student's."""
+        """Sum of `objective` over the tokens, for the student; the metric "entropy" is the student's."""
         heads = self._heads("student", "teacher")
         if heads is not None:
-            return chunked_objective(
-                objective, student_hidden, heads[0], teacher_hidden.detach(), heads[1], chunk=self.chunk
-            )
+            student, teacher = (student_hidden, heads[0]), (teacher_hidden.detach(), heads[1])
+            return chunked_objective(objective, student, teacher, chunk=self.chunk)
         logits = self.logits("student", student_hidden)
         with torch.no_grad():
             target = self.logits("teacher", teacher_hidden)
         return ChunkedLoss(objective(logits, target).sum(), {"entropy": entropy(logits).sum()})
 
     def cross_entropy(self, which: Role, hidden: Tensor, targets: Tensor) -> ChunkedLoss:
-        """Sum over the tokens of -log q(y), y = `targets`; the figure "entropy" is that model's."""
+        """Sum over the tokens of -log q(y), y = `targets`; the metric "entropy" is that model's."""
         heads = self._heads(which)
         if heads is not None:
-            return chunked_cross_entropy(hidden, heads[0], targets, chunk=self.chunk)
+            return chunked_cross_entropy((hidden, heads[0]), targets, chunk=self.chunk)
         logits = self.logits(which, hidden)
         total = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
         return ChunkedLoss(total, {"entropy": entropy(logits).sum()})
@@ -78,12 +77,9 @@ class Pair:
         if heads is not None:
             adapted_head, student_head, plain_head = heads
             return chunked_prompt_loss(
-                prompted_hidden,
-                adapted_head,
-                student_hidden,
-                student_head,
-                plain_hidden,
-                plain_head,
+                (prompted_hidden, adapted_head),
+                (student_hidden, student_head),
+                None if plain_hidden is None else (plain_hidden, plain_head),
                 weight=weight,
                 student_direction=student_direction,
                 plain_direction=plain_direction,
@@ -99,11 +95,11 @@ class Pair:
             student_direction=student_direction,
             plain_direction=plain_direction,
         )
-        total, figures = to_student.sum(), {"to_student": to_student.detach().sum()}
+        total, metrics = to_student.sum(), {"to_student": to_student.detach().sum()}
         if to_plain is not None:
             total = total + weight * to_plain.sum()
-            figures["to_plain"] = to_plain.detach().sum()
-        return ChunkedLoss(total, figures)
+            metrics["to_plain"] = to_plain.detach().sum()
+        return ChunkedLoss(total, metrics)
 
     def logits(self, which: Role, hidden: Tensor) -> Tensor:
         """Logits (N, V) over the shared tokens, all at once; "teacher" is the adapted one, "plain" as it came."""
@@ -121,7 +117,7 @@ class Pair:
         models = [self._model(each) for each in which]
         known = {id(model): linear_head(model) for model in models}  # a sharded head is gathered once for all its roles
         heads = [known[id(model)] for model in models]
-        return None if None in heads else [head.of(self.vocabulary) for head in heads if head is not None]
+        return None if None in heads else [head.limited_to(self.vocabulary) for head in heads if head is not None]
 
 
 def entropy(logits: Tensor) -> Tensor:

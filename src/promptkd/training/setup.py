@@ -8,8 +8,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from promptkd.data.dataset import encode_rows
-from promptkd.data.encode import EncodedData
+from promptkd.data import EncodedData, encode_examples, examples_from_rows
 from promptkd.engine import check_scoring, unwrap_peft
 from promptkd.errors import RequestError
 from promptkd.methods import Method
@@ -36,10 +35,10 @@ def encode(
     """Rows as tokens, by the template and the limits of a `DistillConfig`."""
     if rows is None or isinstance(rows, EncodedData):
         return rows
-    return encode_rows(
-        rows,
+    return encode_examples(
+        examples_from_rows(rows),
         tokenizer,
-        template=args.template,
+        args.template,
         max_prompt_length=args.max_prompt_length,
         max_response_length=args.max_completion_length or 0,
         overlong=args.overlong,

@@ -11,10 +11,9 @@ from torch.utils.data import RandomSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
-from promptkd.data.dataset import stop_ids_of
-from promptkd.data.encode import EncodedData, EncodedExample
+from promptkd.data.encode import EncodedData, EncodedExample, stop_token_ids
 from promptkd.engine import unwrap_peft
-from promptkd.errors import RequestError
+from promptkd.errors import check_all
 from promptkd.settings import option
 from promptkd.training.callbacks import CheckpointTiming, UpdatePhase
 from promptkd.training.checkpoint import prepare_best, save_model_folder, staged_checkpoint
@@ -68,15 +67,12 @@ class FinetuneConfig(SFTConfig):
         super().__post_init__()
         fill_in_rows(self)
         use_one_gpu(self)
-        problems = [text for wrong, text in common_checks(self) if wrong]
-        if self.overlong not in ("drop", "error"):
-            problems.append(f"overlong must be drop or error, got {self.overlong!r}")
-        if self.max_length is not None:
-            problems.append("max_length would cut rows; use max_prompt_length and max_completion_length")
-        if self.packing:
-            problems.append("packing joins rows that must stay apart; leave it off")
-        if problems:
-            raise RequestError("Wrong settings: " + "; ".join(problems) + ".")
+        own_checks = [
+            (self.overlong not in ("drop", "error"), f"overlong must be drop or error, got {self.overlong!r}"),
+            (self.max_length is not None, "max_length would cut rows; use max_prompt_length and max_completion_length"),
+            (self.packing, "packing joins rows that must stay apart; leave it off"),
+        ]
+        check_all("Wrong settings", (*common_checks(self), *own_checks))
 
 
 class FinetuneTrainer(SFTTrainer):
@@ -99,7 +95,7 @@ class FinetuneTrainer(SFTTrainer):
     ):
         self._training = train_data.examples
         self.validation_rows = [] if eval_data is None else eval_data.examples
-        self.stop_ids = stop_ids_of(processing_class, unwrap_peft(model).generation_config, template=args.template)
+        self.stop_ids = stop_token_ids(processing_class, unwrap_peft(model).generation_config, args.template)
         super().__init__(
             model=model,
             args=args,

@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from promptkd.data.packing import right_pad
+from promptkd.data.batch import right_pad
 from promptkd.engine import ChunkedLoss, engine_for, evaluating, head_logits, response_hidden
 from promptkd.methods import Method, Step
 from promptkd.training.distributed import autocast, is_sharded, run_in_forward
@@ -16,7 +16,7 @@ from promptkd.training.window import MicroBatch, StepMetrics, Window
 
 def summed(loss: ChunkedLoss, name: str) -> Tensor | float:
     """A metric's sum in float64, on its device: a number would wait for that. 0 of a loss without tokens."""
-    return loss.figures[name].double() if name in loss.figures else 0.0
+    return loss.metrics[name].double() if name in loss.metrics else 0.0
 
 
 class StudentLoss:

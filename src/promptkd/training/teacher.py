@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl.models.utils import _ForwardRedirection
 
-from promptkd.data.packing import TokenBatch
+from promptkd.data.batch import TokenBatch
 from promptkd.engine import embedding_device, engine_for, response_hidden, unwrap_peft
 from promptkd.engine.recompute import recomputed_layers
 from promptkd.models.adapters import TeacherAdapter
@@ -62,7 +62,7 @@ class Teacher:
 
         Processes that share a teacher's weights must call it equally often, so they cut nothing.
         """
-        return [batch] if self._is_sharded else batch.parts(engine_for(embedding_device(self.backbone)).pass_tokens)
+        return [batch] if self._is_sharded else batch.split(engine_for(embedding_device(self.backbone)).pass_tokens)
 
     def pair(self, student: nn.Module) -> Pair:
         """Student and adapted teacher, whose distributions are compared."""

@@ -12,11 +12,9 @@ from promptkd.engine.recompute import recomputable_layers
 from promptkd.errors import RequestError
 from promptkd.methods import Method
 from promptkd.models import load_model, load_tokenizer
-from promptkd.models.quantized import keep_backward
+from promptkd.models.load import keep_differentiable
 from promptkd.precision import teacher_precision
 from promptkd.settings import refuse
-
-__all__ = ["check_teacher_options", "load_teacher", "teacher_settings"]
 
 
 def load_teacher(
@@ -33,7 +31,7 @@ def load_teacher(
         args: a `DistillConfig`.
     """
     if not isinstance(teacher, str | Path):
-        keep_backward(teacher)
+        keep_differentiable(teacher)
         return teacher.eval(), tokenizer
     loaded = load_model(teacher, trust_remote_code=args.trust_remote_code, **teacher_settings(args, method))
     return loaded, tokenizer or load_tokenizer(teacher, trust_remote_code=args.trust_remote_code)

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
-from promptkd.data.dataset import stop_ids_of
-from promptkd.data.encode import EncodedData
+from promptkd.data.encode import EncodedData, stop_token_ids
 from promptkd.engine import disable_dropout, unwrap_peft
 from promptkd.errors import RequestError
 from promptkd.methods import Method
@@ -130,7 +129,7 @@ class DistillTrainer(Trainer):
         """Sentences that a reader of the run's metrics must know, on precision and devices."""
         check_placement(student, teacher, self.method, args, accelerator)
         check_rows(None if self.train_dataset is None else len(self.train_dataset), args)
-        self.stop_ids = stop_ids_of(tokenizer, unwrap_peft(student).generation_config, template=args.template)
+        self.stop_ids = stop_token_ids(tokenizer, unwrap_peft(student).generation_config, args.template)
         vocabulary = shared_vocabulary_size(student, teacher, tokenizer)
         self._teacher_parameters = count_parameters(teacher)  # DeepSpeed's shards do not tell
         self.adapter, adapted = make_adapter(self.method, teacher.requires_grad_(False), tokenizer, args, accelerator)

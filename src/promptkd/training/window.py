@@ -8,8 +8,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from promptkd.data.batch import TokenBatch
 from promptkd.data.encode import EncodedExample
-from promptkd.data.packing import TokenBatch
 
 
 @dataclass
