@@ -11,10 +11,9 @@ import torch
 from transformers import TrainerControl, TrainerState
 
 from helpers.parts import parts
-from helpers.tiny import END_ID
-from helpers.trainers import FIXED_PROMPTKD
-from promptkd.data.encode import EncodedExample
-from promptkd.data.texts import encode_texts
+from helpers.tiny import END_ID, tiny_tokenizer
+from helpers.trainers import FIXED_PROMPTKD, rows, trainer
+from promptkd.data.encode import EncodedData, EncodedExample, encode_texts
 from promptkd.errors import RequestError
 from promptkd.responses import Responses
 from promptkd.training.callbacks import CompletionLog
@@ -154,6 +153,42 @@ def test_completions_are_kept_printed_written_and_sent(tmp_path, capsys, monkeyp
     printed = capsys.readouterr().out
     assert "Step 3" in printed
     assert sum(f"prompt {index}" in printed for index in range(5)) == 1
+
+
+def test_a_run_writes_the_responses_of_each_logged_step(tmp_path, capsys):
+    asked = []
+
+    class Remembering(Told):
+        def __call__(self, rows, sample, progress):
+            asked.append([(row.prompt, RESPONSES[row.row]) for row in rows])
+            return super().__call__(rows, sample, progress)
+
+    run = trainer(
+        tmp_path,
+        data=EncodedData(EXAMPLES, 0),
+        method=replace(FIXED_PROMPTKD, responses=Remembering()),
+        max_steps=4,
+        logging_steps=2,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=2,
+        max_completion_length=LIMIT,
+        log_completions=True,
+        eval_data=rows(2),
+        eval_strategy="steps",
+        eval_steps=2,
+    )
+    run.train()
+    folder = tmp_path / "completions"
+    assert sorted(path.name for path in folder.iterdir()) == ["completions_00002.parquet", "completions_00004.parquet"]
+    for step in (2, 4):
+        table = pandas.read_parquet(folder / f"completions_{step:05d}.parquet")
+        texts = [tiny_tokenizer().decode(ids, skip_special_tokens=True) for _, ids in asked[step - 1]]
+        assert list(table["step"]) == [step, step]
+        assert list(table["prompt"]) == [prompt for prompt, _ in asked[step - 1]]
+        assert list(table["completion"]) == texts
+        assert any(texts)
+    printed = capsys.readouterr().out
+    assert [f"Step {step}" in printed for step in (1, 2, 3, 4)] == [False, True, False, True]
 
 
 def test_nothing_is_kept_of_completions_unless_asked_for(tmp_path):
