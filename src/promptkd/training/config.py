@@ -16,9 +16,7 @@ from promptkd.precision import WeightPrecision, has_bfloat16_units
 from promptkd.settings import Reader, Settings, flat, option, problems, refuse
 
 OnNan = Literal["stop", "skip"]
-ON_NAN = (
-    "At a loss or gradient that is NaN or infinite, before anything moves: stop the run, or skip the step and count it."
-)
+ON_NAN = "At a loss or gradient that is NaN or infinite, before the student moves: stop, or skip the step and count it."
 DECODED_ROWS = "Rows that are decoded at a time: by default 32 on CPU, 128 on a GPU."
 BF16 = "Compute in bfloat16; by default where the device has units for it. Trained weights stay float32."
 UNFILTERED = "Unused: nothing that is NaN or infinite is hidden from the log; see --on_nan."
