@@ -1,5 +1,6 @@
 """What the suite runs in, and fixtures that several files share."""
 
+import gc
 import os
 
 from promptkd.cli.openmp import let_threads_sleep
@@ -14,6 +15,14 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from helpers.standins import Float64Stays  # noqa: E402
+
+
+
+def pytest_collection_finish():
+    """What is imported by now stays. Every training ends with a collection of garbage, which need not look at it."""
+    gc.collect()
+    gc.freeze()
+
 
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
