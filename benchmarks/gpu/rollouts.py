@@ -1,6 +1,6 @@
 """Part 6: tokens a second of a rollout, 64 rows of 256 new tokens: ours, and transformers' generate in two ways.
 
-Ours has float32 weights under autocast, as a student in training, and takes them anew each time; generate has the same
+Ours has float32 weights under autocast, as a student in training, and copies them each time; generate has the same
 weights in bfloat16, which is faster for it. All sample at temperature 1 from the whole distribution, and nobody stops.
 """
 
@@ -12,7 +12,7 @@ from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.shapes import lengths_around, qwen, random_rows, vocabulary_of
 from promptkd.engine import engine_for
 from promptkd.engine.verify import first_verified
-from promptkd.generation import generate
+from promptkd.generation import SamplingParams, generate
 
 __all__ = ["run"]
 
@@ -54,11 +54,9 @@ def _ours(bench: Bench, size: str, prompts: list[list[int]], new_tokens: int) ->
             generate(
                 model,
                 prompts,
-                max_new_tokens=new_tokens,
-                stop_ids=(),
+                SamplingParams(max_new_tokens=new_tokens, vocabulary=vocabulary_of(bench)),
                 seeds=list(range(rows)),
                 batch_size=rows,
-                vocabulary=vocabulary_of(bench),
             )
 
     restart_peak(bench.device)
@@ -102,8 +100,8 @@ def _by_generate(
 
 
 def _report(bench: Bench, name: str, seconds: float, rows: int, new_tokens: int) -> None:
-    figures = {"tokens/s": rows * new_tokens / seconds, "ms a token of all rows": 1e3 * seconds / new_tokens}
+    metrics = {"tokens/s": rows * new_tokens / seconds, "ms a token of all rows": 1e3 * seconds / new_tokens}
     peak = peak_bytes(bench.device)
     if peak is not None:
-        figures["peak GB"] = peak / 1e9
-    bench.report(name, figures)
+        metrics["peak GB"] = peak / 1e9
+    bench.report(name, metrics)

@@ -1,13 +1,13 @@
-"""The ways in which the project ends on purpose before it is done: it fails, or it is told to stop."""
+"""The exceptions that end a command: a failure, a wrong request, a signal."""
 
 import errno
 import signal
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["NO_ROOM", "PromptKDError", "RequestError", "Stopped", "cannot_write"]
-
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-"""Why a disk that took everything until now takes no more."""
+"""Errors of a disk that becomes unwritable while a command runs."""
 
 
 class PromptKDError(Exception):
@@ -23,13 +23,11 @@ class RequestError(PromptKDError, ValueError):
 
 
 class Stopped(SystemExit):
-    """A signal ended the command (exit status 128 + its number).
-
-    Like every `SystemExit`, it passes where errors are caught.
+    """A signal ended the command (exit status 128 + its number). As a `SystemExit`, it passes `except Exception`.
 
     Args:
         number: the signal's.
-        reached: what was done until then, as the end of a sentence: "after step 7 of 10".
+        reached: how far the command got, as the end of a sentence: "after step 7 of 10".
     """
 
     def __init__(self, number: int, reached: str = ""):
@@ -42,9 +40,31 @@ class Stopped(SystemExit):
         return f"{self._name} {self.reached}".rstrip() + "."
 
 
-def cannot_write(target: Path, error: OSError) -> PromptKDError:
-    """What to raise where the disk refuses: one that is full fails the run, a wrong place makes a wrong request."""
-    reason = error.strerror or str(error)
-    if error.errno in NO_ROOM and error.errno != errno.EROFS:
-        return PromptKDError(f"Cannot write {target}: {reason}. Make room there or give another --out.")
-    return RequestError(f"Cannot write {target}: {reason}.")
+def check_all(lead: str, checks: Iterable[tuple[bool, str]], advice: str = "") -> None:
+    """Report everything that is wrong with a request together: "lead: problem; problem. advice".
+
+    Args:
+        checks: pairs of whether something is wrong and the words for it.
+
+    Raises:
+        RequestError: if anything is wrong.
+    """
+    problems = [problem for is_wrong, problem in checks if is_wrong]
+    if problems:
+        raise RequestError(f"{lead}: {'; '.join(problems)}.{advice and f' {advice}'}")
+
+
+@contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Say that `target` cannot be written where the body meets an error of the disk.
+
+    Raises:
+        PromptKDError: in place of an `OSError` of the body; a `RequestError` unless the disk is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if error.errno in NO_ROOM and error.errno != errno.EROFS:
+            raise PromptKDError(f"Cannot write {target}: {reason}. Make room there or give another --out.") from error
+        raise RequestError(f"Cannot write {target}: {reason}.") from error

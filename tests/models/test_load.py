@@ -23,7 +23,7 @@ from helpers.tiny import (
     tiny_tokenizer,
     token_id,
 )
-from promptkd.data.packing import right_pad
+from promptkd.data.batch import right_pad
 from promptkd.engine import response_logits
 from promptkd.errors import RequestError
 from promptkd.models import (
@@ -137,12 +137,12 @@ def test_a_file_that_is_no_gguf(tmp_path):
     refused(tmp_path / "model.txt", "Got the file .*model.txt")
     for name, content in (("text.gguf", b"hello, I am a text" * 9), ("empty.gguf", b"")):
         (tmp_path / name).write_bytes(content)
-        refused(tmp_path / name, f"{name} is no whole GGUF file")
+        refused(tmp_path / name, f"{name} is not a complete GGUF file")
 
 
 def test_a_gguf_that_breaks_off(tmp_path):
     (tmp_path / "cut.gguf").write_bytes(b"GGUF\x03\0\0\0" + b"\1\0\0\0\0\0\0\0" * 2)
-    refused(tmp_path / "cut.gguf", "cut.gguf is no whole GGUF file: at byte 24 it states 1 tensors and 1 fields")
+    refused(tmp_path / "cut.gguf", "cut.gguf is not a complete GGUF file: at byte 24 it states 1 tensors and 1 fields")
 
 
 @pytest.mark.parametrize(
@@ -383,7 +383,7 @@ def test_one_vocabulary_with_another_normaliser_is_refused():
     lower = tiny_tokenizer()
     lower.backend_tokenizer.normalizer = normalizers.Lowercase()
     assert lower.get_vocab() == tiny_tokenizer().get_vocab()
-    with pytest.raises(RequestError, match="share their tokens but cut text differently"):
+    with pytest.raises(RequestError, match="share their tokens but split text differently"):
         check_same_vocabulary(lower, tiny_tokenizer())
 
 
@@ -397,7 +397,7 @@ def test_one_vocabulary_with_another_normaliser_is_refused():
 def test_one_vocabulary_with_other_merges_is_refused(merges):
     other = tiny_tokenizer(merges=merges)
     assert other.get_vocab() == tiny_tokenizer().get_vocab()
-    with pytest.raises(RequestError, match="share their tokens but cut text differently"):
+    with pytest.raises(RequestError, match="share their tokens but split text differently"):
         check_same_vocabulary(other, tiny_tokenizer())
 
 

@@ -219,12 +219,11 @@ def test_validation_and_evaluate_measure_in_the_same_batches(tmp_path, monkeypat
 
     written_down(measure, "generate")
     written_down(likelihood, "response_hidden")
-    measure_rows(student, tokenizer, data, Decoding(max_new_tokens=5), stop_ids=[END_ID], teacher=teacher)
+    decoding = Decoding(max_new_tokens=5, stop_ids=[END_ID])
+    measure_rows(student, tokenizer, data, decoding, teacher=teacher)
     validation, seen[:] = sorted(seen, key=str), []
-    job = SetEvaluation(
-        student, tokenizer, data, [END_ID], file_of=lambda part: tmp_path / f"{part}.jsonl", teacher=teacher
-    )
-    job.run(Decoding(max_new_tokens=5), [10], greedy=False, model_label="model", data_label="data")
+    job = SetEvaluation(student, tokenizer, data, file_of=lambda part: tmp_path / f"{part}.jsonl", teacher=teacher)
+    job.run(decoding, [10], greedy=False, model_label="model", data_label="data")
     assert len(validation) == 2 + 6 + 2 * 6  # 32 rows at a time are decoded, 8 scored, for the KL by two models
     assert validation == sorted(seen, key=str)
 

@@ -6,7 +6,7 @@ import torch
 from helpers.commands import LIMITS, done, make_world, run
 from helpers.tiny import save_model, tiny_model
 from helpers.trainers import FIXED_PROMPTKD, config, log, trainer
-from promptkd.data.packing import right_pad
+from promptkd.data.batch import right_pad
 from promptkd.engine import response_hidden
 from promptkd.errors import RequestError
 from promptkd.methods import named_method

@@ -11,9 +11,7 @@ from accelerate import Accelerator
 from transformers import TrainerCallback
 
 from promptkd.errors import Stopped
-from promptkd.training.resuming import ends_epoch
-
-__all__ = ["StopOnSignal"]
+from promptkd.training.callbacks import ends_epoch
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _ECHO = 1.0  # seconds: a launcher passes on what the terminal or the scheduler has sent to its processes already
