@@ -109,8 +109,8 @@ def test_the_plain_teacher_stays_what_it_was(tmp_path, name):
     ours = trainer(tmp_path, data=data, models=(student, teacher), method=fixed(name), prompt_learning_rate=1e-2)
     ours.train()
     with torch.no_grad():
-        plain = ours._teacher_hidden(batch, adapted=False)
-        adapted = ours._teacher_hidden(batch, adapted=True)
+        plain = ours.teacher.plain_hidden(batch)
+        adapted = ours.teacher.adapted_hidden(batch)
     assert torch.equal(plain, before)
     assert not torch.allclose(adapted, before, atol=1e-4)
 
@@ -179,7 +179,7 @@ def test_a_fixed_prompt_teaches_as_a_teacher_that_carries_it(tmp_path):
     ours.train()
     student, teacher = pair()
     plain = trainer(tmp_path / "b", models=(student, teacher), method=Method(FixedResponses(), reverse_kl))
-    plain._teacher_hidden = lambda batch, adapted: response_hidden(teacher, batch, prompt)
+    plain.teacher.adapted_hidden = lambda batch: response_hidden(teacher, batch, prompt)
     plain.train()
     for mine, other in zip(log(ours), log(plain), strict=True):
         assert mine["student_kl"] == other["student_kl"]

@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from promptkd.cli.parsing.annotations import MOST_CHOICES_SHOWN, choices, metavar, takes_switch, takes_values
-from promptkd.cli.parsing.fields import Field, own_fields, positional, training_fields
+from promptkd.cli.parsing.fields import Field, common_fields, own_fields, positional, training_fields
 from promptkd.cli.parsing.values import plain
 
 __all__ = ["command_help", "overview"]
@@ -78,8 +78,7 @@ def _training(command: ModuleType, own: dict[str, Field], every_flag: bool) -> l
         return [_group("Training flags", entries)]
     if "TRAINING_CONFIG" not in vars(command):
         return []
-    common = vars(command).get("COMMON_TRAINING_FLAGS", {})
-    entries = [(f"--{name.replace('_', '-')} {kind}".strip(), text) for name, (kind, text) in common.items()]
+    entries = [_entry(field, None) for field in common_fields(command)]
     entries.append(("and every other training flag of transformers and TRL", "--help-all lists them."))
     return [_group("Training flags in common use", entries)]
 
