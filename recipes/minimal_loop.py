@@ -51,7 +51,7 @@ def kl(log_a, log_b):
 
 
 def step(teacher, student, soft_prompt, prompt_optimizer, optimizer, batch, k, steps, coefficient=1.0):
-    """One optimiser step on `batch`, pairs of prompt and response ids. Returns the two losses, means over tokens."""
+    """One optimizer step on `batch`, pairs of prompt and response ids. Returns the two losses, means over tokens."""
     tokens = sum(len(response) for _, response in batch)
     weight = coefficient * (1 - k / steps)
 

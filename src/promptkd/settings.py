@@ -89,30 +89,33 @@ class Reader:
     """Takes settings out of a flat object that holds those of many classes, and keeps account of what was taken."""
 
     def __init__(self, values: Any):
-        self._values, self._read = vars(values), set[str]()
+        self._values = vars(values)
+        self.read: set[str] = set()
+        """The names of the settings that were taken."""
 
     def __call__(self, owner: type[T]) -> T:
         """The part of the values that is an `owner`; a field that is not among them keeps its default."""
         names = [each.name for each in fields(owner)]  # type: ignore[arg-type]
-        self._read.update(names)
+        self.read.update(names)
         return owner(**{name: self._values[name] for name in names if name in self._values})
 
     def read_equal(self, settings: Any) -> None:
         """Count the values that `settings`, made elsewhere, shares as read."""
-        self._read.update(name for name, value in vars(settings).items() if self._values.get(name) == value)
+        self.read.update(name for name, value in vars(settings).items() if self._values.get(name) == value)
 
     def refuse_unread(self, reader: str, owners: Iterable[type]) -> None:
         """Refuse fields of `owners` whose value is not the default and that nobody took; `reader` should have."""
         declared = {each.name: each.default for owner in owners for each in fields(owner)}
-        unread = [name for name in declared if name not in self._read and self._values[name] != declared[name]]
+        unread = [name for name in declared if name not in self.read and self._values[name] != declared[name]]
         if unread:
             it = "it" if len(unread) == 1 else "them"
             raise RequestError(f"{reader} takes no {', '.join(unread)}. Leave {it} out.")
 
 
 def warn_of_old_name(old: str, new: str, stacklevel: int = 2) -> None:
-    """Tell that `new` is what to write in place of `old`; by default to who called the function that calls this."""
-    warnings.warn(f"{old} is {new} now; the old form goes with the next version.", FutureWarning, stacklevel + 1)
+    """Warn that `new` is what to write in place of `old`."""
+    text = f"{old} is deprecated; write {new}. The old form goes with the next version."
+    warnings.warn(text, FutureWarning, stacklevel + 1)
 
 
 def accept_old_name(cls: type, old: str, new: str) -> None:
