@@ -88,7 +88,7 @@ class AdaptiveReplay(Responses):
 
     A row takes a student's response with probability φ, else the data's. That response is newly sampled with
     probability 1 - k / K, or if the buffer has none for this row; else it is the one that the student last gave to it.
-    φ begins at `start` and rises by `step`, up to 1, whenever the validation loss exceeds the least seen so far by
+    φ begins at `start` and rises by `step`, up to 1, whenever the validation loss exceeds the lowest so far by
     `tolerance` (Ko et al. 2024, section 3.2; there a buffered response brings its own request).
     """
 

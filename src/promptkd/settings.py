@@ -48,7 +48,8 @@ def problems(settings: Any) -> list[str]:
 
 def _expected(declared: Field[Any], annotation: Any, value: Any) -> str:
     """What the value must do and does not; empty if it is allowed."""
-    choices = [choice for each in (annotation, *get_args(annotation)) for choice in _choices(each)]
+    literals = [each for each in (annotation, *get_args(annotation)) if get_origin(each) is Literal]
+    choices = [choice for literal in literals for choice in get_args(literal)]
     least, most, above = (declared.metadata.get(name) for name in ("at_least", "at_most", "above"))
     if value is None and NoneType in get_args(annotation):
         return ""
@@ -59,10 +60,6 @@ def _expected(declared: Field[Any], annotation: Any, value: Any) -> str:
     if least is not None and (value is None or not value >= least):
         return "be 0 or more" if least == 0 else f"be at least {least}"
     return f"be above {above}" if above is not None and not value > above else ""
-
-
-def _choices(annotation: Any) -> tuple[Any, ...]:
-    return get_args(annotation) if get_origin(annotation) is Literal else ()
 
 
 def refuse(wrong: Iterable[str]) -> None:

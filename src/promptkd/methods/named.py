@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from promptkd.errors import RequestError
 from promptkd.methods.method import METHODS, Method, NamedMethod
@@ -24,10 +24,8 @@ def settings_classes() -> Iterable[type]:
     yield from (factory for factory in ADAPTERS.values() if factory is not None)
 
 
-if TYPE_CHECKING:
-    MethodSettings: Any
-else:
-    MethodSettings = flat("MethodSettings", settings_classes())
+MethodSettings: Any = flat("MethodSettings", settings_classes())
+"""The settings of all methods, each at its default unless given."""
 
 
 def read_method(name: str, take: Reader) -> Method:

@@ -1,7 +1,7 @@
 """What the configurations of distillation and of fine-tuning share."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from accelerate.utils import parse_flag_from_env
@@ -10,10 +10,7 @@ from promptkd.engine import engine_for
 from promptkd.precision import has_bfloat16_units
 from promptkd.settings import option, problems, refuse
 
-if TYPE_CHECKING:
-    _Arguments: Any
-else:
-    _Arguments = object
+_Arguments: Any = object  # for the type checker, which does not see the class that comes next
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """Settings of a distillation run: TRL's and transformers' own, those of the methods and of their adapters, and ours."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from transformers import SchedulerType
 from trl import DistillationConfig
@@ -35,10 +35,7 @@ class TunerSettings(Settings):
     """Recompute the teacher's activations in the prompt's backward: less memory, more time."""
 
 
-if TYPE_CHECKING:
-    _FlatSettings: Any
-else:
-    _FlatSettings = flat("_FlatSettings", (*settings_classes(), PromptLossSettings, TunerSettings))
+_FlatSettings: Any = flat("_FlatSettings", (*settings_classes(), PromptLossSettings, TunerSettings))
 
 
 @dataclass
