@@ -22,7 +22,7 @@ from benchmarks.floor import matmul_rate, step_flops
 from benchmarks.workload import EndAtLengths, Shape, workload
 from promptkd import PromptKDConfig, PromptKDTrainer
 from promptkd.data.encode import EncodedData, EncodedExample
-from promptkd.generation import generate
+from promptkd.generation import SamplingParams, generate
 from promptkd.memory import peak_memory
 from promptkd.methods import Method
 from promptkd.models import SoftPrompt, load_model, load_tokenizer
@@ -195,10 +195,8 @@ def run_ours(
                 generate(
                     student,
                     [row.prompt_ids for row in rows],
-                    max_new_tokens=lengths,
-                    stop_ids=(),
+                    SamplingParams(max_new_tokens=lengths, vocabulary=trainer.teacher.vocabulary),
                     seeds=torch.randint(2**62, (len(rows),)).tolist(),
-                    vocabulary=trainer.teacher.vocabulary,
                 )
             return [row.response_ids for row in rows]
 

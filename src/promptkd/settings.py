@@ -13,7 +13,7 @@ from functools import cache
 from types import NoneType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from promptkd.errors import RequestError
+from promptkd.errors import RequestError, check_all
 
 T = TypeVar("T")
 
@@ -35,15 +35,15 @@ class Settings:
     """
 
     def __post_init__(self) -> None:
-        refuse(problems(self))
+        check_all("Wrong settings", limit_checks(self))
 
 
-def problems(settings: Any) -> list[str]:
-    """The fields of a dataclass whose value exceeds a limit or is none of their choices, in words."""
+def limit_checks(settings: Any) -> list[tuple[bool, str]]:
+    """For `check_all`: the fields of a dataclass whose value exceeds a limit or is none of their choices, in words."""
     owner: type = type(settings)  # mypy takes it for more than a type
     hints, values = _hints(owner), vars(settings)
     expected = {each.name: _expected(each, hints[each.name], values[each.name]) for each in fields(settings)}
-    return [f"{name} must {text}, got {values[name]!r}" for name, text in expected.items() if text]
+    return [(True, f"{name} must {text}, got {values[name]!r}") for name, text in expected.items() if text]
 
 
 def _expected(declared: Field[Any], annotation: Any, value: Any) -> str:
@@ -60,12 +60,6 @@ def _expected(declared: Field[Any], annotation: Any, value: Any) -> str:
     if least is not None and (value is None or not value >= least):
         return "be 0 or more" if least == 0 else f"be at least {least}"
     return f"be above {above}" if above is not None and not value > above else ""
-
-
-def refuse(wrong: Iterable[str]) -> None:
-    """Raise a `RequestError` that lists what is wrong, if anything is."""
-    if listed := "; ".join(wrong):
-        raise RequestError(f"Wrong settings: {listed}.")
 
 
 def flat(name: str, owners: Iterable[type]) -> type:

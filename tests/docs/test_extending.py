@@ -101,7 +101,7 @@ def test_one_file_is_a_method_with_flags_and_help(tmp_path):
     def distill(*arguments):
         command = [sys.executable, "-m", "promptkd", "distill", *map(str, arguments)]
         environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
 
     assert "gkd, hellinger, kd" in distill("--help").stdout
     pair = ("--student", world.student, "--teacher", world.teacher, "--data", world.train, "--out", tmp_path / "run")

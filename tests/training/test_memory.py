@@ -79,13 +79,12 @@ def test_a_trial_lets_the_student_write_whatever_it_may_write(source, writes, mo
         assert trial.student_share == float(writes)
 
 
-def watched_generation(monkeypatch, alter):
-    """What the rollout asks `generate` for, and what it gets, with `alter` applied to what is asked."""
+def watched_generation(monkeypatch):
+    """What the rollout asks `generate` for, and what it gets."""
     seen = []
 
-    def watched(model, prompts, **settings):
-        alter(settings)
-        responses = generate(model, prompts, **settings)
+    def watched(model, prompts, params, **settings):
+        responses = generate(model, prompts, params, **settings)
         seen.append((prompts, responses))
         return responses
 
@@ -94,7 +93,7 @@ def watched_generation(monkeypatch, alter):
 
 
 def test_every_phase_runs_on_the_longest_rows_with_responses_at_their_limit(tmp_path, monkeypatch):
-    seen = watched_generation(monkeypatch, lambda settings: None)
+    seen = watched_generation(monkeypatch)
     method = named_method("promptkd")
     data = longest_rows_first(rows(), config(tmp_path), method)
     made = trainer(tmp_path, data=data, method=method, shuffle_dataset=False, max_steps=40)

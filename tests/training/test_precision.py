@@ -161,7 +161,7 @@ def test_a_run_says_that_further_gpus_are_not_used(monkeypatch):
 def test_what_a_gpu_cannot_do_is_refused_in_a_sentence(tmp_path):
     args = config(tmp_path)
     on_gpu = SimpleNamespace(**{**vars(args), "full_determinism": True, "device": torch.device("cuda")})
-    refused = [text for text, wrong in BaseConfig.checks(on_gpu).items() if wrong]
+    refused = [text for wrong, text in BaseConfig.checks(on_gpu) if wrong]
     assert [text.partition(",")[0] for text in refused] == ["full_determinism would stop the first sampled response"]
     for settings in ({"torch_compile": True}, {"torch_compile_backend": "eager"}):
         with pytest.raises(RequestError, match="torch_compile is not supported"):
@@ -220,12 +220,11 @@ def test_validation_and_evaluate_measure_in_the_same_batches(tmp_path, monkeypat
 
     written_down(measure, "generate")
     written_down(likelihood, "response_hidden")
-    measure_rows(student, tokenizer, data, Decoding(max_new_tokens=5), stop_ids=[END_ID], teacher=teacher)
+    decoding = Decoding(max_new_tokens=5, stop_ids=[END_ID])
+    measure_rows(student, tokenizer, data, decoding, teacher=teacher)
     validation, seen[:] = sorted(seen, key=str), []
-    job = SetEvaluation(
-        student, tokenizer, data, [END_ID], file_of=lambda part: tmp_path / f"{part}.jsonl", teacher=teacher
-    )
-    job.run(Decoding(max_new_tokens=5), [10], greedy=False, model_label="model", data_label="data")
+    job = SetEvaluation(student, tokenizer, data, file_of=lambda part: tmp_path / f"{part}.jsonl", teacher=teacher)
+    job.run(decoding, [10], greedy=False, model_label="model", data_label="data")
     assert len(validation) == 2 + 6 + 2 * 6  # 32 rows at a time are decoded, 8 scored, for the KL by two models
     assert validation == sorted(seen, key=str)
 

@@ -7,8 +7,9 @@ import torch
 from accelerate.utils import parse_flag_from_env
 
 from promptkd.engine import engine_for
+from promptkd.errors import check_all
 from promptkd.precision import has_bfloat16_units
-from promptkd.settings import option, problems, refuse
+from promptkd.settings import limit_checks, option
 
 _Arguments: Any = object  # for the type checker, which does not see the class that comes next
 
@@ -74,18 +75,26 @@ class BaseConfig(_Arguments):
         if self.generation_batch_size is None:
             self.generation_batch_size = engine_for(self.device).decode_rows
         use_one_gpu(self)
-        refuse([*problems(self), *(text for text, wrong in self.checks().items() if wrong)])
+        check_all("Wrong settings", [*limit_checks(self), *self.checks()])
 
-    def checks(self) -> dict[str, bool]:
-        """What may be wrong beyond the limits of single fields, in words, and whether it is."""
-        return {
-            "torch_compile is not supported, since a compiled model cannot be run in parts as training and validation "
-            "do; leave it, its backend and its mode out": self.torch_compile,
-            "full_determinism would stop the first sampled response, since CUDA sums cumulatively in no fixed order; "
-            "leave it out (--seed repeats a run up to rounding), or give --use_cpu": self.full_determinism
-            and self.device.type == "cuda",
-            "logging_nan_inf_filter would hide a loss that is NaN or infinite; see on_nan": self.logging_nan_inf_filter,
-        }
+    def checks(self) -> list[tuple[bool, str]]:
+        """For `check_all`: what may be wrong beyond the limits of single fields."""
+        return [
+            (
+                self.torch_compile,
+                "torch_compile is not supported, since a compiled model cannot be run in parts as training and "
+                "validation do; leave it, its backend and its mode out",
+            ),
+            (
+                self.full_determinism and self.device.type == "cuda",
+                "full_determinism would stop the first sampled response, since CUDA sums cumulatively in no fixed "
+                "order; leave it out (--seed repeats a run up to rounding), or give --use_cpu",
+            ),
+            (
+                self.logging_nan_inf_filter,
+                "logging_nan_inf_filter would hide a loss that is NaN or infinite; see on_nan",
+            ),
+        ]
 
 
 def fill_in_precision(args: Any) -> None:

@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import os
 import time
 from collections.abc import Collection
 from pathlib import Path
@@ -16,6 +15,8 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import IntervalStrategy
 from trl.trainer.utils import print_prompt_completions_sample
 
+from promptkd.io.atomic import write_atomic
+from promptkd.io.jsonl import encoded
 from promptkd.training.checkpoint import point_at_best
 from promptkd.training.phases import Phases
 from promptkd.training.state import PartialLog
@@ -31,10 +32,7 @@ class MetricsFile(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            lines = [json.dumps(entry) + "\n" for entry in state.log_history if _SUMMARY not in entry]
-            partial = self._path.with_name(self._path.name + ".partial")
-            partial.write_text("".join(lines), encoding="utf-8")
-            os.replace(partial, self._path)
+            write_atomic(self._path, encoded(entry for entry in state.log_history if _SUMMARY not in entry))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         entry = state.log_history[-1]

@@ -13,6 +13,7 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from promptkd.errors import PromptKDError, RequestError
+from promptkd.io.atomic import atomic, replace
 from promptkd.memory import is_out_of_memory
 from promptkd.training.manifest import damage, write_manifest
 
@@ -53,7 +54,7 @@ def staged_checkpoint(trainer: Any) -> Iterator[None]:
         if trainer.args.should_save:
             trainer.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
             write_manifest(staging / name)
-            _take_place(staging / name, root / name)
+            replace(staging / name, root / name)
     except _DISK_ERRORS as error:
         if trainer.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
@@ -121,16 +122,10 @@ def whole_folder(target: Path, *, writes: bool) -> Iterator[Path]:
     Raises:
         PromptKDError: if it cannot be written. `target` is as it was.
     """
-    partial = target.with_name(f"{target.name}.partial")
     try:
-        if writes:
-            shutil.rmtree(partial, ignore_errors=True)
-        yield partial
-        if writes:
-            _take_place(partial, target)
+        with atomic(target, writes=writes) as partial:
+            yield partial
     except _DISK_ERRORS as error:
-        if writes:
-            shutil.rmtree(partial, ignore_errors=True)
         if is_out_of_memory(error):
             raise
         raise PromptKDError(_not_written(target, error)) from error
@@ -185,20 +180,6 @@ def set_aside(checkpoints: Mapping[Path, str]) -> None:
         aside = checkpoint.with_name(_ASIDE + checkpoint.name)
         shutil.rmtree(aside, ignore_errors=True)  # of an earlier time at this step
         os.replace(checkpoint, aside)
-
-
-def _take_place(written: Path, place: Path) -> None:
-    replaced = written.with_name(f"{written.name}.replaced")
-    shutil.rmtree(replaced, ignore_errors=True)  # of a process that was killed here
-    if place.exists():  # the same step, or the same model, saved again
-        os.replace(place, replaced)
-    try:
-        os.replace(written, place)
-    except OSError:
-        if replaced.exists():
-            os.replace(replaced, place)
-        raise
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _finish_replacing(folder: Path) -> None:

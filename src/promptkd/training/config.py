@@ -74,16 +74,17 @@ class DistillConfig(_FlatSettings, BaseConfig, DistillationConfig):
         """What records call it: the method's name, and how far the run is from that method."""
         return self.method if self.prompt_refresh == "fresh" else f"{self.method}, stale prompt"
 
-    def checks(self) -> dict[str, bool]:
+    def checks(self) -> list[tuple[bool, str]]:
         """See `BaseConfig.checks`."""
-        schedules, schedule = [each.value for each in SchedulerType], self.prompt_lr_scheduler_type
-        return super().checks() | {
-            f"prompt_lr_scheduler_type must be one of {', '.join(schedules)}, got {schedule}": schedule
-            not in schedules,
-            "chat_template_kwargs has no effect here; write a Jinja --template": bool(self.chat_template_kwargs),
-            "pad_to_multiple_of has no effect here: rows are not padded for rollouts": bool(self.pad_to_multiple_of),
-            "fp16 would need a loss scale for the soft prompt's gradient; use bf16 or float32": self.fp16,
-        }
+        schedule, known = self.prompt_lr_scheduler_type, [each.value for each in SchedulerType]
+        wanted = f"prompt_lr_scheduler_type must be one of {', '.join(known)}, got {schedule}"
+        return [
+            *super().checks(),
+            (schedule not in known, wanted),
+            (bool(self.chat_template_kwargs), "chat_template_kwargs has no effect here; write a Jinja --template"),
+            (bool(self.pad_to_multiple_of), "pad_to_multiple_of has no effect here: rows are not padded for rollouts"),
+            (self.fp16, "fp16 would need a loss scale for the soft prompt's gradient; use bf16 or float32"),
+        ]
 
 
 @dataclass

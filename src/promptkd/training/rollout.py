@@ -16,7 +16,7 @@ from trl.models import unwrap_model_for_generation
 from promptkd.data.batch import right_pad
 from promptkd.data.encode import EncodedExample, encode_texts
 from promptkd.errors import RequestError
-from promptkd.generation import generate
+from promptkd.generation import SamplingParams, generate
 from promptkd.methods import Method
 from promptkd.responses import Sampler
 from promptkd.training.distributed import autocast, is_sharded, run_whole
@@ -132,22 +132,15 @@ class Rollout:
         if needs_generate(self._args):
             return self._sample_by_transformers(prompts, model)
         args = self._args
+        params = SamplingParams(
+            args.temperature, args.top_p, args.top_k, self.limit, self.stop_ids, self.teacher.vocabulary
+        )
 
         def sampled(student: nn.Module) -> Tokens:
+            seeds = torch.randint(2**62, (len(prompts),)).tolist()
             with autocast(self._accelerator, args):
-                return generate(
-                    student,
-                    prompts,
-                    max_new_tokens=self.limit,
-                    stop_ids=self.stop_ids,
-                    temperature=args.temperature,
-                    top_p=args.top_p,
-                    top_k=args.top_k,
-                    seeds=torch.randint(2**62, (len(prompts),)).tolist(),
-                    batch_size=args.generation_batch_size,
-                    vocabulary=self.teacher.vocabulary,
-                    mixed_with=mixed_with,
-                )
+                rows = args.generation_batch_size
+                return generate(student, prompts, params, seeds=seeds, batch_size=rows, mixed_with=mixed_with)
 
         return run_whole(sampled, model, self._accelerator)
 

@@ -39,12 +39,13 @@ class FinetuneConfig(BaseConfig, SFTConfig):
     max_length: int | None = None
     """Unused: rows over max_prompt_length or max_completion_length are dropped."""
 
-    def checks(self) -> dict[str, bool]:
+    def checks(self) -> list[tuple[bool, str]]:
         """See `BaseConfig.checks`."""
-        return super().checks() | {
-            "max_length would cut rows; use max_prompt_length and max_completion_length": self.max_length is not None,
-            "packing joins rows that must stay apart; leave it off": self.packing,
-        }
+        return [
+            *super().checks(),
+            (self.max_length is not None, "max_length would cut rows; use max_prompt_length and max_completion_length"),
+            (self.packing, "packing joins rows that must stay apart; leave it off"),
+        ]
 
 
 class FinetuneTrainer(SFTTrainer):

@@ -9,12 +9,11 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from promptkd.engine.recompute import recomputable_layers
-from promptkd.errors import RequestError
+from promptkd.errors import RequestError, check_all
 from promptkd.methods import Method
 from promptkd.models import load_model, load_tokenizer
 from promptkd.models.load import keep_differentiable
 from promptkd.precision import teacher_precision
-from promptkd.settings import refuse
 
 
 def load_teacher(
@@ -76,16 +75,23 @@ def check_teacher_options(args: Any, method: Method, teacher: nn.Module) -> None
     """
     adapter, stale = method.adapter_class, args.prompt_refresh == "stale"
     copied = adapter is not None and adapter.copies_teacher
-    no_graph = adapter is None or not adapter.backpropagates
-    wrong = {
-        "prompt_refresh stale cannot keep a pass of a teacher whose head is trained too": stale and copied,
-        "prompt_refresh stale needs a method with one objective per token, whose pass the two steps share": stale
-        and method.objective is None,
-        "teacher_gradient_checkpointing has no effect here: no gradient passes through the teacher's layers": no_graph
-        and args.teacher_gradient_checkpointing,
-        "a whole teacher is trained in float32 alone: leave teacher_dtype and teacher_quantization out": copied
-        and any(each.dtype.itemsize < 4 for each in teacher.parameters()),
-    }
-    refuse(text for text, applies in wrong.items() if applies)
-    if args.teacher_gradient_checkpointing:
+    recomputes, backpropagates = args.teacher_gradient_checkpointing, adapter is not None and adapter.backpropagates
+    is_rounded = any(each.dtype.itemsize < 4 for each in teacher.parameters())
+    checks = [
+        (stale and copied, "prompt_refresh stale cannot keep a pass of a teacher whose head is trained too"),
+        (
+            stale and method.objective is None,
+            "prompt_refresh stale needs a method with one objective per token, whose pass the two steps share",
+        ),
+        (
+            recomputes and not backpropagates,
+            "teacher_gradient_checkpointing has no effect here: no gradient passes through the teacher's layers",
+        ),
+        (
+            copied and is_rounded,
+            "a whole teacher is trained in float32 alone: leave teacher_dtype and teacher_quantization out",
+        ),
+    ]
+    check_all("Wrong settings", checks)
+    if recomputes:
         recomputable_layers(teacher)

@@ -9,7 +9,8 @@ from torch import nn
 
 from promptkd.data.encode import EncodedData, EncodedExample
 from promptkd.errors import RequestError
-from promptkd.evaluation.measure import Decoding, measure_rows, summarize
+from promptkd.evaluation.measure import measure_rows, summarize
+from promptkd.generation import Decoding
 from promptkd.results import RowResult
 from promptkd.training.distributed import autocast, is_sharded
 from promptkd.training.out_of_memory import out_of_memory_told
@@ -19,9 +20,11 @@ OnModels = Callable[[Callable[[nn.Module, nn.Module | None], T]], T]
 """Runs `work(model, teacher)` with both models whole; the teacher is None where there is none."""
 
 
-def validation_decoding(args: Any) -> Decoding:
-    """How validation decodes, from training arguments."""
+def validation_decoding(trainer: Any) -> Decoding:
+    """How a trainer's validation decodes."""
+    args = trainer.args
     return Decoding(
+        stop_ids=trainer.stop_ids,
         temperature=args.eval_temperature,
         max_new_tokens=args.max_completion_length,
         seed=args.eval_seed,
@@ -53,8 +56,7 @@ def validate(trainer: Any, data: EncodedData | Sequence[EncodedExample] | None, 
                 model,
                 trainer.processing_class,
                 rows[index::count],
-                validation_decoding(args),
-                stop_ids=trainer.stop_ids,
+                validation_decoding(trainer),
                 teacher=teacher,
                 batch_size=args.per_device_eval_batch_size,
             )

@@ -1,7 +1,7 @@
 """`promptkd distill`."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -26,6 +26,11 @@ _STALE = (
 
 def run(options: Options, training: dict[str, Any]) -> None:
     job, args, method = checked(options, training)
+    with nullcontext() if options.dry_run else job.folder.locked():
+        _distill(options, job, args, method)
+
+
+def _distill(options: Options, job: TrainingRun, args: DistillConfig, method: Method) -> None:
     tokenizer, teacher_tokenizer = job.tokenizer(options.student), job.tokenizer(options.teacher)
     check_same_vocabulary(tokenizer, teacher_tokenizer)
     train, valid = job.encode(tokenizer, args, need_response=method.responses.needs_data)
