@@ -32,7 +32,8 @@ from typing import Literal
 from promptkd.errors import PromptKDError, RequestError
 
 TRAINING_CONFIG = "toy_lazy:ToyConfig"
-COMMON_TRAINING_FLAGS = {"learning_rate": ("NUMBER", "Step size of the optimizer.")}
+SETTINGS_SOURCES = ("toy_training.py",)
+COMMON_TRAINING_FLAGS = ("max_steps", "learning_rate", "tracker")
 
 
 @dataclass
@@ -87,7 +88,11 @@ def run(options, training):
 TOY_TRAINING = '''
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, Literal
+
+from promptkd.settings import option
+
+Tracker = Literal["wandb", "trackio"]
 
 
 class Scheduler(str, Enum):
@@ -100,9 +105,14 @@ class Parallel: ...
 
 @dataclass
 class ToyConfig:
-    learning_rate: float = field(default=1e-6, metadata={"help": "Initial learning rate."})
+    learning_rate: float = option(1e-6, above=0)
+    """Initial learning rate."""
     max_steps: int = -1
     """Steps; -1 for whole epochs."""
+    tracker: Tracker | None = None
+    """Where metrics go, beside
+    the log."""
+    debug: str = field(default="", metadata={"help": "A setting of another library."})
     lr_scheduler_type: Scheduler | str = "linear"
     scheduler: Scheduler = Scheduler.LINEAR
     deepspeed: dict | str | None = None
@@ -114,7 +124,6 @@ class ToyConfig:
     tokens_seen: str | bool = "no"
     pad_to: int | str | None = "auto"
     parallelism: Parallel | None = None
-    debug: str = ""
     hub_token: str | None = None
     computed: int = field(default=0, init=False)
 '''
@@ -572,6 +581,13 @@ def test_a_configuration_that_cannot_be_written_leaves_the_old_one(tmp_path: Pat
 
 # Help
 
+TOY_COMMON = (
+    "  --learning-rate NUMBER\n      Initial learning rate. Default: 1e-06.\n",
+    "  --max-steps INTEGER\n      Steps; -1 for whole epochs. Default: -1.\n",
+    "  --tracker wandb|trackio|none\n      Where metrics go, beside the log. Default: none.\n",
+)
+"""The common training flags, read from the source for --help and from the class for --help-all."""
+
 
 def test_help_shows_groups_defaults_and_types(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["toy", "--help"]) == 0
@@ -590,15 +606,16 @@ def test_help_shows_groups_defaults_and_types(capsys: pytest.CaptureFixture[str]
     assert "  --direction forward|reverse\n      Which divergence. Default: reverse.\n" in text
     assert "  --limit INTEGER|none\n      How many rows, all by default. Default: none.\n" in text
     assert "  --seeds INTEGER [INTEGER ...]\n      Seeds. Default: 10 20.\n" in text
-    assert "  --learning-rate NUMBER\n      Step size of the optimizer.\n" in text
+    for entry in TOY_COMMON:
+        assert entry in text
     assert max(map(len, text.splitlines())) <= 100
 
 
 def test_help_all_shows_every_training_flag(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["toy", "--help-all", "--wrong"]) == 0
     text = capsys.readouterr().out
-    assert "  --learning-rate NUMBER\n      Initial learning rate. Default: 1e-06.\n" in text
-    assert "  --max-steps INTEGER\n      Steps; -1 for whole epochs. Default: -1.\n" in text
+    for entry in TOY_COMMON:
+        assert entry in text
     assert "  --lr-scheduler-type linear|cosine\n" in text
     assert "  --bf16 true|false|none\n" in text
     assert "--computed" not in text

@@ -1,10 +1,12 @@
 """Every command from its arguments to the files that it leaves, on tiny models."""
 
+import importlib
 import json
 import os
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,8 +39,11 @@ from helpers.commands import (
     write_rows,
 )
 from promptkd.cli import COMMANDS
+from promptkd.cli.parsing.annotations import choices
 from promptkd.cli.parsing.config_file import read_config
+from promptkd.cli.parsing.fields import common_fields, training_fields
 from promptkd.data import encode_examples, read_examples
+from promptkd.methods import METHODS
 from promptkd.results import Metric, Results, file_sha256
 from promptkd.training.callbacks import ProgressBar
 
@@ -551,6 +556,18 @@ def test_help_all_shows_the_training_flags(capsys, command, flags):
     assert shown >= flags
     assert shown >= shown_flags(done(capsys, command, "--help").out)
     assert len(shown) > 100
+
+
+@pytest.mark.parametrize("name", ["distill", "sft"])
+def test_common_training_flags_are_what_their_classes_say(name):
+    """Read from the source for `--help`, they have the types, defaults and texts of the imported classes."""
+    command = importlib.import_module(f"promptkd.cli.options.{name}")
+    known = training_fields(command)
+    for field in common_fields(command):
+        if field.name == "method":
+            assert sorted(choices(field.annotation)) == sorted(METHODS)
+            field = replace(field, annotation=known["method"].annotation)
+        assert field == known[field.name]
 
 
 def shown_flags(text: str) -> set[str]:

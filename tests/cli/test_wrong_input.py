@@ -320,7 +320,7 @@ CASES |= {
     "a seed of 10^30 for the demo": Case(
         ("demo", "--seed", 10**30, "--out", "OUT"), "It may be at most 92233720368547"
     ),
-    "a seed beyond NumPy's": Case(distill("--seed", 2**40), "seed must be at most 4294967295, got 1099511627776"),
+    "a seed beyond NumPy's": Case(distill("--seed", 2**40), "seed must lie in [0, 4294967295], got 1099511627776"),
     "temperature NaN": Case(generate("--temperature", "nan"), "--temperature expects a finite number. Got 'nan'"),
     "a seed of 1e999": Case(exposure("--seed", "1e999"), "--seed expects a whole number. Got '1e999'"),
     "temperature Infinity": Case(evaluate("--temperature", "Infinity"), "--temperature expects a finite number"),
