@@ -7,10 +7,9 @@ import ast
 import inspect
 import textwrap
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields, make_dataclass
 from functools import cache
-from types import MappingProxyType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from promptkd.errors import RequestError
@@ -52,20 +51,24 @@ def problems(settings: Any) -> list[str]:
 
 
 def _problem(declared: Field[Any], annotation: Any, value: Any) -> str:
-    limits: MappingProxyType[str, float] = declared.metadata
-    least, most, above = (limits.get(name) for name in ("at_least", "at_most", "above"))
-    expected = ""
     if value is None:
         return ""
     if (choices := choices_of(annotation)) and value not in choices:
         return f"{declared.name} must be one of {', '.join(map(str, choices))}, got {value!r}"
+    wrong = beyond_limits(declared.metadata, value)
+    return f"{declared.name} {wrong}, got {value}" if wrong else ""
+
+
+def beyond_limits(limits: Mapping[str, Any], value: Any) -> str:
+    """What a value must be, where it exceeds a limit of its field's metadata: "must be at least 1"; else nothing."""
+    least, most, above = (limits.get(name) for name in ("at_least", "at_most", "above"))
+    if above is not None and most is not None and not above < value <= most:
+        return f"must lie above {above} and at most at {most}"
     if least is not None and most is not None and not least <= value <= most:
-        expected = f"lie in [{least}, {most}]"
-    elif least is not None and not value >= least:
-        expected = "be 0 or more" if least == 0 else f"be at least {least}"
-    elif above is not None and not value > above:
-        expected = f"be above {above}"
-    return f"{declared.name} must {expected}, got {value}" if expected else ""
+        return f"must lie in [{least}, {most}]"
+    if least is not None and not value >= least:
+        return "must be 0 or more" if least == 0 else f"must be at least {least}"
+    return f"must be above {above}" if above is not None and not value > above else ""
 
 
 def choices_of(annotation: Any) -> tuple[Any, ...]:

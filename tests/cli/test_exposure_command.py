@@ -136,8 +136,8 @@ WRONG = {
     "a model as prompt": (("--prompt", "W/student"), "Expected a PEFT adapter"),
     "all of the numbers": (
         ("--samples-per-row", 0, "--batch-size", 0, "--seed=-1"),
-        "--samples-per-row must be at least 1, got 0; --batch-size must be at least 1, got 0; "
-        "--seed must be 0 or more, got -1.",
+        "\n  - --samples-per-row must be at least 1. Got 0.\n  - --batch-size must be at least 1. Got 0.\n"
+        "  - --seed must be 0 or more. Got -1.\n",
     ),
     "no length": (("--max_completion_length", 0), "must be at least 1 token. Got 40 and 0"),
     "unknown treatment": (("--ended", "lave"), "Did you mean leave?"),

@@ -68,8 +68,6 @@ class TrainingRun:
             raise RequestError(f"--{name} is set by {_SET_HERE[name]} here. Give that instead.")
         settings: dict[str, Any] = {"report_to": "none", "disable_tqdm": True, "log_level_replica": "error"}
         settings |= self.training
-        if self.options.keep is not None and self.options.keep < 1:
-            raise RequestError(f"--keep must be at least 1, or none to keep every checkpoint. Got {self.options.keep}.")
         if self.options.resume and settings.get("save_only_model"):
             raise RequestError("--save_only_model leaves out of the checkpoints what --resume goes on with.")
         settings["save_total_limit"] = self.options.keep

@@ -86,8 +86,6 @@ def _trial_folder(args: Any) -> Iterator[None]:
 def _check(options: Options) -> None:
     if options.dry_run and options.resume:
         raise RequestError("--dry-run looks at a run from its first step on. Leave --resume out.")
-    if options.student_lora_rank is not None and options.student_lora_rank < 1:
-        raise RequestError(f"--student-lora-rank must be at least 1. Got {options.student_lora_rank}.")
     if options.merge and options.student_lora_rank is None:
         raise RequestError("--merge merges the student's LoRA weights: give --student-lora-rank with it.")
 

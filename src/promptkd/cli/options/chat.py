@@ -10,7 +10,8 @@ the answers are plain text, one labelled block a model. A model's control charac
 
 from dataclasses import dataclass
 
-from promptkd.cli.options.common import Loading, Sampling
+from promptkd.cli.options.common import MOST_TOKENS, Loading, Sampling
+from promptkd.settings import option
 
 POSITIONAL = "models"
 LESS_MEMORY = ("fewer models", "a smaller --max-completion-length (now {max_completion_length})")
@@ -24,11 +25,11 @@ class Options(Sampling, Loading):
     """One more model, shown last and labelled as the teacher."""
     prompt: str | None = None
     """Ask this once and leave."""
-    temperature: float = 0.0
+    temperature: float = option(0.0, at_least=0)
     """Sampling temperature; 0 decodes greedily."""
-    seed: int = 10
+    seed: int = option(10, at_least=0)
     """Seed of the samples."""
     template: str = "auto"
     """auto, alpaca, chat, or a Jinja text."""
-    max_completion_length: int = 256
+    max_completion_length: int = option(256, at_least=1, at_most=MOST_TOKENS)
     """Most tokens of an answer."""

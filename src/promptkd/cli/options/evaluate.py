@@ -26,7 +26,7 @@ class Options(Sampling, Measuring, TeacherPrecision):
     """The results file to write; answers go beside it."""
     teacher: str | None = None
     """A teacher, to report the KL from the model to it."""
-    seeds: list[int] = field(default_factory=lambda: [10])
+    seeds: list[int] = field(default_factory=lambda: [10], metadata={"at_least": 0})
     """Seeds of the sampled answers; each is a decoding of every row."""
     greedy: bool = True
     """Decode greedily as well; --no-greedy leaves it out."""

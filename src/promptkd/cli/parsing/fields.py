@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -19,6 +20,8 @@ class Field:
     required: bool
     default: Any
     help: str
+    limits: Mapping[str, Any]
+    """`at_least`, `at_most` and `above` of `promptkd.settings.option`; of a list, those of its items."""
 
     @property
     def flag(self) -> str:
@@ -56,6 +59,7 @@ def _fields(owner: type) -> dict[str, Field]:
             required=field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING,
             default=_default(field),
             help=" ".join((field.metadata.get("help") or docs.get(field.name, "")).split()),
+            limits=field.metadata,
         )
         for field in dataclasses.fields(owner)
         if field.init
