@@ -275,7 +275,7 @@ def test_no_terminal_obeys_a_model(cut):
         (("student", "--template", "nonsense", "--prompt", "x"), "nonsense"),
         (("other", "--template", "chat", "--prompt", "x"), "has no chat template"),
         (("student", "--prompt", "a" * POSITIONS), "student: The prompt has 514 tokens"),
-        (("student", "--prompt", "\udc80"), "no character of UTF-8"),
+        (("student", "--prompt", "\udc80"), "is not valid UTF-8"),
     ],
 )
 def test_a_wrong_request(models, capsys, monkeypatch, flags, message):

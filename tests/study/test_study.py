@@ -29,6 +29,7 @@ from helpers.commands import (
     run,
 )
 from helpers.tiny import save_model, tiny_model
+from promptkd.cli import study_runs
 from promptkd.cli.parsing.parser import parse_options
 from promptkd.errors import RequestError
 from promptkd.evaluation.pairing import Candidate
@@ -187,11 +188,28 @@ def test_every_wrong_flag_of_every_run_is_told_at_once(world, tmp_path, capsys):
     said = refused(capsys, file, "--baseline", "sft")
     assert "6 things are wrong" in said
     assert "promtkd-seed-1 and 1 more: Expected a method of" in said
-    assert "gkd-seed-1 and 1 more: beta must be in [0.0, 1.0]" in said
+    assert "gkd-seed-1 and 1 more: --beta must lie in [0, 1]. Got 7." in said
     assert "b-seed-1 and 1 more: kd takes no beta" in said
     assert "all 8 runs: No such file or folder: none.jsonl" in said
     assert "evaluate sets model" in said
     assert "--baseline must be one of kd, promtkd, gkd, b. Got sft" in said
+
+
+def test_each_data_set_is_read_once(world, tmp_path, capsys, monkeypatch):
+    read = []
+    read_examples = study_runs.read_examples
+    monkeypatch.setattr(
+        study_runs, "read_examples", lambda source, **limits: read.append(source) or read_examples(source, **limits)
+    )
+    evaluate = {"data": [world.test], "seeds": [1]}
+    file = study_file(world, tmp_path / "out", methods=["kd", "promptkd"], seeds=[1, 2], evaluate=evaluate)
+    assert "4 of 4 runs to do" in done(capsys, "study", file, "--dry-run").out
+    assert sorted(read) == sorted([world.train, world.valid, world.test])
+
+    read.clear()
+    file = study_file(world, tmp_path / "out", seeds=[1, 2], base={"data": "none.jsonl"})
+    assert "all 2 runs: No such file or folder: none.jsonl" in refused(capsys, file)
+    assert read == ["none.jsonl"]
 
 
 @pytest.mark.parametrize(
@@ -201,9 +219,9 @@ def test_every_wrong_flag_of_every_run_is_told_at_once(world, tmp_path, capsys):
         ({"sedes": [1]}, "the key sedes is unknown. Did you mean seeds?"),
         ({"base": {"data": "none.jsonl"}}, "No such file or folder: none.jsonl"),
         ({"evaluate": {"data": ["t"], "sedes": [1]}}, "--sedes is unknown. Did you mean --seeds?"),
-        ({"workers": 0}, "--workers must be at least 1"),
-        ({"cpus_per_run": 0}, "--cpus-per-run must be at least 1"),
-        ({"gpus_per_run": -1}, "--gpus-per-run must be 0 or more"),
+        ({"workers": 0}, "workers must be at least 1"),
+        ({"cpus_per_run": 0}, "cpus_per_run must be at least 1"),
+        ({"gpus_per_run": -1}, "gpus_per_run must be 0 or more"),
         ({"engine": "ray", "workers": 2}, "--workers is of this machine"),
         ({"ray_address": "x"}, "--ray-address goes with --engine ray"),
         ({"engine": "slurm"}, "engine expects one of local, ray"),

@@ -1,6 +1,7 @@
 """What `sft` and `distill` do alike, from the checked folder to the record and the page."""
 
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -14,7 +15,7 @@ from promptkd.cli.parsing.parser import merged_config
 from promptkd.cli.provenance import data_record, label_of
 from promptkd.cli.run_folder import RunFolder
 from promptkd.cli.terminal import is_main_process, say
-from promptkd.data import encode_examples, read_examples
+from promptkd.data import Example, encode_examples, read_examples
 from promptkd.errors import PromptKDError, RequestError
 from promptkd.evaluation.measure import evaluate_model
 from promptkd.io.atomic import write_atomic
@@ -45,8 +46,14 @@ _SET_HERE = {
 class TrainingRun:
     """One run of a training command. The methods are called in the order in which they stand."""
 
-    def __init__(self, kind: str, options: Any, training: dict[str, Any]):
-        self.kind, self.options, self.training = kind, options, training
+    def __init__(
+        self,
+        kind: str,
+        options: Any,
+        training: dict[str, Any],
+        read: Callable[..., list[Example]] = read_examples,
+    ):
+        self.kind, self.options, self.training, self._read = kind, options, training, read
         self.folder = RunFolder(options.out)
         self._mode = {"resume": options.resume, "overwrite": options.overwrite}
         # How a run was begun is no setting of it: its config.yaml must serve for going on as well.
@@ -59,7 +66,6 @@ class TrainingRun:
         self.notes: list[str] = []
         self.timings: dict[str, float] = {}
         self._cost: dict[str, Any] = {}
-        self.say = say
 
     def arguments(self, config_class: type) -> Any:
         """The training configuration, once settings, folder and rows are known to be sound; nothing is written."""
@@ -78,8 +84,9 @@ class TrainingRun:
         except (ValueError, TypeError) as error:
             raise RequestError(" ".join(str(error).split())) from error
         self.folder.check(self.merged, **self._mode)
-        self._read("train", self.options.data, self.options.limit)
-        self._read("validation", self.options.eval_data, self.options.eval_limit)
+        self._examples["train"] = self.options.data, self._read(self.options.data, limit=self.options.limit)
+        if (source := self.options.eval_data) is not None:
+            self._examples["validation"] = source, self._read(source, limit=self.options.eval_limit)
         return args
 
     def rows(self) -> int:
@@ -126,11 +133,6 @@ class TrainingRun:
         """Say, and keep in the record, what a reader of the figures must know."""
         say(text)
         self.notes.append(text)
-
-    def take_notes(self, trainer: Any) -> None:
-        """Say, and keep in the record, what the trainer itself has to tell of the run."""
-        for text in trainer.notes:
-            self.note(text)
 
     def tell_trained_share(self, numbers: int, share: float) -> None:
         """Say, and keep in the record, how much of the teacher is trained along."""
@@ -289,10 +291,6 @@ class TrainingRun:
         chosen["metric_for_best_model"] = self.options.select
         chosen["greater_is_better"] = not _LOWER_IS_BETTER[self.options.select]
         return chosen
-
-    def _read(self, name: str, source: str | None, limit: int | None) -> None:
-        if source is not None:
-            self._examples[name] = source, read_examples(source, limit=limit)
 
 
 def _peak(meter: CostMeter, *, sampled: bool) -> str:
