@@ -161,7 +161,7 @@ CASES = {
     "transformers' own resuming": Case(sft("--resume_from_checkpoint", "true"), "is set by --resume here"),
     "unknown command": Case(("distil",), "Did you mean 'distill'?"),
     # folders
-    "folder that is not empty": Case(distill(out="W/notes"), "W/notes is not empty. Go on with the run in it"),
+    "folder that is not empty": Case(distill(out="W/notes"), "W/notes is not empty. Resume the run in it"),
     "foreign files": Case(distill("--overwrite", out="W/notes"), "W/notes holds notes.txt, which no run wrote"),
     "resuming no run": Case(sft("--resume", out="W/notes"), "--resume needs a run in W/notes"),
     "resume and overwrite": Case(distill("--resume", "--overwrite"), "Give one of them"),

@@ -150,7 +150,7 @@ WRONG_PLANS = {
     ),
     "a grid without values": ({"grid": {"beta": []}}, "beta needs at least one value"),
     "no grid": ({"methods": [{"name": "kd", "grid": 3}]}, "kd: grid: expected a mapping"),
-    "a key twice": ({"base": {"eval-data": "a", "eval_data": "b"}}, "eval_data stands twice"),
+    "a key twice": ({"base": {"eval-data": "a", "eval_data": "b"}}, "duplicate key eval_data"),
     "no file": ({"base": {"config": 3}}, "config expects the path of a YAML file. Got 3"),
 }
 
@@ -333,7 +333,7 @@ def test_a_study_runs_goes_on_and_compares(world, tmp_path, capsys, monkeypatch)
     before = files(out)
     ran = run(capsys, "study", file)
     assert ran.status == 2
-    assert "all 4 runs: --resume goes on with the run" in ran.err
+    assert "all 4 runs: --resume continues the run" in ran.err
     assert "learning_rate was 0.001 and is now 0.0005" in ran.err
     assert files(out) == before
 
@@ -366,7 +366,7 @@ def test_a_study_that_is_killed_leaves_nothing_running_and_goes_on(world, tmp_pa
     assert not (out / "kd-seed-1" / "results.json").exists()
     ran = done(capsys, "study", file)
     assert "kd-seed-1: done" in ran.err
-    assert "Going on from" in (out / "logs" / "kd-seed-1.log").read_text()
+    assert "Resuming from" in (out / "logs" / "kd-seed-1.log").read_text()
     logged = [line["step"] for line in json_lines(out / "kd-seed-1" / "metrics.jsonl")]
     assert logged == list(range(10, 121, 10))
 

@@ -97,7 +97,7 @@ class _Session:
                 say(str(error))
 
     def take(self, line: str) -> bool:
-        """Do what a line asks for, a command or a request; return whether to go on."""
+        """Do what a line asks for, a command or a request; return whether to continue."""
         if not line.startswith("/"):
             self.ask(line.strip())
             return True

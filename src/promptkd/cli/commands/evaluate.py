@@ -160,7 +160,7 @@ def _settle(options: Options, results: Results, decoding: Decoding, precision: s
     files = [_file(options.out, name, part) for name in results.data for part in parts]
     held = settle_settings(_settings_file(options.out), settings, files, overwrite=options.overwrite)
     if held:
-        say(f"Going on from {len(held)} of {len(files)} files of answers and losses.")
+        say(f"Resuming from {len(held)} of {len(files)} files of answers and losses.")
 
 
 def _decoding(options: Options, stop_ids: Sequence[int]) -> Decoding:

@@ -110,7 +110,7 @@ def _key(variable: str | None) -> str | None:
             "--key-variable must name an environment variable that holds the key. The one it names is not set."
         )
     if not (key.isascii() and key.isprintable()):
-        raise RequestError("The key in the environment holds characters that no header can carry. Set it anew.")
+        raise RequestError("The key in the environment holds characters that no header can carry. Set it again.")
     return key or None
 
 

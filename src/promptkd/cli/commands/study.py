@@ -71,7 +71,7 @@ def _conclude(options: Options, runs: list[StudyRun], outcome: Outcome) -> None:
     again = shell_line(["study", str(options.out / "config.yaml")])
     if outcome.signal is not None:
         left = sum(bool(each.job.commands) and outcome.statuses.get(each.job.name) != 0 for each in runs)
-        raise StoppedError(f"Stopped. {left} of {len(runs)} runs are left. Go on by: {again}", outcome.signal)
+        raise StoppedError(f"Stopped. {left} of {len(runs)} runs are left. Resume by: {again}", outcome.signal)
     failed = [each.job for each in runs if outcome.statuses.get(each.job.name, 0)]
     if failed:
         lines = [

@@ -2,7 +2,7 @@
 
 With a chat template each model reads the whole conversation with its own answers; without one (--template alpaca, or a
 tokenizer that has none) every request stands alone. Without a terminal each line of standard input is a request, and
-the answers are plain text, one labelled block a model. A model's control characters are shown and never obeyed.
+the answers are plain text, one labeled block per model. A model's control characters are shown and never obeyed.
 
     promptkd chat runs/promptkd runs/kd --teacher runs/teacher
     promptkd chat runs/promptkd --prompt "Name three rivers." --temperature 0.7 --seed 1
@@ -22,7 +22,7 @@ class Options(Sampling, Loading):
     models: list[str]
     """Who answers: hub names, folders, run folders or GGUF files."""
     teacher: str | None = None
-    """One more model, shown last and labelled as the teacher."""
+    """One more model, shown last and labeled as the teacher."""
     prompt: str | None = None
     """Ask this once and leave."""
     temperature: float = option(0.0, at_least=0)

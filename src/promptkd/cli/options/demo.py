@@ -22,7 +22,7 @@ class Options:
     layers: int = option(24, at_least=1, at_most=30)
     """Layers of the student, of the teacher's 30."""
     steps: int = option(40, at_least=1)
-    """Optimiser steps of PromptKD."""
+    """Optimizer steps of PromptKD."""
     seed: int = option(0, at_least=0)
     """Seed of everything random."""
     overwrite: bool = False

@@ -1,4 +1,4 @@
-"""Write a model's responses to a data set, one JSON object a line.
+"""Write a model's responses to a data set, one JSON object per line.
 
 Each line holds row, prompt, completion, references, tokens and whether the response ended by itself. The file is data
 for `promptkd distill` too: a teacher's responses for --method seqkd or dpkd. Responses that were cut at the limit are

@@ -15,11 +15,11 @@ from promptkd.cli.options.common import Training
 RESUMED_BY = ("--resume",)
 TRAINING_CONFIG = "promptkd.training:FinetuneConfig"
 COMMON_TRAINING_FLAGS = {
-    "max_steps": ("INT", "Optimiser steps; by default num_train_epochs decides."),
+    "max_steps": ("INT", "Optimizer steps; by default num_train_epochs decides."),
     "num_train_epochs": ("NUMBER", "Passes over the data (default 3)."),
     "learning_rate": ("NUMBER", "Peak learning rate (default 2e-05)."),
-    "per_device_train_batch_size": ("INT", "Rows a micro-batch (default 8)."),
-    "gradient_accumulation_steps": ("INT", "Micro-batches an optimiser step (default 1)."),
+    "per_device_train_batch_size": ("INT", "Rows per micro-batch (default 8)."),
+    "gradient_accumulation_steps": ("INT", "Micro-batches per optimizer step (default 1)."),
     "max_prompt_length": ("INT", "Most tokens of a prompt (default 256)."),
     "max_completion_length": ("INT", "Most tokens of a response (default 256)."),
     "template": ("TEXT", "auto, alpaca, chat, or a Jinja text (default auto)."),

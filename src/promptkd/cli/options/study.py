@@ -1,7 +1,7 @@
 """Run a study: methods x settings x seeds, each run an ordinary `promptkd distill` in a process and folder of its own.
 
 The study is a YAML file whose keys are the options below; flags win over it. Everything is checked before the first run
-starts. Run the same command again to go on: finished runs are skipped, the others go on from their last checkpoint.
+starts. Run the same command again to resume: finished runs are skipped, the others resume from their last checkpoint.
 A run that fails stops no other.
 
     out: runs/study
