@@ -27,7 +27,7 @@ from helpers.commands import (
     write_rows,
 )
 from promptkd.evaluation import distinct, rouge_1_scores, rouge_l_scores
-from promptkd.evaluation.bootstrap import mean_interval, token_mean_interval
+from promptkd.evaluation.statistics import mean_interval, token_mean_interval
 from promptkd.results import Evaluation, Results, Training
 
 FIELDS = {"row", "prompt", "references", "response", "ended", "token_ids", "rouge_l", "exact_match"}

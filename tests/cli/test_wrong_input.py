@@ -410,7 +410,7 @@ CASES |= {
     "a record with a surplus key": Case(("compare", "W/r/surplus.json"), "accuracy: Extra inputs are not permitted"),
     "a record of wrong types": Case(report("W/r/types.json"), "evaluations: Input should be a valid array"),
     "a record without figures": Case(("compare", "W/r/empty.json"), "holds no evaluation to compare"),
-    "a record in UTF-16": Case(report("W/r/utf16.json"), "W/r/utf16.json: it is no text in UTF-8"),
+    "a record in UTF-16": Case(report("W/r/utf16.json"), "W/r/utf16.json: it is not valid UTF-8"),
     "a record nested 100,000 deep": Case(report("W/r/deep.json"), "W/r/deep.json is not a results record"),
     "a record that breaks off": Case(("compare", "W/r/torn.json"), "W/r/torn.json is not a results record"),
     "a record of 2 GiB": Case(report("W/r/endless.json"), "it holds more than 1024 MiB"),

@@ -201,6 +201,8 @@ def test_the_engines_of_the_commands_are_one():
     direct = [generate(model, prompts, params, seeds=each) for each in seeds]
     measured = decode_rows(model, tokenizer, data, Decoding(**settings, seed=10))
     assert measured == direct[0]
-    continued = sample_continuations(model, prompts, samples_per_row=2, seed=10, vocabulary=VOCABULARY, **settings)
+    continued = sample_continuations(
+        model, prompts, Decoding(vocabulary=VOCABULARY, **settings, seed=10), samples_per_row=2
+    )
     assert continued == [list(each) for each in zip(*direct, strict=True)]
     assert direct[0] != direct[1]

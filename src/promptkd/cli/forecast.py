@@ -5,7 +5,7 @@ from typing import Any
 from promptkd.cli.terminal import is_main_process
 from promptkd.memory import gibibytes
 from promptkd.models import count_parameters
-from promptkd.report.provenance import duration
+from promptkd.report.formatting import duration
 from promptkd.responses import writes_responses
 from promptkd.training.dry_run import Trial
 

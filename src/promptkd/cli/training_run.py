@@ -17,7 +17,7 @@ from promptkd.cli.run_folder import RunFolder
 from promptkd.cli.terminal import is_main_process, say
 from promptkd.data import Example, encode_examples, read_examples
 from promptkd.errors import PromptKDError, RequestError
-from promptkd.evaluation.measure import evaluate_model
+from promptkd.evaluation.measure import evaluation_of, measure_rows
 from promptkd.io.atomic import write_atomic
 from promptkd.memory import gibibytes, peak_memory
 from promptkd.models import load_model, load_tokenizer, model_record
@@ -206,17 +206,16 @@ class TrainingRun:
         def measure(model: Any, teacher: Any) -> None:
             if trainer.validation_rows:
                 started = time.perf_counter()
-                evaluation = evaluate_model(
+                decoding = validation_decoding(trainer)
+                results = measure_rows(
                     model,
                     trainer.processing_class,
                     trainer.validation_rows,
-                    validation_decoding(trainer),
-                    model_label=name,
-                    data_label="validation",
+                    decoding,
                     teacher=teacher,
                     batch_size=trainer.args.per_device_eval_batch_size,
                 )
-                evaluations.append(evaluation)
+                evaluations.append(evaluation_of(results, decoding, [decoding.seed], model=name, data="validation"))
                 self.timings["evaluate"] = time.perf_counter() - started
             if is_main_process():
                 self.models[name] = model_record(self.folder.path / name, model)

@@ -16,15 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from promptkd.evaluation.bootstrap import mean_interval, paired_difference, token_mean_interval
+from promptkd.evaluation.statistics import mean_interval, paired_difference, token_mean_interval
 from promptkd.judge.endpoint import Refusal, Reply
 from promptkd.judge.prompt_template import Task
 from promptkd.judge.questions import Answer
 from promptkd.judge.verdict_log import Key, Verdict
 from promptkd.judge.verdict_parsing import read_preference, read_scores
 from promptkd.results import Difference, Evaluation, Metric, RowResult
-
-__all__ = ["judge_notes", "judge_results", "token_cost", "verdict_of"]
 
 _READERS: dict[Task, Callable[[str], tuple[float, float] | None]] = {"score": read_scores, "pairwise": read_preference}
 
