@@ -1,6 +1,7 @@
 """`promptkd study`: what it plans and refuses, runs in processes of their own, and what it goes on with."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -30,14 +31,17 @@ from helpers.commands import (
 )
 from helpers.tiny import save_model, tiny_model
 from promptkd.cli import study_runs
+from promptkd.cli.options.study import Options
 from promptkd.cli.parsing.parser import parse_options
+from promptkd.cli.study_outcome import compare_and_report
+from promptkd.cli.study_runs import StudyRun
 from promptkd.errors import RequestError
 from promptkd.evaluation.pairing import Candidate
 from promptkd.io.lock import locked
 from promptkd.results import DataRecord, Evaluation, Results, RowResult
 from promptkd.study.local import LocalPool, shares
 from promptkd.study.loop import carry_out
-from promptkd.study.plan import arguments_of, plan_runs
+from promptkd.study.plan import Planned, arguments_of, plan_runs
 from promptkd.study.pooling import Member, both_ways, compare_groups, t_quantile, t_two_sided
 from promptkd.study.processes import Job, shell_line
 from promptkd.study.progress import last_words
@@ -276,6 +280,27 @@ def test_the_recipe_is_a_study(world, tmp_path, capsys):
 
 
 # ---- running ----
+
+
+def test_a_page_that_the_disk_does_not_take_leaves_the_old_one(tmp_path, capsys):
+    planned_run, out = Planned("kd", 1, {}), tmp_path / "out"
+    folder = out / planned_run.name
+    folder.mkdir(parents=True)
+    Results(kind="distill", config={}).write(folder / "results.json")
+    (out / "report.html").write_text("the old page")
+    job, row = Job(planned_run.name, (), out / "log"), Row(planned_run.name, folder, 1)
+    finished = StudyRun(planned_run, folder, job, row, folder / "results.json", None)
+    options = Options(config=out / "study.yaml", out=out, base={}, methods=["kd"], seeds=[1])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            compare_and_report(options, [finished])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (out / "report.html").read_text() == "the old page"
+    compare_and_report(options, [finished])
+    assert "<html" in (out / "report.html").read_text()
 
 
 @pytest.mark.slow
