@@ -195,7 +195,7 @@ CASES = {
     # settings
     "unknown method": Case(distill("--method", "promptk"), "Got 'promptk'"),
     "negative learning rate": Case(distill("--learning-rate=-1"), "learning_rate must be 0 or more, got -1"),
-    "a temperature of 0": Case(distill("--temperature", 0), "--temperature must be above 0. Got 0."),
+    "a temperature of 0": Case(distill("--temperature", 0), "temperature must be above 0"),
     "too short for the template": Case(
         evaluate("--max_prompt_length", 9), "The shortest prompt has 139 tokens, template included, and the limit is 9"
     ),
