@@ -7,7 +7,7 @@ import ast
 import inspect
 import textwrap
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields, make_dataclass
 from functools import cache
 from types import NoneType
@@ -43,23 +43,31 @@ def limit_checks(settings: Any) -> list[tuple[bool, str]]:
     owner: type = type(settings)  # mypy takes it for more than a type
     hints, values = _hints(owner), vars(settings)
     expected = {each.name: _expected(each, hints[each.name], values[each.name]) for each in fields(settings)}
-    return [(True, f"{name} must {text}, got {values[name]!r}") for name, text in expected.items() if text]
+    return [(True, f"{name} {text}, got {values[name]!r}") for name, text in expected.items() if text]
 
 
 def _expected(declared: Field[Any], annotation: Any, value: Any) -> str:
-    """What the value must do and does not; empty if it is allowed."""
+    """What the value must be and is not; empty if it is allowed."""
     literals = [each for each in (annotation, *get_args(annotation)) if get_origin(each) is Literal]
     choices = [choice for literal in literals for choice in get_args(literal)]
-    least, most, above = (declared.metadata.get(name) for name in ("at_least", "at_most", "above"))
     if value is None and NoneType in get_args(annotation):
         return ""
     if choices and value not in choices:
-        return f"be one of {', '.join(map(str, choices))}"
+        return f"must be one of {', '.join(map(str, choices))}"
+    return beyond_limits(declared.metadata, value)
+
+
+def beyond_limits(limits: Mapping[str, Any], value: Any) -> str:
+    """What a value must be, where it exceeds a limit of its field's metadata: "must be at least 1"; else nothing."""
+    least, most, above = (limits.get(name) for name in ("at_least", "at_most", "above"))
+    missing = value is None  # of a field that needs a value
+    if above is not None and most is not None:
+        return "" if not missing and above < value <= most else f"must lie above {above} and at most at {most}"
     if least is not None and most is not None:
-        return "" if value is not None and least <= value <= most else f"lie in [{least}, {most}]"
-    if least is not None and (value is None or not value >= least):
-        return "be 0 or more" if least == 0 else f"be at least {least}"
-    return f"be above {above}" if above is not None and not value > above else ""
+        return "" if not missing and least <= value <= most else f"must lie in [{least}, {most}]"
+    if least is not None and (missing or not value >= least):
+        return "must be 0 or more" if least == 0 else f"must be at least {least}"
+    return f"must be above {above}" if above is not None and (missing or not value > above) else ""
 
 
 def flat(name: str, owners: Iterable[type]) -> type:

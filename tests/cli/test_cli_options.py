@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Literal
 
 from promptkd.errors import PromptKDError, RequestError
+from promptkd.settings import option
 
 TRAINING_CONFIG = "toy_lazy:ToyConfig"
 SETTINGS_SOURCES = ("toy_training.py",)
@@ -63,6 +64,9 @@ class Options(Base):
     extra: dict = field(default_factory=dict)
     """More settings."""
     name: str | None = None
+    rows: list[int] | None = option(None, at_least=1)
+    share: float = option(1.0, above=0, at_most=1)
+    layers: int = option(2, at_least=1, at_most=30)
     fail: str = ""
 
     def __post_init__(self):
@@ -243,6 +247,9 @@ def test_defaults_stand_where_nothing_is_given() -> None:
         "seeds": [10, 20],
         "extra": {},
         "name": None,
+        "rows": None,
+        "share": 1.0,
+        "layers": 2,
         "fail": "",
     }
     assert parsed.training == {}
@@ -323,6 +330,10 @@ def test_values_become_what_the_annotation_asks(arguments: list[str], name: str,
         (["--seeds"], "--seeds expects one or more values, each a whole number. Got no value."),
         (["--extra", "word"], "--extra expects a mapping such as {\"key\": 1}. Got 'word'."),
         (["--extra", '{"a": '], '--extra expects a mapping such as {"key": 1}. Got \'{"a": \'.'),
+        (["--rows", "1", "0", "-2"], "--rows must be at least 1. Got 1 0 -2."),
+        (["--share", "0"], "--share must lie above 0 and at most at 1. Got 0."),
+        (["--share", "1.5"], "--share must lie above 0 and at most at 1. Got 1.5."),
+        (["--layers", "31"], "--layers must lie in [1, 30]. Got 31."),
         (["--name", "a", "b"], "Did not expect b: --name takes one value."),
         (["--name", "a", "--name", "a"], "--name is given twice. Give it once."),
         (["--seeds", "1", "--seeds", "2"], "--seeds is given twice. Give the values together: --flag A B."),
@@ -514,6 +525,7 @@ def test_values_of_the_file(config, line: str, name: str, value: Any) -> None:
         ("max_prompt_length:\n", "toy.yaml: max_prompt_length expects a whole number. Got nothing."),
         ("packing: no\n", "toy.yaml: packing expects true or false. Got 'no'."),
         ("packing: 1\n", "toy.yaml: packing expects true or false. Got 1."),
+        ("layers: 0\n", "toy.yaml: layers must lie in [1, 30]. Got 0."),
         ("name: 7\n", "toy.yaml: name expects text or none. Got 7. Put it in quotes."),
         ("name: [a]\n", "toy.yaml: name expects text or none. Got a."),
         ("model: 7\n", "toy.yaml: model expects text. Got 7."),  # wrong, though --model wins over it

@@ -202,7 +202,7 @@ def test_whatever_of_the_teacher_is_trained_has_a_folder_of_its_own(world, tmp_p
     ran = done(capsys, *distill(world, out, "--method", method, "--prompt_learning_rate", 0.1))
     told = record(out).metrics
     numbers, share = (told[f"teacher_trained_{name}"].value for name in ("numbers", "share"))
-    assert f"{numbers:,.0f} numbers of the teacher are trained along, {share:.4%} of its parameters" in ran.err
+    assert f"{numbers:,.0f} parameters of the teacher are trained, {share:.4%} of its parameters" in ran.err
     assert share == pytest.approx(numbers / record(out).models["teacher"].parameters)
     student = RUN_FILES | below("student", MODEL_FILES) | {"checkpoints/checkpoint-3"}
     assert held(out) == student | below(folder, files)
@@ -373,7 +373,7 @@ def test_a_run_that_was_interrupted_ends_like_one_that_was_not(world, tmp_path, 
     assert len(steps(tmp_path / "cut")) == after
 
     ran = done(capsys, *longer(command(world, tmp_path / "cut", "--resume")))
-    assert "Going on from" in ran.err
+    assert "Resuming from" in ran.err
     assert held(tmp_path / "cut") == held(tmp_path / "whole")
     assert steps(tmp_path / "cut") == steps(tmp_path / "whole")
     assert len(steps(tmp_path / "cut")) == 6

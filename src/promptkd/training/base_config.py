@@ -57,7 +57,7 @@ class BaseConfig(_Arguments):
     seed: int = option(42, at_least=0, at_most=2**32 - 1)  # NumPy's limit
     """Seed of everything random."""
     on_nan: Literal["stop", "skip"] = "stop"
-    """At a NaN or infinite loss or gradient, before the student's update: stop the run, or skip the step and count it."""
+    """At a NaN or infinite loss or gradient, before the student's update: stop, or skip the step and count it."""
     report_to: str | list[str] | None = "none"
     """Tracker, such as wandb or tensorboard."""
     logging_steps: float = 1

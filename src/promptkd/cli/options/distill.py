@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from promptkd.cli.options.common import Training
+from promptkd.settings import option
 
 RESUMED_BY = ("--resume",)
 LESS_MEMORY = ("--teacher_dtype bfloat16", "--teacher_quantization 8bit")  # to load; training tells of its phases
@@ -43,7 +44,7 @@ class Options(Training):
     """The student: a hub name, folder, run folder or GGUF file."""
     teacher: str
     """The teacher, likewise. It must share the student's vocabulary."""
-    student_lora_rank: int | None = None
+    student_lora_rank: int | None = option(None, at_least=1)
     """Train LoRA weights of this rank beside the student's in place of the whole student."""
     student_lora_alpha: float = 32.0
     """Scale of the student's LoRA weights."""

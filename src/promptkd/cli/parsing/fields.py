@@ -4,7 +4,7 @@ import ast
 import dataclasses
 import importlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -24,6 +24,8 @@ class Field:
     required: bool
     default: Any
     help: str
+    limits: Mapping[str, Any]
+    """`at_least`, `at_most` and `above` of `promptkd.settings.option`; of a list, those of its items."""
 
     @property
     def flag(self) -> str:
@@ -65,7 +67,7 @@ def common_fields(command: ModuleType) -> list[Field]:
                     match part:
                         case ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as value) if name in wanted:
                             annotation = _evaluated(part.annotation, types)
-                            found[name] = Field(name, annotation, False, _literal(value), docs[name])
+                            found[name] = Field(name, annotation, False, _literal(value), docs[name], {})
                         case ast.Assign(targets=[ast.Name(id="name")], value=ast.Constant(value=str(method))):
                             methods.append(method)
     if "method" in found:
@@ -107,6 +109,7 @@ def _fields(owner: type) -> dict[str, Field]:
             required=field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING,
             default=_default(field),
             help=" ".join((field.metadata.get("help") or docs.get(field.name, "")).split()),
+            limits=field.metadata,
         )
         for field in dataclasses.fields(owner)
         if field.init
