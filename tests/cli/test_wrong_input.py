@@ -136,9 +136,10 @@ CASES = {
     "validation limit 0": Case(sft(*VALID, "--eval-limit", 0), "must be at least 1. Got 0"),
     # models
     "another vocabulary": Case(
-        distill(pair=("--student", "W/student", "--teacher", "W/other")), "share their tokens but cut text differently"
+        distill(pair=("--student", "W/student", "--teacher", "W/other")),
+        "share their tokens but split text differently",
     ),
-    "another vocabulary in evaluate": Case(evaluate("--teacher", "W/other"), "cut text differently"),
+    "another vocabulary in evaluate": Case(evaluate("--teacher", "W/other"), "split text differently"),
     "no model": Case(generate(model="W/notes"), "W/notes is no model: expected config.json"),
     "no model to tune": Case(("sft", "--model", "W/notes", *DATA, "--out", "OUT"), "W/notes is no model"),
     "a file as model": Case(generate(model="W/file"), "Got the file W/file"),
@@ -189,13 +190,13 @@ CASES = {
     ),
     "more layers, evenly": Case(prune("--layers", 5, "--choose", "even"), "between 1 and 4 layers", loads=True),
     "a layer that is not there": Case(prune("--keep", 0, 4), "The teacher has layers 0 … 3. Got 4", loads=True),
-    "repeated layers": Case(prune("--keep", 1, 1), "once each, in rising order. Got [1, 1]", loads=True),
+    "repeated layers": Case(prune("--keep", 1, 1), "once each, in ascending order. Got [1, 1]", loads=True),
     "no rows to measure on": Case(prune("--layers", 2, *DATA, "--rows", 0), "--rows must be at least 1, got 0"),
     # settings
     "unknown method": Case(distill("--method", "promptk"), "Got 'promptk'"),
     "negative learning rate": Case(distill("--learning-rate=-1"), "learning_rate must be 0 or more, got -1"),
     "all of the settings wrong": Case(
-        distill("--prompt_length=-1", "--prompt_kl", "sideways", "--temperature", 0), "; temperature must be above 0"
+        distill("--prompt_length=-1", "--mu", 2, "--temperature", 0), "; temperature must be above 0"
     ),
     "too short for the template": Case(
         evaluate("--max_prompt_length", 9), "The shortest prompt has 139 tokens, template included, and the limit is 9"
@@ -280,9 +281,9 @@ CASES |= {
     "10 GiB of holes": Case(data("holes.jsonl"), "W/h/holes.jsonl, line 1: is longer than 16 MiB"),
     "300 MiB of holes as JSON": Case(data("large.json"), "W/h/large.json cannot be read: it holds more than 256 MiB"),
     "a gz bomb": Case(data("bomb.jsonl.gz"), "64 MiB and a hundred times its size are allowed"),
-    "a gz file that breaks off": Case(data("torn.jsonl.gz"), "W/h/torn.jsonl.gz is not a whole gzip file"),
-    "text named gz": Case(data("plain.jsonl.gz"), "W/h/plain.jsonl.gz is not a whole gzip file"),
-    "zip named gz": Case(evaluate(data=("--data", "W/h/zip.jsonl.gz")), "W/h/zip.jsonl.gz is not a whole gzip file"),
+    "a gz file that breaks off": Case(data("torn.jsonl.gz"), "W/h/torn.jsonl.gz is not a complete gzip file"),
+    "text named gz": Case(data("plain.jsonl.gz"), "W/h/plain.jsonl.gz is not a complete gzip file"),
+    "zip named gz": Case(evaluate(data=("--data", "W/h/zip.jsonl.gz")), "W/h/zip.jsonl.gz is not a complete gzip file"),
     "zip named JSONL": Case(data("zip.jsonl"), "W/h/zip.jsonl, line 1: "),
     "zip named Parquet": Case(data("zip.parquet"), "W/h/zip.parquet is not a readable Parquet file"),
     "a Parquet file that breaks off": Case(data("torn.parquet"), "is not a readable Parquet file (after 0 rows)"),
@@ -382,7 +383,7 @@ CASES |= {
     "a damaged adapter": Case(export("W/m/adapter-torn"), "W/m/adapter-torn"),
     "an adapter of rank 10^12": Case(export("W/m/adapter-rank"), "asks for a rank or length of 1000000000000"),
     "an adapter of an unknown type": Case(export("W/m/adapter-type"), "W/m/adapter-type"),
-    "text named GGUF": Case(generate(model="W/m/text.gguf"), "is no whole GGUF file: it does not begin with GGUF"),
+    "text named GGUF": Case(generate(model="W/m/text.gguf"), "not a complete GGUF file: it does not begin with GGUF"),
     "GGUF of version 77": Case(export("W/m/version.gguf"), "it is of version 77, and 2 and 3 are known"),
     "GGUF of 2^60 tensors": Case(("chat", "W/m/counts.gguf"), "it states 1152921504606846976 tensors and"),
     "GGUF with an array of 2^60": Case(generate(model="W/m/array.gguf"), "it states an array of 1152921504606846976"),

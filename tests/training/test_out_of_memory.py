@@ -19,7 +19,7 @@ from helpers.trainers import log, trainer
 from promptkd.cli.run_folder import _MICRO_BATCHES, _OF_MEMORY
 from promptkd.errors import PromptKDError
 from promptkd.results import Results
-from promptkd.training import DistillConfig, DistillTrainer, FinetuneConfig
+from promptkd.training import DistillConfig, FinetuneConfig
 from promptkd.training.out_of_memory import Savings, advice
 
 CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ...")
@@ -46,8 +46,8 @@ def fail_in_second_step(patch, owner, name, error):
 
 
 ROLLOUT = (promptkd.training.rollout, "generate")
-PROMPT = (promptkd.training.teacher_tuner.TeacherTuning, "_hidden_with_graph")
-STUDENT = (DistillTrainer, "_method_loss")
+PROMPT = (promptkd.training.teacher.Teacher, "trained_hidden")
+STUDENT = (promptkd.training.student_loss.StudentLoss, "_loss")
 UPDATE = (accelerate.optimizer.AcceleratedOptimizer, "step")
 VALIDATION = (promptkd.training.validation, "measure_rows")
 
@@ -164,7 +164,7 @@ def test_the_tensors_of_a_failed_step_are_free_again(tmp_path, monkeypatch):
         held.append(weakref.ref(large))
         raise CUDA
 
-    monkeypatch.setattr(DistillTrainer, "_method_loss", failing)
+    monkeypatch.setattr(promptkd.training.student_loss.StudentLoss, "_loss", failing)
     with pytest.raises(PromptKDError) as caught:
         made.train()
     assert caught.value.__cause__.__traceback__ is not None

@@ -23,7 +23,7 @@ def forecast(trainer: Any, trial: Trial) -> list[str]:
 
 def _sizes(trainer: Any) -> list[str]:
     student = trainer.accelerator.unwrap_model(trainer.model)
-    teacher = trainer.accelerator.unwrap_model(trainer.teacher_model)
+    teacher = trainer.teacher.model
     numbers, _ = trainer.trainable_share()
     return [
         _line("student", f"{count_parameters(student, trainable=True):,} of {count_parameters(student):,} trained"),

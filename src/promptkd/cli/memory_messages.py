@@ -6,7 +6,7 @@ from types import ModuleType
 from typing import Any
 
 from promptkd.errors import PromptKDError
-from promptkd.memory import gibibytes, is_out_of_memory, memory_at_hand
+from promptkd.memory import gibibytes, is_out_of_memory, memory_status
 
 
 def told_peak(peak: int, by_phase: Mapping[str, int], *, sampled: bool = False) -> str:
@@ -40,7 +40,7 @@ def out_of_memory_told(command: ModuleType, options: Any, resume: str = "") -> I
         given = _settled(vars(options))
         less = [each.format(**given) for each in vars(command).get("LESS_MEMORY", ())]
         advice = f"Less is needed with {', or '.join(less)}." if less else "It takes a machine with more memory."
-        told = [f"Out of memory{_batch(given)}.", memory_at_hand(error), advice, resume]
+        told = [f"Out of memory{_batch(given)}.", memory_status(error), advice, resume]
         raise PromptKDError(" ".join(part for part in told if part)) from error
 
 

@@ -15,7 +15,7 @@ from promptkd.cli.parsing.parser import merged_config
 from promptkd.cli.provenance import data_record, label_of
 from promptkd.cli.run_folder import RunFolder
 from promptkd.cli.terminal import is_main_process, say
-from promptkd.data import encode_examples, read_examples, resolve_template
+from promptkd.data import encode_examples, read_examples
 from promptkd.errors import PromptKDError, RequestError
 from promptkd.evaluation.measure import evaluation_of, measure_rows
 from promptkd.io.atomic import write_atomic
@@ -29,6 +29,7 @@ from promptkd.training.collapse import findings_as_notes
 from promptkd.training.distributed import autocast
 from promptkd.training.out_of_memory import out_of_memory_told
 from promptkd.training.signals import StopOnSignal
+from promptkd.training.validation import validation_decoding
 
 _LOWER_IS_BETTER = {"rouge_l": False, "loss": True, "kl_to_teacher": True}
 _SET_HERE = {
@@ -99,7 +100,7 @@ class TrainingRun:
             encoded[name] = encode_examples(
                 examples,
                 tokenizer,
-                resolve_template(args.template, tokenizer),
+                args.template,
                 max_prompt_length=args.max_prompt_length,
                 max_response_length=args.max_completion_length,
                 overlong=args.overlong,
@@ -204,13 +205,13 @@ class TrainingRun:
         evaluations = []
 
         def measure(model: Any, teacher: Any) -> None:
-            if trainer.validation_rows():
+            if trainer.validation_rows:
                 started = time.perf_counter()
-                decoding = trainer.decoding()
+                decoding = validation_decoding(trainer)
                 results = measure_rows(
                     model,
                     trainer.processing_class,
-                    trainer.validation_rows(),
+                    trainer.validation_rows,
                     decoding,
                     teacher=teacher,
                     batch_size=trainer.args.per_device_eval_batch_size,
@@ -247,7 +248,7 @@ class TrainingRun:
 
     def _warnings(self, trainer: Any, history: list[dict[str, Any]]) -> list[str]:
         """What a reader must know of how the training went; the skipped steps also as a figure."""
-        skipped, steps = trainer.skipped_steps(), trainer.state.global_step
+        skipped, steps = trainer.guard.skipped, trainer.state.global_step
         if not skipped:
             return findings_as_notes(history)
         self.metrics["skipped_steps"] = Metric(value=skipped)

@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from promptkd.data.dataset import load_rows, stop_ids_of
+from promptkd.data import encode_examples, read_examples, stop_token_ids
+from promptkd.data.batch import right_pad
 from promptkd.data.encode import EncodedData
-from promptkd.data.packing import right_pad
 from promptkd.demo.cache import Stage, cached_stage
 from promptkd.demo.measurement import differences
 from promptkd.demo.settings import TEMPLATE, DemoSettings, data_file, teacher_file, teacher_hash
 from promptkd.evaluation.measure import evaluation_of, measure_rows
 from promptkd.generation import Decoding
 from promptkd.models import block_influence, load_model, load_tokenizer, model_record, most_influential, prune_layers
-from promptkd.models.load import GGUF_CONVERSION
+from promptkd.models.gguf_read import GGUF_CONVERSION
 from promptkd.precision import compute_dtype, computing
 from promptkd.results import DataRecord, Evaluation, Results, Series, file_sha256
 from promptkd.training import DistillConfig, DistillTrainer, FinetuneConfig, FinetuneTrainer, PromptKDConfig
@@ -47,7 +47,7 @@ class Demo:
         """All stages in order. Writes student, prompt, `metrics.jsonl` and `results.json`; returns the record."""
         started = time.perf_counter()
         teacher = self.tuned_teacher()
-        self.stop_ids = stop_ids_of(self.tokenizer, teacher.model.generation_config, template=TEMPLATE)
+        self.stop_ids = stop_token_ids(self.tokenizer, teacher.model.generation_config, TEMPLATE)
         pruned = self.pruned_student(teacher.model)
         frozen = self.frozen_teacher(teacher)
         evaluations = {}
@@ -183,10 +183,10 @@ class Demo:
     # ---- inside ----
 
     def _load(self, split: str) -> EncodedData:
-        return load_rows(
-            data_file(split),
+        return encode_examples(
+            read_examples(data_file(split)),
             self.tokenizer,
-            template=TEMPLATE,
+            TEMPLATE,
             max_prompt_length=self.settings.max_prompt_length,
             max_response_length=self.settings.max_response_length,
             overlong="error",

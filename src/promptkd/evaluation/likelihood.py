@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
+from promptkd.data.batch import TokenBatch, right_pad
 from promptkd.data.encode import EncodedExample
-from promptkd.data.packing import TokenBatch, right_pad
 from promptkd.engine import evaluating, head_logits, response_hidden
 from promptkd.models import shared_vocabulary_size
 from promptkd.objectives import reverse_kl

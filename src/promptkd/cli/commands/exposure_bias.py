@@ -24,7 +24,7 @@ from promptkd.cli.options.exposure_bias import Options
 from promptkd.cli.parsing.parser import merged_config
 from promptkd.cli.provenance import data_record, label_of
 from promptkd.cli.terminal import progress_lines, say
-from promptkd.data.dataset import stop_ids_of
+from promptkd.data import stop_token_ids
 from promptkd.errors import RequestError, check_all
 from promptkd.evaluation import Scoring, exposure_bias, sample_continuations
 from promptkd.evaluation.exposure_bias import ExposureBias
@@ -92,7 +92,7 @@ class _Job:
             [row.prompt_ids for row in self.rows],
             Decoding(
                 max_new_tokens=options.max_completion_length,
-                stop_ids=stop_ids_of(self.tokenizer, model.generation_config, template=options.template),
+                stop_ids=stop_token_ids(self.tokenizer, model.generation_config, options.template),
                 vocabulary=vocabulary_size(self.tokenizer),
                 seed=options.seed,
                 batch_size=settled_rows(options.batch_size),

@@ -1,4 +1,4 @@
-"""Prompts and responses as one rectangle of tokens, padded on the right."""
+"""Prompts and responses as one right-padded batch of tokens."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,13 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["TokenBatch", "moved", "on_device", "right_pad"]
-
 
 def on_device(values: Sequence[Any], device: torch.device | str) -> Tensor:
-    """Integers, nested as a tensor nests them, on a device, without waiting for it.
+    """A tensor of integers (nested sequences as usual) on a device, without waiting for it.
 
-    A plain copy to a GPU waits until all that was queued there is done.
+    A plain copy to a GPU waits until all work queued there is done.
     """
     return moved(torch.tensor(values, dtype=torch.long), device)
 
@@ -31,43 +29,31 @@ def moved(tensor: Tensor, device: torch.device | str) -> Tensor:
 class TokenBatch:
     """Rows of prompt + response, padded on the right. Positions decide what is scored, never token ids.
 
-    Padding stands behind every real token, where a causal model cannot see it, so its id means nothing. What is known
-    of the rows stays on the host too: nothing here waits for a device.
+    Padding follows every real token, where a causal model cannot see it, so its id is arbitrary. The host has a copy of
+    all that is known of the rows, so that nothing here waits for a device.
     """
 
-    input_ids: Tensor
-    """(B, T)"""
-    rows: Tensor
-    """(N,) the row of each response token, in row-major order."""
-    columns: Tensor
-    """(N,) the column that predicts each response token: the one before it."""
-    targets: Tensor
-    """(N,) the response tokens."""
-    token_ids: tuple[list[int], ...]
-    """Real tokens of each row, on the host."""
-    prompt_lengths: tuple[int, ...]
-    """Tokens of each row's prompt."""
+    input_ids: Tensor  # (B, T)
+    rows: Tensor  # (N,) the row of each response token, in row-major order
+    columns: Tensor  # (N,) the column that predicts each response token: the one before it
+    targets: Tensor  # (N,) the response tokens
+    token_ids: tuple[list[int], ...]  # each row without padding, on the host
+    prompt_lengths: tuple[int, ...]  # tokens of each row's prompt
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Real tokens of each row."""
+        """Tokens of each row, without padding."""
         return tuple(map(len, self.token_ids))
 
     @property
     def response_lengths(self) -> tuple[int, ...]:
         """Response tokens of each row."""
-        return tuple(whole - prompt for whole, prompt in zip(self.lengths, self.prompt_lengths, strict=True))
+        return tuple(total - prompt for total, prompt in zip(self.lengths, self.prompt_lengths, strict=True))
 
     @cached_property
     def scored_places(self) -> tuple[list[int], list[int]]:
         """`rows` and `columns`, on the host."""
-        rows = [row for row, count in enumerate(self.response_lengths) for _ in range(count)]
-        columns = [
-            column
-            for prompt, whole in zip(self.prompt_lengths, self.lengths, strict=True)
-            for column in range(prompt - 1, whole - 1)
-        ]
-        return rows, columns
+        return _scored_places(self.prompt_lengths, self.lengths)
 
     @property
     def position_ids(self) -> Tensor:
@@ -79,11 +65,11 @@ class TokenBatch:
         """N, the number of scored tokens."""
         return self.targets.numel()
 
-    def parts(self, longest: int) -> list["TokenBatch"]:
-        """The batch in pieces of rows that follow each other, each of at most `longest` real tokens, or of one row."""
+    def split(self, max_tokens: int) -> list["TokenBatch"]:
+        """The batch in parts of consecutive rows, each of at most `max_tokens` tokens (padding aside) or one row."""
         starts, total = [0], 0
         for row, tokens in enumerate(self.lengths):
-            if total and total + tokens > longest:
+            if total and total + tokens > max_tokens:
                 starts.append(row)
                 total = 0
             total += tokens
@@ -102,10 +88,9 @@ class TokenBatch:
         )
 
     def by_row(self, values: Tensor) -> Tensor:
-        """Values of the response tokens, (N,), as (B, length of the longest response); 0 where a row has none."""
+        """Values of the response tokens, (N,), as (B, longest response), 0 behind the end of a response."""
         counts = self.response_lengths
-        firsts = [0, *accumulate(counts)][:-1]
-        first = on_device(firsts, self.rows.device)
+        first = on_device([0, *accumulate(counts)][:-1], self.rows.device)
         place = torch.arange(len(self.rows), device=self.rows.device) - first[self.rows]
         table = values.new_zeros(self.input_ids.shape[0], max(counts))
         return table.index_put((self.rows, place), values)
@@ -126,21 +111,22 @@ def right_pad(
     empty = [row for row, prompt in enumerate(prompts) if len(prompt) == 0]
     if empty:
         raise ValueError(f"A prompt needs at least one token. Got none in row {empty[0]} of the batch.")
-    whole = tuple([*prompt, *response] for prompt, response in zip(prompts, responses, strict=True))
-    input_ids = torch.zeros(len(whole), max(map(len, whole)), dtype=torch.long)
-    rows: list[int] = []
-    columns: list[int] = []
-    targets: list[int] = []
-    for row, (prompt, response, tokens) in enumerate(zip(prompts, responses, whole, strict=True)):
-        input_ids[row, : len(tokens)] = torch.tensor(tokens)
-        rows.extend([row] * len(response))
-        columns.extend(range(len(prompt) - 1, len(tokens) - 1))
-        targets.extend(response)
+    token_ids = tuple([*prompt, *response] for prompt, response in zip(prompts, responses, strict=True))
+    prompt_lengths, lengths = tuple(map(len, prompts)), tuple(map(len, token_ids))
+    rows, columns = _scored_places(prompt_lengths, lengths)
     return TokenBatch(
-        input_ids=moved(input_ids, device),
+        input_ids=on_device([[*ids, *[0] * (max(lengths) - len(ids))] for ids in token_ids], device),
         rows=on_device(rows, device),
         columns=on_device(columns, device),
-        targets=on_device(targets, device),
-        token_ids=whole,
-        prompt_lengths=tuple(map(len, prompts)),
+        targets=on_device([token for response in responses for token in response], device),
+        token_ids=token_ids,
+        prompt_lengths=prompt_lengths,
     )
+
+
+def _scored_places(prompt_lengths: Sequence[int], lengths: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Row and column of each token that predicts a response token, in row-major order."""
+    bounds = list(enumerate(zip(prompt_lengths, lengths, strict=True)))
+    rows = [row for row, (prompt, total) in bounds for _ in range(total - prompt)]
+    columns = [column for _, (prompt, total) in bounds for column in range(prompt - 1, total - 1)]
+    return rows, columns

@@ -1,39 +1,149 @@
 # mypy: disallow-untyped-defs=False
-"""Triton programs that take one row of logits each, for `kernels.py`: values, and the gradient over the logits.
+"""Triton kernels of the chunked losses: the same calls and results as those in `promptkd.objectives.kernels`.
 
-A program walks over its row twice, since a row of 152k logits does not fit on chip, and the rows that run at the same
-time do not fit into the L2 cache:
+A program takes one row of float32 logits, finite everywhere, and writes the gradient over it. It reads the row twice,
+since a row of 152k logits does not fit on chip, nor all rows that run at once into the L2 cache: first for log-sum-exps
+and the mean that centers the gradient of a reverse KL, then for values and gradient. Bytes moved per logit (plain torch
+moves 168 for a reverse KL to two models):
 
-1. log-sum-exps, and the mean that centers the gradient of a reverse KL;
-2. values and gradient.
-
-Bytes moved per logit in float32 (plain torch moves 168 for a reverse KL to two models):
-
-| program | first pass | second pass | gradient | all |
+| program | first pass | second pass | gradient | sum |
 |---|---|---|---|---|
 | reverse KL to two models | 12 | 12 | 4 | 28 |
 | reverse KL to one, forward KL | 8 | 8 | 4 | 20 |
 | cross-entropy | 4 | 4 | 4 | 12 |
 
-All arithmetic is float32. Every lane of a block has its own sums, so that only V / BLOCK terms are added one after the
-other; then the lanes meet in a tree, once per pass. A log-sum-exp stays a pair, top + log(mass): as one number it would
-be off by up to 1e-6 at logits around 30, and a KL with it. A log-ratio is
+Each lane of a block has its own sums, so that only V / BLOCK terms are added one after the other; then the lanes are
+added in a tree, once per pass. A log-sum-exp stays a pair, top + log(mass): as one number it would be off by up to 1e-6
+at logits around 30, and a KL with it. A log-ratio is
 
     log p - log q = ((z_p - top_p) - (z_q - top_q)) - log(mass_p / mass_q),
 
 which has no rounding at the tops, where p is large, and is exactly 0 for equal inputs.
+
+This module needs Triton, which torch brings along on CUDA. Tests: tests/engine/test_triton_kernels.py.
 """
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-__all__ = ["cross_entropy_rows", "forward_kl_rows", "reverse_kl_rows"]
+from promptkd.objectives.kernels import Kernel, Kernels
 
-_LOWEST = tl.constexpr(-3.4e38)  # what stands after the last column; finite, since inf - inf is not a number
+# A load of 16 bytes per thread and model. With three models a thread needs 64 registers (sm_90), so four programs run
+# per multiprocessor with 48 KB of loads in flight, more than the latency of memory asks for.
+_BLOCK, _WARPS = 1024, 8
+_LOWEST = tl.constexpr(-3.4e38)  # past the last column; finite, since inf - inf is not a number
+
+
+def reverse_kl_kernel(logits: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """KL(q || p), q of `logits`, p of `target`: d/dz = q (log q - log p - KL).
+
+    Args:
+        logits: (C, V) float32, finite, rows of any stride. The gradient is written over it.
+        target: like `logits`; only read.
+
+    Returns:
+        The values (C,) in nats, and the metric "entropy" (C,) of q.
+
+    Raises:
+        ValueError: for another dtype, differing shapes or devices, or rows that are not contiguous.
+    """
+    values, _, entropy = _reverse_kl(logits, 0.0, target=target)
+    return values, {"entropy": entropy}
+
+
+def forward_kl_kernel(logits: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """KL(p || q), q of `logits`, p of `target`: d/dz = q - p. Otherwise as `reverse_kl_kernel`."""
+    _check(logits, target=target)
+    values, entropy = _per_row(logits), _per_row(logits)
+    strides = logits.stride(0), target.stride(0)
+    _launch(_forward_kl_rows, logits, target, values, entropy, *strides)
+    return values, {"entropy": entropy}
+
+
+def cross_entropy_kernel(logits: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """-log q(y), q of `logits`: d/dz = q - [y].
+
+    Args:
+        logits: (C, V) float32, finite, rows of any stride. The gradient is written over it.
+        labels: (C,) the tokens y, in 0 … V - 1. Not checked, since a check would wait for the device.
+
+    Returns:
+        The values (C,) in nats, and the metric "entropy" (C,) of q.
+
+    Raises:
+        ValueError: for another dtype, another number of labels, or rows that are not contiguous.
+    """
+    _check(logits)
+    if labels.shape != logits.shape[:1] or labels.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"`labels` must be int32 or int64 of shape (C,) = ({len(logits)},). "
+            f"Got {labels.dtype} of shape {tuple(labels.shape)}."
+        )
+    values, entropy = _per_row(logits), _per_row(logits)
+    _launch(_cross_entropy_rows, logits, labels.contiguous(), values, entropy, logits.stride(0))
+    return values, {"entropy": entropy}
+
+
+def prompt_kernel(weight: float) -> Kernel:
+    """KL(p || q) + λ KL(p || p0), λ = `weight`: a kernel of the logits of p, q and, optionally, p0.
+
+    The metrics are the unweighted terms "to_student" and, with p0, "to_plain". Tensors and errors as in
+    `reverse_kl_kernel`.
+    """
+
+    def kernel(logits: Tensor, student: Tensor, *plain: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        if not plain:
+            values, _, _ = _reverse_kl(logits, 0.0, student=student)
+            return values, {"to_student": values}
+        to_student, to_plain, _ = _reverse_kl(logits, weight, student=student, plain=plain[0])
+        return to_student + weight * to_plain, {"to_student": to_student, "to_plain": to_plain}
+
+    return kernel
+
+
+def _reverse_kl(logits: Tensor, weight: float, **targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """KL to the first target, to the second (0 without one), and entropy, (C,) each; gradient of the weighted sum."""
+    _check(logits, **targets)
+    student, plain = (*targets.values(), None)[:2]
+    results = _per_row(logits), _per_row(logits), _per_row(logits)
+    strides = [0 if each is None else each.stride(0) for each in (logits, student, plain)]
+    _launch(_reverse_kl_rows, logits, student, plain, float(weight), *results, *strides)
+    return results
+
+
+def _launch(program: Any, logits: Tensor, *arguments: Any) -> None:
+    with torch.cuda.device_of(logits):  # Triton launches on the current device, wherever the tensors are
+        program[(len(logits),)](logits, *arguments, SIZE=logits.shape[1], BLOCK=_BLOCK, num_warps=_WARPS)
+
+
+def _per_row(logits: Tensor) -> Tensor:
+    return logits.new_empty(len(logits))
+
+
+def _check(logits: Tensor, **targets: Tensor) -> None:
+    for name, each in {"logits": logits, **targets}.items():
+        if each.dtype != torch.float32 or each.ndim != 2 or each.stride(1) != 1:
+            raise ValueError(
+                f"`{name}` must be float32 of shape (C, V), contiguous in V. Got {each.dtype} of shape "
+                f"{tuple(each.shape)} with strides {each.stride()}. Convert it, or use promptkd.objectives.kernels."
+            )
+        if each.shape != logits.shape or each.device != logits.device:
+            raise ValueError(
+                f"`{name}` must have the shape and device of `logits`, {tuple(logits.shape)} on {logits.device}. "
+                f"Got {tuple(each.shape)} on {each.device}. Slice padded heads to the shared vocabulary."
+            )
+
+
+KERNELS = Kernels(reverse_kl_kernel, forward_kl_kernel, cross_entropy_kernel, prompt_kernel)
+"""For float32 on CUDA."""
 
 
 @triton.jit
-def reverse_kl_rows(
+def _reverse_kl_rows(
     logits,  # (C, V) of the model p that requires grad
     student,  # (C, V) of q
     plain,  # (C, V) of p0, or None
@@ -49,8 +159,8 @@ def reverse_kl_rows(
 ):
     """KL(p || q) + λ KL(p || p0), λ = `weight`: d/dz = p (g - Σ p g), g = (1 + λ) log p - log q - λ log p0.
 
-    A constant in g changes nothing in the gradient. So g is taken from the logits as they are, and its mean is known
-    after the first pass.
+    A constant in g does not change the gradient. So g is computed from logits, and its mean is known after the first
+    pass.
     """
     token = tl.program_id(0).to(tl.int64)  # times a stride it may exceed 2^31
     logits += token * stride
@@ -108,7 +218,7 @@ def reverse_kl_rows(
 
 
 @triton.jit
-def forward_kl_rows(
+def _forward_kl_rows(
     logits,  # (C, V) of the model q that requires grad
     target,  # (C, V) of p
     values,  # (C,) KL(p || q)
@@ -152,7 +262,7 @@ def forward_kl_rows(
 
 
 @triton.jit
-def cross_entropy_rows(
+def _cross_entropy_rows(
     logits,  # (C, V) of the model q that requires grad
     labels,  # (C,)
     values,  # (C,) -log q(y)
@@ -188,8 +298,8 @@ def cross_entropy_rows(
 
 @triton.jit
 def _load(row, start, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """BLOCK logits from column `start` on. The last block alone has a mask: one that ends at an odd column makes every
-    load of 16 bytes four of 4."""
+    """BLOCK logits from column `start` on. Only the last block is masked: a mask that ends at an odd column would split
+    every load of 16 bytes into four."""
     columns = start + tl.arange(0, BLOCK)
     if start + BLOCK <= SIZE:
         logits = tl.load(row + columns)

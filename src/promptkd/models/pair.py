@@ -1,4 +1,4 @@
-"""From hidden states to the summed losses of student and teacher adapter: chunked where the heads allow, else plain."""
+"""Student and teacher: from their hidden states to summed losses, chunked where the heads allow, else plain."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,9 +19,8 @@ from promptkd.engine import (
 from promptkd.objectives import prompt_loss_terms
 from promptkd.objectives.prompt import Direction
 
-__all__ = ["Pair", "entropy"]
-
 Objective = Callable[[Tensor, Tensor], Tensor]
+"""(student_logits, teacher_logits), both (N, V), to N values in nats."""
 Role = Literal["student", "teacher", "plain"]
 
 
@@ -44,22 +43,21 @@ class Pair:
         student_hidden: Tensor,
         teacher_hidden: Tensor,
     ) -> ChunkedLoss:
-        """Sum of `objective` over the tokens, for the student; the figure "entropy" is the student's."""
+        """Sum of `objective` over the tokens, for the student; the metric "entropy" is the student's."""
         heads = self._heads("student", "teacher")
         if heads is not None:
-            return chunked_objective(
-                objective, student_hidden, heads[0], teacher_hidden.detach(), heads[1], chunk=self.chunk
-            )
+            student, teacher = (student_hidden, heads[0]), (teacher_hidden.detach(), heads[1])
+            return chunked_objective(objective, student, teacher, chunk=self.chunk)
         logits = self.logits("student", student_hidden)
         with torch.no_grad():
             target = self.logits("teacher", teacher_hidden)
         return ChunkedLoss(objective(logits, target).sum(), {"entropy": entropy(logits).sum()})
 
     def cross_entropy(self, which: Role, hidden: Tensor, targets: Tensor) -> ChunkedLoss:
-        """Sum over the tokens of -log q(y), y = `targets`; the figure "entropy" is that model's."""
+        """Sum over the tokens of -log q(y), y = `targets`; the metric "entropy" is that model's."""
         heads = self._heads(which)
         if heads is not None:
-            return chunked_cross_entropy(hidden, heads[0], targets, chunk=self.chunk)
+            return chunked_cross_entropy((hidden, heads[0]), targets, chunk=self.chunk)
         logits = self.logits(which, hidden)
         total = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
         return ChunkedLoss(total, {"entropy": entropy(logits).sum()})
@@ -79,12 +77,9 @@ class Pair:
         if heads is not None:
             adapted_head, student_head, plain_head = heads
             return chunked_prompt_loss(
-                prompted_hidden,
-                adapted_head,
-                student_hidden,
-                student_head,
-                plain_hidden,
-                plain_head,
+                (prompted_hidden, adapted_head),
+                (student_hidden, student_head),
+                None if plain_hidden is None else (plain_hidden, plain_head),
                 weight=weight,
                 student_direction=student_direction,
                 plain_direction=plain_direction,
@@ -100,22 +95,11 @@ class Pair:
             student_direction=student_direction,
             plain_direction=plain_direction,
         )
-        total, figures = to_student.sum(), {"to_student": to_student.detach().sum()}
+        total, metrics = to_student.sum(), {"to_student": to_student.detach().sum()}
         if to_plain is not None:
             total = total + weight * to_plain.sum()
-            figures["to_plain"] = to_plain.detach().sum()
-        return ChunkedLoss(total, figures)
-
-    def online_loss(self, adapted_hidden: Tensor, targets: Tensor, student_hidden: Tensor) -> ChunkedLoss:
-        """Sum over the tokens of -log p(y) + KL(p || q) for an adapted teacher p: it keeps to the data and nears q.
-
-        Our reading of OKD (Rao et al. 2024), by the loss of its first author's PESF-KD (2022); see docs/methods.md.
-        """
-        hard = self.cross_entropy("teacher", adapted_hidden, targets)
-        soft = self.prompt_loss(
-            adapted_hidden, student_hidden, None, weight=0.0, student_direction="reverse", plain_direction="reverse"
-        )
-        return ChunkedLoss(hard.total + soft.total, soft.figures)
+            metrics["to_plain"] = to_plain.detach().sum()
+        return ChunkedLoss(total, metrics)
 
     def logits(self, which: Role, hidden: Tensor) -> Tensor:
         """Logits (N, V) over the shared tokens, all at once; "teacher" is the adapted one, "plain" as it came."""
@@ -133,10 +117,16 @@ class Pair:
         models = [self._model(each) for each in which]
         known = {id(model): linear_head(model) for model in models}  # a sharded head is gathered once for all its roles
         heads = [known[id(model)] for model in models]
-        return None if None in heads else [head.of(self.vocabulary) for head in heads if head is not None]
+        return None if None in heads else [head.limited_to(self.vocabulary) for head in heads if head is not None]
 
 
 def entropy(logits: Tensor) -> Tensor:
     """-Σ q log q of logits (..., V), in nats, without a gradient."""
     log_q = logits.detach().to(torch.promote_types(torch.float32, logits.dtype)).log_softmax(-1)
     return -torch.where(log_q == -torch.inf, 0.0, log_q.exp() * log_q).sum(-1)
+
+
+def log_probs(logits: Tensor, targets: Tensor) -> Tensor:
+    """(N,) log-probabilities of the `targets` under logits (N, V), in float32 or wider."""
+    wide = logits.to(torch.promote_types(torch.float32, logits.dtype))
+    return -torch.nn.functional.cross_entropy(wide, targets, reduction="none")
