@@ -362,7 +362,7 @@ def test_a_run_that_was_interrupted_ends_like_one_that_was_not(world, tmp_path, 
         ran = run(capsys, *longer(command(world, tmp_path / "cut")))
     assert ran.status == 130
     request = shlex.join(map(str, [*longer(command(world, tmp_path / "cut")), "--resume"]))
-    assert ran.err.endswith(f"\npromptkd {command.__name__}: Interrupted. To go on: promptkd {request}\n")
+    assert ran.err.endswith(f"\npromptkd {command.__name__}: Interrupted. To resume: promptkd {request}\n")
     assert "Traceback" not in ran.err
     assert held(tmp_path / "cut") == {"config.yaml", "metrics.jsonl", "checkpoints/checkpoint-3"}
     assert len(steps(tmp_path / "cut")) == after

@@ -195,7 +195,7 @@ def test_evaluate_names_its_batch_and_keeps_its_answers(world, tmp_path, capsys,
     assert ran.status == 1
     assert "promptkd evaluate: Out of memory on up to 2 rows at a time, each of up to 48 tokens." in ran.err
     assert "a smaller --batch-size (now 2)" in ran.err
-    assert "the same command goes on from there" in ran.err
+    assert "run the same command again to resume" in ran.err
     done(capsys, *request, interrupted)
     assert Results.read(interrupted).evaluations == Results.read(undisturbed).evaluations
 

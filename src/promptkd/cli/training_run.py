@@ -10,7 +10,6 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 
 from promptkd.cli.library_logging import quiet_libraries
-from promptkd.cli.memory_messages import told_peak
 from promptkd.cli.parsing.parser import merged_config
 from promptkd.cli.provenance import data_record, label_of
 from promptkd.cli.run_folder import RunFolder
@@ -19,7 +18,7 @@ from promptkd.data import encode_examples, read_examples
 from promptkd.errors import PromptKDError, RequestError
 from promptkd.evaluation.measure import evaluation_of, measure_rows
 from promptkd.io.atomic import write_atomic
-from promptkd.memory import peak_memory
+from promptkd.memory import gibibytes, peak_memory
 from promptkd.models import load_model, load_tokenizer, model_record
 from promptkd.report import render_report, terminal_table
 from promptkd.results import Metric, Results, Series, Training, read_history
@@ -179,7 +178,7 @@ class TrainingRun:
             "peak_memory_bytes": meter.peak_memory_bytes,
             "peak_memory_by_phase": meter.peak_memory_by_phase,
         }
-        say(told_peak(meter.peak_memory_bytes, meter.peak_memory_by_phase, sampled=trainer.phases.sampled))
+        say(_peak(meter, sampled=trainer.phases.sampled))
 
     def _checkpoint(self) -> Path | None:
         """The checkpoint to go on from, which the first process looks for; None to begin at the first step."""
@@ -295,3 +294,13 @@ class TrainingRun:
     def _read(self, name: str, source: str | None, limit: int | None) -> None:
         if source is not None:
             self._examples[name] = source, read_examples(source, limit=limit)
+
+
+def _peak(meter: CostMeter, *, sampled: bool) -> str:
+    """The peak as a sentence, by phase, the largest first. `sampled` peaks are what was held at the ends of phases."""
+    if not meter.peak_memory_by_phase:
+        return f"Peak memory {gibibytes(meter.peak_memory_bytes)}."
+    by_size = sorted(meter.peak_memory_by_phase.items(), key=lambda each: each[1], reverse=True)
+    phases = ", ".join(f"{name} {gibibytes(size)}" for name, size in by_size)
+    where = "at the ends of phases: " if sampled else ""
+    return f"Peak memory {gibibytes(meter.peak_memory_bytes)} ({where}{phases})."

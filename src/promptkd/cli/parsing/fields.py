@@ -9,8 +9,6 @@ from typing import Any, get_type_hints
 
 from promptkd.settings import docs_of
 
-__all__ = ["Field", "own_fields", "positional", "training_fields"]
-
 
 @dataclass(frozen=True)
 class Field:
@@ -28,8 +26,10 @@ class Field:
 
 
 def own_fields(command: ModuleType) -> dict[str, Field]:
-    """The fields of the command's `Options`, in order."""
-    return _fields(command.Options)
+    """The fields of the command's `Options`: its own class's in their order, then those of the classes it inherits."""
+    known, owners = _fields(command.Options), command.Options.__mro__
+    names = dict.fromkeys(name for owner in owners for name in vars(owner).get("__annotations__", ()))
+    return {name: known[name] for name in names if name in known}
 
 
 def training_fields(command: ModuleType) -> dict[str, Field]:
