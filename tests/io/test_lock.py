@@ -125,15 +125,16 @@ def test_what_was_made_for_the_lock_goes_with_it(tmp_path):
 
 
 def test_without_locks_of_the_file_system_the_run_goes_on(tmp_path, monkeypatch, caplog):
-    def no_locks(handle: int, how: int) -> None:
+    def no_locks(handle: int, blocking: bool) -> bool:
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr(lock.fcntl, "flock", no_locks)
+    monkeypatch.setattr(lock, "lock_descriptor", no_locks)
     with locked(tmp_path / "run", folder=True):
         pass
     assert "has no locks" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_run_that_is_being_written_is_refused_and_resumed_right_after_a_kill(tmp_path, capsys):
     world, out = make_world(tmp_path / "world"), tmp_path / "run"
     models = ("--student", world.student, "--teacher", world.teacher, "--data", world.train)

@@ -54,7 +54,10 @@ class ResumableLines:
             _refuse_changes(path, _parsed(texts[0], lambda line: dict(line["settings"]), told), settings)
         self.lines: dict[Key, Line] = {}
         for number, text in list(enumerate(texts, start=1))[len(self._header) :]:
-            told = f"{path}, line {number}: expected a JSON object with {', '.join(key)} (numbers or texts). {wrong}"
+            told = (
+                f"{path}, line {number}: expected a JSON object with {', '.join(key)} (numbers or texts) and what else "
+                f"this job writes. {wrong}"
+            )
             line = _parsed(text, self._checked, told)
             self.lines[self._key_of(line)] = line
 
