@@ -1,4 +1,4 @@
-"""A PromptKD step in the manner of the authors' public code, written anew from its description (docs/differences.md).
+"""A PromptKD step in the manner of the authors' public code, rewritten from its description (docs/differences.md).
 
 Every row is padded to `max_length`, every prompt of the rollout to `max_prompt_length`; `generate` runs until the last
 row has ended; each of the five passes is one of its own and projects every position; probabilities and
@@ -20,7 +20,7 @@ __all__ = ["AuthorsStep"]
 
 
 class AuthorsStep:
-    """Student, teacher and prompt with their optimisers."""
+    """Student, teacher and prompt with their optimizers."""
 
     def __init__(self, student: nn.Module, teacher: nn.Module, prompt: Tensor, shape: Shape, pad: int, end: int):
         self.student, self.teacher = student, teacher.requires_grad_(False)
@@ -30,7 +30,7 @@ class AuthorsStep:
         self.prompt_optimizer = torch.optim.AdamW([self.prompt], lr=1e-3, weight_decay=0.0)
 
     def __call__(self, rows: Sequence[EncodedExample], weight: float) -> dict[str, float]:
-        """One optimiser step; seconds by part, and the losses as means over response tokens."""
+        """One optimizer step; seconds by part, and the losses as means over response tokens."""
         started = self._now()
         self._rollout(rows)
         rollout = self._now()
@@ -109,12 +109,12 @@ class AuthorsStep:
         rows, length = ids.shape[0], len(self.prompt)
         embedded = self.teacher.get_input_embeddings()(ids)
         embedded = torch.cat([self.prompt.to(embedded.dtype).expand(rows, -1, -1), embedded], dim=1)
-        seen = torch.cat([attention.new_ones(rows, length), attention], dim=1)
-        return self.teacher(inputs_embeds=embedded, attention_mask=seen, use_cache=False).logits[:, length:]
+        mask = torch.cat([attention.new_ones(rows, length), attention], dim=1)
+        return self.teacher(inputs_embeds=embedded, attention_mask=mask, use_cache=False).logits[:, length:]
 
 
 def reverse_kl(learner_logits: Tensor, target_logits: Tensor, labels: Tensor) -> Tensor:
-    """KL(learner || target), the mean over labelled positions, from whole (B, T, V) tensors."""
+    """KL(learner || target), the mean over labeled positions, from full (B, T, V) tensors."""
     probabilities = learner_logits.softmax(-1, dtype=torch.float32)
     log_learner = learner_logits.log_softmax(-1, dtype=torch.float32)
     log_target = target_logits.log_softmax(-1, dtype=torch.float32)

@@ -7,8 +7,8 @@ from torch import nn
 
 from benchmarks.clock import median_seconds
 from promptkd.data.encode import EncodedExample
-from promptkd.data.prefixes import pack_rows
 from promptkd.engine import unwrap_peft
+from promptkd.engine.packed import pack_rows
 
 __all__ = ["matmul_rate", "step_flops"]
 
@@ -22,16 +22,16 @@ def step_flops(
     once; two for a multiplication with its addition: the student forward once and backward; the plain teacher forward;
     the prompted teacher forward twice (the prompt has moved in between) and backward once, to its inputs alone; every
     distribution projected once, at response tokens alone, where alone the last layer counts behind its attention. What
-    runs element by element (norms, softmax, optimiser) counts nothing.
+    runs element by element (norms, softmax, optimizer) counts nothing.
     """
     responses = sum(len(row.response_ids) for row in rows)
     pack = pack_rows([[*row.prompt_ids, *row.response_ids[:-1]] for row in rows], share=True)
     positions = pack.positions
     predicting = {
-        place
-        for row, path in zip(rows, pack.paths, strict=True)
+        index
+        for row, indices in zip(rows, pack.row_indices, strict=True)
         if row.response_ids
-        for place in path[len(row.prompt_ids) - 1 :]
+        for index in indices[len(row.prompt_ids) - 1 :]
     }
     further = [*range(prompt_length), *(position + prompt_length for position in positions)]
     linear = (

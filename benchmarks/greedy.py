@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from promptkd.data.dataset import load_rows, stop_ids_of
+from promptkd.data import encode_examples, read_examples, stop_token_ids
 from promptkd.generation import SamplingParams, generate
 from promptkd.models import load_model, load_tokenizer
 
@@ -81,9 +81,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the counts and gaps there too")
     options = parser.parse_args()
     tokenizer, model = load_tokenizer(options.model), load_model(options.model).eval()
-    data = load_rows(options.data, tokenizer, template=options.template, max_prompt_length=256, max_response_length=512)
+    data = encode_examples(
+        read_examples(options.data), tokenizer, options.template, max_prompt_length=256, max_response_length=512
+    )
     prompts = [row.prompt_ids for row in data.examples[: options.rows]]
-    stops = stop_ids_of(tokenizer, model.generation_config, template=options.template)
+    stops = stop_token_ids(tokenizer, model.generation_config, options.template)
     length, batch = options.new_tokens, options.batch_size
     with torch.no_grad():
         made = {

@@ -4,7 +4,7 @@
 
 Between them stands ours by the model's own layers, without the fused decoder of Llama's family. All sample at
 temperature 1 from the whole distribution, in one process, taking turns. `generate` pads its prompts to
-the longest of the batch and goes on until the longest response has ended, as it does. Each row ends where the data's
+the longest of the batch and continues until the longest response has ended, as it does. Each row ends where the data's
 response ends.
 """
 

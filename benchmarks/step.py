@@ -93,7 +93,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--template", default="alpaca")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT")
     parser.add_argument("--repeats", type=int, default=3, help="processes of each variant")
-    parser.add_argument("--steps", type=int, default=2, help="optimiser steps in each process")
+    parser.add_argument("--steps", type=int, default=2, help="optimizer steps in each process")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--json", help="file for the record")
     parser.add_argument("--prefix", default="", help='what every process is started behind, such as "taskset -c 0,1"')

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from promptkd.data.dataset import load_rows
+from promptkd.data import encode_examples, read_examples
 from promptkd.data.encode import EncodedExample
 
 __all__ = ["EndAtLengths", "Shape", "workload"]
@@ -30,10 +30,10 @@ class Shape:
 
 def workload(data: str, tokenizer, shape: Shape, template: str, *, first: int, steps: int) -> list[EncodedExample]:
     """Rows for `steps` steps, in the order of the data, from the row `first` x batch size on."""
-    rows = load_rows(
-        data,
+    rows = encode_examples(
+        read_examples(data),
         tokenizer,
-        template=template,
+        template,
         max_prompt_length=shape.max_prompt_length,
         max_response_length=shape.max_length - shape.max_prompt_length,
     ).examples

@@ -3,7 +3,7 @@
     python recipes/minimal_loop.py TEACHER STUDENT requests.txt
 
 `requests.txt` holds one prompt a line. The student is trained in place and saved to ./student. The library gives the
-same losses on the same responses (tests/docs/test_minimal_loop.py); it adds accumulation, processes, packing and
+same losses on the same responses (tests/training/test_trainer.py); it adds accumulation, processes, packing and
 records.
 """
 

@@ -72,7 +72,7 @@ LOSSES: dict[str, Values] = {
 
 
 def references(name: str, inputs: Inputs) -> Reference:
-    """The loss of that name, and its gradients with respect to whatever learns by it."""
+    """The loss of that name, and its gradients with respect to whatever is trained by it."""
     learns_by_prompt = name.startswith("prompt")
     student = inputs.student_hidden.clone().requires_grad_(not learns_by_prompt)
     head = inputs.student_head.clone().requires_grad_(not learns_by_prompt)

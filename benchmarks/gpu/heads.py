@@ -1,8 +1,8 @@
 """Part 7: head and divergence, forward and backward, at 8,192 tokens: ours, TRL's, Liger's, plain torch.
 
-The student learns (float32 states and weights under autocast); the teacher's head is bfloat16. TRL and Liger know two
-distributions, so they are beside the student's reverse KL alone; Liger's divergence is its nearest, β = 0.5, as it has
-none at the end that is the reverse KL.
+The student is trained (float32 states and weights under autocast); the teacher's head is bfloat16. TRL and Liger know
+two distributions, so they are beside the student's reverse KL alone; Liger's divergence is its nearest, β = 0.5, as it
+has none at the end that is the reverse KL.
 """
 
 from collections.abc import Callable
@@ -26,21 +26,21 @@ def run(bench: Bench) -> None:
     tokens, columns, wide, wider = (48, 512, 24, 32) if bench.tiny else (8192, 151_936, 896, 1536)
     half = torch.bfloat16 if bench.on_cuda else torch.float32
 
-    def normal(*shape: int, dtype: torch.dtype, learns: bool = False) -> Tensor:
+    def normal(*shape: int, dtype: torch.dtype, trained: bool = False) -> Tensor:
         values = torch.randn(*shape, device=bench.device, dtype=dtype) * (1 if shape[0] == tokens else shape[1] ** -0.5)
-        return values.requires_grad_(learns)
+        return values.requires_grad_(trained)
 
-    student, weight = (normal(rows, wide, dtype=torch.float32, learns=True) for rows in (tokens, columns))
+    student, weight = (normal(rows, wide, dtype=torch.float32, trained=True) for rows in (tokens, columns))
     prompted, plain, theirs = (normal(rows, wider, dtype=half) for rows in (tokens, tokens, columns))
     prompted.requires_grad_()
     head, teacher_head = Head(weight), Head(theirs)
 
     def ours() -> Tensor:
-        return chunked_objective(reverse_kl, student, head, prompted.detach(), teacher_head).total
+        return chunked_objective(reverse_kl, (student, head), (prompted.detach(), teacher_head)).total
 
     def ours_prompt() -> Tensor:
         target = student.detach()
-        return chunked_prompt_loss(prompted, teacher_head, target, head, plain, teacher_head, weight=0.7).total
+        return chunked_prompt_loss((prompted, teacher_head), (target, head), (plain, teacher_head), weight=0.7).total
 
     def simple() -> Tensor:
         return reverse_kl(student @ weight.T, (prompted.detach() @ theirs.T).float()).sum()
@@ -83,12 +83,12 @@ def _measure(bench: Bench, name: str, work: Work, learned: list[Tensor]) -> tupl
     seconds = median_seconds(both, bench.device, 5)
     peak = peak_bytes(bench.device)
     beyond = None if peak is None else peak - standing
-    figures = {"ms": 1e3 * seconds}
+    metrics = {"ms": 1e3 * seconds}
     if beyond is not None:
-        figures["GB beyond inputs"] = beyond / 1e9
+        metrics["GB beyond inputs"] = beyond / 1e9
     with torch.no_grad(), bench.autocast():
-        figures["loss a token"] = float(work()) / len(learned[0])
-    bench.report(name, figures)
+        metrics["loss a token"] = float(work()) / len(learned[0])
+    bench.report(name, metrics)
     return seconds, beyond
 
 

@@ -171,11 +171,13 @@ def _loss(here: Here, name: str, *, bfloat16: bool, part: slice = slice(None)) -
     with torch.autocast(hidden.device.type, dtype=torch.bfloat16, enabled=bfloat16):
         if prompt:
             plain, strength = inputs.plain_hidden[part], 0.7 if name.endswith("0.7") else 0.0
-            loss = chunked_prompt_loss(prompted, teacher, hidden, student, plain, teacher, weight=strength, chunk=chunk)
+            loss = chunked_prompt_loss(
+                (prompted, teacher), (hidden, student), (plain, teacher), weight=strength, chunk=chunk
+            )
         elif name == "cross_entropy":
-            loss = chunked_cross_entropy(hidden, student, inputs.labels[part], chunk=chunk)
+            loss = chunked_cross_entropy((hidden, student), inputs.labels[part], chunk=chunk)
         else:
-            loss = chunked_objective(OBJECTIVES[name], hidden, student, prompted, teacher, chunk=chunk)
+            loss = chunked_objective(OBJECTIVES[name], (hidden, student), (prompted, teacher), chunk=chunk)
     leaves = {"student_hidden": hidden, "student_head": weight, "student_bias": offset, "prompted_hidden": prompted}
     return loss, {key: each for key, each in leaves.items() if each is not None and each.requires_grad}
 

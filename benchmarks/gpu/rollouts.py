@@ -1,6 +1,6 @@
 """Part 6: tokens a second of a rollout, 64 rows of 256 new tokens: ours, and transformers' generate in two ways.
 
-Ours has float32 weights under autocast, as a student in training, and takes them anew each time; generate has the same
+Ours has float32 weights under autocast, as a student in training, and copies them each time; generate has the same
 weights in bfloat16, which is faster for it. All sample at temperature 1 from the whole distribution, and nobody stops.
 """
 
@@ -100,8 +100,8 @@ def _by_generate(
 
 
 def _report(bench: Bench, name: str, seconds: float, rows: int, new_tokens: int) -> None:
-    figures = {"tokens/s": rows * new_tokens / seconds, "ms a token of all rows": 1e3 * seconds / new_tokens}
+    metrics = {"tokens/s": rows * new_tokens / seconds, "ms a token of all rows": 1e3 * seconds / new_tokens}
     peak = peak_bytes(bench.device)
     if peak is not None:
-        figures["peak GB"] = peak / 1e9
-    bench.report(name, figures)
+        metrics["peak GB"] = peak / 1e9
+    bench.report(name, metrics)

@@ -22,16 +22,16 @@ from safetensors.torch import save
 from promptkd.cli import COMMANDS
 from promptkd.cli.parsing.config_file import read_config, write_config
 from promptkd.cli.parsing.parser import merged_config, parse_options
+from promptkd.data.encode import encode_texts
 from promptkd.data.sources import read_examples
 from promptkd.data.templates import resolve_template
-from promptkd.data.texts import encode_texts
 from promptkd.errors import RequestError
 from promptkd.io.jsonl import ResumableLines, settle_settings
 from promptkd.judge.questions import load_prompt, questions_about, read_answers
 from promptkd.judge.verdict_parsing import read_preference, read_scores
 from promptkd.judge.verdicts import verdict_log
 from promptkd.models.folder import adapter_base, check_model_folder
-from promptkd.models.gguf_check import check_gguf
+from promptkd.models.gguf_read import check_gguf
 from promptkd.report import render_report, terminal_table
 from promptkd.results import Evaluation, Metric, ModelRecord, Results, RowResult, Series
 

@@ -5,7 +5,7 @@
 
 A job on tiny models prunes a student from a GGUF teacher (which is converted on the way), distils it with PromptKD,
 validating and saving on the way, and makes a report. It is done once undisturbed. Then it is done again and again, its
-processes killed from outside at a random moment after they have entered a part that was drawn, and started anew
+processes killed from outside at a random moment after they have entered a part that was drawn, and restarted
 (`distill` with --resume) until the job is done. Each kill is counted for the part that it really met. Every job must
 end in the bits of the undisturbed one: the student's and the prompt's weights, the log but for its timings, the
 evaluations of the record, the pruned student and the converted teacher; and a report that is whole.
@@ -39,7 +39,7 @@ import huggingface_hub.constants  # noqa: E402
 import promptkd.cli.commands.prune  # noqa: E402
 import promptkd.cli.commands.report  # noqa: E402
 import promptkd.evaluation  # noqa: E402
-import promptkd.models.load  # noqa: E402
+import promptkd.models.gguf_read  # noqa: E402
 import promptkd.report  # noqa: E402
 from helpers.commands import LIMITS, World, make_world, steps  # noqa: E402
 from helpers.gguf_file import write_gguf  # noqa: E402
@@ -49,7 +49,7 @@ from promptkd.cli.training_run import TrainingRun  # noqa: E402
 from promptkd.training.trainer import DistillTrainer  # noqa: E402
 
 PARTS: dict[str, tuple[Any, str, str]] = {
-    "conversion": (promptkd.models.load, "_convert", "prune"),
+    "conversion": (promptkd.models.gguf_read, "_convert_into_cache", "prune"),
     "pruning": (promptkd.cli.commands.prune, "run", "prune"),
     "rollout": (DistillTrainer, "_generate_and_score_completions", "distill"),
     "prompt step": (DistillTrainer, "_tune_teacher", "distill"),

@@ -4,7 +4,7 @@
     python -m benchmarks.reliability.processes --zero        # DeepSpeed must be installed
 
 Every run takes the data's responses, the rows' order of seed 42 and three steps. Printed is the largest difference from
-one process in any logged figure, in the prompt and in the student. It fails above 1e-5, or when a run takes longer than
+one process in any logged metric, in the prompt and in the student. It fails above 1e-5, or when a run takes longer than
 --seconds.
 """
 
@@ -22,12 +22,12 @@ TOLERANCE = 1e-5
 
 
 def largest_difference(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
-    """Of all logged figures, the prompt and the student, of two outcomes (tests/helpers/processes_worker.py)."""
-    figures = [
+    """Of all logged metrics, the prompt and the student, of two outcomes (tests/helpers/processes_worker.py)."""
+    metrics = [
         abs(mine[name] - other[name]) for mine, other in zip(ours["log"], theirs["log"], strict=True) for name in mine
     ]
     weights = [float((weight - theirs["student"][name]).abs().max()) for name, weight in ours["student"].items()]
-    return max(*figures, *weights, float((ours["prompt"] - theirs["prompt"]).abs().max()))
+    return max(*metrics, *weights, float((ours["prompt"] - theirs["prompt"]).abs().max()))
 
 
 def main() -> int:
@@ -35,7 +35,7 @@ def main() -> int:
     parser.add_argument("--zero", action="store_true", help="Also under DeepSpeed ZeRO-2 and ZeRO-3.")
     parser.add_argument("--processes", type=int, nargs="+", default=[2, 4], help="1, 2 or 4 (default 2 4).")
     parser.add_argument("--seconds", type=float, default=300, help="Limit for each run (default 300).")
-    parser.add_argument("--json", type=Path, help="Where to write the figures.")
+    parser.add_argument("--json", type=Path, help="Where to write the metrics.")
     options = parser.parse_args()
 
     import torch
@@ -54,8 +54,8 @@ def main() -> int:
                 place.mkdir()
                 start(place, count, checks, options.seconds)
                 for check in {"fixed", "sharded", "zero2", "zero3"} & set(checks):
-                    seen = [torch.load(place / f"{check}-{rank}.pt", weights_only=False) for rank in range(count)]
-                    outcomes = [each.get("fixed", each) for each in seen]
+                    states = [torch.load(place / f"{check}-{rank}.pt", weights_only=False) for rank in range(count)]
+                    outcomes = [each.get("fixed", each) for each in states]
                     if any(not torch.equal(each["prompt"], outcomes[0]["prompt"]) for each in outcomes):
                         raise SystemExit(f"{check} on {count} processes: the prompt differs between them.")
                     differences[f"{check}, {count} processes"] = largest_difference(outcomes[0], alone)

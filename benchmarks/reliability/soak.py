@@ -1,4 +1,4 @@
-"""Thousands of optimiser steps on a tiny model: memory, open files and disk stay flat, and restarts lose nothing.
+"""Thousands of optimizer steps on a tiny model: memory, open files and disk stay flat, and restarts lose nothing.
 
     python -m benchmarks.reliability.soak
     python -m benchmarks.reliability.soak --steps 500 --restart-every 100 --json soak.json
@@ -42,7 +42,7 @@ _LOGS = ("metrics.jsonl", "trainer_state.json")  # which grow with the steps, as
 
 @dataclass
 class Process:
-    """What was seen of one process, a sample a row: step, bytes of memory, open files, bytes on the disk."""
+    """Measurements of one process, one sample per row: step, bytes of memory, open files, bytes on the disk."""
 
     samples: list[tuple[int, int, int, int]] = field(default_factory=list)
 
@@ -91,7 +91,7 @@ def main() -> int:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=2000, help="optimiser steps (default 2000)")
+    parser.add_argument("--steps", type=int, default=2000, help="optimizer steps (default 2000)")
     parser.add_argument("--restart-every", type=int, default=400, help="steps between two restarts (default 400)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the run (default 0)")
     parser.add_argument("--json", type=Path, help="write every sample to this file")
@@ -127,23 +127,23 @@ def _watch(command: list[str], out: Path, until: float) -> tuple[Process, int]:
     """Run a command, tell it to stop at step `until`, and look at it meanwhile."""
     path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    seen = Process()
+    record = Process()
     with out.with_suffix(".log").open("a") as log:
         child = subprocess.Popen([sys.executable, "-m", "promptkd", *command], env=environment, stdout=log, stderr=log)
         try:
-            _look(child, out, until, seen)
+            _look(child, out, until, record)
         finally:
             child.kill()  # if it has not ended
-        return seen, child.wait()
+        return record, child.wait()
 
 
-def _look(child: "subprocess.Popen[bytes]", out: Path, until: float, seen: Process) -> None:
+def _look(child: "subprocess.Popen[bytes]", out: Path, until: float, record: Process) -> None:
     process, last, told = psutil.Process(child.pid), _step(out), False
     while child.poll() is None:
         step = _step(out)
         if step > last:  # it trains: neither the loading nor the finish are looked at
             with contextlib.suppress(psutil.NoSuchProcess):
-                seen.samples.append((step, process.memory_info().rss, process.num_fds(), _size(out)))
+                record.samples.append((step, process.memory_info().rss, process.num_fds(), _size(out)))
             last = step
         if step >= until and not told:
             child.send_signal(signal.SIGTERM)

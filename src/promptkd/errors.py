@@ -1,4 +1,4 @@
-"""The ways in which the project ends on purpose before it is done: it fails, or it is told to stop."""
+"""The exceptions that end a command: a failure, a wrong request, a signal."""
 
 import errno
 import signal
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-"""Why a disk that took everything until now takes no more."""
+"""Errors of a disk that becomes unwritable while a command runs."""
 
 
 class PromptKDError(Exception):
@@ -23,13 +23,11 @@ class RequestError(PromptKDError, ValueError):
 
 
 class Stopped(SystemExit):
-    """A signal ended the command (exit status 128 + its number).
-
-    Like every `SystemExit`, it passes where errors are caught.
+    """A signal ended the command (exit status 128 + its number). As a `SystemExit`, it passes `except Exception`.
 
     Args:
         number: the signal's.
-        reached: what was done until then, as the end of a sentence: "after step 7 of 10".
+        reached: how far the command got, as the end of a sentence: "after step 7 of 10".
     """
 
     def __init__(self, number: int, reached: str = ""):

@@ -1,21 +1,23 @@
-"""The memory of this process: its peak, that peak started over, and what is said when an allocator has no more.
+"""The memory of this process: what it holds, its peak, and what to say when an allocator fails.
 
-Everything of torch is imported late: commands that need no torch ask for the peak too.
+torch is imported late: commands that need no torch ask for the peak, too.
 """
 
 import errno
 import re
-import resource
 import sys
 from pathlib import Path
 
 import psutil
 
-__all__ = ["gibibytes", "is_out_of_memory", "memory_at_hand", "peak_memory", "resident_memory", "restart_peak"]
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
-_RESTART_PEAK = "5"  # proc(5): sets the peak of the resident set to what is resident now
+_RESTART_PEAK = "5"  # proc(5): sets the peak of the resident set to its current size
 _PEAK = re.compile(r"^VmHWM:\s+(\d+) kB$", re.MULTILINE)
 _NO_MEMORY = (
     "out of memory",  # CUDA and MPS, also where it is no torch.OutOfMemoryError, as in the capture of a graph
@@ -35,21 +37,21 @@ def gibibytes(size: int) -> str:
 
 
 def resident_memory() -> int:
-    """Bytes of the machine's memory that this process holds now."""
+    """Bytes of main memory that this process holds now."""
     return psutil.Process().memory_info().rss
 
 
 def peak_memory() -> int:
-    """The most bytes of the machine's memory that this process has held, however often `restart_peak` was called."""
+    """The most bytes of main memory that this process has held, also before `restart_peak`."""
     return max(_before_restarts, _since_restart())
 
 
 def restart_peak() -> int | None:
-    """Let the system's count of the peak start over at what is held now; `peak_memory` keeps the peak so far.
+    """Restart the system's count of the peak at what is held now; `peak_memory` keeps the peak so far.
 
     Returns:
-        The peak since the last restart in bytes; None where the system keeps one peak for the whole process only. Linux
-        restarts it for a process that may write to its own `/proc/self/clear_refs`.
+        The peak since the last restart in bytes; None where the system cannot restart it. Linux does so for a process
+        that may write to its own `/proc/self/clear_refs`.
     """
     global _before_restarts
     reached = _since_restart()
@@ -62,32 +64,31 @@ def restart_peak() -> int | None:
 
 
 def _since_restart() -> int:
-    """The system's own count."""
+    """The system's own count; where it keeps none, what is held now."""
     if sys.platform == "linux" and (found := _PEAK.search(_STATUS.read_text())):
         return int(found[1]) * 1024
+    if resource is None:
+        held = psutil.Process().memory_info()
+        return held._asdict().get("peak_wset", held.rss)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocator, of a device or of the machine, said that it has no more memory."""
-    if isinstance(error, MemoryError):
-        return True
+    """Whether an allocator, of a device or of main memory, said that it has no more memory."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _NO_MEMORY)
+    signs = isinstance(error, RuntimeError) and any(sign in str(error) for sign in _NO_MEMORY)
+    return signs or isinstance(error, MemoryError)
 
 
-def memory_at_hand(error: BaseException) -> str:
-    """What was held, of how much, and what more was asked for, as far as it is known: a sentence."""
+def memory_status(error: BaseException) -> str:
+    """What was held, of how much, and how much more was requested, as far as known: a sentence."""
     import torch
 
-    asked = _ASKED_FOR.search(str(error))
-    more = (
-        ""
-        if asked is None
-        else f", and {gibibytes(int(float(asked[1]) * _UNITS[asked[2].lower()]))} more were asked for"
-    )
+    more = ""
+    if asked := _ASKED_FOR.search(str(error)):
+        more = f", and {gibibytes(int(float(asked[1]) * _UNITS[asked[2].lower()]))} more were asked for"
     if isinstance(error, torch.OutOfMemoryError) and torch.cuda.is_available():
         _, total = torch.cuda.mem_get_info()
         return f"{gibibytes(torch.cuda.memory_allocated())} of the GPU's {gibibytes(total)} were allocated{more}."

@@ -1,8 +1,8 @@
-"""In which precision a model computes.
+"""The precision in which a model computes.
 
 Trained weights are float32 everywhere, since an update is often smaller than what bfloat16 can add to a weight. Matrix
-products run in bfloat16 under autocast where the device has units for it, else in float32. Logits, log-probabilities,
-losses and sums are float32 either way. docs/precision.md says what follows from this for each command.
+products run in bfloat16 under autocast where the device has units for it, otherwise in float32. Logits,
+log-probabilities, losses and sums are always float32. docs/precision.md has the consequences for each command.
 """
 
 import platform
@@ -11,16 +11,14 @@ from typing import Literal
 
 import torch
 
-__all__ = ["Precision", "WeightPrecision", "compute_dtype", "computing", "has_bfloat16_units", "teacher_precision"]
-
 Precision = Literal["auto", "float32", "bfloat16"]
-"""A precision to compute in. "auto" is bfloat16 where the device has units for it, else float32."""
+"""A precision to compute in. "auto" is bfloat16 where the device has units for it, otherwise float32."""
 WeightPrecision = Literal["float32", "bfloat16", "float16", "auto"]
 """A precision to load weights in. "auto" is that of the model's files."""
 
 
 def has_bfloat16_units(device: torch.device | str) -> bool:
-    """Whether the device multiplies bfloat16 by units of its own; emulated, it is slower than float32.
+    """Whether the device multiplies bfloat16 in hardware; emulated, it is slower than float32.
 
     CUDA from compute capability 8.0 on, ROCm, CPUs with AVX512-BF16 or AMX, ARM CPUs with the BF16 extension.
     """
@@ -35,14 +33,14 @@ def has_bfloat16_units(device: torch.device | str) -> bool:
 
 
 def compute_dtype(choice: Precision, device: torch.device | str) -> torch.dtype:
-    """torch.float32 or torch.bfloat16, as `choice` says or, with "auto", as the device does best."""
+    """The dtype of a choice; with "auto", the one that suits the device."""
     if choice == "auto":
         return torch.bfloat16 if has_bfloat16_units(device) else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[choice]
 
 
 def computing(device: torch.device | str, dtype: torch.dtype) -> AbstractContextManager[object]:
-    """What a model with float32 weights runs in, to compute in `dtype`: autocast, or nothing for float32."""
+    """The context in which a model with float32 weights computes in `dtype`: autocast, or none for float32."""
     if dtype == torch.float32:
         return nullcontext()
     return torch.autocast(torch.device(device).type, dtype=dtype)
@@ -51,9 +49,9 @@ def computing(device: torch.device | str, dtype: torch.dtype) -> AbstractContext
 def teacher_precision(
     choice: WeightPrecision | None, device: torch.device | str, *, trained: bool = False
 ) -> WeightPrecision:
-    """In which precision to load a teacher: the `choice`, or with None the one that suits a frozen model.
+    """The precision to load a teacher in.
 
-    That is bfloat16 where the device has units for it, and float32 elsewhere, or where the weights are to be trained.
+    Without a choice, bfloat16 for a frozen teacher where the device has units for it, otherwise float32.
     """
     if choice is not None:
         return choice

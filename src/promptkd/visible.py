@@ -1,6 +1,4 @@
-"""Text from elsewhere, so that no terminal obeys it and nothing in it hides."""
-
-__all__ = ["shown", "visible"]
+"""Makes text from elsewhere safe to show: no terminal obeys it, and nothing in it hides."""
 
 _PICTURES = (
     {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"}
@@ -14,14 +12,14 @@ _REORDERING = dict.fromkeys([0x061C, 0x200E, 0x200F, *range(0x2028, 0x202F), *ra
 def visible(text: str) -> str:
     """Control characters as their pictures (␛ for ESC); C1 controls and lone surrogates as U+FFFD.
 
-    A terminal would obey the former, and neither may stand in an HTML file.
+    A terminal would obey the former, and neither may occur in an HTML file.
     """
     return text.translate(_PICTURES)
 
 
 def shown(text: str) -> str:
-    """`visible` for a terminal, which has nothing to keep one text's marks from reordering the next.
+    """`visible` for a terminal, where the marks of one text could reorder the next.
 
-    The marks that reorder or break lines (bidirectional overrides, line and paragraph separators) become U+FFFD.
+    Marks that reorder or break lines (bidirectional overrides, line and paragraph separators) become U+FFFD.
     """
     return visible(text).translate(_REORDERING)

@@ -12,8 +12,8 @@ from transformers import LlamaForCausalLM
 from benchmarks import rollout, step, variants
 from helpers.commands import rows, write_rows
 from helpers.tiny import save_model, tiny_model
+from promptkd.data.batch import right_pad
 from promptkd.data.encode import EncodedExample
-from promptkd.data.packing import right_pad
 from promptkd.engine import head_logits, response_hidden
 
 

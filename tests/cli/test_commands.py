@@ -38,7 +38,7 @@ from helpers.commands import (
 )
 from promptkd.cli import COMMANDS
 from promptkd.cli.parsing.config_file import read_config
-from promptkd.data.dataset import load_rows
+from promptkd.data import encode_examples, read_examples
 from promptkd.results import Metric, Results, file_sha256
 from promptkd.training.callbacks import ProgressBar
 
@@ -125,7 +125,7 @@ def test_the_loss_of_sft_counts_response_tokens_alone(world, tmp_path, capsys):
     model = AutoModelForCausalLM.from_pretrained(world.student)
     tokenizer = AutoTokenizer.from_pretrained(world.student)
     nats = tokens = 0.0
-    for row in load_rows(world.train, tokenizer, template=LIMITS[-1]).examples:
+    for row in encode_examples(read_examples(world.train), tokenizer, LIMITS[-1]).examples:
         with torch.no_grad():
             logits = model(torch.tensor([row.prompt_ids + row.response_ids])).logits[0, len(row.prompt_ids) - 1 : -1]
         nats -= float(logits.log_softmax(-1)[range(len(row.response_ids)), row.response_ids].sum())
@@ -169,6 +169,7 @@ def test_distill(world, tmp_path, capsys, method):
     assert not any(info.values())
     start = AutoModelForCausalLM.from_pretrained(world.student)
     assert all(not torch.equal(new, old) for new, old in zip(loaded.parameters(), start.parameters(), strict=True))
+    assert weights(saved) == weights(out / "checkpoints" / "checkpoint-3")
 
 
 def test_the_prompt_loads_in_peft_on_the_teacher(world, tmp_path, capsys):
@@ -176,13 +177,11 @@ def test_the_prompt_loads_in_peft_on_the_teacher(world, tmp_path, capsys):
     done(capsys, *distill(world, out, "--prompt_length", 5, "--prompt_learning_rate", 0.1))
     teacher = AutoModelForCausalLM.from_pretrained(world.teacher)
     ids = torch.tensor([[5, 9, 12]])
-    plain = teacher(ids).logits
     prompted = PeftModel.from_pretrained(teacher, out / "prompt")(input_ids=ids).logits
     saved = load_file(out / "prompt" / "adapter_model.safetensors")["prompt_embeddings"]
     assert saved.shape == (5, 24)
     whole = teacher(inputs_embeds=torch.cat([saved, teacher.get_input_embeddings()(ids)[0]])[None]).logits
     torch.testing.assert_close(prompted, whole)
-    assert not torch.allclose(prompted[:, -3:], plain, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -363,7 +362,7 @@ def test_a_run_that_was_interrupted_ends_like_one_that_was_not(world, tmp_path, 
         ran = run(capsys, *longer(command(world, tmp_path / "cut")))
     assert ran.status == 130
     request = shlex.join(map(str, [*longer(command(world, tmp_path / "cut")), "--resume"]))
-    assert ran.err.endswith(f"\npromptkd {command.__name__}: Interrupted. To go on: promptkd {request}\n")
+    assert ran.err.endswith(f"\npromptkd {command.__name__}: Interrupted. To resume: promptkd {request}\n")
     assert "Traceback" not in ran.err
     assert held(tmp_path / "cut") == {"config.yaml", "metrics.jsonl", "checkpoints/checkpoint-3"}
     assert len(steps(tmp_path / "cut")) == after

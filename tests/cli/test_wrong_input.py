@@ -136,9 +136,10 @@ CASES = {
     "validation limit 0": Case(sft(*VALID, "--eval-limit", 0), "must be at least 1. Got 0"),
     # models
     "another vocabulary": Case(
-        distill(pair=("--student", "W/student", "--teacher", "W/other")), "share their tokens but cut text differently"
+        distill(pair=("--student", "W/student", "--teacher", "W/other")),
+        "share their tokens but split text differently",
     ),
-    "another vocabulary in evaluate": Case(evaluate("--teacher", "W/other"), "cut text differently"),
+    "another vocabulary in evaluate": Case(evaluate("--teacher", "W/other"), "split text differently"),
     "no model": Case(generate(model="W/notes"), "W/notes is no model: expected config.json"),
     "no model to tune": Case(("sft", "--model", "W/notes", *DATA, "--out", "OUT"), "W/notes is no model"),
     "a file as model": Case(generate(model="W/file"), "Got the file W/file"),
@@ -189,13 +190,13 @@ CASES = {
     ),
     "more layers, evenly": Case(prune("--layers", 5, "--choose", "even"), "between 1 and 4 layers", loads=True),
     "a layer that is not there": Case(prune("--keep", 0, 4), "The teacher has layers 0 … 3. Got 4", loads=True),
-    "repeated layers": Case(prune("--keep", 1, 1), "once each, in rising order. Got [1, 1]", loads=True),
+    "repeated layers": Case(prune("--keep", 1, 1), "once each, in ascending order. Got [1, 1]", loads=True),
     "no rows to measure on": Case(prune("--layers", 2, *DATA, "--rows", 0), "--rows must be at least 1, got 0"),
     # settings
     "unknown method": Case(distill("--method", "promptk"), "Got 'promptk'"),
     "negative learning rate": Case(distill("--learning-rate=-1"), "learning_rate must be 0 or more, got -1"),
     "all of the settings wrong": Case(
-        distill("--prompt_length=-1", "--prompt_kl", "sideways", "--temperature", 0), "; temperature must be above 0"
+        distill("--prompt_length=-1", "--mu", 2, "--temperature", 0), "; temperature must be above 0"
     ),
     "too short for the template": Case(
         evaluate("--max_prompt_length", 9), "The shortest prompt has 139 tokens, template included, and the limit is 9"
@@ -280,9 +281,9 @@ CASES |= {
     "10 GiB of holes": Case(data("holes.jsonl"), "W/h/holes.jsonl, line 1: is longer than 16 MiB"),
     "300 MiB of holes as JSON": Case(data("large.json"), "W/h/large.json cannot be read: it holds more than 256 MiB"),
     "a gz bomb": Case(data("bomb.jsonl.gz"), "64 MiB and a hundred times its size are allowed"),
-    "a gz file that breaks off": Case(data("torn.jsonl.gz"), "W/h/torn.jsonl.gz is not a whole gzip file"),
-    "text named gz": Case(data("plain.jsonl.gz"), "W/h/plain.jsonl.gz is not a whole gzip file"),
-    "zip named gz": Case(evaluate(data=("--data", "W/h/zip.jsonl.gz")), "W/h/zip.jsonl.gz is not a whole gzip file"),
+    "a gz file that breaks off": Case(data("torn.jsonl.gz"), "W/h/torn.jsonl.gz is not a complete gzip file"),
+    "text named gz": Case(data("plain.jsonl.gz"), "W/h/plain.jsonl.gz is not a complete gzip file"),
+    "zip named gz": Case(evaluate(data=("--data", "W/h/zip.jsonl.gz")), "W/h/zip.jsonl.gz is not a complete gzip file"),
     "zip named JSONL": Case(data("zip.jsonl"), "W/h/zip.jsonl, line 1: "),
     "zip named Parquet": Case(data("zip.parquet"), "W/h/zip.parquet is not a readable Parquet file"),
     "a Parquet file that breaks off": Case(data("torn.parquet"), "is not a readable Parquet file (after 0 rows)"),
@@ -303,13 +304,13 @@ CASES |= {
 CASES |= {
     "a YAML tag that would run code": Case(data("answers.jsonl", "--config", "W/h/tag.yaml"), "not readable as YAML: "),
     "ten lines of YAML that mean billions": Case(sft("--config", "W/h/billion.yaml"), "holds more than 10000 values"),
-    "YAML inside of itself": Case(evaluate("--config", "W/h/itself.yaml"), "an alias stands inside of itself"),
-    "a YAML key twice": Case(prune("--config", "W/h/twice.yaml"), "the key 'limit' stands twice"),
+    "YAML inside of itself": Case(evaluate("--config", "W/h/itself.yaml"), "an alias contains itself"),
+    "a YAML key twice": Case(prune("--config", "W/h/twice.yaml"), "duplicate key 'limit'"),
     "YAML in UTF-16": Case(exposure("--config", "W/h/utf16.yaml"), "--config expects a YAML file in UTF-8"),
     "a YAML list": Case(judge("--config", "W/h/list.yaml"), "expected a mapping such as"),
     "YAML nested 5,000 deep": Case(distill("--config", "W/h/deep.yaml"), "W/h/deep.yaml: not readable as YAML"),
     "YAML that breaks off": Case(generate("--config", "W/h/text.yaml"), "W/h/text.yaml, line 2: not readable as YAML"),
-    "half a surrogate pair in YAML": Case(generate("--config", "W/h/half.yaml"), "no character of UTF-8"),
+    "half a surrogate pair in YAML": Case(generate("--config", "W/h/half.yaml"), "is not valid UTF-8"),
     "a NUL byte in a path": Case(("compare", "a", "--config", "W/h/nul.yaml"), "out expects a path"),
     "YAML of 1.6 MB": Case(("chat", "a", "--config", "W/h/large.yaml"), "it holds more than 1 MiB"),
     "a named pipe of YAML": Case(export("a", "--config", "W/h/pipe.yaml"), "it is a named pipe"),
@@ -330,8 +331,8 @@ CASES |= {
     "a demo over somebody's files": Case(("demo", "--overwrite", "--out", "W/notes"), "holds notes.txt, which no run"),
     "a flag twice": Case(sft("--limit", 1, "--limit", 2), "--limit is given twice"),
     "a switch on and off": Case(evaluate("--greedy", "--no-greedy"), "--no-greedy is given twice, first as --greedy"),
-    "text that is no UTF-8": Case(generate("--template", "{{ instruction }}\udcff"), "no character of UTF-8"),
-    "a path that is no UTF-8": Case(generate(out="\udcff"), "--out holds what is no character of UTF-8"),
+    "text that is no UTF-8": Case(generate("--template", "{{ instruction }}\udcff"), "is not valid UTF-8"),
+    "a path that is no UTF-8": Case(generate(out="\udcff"), "--out is not valid UTF-8"),
     "a template of 5,000 digits": Case(
         generate("--template", f"{{{{ instruction * {'9' * 5000} }}}}"), "does not compile"
     ),
@@ -382,7 +383,7 @@ CASES |= {
     "a damaged adapter": Case(export("W/m/adapter-torn"), "W/m/adapter-torn"),
     "an adapter of rank 10^12": Case(export("W/m/adapter-rank"), "asks for a rank or length of 1000000000000"),
     "an adapter of an unknown type": Case(export("W/m/adapter-type"), "W/m/adapter-type"),
-    "text named GGUF": Case(generate(model="W/m/text.gguf"), "is no whole GGUF file: it does not begin with GGUF"),
+    "text named GGUF": Case(generate(model="W/m/text.gguf"), "not a complete GGUF file: it does not begin with GGUF"),
     "GGUF of version 77": Case(export("W/m/version.gguf"), "it is of version 77, and 2 and 3 are known"),
     "GGUF of 2^60 tensors": Case(("chat", "W/m/counts.gguf"), "it states 1152921504606846976 tensors and"),
     "GGUF with an array of 2^60": Case(generate(model="W/m/array.gguf"), "it states an array of 1152921504606846976"),
@@ -414,7 +415,7 @@ CASES |= {
     "a record with a surplus key": Case(("compare", "W/r/surplus.json"), "accuracy: Extra inputs are not permitted"),
     "a record of wrong types": Case(report("W/r/types.json"), "evaluations: Input should be a valid array"),
     "a record without figures": Case(("compare", "W/r/empty.json"), "holds no evaluation to compare"),
-    "a record in UTF-16": Case(report("W/r/utf16.json"), "W/r/utf16.json: it is no text in UTF-8"),
+    "a record in UTF-16": Case(report("W/r/utf16.json"), "W/r/utf16.json: it is not valid UTF-8"),
     "a record nested 100,000 deep": Case(report("W/r/deep.json"), "W/r/deep.json is not a results record"),
     "a record that breaks off": Case(("compare", "W/r/torn.json"), "W/r/torn.json is not a results record"),
     "a record of 2 GiB": Case(report("W/r/endless.json"), "it holds more than 1024 MiB"),

@@ -1,4 +1,4 @@
-"""The chunked losses against the plain objectives: values, gradients and figures."""
+"""The chunked losses against the plain objectives: values, gradients and metrics."""
 
 import math
 from functools import partial
@@ -46,9 +46,9 @@ def random(*shape, seed, device="cpu"):
 
 def logits(head, hidden):
     """softcap · tanh(scale · (W h + b) / softcap), in the precision that all of it has, by autograd."""
-    products = hidden @ head.weight[: head.vocabulary].T
+    products = hidden @ head.weight[: head.vocabulary_size].T
     if head.bias is not None:
-        products = products + head.bias[: head.vocabulary]
+        products = products + head.bias[: head.vocabulary_size]
     scaled = head.scale * products
     return scaled if head.softcap is None else head.softcap * torch.tanh(scaled / head.softcap)
 
@@ -75,7 +75,7 @@ def test_value_and_gradients_equal_the_plain_objective(name, kind, device):
     student_head = head(STUDENT, 2, trained=True, **HEADS[kind], device=device)
     teacher_head = head(TEACHER, 4, **HEADS[kind], device=device)
     plain = objective(logits(student_head, hidden), logits(teacher_head, teacher_hidden)).sum()
-    chunked = chunked_objective(objective, hidden, student_head, teacher_hidden, teacher_head, chunk=4)
+    chunked = chunked_objective(objective, (hidden, student_head), (teacher_hidden, teacher_head), chunk=4)
     torch.testing.assert_close(chunked.total, plain, rtol=1e-12, atol=0)
     scaled = [total * 0.37 for total in (chunked.total, plain)]  # as the division by the tokens does
     ours = gradients(scaled[0], hidden, student_head.weight, student_head.bias)
@@ -103,18 +103,15 @@ def test_the_prompt_loss_equals_the_plain_one(weight, student_direction, plain_d
         **directions,
     ).sum()
     chunked = chunked_prompt_loss(
-        prompted,
-        teacher_head,
-        student_hidden,
-        student_head,
-        plain_hidden if weight else None,
-        teacher_head,
+        (prompted, teacher_head),
+        (student_hidden, student_head),
+        (plain_hidden, teacher_head) if weight else None,
         weight=weight,
         chunk=4,
         **directions,
     )
     torch.testing.assert_close(chunked.total, plain, rtol=1e-12, atol=0)
-    terms = chunked.figures["to_student"] + weight * chunked.figures.get("to_plain", 0.0)
+    terms = chunked.metrics["to_student"] + weight * chunked.metrics.get("to_plain", 0.0)
     torch.testing.assert_close(terms, plain.detach(), rtol=1e-12, atol=0)
     (ours,), (theirs,) = gradients(chunked.total, prompted), gradients(plain, prompted)
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
@@ -124,7 +121,7 @@ def test_equal_models_give_exactly_zero(device):
     hidden = random(TOKENS, STUDENT, seed=0, device=device).requires_grad_()
     same = head(STUDENT, 1, trained=True, device=device)
     for objective in (forward_kl, reverse_kl):
-        loss = chunked_objective(objective, hidden, same, hidden.detach(), same, chunk=4)
+        loss = chunked_objective(objective, (hidden, same), (hidden.detach(), same), chunk=4)
         assert float(loss.total.detach()) == 0
         (gradient,) = gradients(loss.total, hidden)
         assert float(gradient.abs().max()) < 1e-12
@@ -136,8 +133,8 @@ def test_padded_heads_are_sliced_and_their_columns_get_no_gradient(device):
     wide = head(STUDENT, 2, words=WORDS + 6, bias=True, trained=True, device=device)
     narrow = Head(wide.weight[:WORDS].detach(), wide.bias[:WORDS].detach())
     teacher_head = head(TEACHER, 4, device=device)
-    ours = chunked_objective(reverse_kl, hidden, wide.of(WORDS), teacher_hidden, teacher_head, chunk=4)
-    theirs = chunked_objective(reverse_kl, hidden, narrow, teacher_hidden, teacher_head, chunk=4)
+    ours = chunked_objective(reverse_kl, (hidden, wide.limited_to(WORDS)), (teacher_hidden, teacher_head), chunk=4)
+    theirs = chunked_objective(reverse_kl, (hidden, narrow), (teacher_hidden, teacher_head), chunk=4)
     assert torch.equal(ours.total, theirs.total)
     (gradient,) = gradients(ours.total, wide.weight)
     assert gradient.shape == (WORDS + 6, STUDENT)
@@ -154,8 +151,8 @@ def test_entropy_is_the_students(device):
     q = logits(student_head, hidden).softmax(-1)
     expected = -(q * q.log()).sum()
     for objective in OBJECTIVES.values():
-        loss = chunked_objective(objective, hidden, student_head, teacher_hidden, teacher_head, chunk=5)
-        torch.testing.assert_close(loss.figures["entropy"], expected, rtol=1e-12, atol=0)
+        loss = chunked_objective(objective, (hidden, student_head), (teacher_hidden, teacher_head), chunk=5)
+        torch.testing.assert_close(loss.metrics["entropy"], expected, rtol=1e-12, atol=0)
 
 
 def test_no_tokens_give_zero_and_a_graph(device):
@@ -163,10 +160,8 @@ def test_no_tokens_give_zero_and_a_graph(device):
     student_head = head(STUDENT, 2, trained=True, device=device)
     loss = chunked_objective(
         reverse_kl,
-        hidden,
-        student_head,
-        torch.empty(0, TEACHER, dtype=torch.float64, device=device),
-        head(TEACHER, 4, device=device),
+        (hidden, student_head),
+        (torch.empty(0, TEACHER, dtype=torch.float64, device=device), head(TEACHER, 4, device=device)),
     )
     assert float(loss.total.detach()) == 0
     loss.total.backward()
@@ -245,17 +240,17 @@ def test_any_objective_at_any_shape_equals_the_plain_one(objective, shape, seed,
     hidden = random(shape.tokens, shape.widths[0], seed=seed, device=device).requires_grad_()
     target_hidden = random(shape.tokens, shape.widths[1], seed=seed + 1, device=device)
     wide, target = heads_of(shape, seed + 2, device)
-    learner = wide.of(shape.words)
+    learner = wide.limited_to(shape.words)
     student, teacher = logits(learner, hidden), logits(target, target_hidden)
     plain = objective(student, teacher).sum()
-    chunked = chunked_objective(objective, hidden, learner, target_hidden, target, chunk=shape.chunk)
+    chunked = chunked_objective(objective, (hidden, learner), (target_hidden, target), chunk=shape.chunk)
     torch.testing.assert_close(chunked.total, plain, rtol=1e-10, atol=1e-12)
     same_gradients(0.37 * chunked.total, 0.37 * plain, hidden, wide.weight, wide.bias)
     if shape.tokens:
         both = (student + teacher).detach() > -math.inf
         log_q = student.detach().masked_fill(~both, -math.inf).log_softmax(-1)
         entropy = -torch.where(both, log_q.exp() * log_q, 0.0).sum()
-        torch.testing.assert_close(chunked.figures["entropy"], entropy, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(chunked.metrics["entropy"], entropy, rtol=1e-10, atol=1e-12)
 
 
 @settings(deadline=None, max_examples=60)
@@ -271,7 +266,7 @@ def test_the_prompt_loss_at_any_shape_equals_the_plain_one(shape, seed, weight, 
     plain_hidden = random(shape.tokens, shape.widths[0], seed=seed + 1, device=device)
     student_hidden = random(shape.tokens, shape.widths[1], seed=seed + 2, device=device)
     wide, student_head = heads_of(shape, seed + 3, device)
-    teacher_head = wide.of(shape.words)
+    teacher_head = wide.limited_to(shape.words)
     named = dict(zip(("student_direction", "plain_direction"), directions, strict=True))
     plain = prompt_loss(
         logits(teacher_head, prompted),
@@ -280,8 +275,8 @@ def test_the_prompt_loss_at_any_shape_equals_the_plain_one(shape, seed, weight, 
         weight=weight,
         **named,
     ).sum()
-    states = (prompted, teacher_head, student_hidden, student_head, plain_hidden if weight else None, teacher_head)
-    chunked = chunked_prompt_loss(*states, weight=weight, chunk=shape.chunk, **named)
+    models = (prompted, teacher_head), (student_hidden, student_head), (plain_hidden, teacher_head) if weight else None
+    chunked = chunked_prompt_loss(*models, weight=weight, chunk=shape.chunk, **named)
     torch.testing.assert_close(chunked.total, plain, rtol=1e-10, atol=1e-12)
     same_gradients(0.37 * chunked.total, 0.37 * plain, prompted)
 
@@ -291,18 +286,18 @@ def test_the_prompt_loss_at_any_shape_equals_the_plain_one(shape, seed, weight, 
 def test_the_cross_entropy_at_any_shape_equals_the_plain_one(shape, seed, device):
     hidden = random(shape.tokens, shape.widths[0], seed=seed, device=device).requires_grad_()
     wide, _ = heads_of(shape, seed + 1, device)
-    learner = wide.of(shape.words)
+    learner = wide.limited_to(shape.words)
     there = [each for each in range(shape.words) if each not in shape.absent[0]]
     labels = torch.tensor([there[each % len(there)] for each in range(shape.tokens)], dtype=torch.long, device=device)
     student = logits(learner, hidden)
     plain = torch.nn.functional.cross_entropy(student, labels, reduction="sum")
-    chunked = chunked_cross_entropy(hidden, learner, labels, chunk=shape.chunk)
+    chunked = chunked_cross_entropy((hidden, learner), labels, chunk=shape.chunk)
     torch.testing.assert_close(chunked.total, plain, rtol=1e-10, atol=1e-12)
     same_gradients(0.37 * chunked.total, 0.37 * plain, hidden, wide.weight, wide.bias)
     if shape.tokens:
         log_q = student.detach().log_softmax(-1)
         entropy = -torch.where(log_q == -math.inf, 0.0, log_q.exp() * log_q).sum()
-        torch.testing.assert_close(chunked.figures["entropy"], entropy, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(chunked.metrics["entropy"], entropy, rtol=1e-10, atol=1e-12)
 
 
 def same_gradients(ours, theirs, *tensors):
@@ -322,7 +317,7 @@ def test_gradients_equal_finite_differences(name, kind, device):
 
     def total(hidden, weight, bias=None):
         made = Head(weight, bias, learner.scale, learner.softcap)
-        return chunked_objective(OBJECTIVES[name], hidden, made, target_hidden, target, chunk=2).total
+        return chunked_objective(OBJECTIVES[name], (hidden, made), (target_hidden, target), chunk=2).total
 
     assert torch.autograd.gradcheck(total, (hidden, *rest), fast_mode=True)
 
@@ -338,7 +333,9 @@ def test_the_prompts_gradient_equals_finite_differences(student_direction, plain
 
     def total(prompted):
         return chunked_prompt_loss(
-            *(prompted, teacher_head, student_hidden, student_head, plain_hidden, teacher_head),
+            (prompted, teacher_head),
+            (student_hidden, student_head),
+            (plain_hidden, teacher_head),
             weight=0.6,
             student_direction=student_direction,
             plain_direction=plain_direction,
@@ -365,7 +362,7 @@ def test_extreme_logits_and_a_padded_teacher_stay_finite_and_right(name, chunk, 
     student, student_head, teacher, teacher_head = extreme(dtype, device)
     student.requires_grad_()
     trained = (student, student_head.weight.requires_grad_(), student_head.bias.requires_grad_())
-    loss = chunked_objective(OBJECTIVES[name], student, student_head, teacher, teacher_head, chunk=chunk)
+    loss = chunked_objective(OBJECTIVES[name], (student, student_head), (teacher, teacher_head), chunk=chunk)
     exact = OBJECTIVES[name](student.detach().double()[:, :3], teacher.double()[:, :3]).sum()  # the padding sliced off
     assert float(loss.total.detach()) == pytest.approx(float(exact), rel=1e-5)
     found = gradients(loss.total, *trained)
@@ -382,7 +379,12 @@ def test_the_prompt_loss_of_extreme_logits_stays_finite_and_right(student_direct
     plain_hidden = prompted.detach().flip(0)
     directions = {"student_direction": student_direction, "plain_direction": plain_direction}
     loss = chunked_prompt_loss(
-        *(prompted, teacher_head, student, student_head, plain_hidden, teacher_head), weight=0.6, chunk=3, **directions
+        (prompted, teacher_head),
+        (student, student_head),
+        (plain_hidden, teacher_head),
+        weight=0.6,
+        chunk=3,
+        **directions,
     )
     sliced = [each.detach().double()[:, :3] for each in (prompted, student, plain_hidden)]
     assert float(loss.total.detach()) == pytest.approx(float(prompt_loss(*sliced, weight=0.6, **directions).sum()))
@@ -404,7 +406,7 @@ def test_float32_is_within_1e_5_of_float64(name, device):
     def outcome(dtype):
         state, weight = (each.detach().to(dtype).requires_grad_() for each in (hidden, weights[0]))
         target = Head(weights[1].to(dtype))
-        loss = chunked_objective(OBJECTIVES[name], state, Head(weight), teacher_hidden.to(dtype), target, chunk=20)
+        loss = chunked_objective(OBJECTIVES[name], (state, Head(weight)), (teacher_hidden.to(dtype), target), chunk=20)
         return [each.detach().double() for each in (loss.total / tokens, *gradients(loss.total, state, weight))]
 
     for single, double in zip(outcome(torch.float32), outcome(torch.float64), strict=True):
@@ -415,9 +417,9 @@ def test_states_that_do_not_belong_together_are_refused():
     hidden, few = random(4, STUDENT, seed=0), random(3, TEACHER, seed=1)
     student_head, teacher_head = head(STUDENT, 2), head(TEACHER, 4)
     with pytest.raises(ValueError, match=r"one state per token.*4, 3"):
-        chunked_objective(reverse_kl, hidden, student_head, few, teacher_head, chunk=3)
-    with pytest.raises(ValueError, match=r"`plain_hidden`.*0\.5"):
-        chunked_prompt_loss(few, teacher_head, few, teacher_head, None, teacher_head, weight=0.5)
+        chunked_objective(reverse_kl, (hidden, student_head), (few, teacher_head), chunk=3)
+    with pytest.raises(ValueError, match=r"`plain`.*0\.5"):
+        chunked_prompt_loss((few, teacher_head), (few, teacher_head), None, weight=0.5)
 
 
 @pytest.mark.parametrize("kind", ["plain", "softcap"])
@@ -426,8 +428,8 @@ def test_blocks_of_a_chunk_change_nothing(kind, monkeypatch):
         hidden = random(TOKENS, STUDENT, seed=0).requires_grad_()
         student_head, teacher_head = head(STUDENT, 2, trained=True, **HEADS[kind]), head(TEACHER, 4)
         for objective in (reverse_kl, forward_kl, partial(jensen_shannon, beta=0.3)):
-            loss = chunked_objective(objective, hidden, student_head, random(TOKENS, TEACHER, seed=1), teacher_head)
-            yield from (loss.total.detach(), loss.figures["entropy"])
+            loss = chunked_objective(objective, (hidden, student_head), (random(TOKENS, TEACHER, seed=1), teacher_head))
+            yield from (loss.total.detach(), loss.metrics["entropy"])
             yield from gradients(loss.total, hidden, student_head.weight, student_head.bias)
 
     whole = list(losses())
@@ -448,14 +450,14 @@ def test_a_bias_of_minus_infinity_takes_a_word_away(device):
         student_head.bias[3] = teacher_head.bias[7] = -torch.inf
     for objective in (reverse_kl, forward_kl):
         plain = objective(logits(student_head, hidden), logits(teacher_head, teacher_hidden)).sum()
-        chunked = chunked_objective(objective, hidden, student_head, teacher_hidden, teacher_head, chunk=4)
+        chunked = chunked_objective(objective, (hidden, student_head), (teacher_hidden, teacher_head), chunk=4)
         torch.testing.assert_close(chunked.total, plain, rtol=1e-12, atol=0)
         (ours,), (theirs,) = gradients(chunked.total, hidden), gradients(plain, hidden)
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
     prompted = random(TOKENS, TEACHER, seed=2, device=device).requires_grad_()
     models = (prompted, teacher_head), (hidden.detach(), student_head), (teacher_hidden, teacher_head)
     plain = prompt_loss(*(logits(each, state) for state, each in models), weight=0.6).sum()
-    chunked = chunked_prompt_loss(*(part for model in models for part in model), weight=0.6, chunk=4)
+    chunked = chunked_prompt_loss(*models, weight=0.6, chunk=4)
     torch.testing.assert_close(chunked.total, plain, rtol=1e-12, atol=0)
     (ours,), (theirs,) = gradients(chunked.total, prompted), gradients(plain, prompted)
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
@@ -477,7 +479,7 @@ def test_logits_of_bfloat16_states_are_float32(name, loads, device):
     hidden.requires_grad_(), weight.requires_grad_()
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
         teacher = Head(teacher_weight)
-        loss = chunked_objective(OBJECTIVES[name], hidden, Head(weight), teacher_hidden, teacher, chunk=7)
+        loss = chunked_objective(OBJECTIVES[name], (hidden, Head(weight)), (teacher_hidden, teacher), chunk=7)
     exact = [each.detach().double().requires_grad_() for each in (hidden, weight)]
     student_logits, teacher_logits = exact[0] @ exact[1].T, teacher_hidden.double() @ teacher_weight.double().T
     assert float(student_logits.detach().abs().max()) > 16
@@ -493,8 +495,8 @@ def test_the_prompt_loss_of_bfloat16_states_is_float32(device):
     heads = [4 * bfloat16_values(300, 16, seed=seed, device=device) for seed in (3, 4)]
     heads.append(heads[0])  # prompted, student, plain
     with torch.autocast(device.type, dtype=torch.bfloat16):
-        arguments = [part for state, head in zip(states, heads, strict=True) for part in (state, Head(head))]
-        loss = chunked_prompt_loss(*arguments, weight=0.6, chunk=7)
+        models = [(state, Head(weight)) for state, weight in zip(states, heads, strict=True)]
+        loss = chunked_prompt_loss(*models, weight=0.6, chunk=7)
     exact = [state.double() @ head.double().T for state, head in zip(states, heads, strict=True)]
     assert loss.total.dtype == torch.float32
     assert float(loss.total) == pytest.approx(float(prompt_loss(*exact, weight=0.6).sum()), rel=1e-5)
@@ -508,7 +510,7 @@ def test_a_chunk_of_every_size_gives_the_same_under_autocast(device):
     found = []
     for chunk in (1, 4, 13, None):
         with torch.autocast(device.type, dtype=torch.bfloat16):
-            loss = chunked_objective(reverse_kl, hidden, Head(weight), teacher_hidden, Head(teacher), chunk=chunk)
+            loss = chunked_objective(reverse_kl, (hidden, Head(weight)), (teacher_hidden, Head(teacher)), chunk=chunk)
         found.append([loss.total.detach(), *gradients(loss.total, hidden, weight)])
     for others in found[1:]:
         torch.testing.assert_close(others[0], found[0][0], rtol=1e-5, atol=0)
@@ -518,7 +520,9 @@ def test_a_chunk_of_every_size_gives_the_same_under_autocast(device):
 
 def test_second_derivatives_are_refused():
     hidden = random(TOKENS, STUDENT, seed=0).requires_grad_()
-    loss = chunked_objective(reverse_kl, hidden, head(STUDENT, 2), random(TOKENS, TEACHER, seed=1), head(TEACHER, 4))
+    loss = chunked_objective(
+        reverse_kl, (hidden, head(STUDENT, 2)), (random(TOKENS, TEACHER, seed=1), head(TEACHER, 4))
+    )
     (gradient,) = torch.autograd.grad(loss.total.square(), hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()

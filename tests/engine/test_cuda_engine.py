@@ -14,12 +14,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import scaled_dot_product_attention
 
+from helpers.standins import StandIn
 from helpers.tiny import tiny_model
-from promptkd.data.packing import right_pad
-from promptkd.engine import Head, chunked_objective, chunked_prompt_loss, compute_dtype
+from promptkd.data.batch import right_pad
+from promptkd.engine import Head, chunked_objective, chunked_prompt_loss
+from promptkd.engine.backbone import model_matmul_dtype
 from promptkd.engine.chunked_loss import chunked_cross_entropy
 from promptkd.engine.cuda import ENGINE, attention, decoding, head
-from promptkd.engine.reference import CacheDecoder, PaddedScorer
+from promptkd.engine.reference import DynamicCacheDecoder, PaddedScorer
 from promptkd.engine.verify import first_verified
 from promptkd.generation import SamplingParams, generate
 from promptkd.objectives import reverse_kl
@@ -55,9 +57,9 @@ def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=No
 @pytest.fixture(autouse=True)
 def on_cpu(monkeypatch):
     wide = {torch.float32, torch.float64, torch.bfloat16}
-    monkeypatch.setattr(attention.varlen, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(attention, "varlen", StandIn(attention.varlen, varlen_attn=varlen_attn))
     monkeypatch.setattr(attention, "_GROUPED", {})
-    monkeypatch.setattr(attention, "_PRECISIONS", wide)
+    monkeypatch.setattr(attention, "_DTYPES", wide)
     monkeypatch.setattr(head, "_product", lambda left, right: left.float() @ right.float())
 
 
@@ -65,7 +67,7 @@ def on_cpu(monkeypatch):
 def as_cuda(monkeypatch):
     """Everything on CPU is run by the CUDA engine."""
     monkeypatch.setattr("promptkd.engine.resolve._of_kind", lambda kind: ENGINE)
-    monkeypatch.setattr(head, "_fused_kernels", lambda: PLAIN_KERNELS)  # Triton's have tests of their own
+    monkeypatch.setattr(head, "_triton_kernels", lambda: PLAIN_KERNELS)  # Triton's have tests of their own
 
 
 def models(architecture, **settings):
@@ -105,7 +107,7 @@ def decoded(decoder, model, soft_prompt=None, vocabulary=None):
     steps = torch.tensor(
         [[10, 20, 30, 7], [31, 21, 11, 8], [12, 22, 32, 9], [13, 33, 34, 0], [1, 2, 3, 0], [4, 5, 6, 0]]
     )
-    with torch.no_grad(), decoder.opened(model, 4, vocabulary) as sessions, sessions(7) as session:
+    with torch.no_grad(), decoder.open(model, 4, vocabulary) as sessions, sessions(7) as session:
         logits = [session.prefill(PROMPTS, soft_prompt).clone()]
         for step, tokens in enumerate(steps):
             if step == 3:
@@ -127,7 +129,7 @@ def test_decoding_equals_the_reference(architecture, length, decoder, monkeypatc
     soft_prompt = model.get_input_embeddings()(torch.arange(40, 40 + length)).detach() if length else None
     for _ in range(2):  # what the first decode leaves in the store is no matter to the second
         got = decoded(decoder, model, soft_prompt, vocabulary=90)
-        expected = decoded(CacheDecoder(), model, soft_prompt, vocabulary=90)
+        expected = decoded(DynamicCacheDecoder(), model, soft_prompt, vocabulary=90)
         assert got.shape == expected.shape == (4 * 4 + 3 * 3, 90)
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
@@ -152,19 +154,19 @@ def test_weights_are_taken_anew_when_decoding_opens(decoder):
 def both_in_bfloat16(decoder, model):
     """Under autocast, so that weights are copied."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        return decoded(decoder, model), decoded(CacheDecoder(), model)
+        return decoded(decoder, model), decoded(DynamicCacheDecoder(), model)
 
 
 def test_a_store_grows_and_is_emptied():
     """A NaN that an earlier decode has left would pass through a weight of 0."""
     model = tiny_model("llama")
     decoded(FUSED, model)
-    store = FUSED._stores[model]
+    store = FUSED._buffers[model]
     for layer in store.layers.values():
         layer.keys.fill_(torch.nan)
         layer.values.fill_(torch.nan)
     assert decoded(FUSED, model).isfinite().all()
-    with torch.no_grad(), FUSED.opened(model, 9, None) as sessions, sessions(300) as session:
+    with torch.no_grad(), FUSED.open(model, 9, None) as sessions, sessions(300) as session:
         logits = session.prefill([[1, 2]] * 9)
     assert (store.rows, store.columns) == (16, 384)
     assert torch.allclose(logits[0], logits[8])
@@ -175,10 +177,10 @@ def test_a_model_is_let_go_with_its_store():
     decoded(FUSED, model)
     decoded(ROWS, model)
     gc.collect()
-    before = len(FUSED._stores), len(ROWS._stores)
+    before = len(FUSED._buffers), len(ROWS._buffers)
     del model
     gc.collect()
-    assert (len(FUSED._stores), len(ROWS._stores)) == (before[0] - 1, before[1] - 1)
+    assert (len(FUSED._buffers), len(ROWS._buffers)) == (before[0] - 1, before[1] - 1)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
@@ -206,12 +208,12 @@ def test_the_engine_is_trusted_after_its_trial():
 
 
 def test_float32_stays_with_the_reference(monkeypatch):
-    monkeypatch.setattr(attention, "_PRECISIONS", {torch.bfloat16, torch.float16})
+    monkeypatch.setattr(attention, "_DTYPES", {torch.bfloat16, torch.float16})
     model = tiny_model("llama")
     assert not PACKED.supports(model)
     assert not FUSED.supports(model)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert compute_dtype(model) == torch.bfloat16
+        assert model_matmul_dtype(model) == torch.bfloat16
         assert PACKED.supports(model)
         assert FUSED.supports(model)
 
@@ -247,7 +249,7 @@ def test_losses_of_half_precision_heads_round_factors_alone(vocabulary, rows, se
     hidden = torch.randn(11, 24, generator=generator).requires_grad_()
     other = torch.randn(11, 24, generator=generator).bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = chunked_objective(reverse_kl, hidden, learner, other, theirs, chunk=4).total
+        loss = chunked_objective(reverse_kl, (hidden, learner), (other, theirs), chunk=4).total
     learned = [hidden, weight, *([] if bias is None else [bias])]
     got = torch.autograd.grad(loss, learned)
 
@@ -310,11 +312,11 @@ def test_the_other_losses_run_on_half_precision_heads(as_cuda):
     learner, other = heads(97, dtype=torch.bfloat16), heads(97, dtype=torch.bfloat16, rows=120)
     generator = torch.Generator().manual_seed(2)
     mine, theirs = (torch.randn(9, 24, generator=generator).bfloat16().requires_grad_() for _ in range(2))
-    prompt = chunked_prompt_loss(mine, learner, theirs, other, mine.detach(), learner, weight=0.5, chunk=4)
-    assert float(prompt.figures["to_plain"].abs()) < 1e-5
+    prompt = chunked_prompt_loss((mine, learner), (theirs, other), (mine.detach(), learner), weight=0.5, chunk=4)
+    assert float(prompt.metrics["to_plain"].abs()) < 1e-5
     assert float(prompt.total.detach()) > 0
     labels = torch.randint(97, (9,), generator=generator)
-    loss = chunked_cross_entropy(mine, learner, labels, chunk=4).total
+    loss = chunked_cross_entropy((mine, learner), labels, chunk=4).total
     logits = mine.detach().float() @ learner.weight.float().T
     torch.testing.assert_close(
         loss, torch.nn.functional.cross_entropy(logits, labels, reduction="sum"), rtol=1e-5, atol=1e-5
@@ -350,7 +352,7 @@ def test_what_is_made_in_inference_mode_serves_outside_of_it(as_cuda):
     def loss():
         hidden = FUSED_LAYERS.hidden(model, batch, None)
         own = Head(model.lm_head.weight)
-        return chunked_objective(reverse_kl, hidden, own, hidden.detach(), own, chunk=4).total
+        return chunked_objective(reverse_kl, (hidden, own), (hidden.detach(), own), chunk=4).total
 
     with torch.autocast("cpu", dtype=torch.bfloat16):
         with torch.inference_mode():
@@ -364,9 +366,9 @@ def test_two_sessions_of_one_model_are_refused():
     """They would write over each other's keys and values."""
     model = tiny_model("llama")
     refused = pytest.raises(RuntimeError, match="one batch at a time")
-    with torch.no_grad(), FUSED.opened(model, 2, None) as sessions, sessions(4), refused, sessions(4):
+    with torch.no_grad(), FUSED.open(model, 2, None) as sessions, sessions(4), refused, sessions(4):
         pass
-    with torch.no_grad(), FUSED.opened(model, 2, None) as sessions, sessions(4) as session:
+    with torch.no_grad(), FUSED.open(model, 2, None) as sessions, sessions(4) as session:
         assert session.prefill([[1], [2]]).isfinite().all()  # the one before has ended
 
 
@@ -389,8 +391,8 @@ def test_a_way_that_fails_its_trial_holds_nothing(monkeypatch):
     model = tiny_model("llama")
     monkeypatch.setattr(decoding._CudaSession, "_step", lambda self, rows, span: torch.zeros(rows, 97))
     assert first_verified(ENGINE.decoders, model) is ENGINE.decoders[-1]
-    assert model not in FUSED._stores
-    assert model not in ROWS._stores
+    assert model not in FUSED._buffers
+    assert model not in ROWS._buffers
 
 
 def test_running_out_of_memory_is_no_verdict(monkeypatch):
@@ -411,7 +413,7 @@ def test_only_matrices_are_copied_where_layers_are_the_models_own():
     model = tiny_model("gpt2")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         decoded(ROWS, model)
-    copied = ROWS._stores[model]._own._backbone
+    copied = ROWS._buffers[model].backbone._backbone
     assert copied.wte.weight is model.transformer.wte.weight
     assert copied.h[0].ln_1.weight is model.transformer.h[0].ln_1.weight
     assert copied.h[0].mlp.c_fc.weight.dtype == torch.bfloat16

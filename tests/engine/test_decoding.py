@@ -8,10 +8,10 @@ from peft import LoraConfig, get_peft_model
 
 from helpers.tiny import ARCHITECTURES, VOCABULARY, tiny_model
 from promptkd.engine import decoding, first_verified, head_logits
-from promptkd.engine.cpu import ENGINE, prepacked
-from promptkd.engine.cpu.prepacked import PackedLinear, onednn_multiplies, prepacked_linears
+from promptkd.engine.cpu import ENGINE, onednn
+from promptkd.engine.cpu.onednn import OneDNNLinear, onednn_linears, onednn_multiplies
 from promptkd.engine.fused_decoder import FusedDecoder, supports_fused_decoder
-from promptkd.engine.rows import supports_rows
+from promptkd.engine.packed import supports_packing
 from promptkd.generation import SamplingParams, generate
 
 PROMPTS = ([5, 9, 11, 2, 40, 7, 7, 30, 12, 1], [3], [5, 9, 4, 60])
@@ -29,7 +29,7 @@ plain_ways = pytest.mark.parametrize("way", [rows_way, cache_way], ids=lambda wa
 
 @contextmanager
 def session_of(way, model, *, max_new_tokens=STEPS, rows=ROWS, vocabulary=None):
-    with torch.no_grad(), way.opened(model, rows, vocabulary) as sessions, sessions(max_new_tokens) as session:
+    with torch.no_grad(), way.open(model, rows, vocabulary) as sessions, sessions(max_new_tokens) as session:
         yield session
 
 
@@ -177,7 +177,7 @@ def test_the_models_attention_comes_back(way):
 def test_kinds_of_attention_that_are_not_known_are_left_to_transformers():
     model = tiny_model("llama")
     model.config.layer_types = ["chunked_attention"] * 3
-    assert not supports_rows(model)
+    assert not supports_packing(model)
     assert first_verified(ENGINE.decoders, model) is cache_way
 
 
@@ -222,7 +222,7 @@ def test_the_fused_decoder_decodes_rows_as_each_alone(architecture, length):
 def test_the_fused_decoder_in_bfloat16(architecture, kind, units, monkeypatch):
     """With oneDNN's products and with torch's own, whichever this processor would take."""
     autocast = kind == "under autocast"
-    monkeypatch.setattr(prepacked, "onednn_multiplies", lambda dtype: units)
+    monkeypatch.setattr(onednn, "onednn_multiplies", lambda dtype: units)
     model = tiny_model(
         architecture.split(",")[0], dtype=torch.float32 if autocast else torch.bfloat16, **LLAMAS[architecture]
     )
@@ -269,17 +269,17 @@ def test_a_model_that_only_looks_like_llamas_family_is_found_out(monkeypatch):
     assert first_verified(ENGINE.decoders, tiny_model("llama")) is rows_way
 
 
-# ------------------------------------------------------------------------------------------------- prepacked weights
+# -------------------------------------------------------------------------------------------------- weights for oneDNN
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "opt"])  # without and with biases
 def test_prepacked_layers_give_the_same_logits(architecture, monkeypatch):
     model, ids, called = tiny_model(architecture), torch.tensor([[4, 9, 2], [7, 7, 1]]), []
-    product = PackedLinear.__call__
-    monkeypatch.setattr(PackedLinear, "__call__", lambda self, *args: called.append(self) or product(self, *args))
+    product = OneDNNLinear.__call__
+    monkeypatch.setattr(OneDNNLinear, "__call__", lambda self, *args: called.append(self) or product(self, *args))
     with torch.no_grad():
         expected = model(ids).logits
-        with prepacked_linears(model, 6):
+        with onednn_linears(model, 6):
             got = model(ids).logits
             assert "forward" in vars(model.lm_head)
     assert "forward" not in vars(model.lm_head)
@@ -290,7 +290,7 @@ def test_prepacked_layers_give_the_same_logits(architecture, monkeypatch):
 def test_more_rows_than_a_step_has_are_left_to_torch():
     """oneDNN keeps a program for every number of rows, and prompts have any number of tokens."""
     model, ids = tiny_model("llama"), torch.tensor([[4, 9, 2], [7, 7, 1]])
-    with torch.no_grad(), prepacked_linears(model, 5):
+    with torch.no_grad(), onednn_linears(model, 5):
         got = model(ids).logits
     with torch.no_grad():
         assert torch.equal(got, model(ids).logits)
@@ -298,12 +298,12 @@ def test_more_rows_than_a_step_has_are_left_to_torch():
 
 def test_prepacked_layers_see_weights_as_they_are_at_entry():
     model, ids = tiny_model("llama"), torch.tensor([[4, 9, 2]])
-    with torch.no_grad(), prepacked_linears(model, 3):
+    with torch.no_grad(), onednn_linears(model, 3):
         before = model(ids).logits
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight.mul_(2)
         expected = model(ids).logits
-        with prepacked_linears(model, 3):
+        with onednn_linears(model, 3):
             got = model(ids).logits
     assert (got - before).abs().max() > 1e-2
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)
@@ -324,7 +324,7 @@ def test_sessions_see_weights_as_they_are_when_they_are_opened(way):
 
 def test_other_precisions_are_left_as_they_are():
     model = tiny_model("llama", dtype=torch.float64)
-    with prepacked_linears(model, 2):
+    with onednn_linears(model, 2):
         assert "forward" not in vars(model.lm_head)
 
 
@@ -333,10 +333,10 @@ def test_other_precisions_are_left_as_they_are():
 def test_under_autocast_layers_are_laid_out_in_bfloat16_where_onednn_multiplies_it(architecture, units, monkeypatch):
     """Autocast casts the inputs of `nn.Linear`, and a prepacked layer its own."""
     model, ids = tiny_model(architecture), torch.tensor([[4, 9, 2]])
-    monkeypatch.setattr(prepacked, "onednn_multiplies", lambda dtype: dtype == torch.float32 or units)
+    monkeypatch.setattr(onednn, "onednn_multiplies", lambda dtype: dtype == torch.float32 or units)
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
         expected = model(ids).logits
-        with prepacked_linears(model, 3):
+        with onednn_linears(model, 3):
             assert ("forward" in vars(model.lm_head)) == units
             got = model(ids).logits
         assert (first_verified(ENGINE.decoders, model) is fused_way) == (architecture == "llama")
@@ -348,6 +348,6 @@ def test_under_autocast_layers_are_laid_out_in_bfloat16_where_onednn_multiplies_
 
 def test_layers_come_back_after_an_error():
     model = tiny_model("llama")
-    with pytest.raises(ZeroDivisionError), prepacked_linears(model, 2):
+    with pytest.raises(ZeroDivisionError), onednn_linears(model, 2):
         raise ZeroDivisionError
     assert all("forward" not in vars(module) for module in model.modules())

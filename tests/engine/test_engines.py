@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from helpers.tiny import VOCABULARY, tiny_model
 from helpers.trainers import log, trainer
-from promptkd.data.packing import right_pad
+from promptkd.data.batch import right_pad
 from promptkd.engine import engine_for, response_hidden
 from promptkd.engine.resolve import ENGINES, VARIABLE
 from promptkd.errors import RequestError
@@ -239,7 +239,7 @@ def twenty_steps(run):
 def short_passes(monkeypatch):
     """Passes of a few tokens, so that a tiny micro-batch is several of them."""
     for scorer in engine_for(CPU).scorers[:-1]:
-        monkeypatch.setattr(scorer, "longest", 20)
+        monkeypatch.setattr(scorer, "max_tokens", 20)
     monkeypatch.setattr(teacher_tuner, "engine_for", lambda device: replace(engine_for(device), pass_tokens=12))
 
 

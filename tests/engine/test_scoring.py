@@ -7,11 +7,12 @@ import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from torch import nn
 
+from helpers.standins import OnResults
 from helpers.tiny import ARCHITECTURES, END_ID, VOCABULARY, tiny_model
-from promptkd.data.packing import TokenBatch, right_pad
+from promptkd.data.batch import TokenBatch, right_pad
 from promptkd.engine import check_scoring, head_logits, head_size, linear_head, response_hidden, response_logits
-from promptkd.engine.cpu.head import CpuHeadProducts
-from promptkd.engine.heads import HeadProducts
+from promptkd.engine.cpu.head import CpuHeadBackend
+from promptkd.engine.heads import HeadBackend
 from promptkd.errors import RequestError
 from promptkd.objectives import prompt_loss, reverse_kl
 
@@ -216,18 +217,16 @@ def test_the_prompts_gradient_is_a_float64_finite_difference(architecture, direc
 
 @every_architecture
 @with_and_without
-def test_only_response_positions_reach_the_head(architecture, length, monkeypatch):
+def test_only_response_positions_reach_the_head(architecture, length):
     model, batch = tiny_model(architecture), batch_of(ROWS)
     rows: list[int] = []
-    linear = torch.nn.functional.linear
 
-    def counting(inputs, weight, bias=None):
+    def count(result, inputs, weight, bias=None):
         if len(weight) == VOCABULARY:  # no other size of a tiny model equals it
             rows.append(inputs.numel() // inputs.shape[-1])
-        return linear(inputs, weight, bias)
 
-    monkeypatch.setattr(torch.nn.functional, "linear", counting)
-    scored(model, batch, vectors(model, length))
+    with OnResults(torch.nn.functional.linear, count):
+        scored(model, batch, vectors(model, length))
     assert rows == [batch.response_tokens] == [23]
 
 
@@ -248,7 +247,7 @@ def test_logit_scale_and_soft_cap_are_the_models_own(architecture):
         close(logits, bare * {"cohere": 3.0, "granite": 1 / 0.5}[architecture])
 
 
-@pytest.mark.parametrize("products", [HeadProducts(), CpuHeadProducts()], ids=["reference", "cpu"])
+@pytest.mark.parametrize("products", [HeadBackend(), CpuHeadBackend()], ids=["reference", "cpu"])
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, "cohere", "granite"])
 def test_the_head_as_tensors_gives_the_same_logits(architecture, products):
     scale = {"cohere": {"logit_scale": 3.0}, "granite": {"logits_scaling": 4.0}}.get(architecture, {})
@@ -258,7 +257,7 @@ def test_the_head_as_tensors_gives_the_same_logits(architecture, products):
         with torch.no_grad():
             hidden, expected = response_hidden(model, batch), scored(model, batch)
             got = products.projection(linear_head(model), torch.float32).logits(hidden)
-            narrow = products.projection(linear_head(model).of(50), torch.float32).logits(hidden)
+            narrow = products.projection(linear_head(model).limited_to(50), torch.float32).logits(hidden)
         close(got, expected)
         close(narrow, expected[:, :50])
         assert len({tuple(row) for row in got.tolist()}) > 10

@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from promptkd.engine.cuda import kernels, row_programs
+from promptkd.engine.cuda import triton_kernels
 
 CASES = Path(__file__).parents[1] / "helpers" / "triton_kernel_cases.py"
 SECONDS = 600
@@ -40,10 +40,10 @@ def test_every_case():
 
 
 PROGRAMS = {
-    "reverse_kl": (row_programs.reverse_kl_rows, {}),
-    "reverse_kl_to_one": (row_programs.reverse_kl_rows, {"plain": None}),
-    "forward_kl": (row_programs.forward_kl_rows, {}),
-    "cross_entropy": (row_programs.cross_entropy_rows, {}),
+    "reverse_kl": (triton_kernels._reverse_kl_rows, {}),
+    "reverse_kl_to_one": (triton_kernels._reverse_kl_rows, {"plain": None}),
+    "forward_kl": (triton_kernels._forward_kl_rows, {}),
+    "cross_entropy": (triton_kernels._cross_entropy_rows, {}),
 }
 TYPES = {"weight": "fp32", "labels": "*i64"} | dict.fromkeys(
     ("stride", "student_stride", "plain_stride", "target_stride"), "i32"
@@ -56,7 +56,7 @@ def compiled(request, tmp_path_factory):
     if triton.knobs.runtime.interpret:
         pytest.skip("TRITON_INTERPRET is set: nothing is compiled")
     program, absent = PROGRAMS[request.param]
-    constants = absent | {"SIZE": 151_665, "BLOCK": kernels._BLOCK}
+    constants = absent | {"SIZE": 151_665, "BLOCK": triton_kernels._BLOCK}
     names = program.arg_names
     types = {name: "constexpr" if name in constants else TYPES.get(name, "*fp32") for name in names}
     aligned = {
@@ -65,7 +65,9 @@ def compiled(request, tmp_path_factory):
     source = ASTSource(program, types, {(names.index(name),): value for name, value in constants.items()}, aligned)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
-        return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": kernels._WARPS}).asm
+        return triton.compile(
+            source, target=GPUTarget("cuda", 90, 32), options={"num_warps": triton_kernels._WARPS}
+        ).asm
 
 
 def test_offsets_of_rows_have_64_bits(compiled):
@@ -87,5 +89,5 @@ def test_three_programs_run_per_multiprocessor(compiled, tmp_path):
     command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", tmp_path / "program.cubin"]
     usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
-    assert 3 * int(registers) * 32 * kernels._WARPS <= 65_536
+    assert 3 * int(registers) * 32 * triton_kernels._WARPS <= 65_536
     assert stack == "0"

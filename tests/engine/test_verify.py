@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from helpers.tiny import tiny_model
-from promptkd.data.packing import right_pad
+from promptkd.data.batch import right_pad
 from promptkd.engine import first_verified, response_hidden
-from promptkd.engine.reference import CacheDecoder, CacheSession, PaddedScorer
+from promptkd.engine.reference import DynamicCacheDecoder, DynamicCacheSession, PaddedScorer
 
 pytestmark = pytest.mark.usefixtures("own_engine")
 SCORED_TWICE = ["prompted", "plain"]  # what one trial asks a scorer for
@@ -174,7 +174,7 @@ def test_an_error_of_the_reference_is_no_verdict_on_another_way():
         first_verified((Noted(), Broken()), tiny_model("llama"))
 
 
-class Session(CacheSession):
+class Session(DynamicCacheSession):
     """The reference's, with a fault."""
 
     fault = "none"
@@ -190,14 +190,14 @@ class Session(CacheSession):
         super().select(kept)
 
 
-class FaultyDecoder(CacheDecoder):
+class FaultyDecoder(DynamicCacheDecoder):
     name = "faulty"
 
     def __init__(self, fault):
         self.fault = fault
 
     @contextmanager
-    def opened(self, model, rows, vocabulary):
+    def open(self, model, rows, vocabulary):
         @contextmanager
         def session(max_new_tokens):
             made = Session(model, vocabulary)
@@ -210,7 +210,7 @@ class FaultyDecoder(CacheDecoder):
 @pytest.mark.parametrize("fault", ["none", "drops the soft prompt", "mixes rows up", "keeps the first rows"])
 def test_the_trial_of_a_decoder_prefills_decodes_and_selects(fault):
     way = FaultyDecoder(fault)
-    assert (first_verified((way, CacheDecoder()), tiny_model("llama")) is way) == (fault == "none")
+    assert (first_verified((way, DynamicCacheDecoder()), tiny_model("llama")) is way) == (fault == "none")
 
 
 # ------------------------------------------------------------------------------------------------ what it leaves behind

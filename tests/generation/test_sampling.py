@@ -150,11 +150,11 @@ def rollout(model, folder, **settings):
     torch.manual_seed(5)
     teacher = tiny_model("llama", layers=1, seed=2, vocabulary=model.config.vocab_size)
     run = trainer(folder, models=(model, teacher), max_completion_length=2, generation_batch_size=1000, **settings)
-    run.stop_ids = ()
-    run.vocabulary = model.config.vocab_size  # the tokenizer has fewer words than the larger one
-    run.eos_token_ids, run.generation_config.eos_token_id = [], None
+    run.rollout.stop_ids = ()
+    run.teacher.vocabulary = model.config.vocab_size  # the tokenizer has fewer tokens than the larger one
+    run.rollout._generation.eos_token_id = None
     torch.manual_seed(5)
-    return run._sample([PROMPT] * DRAWS)
+    return run.rollout._sample([PROMPT] * DRAWS, run.model, 0, None)
 
 
 def trl_rollout(model, folder):
@@ -201,6 +201,8 @@ def test_the_engines_of_the_commands_are_one():
     direct = [generate(model, prompts, params, seeds=each) for each in seeds]
     measured = decode_rows(model, tokenizer, data, Decoding(**settings, seed=10))
     assert measured == direct[0]
-    continued = sample_continuations(model, prompts, samples_per_row=2, seed=10, vocabulary=VOCABULARY, **settings)
+    continued = sample_continuations(
+        model, prompts, Decoding(vocabulary=VOCABULARY, **settings, seed=10), samples_per_row=2
+    )
     assert continued == [list(each) for each in zip(*direct, strict=True)]
     assert direct[0] != direct[1]

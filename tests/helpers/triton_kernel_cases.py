@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from promptkd.engine.cuda import kernels
+from promptkd.engine.cuda import triton_kernels as kernels
 from promptkd.objectives.kernels import PLAIN_KERNELS
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"

@@ -21,7 +21,7 @@ import pytest
 from helpers.commands import done, held, json_lines, run, write_rows
 from helpers.judge_server import JudgeServer, answer_rows, by_length, judge_server, parts
 from helpers.tiny import save_model, tiny_model, tiny_tokenizer
-from promptkd.evaluation.bootstrap import token_mean_interval
+from promptkd.evaluation.statistics import token_mean_interval
 from promptkd.judge.endpoint import _retry_after
 from promptkd.models import cache_folder
 from promptkd.results import Results, file_sha256

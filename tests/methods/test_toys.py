@@ -10,7 +10,7 @@ import torch
 
 from helpers.tiny import END_ID
 from helpers.trainers import FixedResponses, log, pair, rows, trainer
-from promptkd.data.packing import right_pad
+from promptkd.data.batch import right_pad
 from promptkd.engine import response_logits
 from promptkd.generation import SamplingParams, generate
 from promptkd.methods import METHODS, named_method
@@ -149,7 +149,6 @@ def test_every_method_lowers_its_own_loss(tmp_path, name):
         data=rows(4),
         max_steps=15,
         learning_rate=3e-3,
-        prompt_learning_rate=1e-3,
     )
     ours.train()
     losses = [entry["loss"] for entry in log(ours)]

@@ -1,5 +1,6 @@
 """Models and tokenizers from folders, runs and GGUF files; and what is refused, in one clear message."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -22,7 +23,7 @@ from helpers.tiny import (
     tiny_tokenizer,
     token_id,
 )
-from promptkd.data.packing import right_pad
+from promptkd.data.batch import right_pad
 from promptkd.engine import response_logits
 from promptkd.errors import RequestError
 from promptkd.models import (
@@ -136,12 +137,12 @@ def test_a_file_that_is_no_gguf(tmp_path):
     refused(tmp_path / "model.txt", "Got the file .*model.txt")
     for name, content in (("text.gguf", b"hello, I am a text" * 9), ("empty.gguf", b"")):
         (tmp_path / name).write_bytes(content)
-        refused(tmp_path / name, f"{name} is no whole GGUF file")
+        refused(tmp_path / name, f"{name} is not a complete GGUF file")
 
 
 def test_a_gguf_that_breaks_off(tmp_path):
     (tmp_path / "cut.gguf").write_bytes(b"GGUF\x03\0\0\0" + b"\1\0\0\0\0\0\0\0" * 2)
-    refused(tmp_path / "cut.gguf", "cut.gguf is no whole GGUF file: at byte 24 it states 1 tensors and 1 fields")
+    refused(tmp_path / "cut.gguf", "cut.gguf is not a complete GGUF file: at byte 24 it states 1 tensors and 1 fields")
 
 
 @pytest.mark.parametrize(
@@ -382,7 +383,7 @@ def test_one_vocabulary_with_another_normaliser_is_refused():
     lower = tiny_tokenizer()
     lower.backend_tokenizer.normalizer = normalizers.Lowercase()
     assert lower.get_vocab() == tiny_tokenizer().get_vocab()
-    with pytest.raises(RequestError, match="share their tokens but cut text differently"):
+    with pytest.raises(RequestError, match="share their tokens but split text differently"):
         check_same_vocabulary(lower, tiny_tokenizer())
 
 
@@ -396,7 +397,7 @@ def test_one_vocabulary_with_another_normaliser_is_refused():
 def test_one_vocabulary_with_other_merges_is_refused(merges):
     other = tiny_tokenizer(merges=merges)
     assert other.get_vocab() == tiny_tokenizer().get_vocab()
-    with pytest.raises(RequestError, match="share their tokens but cut text differently"):
+    with pytest.raises(RequestError, match="share their tokens but split text differently"):
         check_same_vocabulary(other, tiny_tokenizer())
 
 
@@ -442,16 +443,21 @@ def test_tied_weights_count_once():
     assert count_parameters(tied, trainable=True) == 16
 
 
+def over(folder):
+    content = b"".join((folder / name).read_bytes() for name in ("config.json", "model.safetensors"))
+    return hashlib.sha256(content).hexdigest()
+
+
 def test_the_record_changes_with_weights_and_configuration(folder):
     model = load_model(folder)
     record = model_record(folder, model)
     assert record.path == str(folder)
     assert record.parameters == count_parameters(model)
-    assert len(record.sha256) == 64
+    assert record.sha256 == over(folder)
     (folder / "tokenizer_config.json").write_text("{}")
     assert model_record(folder, model) == record
     other = save_model(folder.with_name("other"), tiny_model("llama", tied=False, seed=1))
-    assert model_record(other, model).sha256 != record.sha256
+    assert model_record(other, model).sha256 == over(other)
     change_config(folder, eos_token_id=3)
-    assert model_record(folder, model).sha256 != record.sha256
+    assert model_record(folder, model).sha256 == over(folder) != record.sha256
     assert model_record("owner/name", model).sha256 == ""

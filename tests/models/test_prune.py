@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from helpers.tiny import ARCHITECTURES, END_ID, save_model, tiny_model
-from promptkd.data.packing import TokenBatch, right_pad
+from promptkd.data.batch import TokenBatch, right_pad
 from promptkd.errors import RequestError
 from promptkd.models import block_influence, evenly_spaced, most_influential, prune_layers
 from promptkd.models.prune import decoder_layers
@@ -299,8 +299,8 @@ def test_too_few_or_too_many_layers_are_refused(count):
         ([], r"at least one layer to keep, of 0 … 2"),
         ([0, 3], r"layers 0 … 2\. Got 3"),
         ([-1, 0], r"layers 0 … 2\. Got -1"),
-        ([0, 0, 1], r"once each, in rising order\. Got \[0, 0, 1\]"),
-        ([2, 1], r"once each, in rising order\. Got \[2, 1\]"),
+        ([0, 0, 1], r"once each, in ascending order\. Got \[0, 0, 1\]"),
+        ([2, 1], r"once each, in ascending order\. Got \[2, 1\]"),
     ],
 )
 def test_wrong_indices_are_refused(layers, message):

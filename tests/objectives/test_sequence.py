@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from promptkd.data.packing import right_pad
+from promptkd.data.batch import right_pad
 from promptkd.objectives import reverse_kl
-from promptkd.objectives.sequence import dpkd, minillm, return_to_go
+from promptkd.objectives.sequence import ResponseLogProbs, dpkd, minillm, return_to_go
 
 WORDS, END, LONGEST = 3, 0, 3
 
@@ -234,8 +234,7 @@ def test_minillm_equals_the_double_loop_at_any_mask_and_coefficient(lengths, see
 )
 def test_dpkd_equals_the_double_loop_at_any_mask_and_coefficient(lengths, seed, **choices):
     sides = [ragged(each, seed + index, 2) for index, each in enumerate(lengths)]
-    ((chosen_q, chosen_p), chosen_mask), ((rejected_q, rejected_p), rejected_mask) = sides
-    values = dpkd(chosen_q, chosen_p, chosen_mask, rejected_q, rejected_p, rejected_mask, **choices)
+    values = dpkd(*(ResponseLogProbs(*tables, mask) for tables, mask in sides), **choices)
     for row, (own, other) in enumerate(zip(*lengths, strict=True)):
         differences = [(q - p)[row, :length].tolist() for ((q, p), _), length in zip(sides, (own, other), strict=True)]
         assert float(values[row]) == pytest.approx(loop_dpkd(*differences, **choices), rel=1e-9)
@@ -253,7 +252,8 @@ def test_dpkds_gradients_equal_finite_differences(level, length_normalization):
 
     def loss(chosen, rejected):
         return dpkd(
-            *(chosen, chosen_p, chosen_mask, rejected, rejected_p, rejected_mask),
+            ResponseLogProbs(chosen, chosen_p, chosen_mask),
+            ResponseLogProbs(rejected, rejected_p, rejected_mask),
             beta=0.7,
             level=level,
             length_normalization=length_normalization,
@@ -274,7 +274,8 @@ def test_float32_is_within_1e_5_of_float64():
         torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)
     for level in ("sequence", "token"):
         ours, exact = (
-            dpkd(*made[:2], mask, *made[2:], mask, level=level) for made in (tables, [each.double() for each in tables])
+            dpkd(ResponseLogProbs(*made[:2], mask), ResponseLogProbs(*made[2:], mask), level=level)
+            for made in (tables, [each.double() for each in tables])
         )
         torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)
 
@@ -289,7 +290,8 @@ def test_extreme_log_probabilities_stay_finite():
         assert torch.autograd.grad(total, log_q)[0].isfinite().all()
         assert total.isfinite()
     for level in ("sequence", "token"):
-        total = dpkd(log_q, log_p, mask, log_p, log_q.detach(), mask, beta=1.0, level=level).sum()
+        chosen, rejected = ResponseLogProbs(log_q, log_p, mask), ResponseLogProbs(log_p, log_q.detach(), mask)
+        total = dpkd(chosen, rejected, beta=1.0, level=level).sum()
         assert torch.autograd.grad(total, log_q)[0].isfinite().all()
         assert total.isfinite()
 
@@ -297,8 +299,10 @@ def test_extreme_log_probabilities_stay_finite():
 def test_dpkd_by_hand():
     chosen_q, chosen_p = torch.tensor([[-1.0, -2.0]]), torch.tensor([[-1.5, -1.0]])  # differences 0.5, -1
     rejected_q, rejected_p = torch.tensor([[-3.0, -1.0, -1.0]]), torch.tensor([[-1.0, -1.0, -4.0]])  # -2, 0, 3
-    masks = torch.ones(1, 2, dtype=torch.bool), torch.ones(1, 3, dtype=torch.bool)
-    arguments = (chosen_q, chosen_p, masks[0], rejected_q, rejected_p, masks[1])
+    arguments = (
+        ResponseLogProbs(chosen_q, chosen_p, torch.ones(1, 2, dtype=torch.bool)),
+        ResponseLogProbs(rejected_q, rejected_p, torch.ones(1, 3, dtype=torch.bool)),
+    )
 
     def loss(x):
         return math.log1p(math.exp(-x))
@@ -317,7 +321,8 @@ def test_dpkd_raises_the_chosen_and_lowers_the_rejected():
     rejected = torch.zeros(1, 2, requires_grad=True)
     mask, reference = torch.ones(1, 2, dtype=torch.bool), torch.zeros(1, 2)
     for level in ("sequence", "token"):
-        loss = dpkd(chosen, reference, mask, rejected, reference, mask, level=level).sum()
+        sides = (ResponseLogProbs(each, reference, mask) for each in (chosen, rejected))
+        loss = dpkd(*sides, level=level).sum()
         up, down = torch.autograd.grad(loss, (chosen, rejected))
         assert float(up.max()) < 0 < float(down.min())
 
@@ -333,4 +338,4 @@ def test_unknown_choices_are_refused():
     with pytest.raises(ValueError, match="Got 'tokens'"):
         minillm(zeros, zeros, zeros, mask, importance="tokens")
     with pytest.raises(ValueError, match="`level`"):
-        dpkd(zeros, zeros, mask, zeros, zeros, mask, level="word")
+        dpkd(*[ResponseLogProbs(zeros, zeros, mask)] * 2, level="word")

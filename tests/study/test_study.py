@@ -42,7 +42,7 @@ from promptkd.study.processes import Job, shell_line
 from promptkd.study.progress import last_words
 from promptkd.study.table import Row, Table
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "study.yaml"
+RECIPE = Path(__file__).parents[2] / "recipes" / "study.yaml"
 PAIR = {"student": "s", "teacher": "t", "data": "d"}
 
 

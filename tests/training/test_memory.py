@@ -114,16 +114,16 @@ def test_every_phase_runs_on_the_longest_rows_with_responses_at_their_limit(tmp_
 def test_responses_of_transformers_generate_reach_their_limit_too(tmp_path):
     method = named_method("promptkd")
     made = trainer(tmp_path, method=method, generation_kwargs={"num_beams": 1}, max_steps=2)
-    made.eos_token_ids = list(range(60))
-    made.generation_config.eos_token_id = list(range(60))
+    made.rollout.stop_ids = tuple(range(60))
+    made.rollout._generation.eos_token_id = list(range(60))
     lengths = []
-    original = made._token_batch
+    cut = made.rollout._cut
 
-    def watched(inputs):
-        lengths.extend(len(each) for each in inputs["response_ids"])
-        return original(inputs)
+    def watched(inputs, responses):
+        lengths.extend(map(len, responses))
+        return cut(inputs, responses)
 
-    made._token_batch = watched
+    made.rollout._cut = watched
     take_trial_steps(made)
     assert set(lengths) == {8}
 

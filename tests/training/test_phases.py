@@ -1,10 +1,13 @@
 """Phases of an optimizer step: seconds of work done, peaks of memory, and how often the device is waited for."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
 
 import promptkd.memory
+from helpers.standins import StandIn
 from helpers.trainers import trainer
 from promptkd.memory import gibibytes, is_out_of_memory, peak_memory, resident_memory, restart_peak
 from promptkd.training import phases as module
@@ -19,10 +22,14 @@ class Device:
 
     def __init__(self, monkeypatch):
         self.clock, self.queued, self.held, self.reached, self.waits = 0.0, 0.0, 0, 0, 0
-        monkeypatch.setattr(module.time, "perf_counter", lambda: self.clock)
-        monkeypatch.setattr(torch.cuda, "synchronize", self.synchronize)
-        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: self.reached)
-        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", self.reset)
+        cuda = StandIn(
+            torch.cuda,
+            synchronize=self.synchronize,
+            max_memory_allocated=lambda device: self.reached,
+            reset_peak_memory_stats=self.reset,
+        )
+        monkeypatch.setattr(module, "time", StandIn(time, perf_counter=lambda: self.clock))
+        monkeypatch.setattr(module, "torch", StandIn(torch, cuda=cuda))
 
     def work(self, seconds, memory=0):
         self.queued += seconds
@@ -132,10 +139,10 @@ def test_where_the_peak_cannot_be_restarted_phases_say_what_they_end_with(monkey
 
 def test_a_trainers_step_waits_a_handful_of_times_and_never_within_a_pass(tmp_path, device, monkeypatch):
     made = trainer(tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=4, max_steps=3)
-    made.phases = Phases(torch.device("cuda"))
+    made.phases = made.tuner._phases = Phases(torch.device("cuda"))
     waits = []
     made.add_callback(step_ends(waits, device))
-    original = made._method_loss
+    original = made.student_loss._loss
 
     def watched(*args, **kwargs):
         before = device.waits
@@ -143,9 +150,9 @@ def test_a_trainers_step_waits_a_handful_of_times_and_never_within_a_pass(tmp_pa
         assert device.waits == before
         return loss
 
-    monkeypatch.setattr(made, "_method_loss", watched)
+    monkeypatch.setattr(made.student_loss, "_loss", watched)
     made.train()
-    assert waits == [5, 10, 15]  # before and after rollout and prompt, and behind the last micro-batch
+    assert waits == [3, 6, 9]  # after rollout, prompt and the last micro-batch
     assert set(made.phases.seconds) == {"rollout", "prompt", "student"}
 
 

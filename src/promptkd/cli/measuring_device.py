@@ -5,11 +5,10 @@ from typing import Any
 
 import torch
 
-from promptkd.cli.memory_messages import told_peak
 from promptkd.cli.terminal import say
-from promptkd.data.dataset import load_rows
+from promptkd.data import encode_examples, read_examples
 from promptkd.engine import check_scoring, engine_for
-from promptkd.memory import peak_memory
+from promptkd.memory import gibibytes, peak_memory
 from promptkd.models import load_model
 from promptkd.precision import Precision, WeightPrecision, compute_dtype, computing, teacher_precision
 
@@ -59,18 +58,17 @@ def measured_rows(
     options: Any, source: str, tokenizer: Any, *, need_response: bool = True, max_reference_length: int | None = None
 ) -> Any:
     """The rows of one data set, encoded as the options say; a reference has a response's limit unless one is given."""
-    return load_rows(
-        source,
+    return encode_examples(
+        read_examples(source, limit=options.limit),
         tokenizer,
-        template=options.template,
+        options.template,
         max_prompt_length=options.max_prompt_length,
         max_response_length=options.max_completion_length if max_reference_length is None else max_reference_length,
         need_response=need_response,
-        limit=options.limit,
     )
 
 
 def say_peak() -> None:
     """Say the peak of a command that measures: of the GPU where it used one, else of the process."""
     of_device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    say(told_peak(of_device or peak_memory(), {}))
+    say(f"Peak memory {gibibytes(of_device or peak_memory())}.")

@@ -1,4 +1,4 @@
-"""A row of data: the three forms in which it may come, and the one in which everything behind reads it.
+"""A row of data: the three forms in which it may come, and `Example`, the one form in which it is used.
 
     {"instruction", "input", "output"}   input may be missing; output a string, a list of references, or missing
     {"prompt", "completion"}             TRL's: strings, or lists of messages; completion may be missing
@@ -15,13 +15,12 @@ from typing import Any
 
 from promptkd.errors import RequestError
 
-__all__ = ["Example", "Instruction", "Message", "Request", "example_from_row", "examples_from_rows", "text_field"]
-
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _FORMS = (
     '{"instruction", "input", "output"} (input and output may be missing), {"prompt", "completion"} (completion may be '
     'missing) or {"messages": [...]}'
 )
+_ENDED = "ended"
 
 Message = dict[str, Any]
 """{"role": str, "content": str}, and whatever else the chat template reads."""
@@ -29,11 +28,10 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True)
 class Instruction:
-    """A request that a template puts into words."""
+    """A request that a template renders."""
 
     instruction: str
-    input: str
-    """What the instruction is about; "" if there is nothing."""
+    input: str  # what the instruction is about; "" if there is nothing
 
 
 Request = Instruction | str | tuple[Message, ...]
@@ -41,26 +39,19 @@ Request = Instruction | str | tuple[Message, ...]
 
 @dataclass(frozen=True)
 class Example:
-    """One request and the answers that count as right."""
+    """One request and its reference answers."""
 
-    request: Request
-    """An instruction (a template renders it), a prompt's text used as it stands, or messages."""
-    references: tuple[str, ...]
-    """The first trains, all are compared with; empty if the row has none."""
-    location: str
-    """Where the row stands, for messages: "train.jsonl, line 12" (lines from 1) or "train.parquet, row 11" (from 0)."""
-    row: int
-    """Index of the row in its source, from 0."""
-
-
-_ENDED = "ended"
+    request: Request  # an instruction (a template renders it), a prompt's text used as it is, or messages
+    references: tuple[str, ...]  # training uses the first, evaluation all of them; empty if the row has none
+    location: str  # for error messages: "train.jsonl, line 12" (from 1) or "train.parquet, row 11" (from 0)
+    row: int  # index of the row in its source, from 0
 
 
 def examples_from_rows(rows: Iterable[Mapping[str, Any]], *, origin: str = "row") -> list[Example]:
     """Read `rows` in any of the three forms.
 
     Args:
-        origin: what messages call a row; its index follows, from 0.
+        origin: what error messages call a row, before its index from 0.
 
     Raises:
         RequestError: naming the first row that fits no form or has a field of the wrong type, or if there are no rows.
@@ -73,131 +64,141 @@ def examples_from_rows(rows: Iterable[Mapping[str, Any]], *, origin: str = "row"
 
 def example_from_row(fields: Mapping[str, Any], *, location: str, row: int) -> Example:
     """Read one row. Raises `RequestError`, with `location`, if it fits none of the forms."""
+    try:
+        return Example(*_request_and_references(fields), location, row)
+    except RequestError as error:
+        raise RequestError(f"{location}: {error}") from error
+
+
+def text_field(value: Any, field: str, location: str) -> str:
+    """`value` if it is a string that UTF-8 can encode. Raises `RequestError`, with `location`, if not."""
+    try:
+        return _text(value, field)
+    except RequestError as error:
+        raise RequestError(f"{location}: {error}") from error
+
+
+def _request_and_references(fields: Mapping[str, Any]) -> tuple[Request, tuple[str, ...]]:
     if not isinstance(fields, Mapping):
-        raise RequestError(f"{location}: expected an object with the fields of a row, got {_kind(fields)}.")
+        raise RequestError(f"expected an object with the fields of a row, got {_kind(fields)}.")
     present = {key: value for key, value in fields.items() if value is not None}
-    request: Request
-    if "instruction" in present:
-        request, references = _from_instruction(present, location)
-    elif "messages" in present:
-        request, references = _from_messages(present, location)
-    elif "prompt" in present:
-        request, references = _from_prompt(present, location)
+    for form, read in (("instruction", _from_instruction), ("messages", _from_messages), ("prompt", _from_prompt)):
+        if form in present:
+            request, references = read(present)
+            break
     else:
         keys = ", ".join(f"{key!r:.60}" for key in islice(present, 8)) or "no field that is not null"
-        raise RequestError(f"{location}: expected {_FORMS}. Got {keys}.")
+        raise RequestError(f"expected {_FORMS}. Got {keys}.")
     if references and fields.get(_ENDED) is False:
         # `promptkd generate` marks a response that the length limit cut; an end token behind it would be untrue.
         raise RequestError(
-            f"{location}: the response was cut at the length limit ({_ENDED!r} is false), so it cannot be learned as "
-            "a whole one. Write the file anew with `promptkd generate --ended-only`, or drop such rows."
+            f"the response was cut at the length limit ({_ENDED!r} is false), so it cannot be used as a complete one. "
+            "Regenerate the file with `promptkd generate --ended-only`, or drop such rows."
         )
-    return Example(request, references, location, row)
+    return request, references
 
 
-def _from_instruction(fields: Mapping[str, Any], location: str) -> tuple[Instruction, tuple[str, ...]]:
-    instruction = text_field(fields["instruction"], "instruction", location, empty=False)
-    context = text_field(fields.get("input", ""), "input", location)
+def _from_instruction(fields: Mapping[str, Any]) -> tuple[Request, tuple[str, ...]]:
+    request = Instruction(
+        _text(fields["instruction"], "instruction", may_be_empty=False), _text(fields.get("input", ""), "input")
+    )
     output = fields.get("output")
     if output is None:
-        return Instruction(instruction, context), ()
+        return request, ()
     if isinstance(output, str):
-        return Instruction(instruction, context), (text_field(output, "output", location),)
+        return request, (_text(output, "output"),)
     if not isinstance(output, list | tuple):
-        raise RequestError(f"{location}: 'output' must be a string or a list of strings, got {_kind(output)}.")
+        raise RequestError(f"'output' must be a string or a list of strings, got {_kind(output)}.")
     if not output:
-        raise RequestError(f"{location}: 'output' is an empty list. Leave it out if the row has no reference.")
-    references = tuple(text_field(each, f"output[{index}]", location) for index, each in enumerate(output))
-    return Instruction(instruction, context), references
+        raise RequestError("'output' is an empty list. Leave it out if the row has no reference.")
+    return request, tuple(_text(each, f"output[{index}]") for index, each in enumerate(output))
 
 
-def _from_messages(fields: Mapping[str, Any], location: str) -> tuple[tuple[Message, ...], tuple[str, ...]]:
-    messages = _messages(fields["messages"], "messages", location)
+def _from_messages(fields: Mapping[str, Any]) -> tuple[Request, tuple[str, ...]]:
+    messages = _messages(fields["messages"], "messages")
     references: tuple[str, ...] = ()
     if messages[-1]["role"] == "assistant":
         *messages, answer = messages
         references = (answer["content"],)
-    return _request_messages(messages, "messages", location), references
+    return _request_messages(messages, "messages"), references
 
 
-def _from_prompt(fields: Mapping[str, Any], location: str) -> tuple[str | tuple[Message, ...], tuple[str, ...]]:
-    prompt: str | tuple[Message, ...]
+def _from_prompt(fields: Mapping[str, Any]) -> tuple[Request, tuple[str, ...]]:
+    prompt: Request
     if isinstance(fields["prompt"], str):
-        prompt = text_field(fields["prompt"], "prompt", location, empty=False)
+        prompt = _text(fields["prompt"], "prompt", may_be_empty=False)
     else:
-        prompt = _request_messages(_messages(fields["prompt"], "prompt", location), "prompt", location)
+        prompt = _request_messages(_messages(fields["prompt"], "prompt"), "prompt")
     completion = fields.get("completion")
     if completion is None:
         return prompt, ()
     if isinstance(completion, str):
-        return prompt, (text_field(completion, "completion", location),)
-    answer = _messages(completion, "completion", location)
+        return prompt, (_text(completion, "completion"),)
+    answer = _messages(completion, "completion")
     if len(answer) != 1 or answer[0]["role"] != "assistant":
         roles = ", ".join(message["role"] for message in answer)
-        raise RequestError(f"{location}: 'completion' must hold one assistant message. Got messages from: {roles}.")
+        raise RequestError(f"'completion' must hold one assistant message. Got messages from: {roles}.")
     return prompt, (answer[0]["content"],)
 
 
-def _messages(value: Any, field: str, location: str) -> list[Message]:
+def _messages(value: Any, field: str) -> list[Message]:
     if not isinstance(value, list | tuple):
-        also = "a list of messages" if field == "messages" else "a string or a list of messages"
-        raise RequestError(f"{location}: {field!r} must be {also}, got {_kind(value)}.")
+        expected = "a list of messages" if field == "messages" else "a string or a list of messages"
+        raise RequestError(f"{field!r} must be {expected}, got {_kind(value)}.")
     if not value:
-        raise RequestError(f"{location}: {field!r} must hold at least one message, got an empty list.")
-    messages = []
-    for index, each in enumerate(value):
-        name = f"{field}[{index}]"
-        if not isinstance(each, Mapping):
-            raise RequestError(f"{location}: {name!r} must be {{'role', 'content'}}, got {_kind(each)}.")
-        message = {key: part for key, part in each.items() if part is not None}
-        if message.get("role") not in _ROLES:
-            got = f"{message['role']!r:.60}" if "role" in message else "none"
-            raise RequestError(f"{location}: the role of {name!r} must be one of {', '.join(_ROLES)}. Got {got}.")
-        if "content" not in message:
-            raise RequestError(f"{location}: {name!r} has no content. Expected a string.")
-        text_field(message["content"], f"{name}.content", location)
-        _check_characters(message, name, location)
-        messages.append(message)
-    return messages
+        raise RequestError(f"{field!r} must hold at least one message, got an empty list.")
+    return [_message(each, f"{field}[{index}]") for index, each in enumerate(value)]
 
 
-def _request_messages(messages: list[Message], field: str, location: str) -> tuple[Message, ...]:
+def _message(value: Any, name: str) -> Message:
+    if not isinstance(value, Mapping):
+        raise RequestError(f"{name!r} must be {{'role', 'content'}}, got {_kind(value)}.")
+    message = {key: part for key, part in value.items() if part is not None}
+    if message.get("role") not in _ROLES:
+        got = f"{message['role']!r:.60}" if "role" in message else "none"
+        raise RequestError(f"the role of {name!r} must be one of {', '.join(_ROLES)}. Got {got}.")
+    if "content" not in message:
+        raise RequestError(f"{name!r} has no content. Expected a string.")
+    _text(message["content"], f"{name}.content")
+    _check_characters(message, name)
+    return message
+
+
+def _request_messages(messages: list[Message], field: str) -> tuple[Message, ...]:
     last = messages[-1]["role"] if messages else "nobody"
     if last not in ("user", "tool"):
         raise RequestError(
-            f"{location}: the request in {field!r} must end with a user (or tool) message, for the model answers it. "
-            f"Got {last}."
+            f"the request in {field!r} must end with a user (or tool) message, for the model answers it. Got {last}."
         )
     return tuple(messages)
 
 
-def text_field(value: Any, field: str, location: str, *, empty: bool = True) -> str:
-    """`value` if it is text that can be written as UTF-8. Raises `RequestError` if not."""
+def _text(value: Any, field: str, *, may_be_empty: bool = True) -> str:
     if not isinstance(value, str):
-        raise RequestError(f"{location}: {field!r} must be a string, got {_kind(value)}.")
-    if not empty and not value.strip():
-        raise RequestError(f"{location}: {field!r} is empty. Expected some text.")
-    _check_characters(value, field, location)
+        raise RequestError(f"{field!r} must be a string, got {_kind(value)}.")
+    if not may_be_empty and not value.strip():
+        raise RequestError(f"{field!r} is empty. Expected some text.")
+    _check_characters(value, field)
     return value
 
 
-def _check_characters(value: Any, field: str, location: str) -> None:
-    """Refuse half a surrogate pair in a text, or anywhere in what a chat template may read."""
-    if isinstance(value, str) and not value.isascii():
+def _check_characters(value: Any, field: str) -> None:
+    """Refuse half of a surrogate pair in a text, or anywhere in what a chat template may read."""
+    if isinstance(value, str):
         try:
             value.encode("utf-8")
         except UnicodeEncodeError as error:
             raise RequestError(
-                f"{location}: {field!r} holds half of a surrogate pair ({value[error.start]!r}), which is no "
-                "character. Write the file anew as UTF-8."
+                f"{field!r} holds half of a surrogate pair ({value[error.start]!r}), which is no character. Save the "
+                "file as valid UTF-8."
             ) from error
     elif isinstance(value, Mapping):
         for key, part in value.items():
-            _check_characters(key, field, location)
-            _check_characters(part, field, location)
+            _check_characters(key, field)
+            _check_characters(part, field)
     elif isinstance(value, list | tuple):
         for part in value:
-            _check_characters(part, field, location)
+            _check_characters(part, field)
 
 
 def _kind(value: Any) -> str:

@@ -1,18 +1,19 @@
-"""How a request becomes the text of a prompt, and which token ends the answer to it."""
+"""Templates: how a request becomes the text of a prompt, and which token ends its answer."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+import jinja2
+from jinja2 import meta
+from jinja2.sandbox import SandboxedEnvironment
+
 from promptkd.data.rows import Example, Instruction, Message, Request
 from promptkd.errors import RequestError
 
 if TYPE_CHECKING:
-    from jinja2 import Template as CompiledTemplate
     from transformers import PreTrainedTokenizerBase
-
-__all__ = ["Template", "resolve_template"]
 
 # The Alpaca text, in the wording of MiniLLM and PromptKD.
 _ALPACA = (
@@ -30,18 +31,15 @@ _JINJA_NAMES = frozenset({"instruction", "input", "messages"})
 
 @dataclass(frozen=True)
 class Template:
-    """How a request becomes the text of a prompt. `resolve_template` makes one."""
+    """Renders requests. `resolve_template` makes one."""
 
-    name: str
-    """ "alpaca", "chat" or "jinja"."""
-    adds_special_tokens: bool
-    """Whether the tokenizer puts its BOS before a rendered request; a chat template writes its own."""
-    end_token_id: int | None
-    """The token that ends every response, None if the tokenizer has no such token."""
+    name: str  # "alpaca", "chat" or "jinja"
+    adds_special_tokens: bool  # whether the tokenizer adds its BOS to the prompt; a chat template writes its own
+    end_token_id: int | None  # the token that ends every response; None if the tokenizer has none
     render_request: Callable[[Instruction | tuple[Message, ...]], str]
 
     def render(self, example: Example) -> str:
-        """The text of the prompt. A request that is text already is used as it stands.
+        """The text of the prompt. A request that is text already is used as it is.
 
         Raises:
             RequestError: if this template cannot render the request; with the row's location.
@@ -64,7 +62,7 @@ def resolve_template(name: str, tokenizer: "PreTrainedTokenizerBase") -> Templat
 
     Raises:
         RequestError: for an unknown name, "chat" without a chat template, a Jinja string that does not compile or
-            names anything else, or a chat template that fails.
+            names other variables, or a chat template that fails.
     """
     if "{{" in name or "{%" in name:
         return Template("jinja", True, tokenizer.eos_token_id, partial(_jinja, _compile(name)))
@@ -94,62 +92,55 @@ def _alpaca(request: Request) -> str:
 
 def _chat(tokenizer: "PreTrainedTokenizerBase", request: Instruction | tuple[Message, ...]) -> str:
     if isinstance(request, Instruction):
-        content = request.instruction
-        if request.input.strip():
-            content += "\n\n" + request.input
-        request = ({"role": "user", "content": content},)
+        parts = [request.instruction, *([request.input] if request.input.strip() else [])]
+        request = ({"role": "user", "content": "\n\n".join(parts)},)
     return _apply_chat_template(tokenizer, request, add_generation_prompt=True)
+
+
+# What an expression of a template can raise beside Jinja's own errors.
+_PYTHON_ERRORS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError)
+_RENDER_ERRORS = (jinja2.TemplateError, *_PYTHON_ERRORS)
+# Beside Jinja's own errors: numbers that are too long, expressions that are too deep.
+_COMPILE_ERRORS = (jinja2.TemplateError, ValueError, RecursionError, SyntaxError, MemoryError)
 
 
 def _apply_chat_template(
     tokenizer: "PreTrainedTokenizerBase", messages: tuple[Message, ...], *, add_generation_prompt: bool
 ) -> str:
-    import jinja2
-
     try:
         return tokenizer.apply_chat_template(
             list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
         )
-    except (jinja2.TemplateError, *_RENDER_ERRORS) as error:
+    except _RENDER_ERRORS as error:
         raise RequestError(
             f"the tokenizer's chat template cannot render the messages: {error}. "
             "Change the messages, or choose another template."
         ) from error
 
 
-# What an expression of a template can raise beside Jinja's own errors.
-_RENDER_ERRORS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError)
-_COMPILE_ERRORS = (ValueError, RecursionError, SyntaxError, MemoryError)  # numbers too long, expressions too deep
-
-
 def _chat_end_token(tokenizer: "PreTrainedTokenizerBase") -> int | None:
-    """The first control token that the chat template writes behind an answer, else the tokenizer's EOS."""
+    """The first control token that the chat template writes after an answer, else the tokenizer's EOS."""
     probe = "3141592653"
     text = _apply_chat_template(
         tokenizer,
         ({"role": "user", "content": "Question"}, {"role": "assistant", "content": probe}),
         add_generation_prompt=False,
     )
-    _, found, behind = text.rpartition(probe)
-    if found:
-        # An added token need not be marked as special to end a turn, but Gemma's added line breaks do not.
-        control = {index for index, token in tokenizer.added_tokens_decoder.items() if not token.content.isspace()}
-        for index in tokenizer(behind, add_special_tokens=False, split_special_tokens=False)["input_ids"]:
-            if index in control:
-                return index
-    return tokenizer.eos_token_id
+    _, found, after = text.rpartition(probe)
+    if not found:
+        return tokenizer.eos_token_id
+    # Added tokens that end a turn need not be marked as special; Gemma's added line breaks end none.
+    control = {index for index, token in tokenizer.added_tokens_decoder.items() if not token.content.isspace()}
+    ids = tokenizer(after, add_special_tokens=False, split_special_tokens=False)["input_ids"]
+    return next((index for index in ids if index in control), tokenizer.eos_token_id)
 
 
-def _compile(text: str) -> "CompiledTemplate":
-    import jinja2
-    from jinja2 import meta
-    from jinja2.sandbox import SandboxedEnvironment
-
+def _compile(text: str) -> jinja2.Template:
     environment = SandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     try:
         named = meta.find_undeclared_variables(environment.parse(text))
         template = environment.from_string(text)
-    except (jinja2.TemplateError, *_COMPILE_ERRORS) as error:
+    except _COMPILE_ERRORS as error:
         reason = str(error).rstrip(".")
         raise RequestError(f"The Jinja template does not compile: {reason}. It reads: {text!r}.") from error
     unknown = sorted(named - _JINJA_NAMES - environment.globals.keys())
@@ -159,15 +150,13 @@ def _compile(text: str) -> "CompiledTemplate":
     return template
 
 
-def _jinja(template: "CompiledTemplate", request: Instruction | tuple[Message, ...]) -> str:
-    import jinja2
-
+def _jinja(template: jinja2.Template, request: Instruction | tuple[Message, ...]) -> str:
     if isinstance(request, Instruction):
         variables: dict[str, object] = {"instruction": request.instruction, "input": request.input}
     else:
         variables = {"messages": [dict(message) for message in request]}
     try:
         return template.render(variables)
-    except (jinja2.TemplateError, *_RENDER_ERRORS) as error:
+    except _RENDER_ERRORS as error:
         given = " and ".join(f"`{name}`" for name in variables)
         raise RequestError(f"the Jinja template cannot render the row, which gives it {given}: {error}.") from error

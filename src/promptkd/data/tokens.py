@@ -1,8 +1,7 @@
 """Text becomes tokens, and text from the data never becomes a control token.
 
-"<|im_end|>" in an answer or an instruction is spelled out in ordinary tokens. Control tokens come from the template,
-from the tokenizer's own BOS, and from a prompt that is text already (the author of that text wrote the whole prompt,
-control tokens included).
+"<|im_end|>" in an answer or an instruction is spelled in ordinary tokens. Control tokens come from the template, from
+the tokenizer's own BOS, and from a prompt that is text already (its author wrote all of it, control tokens included).
 """
 
 import re
@@ -17,9 +16,7 @@ from promptkd.errors import RequestError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["prompt_tokens", "response_tokens"]
-
-# Two code points that Unicode keeps for use inside a program: they enclose control tokens that the data spells.
+# Two code points that Unicode reserves for use within a program: they enclose control tokens that the data spells.
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 
 
@@ -28,8 +25,8 @@ def prompt_tokens(
 ) -> list[list[int]]:
     """The tokens of every prompt.
 
-    A chat template writes its own BOS. Before every other prompt stands what the tokenizer puts there, unless the text
-    begins with it; what the tokenizer appends (EOS) would end the prompt, and is left out.
+    A chat template writes its own BOS. Every other prompt begins with what the tokenizer puts before a text, unless the
+    text itself does. What the tokenizer appends (EOS) would end the prompt, and is left out.
 
     Args:
         texts: the examples as `template` renders them.
@@ -47,7 +44,7 @@ def prompt_tokens(
         if _unmarked(marked_text) != text:
             raise RequestError(
                 f"{example.location}: the request spells a control token, and the template cuts or measures the text "
-                "around it. Take the token out of the row, or choose a template that leaves the text whole."
+                "around it. Take the token out of the row, or choose a template that leaves the text as it is."
             )
         encoded[index] = _tokenize_marked(tokenizer, marked_text)
     framed = [isinstance(example.request, str) or template.adds_special_tokens for example in examples]
@@ -73,7 +70,7 @@ def response_tokens(
     pattern = _control_tokens(tokenizer)
     encoded = _tokenize(tokenizer, texts, spell=True)
     for example, text, ids in zip(examples, texts, encoded, strict=True):
-        # The unknown token stands for what is no token, whether or not the text spells its name.
+        # The unknown token is excepted: a text gets it for other reasons than spelling its name.
         control = {tokenizer.convert_tokens_to_ids(token) for token in pattern.findall(text)} - {tokenizer.unk_token_id}
         if found := control.union(end).intersection(ids):
             raise RequestError(
@@ -85,33 +82,34 @@ def response_tokens(
 
 
 def _tokenize(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], *, spell: bool) -> list[list[int]]:
-    """Tokens of the texts alone. `spell` writes control tokens in ordinary ones, as text."""
+    """Tokens of the texts alone. With `spell`, control tokens are text, spelled in ordinary tokens."""
     return tokenizer(
         list(texts), add_special_tokens=False, split_special_tokens=spell, return_attention_mask=False, verbose=False
     )["input_ids"]
 
 
 def _front(tokenizer: "PreTrainedTokenizerBase", probe: str) -> list[int]:
+    """The tokens that the tokenizer puts before a text."""
     plain = _tokenize(tokenizer, [probe], spell=True)[0]
-    whole = tokenizer(probe, add_special_tokens=True, split_special_tokens=True, verbose=False)["input_ids"]
-    start = next((start for start in range(len(whole)) if whole[start : start + len(plain)] == plain), None)
+    framed = tokenizer(probe, add_special_tokens=True, split_special_tokens=True, verbose=False)["input_ids"]
+    start = next((start for start in range(len(framed)) if framed[start : start + len(plain)] == plain), None)
     if start is None:
         raise RequestError(
-            "The tokenizer must keep the tokens of a text when it adds its BOS and EOS. It cuts "
+            "The tokenizer must keep the tokens of a text when it adds its BOS and EOS. It splits "
             f"{probe[:40]!r} into other tokens then. Choose another tokenizer."
         )
-    return whole[:start]
+    return framed[:start]
 
 
 def _control_tokens(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str]:
-    """Matches what the tokenizer would turn into a control token, the longest of those that begin alike."""
+    """Matches the control tokens of the tokenizer, longer ones before their prefixes."""
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     ranked = sorted(special.union(tokenizer.all_special_tokens), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, ranked)) or "(?!)")
 
 
 def _marked(example: Example, control_tokens: re.Pattern[str]) -> Example:
-    """`example` with every control token that its data spells enclosed in marks. Most examples have none."""
+    """`example` with marks around every control token that its data spells. Most examples have none."""
 
     def mark(value: Any) -> Any:
         if isinstance(value, str):
@@ -128,8 +126,10 @@ def _marked(example: Example, control_tokens: re.Pattern[str]) -> Example:
     if isinstance(request, str):
         return example
     if isinstance(request, Instruction):
-        return replace(example, request=Instruction(mark(request.instruction), mark(request.input)))
-    return replace(example, request=mark(request))
+        request = Instruction(mark(request.instruction), mark(request.input))
+    else:
+        request = mark(request)
+    return replace(example, request=request)
 
 
 def _unmarked(text: str) -> str:
@@ -137,14 +137,13 @@ def _unmarked(text: str) -> str:
 
 
 def _tokenize_marked(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
-    """Tokenise a rendered prompt piece by piece: what stands between marks is data, the rest is the template's.
+    """Tokenize a rendered prompt piece by piece: text between marks is data, the rest is the template's.
 
-    The text of such a row is cut at the marks, so its tokens there can differ from those of the uncut text; what they
-    spell does not.
+    At the marks, tokens can differ from those of the text without marks; the text that they spell does not.
     """
     ids: list[int] = []
     for index, piece in enumerate(map(_unmarked, re.split(f"{_OPEN}([^{_OPEN}{_CLOSE}]*){_CLOSE}", text))):
-        # SentencePiece puts a space before a text, but not behind a line break.
+        # SentencePiece puts a space before a text, but not after a line break.
         lead, led, plain = _tokenize(tokenizer, ["\n", "\n" + piece, piece], spell=index % 2 == 1)
         ids += led[len(lead) :] if index > 0 and led[: len(lead)] == lead else plain
     return ids

@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from promptkd.data.dataset import load_rows, stop_ids_of
+from promptkd.data import encode_examples, read_examples, stop_token_ids
+from promptkd.data.batch import right_pad
 from promptkd.data.encode import EncodedData
-from promptkd.data.packing import right_pad
 from promptkd.demo.cache import Stage, cached_stage
 from promptkd.demo.measurement import differences
 from promptkd.demo.settings import TEMPLATE, DemoSettings, data_file, teacher_file, teacher_hash
-from promptkd.evaluation.measure import evaluate_model
+from promptkd.evaluation.measure import evaluation_of, measure_rows
 from promptkd.generation import Decoding
 from promptkd.models import block_influence, load_model, load_tokenizer, model_record, most_influential, prune_layers
-from promptkd.models.load import GGUF_CONVERSION
+from promptkd.models.gguf_read import GGUF_CONVERSION
 from promptkd.precision import compute_dtype, computing
 from promptkd.results import DataRecord, Evaluation, Results, Series, file_sha256
 from promptkd.training import DistillConfig, DistillTrainer, FinetuneConfig, FinetuneTrainer, PromptKDConfig
@@ -47,7 +47,7 @@ class Demo:
         """All stages in order. Writes student, prompt, `metrics.jsonl` and `results.json`; returns the record."""
         started = time.perf_counter()
         teacher = self.tuned_teacher()
-        self.stop_ids = stop_ids_of(self.tokenizer, teacher.model.generation_config, template=TEMPLATE)
+        self.stop_ids = stop_token_ids(self.tokenizer, teacher.model.generation_config, TEMPLATE)
         pruned = self.pruned_student(teacher.model)
         frozen = self.frozen_teacher(teacher)
         evaluations = {}
@@ -165,30 +165,28 @@ class Demo:
         """Greedy answers to the test requests, and the KL to the teacher on samples."""
         started = time.perf_counter()
         self.say(f"Measuring: {label}")
-        limit, seed = self.settings.max_response_length, self.settings.seed
-        decoding = Decoding(0.0, max_new_tokens=limit, stop_ids=self.stop_ids, seed=seed, batch_size=64)
+        seed, limit = self.settings.seed, self.settings.max_response_length
+        greedy = Decoding(0.0, max_new_tokens=limit, stop_ids=self.stop_ids, seed=seed, batch_size=64)
         with computing("cpu", self.dtype):
-            evaluation = evaluate_model(
+            results = measure_rows(
                 model,
                 self.tokenizer,
                 self.rows["test"].examples,
-                decoding,
-                model_label=label,
-                data_label="test",
+                greedy,
                 teacher=teacher,
                 samples_per_row=1 if label == "pruned" else self.settings.samples_per_row,  # it is far from all others
                 batch_size=16,
             )
         self.timings["measuring"] = self.timings.get("measuring", 0.0) + time.perf_counter() - started
-        return evaluation
+        return evaluation_of(results, greedy, [seed], model=label, data="test")
 
     # ---- inside ----
 
     def _load(self, split: str) -> EncodedData:
-        return load_rows(
-            data_file(split),
+        return encode_examples(
+            read_examples(data_file(split)),
             self.tokenizer,
-            template=TEMPLATE,
+            TEMPLATE,
             max_prompt_length=self.settings.max_prompt_length,
             max_response_length=self.settings.max_response_length,
             overlong="error",

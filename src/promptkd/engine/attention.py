@@ -1,66 +1,63 @@
-"""Attention of our own inside a transformers model, for as long as a forward runs.
+"""Replaces the attention of a transformers model for the duration of a forward pass.
 
-Under the name that is registered here no mask function is registered, so transformers makes no mask. What is in place
-must therefore never outlast a forward: without rows to keep apart, every row would see padding and every other row.
+transformers builds no mask for an attention function without a registered mask function, and the one registered here
+has none. Left on after the pass, it would let rows see padding and each other.
 """
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout as drop
+from torch.nn.functional import dropout
 from transformers import AttentionInterface, PreTrainedModel
 
-__all__ = ["Attention", "attention_in_place", "in_place_again", "softcapped_attention"]
 
-_NAME = "promptkd"
-_running: list["Attention"] = []  # of the forwards that run; the last one counts
+@dataclass(frozen=True)
+class AttentionSettings:
+    """What a layer sets for its attention, named as in transformers."""
+
+    scaling: float | None = None  # factor of the scores; None for 1 / sqrt(D)
+    dropout: float = 0.0
+    sliding_window: int | None = None  # each token sees so many tokens, the last of which is itself
+    softcap: float | None = None  # scores become softcap · tanh(scores / softcap)
+
+    def scale(self, query: Tensor) -> float:
+        return query.shape[-1] ** -0.5 if self.scaling is None else self.scaling
 
 
 class Attention(Protocol):
-    """What takes the place of a model's attention."""
+    """Takes the place of a model's attention."""
 
     def attend(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scaling: float | None,
-        dropout: float,
-        sliding_window: int | None,
-        softcap: float | None,
+        self, module: nn.Module | None, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings
     ) -> Tensor:
-        """(B, T, heads, D) of `query` (B, heads, T, D), `key` and `value` (B, key-value heads, T, D).
+        """(B, T, heads, D) from `query` (B, heads, T, D), `key` and `value` (B, key-value heads, T, D) of the attention
+        layer `module`."""
 
-        Args:
-            module: the attention layer that asks.
-            sliding_window: a token sees itself and the `sliding_window` - 1 tokens before it.
-            softcap: scores become softcap · tanh(scores / softcap).
-        """
+
+_NAME = "promptkd"
+_in_use: list[Attention] = []  # of the forward passes under way, the innermost last
 
 
 @contextmanager
-def attention_in_place(model: PreTrainedModel, attention: Attention) -> Iterator[None]:
-    """Every attention layer of `model` asks `attention` while this is entered."""
+def use_attention(model: PreTrainedModel, attention: Attention) -> Iterator[None]:
+    """Every attention layer of `model` calls `attention` within this context."""
     before = model.config._attn_implementation
     model.config._attn_implementation = _NAME
-    _running.append(attention)
+    _in_use.append(attention)
     try:
         yield
     finally:
-        _running.pop()
+        _in_use.pop()
         model.config._attn_implementation = before
 
 
-def in_place_again(model: PreTrainedModel) -> AbstractContextManager[None]:
-    """What is in place for the pass of `model` that runs now, for its layers to be computed again when it is over."""
-    if model.config._attn_implementation != _NAME:
-        return nullcontext()
-    return attention_in_place(model, _running[-1])
+def reuse_attention(model: PreTrainedModel) -> AbstractContextManager[None]:
+    """A context with the attention of the pass under way, to recompute its layers after the pass has ended."""
+    return use_attention(model, _in_use[-1]) if model.config._attn_implementation == _NAME else nullcontext()
 
 
 def _attend(
@@ -69,46 +66,37 @@ def _attend(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    *,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    **settings: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
-    if not _running:
-        raise RuntimeError("The attention of promptkd was left on outside of a forward of promptkd.")
-    if settings.get("s_aux") is not None:
+    if not _in_use:
+        raise RuntimeError("promptkd's attention was called outside of a forward pass by promptkd.")
+    if others.get("s_aux") is not None:
         raise NotImplementedError("attention sinks")
-    attended = _running[-1].attend(
-        module,
-        query,
-        key,
-        value,
-        scaling=scaling,
-        dropout=dropout,
-        sliding_window=sliding_window,
-        softcap=softcap,
-    )
-    return attended, None
+    settings = AttentionSettings(scaling, dropout, sliding_window, softcap)
+    return _in_use[-1].attend(module, query, key, value, settings), None
 
 
 AttentionInterface.register(_NAME, _attend)
 
 
 def softcapped_attention(
-    query: Tensor, key: Tensor, value: Tensor, seen: Tensor, *, scale: float, softcap: float, dropout: float = 0.0
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, settings: AttentionSettings
 ) -> Tensor:
     """(B, heads, T, D) attention with scores softcap · tanh(scale · query · key / softcap).
 
     Args:
         query: (B, heads, T, D).
         key, value: (B, key-value heads, S, D).
-        seen: True where a position sees a column, of a shape that (B, heads, T, S) takes.
+        mask: True where a query sees a key, broadcastable to (B, heads, T, S).
     """
+    assert settings.softcap is not None
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scores = torch.tanh(query @ key.transpose(2, 3) * scale / softcap) * softcap
+    scores = torch.tanh(query @ key.transpose(2, 3) * settings.scale(query) / settings.softcap) * settings.softcap
     wide = torch.promote_types(torch.float32, query.dtype)
-    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1, dtype=wide).to(query.dtype)
-    return drop(weights, dropout) @ value
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=wide).to(query.dtype)
+    return dropout(weights, settings.dropout) @ value

@@ -1,34 +1,23 @@
-"""The transformers model inside its wrappers, and the modes that it runs in."""
+"""The transformers model inside its wrappers: its device, its precision, and its training or evaluation mode."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from promptkd.errors import RequestError
-
-__all__ = [
-    "applies_dropout",
-    "compute_dtype",
-    "computing_with",
-    "disable_dropout",
-    "embedding_device",
-    "evaluating",
-    "unwrap_peft",
-]
 
 
 def unwrap_peft(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside a PEFT wrapper, or the model itself.
 
     Raises:
-        RequestError: for a `PeftModel` with a prompt of its own, which whoever calls the inner model would leave out.
-        TypeError: for anything else that is no transformers model.
+        RequestError: for a `PeftModel` with a soft prompt, which the inner model would ignore.
+        TypeError: for anything else that is not a transformers model.
     """
-    from peft import PeftModel
-
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         raise RequestError("A model with a soft prompt of its own is not read here: the prompt would be left out.")
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -38,17 +27,17 @@ def unwrap_peft(model: nn.Module) -> PreTrainedModel:
 
 
 def embedding_device(model: PreTrainedModel) -> torch.device:
-    """Where token ids must be for `model` to read them."""
+    """The device on which `model` expects token ids."""
     return model.get_input_embeddings().weight.device
 
 
-def compute_dtype(model: PreTrainedModel) -> torch.dtype:
-    """The precision in which `model` multiplies here and now."""
-    return computing_with(model.get_input_embeddings().weight)
+def model_matmul_dtype(model: PreTrainedModel) -> torch.dtype:
+    """See `matmul_dtype`, for the weights of `model`."""
+    return matmul_dtype(model.get_input_embeddings().weight)
 
 
-def computing_with(weight: Tensor) -> torch.dtype:
-    """The precision of products with a weight here and now: autocast's within autocast, else the weight's own."""
+def matmul_dtype(weight: Tensor) -> torch.dtype:
+    """The precision of matrix products with a weight at this moment: autocast's within autocast, else the weight's."""
     kind = weight.device.type
     if torch.is_autocast_enabled(kind) and weight.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
@@ -57,7 +46,7 @@ def computing_with(weight: Tensor) -> torch.dtype:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while (no dropout), then the mode that was."""
+    """Evaluation mode (no dropout) within this context, then the previous mode."""
     training = model.training
     model.eval()
     try:
@@ -67,18 +56,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout rate of `model` to 0, also the ones that layers hand to functions (OPT's, any attention's)."""
-    for module, name in _rates(model):
+    """Set every dropout rate of `model` to 0, also those that layers pass to functions (OPT's, any attention's)."""
+    for module, name in _dropout_rates(model):
         setattr(module, name, 0.0)
 
 
 def applies_dropout(model: nn.Module) -> bool:
-    """Whether a forward of `model`, in the mode that it is in, drops anything."""
-    return model.training and any(vars(module)[name] > 0 for module, name in _rates(model))
+    """Whether a forward pass of `model` in its current mode drops anything."""
+    return model.training and any(vars(module)[name] > 0 for module, name in _dropout_rates(model))
 
 
-def _rates(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    """Every module with a rate, and the name that it has there."""
+def _dropout_rates(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Every module with a dropout rate, and the attribute that holds it."""
     for module in model.modules():
         for name, value in vars(module).items():
             named = "dropout" in name or name == "layerdrop" or (name == "p" and isinstance(module, nn.Dropout))

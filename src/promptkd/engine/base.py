@@ -1,34 +1,40 @@
-"""What an engine is: ways to score whole rows, ways to decode, and products of the head.
+"""The interface of an engine: everything that promptkd asks of a model goes through these classes.
 
-A way is a `Scorer` or a `Decoder`. An engine holds some of each, the fastest first and the reference last; the first
-that supports a model, and has been held to the reference once (`verify.py`), runs it.
+An `Engine` belongs to one kind of device (CPU, CUDA) and lists interchangeable implementations of two jobs, the fastest
+first and the plain reference last:
+
+- a `Scorer` runs complete rows and returns the hidden states that predict their response tokens;
+- a `Decoder` generates token by token. It opens sessions: `prefill` reads the prompts, `decode` appends one token to
+  each row, `select` keeps some of the rows.
+
+The first implementation that supports a model and agrees with the reference in a trial (`verify.py`) runs it. From
+hidden states to logits (the projection by the model's head) and to losses is the job of `Engine.head` (`heads.py`).
+
+Shapes: B rows of T tokens in a batch; N response tokens; R rows of a session; n vectors of a soft prompt; H the width
+of hidden states, E that of embeddings; V the vocabulary size.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from promptkd.data.packing import TokenBatch
-
-if TYPE_CHECKING:
-    from promptkd.engine.heads import HeadProducts
-
-__all__ = ["DecodeSession", "Decoder", "Engine", "Scorer", "SessionFactory"]
+from promptkd.data.batch import TokenBatch
+from promptkd.engine.heads import HeadBackend
 
 
 class Scorer(ABC):
-    """A way to run whole rows through a model."""
+    """Runs complete rows through a model."""
 
     name: str
 
     @abstractmethod
     def supports(self, model: PreTrainedModel) -> bool:
-        """Whether the model, in the mode and precision that it is in, is of a kind that this way knows. Cheap."""
+        """Whether this scorer can run the model in its current mode and precision, as far as its class and settings
+        tell. Called before every pass, so it must be cheap."""
 
     @abstractmethod
     def hidden(self, model: PreTrainedModel, batch: TokenBatch, prompt: Tensor | None) -> Tensor:
@@ -36,58 +42,56 @@ class Scorer(ABC):
 
         Args:
             batch: right-padded rows.
-            prompt: (n, E) embeddings put before each row, n > 0, or None.
+            prompt: a soft prompt (n, E), n > 0, put before each row; or None.
         """
 
 
 class DecodeSession(ABC):
-    """Some rows that one model decodes together."""
+    """Rows that one model decodes together."""
 
     @abstractmethod
     def prefill(self, prompts: Sequence[Sequence[int]], soft_prompt: Tensor | None = None) -> Tensor:
-        """Logits (R, V) in float32 or wider behind each prompt.
+        """Read the prompts, and return the logits (R, V) of the token that follows each, in float32 or wider.
 
         Args:
-            prompts: R lists of token ids, at least one a row.
+            prompts: R lists of at least one token id.
             soft_prompt: (n, E) embeddings put before every row, or None.
         """
 
     @abstractmethod
     def decode(self, tokens: Tensor) -> Tensor:
-        """Logits (R, V) behind one more token a row, (R,). They hold until the next call."""
+        """Append one token to each row, (R,), and return the logits (R, V) of the next. Valid until the next call."""
 
     @abstractmethod
     def select(self, rows: Sequence[int]) -> None:
-        """Row i is from now on what row `rows[i]` was. No row moves to a place behind its own."""
+        """Keep the rows with these indices, in ascending order; row i becomes what row `rows[i]` was."""
 
 
 SessionFactory = Callable[[int], AbstractContextManager[DecodeSession]]
-"""From the most tokens that a row may write to a session, which ends when its context does."""
+"""Takes `max_new_tokens`, the most tokens that a row may get, and opens a session."""
 
 
 class Decoder(ABC):
-    """A way to decode with a model."""
+    """Decodes with a model, token by token."""
 
     name: str
 
     @abstractmethod
     def supports(self, model: PreTrainedModel) -> bool:
-        """Whether the model, in the precision that it is in, is of a kind that this way knows. Cheap."""
+        """See `Scorer.supports`."""
 
     @abstractmethod
-    def opened(
-        self, model: PreTrainedModel, rows: int, vocabulary: int | None
-    ) -> AbstractContextManager[SessionFactory]:
-        """Sessions with the weights that the model has now; they must stay as they are while the context is open.
+    def open(self, model: PreTrainedModel, rows: int, vocabulary: int | None) -> AbstractContextManager[SessionFactory]:
+        """Prepare the model's current weights for decoding. They must not change while the context is open.
 
         Args:
             rows: the most rows of a session.
-            vocabulary: logits of the first so many tokens; None for all.
+            vocabulary: how many tokens to return logits for, from id 0 on; None for all.
         """
 
     def forget(self, model: PreTrainedModel) -> None:
-        """Let go of what is held for the model between calls: this way will not run it."""
-        del model  # most hold nothing
+        """Release what is kept for the model between calls, since this decoder will not run it."""
+        del model  # most decoders keep nothing
 
 
 @dataclass(frozen=True)
@@ -95,17 +99,10 @@ class Engine:
     """How models are run on one kind of device."""
 
     name: str
-    scorers: tuple[Scorer, ...]
-    """The fastest first, the reference last."""
-    decoders: tuple[Decoder, ...]
-    """The fastest first, the reference last."""
-    head: "HeadProducts"
-    """Products with the head's weights."""
-    check_every: int
-    """Tokens between two looks at which rows have ended. Each look waits for the device."""
-    decode_rows: int
-    """Rows that are decoded together, unless someone says another number."""
-    shares_passes: bool
-    """Whether the student's pass serves the prompt's step too: time saved, for activations held through that step."""
-    pass_tokens: int
-    """Most tokens of a pass that keeps activations for a soft prompt alone. More make matrix products no faster."""
+    scorers: tuple[Scorer, ...]  # the fastest first, the reference last
+    decoders: tuple[Decoder, ...]  # the fastest first, the reference last
+    head: HeadBackend  # matrix products with the model's head, and the divergences that follow
+    check_every: int  # decoded tokens between two checks of which rows have ended; each waits for the device
+    decode_rows: int  # default number of rows that are decoded together
+    shares_passes: bool  # whether the student's pass also serves the prompt's step: less time, more memory
+    pass_tokens: int  # most tokens of a pass that keeps activations only for a soft prompt

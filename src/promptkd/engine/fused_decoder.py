@@ -1,46 +1,61 @@
-"""A token per row through the layers of Llama's family, in some twenty operations a layer.
+"""A fused decoder: one token per row through the layers of the Llama family, in about twenty operations per layer.
 
-For a handful of rows, what goes on around the matrices in transformers' modules costs nearly as much time as reading
-the weights. Here matrices that read the same input are one, and everything else is one operation where it can be.
+For a handful of rows, transformers' modules spend nearly as much time around the matrices as on reading the weights.
+Here, matrices that read the same input are joined into one, and everything else is one operation where possible.
 """
 
 from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import rms_norm
+from torch.nn.functional import linear, rms_norm
 from transformers import PreTrainedModel
 
+from promptkd.engine.fused_layers import head_norms, supports_fused_forward
 from promptkd.engine.fused_ops import rotate, rotation, swiglu
-from promptkd.engine.llama import head_norms, supports_fused_forward
-from promptkd.engine.rows import Attend
+from promptkd.engine.static_cache import CachedAttention
 
-__all__ = ["FusedDecoder", "JoinedLinear", "Joins", "joined_weights", "supports_fused_decoder"]
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class JoinedLinear(Protocol):
-    """Linear layers that read the same input, as one."""
+    """Linear layers that read the same input, as one layer."""
 
     def __call__(self, inputs: Tensor, plus: Tensor | None = None) -> Tensor:
-        """The outputs side by side, (…, all outputs); with `plus`, of that shape, added, in its precision."""
+        """The outputs side by side, (…, all outputs), added to `plus` of the same shape, in the precision of `plus`."""
 
 
-Joins = Callable[[Sequence[nn.Linear]], JoinedLinear]
+def outside_inference_mode(method: Callable[P, R]) -> Callable[P, R]:
+    """For methods whose tensors outlive the call: those made in inference mode cannot be overwritten outside of it."""
+    return torch.inference_mode(False)(torch.no_grad()(method))
 
 
-def joined_weights(layers: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
-    """Weight (all outputs, inputs) and bias of layers that have all a bias, or none."""
-    biases = [each.bias.detach() for each in layers if each.bias is not None]
-    if 0 < len(biases) < len(layers):
-        raise ValueError("Either all layers that are joined have a bias, or none has.")
-    weights = [each.weight.detach() for each in layers]
-    return _joined(weights), _joined(biases) if biases else None
+class CastLinear:
+    """A `JoinedLinear` with a copy of the weights in another precision, which `refill` updates in place."""
 
+    @outside_inference_mode
+    def __init__(self, layers: Sequence[nn.Linear], dtype: torch.dtype):
+        self._layers, self._sizes = layers, [layer.out_features for layer in layers]
+        weight, bias = layers[0].weight, layers[0].bias
+        self._weight = weight.new_empty(sum(self._sizes), weight.shape[1], dtype=dtype)
+        self._bias = None if bias is None else bias.new_empty(sum(self._sizes), dtype=dtype)
+        self.refill()
 
-def _joined(tensors: list[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+    @outside_inference_mode
+    def refill(self) -> None:
+        """Copy the layers' current weights."""
+        for part, layer in zip(self._weight.split(self._sizes), self._layers, strict=True):
+            part.copy_(layer.weight)
+        if self._bias is not None:
+            for part, layer in zip(self._bias.split(self._sizes), self._layers, strict=True):
+                part.copy_(layer.bias)
+
+    def __call__(self, inputs: Tensor, plus: Tensor | None = None) -> Tensor:
+        outputs = linear(inputs.to(self._weight.dtype), self._weight, self._bias)
+        return outputs if plus is None else plus + outputs
 
 
 class _Layer(NamedTuple):
@@ -54,12 +69,12 @@ class _Layer(NamedTuple):
 
 
 def supports_fused_decoder(model: PreTrainedModel) -> bool:
-    """Whether the layers are written out here, and the weights of joined ones may be copied."""
+    """Whether the model has fused layers, and those to be joined are plain and have all a bias or none."""
     if not supports_fused_forward(model):
         return False
     linears = [_linears(layer) for layer in model.base_model.layers]
-    return all(type(linear) is nn.Linear for linear in chain(*linears)) and all(
-        _alike(query, key, value) and _alike(gate, up) for query, key, value, _, gate, up, _ in linears
+    return all(type(each) is nn.Linear for each in chain(*linears)) and all(
+        _biases_agree(query, key, value) and _biases_agree(gate, up) for query, key, value, _, gate, up, _ in linears
     )
 
 
@@ -67,37 +82,50 @@ class FusedDecoder:
     """The backbone of a model for which `supports_fused_decoder` holds, for one token per row.
 
     Args:
-        joins: makes one of several linear layers.
+        join: makes one of several linear layers.
     """
 
-    def __init__(self, model: PreTrainedModel, joins: Joins):
+    def __init__(self, model: PreTrainedModel, join: Callable[[Sequence[nn.Linear]], JoinedLinear]):
         backbone, attention = model.base_model, model.base_model.layers[0].self_attn
         self._embed, self._norm, self._rotary = backbone.embed_tokens, backbone.norm, backbone.rotary_emb
         self._head_size: int = attention.head_dim
         self._queries = attention.q_proj.out_features // self._head_size
         self._keys = attention.k_proj.out_features // self._head_size
-        self._layers = [_layer(each, joins) for each in backbone.layers]
+        self._layers = []
+        for layer in backbone.layers:
+            query, key, value, output, gate, up, down = _linears(layer)
+            self._layers.append(
+                _Layer(
+                    norm=layer.input_layernorm,
+                    query_key_value=join([query, key, value]),
+                    head_norms=head_norms(layer.self_attn),
+                    output=join([output]),
+                    middle_norm=layer.post_attention_layernorm,
+                    gate_up=join([gate, up]),
+                    down=join([down]),
+                )
+            )
 
-    def __call__(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """Hidden states (R, H) behind `tokens` (R,), which stand at `positions` (R,) of their rows."""
+    def __call__(self, tokens: Tensor, positions: Tensor, attend: CachedAttention) -> Tensor:
+        """Hidden states (R, H) of `tokens` (R,) at `positions` (R,) of their rows."""
         rows = len(tokens)
         hidden = self._embed(tokens)  # (R, H)
         cosines, sines = (each[:, 0] for each in rotation(self._rotary, hidden, positions[:, None]))  # (R, 1, D)
         rotated = self._queries + self._keys
         for index, layer in enumerate(self._layers):
-            mixed = layer.query_key_value(_normed(layer.norm, hidden))
-            mixed = mixed.view(rows, -1, self._head_size)  # (R, heads, D): of queries, keys and values
-            heads = mixed[:, :rotated]
+            projected = layer.query_key_value(_rms_norm(layer.norm, hidden))
+            projected = projected.view(rows, -1, self._head_size)  # (R, heads, D): queries, keys and values
+            heads = projected[:, :rotated]
             if layer.head_norms:
-                both = mixed[:, : self._queries], mixed[:, self._queries : rotated]
-                heads = torch.cat([_normed(*each) for each in zip(layer.head_norms, both, strict=True)], 1)
+                parts = projected[:, : self._queries], projected[:, self._queries : rotated]
+                heads = torch.cat([_rms_norm(*each) for each in zip(layer.head_norms, parts, strict=True)], 1)
             heads = rotate(heads, cosines, sines)
-            query, key, value = heads[:, : self._queries], heads[:, self._queries :], mixed[:, rotated:]
+            query, key, value = heads[:, : self._queries], heads[:, self._queries :], projected[:, rotated:]
             attended = attend(index, query[:, :, None], key[:, :, None], value[:, :, None])
             hidden = layer.output(attended.reshape(rows, -1), plus=hidden)
-            gate, up = layer.gate_up(_normed(layer.middle_norm, hidden)).chunk(2, -1)
+            gate, up = layer.gate_up(_rms_norm(layer.middle_norm, hidden)).chunk(2, -1)
             hidden = layer.down(swiglu(gate, up), plus=hidden)
-        return _normed(self._norm, hidden)
+        return _rms_norm(self._norm, hidden)
 
 
 def _linears(layer: Any) -> list[nn.Linear]:
@@ -106,23 +134,9 @@ def _linears(layer: Any) -> list[nn.Linear]:
     return [*projections, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
 
 
-def _alike(*linears: nn.Linear) -> bool:
-    """Whether all of them have a bias, or none has."""
-    return len({linear.bias is None for linear in linears}) == 1
+def _biases_agree(*linears: nn.Linear) -> bool:
+    return len({each.bias is None for each in linears}) == 1
 
 
-def _layer(layer: Any, joins: Joins) -> _Layer:
-    query, key, value, output, gate, up, down = _linears(layer)
-    return _Layer(
-        layer.input_layernorm,
-        joins([query, key, value]),
-        head_norms(layer.self_attn),
-        joins([output]),
-        layer.post_attention_layernorm,
-        joins([gate, up]),
-        joins([down]),
-    )
-
-
-def _normed(norm: nn.Module, inputs: Tensor) -> Tensor:
+def _rms_norm(norm: nn.Module, inputs: Tensor) -> Tensor:
     return rms_norm(inputs, norm.weight.shape, norm.weight.to(inputs.dtype), norm.variance_epsilon)  # type: ignore[arg-type]

@@ -1,7 +1,7 @@
-"""What stands between the matrices of Llama's family, each with its backward written out.
+"""RMS norm, rotary positions and SwiGLU of the Llama family, each with a hand-written backward.
 
-They keep less for backward than autograd would and pass over memory less often. On CUDA they are compiled into one
-kernel each; `tests/engine/test_fused_ops.py` holds the compiled forms to the plain ones.
+They keep less for backward than autograd would and pass over memory less often. On CUDA each is compiled into one
+kernel; `tests/engine/test_fused_ops.py` holds the compiled forms to the plain ones.
 """
 
 from collections.abc import Callable
@@ -12,15 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
-
-__all__ = ["ApplyRotary", "RMSNorm", "SwiGLU", "rms_norm", "rotate", "rotation", "swiglu"]
+from torch.utils._triton import has_triton
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 def _compiled_on_cuda(function: Callable[P, R]) -> Callable[P, R]:
-    """`function`, compiled once for all shapes where its first argument is on CUDA and Triton is there to compile."""
+    """`function`, compiled once for all shapes if its first argument is on CUDA and Triton can compile."""
 
     @cache
     def compiled() -> Callable[P, R]:
@@ -30,16 +29,9 @@ def _compiled_on_cuda(function: Callable[P, R]) -> Callable[P, R]:
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         first = args[0]
         assert isinstance(first, Tensor)
-        return (compiled() if first.is_cuda and _can_compile() else function)(*args, **kwargs)
+        return (compiled() if first.is_cuda and has_triton() else function)(*args, **kwargs)
 
     return call
-
-
-@cache
-def _can_compile() -> bool:
-    from torch.utils._triton import has_triton
-
-    return has_triton()
 
 
 def _wide(inputs: Tensor) -> Tensor:
@@ -48,9 +40,9 @@ def _wide(inputs: Tensor) -> Tensor:
 
 @_compiled_on_cuda
 def rms_norm(inputs: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """w x r with r = (mean(x²) + ε)^-½ over the last dimension, and r (…, 1) in float32 or wider.
+    """w x r with r = (mean(x²) + ε)^-½ over the last dimension; and r, (…, 1), in float32 or wider.
 
-    As transformers has it: x r is rounded to the precision of x before it is multiplied by w.
+    As in transformers, x r is rounded to the precision of x before it is multiplied by w.
     """
     wide = _wide(inputs)
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(epsilon))
@@ -96,13 +88,13 @@ def rotation(rotary: nn.Module, states: Tensor, positions: Tensor) -> tuple[Tens
 
 @_compiled_on_cuda
 def rotate(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """Heads (..., heads, D) at their places: x cos + rotate_half(x) sin, in the precision of the heads."""
-    turned = (heads * cosines).addcmul_(heads.roll(heads.shape[-1] // 2, -1), sines)
-    return turned.to(heads.dtype)
+    """Rotary positions of heads (…, heads, D): x cos + rotate_half(x) sin, in the precision of the heads."""
+    rotated = (heads * cosines).addcmul_(heads.roll(heads.shape[-1] // 2, -1), sines)
+    return rotated.to(heads.dtype)
 
 
 class ApplyRotary(torch.autograd.Function):
-    """Rotary positions of heads (S, heads, D), with cosines and sines as `rotation` gives them."""
+    """`rotate` of heads (S, heads, D), with the cosines and sines of `rotation`."""
 
     @staticmethod
     def forward(ctx: Any, heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
@@ -113,7 +105,7 @@ class ApplyRotary(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         cosines, sines = ctx.saved_tensors
-        return rotate(gradient, cosines, -sines), None, None  # back by the same angle
+        return rotate(gradient, cosines, -sines), None, None  # by the opposite angle
 
 
 @_compiled_on_cuda
@@ -128,7 +120,7 @@ def _swiglu_backward(gradient: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor
 
 
 class SwiGLU(torch.autograd.Function):
-    """`swiglu`; only what comes in is kept."""
+    """`swiglu`, keeping only its inputs for backward."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:

@@ -1,89 +1,84 @@
-"""Rows side by side in one sequence, so that no padding is computed.
+"""Packed rows: several rows side by side in one sequence, so that no padding is computed.
 
-Positions restart with every row, and attention keeps rows apart. Soft-prompt vectors are ordinary tokens of a row. How
-attention knows where rows end differs by device (`cpu/attention.py`, `cuda/attention.py`); the rest is here.
+Positions restart with every row, and varlen attention keeps the rows apart (`cpu/attention.py`, `cuda/attention.py`).
+Soft-prompt vectors are ordinary tokens of a row. Rows may share a prefix (a template, a system turn, several responses
+to one request): a causal model gives its tokens the same states in each of them, so they are computed once.
 """
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from promptkd.data.packing import TokenBatch, on_device
-from promptkd.data.prefixes import Pack, pack_rows
-from promptkd.engine.attention import Attention, attention_in_place
-from promptkd.engine.backbone import embedding_device
+from promptkd.data.batch import TokenBatch, on_device
+from promptkd.engine.attention import Attention, use_attention
+from promptkd.engine.backbone import applies_dropout, embedding_device
 from promptkd.engine.base import Scorer
+from promptkd.engine.fused_layers import fused_forward, supports_fused_forward
 
-__all__ = ["PackedScorer", "is_sharded", "pack_inputs", "supports_packing"]
+
+@dataclass(frozen=True)
+class PackedRows:
+    """A sequence of S tokens that holds several rows."""
+
+    tokens: list[int]  # (S,) token ids
+    positions: list[int]  # (S,) positions, counted within each row
+    row_indices: list[list[int]]  # for each row, the indices of its tokens in the sequence, ascending
+    own_lengths: list[int]  # for each row, how many tokens at its end are its own, not shared with an earlier row
+
+    @cached_property
+    def row_slices(self) -> list[list[slice]]:
+        """`row_indices` as contiguous slices."""
+        return [_slices(indices) for indices in self.row_indices]
 
 
-class PackedScorer(Scorer):
-    """Scores packed rows by the model's own layers; only its attention is replaced.
+def _slices(indices: Sequence[int]) -> list[slice]:
+    starts = [0, *(index for index in range(1, len(indices)) if indices[index] != indices[index - 1] + 1)]
+    ends = [*starts[1:], len(indices)]
+    return [slice(indices[start], indices[end - 1] + 1) for start, end in zip(starts, ends, strict=True)]
+
+
+def pack_rows(rows: Sequence[Sequence[int]], *, share: bool) -> PackedRows:
+    """Put rows of at least one token side by side, in their order.
 
     Args:
-        longest: most tokens of a pack; a batch of more is cut between rows.
+        share: whether rows share their common prefixes.
     """
-
-    name = "packed rows"
-
-    def __init__(self, longest: int):
-        self.longest = longest
-
-    @abstractmethod
-    def attention(self, pack: Pack, device: torch.device) -> Attention:
-        """Attention within each row of `pack`."""
-
-    def shares_prefixes(self, model: PreTrainedModel) -> bool:
-        """Whether what several rows begin with is read once."""
-        return False
-
-    def supports(self, model: PreTrainedModel) -> bool:
-        return supports_packing(model)
-
-    def hidden(self, model: PreTrainedModel, batch: TokenBatch, prompt: Tensor | None) -> Tensor:
-        # where weights are gathered from all processes, these must call the model equally often
-        parts = [batch] if is_sharded(model) else batch.parts(self.longest)
-        return torch.cat([self._part(model, part, prompt) for part in parts])
-
-    def states(self, model: PreTrainedModel, pack: Pack, inputs: dict[str, Tensor], places: Tensor) -> Tensor:
-        """Last hidden states (N, H) at `places` (N,) of a pack, which `inputs` are as a backbone is called with it."""
-        with attention_in_place(model, self.attention(pack, embedding_device(model))):
-            return model.base_model(**inputs, use_cache=False).last_hidden_state[0][places]
-
-    def _part(self, model: PreTrainedModel, batch: TokenBatch, prompt: Tensor | None) -> Tensor:
-        rows, columns = batch.scored_places
-        ends = [1] * len(batch.lengths)  # what follows the last token that predicts one changes nothing
-        for row, column in zip(rows, columns, strict=True):
-            ends[row] = max(ends[row], column + 1)
-        read = [ids[:end] for ids, end in zip(batch.token_ids, ends, strict=True)]
-        pack, inputs = pack_inputs(model, read, prompt, share=self.shares_prefixes(model))
-        length = 0 if prompt is None else prompt.shape[0]
-        places = [pack.paths[row][column + length] for row, column in zip(rows, columns, strict=True)]
-        return self.states(model, pack, inputs, on_device(places, batch.input_ids.device))
-
-
-def supports_packing(model: PreTrainedModel) -> bool:
-    """Whether attention can be told where rows end: what transformers says of a class for flash attention."""
-    # transformers recomputes activations after the pack, when our attention is no longer in place
-    recomputes = model.is_activation_checkpointing and torch.is_grad_enabled()
-    kinds = model.config.get_text_config().to_dict().get("layer_types") or []
-    # a trial of a few short rows would not show another kind, such as chunks
-    return model._supports_flash_attn and not recomputes and set(kinds) <= {"full_attention", "sliding_attention"}
+    pack = PackedRows([], [], [], [])
+    known: dict[tuple[int, int], int] = {}  # (index of the token before, token) to the token's index
+    for row in rows:
+        first_own = len(pack.tokens)
+        if share:
+            index, indices = -1, []
+            for position, token in enumerate(row):
+                index = known.setdefault((index, token), len(pack.tokens))
+                if index == len(pack.tokens):
+                    pack.tokens.append(token)
+                    pack.positions.append(position)
+                indices.append(index)
+        else:
+            indices = list(range(first_own, first_own + len(row)))
+            pack.tokens.extend(row)
+            pack.positions.extend(range(len(row)))
+        pack.row_indices.append(indices)
+        pack.own_lengths.append(len(pack.tokens) - first_own)
+    return pack
 
 
 def pack_inputs(
     model: PreTrainedModel, rows: Sequence[Sequence[int]], prompt: Tensor | None, *, share: bool
-) -> tuple[Pack, dict[str, Tensor]]:
-    """The rows as a pack, and it as what a backbone is called with.
+) -> tuple[PackedRows, dict[str, Tensor]]:
+    """The rows packed, and the arguments with which a backbone is called for them.
 
     Args:
-        rows: token ids, at least one a row.
+        rows: lists of at least one token id.
         prompt: (n, E) embeddings put before every row, or None.
-        share: whether rows have in common what they begin with.
+        share: whether rows share their common prefixes.
     """
     device = embedding_device(model)
     before = [] if prompt is None else list(range(-prompt.shape[0], 0))  # the vectors, as negative ids
@@ -93,14 +88,71 @@ def pack_inputs(
         inputs = {"input_ids": ids[None]}
     else:
         embedded = model.get_input_embeddings()(ids.clamp(min=0))  # (S, E), scaled where the model scales
-        places = [place for place, token in enumerate(pack.tokens) if token < 0]  # type: ignore[operator]
-        index, vectors = on_device([places, [pack.tokens[place] for place in places]], device)
-        inputs = {"inputs_embeds": embedded.index_put((index,), prompt[vectors].to(embedded.dtype))[None]}
+        of_prompt = [index for index, token in enumerate(pack.tokens) if token < 0]
+        indices, vectors = on_device([of_prompt, [pack.tokens[index] for index in of_prompt]], device)
+        inputs = {"inputs_embeds": embedded.index_put((indices,), prompt[vectors].to(embedded.dtype))[None]}
     return pack, inputs | {"position_ids": positions[None]}
 
 
+class PackedScorer(Scorer):
+    """Scores packed rows.
+
+    Args:
+        max_tokens: most tokens of a pack; a batch of more is split between rows.
+        fused: run fused layers instead of the model's own, of which only the attention is replaced.
+    """
+
+    def __init__(self, max_tokens: int, *, fused: bool = False):
+        self.max_tokens, self.fused = max_tokens, fused
+        self.name = "fused layers" if fused else "packed rows"
+
+    @abstractmethod
+    def attention(self, pack: PackedRows, device: torch.device) -> Attention:
+        """Varlen attention: causal within each row of `pack`."""
+
+    def shares_prefixes(self, model: PreTrainedModel) -> bool:
+        """Whether rows share their common prefixes."""
+        return False
+
+    def supports(self, model: PreTrainedModel) -> bool:
+        fused = not self.fused or (supports_fused_forward(model) and not applies_dropout(model))
+        return supports_packing(model) and fused
+
+    def hidden(self, model: PreTrainedModel, batch: TokenBatch, prompt: Tensor | None) -> Tensor:
+        # where weights are gathered from all processes, each process must call the model the same number of times
+        parts = [batch] if is_sharded(model) else batch.split(self.max_tokens)
+        return torch.cat([self._part(model, part, prompt) for part in parts])
+
+    def _part(self, model: PreTrainedModel, batch: TokenBatch, prompt: Tensor | None) -> Tensor:
+        rows, columns = batch.scored_places
+        ends = [1] * len(batch.lengths)  # nothing is predicted from the tokens behind
+        for row, column in zip(rows, columns, strict=True):
+            ends[row] = max(ends[row], column + 1)
+        read = [ids[:end] for ids, end in zip(batch.token_ids, ends, strict=True)]
+        pack, inputs = pack_inputs(model, read, prompt, share=self.shares_prefixes(model))
+        length = 0 if prompt is None else prompt.shape[0]
+        indices = [pack.row_indices[row][column + length] for row, column in zip(rows, columns, strict=True)]
+        return self.states_at(model, pack, inputs, on_device(indices, batch.input_ids.device))
+
+    def states_at(self, model: PreTrainedModel, pack: PackedRows, inputs: dict[str, Tensor], indices: Tensor) -> Tensor:
+        """Last hidden states (N, H) at the indices (N,) of a pack. `inputs` are those of `pack_inputs`."""
+        attention = self.attention(pack, embedding_device(model))
+        if self.fused:
+            return fused_forward(model, inputs, attention, indices)
+        with use_attention(model, attention):
+            return model.base_model(**inputs, use_cache=False).last_hidden_state[0][indices]
+
+
+def supports_packing(model: PreTrainedModel) -> bool:
+    """Whether rows can be kept apart by attention alone: where transformers supports flash attention for the class."""
+    # transformers recomputes activations after the pass, when our attention is no longer in use
+    recomputes = model.is_activation_checkpointing and torch.is_grad_enabled()
+    kinds = model.config.get_text_config().to_dict().get("layer_types") or []
+    # the trial's few short rows would not reveal other kinds, such as chunked attention
+    return model._supports_flash_attn and not recomputes and set(kinds) <= {"full_attention", "sliding_attention"}
+
+
 def is_sharded(model: PreTrainedModel) -> bool:
-    """Whether weights are gathered from all processes."""
-    return any(isinstance(each, FSDPModule) for each in model.modules()) or any(
-        "ds_id" in vars(each) for each in model.parameters()
-    )
+    """Whether the model's weights are gathered from all processes for each pass."""
+    fsdp = any(isinstance(module, FSDPModule) for module in model.modules())
+    return fsdp or any("ds_id" in vars(weight) for weight in model.parameters())

@@ -1,7 +1,7 @@
-"""Decoder layers whose activations are not kept for backward but computed a second time there.
+"""Activation recomputation (gradient checkpointing) for single passes of a model in evaluation mode.
 
-transformers' own gradient checkpointing works in training mode alone and for a whole run. A frozen teacher stays in
-evaluation mode, and only one of its passes has a backward.
+transformers' own works only in training mode and for a whole run. A frozen teacher stays in evaluation mode, and only
+one of its passes has a backward.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,28 +13,22 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from promptkd.engine.attention import in_place_again
+from promptkd.engine.attention import reuse_attention
 from promptkd.engine.backbone import unwrap_peft
 from promptkd.errors import RequestError
 
-__all__ = ["marks_layers", "recomputable_layers", "recomputed_layers", "recomputes"]
-
-
-def marks_layers(model: nn.Module) -> bool:
-    """Whether the model's class marks layers whose activations can be computed again."""
-    return any(isinstance(each, GradientCheckpointingLayer) for each in unwrap_peft(model).modules())
-
 
 def recomputable_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
-    """The layers that `recomputed_layers` means.
+    """The layers whose activations `recomputed_layers` recomputes.
 
     Raises:
         RequestError: if the model's class marks none, as transformers' classes do.
     """
-    layers = [each for each in unwrap_peft(model).modules() if isinstance(each, GradientCheckpointingLayer)]
+    inner = unwrap_peft(model)
+    layers = [module for module in inner.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise RequestError(
-            f"{type(unwrap_peft(model)).__name__} marks no layers whose activations could be computed again. "
+            f"{type(inner).__name__} marks no layers whose activations could be computed again. "
             "Leave --teacher_gradient_checkpointing out."
         )
     return layers
@@ -42,20 +36,20 @@ def recomputable_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
 
 @contextmanager
 def recomputed_layers(model: nn.Module) -> Iterator[None]:
-    """Passes that start while this is entered keep the input of every layer alone; the rest comes back in backward.
+    """Passes that start within this context keep only the input of each layer; backward recomputes the rest.
 
-    Exact as long as weights and random numbers do not change in between: meant for a model in evaluation mode.
-    Backward may run after this is left.
+    Exact as long as weights and random numbers do not change in between: meant for a model in evaluation mode. Backward
+    may run after the context has been left.
     """
     inner = unwrap_peft(model)
     layers = recomputable_layers(model)
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        # A packed pass has attention and linear layers of its own, which backward must find in place again.
-        return nullcontext(), in_place_again(inner)
+        # of the pass, and of its recomputation, which must find the attention of a packed pass again
+        return nullcontext(), reuse_attention(inner)
 
     for layer in layers:
-        vars(layer)["forward"] = _Recomputed(layer.forward, contexts)  # found before the class's own
+        vars(layer)["forward"] = _Recomputed(layer.forward, contexts)  # found before the class's method
     try:
         yield
     finally:
@@ -63,13 +57,13 @@ def recomputed_layers(model: nn.Module) -> Iterator[None]:
             vars(layer).pop("forward", None)
 
 
-def recomputes(layer: nn.Module) -> bool:
-    """Whether `recomputed_layers` has this layer's activations computed again: fused layers call no forward of one."""
+def is_recomputed(layer: nn.Module) -> bool:
+    """Whether `recomputed_layers` is in effect for a layer; fused layers, which never call its forward, ask this."""
     return isinstance(vars(layer).get("forward"), _Recomputed)
 
 
 class _Recomputed:
-    """The forward of a layer, computed again in backward."""
+    """The forward of a layer, recomputed in backward."""
 
     def __init__(self, forward: Callable[..., Any], contexts: Callable[[], Any]):
         self._forward, self._contexts = forward, contexts

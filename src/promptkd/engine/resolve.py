@@ -1,4 +1,4 @@
-"""Which engine runs a model: resolved by its device, overridden by `PROMPTKD_ENGINE=reference|cpu|cuda`."""
+"""Which engine runs a model: that of its device, unless `PROMPTKD_ENGINE` names another."""
 
 import os
 from functools import cache
@@ -10,8 +10,6 @@ from promptkd.engine.base import Engine
 from promptkd.engine.reference import REFERENCE
 from promptkd.errors import RequestError
 
-__all__ = ["ENGINES", "VARIABLE", "engine_for"]
-
 VARIABLE = "PROMPTKD_ENGINE"
 ENGINES = ("reference", "cpu", "cuda")
 
@@ -20,7 +18,7 @@ def engine_for(device: torch.device) -> Engine:
     """The engine for models on `device`.
 
     Raises:
-        RequestError: if the environment names an engine that does not exist, or one for another kind of device.
+        RequestError: if the environment names an unknown engine, or one for another kind of device.
     """
     asked = os.environ.get(VARIABLE, "")
     if asked and asked not in ENGINES:
@@ -34,5 +32,5 @@ def engine_for(device: torch.device) -> Engine:
 
 @cache
 def _of_kind(kind: str) -> Engine:
-    """The engine of a kind of device; what it needs is imported with it."""
+    """The engine for a kind of device, whose package is imported at its first use."""
     return import_module(f"promptkd.engine.{kind}").ENGINE if kind in ("cpu", "cuda") else REFERENCE

@@ -1,7 +1,7 @@
-"""One trial that holds a way of running a model to the reference, before it is used.
+"""Trials: an implementation is held to the reference before it is used, and a model's head to the model itself.
 
-The verdict is kept for a model, a device, the weights' and the computing precision, and the model's own attention: what
-agrees in float32 on a CPU may not in bfloat16 on a GPU.
+A verdict is kept for a model, its device, the precision of its weights and of its matrix products, and its attention:
+what agrees in float32 on a CPU may not in bfloat16 on a GPU.
 """
 
 import logging
@@ -10,86 +10,84 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from promptkd.data.packing import right_pad
-from promptkd.engine.backbone import compute_dtype, embedding_device, evaluating
+from promptkd.data.batch import right_pad
+from promptkd.engine.backbone import embedding_device, evaluating, model_matmul_dtype, unwrap_peft
 from promptkd.engine.base import Decoder, Scorer
+from promptkd.engine.heads import head_logits
+from promptkd.errors import RequestError
 
-__all__ = ["first_verified"]
-
-Way = TypeVar("Way", Scorer, Decoder)
 _PROMPTS, _RESPONSES = [[0, 1, 2], [3]], [[1, 0], [2, 1, 3, 0]]
-_SOFT_PROMPT = 2  # vectors
+_SOFT_PROMPT_LENGTH = 2
 _LOGGER = logging.getLogger(__name__)
 _verdicts: weakref.WeakKeyDictionary[PreTrainedModel, dict[tuple[Any, ...], bool]] = weakref.WeakKeyDictionary()
 
+Implementation = TypeVar("Implementation", Scorer, Decoder)
 
-def first_verified(ways: Sequence[Way], model: PreTrainedModel) -> Way:
-    """The first of `ways` that supports the model and agrees with the last one, which is the reference."""
-    reference = ways[-1]
-    for way in ways[:-1]:
-        if way.supports(model) and _is_verified(way, reference, model):
-            return way
+
+def first_verified(candidates: Sequence[Implementation], model: PreTrainedModel) -> Implementation:
+    """The first candidate that supports the model and agrees with the last one, which is the reference."""
+    reference = candidates[-1]
+    for candidate in candidates[:-1]:
+        if candidate.supports(model) and _is_verified(candidate, reference, model):
+            return candidate
     return reference
 
 
-def _is_verified(way: Any, reference: Any, model: PreTrainedModel) -> bool:
+def _is_verified(candidate: Any, reference: Any, model: PreTrainedModel) -> bool:
     verdicts = _verdicts.setdefault(model, {})
-    weight = model.get_input_embeddings().weight
-    key = (way.name, weight.device, weight.dtype, compute_dtype(model), str(model.config._attn_implementation))
+    weight, attention = model.get_input_embeddings().weight, str(model.config._attn_implementation)
+    key = (candidate.name, weight.device, weight.dtype, model_matmul_dtype(model), attention)
     if key not in verdicts:
-        verdicts[key] = _agrees(way, reference, model)
-        if not verdicts[key] and isinstance(way, Decoder):
-            way.forget(model)
+        problem = _problem(candidate, reference, model)
+        verdicts[key] = not problem
+        if problem:
+            _LOGGER.warning(
+                "%s is not run by %s on %s: %s", type(model).__name__, candidate.name, weight.device.type, problem
+            )
+            if isinstance(candidate, Decoder):
+                candidate.forget(model)
     return verdicts[key]
 
 
-def _agrees(way: Any, reference: Any, model: PreTrainedModel) -> bool:
-    trial = _decoded if isinstance(way, Decoder) else _scored
-    kind = embedding_device(model).type
-    # Without its cache, autocast would keep copies made here, without a graph, for the pass that called for the trial.
+def _problem(candidate: Any, reference: Any, model: PreTrainedModel) -> str:
+    """What keeps the candidate from running the model; "" if it agrees with the reference."""
+    trial = _decode_trial if isinstance(candidate, Decoder) else _score_trial
+    # Autocast's cache would keep casts made here, without a graph, for the pass that asked for this trial.
     caches = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:
         with torch.no_grad(), evaluating(model):
             expected = trial(reference, model)
             try:
-                got = trial(way, model)
-            except (torch.OutOfMemoryError, torch.AcceleratorError):  # which say nothing about the way
+                got = trial(candidate, model)
+            except (torch.OutOfMemoryError, torch.AcceleratorError):  # says nothing about the candidate
                 raise
-            # What a foreign architecture makes of a call that it does not know can be any of these.
+            # An unknown architecture may answer an unexpected call with any of these.
             except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, NotImplementedError) as error:
-                _LOGGER.warning("%s is not run by %s on %s: %s", _name(model), way.name, kind, _line(error))
-                return False
+                return " ".join(str(error).split())[:200] or type(error).__name__
     finally:
         torch.set_autocast_cache_enabled(caches)
-    tolerance = max(1e-3, torch.finfo(compute_dtype(model)).eps ** 0.5)
-    gap = _gap(got, expected)
-    if not gap <= tolerance:
-        _LOGGER.warning("%s is not run by %s on %s: it differs by %.1e.", _name(model), way.name, kind, gap)
-    return gap <= tolerance
-
-
-def _gap(got: Tensor, expected: Tensor) -> float:
-    """The largest relative distance of a row (…, D): one that is wrong is not lost among the others."""
+    tolerance = max(1e-3, torch.finfo(model_matmul_dtype(model)).eps ** 0.5)
+    # The largest relative error of a row (…, D): averaged, one wrong row would be lost among the others.
     sizes = expected.norm(dim=-1).clamp(min=torch.finfo(expected.dtype).tiny)
-    return float(((got - expected).norm(dim=-1) / sizes).max())
+    gap = float(((got - expected).norm(dim=-1) / sizes).max())
+    return "" if gap <= tolerance else f"it differs by {gap:.1e}."  # NaN differs, too
 
 
-def _scored(scorer: Scorer, model: PreTrainedModel) -> Tensor:
-    """Hidden states of two rows, without and with a soft prompt."""
+def _score_trial(scorer: Scorer, model: PreTrainedModel) -> Tensor:
+    """Hidden states of two rows, with and without a soft prompt."""
     batch = right_pad(_PROMPTS, _RESPONSES, device=embedding_device(model))
-    with_prompt = scorer.hidden(model, batch, _soft_prompt(model))
-    return torch.cat([scorer.hidden(model, batch, None), with_prompt]).float()
+    prompted = scorer.hidden(model, batch, _soft_prompt(model))
+    return torch.cat([scorer.hidden(model, batch, None), prompted]).float()
 
 
-def _decoded(decoder: Decoder, model: PreTrainedModel) -> Tensor:
-    """Logits of two rows over two tokens, and of the second one alone over a third."""
-    device = embedding_device(model)
-    tokens = torch.tensor(_RESPONSES[1], device=device)
-    with decoder.opened(model, len(_PROMPTS), None) as sessions, sessions(3) as session:
+def _decode_trial(decoder: Decoder, model: PreTrainedModel) -> Tensor:
+    """Logits of two rows over two tokens, and of the second row alone over a third."""
+    tokens = torch.tensor(_RESPONSES[1], device=embedding_device(model))
+    with decoder.open(model, len(_PROMPTS), None) as sessions, sessions(3) as session:
         logits = [session.prefill(_PROMPTS, _soft_prompt(model)).clone()]
         logits += [session.decode(tokens[step : step + 2]).clone() for step in range(2)]
         session.select([1])
@@ -98,13 +96,31 @@ def _decoded(decoder: Decoder, model: PreTrainedModel) -> Tensor:
 
 
 def _soft_prompt(model: PreTrainedModel) -> Tensor:
-    embedding = model.get_input_embeddings()
-    return embedding(torch.arange(_SOFT_PROMPT, device=embedding.weight.device))
+    return model.get_input_embeddings()(torch.arange(_SOFT_PROMPT_LENGTH, device=embedding_device(model)))
 
 
-def _name(model: PreTrainedModel) -> str:
-    return type(model).__name__
+def check_scoring(model: nn.Module) -> None:
+    """Refuse a model whose logits are not its head applied to its backbone's last hidden states, by trying two tokens.
 
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    Raises:
+        RequestError: if the backbone cannot be reached, or the logits differ from the model's own.
+    """
+    inner = unwrap_peft(model)
+    ids = torch.tensor([[0, 1]], device=embedding_device(inner))
+    # within autocast, the model would round its own logits
+    with torch.no_grad(), evaluating(inner), torch.autocast(ids.device.type, enabled=False):
+        expected = inner(input_ids=ids, use_cache=False).logits.float()
+        embedded = inner.get_input_embeddings()(ids)
+        states = [
+            inner.base_model(**inputs, use_cache=False).last_hidden_state
+            for inputs in ({"input_ids": ids}, {"inputs_embeds": embedded})
+        ]
+        got = [head_logits(model, each).float() for each in states]
+    tolerance = 1e-3 if inner.dtype.itemsize > 2 else 0.05  # in half precision, the model rounds its own logits
+    limit = tolerance * float(expected.abs().max().clamp(min=1.0))
+    if any(each.shape != expected.shape or float((each - expected).abs().max()) > limit for each in got):
+        raise RequestError(
+            f"{type(inner).__name__} computes its logits in a way promptkd does not know: its head on the last hidden "
+            "state does not give the model's own logits. Supported are decoder-only models with a linear head, a "
+            "constant logit scale and a tanh soft cap."
+        )

@@ -16,7 +16,13 @@ from promptkd.data.encode import EncodedExample
 from promptkd.errors import RequestError
 from promptkd.evaluation.hub_metrics import HubMetric
 from promptkd.evaluation.likelihood import kl_nats, reference_nats
-from promptkd.evaluation.measure import REFERENCES_AT_A_TIME, decode_rows, row_batches, row_results, summarize
+from promptkd.evaluation.measure import (
+    REFERENCES_AT_A_TIME,
+    decode_rows,
+    evaluation_of,
+    row_batches,
+    row_results,
+)
 from promptkd.generation import Decoding
 from promptkd.io.jsonl import Line, ResumableLines
 from promptkd.models import vocabulary_size
@@ -73,16 +79,7 @@ class SetEvaluation:
         if greedy or decoding.is_greedy:
             own = replace(decoding, temperature=0.0)
             found.append((own, self._results(_GREEDY, own, losses, kls if decoding.is_greedy else [])))
-        return [
-            Evaluation(
-                model=model_label,
-                data=data_label,
-                decoding=each.record(seeds),
-                metrics=summarize(results),
-                samples=results,
-            )
-            for each, results in found
-        ]
+        return [evaluation_of(results, how, seeds, model=model_label, data=data_label) for how, results in found]
 
     def _results(
         self, part: str, decoding: Decoding, losses: Sequence[float], kls: Sequence[Sequence[tuple[float, int]]]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from promptkd.data.packing import on_device
+from promptkd.data.batch import on_device
 from promptkd.engine import DecodeSession, decoding, embedding_device, engine_for, evaluating, unwrap_peft
 from promptkd.errors import check_all
 from promptkd.generation.sampling import SamplingParams, next_tokens, uniforms

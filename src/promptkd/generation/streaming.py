@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from promptkd.engine import evaluating, unwrap_peft
-from promptkd.engine.reference import CacheSession
+from promptkd.engine.reference import DynamicCacheSession
 from promptkd.generation.decode_loop import check_request
 from promptkd.generation.sampling import SamplingParams, next_tokens, uniforms
 
@@ -23,11 +23,13 @@ def stream(
     Args: see `generate`; `seed` is needed unless decoding is greedy.
     """
     check_request([prompt], params, None if seed is None else [seed])
-    return _tokens(CacheSession(unwrap_peft(model), params.vocabulary), prompt, params, seed)
+    return _tokens(DynamicCacheSession(unwrap_peft(model), params.vocabulary), prompt, params, seed)
 
 
 @torch.no_grad()  # as a decorator it holds while the generator runs, and not between two of its tokens
-def _tokens(session: CacheSession, prompt: Sequence[int], params: SamplingParams, seed: int | None) -> Generator[int]:
+def _tokens(
+    session: DynamicCacheSession, prompt: Sequence[int], params: SamplingParams, seed: int | None
+) -> Generator[int]:
     (limit,) = params.limits(1)
     drawn = None if params.is_greedy or seed is None else uniforms([seed], limit)
     with evaluating(session.model):

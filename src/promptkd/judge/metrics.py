@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from promptkd.evaluation.bootstrap import mean_interval, paired_difference, token_mean_interval
+from promptkd.evaluation.statistics import mean_interval, paired_difference, token_mean_interval
 from promptkd.judge.questions import JudgedAnswer, Key
 from promptkd.judge.verdicts import Verdict
 from promptkd.results import Difference, Evaluation, Metric, RowResult

@@ -1,13 +1,12 @@
-"""A model as serving tools load it, read back from the disk and compared before anybody relies on it.
+"""Exports a model for serving tools, and verifies the export by reading it back.
 
-What was written must be the model with its weights rounded to the chosen type: with the same weights in float32 the
+What was written must be the model with its weights rounded to the chosen type. With the same weights in float32 the
 logits agree up to the order of additions, so the comparison needs no allowance for the rounding and sees small errors.
-What the rounding itself changes is measured beside it.
+The effect of the rounding itself is measured beside it.
 """
 
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,10 +17,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from promptkd.errors import PromptKDError, RequestError
-from promptkd.models.gguf_file import stored_type, why_not_gguf, write_gguf
-from promptkd.models.load import clear_load_errors, convert_gguf, load_model, load_tokenizer, resolve_model
-
-__all__ = ["Comparison", "export_gguf", "export_safetensors", "plain_model"]
+from promptkd.models.folder import clear_load_errors
+from promptkd.models.gguf_read import convert_gguf
+from promptkd.models.gguf_write import gguf_problems, stored_type, write_gguf
+from promptkd.models.load import load_model, load_tokenizer, resolve_model
 
 TOLERANCE = 1e-4
 """Most that logits may differ, as a share of the largest."""
@@ -34,26 +33,22 @@ TEXTS = (
     "def f(x):\n    return {x: [0x1F, 'a_b']}  # ok\n",
 )
 
+ModelAndTokenizer = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+
 
 @dataclass(frozen=True)
 class Comparison:
     """The model that was read back against the one that was written."""
 
-    tokens: int
-    """How many tokens the logits were compared on."""
-    difference: float
-    """Largest difference of a logit from the model's with rounded weights."""
-    limit: float
-    """Largest difference that passes."""
-    rounding: float
-    """Largest difference of a logit that the rounding of the weights makes."""
-    same_choices: int
-    """Of `tokens`: after how many the rounded model finds the same token the most probable."""
-    texts: int
-    """How many texts were cut into the same tokens."""
+    tokens: int  # how many tokens the logits were compared on
+    difference: float  # largest difference of a logit from the model's with rounded weights
+    limit: float  # largest difference that passes
+    rounding: float  # largest difference of a logit that the rounding of the weights makes
+    same_choices: int  # after how many of the `tokens` the rounded model finds the same token the most probable
+    texts: int  # how many texts were split into the same tokens
 
 
-def plain_model(name: str, *, trust_remote_code: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def plain_model(name: str, *, trust_remote_code: bool = False) -> ModelAndTokenizer:
     """A model in float32 with LoRA merged into its weights, and its tokenizer.
 
     Raises:
@@ -71,7 +66,7 @@ def plain_model(name: str, *, trust_remote_code: bool = False) -> tuple[PreTrain
             model = PeftModel.from_pretrained(base, str(folder)).merge_and_unload()
     else:
         model = load_model(name, trust_remote_code=trust_remote_code)
-    if any(isinstance(each, BaseTunerLayer) for each in model.modules()):
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise RequestError(f"{name} has an adapter that is merged from a local folder only. Download it and give that.")
     return model.eval(), tokenizer
 
@@ -84,107 +79,104 @@ def export_safetensors(
     *,
     trust_remote_code: bool = False,
 ) -> Comparison:
-    """Write a folder that transformers and vLLM load. `model` is used up: it is left in `dtype`.
+    """Write a folder that transformers and vLLM load. `model` is left in `dtype`.
 
     Raises:
         RequestError: for weights that `dtype` cannot hold.
         PromptKDError: if what was read back is not what was written.
     """
-    check = _Check(model, tokenizer)
-    _round(model, {name: dtype for name, _ in model.named_parameters()})
-    check.round()
+    check = _Check(model, tokenizer, {name: dtype for name, _ in model.named_parameters()})
     model.config.use_cache = True  # training may have switched it off
     model.to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return check.compare(folder, trust_remote_code=trust_remote_code)
+    return check.compare(lambda: _load(folder, trust_remote_code=trust_remote_code))
 
 
 def export_gguf(
     file: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, *, title: str
 ) -> Comparison:
-    """Write a GGUF file that llama.cpp loads. `model` is used up: its weights are left rounded to `dtype`.
+    """Write a GGUF file that llama.cpp loads. The weights of `model` are left rounded to `dtype`.
 
     Raises:
         RequestError: for a model that `write_gguf` does not know, or weights that `dtype` cannot hold.
         PromptKDError: if what was read back is not what was written.
     """
-    problems = why_not_gguf(model, tokenizer)
-    if problems:
+    if problems := gguf_problems(model, tokenizer):
         raise RequestError(
             f"This model cannot be written as GGUF here: {'; '.join(problems)}. llama.cpp's own converter knows more "
             "models: export to safetensors, then run `python convert_hf_to_gguf.py FOLDER --outfile FILE.gguf` from a "
             "checkout of llama.cpp."
         )
-    check = _Check(model, tokenizer)
-    _round(model, {name: stored_type(name, weight, dtype) for name, weight in model.named_parameters()})
-    check.round()
+    dtypes = {name: stored_type(name, weight, dtype) for name, weight in model.named_parameters()}
+    check = _Check(model, tokenizer, dtypes)
     write_gguf(file, model, tokenizer, dtype, title)
+
+    def read() -> ModelAndTokenizer:
+        convert_gguf(file, Path(folder))
+        return _load(Path(folder))
+
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.stem}-") as folder:
-        with _reading_back():
-            convert_gguf(file, Path(folder))
-        return check.compare(Path(folder))
+        return check.compare(read)
 
 
-@contextmanager
-def _reading_back() -> Iterator[None]:
-    """A request is not wrong because of what this module wrote."""
-    try:
-        yield
-    except RequestError as error:
-        raise PromptKDError(f"What was written cannot be read back, and nothing is kept: {error}") from error
+def _load(folder: Path, *, trust_remote_code: bool = False) -> ModelAndTokenizer:
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    return load_model(folder, trust_remote_code=trust_remote_code), tokenizer
 
 
 class _Check:
-    """What the model and its tokenizer do, kept to be compared with what is read back."""
+    """Rounds the model, and compares it and its tokenizer with what is read back.
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
-        self.model, self.tokenizer = model, tokenizer
+    Args:
+        dtypes: by the name of a weight, what it is rounded to.
+
+    Raises:
+        RequestError: for a weight that its type cannot hold.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtypes: dict[str, torch.dtype]):
+        self.tokenizer = tokenizer
         ids = [index for text in TEXTS for index in tokenizer(text, add_special_tokens=False)["input_ids"]]
         self.ids = torch.tensor([ids[:SAMPLE]], device=model.device)
-        self.exact = self.expected = _logits(model, self.ids)
+        self.exact = _logits(model, self.ids)
+        _round(model, dtypes)
+        self.rounded = _logits(model, self.ids)
 
-    def round(self) -> None:
-        """From here on the model's weights are rounded."""
-        self.expected = _logits(self.model, self.ids)
-
-    def compare(self, folder: Path, *, trust_remote_code: bool = False) -> Comparison:
-        """Read the model in `folder`. Raises `PromptKDError` if it is another."""
-        with _reading_back():
-            tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
-            read = load_model(folder, trust_remote_code=trust_remote_code)
-        self._compare_tokenizer(tokenizer)
-        limit = TOLERANCE * max(1.0, float(self.expected.abs().max()))
-        difference = float((_logits(read, self.ids) - self.expected).abs().max())
+    def compare(self, read: Callable[[], ModelAndTokenizer]) -> Comparison:
+        """Compare with what `read` returns. Raises `PromptKDError` if it is something else."""
+        try:
+            model, tokenizer = read()
+        except RequestError as error:  # it was promptkd that wrote it
+            raise PromptKDError(f"What was written cannot be read back, and nothing is kept: {error}") from error
+        texts = self._compare_tokenizer(tokenizer)
+        limit = TOLERANCE * max(1.0, float(self.rounded.abs().max()))
+        difference = float((_logits(model, self.ids) - self.rounded).abs().max())
         if not difference <= limit:  # NaN, too
             raise PromptKDError(
                 f"What was written is not the model: read back, its logits differ by up to {difference:.2g}, and "
                 f"{limit:.2g} was expected at most. Nothing is kept. Please report this with the model's config.json."
             )
-        same = (self.exact.argmax(-1) == self.expected.argmax(-1)).sum()
-        rounding = float((self.exact - self.expected).abs().max())
-        return Comparison(self.ids.shape[1], difference, limit, rounding, int(same), len(self._texts()))
+        same = (self.exact.argmax(-1) == self.rounded.argmax(-1)).sum()
+        rounding = float((self.exact - self.rounded).abs().max())
+        return Comparison(self.ids.shape[1], difference, limit, rounding, int(same), texts)
 
-    def _texts(self) -> list[str]:
-        control = " ".join(self.tokenizer.all_special_tokens)
+    def _compare_tokenizer(self, read: PreTrainedTokenizerBase) -> int:
+        """Returns the number of texts that were compared."""
+        written = self.tokenizer
+        control = " ".join(written.all_special_tokens)
         texts = [*TEXTS, f"{control} and {control}"]
-        if self.tokenizer.chat_template:
-            texts.append(_conversation(self.tokenizer))
-        return texts
-
-    def _compare_tokenizer(self, read: PreTrainedTokenizerBase) -> None:
-        checks: list[tuple[str, object, object]] = [
-            (f"the cut of {text!r}", self.tokenizer(text)["input_ids"], read(text)["input_ids"])
-            for text in self._texts()
-        ]
-        checks.append(("the end token", self.tokenizer.eos_token_id, read.eos_token_id))
-        if self.tokenizer.chat_template:
-            checks.append(("a rendered conversation", _conversation(self.tokenizer), _conversation(read)))
-        for what, written, found in checks:
-            if written != found:
+        checks: list[tuple[str, object, object]] = [("the end token", written.eos_token_id, read.eos_token_id)]
+        if written.chat_template:
+            texts.append(_conversation(written))
+            checks.append(("a rendered conversation", texts[-1], _conversation(read)))
+        tokens = [(f"the tokens of {text!r}", written(text)["input_ids"], read(text)["input_ids"]) for text in texts]
+        for what, expected, found in (*tokens, *checks):
+            if expected != found:
                 raise PromptKDError(
                     f"What was written is not the tokenizer: read back, {what} is {str(found)[:200]} and not "
-                    f"{str(written)[:200]}. Nothing is kept. Please report this with the model's tokenizer.json."
+                    f"{str(expected)[:200]}. Nothing is kept. Please report this with the model's tokenizer.json."
                 )
+        return len(texts)
 
 
 def _conversation(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -199,7 +191,6 @@ def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _round(model: PreTrainedModel, dtypes: dict[str, torch.dtype]) -> None:
-    """Each weight to the nearest number that its type holds. Raises `RequestError` if one is beyond the largest."""
     for name, weight in model.named_parameters():
         weight.copy_(weight.to(dtypes[name]))
         if not weight.isfinite().all():

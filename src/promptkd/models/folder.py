@@ -1,17 +1,17 @@
-"""A model's folder, checked before transformers and PEFT read it: it may come from anybody.
+"""A model's folder is checked before transformers and PEFT read it, since it may come from anybody.
 
-Weights are read from safetensors alone, for unpickling can run code. No file that a folder names lies outside of it,
-but for the base of an adapter, which is a model by itself and checked as one. No code is fetched that a folder names.
+Weights are read only from safetensors, since unpickling can run code. No file that a folder names may lie outside of
+it, except the base of an adapter, which is checked as a model of its own. No code that a folder names is downloaded.
 """
 
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from promptkd.errors import RequestError
+from promptkd.errors import PromptKDError, RequestError
 from promptkd.io.files import is_plain_name, json_value, read_json_object
-
-__all__ = ["adapter_base", "check_model_folder"]
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -20,10 +20,10 @@ _MOST_LAYERS_WITHOUT_WEIGHTS = 1024
 
 
 def check_model_folder(folder: Path) -> None:
-    """Refuse what would run code, read files elsewhere, or ask for far more than the files hold.
+    """Refuse a folder that would run code, read files elsewhere, or ask for far more than its files hold.
 
     Raises:
-        RequestError: saying what was found and what to do.
+        RequestError: with what was found and what to do.
     """
     is_adapter = (folder / "adapter_config.json").is_file()
     if is_adapter:
@@ -35,9 +35,8 @@ def check_model_folder(folder: Path) -> None:
         _check_names_no_code(folder, config)
         if not is_adapter:
             _need_safetensors(folder, "*.safetensors")
-        index = folder / "model.safetensors.index.json"
-        if index.is_file():
-            _check_index(index)
+        if (folder / "model.safetensors.index.json").is_file():
+            _check_index(folder / "model.safetensors.index.json")
         _check_layers(folder, config)
     for name in ("tokenizer_config.json", "generation_config.json", "special_tokens_map.json"):
         if (folder / name).is_file():
@@ -53,6 +52,23 @@ def adapter_base(folder: Path) -> str | None:
     if not isinstance(base, str) or not base:
         raise RequestError(f"{file} must name the model it belongs to as base_model_name_or_path. Got {base!r}.")
     return base
+
+
+@contextmanager
+def clear_load_errors(name: str | Path) -> Iterator[None]:
+    """Turn whatever prevents a model from being read into a `RequestError` that names the model and the reason."""
+    try:
+        yield
+    except PromptKDError:
+        raise
+    except Exception as error:  # a broken file makes transformers, tokenizers and gguf raise nearly anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if "ignore_mismatched_sizes" in reason:
+            reason = "its weights have other sizes than its config.json asks for."
+        raise RequestError(
+            f"Could not load a causal language model from {name}: {reason[:400]} "
+            "Check the name, or the network if it is a hub name."
+        ) from error
 
 
 def _need_safetensors(folder: Path, pattern: str) -> None:
@@ -91,7 +107,7 @@ def _check_names_no_code(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def _check_layers(folder: Path, config: dict[str, Any]) -> None:
-    """Refuse more layers than there are weights: making them would take hours before anything is missed."""
+    """Refuse more layers than there are weights: creating them would take hours before the weights are missed."""
     text = config.get("text_config")
     for settings in (config, *([text] if isinstance(text, dict) else [])):
         for name in ("num_hidden_layers", "n_layer", "num_layers"):
@@ -104,7 +120,7 @@ def _check_layers(folder: Path, config: dict[str, Any]) -> None:
 
 
 def _check_rank(folder: Path, settings: dict[str, Any]) -> None:
-    """Refuse an adapter of a higher rank than its weights have: PEFT makes room for it before it compares them."""
+    """Refuse an adapter of a higher rank than its weights have: PEFT allocates it before it compares the two."""
     patterns = settings.get("rank_pattern")
     ranks = [settings.get("r"), settings.get("num_virtual_tokens")]
     ranks += list(patterns.values()) if isinstance(patterns, dict) else []
@@ -124,7 +140,7 @@ def _count_weights(folder: Path) -> int:
 
 
 def _header(file: Path) -> dict[str, Any]:
-    """The names of the tensors in a safetensors file; none if it is no such file, which its reader will say."""
+    """The header of a safetensors file, by the names of its tensors; {} if it is no such file."""
     with file.open("rb") as stream:
         start = stream.read(8)
         size = struct.unpack("<Q", start)[0] if len(start) == 8 else 0

@@ -1,7 +1,7 @@
-"""A student made of some of the teacher's layers.
+"""Layer pruning: a student made of some of the teacher's layers.
 
-Which layers: those with the highest block influence, 1 - cos(input, output) averaged over tokens (ShortGPT, Men et al.
-2024, eq. 1), measured on training rows; or evenly spaced ones; or a list of indices.
+They are those with the highest block influence, 1 - cos(input, output) averaged over tokens (ShortGPT, Men et al. 2024,
+eq. 1), measured on training rows; or evenly spaced ones; or given by index.
 """
 
 import copy
@@ -12,11 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from promptkd.data.packing import TokenBatch
+from promptkd.data.batch import TokenBatch
 from promptkd.engine import evaluating
 from promptkd.errors import RequestError
-
-__all__ = ["block_influence", "decoder_layers", "evenly_spaced", "most_influential", "prune_layers"]
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -78,27 +76,26 @@ def block_influence(model: PreTrainedModel, batches: Sequence[TokenBatch]) -> li
 
 
 def most_influential(influence: Sequence[float], count: int) -> list[int]:
-    """Indices of the `count` layers of highest influence, in order of depth."""
+    """Indices of the `count` layers with the highest influence, in order of depth."""
     _check_count(count, len(influence))
     ranked = sorted(range(len(influence)), key=lambda index: (-influence[index], index))
     return sorted(ranked[:count])
 
 
 def evenly_spaced(total: int, count: int) -> list[int]:
-    """`count` of `total` layers at even distances, first and last among them (the first alone if count is 1)."""
+    """Indices of `count` of `total` layers at even distances, from first to last (only the first if count is 1)."""
     _check_count(count, total)
-    if count == 1:
-        return [0]
-    return [round(index * (total - 1) / (count - 1)) for index in range(count)]
+    return [round(index * (total - 1) / max(count - 1, 1)) for index in range(count)]
 
 
 def prune_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
-    """A new model of the same class with the given layers of `model`, in the given order of depth.
+    """A new model of the same class with the given layers of `model`, whose weights are copied.
 
-    The weights are copies; `model` is left as it was.
+    Args:
+        layers: indices in ascending order.
 
     Raises:
-        RequestError: for no layers, an index outside the model, a repeated index or a falling order.
+        RequestError: for no layers, or indices that are outside of the model, repeated or not ascending.
     """
     name, stack = decoder_layers(model)
     _check_indices(layers, len(stack))
@@ -122,30 +119,32 @@ def prune_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMod
     try:
         student.load_state_dict(weights, strict=True)
     except RuntimeError as error:
-        raise _cannot_cut(model) from error
+        raise _cannot_be_pruned(model) from error
     student.generation_config = copy.deepcopy(model.generation_config)
     student.tie_weights()
-    _check_cut(model, student.eval(), stack, layers)
+    _check_student(model, student.eval(), stack, layers)
     return student
 
 
-def _cannot_cut(model: PreTrainedModel) -> RequestError:
+def _cannot_be_pruned(model: PreTrainedModel) -> RequestError:
     return RequestError(
         f"{type(model).__name__} cannot be pruned by layer: its layers do not give the student that they make up. "
         "Merge adapters into the weights first; models whose layers depend on their depth are not supported."
     )
 
 
-def _check_cut(model: PreTrainedModel, student: PreTrainedModel, stack: nn.ModuleList, layers: Sequence[int]) -> None:
-    """The student must compute what the teacher does with its other layers handing their input through."""
+def _check_student(
+    model: PreTrainedModel, student: PreTrainedModel, stack: nn.ModuleList, layers: Sequence[int]
+) -> None:
+    """The student must compute what the teacher computes when its other layers pass their input through."""
 
-    def hand_through(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def pass_through(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         before = args[0] if args else kwargs["hidden_states"]
         return before if isinstance(output, Tensor) else (before, *output[1:])
 
     ids = torch.arange(4, device=model.device)[None]
     dropped = [layer for index, layer in enumerate(stack) if index not in set(layers)]
-    handles = [layer.register_forward_hook(hand_through, with_kwargs=True) for layer in dropped]
+    handles = [layer.register_forward_hook(pass_through, with_kwargs=True) for layer in dropped]
     try:
         with torch.no_grad(), evaluating(model):
             expected = model.base_model(input_ids=ids, use_cache=False).last_hidden_state.float()
@@ -154,7 +153,7 @@ def _check_cut(model: PreTrainedModel, student: PreTrainedModel, stack: nn.Modul
         for handle in handles:
             handle.remove()
     if float((got - expected).abs().max()) > 1e-3 * float(expected.abs().max()):
-        raise _cannot_cut(model)
+        raise _cannot_be_pruned(model)
 
 
 def _check_count(count: int, total: int) -> None:
@@ -169,4 +168,4 @@ def _check_indices(layers: Sequence[int], total: int) -> None:
     if outside:
         raise RequestError(f"The teacher has layers 0 … {total - 1}. Got {outside[0]}.")
     if list(layers) != sorted(set(layers)):
-        raise RequestError(f"Layers must be given once each, in rising order. Got {list(layers)}.")
+        raise RequestError(f"Layers must be given once each, in ascending order. Got {list(layers)}.")

@@ -1,7 +1,7 @@
 """The soft prompt: a few trainable vectors before the embedded request of a frozen teacher (PromptKD section 3.1).
 
-The vectors live where token embeddings do, behind any scaling that the model's embedding layer applies (Gemma), and
-take positions 0 … n - 1. On disk a soft prompt is a PEFT prompt-tuning adapter, so `PeftModel` loads it.
+The vectors are in the space of token embeddings after any scaling by the model's embedding layer (Gemma), and take
+positions 0 … n - 1. On disk a soft prompt is a PEFT prompt-tuning adapter, which `PeftModel` loads.
 """
 
 from pathlib import Path
@@ -16,8 +16,6 @@ from transformers import PreTrainedTokenizerBase
 
 from promptkd.engine import unwrap_peft
 from promptkd.errors import RequestError
-
-__all__ = ["DEFAULT_TEXT", "PromptStart", "SoftPrompt"]
 
 DEFAULT_TEXT = "Suppose you are a student."
 PromptStart = Literal["text", "padding", "random"]
@@ -50,8 +48,8 @@ class SoftPrompt(nn.Module):
     ) -> "SoftPrompt":
         """Start from the embeddings of `text` (cut or repeated to `length`), of the padding token, or at random.
 
-        Random vectors are normal with the mean and the standard deviation that each dimension has in the teacher's
-        embedding table. No special token enters with the text.
+        Random vectors are normal, with the mean and standard deviation of each dimension in the teacher's embedding
+        table. `text` is tokenized without special tokens.
         """
         if length < 0:
             raise RequestError(f"The soft prompt's length must be 0 or more. Got {length}.")
@@ -62,7 +60,14 @@ class SoftPrompt(nn.Module):
             raise RequestError(f"A soft prompt starts from {', '.join(get_args(PromptStart))}. Got {start!r}.")
         if start == "random":
             return cls(_random_vectors(embedding, length, seed))
-        ids = _text_ids(tokenizer, text) if start == "text" else _padding_ids(tokenizer)
+        if start == "text":
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            problem = f"The soft prompt's initial text must have at least one token. Got {text!r}."
+        else:
+            ids = [] if tokenizer.pad_token_id is None else [tokenizer.pad_token_id]
+            problem = "A soft prompt can start from padding only if the tokenizer has a padding token; it has none."
+        if not ids:
+            raise RequestError(problem)
         repeated = (ids * -(-length // len(ids)))[:length]
         with torch.no_grad():
             return cls(embedding(torch.tensor(repeated, device=embedding.weight.device)))
@@ -80,7 +85,7 @@ class SoftPrompt(nn.Module):
         return float(self.embeddings.detach().norm())
 
     def distance(self) -> float:
-        """Frobenius norm of the vectors less their start."""
+        """Frobenius norm of the difference between the vectors and their start."""
         return float((self.embeddings.detach() - self.start).norm())
 
     def save(self, folder: Path, teacher: nn.Module) -> None:
@@ -127,21 +132,6 @@ class SoftPrompt(nn.Module):
                 f"Got {found}."
             )
         return cls(tensors[_KEY])
-
-
-def _text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if not ids:
-        raise RequestError(f"The soft prompt's initial text must have at least one token. Got {text!r}.")
-    return ids
-
-
-def _padding_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    if tokenizer.pad_token_id is None:
-        raise RequestError(
-            "A soft prompt can start from padding only if the tokenizer has a padding token; it has none."
-        )
-    return [tokenizer.pad_token_id]
 
 
 def _random_vectors(embedding: nn.Embedding, length: int, seed: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Do two models mean the same by a token id?"""
+"""Whether two models share a vocabulary: the same meaning of every token id, the same tokens for every text."""
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -6,9 +6,7 @@ from transformers import PreTrainedTokenizerBase
 from promptkd.engine import head_size
 from promptkd.errors import RequestError
 
-__all__ = ["check_same_vocabulary", "shared_vocabulary_size", "vocabulary_size"]
-
-# Merges and normalisers can differ under one vocabulary; these strings show it.
+# Merges and normalizers can differ under one vocabulary; these strings show it.
 _PROBES = (
     "The quick brown fox, 12.5 % of 1999!",
     "  two  spaces\n\tand a tab",
@@ -18,7 +16,7 @@ _PROBES = (
 
 
 def check_same_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
-    """Refuse tokenizers that give an id another meaning or cut a text differently.
+    """Refuse tokenizers that give an id different meanings or split a text differently.
 
     Raises:
         RequestError: naming the first difference.
@@ -37,18 +35,18 @@ def check_same_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedT
         ours, theirs = (each(text, add_special_tokens=False)["input_ids"] for each in (student, teacher))
         if ours != theirs:
             raise RequestError(
-                f"Student and teacher share their tokens but cut text differently: {text[:80]!r} is {len(ours)} tokens "
-                f"for the student, {len(theirs)} for the teacher. Use the teacher's tokenizer for the student."
+                f"Student and teacher share their tokens but split text differently: {text[:80]!r} is {len(ours)} "
+                f"tokens for the student, {len(theirs)} for the teacher. Use the teacher's tokenizer for the student."
             )
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The highest token id and one. Columns of a head beyond it are padding and mean nothing."""
+    """The highest token id plus one. Columns of a head beyond it are padding."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
 def shared_vocabulary_size(student: nn.Module, teacher: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Columns of both heads that stand for tokens; the padding behind them, of whatever size, is sliced off.
+    """Number of columns of both heads that stand for tokens; the padding behind them is sliced off.
 
     Raises:
         RequestError: if a head has fewer columns than the tokenizer has tokens.

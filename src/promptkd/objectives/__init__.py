@@ -1,4 +1,4 @@
-"""What a student and a soft prompt learn from: pure functions of tensors."""
+"""Training objectives of the student and of the soft prompt: pure functions of tensors."""
 
 from promptkd.objectives.divergences import (
     adaptive_kl,

@@ -1,26 +1,17 @@
 """Divergences between a student q and a teacher p, token by token.
 
-Every function takes two logit tensors of shape (..., V), the student's first, and returns one value a position,
+Every function takes two logit tensors of shape (..., V), the student's first, and returns one value per position,
 shape (...), in nats, computed in float32 or wider. Shifting, masking and averaging happen elsewhere.
 
-A logit of -inf marks a column that does not exist for that model, as in a head padded to a round size. Such a column
-leaves both distributions, which is the same as slicing it off; equal inputs give 0 all the same.
+A logit of -inf marks a column that does not exist for that model, as in a head padded to a round size. Such a column is
+removed from both distributions, as if it were sliced off.
 """
 
 import math
+from functools import reduce
 
 import torch
 from torch import Tensor
-
-__all__ = [
-    "adaptive_kl",
-    "forward_kl",
-    "jensen_shannon",
-    "reverse_kl",
-    "skew_forward_kl",
-    "skew_reverse_kl",
-    "total_variation",
-]
 
 
 def forward_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -41,8 +32,8 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 def jensen_shannon(student_logits: Tensor, teacher_logits: Tensor, *, beta: float) -> Tensor:
     """β KL(p || m) + (1 - β) KL(q || m), m = β p + (1 - β) q; forward KL at β = 0, reverse KL at β = 1.
 
-    The generalised Jensen-Shannon divergence of GKD (Agarwal et al. 2024, eq. 1) with TRL's meaning of β. The formula
-    itself is 0 at both ends; like TRL, the ends give the KL to which it is proportional nearby.
+    The generalized Jensen-Shannon divergence of GKD (Agarwal et al. 2024, eq. 1) with TRL's meaning of β. The formula
+    itself is 0 at both ends; as in TRL, the ends give the KL to which it is proportional nearby.
     """
     _check_unit_interval("beta", beta)
     if beta == 0:
@@ -59,7 +50,7 @@ def skew_forward_kl(student_logits: Tensor, teacher_logits: Tensor, *, alpha: fl
     _check_unit_interval("alpha", alpha)
     log_q, log_p = shared_log_probs(student_logits, teacher_logits)
     if alpha == 1:
-        return 0.0 * log_q.exp().sum(-1)  # a zero that has the student's graph, for backward walks it
+        return 0.0 * log_q.exp().sum(-1)  # a zero with the student's graph, for backward
     return kl_from_log_probs(log_p, _log_mixture(log_p, log_q, alpha))
 
 
@@ -108,7 +99,7 @@ def shared_log_probs(*logits: Tensor) -> tuple[Tensor, ...]:
             "Student and teacher logits must have one shape (..., V). "
             f"Got {', '.join(str(tuple(each.shape)) for each in logits)}. Slice padded heads to the shared vocabulary."
         )
-    dtype = torch.promote_types(torch.float32, _widest(logits))
+    dtype = reduce(torch.promote_types, (each.dtype for each in logits), torch.float32)
     absent = torch.stack([each.detach().amin(-1) == -math.inf for each in logits]).any()
     if absent:
         missing = torch.stack([each.detach() == -math.inf for each in logits]).any(0)
@@ -133,13 +124,6 @@ def _log_mixture(log_a: Tensor, log_b: Tensor, share: float) -> Tensor:
     of_smaller = torch.where(a_is_larger, larger.new_tensor(1 - share), larger.new_tensor(share))
     gap = torch.where(larger == -math.inf, 0.0, smaller - larger)
     return larger + torch.log(of_larger + of_smaller * gap.exp())
-
-
-def _widest(logits: tuple[Tensor, ...]) -> torch.dtype:
-    dtype = logits[0].dtype
-    for each in logits[1:]:
-        dtype = torch.promote_types(dtype, each.dtype)
-    return dtype
 
 
 def _check_unit_interval(name: str, value: float) -> None:

@@ -1,12 +1,10 @@
-"""The loss that tunes the soft prompt, and the schedule of its regulariser (PromptKD eqs. 2 and 3)."""
+"""The loss that tunes the soft prompt, and the schedule of its regularizer (PromptKD eqs. 2 and 3)."""
 
 from typing import Literal
 
 from torch import Tensor
 
 from promptkd.objectives.divergences import kl_from_log_probs, shared_log_probs
-
-__all__ = ["Direction", "Schedule", "prompt_loss", "prompt_loss_terms", "regularizer_weight"]
 
 Direction = Literal["reverse", "forward"]
 Schedule = Literal["linear", "constant", "none"]
@@ -21,10 +19,10 @@ def prompt_loss(
     student_direction: Direction = "reverse",
     plain_direction: Direction = "reverse",
 ) -> Tensor:
-    """KL(p_P || q) + λ KL(p_P || p), a value a token: p_P prompted teacher, q student, p plain teacher, λ = `weight`.
+    """KL(p_P || q) + λ KL(p_P || p) per token: p_P prompted teacher, q student, p plain teacher, λ = `weight`.
 
-    Only p_P receives a gradient. A direction of "forward" turns its term around: KL(q || p_P), KL(p || p_P). The
-    names follow the authors' scripts, where the prompted teacher is the one that learns.
+    Only p_P receives a gradient. The direction "forward" swaps the arguments of its term: KL(q || p_P), KL(p || p_P).
+    The names follow the authors' scripts, where the prompted teacher is the model that is trained.
 
     Args:
         prompted_logits, student_logits, plain_logits: shape (..., V). `plain_logits` may be None when `weight` is 0.
@@ -38,13 +36,8 @@ def prompt_loss(
     """
     if plain_logits is None and weight != 0:
         raise ValueError(f"`plain_logits` may be left out only with a weight of 0. Got {weight}.")
-    to_student, to_plain = prompt_loss_terms(
-        prompted_logits,
-        student_logits,
-        plain_logits,
-        student_direction=student_direction,
-        plain_direction=plain_direction,
-    )
+    directions = {"student_direction": student_direction, "plain_direction": plain_direction}
+    to_student, to_plain = prompt_loss_terms(prompted_logits, student_logits, plain_logits, **directions)
     return to_student if to_plain is None or weight == 0 else to_student + weight * to_plain
 
 
@@ -56,28 +49,28 @@ def prompt_loss_terms(
     student_direction: Direction = "reverse",
     plain_direction: Direction = "reverse",
 ) -> tuple[Tensor, Tensor | None]:
-    """The two terms of `prompt_loss` apart, unweighted; the second is None without `plain_logits`."""
+    """The two unweighted terms of `prompt_loss`; the second is None without `plain_logits`."""
     to_student = _directed_kl(prompted_logits, student_logits.detach(), student_direction)
     if plain_logits is None:
         return to_student, None
     return to_student, _directed_kl(prompted_logits, plain_logits.detach(), plain_direction)
 
 
-def _directed_kl(learner_logits: Tensor, target_logits: Tensor, direction: Direction) -> Tensor:
-    log_learner, log_target = shared_log_probs(learner_logits, target_logits)
+def _directed_kl(logits: Tensor, target_logits: Tensor, direction: Direction) -> Tensor:
+    log_p, log_target = shared_log_probs(logits, target_logits)
     if direction == "reverse":
-        return kl_from_log_probs(log_learner, log_target)
+        return kl_from_log_probs(log_p, log_target)
     if direction == "forward":
-        return kl_from_log_probs(log_target, log_learner)
+        return kl_from_log_probs(log_target, log_p)
     raise ValueError(f'A KL direction must be "reverse" or "forward". Got {direction!r}.')
 
 
 def regularizer_weight(
     step: int, total_steps: int, *, coefficient: float = 1.0, schedule: Schedule = "linear"
 ) -> float:
-    """λ_k: c (1 - k / K) for "linear", c for "constant", 0 for "none"; k counts optimiser steps from 0 to K - 1.
+    """λ_k: c (1 - k / K) for "linear", c for "constant", 0 for "none"; k counts optimizer steps from 0 to K - 1.
 
-    Linear starts at c and ends at c / K (PromptKD section 3.2).
+    "linear" begins at c and ends at c / K (PromptKD section 3.2).
 
     Raises:
         ValueError: if k lies outside 0 … K - 1 or the schedule is unknown.

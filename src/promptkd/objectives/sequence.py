@@ -1,15 +1,14 @@
-"""Objectives that need whole responses: MiniLLM's policy gradient and DPKD's preference.
+"""Sequence-level objectives: MiniLLM's policy gradient and DPKD's preference.
 
-Tensors are (B, T): B responses padded on the right to T tokens, `mask` True where a response has a token. Values under
-the mask's padding are 0.
+Tensors are (B, T): B responses padded on the right to T tokens, `mask` True where a response has a token. Results are 0
+at padding.
 """
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-
-__all__ = ["Importance", "dpkd", "minillm", "return_to_go"]
+from torch.nn.functional import logsigmoid
 
 Importance = Literal["token", "product", "none"]
 
@@ -27,19 +26,20 @@ def minillm(
 ) -> Tensor:
     """w_t KL_t(q || p) + ρ_t G_{t+1}, a surrogate whose gradient is that of the sequence-level KL(q || p).
 
-    G_{t+1} = Σ_{t' > t} (log q - log p)_{t'} is the cost that follows token t, a constant for the gradient; KL_t is the
-    single-step part, taken over the whole vocabulary (MiniLLM, Gu et al. 2024, eqs. 3 to 7).
+    G_{t+1} = Σ_{t' > t} (log q - log p)_{t'} is the cost that follows token t, a constant for the gradient. KL_t is the
+    single-step part, over the full vocabulary (MiniLLM, Gu et al. 2024, eqs. 3 to 7).
 
     Args:
         log_q: (B, T) log-probability of each sampled token under the student; with a gradient.
         log_p: (B, T) the same under the teacher.
-        single_step: (B, T) KL(q || p) of the whole distribution at each position; with a gradient.
+        single_step: (B, T) KL(q || p) of the full distribution at each position; with a gradient.
         mask: (B, T) bool.
-        log_behaviour: (B, T) the same under what sampled the tokens, α p + (1 - α) q; None if that was the student.
-        importance: what weighs tokens that the student did not sample: "token", ρ_t = q / behaviour at t alone, biased
+        log_behaviour: (B, T) the same under the distribution that sampled the tokens, α p + (1 - α) q; None if that was
+            the student.
+        importance: weights of tokens that the student did not sample: "token", ρ_t = q / behavior at t alone, biased
             but of low variance (the paper's); "product", the exact weights, products over the response; "none".
-        length_normalization: divide G_{t+1} by the number of tokens that follow; the gradient then is no longer that
-            of the KL.
+        length_normalization: divide G_{t+1} by the number of tokens that follow. The gradient is then no longer that of
+            the KL.
         clip_ratio: ε of the clipped ratio (PPO) for "token" and "none"; None never clips.
 
     Returns:
@@ -50,7 +50,7 @@ def minillm(
     log_ratio = torch.where(mask, log_ratio, 0.0)
     cost = torch.where(mask, log_q_fixed - log_p, 0.0)
     if importance == "product":
-        through = log_ratio.cumsum(-1)  # log of Π_{s ≤ t} q / behaviour
+        through = log_ratio.cumsum(-1)  # log of Π_{s ≤ t} q / behavior
         following = return_to_go(cost * through.exp(), mask, normalize=length_normalization)
         before = (through - log_ratio).exp()
         values = before * single_step + following * _gradient_of_log(log_q)
@@ -67,7 +67,7 @@ def minillm(
 
 
 def return_to_go(cost: Tensor, mask: Tensor, *, normalize: bool) -> Tensor:
-    """Σ_{t' > t} cost_{t'}, (B, T); with `normalize` divided by the number of those tokens. 0 at the last token."""
+    """Σ_{t' > t} cost_{t'}, (B, T), divided by the number of these tokens with `normalize`. 0 at the last token."""
     cost = torch.where(mask, cost, 0.0)
     following = cost.flip(-1).cumsum(-1).flip(-1) - cost
     if not normalize:
@@ -76,46 +76,53 @@ def return_to_go(cost: Tensor, mask: Tensor, *, normalize: bool) -> Tensor:
     return following / count.clamp(min=1)
 
 
+class ResponseLogProbs(NamedTuple):
+    """Log-probabilities of the tokens of B responses."""
+
+    log_q: Tensor  # (B, T) under the student
+    log_p: Tensor  # (B, T) under the teacher, constant
+    mask: Tensor  # (B, T) bool
+
+
 def dpkd(
-    chosen_log_q: Tensor,
-    chosen_log_p: Tensor,
-    chosen_mask: Tensor,
-    rejected_log_q: Tensor,
-    rejected_log_p: Tensor,
-    rejected_mask: Tensor,
+    chosen: ResponseLogProbs,
+    rejected: ResponseLogProbs,
     *,
     beta: float = 0.1,
     level: Literal["sequence", "token"] = "sequence",
     length_normalization: bool = True,
 ) -> Tensor:
-    """-log σ(β [Σ log q/p of the teacher's response - Σ log q/p of the student's]), a value a row, (B,).
+    """-log σ(β [Σ log q/p of the chosen response - Σ log q/p of the rejected one]), one value per row, (B,).
 
-    The teacher's response is the chosen one, the student's own the rejected one; their reward is log q - log p, with
-    the teacher as the reference (DPKD, Li et al. 2024, section 3).
+    The reward of a response is log q - log p, with the teacher as the reference (DPKD, Li et al. 2024, section 3).
 
     Args:
-        *_log_q, *_log_p: (B, T) log-probabilities of the response tokens under student and teacher.
+        chosen: the teacher's responses.
+        rejected: the student's own.
         beta: scale of the reward; 0 gives log 2 whatever the models say.
-        level: "sequence" compares the sums of whole responses; "token" compares position by position as far as both
-            responses go, and sums.
-        length_normalization: take means over a response's tokens in place of sums.
+        level: "sequence" compares the sums of the two responses; "token" compares position by position up to the end of
+            the shorter one, and sums.
+        length_normalization: means over a response's tokens instead of sums.
     """
-    chosen = torch.where(chosen_mask, chosen_log_q - chosen_log_p.detach(), 0.0)
-    rejected = torch.where(rejected_mask, rejected_log_q - rejected_log_p.detach(), 0.0)
+    better, worse = _log_ratios(*chosen), _log_ratios(*rejected)
+    better_mask, worse_mask = chosen.mask, rejected.mask
     if level == "sequence":
+        reward, other = better.sum(-1), worse.sum(-1)
         if length_normalization:
-            reward = chosen.sum(-1) / chosen_mask.sum(-1).clamp(min=1)
-            other = rejected.sum(-1) / rejected_mask.sum(-1).clamp(min=1)
-        else:
-            reward, other = chosen.sum(-1), rejected.sum(-1)
-        return -torch.nn.functional.logsigmoid(beta * (reward - other))
+            reward = reward / better_mask.sum(-1).clamp(min=1)
+            other = other / worse_mask.sum(-1).clamp(min=1)
+        return -logsigmoid(beta * (reward - other))
     if level != "token":
         raise ValueError(f'`level` must be "sequence" or "token". Got {level!r}.')
-    width = min(chosen.shape[1], rejected.shape[1])
-    both = chosen_mask[:, :width] & rejected_mask[:, :width]
-    losses = -torch.nn.functional.logsigmoid(beta * (chosen[:, :width] - rejected[:, :width]))
+    width = min(better.shape[1], worse.shape[1])
+    both = better_mask[:, :width] & worse_mask[:, :width]
+    losses = -logsigmoid(beta * (better[:, :width] - worse[:, :width]))
     total = torch.where(both, losses, 0.0).sum(-1)
     return total / both.sum(-1).clamp(min=1) if length_normalization else total
+
+
+def _log_ratios(log_q: Tensor, log_p: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask, log_q - log_p.detach(), 0.0)
 
 
 def _gradient_of_log(log_q: Tensor, *, at_one: bool = False) -> Tensor:

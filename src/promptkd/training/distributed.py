@@ -23,7 +23,7 @@ from trl.models.utils import _ForwardRedirection
 
 from promptkd.engine import unwrap_peft
 from promptkd.errors import check_all
-from promptkd.methods.method import Adapter
+from promptkd.models.adapters import TeacherAdapter
 from promptkd.precision import computing
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "is_dispatched",
     "is_sharded",
     "place_teacher",
+    "run_in_forward",
     "run_inside",
     "run_whole",
     "settle_dispatched",
@@ -66,7 +67,7 @@ def _device_map(model: nn.Module) -> dict[str, Any]:
     return vars(unwrap_peft(model)).get("hf_device_map", {})  # set by accelerate, where a map was given
 
 
-def check_dispatched(model: nn.Module, accelerator: Any, adapter: Adapter) -> None:
+def check_dispatched(model: nn.Module, accelerator: Any, adapter: type[TeacherAdapter] | None) -> None:
     """Refuse a `device_map` with which the teacher could not be run, or not be trained as it should.
 
     Raises:
@@ -84,7 +85,10 @@ def check_dispatched(model: nn.Module, accelerator: Any, adapter: Adapter) -> No
             "no layer may stay on the CPU or the disk; give more GPUs, --teacher_dtype bfloat16 or "
             "--teacher_quantization",
         ),
-        (adapter == "full", "the whole teacher cannot be trained; train a soft prompt or LoRA weights"),
+        (
+            bool(adapter and adapter.copies_teacher),
+            "the whole teacher cannot be trained; train a soft prompt or LoRA weights",
+        ),
     ]
     check_all("Cannot use this teacher's device_map", checks)
 
@@ -105,7 +109,11 @@ def settle_dispatched(teacher: nn.Module, device: torch.device) -> None:
 
 
 def check_sharding(
-    accelerator: Any, *models: nn.Module, adapter: Adapter, needs_generate: bool, chunks: bool = True
+    accelerator: Any,
+    *models: nn.Module,
+    adapter: type[TeacherAdapter] | None = None,
+    needs_generate: bool,
+    chunks: bool = True,
 ) -> None:
     """Refuse what would hang, train other weights than it says, or save none.
 
@@ -142,7 +150,7 @@ def check_sharding(
             "the student is saved in full; set zero3_save_16bit_model: true",
         ),
         (
-            sharded and adapter in ("lora", "full"),
+            bool(sharded and adapter and adapter.trains_layers),
             "the teacher's own weights cannot be trained; train a soft prompt, or use DDP",
         ),
         (sharded and needs_generate, "min_p, repetition_penalty and generation_kwargs need vLLM or DDP"),
@@ -182,6 +190,17 @@ def run_whole(work: Callable[[nn.Module], T], wrapped: nn.Module, accelerator: A
         with unwrap_model_for_generation(wrapped, accelerator) as model:
             return work(model)
     return work(accelerator.unwrap_model(wrapped))
+
+
+def run_in_forward(work: Callable[[], T], wrapped: nn.Module, accelerator: Any, *, always: bool = False) -> T:
+    """`work()` inside the forward of a model's wrapper, where its weights are sharded.
+
+    Args:
+        always: whether DDP's wrapper must see the model being used too, as for a pass that has a backward.
+    """
+    if always or is_sharded(accelerator):
+        return _ForwardRedirection()(wrapped, accelerator.unwrap_model(wrapped), work)
+    return work()
 
 
 def run_inside(work: Callable[[], T], model: nn.Module) -> T:

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from promptkd.errors import PromptKDError
-from promptkd.memory import is_out_of_memory, memory_at_hand
+from promptkd.memory import is_out_of_memory, memory_status
 from promptkd.training.checkpoint import told_last_checkpoint
 
 if TYPE_CHECKING:
     from promptkd.training.phases import Phase
-    from promptkd.training.validation import RunTrainer
 
 __all__ = ["Savings", "advice", "out_of_memory_told"]
 
@@ -30,7 +29,7 @@ class Savings:
 
 
 @contextmanager
-def out_of_memory_told(trainer: "RunTrainer") -> Iterator[None]:
+def out_of_memory_told(trainer: Any) -> Iterator[None]:
     """Turn what an allocator raises in the body into a `PromptKDError` that says what to do."""
     try:
         yield
@@ -44,9 +43,9 @@ def out_of_memory_told(trainer: "RunTrainer") -> Iterator[None]:
         raise PromptKDError(message) from error
 
 
-def _message(trainer: "RunTrainer", error: BaseException) -> str:
+def _message(trainer: Any, error: BaseException) -> str:
     phase = trainer.phases.failing
-    parts = [f"Out of memory {_where(phase, trainer.state.global_step)}.", memory_at_hand(error)]
+    parts = [f"Out of memory {_where(phase, trainer.state.global_step)}.", memory_status(error)]
     now, anew = advice(trainer.args, "" if phase is None else phase.name, trainer.savings())
     if trainer.is_trial:
         parts.append(_listed("Less is needed with:", [*now, *anew]))

@@ -11,9 +11,10 @@ from promptkd.cli.forecast import print_forecast
 from promptkd.cli.options.distill import Options
 from promptkd.cli.training_run import TrainingRun
 from promptkd.errors import RequestError
-from promptkd.methods import Method, named_method
+from promptkd.methods import Method
 from promptkd.models import check_same_vocabulary
 from promptkd.training import DistillConfig, DistillTrainer
+from promptkd.training.config import chosen_method
 from promptkd.training.dry_run import at_its_most, leave_nothing, longest_rows_first, take_trial_steps
 from promptkd.training.teacher_options import teacher_settings
 
@@ -71,7 +72,7 @@ def checked(options: Options, training: dict[str, Any]) -> tuple[TrainingRun, Di
     _check(options)
     job = TrainingRun("distill", options, training)
     args = job.arguments(DistillConfig)
-    return job, args, named_method(args.method, args.method_settings())
+    return job, args, chosen_method(args)
 
 
 @contextmanager

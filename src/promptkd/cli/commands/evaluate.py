@@ -22,7 +22,7 @@ from promptkd.cli.options.evaluate import Options
 from promptkd.cli.parsing.parser import merged_config
 from promptkd.cli.provenance import data_record, label_of, training_cost
 from promptkd.cli.terminal import progress_lines, say
-from promptkd.data.dataset import stop_ids_of
+from promptkd.data import stop_token_ids
 from promptkd.errors import RequestError
 from promptkd.evaluation.dataset_evaluation import SetEvaluation, parts_of
 from promptkd.evaluation.hub_metrics import HubMetric
@@ -61,7 +61,7 @@ def _evaluate(options: Options) -> None:
     if options.teacher is not None:
         teacher_dtype = teacher_precision_here(options.teacher_dtype)
         teacher = load_subject(options.teacher, trust, teacher_dtype)
-    decoding = _decoding(options, stop_ids_of(tokenizer, model.generation_config, template=options.template))
+    decoding = _decoding(options, stop_token_ids(tokenizer, model.generation_config, options.template))
     results = _begun_record(options, sets, model, teacher)
     results.notes += precision_notes(precision, teacher_dtype)
     _settle(options, results, decoding, precision, teacher_dtype)

@@ -14,7 +14,7 @@ from promptkd.cli.measuring_device import (
 from promptkd.cli.option_checks import check_decoding, check_output
 from promptkd.cli.options.generate import Options
 from promptkd.cli.terminal import progress_lines, say
-from promptkd.data.dataset import stop_ids_of
+from promptkd.data import stop_token_ids
 from promptkd.generation import SamplingParams, generate, row_seeds
 from promptkd.io.atomic import write_atomic
 from promptkd.io.jsonl import encoded
@@ -30,7 +30,7 @@ def run(options: Options, training: dict[str, Any]) -> None:
     rows = data.examples
     precision = settled_precision(options.dtype)
     model = load_subject(options.model, options.trust_remote_code)
-    stops = stop_ids_of(tokenizer, model.generation_config, template=options.template)
+    stops = stop_token_ids(tokenizer, model.generation_config, options.template)
     seeds = row_seeds(options.seed, max(row.row for row in rows) + 1)
     params = SamplingParams(
         max_new_tokens=options.max_completion_length,

@@ -9,8 +9,8 @@ from promptkd.cli.option_checks import check_writable
 from promptkd.cli.options.prune import Options
 from promptkd.cli.parsing.parser import merged_config
 from promptkd.cli.terminal import say
-from promptkd.data.dataset import load_rows
-from promptkd.data.packing import right_pad
+from promptkd.data import encode_examples, read_examples
+from promptkd.data.batch import right_pad
 from promptkd.engine import check_scoring
 from promptkd.errors import RequestError, check_all, writing
 from promptkd.io.atomic import atomic
@@ -97,13 +97,12 @@ def _rows(options: Options, tokenizer: Any) -> Any:
     if options.keep or options.choose == "even" or options.data is None:
         return []
 
-    data = load_rows(
-        options.data,
+    data = encode_examples(
+        read_examples(options.data, limit=options.rows * 4),
         tokenizer,
-        template=options.template,
+        options.template,
         max_prompt_length=options.max_prompt_length,
         max_response_length=options.max_completion_length,
-        limit=options.rows * 4,
     )
     return data.examples[: options.rows]
 

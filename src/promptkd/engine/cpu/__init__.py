@@ -1,21 +1,20 @@
-"""CPUs: packed rows by attention row by row, fused layers, decoding with weights laid out anew."""
+"""CPU: packed rows attended to one by one, fused layers, decoding with weights reordered for oneDNN."""
 
 from promptkd.engine.base import Engine
 from promptkd.engine.cpu.attention import CpuPackedScorer
 from promptkd.engine.cpu.decoding import CpuDecoder
-from promptkd.engine.cpu.head import CpuHeadProducts
-from promptkd.engine.llama import FusedScorer
-from promptkd.engine.reference import CacheDecoder, PaddedScorer
+from promptkd.engine.cpu.head import CpuHeadBackend
+from promptkd.engine.reference import DynamicCacheDecoder, PaddedScorer
 
 __all__ = ["ENGINE"]
 
-_PACKED = CpuPackedScorer(longest=2048)  # tokens: more make the matrix products no faster
+_MAX_TOKENS = 2048  # beyond, matrix products get no faster
 
 ENGINE = Engine(
     name="cpu",
-    scorers=(FusedScorer(_PACKED), _PACKED, PaddedScorer()),
-    decoders=(CpuDecoder(fused=True), CpuDecoder(fused=False), CacheDecoder()),
-    head=CpuHeadProducts(),
+    scorers=(CpuPackedScorer(_MAX_TOKENS, fused=True), CpuPackedScorer(_MAX_TOKENS), PaddedScorer()),
+    decoders=(CpuDecoder(fused=True), CpuDecoder(fused=False), DynamicCacheDecoder()),
+    head=CpuHeadBackend(),
     check_every=1,
     decode_rows=32,
     shares_passes=True,

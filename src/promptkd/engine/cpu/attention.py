@@ -1,6 +1,6 @@
-"""Causal attention within each row of a pack, row by row, on torch's flash attention for CPUs."""
+"""Varlen attention on CPU: causal within each row of a pack, row by row, by torch's flash attention for CPUs."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -8,126 +8,109 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from promptkd.data.prefixes import Pack
-from promptkd.engine.attention import softcapped_attention
+from promptkd.engine.attention import AttentionSettings, softcapped_attention
 from promptkd.engine.backbone import applies_dropout
-from promptkd.engine.packed import PackedScorer
-
-__all__ = ["CpuPackedScorer", "RowByRowAttention"]
+from promptkd.engine.packed import PackedRows, PackedScorer
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 class CpuPackedScorer(PackedScorer):
-    """Packed rows; what several of them begin with is read once."""
+    """Packed rows that share their common prefixes."""
 
-    def attention(self, pack: Pack, device: torch.device) -> "RowByRowAttention":
-        return RowByRowAttention(pack)
+    def attention(self, pack: PackedRows, device: torch.device) -> "CpuVarlenAttention":
+        return CpuVarlenAttention(pack)
 
     def shares_prefixes(self, model: Any) -> bool:
-        return not applies_dropout(model)  # dropout would drop the same in all rows that share a token
+        return not applies_dropout(model)  # rows that share a token would share what dropout drops
 
 
-class RowByRowAttention:
+class CpuVarlenAttention:
     """Attention within each row of a pack.
 
-    A row is attended to as a whole; of what comes out for places that it shares, the first row's is taken, as all are
-    equal. (A mask that spared them would cost more: they are few.)
+    Each row is attended to completely. At shared tokens the output of the first row is taken, since all are equal.
+    (Skipping these tokens by a mask would cost more: they are few.)
     """
 
-    def __init__(self, pack: Pack):
+    def __init__(self, pack: PackedRows):
         self.pack = pack
 
     def attend(
-        self,
-        module: nn.Module | None,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scaling: float | None = None,
-        dropout: float = 0.0,
-        sliding_window: int | None = None,
-        softcap: float | None = None,
+        self, module: nn.Module | None, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings
     ) -> Tensor:
-        """(1, S, heads, D) of `query` (1, heads, S, D). See `Attention.attend`."""
-        pack, scale = self.pack, query.shape[-1] ** -0.5 if scaling is None else scaling
-        query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, rotary positions widen them
-        fits = sliding_window is None or max(map(len, pack.paths)) <= sliding_window
-        if fits and softcap is None and dropout == 0 and query.shape[-1] == value.shape[-1]:
-            return _WholeRows.apply(query, key, value, pack, scale)
+        """See `Attention.attend`: (1, S, heads, D) from `query` (1, heads, S, D)."""
+        pack, scale, window = self.pack, settings.scale(query), settings.sliding_window
+        query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, rotary positions are float32
+        fits = window is None or max(map(len, pack.row_indices)) <= window
+        if fits and settings.softcap is None and settings.dropout == 0 and query.shape[-1] == value.shape[-1]:
+            return _CausalAttention.apply(query, key, value, pack, scale)
         outputs = []
-        for runs, owned in zip(pack.runs, pack.owned, strict=True):
-            if owned == 0:
-                continue
-            q, k, v = (_joined(each, runs) for each in (query, key, value))
-            seen = None if fits and softcap is None else _visible(q.shape[2], sliding_window, q.device)
-            if softcap is None:
+        for slices, own in _rows(pack):
+            q, k, v = (_gather(each, slices) for each in (query, key, value))
+            mask = None
+            if not fits or settings.softcap is not None:
+                mask = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
+                mask = mask if window is None else mask.triu(1 - window)
+            if settings.softcap is None or mask is None:
                 output = scaled_dot_product_attention(
-                    q, k, v, seen, dropout, seen is None, scale=scale, enable_gqa=True
+                    q, k, v, mask, settings.dropout, mask is None, scale=scale, enable_gqa=True
                 )
             else:
-                assert seen is not None
-                output = softcapped_attention(q, k, v, seen, scale=scale, softcap=softcap, dropout=dropout)
-            outputs.append(output[:, :, -owned:].transpose(1, 2))
+                output = softcapped_attention(q, k, v, mask, settings)
+            outputs.append(output[:, :, -own:].transpose(1, 2))
         return torch.cat(outputs, dim=1)
 
 
-class _WholeRows(torch.autograd.Function):
-    """Plain causal attention of every row.
+class _CausalAttention(torch.autograd.Function):
+    """Plain causal attention of every row, by what `scaled_dot_product_attention` calls on CPU.
 
-    With a function for all rows, gradients are summed where they belong; autograd would fill and add a tensor of the
-    whole pack for every row. It calls what `scaled_dot_product_attention` calls on CPU.
+    One function for all rows sums gradients where they belong. Autograd would fill and add a tensor of the size of the
+    pack for every row.
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, pack: Pack, scale: float) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, pack: PackedRows, scale: float) -> Tensor:
         outputs = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)  # (1, S, heads, D)
-        sums = []
-        for runs, owned in zip(pack.runs, pack.owned, strict=True):
-            if owned > 0:
-                row = (_joined(each, runs) for each in (query, key, value))
-                output, sums_of_row = _flash(*row, 0.0, True, scale=scale)
-                outputs[:, runs[-1].stop - owned : runs[-1].stop] = output[:, :, -owned:].transpose(1, 2)
-                sums.append(sums_of_row)
-        ctx.save_for_backward(query, key, value, outputs, *sums)
+        log_sum_exps = []
+        for slices, own in _rows(pack):
+            row = (_gather(each, slices) for each in (query, key, value))
+            output, log_sum_exp = _flash(*row, 0.0, True, scale=scale)
+            outputs[:, slices[-1].stop - own : slices[-1].stop] = output[:, :, -own:].transpose(1, 2)
+            log_sum_exps.append(log_sum_exp)
+        ctx.save_for_backward(query, key, value, outputs, *log_sum_exps)
         ctx.pack, ctx.scale = pack, scale
         return outputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, outputs, *sums = ctx.saved_tensors
-        gradients = [_zeros(each) for each in (query, key, value)]
-        rows = [(runs, owned) for runs, owned in zip(ctx.pack.runs, ctx.pack.owned, strict=True) if owned > 0]
-        for (runs, owned), sums_of_row in zip(rows, sums, strict=True):
-            row = [_joined(each, runs) for each in (query, key, value, outputs.transpose(1, 2))]
-            upstream = gradient[:, runs[-1].stop - owned : runs[-1].stop].transpose(1, 2)
-            shared = row[0].shape[2] - owned
-            if shared > 0:  # what comes out there belongs to an earlier row
+        query, key, value, outputs, *log_sum_exps = ctx.saved_tensors
+        # sums over the rows that share a token, in float32 or wider
+        wide = torch.promote_types(torch.float32, query.dtype)
+        sums = [
+            torch.zeros_like(each, dtype=wide, memory_format=torch.contiguous_format) for each in (query, key, value)
+        ]
+        for (slices, own), log_sum_exp in zip(_rows(ctx.pack), log_sum_exps, strict=True):
+            row = [_gather(each, slices) for each in (query, key, value, outputs.transpose(1, 2))]
+            upstream = gradient[:, slices[-1].stop - own : slices[-1].stop].transpose(1, 2)
+            shared = row[0].shape[2] - own
+            if shared > 0:  # the outputs of shared tokens are those of an earlier row
                 upstream = pad(upstream, (0, 0, shared, 0))
-            parts = _flash_backward(upstream, *row, sums_of_row, 0.0, True, scale=ctx.scale)
-            for whole, part in zip(gradients, parts, strict=True):
-                for run, piece in zip(runs, part.split([run.stop - run.start for run in runs], dim=2), strict=True):
-                    whole[:, :, run] += piece
-        to_query, to_key, to_value = (each.to(query.dtype) for each in gradients)
-        return to_query, to_key, to_value, None, None
+            parts = _flash_backward(upstream, *row, log_sum_exp, 0.0, True, scale=ctx.scale)
+            lengths = [each.stop - each.start for each in slices]
+            for total, part in zip(sums, parts, strict=True):
+                for place, piece in zip(slices, part.split(lengths, dim=2), strict=True):
+                    total[:, :, place] += piece
+        return *(each.to(query.dtype) for each in sums), None, None
 
 
-def _zeros(states: Tensor) -> Tensor:
-    """For sums over rows that share a place, in float32 or wider."""
-    wide = torch.promote_types(torch.float32, states.dtype)
-    return torch.zeros_like(states, dtype=wide, memory_format=torch.contiguous_format)
+def _rows(pack: PackedRows) -> Iterator[tuple[list[slice], int]]:
+    """The slices of each row that has tokens of its own, and their number."""
+    return ((slices, own) for slices, own in zip(pack.row_slices, pack.own_lengths, strict=True) if own > 0)
 
 
-def _joined(states: Tensor, runs: Sequence[slice]) -> Tensor:
-    """The states (1, heads, T, D) of a row that stands in `runs` of the pack."""
-    pieces = [states[:, :, run] for run in runs]
+def _gather(states: Tensor, slices: Sequence[slice]) -> Tensor:
+    """The states (1, heads, T, D) of a row, from those of the pack."""
+    pieces = [states[:, :, each] for each in slices]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
-
-
-def _visible(size: int, window: int | None, device: torch.device) -> Tensor:
-    """(size, size), True where a token of the row sees another: itself and what stands before it, within the window."""
-    causal = torch.ones(size, size, dtype=torch.bool, device=device).tril()
-    return causal if window is None else causal.triu(1 - window)

@@ -1,111 +1,106 @@
-"""Decoding on a CPU: rows leave as soon as they end, and a step sees no more columns than there are."""
+"""Decoding on CPU: rows leave as soon as they end, and each step attends only to the columns filled so far."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from promptkd.data.prefixes import Pack
+from promptkd.engine.attention import AttentionSettings
 from promptkd.engine.backbone import embedding_device
 from promptkd.engine.base import Decoder, DecodeSession, SessionFactory
 from promptkd.engine.cpu.attention import CpuPackedScorer
-from promptkd.engine.cpu.prepacked import PackedLinear, fits_twice, joined, onednn_multiplies, prepacked_linears
+from promptkd.engine.cpu.onednn import OneDNNLinear, copy_is_affordable, join, onednn_linears, onednn_multiplies
 from promptkd.engine.fused_decoder import FusedDecoder, supports_fused_decoder
 from promptkd.engine.heads import head_logits, linear_head
-from promptkd.engine.rows import Backbone, Layer, RowSession, attend_to_columns, supports_rows
-
-__all__ = ["CpuDecoder"]
+from promptkd.engine.packed import PackedRows, supports_packing
+from promptkd.engine.static_cache import DecodeBackbone, LayerCache, StaticCacheSession, attend_to_columns
 
 
 class CpuDecoder(Decoder):
-    """Decodes on a key-value store of our own, with weights laid out for the processor.
+    """Decodes on a static cache, with weights reordered for oneDNN.
 
     Args:
-        fused: whether the layers are those of Llama's family as `FusedDecoder` has them, or the model's own.
+        fused: run the layers by `FusedDecoder` instead of the model's own modules.
     """
 
     def __init__(self, *, fused: bool):
         self.fused = fused
-        self.name = "fused decoder" if fused else "rows in place"
+        self.name = "fused decoder" if fused else "static cache"
 
     def supports(self, model: PreTrainedModel) -> bool:
-        return supports_rows(model) and (not self.fused or (supports_fused_decoder(model) and fits_twice(model)))
+        fused = not self.fused or (supports_fused_decoder(model) and copy_is_affordable(model))
+        return supports_packing(model) and fused
 
     @contextmanager
-    def opened(self, model: PreTrainedModel, rows: int, vocabulary: int | None) -> Iterator[SessionFactory]:
+    def open(self, model: PreTrainedModel, rows: int, vocabulary: int | None) -> Iterator[SessionFactory]:
         project = _projection(model, rows, vocabulary)
-        backbone = FusedDecoder(model, partial(joined, rows=rows)) if self.fused else None
+        backbone = FusedDecoder(model, partial(join, rows=rows)) if self.fused else None
 
         @contextmanager
         def session(max_new_tokens: int) -> Iterator[DecodeSession]:
-            yield CpuSession(model, max_new_tokens, backbone, project)
+            yield _CpuSession(model, max_new_tokens, backbone, project)
 
         if self.fused:
             yield session
             return
-        with prepacked_linears(model.base_model, rows):
+        with onednn_linears(model.base_model, rows):
             yield session
 
 
 def _projection(model: PreTrainedModel, rows: int, vocabulary: int | None) -> Callable[[Tensor], Tensor]:
-    """Hidden states (R, H) to logits (R, V) by the head as it is now, in float32 or wider."""
+    """Hidden states (R, H) to logits (R, V) by the head's current weights, in float32 or wider."""
     head = linear_head(model)
-    if head is None or not onednn_multiplies(head.wide):
+    if head is None or not onednn_multiplies(head.logits_dtype):
         return lambda hidden: head_logits(model, hidden, vocabulary=vocabulary)
-    head = head.of(vocabulary)
-    weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()[: head.vocabulary]
-    packed = PackedLinear(weight[: head.vocabulary].to(head.wide), None if bias is None else bias.to(head.wide), rows)
-    return lambda hidden: head.transformed(packed(hidden))
+    head = head.limited_to(vocabulary)
+    with torch.no_grad():
+        product = OneDNNLinear(*head.weights(), rows)
+    return lambda hidden: head.transform_(product(hidden))
 
 
-class CpuSession(RowSession):
-    """The rows of one decode on a CPU.
-
-    Args: see `RowSession`.
-        max_new_tokens: how many tokens may follow a prompt.
-    """
+class _CpuSession(StaticCacheSession):
+    """Args: see `StaticCacheSession`; max_new_tokens: most tokens that may follow a prompt."""
 
     def __init__(
         self,
         model: PreTrainedModel,
         max_new_tokens: int,
-        backbone: Backbone | None,
+        backbone: DecodeBackbone | None,
         project: Callable[[Tensor], Tensor],
     ):
-        super().__init__(model, CpuPackedScorer(longest=0), backbone, project)
+        super().__init__(model, CpuPackedScorer(max_tokens=0), backbone, project)
         self.max_new_tokens = max_new_tokens
         self.lengths: list[int] = []
         self.width = 0
-        """Columns that are filled: the longest prompt, and the tokens since."""
-        self._absent: Tensor
-        self._seen: Tensor
+        """Filled columns: the longest prompt, and the tokens since."""
+        self._absent: Tensor  # (R, columns), True where a row has not begun
+        self._mask: Tensor
 
-    def begin(self, lengths: Sequence[int]) -> None:
+    def allocate(self, lengths: Sequence[int]) -> None:
         self.lengths, self.width = list(lengths), max(lengths)
         columns = torch.arange(self.width + self.max_new_tokens, device=embedding_device(self.model))
         first = self.width - torch.tensor(self.lengths, device=columns.device)
-        self._absent = columns < first[:, None]  # (R, columns) where a row has not begun
+        self._absent = columns < first[:, None]
 
-    def store(self, index: int, pack: Pack, key: Tensor, value: Tensor, **settings: Any) -> None:
+    def store(self, index: int, pack: PackedRows, key: Tensor, value: Tensor, settings: AttentionSettings) -> None:
         rows, columns = len(self.lengths), self.width + self.max_new_tokens
         key = key.to(value.dtype)
-        # zeros, for what a row does not see is multiplied by a weight of 0, and NaN times 0 is NaN
+        # zeros, since what a row does not see is multiplied by a weight of 0, and NaN times 0 is NaN
         keys, values = (each.new_zeros(rows, each.shape[1], columns, each.shape[-1]) for each in (key, value))
-        for row, path in enumerate(pack.paths):
-            place = slice(self.width - len(path), self.width)
-            keys[row, :, place], values[row, :, place] = key[0, :, path], value[0, :, path]
-        self.layers[index] = Layer(keys, values, **settings)
+        for row, indices in enumerate(pack.row_indices):
+            place = slice(self.width - len(indices), self.width)
+            keys[row, :, place], values[row, :, place] = key[0, :, indices], value[0, :, indices]
+        self.layers[index] = LayerCache(keys, values, settings)
 
     def decode(self, tokens: Tensor) -> Tensor:
         self.width += 1
-        self._seen = ~self._absent[:, None, None, : self.width]
+        self._mask = ~self._absent[:, None, None, : self.width]
         positions = torch.tensor(self.lengths, device=tokens.device)
         self.lengths = [length + 1 for length in self.lengths]
-        return self.project(self.states(tokens, positions))
+        return self.project(self.hidden(tokens, positions))
 
     def select(self, rows: Sequence[int]) -> None:
         for place, row in enumerate(rows):
@@ -116,10 +111,11 @@ class CpuSession(RowSession):
         self.lengths = [self.lengths[row] for row in rows]
         self._absent = self._absent[list(rows)]
 
-    def attend_to_past(self, index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend_to_cache(self, index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         layer, rows, column = self.layers[index], query.shape[0], self.width - 1
         layer.keys[:rows, :, column] = key[:, :, 0]
         layer.values[:rows, :, column] = value[:, :, 0]
-        first = 0 if layer.sliding_window is None else max(0, self.width - layer.sliding_window)
+        window = layer.settings.sliding_window
+        first = 0 if window is None else max(0, self.width - window)
         keys, values = (each[:rows, :, first : self.width] for each in (layer.keys, layer.values))
-        return attend_to_columns(layer, query, keys, values, self._seen[..., first:])
+        return attend_to_columns(layer, query, keys, values, self._mask[..., first:])

@@ -1,21 +1,20 @@
-"""CUDA: packed rows by varlen attention, fused layers, decoding under CUDA graphs, heads multiplied into float32."""
+"""CUDA: packed rows by varlen attention, fused layers, decoding under CUDA graphs, heads with float32 products."""
 
 from promptkd.engine.base import Engine
 from promptkd.engine.cuda.attention import CudaPackedScorer
 from promptkd.engine.cuda.decoding import CudaDecoder
-from promptkd.engine.cuda.head import CudaHeadProducts
-from promptkd.engine.llama import FusedScorer
-from promptkd.engine.reference import CacheDecoder, PaddedScorer
+from promptkd.engine.cuda.head import CudaHeadBackend
+from promptkd.engine.reference import DynamicCacheDecoder, PaddedScorer
 
 __all__ = ["ENGINE"]
 
-_PACKED = CudaPackedScorer(longest=16_384)
-_HEAD = CudaHeadProducts()
+_PACKED = CudaPackedScorer(max_tokens=16_384)
+_HEAD = CudaHeadBackend()
 
 ENGINE = Engine(
     name="cuda",
-    scorers=(FusedScorer(_PACKED), _PACKED, PaddedScorer()),
-    decoders=(CudaDecoder(_PACKED, _HEAD, fused=True), CudaDecoder(_PACKED, _HEAD, fused=False), CacheDecoder()),
+    scorers=(CudaPackedScorer(_PACKED.max_tokens, fused=True), _PACKED, PaddedScorer()),
+    decoders=(CudaDecoder(_PACKED, _HEAD, fused=True), CudaDecoder(_PACKED, _HEAD, fused=False), DynamicCacheDecoder()),
     head=_HEAD,
     check_every=16,
     decode_rows=128,

@@ -1,4 +1,4 @@
-"""Causal attention within each row of a pack, by torch's varlen attention. It needs no package beside torch."""
+"""Varlen attention on CUDA: causal within each row of a pack, by torch's own kernel."""
 
 import inspect
 from typing import Any
@@ -8,15 +8,12 @@ from torch import Tensor, nn
 from torch.nn.attention import varlen
 from transformers import PreTrainedModel
 
-from promptkd.data.packing import moved
-from promptkd.data.prefixes import Pack
-from promptkd.engine.attention import Attention
-from promptkd.engine.backbone import applies_dropout, compute_dtype
-from promptkd.engine.packed import PackedScorer, supports_packing
+from promptkd.data.batch import moved
+from promptkd.engine.attention import Attention, AttentionSettings
+from promptkd.engine.backbone import applies_dropout, model_matmul_dtype
+from promptkd.engine.packed import PackedRows, PackedScorer
 
-__all__ = ["CudaPackedScorer", "VarlenAttention"]
-
-_PRECISIONS = {torch.bfloat16, torch.float16}
+_DTYPES = {torch.bfloat16, torch.float16}
 _WIDEST_HEAD = 256
 _PARAMETERS = inspect.signature(varlen.varlen_attn).parameters
 _HAS_WINDOWS = {"scale", "window_size"} <= _PARAMETERS.keys()  # torch 2.11 and later
@@ -24,50 +21,41 @@ _GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in _PARAMETERS e
 
 
 class CudaPackedScorer(PackedScorer):
-    """Packed rows, each whole: what several of them begin with is read for each."""
+    """Packed rows without shared prefixes, in 16-bit precision; in float32, rows stay padded."""
 
-    def attention(self, pack: Pack, device: torch.device) -> Attention:
-        return VarlenAttention(pack, device)
+    def attention(self, pack: PackedRows, device: torch.device) -> Attention:
+        return CudaVarlenAttention(pack, device)
 
     def supports(self, model: PreTrainedModel) -> bool:
-        # In float32, rows stay padded. A soft cap is found by the trial, since `attend` refuses it.
-        precise = compute_dtype(model) in _PRECISIONS
-        return precise and _HAS_WINDOWS and supports_packing(model) and not applies_dropout(model)
+        # whether attention has a soft cap shows in the trial, since `attend` refuses it
+        precise = model_matmul_dtype(model) in _DTYPES
+        return precise and _HAS_WINDOWS and super().supports(model) and not applies_dropout(model)
 
 
-class VarlenAttention:
-    """Attention within each row of a pack whose rows stand whole."""
+class CudaVarlenAttention:
+    """Attention within each row of a pack without shared prefixes."""
 
-    def __init__(self, pack: Pack, device: torch.device):
-        ends = torch.tensor([0, *pack.owned]).cumsum(0, dtype=torch.int32)
-        self.ends, self.longest = moved(ends, device), max(pack.owned)
+    def __init__(self, pack: PackedRows, device: torch.device):
+        ends = torch.tensor([0, *pack.own_lengths]).cumsum(0, dtype=torch.int32)
+        self.ends, self.longest = moved(ends, device), max(pack.own_lengths)
 
     def attend(
-        self,
-        module: nn.Module | None,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scaling: float | None = None,
-        dropout: float = 0.0,
-        sliding_window: int | None = None,
-        softcap: float | None = None,
+        self, module: nn.Module | None, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings
     ) -> Tensor:
-        """(1, S, heads, D) of `query` (1, heads, S, D). See `Attention.attend`.
+        """See `Attention.attend`: (1, S, heads, D) from `query` (1, heads, S, D).
 
         Raises:
-            NotImplementedError: for a soft cap, dropout, or heads wider than 256, which varlen attention does not have.
+            NotImplementedError: for a soft cap, dropout, or heads wider than 256, which varlen attention lacks.
         """
-        if softcap is not None or dropout > 0 or query.shape[-1] > _WIDEST_HEAD:
+        if settings.softcap is not None or settings.dropout > 0 or query.shape[-1] > _WIDEST_HEAD:
             raise NotImplementedError("varlen attention has no soft cap, no dropout, and no heads wider than 256")
-        # The operator is not on autocast's lists, and under autocast rotary positions widen queries and keys.
+        # Autocast does not know this operator, and under autocast rotary positions make queries and keys float32.
         query, key, value = (each[0].transpose(0, 1).to(value.dtype) for each in (query, key, value))  # (S, heads, D)
-        # torch counts the tokens that are seen before a token, transformers those with it
-        window = (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
-        ends, longest = self.ends.to(value.device), self.longest  # of a model on several GPUs, the layer's
+        # torch counts the visible tokens before a token; transformers counts the token itself, too
+        window = (-1, 0) if settings.sliding_window is None else (settings.sliding_window - 1, 0)
+        ends, longest = self.ends.to(value.device), self.longest  # the layer's device, for a model on several GPUs
         attended = varlen.varlen_attn(
-            query, key, value, ends, ends, longest, longest, scale=scaling, window_size=window, **_GROUPED
+            query, key, value, ends, ends, longest, longest, scale=settings.scaling, window_size=window, **_GROUPED
         )
         assert isinstance(attended, Tensor)  # log-sum-exps were not asked for
         return attended[None]

@@ -1,4 +1,4 @@
-"""CUDA graphs of one function at several sizes, sharing their memory."""
+"""CUDA graphs of a function at several sizes, sharing their memory."""
 
 from collections.abc import Callable, Hashable
 from contextlib import suppress
@@ -7,11 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Graphs"]
-
 
 class Graphs:
-    """Records a function once per key, and replays it. Where there is no CUDA device, the function is called."""
+    """Records a function once per key, and replays it. Off CUDA, the function is called."""
 
     def __init__(self) -> None:
         self._recorded: dict[Hashable, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
@@ -19,17 +17,16 @@ class Graphs:
         self._side: torch.cuda.Stream | None = None
 
     def clear(self) -> None:
-        """Forget every graph: what they read has moved."""
+        """Forget every graph, when the addresses that they read are no longer valid."""
         self._recorded.clear()
         self._pool = None
 
     def run(self, key: Hashable, device: torch.device, function: Callable[[], Tensor]) -> Tensor:
-        """What `function` returns; it holds until the next call.
+        """The result of `function`, valid until the next call.
 
         Args:
             key: everything that changes which kernels run, sizes above all.
-            function: waits for nothing, and may be called again without harm: it reads and writes tensors that stay
-                where they are.
+            function: never waits for the device, works on tensors at fixed addresses, and may be called repeatedly.
 
         Raises:
             RuntimeError: if `function` waits for the device, or cannot be captured.
@@ -44,19 +41,19 @@ class Graphs:
         return output
 
     def _record(self, function: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        # torch.cuda.graph would empty the allocator's cache and collect garbage before every capture, some forty times
+        # torch.cuda.graph would empty the allocator's cache and collect garbage before each of some forty captures
         self._side = self._side or torch.cuda.Stream()
         current = torch.cuda.current_stream()
         self._side.wait_stream(current)
         with torch.cuda.stream(self._side):
             function()  # libraries allocate their workspaces, Triton compiles
-            _without_waiting(function)
-            graph, output = self._captured(function)
+            _call_without_waiting(function)
+            graph, output = self._capture(function)
         current.wait_stream(self._side)
         self._pool = graph.pool()
         return graph, output
 
-    def _captured(self, function: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    def _capture(self, function: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         graph = torch.cuda.CUDAGraph()
         try:
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
@@ -72,10 +69,10 @@ class Graphs:
         return graph, output
 
 
-def _without_waiting(function: Callable[[], Tensor]) -> None:
-    """Call `function`, and raise a RuntimeError where it waits for the device.
+def _call_without_waiting(function: Callable[[], Tensor]) -> None:
+    """Call `function`, and raise a RuntimeError if it waits for the device.
 
-    A capture would end at such a place too, but leave torch's allocator and random numbers in the midst of it.
+    A capture would fail there, too, but leave torch's allocator and random state in the middle of it.
     """
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")

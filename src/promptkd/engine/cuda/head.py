@@ -1,4 +1,4 @@
-"""Products with a head on CUDA: factors in half precision, sums and results in float32."""
+"""Matrix products with a head on CUDA: factors in half precision, sums and results in float32."""
 
 import logging
 from functools import cache
@@ -8,17 +8,16 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from promptkd.engine.heads import Head, HeadProducts, Projection
+from promptkd.engine.fused_decoder import outside_inference_mode
+from promptkd.engine.heads import Head, HeadBackend, Projection
 from promptkd.objectives.kernels import PLAIN_KERNELS, Kernels
 
-__all__ = ["CudaHeadProducts"]
-
 _LOGGER = logging.getLogger(__name__)
-_ALIGNED = 64  # columns: the rows of a matrix must begin at multiples of 128 bytes for the fast products
+_ALIGNMENT = 64  # columns: fast products need the rows of a matrix to begin at multiples of 128 bytes
 
 
-class CudaHeadProducts(HeadProducts):
-    """A head's weights are cast into the same memory each time: CUDA graphs read it."""
+class CudaHeadBackend(HeadBackend):
+    """A head's weights are cast into the same memory each time, since CUDA graphs read it."""
 
     chunk = 2048
 
@@ -26,30 +25,29 @@ class CudaHeadProducts(HeadProducts):
         self._casts = WeakIdKeyDictionary()  # from a weight or bias to its cast
 
     def kernels(self, dtype: torch.dtype) -> Kernels:
-        """Fused ones for float32 where Triton compiles them."""
-        return _fused_kernels() if dtype == torch.float32 else PLAIN_KERNELS
+        """Triton's for float32, where Triton compiles them."""
+        return _triton_kernels() if dtype == torch.float32 else PLAIN_KERNELS
 
-    def projection(self, head: Head, computing: torch.dtype, *, reuse: bool = False) -> Projection:
-        if computing != torch.bfloat16:  # in float16 the smallest gradients would vanish
-            return Projection(head, computing)
-        weight = self._aligned(head.weight, head.vocabulary, computing)
-        bias = None if head.bias is None else self._aligned(head.bias, head.vocabulary, torch.float32)
-        return _HalfProjection(head, computing, weight, bias)
+    def projection(self, head: Head, dtype: torch.dtype, *, reuse: bool = False) -> Projection:
+        if dtype != torch.bfloat16:  # in float16 the smallest gradients would vanish
+            return Projection(head, dtype)
+        weight = self._aligned(head.weight, head.vocabulary_size, dtype)
+        bias = None if head.bias is None else self._aligned(head.bias, head.vocabulary_size, torch.float32)
+        return _HalfProjection(head, dtype, weight, bias)
 
-    @torch.inference_mode(False)  # what is made here outlives the call
-    @torch.no_grad()
+    @outside_inference_mode
     def _aligned(self, weight: Tensor, vocabulary: int, dtype: torch.dtype) -> Tensor:
-        """A weight or bias in `dtype`, (V rounded up to 64, …). What its last rows hold means nothing.
+        """A weight or bias in `dtype`, (V rounded up to 64, …). Its last rows may hold anything.
 
-        It is cast at every call, in a millisecond at most. No version of a tensor tells whether that is needed: fused
-        optimizers and sharding write over weights without counting.
+        It is cast at every call, in a millisecond at most. No version count of a tensor tells whether that is needed:
+        fused optimizers and sharding overwrite weights without counting.
         """
         columns = _rounded_up(vocabulary)
         if weight.dtype == dtype and len(weight) >= columns:
             return weight.detach()[:columns]
         cast = self._casts.get(weight)
         if cast is None or cast.dtype != dtype:
-            # All rows, however many are asked for: one cast serves every vocabulary, and its address stays.
+            # all rows, however many are asked for: one cast at one address serves every vocabulary
             shape = (_rounded_up(len(weight)), *weight.shape[1:])
             cast = self._casts[weight] = torch.zeros(shape, dtype=dtype, device=weight.device)
         cast[: len(weight)].copy_(weight)
@@ -57,15 +55,15 @@ class CudaHeadProducts(HeadProducts):
 
 
 def _rounded_up(columns: int) -> int:
-    return -(-columns // _ALIGNED) * _ALIGNED
+    return -(-columns // _ALIGNMENT) * _ALIGNMENT
 
 
 @cache
-def _fused_kernels() -> Kernels:
-    """Triton's, if a small one runs: it needs a C compiler, which slim images lack."""
+def _triton_kernels() -> Kernels:
+    """Triton's kernels, if a small one runs: it needs a C compiler, which slim images lack."""
     if find_spec("triton") is None:
         return PLAIN_KERNELS
-    from promptkd.engine.cuda.kernels import KERNELS
+    from promptkd.engine.cuda.triton_kernels import KERNELS
 
     logits = torch.zeros(1, 8, device="cuda")
     try:
@@ -77,35 +75,35 @@ def _fused_kernels() -> Kernels:
 
 
 class _HalfProjection(Projection):
-    """Products of half precision whose results are float32, on rows that begin at aligned addresses.
+    """Half-precision factors, float32 products, and matrices whose rows begin at aligned addresses.
 
     Args:
         weight: (V rounded up, H) in half precision.
         bias: (V rounded up,) in float32.
     """
 
-    def __init__(self, head: Head, computing: torch.dtype, weight: Tensor, bias: Tensor | None):
-        self.head, self.computing, self.weight = head, computing, weight
-        self.bias = None if bias is None else bias[: head.vocabulary]
+    def __init__(self, head: Head, dtype: torch.dtype, weight: Tensor, bias: Tensor | None):
+        self.head, self.dtype, self.weight = head, dtype, weight
+        self.bias = None if bias is None else bias[: head.vocabulary_size]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        products = _product(hidden.to(self.computing), self.weight.T)[:, : self.head.vocabulary]
-        return self.head.transformed(products if self.bias is None else products.add_(self.bias))
+        products = _product(hidden.to(self.dtype), self.weight.T)[:, : self.head.vocabulary_size]
+        return self.head.transform_(products if self.bias is None else products.add_(self.bias))
 
-    def prepared(self, gradient: Tensor) -> Tensor:
-        """(C, V rounded up) in half precision, 0 in the columns that stand for no token."""
-        padded = gradient.new_zeros(len(gradient), len(self.weight), dtype=self.computing)
+    def prepare(self, gradient: Tensor) -> Tensor:
+        """(C, V rounded up) in half precision, 0 in the padding columns."""
+        padded = gradient.new_zeros(len(gradient), len(self.weight), dtype=self.dtype)
         padded[:, : gradient.shape[1]] = gradient
         return padded
 
-    def to_hidden(self, prepared: Tensor) -> Tensor:
+    def hidden_gradient(self, prepared: Tensor) -> Tensor:
         return _product(prepared, self.weight)
 
-    def add_to_weight(self, total: Tensor | None, prepared: Tensor, hidden: Tensor) -> Tensor:
-        products = _product(prepared.T, hidden.to(self.computing))[: self.head.vocabulary]
+    def add_weight_gradient(self, total: Tensor | None, prepared: Tensor, hidden: Tensor) -> Tensor:
+        products = _product(prepared.T, hidden.to(self.dtype))[: self.head.vocabulary_size]
         return products if total is None else total.add_(products)
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """(A, B) x (B, C) of half precision, summed in float32 and left so."""
+    """(A, B) x (B, C) of half precision, with sums and results in float32."""
     return torch.mm(left, right, out_dtype=torch.float32)
