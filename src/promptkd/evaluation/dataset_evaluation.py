@@ -1,11 +1,12 @@
-"""One model on one data set, over seeds and greedily; what was decoded or measured stays on the disk, batch by batch.
+"""Measure a model on rows: loss on the references, scores of its own answers, KL to a teacher on its own samples.
 
-Rows go into batches by the length of their prompts alone. A later run meets the same batches, does those that lack a
-row, and so ends with what an undisturbed run would have ended with, bit for bit on the same machine.
+`promptkd evaluate` keeps what was decoded or measured on the disk, batch by batch. Rows go into batches by the length
+of their prompts alone: a later run meets the same batches, does those that lack a row, and so ends with what an
+undisturbed run would have ended with, bit for bit on the same machine. Validation does the same in memory.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,14 @@ from promptkd.data.encode import EncodedExample
 from promptkd.errors import RequestError
 from promptkd.evaluation.hub_metrics import HubMetric
 from promptkd.evaluation.likelihood import kl_nats, reference_nats
-from promptkd.evaluation.measure import (
-    REFERENCES_AT_A_TIME,
-    decode_rows,
-    evaluation_of,
-    row_batches,
-    row_results,
-)
+from promptkd.evaluation.measure import decode_rows, evaluation_of, row_batches, row_results
 from promptkd.generation import Decoding
 from promptkd.io.jsonl import Line, ResumableLines
 from promptkd.models import vocabulary_size
 from promptkd.results import Evaluation, RowResult
 
+_REFERENCES_AT_A_TIME = 32
+"""Rows whose references are scored together."""
 _GREEDY, _REFERENCES = "greedy", "references"
 
 
@@ -46,6 +43,31 @@ def _kl_part(decoding: Decoding, seed: int) -> str:
     return f"seed{seed}" if decoding.is_plain else f"seed{seed}-kl"
 
 
+def measure_rows(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[EncodedExample],
+    decoding: Decoding,
+    *,
+    teacher: nn.Module | None = None,
+    samples_per_row: int = 1,
+    batch_size: int = 8,
+) -> list[RowResult]:
+    """Scores of `model` row by row.
+
+    With a teacher, KL(model || teacher) is taken on responses sampled at temperature 1: the answers themselves, unless
+    these were decoded otherwise. `samples_per_row` samples, of seeds from `decoding.seed` on, are taken of each row.
+    """
+    if not rows:
+        return []
+    teacher = None if teacher is model else teacher
+    job = SetEvaluation(model, tokenizer, rows, teacher=teacher, batch_size=batch_size)
+    losses = job.losses()
+    kls = [] if teacher is None else [job.kl(decoding, decoding.seed + draw) for draw in range(samples_per_row)]
+    part = _GREEDY if decoding.is_greedy else f"seed{decoding.seed}"
+    return job.results(part, decoding, losses, kls)
+
+
 @dataclass(frozen=True)
 class SetEvaluation:
     """One model and one data set; `run` measures them."""
@@ -53,12 +75,15 @@ class SetEvaluation:
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
     rows: Sequence[EncodedExample]
-    file_of: Callable[[str], Path]
-    """From a part, as `parts_of` names it, to the JSONL file that keeps it."""
+    file_of: Callable[[str], Path | None] = lambda part: None
+    """From a part, as `parts_of` names it, to the JSONL file that keeps it; None keeps it in memory."""
     teacher: nn.Module | None = None
     metrics: Sequence[HubMetric] = ()
     progress: Callable[[str, int], None] = lambda what, done: None
     """Called with what is being done and for how many rows it is done."""
+    batch_size: int = 8
+    """Rows that are scored at a time."""
+    _files: dict[str, ResumableLines] = field(default_factory=dict, init=False)
 
     def run(
         self, decoding: Decoding, seeds: Sequence[int], *, greedy: bool, model_label: str, data_label: str
@@ -67,21 +92,21 @@ class SetEvaluation:
 
         At temperature 0 there are the greedy ones alone; `seeds` are then those of the samples for the KL.
         """
-        losses = self._losses()
-        kls = [self._kl(decoding, seed) for seed in seeds] if self.teacher is not None else []
+        losses = self.losses()
+        kls = [self.kl(decoding, seed) for seed in seeds] if self.teacher is not None else []
         found: list[tuple[Decoding, list[RowResult]]] = []
         if not decoding.is_greedy:
             sampled = []
             for index, seed in enumerate(seeds):
                 own = replace(decoding, seed=seed)
-                sampled += self._results(f"seed{seed}", own, losses, kls[index : index + 1])
+                sampled += self.results(f"seed{seed}", own, losses, kls[index : index + 1])
             found.append((decoding, sampled))
         if greedy or decoding.is_greedy:
             own = replace(decoding, temperature=0.0)
-            found.append((own, self._results(_GREEDY, own, losses, kls if decoding.is_greedy else [])))
+            found.append((own, self.results(_GREEDY, own, losses, kls if decoding.is_greedy else [])))
         return [evaluation_of(results, how, seeds, model=model_label, data=data_label) for how, results in found]
 
-    def _results(
+    def results(
         self, part: str, decoding: Decoding, losses: Sequence[float], kls: Sequence[Sequence[tuple[float, int]]]
     ) -> list[RowResult]:
         """Answers of one decoding with their scores. Its file ends in the order of the rows, with two of the scores."""
@@ -98,18 +123,19 @@ class SetEvaluation:
         )
         return results
 
-    def _kl(self, decoding: Decoding, seed: int) -> list[tuple[float, int]]:
+    def kl(self, decoding: Decoding, seed: int) -> list[tuple[float, int]]:
         """(nats, tokens) of KL(model || teacher) on each row's sample of one seed."""
         file, lines = self._answers(_kl_part(decoding, seed), decoding.plain(seed), self.teacher)
         file.replace(lines)
         return [(line["kl_nats"], len(line["token_ids"])) for line in lines]
 
-    def _losses(self) -> list[float]:
+    def losses(self) -> list[float]:
         """Nats of each row's first reference."""
         file = self._open(_REFERENCES)
-        for batch, held in self._batches(file, REFERENCES_AT_A_TIME, _REFERENCES):
+        for batch, held in self._batches(file, _REFERENCES_AT_A_TIME, _REFERENCES):
             if len(held) < len(batch):
-                nats = reference_nats(self.model, batch, vocabulary=vocabulary_size(self.tokenizer))
+                vocabulary = vocabulary_size(self.tokenizer)
+                nats = reference_nats(self.model, batch, vocabulary=vocabulary, batch_size=self.batch_size)
                 file.append(_line(row, nats=value) for row, value in zip(batch, nats, strict=True))
         lines = self._lines(file)
         file.replace(lines)
@@ -125,7 +151,7 @@ class SetEvaluation:
             lines = held if len(held) == len(batch) else self._decoded(batch, decoding)
             if teacher is not None and not all("kl_nats" in line for line in lines):
                 samples = [line["token_ids"] for line in lines]
-                nats = kl_nats(self.model, teacher, self.tokenizer, batch, samples)
+                nats = kl_nats(self.model, teacher, self.tokenizer, batch, samples, batch_size=self.batch_size)
                 lines = [{**line, "kl_nats": value} for line, value in zip(lines, nats, strict=True)]
             if lines is not held:
                 file.append(lines)
@@ -144,7 +170,9 @@ class SetEvaluation:
         ]
 
     def _open(self, part: str) -> ResumableLines:
-        return ResumableLines(self.file_of(part), check=_check)
+        if part not in self._files:
+            self._files[part] = ResumableLines(self.file_of(part), check=_check)
+        return self._files[part]
 
     def _lines(self, file: ResumableLines) -> list[Line]:
         return [file.lines[row.row,] for row in self.rows]

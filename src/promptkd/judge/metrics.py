@@ -114,7 +114,7 @@ def _win_difference(model: Evaluation, other: Evaluation) -> list[Difference]:
             model=model.model,
             baseline=other.model,
             metric="win_rate",
-            difference=paired_difference(*wins),
+            difference=paired_difference(wins[0], wins[1]),
             better="higher",
             data=model.data,
         )
