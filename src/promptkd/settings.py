@@ -13,7 +13,7 @@ from functools import cache
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from promptkd.errors import RequestError
+from promptkd.errors import RequestError, check_all
 
 T = TypeVar("T")
 
@@ -40,15 +40,15 @@ class Settings:
     """
 
     def __post_init__(self) -> None:
-        refuse(problems(self))
+        check_all("Wrong settings", limit_checks(self))
 
 
-def problems(settings: Any) -> list[str]:
-    """The fields of a dataclass whose value exceeds a limit or is none of their choices, in words."""
+def limit_checks(settings: Any) -> list[tuple[bool, str]]:
+    """For `check_all`: whether the value of each field exceeds a limit or is none of its choices."""
     owner: type = type(settings)
     hints, values = _hints(owner), vars(settings)
     found = (_problem(each, hints[each.name], values[each.name]) for each in fields(settings))
-    return [text for text in found if text]
+    return [(bool(text), text) for text in found]
 
 
 def _problem(declared: Field[Any], annotation: Any, value: Any) -> str:
@@ -72,12 +72,6 @@ def choices_of(annotation: Any) -> tuple[Any, ...]:
     """The values of a Literal that is the annotation or a member of its union."""
     members = (annotation, *get_args(annotation))
     return tuple(value for member in members if get_origin(member) is Literal for value in get_args(member))
-
-
-def refuse(wrong: Iterable[str]) -> None:
-    """Raise a `RequestError` that lists what is wrong, if anything is."""
-    if listed := "; ".join(wrong):
-        raise RequestError(f"Wrong settings: {listed}.")
 
 
 def flat(name: str, owners: Iterable[type]) -> type:

@@ -136,7 +136,7 @@ def ask_all(
         The questions that got no answer in `endpoint.retries` + 1 attempts, with the last reason.
 
     Raises:
-        PromptKDError: the endpoint cannot be used; what `take` was given until then stands.
+        PromptKDError: the endpoint cannot be used; what `take` was given until then is valid.
     """
     if not questions:
         return {}

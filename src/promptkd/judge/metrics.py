@@ -1,9 +1,9 @@
 """Answers judged by a language model: what its verdicts come to.
 
 Score: ratio = 100 Σ score(model's answer) / Σ score(reference), both in 1..10 and from the same verdicts; the feedback
-score of MiniLLM (Gu et al. 2024, arXiv 2306.08543) and PromptKD. One question per row. Which of the two answers stands
-first is drawn from the number of the row, so that a judge's taste for a position favours neither, and is the same for
-every model.
+score of MiniLLM (Gu et al. 2024, arXiv 2306.08543) and PromptKD. One question per row. Which of the two answers is
+shown first is drawn from the number of the row, so that a judge's taste for a position favors neither, and is the same
+for every model.
 
 Pairwise: two questions per row, one in each order. A win is a row whose two verdicts both name the model; a tie is one
 whose verdicts both say so, or disagree. How often they disagree shows how far position decides.

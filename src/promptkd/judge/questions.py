@@ -171,7 +171,7 @@ def fill_prompt(prompt: str, *, request: str, first: str, second: str) -> str:
 def questions_about(models: Sequence[Mapping[int, JudgedAnswer]], prompt: str) -> dict[Key, str]:
     """The questions about the answers of one model, beside each row's first reference, or of two models.
 
-    Against the reference one question per row; which answer stands first is drawn from the number of the row. Between
+    Against the reference one question per row; which answer is shown first is drawn from the number of the row. Between
     two models two questions per row, in both orders.
 
     Raises:

@@ -9,11 +9,12 @@ from transformers import SchedulerType
 from trl import DistillationConfig
 
 from promptkd.engine import engine_for
+from promptkd.errors import check_all
 from promptkd.methods import Method
 from promptkd.methods.named import ADAPTER_SETTINGS, read_method, settings_classes
 from promptkd.models.adapters import PromptLossSettings
 from promptkd.precision import WeightPrecision, has_bfloat16_units
-from promptkd.settings import Reader, Settings, flat, option, problems, refuse
+from promptkd.settings import Reader, Settings, flat, limit_checks, option
 
 __all__ = [
     "BF16",
@@ -170,7 +171,7 @@ class DistillConfig(_FlatSettings, DistillationConfig):
         super().__post_init__()
         fill_in_rows(self)
         use_one_gpu(self)
-        refuse([*problems(self), *(text for wrong, text in (*common_checks(self), *self._checks()) if wrong)])
+        check_all("Wrong settings", [*limit_checks(self), *common_checks(self), *self._checks()])
 
     @property
     def algorithm(self) -> str:

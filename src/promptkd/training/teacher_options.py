@@ -9,12 +9,11 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from promptkd.engine.recompute import recomputable_layers
-from promptkd.errors import RequestError
+from promptkd.errors import RequestError, check_all
 from promptkd.methods import Method
 from promptkd.models import load_model, load_tokenizer
 from promptkd.models.load import keep_differentiable
 from promptkd.precision import teacher_precision
-from promptkd.settings import refuse
 
 __all__ = ["check_teacher_options", "load_teacher", "teacher_settings"]
 
@@ -81,7 +80,7 @@ def check_teacher_options(args: Any, method: Method, teacher: nn.Module) -> None
     """
     adapter = method.adapter_class
     stale, copied = args.prompt_refresh == "stale", _copies_teacher(method)
-    problems = [
+    checks = [
         (stale and copied, "prompt_refresh stale cannot keep a pass of a teacher whose head is trained too"),
         (
             stale and method.objective is None,
@@ -96,7 +95,7 @@ def check_teacher_options(args: Any, method: Method, teacher: nn.Module) -> None
             "a whole teacher is trained in float32 alone: leave teacher_dtype and teacher_quantization out",
         ),
     ]
-    refuse(text for wrong, text in problems if wrong)
+    check_all("Wrong settings", checks)
     if args.teacher_gradient_checkpointing:
         recomputable_layers(teacher)
 
