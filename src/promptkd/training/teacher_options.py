@@ -15,8 +15,6 @@ from promptkd.models import load_model, load_tokenizer
 from promptkd.models.load import keep_differentiable
 from promptkd.precision import teacher_precision
 
-__all__ = ["check_teacher_options", "load_teacher", "teacher_settings"]
-
 
 def load_teacher(
     teacher: str | Path | PreTrainedModel,
