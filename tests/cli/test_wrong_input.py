@@ -261,7 +261,7 @@ CASES |= {
     "half a surrogate pair": Case(data("half.jsonl"), "'instruction' holds half of a surrogate pair ('\\ud83d')"),
     "half a pair beside a message": Case(data("half-role.jsonl"), "'messages[0]' holds half of a surrogate pair"),
     "JSON nested 100,000 deep": Case(data("deep.jsonl"), "W/h/deep.jsonl, line 1: not valid JSON: nested too deeply"),
-    "a key twice": Case(data("twice.jsonl"), "the key 'instruction' stands twice in one object"),
+    "a key twice": Case(data("twice.jsonl"), "duplicate key 'instruction' in one object"),
     "NaN for a text": Case(data("nan.jsonl"), "'output' must be a string or a list of strings, got a value of type"),
     "1e999 for a text": Case(data("infinite.jsonl"), "'output[0]' must be a string, got a value of type float"),
     "a number of 5,000 digits": Case(data("digits.jsonl"), "not valid JSON: Exceeds the limit (4300 digits)"),
@@ -425,7 +425,7 @@ CASES |= {
     "settings that are a list": Case(evaluate(out="W/r/list.json"), "does not hold the settings of a job", loads=True),
     "no answers": Case(judge(responses="W/none.jsonl"), "Expected a file of answers at W/none.jsonl"),
     "a named pipe of answers": Case(judge(responses="W/h/pipe.jsonl"), "Expected a file of answers"),
-    "a row answered twice": Case(judge(responses="W/h/answers-twice.jsonl"), "row 0 stands twice"),
+    "a row answered twice": Case(judge(responses="W/h/answers-twice.jsonl"), "row 0 is there twice"),
     "text for a row's number": Case(judge(responses="W/h/answers-row.jsonl"), "row: Input should be a valid integer"),
     "half a surrogate pair in an answer": Case(
         judge(responses="W/h/answers-half.jsonl"), "'text' holds half of a surrogate pair"

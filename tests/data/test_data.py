@@ -192,11 +192,11 @@ GOOD = '{"instruction": "I"}\n'
     ("name", "content", "message"),
     [
         ("d.jsonl", GOOD + "\n" + '{"instruction": "I",}\n', r"d\.jsonl, line 3: not valid JSON: "),
-        ("d.jsonl", GOOD + '{"instruction": "a", "instruction": "b"}', "line 2: .*'instruction' stands twice"),
+        ("d.jsonl", GOOD + '{"instruction": "a", "instruction": "b"}', "line 2: .*duplicate key 'instruction'"),
         (
             "d.jsonl",
             '{"messages": [{"role": "user", "role": "user", "content": "x"}]}',
-            "line 1: .*'role' stands twice",
+            "line 1: .*duplicate key 'role'",
         ),
         ("d.jsonl", GOOD + '["instruction"]\n', r"line 2: expected an object, got a list.*\.json file"),
         ("d.jsonl", GOOD + "17\n", "line 2: expected an object"),
