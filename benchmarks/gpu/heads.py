@@ -1,8 +1,8 @@
 """Part 7: head and divergence, forward and backward, at 8,192 tokens: ours, TRL's, Liger's, plain torch.
 
 The student is trained (float32 states and weights under autocast); the teacher's head is bfloat16. TRL and Liger know
-two distributions, so they are beside the student's reverse KL alone; Liger's divergence is its nearest, β = 0.5, as it has
-none at the end that is the reverse KL.
+two distributions, so they are beside the student's reverse KL alone; Liger's divergence is its nearest, β = 0.5, as it
+has none at the end that is the reverse KL.
 """
 
 from collections.abc import Callable
