@@ -31,8 +31,9 @@ class CpuDecoder(Decoder):
         self.name = "fused decoder" if fused else "static cache"
 
     def supports(self, model: PreTrainedModel) -> bool:
-        fused = not self.fused or (supports_fused_decoder(model) and copy_is_affordable(model))
-        return supports_packing(model) and fused
+        if not supports_packing(model):
+            return False
+        return not self.fused or (supports_fused_decoder(model) and copy_is_affordable(model))
 
     @contextmanager
     def open(self, model: PreTrainedModel, rows: int, vocabulary: int | None) -> Iterator[SessionFactory]:
