@@ -18,7 +18,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from promptkd.data import encode_examples, read_examples, stop_token_ids
-from promptkd.generation import generate
+from promptkd.generation import SamplingParams, generate
 from promptkd.models import load_model, load_tokenizer
 
 Tokens = list[list[int]]
@@ -26,7 +26,9 @@ Tokens = list[list[int]]
 
 def ours(model: PreTrainedModel, prompts: Tokens, stops: Sequence[int], length: int, batch: int) -> Tokens:
     """promptkd's own loop."""
-    return generate(model, prompts, max_new_tokens=length, stop_ids=stops, temperature=0, batch_size=batch)
+    return generate(
+        model, prompts, SamplingParams(max_new_tokens=length, stop_ids=stops, temperature=0), batch_size=batch
+    )
 
 
 def theirs(model: PreTrainedModel, prompts: Tokens, stops: Sequence[int], length: int, batch: int) -> Tokens:

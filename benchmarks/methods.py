@@ -25,6 +25,8 @@ LIMITS = ["--max_prompt_length", "96", "--max_completion_length", "40"]
 PROMPT = ["--prompt_learning_rate", "5e-3"]
 EXTRA = {
     "distillm": ["--student_share", "0.5"],
+    "promptkd": PROMPT,
+    "okd": PROMPT,
     "promptkd-full": ["--prompt_learning_rate", "1e-5"],
     "promptkd-lora": ["--prompt_learning_rate", "1e-4"],
 }
@@ -71,7 +73,7 @@ def distill(given: argparse.Namespace, method: str, folder: Path) -> None:
         *("--eval-data", given.eval_data, "--out", str(folder), "--overwrite", "--select", "last"),
         *("--eval_strategy", "no", "--save_strategy", "no", "--limit", given.rows, "--eval-limit", given.eval_rows),
         *("--max_steps", given.steps, "--per_device_train_batch_size", given.batch_size),
-        *("--learning_rate", given.rate, "--template", given.template, *LIMITS, *EXTRA.get(method, PROMPT)),
+        *("--learning_rate", given.rate, "--template", given.template, *LIMITS, *EXTRA.get(method, [])),
     )
 
 

@@ -24,7 +24,7 @@ from benchmarks.step import demo_rows, demo_teacher, pruned_student
 from benchmarks.workload import EndAtLengths, Shape, workload
 from promptkd.data.encode import EncodedExample
 from promptkd.engine.cpu import ENGINE as CPU_ENGINE
-from promptkd.generation import generate
+from promptkd.generation import SamplingParams, generate
 from promptkd.models import load_model, load_tokenizer
 
 
@@ -73,7 +73,7 @@ def compare(model: nn.Module, tokenizer, data: str, template: str, size: int, re
 def ours(model: nn.Module, tokenizer, rows: Sequence[EncodedExample]) -> None:
     lengths = [len(row.response_ids) for row in rows]
     prompts = [row.prompt_ids for row in rows]
-    generate(model, prompts, max_new_tokens=lengths, stop_ids=(), seeds=list(range(len(rows))))
+    generate(model, prompts, SamplingParams(max_new_tokens=lengths), seeds=list(range(len(rows))))
 
 
 def unfused(model: nn.Module, tokenizer, rows: Sequence[EncodedExample]) -> None:

@@ -22,11 +22,11 @@ from benchmarks.floor import matmul_rate, step_flops
 from benchmarks.workload import EndAtLengths, Shape, workload
 from promptkd import PromptKDConfig, PromptKDTrainer
 from promptkd.data.encode import EncodedData, EncodedExample
-from promptkd.generation import generate
+from promptkd.generation import SamplingParams, generate
 from promptkd.memory import peak_memory
 from promptkd.methods import Method
-from promptkd.methods.method import Adapter
 from promptkd.models import SoftPrompt, load_model, load_tokenizer
+from promptkd.models.adapters import AdapterFactory, SoftPromptFactory
 from promptkd.objectives import reverse_kl
 from promptkd.responses import Responses
 from promptkd.training.callbacks import quiet
@@ -170,7 +170,7 @@ def run_ours(
     windows: Sequence[Sequence[EncodedExample]],
     shape: Shape,
     *,
-    adapter: Adapter = "prompt",
+    adapter: type[AdapterFactory] | None = SoftPromptFactory,
     trainer_class: type[PromptKDTrainer] = PromptKDTrainer,
     callbacks: Sequence[TrainerCallback] = (),
     **changes: Any,
@@ -178,7 +178,7 @@ def run_ours(
     """This project's trainer, by the engine that the environment names.
 
     Args:
-        adapter: "prompt" is PromptKD; "none" is GKD with the reverse KL, on text of the student's own.
+        adapter: the soft prompt is PromptKD; None is GKD with the reverse KL, on text of the student's own.
         trainer_class: what is made of it in place of `PromptKDTrainer`.
         callbacks: what listens to it.
         changes: arguments of the trainer beside or in place of `settings`.
@@ -195,10 +195,8 @@ def run_ours(
                 generate(
                     student,
                     [row.prompt_ids for row in rows],
-                    max_new_tokens=lengths,
-                    stop_ids=(),
+                    SamplingParams(max_new_tokens=lengths, vocabulary=trainer.teacher.vocabulary),
                     seeds=torch.randint(2**62, (len(rows),)).tolist(),
-                    vocabulary=trainer.vocabulary,
                 )
             return [row.response_ids for row in rows]
 

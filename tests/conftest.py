@@ -1,13 +1,19 @@
-"""Fixtures that several files share."""
+"""What the suite runs in, and fixtures that several files share."""
 
 import os
 
 from promptkd.cli.openmp import let_threads_sleep
 
-let_threads_sleep(os.environ)  # before torch is imported, here and in the processes that tests start
+# Before torch and transformers are imported, here and in the processes that tests start. Tiny models gain nothing from
+# a second thread, and wait long for it where cores are busy.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+let_threads_sleep(os.environ)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+from helpers.standins import Float64Stays  # noqa: E402
 
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -25,17 +31,31 @@ def own_engine(monkeypatch):
 
 
 @pytest.fixture
-def float64_inside(monkeypatch):
+def float64_inside():
     """transformers casts to float32 inside its norms and its eager softmax; here float64 stays float64."""
-    to, to_float, softmax = torch.Tensor.to, torch.Tensor.float, torch.nn.functional.softmax
+    with Float64Stays():
+        yield
 
-    def keep_to(self, *args, **kwargs):
-        narrows = self.dtype == torch.float64 and args == (torch.float32,)
-        return self if narrows else to(self, *args, **kwargs)
 
-    def wide_softmax(values, *args, dtype=None, **kwargs):
-        return softmax(values, *args, dtype=None if values.dtype == torch.float64 else dtype, **kwargs)
+@pytest.fixture(autouse=True)
+def nothing_global_is_left_changed():
+    """What one test sets for the whole process, another one must not find."""
+    before = settings_of_the_process()
+    yield
+    assert settings_of_the_process() == before
 
-    monkeypatch.setattr(torch.Tensor, "to", keep_to)
-    monkeypatch.setattr(torch.Tensor, "float", lambda self: self if self.dtype == torch.float64 else to_float(self))
-    monkeypatch.setattr(torch.nn.functional, "softmax", wide_softmax)
+
+def settings_of_the_process():
+    return {
+        "folder": os.getcwd(),
+        "engine": os.environ.get("PROMPTKD_ENGINE"),
+        "default dtype": torch.get_default_dtype(),
+        "threads": torch.get_num_threads(),
+        "gradients": torch.is_grad_enabled(),
+        "autocast": torch.is_autocast_enabled("cpu"),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "float32 products": torch.get_float32_matmul_precision(),
+        "cast": torch.Tensor.to,
+        "linear": torch.nn.functional.linear,
+        "GPU": torch.cuda.is_available,
+    }

@@ -1,5 +1,6 @@
 """The record: written whole, read back equal, refused when it is none, and free of secrets."""
 
+import hashlib
 import json
 
 import pytest
@@ -78,5 +79,5 @@ def test_hashes_are_over_all_bytes_in_order(tmp_path):
     first, second = tmp_path / "a", tmp_path / "b"
     first.write_bytes(b"one")
     second.write_bytes(b"two")
-    assert file_sha256(first, second) != file_sha256(second, first)
-    assert len(file_sha256(first)) == 64
+    assert file_sha256(first, second) == hashlib.sha256(b"onetwo").hexdigest()
+    assert file_sha256(second, first) == hashlib.sha256(b"twoone").hexdigest()

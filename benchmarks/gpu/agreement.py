@@ -25,6 +25,7 @@ from promptkd.engine import engine_for, response_hidden
 from promptkd.engine.resolve import VARIABLE
 from promptkd.engine.verify import first_verified
 from promptkd.methods import Method
+from promptkd.models.adapters import SoftPromptFactory
 from promptkd.objectives import reverse_kl
 from promptkd.responses import Responses
 from promptkd.training.callbacks import quiet
@@ -162,7 +163,7 @@ def _steps(bench: Bench, *, bfloat16: bool) -> list[dict[str, float]]:
             config,
             train_dataset=EncodedData(rows, 0),
             processing_class=words(310),
-            method=Method(Responses(), reverse_kl, "prompt"),
+            method=Method(Responses(), reverse_kl, SoftPromptFactory),
         )
         quiet(trainer)
         trainer.train()

@@ -16,7 +16,7 @@ from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.shapes import lengths_around, random_rows, sharp_model
 from promptkd.engine import engine_for
 from promptkd.engine.verify import first_verified
-from promptkd.generation import generate
+from promptkd.generation import SamplingParams, generate
 
 __all__ = ["run"]
 
@@ -72,7 +72,11 @@ def _compare_samples(bench: Bench, name: str, dtype: torch.dtype, *, autocast: b
     prompt = [3, 1, 4, 1, 5]
     with _autocast(bench, autocast):
         written = generate(
-            model, [prompt] * draws, max_new_tokens=2, stop_ids=(), seeds=list(range(draws)), batch_size=512
+            model,
+            [prompt] * draws,
+            SamplingParams(max_new_tokens=2),
+            seeds=list(range(draws)),
+            batch_size=512,
         )
     pairs = torch.tensor(written)
     counts = torch.bincount(pairs[:, 0] * _WORDS + pairs[:, 1], minlength=_WORDS**2).double()

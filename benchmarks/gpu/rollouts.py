@@ -12,7 +12,7 @@ from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.shapes import lengths_around, qwen, random_rows, vocabulary_of
 from promptkd.engine import engine_for
 from promptkd.engine.verify import first_verified
-from promptkd.generation import generate
+from promptkd.generation import SamplingParams, generate
 
 __all__ = ["run"]
 
@@ -54,11 +54,9 @@ def _ours(bench: Bench, size: str, prompts: list[list[int]], new_tokens: int) ->
             generate(
                 model,
                 prompts,
-                max_new_tokens=new_tokens,
-                stop_ids=(),
+                SamplingParams(max_new_tokens=new_tokens, vocabulary=vocabulary_of(bench)),
                 seeds=list(range(rows)),
                 batch_size=rows,
-                vocabulary=vocabulary_of(bench),
             )
 
     restart_peak(bench.device)

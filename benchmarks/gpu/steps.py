@@ -21,6 +21,7 @@ from benchmarks.gpu.shapes import lengths_around, qwen, random_rows, vocabulary_
 from benchmarks.variants import PROMPT_LENGTH, Steps, run_authors, run_ours, run_trl
 from benchmarks.workload import Shape
 from promptkd.data.encode import EncodedExample
+from promptkd.models.adapters import SoftPromptFactory
 
 __all__ = ["run"]
 
@@ -40,8 +41,8 @@ def run(bench: Bench) -> None:
     tokenizer = words(vocabulary)
     changes = {"use_cpu": not bench.on_cuda, "bf16": bench.on_cuda}
     ways: dict[str, Callable[[], float]] = {
-        "PromptKD": lambda: _ours(bench, tokenizer, windows, shape, "prompt", changes),
-        "gkd": lambda: _ours(bench, tokenizer, windows, shape, "none", changes),
+        "PromptKD": lambda: _ours(bench, tokenizer, windows, shape, SoftPromptFactory, changes),
+        "gkd": lambda: _ours(bench, tokenizer, windows, shape, None, changes),
         "TRL's DistillationTrainer": lambda: _trl(bench, tokenizer, windows, shape, changes),
         "the authors' manner": lambda: _authors(bench, tokenizer, windows),
     }
@@ -69,8 +70,8 @@ def _ours(
     student, teacher = _models(bench, torch.float32)
     steps = run_ours(student, teacher, tokenizer, windows, shape, adapter=adapter, **changes)
     peak = int(steps[-1]["peak_bytes"]) if bench.on_cuda else None
-    seconds = _report(bench, "PromptKD" if adapter == "prompt" else "gkd", steps, windows, peak)
-    if adapter == "prompt":
+    seconds = _report(bench, "PromptKD" if adapter else "gkd", steps, windows, peak)
+    if adapter:
         dtype = torch.bfloat16 if bench.on_cuda else torch.float32
         rate = matmul_rate(256 if bench.tiny else 8192, device=bench.device, dtype=dtype)
         floors = [step_flops(student, teacher, window, PROMPT_LENGTH)["total"] / rate for window in windows[1:]]

@@ -29,7 +29,7 @@ from promptkd.errors import RequestError
 from promptkd.io.jsonl import ResumableLines, settle_settings
 from promptkd.judge.prompt_template import load_prompt
 from promptkd.judge.questions import questions_about, read_answers
-from promptkd.judge.verdict_log import VerdictLog
+from promptkd.judge.verdict_log import verdict_log
 from promptkd.judge.verdict_parsing import read_preference, read_scores
 from promptkd.models.folder import adapter_base, check_model_folder
 from promptkd.models.gguf_read import check_gguf
@@ -208,7 +208,7 @@ TARGETS = {
         _in_file("r-settings.json", lambda path: settle_settings(path, {"--limit": 3}, [], overwrite=True)), [SETTINGS]
     ),
     "verdict-log": Target(
-        _in_file("v.jsonl", lambda path: VerdictLog(path, {"judge": "j"})),
+        _in_file("v.jsonl", lambda path: verdict_log(path, {"judge": "j"})),
         [_lines({"settings": {"judge": "j"}}, VERDICT, VERDICT)],
     ),
     "verdicts": Target(

@@ -2,6 +2,8 @@
 
 import errno
 import signal
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -38,9 +40,31 @@ class Stopped(SystemExit):
         return f"{self._name} {self.reached}".rstrip() + "."
 
 
-def cannot_write(target: Path, error: OSError) -> PromptKDError:
-    """The exception for a write that failed: a full disk fails the run, a wrong place is a wrong request."""
-    reason = error.strerror or str(error)
-    if error.errno in NO_ROOM and error.errno != errno.EROFS:
-        return PromptKDError(f"Cannot write {target}: {reason}. Make room there or give another --out.")
-    return RequestError(f"Cannot write {target}: {reason}.")
+def check_all(lead: str, checks: Iterable[tuple[bool, str]], advice: str = "") -> None:
+    """Report everything that is wrong with a request together: "lead: problem; problem. advice".
+
+    Args:
+        checks: pairs of whether something is wrong and the words for it.
+
+    Raises:
+        RequestError: if anything is wrong.
+    """
+    problems = [problem for is_wrong, problem in checks if is_wrong]
+    if problems:
+        raise RequestError(f"{lead}: {'; '.join(problems)}.{advice and f' {advice}'}")
+
+
+@contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Say that `target` cannot be written where the body meets an error of the disk.
+
+    Raises:
+        PromptKDError: in place of an `OSError` of the body; a `RequestError` unless the disk is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if error.errno in NO_ROOM and error.errno != errno.EROFS:
+            raise PromptKDError(f"Cannot write {target}: {reason}. Make room there or give another --out.") from error
+        raise RequestError(f"Cannot write {target}: {reason}.") from error

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from promptkd.data.encode import EncodedExample
+from promptkd.settings import accept_old_name
 
 __all__ = ["AdaptiveReplay", "ResponseMix", "Responses", "Sampler", "TeacherMixed", "writes_responses"]
 
@@ -30,6 +31,10 @@ class Responses:
     needs_data = True
     """Whether every row must have a response of its own."""
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        accept_old_name(cls, "figures", "metrics")
+
     def __call__(self, rows: Sequence[EncodedExample], sample: Sampler, progress: float) -> Tokens:
         """A response a row; `progress` is the share k / K of the optimiser steps that are done.
 
@@ -40,7 +45,7 @@ class Responses:
     def on_validation(self, loss: float) -> None:
         """Called with the validation loss, where there is validation."""
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """What to log of the source's state."""
         return {}
 
@@ -123,7 +128,7 @@ class AdaptiveReplay(Responses):
             self.share = min(1.0, self.share + self.step)
         self.best = loss if self.best is None else min(self.best, loss)
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         return {"student_share": self.share, "replay_size": float(len(self.buffer))}
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,9 +1,10 @@
-"""One JSON record per result: what ran, on which code, data and machine, and every figure.
+"""One JSON record per result: what ran, on which code, data and machine, and every metric.
 
 Reports and comparisons read these records and nothing else. A record is validated when it is written and when it
 is read; an unknown key is an error in both directions.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -19,33 +20,16 @@ import psutil
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from promptkd.errors import RequestError
+from promptkd.io.atomic import write_atomic
 from promptkd.io.files import MIB, read_regular
 from promptkd.io.redact import without_secrets
 
-__all__ = [
-    "SCHEMA_VERSION",
-    "Curve",
-    "CurvePoint",
-    "DataRecord",
-    "Difference",
-    "Evaluation",
-    "Metric",
-    "ModelRecord",
-    "Results",
-    "RowResult",
-    "Series",
-    "Training",
-    "code_version",
-    "file_sha256",
-    "machine_facts",
-    "read_history",
-]
-
 SCHEMA_VERSION: Literal[1] = 1
 _MOST_BYTES = 1024 * MIB
-"""Of a record, with every answer of an evaluation in it."""
+"""Largest record that is read, with every answer of an evaluation in it."""
 _FOREIGN_CODE = "Code that came with a model was allowed to run (--trust_remote_code)."
 Kind = Literal["prune", "sft", "distill", "generate", "evaluate", "exposure-bias", "judge", "compare", "study", "demo"]
+Better = Literal["higher", "lower"]
 
 
 class _Record(BaseModel):
@@ -53,7 +37,7 @@ class _Record(BaseModel):
 
 
 class Metric(_Record):
-    """A figure, with the interval that its rows support where one was computed."""
+    """A value, with the interval that its rows support where one was computed."""
 
     value: float
     low: float | None = None
@@ -61,7 +45,7 @@ class Metric(_Record):
     high: float | None = None
     """Upper end of the 95 % interval."""
     rows: int | None = None
-    """How many rows the figure is a mean over."""
+    """How many rows the value is a mean over."""
     deviation: float | None = None
     """Standard deviation between the seeds of decoding, or in a study of training, where there were several."""
 
@@ -79,7 +63,7 @@ class RowResult(_Record):
     scores: dict[str, float] = Field(default_factory=dict)
     """Per-row scores by metric name; their means are the evaluation's metrics."""
     tokens: dict[str, int] = Field(default_factory=dict)
-    """By metric name, the tokens that a score is a mean over: the metric weighs every token alike, not every row."""
+    """By metric name, the tokens that a score is a mean over: the metric weighs tokens, not rows, equally."""
 
 
 class Evaluation(_Record):
@@ -102,13 +86,13 @@ class Difference(_Record):
     baseline: str
     metric: str
     difference: Metric
-    better: Literal["higher", "lower"]
+    better: Better
     data: str = ""
     """Label of the data set; empty where the record holds a single one."""
     p_value: float | None = None
     """Of the two-sided sign-flip test."""
     p_adjusted: float | None = None
-    """The same by Holm's correction over all differences of the comparison."""
+    """The same after Holm's correction over all differences of the comparison."""
     effect_size: float | None = None
     """Mean of the rows' differences over their standard deviation (Cohen's d for pairs)."""
 
@@ -116,20 +100,20 @@ class Difference(_Record):
 class CurvePoint(_Record):
     x: float
     value: float | None
-    """None where it is not defined: no row reaches this far, or the denominator is 0."""
+    """None where it is not defined: no row is this long, or the denominator is 0."""
     low: float | None = None
     high: float | None = None
     rows: int | None = None
 
 
 class Curve(_Record):
-    """A figure over lengths, of one model on one data set."""
+    """A metric over lengths, of one model on one data set."""
 
     name: Literal["exposure_bias"]
     model: str
     data: str
     settings: dict[str, Any] = Field(default_factory=dict)
-    """What the curve depends on: samples a row, treatment of ended rows, the teacher's prompt."""
+    """What the curve depends on: samples per row, treatment of ended rows, the teacher's prompt."""
     points: list[CurvePoint]
 
 
@@ -145,7 +129,7 @@ class Training(_Record):
     predicted_memory_bytes: int | None = Field(default=None, exclude=True)
     """Read in records of older versions, which estimated the peak before the start; no longer written."""
     tokens_per_second: float | None = None
-    """Prompt and response tokens trained on a second, median over the logged steps."""
+    """Prompt and response tokens trained on per second, median over the logged steps."""
 
 
 class Series(_Record):
@@ -153,14 +137,14 @@ class Series(_Record):
 
     name: str
     points: list[dict[str, Any]]
-    """One mapping per logged step: "step" and every logged figure."""
+    """One mapping per logged step: "step" and every logged metric."""
 
 
 class ModelRecord(_Record):
     path: str
     parameters: int
     sha256: str
-    """Hash over config.json and every weight file, in order of name."""
+    """Hash over config.json and every weight file, sorted by name."""
 
 
 class DataRecord(_Record):
@@ -168,7 +152,7 @@ class DataRecord(_Record):
     rows: int
     sha256: str
     dropped: int = 0
-    """Rows over the length limit that were left out by rule."""
+    """Rows over the length limit, which were left out."""
 
 
 class Results(_Record):
@@ -184,27 +168,24 @@ class Results(_Record):
     models: dict[str, ModelRecord] = Field(default_factory=dict)
     data: dict[str, DataRecord] = Field(default_factory=dict)
     metrics: dict[str, Metric] = Field(default_factory=dict)
-    """Figures of the run as a whole."""
+    """Metrics of the whole run."""
     evaluations: list[Evaluation] = Field(default_factory=list)
     differences: list[Difference] = Field(default_factory=list)
     curves: list[Curve] = Field(default_factory=list)
     training: dict[str, Training] = Field(default_factory=dict)
-    """By the model's label: what it cost to train, where its run's record was at hand."""
+    """By the model's label: what it cost to train, where the record of its run was found."""
     history: list[Series] = Field(default_factory=list)
     timings: dict[str, float] = Field(default_factory=dict)
-    """Seconds by part."""
+    """Seconds per part of the run."""
     notes: list[str] = Field(default_factory=list)
-    """Sentences that a reader of the figures must know."""
+    """Sentences that a reader of the metrics must know."""
 
     def write(self, path: Path) -> None:
-        """Validate and write to `path`, whole or not at all. A note says so where a model's own code was allowed."""
+        """Validate and write to `path` atomically. A note says so where a model's own code was allowed."""
         if self.config.get("trust_remote_code") and _FOREIGN_CODE not in self.notes:
             self.notes.append(_FOREIGN_CODE)
         record = Results.model_validate(self.model_dump())
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        write_atomic(path, record.model_dump_json(indent=1) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> "Results":
@@ -212,7 +193,7 @@ class Results(_Record):
         try:
             text = read_regular(path, most=_MOST_BYTES).decode("utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is no text in UTF-8"
+            reason = error.strerror if isinstance(error, OSError) else "it is not valid UTF-8"
             raise RequestError(f"Expected a results file at {path}: {reason}.") from error
         try:
             return cls.model_validate_json(text)
@@ -221,13 +202,18 @@ class Results(_Record):
             where = ".".join(str(part) for part in first["loc"]) or "the whole file"
             raise RequestError(
                 f"{path} is not a results record of schema version {SCHEMA_VERSION}: {where}: {first['msg']}. "
-                "Make it anew with the command that wrote it."
+                "Write it again with the command that made it."
             ) from error
 
 
 def code_version() -> dict[str, str | None]:
     """Versions of the code that ran: promptkd, its git commit (None outside a checkout), and the main libraries."""
-    versions: dict[str, str | None] = {"git_commit": _git_commit()}
+    here = Path(__file__).resolve().parent
+    git = ["git", "-C", str(here), "rev-parse", "HEAD"]
+    versions: dict[str, str | None] = {"git_commit": None}
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(git, capture_output=True, text=True, timeout=10, check=True)
+        versions["git_commit"] = done.stdout.strip()
     for package in ("promptkd", "torch", "transformers", "trl", "peft", "accelerate"):
         try:
             versions[package] = metadata.version(package)
@@ -236,19 +222,8 @@ def code_version() -> dict[str, str | None]:
     return versions
 
 
-def _git_commit() -> str | None:
-    here = Path(__file__).resolve().parent
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
 def machine_facts() -> dict[str, Any]:
-    """What the figures were measured on: system, processor count, memory in bytes, Python."""
+    """System, processor count, memory in bytes and Python version."""
     return {
         "system": platform.system(),
         "architecture": platform.machine(),
@@ -259,7 +234,7 @@ def machine_facts() -> dict[str, Any]:
 
 
 def file_sha256(*paths: Path) -> str:
-    """Hex SHA-256 over the bytes of `paths`, one after another."""
+    """Hex SHA-256 over the concatenated bytes of `paths`."""
     digest = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:

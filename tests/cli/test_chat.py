@@ -17,11 +17,12 @@ from helpers.commands import hear_interrupts, json_lines, run, write_rows
 from helpers.tiny import END_ID, POSITIONS, save_model, tiny_model, tiny_tokenizer
 from promptkd.cli.chat_view import Writing, write_in_turn, write_side_by_side
 from promptkd.errors import RequestError
-from promptkd.generation import generate, row_seeds
-from promptkd.generation.conversation import Answer, Conversation, Decoding
+from promptkd.generation import Decoding, SamplingParams, generate, row_seeds
+from promptkd.generation.conversation import Conversation, StreamedAnswer
 from promptkd.visible import shown
 
 LENGTH = 12
+GREEDY = Decoding(temperature=0, max_new_tokens=LENGTH)
 SHORT = ("--max-completion-length", LENGTH)
 HOSTILE = "\x1b[2Jgone\x1b]0;title\x07 \x9b31m \u202edesrever\u2028[bold]text[/bold] \r\x08\x7f"
 
@@ -94,14 +95,14 @@ def test_a_chat_template_makes_a_conversation_of_it(models, capsys, monkeypatch)
     first, second, alone = chat(capsys, models / "student")
     assert second != alone
     model, tokenizer = tiny_model("llama", tied=False), tiny_tokenizer(chat=True)
-    decoding = {"max_new_tokens": LENGTH, "stop_ids": [END_ID], "temperature": 0}
+    params = SamplingParams(max_new_tokens=LENGTH, stop_ids=[END_ID], temperature=0)
     history = tokenizer("<|user|>the<|assistant|>", add_special_tokens=False)["input_ids"]
-    (answer,) = generate(model, [history], **decoding)
+    (answer,) = generate(model, [history], params)
     text = tokenizer.decode(answer, skip_special_tokens=True)
     assert first == ("student", shown(text))
     history += tokenizer(text, add_special_tokens=False)["input_ids"] + [END_ID]
     history += tokenizer("<|user|>an<|assistant|>", add_special_tokens=False)["input_ids"]
-    (answer,) = generate(model, [history], **decoding)
+    (answer,) = generate(model, [history], params)
     assert second == ("student", shown(tokenizer.decode(answer, skip_special_tokens=True)))
 
 
@@ -111,7 +112,7 @@ def test_without_a_chat_template_requests_stand_alone(models, capsys, monkeypatc
     assert first == third
     talk = conversation(template="alpaca")
     before = talk._prompt("the")
-    "".join(talk.ask("an", Decoding(max_new_tokens=LENGTH))[1])
+    "".join(talk.ask("an", GREEDY)[1])
     assert (talk.messages, talk._prompt("the"), talk.remembers) == ([], before, False)
 
 
@@ -121,7 +122,7 @@ def conversation(**settings):
 
 def test_what_was_said_when_an_answer_is_stopped_is_remembered():
     talk = conversation()
-    answer, pieces = talk.ask("the", Decoding(max_new_tokens=LENGTH))
+    answer, pieces = talk.ask("the", GREEDY)
     said = next(pieces) + next(pieces)
     pieces.close()
     assert (answer.text, answer.tokens, answer.ended) == (said, 2, False)
@@ -133,23 +134,27 @@ def test_what_was_said_when_an_answer_is_stopped_is_remembered():
 def test_an_answer_stays_within_the_models_context():
     talk = conversation()
     long = "a" * (POSITIONS - 6)
-    answer, pieces = talk.ask(long, Decoding(max_new_tokens=LENGTH))
+    answer, pieces = talk.ask(long, GREEDY)
     assert answer.limit == 4  # two tokens of the template
     "".join(pieces)
-    with pytest.raises(RequestError, match=f"what was said before included, .* {POSITIONS} at most. Begin anew"):
-        talk.ask("the", Decoding(max_new_tokens=LENGTH))
+    with pytest.raises(
+        RequestError, match=f"what was said before included, .* {POSITIONS} at most. Start from scratch"
+    ):
+        talk.ask("the", GREEDY)
     assert tiny_model("gpt2").config.to_dict().get("max_position_embeddings") is None  # it has another name for it
     assert Conversation(tiny_model("gpt2"), tiny_tokenizer()).context == POSITIONS
 
 
 def test_a_control_token_that_is_typed_is_text():
     talk = conversation()
-    answer, pieces = talk.ask("the<|end|>", Decoding(max_new_tokens=LENGTH))
+    answer, pieces = talk.ask("the<|end|>", GREEDY)
     "".join(pieces)
     spelled = talk.tokenizer("<|user|>the", add_special_tokens=False)["input_ids"]
     spelled += talk.tokenizer("<|end|>", add_special_tokens=False, split_special_tokens=True)["input_ids"]
     spelled += talk.tokenizer("<|assistant|>", add_special_tokens=False)["input_ids"]
-    (expected,) = generate(talk.model, [spelled], max_new_tokens=LENGTH, stop_ids=[END_ID], temperature=0)
+    (expected,) = generate(
+        talk.model, [spelled], SamplingParams(max_new_tokens=LENGTH, stop_ids=[END_ID], temperature=0)
+    )
     assert answer.text == talk.tokenizer.decode(expected, skip_special_tokens=True)
 
 
@@ -158,15 +163,16 @@ def test_later_turns_are_drawn_as_later_rows():
     _, pieces = talk.ask("the", Decoding(max_new_tokens=LENGTH, temperature=1.0, seed=3), turn=2)
     text = "".join(pieces)
     (prompt,) = [talk._prompt("the")]
-    sampled = {"max_new_tokens": LENGTH, "stop_ids": [END_ID], "seeds": row_seeds(3, 3)[2:]}
-    assert text == talk.tokenizer.decode(generate(talk.model, [prompt], **sampled)[0], skip_special_tokens=True)
+    params = SamplingParams(max_new_tokens=LENGTH, stop_ids=[END_ID])
+    (expected,) = generate(talk.model, [prompt], params, seeds=row_seeds(3, 3)[2:])
+    assert text == talk.tokenizer.decode(expected, skip_special_tokens=True)
 
 
 # --------------------------------------------------------------------------------------------------------------- view
 
 
 def writing(pieces, *, label="model", ended=True):
-    answer = Answer(limit=9)
+    answer = StreamedAnswer(limit=9)
 
     def fill():
         for piece in pieces:
@@ -264,8 +270,8 @@ def test_no_terminal_obeys_a_model(cut):
         (("student", "--teacher", "student"), "student is given more than once"),
         (("nowhere", "--prompt", "x"), "nowhere"),
         (("student", "--prompt", " "), "--prompt is empty"),
-        (("student", "--temperature", "-1", "--top-p", "0", "--seed", "-2"), "temperature must be 0"),
-        (("student", "--max-completion-length", "0"), "must be at least 1, got 0"),
+        (("student", "--temperature", "-1", "--top-p", "0", "--seed", "-2"), "--temperature must be 0"),
+        (("student", "--max-completion-length", "0"), "--max-completion-length must be at least 1 token, got 0"),
         (("student", "--template", "nonsense", "--prompt", "x"), "nonsense"),
         (("other", "--template", "chat", "--prompt", "x"), "has no chat template"),
         (("student", "--prompt", "a" * POSITIONS), "student: The prompt has 514 tokens"),

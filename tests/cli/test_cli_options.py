@@ -32,7 +32,7 @@ from typing import Literal
 from promptkd.errors import PromptKDError, RequestError
 
 TRAINING_CONFIG = "toy_lazy:ToyConfig"
-COMMON_TRAINING_FLAGS = {"learning_rate": ("NUMBER", "Step size of the optimiser.")}
+COMMON_TRAINING_FLAGS = {"learning_rate": ("NUMBER", "Step size of the optimizer.")}
 
 
 @dataclass
@@ -347,8 +347,8 @@ def test_everything_wrong_is_reported_at_once_a_line_each() -> None:
         "4 things are wrong with the request:",
         "  - --temperature expects a finite number. Got 'hot'.",
         "  - --oot is unknown. Did you mean --out?",
-        "  - --model is missing: Folder or hub name of the model.",
         "  - --data is missing: Files of rows.",
+        "  - --model is missing: Folder or hub name of the model.",
         "`promptkd toy --help` explains the flags.",
     ]
 
@@ -492,9 +492,9 @@ def test_values_of_the_file(config, line: str, name: str, value: Any) -> None:
         ("model: M\nout: [a\n", "toy.yaml, line 3: not readable as YAML:"),
         ("model: M\n\tout: x\n", "toy.yaml, line 2: not readable as YAML:"),
         ("a: !!python/name:os.system\n", "toy.yaml, line 1: not readable as YAML:"),
-        ("model: M\nmodel: N\n", "toy.yaml, line 2: not readable as YAML: the key 'model' stands twice."),
-        ("extra: {a: 1, a: 2}\n", "the key 'a' stands twice"),
-        ("max-steps: 1\nmax_steps: 1\n", "toy.yaml: max_steps stands twice, once as max_steps."),
+        ("model: M\nmodel: N\n", "toy.yaml, line 2: not readable as YAML: duplicate key 'model'."),
+        ("extra: {a: 1, a: 2}\n", "duplicate key 'a'"),
+        ("max-steps: 1\nmax_steps: 1\n", "toy.yaml: duplicate key max_steps, once spelled max_steps."),
         ("max_prompt_lenght: 8\n", "toy.yaml: the key max_prompt_lenght is unknown. Did you mean max_prompt_length?"),
         ("lerning-rate: 8\n", "toy.yaml: the key lerning_rate is unknown. Did you mean learning_rate?"),
         ("7: 8\n", "toy.yaml: the key 7 is unknown."),
@@ -576,7 +576,11 @@ def test_a_configuration_that_cannot_be_written_leaves_the_old_one(tmp_path: Pat
 def test_help_shows_groups_defaults_and_types(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["toy", "--help"]) == 0
     text = capsys.readouterr().out
-    assert text.startswith("promptkd toy: Do something with a model.\n\nUsage: promptkd toy --model TEXT --data PATH")
+    assert text.startswith(
+        "promptkd toy: Do something with a model.\n\nUsage: promptkd toy --data PATH [PATH ...] --model TEXT"
+    )
+        "promptkd toy: Do something with a model.\n\nUsage: promptkd toy --data PATH [PATH ...] --model TEXT"
+    )
     assert "\nIt takes these two lines and fills them into one paragraph.\n" in text
     assert "\n    promptkd toy --model M --data D   # an example, as it stands\n" in text
     titles = ["\nRequired\n", "\nOptions\n", "\nTraining flags in common use\n", "\nWith every command\n"]
@@ -588,7 +592,7 @@ def test_help_shows_groups_defaults_and_types(capsys: pytest.CaptureFixture[str]
     assert "  --direction forward|reverse\n      Which divergence. Default: reverse.\n" in text
     assert "  --limit INTEGER|none\n      How many rows, all by default. Default: none.\n" in text
     assert "  --seeds INTEGER [INTEGER ...]\n      Seeds. Default: 10 20.\n" in text
-    assert "  --learning-rate NUMBER\n      Step size of the optimiser.\n" in text
+    assert "  --learning-rate NUMBER\n      Step size of the optimizer.\n" in text
     assert max(map(len, text.splitlines())) <= 100
 
 

@@ -169,6 +169,7 @@ def test_distill(world, tmp_path, capsys, method):
     assert not any(info.values())
     start = AutoModelForCausalLM.from_pretrained(world.student)
     assert all(not torch.equal(new, old) for new, old in zip(loaded.parameters(), start.parameters(), strict=True))
+    assert weights(saved) == weights(out / "checkpoints" / "checkpoint-3")
 
 
 def test_the_prompt_loads_in_peft_on_the_teacher(world, tmp_path, capsys):
@@ -176,13 +177,11 @@ def test_the_prompt_loads_in_peft_on_the_teacher(world, tmp_path, capsys):
     done(capsys, *distill(world, out, "--prompt_length", 5, "--prompt_learning_rate", 0.1))
     teacher = AutoModelForCausalLM.from_pretrained(world.teacher)
     ids = torch.tensor([[5, 9, 12]])
-    plain = teacher(ids).logits
     prompted = PeftModel.from_pretrained(teacher, out / "prompt")(input_ids=ids).logits
     saved = load_file(out / "prompt" / "adapter_model.safetensors")["prompt_embeddings"]
     assert saved.shape == (5, 24)
     whole = teacher(inputs_embeds=torch.cat([saved, teacher.get_input_embeddings()(ids)[0]])[None]).logits
     torch.testing.assert_close(prompted, whole)
-    assert not torch.allclose(prompted[:, -3:], plain, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -363,7 +362,7 @@ def test_a_run_that_was_interrupted_ends_like_one_that_was_not(world, tmp_path, 
         ran = run(capsys, *longer(command(world, tmp_path / "cut")))
     assert ran.status == 130
     request = shlex.join(map(str, [*longer(command(world, tmp_path / "cut")), "--resume"]))
-    assert ran.err.endswith(f"\npromptkd {command.__name__}: Interrupted. To go on: promptkd {request}\n")
+    assert ran.err.endswith(f"\npromptkd {command.__name__}: Interrupted. To resume: promptkd {request}\n")
     assert "Traceback" not in ran.err
     assert held(tmp_path / "cut") == {"config.yaml", "metrics.jsonl", "checkpoints/checkpoint-3"}
     assert len(steps(tmp_path / "cut")) == after

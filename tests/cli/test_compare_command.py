@@ -128,7 +128,7 @@ WRONG = {
     "missing file": (("a.json", "none.json"), "Expected a results file at none.json"),
     "a page": (("a.json", "page.html"), "page.html is not a results record"),
     "no evaluation": (("a.json", "empty.json"), "empty.json holds no evaluation to compare: it is the record of `sft`"),
-    "the same label twice": (("a.json", "again.json"), "a is there twice; name a run by LABEL=RUN"),
+    "the same label twice": (("a.json", "again.json"), "Got a twice; name a run by LABEL=RUN"),
     "no shared data": (("a.json", "other.json"), "share no data set: a has rows of test; b has rows of elsewhere"),
     "another decoding": (("a.json", "longer.json"), "a and b differ on test in max_new_tokens (8 and 9)"),
     "one name for two": (("x=two.json", "a.json"), "x=two.json gives one name to 2 models: c, d"),

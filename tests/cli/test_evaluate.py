@@ -27,7 +27,7 @@ from helpers.commands import (
     write_rows,
 )
 from promptkd.evaluation import distinct, rouge_1_scores, rouge_l_scores
-from promptkd.evaluation.bootstrap import mean_interval, token_mean_interval
+from promptkd.evaluation.statistics import mean_interval, token_mean_interval
 from promptkd.results import Evaluation, Results, Training
 
 FIELDS = {"row", "prompt", "references", "response", "ended", "token_ids", "rouge_l", "exact_match"}
@@ -143,7 +143,11 @@ def test_the_kl_is_taken_on_the_models_own_distribution_however_answers_are_samp
     done(capsys, *evaluate(world, tmp_path / "cut.json", *teacher, "--top-k", 2, "--temperature", 0.5))
     (plain,), (cut,) = (Results.read(tmp_path / f"{name}.json").evaluations for name in ("plain", "cut"))
     assert plain.metrics["kl_to_teacher"].value == pytest.approx(cut.metrics["kl_to_teacher"].value)
-    assert [a.response for a in plain.samples] != [b.response for b in cut.samples]
+    answers = tmp_path / "answers.jsonl"
+    request = ("generate", "--model", world.student, "--data", world.test, "--out", answers, *LIMITS)
+    for evaluation, decoding in ((plain, ()), (cut, ("--top-k", 2, "--temperature", 0.5))):
+        done(capsys, *request, *decoding, "--overwrite")
+        assert [line["completion"] for line in json_lines(answers)] == [each.response for each in evaluation.samples]
 
 
 def test_a_model_keeps_its_name_and_alike_data_sets_are_told_apart(world, tmp_path, capsys):

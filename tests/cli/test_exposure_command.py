@@ -12,7 +12,7 @@ from helpers.commands import LIMITS, TEMPLATE, TRAINING, World, done, held, make
 from helpers.tiny import END_ID, VOCABULARY, save_model, tiny_model, tiny_tokenizer
 from promptkd.cli.exposure_table import exposure_table
 from promptkd.data import encode_examples, read_examples
-from promptkd.evaluation import ExposureBias, exposure_bias, sample_continuations
+from promptkd.evaluation import Decoding, ExposureBias, Scoring, exposure_bias, sample_continuations
 from promptkd.models import SoftPrompt, load_model, load_tokenizer
 from promptkd.results import CurvePoint, Metric, Results
 
@@ -37,10 +37,10 @@ def in_python(world, name, *, prompt=None, samples_per_row=3, ended="leave"):
         read_examples(world.test), tokenizer, TEMPLATE, max_prompt_length=40, need_response=False
     ).examples
     prompts = [row.prompt_ids for row in rows]
-    settings = {"samples_per_row": samples_per_row, "max_new_tokens": 8, "stop_ids": [END_ID], "vocabulary": VOCABULARY}
-    mine = sample_continuations(student, prompts, **settings)
-    theirs = sample_continuations(teacher, prompts, prompt=prompt, **settings)
-    return exposure_bias(student, teacher, prompts, mine, theirs, prompt=prompt, ended=ended, vocabulary=VOCABULARY)
+    decoding = Decoding(max_new_tokens=8, stop_ids=[END_ID], vocabulary=VOCABULARY)
+    mine = sample_continuations(student, prompts, decoding, samples_per_row=samples_per_row)
+    theirs = sample_continuations(teacher, prompts, decoding, samples_per_row=samples_per_row, prompt=prompt)
+    return exposure_bias(student, teacher, prompts, mine, theirs, Scoring(prompt, VOCABULARY), ended=ended)
 
 
 def test_two_students_on_one_record(world, tmp_path, capsys):

@@ -196,7 +196,7 @@ CASES = {
     "unknown method": Case(distill("--method", "promptk"), "Got 'promptk'"),
     "negative learning rate": Case(distill("--learning-rate=-1"), "learning_rate must be 0 or more, got -1"),
     "all of the settings wrong": Case(
-        distill("--prompt_length=-1", "--prompt_kl", "sideways", "--temperature", 0), "; temperature must be above 0"
+        distill("--prompt_length=-1", "--mu", 2, "--temperature", 0), "; temperature must be above 0"
     ),
     "too short for the template": Case(
         evaluate("--max_prompt_length", 9), "The shortest prompt has 139 tokens, template included, and the limit is 9"
@@ -304,13 +304,13 @@ CASES |= {
 CASES |= {
     "a YAML tag that would run code": Case(data("answers.jsonl", "--config", "W/h/tag.yaml"), "not readable as YAML: "),
     "ten lines of YAML that mean billions": Case(sft("--config", "W/h/billion.yaml"), "holds more than 10000 values"),
-    "YAML inside of itself": Case(evaluate("--config", "W/h/itself.yaml"), "an alias stands inside of itself"),
-    "a YAML key twice": Case(prune("--config", "W/h/twice.yaml"), "the key 'limit' stands twice"),
+    "YAML inside of itself": Case(evaluate("--config", "W/h/itself.yaml"), "an alias contains itself"),
+    "a YAML key twice": Case(prune("--config", "W/h/twice.yaml"), "duplicate key 'limit'"),
     "YAML in UTF-16": Case(exposure("--config", "W/h/utf16.yaml"), "--config expects a YAML file in UTF-8"),
     "a YAML list": Case(judge("--config", "W/h/list.yaml"), "expected a mapping such as"),
     "YAML nested 5,000 deep": Case(distill("--config", "W/h/deep.yaml"), "W/h/deep.yaml: not readable as YAML"),
     "YAML that breaks off": Case(generate("--config", "W/h/text.yaml"), "W/h/text.yaml, line 2: not readable as YAML"),
-    "half a surrogate pair in YAML": Case(generate("--config", "W/h/half.yaml"), "no character of UTF-8"),
+    "half a surrogate pair in YAML": Case(generate("--config", "W/h/half.yaml"), "is not valid UTF-8"),
     "a NUL byte in a path": Case(("compare", "a", "--config", "W/h/nul.yaml"), "out expects a path"),
     "YAML of 1.6 MB": Case(("chat", "a", "--config", "W/h/large.yaml"), "it holds more than 1 MiB"),
     "a named pipe of YAML": Case(export("a", "--config", "W/h/pipe.yaml"), "it is a named pipe"),
@@ -331,8 +331,8 @@ CASES |= {
     "a demo over somebody's files": Case(("demo", "--overwrite", "--out", "W/notes"), "holds notes.txt, which no run"),
     "a flag twice": Case(sft("--limit", 1, "--limit", 2), "--limit is given twice"),
     "a switch on and off": Case(evaluate("--greedy", "--no-greedy"), "--no-greedy is given twice, first as --greedy"),
-    "text that is no UTF-8": Case(generate("--template", "{{ instruction }}\udcff"), "no character of UTF-8"),
-    "a path that is no UTF-8": Case(generate(out="\udcff"), "--out holds what is no character of UTF-8"),
+    "text that is no UTF-8": Case(generate("--template", "{{ instruction }}\udcff"), "is not valid UTF-8"),
+    "a path that is no UTF-8": Case(generate(out="\udcff"), "--out is not valid UTF-8"),
     "a template of 5,000 digits": Case(
         generate("--template", f"{{{{ instruction * {'9' * 5000} }}}}"), "does not compile"
     ),
@@ -415,7 +415,7 @@ CASES |= {
     "a record with a surplus key": Case(("compare", "W/r/surplus.json"), "accuracy: Extra inputs are not permitted"),
     "a record of wrong types": Case(report("W/r/types.json"), "evaluations: Input should be a valid array"),
     "a record without figures": Case(("compare", "W/r/empty.json"), "holds no evaluation to compare"),
-    "a record in UTF-16": Case(report("W/r/utf16.json"), "W/r/utf16.json: it is no text in UTF-8"),
+    "a record in UTF-16": Case(report("W/r/utf16.json"), "W/r/utf16.json: it is not valid UTF-8"),
     "a record nested 100,000 deep": Case(report("W/r/deep.json"), "W/r/deep.json is not a results record"),
     "a record that breaks off": Case(("compare", "W/r/torn.json"), "W/r/torn.json is not a results record"),
     "a record of 2 GiB": Case(report("W/r/endless.json"), "it holds more than 1024 MiB"),

@@ -12,7 +12,7 @@ from promptkd.errors import RequestError
 from promptkd.methods import METHODS
 from promptkd.results import Results
 
-FOLDER = Path(__file__).parents[1] / "recipes"
+FOLDER = Path(__file__).parents[2] / "recipes"
 RECIPES = {path.stem: path for path in sorted(FOLDER.glob("*.yaml")) if path.stem != "study"}  # see test_study
 REQUIRED = ("--student", "S", "--teacher", "T", "--data", "D", "--out", "O")
 

@@ -6,6 +6,7 @@ graph is called instead of replayed. On a machine with CUDA, test_engines.py and
 
 import gc
 import inspect
+from dataclasses import replace
 from importlib import reload
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import scaled_dot_product_attention
 
+from helpers.standins import StandIn
 from helpers.tiny import tiny_model
 from promptkd.data.batch import right_pad
 from promptkd.engine import Head, chunked_objective, chunked_prompt_loss
@@ -21,7 +23,7 @@ from promptkd.engine.chunked_loss import chunked_cross_entropy
 from promptkd.engine.cuda import ENGINE, attention, decoding, head
 from promptkd.engine.reference import DynamicCacheDecoder, PaddedScorer
 from promptkd.engine.verify import first_verified
-from promptkd.generation import generate
+from promptkd.generation import SamplingParams, generate
 from promptkd.objectives import reverse_kl
 from promptkd.objectives.kernels import PLAIN_KERNELS
 
@@ -55,7 +57,7 @@ def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=No
 @pytest.fixture(autouse=True)
 def on_cpu(monkeypatch):
     wide = {torch.float32, torch.float64, torch.bfloat16}
-    monkeypatch.setattr(attention.varlen, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(attention, "varlen", StandIn(attention.varlen, varlen_attn=varlen_attn))
     monkeypatch.setattr(attention, "_GROUPED", {})
     monkeypatch.setattr(attention, "_DTYPES", wide)
     monkeypatch.setattr(head, "_product", lambda left, right: left.float() @ right.float())
@@ -185,12 +187,12 @@ def test_a_model_is_let_go_with_its_store():
 def test_generate_writes_what_the_reference_writes(architecture, as_cuda, monkeypatch):
     """Rows end at different tokens, between two looks; what they write until they leave is dropped."""
     model = models(architecture)
-    settings = {"max_new_tokens": [40, 3, 20, 35], "stop_ids": [7, 30], "seeds": [1, 2, 3, 4]}
-    got = generate(model, PROMPTS, **settings)
-    greedy = generate(model, PROMPTS, **settings, temperature=0)
+    params, seeds = SamplingParams(max_new_tokens=[40, 3, 20, 35], stop_ids=[7, 30]), [1, 2, 3, 4]
+    got = generate(model, PROMPTS, params, seeds=seeds)
+    greedy = generate(model, PROMPTS, replace(params, temperature=0))
     monkeypatch.setenv("PROMPTKD_ENGINE", "reference")
-    assert got == generate(model, PROMPTS, **settings)
-    assert greedy == generate(model, PROMPTS, **settings, temperature=0)
+    assert got == generate(model, PROMPTS, params, seeds=seeds)
+    assert greedy == generate(model, PROMPTS, replace(params, temperature=0))
     assert {len(each) for each in got} != {40, 3, 20, 35}  # some ended by themselves
 
 
@@ -345,7 +347,7 @@ def distance(got, expected):
 
 def test_what_is_made_in_inference_mode_serves_outside_of_it(as_cuda):
     model, batch = tiny_model("llama"), batch_of()
-    settings = {"max_new_tokens": 5, "stop_ids": [], "temperature": 0}
+    greedy = SamplingParams(max_new_tokens=5, temperature=0)
 
     def loss():
         hidden = FUSED_LAYERS.hidden(model, batch, None)
@@ -354,9 +356,9 @@ def test_what_is_made_in_inference_mode_serves_outside_of_it(as_cuda):
 
     with torch.autocast("cpu", dtype=torch.bfloat16):
         with torch.inference_mode():
-            first = generate(model, PROMPTS, **settings)
+            first = generate(model, PROMPTS, greedy)
             loss()
-        assert generate(model, PROMPTS, **settings) == first
+        assert generate(model, PROMPTS, greedy) == first
         assert abs(float(loss().detach())) < 1e-3
 
 
@@ -373,7 +375,7 @@ def test_two_sessions_of_one_model_are_refused():
 def test_rows_that_have_ended_stay_within_the_table_of_positions(as_cuda):
     model = tiny_model("gpt2", n_positions=32)
     prompts, limits = [[5] * 28, [7, 8]], [4, 25]
-    written = generate(model, prompts, max_new_tokens=limits, stop_ids=[], temperature=0)
+    written = generate(model, prompts, SamplingParams(max_new_tokens=limits, temperature=0))
     assert [len(each) for each in written] == limits
 
 

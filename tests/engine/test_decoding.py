@@ -12,7 +12,7 @@ from promptkd.engine.cpu import ENGINE, onednn
 from promptkd.engine.cpu.onednn import OneDNNLinear, onednn_linears, onednn_multiplies
 from promptkd.engine.fused_decoder import FusedDecoder, supports_fused_decoder
 from promptkd.engine.packed import supports_packing
-from promptkd.generation import generate
+from promptkd.generation import SamplingParams, generate
 
 PROMPTS = ([5, 9, 11, 2, 40, 7, 7, 30, 12, 1], [3], [5, 9, 4, 60])
 ROWS = len(PROMPTS)
@@ -244,11 +244,11 @@ def test_generate_decodes_with_it_and_finished_rows_leave(monkeypatch):
         return step(self, tokens, *further)
 
     monkeypatch.setattr(FusedDecoder, "__call__", noted)
-    asked = {"max_new_tokens": [4, 1, 3], "stop_ids": [], "temperature": 0}
-    written = generate(model, PROMPTS, **asked)
+    params = SamplingParams(max_new_tokens=[4, 1, 3], temperature=0)
+    written = generate(model, PROMPTS, params)
     assert rows == [2, 2, 1, 2, 2, 1]  # first the trial
     monkeypatch.setenv("PROMPTKD_ENGINE", "reference")
-    assert generate(model, PROMPTS, **asked) == written
+    assert generate(model, PROMPTS, params) == written
     assert len(rows) == 6
 
 
@@ -340,7 +340,7 @@ def test_under_autocast_layers_are_laid_out_in_bfloat16_where_onednn_multiplies_
             assert ("forward" in vars(model.lm_head)) == units
             got = model(ids).logits
         assert (first_verified(ENGINE.decoders, model) is fused_way) == (architecture == "llama")
-        written = generate(model, PROMPTS, max_new_tokens=6, stop_ids=[], temperature=0)
+        written = generate(model, PROMPTS, SamplingParams(max_new_tokens=6, temperature=0))
     assert got.dtype == expected.dtype == torch.bfloat16
     torch.testing.assert_close(got, expected, rtol=2e-2, atol=0.2)
     assert [len(each) for each in written] == [6, 6, 6]

@@ -16,7 +16,7 @@ from promptkd.data.batch import right_pad
 from promptkd.engine import engine_for, response_hidden
 from promptkd.engine.resolve import ENGINES, VARIABLE
 from promptkd.errors import RequestError
-from promptkd.generation import generate
+from promptkd.generation import SamplingParams, generate
 from promptkd.methods import Pair
 from promptkd.objectives import reverse_kl
 from promptkd.training import teacher_tuner
@@ -174,7 +174,7 @@ def test_greedy_tokens_in_bfloat16_are_the_best_or_nearly(architecture, kind, de
     for engine in ("", "reference"):
         monkeypatch.setenv(VARIABLE, engine)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
-            written = generate(model, prompts, max_new_tokens=12, stop_ids=[], temperature=0)
+            written = generate(model, prompts, SamplingParams(max_new_tokens=12, temperature=0))
         lacking = torch.cat([short_of_best(wide, *each, device) for each in zip(prompts, written, strict=True)])
         assert float(lacking.max()) < SHORT_OF_BEST
         assert float((lacking == 0).double().mean()) > 0.9

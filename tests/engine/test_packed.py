@@ -179,7 +179,6 @@ def test_fused_layers_equal_the_models_own(architecture, monkeypatch):
     assert len(run) == 4
     assert relative_gap(ours, theirs) < 1e-6
     assert relative_gap(our_gradient, their_gradient) < 1e-5
-    assert not torch.equal(ours, theirs)  # another way was taken
 
 
 def test_layers_with_lora_are_fused_too():
@@ -318,7 +317,6 @@ def test_a_model_that_mixes_the_rows_of_a_pack_is_scored_padded(monkeypatch, cap
 
 def test_the_reference_engine_packs_nothing(monkeypatch):
     model, batch = model_of("llama"), random_batch(0)
-    assert not torch.equal(response_hidden(model, batch), padded_way.hidden(model, batch, None))
     monkeypatch.setenv("PROMPTKD_ENGINE", "reference")
     (only,) = engine_for(torch.device("cpu")).scorers
     assert isinstance(only, PaddedScorer)

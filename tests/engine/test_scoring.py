@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from torch import nn
 
+from helpers.standins import OnResults
 from helpers.tiny import ARCHITECTURES, END_ID, VOCABULARY, tiny_model
 from promptkd.data.batch import TokenBatch, right_pad
 from promptkd.engine import check_scoring, head_logits, head_size, linear_head, response_hidden, response_logits
@@ -216,19 +217,16 @@ def test_the_prompts_gradient_is_a_float64_finite_difference(architecture, direc
 
 @every_architecture
 @with_and_without
-def test_only_response_positions_reach_the_head(architecture, length, monkeypatch):
+def test_only_response_positions_reach_the_head(architecture, length):
     model, batch = tiny_model(architecture), batch_of(ROWS)
     rows: list[int] = []
-    linear = torch.nn.functional.linear
 
-    def counting(inputs, weight, bias=None):
+    def count(result, inputs, weight, bias=None):
         if len(weight) == VOCABULARY:  # no other size of a tiny model equals it
             rows.append(inputs.numel() // inputs.shape[-1])
-        return linear(inputs, weight, bias)
 
-    monkeypatch.setattr(torch.nn.functional, "linear", counting)
-    monkeypatch.setattr("promptkd.engine.heads.linear", counting)
-    scored(model, batch, vectors(model, length))
+    with OnResults(torch.nn.functional.linear, count):
+        scored(model, batch, vectors(model, length))
     assert rows == [batch.response_tokens] == [23]
 
 

@@ -9,9 +9,9 @@ import pytest
 from promptkd.errors import RequestError
 from promptkd.evaluation.comparison import compare
 from promptkd.evaluation.pairing import Candidate
-from promptkd.report.compared import compared_sentences, compared_text
-from promptkd.report.differences import difference_table, verdict
-from promptkd.report.sentences import comparison_sentences
+from promptkd.evaluation.statistics import Bootstrap
+from promptkd.report.differences import compared_sentences, comparison_sentences, difference_table, verdict
+from promptkd.report.terminal import compared_text
 from promptkd.results import DataRecord, Evaluation, Metric, ModelRecord, Results, RowResult, Training
 
 SAMPLED = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 64}
@@ -102,7 +102,7 @@ def test_the_interval_is_that_of_a_plain_bootstrap_of_rows():
             for label, kl, count in zip("ab", kls, tokens, strict=True)
         ],
         better,
-        resamples=4000,
+        bootstrap=Bootstrap(resamples=4000),
     )
     draws = []
     for _ in range(4000):
@@ -268,7 +268,7 @@ def test_rows_of_changed_data_are_paired_by_index_and_prompt():
     runs = [candidate("a", evaluation(before)), candidate("b", evaluation(after), sha256="cd" * 32)]
     made = compare(runs, better, allow_different=True)
     assert (made.differences[0].difference.value, made.differences[0].difference.rows) == (4, 2)
-    assert "On test the 2 rows that all hold were compared, of 4." in made.notes
+    assert "On test the 2 rows that all have were compared, of 4." in made.notes
 
 
 def test_answers_that_one_run_lacks_are_a_difference():
@@ -299,7 +299,7 @@ def test_sets_that_not_all_were_measured_on_are_told():
     ("runs", "message"),
     [
         ([plain("a", [1, 2])], "two models or more. Got a"),
-        ([plain("a", [1, 2]), plain("a", [1, 2])], "a is there twice; name a run by LABEL=RUN"),
+        ([plain("a", [1, 2]), plain("a", [1, 2])], "Got a twice; name a run by LABEL=RUN"),
         (
             [plain("a", [1]), candidate("b", evaluation(answers({"rouge_l": [1]}), data="other"))],
             "share no data set: a has rows of test; b has rows of other",
@@ -332,7 +332,7 @@ def test_an_unknown_baseline_is_refused():
 # ---- what it claims ----
 
 
-def claims(draw: Callable[[np.random.Generator], dict], trials: int, *, rows=40, tokens=None, **settings) -> list[int]:
+def claims(draw: Callable[[np.random.Generator], dict], trials: int, *, rows=40, resamples=400) -> list[int]:
     """How many differences each trial claims: `draw` gives scores of shape (2, rows) by metric."""
     rng = np.random.default_rng(7)
     empty = {name: np.zeros(rows) for name in draw(rng)}
@@ -344,7 +344,7 @@ def claims(draw: Callable[[np.random.Generator], dict], trials: int, *, rows=40,
         for model, each in enumerate(samples):
             for answer in each:
                 answer.scores = {name: float(table[model, answer.row]) for name, table in scores.items()}
-        made = compare(pair, better, resamples=settings.get("resamples", 400), draws=199, seed=trial)
+        made = compare(pair, better, bootstrap=Bootstrap(resamples, seed=trial), draws=199)
         found.append(sum(verdict(each) in ("better", "worse") for each in made.differences))
     return found
 

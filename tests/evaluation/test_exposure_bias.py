@@ -1,7 +1,6 @@
 """ExAccErr: a literal double loop, every continuation enumerated, samplers that agree, and errors that compound."""
 
 import math
-from importlib import import_module
 from itertools import pairwise
 
 import numpy as np
@@ -13,10 +12,10 @@ from helpers.tiny import VOCABULARY, tiny_model, tiny_tokenizer
 from helpers.trainers import pair
 from promptkd.engine import head_logits
 from promptkd.errors import PromptKDError, RequestError
-from promptkd.evaluation import ExposureBias, exposure_bias, sample_continuations
+from promptkd.evaluation import Bootstrap, ExposureBias, Scoring, exposure_bias, sample_continuations
 from promptkd.evaluation.accumulated_error import excess_accumulated_error
 from promptkd.evaluation.exposure_bias import token_errors
-from promptkd.generation import generate, row_seeds
+from promptkd.generation import Decoding, SamplingParams, generate, row_seeds
 from promptkd.models import SoftPrompt
 
 STOP = 3
@@ -111,7 +110,7 @@ def test_it_equals_a_literal_double_loop(ended, prompted):
 
     on_student, on_teacher = literal(mine), literal(theirs)
     got = exposure_bias(
-        student, teacher, requests, mine, theirs, prompt=prompt, vocabulary=vocabulary, ended=ended, batch_size=5
+        student, teacher, requests, mine, theirs, Scoring(prompt, vocabulary, batch_size=5), ended=ended
     )
     assert [point.x for point in got.points] == list(range(1, 7))
     assert values(got.points) == pytest.approx(literal_curve(on_student, on_teacher, ended), rel=1e-9, abs=1e-9)
@@ -167,10 +166,9 @@ def test_logits_are_held_for_few_tokens_at_a_time(monkeypatch):
         seen.append(len(hidden))
         return head_logits(model, hidden, **settings)
 
-    module = import_module("promptkd.evaluation.exposure_bias")  # the package has a function of that name
-    monkeypatch.setattr(module, "head_logits", noted)
+    monkeypatch.setattr("promptkd.evaluation.likelihood.head_logits", noted)
     samples = [[[each % 90 for each in range(100)]] * 2 for _ in range(4)]
-    exposure_bias(student, teacher, some_requests(), samples, samples, batch_size=8)
+    exposure_bias(student, teacher, some_requests(), samples, samples, Scoring(batch_size=8))
     assert sum(seen) == 2 * 2 * 800
     assert max(seen) == 256
 
@@ -202,10 +200,10 @@ def test_there_is_no_interval_of_one_row_or_where_resamples_miss_the_few_rows_th
 def test_equal_seeds_give_equal_intervals_and_resamples_in_blocks_too(monkeypatch):
     generator = np.random.default_rng(0)
     made = [errors(*([generator.gamma(2, size=4)] for _ in range(12))) for _ in range(2)]
-    whole = excess_accumulated_error(*made, seed=3, resamples=500)
-    assert excess_accumulated_error(*made, seed=4, resamples=500) != whole
-    monkeypatch.setattr("promptkd.evaluation.accumulated_error._BLOCK", 100)
-    assert excess_accumulated_error(*made, seed=3, resamples=500) == whole
+    whole = excess_accumulated_error(*made, bootstrap=Bootstrap(500, seed=3))
+    assert excess_accumulated_error(*made, bootstrap=Bootstrap(500, seed=4)) != whole
+    monkeypatch.setattr("promptkd.evaluation.statistics._BLOCK", 100)
+    assert excess_accumulated_error(*made, bootstrap=Bootstrap(500, seed=3)) == whole
 
 
 def test_intervals_hold_zero_as_often_as_they_say():
@@ -220,7 +218,7 @@ def test_intervals_hold_zero_as_often_as_they_say():
                 [generator.gamma(1, each, size=min(8, generator.geometric(0.1))) for _ in range(2)] for each in effect
             ]
 
-        point = excess_accumulated_error(side(), side(), resamples=200)[5]
+        point = excess_accumulated_error(side(), side(), bootstrap=Bootstrap(200))[5]
         inside += point.low <= 0 <= point.high
     assert 0.91 <= inside / trials <= 0.985
 
@@ -270,8 +268,8 @@ def exact_means(sampler, student, teacher, draws):
 
 def drawn(model, rows: int, *, seed: int, draws: int = 60):
     prompts = [request for _ in range(rows // 2) for request in REQUESTS]
-    settings = {"samples_per_row": draws, "max_new_tokens": LENGTH, "stop_ids": [STOP], "batch_size": 600}
-    return prompts, sample_continuations(model, prompts, seed=seed, **settings)
+    decoding = Decoding(max_new_tokens=LENGTH, stop_ids=[STOP], batch_size=600, seed=seed)
+    return prompts, sample_continuations(model, prompts, decoding, samples_per_row=draws)
 
 
 @pytest.fixture(scope="module")
@@ -281,7 +279,7 @@ def enumerated():
     scored = []
     for sampler, seed in ((student, 100), (teacher, 300), (teacher, 500)):
         prompts, samples = drawn(sampler, 40, seed=seed)
-        scored.append(token_errors(student, teacher, prompts, samples, batch_size=400))
+        scored.append(token_errors(student, teacher, prompts, samples, Scoring(batch_size=400)))
     return student, teacher, *scored
 
 
@@ -354,9 +352,9 @@ def accumulated(table: torch.Tensor, error: torch.Tensor, length: int) -> torch.
 def test_it_grows_with_the_length_for_a_student_trained_on_the_teachers_continuations():
     """Teacher forcing never shows what is beside the ring: the student slips off it and does not find back."""
     length, prompts = 24, [[row % RING] for row in range(48)]
-    settings = {"max_new_tokens": length, "stop_ids": [], "batch_size": 144}
+    settings = {"max_new_tokens": length, "stop_ids": []}
     teacher, student = markov(ring()), markov(torch.full((WORDS, WORDS), 1 / WORDS))
-    shown = generate(teacher, prompts, seeds=row_seeds(1, 48), **settings)
+    shown = generate(teacher, prompts, SamplingParams(**settings), seeds=row_seeds(1, 48))
     rows = torch.tensor([[*prompt, *response] for prompt, response in zip(prompts, shown, strict=True)])
     optimizer = torch.optim.Adam([student.lm_head.weight], lr=0.02)
     for _ in range(20):
@@ -364,8 +362,9 @@ def test_it_grows_with_the_length_for_a_student_trained_on_the_teachers_continua
         nn.functional.cross_entropy(logits.reshape(-1, WORDS), rows[:, 1:].reshape(-1)).backward()
         optimizer.step()
         optimizer.zero_grad()
-    mine, theirs = (sample_continuations(each, prompts, samples_per_row=3, **settings) for each in (student, teacher))
-    points = exposure_bias(student, teacher, prompts, mine, theirs, batch_size=48).points
+    decoding = Decoding(batch_size=144, **settings)
+    mine, theirs = (sample_continuations(each, prompts, decoding, samples_per_row=3) for each in (student, teacher))
+    points = exposure_bias(student, teacher, prompts, mine, theirs, Scoring(batch_size=48)).points
 
     with torch.no_grad():
         p, q = (model(torch.arange(WORDS)[:, None]).logits[:, 0].softmax(-1) for model in (teacher, student))
@@ -383,10 +382,10 @@ def test_it_grows_with_the_length_for_a_student_trained_on_the_teachers_continua
 def test_a_draw_has_the_seed_that_its_row_has_in_evaluate():
     model, requests = tiny_model("llama", tied=False), some_requests()
     settings = {"max_new_tokens": 5, "stop_ids": [1, 2, 3]}
-    samples = sample_continuations(model, requests, samples_per_row=3, rows=[0, 2, 3, 7], seed=4, **settings)
+    samples = sample_continuations(model, requests, Decoding(**settings, seed=4), samples_per_row=3, rows=[0, 2, 3, 7])
     for draw in range(3):
         seeds = [row_seeds(4 + draw, 8)[row] for row in (0, 2, 3, 7)]
-        assert [row[draw] for row in samples] == generate(model, requests, seeds=seeds, **settings)
+        assert [row[draw] for row in samples] == generate(model, requests, SamplingParams(**settings), seeds=seeds)
     assert len({tuple(draw) for row in samples for draw in row}) > 6
 
 
@@ -394,7 +393,12 @@ def test_progress_counts_the_continuations_of_both():
     student, teacher = pair()
     seen = []
     got = exposure_bias(
-        student, teacher, some_requests(), some_samples(1, 2), some_samples(2, 1), batch_size=5, on_batch=seen.append
+        student,
+        teacher,
+        some_requests(),
+        some_samples(1, 2),
+        some_samples(2, 1),
+        Scoring(batch_size=5, on_batch=seen.append),
     )
     assert isinstance(got, ExposureBias)
     assert seen == [5, 10, 12]
@@ -418,5 +422,3 @@ def test_wrong_arguments_are_refused():
         excess_accumulated_error(errors([[1]], [[1]]), errors([[1]], []))
     with pytest.raises(RequestError, match="one of leave, zero"):
         excess_accumulated_error(errors([[1]]), errors([[1]]), ended="drop")
-    with pytest.raises(RequestError, match="`level` must lie between"):
-        excess_accumulated_error(errors([[1]]), errors([[1]]), level=1)

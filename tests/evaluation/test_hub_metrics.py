@@ -7,8 +7,8 @@ import pytest
 
 from helpers.commands import LIMITS, done, json_lines, make_world, run, write_rows
 from promptkd.errors import PromptKDError, RequestError
-from promptkd.evaluation.bootstrap import mean_interval
 from promptkd.evaluation.hub_metrics import HubMetric
+from promptkd.evaluation.statistics import mean_interval
 from promptkd.results import Results
 
 SCRIPT = """
@@ -77,7 +77,7 @@ def test_a_metric_of_single_references_refuses_several(script):
     metric = HubMetric(script('return {"single": float(references[0] == predictions[0])}', "single", several=False))
     assert metric.scores(["a", "b"], [["a"], ["a"]]) == [1, 0]
     metric.check([["a"], ["b"]])
-    with pytest.raises(RequestError, match="takes one reference a row, and there is a row of 2"):
+    with pytest.raises(RequestError, match="takes one reference per row, and one row has 2"):
         metric.check([["a"], ["a", "b"]])
 
 
@@ -139,5 +139,5 @@ def test_several_references_are_checked_before_a_model_is_loaded(script, tmp_pat
     (Path(world.student) / "model.safetensors").unlink()
     ran = run(capsys, "evaluate", "--model", world.student, "--data", data, "--metrics", name, "--out", out, *LIMITS)
     assert ran.status == 2
-    assert "takes one reference a row" in ran.err
+    assert "takes one reference per row" in ran.err
     assert not list(tmp_path.glob("results*"))

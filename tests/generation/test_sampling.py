@@ -14,8 +14,8 @@ from helpers.tiny import END_ID, VOCABULARY, tiny_model, tiny_tokenizer
 from helpers.trainers import rows, trainer
 from promptkd.evaluation.exposure_bias import sample_continuations
 from promptkd.evaluation.measure import Decoding, decode_rows
-from promptkd.generation import generate, row_seeds
-from promptkd.generation.sampling import Sampler
+from promptkd.generation import SamplingParams, generate, row_seeds
+from promptkd.generation.sampling import next_tokens
 
 ROWS = 200
 SIZES = (1, 2, 255, 256, 257, 511, 512, 700)  # of words: less than a block, a block, and a last one that is not whole
@@ -44,7 +44,7 @@ def by_the_plain_sum(probabilities: torch.Tensor, uniforms: torch.Tensor) -> tor
 def test_the_word_at_which_the_cumulative_distribution_passes_u(words, temperature, device):
     given = logits(words).to(device)
     uniforms = uniforms_of(1, device)
-    drawn = Sampler(temperature, 1.0, 0)([(given, 1.0)], uniforms)
+    drawn = next_tokens([(given, 1.0)], SamplingParams(temperature), uniforms)
     assert torch.equal(drawn, by_the_plain_sum((given / temperature).softmax(-1), uniforms))
     assert words == 1 or len(set(drawn.tolist())) > 1
 
@@ -53,7 +53,7 @@ def test_the_word_at_which_the_cumulative_distribution_passes_u(words, temperatu
 @pytest.mark.parametrize("u", [0.0, 1 - 2**-53])
 def test_the_ends_of_the_unit_interval_give_a_word_that_there_is(words, u, device):
     given = logits(words).to(device)
-    drawn = Sampler(1.0, 1.0, 0)([(given, 1.0)], torch.full((ROWS,), u, dtype=torch.float64, device=device))
+    drawn = next_tokens([(given, 1.0)], SamplingParams(), torch.full((ROWS,), u, dtype=torch.float64, device=device))
     probabilities = given.softmax(-1)
     assert (probabilities.gather(-1, drawn[:, None]) > 0).all()
     present = probabilities > 0
@@ -72,7 +72,7 @@ def test_the_border_between_two_blocks_never_gives_a_word_without_probability(de
     border = probabilities[:, :256].double().sum(-1) / probabilities.double().sum(-1)
     for step in (-1, 0, 1):
         uniforms = border + step * 2.0**-53
-        drawn = Sampler(1.0, 1.0, 0)([(given, 1.0)], uniforms)
+        drawn = next_tokens([(given, 1.0)], SamplingParams(), uniforms)
         assert (probabilities.gather(-1, drawn[:, None]) > 0).all()
         assert ((drawn == 199) | (drawn == 198) | (drawn >= 300)).all()
 
@@ -81,7 +81,7 @@ def test_the_border_between_two_blocks_never_gives_a_word_without_probability(de
 def test_truncation_over_several_blocks(top_p, top_k, device):
     given = logits(700).to(device)
     uniforms = uniforms_of(3, device)
-    drawn = Sampler(1.0, top_p, top_k)([(given, 1.0)], uniforms)
+    drawn = next_tokens([(given, 1.0)], SamplingParams(1.0, top_p, top_k), uniforms)
     for row in range(ROWS):
         ranked = given[row].softmax(-1).sort(descending=True)
         kept = ranked.indices[: top_k or None]
@@ -130,7 +130,13 @@ def p_value(drawn, probabilities):
 
 
 def our_loop(model, folder):
-    return generate(model, [PROMPT] * DRAWS, max_new_tokens=2, stop_ids=[], seeds=row_seeds(3, DRAWS), batch_size=1000)
+    return generate(
+        model,
+        [PROMPT] * DRAWS,
+        SamplingParams(max_new_tokens=2),
+        seeds=row_seeds(3, DRAWS),
+        batch_size=1000,
+    )
 
 
 def our_modules(model, folder):
@@ -144,11 +150,11 @@ def rollout(model, folder, **settings):
     torch.manual_seed(5)
     teacher = tiny_model("llama", layers=1, seed=2, vocabulary=model.config.vocab_size)
     run = trainer(folder, models=(model, teacher), max_completion_length=2, generation_batch_size=1000, **settings)
-    run.stop_ids = ()
-    run.vocabulary = model.config.vocab_size  # the tokenizer has fewer words than the larger one
-    run.eos_token_ids, run.generation_config.eos_token_id = [], None
+    run.rollout.stop_ids = ()
+    run.teacher.vocabulary = model.config.vocab_size  # the tokenizer has fewer tokens than the larger one
+    run.rollout._generation.eos_token_id = None
     torch.manual_seed(5)
-    return run._sample([PROMPT] * DRAWS)
+    return run.rollout._sample([PROMPT] * DRAWS, run.model, 0, None)
 
 
 def trl_rollout(model, folder):
@@ -191,9 +197,12 @@ def test_the_engines_of_the_commands_are_one():
     data = rows(6).examples
     prompts, settings = [row.prompt_ids for row in data], {"max_new_tokens": 7, "stop_ids": [END_ID]}
     seeds = [row_seeds(10 + draw, len(data)) for draw in range(2)]
-    direct = [generate(model, prompts, seeds=each, vocabulary=VOCABULARY, **settings) for each in seeds]
-    measured = decode_rows(model, tokenizer, data, Decoding(1.0, max_new_tokens=7, seed=10), stop_ids=[END_ID])
+    params = SamplingParams(vocabulary=VOCABULARY, **settings)
+    direct = [generate(model, prompts, params, seeds=each) for each in seeds]
+    measured = decode_rows(model, tokenizer, data, Decoding(**settings, seed=10))
     assert measured == direct[0]
-    continued = sample_continuations(model, prompts, samples_per_row=2, seed=10, vocabulary=VOCABULARY, **settings)
+    continued = sample_continuations(
+        model, prompts, Decoding(vocabulary=VOCABULARY, **settings, seed=10), samples_per_row=2
+    )
     assert continued == [list(each) for each in zip(*direct, strict=True)]
     assert direct[0] != direct[1]

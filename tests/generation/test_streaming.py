@@ -6,7 +6,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from helpers.tiny import ARCHITECTURES, END_ID, tiny_model, tiny_tokenizer
-from promptkd.generation import generate
+from promptkd.generation import SamplingParams, generate
 from promptkd.generation.streaming import TextStream, stream
 
 PROMPT = [4, 11, 60, 7, 23]
@@ -15,11 +15,11 @@ SAMPLED = {"temperature": 1.3, "top_p": 0.9, "top_k": 40}
 
 def whole(model, *, stop_ids=(), seed=None, **settings):
     seeds = None if seed is None else [seed]
-    return generate(model, [PROMPT], max_new_tokens=20, stop_ids=stop_ids, seeds=seeds, **settings)[0]
+    return generate(model, [PROMPT], SamplingParams(max_new_tokens=20, stop_ids=stop_ids, **settings), seeds=seeds)[0]
 
 
-def streamed(model, *, stop_ids=(), **settings):
-    return stream(model, PROMPT, max_new_tokens=20, stop_ids=stop_ids, **settings)
+def streamed(model, *, stop_ids=(), seed=None, **settings):
+    return stream(model, PROMPT, SamplingParams(max_new_tokens=20, stop_ids=stop_ids, **settings), seed=seed)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -55,7 +55,7 @@ def test_wrong_settings_are_told_before_the_first_token():
     with pytest.raises(ValueError, match="sampling needs one seed"):
         streamed(tiny_model("llama"), temperature=1.0)
     with pytest.raises(ValueError, match="every prompt needs at least one token"):
-        stream(tiny_model("llama"), [], max_new_tokens=3, stop_ids=(), temperature=0)
+        stream(tiny_model("llama"), [], SamplingParams(max_new_tokens=3, temperature=0))
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

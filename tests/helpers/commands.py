@@ -5,7 +5,6 @@ import signal
 from pathlib import Path
 from typing import NamedTuple
 
-import huggingface_hub.constants
 import pytest
 
 from helpers.tiny import save_model, tiny_model, tiny_tokenizer
@@ -87,11 +86,9 @@ def write_rows(path: Path, lines: list[dict]) -> Path:
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> Ran:
-    """Run a command in this process, without the network."""
+    """Run a command in this process."""
     capsys.readouterr()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-        status = main([str(argument) for argument in arguments])
+    status = main([str(argument) for argument in arguments])
     return Ran(status, *capsys.readouterr())
 
 

@@ -21,10 +21,11 @@ from helpers.trainers import log, pair, rows, trainer
 from helpers.vllm_server import answer, connect, serving
 from promptkd.engine import Head, chunked_objective, linear_head
 from promptkd.methods import Method
+from promptkd.models.adapters import SoftPromptFactory
 from promptkd.objectives import reverse_kl
 from promptkd.responses import AdaptiveReplay, ResponseMix, Responses
 
-ON_POLICY = Method(ResponseMix(1.0), reverse_kl, "prompt")
+ON_POLICY = Method(ResponseMix(1.0), reverse_kl, SoftPromptFactory)
 WINDOW = 16
 FSDP = {
     "ACCELERATE_USE_FSDP": "true",
@@ -80,9 +81,9 @@ class Nothing(Responses):
 
 def empty(folder: Path) -> dict:
     """Rows without responses on one process, then on all."""
-    one = made(folder / "one", method=Method(NothingHere(), reverse_kl, "prompt"))
+    one = made(folder / "one", method=Method(NothingHere(), reverse_kl, SoftPromptFactory))
     one.train()
-    none = made(folder / "none", method=Method(Nothing(), reverse_kl, "prompt"), max_steps=1)
+    none = made(folder / "none", method=Method(Nothing(), reverse_kl, SoftPromptFactory), max_steps=1)
     none.train()
     return {"one": outcome(one), "none": outcome(none)}
 
@@ -98,7 +99,7 @@ def early(folder: Path) -> dict:
 
 def mixed(folder: Path) -> dict:
     """The student writes for all rows of one process and for none of the others'."""
-    run = made(folder, method=Method(ResponseMix(float(rank() == 0)), reverse_kl, "prompt"), max_steps=2)
+    run = made(folder, method=Method(ResponseMix(float(rank() == 0)), reverse_kl, SoftPromptFactory), max_steps=2)
     run.train()
     return outcome(run)
 
@@ -112,7 +113,7 @@ def uneven(folder: Path) -> dict:
 
 def resumed(folder: Path) -> dict:
     """DistiLLM's buffer of every process survives: a run that goes on after its second step ends as the undisturbed."""
-    method = lambda: Method(AdaptiveReplay(start=1.0), reverse_kl, "prompt")  # noqa: E731
+    method = lambda: Method(AdaptiveReplay(start=1.0), reverse_kl, SoftPromptFactory)  # noqa: E731
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     whole = made(folder / "whole", method=method(), data=rows(16), **settings)
     whole.train()
@@ -129,19 +130,18 @@ def served(folder: Path) -> dict:
         connect(patch, server)
         run = made(
             folder,
-            method=Method(ResponseMix(share), reverse_kl, "prompt"),
+            method=Method(ResponseMix(share), reverse_kl, SoftPromptFactory),
             use_vllm=True,
             vllm_mode="server",
             vllm_server_base_url=f"http://127.0.0.1:{server.server_port}",
         )
-        find, seen = run._generate_and_score_completions, []
+        cut, seen = run.rollout._cut, []
 
-        def watched(inputs):
-            batch = find(inputs)
-            seen.extend((row, response) for row, response in zip(batch["rows"], batch["response_ids"], strict=True))
-            return batch
+        def watched(inputs, responses):
+            seen.extend(zip(inputs, responses, strict=True))
+            return cut(inputs, responses)
 
-        run._generate_and_score_completions = watched
+        run.rollout._cut = watched
         run.train()
     own = [row for row, response in seen if response == answer(row.prompt_ids)]
     data = [row for row, response in seen if response == row.response_ids]
@@ -189,7 +189,7 @@ def sharded(folder: Path) -> dict:
         folder / "fixed", models=(student, teacher), eval_data=rows(5, seed=3), eval_strategy="steps", eval_steps=2
     )
     run.train()
-    models = (run.model_wrapped, run.teacher_model)
+    models = (run.model_wrapped, run.teacher.placed)
     units = [[each for each in model.modules() if isinstance(each, FSDPModule)] for model in models]
     for unit in (*units[0], *units[1]):
         unit.reshard()  # the last layers stay whole between two passes

@@ -10,8 +10,6 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-torch.set_num_threads(1)  # tiny models gain nothing from more threads, and wait long for them where cores are busy
-
 ARCHITECTURES = ("gpt2", "opt", "llama", "qwen2", "gemma", "gemma2")
 POSITIONS = 512  # the longest row that the models with a position table take
 

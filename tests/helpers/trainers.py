@@ -7,6 +7,7 @@ import torch
 from helpers.tiny import tiny_model, tiny_tokenizer
 from promptkd.data.encode import EncodedData, EncodedExample
 from promptkd.methods import Method
+from promptkd.models.adapters import SoftPromptFactory
 from promptkd.objectives import reverse_kl
 from promptkd.responses import Responses
 from promptkd.training import DistillConfig, DistillTrainer
@@ -21,7 +22,7 @@ class FixedResponses(Responses):
     needs_data = False
 
 
-FIXED_PROMPTKD = Method(FixedResponses(), reverse_kl, "prompt")
+FIXED_PROMPTKD = Method(FixedResponses(), reverse_kl, SoftPromptFactory)
 
 
 def rows(count=16, *, seed=0):
@@ -62,6 +63,8 @@ def config(folder: Path, **settings) -> DistillConfig:
 def trainer(
     folder: Path, *, data=None, models=None, method=FIXED_PROMPTKD, eval_data=None, peft_config=None, **settings
 ):
+    if method.adapter is None:
+        settings = {"prompt_learning_rate": 1e-3, **settings}  # the default: nothing reads it
     student, teacher = models or pair()
     tokenizer = tiny_tokenizer()
     made = DistillTrainer(

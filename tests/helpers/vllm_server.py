@@ -10,7 +10,6 @@ import pytest
 import torch
 import trl.generation.vllm_client
 import trl.generation.vllm_generation
-import trl.trainer.distillation_trainer
 
 from helpers.tiny import END_ID
 
@@ -81,7 +80,7 @@ def serving():
 def connect(monkeypatch: pytest.MonkeyPatch, server: Server) -> None:
     """Let TRL's client speak to the server, and weights reach it without NCCL."""
     client = trl.generation.vllm_client
-    for module in (client, trl.generation.vllm_generation, trl.trainer.distillation_trainer):
+    for module in (client, trl.generation.vllm_generation):
         monkeypatch.setattr(module, "is_vllm_available", lambda *_, **__: True)
 
     def broadcast(*, iterator, group, src, post_iter_func):

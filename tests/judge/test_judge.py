@@ -21,7 +21,7 @@ import pytest
 from helpers.commands import done, held, json_lines, run, write_rows
 from helpers.judge_server import JudgeServer, answer_rows, by_length, judge_server, parts
 from helpers.tiny import save_model, tiny_model, tiny_tokenizer
-from promptkd.evaluation.bootstrap import token_mean_interval
+from promptkd.evaluation.statistics import token_mean_interval
 from promptkd.judge.endpoint import _retry_after
 from promptkd.models import cache_folder
 from promptkd.results import Results, file_sha256
@@ -513,11 +513,12 @@ def test_other_settings_are_refused_by_name(tmp_path, capsys, student):
 @pytest.mark.parametrize(
     ("line", "content", "told"),
     [
-        (1, "{}", "line 1: not the settings of a judge"),
-        (1, "[1]", "line 1: not the settings of a judge"),
-        (3, '{"row": 1', "line 3: not a verdict"),
-        (3, '{"row": 1}', "line 3: not a verdict"),
-        (3, "", "line 3: not a verdict"),
+        (1, "{}", "line 1: expected the settings of the lines below"),
+        (1, "[1]", "line 1: expected the settings of the lines below"),
+        (3, '{"row": 1', "line 3: expected a JSON object with row, model_first"),
+        (3, '{"row": 1}', "line 3: expected a JSON object with row, model_first"),
+        (3, '{"row": 1, "model_first": true, "model": "x"}', "line 3: expected a JSON object with row, model_first"),
+        (3, "", "line 3: expected a JSON object with row, model_first"),
     ],
 )
 def test_a_damaged_log(tmp_path, capsys, student, line, content, told):

@@ -12,7 +12,7 @@ from helpers.tiny import END_ID
 from helpers.trainers import FixedResponses, log, pair, rows, trainer
 from promptkd.data.batch import right_pad
 from promptkd.engine import response_logits
-from promptkd.generation import generate
+from promptkd.generation import SamplingParams, generate
 from promptkd.methods import METHODS, named_method
 from promptkd.objectives import (
     adaptive_kl,
@@ -149,7 +149,6 @@ def test_every_method_lowers_its_own_loss(tmp_path, name):
         data=rows(4),
         max_steps=15,
         learning_rate=3e-3,
-        prompt_learning_rate=1e-3,
     )
     ours.train()
     losses = [entry["loss"] for entry in log(ours)]
@@ -162,7 +161,9 @@ def sequence_kl(student, teacher, data, samples=64):
     of the KL of the next token, on the student's own samples."""
     prompts = [row.prompt_ids for row in data.examples] * samples
     seeds = list(range(len(prompts)))
-    responses = generate(student, prompts, max_new_tokens=4, stop_ids=(END_ID,), seeds=seeds, batch_size=len(prompts))
+    responses = generate(
+        student, prompts, SamplingParams(max_new_tokens=4, stop_ids=(END_ID,)), seeds=seeds, batch_size=len(prompts)
+    )
     batch = right_pad(prompts, responses)
     with torch.no_grad():
         values = reverse_kl(response_logits(student, batch), response_logits(teacher, batch))

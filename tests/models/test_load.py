@@ -1,5 +1,6 @@
 """Models and tokenizers from folders, runs and GGUF files; and what is refused, in one clear message."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -442,16 +443,21 @@ def test_tied_weights_count_once():
     assert count_parameters(tied, trainable=True) == 16
 
 
+def over(folder):
+    content = b"".join((folder / name).read_bytes() for name in ("config.json", "model.safetensors"))
+    return hashlib.sha256(content).hexdigest()
+
+
 def test_the_record_changes_with_weights_and_configuration(folder):
     model = load_model(folder)
     record = model_record(folder, model)
     assert record.path == str(folder)
     assert record.parameters == count_parameters(model)
-    assert len(record.sha256) == 64
+    assert record.sha256 == over(folder)
     (folder / "tokenizer_config.json").write_text("{}")
     assert model_record(folder, model) == record
     other = save_model(folder.with_name("other"), tiny_model("llama", tied=False, seed=1))
-    assert model_record(other, model).sha256 != record.sha256
+    assert model_record(other, model).sha256 == over(other)
     change_config(folder, eos_token_id=3)
-    assert model_record(folder, model).sha256 != record.sha256
+    assert model_record(folder, model).sha256 == over(folder) != record.sha256
     assert model_record("owner/name", model).sha256 == ""

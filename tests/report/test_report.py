@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from plotly.offline import get_plotlyjs
+from rich.cells import cell_len
 
 import promptkd.report
 from helpers.demo_record import EVALUATED, FIGURES, HOSTILE, LOGGED, MODELS, record
@@ -16,8 +17,10 @@ from helpers.pages import Page, unpacked
 from promptkd.errors import RequestError
 from promptkd.report import comparison_table, difference_table, render_report, terminal_table, unified
 from promptkd.report.escape import packed_json
-from promptkd.report.figures import estimate, metric, score
+from promptkd.report.formatting import estimate, score
+from promptkd.report.metrics import metric_info
 from promptkd.report.plots import stages
+from promptkd.report.terminal import text_table
 from promptkd.results import DataRecord, Difference, Evaluation, Metric, ModelRecord, Results, Series
 from promptkd.visible import visible
 
@@ -67,7 +70,7 @@ def test_verdict(value: float, low: float | None, high: float | None, better: An
 
 
 def test_an_interval_that_excludes_zero_never_reads_as_holding_it() -> None:
-    loss = metric("loss")
+    loss = metric_info("loss")
     assert estimate(loss, Metric(value=0.2, low=0.0004, high=0.4), signed=True) == ("+0.2000", "[+0.0004, +0.4000]")
     assert estimate(loss, Metric(value=0.2, low=1e-9, high=0.4))[1] == "[1.0×10⁻⁹, 0.400000]"
     assert estimate(loss, Metric(value=2.682, low=2.681, high=2.684)) == ("2.682", "[2.681, 2.684]")
@@ -197,16 +200,16 @@ def test_single_model_is_reported_with_its_figures() -> None:
 
 def test_every_logged_figure_has_a_chart() -> None:
     recovery, distillation = stages([record()])
-    drawn = {chart.figure.name: chart for group in distillation.groups for chart in group.charts}
+    drawn = {chart.info.name: chart for group in distillation.groups.values() for chart in group}
     assert set(drawn) == {*LOGGED, *EVALUATED, "made_up"}
     assert drawn["cut_share"].lines[0].y[0] == pytest.approx(50)  # in %
     assert drawn["eval_loss"].lines[0].x == [10, 20, 30]
-    assert drawn["eval_loss"].figure.label == "Validation loss"
-    assert drawn["eval_rouge_l"].figure.label == "Validation ROUGE-L"
-    assert (drawn["grad_norm"].lines[0].broken, drawn["grad_norm"].lines[0].y[3]) == (1, None)
-    assert drawn["made_up"].figure.label == "made_up"
+    assert drawn["eval_loss"].info.label == "Validation loss"
+    assert drawn["eval_rouge_l"].info.label == "Validation ROUGE-L"
+    assert (drawn["grad_norm"].lines[0].y.count(None), drawn["grad_norm"].lines[0].y[3]) == (1, None)
+    assert drawn["made_up"].info.label == "made_up"
     assert recovery.once == [("train_runtime", "95.2")]
-    assert recovery.unread == ["phase"]
+    assert recovery.not_numbers == ["phase"]
 
 
 def test_answers_are_ten_requests_with_every_model_side_by_side() -> None:
@@ -236,11 +239,24 @@ def test_an_answer_never_stands_under_a_prompt_it_was_not_given() -> None:
 def test_terminal_table_is_plain_and_fits() -> None:
     text = terminal_table([record()], width=80)
     assert max(map(len, text.splitlines())) <= 80
-    assert re.search(r"promptkd +2\.66\*? +0\.61\* +26\.7", text)
+    assert re.search(r"promptkd +\*?2\.66 +\*0\.61 +\*26\.7", text)
     assert "lower KL to the teacher by 0.30 [0.25, 0.36]" in " ".join(text.split())
     nasty = record()
     nasty.evaluations[0].model = HOSTILE[3]
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029]", terminal_table([nasty], width=120))
+
+
+def test_no_cell_of_a_table_is_cut_wrapped_or_obeyed(monkeypatch: Any) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    lines = [["", "a wide heading\nof two lines"], ["模型", "1\n[2, 3]"], ["[red]x[/red] " * 20, "\x1b[31m−1\n"]]
+    first, second, third, fourth, fifth, _ = text_table(lines).split("\n")
+    assert (first.strip(), second.strip()) == ("a wide heading", "of two lines")
+    assert third.split() == ["模型", "1"]
+    assert fourth.split() == ["[2,", "3]"]
+    assert fifth.startswith("[red]x[/red] " * 19)
+    assert fifth.endswith("␛[31m-1")
+    assert {cell_len(line) for line in (first, second, third, fourth, fifth)} == {cell_len(fifth)}
 
 
 def test_files_beside_the_code_are_packaged() -> None:

@@ -221,7 +221,7 @@ def test_page_without_scripts(browser: Any, tmp_path: Path) -> None:
     page.goto(written(tmp_path, study(made_up_rows(12))).as_uri())
     assert page.get_by_text("The curves are drawn by a script").is_visible()
     assert page.locator(".lead").is_visible()
-    assert page.locator("table.figures").first.is_visible()
+    assert page.locator("table.metrics").first.is_visible()
     assert page.locator("#bias table").is_visible()
     assert page.locator("article").count() == 10
     assert page.locator("form").first.is_hidden()

@@ -4,12 +4,12 @@ from helpers.pages import Page
 from helpers.records import STUDENTS, biased, compared, distilled, evaluated, made_up_rows, study
 from promptkd.report import comparison_table, difference_table, render_report, unified
 from promptkd.report.answers import answering_models, browser_data, row_sets
-from promptkd.report.bias import bias_plots
-from promptkd.report.compared import compared_sentences
-from promptkd.report.cost import costs
-from promptkd.report.decoding import curve_words, decoding_words
-from promptkd.report.story import run_labels
-from promptkd.report.summary import summarise
+from promptkd.report.differences import compared_sentences
+from promptkd.report.formatting import curve_words, decoding_words
+from promptkd.report.labels import run_labels
+from promptkd.report.plots import bias_plots
+from promptkd.report.summary import summarize
+from promptkd.report.tables import costs
 from promptkd.results import Difference, Evaluation, Metric, ModelRecord, Results, RowResult, Training
 
 ROWS = made_up_rows(12)
@@ -77,8 +77,8 @@ def test_what_two_records_measured_alike_stands_in_one_row() -> None:
     assert all({"rouge_l", "judge_ratio"} <= row.cells.keys() and row.run == "" for row in rows)
     judged.evaluations[0].metrics["rouge_l"] = Metric(value=1)
     runs = [row.run for row in comparison_table(unified([measured, judged]))]
-    assert runs[0] != runs[1]
-    assert runs[2] == ""
+    when = "evaluate · kd · dolly_test · 2026-03-01T09:30:00+00:00"
+    assert runs == [f"{when} (1)", f"{when} (2)", ""]
 
 
 def test_a_comparison_of_two_decodings_is_read_beside_what_it_compared() -> None:
@@ -113,7 +113,7 @@ def test_a_comparison_of_two_decodings_is_read_beside_what_it_compared() -> None
         ("kd", "dolly_test", "greedy, up to 256 tokens", ""),
         ("promptkd", "dolly_test", "greedy, up to 256 tokens", ""),
     ]
-    assert difference_table(story)[0].data == "dolly_test, greedy, up to 256 tokens"
+    assert difference_table(story)[0].pair.data == "dolly_test, greedy, up to 256 tokens"
     assert rows[3].cells["kl_to_teacher"].best  # told apart by the difference
     assert not rows[2].cells["kl_to_teacher"].best
     assert {each.data for each in unified([comparison])[0].evaluations} == {"dolly_test"}
@@ -154,14 +154,14 @@ def test_several_students_share_one_plot_of_exposure_bias() -> None:
 
 
 def test_summary_of_several_records_is_one() -> None:
-    summary = summarise(unified(study(ROWS)))
+    summary = summarize(unified(study(ROWS)))
     assert summary.introduction == (
         "promptkd (124 million parameters), a student with 8 % of the parameters of its teacher (1.56 billion "
         "parameters), was measured, beside sft, kd and gkd, on dolly_test (12 rows)."
     )
     assert summary.lead.startswith("promptkd and gkd cannot be told apart on ROUGE-L (+1.2 [−0.2, +2.6])")
     assert len(summary.others) == 2
-    alone = summarise(unified([evaluated(label, ROWS) for label in ("gpt2-xl", "kd", "gkd")]))
+    alone = summarize(unified([evaluated(label, ROWS) for label in ("gpt2-xl", "kd", "gkd")]))
     assert alone.lead.startswith("On dolly_test, sampled at temperature 1, 2 seeds, up to 256 tokens, ROUGE-L is ")
     assert alone.lead.endswith("No differences were recorded, so this page claims none.")
 
@@ -200,7 +200,7 @@ def test_scores_of_one_answer_from_two_records_are_joined() -> None:
         each.metrics = {}
         each.samples = [row.model_copy(update={"scores": {"judge_score": 7.0}}) for row in each.samples]
     (rows,) = row_sets(unified([first, second]))
-    joined = rows.views[0].answers["kd"][0, ROWS[0][0]]
+    joined = next(iter(rows.views.values())).answers["kd"][0, ROWS[0][0]]
     assert joined.scores["judge_score"] == 7
     assert "rouge_l" in joined.scores
 

@@ -21,12 +21,14 @@ WINDOWS = ((8, 1), (2, 4), (1, 8))
 SETTINGS = (
     *("--max_steps", 2, "--optim", "sgd", "--learning_rate", 0.1, "--lr_scheduler_type", "constant", "--use_cpu"),
     *("--max_prompt_length", 24, "--max_completion_length", 8, "--template", TEMPLATE, "--save_strategy", "no"),
-    *("--adapter_rank", 2, "--overwrite"),
+    "--overwrite",
 )
 OF_METHOD = {
     "imitkd": ("--student_share", 0.5),
     "gkd": ("--student_share", 0.7, "--beta", 0.3),
     "distillm": ("--student_share", 1),  # twelve rows, so that the second window replays some of the first
+    "promptkd-lora": ("--adapter_rank", 2),
+    "okd": ("--adapter_rank", 2),
     "promptkd-full": ("--prompt_learning_rate", 1e-5),
 }
 RELATIVE, ABSOLUTE = 1e-5, 1e-6

@@ -79,13 +79,12 @@ def test_a_trial_lets_the_student_write_whatever_it_may_write(source, writes, mo
         assert trial.student_share == float(writes)
 
 
-def watched_generation(monkeypatch, alter):
-    """What the rollout asks `generate` for, and what it gets, with `alter` applied to what is asked."""
+def watched_generation(monkeypatch):
+    """What the rollout asks `generate` for, and what it gets."""
     seen = []
 
-    def watched(model, prompts, **settings):
-        alter(settings)
-        responses = generate(model, prompts, **settings)
+    def watched(model, prompts, params, **settings):
+        responses = generate(model, prompts, params, **settings)
         seen.append((prompts, responses))
         return responses
 
@@ -94,7 +93,7 @@ def watched_generation(monkeypatch, alter):
 
 
 def test_every_phase_runs_on_the_longest_rows_with_responses_at_their_limit(tmp_path, monkeypatch):
-    seen = watched_generation(monkeypatch, lambda settings: None)
+    seen = watched_generation(monkeypatch)
     method = named_method("promptkd")
     data = longest_rows_first(rows(), config(tmp_path), method)
     made = trainer(tmp_path, data=data, method=method, shuffle_dataset=False, max_steps=40)
@@ -115,16 +114,16 @@ def test_every_phase_runs_on_the_longest_rows_with_responses_at_their_limit(tmp_
 def test_responses_of_transformers_generate_reach_their_limit_too(tmp_path):
     method = named_method("promptkd")
     made = trainer(tmp_path, method=method, generation_kwargs={"num_beams": 1}, max_steps=2)
-    made.eos_token_ids = list(range(60))
-    made.generation_config.eos_token_id = list(range(60))
+    made.rollout.stop_ids = tuple(range(60))
+    made.rollout._generation.eos_token_id = list(range(60))
     lengths = []
-    original = made._token_batch
+    cut = made.rollout._cut
 
-    def watched(inputs):
-        lengths.extend(len(each) for each in inputs["response_ids"])
-        return original(inputs)
+    def watched(inputs, responses):
+        lengths.extend(map(len, responses))
+        return cut(inputs, responses)
 
-    made._token_batch = watched
+    made.rollout._cut = watched
     take_trial_steps(made)
     assert set(lengths) == {8}
 

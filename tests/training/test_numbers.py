@@ -79,7 +79,7 @@ def state(run):
     weights, groups = list(run.model.parameters()), list(run.optimizer.state.values())
     if isinstance(run, DistillTrainer) and run.adapter is not None:
         weights += run.adapter.parameters()
-        groups += run.adapter_optimizer.state.values()
+        groups += run.tuner.optimizer.state.values()
     return [each.detach().clone() for each in (*weights, *(each for group in groups for each in group.values()))]
 
 
@@ -133,27 +133,50 @@ def test_a_broken_model_stops_the_run_before_anything_moves(tmp_path, broken, ba
     assert "6" in named
     assert set(named) <= {"4", "5", "6", "7"}
     assert f"{tmp_path / 'checkpoint-1'} stays as it was; --resume goes on from it." in message
-    assert "leave such steps out by --on_nan skip" in message
+    assert "or skip such steps by --on_nan skip" in message
     assert [each.name for each in tmp_path.iterdir() if each.is_dir()] == ["checkpoint-1"]
 
 
-@pytest.mark.parametrize("name", ["promptkd", "promptkd-lora", "promptkd-full", "okd"])
 @pytest.mark.parametrize("loss", [False, True])
-def test_what_the_step_had_moved_of_the_teacher_is_put_back(tmp_path, name, loss):
+def test_a_stopped_step_leaves_the_student_alone_and_holds_no_copy_of_the_adapter(tmp_path, loss):
     """The student's part of the step comes after the adapter's, and breaks in the second step."""
     settings = {"models": models(), "shuffle_dataset": False, "chunk_tokens": 0, "prompt_learning_rate": 1e-3}
-    method = replace(named_method(name), responses=FixedResponses(), objective=breaking(2, loss))
+    method = replace(named_method("promptkd-full"), responses=FixedResponses(), objective=breaking(2, loss))
     run = trainer(tmp_path, method=method, **settings)
-    snapshots = Snapshots(run)
+    students = []
+    run.add_callback(StudentSnapshots(students))
     with pytest.raises(PromptKDError) as caught:
         run.train()
-    (before,) = snapshots.kept
-    assert same(state(run), before)
+    (before,) = students
+    assert same([each.detach() for each in run.model.parameters()], before)
+    assert run.tuner._before is None
     what = "loss" if loss else "gradient"
     assert str(caught.value).startswith(
         f"Step 2 was not taken: {what} is NaN or infinite on rows 4, 5, 6, 7 of the data, counted from 0. "
         "No checkpoint was written yet."
     )
+
+
+class StudentSnapshots(TrainerCallback):
+    """The student's weights after each step."""
+
+    def __init__(self, kept):
+        self.kept = kept
+
+    def on_step_end(self, args, state_, control, model=None, **kwargs):
+        self.kept.append([each.detach().clone() for each in model.parameters()])
+
+
+@pytest.mark.parametrize("name", ["promptkd", "promptkd-lora", "promptkd-full", "okd"])
+@pytest.mark.parametrize("loss", [False, True])
+def test_a_skipped_step_puts_back_what_it_had_moved_of_the_teacher(tmp_path, name, loss):
+    settings = {"models": models(), "shuffle_dataset": False, "chunk_tokens": 0, "prompt_learning_rate": 1e-3}
+    method = replace(named_method(name), responses=FixedResponses(), objective=breaking(2, loss))
+    run = trainer(tmp_path, method=method, on_nan="skip", max_steps=2, **settings)
+    snapshots = Snapshots(run)
+    run.train()
+    before, after = snapshots.kept
+    assert same(after, before)
 
 
 def test_wrong_settings_are_refused(tmp_path):
@@ -166,16 +189,52 @@ def test_wrong_settings_are_refused(tmp_path):
 
 
 def test_a_trainer_that_was_stopped_can_train_again(tmp_path):
-    """Nothing of the broken window is left: no figure of it, and no gradient."""
-    again, fresh = (trainer(tmp_path, models=models(), shuffle_dataset=False) for _ in range(2))
-    again.method = replace(FIXED_PROMPTKD, objective=breaking(1))
+    """Nothing of the broken window is left: no metric of it, and no gradient."""
+    plain = replace(FIXED_PROMPTKD, adapter=None)
+    broken = replace(plain, objective=breaking(1))
+    again, fresh = (
+        trainer(tmp_path, models=models(), method=method, shuffle_dataset=False) for method in (broken, plain)
+    )
     with pytest.raises(PromptKDError):
         again.train()
-    again.method = FIXED_PROMPTKD
+    again.student_loss.method = plain
     for run in (again, fresh):
-        torch.manual_seed(0)  # TRL draws the order of a window's rows, and sums round by their order
+        torch.manual_seed(0)  # draws the order of a window's rows, and sums round by their order
         run.train()
     assert same(state(again), state(fresh))
+
+
+@pytest.mark.parametrize("part", ["rollout", "tuner", "student"])
+def test_training_interrupted_inside_a_window_resumes_from_python(tmp_path, part):
+    """Of three micro-batches per step, the second one of the second step is the last that was begun."""
+    settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 3, "max_steps": 4}
+    settings |= {"save_strategy": "steps", "save_steps": 1}
+    whole = trainer(tmp_path / "whole", **settings)
+    whole.train()
+    run = trainer(tmp_path / "run", **settings)
+    owner, name, call = {
+        "rollout": (run, "rollout", 2),
+        "tuner": (run.tuner, "_update", 2),
+        "student": (run.student_loss, "_loss", 5),
+    }[part]
+    original, calls = getattr(owner, name), []
+
+    class Interrupting:
+        limit = run.rollout.limit
+
+        def __call__(self, *args, **kwargs):
+            calls.append(1)
+            if len(calls) == call:
+                raise KeyboardInterrupt
+            return original(*args, **kwargs)
+
+    setattr(owner, name, Interrupting())
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    setattr(owner, name, original)
+    run.train(resume_from_checkpoint=True)
+    assert same(state(run), state(whole))
+    assert log(run) == log(whole)
 
 
 # ---------------------------------------------------------------------------------------------------------------- skip
@@ -201,7 +260,7 @@ def test_a_skipped_step_moves_nothing_and_is_counted(tmp_path, caplog):
     assert all(math.isfinite(value) for line in lines for value in line.values())
     assert [line["lambda"] for line in lines] == pytest.approx([1 - k / 8 for k in range(8)])
     assert [line["learning_rate"] for line in lines] == pytest.approx([1e-3 * (1 - k / 8) for k in range(8)])
-    assert run.skipped_steps() == 2
+    assert run.guard.skipped == 2
     assert [message.partition(":")[0] for message in caplog.messages] == ["Step 2 was skipped", "Step 6 was skipped"]
     assert "rows 4, 5, 6, 7 of the data" in caplog.text
 

@@ -19,7 +19,7 @@ from helpers.trainers import log, trainer
 from promptkd.cli.run_folder import _MICRO_BATCHES, _OF_MEMORY
 from promptkd.errors import PromptKDError
 from promptkd.results import Results
-from promptkd.training import DistillConfig, DistillTrainer, FinetuneConfig
+from promptkd.training import DistillConfig, FinetuneConfig
 from promptkd.training.out_of_memory import Savings, advice
 
 CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ...")
@@ -46,8 +46,8 @@ def fail_in_second_step(patch, owner, name, error):
 
 
 ROLLOUT = (promptkd.training.rollout, "generate")
-PROMPT = (promptkd.training.teacher_tuner.TeacherTuning, "_hidden_with_graph")
-STUDENT = (DistillTrainer, "_method_loss")
+PROMPT = (promptkd.training.teacher.Teacher, "trained_hidden")
+STUDENT = (promptkd.training.student_loss.StudentLoss, "_loss")
 UPDATE = (accelerate.optimizer.AcceleratedOptimizer, "step")
 VALIDATION = (promptkd.training.validation, "measure_rows")
 
@@ -164,7 +164,7 @@ def test_the_tensors_of_a_failed_step_are_free_again(tmp_path, monkeypatch):
         held.append(weakref.ref(large))
         raise CUDA
 
-    monkeypatch.setattr(DistillTrainer, "_method_loss", failing)
+    monkeypatch.setattr(promptkd.training.student_loss.StudentLoss, "_loss", failing)
     with pytest.raises(PromptKDError) as caught:
         made.train()
     assert caught.value.__cause__.__traceback__ is not None
@@ -195,7 +195,7 @@ def test_evaluate_names_its_batch_and_keeps_its_answers(world, tmp_path, capsys,
     assert ran.status == 1
     assert "promptkd evaluate: Out of memory on up to 2 rows at a time, each of up to 48 tokens." in ran.err
     assert "a smaller --batch-size (now 2)" in ran.err
-    assert "the same command goes on from there" in ran.err
+    assert "run the same command again to resume" in ran.err
     done(capsys, *request, interrupted)
     assert Results.read(interrupted).evaluations == Results.read(undisturbed).evaluations
 

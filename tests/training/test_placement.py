@@ -14,6 +14,7 @@ from helpers.tiny import tiny_model
 from helpers.trainers import log, pair, trainer
 from promptkd.errors import RequestError
 from promptkd.methods import named_method
+from promptkd.models.adapters import FullTeacher, SoftPromptAdapter
 from promptkd.training.distributed import (
     autocast,
     check_dispatched,
@@ -100,10 +101,10 @@ def test_only_several_devices_are_a_dispatched_model():
 @pytest.mark.parametrize(
     ("devices", "processes", "adapter", "match"),
     [
-        ((0, 1), 2, "prompt", "the other processes need their GPUs"),
-        ((0, "disk"), 1, "prompt", "no layer may stay on the CPU or the disk"),
-        ((0, "cpu"), 1, "prompt", "no layer may stay on the CPU or the disk"),
-        ((0, 1), 1, "full", "the whole teacher cannot be trained"),
+        ((0, 1), 2, SoftPromptAdapter, "the other processes need their GPUs"),
+        ((0, "disk"), 1, SoftPromptAdapter, "no layer may stay on the CPU or the disk"),
+        ((0, "cpu"), 1, None, "no layer may stay on the CPU or the disk"),
+        ((0, 1), 1, FullTeacher, "the whole teacher cannot be trained"),
     ],
 )
 def test_maps_that_cannot_be_used_are_refused(devices, processes, adapter, match):
@@ -138,7 +139,7 @@ def test_every_pass_of_a_step_is_under_that_autocast(tmp_path, monkeypatch):
     monkeypatch.setattr(made.accelerator, "native_amp", False)
     monkeypatch.setattr(made.accelerator, "autocast", nullcontext)
     seen = {"student": set(), "teacher": set()}
-    for name, model in (("student", made.model), ("teacher", made.teacher_model)):
+    for name, model in (("student", made.model), ("teacher", made.teacher.model)):
         for layer in model.base_model.layers:
             layer.mlp.down_proj.register_forward_hook(lambda _, __, output, name=name: seen[name].add(output.dtype))
     made.train()
@@ -149,4 +150,4 @@ def test_a_compiled_launch_is_refused(monkeypatch):
     accelerator = Accelerator(cpu=True)
     monkeypatch.setattr(accelerator.state.dynamo_plugin, "backend", DynamoBackend.EAGER)
     with pytest.raises(RequestError, match="a compiled model cannot be run in parts; leave dynamo out"):
-        check_sharding(accelerator, adapter="prompt", needs_generate=False)
+        check_sharding(accelerator, needs_generate=False)

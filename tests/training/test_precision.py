@@ -1,6 +1,7 @@
 """One precision for training, validation and every command that measures; float32 for what is trained."""
 
 import logging
+import os
 import platform
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import torch
 from peft import LoraConfig
 
 from helpers.commands import LIMITS, TRAINING, done, json_lines, make_world, run, write_rows
+from helpers.standins import OnResults, StandIn
 from helpers.tiny import END_ID, tiny_tokenizer
 from helpers.trainers import FIXED_PROMPTKD, config, pair, rows, trainer
 from promptkd import precision
@@ -20,7 +22,7 @@ from promptkd.methods import named_method
 from promptkd.models import load_model
 from promptkd.precision import compute_dtype, computing, has_bfloat16_units, teacher_precision
 from promptkd.results import Results
-from promptkd.training import validation
+from promptkd.training import DistillConfig, validation
 from promptkd.training.config import common_checks, use_one_gpu
 from promptkd.training.teacher_options import teacher_settings
 
@@ -44,24 +46,26 @@ def units(monkeypatch):
 
 @pytest.mark.parametrize(("avx512", "amx"), [(False, False), (True, False), (False, True)])
 def test_units_of_a_cpu(monkeypatch, avx512, amx):
-    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    cpu = StandIn(torch.cpu, _is_avx512_bf16_supported=lambda: avx512, _is_amx_tile_supported=lambda: amx)
+    monkeypatch.setattr(precision, "platform", StandIn(platform, machine=lambda: "x86_64"))
+    monkeypatch.setattr(precision, "torch", StandIn(torch, cpu=cpu))
     assert has_bfloat16_units("cpu") == (avx512 or amx)
 
 
 @pytest.mark.parametrize("extension", [False, True])
 def test_units_of_an_arm_cpu(monkeypatch, extension):
-    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: extension)
+    backends = StandIn(torch.backends, mkldnn=StandIn(torch.backends.mkldnn, is_available=lambda: True))
+    mkldnn = StandIn(torch.ops.mkldnn, _is_mkldnn_bf16_supported=lambda: extension)
+    monkeypatch.setattr(precision, "platform", StandIn(platform, machine=lambda: "aarch64"))
+    monkeypatch.setattr(precision, "torch", StandIn(torch, backends=backends, ops=StandIn(torch.ops, mkldnn=mkldnn)))
     assert has_bfloat16_units("cpu") == extension
 
 
 @pytest.mark.parametrize("native", [False, True])
 def test_units_of_a_gpu_are_not_emulated_ones(monkeypatch, native):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)
+    supported = lambda including_emulation=True: including_emulation or native  # noqa: E731
+    cuda = StandIn(torch.cuda, is_available=lambda: True, is_bf16_supported=supported)
+    monkeypatch.setattr(precision, "torch", StandIn(torch, cuda=cuda))
     assert has_bfloat16_units(torch.device("cuda", 1)) == native
 
 
@@ -116,10 +120,13 @@ def test_a_student_in_lower_precision_is_raised_and_it_is_said(tmp_path, caplog)
     assert {each.dtype for each in made.model.parameters()} == {torch.float32}
     assert "came in bfloat16 and were raised to float32" in made.notes[1]
     assert made.notes[1] in caplog.messages
-    before = [each.detach().clone() for each in made.model.parameters()]
     made.train()
-    assert any(not torch.equal(old, new) for old, new in zip(before, made.model.parameters(), strict=True))
-    assert len(trainer(tmp_path / "b").notes) == 1
+    student, teacher = pair()
+    wide = trainer(tmp_path / "b", models=(student.to(torch.bfloat16).float(), teacher), max_steps=1)
+    assert len(wide.notes) == 1
+    wide.train()
+    for mine, expected in zip(made.model.parameters(), wide.model.parameters(), strict=True):
+        assert torch.equal(mine, expected)
 
 
 def test_frozen_weights_below_an_adapter_stay(tmp_path):
@@ -130,17 +137,20 @@ def test_frozen_weights_below_an_adapter_stay(tmp_path):
     assert kept == {True: torch.float32, False: torch.bfloat16}
 
 
-def test_several_gpus_are_not_used_by_data_parallel(tmp_path, monkeypatch):
+def test_several_gpus_are_not_used_by_data_parallel(tmp_path):
     """transformers would wrap the model in `nn.DataParallel`; its batch size counts the GPUs as well."""
-    monkeypatch.setattr("transformers.TrainingArguments.n_gpu", property(lambda self: vars(self).get("_n_gpu", 0)))
-    settled = config(tmp_path)
+
+    class WithGpus(DistillConfig):
+        n_gpu = property(lambda self: vars(self).get("_n_gpu", 0))
+
+    settled = WithGpus(output_dir=str(tmp_path), use_cpu=True, report_to="none")
     settled._n_gpu = 4
     use_one_gpu(settled)
     assert (settled.n_gpu, settled.train_batch_size) == (1, settled.per_device_train_batch_size)
 
 
 def test_a_run_says_that_further_gpus_are_not_used(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(validation, "torch", StandIn(torch, cuda=StandIn(torch.cuda, device_count=lambda: 4)))
     args = {"bf16": True, "fp16": False, "device": torch.device("cuda", 0)}
     (_, advice) = validation._notes(SimpleNamespace(**args, world_size=1), None)
     assert advice.startswith("4 GPUs are visible and one is trained on.")
@@ -157,17 +167,27 @@ def test_what_a_gpu_cannot_do_is_refused_in_a_sentence(tmp_path):
             config(tmp_path, **settings)
 
 
+@pytest.fixture
+def determinism_ends():
+    """transformers sets it for the whole process, and variables of the environment with it."""
+    environment, cudnn = dict(os.environ), torch.backends.cudnn
+    flags = cudnn.deterministic, cudnn.benchmark
+    yield
+    torch.use_deterministic_algorithms(False)
+    cudnn.deterministic, cudnn.benchmark = flags
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+@pytest.mark.usefixtures("determinism_ends")
 def test_full_determinism_on_a_cpu(tmp_path):
-    try:
-        logs = []
-        for folder in ("a", "b"):
-            made = trainer(tmp_path / folder, full_determinism=True, method=named_method("promptkd"), max_steps=2)
-            made.train()
-            logs.append([entry["student_kl"] for entry in made.state.log_history if "student_kl" in entry])
-        assert logs[0] == logs[1]
-        assert len(logs[0]) == 2
-    finally:
-        torch.use_deterministic_algorithms(False)
+    logs = []
+    for folder in ("a", "b"):
+        made = trainer(tmp_path / folder, full_determinism=True, method=named_method("promptkd"), max_steps=2)
+        made.train()
+        logs.append([entry["student_kl"] for entry in made.state.log_history if "student_kl" in entry])
+    assert logs[0] == logs[1]
+    assert len(logs[0]) == 2
 
 
 # ---- validation and the commands ----
@@ -199,12 +219,11 @@ def test_validation_and_evaluate_measure_in_the_same_batches(tmp_path, monkeypat
 
     written_down(measure, "generate")
     written_down(likelihood, "response_hidden")
-    measure_rows(student, tokenizer, data, Decoding(max_new_tokens=5), stop_ids=[END_ID], teacher=teacher)
+    decoding = Decoding(max_new_tokens=5, stop_ids=[END_ID])
+    measure_rows(student, tokenizer, data, decoding, teacher=teacher)
     validation, seen[:] = sorted(seen, key=str), []
-    job = SetEvaluation(
-        student, tokenizer, data, [END_ID], file_of=lambda part: tmp_path / f"{part}.jsonl", teacher=teacher
-    )
-    job.run(Decoding(max_new_tokens=5), [10], greedy=False, model_label="model", data_label="data")
+    job = SetEvaluation(student, tokenizer, data, file_of=lambda part: tmp_path / f"{part}.jsonl", teacher=teacher)
+    job.run(decoding, [10], greedy=False, model_label="model", data_label="data")
     assert len(validation) == 2 + 6 + 2 * 6  # 32 rows at a time are decoded, 8 scored, for the KL by two models
     assert validation == sorted(seen, key=str)
 
@@ -281,17 +300,10 @@ COMMANDS = {
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_compute_as_they_are_told(world, tmp_path, capsys, monkeypatch, command, dtype):
     seen = set()
-    product = torch.nn.functional.linear
-
-    def watched(*args, **kwargs):
-        result = product(*args, **kwargs)
-        seen.add(result.dtype)
-        return result
-
-    monkeypatch.setattr(torch.nn.functional, "linear", watched)
     monkeypatch.setattr("promptkd.precision.has_bfloat16_units", lambda device: True)
     out = tmp_path / "out"
-    ran = done(capsys, command, *COMMANDS[command](world, out), "--dtype", dtype)
+    with OnResults(torch.nn.functional.linear, lambda result, *_: seen.add(result.dtype)):
+        ran = done(capsys, command, *COMMANDS[command](world, out), "--dtype", dtype)
     wanted = "float32" if dtype == "float32" else "bfloat16"
     assert f"Computing in {wanted} on cpu." in ran.err
     assert (torch.bfloat16 in seen) == (wanted == "bfloat16" or command == "exposure-bias")  # whose teacher is bfloat16

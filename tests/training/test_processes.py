@@ -21,6 +21,7 @@ from helpers.processes import CHECKS, SECONDS, port, start
 from helpers.tiny import VOCABULARY
 from promptkd.errors import RequestError
 from promptkd.models import load_model
+from promptkd.models.adapters import FullTeacher, LoraTeacher, SoftPromptAdapter
 from promptkd.training.distributed import check_sharding
 
 LAUNCH = Path(__file__).parents[2] / "recipes" / "launch"
@@ -198,19 +199,19 @@ def launched(*, fsdp: dict | None = None, zero: dict | None = None) -> SimpleNam
         (launched(fsdp={"state_dict_type": "SHARDED_STATE_DICT"}), {}, "fsdp_state_dict_type: FULL_STATE_DICT"),
         (launched(zero={"zero3_save_16bit_model": False}), {}, "zero3_save_16bit_model: true"),
         (launched(zero={}), {"model": torch.nn.Linear(0, 3, bias=False)}, "zero3_init_flag: false"),
-        (launched(fsdp={}), {"adapter": "lora"}, "soft prompt"),
-        (launched(zero={}), {"adapter": "full"}, "soft prompt"),
+        (launched(fsdp={}), {"adapter": LoraTeacher}, "soft prompt"),
+        (launched(zero={}), {"adapter": FullTeacher}, "soft prompt"),
         (launched(fsdp={}), {"needs_generate": True}, "vLLM"),
         (launched(fsdp={}), {"chunks": False}, "leave chunk_tokens out"),
     ],
 )
 def test_a_launch_that_would_hang_or_lose_the_student_is_refused(accelerator, settings, words):
-    given = {"model": torch.nn.Linear(2, 3), "adapter": "prompt", "needs_generate": False}
+    given = {"model": torch.nn.Linear(2, 3), "adapter": SoftPromptAdapter, "needs_generate": False}
     with pytest.raises(RequestError, match=words):
         check(accelerator, **given | settings)
     check(launched(fsdp={}), **given)
     check(launched(zero={}), **given | {"chunks": False})
-    check(launched(zero={"zero_stage": 2, "zero3_save_16bit_model": False}), **given | {"adapter": "full"})
+    check(launched(zero={"zero_stage": 2, "zero3_save_16bit_model": False}), **given | {"adapter": FullTeacher})
 
 
 def check(accelerator, *, model, **settings):

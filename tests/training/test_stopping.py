@@ -25,7 +25,7 @@ from helpers.commands import (
     weights,
 )
 from promptkd.cli import main
-from promptkd.cli.signals import command_that_goes_on
+from promptkd.cli.dispatch import resume_command
 from promptkd.evaluation import dataset_evaluation
 from promptkd.training import signals
 from promptkd.training.callbacks import ProgressBar
@@ -82,12 +82,12 @@ def test_a_signal_ends_the_step_with_a_checkpoint(
         ran = run(capfd, *requests["cut"], *settings)
     assert ran.status == status
     assert "Stopping after this optimiser step, with a checkpoint. A second signal ends at once." in ran.err
-    message = f"promptkd {command.__name__}: {words} after step 4 of 7, with a checkpoint. To go on: "
-    said, goes_on = ran.err.split(message)
+    message = f"promptkd {command.__name__}: {words} after step 4 of 7, with a checkpoint. To resume: "
+    said, resume = ran.err.split(message)
     assert "Traceback" not in said
     assert held(tmp_path / "cut") == {"config.yaml", "metrics.jsonl", "checkpoints/checkpoint-4"}
 
-    words = shlex.split(goes_on)
+    words = shlex.split(resume)
     assert words == ["promptkd", *map(str, [*requests["cut"], *settings]), "--resume"]
     done(capfd, *words[1:])
     assert held(tmp_path / "cut") >= held(tmp_path / "whole")
@@ -130,7 +130,7 @@ def test_a_second_signal_ends_at_once(world, tmp_path, capfd, monkeypatch):
     signalled(monkeypatch, signal.SIGTERM, 1)
     ran = run(capfd, *distill(world, tmp_path / "run"))
     assert ran.status == 143
-    assert "Stopped by SIGTERM before a checkpoint was written. To go on: promptkd distill" in ran.err
+    assert "Stopped by SIGTERM before a checkpoint was written. To resume: promptkd distill" in ran.err
     assert held(tmp_path / "run") == {"config.yaml", "metrics.jsonl"}
 
 
@@ -186,7 +186,7 @@ def test_other_commands_leave_nothing_that_looks_whole(world, tmp_path, capfd, m
         assert {each.name for each in tmp_path.iterdir()} == before, arguments
 
 
-def test_evaluate_says_how_it_goes_on_and_does(world, tmp_path, capfd, monkeypatch):
+def test_evaluate_says_how_it_resume_and_does(world, tmp_path, capfd, monkeypatch):
     out, data = tmp_path / "results.json", ("--data", world.test, "--template", "Q {{ instruction }}")
     request = ["evaluate", "--model", world.student, *data, "--max_completion_length", 4, "--out", out, "--seeds", 1, 2]
     answered = 0
@@ -204,9 +204,9 @@ def test_evaluate_says_how_it_goes_on_and_does(world, tmp_path, capfd, monkeypat
         ran = run(capfd, *request, "--overwrite")
     assert ran.status == 143
     assert not out.exists()
-    goes_on = ran.err.split("promptkd evaluate: Stopped by SIGTERM. To go on: ")[1]
-    assert shlex.split(goes_on) == ["promptkd", *map(str, request)]  # --overwrite would begin anew
-    ran = done(capfd, *shlex.split(goes_on)[1:])
+    resume = ran.err.split("promptkd evaluate: Stopped by SIGTERM. To resume: ")[1]
+    assert shlex.split(resume) == ["promptkd", *map(str, request)]  # --overwrite would begin anew
+    ran = done(capfd, *shlex.split(resume)[1:])
     assert "Going on from" in ran.err
 
 
@@ -221,15 +221,15 @@ def test_evaluate_says_how_it_goes_on_and_does(world, tmp_path, capfd, monkeypat
         (["--out", "r"], False, ("--overwrite",), "--out r --overwrite"),
     ],
 )
-def test_the_command_that_goes_on(monkeypatch, given, overwrite, flags, expected):
+def test_the_command_that_resumes(monkeypatch, given, overwrite, flags, expected):
     class Options:
         pass
 
     options = Options()
     options.overwrite = overwrite
-    assert command_that_goes_on("distill", given, options, flags) == f"promptkd distill {expected}"
+    assert resume_command("distill", given, options, flags) == f"promptkd distill {expected}"
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert command_that_goes_on("distill", given, options, flags).startswith("accelerate launch -m promptkd distill ")
+    assert resume_command("distill", given, options, flags).startswith("accelerate launch -m promptkd distill ")
 
 
 # ---- from outside ----
@@ -274,9 +274,9 @@ def test_a_process_told_by_one_signal_stops_all_at_the_same_step(world, tmp_path
     assert "Traceback" not in first + second
     (step,) = checkpoints_in(out / "checkpoints")
     assert 5 <= step < 60
-    message = f"promptkd distill: Stopped by SIGTERM after step {step} of 60, with a checkpoint. To go on: accelerate"
+    message = f"promptkd distill: Stopped by SIGTERM after step {step} of 60, with a checkpoint. To resume: accelerate"
     assert message in first
-    assert "To go on" not in second
+    assert "To resume" not in second
     assert len(json_lines(out / "metrics.jsonl")) == step
     ran = done(capfd, *request, "--resume")
     assert f"Going on from {out / 'checkpoints' / f'checkpoint-{step}'}." in ran.err

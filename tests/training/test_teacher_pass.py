@@ -16,9 +16,11 @@ from promptkd.engine import response_hidden
 from promptkd.engine.cpu.attention import CpuPackedScorer
 from promptkd.engine.recompute import recomputed_layers
 from promptkd.errors import RequestError
-from promptkd.methods import MethodSettings, named_method
-from promptkd.models.adapters import FullTeacher, LoraTeacher, SoftPromptAdapter
+from promptkd.methods import Method, MethodSettings, named_method
+from promptkd.models.adapters import FullTeacher, LoraFactory, SoftPromptAdapter, SoftPromptFactory
 from promptkd.models.soft_prompt import SoftPrompt
+from promptkd.objectives import reverse_kl
+from promptkd.responses import ResponseMix
 
 
 def stale_loop(steps, *, window=4):
@@ -110,10 +112,14 @@ def count_passes(monkeypatch):
 @pytest.mark.parametrize(
     ("method", "length", "message"),
     [
-        (named_method("promptkd"), 0, "nothing of the teacher is trained here"),
-        (named_method("kd"), 7, "nothing of the teacher is trained here"),
+        (
+            Method(ResponseMix(1.0), reverse_kl, SoftPromptFactory),
+            0,
+            "takes no prompt_learning_rate, prompt_refresh",
+        ),
+        (named_method("kd"), 7, "without a teacher adapter takes no prompt_refresh"),
         (named_method("promptkd-full"), 7, "whose head is trained too"),
-        (named_method("promptkd", MethodSettings(cross_entropy_share=0.5)), 7, "one objective a token"),
+        (named_method("promptkd", MethodSettings(cross_entropy_share=0.5)), 7, "one objective per token"),
     ],
 )
 def test_stale_is_refused_where_it_means_nothing(tmp_path, method, length, message):
@@ -127,7 +133,8 @@ def test_stale_is_refused_where_it_means_nothing(tmp_path, method, length, messa
 def _adapters():
     teacher = tiny_model("llama", layers=3, hidden=24, seed=2).requires_grad_(False)
     prompt = SoftPrompt.create(teacher, tiny_tokenizer())
-    lora, wrapped = LoraTeacher.wrap(copy.deepcopy(teacher), rank=4, alpha=8.0, seed=0)
+    factory = LoraFactory(adapter_rank=4, adapter_alpha=8.0)
+    lora, wrapped = factory.create(copy.deepcopy(teacher), None, seed=0, device=torch.device("cpu"))
     return {
         "prompt": (SoftPromptAdapter(prompt), teacher),
         "lora": (lora, wrapped),
@@ -192,10 +199,16 @@ def test_a_run_with_recomputed_activations_is_the_same_run(tmp_path, method):
     assert logs[0] == logs[1]
 
 
-@pytest.mark.parametrize(("method", "length"), [("promptkd", 0), ("kd", 7), ("okd", 7)])
-def test_recomputing_is_refused_where_no_gradient_goes(tmp_path, method, length):
-    with pytest.raises(RequestError, match="no gradient goes through the teacher's layers"):
-        trainer(tmp_path, method=named_method(method), prompt_length=length, teacher_gradient_checkpointing=True)
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("kd", "without a teacher adapter takes no teacher_gradient_checkpointing"),
+        ("okd", "no gradient passes through the teacher's layers"),
+    ],
+)
+def test_recomputing_is_refused_where_no_gradient_goes(tmp_path, method, message):
+    with pytest.raises(RequestError, match=message):
+        trainer(tmp_path, method=named_method(method), teacher_gradient_checkpointing=True)
 
 
 # ---- the plain teacher at a weight of 0 ----

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from helpers.tiny import VOCABULARY, tiny_model, tiny_tokenizer
 from helpers.trainers import FIXED_PROMPTKD, FixedResponses, config, log, pair, rows, trainer
@@ -16,7 +17,7 @@ from promptkd.methods import MethodSettings, named_method
 from promptkd.models import SoftPrompt
 from promptkd.objectives import forward_kl, reverse_kl
 from promptkd.training import DistillTrainer
-from promptkd.training.row_order import ShuffledRows
+from promptkd.training.row_order import EpochOrder
 
 
 def flat_loop(steps, *, window=4, dtype=torch.float64):
@@ -63,7 +64,7 @@ def test_lambda_falls_from_c_to_c_over_k_and_every_step_is_taken_once(tmp_path):
     weights = [entry["lambda"] for entry in log(ours)]
     assert weights == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
     assert ours.state.global_step == 5
-    optimizer_steps = {int(state["step"]) for state in ours.adapter_optimizer.state.values()}
+    optimizer_steps = {int(state["step"]) for state in ours.tuner.optimizer.state.values()}
     assert optimizer_steps == {5}
 
 
@@ -79,9 +80,9 @@ def test_the_teacher_is_bit_identical_after_training(tmp_path):
     ours = trainer(tmp_path, models=(student, teacher))
     ours.train()
     assert ours.adapter.module.distance() > 0
-    for name, tensor in ours.teacher_model.state_dict().items():
+    for name, tensor in ours.teacher.model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
-    assert all(parameter.grad is None for parameter in ours.teacher_model.parameters())
+    assert all(parameter.grad is None for parameter in ours.teacher.model.parameters())
 
 
 @pytest.mark.parametrize("stop", [3, 4])  # in the middle of an epoch of 4 steps, and at its end
@@ -106,14 +107,23 @@ def test_a_resumed_run_equals_the_undisturbed_one_bit_for_bit(tmp_path, stop):
 
 
 def test_the_order_of_an_epoch_belongs_to_its_seed_alone():
-    orders = {}
+    orders = set()
     for seed in range(4):
-        shuffled = ShuffledRows(32, seed)
         for epoch in range(4):
-            shuffled.set_epoch(epoch)
-            orders[seed, epoch] = tuple(shuffled)
-            assert sorted(orders[seed, epoch]) == list(range(32))
-    assert len(set(orders.values())) == 16  # with seed + epoch there would be 7
+            order = tuple(EpochOrder(32, seed, lambda epoch=epoch: epoch))
+            assert sorted(order) == list(range(32))
+            orders.add(order)
+    assert len(orders) == 16  # with seed + epoch there would be 7
+
+
+def test_a_window_is_given_once_per_micro_batch_and_what_fills_none_is_left_out():
+    order = EpochOrder(7, 0, lambda: 0, window=3, repeats=2)
+    given = list(order)
+    assert len(order) == len(given) == 12
+    assert given[:3] == given[3:6]
+    assert given[6:9] == given[9:]
+    assert len({*given}) == 6
+    assert list(EpochOrder(4, 0, lambda: 0, window=2, shuffles=False)) == [0, 1, 2, 3]
 
 
 def test_epochs_differ_in_order(tmp_path):
@@ -133,7 +143,7 @@ def test_epochs_differ_in_order(tmp_path):
 def test_gkd_with_reverse_kl_equals_promptkd_without_a_prompt(tmp_path):
     gkd = trainer(tmp_path / "a", method=named_method("gkd", MethodSettings(student_share=1.0, beta=1.0)))
     gkd.train()
-    bare = trainer(tmp_path / "b", method=named_method("promptkd"), prompt_length=0)  # seeds anew
+    bare = trainer(tmp_path / "b", method=named_method("promptkd", MethodSettings(prompt_length=0)))  # seeds anew
     bare.train()
     assert log(gkd) == log(bare)
     for mine, theirs in zip(gkd.model.parameters(), bare.model.parameters(), strict=True):
@@ -151,7 +161,7 @@ def test_heads_padded_to_different_sizes_are_sliced_to_the_tokens(tmp_path):
     student = tiny_model("llama", layers=2, hidden=16, vocabulary=VOCABULARY + 7, seed=1)
     teacher = tiny_model("llama", layers=3, hidden=24, vocabulary=VOCABULARY + 31, seed=2)
     ours = trainer(tmp_path, models=(student, teacher))
-    assert ours.vocabulary == VOCABULARY
+    assert ours.teacher.vocabulary == VOCABULARY
     ours.train()
     ours.evaluate(rows(4, seed=1))  # what the student samples must be ids that the teacher knows, too
 
@@ -185,13 +195,13 @@ def test_the_best_checkpoint_brings_its_own_prompt(tmp_path):
         prompt_learning_rate=0.1,
     )
     kept = {}
-    step_adapter = ours._step_adapter
+    step_adapter = ours.tuner._update
 
     def remember(scale):
         step_adapter(scale)
         kept[ours.state.global_step + 1] = ours.adapter.module.embeddings.detach().clone()
 
-    ours._step_adapter = remember
+    ours.tuner._update = remember
     evaluate = ours.evaluate
     ours.evaluate = lambda **kwargs: {
         **evaluate(**kwargs),
@@ -298,7 +308,7 @@ def test_the_trained_prompt_enters_the_teacher(tmp_path):
 def test_bf16_runs_both_models_in_bf16_and_keeps_float32_masters(tmp_path):
     ours = trainer(tmp_path, bf16=True, max_steps=1)
     seen = {}
-    for name, model in (("student", ours.model), ("teacher", ours.teacher_model)):
+    for name, model in (("student", ours.model), ("teacher", ours.teacher.model)):
         layer = model.base_model.layers[0].self_attn.q_proj
         layer.register_forward_hook(lambda _, __, output, name=name: seen.__setitem__(name, output.dtype))
     ours.train()
@@ -378,6 +388,14 @@ def test_losses_by_row_leave_the_figures_by_token_alone(tmp_path):
     torch.testing.assert_close(by_row[1], by_token[1])
 
 
+class AfterSteps(TrainerCallback):
+    def __init__(self, act):
+        self.act = act
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.act()
+
+
 @pytest.mark.parametrize(
     ("schedule", "coefficient", "weights", "to_student", "to_plain"),
     [
@@ -408,19 +426,24 @@ def test_the_flags_of_prompt_experiments_reach_the_step(tmp_path, schedule, coef
     start = SoftPrompt.create(teacher, tiny_tokenizer(), length=3, start="random", seed=5).embeddings
     assert torch.equal(ours.adapter.module.embeddings, start)
     batch = right_pad([row.prompt_ids for row in data.examples], [row.response_ids for row in data.examples])
-    with torch.no_grad():
-        prompted = response_logits(teacher, batch, start)
-        kl = {"reverse": reverse_kl, "forward": forward_kl}
-        expected = {
+    kl = {"reverse": reverse_kl, "forward": forward_kl}
+
+    @torch.no_grad()
+    def measures(prompt):
+        prompted = response_logits(teacher, batch, prompt)
+        return {
             "prompt_kl": float(kl[to_student](prompted, response_logits(student, batch)).mean()),
             "prompt_regularizer": float(kl[to_plain](prompted, response_logits(teacher, batch)).mean()),
         }
+
+    moved = []
+    ours.add_callback(AfterSteps(lambda: moved.append(ours.adapter.module.embeddings.detach().clone())))
     ours.train()
+    for logged, prompt in zip(log(ours), (start, moved[0]), strict=True):
+        for name, value in measures(prompt).items():  # the regularizer's KL also where it has no weight
+            assert logged[name] == pytest.approx(value, rel=1e-9), name
     first, second = log(ours)
     assert [first["lambda"], second["lambda"]] == weights
-    for name, value in expected.items():  # the regulariser's KL also where it has no weight
-        assert first[name] == pytest.approx(value, rel=1e-9), name
-        assert second[name] != first[name]
     found = ours.adapter.module.embeddings.detach()
     assert second["prompt_distance"] == pytest.approx(float((found - start.detach()).norm()), rel=1e-6)
     assert second["prompt_norm"] == pytest.approx(float(found.norm()), rel=1e-6)

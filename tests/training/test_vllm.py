@@ -11,13 +11,13 @@ import pytest
 import torch
 import trl.generation.vllm_client
 import trl.generation.vllm_generation
-import trl.trainer.distillation_trainer
 from peft import LoraConfig
 
 from helpers.tiny import END_ID
 from helpers.trainers import pair, rows, trainer
 from helpers.vllm_server import answer, connect, serving
 from promptkd.methods import Method
+from promptkd.models.adapters import SoftPromptFactory
 from promptkd.objectives import reverse_kl
 from promptkd.responses import ResponseMix
 
@@ -58,7 +58,7 @@ def server(monkeypatch):
 @pytest.fixture
 def engine(monkeypatch):
     generation = trl.generation.vllm_generation
-    for module in (generation, trl.trainer.distillation_trainer):
+    for module in (generation,):
         monkeypatch.setattr(module, "is_vllm_available", lambda *_, **__: True)
     monkeypatch.setattr(generation, "LLM", Engine, raising=False)
     monkeypatch.setattr(generation, "SamplingParams", lambda **settings: settings, raising=False)
@@ -78,7 +78,7 @@ def distilled(folder, *, mode, url=None, share=1.0, **settings):
     """A trained student, the responses of each step, and its weights before each step."""
     made = trainer(
         folder,
-        method=Method(ResponseMix(share), reverse_kl, "prompt"),
+        method=Method(ResponseMix(share), reverse_kl, SoftPromptFactory),
         use_vllm=True,
         vllm_mode=mode,
         vllm_server_base_url=url,
@@ -88,16 +88,15 @@ def distilled(folder, *, mode, url=None, share=1.0, **settings):
         data=rows(12),
         **settings,
     )
-    seen, before, find = [], [], made._generate_and_score_completions
+    seen, before, cut = [], [], made.rollout._cut
 
-    def watched(inputs):
+    def watched(inputs, responses):
         student = made.accelerator.unwrap_model(made.model)
         before.append({name: weight.detach().clone() for name, weight in student.named_parameters()})
-        batch = find(inputs)
-        seen.append(list(zip(batch["rows"], batch["response_ids"], strict=True)))
-        return batch
+        seen.append(list(zip(inputs, responses, strict=True)))
+        return cut(inputs, responses)
 
-    made._generate_and_score_completions = watched
+    made.rollout._cut = watched
     made.train()
     return made, seen, before
 

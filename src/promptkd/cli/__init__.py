@@ -8,7 +8,7 @@ The options' module may also name
 - `COMMON_TRAINING_FLAGS = {"learning_rate": ("NUMBER", "help")}`: those that `--help` shows without that import;
 - `POSITIONAL = "runs"`: the option that takes the arguments which follow no flag;
 - `LESS_MEMORY = ("a smaller --batch-size (now {batch_size})",)`: what needs less memory, with its options in braces;
-- `GOES_ON = ("--resume",)`: with what the same command goes on after it was stopped, if it keeps what it has done.
+- `RESUMED_BY = ("--resume",)`: the flags with which the same command resumes, if it keeps what it has done.
 
 Exit status: 0 done, 1 the run failed, 2 the request was wrong, 130 interrupted, 143 stopped by SIGTERM.
 """
@@ -20,16 +20,14 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Any
 
-from promptkd.cli.memory_messages import out_of_memory_told
 from promptkd.cli.openmp import let_threads_sleep
+from promptkd.cli.parsing.annotations import nearest
 from promptkd.cli.parsing.help import command_help, overview
-from promptkd.cli.parsing.parser import nearest, parse_options
-from promptkd.cli.signals import command_that_goes_on, ended_by_signals
+from promptkd.cli.signals import ended_by_signals
 from promptkd.cli.terminal import is_main_process
 from promptkd.errors import NO_ROOM, PromptKDError, RequestError, Stopped
-from promptkd.io.redact import redacted, without_secrets
+from promptkd.io.redact import redacted
 from promptkd.visible import shown
 
 __all__ = ["COMMANDS", "main"]
@@ -81,73 +79,52 @@ def _report(error: BaseException, program: str, debug: bool) -> int:
         return 1
     if debug:
         traceback.print_exception(error)
+    notes = vars(error).get("__notes__", [])
     if isinstance(error, Stopped | KeyboardInterrupt):
         stop = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
         if is_main_process():
-            print(shown(redacted(" ".join([f"{program}:", str(stop), *_notes(error)]))), file=sys.stderr)
+            print(shown(redacted(" ".join([f"{program}:", str(stop), *notes]))), file=sys.stderr)
         return stop.status
     if isinstance(error, PromptKDError):
         message, status = f"{program}: {error}", error.exit_status
     elif isinstance(error, OSError) and error.errno in NO_ROOM:
         place = error.filename or "to the disk"
-        message, status = " ".join([f"{program}: Cannot write {place}: {error.strerror}.", *_notes(error)]), 1
+        message, status = " ".join([f"{program}: Cannot write {place}: {error.strerror}.", *notes]), 1
     else:
+        text = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
+        stop_mark = "" if text.endswith((".", "!", "?")) else "."
         advice = "" if debug else " Run again with --debug for the traceback."
-        message, status = f"{program} failed: {_one_line(error)}{advice}", 1
+        message, status = f"{program} failed: {text}{stop_mark}{advice}", 1
     if len(message) > _LONGEST_MESSAGE:
         message = f"{message[:_LONGEST_MESSAGE]} … ({len(message)} characters)"
     print(shown(redacted(message)), file=sys.stderr)
     return status
 
 
-def _notes(error: BaseException) -> list[str]:
-    return vars(error).get("__notes__", [])
-
-
 def _dispatch(arguments: list[str]) -> int:
     if not arguments:
         print(overview(COMMANDS), end="", file=sys.stderr)
         return 2
-    name, rest = arguments[0], arguments[1:]
+    name, *rest = arguments
     if name in ("-h", "--help", "--help-all", "--help_all"):
         return _show(overview(COMMANDS))
     if "--version" in arguments:
         from importlib.metadata import version
 
         return _show(f"promptkd {version('promptkd')}\n")
-    if name not in COMMANDS:
-        raise RequestError(_no_such_command(name))
-    module = name.replace("-", "_")
-    command = importlib.import_module(f"promptkd.cli.options.{module}")
-    if "--help-all" in rest or "--help_all" in rest:
-        return _show(command_help(name, command, every_flag=True))
-    if "--help" in rest or "-h" in rest:
-        return _show(command_help(name, command))
-    parsed = parse_options(name, command, rest)
-    kept = "What is done is kept: the same command goes on from there." if vars(command).get("GOES_ON") == () else ""
-    try:
-        with out_of_memory_told(command, parsed.options, kept):
-            run = importlib.import_module(f"promptkd.cli.commands.{module}").run
-            run(parsed.options, parsed.training)
-    except (Stopped, KeyboardInterrupt, OSError) as error:
-        if "GOES_ON" in vars(command) and _can_go_on(parsed.options, parsed.training):
-            error.add_note(
-                "To go on: " + command_that_goes_on(name, without_secrets(rest), parsed.options, command.GOES_ON)
-            )
-        raise
-    return 0
-
-
-def _can_go_on(options: Any, training: dict[str, Any]) -> bool:
-    return not vars(options).get("dry_run") and not training.get("save_only_model")
-
-
-def _no_such_command(name: str) -> str:
     if name.startswith("-"):
-        return f"Expected a command first. Got {name}. The commands are {', '.join(COMMANDS)}."
-    if guess := nearest(name, COMMANDS):
-        return f"There is no command {name!r}. Did you mean {guess!r}? `promptkd --help` lists the commands."
-    return f"There is no command {name!r}. The commands are {', '.join(COMMANDS)}."
+        raise RequestError(f"Expected a command first. Got {name}. The commands are {', '.join(COMMANDS)}.")
+    if name not in COMMANDS:
+        guess = nearest(name, COMMANDS)
+        listed = f"The commands are {', '.join(COMMANDS)}."
+        advice = f"Did you mean {guess!r}? `promptkd --help` lists the commands." if guess else listed
+        raise RequestError(f"There is no command {name!r}. {advice}")
+    command = importlib.import_module(f"promptkd.cli.options.{name.replace('-', '_')}")
+    every_flag = "--help-all" in rest or "--help_all" in rest
+    if every_flag or "--help" in rest or "-h" in rest:
+        return _show(command_help(name, command, every_flag=every_flag))
+    importlib.import_module("promptkd.cli.dispatch").run_command(name, command, rest)
+    return 0
 
 
 def _show(text: str) -> int:
@@ -171,8 +148,3 @@ def _reader_is_gone() -> bool:
 def _discard_stdout() -> None:
     """Let the interpreter's last flush of standard output go nowhere, where it would complain of the broken pipe."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
-    return text if text.endswith((".", "!", "?")) else text + "."

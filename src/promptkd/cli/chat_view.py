@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from promptkd.cli.terminal import say
-from promptkd.generation.conversation import Answer
+from promptkd.generation.conversation import StreamedAnswer
 from promptkd.visible import shown
 
 NARROWEST = 36
@@ -29,7 +29,7 @@ class Writing:
     """An answer on its way."""
 
     label: str
-    answer: Answer
+    answer: StreamedAnswer
     pieces: Iterator[str]
     seconds: float = 0.0
     running: bool = True

@@ -5,7 +5,7 @@ from typing import Any
 from promptkd.cli.terminal import is_main_process
 from promptkd.memory import gibibytes
 from promptkd.models import count_parameters
-from promptkd.report.provenance import duration
+from promptkd.report.formatting import duration
 from promptkd.responses import writes_responses
 from promptkd.training.dry_run import Trial
 
@@ -23,7 +23,7 @@ def forecast(trainer: Any, trial: Trial) -> list[str]:
 
 def _sizes(trainer: Any) -> list[str]:
     student = trainer.accelerator.unwrap_model(trainer.model)
-    teacher = trainer.accelerator.unwrap_model(trainer.teacher_model)
+    teacher = trainer.teacher.model
     numbers, _ = trainer.trainable_share()
     return [
         _line("student", f"{count_parameters(student, trainable=True):,} of {count_parameters(student):,} trained"),

@@ -5,11 +5,10 @@ from typing import Any
 
 import torch
 
-from promptkd.cli.memory_messages import told_peak
 from promptkd.cli.terminal import say
 from promptkd.data import encode_examples, read_examples
 from promptkd.engine import check_scoring, engine_for
-from promptkd.memory import peak_memory
+from promptkd.memory import gibibytes, peak_memory
 from promptkd.models import load_model
 from promptkd.precision import Precision, WeightPrecision, compute_dtype, computing, teacher_precision
 
@@ -72,4 +71,4 @@ def measured_rows(
 def say_peak() -> None:
     """Say the peak of a command that measures: of the GPU where it used one, else of the process."""
     of_device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    say(told_peak(of_device or peak_memory(), {}))
+    say(f"Peak memory {gibibytes(of_device or peak_memory())}.")

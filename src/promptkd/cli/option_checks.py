@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from promptkd.errors import RequestError
+from promptkd.errors import RequestError, check_all
 
 MOST_TOKENS = 1_000_000
 """Of a response. Buffers have room for as many."""
@@ -46,9 +46,7 @@ def check_decoding(options: Any, seeds: Sequence[int]) -> None:
         (any(seed < 0 for seed in seeds), f"seeds must be 0 or more, got {_listed(seeds)}"),
         (len(set(seeds)) < len(seeds), f"each seed must be given once, got {_listed(seeds)}"),
     ]
-    problems = [text for wrong, text in checks if wrong]
-    if problems:
-        raise RequestError("Cannot decode: " + "; ".join(problems) + ".")
+    check_all("Cannot decode", checks)
 
 
 def _listed(seeds: Sequence[int]) -> str:
@@ -57,5 +55,5 @@ def _listed(seeds: Sequence[int]) -> str:
 
 def wrong_batch_size(options: Any) -> tuple[bool, str]:
     """Whether --batch-size is wrong, and the words for it."""
-    size = options.batch_size
+    size = vars(options).get("batch_size")
     return size is not None and size < 1, f"--batch-size must be at least 1, got {size}"

@@ -1,8 +1,7 @@
 """The folder of a run: opened empty, to be replaced, or to be gone on with."""
 
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,9 @@ from typing import Any
 from promptkd.cli.option_checks import check_writable
 from promptkd.cli.parsing.config_file import read_config, write_config
 from promptkd.cli.terminal import is_main_process
-from promptkd.errors import RequestError, cannot_write
+from promptkd.errors import RequestError, writing
+from promptkd.io.atomic import remove
+from promptkd.io.lock import FOLDER_LOCK, locked
 
 _OWN = ("config.yaml", "metrics.jsonl", "results.json", "report.html", "responses.jsonl")
 _OWN_FOLDERS = ("student", "model", "prompt", "teacher_lora", "teacher", "online_module", "checkpoints")
@@ -27,7 +28,7 @@ _MICRO_BATCHES = {"per_device_train_batch_size": 8, "gradient_accumulation_steps
 
 
 class RunFolder:
-    """The folder of a run: opened empty, to be replaced, or to be gone on with."""
+    """The folder of a run: opened empty, to be replaced, or to be resumed."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -74,11 +75,9 @@ class RunFolder:
         if not is_main_process():
             return
         for name in self._held() if overwrite else ():
-            _remove(self.path / name)
-        try:
+            remove(self.path / name)
+        with writing(self.path):
             write_config(self.config, merged)
-        except OSError as error:
-            raise cannot_write(self.path, error) from error
 
     @contextmanager
     def opened(self, merged: dict[str, Any], *, resume: bool, overwrite: bool) -> Iterator[None]:
@@ -91,11 +90,16 @@ class RunFolder:
         except BaseException:
             if is_main_process():
                 for place in new:
-                    _remove(place)
+                    remove(place)
             raise
 
+    def locked(self) -> AbstractContextManager[object]:
+        """The folder for this process alone; of a launch's processes the first holds it for all."""
+        return locked(self.path, folder=True) if is_main_process() else nullcontext()
+
     def _held(self) -> list[str]:
-        return sorted(each.name for each in self.path.iterdir()) if self.path.is_dir() else []
+        names = [each.name for each in self.path.iterdir()] if self.path.is_dir() else []
+        return sorted(name for name in names if name != FOLDER_LOCK)
 
     def _check_same_settings(self, merged: dict[str, Any]) -> None:
         if not self.config.is_file():
@@ -119,10 +123,3 @@ class RunFolder:
 def _rows_of_a_step(settings: dict[str, Any]) -> int:
     """Rows of an optimizer step on each process."""
     return prod(int(settings.get(name, default)) for name, default in _MICRO_BATCHES.items())
-
-
-def _remove(place: Path) -> None:
-    if place.is_dir() and not place.is_symlink():
-        shutil.rmtree(place)
-    else:
-        place.unlink(missing_ok=True)

@@ -11,9 +11,10 @@ from promptkd.cli.terminal import say
 from promptkd.errors import RequestError
 from promptkd.evaluation.comparison import Comparison, compare
 from promptkd.evaluation.pairing import Candidate
+from promptkd.io.atomic import write_atomic
 from promptkd.report import render_report, terminal_table
-from promptkd.report.compared import compared_sentences
-from promptkd.report.figures import metric
+from promptkd.report.differences import compared_sentences
+from promptkd.report.metrics import metric_info
 from promptkd.results import Results, Training
 from promptkd.study.pooling import Member, compare_groups
 
@@ -28,9 +29,7 @@ def compare_and_report(options: Options, runs: Sequence[StudyRun]) -> None:
     if made is not None:
         made.write(options.out / "comparison.json")
         print(terminal_table([made]))
-    page.write_text(
-        render_report([*([made] if made else []), *records], title=f"Study {options.out.name}"), encoding="utf-8"
-    )
+    write_atomic(page, render_report([*([made] if made else []), *records], title=f"Study {options.out.name}"))
     say(f"The page is {page}.")
 
 
@@ -69,7 +68,7 @@ def _compared(options: Options, runs: Sequence[StudyRun]) -> Comparison:
         Member(run.planned.group, run.planned.seed, _candidate(run, run.planned.name if several else run.planned.group))
         for run in runs
     ]
-    better = lambda name: metric(name).better  # noqa: E731
+    better = lambda name: metric_info(name).better  # noqa: E731
     if several:
         return compare_groups(members, better, baseline=baseline, metrics=options.metrics)
     return compare([each.candidate for each in members], better, baseline=baseline, metrics=options.metrics)

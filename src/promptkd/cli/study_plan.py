@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from promptkd.cli.study_runs import StudyRun
+from promptkd.report.terminal import text_table
 from promptkd.study.processes import shell_line
 from promptkd.study.progress import progress_of
 from promptkd.study.table import Phase, clock
@@ -12,16 +13,8 @@ def plan_text(runs: Sequence[StudyRun], workers: int) -> str:
     """A line a run, the sum, and the commands of what is not done, to be copied."""
     heads = ("run", "state", "steps", "about")
     lines = [heads, *(_cells(run, _pace(run, runs)) for run in runs)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
-    table = [
-        "  ".join(
-            text.ljust(width) if column < 2 else text.rjust(width)
-            for column, (text, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]
     commands = [shell_line(arguments) for run in runs for arguments in run.job.commands]
-    return "\n\n".join(filter(None, ["\n".join(table), _total(runs, workers), "\n".join(commands)]))
+    return "\n\n".join(filter(None, [text_table(lines, left=(0, 1)), _total(runs, workers), "\n".join(commands)]))
 
 
 def _total(runs: Sequence[StudyRun], workers: int) -> str:

@@ -10,16 +10,15 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 
 from promptkd.cli.library_logging import quiet_libraries
-from promptkd.cli.memory_messages import told_peak
 from promptkd.cli.parsing.parser import merged_config
 from promptkd.cli.provenance import data_record, label_of
 from promptkd.cli.run_folder import RunFolder
 from promptkd.cli.terminal import is_main_process, say
 from promptkd.data import encode_examples, read_examples
 from promptkd.errors import PromptKDError, RequestError
-from promptkd.evaluation.measure import evaluate_model
-from promptkd.io.jsonl import write_whole
-from promptkd.memory import peak_memory
+from promptkd.evaluation.measure import evaluation_of, measure_rows
+from promptkd.io.atomic import write_atomic
+from promptkd.memory import gibibytes, peak_memory
 from promptkd.models import load_model, load_tokenizer, model_record
 from promptkd.report import render_report, terminal_table
 from promptkd.results import Metric, Results, Series, Training, read_history
@@ -29,6 +28,7 @@ from promptkd.training.collapse import findings_as_notes
 from promptkd.training.distributed import autocast
 from promptkd.training.out_of_memory import out_of_memory_told
 from promptkd.training.signals import StopOnSignal
+from promptkd.training.validation import validation_decoding
 
 _LOWER_IS_BETTER = {"rouge_l": False, "loss": True, "kl_to_teacher": True}
 _SET_HERE = {
@@ -178,7 +178,7 @@ class TrainingRun:
             "peak_memory_bytes": meter.peak_memory_bytes,
             "peak_memory_by_phase": meter.peak_memory_by_phase,
         }
-        say(told_peak(meter.peak_memory_bytes, meter.peak_memory_by_phase, sampled=trainer.phases.sampled))
+        say(_peak(meter, sampled=trainer.phases.sampled))
 
     def _checkpoint(self) -> Path | None:
         """The checkpoint to go on from, which the first process looks for; None to begin at the first step."""
@@ -204,20 +204,18 @@ class TrainingRun:
         evaluations = []
 
         def measure(model: Any, teacher: Any) -> None:
-            if trainer.validation_rows():
+            if trainer.validation_rows:
                 started = time.perf_counter()
-                evaluation = evaluate_model(
+                decoding = validation_decoding(trainer)
+                results = measure_rows(
                     model,
                     trainer.processing_class,
-                    trainer.validation_rows(),
-                    trainer.decoding(),
-                    model_label=name,
-                    data_label="validation",
-                    stop_ids=trainer.stop_ids,
+                    trainer.validation_rows,
+                    decoding,
                     teacher=teacher,
                     batch_size=trainer.args.per_device_eval_batch_size,
                 )
-                evaluations.append(evaluation)
+                evaluations.append(evaluation_of(results, decoding, [decoding.seed], model=name, data="validation"))
                 self.timings["evaluate"] = time.perf_counter() - started
             if is_main_process():
                 self.models[name] = model_record(self.folder.path / name, model)
@@ -242,14 +240,14 @@ class TrainingRun:
             notes=[*self.notes, f"Peak memory of the process {peak_memory() / 2**30:.1f} GiB.", *warnings],
         )
         results.write(self.folder.results)
-        write_whole(self.folder.report, render_report([results]).encode())
+        write_atomic(self.folder.report, render_report([results]))
         if evaluations:
             print(terminal_table([results]))
         say(f"The model is in {self.folder.path / name}, the page in {self.folder.report}.")
 
     def _warnings(self, trainer: Any, history: list[dict[str, Any]]) -> list[str]:
         """What a reader must know of how the training went; the skipped steps also as a figure."""
-        skipped, steps = trainer.skipped_steps(), trainer.state.global_step
+        skipped, steps = trainer.guard.skipped, trainer.state.global_step
         if not skipped:
             return findings_as_notes(history)
         self.metrics["skipped_steps"] = Metric(value=skipped)
@@ -296,3 +294,13 @@ class TrainingRun:
     def _read(self, name: str, source: str | None, limit: int | None) -> None:
         if source is not None:
             self._examples[name] = source, read_examples(source, limit=limit)
+
+
+def _peak(meter: CostMeter, *, sampled: bool) -> str:
+    """The peak as a sentence, by phase, the largest first. `sampled` peaks are what was held at the ends of phases."""
+    if not meter.peak_memory_by_phase:
+        return f"Peak memory {gibibytes(meter.peak_memory_bytes)}."
+    by_size = sorted(meter.peak_memory_by_phase.items(), key=lambda each: each[1], reverse=True)
+    phases = ", ".join(f"{name} {gibibytes(size)}" for name, size in by_size)
+    where = "at the ends of phases: " if sampled else ""
+    return f"Peak memory {gibibytes(meter.peak_memory_bytes)} ({where}{phases})."

@@ -5,17 +5,20 @@ from collections.abc import Callable, Collection, Mapping
 
 from promptkd.cli.terminal import progress_lines, say
 from promptkd.errors import PromptKDError
+from promptkd.io.jsonl import ResumableLines
 from promptkd.judge.concurrent_requests import ask_all
 from promptkd.judge.endpoint import Endpoint, Refusal, Reply
 from promptkd.judge.metrics import verdict_of
 from promptkd.judge.prompt_template import Task
-from promptkd.judge.verdict_log import Key, Verdict, VerdictLog
+from promptkd.judge.verdict_log import Key, Verdict
 from promptkd.results import Metric
 
 
-def ask_missing(task: Task, endpoint: Endpoint, questions: dict[Key, str], log: VerdictLog, concurrency: int) -> None:
+def ask_missing(
+    task: Task, endpoint: Endpoint, questions: dict[Key, str], log: ResumableLines, concurrency: int
+) -> None:
     """Ask what is missing from the log. Raises where an answer is missing in the end."""
-    missing = {key: question for key, question in questions.items() if key not in log.verdicts}
+    missing = {key: question for key, question in questions.items() if key not in log.lines}
     held = done = len(questions) - len(missing)
     if held:
         say(f"{held} of {len(questions)} verdicts are in {log.path} already.")
@@ -23,7 +26,7 @@ def ask_missing(task: Task, endpoint: Endpoint, questions: dict[Key, str], log: 
 
     def take(key: Key, outcome: Reply | Refusal) -> None:
         nonlocal done
-        log.add(verdict_of(task, key, outcome))
+        log.append([verdict_of(task, key, outcome).model_dump()])
         done += 1
         tell("verdicts", done)
 
@@ -31,8 +34,6 @@ def ask_missing(task: Task, endpoint: Endpoint, questions: dict[Key, str], log: 
         failed = ask_all(endpoint, missing, take, concurrency=concurrency, proven=held > 0, on_wait=_wait_lines())
     except PromptKDError as error:
         raise PromptKDError(f"{error} {_kept(done, log)}") from None
-    finally:
-        log.close()
     if failed:
         *_, reason = failed.values()
         raise PromptKDError(
@@ -40,7 +41,7 @@ def ask_missing(task: Task, endpoint: Endpoint, questions: dict[Key, str], log: 
         )
 
 
-def _kept(done: int, log: VerdictLog) -> str:
+def _kept(done: int, log: ResumableLines) -> str:
     if not done:
         return "No verdict was had."
     return f"{done} verdicts are kept in {log.path}; the same command asks for the others."

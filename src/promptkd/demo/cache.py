@@ -1,9 +1,7 @@
-"""Stages of the demo that are kept: a folder each, named by all that it depends on, written whole or not at all."""
+"""Stages of the demo that are kept: a folder each, named by all that it depends on."""
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +9,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from promptkd.io.atomic import atomic
+from promptkd.io.lock import locked
 from promptkd.models import cache_folder, load_model
 
 __all__ = ["Stage", "cached_stage"]
@@ -42,15 +42,9 @@ def cached_stage(
         kept = json.loads(note.read_text(encoding="utf-8"))
         return Stage(load_model(folder), folder, kept["history"], kept["seconds"], was_cached=True)
     model, history, seconds = make()
-    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
-    try:
-        partial.mkdir(parents=True)
+    with locked(folder, waits=True), atomic(folder) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         content = {"history": history, "seconds": seconds, "depends_on": depends_on}
         (partial / "stage.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return Stage(model.eval(), folder, history, seconds, was_cached=False)

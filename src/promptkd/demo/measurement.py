@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Literal
 
-from promptkd.evaluation.bootstrap import paired_difference, paired_token_difference
+from promptkd.evaluation.statistics import paired_difference, paired_token_difference
 from promptkd.results import Difference, Evaluation, Metric, RowResult
 
 __all__ = ["differences"]

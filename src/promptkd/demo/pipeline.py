@@ -16,7 +16,8 @@ from promptkd.data.encode import EncodedData
 from promptkd.demo.cache import Stage, cached_stage
 from promptkd.demo.measurement import differences
 from promptkd.demo.settings import TEMPLATE, DemoSettings, data_file, teacher_file, teacher_hash
-from promptkd.evaluation.measure import Decoding, evaluate_model
+from promptkd.evaluation.measure import evaluation_of, measure_rows
+from promptkd.generation import Decoding
 from promptkd.models import block_influence, load_model, load_tokenizer, model_record, most_influential, prune_layers
 from promptkd.models.gguf_read import GGUF_CONVERSION
 from promptkd.precision import compute_dtype, computing
@@ -164,21 +165,20 @@ class Demo:
         """Greedy answers to the test requests, and the KL to the teacher on samples."""
         started = time.perf_counter()
         self.say(f"Measuring: {label}")
+        seed, limit = self.settings.seed, self.settings.max_response_length
+        greedy = Decoding(0.0, max_new_tokens=limit, stop_ids=self.stop_ids, seed=seed, batch_size=64)
         with computing("cpu", self.dtype):
-            evaluation = evaluate_model(
+            results = measure_rows(
                 model,
                 self.tokenizer,
                 self.rows["test"].examples,
-                Decoding(0.0, max_new_tokens=self.settings.max_response_length, seed=self.settings.seed, batch_size=64),
-                model_label=label,
-                data_label="test",
-                stop_ids=self.stop_ids,
+                greedy,
                 teacher=teacher,
                 samples_per_row=1 if label == "pruned" else self.settings.samples_per_row,  # it is far from all others
                 batch_size=16,
             )
         self.timings["measuring"] = self.timings.get("measuring", 0.0) + time.perf_counter() - started
-        return evaluation
+        return evaluation_of(results, greedy, [seed], model=label, data="test")
 
     # ---- inside ----
 

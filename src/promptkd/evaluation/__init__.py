@@ -1,10 +1,20 @@
-"""What a model can do: answers, scores and intervals."""
+"""What a model can do: answers, scores, intervals and tests."""
 
-from promptkd.evaluation.bootstrap import mean_interval, paired_difference, paired_token_difference, token_mean_interval
 from promptkd.evaluation.comparison import Candidate, Comparison, compare
-from promptkd.evaluation.exposure_bias import ExposureBias, exposure_bias, sample_continuations
-from promptkd.evaluation.measure import Decoding, evaluate_model, measure_rows, summarize
-from promptkd.evaluation.rouge import (
+from promptkd.evaluation.exposure_bias import ExposureBias, Scoring, exposure_bias, sample_continuations
+from promptkd.evaluation.measure import evaluation_of, measure_rows, summarize
+from promptkd.evaluation.statistics import (
+    Bootstrap,
+    effect_size,
+    holm,
+    mean_interval,
+    paired_difference,
+    paired_token_difference,
+    sign_flip_test,
+    token_mean_interval,
+)
+from promptkd.evaluation.text_metrics import (
+    distinct,
     exact_match,
     exact_match_scores,
     rouge_1,
@@ -12,18 +22,19 @@ from promptkd.evaluation.rouge import (
     rouge_l,
     rouge_l_scores,
 )
-from promptkd.evaluation.significance import effect_size, holm, sign_flip_test
-from promptkd.evaluation.text_metrics import distinct
+from promptkd.generation import Decoding
 
 __all__ = [
+    "Bootstrap",
     "Candidate",
     "Comparison",
     "Decoding",
     "ExposureBias",
+    "Scoring",
     "compare",
     "distinct",
     "effect_size",
-    "evaluate_model",
+    "evaluation_of",
     "exact_match",
     "exact_match_scores",
     "exposure_bias",

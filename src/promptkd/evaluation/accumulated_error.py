@@ -3,16 +3,16 @@
     ExAccErr(l) = (R(l) - l ε(l)) / (l ε(l)) x 100 %     (Arora et al. 2022, "Why Exposure Bias Matters"; PromptKD)
 
 - R(l) = r_1 + … + r_l, r_t the mean error at token t of the student's own continuations,
-- l ε(l) = e_1 + … + e_l, e_t the same of the teacher's continuations; ε(l) is the mean error a token.
+- l ε(l) = e_1 + … + e_l, e_t the same of the teacher's continuations; ε(l) is the mean error per token.
 
-A continuation that has ended holds no context at later tokens, and so no error. r_t and e_t are means over the
-continuations that are still going at token t, of all rows together. They estimate the expected error given that a
-context of that length exists, and each length has the same weight in the sum whoever is left.
+A continuation that has ended has no context at later tokens, and so no error. r_t and e_t are means over the
+continuations that have not ended at token t, of all rows together. They estimate the expected error given that a
+context of that length exists, and each length has the same weight in the sum whichever continuations are left.
 
-`ended="zero"` is the treatment of PromptKD's public code, for comparison: the mean of the continuations still going in
-each row, 0 for a row in which all have ended, and the mean of that over all rows. r_t and e_t then shrink at the rates
-at which student and teacher end, so a student that ends earlier than its teacher seems to err less; and the more
-continuations a row has, the later its zeros come.
+`ended="zero"` is the treatment of PromptKD's public code, for comparison: per row the mean of the continuations that
+have not ended, 0 where all have, and the mean of that over all rows. r_t and e_t then shrink at the rates at which
+student and teacher end, so a student that ends earlier than its teacher seems to err less; and the more continuations a
+row has, the later its zeros come.
 """
 
 from collections.abc import Sequence
@@ -20,63 +20,49 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 
 from promptkd.errors import RequestError
+from promptkd.evaluation.statistics import DEFAULT, Bootstrap, Floats, blocks
 from promptkd.results import CurvePoint
 
-__all__ = ["Ended", "Errors", "excess_accumulated_error"]
-
-Floats = NDArray[np.float64]
 Errors = Sequence[Sequence[Floats]]
-"""One number a token of each continuation: errors[row][draw][token]."""
+"""One number per token of each continuation: errors[row][draw][token]."""
 Ended = Literal["leave", "zero"]
-
-_BLOCK = 1 << 21
-"""Weights of rows held at once, over all resamples of a block: about 16 MB."""
 
 
 def excess_accumulated_error(
-    on_student: Errors,
-    on_teacher: Errors,
-    *,
-    ended: Ended = "leave",
-    resamples: int = 2000,
-    seed: int = 0,
-    level: float = 0.95,
+    on_student: Errors, on_teacher: Errors, *, ended: Ended = "leave", bootstrap: Bootstrap = DEFAULT
 ) -> list[CurvePoint]:
     """100 (R(l) - l ε(l)) / (l ε(l)) at l = 1, 2, … up to the longest continuation, with intervals.
 
-    The intervals come from a bootstrap over rows, and a row is drawn with all its continuations, the student's and the
+    The intervals come from a bootstrap over rows; a row is drawn with all its continuations, the student's and the
     teacher's. The same seed draws the same rows for every student. A resample in which no continuation reaches l says
-    nothing about l; where more than 1 - `level` of them are such, the point has no interval.
+    nothing about l; where these are more than 1 - `level` of the resamples, the point has no interval.
 
     Args:
         on_student: errors on the student's own continuations, errors[row][draw][token].
-        on_teacher: errors on the teacher's continuations of the same rows; there may be more or fewer of them.
-        ended: "leave" takes means over what is still going; "zero" counts rows that have ended as errors of 0.
-        resamples: how often the rows are drawn anew, with replacement.
-        level: share of the resampled values inside the interval.
+        on_teacher: errors on the teacher's continuations of the same rows, of which there may be more or fewer.
+        ended: "leave" takes means over what has not ended; "zero" counts rows that have ended as errors of 0.
 
     Returns:
-        The points. A value is None where no continuation of the one or the other reaches l (this cannot be with
-        "zero"), and where l ε(l) is 0. `rows` counts the rows of which both still have a continuation at token l.
+        The points. A value is None where no continuation of the one or the other reaches l (never with "zero"), and
+        where l ε(l) is 0. `rows` counts the rows in which continuations of both reach token l.
 
     Raises:
-        RequestError: no rows, unequal numbers of rows, a row without a continuation, or a wrong `ended`, `resamples`
-            or `level`.
+        RequestError: no rows, unequal numbers of rows, a row without a continuation, or a wrong `ended`.
     """
-    _check(on_student, on_teacher, ended, resamples, level)
+    _check(on_student, on_teacher, ended)
     width = max(len(errors) for row in (*on_student, *on_teacher) for errors in row)
     student, teacher = _table(on_student, width), _table(on_teacher, width)
-    reaching = ((student.going > 0) & (teacher.going > 0)).sum(0)
+    reaching = ((student.count > 0) & (teacher.count > 0)).sum(0).tolist()
     if ended == "zero":
         student, teacher = student.with_zeros(), teacher.with_zeros()
     values = _percent(np.ones((1, len(on_student))), student, teacher)[0]
-    low, high = _interval(values, student, teacher, resamples, seed, level)
+    table = np.stack([values, *_interval(values, student, teacher, bootstrap)], axis=1)  # (L, 3)
+    found = [[None if np.isnan(number) else float(number) for number in line] for line in table]
     return [
-        CurvePoint(x=index + 1, value=_number(value), low=_number(low[index]), high=_number(high[index]), rows=rows)
-        for index, (value, rows) in enumerate(zip(values, reaching.tolist(), strict=True))
+        CurvePoint(x=index + 1, value=value, low=low, high=high, rows=rows)
+        for index, ((value, low, high), rows) in enumerate(zip(found, reaching, strict=True))
     ]
 
 
@@ -86,60 +72,50 @@ class _Table:
 
     sums: Floats
     """(rows, L) sum of the errors at each token."""
-    going: Floats
+    count: Floats
     """(rows, L) number of continuations that reach each token."""
 
     def with_zeros(self) -> "_Table":
-        """One error a row and token: the mean of what is still going, 0 where nothing is."""
-        return _Table(self.sums / np.maximum(self.going, 1), np.ones_like(self.going))
+        """One error per row and token: the mean over the continuations that reach it, 0 where none does."""
+        return _Table(self.sums / np.maximum(self.count, 1), np.ones_like(self.count))
+
+    def accumulated(self, weights: Floats) -> Floats:
+        """(B, L) sums over tokens of the mean error; NaN from the first token that nothing reaches."""
+        with np.errstate(invalid="ignore"):
+            return np.cumsum((weights @ self.sums) / (weights @ self.count), axis=1)
 
 
 def _table(errors: Errors, width: int) -> _Table:
-    sums, going = np.zeros((len(errors), width)), np.zeros((len(errors), width))
+    sums, count = np.zeros((len(errors), width)), np.zeros((len(errors), width))
     for row, drawn in enumerate(errors):
         for each in drawn:
             sums[row, : len(each)] += each
-            going[row, : len(each)] += 1
-    return _Table(sums, going)
+            count[row, : len(each)] += 1
+    return _Table(sums, count)
 
 
 def _percent(weights: Floats, student: _Table, teacher: _Table) -> Floats:
     """(B, L) excess accumulated error with row i counted weights[b, i] times; NaN where it is not defined."""
-    own, given = _accumulated(weights, student), _accumulated(weights, teacher)
+    own, given = student.accumulated(weights), teacher.accumulated(weights)
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(given > 0, 100 * (own - given) / given, np.nan)
 
 
-def _accumulated(weights: Floats, table: _Table) -> Floats:
-    """(B, L) sums over tokens of the mean error; NaN from the first token that nothing reaches."""
-    with np.errstate(invalid="ignore"):
-        return np.cumsum((weights @ table.sums) / (weights @ table.going), axis=1)
+def _interval(values: Floats, student: _Table, teacher: _Table, bootstrap: Bootstrap) -> Floats:
+    """(2, L) lower and upper ends; NaN where there is no interval."""
+    ends, rows = np.full((2, len(values)), np.nan), len(student.sums)
+    if rows > 1:
+        generator, drawn = np.random.default_rng(bootstrap.seed), []
+        for size in blocks(bootstrap.resamples, rows):
+            weights = generator.multinomial(rows, np.full(rows, 1 / rows), size=size).astype(np.float64)  # (B, rows)
+            drawn.append(_percent(weights, student, teacher))
+        resampled = np.concatenate(drawn)  # (resamples, L)
+        known = ~np.isnan(values) & (np.isnan(resampled).mean(0) <= 1 - bootstrap.level)
+        ends[:, known] = np.nanquantile(resampled[:, known], bootstrap.quantiles, axis=0)
+    return ends
 
 
-def _interval(
-    values: Floats, student: _Table, teacher: _Table, resamples: int, seed: int, level: float
-) -> tuple[Floats, Floats]:
-    """(L,) lower and upper ends; NaN where there is no interval."""
-    ends = np.full((2, len(values)), np.nan)
-    rows = len(student.sums)
-    if rows == 1:
-        return ends[0], ends[1]
-    generator, drawn, block = np.random.default_rng(seed), [], max(1, _BLOCK // rows)
-    for start in range(0, resamples, block):
-        size = min(block, resamples - start)
-        weights = generator.multinomial(rows, np.full(rows, 1 / rows), size=size).astype(np.float64)  # (B, rows)
-        drawn.append(_percent(weights, student, teacher))
-    table = np.concatenate(drawn)  # (resamples, L)
-    known = ~np.isnan(values) & (np.isnan(table).mean(0) <= 1 - level)
-    ends[:, known] = np.nanquantile(table[:, known], [(1 - level) / 2, (1 + level) / 2], axis=0)
-    return ends[0], ends[1]
-
-
-def _number(value: float) -> float | None:
-    return None if np.isnan(value) else float(value)
-
-
-def _check(on_student: Errors, on_teacher: Errors, ended: str, resamples: int, level: float) -> None:
+def _check(on_student: Errors, on_teacher: Errors, ended: str) -> None:
     if len(on_student) != len(on_teacher) or not len(on_student):
         raise RequestError(
             "Student and teacher must have continued the same rows, at least one. "
@@ -151,7 +127,3 @@ def _check(on_student: Errors, on_teacher: Errors, ended: str, resamples: int, l
                 raise RequestError(f"Every row needs a continuation. Got none of the {name} in row {row}.")
     if ended not in get_args(Ended):
         raise RequestError(f"`ended` must be one of {', '.join(get_args(Ended))}. Got {ended!r}.")
-    if resamples < 1:
-        raise RequestError(f"`resamples` must be at least 1. Got {resamples}.")
-    if not 0 < level < 1:
-        raise RequestError(f"`level` must lie between 0 and 1, as 0.95 does. Got {level}.")

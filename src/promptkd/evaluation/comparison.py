@@ -1,27 +1,31 @@
 """Paired differences between models that were measured alike, with intervals, tests, correction and effect sizes.
 
-Rows are the unit throughout: all answers to one request (one a seed) are brought together first. An interval is the
-95 % percentile bootstrap's over rows, p the sign-flip test's, and p adjusted Holm's over every difference of the
-comparison. A difference is claimed where p adjusted is at most 0.05 and the interval excludes zero.
+Rows are the unit throughout: all answers to one request (one per seed) are combined first. An interval is the 95 %
+percentile bootstrap's over rows, p the sign-flip test's, and adjusted p Holm's over every difference of the comparison.
+A difference is claimed where adjusted p is at most 0.05 and the interval excludes zero.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from promptkd.errors import RequestError
-from promptkd.evaluation.alike import unlike
-from promptkd.evaluation.bootstrap import paired_token_difference, token_mean_interval
 from promptkd.evaluation.pairing import Candidate, Column, Setting, settings_of
-from promptkd.evaluation.significance import effect_size, holm, row_contributions, sign_flip_test
-from promptkd.results import DataRecord, Difference, Evaluation
+from promptkd.evaluation.statistics import (
+    DEFAULT,
+    Bootstrap,
+    effect_size,
+    holm,
+    paired_token_difference,
+    row_contributions,
+    sign_flip_test,
+    token_mean_interval,
+)
+from promptkd.results import Better, DataRecord, Difference, Evaluation
 
-__all__ = ["Candidate", "Comparison", "compare", "teachers_of"]
-
-Better = Literal["higher", "lower"]
 _OF_REFERENCES = frozenset({"loss"})
 """Measured on the references: the same however answers are decoded."""
 _TO_TEACHER = "kl_to_teacher"
@@ -33,7 +37,7 @@ _LEAST_ROWS = 6
 class Comparison:
     differences: list[Difference] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
-    """Each model's figures over the rows that were compared, without the rows themselves."""
+    """Each model's metrics over the rows that were compared, without the rows themselves."""
     data: dict[str, DataRecord] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -46,6 +50,10 @@ class _Planned(NamedTuple):
     better: Better
     columns: dict[str, Column]
 
+    @property
+    def rows(self) -> int:
+        return len(self.columns[self.model].sums)
+
 
 def compare(
     candidates: Sequence[Candidate],
@@ -55,9 +63,8 @@ def compare(
     all_pairs: bool = False,
     metrics: Sequence[str] = (),
     allow_different: bool = False,
-    resamples: int = 2000,
+    bootstrap: Bootstrap = DEFAULT,
     draws: int = 9999,
-    seed: int = 0,
 ) -> Comparison:
     """Compare every candidate with the baseline, or with every other, on all data sets that both were measured on.
 
@@ -68,41 +75,51 @@ def compare(
         all_pairs: every pair in place of those with the baseline.
         metrics: the ones to compare; by default all that rows have scores of.
         allow_different: compare what is shared although data or decoding differ, and note in what.
-        resamples, draws, seed: of the bootstrap and of the sign-flip test; a comparison of many differences draws more
-            than `draws`, so that Holm's correction of the smallest p can still be small.
+        bootstrap: of the intervals; its seed is that of the sign-flip test too.
+        draws: of the sign-flip test; a comparison of many differences draws more, so that Holm's correction of the
+            smallest p can still be small.
 
     Raises:
-        RequestError: fewer than two candidates, a label that is there twice or not at all, measurements that are not
-            alike, no data set, no row or no metric in common.
+        RequestError: fewer than two candidates, a duplicate or unknown label, measurements that are not alike, no data
+            set, no row or no metric in common.
     """
     ordered = _checked(candidates, baseline)
     settings, made = settings_of(ordered), Comparison()
     made.notes += _alike(settings, ordered, allow_different)
-    every = _known_metrics(settings, metrics)
-    if _TO_TEACHER in every and len({teachers_of(each) for each in ordered}) > 1:
-        every.remove(_TO_TEACHER)
+    names = _known_metrics(settings, metrics)
+    if _TO_TEACHER in names and len({each.teachers for each in ordered}) > 1:
+        names.remove(_TO_TEACHER)
         made.notes.append(f"{_TO_TEACHER} was not compared: the records name different teachers.")
     pairs = list(combinations([each.label for each in ordered], 2))  # (baseline, model)
     pairs = pairs if all_pairs else pairs[: len(ordered) - 1]
     planned: list[_Planned] = []
     for setting in settings:
-        done = {each.metric for each in planned if each.setting.source == setting.source}
-        columns = _columns(setting, [metric for metric in every if metric not in done & _OF_REFERENCES])
-        planned += _plan(setting, pairs, columns, better)
-        made.evaluations += _evaluations(setting, columns, resamples, seed)
+        done = {each.metric for each in planned if each.setting.source == setting.source} & _OF_REFERENCES
+        columns = {metric: setting.columns(metric) for metric in setting.metrics() if metric in {*names} - done}
+        columns = {metric: held for metric, held in columns.items() if all(len(each.sums) for each in held.values())}
+        planned += [
+            _Planned(setting, model, base, metric, direction, held)
+            for base, model in pairs
+            for metric, held in columns.items()
+            if (direction := better(metric)) is not None and base in held and model in held
+        ]
+        made.evaluations += _evaluations(setting, columns, bootstrap)
         first = next(iter(setting.measured.values()))
         if first.data is not None:
             made.data[setting.data] = first.data
     if not planned:
         raise RequestError(
             f"Nothing to compare: the runs share {sum(len(each.rows()) for each in settings)} rows, with scores of "
-            f"{', '.join(every) or 'none'}. Expected at least one row, and a metric of which more or less is better."
+            f"{', '.join(names) or 'none'}. Expected at least one row, and a metric of which more or less is better."
         )
     # The smallest p that draws can give is 1 / (draws + 1); after the correction it must still be able to reach 0.01.
     draws = max(draws, 100 * len(planned) - 1)
-    made.differences = _adjusted([_difference(each, resamples, draws, seed) for each in planned])
+    made.differences = [_difference(each, bootstrap, draws) for each in planned]
+    tested = [(each, each.p_value) for each in made.differences if each.p_value is not None]
+    for (each, _), p in zip(tested, holm([p for _, p in tested]), strict=True):
+        each.p_adjusted = p
     made.notes += _notes(settings, planned, ordered)
-    if neither := [metric for metric in every if better(metric) is None]:
+    if neither := [metric for metric in names if better(metric) is None]:
         made.notes.append(f"Not tested, for neither direction is better: {', '.join(neither)}.")
     return made
 
@@ -112,9 +129,9 @@ def _checked(candidates: Sequence[Candidate], baseline: str | None) -> list[Cand
     labels = [each.label for each in candidates]
     if len(candidates) < 2:
         raise RequestError(f"A comparison takes two models or more. Got {', '.join(labels) or 'none'}.")
-    if twice := sorted({label for label in labels if labels.count(label) > 1}):
+    if duplicates := sorted({label for label in labels if labels.count(label) > 1}):
         raise RequestError(
-            f"Each model must have a label of its own. {', '.join(twice)} is there twice; name a run by LABEL=RUN."
+            f"Each model must have a label of its own. Got {', '.join(duplicates)} twice; name a run by LABEL=RUN."
         )
     if baseline is not None and baseline not in labels:
         raise RequestError(f"The baseline must be one of {', '.join(labels)}. Got {baseline}.")
@@ -124,17 +141,19 @@ def _checked(candidates: Sequence[Candidate], baseline: str | None) -> list[Cand
 def _alike(settings: Sequence[Setting], candidates: Sequence[Candidate], allow_different: bool) -> list[str]:
     """Notes on what differs; raises where that is not allowed, or where nothing is shared."""
     if not settings:
-        raise RequestError("The runs share no data set: " + "; ".join(_held(each) for each in candidates) + ".")
-    differing = [sentence for setting in settings for sentence in unlike(setting)]
+        sets = {c.label: [e.data for e in c.record.evaluations if e.model == c.model and e.samples] for c in candidates}
+        held = [f"{label} has rows of {', '.join(dict.fromkeys(data)) or 'none'}" for label, data in sets.items()]
+        raise RequestError(f"The runs share no data set: {'; '.join(held)}.")
+    differing = [sentence for setting in settings for sentence in setting.differing()]
     if differing and not allow_different:
         raise RequestError(
-            " ".join(differing) + " Measure them alike, or compare the rows that all hold by --allow-different."
+            " ".join(differing) + " Measure them alike, or compare the rows that all have by --allow-different."
         )
     return [f"Compared although {sentence}" for sentence in differing]
 
 
 def _known_metrics(settings: Sequence[Setting], asked: Sequence[str]) -> list[str]:
-    """The metrics that were asked for, or every one there is."""
+    """The metrics that were asked for, by default all."""
     every = list(dict.fromkeys(metric for setting in settings for metric in setting.metrics()))
     if unknown := [metric for metric in asked if metric not in every]:
         raise RequestError(
@@ -144,36 +163,14 @@ def _known_metrics(settings: Sequence[Setting], asked: Sequence[str]) -> list[st
     return [metric for metric in every if metric in (asked or every)]
 
 
-def _columns(setting: Setting, metrics: Sequence[str]) -> dict[str, dict[str, Column]]:
-    """By metric and label, for the metrics that rows have scores of."""
-    held = {metric: setting.columns(metric) for metric in setting.metrics() if metric in metrics}
-    return {metric: columns for metric, columns in held.items() if all(len(each.sums) for each in columns.values())}
-
-
-def _plan(
-    setting: Setting,
-    pairs: Sequence[tuple[str, str]],
-    columns: dict[str, dict[str, Column]],
-    better: Callable[[str], Better | None],
-) -> list[_Planned]:
-    return [
-        _Planned(setting, model, baseline, metric, direction, held)
-        for baseline, model in pairs
-        for metric, held in columns.items()
-        if (direction := better(metric)) is not None and baseline in held and model in held
-    ]
-
-
-def _evaluations(
-    setting: Setting, columns: dict[str, dict[str, Column]], resamples: int, seed: int
-) -> list[Evaluation]:
+def _evaluations(setting: Setting, columns: dict[str, dict[str, Column]], bootstrap: Bootstrap) -> list[Evaluation]:
     return [
         Evaluation(
             model=label,
             data=setting.data,
             decoding=measured.evaluation.decoding,
             metrics={
-                metric: token_mean_interval(held[label].sums, held[label].counts, resamples=resamples, seed=seed)
+                metric: token_mean_interval(held[label].sums, held[label].counts, bootstrap)
                 for metric, held in columns.items()
                 if label in held
             },
@@ -182,62 +179,39 @@ def _evaluations(
     ]
 
 
-def _difference(planned: _Planned, resamples: int, draws: int, seed: int) -> Difference:
+def _difference(planned: _Planned, bootstrap: Bootstrap, draws: int) -> Difference:
     ours, theirs = planned.columns[planned.model], planned.columns[planned.baseline]
     columns = (ours.sums, ours.counts, theirs.sums, theirs.counts)
-    finite = all(np.isfinite(column).all() for column in columns)
-    parts = row_contributions(*columns) if finite else None
-    return Difference(
+    found = Difference(
         model=planned.model,
         baseline=planned.baseline,
         metric=planned.metric,
         better=planned.better,
         data=planned.setting.data,
-        difference=paired_token_difference(*columns, resamples=resamples, seed=seed),
-        p_value=None if parts is None else sign_flip_test(parts, draws=draws, seed=seed),
-        effect_size=None if parts is None else effect_size(parts),
+        difference=paired_token_difference(*columns, bootstrap),
     )
-
-
-def _adjusted(differences: list[Difference]) -> list[Difference]:
-    tested = [(index, each.p_value) for index, each in enumerate(differences) if each.p_value is not None]
-    adjusted = dict(zip([index for index, _ in tested], holm([p for _, p in tested]), strict=True))
-    return [each.model_copy(update={"p_adjusted": adjusted.get(index)}) for index, each in enumerate(differences)]
-
-
-def teachers_of(candidate: Candidate) -> frozenset[str]:
-    """The teachers that the candidate's record names: their hashes, or paths where there is none."""
-    models = candidate.record.models.items()
-    return frozenset(each.sha256 or each.path for label, each in models if (label + " ").startswith("teacher "))
-
-
-def _held(candidate: Candidate) -> str:
-    sets = dict.fromkeys(
-        each.data for each in candidate.record.evaluations if each.model == candidate.model and each.samples
-    )
-    return f"{candidate.label} has rows of {', '.join(sets) or 'none'}"
+    if all(np.isfinite(column).all() for column in columns):
+        parts = row_contributions(*columns)
+        found.p_value = sign_flip_test(parts, draws=draws, seed=bootstrap.seed)
+        found.effect_size = effect_size(parts)
+    return found
 
 
 def _notes(settings: Sequence[Setting], planned: Sequence[_Planned], candidates: Sequence[Candidate]) -> list[str]:
     notes = [
         f"{len(planned)} differences were tested together and p is adjusted for that. One is claimed where p is at "
-        "most 0.05 and the interval excludes zero. Both speak for the rows and their decoding seeds, not for the "
-        "spread between seeds of training."
+        "most 0.05 and the interval excludes zero. Both cover the rows and their decoding seeds, not the spread "
+        "between training seeds."
     ]
     for setting in settings:
         rows, held = setting.rows(), {row for each in setting.measured.values() for row in each.rows}
         if len(rows) < len(held):
-            notes.append(f"On {setting.data} the {len(rows)} rows that all hold were compared, of {len(held)}.")
-        scored = {each.metric: _rows(each) for each in planned if each.setting is setting}
+            notes.append(f"On {setting.data} the {len(rows)} rows that all have were compared, of {len(held)}.")
+        scored = {each.metric: each.rows for each in planned if each.setting is setting}
         if fewer := [f"{metric} {count}" for metric, count in scored.items() if count < len(rows)]:
             notes.append(f"On {setting.data} not every row has every score: {', '.join(fewer)} of {len(rows)} rows.")
         if few := [metric for metric, count in scored.items() if count < _LEAST_ROWS]:
             notes.append(f"On {setting.data} there are too few rows to tell any two models apart on {', '.join(few)}.")
-        absent = [each.label for each in candidates if each.label not in setting.measured]
-        if absent:
+        if absent := [each.label for each in candidates if each.label not in setting.measured]:
             notes.append(f"{setting.data} was not measured for {', '.join(absent)}.")
     return notes
-
-
-def _rows(planned: _Planned) -> int:
-    return len(planned.columns[planned.model].sums)

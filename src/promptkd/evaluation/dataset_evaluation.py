@@ -16,7 +16,14 @@ from promptkd.data.encode import EncodedExample
 from promptkd.errors import RequestError
 from promptkd.evaluation.hub_metrics import HubMetric
 from promptkd.evaluation.likelihood import kl_nats, reference_nats
-from promptkd.evaluation.measure import REFERENCES_AT_A_TIME, Decoding, decode_rows, row_batches, row_results, summarize
+from promptkd.evaluation.measure import (
+    REFERENCES_AT_A_TIME,
+    decode_rows,
+    evaluation_of,
+    row_batches,
+    row_results,
+)
+from promptkd.generation import Decoding
 from promptkd.io.jsonl import ResumableLines
 from promptkd.models import vocabulary_size
 from promptkd.results import Evaluation, RowResult
@@ -49,7 +56,6 @@ class SetEvaluation:
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
     rows: Sequence[EncodedExample]
-    stop_ids: Sequence[int]
     file_of: Callable[[str], Path]
     """From a part, as `parts_of` names it, to the JSONL file that keeps it."""
     teacher: nn.Module | None = None
@@ -76,16 +82,7 @@ class SetEvaluation:
         if greedy or decoding.is_greedy:
             own = replace(decoding, temperature=0.0)
             found.append((own, self._results(_GREEDY, own, losses, list(kls.values()) if decoding.is_greedy else [])))
-        return [
-            Evaluation(
-                model=model_label,
-                data=data_label,
-                decoding=each.record(seeds),
-                metrics=summarize(results),
-                samples=results,
-            )
-            for each, results in found
-        ]
+        return [evaluation_of(results, how, seeds, model=model_label, data=data_label) for how, results in found]
 
     def _results(
         self, part: str, decoding: Decoding, losses: Sequence[float], kls: Sequence[Sequence[tuple[float, int]]]
@@ -93,9 +90,7 @@ class SetEvaluation:
         """Answers of one decoding with their scores. Its file ends in the order of the rows, with two of the scores."""
         lines = self._answers(part, decoding, None)
         answers = [line["token_ids"] for line in lines]
-        results = row_results(
-            self.tokenizer, self.rows, answers, decoding, stop_ids=self.stop_ids, losses=losses, kls=kls
-        )
+        results = row_results(self.tokenizer, self.rows, answers, decoding, losses=losses, kls=kls)
         for metric in self.metrics:
             scores = metric.scores([each.response for each in results], [each.references for each in results])
             for each, score in zip(results, scores, strict=True):
@@ -126,12 +121,12 @@ class SetEvaluation:
         return [dict(file.lines[row.row,]) for row in self.rows]
 
     def _decoded(self, batch: list[EncodedExample], decoding: Decoding) -> list[Line]:
-        answers = decode_rows(self.model, self.tokenizer, batch, decoding, stop_ids=self.stop_ids)
+        answers = decode_rows(self.model, self.tokenizer, batch, decoding)
         return [
             _line(
                 row,
                 response=self.tokenizer.decode(token_ids, skip_special_tokens=True).strip(),
-                ended=token_ids[-1] in self.stop_ids,
+                ended=token_ids[-1] in decoding.stop_ids,
                 token_ids=token_ids,
             )
             for row, token_ids in zip(batch, answers, strict=True)

@@ -1,7 +1,7 @@
 """Exposure bias: how much more a student errs on its own continuations than on the teacher's.
 
-An error is KL(teacher || student) behind the request and the first t - 1 tokens of a continuation. What is made of the
-errors, and how rows that have ended are counted, stands in `accumulated_error.py`.
+An error is KL(teacher || student) after the request and the first t - 1 tokens of a continuation.
+`accumulated_error.py` turns the errors into ExAccErr, and says how continuations that have ended are counted.
 
 Continuations are sampled from the whole distribution at temperature 1: the definition's expectations are over what the
 models themselves would write. With a soft prompt the teacher is the prompted one throughout: its continuations are
@@ -15,71 +15,78 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from promptkd.data.batch import right_pad
-from promptkd.engine import evaluating, head_logits, response_hidden
+from promptkd.engine import evaluating
 from promptkd.errors import PromptKDError, RequestError
-from promptkd.evaluation.accumulated_error import Ended, Floats, excess_accumulated_error
-from promptkd.evaluation.bootstrap import token_mean_interval
-from promptkd.generation import generate, row_seeds
+from promptkd.evaluation.accumulated_error import Ended, excess_accumulated_error
+from promptkd.evaluation.likelihood import batches_by_length, token_divergences
+from promptkd.evaluation.statistics import DEFAULT, Bootstrap, Floats, token_mean_interval
+from promptkd.generation import Decoding, generate, row_seeds
 from promptkd.objectives import forward_kl
 from promptkd.results import CurvePoint, Metric
-
-__all__ = ["ExposureBias", "exposure_bias", "sample_continuations", "token_errors"]
 
 Samples = Sequence[Sequence[Sequence[int]]]
 """Token ids of continuations: samples[row][draw]."""
 
-_CHUNK = 256
-"""Tokens whose logits are held at a time."""
-
 
 @dataclass(frozen=True)
 class ExposureBias:
-    """The curve of one student, and the errors themselves, of which a percentage says nothing."""
+    """The curve of one student, and the errors themselves, whose size a percentage does not show."""
 
     points: list[CurvePoint]
     """ExAccErr in % at l = 1, 2, … up to the longest continuation."""
     on_student: Metric
-    """KL(teacher || student) in nats a token, over all tokens of the student's continuations."""
+    """KL(teacher || student) in nats per token, over all tokens of the student's continuations."""
     on_teacher: Metric
     """The same over those of the teacher's."""
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How continuations are scored."""
+
+    prompt: Tensor | None = None
+    """(n, E) soft prompt before the teacher."""
+    vocabulary: int | None = None
+    """Compare the first so many ids; the further columns of a padded head mean nothing."""
+    batch_size: int = 8
+    on_batch: Callable[[int], None] | None = None
+    """Called with the number of continuations scored so far, the student's and the teacher's."""
+
+
+DEFAULT_SCORING = Scoring()
 
 
 def sample_continuations(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
     *,
     samples_per_row: int,
-    max_new_tokens: int,
-    stop_ids: Sequence[int],
     rows: Sequence[int] | None = None,
-    seed: int = 10,
     prompt: Tensor | None = None,
-    vocabulary: int | None = None,
-    batch_size: int = 32,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[list[list[int]]]:
     """Several continuations of each request at temperature 1, samples[row][draw].
 
-    Draw d of a row has the seed that `promptkd evaluate` gives the row under seed `seed` + d. It is the same for every
-    model: common random numbers, which make what two models share cancel in their comparison.
+    Draw d of a row has the seed that `promptkd evaluate` gives the row under seed `decoding.seed` + d. It is the same
+    for every model: common random numbers, whose effect on both models cancels in their comparison.
 
     Args:
+        decoding: length limit, stop ids, vocabulary, first seed and batch size; its temperature and cut-offs are not
+            used.
         rows: each request's index in its file, from which its seeds follow; by default 0, 1, …
         prompt: (n, E) soft prompt before the model.
-        vocabulary, stop_ids, batch_size, on_batch: as in `generate`.
+        on_batch: as in `generate`.
     """
-    places = range(len(prompts)) if rows is None else rows
-    by_draw = [row_seeds(seed + draw, max(places, default=0) + 1) for draw in range(samples_per_row)]
+    indices = range(len(prompts)) if rows is None else rows
+    by_draw = [row_seeds(decoding.seed + draw, max(indices, default=0) + 1) for draw in range(samples_per_row)]
     written = generate(
         model,
         [each for each in prompts for _ in by_draw],
-        max_new_tokens=max_new_tokens,
-        stop_ids=stop_ids,
-        seeds=[seeds[place] for place in places for seeds in by_draw],
+        decoding.plain(decoding.seed),
+        seeds=[seeds[index] for index in indices for seeds in by_draw],
         prompt=prompt,
-        vocabulary=vocabulary,
-        batch_size=batch_size,
+        batch_size=decoding.batch_size,
         on_batch=on_batch,
     )
     return [written[first : first + samples_per_row] for first in range(0, len(written), samples_per_row)]
@@ -91,27 +98,18 @@ def exposure_bias(
     prompts: Sequence[Sequence[int]],
     student_samples: Samples,
     teacher_samples: Samples,
+    scoring: Scoring = DEFAULT_SCORING,
     *,
-    prompt: Tensor | None = None,
-    vocabulary: int | None = None,
     ended: Ended = "leave",
-    batch_size: int = 8,
-    resamples: int = 2000,
-    seed: int = 0,
-    level: float = 0.95,
-    on_batch: Callable[[int], None] | None = None,
+    bootstrap: Bootstrap = DEFAULT,
 ) -> ExposureBias:
-    """ExAccErr of `student` over continuations that are given; `sample_continuations` draws them.
+    """ExAccErr of `student` over given continuations; `sample_continuations` draws them.
 
     Args:
         prompts: token ids of the requests.
         student_samples: continuations that the student wrote, samples[row][draw].
-        teacher_samples: those of the teacher, under `prompt` if there is one; the same serve every student.
-        prompt: (n, E) soft prompt before the teacher.
-        vocabulary: compare the first so many ids; the further columns of a padded head mean nothing.
-        ended, resamples, seed, level: as in `excess_accumulated_error`.
-        batch_size: continuations that are scored at a time.
-        on_batch: called with the number of continuations scored so far, the student's and the teacher's.
+        teacher_samples: those of the teacher, under `scoring.prompt` if there is one; the same serve every student.
+        ended, bootstrap: as in `excess_accumulated_error`.
 
     Raises:
         RequestError: unequal numbers of rows, or as `excess_accumulated_error`.
@@ -123,21 +121,12 @@ def exposure_bias(
             f"Got {len(prompts)} requests, {len(student_samples)} and {len(teacher_samples)}."
         )
     together = [[*mine, *theirs] for mine, theirs in zip(student_samples, teacher_samples, strict=True)]
-    errors = token_errors(
-        student, teacher, prompts, together, prompt=prompt, vocabulary=vocabulary, batch_size=batch_size,
-        on_batch=on_batch,
-    )  # fmt: skip
+    errors = token_errors(student, teacher, prompts, together, scoring)
     on_student = [row[: len(mine)] for row, mine in zip(errors, student_samples, strict=True)]
     on_teacher = [row[len(mine) :] for row, mine in zip(errors, student_samples, strict=True)]
-    points = excess_accumulated_error(on_student, on_teacher, ended=ended, resamples=resamples, seed=seed, level=level)
+    points = excess_accumulated_error(on_student, on_teacher, ended=ended, bootstrap=bootstrap)
     means = [
-        token_mean_interval(
-            [sum(map(np.sum, row)) for row in each],
-            [sum(map(len, row)) for row in each],
-            resamples=resamples,
-            seed=seed,
-            level=level,
-        )
+        token_mean_interval([sum(map(np.sum, row)) for row in each], [sum(map(len, row)) for row in each], bootstrap)
         for each in (on_student, on_teacher)
     ]
     return ExposureBias(points, *means)
@@ -148,41 +137,26 @@ def token_errors(
     teacher: nn.Module,
     prompts: Sequence[Sequence[int]],
     samples: Samples,
-    *,
-    prompt: Tensor | None = None,
-    vocabulary: int | None = None,
-    batch_size: int = 8,
-    on_batch: Callable[[int], None] | None = None,
+    scoring: Scoring = DEFAULT_SCORING,
 ) -> list[list[Floats]]:
-    """KL(teacher || student) behind every context of every continuation, in nats: errors[row][draw][token].
+    """KL(teacher || student) after every context of every continuation, in nats: errors[row][draw][token].
 
-    The first entry is the error behind the request alone, the last that at the stop token (or at the limit). Arguments
-    as in `exposure_bias`. Logits are held for some hundred tokens at a time.
+    The first entry is the error after the request alone, the last that at the stop token (or at the limit).
     """
-    flat = [(row, draw) for row, drawn in enumerate(samples) for draw in range(len(drawn))]
-    flat.sort(key=lambda place: len(prompts[place[0]]) + len(samples[place[0]][place[1]]))  # like lengths together
-    errors = [[np.empty(0) for _ in drawn] for drawn in samples]
-    device = next(student.parameters()).device
+    places = [(row, draw) for row, drawn in enumerate(samples) for draw in range(len(drawn))]
+    flat_prompts, flat_samples = [prompts[row] for row, _ in places], [samples[row][draw] for row, draw in places]
+    errors, done = [[np.empty(0) for _ in drawn] for drawn in samples], 0
     with torch.no_grad(), evaluating(student), evaluating(teacher):
-        for first in range(0, len(flat), batch_size):
-            places = flat[first : first + batch_size]
-            chosen = [samples[row][draw] for row, draw in places]
-            batch = right_pad([prompts[row] for row, _ in places], chosen, device=device)
-            mine, theirs = response_hidden(student, batch), response_hidden(teacher, batch, prompt)
-            values = _kl(student, teacher, mine, theirs, vocabulary).split([len(each) for each in chosen])
-            for (row, draw), value in zip(places, values, strict=True):
-                errors[row][draw] = value.double().cpu().numpy()
+        for indices, batch in batches_by_length(flat_prompts, flat_samples, scoring.batch_size, student):
+            divergences = token_divergences(
+                forward_kl, student, teacher, batch, vocabulary=scoring.vocabulary, prompt=scoring.prompt
+            )
+            for index, values in zip(indices, divergences.split(batch.response_lengths), strict=True):
+                row, draw = places[index]
+                errors[row][draw] = values.double().cpu().numpy()
                 if not np.isfinite(errors[row][draw]).all():
                     raise PromptKDError(f"The KL(teacher || student) is not finite in row {row}, continuation {draw}.")
-            if on_batch is not None:
-                on_batch(first + len(places))
+            done += len(indices)
+            if scoring.on_batch is not None:
+                scoring.on_batch(done)
     return errors
-
-
-def _kl(student: nn.Module, teacher: nn.Module, mine: Tensor, theirs: Tensor, vocabulary: int | None) -> Tensor:
-    """(N,) KL(teacher || student) from hidden states (N, H)."""
-    parts = [
-        forward_kl(head_logits(student, own, vocabulary=vocabulary), head_logits(teacher, other, vocabulary=vocabulary))
-        for own, other in zip(mine.split(_CHUNK), theirs.split(_CHUNK), strict=True)
-    ]
-    return torch.cat(parts)

@@ -1,13 +1,13 @@
-"""Metrics of Hugging Face's `evaluate` library, by name or from a script of one's own, a score a row."""
+"""Metrics of Hugging Face's `evaluate` library, by name or from a script of one's own, one score per row."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from promptkd.errors import PromptKDError, RequestError
+import datasets
 
-__all__ = ["HubMetric"]
+from promptkd.errors import PromptKDError, RequestError
 
 _PROBE = "a short answer to try the metric on"
 
@@ -15,13 +15,13 @@ _PROBE = "a short answer to try the metric on"
 class HubMetric:
     """A metric that scores one answer against its references.
 
-    It is asked for one row at a time, so that the record holds a score a row. The mean over rows is therefore that of
+    It scores one row at a time, so that the record holds a score per row. The mean over rows is therefore that of
     sentence scores; for BLEU this is not the BLEU of the corpus. Values keep the metric's own scale.
 
     Args:
         name: what `evaluate.load` takes: "bleu", "owner/metric" (both are scripts that it downloads and runs, unless
             they are in its cache), or the path of a script. `NAME:FIELD` picks a field of the metric's output
-            ("rouge:rouge2"); without it that is the field called like the metric, else "score", else the only number.
+            ("rouge:rouge2"); by default the field with the metric's name, else "score", else the only number.
 
     Raises:
         RequestError: if `evaluate` is not installed, or the metric cannot be loaded, fails on a row, or gives no score.
@@ -33,17 +33,18 @@ class HubMetric:
         self.failed_on_empty = 0
         """Empty answers that the metric failed on; they count 0."""
         self._name = name
-        self._metric = _loaded(source)
+        self._metric = _load(source)
         features = self._metric.features
         forms = features if isinstance(features, list) else [features]
-        self._takes_several = any(isinstance(form.get("references"), _sequence_types()) for form in forms)
+        lists = (datasets.Sequence, datasets.List, list)
+        self._takes_several = any(isinstance(form.get("references"), lists) for form in forms)
         try:
             numbers = self._numbers(_PROBE, [_PROBE])
         except Exception as error:  # whatever its script raises
             raise RequestError(
                 f"The metric {name} cannot score an answer against its references: {_line(error)}"
             ) from error
-        self._field = _chosen(numbers, field, name=name, called=Path(source).stem)
+        self._field = _score_field(numbers, field, name=name, called=Path(source).stem)
 
     def scores(self, texts: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
         """The score of each answer. An empty answer that the metric fails on, as BLEU does, counts 0.
@@ -58,7 +59,7 @@ class HubMetric:
         most = max(map(len, references))
         if most > 1 and not self._takes_several:
             raise RequestError(
-                f"The metric {self._name} takes one reference a row, and there is a row of {most}. Leave it out here."
+                f"The metric {self._name} takes one reference per row, and one row has {most}. Leave it out here."
             )
 
     def _score(self, text: str, references: Sequence[str]) -> float:
@@ -73,7 +74,7 @@ class HubMetric:
             ) from error
 
     def _numbers(self, text: str, references: Sequence[str]) -> dict[str, float]:
-        """What the metric says of one row: every field that is a number, or a list of a single one."""
+        """The metric's output for one row: every field that is a number, or a list with a single one."""
         given = list(references) if self._takes_several else references[0]
         output = self._metric.compute(predictions=[text], references=[given])
         fields = output.items() if isinstance(output, Mapping) else ()
@@ -81,9 +82,9 @@ class HubMetric:
         return {key: float(value) for key, value in single.items() if isinstance(value, Real)}
 
 
-def _loaded(source: str) -> Any:
+def _load(source: str) -> Any:
     try:
-        import evaluate
+        import evaluate  # an extra
     except ImportError as error:
         raise RequestError(
             "Metrics by name need Hugging Face's `evaluate`. Install it: pip install 'promptkd[metrics]'."
@@ -97,23 +98,16 @@ def _loaded(source: str) -> Any:
         ) from error
 
 
-def _sequence_types() -> tuple[type, ...]:
-    import datasets
-
-    return (datasets.Sequence, datasets.List, list)
-
-
-def _chosen(numbers: Mapping[str, float], field: str, *, name: str, called: str) -> str:
-    """The field that is the score: the one asked for, else one of the usual names, else the only one."""
+def _score_field(numbers: Mapping[str, float], field: str, *, name: str, called: str) -> str:
     wanted = [field] if field else [called, "score", *(numbers if len(numbers) == 1 else ())]
-    chosen = next((each for each in wanted if each in numbers), None)
-    if chosen is None:
-        expected = f"the field {field!r}" if field else f"a number called {called!r} or 'score', or a single number"
-        raise RequestError(
-            f"The metric {name} gives no score: expected {expected}, got {', '.join(numbers) or 'no number'}. "
-            "Pick one by NAME:FIELD."
-        )
-    return chosen
+    for each in wanted:
+        if each in numbers:
+            return each
+    expected = f"the field {field!r}" if field else f"a number called {called!r} or 'score', or a single number"
+    raise RequestError(
+        f"The metric {name} gives no score: expected {expected}, got {', '.join(numbers) or 'no number'}. "
+        "Pick one by NAME:FIELD."
+    )
 
 
 def _line(error: Exception) -> str:

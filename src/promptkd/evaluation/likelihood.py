@@ -1,6 +1,6 @@
-"""What models' distributions say of given responses: the loss on references, the KL to a teacher on samples."""
+"""Losses and divergences of models on given responses: the loss on references, the KL to a teacher on samples."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,6 @@ from promptkd.engine import evaluating, head_logits, response_hidden
 from promptkd.models import shared_vocabulary_size
 from promptkd.objectives import reverse_kl
 
-__all__ = ["kl_nats", "reference_nats"]
-
 _TOKENS_AT_A_TIME = 256
 
 
@@ -24,17 +22,18 @@ def reference_nats(
     """-log q(first reference and its end | prompt) of each row, in nats.
 
     Args:
-        vocabulary: the ids that mean something; the further columns of a padded head are left out.
+        vocabulary: ids of the tokenizer; the further columns of a padded head are left out.
     """
-    nats = [0.0] * len(rows)
+
+    def loss(hidden: Tensor, targets: Tensor) -> Tensor:
+        return cross_entropy(head_logits(model, hidden, vocabulary=vocabulary), targets, reduction="none")
+
+    prompts, responses = [row.prompt_ids for row in rows], [row.response_ids for row in rows]
     with torch.no_grad(), evaluating(model):
-        for indices, batch in _batches(rows, [row.response_ids for row in rows], batch_size, model):
-            losses = [
-                cross_entropy(head_logits(model, hidden, vocabulary=vocabulary), targets, reduction="none")
-                for hidden, targets in _chunks(response_hidden(model, batch), batch.targets)
-            ]
-            _sum_by_row(torch.cat(losses), batch, indices, nats)
-    return nats
+        return _sums_by_row(
+            (indices, batch, _in_chunks(loss, response_hidden(model, batch), batch.targets))
+            for indices, batch in batches_by_length(prompts, responses, batch_size, model)
+        )
 
 
 def kl_nats(
@@ -47,40 +46,59 @@ def kl_nats(
     batch_size: int = 8,
 ) -> list[float]:
     """Σ over the tokens of a row's sample of KL(model || teacher), each over the whole vocabulary, in nats."""
-    nats = [0.0] * len(rows)
-    vocabulary = shared_vocabulary_size(model, teacher, tokenizer)
+    vocabulary, prompts = shared_vocabulary_size(model, teacher, tokenizer), [row.prompt_ids for row in rows]
     with torch.no_grad(), evaluating(model), evaluating(teacher):
-        for indices, batch in _batches(rows, samples, batch_size, model):
-            divergences = [
-                reverse_kl(
-                    head_logits(model, ours, vocabulary=vocabulary), head_logits(teacher, theirs, vocabulary=vocabulary)
-                )
-                for ours, theirs in _chunks(response_hidden(model, batch), response_hidden(teacher, batch))
-            ]
-            _sum_by_row(torch.cat(divergences), batch, indices, nats)
-    return nats
+        return _sums_by_row(
+            (indices, batch, token_divergences(reverse_kl, model, teacher, batch, vocabulary=vocabulary))
+            for indices, batch in batches_by_length(prompts, samples, batch_size, model)
+        )
 
 
-def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Some tokens of every tensor at a time: logits of all tokens at once would take gigabytes."""
-    return zip(*(tensor.split(_TOKENS_AT_A_TIME) for tensor in tensors), strict=True)
+def token_divergences(
+    objective: Callable[[Tensor, Tensor], Tensor],
+    student: nn.Module,
+    teacher: nn.Module,
+    batch: TokenBatch,
+    *,
+    vocabulary: int | None = None,
+    prompt: Tensor | None = None,
+) -> Tensor:
+    """(N,) `objective` of both models' logits at each response token.
+
+    Args:
+        vocabulary: compare the first so many ids; the further columns of a padded head mean nothing.
+        prompt: (n, E) soft prompt before the teacher.
+    """
+
+    def divergences(ours: Tensor, theirs: Tensor) -> Tensor:
+        return objective(
+            head_logits(student, ours, vocabulary=vocabulary), head_logits(teacher, theirs, vocabulary=vocabulary)
+        )
+
+    return _in_chunks(divergences, response_hidden(student, batch), response_hidden(teacher, batch, prompt))
 
 
-def _batches(
-    rows: Sequence[EncodedExample], responses: Sequence[Sequence[int]], size: int, model: nn.Module
+def batches_by_length(
+    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], size: int, model: nn.Module
 ) -> Iterator[tuple[list[int], TokenBatch]]:
-    """Rows of like length together, with their indices."""
+    """Rows of similar length together on the model's device, with their indices."""
     device = next(model.parameters()).device
-    order = sorted(range(len(rows)), key=lambda row: len(rows[row].prompt_ids) + len(responses[row]))
+    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]) + len(responses[row]))
     for first in range(0, len(order), size):
-        chosen = order[first : first + size]
-        prompts = [rows[row].prompt_ids for row in chosen]
-        yield chosen, right_pad(prompts, [list(responses[row]) for row in chosen], device=device)
+        rows = order[first : first + size]
+        yield rows, right_pad([prompts[row] for row in rows], [list(responses[row]) for row in rows], device=device)
 
 
-def _sum_by_row(values: Tensor, batch: TokenBatch, indices: list[int], into: list[float]) -> None:
-    sums = torch.zeros(len(indices), dtype=torch.float64, device=values.device).index_add(
-        0, batch.rows, values.double()
-    )
-    for index, value in zip(indices, sums.tolist(), strict=True):
-        into[index] = value
+def _in_chunks(score: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """`score` of some tokens of every tensor at a time: logits of all tokens at once would take gigabytes."""
+    chunks = zip(*(tensor.split(_TOKENS_AT_A_TIME) for tensor in tensors), strict=True)
+    return torch.cat([score(*chunk) for chunk in chunks])
+
+
+def _sums_by_row(scored: Iterable[tuple[list[int], TokenBatch, Tensor]]) -> list[float]:
+    """The sum of each row's values (N,), in the order of the rows."""
+    sums: dict[int, float] = {}
+    for indices, batch, values in scored:
+        zeros = torch.zeros(len(indices), dtype=torch.float64, device=values.device)
+        sums |= zip(indices, zeros.index_add(0, batch.rows, values.double()).tolist(), strict=True)
+    return [sums[row] for row in range(len(sums))]

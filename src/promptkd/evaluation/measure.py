@@ -1,91 +1,35 @@
 """Measure a model on rows: loss on the references, scores of its own answers, KL to a teacher on its own samples."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from promptkd.data.encode import EncodedExample
-from promptkd.evaluation.bootstrap import mean_interval, token_mean_interval
 from promptkd.evaluation.likelihood import kl_nats, reference_nats
+from promptkd.evaluation.statistics import mean_interval, token_mean_interval
 from promptkd.evaluation.text_metrics import answer_scores
-from promptkd.generation import generate, row_seeds
+from promptkd.generation import Decoding, generate, row_seeds
 from promptkd.models import vocabulary_size
 from promptkd.results import Evaluation, Metric, RowResult
-
-__all__ = [
-    "REFERENCES_AT_A_TIME",
-    "Decoding",
-    "decode_rows",
-    "evaluate_model",
-    "measure_rows",
-    "row_batches",
-    "row_results",
-    "summarize",
-]
 
 T = TypeVar("T")
 REFERENCES_AT_A_TIME = 32
 """Rows whose references are scored together."""
-_OF_THE_REFERENCES = ("loss",)  # figures that no decoding takes part in
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How answers are decoded, in validation and in the test alike."""
-
-    temperature: float = 1.0
-    """0 decodes greedily."""
-    top_p: float = 1.0
-    top_k: int = 0
-    max_new_tokens: int = 256
-    seed: int = 10
-    batch_size: int = 32
-
-    @property
-    def is_greedy(self) -> bool:
-        return self.temperature == 0
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether answers are drawn from the model's own distribution, on which the KL is taken."""
-        return (self.temperature, self.top_p, self.top_k) == (1.0, 1.0, 0)
-
-    def plain(self, seed: int) -> "Decoding":
-        return replace(self, temperature=1.0, top_p=1.0, top_k=0, seed=seed)
-
-    def record(self, seeds: Sequence[int]) -> dict[str, Any]:
-        """What the answers depend on, as an `Evaluation` holds it."""
-        if self.is_greedy:
-            return {"temperature": 0.0, "max_new_tokens": self.max_new_tokens}
-        return {
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": self.top_k,
-            "max_new_tokens": self.max_new_tokens,
-            "seeds": list(seeds),
-        }
+_OF_REFERENCES = ("loss",)  # the same however answers are decoded
 
 
 def row_batches(rows: Sequence[EncodedExample], size: int) -> list[list[int]]:
-    """Places in `rows`, `size` at a time, the longest prompts first.
+    """Indices into `rows`, `size` at a time, the longest prompts first.
 
     Validation and `promptkd evaluate` both measure in these batches. In bfloat16 the rows that share a batch decide
     how products are rounded, and so, now and then, which token is drawn: other batches would give other answers.
     """
-    order = sorted(range(len(rows)), key=lambda place: (-len(rows[place].prompt_ids), rows[place].row))
+    order = sorted(range(len(rows)), key=lambda index: (-len(rows[index].prompt_ids), rows[index].row))
     return [order[first : first + size] for first in range(0, len(order), size)]
-
-
-def _in_order(batches: Sequence[list[int]], work: Callable[[list[int]], Sequence[T]]) -> list[T]:
-    """What `work` makes of the rows at the places of every batch, in the order of the rows."""
-    made: dict[int, T] = {}
-    for places in batches:
-        made |= zip(places, work(places), strict=True)
-    return [made[place] for place in range(len(made))]
 
 
 def measure_rows(
@@ -94,7 +38,6 @@ def measure_rows(
     rows: Sequence[EncodedExample],
     decoding: Decoding,
     *,
-    stop_ids: Sequence[int],
     teacher: nn.Module | None = None,
     samples_per_row: int = 1,
     batch_size: int = 8,
@@ -107,58 +50,51 @@ def measure_rows(
     if not rows:
         return []
 
-    batches = row_batches(rows, decoding.batch_size)
-
-    def at(places: list[int]) -> list[EncodedExample]:
-        return [rows[place] for place in places]
+    def in_batches(size: int, work: Callable[[list[EncodedExample], list[int]], Sequence[T]]) -> list[T]:
+        """The results of `work` on the rows and indices of every batch, in the order of the rows."""
+        done: dict[int, T] = {}
+        for indices in row_batches(rows, size):
+            done |= zip(indices, work([rows[index] for index in indices], indices), strict=True)
+        return [done[index] for index in range(len(rows))]
 
     def decoded(how: Decoding) -> list[list[int]]:
-        return _in_order(batches, lambda places: decode_rows(model, tokenizer, at(places), how, stop_ids=stop_ids))
+        return in_batches(decoding.batch_size, lambda batch, _: decode_rows(model, tokenizer, batch, how))
 
     def kl_to(teacher: nn.Module, seed: int) -> list[tuple[float, int]]:
         plain = decoding.plain(seed)
         samples = answers if plain == decoding else decoded(plain)
 
-        def nats(places: list[int]) -> list[float]:
-            own = [samples[place] for place in places]
-            return kl_nats(model, teacher, tokenizer, at(places), own, batch_size=batch_size)
+        def nats(batch: list[EncodedExample], indices: list[int]) -> list[float]:
+            own = [samples[index] for index in indices]
+            return kl_nats(model, teacher, tokenizer, batch, own, batch_size=batch_size)
 
-        return [(kl, len(sample)) for kl, sample in zip(_in_order(batches, nats), samples, strict=True)]
+        found = in_batches(decoding.batch_size, nats)
+        return [(kl, len(sample)) for kl, sample in zip(found, samples, strict=True)]
 
     answers = decoded(decoding)
     vocabulary = vocabulary_size(tokenizer)
-    losses = _in_order(
-        row_batches(rows, REFERENCES_AT_A_TIME),
-        lambda places: reference_nats(model, at(places), vocabulary=vocabulary, batch_size=batch_size),
+    losses = in_batches(
+        REFERENCES_AT_A_TIME,
+        lambda batch, _: reference_nats(model, batch, vocabulary=vocabulary, batch_size=batch_size),
     )
     kls = []
     if teacher is not None and teacher is not model:
         kls = [kl_to(teacher, decoding.seed + draw) for draw in range(samples_per_row)]
-    return row_results(tokenizer, rows, answers, decoding, stop_ids=stop_ids, losses=losses, kls=kls)
+    return row_results(tokenizer, rows, answers, decoding, losses=losses, kls=kls)
 
 
 def decode_rows(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[EncodedExample],
-    decoding: Decoding,
-    *,
-    stop_ids: Sequence[int],
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[EncodedExample], decoding: Decoding
 ) -> list[list[int]]:
-    """The answers' token ids, in the order of `rows`, the stop id at the end where one was written."""
-    # Seeds follow the row's place in its file, so that a part of the file gets the answers it gets in the whole.
+    """The answers' token ids, in the order of `rows`, the stop id at the end where one was generated."""
+    # Seeds follow the row's place in its file, so that a subset of the file gets the answers of the whole.
     seeds = row_seeds(decoding.seed, max(row.row for row in rows) + 1)
     return generate(
         model,
         [row.prompt_ids for row in rows],
-        max_new_tokens=decoding.max_new_tokens,
-        stop_ids=stop_ids,
-        temperature=decoding.temperature,
-        top_p=decoding.top_p,
-        top_k=decoding.top_k,
+        replace(decoding, vocabulary=vocabulary_size(tokenizer)),
         seeds=[seeds[row.row] for row in rows],
         batch_size=decoding.batch_size,
-        vocabulary=vocabulary_size(tokenizer),
     )
 
 
@@ -168,16 +104,15 @@ def row_results(
     answers: Sequence[Sequence[int]],
     decoding: Decoding,
     *,
-    stop_ids: Sequence[int],
     losses: Sequence[float],
     kls: Sequence[Sequence[tuple[float, int]]] = (),
 ) -> list[RowResult]:
     """Each row with its answer and every score of it.
 
     Args:
-        answers: token ids a row, as `decode_rows` gives them.
-        losses: nats of the first reference, a row.
-        kls: for each sample a row, a list of (nats, tokens) a row; empty without a teacher.
+        answers: token ids per row, as from `decode_rows`.
+        losses: nats of the first reference, per row.
+        kls: per sample, (nats, tokens) of every row; empty without a teacher.
     """
     texts = [tokenizer.decode(list(answer), skip_special_tokens=True).strip() for answer in answers]
     scores = answer_scores(
@@ -185,16 +120,16 @@ def row_results(
         [row.references for row in rows],
         answers,
         [len(row.response_ids) for row in rows],
-        stop_ids=stop_ids,
-        max_new_tokens=decoding.max_new_tokens,
+        stop_ids=decoding.stop_ids,
+        max_new_tokens=decoding.limits(1)[0],
     )
     results = []
     for index, row in enumerate(rows):
         wanted = len(row.response_ids)
-        figures, tokens = {"loss": losses[index] / wanted}, {"loss": wanted, "length_ratio": wanted}
+        of_models, tokens = {"loss": losses[index] / wanted}, {"loss": wanted, "length_ratio": wanted}
         if kls:
             tokens["kl_to_teacher"] = sum(sample[index][1] for sample in kls)
-            figures["kl_to_teacher"] = sum(sample[index][0] for sample in kls) / tokens["kl_to_teacher"]
+            of_models["kl_to_teacher"] = sum(sample[index][0] for sample in kls) / tokens["kl_to_teacher"]
         results.append(
             RowResult(
                 row=row.row,
@@ -202,18 +137,26 @@ def row_results(
                 prompt=row.prompt,
                 references=list(row.references),
                 response=texts[index],
-                scores=figures | scores[index],
+                scores=of_models | scores[index],
                 tokens=tokens,
             )
         )
     return results
 
 
-def summarize(results: Sequence[RowResult]) -> dict[str, Metric]:
-    """Means with 95 % intervals by bootstrap over rows; a row that was answered under several seeds is averaged first.
+def evaluation_of(
+    results: Sequence[RowResult], decoding: Decoding, seeds: Sequence[int], *, model: str, data: str
+) -> Evaluation:
+    """`results` with their metrics as a record for `results.json`; `model` and `data` are labels."""
+    metrics = summarize(results)
+    return Evaluation(model=model, data=data, decoding=decoding.record(seeds), metrics=metrics, samples=list(results))
 
-    A score that is a mean over tokens weighs every token alike, of all seeds. `Metric.deviation` is the standard
-    deviation (of a sample, over n - 1) between the seeds' figures.
+
+def summarize(results: Sequence[RowResult]) -> dict[str, Metric]:
+    """Means with 95 % intervals by bootstrap over rows; a row with answers under several seeds is averaged first.
+
+    A score that is a mean over tokens weighs all tokens of all seeds equally. `Metric.deviation` is the standard
+    deviation (of a sample, over n - 1) between the seeds' metrics.
 
     Args:
         results: the same rows, in the same order, under every seed.
@@ -234,39 +177,6 @@ def _metric(name: str, by_seed: list[list[RowResult]]) -> Metric:
     else:
         metric = mean_interval(scores.mean(0))
         of_seeds = scores.mean(1)
-    if len(by_seed) > 1 and name not in _OF_THE_REFERENCES:
+    if len(by_seed) > 1 and name not in _OF_REFERENCES:
         metric.deviation = float(of_seeds.std(ddof=1))
     return metric
-
-
-def evaluate_model(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[EncodedExample],
-    decoding: Decoding,
-    *,
-    model_label: str,
-    data_label: str,
-    stop_ids: Sequence[int],
-    teacher: nn.Module | None = None,
-    samples_per_row: int = 1,
-    batch_size: int = 8,
-) -> Evaluation:
-    """`measure_rows` as a record for `results.json`."""
-    results = measure_rows(
-        model,
-        tokenizer,
-        rows,
-        decoding,
-        stop_ids=stop_ids,
-        teacher=teacher,
-        samples_per_row=samples_per_row,
-        batch_size=batch_size,
-    )
-    return Evaluation(
-        model=model_label,
-        data=data_label,
-        decoding=decoding.record([decoding.seed]),
-        metrics=summarize(results),
-        samples=results,
-    )

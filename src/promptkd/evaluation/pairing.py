@@ -1,23 +1,20 @@
-"""Which evaluations of several records belong together, and their scores row by row."""
+"""Which evaluations of several records pair up, whether they were measured alike, and their scores row by row."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from promptkd.errors import RequestError
+from promptkd.evaluation.statistics import Floats
 from promptkd.results import DataRecord, Evaluation, Results, RowResult
 
-__all__ = ["Candidate", "Column", "Measurement", "Setting", "decoding_of", "settings_of"]
-
-Floats = NDArray[np.float64]
 Key = tuple[int, int | None]
 """A row's index in its data, and the seed of its answer (None if it was decoded greedily)."""
 
-_SPEED_ALONE = frozenset({"batch_size"})
-_SAMPLING = frozenset({"seeds", "top_p", "top_k"})
+_ONLY_SPEED = frozenset({"batch_size"})
+_ONLY_SAMPLING = frozenset({"seeds", "top_p", "top_k"})
 
 
 @dataclass(frozen=True)
@@ -25,10 +22,16 @@ class Candidate:
     """One model as one record measured it."""
 
     label: str
-    """What it is called in the comparison."""
+    """Its name in the comparison."""
     record: Results
     model: str
-    """What the record calls it."""
+    """Its name in the record."""
+
+    @property
+    def teachers(self) -> frozenset[str]:
+        """The teachers that the record names: their hashes, or paths where there is none."""
+        models = self.record.models.items()
+        return frozenset(each.sha256 or each.path for label, each in models if (label + " ").startswith("teacher "))
 
 
 @dataclass(frozen=True)
@@ -53,9 +56,9 @@ class Column:
     """One metric of one model over the rows of a comparison; the metric is Σ sums / Σ counts."""
 
     sums: Floats
-    """Of a row: sum over its tokens and seeds, or its mean over the seeds. Shape (rows,)."""
+    """Per row the sum over its tokens and seeds, or its mean over the seeds. Shape (rows,)."""
     counts: Floats
-    """Of a row: tokens over all seeds, or 1."""
+    """Per row its tokens over all seeds, or 1."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +73,12 @@ class Setting:
     """By the candidate's label."""
 
     def rows(self) -> set[int]:
-        """Rows that every candidate answered: of the same index, and where the data may differ, of the same prompt."""
-        first, *others = self.measured.values()
+        """Rows that every candidate answered: of the same index and, where the data may differ, of the same prompt."""
         shared = set.intersection(*(each.rows for each in self.measured.values()))
-        if first.sha256 and all(each.sha256 == first.sha256 for each in others):
+        hashes = {each.sha256 for each in self.measured.values()}
+        if len(hashes) == 1 and "" not in hashes:
             return shared
-        prompts = [{row: answer.prompt for (row, _), answer in each.answers.items()} for each in (first, *others)]
+        prompts = [{row: each.prompt for (row, _), each in m.answers.items()} for m in self.measured.values()]
         return {row for row in shared if len({each[row] for each in prompts}) == 1}
 
     def metrics(self) -> list[str]:
@@ -89,8 +92,8 @@ class Setting:
     def columns(self, metric: str) -> dict[str, Column]:
         """The metric by row, for each candidate that has it, over the shared rows where all of these have it.
 
-        A row's answers are brought together first: their tokens are added up, or their scores averaged. Where the
-        seeds are the same, an answer counts only if every candidate's answer of that seed has the metric.
+        A row's answers are combined first: their tokens are added up, or their scores averaged. Where the seeds are the
+        same, an answer counts only if every candidate's answer of that seed has the metric.
 
         Raises:
             RequestError: if the metric is a mean over tokens for one candidate and a mean over rows for another.
@@ -105,17 +108,28 @@ class Setting:
             for label, each in self.measured.items()
         }
         scored = {label: answers for label, answers in scored.items() if answers}
+        if not scored:
+            return {}
         if len({frozenset(seed for _, seed in each.answers) for each in self.measured.values()}) == 1:
-            common = set.intersection(*(set(answers) for answers in scored.values())) if scored else set()
-            scored = {label: {key: answers[key] for key in sorted(common)} for label, answers in scored.items()}
+            common = sorted(set.intersection(*map(set, scored.values())))
+            scored = {label: {key: answers[key] for key in common} for label, answers in scored.items()}
         weighted = {metric in answer.tokens for answers in scored.values() for answer in answers.values()}
         if len(weighted) > 1:
             raise RequestError(
                 f"{metric} on {self.data} is a mean over tokens in one record and a mean over rows in another. "
-                "Evaluate all models anew with this version."
+                "Evaluate all models again with this version."
             )
-        kept = set.intersection(*({row for row, _ in answers} for answers in scored.values())) if scored else set()
-        return {label: _column(metric, answers, sorted(kept), weighted == {True}) for label, answers in scored.items()}
+        kept = sorted(set.intersection(*({row for row, _ in answers} for answers in scored.values())))
+        return {label: _column(metric, answers, kept, weighted == {True}) for label, answers in scored.items()}
+
+    def differing(self) -> list[str]:
+        """A sentence for each candidate that was not measured as the first was."""
+        (first, reference), *others = self.measured.items()
+        return [
+            f"{first} and {label} differ on {self.data} in {'; '.join(parts)}."
+            for label, each in others
+            if (parts := [*_data_differs(reference, each), *_decoding_differs(reference, each)])
+        ]
 
 
 def _column(metric: str, answers: dict[Key, RowResult], rows: list[int], weighted: bool) -> Column:
@@ -124,12 +138,47 @@ def _column(metric: str, answers: dict[Key, RowResult], rows: list[int], weighte
         if row in by_row:
             by_row[row].append(answer)
     if weighted:
-        counts = [float(sum(each.tokens[metric] for each in by_row[row])) for row in rows]
-        sums = [sum(each.scores[metric] * each.tokens[metric] for each in by_row[row]) for row in rows]
+        counts = [float(sum(each.tokens[metric] for each in held)) for held in by_row.values()]
+        sums = [sum(each.scores[metric] * each.tokens[metric] for each in held) for held in by_row.values()]
     else:
         counts = [1.0] * len(rows)
-        sums = [sum(each.scores[metric] for each in by_row[row]) / len(by_row[row]) for row in rows]
+        sums = [sum(each.scores[metric] for each in held) / len(held) for held in by_row.values()]
     return Column(np.array(sums, dtype=np.float64), np.array(counts, dtype=np.float64))
+
+
+def _data_differs(ours: Measurement, theirs: Measurement) -> list[str]:
+    differing = []
+    if ours.sha256 and theirs.sha256 and ours.sha256 != theirs.sha256:
+        differing.append(f"data (sha256 {ours.sha256[:8]} and {theirs.sha256[:8]})")
+    if ours.rows != theirs.rows:
+        differing.append(f"rows ({len(ours.rows)} and {len(theirs.rows)}, {len(ours.rows & theirs.rows)} in both)")
+    pairs = {key: (ours.answers[key], theirs.answers[key]) for key in ours.answers.keys() & theirs.answers.keys()}
+    prompts = {row for (row, _), (one, other) in pairs.items() if one.prompt != other.prompt}
+    references = {row for (row, _), (one, other) in pairs.items() if one.references != other.references}
+    if prompts:
+        differing.append(f"prompts (of {len(prompts)} rows, row {min(prompts)} first; another template?)")
+    if references:
+        differing.append(f"references (of {len(references)} rows, row {min(references)} first)")
+    return differing
+
+
+def _decoding_differs(ours: Measurement, theirs: Measurement) -> list[str]:
+    mine, other = decoding_of(ours.evaluation), decoding_of(theirs.evaluation)
+    differing = [
+        f"{name} ({_written(mine.get(name))} and {_written(other.get(name))})"
+        for name in dict.fromkeys([*mine, *other])
+        if mine.get(name) != other.get(name)
+    ]
+    if not differing and ours.rows == theirs.rows and ours.answers.keys() != theirs.answers.keys():
+        both = len(ours.answers.keys() & theirs.answers.keys())
+        differing.append(f"answers ({len(ours.answers)} and {len(theirs.answers)}, {both} in both)")
+    return differing
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return "none" if value is None else str(value)
 
 
 def settings_of(candidates: Sequence[Candidate]) -> list[Setting]:
@@ -166,7 +215,7 @@ def _manner(evaluation: Evaluation) -> str:
 
 def _measurement(candidate: Candidate, evaluation: Evaluation) -> Measurement:
     seeds = decoding_of(evaluation).get("seeds") or [None]
-    only_seed = seeds[0] if len(seeds) == 1 else None  # records of a run leave it to the decoding
+    only_seed = seeds[0] if len(seeds) == 1 else None  # records of a run hold it in the decoding alone
     answers: dict[Key, RowResult] = {}
     for answer in evaluation.samples:
         key = (answer.row, only_seed if answer.seed is None else answer.seed)
@@ -179,10 +228,9 @@ def _measurement(candidate: Candidate, evaluation: Evaluation) -> Measurement:
 
 
 def decoding_of(evaluation: Evaluation) -> dict[str, Any]:
-    """What decides the answers: without the batch size, and greedily without what sampling alone depends on."""
-    settings = {name: value for name, value in evaluation.decoding.items() if name not in _SPEED_ALONE}
+    """The settings that decide the answers: without the batch size and, if greedy, without those of sampling alone."""
+    settings = {name: value for name, value in evaluation.decoding.items() if name not in _ONLY_SPEED}
     if "seed" in settings:
         settings["seeds"] = [settings.pop("seed")]
-    if settings.get("temperature") == 0:
-        return {name: value for name, value in settings.items() if name not in _SAMPLING}
-    return settings
+    unused = _ONLY_SAMPLING if settings.get("temperature") == 0 else ()
+    return {name: value for name, value in settings.items() if name not in unused}

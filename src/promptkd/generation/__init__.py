@@ -1,5 +1,6 @@
-"""Text from a model: the decode loop, which token follows, one response as it is written, a conversation."""
+"""Text from a model: how tokens are sampled, the decode loop, one response as it is written, a conversation."""
 
-from promptkd.generation.decode_loop import generate, row_seeds
+from promptkd.generation.decode_loop import generate
+from promptkd.generation.sampling import Decoding, SamplingParams, row_seeds
 
-__all__ = ["generate", "row_seeds"]
+__all__ = ["Decoding", "SamplingParams", "generate", "row_seeds"]

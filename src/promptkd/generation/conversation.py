@@ -2,7 +2,7 @@
 
 from collections.abc import Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -11,44 +11,17 @@ from promptkd.data.rows import Example, Instruction, Message
 from promptkd.data.templates import resolve_template
 from promptkd.data.tokens import prompt_tokens
 from promptkd.errors import RequestError
-from promptkd.generation.decode_loop import row_seeds
+from promptkd.generation.sampling import Decoding, row_seeds
 from promptkd.generation.streaming import TextStream, stream
 from promptkd.models import vocabulary_size
 
-__all__ = ["Answer", "Conversation", "Decoding"]
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How answers are decoded. See `generation.generate`."""
-
-    max_new_tokens: int
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int = 10
-    """Of the samples: turn 0 is drawn as row 0 of a data set under this seed, turn 1 as row 1, …"""
-
-    def __post_init__(self) -> None:
-        """Raises `RequestError` for settings with which nothing can be decoded, all at once."""
-        checks = [
-            (self.max_new_tokens < 1, f"the most tokens of an answer must be at least 1, got {self.max_new_tokens}"),
-            (self.temperature < 0, f"the temperature must be 0 (greedy) or more, got {self.temperature}"),
-            (not 0 < self.top_p <= 1, f"top-p must lie above 0 and at most at 1, got {self.top_p}"),
-            (self.top_k < 0, f"top-k must be 0 (off) or more, got {self.top_k}"),
-            (self.seed < 0, f"the seed must be 0 or more, got {self.seed}"),
-        ]
-        problems = [text for wrong, text in checks if wrong]
-        if problems:
-            raise RequestError("Cannot decode: " + "; ".join(problems) + ".")
-
 
 @dataclass
-class Answer:
+class StreamedAnswer:
     """An answer, complete or not."""
 
     limit: int
-    """Most tokens that it may have."""
+    """The most tokens that it may have."""
     text: str = ""
     tokens: int = 0
     ended: bool = False
@@ -71,7 +44,6 @@ class Conversation:
     def __post_init__(self) -> None:
         self._template = resolve_template(self.template, self.tokenizer)
         self._stops = stop_token_ids(self.tokenizer, self.model.generation_config, self._template)
-        self._vocabulary = vocabulary_size(self.tokenizer)
 
     @property
     def remembers(self) -> bool:
@@ -88,7 +60,7 @@ class Conversation:
         """Forget what was said."""
         self.messages = []
 
-    def ask(self, request: str, decoding: Decoding, turn: int = 0) -> tuple[Answer, Iterator[str]]:
+    def ask(self, request: str, decoding: Decoding, turn: int = 0) -> tuple[StreamedAnswer, Iterator[str]]:
         """An answer that fills while the iterator over its new pieces of text is read.
 
         What has been read of it when the iterator is closed is remembered as what the model said.
@@ -97,19 +69,12 @@ class Conversation:
             RequestError: at once, for a request without text or a conversation that leaves no room for an answer.
         """
         prompt = self._prompt(request)
-        room = decoding.max_new_tokens if self.context is None else self.context - len(prompt)
-        answer = Answer(limit=min(decoding.max_new_tokens, room))
-        tokens = stream(
-            self.model,
-            prompt,
-            max_new_tokens=answer.limit,
-            stop_ids=self._stops,
-            temperature=decoding.temperature,
-            top_p=decoding.top_p,
-            top_k=decoding.top_k,
-            seed=row_seeds(decoding.seed, turn + 1)[turn],
-            vocabulary=self._vocabulary,
+        (limit,) = decoding.limits(1)
+        answer = StreamedAnswer(limit if self.context is None else min(limit, self.context - len(prompt)))
+        params = replace(
+            decoding, max_new_tokens=answer.limit, stop_ids=self._stops, vocabulary=vocabulary_size(self.tokenizer)
         )
+        tokens = stream(self.model, prompt, params, seed=row_seeds(decoding.seed, turn + 1)[turn])
         return answer, self._pieces(request, answer, tokens)
 
     def _prompt(self, request: str) -> list[int]:
@@ -118,7 +83,7 @@ class Conversation:
         try:
             request.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise RequestError("The request holds bytes that are no UTF-8 text. Expected UTF-8.") from error
+            raise RequestError("The request is not valid UTF-8.") from error
         said = (*self.messages, {"role": "user", "content": request})
         example = Example(said if self.remembers else Instruction(request, ""), (), "the request", 0)
         text = self._template.render(example)
@@ -126,13 +91,12 @@ class Conversation:
         if self.context is not None and len(prompt) >= self.context:
             raise RequestError(
                 f"The prompt has {len(prompt)} tokens, what was said before included, and the model reads and writes "
-                f"{self.context} at most. Begin anew or ask in fewer words."
+                f"{self.context} at most. Start from scratch or ask in fewer words."
             )
         return prompt
 
-    def _pieces(self, request: str, answer: Answer, tokens: Generator[int]) -> Iterator[str]:
+    def _pieces(self, request: str, answer: StreamedAnswer, tokens: Generator[int]) -> Iterator[str]:
         text = TextStream(self.tokenizer)
-        tail = ""
         try:
             with closing(tokens):
                 for token in tokens:

@@ -9,53 +9,35 @@ from transformers import PreTrainedTokenizerBase
 from promptkd.engine import evaluating, unwrap_peft
 from promptkd.engine.reference import DynamicCacheSession
 from promptkd.generation.decode_loop import check_request
-from promptkd.generation.sampling import Sampler, uniforms
-
-__all__ = ["TextStream", "stream"]
+from promptkd.generation.sampling import SamplingParams, next_tokens, uniforms
 
 
 def stream(
-    model: nn.Module,
-    prompt: Sequence[int],
-    *,
-    max_new_tokens: int,
-    stop_ids: Sequence[int],
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    seed: int | None = None,
-    vocabulary: int | None = None,
+    model: nn.Module, prompt: Sequence[int], params: SamplingParams, *, seed: int | None = None
 ) -> Generator[int]:
     """The tokens that `generate` writes behind `prompt` with the same settings and seed, each as soon as it is known.
 
     The stop id is the last one where the response ends by itself. The model stays in evaluation mode until the
     generator is exhausted or closed. Streams of several models may be read in turns.
 
-    Args: see `generate`; `seed` is needed unless `temperature` is 0.
+    Args: see `generate`; `seed` is needed unless decoding is greedy.
     """
-    seeds = None if seed is None else [seed]
-    check_request([prompt], [max_new_tokens], temperature, top_p, top_k, seeds, batch_size=1)
-    pick = Sampler(temperature, top_p, top_k)
-    session = DynamicCacheSession(unwrap_peft(model), vocabulary)
-    return _tokens(session, prompt, max_new_tokens, frozenset(stop_ids), pick, seed)
+    check_request([prompt], params, None if seed is None else [seed])
+    return _tokens(DynamicCacheSession(unwrap_peft(model), params.vocabulary), prompt, params, seed)
 
 
 @torch.no_grad()  # as a decorator it holds while the generator runs, and not between two of its tokens
 def _tokens(
-    session: DynamicCacheSession,
-    prompt: Sequence[int],
-    max_new_tokens: int,
-    stops: frozenset[int],
-    pick: Sampler,
-    seed: int | None,
+    session: DynamicCacheSession, prompt: Sequence[int], params: SamplingParams, seed: int | None
 ) -> Generator[int]:
-    drawn = None if seed is None or pick.temperature == 0 else uniforms([seed], max_new_tokens)
+    (limit,) = params.limits(1)
+    drawn = None if params.is_greedy or seed is None else uniforms([seed], limit)
     with evaluating(session.model):
         logits = session.prefill([prompt])
-        for step in range(max_new_tokens):
-            token = pick([(logits, 1.0)], None if drawn is None else drawn[:, step].to(logits.device))
+        for step in range(limit):
+            token = next_tokens([(logits, 1.0)], params, None if drawn is None else drawn[:, step].to(logits.device))
             yield int(token)
-            if int(token) in stops or step + 1 == max_new_tokens:
+            if int(token) in params.stop_ids or step + 1 == limit:
                 return
             logits = session.decode(token)
 
@@ -75,16 +57,16 @@ class TextStream:
     def add(self, token: int) -> str:
         """What `token` adds to the text; "" while it may still be part of a character."""
         self.ids.append(token)
-        return self._new(whole=False)
+        return self._new(last=False)
 
     def end(self) -> str:
-        """What was held back as part of a character that never came whole."""
-        return self._new(whole=True)
+        """What was held back as part of a character that was never completed."""
+        return self._new(last=True)
 
-    def _new(self, *, whole: bool) -> str:
+    def _new(self, *, last: bool) -> str:
         before = self._decode(self.ids[self._context : self._shown])
         text = self._decode(self.ids[self._context :])
-        if not whole and text.endswith("\ufffd"):
+        if not last and text.endswith("\ufffd"):
             return ""
         self._context, self._shown = self._shown, len(self.ids)
         return text[len(before) :]

@@ -1,16 +1,16 @@
-"""Long jobs that can be killed and gone on with: files of JSON objects, one a line, and what they depend on."""
+"""Long jobs that resume where they were killed: JSON objects, one per line, and the settings they depend on."""
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from promptkd.errors import RequestError
+from promptkd.io.atomic import write_atomic
 from promptkd.io.files import MIB, is_plain_name, json_value, read_regular
 
-__all__ = ["ResumableLines", "settle_settings", "write_whole"]
-
+T = TypeVar("T")
 Line = dict[str, Any]
 Key = tuple[Any, ...]
 _KEY_TYPES = (int, str)
@@ -20,134 +20,144 @@ _MOST_BYTES = 4096 * MIB
 class ResumableLines:
     """The lines of `path` by key; of several lines with one key the last one counts.
 
-    A line counts once its line break is written. What a killed process left behind the last break is half a line: it
-    is not read, and goes from the file with the next `append`. Nothing else is forgiven.
+    A line counts once its line break is written. Half a line behind the last break is what a killed process left: it is
+    not read, and the next `append` removes it. Nothing else is forgiven.
 
     Args:
         path: the file; it and its folder need not exist yet.
         key: the fields that tell one line from another, for example ("row",).
+        settings: what the lines depend on, kept in a first line of its own; None for a file without such a line.
+        check: raises ValueError for an object that is no line of this job.
+        overwrite: take the file for empty; the first `append` replaces it.
 
     Raises:
-        RequestError: if a whole line is no JSON object or lacks a field of the key.
+        RequestError: if a line is damaged, or the file was written under other settings.
     """
 
-    def __init__(self, path: Path, key: tuple[str, ...] = ("row",)) -> None:
-        self.path, self._key = path, key
-        content = _content(path)
-        self._whole = content.rfind(b"\n") + 1  # bytes up to the last line break, that included
-        self.has_half_line = self._whole < len(content)
+    def __init__(
+        self,
+        path: Path,
+        key: tuple[str, ...] = ("row",),
+        *,
+        settings: Mapping[str, Any] | None = None,
+        check: Callable[[Line], object] = lambda line: None,
+        overwrite: bool = False,
+    ) -> None:
+        self.path, self._key, self._check = path, key, check
+        self._header = [] if settings is None else [{"settings": dict(settings)}]
+        content = b"" if overwrite else _content(path)
+        self._size = content.rfind(b"\n") + 1  # of what is complete
+        texts = content[: self._size].split(b"\n")[:-1]
+        wrong = "Fix or remove the line, or remove the file to start from scratch."
+        if settings is not None and texts:
+            told = f"{path}, line 1: expected the settings of the lines below. {wrong}"
+            _refuse_changes(path, _parsed(texts[0], lambda line: dict(line["settings"]), told), settings)
         self.lines: dict[Key, Line] = {}
-        for number, text in enumerate(content[: self._whole].split(b"\n")[:-1], start=1):
-            line = self._parsed(text, number)
+        for number, text in list(enumerate(texts, start=1))[len(self._header) :]:
+            told = f"{path}, line {number}: expected a JSON object with {', '.join(key)} (numbers or texts). {wrong}"
+            line = _parsed(text, self._checked, told)
             self.lines[self._key_of(line)] = line
 
     def append(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Write `lines` behind the others, in one piece, and return once the disk has them."""
+        """Write `lines` behind the others in one piece, and return once the disk has them."""
         added = [dict(line) for line in lines]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if not self._size:
+            self.replace([])
         with self.path.open("ab") as file:
-            file.truncate(self._whole)
-            file.write(_encoded(added))
+            file.truncate(self._size)
+            file.write(encoded(added))
             file.flush()
             os.fsync(file.fileno())
-            self._whole = file.tell()
-        self.has_half_line = False
+            self._size = file.tell()
         self.lines |= {self._key_of(line): line for line in added}
 
     def replace(self, lines: Sequence[Line]) -> None:
-        """Let the file hold `lines` alone, in their order; it is replaced whole, and only if it differs."""
-        content = _encoded(lines)
-        self.lines = {self._key_of(line): line for line in lines}
+        """Let the file hold `lines` alone, in their order; it is replaced atomically, and only if it differs."""
+        content = encoded([*self._header, *lines])
         if not self.path.exists() or self.path.read_bytes() != content:
-            write_whole(self.path, content)
-        self._whole, self.has_half_line = len(content), False
+            write_atomic(self.path, content)
+        self.lines = {self._key_of(line): line for line in lines}
+        self._size = len(content)
 
-    def _parsed(self, text: bytes, number: int) -> Line:
-        try:
-            line = json_value(text)
-            _encoded([line])  # what cannot be written again is not taken: half a surrogate pair
-        except ValueError:  # of the JSON and of its UTF-8
-            line = None
-        if not isinstance(line, dict) or not all(isinstance(line.get(name), _KEY_TYPES) for name in self._key):
-            raise RequestError(
-                f"{self.path}, line {number}: expected a JSON object with {', '.join(self._key)} (numbers or texts). "
-                "Mend or remove the line, or remove the file to begin anew."
-            )
+    def _checked(self, line: Any) -> Line:
+        if not isinstance(line, dict) or not all(isinstance(line[name], _KEY_TYPES) for name in self._key):
+            raise ValueError
+        self._check(line)
         return line
 
     def _key_of(self, line: Line) -> Key:
         return tuple(line[name] for name in self._key)
 
 
+def encoded(lines: Iterable[Line]) -> bytes:
+    """The bytes of a JSONL file."""
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+
+
 def settle_settings(path: Path, settings: Mapping[str, Any], files: Sequence[Path], *, overwrite: bool) -> list[Path]:
     """Hold all of a job's `files`, which stand beside `path`, to the settings that `path` keeps.
 
-    What was begun may be added to: a setting or a file that `path` does not know yet joins those it holds, and none
-    ever leaves it. With `overwrite` everything that was begun goes from the disk first.
+    A job may grow: settings and files that `path` does not know yet join those it holds, and none ever leaves it.
+    With `overwrite` everything that an earlier run wrote is deleted first.
 
     Returns those of `files` that an earlier run has begun.
 
     Raises:
         RequestError: naming every setting that differs, or a file that was not made under the settings of `path`.
     """
-    began: dict[str, Any] = {"settings": {}, "files": []}
+    before: Line = {}
+    names: list[str] = []
     if path.exists():
-        began = _read_settings(path)
+        wrong = f"{path} does not hold the settings of a job. Move it away or give another --out."
+        before, names = _parsed(_content(path), lambda job: _job(job, path.name.removesuffix("settings.json")), wrong)
     if overwrite:
-        for file in [*(path.with_name(name) for name in began["files"]), *files, path]:
+        for file in [*(path.with_name(name) for name in names), *files, path]:
             file.unlink(missing_ok=True)
-        began = {"settings": {}, "files": []}
-    before = began["settings"]
-    changed = [
-        f"{name} was {before[name]!r} and is now {settings[name]!r}"
-        for name in before.keys() & settings.keys()
-        if before[name] != settings[name]
-    ]
-    if changed:
-        raise RequestError(
-            f"{path} was begun with other settings: {'; '.join(sorted(changed))}. Go on with its own settings, give "
-            "another --out, or begin anew with --overwrite."
-        )
-    foreign = [file for file in files if file.exists() and file.name not in began["files"]]
+        before, names = {}, []
+    _refuse_changes(path, {**settings, **before}, {**before, **settings})
+    foreign = [file for file in files if file.exists() and file.name not in names]
     if foreign:
         raise RequestError(
             f"{foreign[0]} exists, and {path} does not say how it was made. Move it away, give another --out, or "
             "replace it by --overwrite."
         )
-    names = [*began["files"], *(file.name for file in files if file.name not in began["files"])]
-    content = json.dumps({"settings": {**before, **settings}, "files": names}, indent=1, ensure_ascii=False) + "\n"
-    write_whole(path, content.encode())
+    job = {"settings": {**before, **settings}, "files": list(dict.fromkeys([*names, *(file.name for file in files)]))}
+    write_atomic(path, json.dumps(job, indent=1, ensure_ascii=False) + "\n")
     return [file for file in files if file.exists()]
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all, and return once the disk has it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+def _job(job: Any, stem: str) -> tuple[Line, list[str]]:
+    """The settings of a job, and the files it may speak for: those of its own beside it, and no others."""
+    settings, names = job.pop("settings"), job.pop("files")
+    own = [is_plain_name(name) and name.startswith(stem) and name.endswith(".jsonl") for name in names]
+    if job or not isinstance(settings, dict) or not isinstance(names, list) or not all(own):
+        raise ValueError
+    return settings, names
 
 
-def _read_settings(path: Path) -> dict[str, Any]:
-    """The settings in `path`, and the files it may speak for: those of its own job beside it, and no others."""
+def _refuse_changes(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    changed = [
+        f"{name} was {before.get(name)!r} and is now {now.get(name)!r}"
+        if all(len(str(each.get(name))) <= 80 for each in (before, now))
+        else f"{name} is another"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    ]
+    if changed:
+        raise RequestError(
+            f"{path} was begun with other settings: {'; '.join(changed)}. Resume it with its own settings, give "
+            "another --out, or start from scratch with --overwrite."
+        )
+
+
+def _parsed(text: bytes, read: Callable[[Any], T], wrong: str) -> T:
+    """What `read` makes of the JSON in `text`. Raises `RequestError`, saying `wrong`, if it is none or `read` fails."""
     try:
-        began = json_value(_content(path))
-        _encoded([began])
-    except ValueError:
-        began = None
-    stem = path.name.removesuffix("settings.json")
-    if (
-        not isinstance(began, dict)
-        or began.keys() != {"settings", "files"}
-        or not isinstance(began["settings"], dict)
-        or not isinstance(began["files"], list)
-        or not all(is_plain_name(file) and file.startswith(stem) and file.endswith(".jsonl") for file in began["files"])
-    ):
-        raise RequestError(f"{path} does not hold the settings of a job. Move it away or give another --out.")
-    return began
+        value = json_value(text)
+        encoded([value])  # what cannot be written again is not taken: half a surrogate pair
+        return read(value)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise RequestError(wrong) from None
 
 
 def _content(path: Path) -> bytes:
@@ -156,7 +166,3 @@ def _content(path: Path) -> bytes:
         return read_regular(path, most=_MOST_BYTES) if path.exists() else b""
     except OSError as error:
         raise RequestError(f"{path} cannot be read: {error.strerror or error}.") from error
-
-
-def _encoded(lines: Iterable[Line]) -> bytes:
-    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()

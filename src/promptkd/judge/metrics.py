@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from promptkd.evaluation.bootstrap import mean_interval, paired_difference, token_mean_interval
+from promptkd.evaluation.statistics import mean_interval, paired_difference, token_mean_interval
 from promptkd.judge.endpoint import Refusal, Reply
 from promptkd.judge.prompt_template import Task
 from promptkd.judge.questions import Answer

@@ -1,11 +1,25 @@
-"""A method of distillation: whose responses, what of the teacher is trained, what the student minimises.
+"""A method of distillation: whose responses, what of the teacher is trained, what the student minimizes.
 
-`METHODS` names the ones that ship. A method of one's own is a `Method` with other choices, or with a loss function of
-its own (docs/extending.md).
+Each file but method.py, token_method.py and named.py holds a method or a family of them, which `METHODS` names. A
+method of your own is a `Method` with other choices, or with a loss function of its own (docs/extending.md).
 """
 
-from promptkd.methods.losses import Pair
-from promptkd.methods.method import Method, Objective, Step, StudentLoss
-from promptkd.methods.named import METHODS, MethodSettings, named_method
+from promptkd.methods.method import METHODS, AdaptedMethod, Method, NamedMethod, Step, StudentLoss
+from promptkd.methods.named import MethodSettings, named_method
+from promptkd.methods.token_method import MixedMethod, TokenMethod
+from promptkd.models.pair import Objective, Pair
 
-__all__ = ["METHODS", "Method", "MethodSettings", "Objective", "Pair", "Step", "StudentLoss", "named_method"]
+__all__ = [
+    "METHODS",
+    "AdaptedMethod",
+    "Method",
+    "MethodSettings",
+    "MixedMethod",
+    "NamedMethod",
+    "Objective",
+    "Pair",
+    "Step",
+    "StudentLoss",
+    "TokenMethod",
+    "named_method",
+]

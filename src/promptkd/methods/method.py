@@ -1,23 +1,20 @@
-"""What a method consists of, and what a loss function gets to see."""
+"""What a method consists of, what a loss function gets to see, and the base of methods that have a name."""
 
+import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import InitVar, dataclass, replace
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from promptkd.data.batch import TokenBatch
 from promptkd.data.encode import EncodedExample
 from promptkd.engine import ChunkedLoss
-from promptkd.methods.losses import Pair
+from promptkd.models.adapters import ADAPTERS, AdapterFactory, AdapterName, TeacherAdapter
+from promptkd.models.pair import Objective, Pair
 from promptkd.responses import Responses
-
-__all__ = ["Adapter", "Method", "Objective", "Step", "StudentLoss"]
-
-Adapter = Literal["none", "prompt", "lora", "full", "online"]
-
-Objective = Callable[[Tensor, Tensor], Tensor]
-"""(student_logits, teacher_logits), both (N, V), to N values in nats."""
+from promptkd.settings import Reader, Settings
 
 
 @dataclass(frozen=True)
@@ -47,17 +44,48 @@ class Method:
 
     responses: Responses
     objective: Objective | None = None
-    """What the student minimises, a value a response token. Or give `loss`."""
-    teacher_adapter: Adapter = "none"
-    """What of the teacher is trained along: nothing, a soft prompt, LoRA, all of it, a small online module."""
+    """What the student minimizes, one value per response token. Or give `loss`."""
+    adapter: AdapterFactory | type[AdapterFactory] | type[TeacherAdapter] | None = None
+    """What of the teacher is trained: an adapter's factory, or its class, whose settings are then the run's, or an
+    adapter class of your own, which is given the teacher; None trains nothing."""
     loss: StudentLoss | None = None
     """The student's loss in place of an objective."""
     per_row: bool = False
     """Whether the loss is a mean over rows, not over tokens."""
+    teacher_adapter: InitVar[str | None] = None
+    """The name of an adapter: deprecated, give `adapter`."""
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, teacher_adapter: str | None) -> None:
         if (self.objective is None) == (self.loss is None):
             raise ValueError("A method needs either an objective or a loss.")
+        adapter: Any = self.adapter if teacher_adapter is None else teacher_adapter
+        if isinstance(adapter, str):
+            factory = ADAPTERS[adapter]
+            warnings.warn(
+                f"Method(teacher_adapter={adapter!r}) is written Method(adapter={factory and factory.__name__}) now; "
+                "names of adapters go with the next version.",
+                FutureWarning,
+                stacklevel=3,
+            )
+            adapter = factory
+        if isinstance(adapter, AdapterFactory) and adapter.trains_nothing:
+            adapter = None
+        object.__setattr__(self, "adapter", adapter)
+
+    @property
+    def adapter_class(self) -> type[TeacherAdapter] | None:
+        """The class of the adapter, which tells what training it takes."""
+        if self.adapter is None or (isinstance(self.adapter, type) and issubclass(self.adapter, TeacherAdapter)):
+            return self.adapter
+        return self.adapter.adapter_class
+
+    def with_settings(self, read: Reader) -> "Method":
+        """The method with an adapter that was given as a class of factories made from the settings of the run."""
+        if isinstance(self.adapter, AdapterFactory):
+            read.read_equal(self.adapter)
+        elif isinstance(self.adapter, type) and issubclass(self.adapter, AdapterFactory):
+            return replace(self, adapter=read(self.adapter))
+        return self
 
     def student_loss(self, step: Step) -> ChunkedLoss:
         """The student's loss on one micro-batch, summed."""
@@ -66,3 +94,42 @@ class Method:
         assert self.objective is not None
         teacher_hidden = step.teacher_hidden(step.batch)
         return step.pair.student_loss(self.objective, step.student_hidden, teacher_hidden)
+
+
+METHODS: dict[str, "type[NamedMethod] | Callable[[Any], Method]"] = {}
+"""The methods that the command line knows, by name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedMethod(Settings, ABC):
+    """The settings of a method, which builds it. A subclass with a `name` is known to the command line by it."""
+
+    name: ClassVar[str]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" in vars(cls):
+            METHODS[cls.name] = cls
+
+    @abstractmethod
+    def build(self, take: Reader) -> Method:
+        """The method.
+
+        Args:
+            take: gives the settings of a further class, such as those of an adapter, out of the run's.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptedMethod(NamedMethod):
+    """A method that reads the teacher, of which a part may be trained."""
+
+    own_adapter: ClassVar[type[AdapterFactory] | None] = None
+
+    teacher_adapter: AdapterName | None = None
+    """What of the teacher is trained, for another than the method's own."""
+
+    def adapter(self, take: Reader) -> AdapterFactory | None:
+        """The adapter's factory."""
+        factory = self.own_adapter if self.teacher_adapter is None else ADAPTERS[self.teacher_adapter]
+        return None if factory is None else take(factory)

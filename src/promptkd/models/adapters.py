@@ -1,79 +1,174 @@
-"""What of the teacher is trained along with the student, and how the teacher is read with and without it."""
+"""What of the teacher is trained along with the student, and how the teacher is read with and without it.
+
+A `TeacherAdapter` is the trained thing; an `AdapterFactory` holds its settings and makes it for a teacher.
+"""
 
 import copy
+from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from promptkd.data.batch import TokenBatch
-from promptkd.engine import response_hidden, unwrap_peft
+from promptkd.engine import ChunkedLoss, response_hidden, unwrap_peft
 from promptkd.errors import RequestError
-from promptkd.models.soft_prompt import SoftPrompt
+from promptkd.models.pair import Pair
+from promptkd.models.soft_prompt import DEFAULT_TEXT, SoftPrompt
+from promptkd.objectives import regularizer_weight
+from promptkd.settings import Settings, accept_old_name, option
 
-__all__ = [
-    "FullTeacher",
-    "LoraTeacher",
-    "ModuleAdapter",
-    "OnlineModule",
-    "OnlineTeacher",
-    "SoftPromptAdapter",
-    "TeacherAdapter",
-]
+Made = tuple["TeacherAdapter", nn.Module]
+"""An adapter, and the teacher to use with it in place of the one that it was made for."""
 
 
-class TeacherAdapter(Protocol):
+@dataclass(frozen=True, kw_only=True)
+class PromptLossSettings(Settings):
+    """The loss of a teacher adapter: a KL with the student and, as its regularizer, one with the plain teacher."""
+
+    prompt_kl: Literal["reverse", "forward"] = "reverse"
+    """Direction of the prompt's KL with the student: reverse is KL(prompted || student)."""
+    regularizer_kl: Literal["reverse", "forward"] = "reverse"
+    """Direction of the regularizer: reverse is KL(prompted || plain teacher)."""
+    regularizer_coefficient: float = option(1.0, at_least=0)
+    """c, the regularizer's weight at the first step."""
+    regularizer_schedule: Literal["linear", "constant", "none"] = "linear"
+    """How that weight goes: linear (c to c/K), constant or none."""
+
+    def weight(self, step: int, steps: int) -> float:
+        """λ after `step` of `steps` optimizer steps."""
+        return regularizer_weight(
+            step, steps, coefficient=self.regularizer_coefficient, schedule=self.regularizer_schedule
+        )
+
+
+@dataclass(frozen=True)
+class TunerStep:
+    """One micro-batch as an adapter's loss sees it."""
+
+    pair: Pair
+    batch: TokenBatch
+    adapted_hidden: Tensor
+    """(N, H_t) states of the adapted teacher, with the adapter's graph; the others have none."""
+    student_hidden: Tensor
+    plain_hidden: Tensor | None
+    """None where `weight` is 0 and the step is not logged."""
+    weight: float
+    """λ of this optimizer step."""
+    settings: PromptLossSettings
+
+
+class TeacherAdapter(ABC):
     """The trainable part of a teacher."""
 
-    folder: str
+    folder: ClassVar[str]
     """Name of the folder in the run that `save` is given."""
+    backpropagates: ClassVar[bool] = True
+    """Whether gradients pass through the teacher's layers, whose activations are held for them."""
+    trains_layers: ClassVar[bool] = False
+    """Whether weights inside of the teacher's layers are trained, which shards of a teacher do not allow."""
+    copies_teacher: ClassVar[bool] = False
+    """Whether a copy of the whole teacher is trained, its head too: in float32 alone, on one device."""
+    has_regularizer: ClassVar[bool] = True
+    """Whether `loss` reads the plain teacher and `PromptLossSettings`."""
+    extra_positions: int = 0
+    """Positions of the teacher that the adapter takes before a request."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        accept_old_name(cls, "figures", "metrics")
+        accept_old_name(cls, "switched_off", "disabled")
+
+    @classmethod
+    def create(cls, teacher: nn.Module, tokenizer: Any, *, seed: int, device: torch.device) -> Made:
+        """The adapter of a class that a `Method` was given itself: the class is called with the teacher."""
+        return cls(teacher), teacher  # type: ignore[call-arg]
 
     def adapted_hidden(self, teacher: nn.Module, batch: TokenBatch) -> Tensor:
         """(N, H) hidden states of the adapted teacher at the positions that predict response tokens."""
+        return response_hidden(self.adapted_model(teacher), batch)
 
     def plain_hidden(self, teacher: nn.Module, batch: TokenBatch) -> Tensor:
         """(N, H) the same of the teacher as it came."""
+        with self.disabled():
+            return response_hidden(teacher, batch)
 
     def adapted_model(self, teacher: nn.Module) -> nn.Module:
         """The model whose head reads `adapted_hidden`."""
+        return teacher
 
-    def switched_off(self) -> AbstractContextManager[None]:
+    def disabled(self) -> AbstractContextManager[None]:
         """While it is entered, the teacher is the plain one."""
+        return nullcontext()
 
+    def loss(self, step: TunerStep) -> ChunkedLoss:
+        """What the adapter minimizes, summed over the tokens: PromptKD's loss unless overridden."""
+        return step.pair.prompt_loss(
+            step.adapted_hidden,
+            step.student_hidden,
+            step.plain_hidden,
+            weight=step.weight,
+            student_direction=step.settings.prompt_kl,
+            plain_direction=step.settings.regularizer_kl,
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """What to log of the adapter's state."""
+        return {}
+
+    @abstractmethod
     def parameters(self) -> list[nn.Parameter]:
         """What is trained."""
 
+    @abstractmethod
     def state_dict(self) -> dict[str, Tensor]:
         """What a checkpoint must hold."""
 
+    @abstractmethod
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from `state`."""
+        """Resume from `state`."""
 
-    def figures(self) -> dict[str, float]:
-        """What to log of the adapter's state."""
-
+    @abstractmethod
     def save(self, folder: Path, teacher: nn.Module) -> None:
         """Write the adapter for use without promptkd."""
 
 
-class ModuleAdapter:
-    """What a trained module beside a frozen teacher needs, but for `adapted_hidden`, `figures` and `save`."""
+AdapterName = Literal["none", "prompt", "lora", "full", "online"]
+ADAPTERS: dict[str, "type[AdapterFactory] | None"] = {"none": None}
+"""The factories by their names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterFactory(Settings, ABC):
+    """The settings of an adapter, which make it for a teacher."""
+
+    name: ClassVar[str]
+    adapter_class: ClassVar[type[TeacherAdapter]]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" in vars(cls):
+            ADAPTERS[cls.name] = cls
+
+    @property
+    def trains_nothing(self) -> bool:
+        """Whether these settings stand for no adapter at all."""
+        return False
+
+    @abstractmethod
+    def create(self, teacher: nn.Module, tokenizer: Any, *, seed: int, device: torch.device) -> Made:
+        """The adapter for `teacher`, which is frozen, with its own tensors on `device`."""
+
+
+class ModuleAdapter(TeacherAdapter):
+    """A trained module beside a frozen teacher: what is left to write is `adapted_hidden` and `save`."""
 
     def __init__(self, module: nn.Module):
         self.module = module
-
-    def plain_hidden(self, teacher: nn.Module, batch: TokenBatch) -> Tensor:
-        return response_hidden(teacher, batch)
-
-    def adapted_model(self, teacher: nn.Module) -> nn.Module:
-        return teacher
-
-    def switched_off(self) -> AbstractContextManager[None]:
-        return nullcontext()
 
     def parameters(self) -> list[nn.Parameter]:
         return list(self.module.parameters())
@@ -91,24 +186,48 @@ class SoftPromptAdapter(ModuleAdapter):
     folder = "prompt"
     module: SoftPrompt
 
+    def __init__(self, prompt: SoftPrompt):
+        super().__init__(prompt)
+        self.extra_positions = prompt.length
+
     def adapted_hidden(self, teacher: nn.Module, batch: TokenBatch) -> Tensor:
         return response_hidden(teacher, batch, self.module())
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         return {"prompt_norm": self.module.norm(), "prompt_distance": self.module.distance()}
 
     def save(self, folder: Path, teacher: nn.Module) -> None:
         self.module.save(folder, teacher)
 
 
-class _TrainedWeights:
+@dataclass(frozen=True, kw_only=True)
+class SoftPromptFactory(AdapterFactory):
+    name = "prompt"
+    adapter_class = SoftPromptAdapter
+
+    prompt_length: int = option(7, at_least=0)
+    """Vectors of the soft prompt; 0 for none."""
+    prompt_start: Literal["text", "padding", "random"] = "text"
+    """What the soft prompt starts from: text, padding or random."""
+    prompt_text: str = DEFAULT_TEXT
+    """The text it starts from, cut or repeated to prompt_length tokens."""
+
+    @property
+    def trains_nothing(self) -> bool:
+        return self.prompt_length == 0
+
+    def create(self, teacher: nn.Module, tokenizer: Any, *, seed: int, device: torch.device) -> Made:
+        prompt = SoftPrompt.create(
+            teacher, tokenizer, length=self.prompt_length, start=self.prompt_start, text=self.prompt_text, seed=seed
+        )
+        return SoftPromptAdapter(prompt.to(device)), teacher
+
+
+class _TrainedWeights(TeacherAdapter):
     """What LoRA and full tuning share: named weights and how far they have moved from their start."""
 
     def __init__(self, named: dict[str, nn.Parameter], start: dict[str, Tensor]):
         self._named, self._start = named, start
-
-    def switched_off(self) -> AbstractContextManager[None]:
-        return nullcontext()
 
     def parameters(self) -> list[nn.Parameter]:
         return list(self._named.values())
@@ -123,65 +242,63 @@ class _TrainedWeights:
             for name, weight in self._named.items():
                 weight.copy_(state[name])
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         squares = [(weight.detach() - self._start[name]).square().sum() for name, weight in self._named.items()]
         here = squares[0].device  # a teacher's layers may lie on several
         return {"adapter_distance": float(torch.stack([each.to(here) for each in squares]).sum().sqrt())}
 
 
 class LoraTeacher(_TrainedWeights):
-    """Low-rank weights beside those of a frozen teacher (PEFT's LoRA on every linear layer but the head)."""
+    """Low-rank weights beside those of a frozen teacher, in PEFT's wrapper."""
 
     folder = "teacher_lora"
+    trains_layers = True
 
     def __init__(self, wrapped: PeftModel):
         self._wrapped = wrapped
         named = {name: weight for name, weight in wrapped.named_parameters() if weight.requires_grad}
         super().__init__(named, {name: weight.detach().clone() for name, weight in named.items()})
 
-    def switched_off(self) -> AbstractContextManager[None]:
+    def disabled(self) -> AbstractContextManager[None]:
         return self._wrapped.disable_adapter()
-
-    @classmethod
-    def wrap(cls, teacher: nn.Module, *, rank: int, alpha: float, seed: int) -> tuple["LoraTeacher", PeftModel]:
-        """The adapter, and the teacher in PEFT's wrapper, which is to be used in its place."""
-        if rank < 1:
-            raise RequestError(f"LoRA's rank must be at least 1. Got {rank}.")
-        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            wrapped = get_peft_model(unwrap_peft(teacher), config)
-        return cls(wrapped), wrapped.eval()
-
-    def adapted_hidden(self, teacher: nn.Module, batch: TokenBatch) -> Tensor:
-        return response_hidden(teacher, batch)
-
-    def plain_hidden(self, teacher: nn.Module, batch: TokenBatch) -> Tensor:
-        with self._wrapped.disable_adapter():
-            return response_hidden(teacher, batch)
-
-    def adapted_model(self, teacher: nn.Module) -> nn.Module:
-        return teacher
 
     def save(self, folder: Path, teacher: nn.Module) -> None:
         self._wrapped.save_pretrained(str(folder))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraFactory(AdapterFactory):
+    """PEFT's LoRA on every linear layer but the head."""
+
+    name = "lora"
+    adapter_class = LoraTeacher
+
+    adapter_rank: int = option(16, at_least=1)
+    """Rank of a LoRA teacher adapter, or of the online module."""
+    adapter_alpha: float = 32.0
+    """LoRA teacher adapter: scale of its weights."""
+
+    def create(self, teacher: nn.Module, tokenizer: Any, *, seed: int, device: torch.device) -> Made:
+        config = LoraConfig(
+            r=self.adapter_rank, lora_alpha=self.adapter_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            wrapped = get_peft_model(unwrap_peft(teacher), config)
+        return LoraTeacher(wrapped), wrapped.eval()
 
 
 class FullTeacher(_TrainedWeights):
     """A trained copy of the whole teacher; the original stays as the plain one, at twice the memory."""
 
     folder = "teacher"
+    trains_layers = True
+    copies_teacher = True
 
     def __init__(self, teacher: nn.Module):
         plain = unwrap_peft(teacher)
         self.copy = copy.deepcopy(plain).requires_grad_(True).eval()
         super().__init__(dict(self.copy.named_parameters()), dict(plain.named_parameters()))
-
-    def adapted_hidden(self, teacher: nn.Module, batch: TokenBatch) -> Tensor:
-        return response_hidden(self.copy, batch)
-
-    def plain_hidden(self, teacher: nn.Module, batch: TokenBatch) -> Tensor:
-        return response_hidden(teacher, batch)
 
     def adapted_model(self, teacher: nn.Module) -> nn.Module:
         return self.copy
@@ -190,42 +307,10 @@ class FullTeacher(_TrainedWeights):
         self.copy.save_pretrained(str(folder))
 
 
-class OnlineModule(nn.Module):
-    """h + W_up gelu(W_down h): starts as the identity, since W_up starts at 0."""
+@dataclass(frozen=True, kw_only=True)
+class FullTeacherFactory(AdapterFactory):
+    name = "full"
+    adapter_class = FullTeacher
 
-    def __init__(self, width: int, rank: int, seed: int):
-        super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-        self.down = nn.Parameter(torch.randn(rank, width, generator=generator) / width**0.5)
-        self.up = nn.Parameter(torch.zeros(width, rank))
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """(N, H) to (N, H)."""
-        inner = torch.nn.functional.gelu(hidden @ self.down.to(hidden.dtype).T)
-        return hidden + inner @ self.up.to(hidden.dtype).T
-
-
-class OnlineTeacher(ModuleAdapter):
-    """A small module between a frozen teacher's last hidden state and its head (after OKD, Rao et al. 2024)."""
-
-    folder = "online_module"
-    module: OnlineModule
-
-    def __init__(self, teacher: nn.Module, *, rank: int, seed: int):
-        if rank < 1:
-            raise RequestError(f"The online module's rank must be at least 1. Got {rank}.")
-        head = unwrap_peft(teacher).get_output_embeddings().weight
-        super().__init__(OnlineModule(head.shape[1], rank, seed).to(head.device))
-
-    def adapted_hidden(self, teacher: nn.Module, batch: TokenBatch) -> Tensor:
-        with torch.no_grad():  # no gradient ever enters the teacher's body, which is what makes OKD cheap
-            hidden = response_hidden(teacher, batch)
-        return self.module(hidden)
-
-    def figures(self) -> dict[str, float]:
-        return {"adapter_distance": float(self.module.up.detach().norm())}
-
-    def save(self, folder: Path, teacher: nn.Module) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors: dict[str, Any] = {name: each.detach().cpu().contiguous() for name, each in self.state_dict().items()}
-        save_file(tensors, folder / "online_module.safetensors")
+    def create(self, teacher: nn.Module, tokenizer: Any, *, seed: int, device: torch.device) -> Made:
+        return FullTeacher(teacher), teacher

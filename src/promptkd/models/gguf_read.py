@@ -3,23 +3,21 @@
 The cache is $PROMPTKD_CACHE, else promptkd in $XDG_CACHE_HOME or ~/.cache.
 """
 
-import glob
 import json
 import os
-import platform
-import shutil
 import struct
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import gguf
-import psutil
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QWEN2_SPLIT
 
 from promptkd.errors import RequestError
+from promptkd.io.atomic import atomic
+from promptkd.io.lock import locked
 from promptkd.models.folder import clear_load_errors
 from promptkd.results import file_sha256
 
@@ -43,20 +41,10 @@ def converted_gguf(file: Path) -> Path:
 
 
 def _convert_into_cache(file: Path, target: Path) -> None:
-    ours = f"{target.name}.partial-{platform.node()}-"
-    for leftover in target.parent.glob(f"{glob.escape(ours)}*"):
-        if not psutil.pid_exists(int(leftover.name.removeprefix(ours))):  # its process was killed
-            shutil.rmtree(leftover, ignore_errors=True)
-    partial = target.with_name(f"{ours}{os.getpid()}")
-    try:
-        convert_gguf(file, partial)
-        try:
-            os.replace(partial, target)
-        except OSError:
-            if not (target / "config.json").is_file():  # else another process was faster: its folder is as good
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with locked(target, waits=True):
+        if not (target / "config.json").is_file():  # else another process was faster: its folder is as good
+            with atomic(target) as partial:
+                convert_gguf(file, partial)
 
 
 def convert_gguf(file: Path, folder: Path) -> None:

@@ -1,17 +1,13 @@
 """From results records to a page and to tables. Reads `Results` and nothing else."""
 
-from promptkd.report.differences import DifferenceRow, difference_table
-from promptkd.report.figure_rows import render_csv, render_json
-from promptkd.report.html import render_report
-from promptkd.report.markdown import render_markdown
-from promptkd.report.story import unified
-from promptkd.report.tables import Cell, ComparisonRow, comparison_table
+from promptkd.report.differences import difference_table
+from promptkd.report.exports import render_csv, render_json, render_markdown
+from promptkd.report.labels import unified
+from promptkd.report.page import render_report
+from promptkd.report.tables import comparison_table
 from promptkd.report.terminal import terminal_table
 
 __all__ = [
-    "Cell",
-    "ComparisonRow",
-    "DifferenceRow",
     "comparison_table",
     "difference_table",
     "render_csv",

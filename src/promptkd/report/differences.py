@@ -1,53 +1,68 @@
-"""What a paired difference allows one to say."""
+"""Paired differences: the verdict on each, and what they allow one to say of a pair of models, in sentences."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple, get_args
 
-from promptkd.report.figures import Figure, estimate, metric
-from promptkd.report.story import run_labels
+from promptkd.report.formatting import estimate, listed, probability, typed
+from promptkd.report.labels import run_labels
+from promptkd.report.metrics import MetricInfo, in_order, metric_info
 from promptkd.results import Difference, Results
-
-__all__ = ["DifferenceRow", "Verdict", "difference_table", "verdict"]
 
 Verdict = Literal["better", "worse", "tied", "open"]
 """tied: the interval holds zero, or a test does not rule chance out. open: no interval, so nothing can be said."""
 LEVEL = 0.05
-"""Largest adjusted p that speaks for a difference, beside an interval of 1 - `LEVEL`."""
+"""Largest adjusted p of a claimed difference, beside an interval of 1 - `LEVEL`."""
+_MOST_WITH_NUMBERS = 8
+
+
+class Pair(NamedTuple):
+    data: str
+    model: str
+    baseline: str
 
 
 @dataclass(frozen=True, slots=True)
 class DifferenceRow:
     run: str
-    model: str
-    baseline: str
-    data: str
-    figure: Figure
+    source: Difference
+    info: MetricInfo
     verdict: Verdict
-    change: str
-    """"lower" or "higher": where the interval lies; "" when tied or open."""
     value: str
     """Signed, model less baseline."""
     interval: str | None
-    size: str
-    """Without its sign: "0.30 [0.25, 0.36]"."""
-    rows: int | None
-    source: Difference
+
+    @property
+    def pair(self) -> Pair:
+        return Pair(self.source.data, self.source.model, self.source.baseline)
+
+    @property
+    def change(self) -> str:
+        """ "lower" or "higher": where the interval lies; "" when tied or open."""
+        if self.verdict not in ("better", "worse"):
+            return ""
+        return "higher" if self.source.difference.value > 0 else "lower"
+
+    @property
+    def size(self) -> str:
+        """Without its sign: "0.30 [0.25, 0.36]"."""
+        size, interval = estimate(self.info, self.source.difference, flip=self.change == "lower")
+        return f"{size} {interval}" if interval else size
 
     @property
     def words(self) -> str:
         """The verdict in two or three words."""
-        if self.verdict in ("better", "worse"):
-            return f"{self.change}, {self.verdict}"
-        return "cannot be told apart" if self.verdict == "tied" else "no interval"
+        return {"tied": "cannot be told apart", "open": "no interval"}.get(
+            self.verdict, f"{self.change}, {self.verdict}"
+        )
 
 
 def verdict(difference: Difference) -> Verdict:
-    """Only an interval that lies wholly on one side of zero, with the value, speaks for either model.
+    """A claim needs an interval that lies on one side of zero, with the value.
 
-    Where the difference was tested, its adjusted p must be at most `LEVEL` too: the interval knows nothing of the other
-    differences that were looked at.
+    Where the difference was tested, its adjusted p must be at most `LEVEL` too: the interval does not account for the
+    other differences that were looked at.
     """
     value, low, high = difference.difference.value, difference.difference.low, difference.difference.high
     if low is None or high is None or not (math.isfinite(value) and low <= high):
@@ -66,35 +81,94 @@ def difference_table(records: Sequence[Results]) -> list[DifferenceRow]:
 
     `run` is empty where no second record compares the same pair on the same data.
     """
-    labels = run_labels(records)
-    runs: dict[tuple[str, str, str], set[int]] = {}
-    for index, record in enumerate(records):
-        for each in record.differences:
-            runs.setdefault((each.model, each.baseline, each.data), set()).add(index)
-    return [
-        _row(labels[index] if len(runs[each.model, each.baseline, each.data]) > 1 else "", each)
-        for index, record in enumerate(records)
+    found = [
+        (label, index, each)
+        for index, (label, record) in enumerate(zip(run_labels(records), records, strict=True))
         for each in record.differences
+    ]
+    runs: dict[tuple[str, str, str], set[int]] = {}
+    for _, index, each in found:
+        runs.setdefault((each.model, each.baseline, each.data), set()).add(index)
+    return [
+        _row(label if len(runs[each.model, each.baseline, each.data]) > 1 else "", each) for label, _, each in found
     ]
 
 
 def _row(run: str, difference: Difference) -> DifferenceRow:
-    figure, measured = metric(difference.metric), difference.difference
-    found = verdict(difference)
-    told_apart = found in ("better", "worse")
-    value, interval = estimate(figure, measured, signed=True)
-    size, size_interval = estimate(figure, measured, flip=told_apart and measured.value < 0)
-    return DifferenceRow(
-        run=run,
-        model=difference.model,
-        baseline=difference.baseline,
-        data=difference.data,
-        figure=figure,
-        verdict=found,
-        change=("higher" if measured.value > 0 else "lower") if told_apart else "",
-        value=value,
-        interval=interval,
-        size=f"{size} {size_interval}" if size_interval else size,
-        rows=measured.rows,
-        source=difference,
-    )
+    info = metric_info(difference.metric)
+    value, interval = estimate(info, difference.difference, signed=True)
+    return DifferenceRow(run, difference, info, verdict(difference), value, interval)
+
+
+def paired(rows: Sequence[DifferenceRow]) -> dict[Pair, list[DifferenceRow]]:
+    """The differences of each pair on each data set, in the order of first appearance."""
+    pairs: dict[Pair, list[DifferenceRow]] = {}
+    for row in rows:
+        pairs.setdefault(row.pair, []).append(row)
+    return pairs
+
+
+def comparison_sentences(rows: Sequence[DifferenceRow]) -> dict[Pair, str]:
+    """What can be said of every pair in `rows`, with numbers. The data set is named where there are several."""
+    many = len({row.source.data for row in rows}) > 1
+    return {
+        pair: (f"On {pair.data}: " if many and pair.data else "") + _with_numbers(pair, found)
+        for pair, found in paired(rows).items()
+    }
+
+
+def _with_numbers(pair: Pair, rows: list[DifferenceRow]) -> str:
+    """What the intervals tell apart, then what they do not, then what has none."""
+    told = [
+        f"{row.change} {row.info.phrase} by {row.size} {row.info.difference_unit}".rstrip()
+        + (" (a gain)" if row.verdict == "better" else " (a loss)")
+        for row in rows
+        if row.verdict in ("better", "worse")
+    ]
+    brief = len(rows) > _MOST_WITH_NUMBERS
+    tied = [
+        row.info.phrase + ("" if brief else f" ({row.value} {row.interval}{_chance(row)})")
+        for row in rows
+        if row.verdict == "tied"
+    ]
+    unknown = [f"{row.info.phrase} ({row.value})" for row in rows if row.verdict == "open"]
+    parts = [f"Compared with {pair.baseline}, {pair.model} has {listed(told)}."] if told else []
+    if tied:
+        subject = "The two" if parts else f"{pair.model} and {pair.baseline}"
+        parts.append(f"{subject} cannot be told apart on {listed(tied)}.")
+    if unknown:
+        between = "" if parts else f" between {pair.model} and {pair.baseline}"
+        parts.append(f"No usable interval was recorded{between} for {listed(unknown)}, so nothing is claimed there.")
+    return " ".join(parts)
+
+
+def _chance(row: DifferenceRow) -> str:
+    """Why two models are not told apart although the interval excludes zero."""
+    low, high = row.source.difference.low, row.source.difference.high
+    if row.source.p_adjusted is None or low is None or high is None or low <= 0 <= high:
+        return ""
+    return f", adjusted p {probability(row.source.p_adjusted)}"
+
+
+def compared_pairs(record: Results) -> dict[Pair, list[DifferenceRow]]:
+    """The differences of one record by pair, each pair's in the order of the metrics."""
+    order = in_order(each.metric for each in record.differences)
+    pairs = paired(difference_table([record]))
+    return {pair: sorted(rows, key=lambda row: order.index(row.source.metric)) for pair, rows in pairs.items()}
+
+
+def compared_sentences(record: Results) -> list[str]:
+    """What can be said of every pair on every data set, without numbers: the notes of a comparison's record."""
+    return [f"On {pair.data}: {compared_sentence(pair, rows)}" for pair, rows in compared_pairs(record).items()]
+
+
+def compared_sentence(pair: Pair, rows: Sequence[DifferenceRow]) -> str:
+    phrases = {word: [row.info.phrase for row in rows if row.verdict == word] for word in get_args(Verdict)}
+    told = [f"{word} on {listed(phrases[word])}" for word in ("better", "worse") if phrases[word]]
+    parts = [f"{pair.model} is {' and '.join(told)} than {pair.baseline}."] if told else []
+    if phrases["tied"]:
+        them = "them" if told else f"{pair.model} and {pair.baseline}"
+        parts.append(f"Cannot tell {them} apart on {listed(phrases['tied'])}.")
+    if phrases["open"]:
+        parts.append(f"No interval, and so no claim, on {listed(phrases['open'])}.")
+    return typed(" ".join(parts))

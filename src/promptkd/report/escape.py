@@ -9,8 +9,6 @@ from markupsafe import Markup
 
 from promptkd.visible import visible
 
-__all__ = ["csv_text", "markdown_text", "packed_json", "packed_text"]
-
 _IN_MARKDOWN = {ord(character): f"\\{character}" for character in "\\`*_{}[]#|~$"} | {
     ord("<"): "&lt;",
     ord(">"): "&gt;",

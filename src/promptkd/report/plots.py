@@ -1,73 +1,59 @@
-"""Curves of the logged figures as data for Plotly."""
+"""What the page plots: the metrics that training logged, and exposure bias over lengths."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from promptkd.report.curves import LOGGED, group_of, logged
-from promptkd.report.figures import Figure, power
-from promptkd.report.labels import is_teacher
-from promptkd.report.story import run_labels
-from promptkd.results import Results, Series
+from promptkd.report.formatting import DASH, curve_words, power_of_ten
+from promptkd.report.labels import is_teacher, run_labels
+from promptkd.report.metrics import LOGGED, MetricInfo, logged_group, logged_info
+from promptkd.results import Curve, CurvePoint, Results, Series
 from promptkd.visible import visible
 
-__all__ = ["Chart", "Group", "Line", "Stage", "chart_data", "stages"]
-
-GROUP_ORDER = ("Losses", "Validation", "Responses", "Other figures", "Norms and rates", "Time")
-FOLDED = ("Norms and rates", "Time")
+_GROUP_ORDER = ("Losses", "Validation", "Responses", "Other metrics", "Norms and rates", "Time")
+_TABLE_LENGTHS = 6
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One figure of one run."""
+    """One metric of one run."""
 
     name: str
     """Of the run; empty where the stage has a single one."""
     x: list[float]
     y: list[float | None]
-    """In the figure's unit; None where the logged value is not finite."""
+    """In the metric's unit; None where the logged value is not finite."""
+
+    @property
+    def finite(self) -> list[float]:
+        return [value for value in self.y if value is not None]
 
     @property
     def span(self) -> str:
         """First and last finite value: "3.36 → 2.81"."""
-        finite = [value for value in self.y if value is not None]
-        return " → ".join(dict.fromkeys(_short(value) for value in finite[:1] + finite[-1:])) or "not finite"
+        return " → ".join(dict.fromkeys(map(_short, self.finite[:1] + self.finite[-1:]))) or "not finite"
 
     @property
-    def broken(self) -> int:
-        """Logged values that are not finite."""
-        return self.y.count(None)
+    def spoken(self) -> str:
+        named = f"{self.name}, " if self.name else ""
+        if not self.finite:
+            return f"{named}{len(self.y)} logged values, none of them finite."
+        low, high = _short(min(self.finite)), _short(max(self.finite))
+        return f"{named}{self.span} over {len(self.y)} points, lowest {low}, highest {high}."
 
 
 @dataclass(frozen=True, slots=True)
 class Chart:
     id: str
-    figure: Figure
+    info: MetricInfo
     lines: list[Line]
 
     @property
     def spoken(self) -> str:
         """The chart in words, for those who cannot see it."""
-        unit = f" {self.figure.unit}" if self.figure.unit else ""
-        return f"{self.figure.label}{unit}: " + " ".join(_spoken(line) for line in self.lines)
-
-
-def _spoken(line: Line) -> str:
-    named = f"{line.name}, " if line.name else ""
-    finite = [value for value in line.y if value is not None]
-    if not finite:
-        return f"{named}{len(line.y)} logged values, none of them finite."
-    low, high = _short(min(finite)), _short(max(finite))
-    return f"{named}{line.span} over {len(line.y)} points, lowest {low}, highest {high}."
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    title: str
-    charts: list[Chart]
-    folded: bool
-    """Kept behind a summary line, since few readers need it."""
+        unit = f" {self.info.unit}" if self.info.unit else ""
+        return f"{self.info.label}{unit}: " + " ".join(line.spoken for line in self.lines)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,17 +62,18 @@ class Stage:
 
     name: str
     runs: list[str]
-    """Names of the runs, in the order of their colours; one empty name where there is a single one."""
+    """Names of the runs, in the order of their colors; one empty name where there is a single one."""
     points: int
-    groups: list[Group]
-    once: list[tuple[str, str]] = field(default_factory=list)
-    """Label and value of the figures that were logged a single time."""
-    unread: list[str] = field(default_factory=list)
-    """Names of logged figures that are not numbers."""
+    groups: dict[str, list[Chart]]
+    """By title."""
+    once: list[tuple[str, str]]
+    """Label and value of the metrics that were logged a single time."""
+    not_numbers: list[str]
+    """Names of what was logged, but not as numbers."""
 
 
 def stages(records: Sequence[Results]) -> list[Stage]:
-    """Every stage of the `unified` records, with one chart per logged figure; stages of one name are drawn together."""
+    """Every stage of the `unified` records, one chart per logged metric; stages of one name are plotted together."""
     found: dict[str, dict[str, Series]] = {}
     for run, record in zip(_run_names(records), records, strict=True):
         for series in record.history:
@@ -96,7 +83,7 @@ def stages(records: Sequence[Results]) -> list[Stage]:
 
 
 def _run_names(records: Sequence[Results]) -> list[str]:
-    """The model that a run trained, where that says which run is meant; else the run's label."""
+    """The model that a run trained, where only this run trained it; else the run's label."""
     trained = [next((label for label in record.models if not is_teacher(label)), "") for record in records]
     with_history = [label for label, record in zip(trained, records, strict=True) if record.history]
     return [
@@ -110,55 +97,50 @@ def chart_data(found: Sequence[Stage]) -> list[dict[str, Any]]:
     return [
         {
             "id": chart.id,
-            "unit": chart.figure.unit,
+            "unit": chart.info.unit,
             "lines": [[stage.runs.index(line.name), line.x, line.y] for line in chart.lines],
             "names": [visible(name) for name in stage.runs] if len(stage.runs) > 1 else [],
         }
         for stage in found
-        for group in stage.groups
-        for chart in group.charts
+        for group in stage.groups.values()
+        for chart in group
     ]
 
 
 def _stage(name: str, runs: dict[str, Series], prefix: str) -> Stage:
-    shown = runs if len(runs) > 1 else dict(zip([""], runs.values(), strict=True))
-    points = [point for series in shown.values() for point in series.points]
-    names = list(dict.fromkeys(name for point in points for name in point if name != "step"))
-    names.sort(key=lambda name: list(LOGGED).index(name) if name in LOGGED else len(LOGGED))
+    runs = runs if len(runs) > 1 else {"": next(iter(runs.values()))}
+    names = list(dict.fromkeys(name for series in runs.values() for point in series.points for name in point))
+    names = [name for name in LOGGED if name in names] + [name for name in names if name not in {*LOGGED, "step"}]
     groups: dict[str, list[Chart]] = {}
-    once, unread = [], []
-    for position, logged_name in enumerate(names):
-        lines = [_line(run, logged_name, series.points) for run, series in shown.items()]
-        drawn = [line for line in lines if line is not None and line.x]
-        if not drawn:
-            unread.append(logged_name)
-        elif all(len(line.x) == 1 for line in drawn):
-            once += [(_label(logged_name, line), f"{line.span} {logged(logged_name).unit}".strip()) for line in drawn]
+    once, not_numbers = [], []
+    for position, logged in enumerate(names):
+        info = logged_info(logged)
+        lines = [line for run, series in runs.items() if (line := _line(run, info, series.points)) and line.x]
+        if not lines:
+            not_numbers.append(logged)
+        elif all(len(line.x) == 1 for line in lines):
+            once += [
+                (f"{info.label} ({line.name})" if line.name else info.label, f"{line.span} {info.unit}".strip())
+                for line in lines
+            ]
         else:
-            chart = Chart(f"{prefix}-{position}", logged(logged_name), drawn)
-            groups.setdefault(group_of(logged_name), []).append(chart)
-    ordered = [Group(title, groups[title], title in FOLDED) for title in GROUP_ORDER if title in groups]
-    return Stage(name, list(shown), max(map(len, (series.points for series in shown.values()))), ordered, once, unread)
+            groups.setdefault(logged_group(logged), []).append(Chart(f"{prefix}-{position}", info, lines))
+    ordered = {title: groups[title] for title in _GROUP_ORDER if title in groups}
+    return Stage(name, list(runs), max(len(series.points) for series in runs.values()), ordered, once, not_numbers)
 
 
-def _label(name: str, line: Line) -> str:
-    return f"{logged(name).label} ({line.name})" if line.name else logged(name).label
-
-
-def _line(run: str, name: str, points: list[dict[str, Any]]) -> Line | None:
-    """None where a value under `name` is not a number."""
-    figure = logged(name)
+def _line(run: str, info: MetricInfo, points: list[dict[str, Any]]) -> Line | None:
+    """None where one of the values is not a number."""
     x: list[float] = []
     y: list[float | None] = []
     for position, point in enumerate(points):
-        if name not in point or point[name] is None:
+        if point.get(info.name) is None:
             continue
-        value = _as_number(point[name])
+        value, step = _as_number(point[info.name]), _as_number(point.get("step", position))
         if value is None:
             return None
-        step = _as_number(point.get("step", position))
         x.append(position if step is None or not math.isfinite(step) else step)
-        y.append(_rounded(value * figure.scale) if math.isfinite(value) else None)
+        y.append(float(f"{value * info.scale:.6g}") if math.isfinite(value) else None)
     return Line(run, x, y)
 
 
@@ -169,10 +151,78 @@ def _as_number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
-def _rounded(value: float) -> float:
-    return float(f"{value:.6g}")
-
-
 def _short(value: float) -> str:
     written = f"{abs(value):.3g}" if abs(value) < 1000 else f"{abs(value):.0f}"
-    return ("−" if value < 0 else "") + power(written)
+    return ("−" if value < 0 else "") + power_of_ten(written)
+
+
+@dataclass(slots=True)
+class BiasPlot:
+    """Curves that can be compared: the same data and settings."""
+
+    id: str
+    data: str
+    settings: str
+    """In words."""
+    curves: list[Curve] = field(default_factory=list)
+
+    @property
+    def lengths(self) -> list[float]:
+        """A few lengths from short to long, for the table below the plot."""
+        every = sorted({point.x for curve in self.curves for point in curve.points if point.value is not None})
+        if len(every) <= _TABLE_LENGTHS:
+            return every
+        last = len(every) - 1
+        return [every[round(at * last / (_TABLE_LENGTHS - 1))] for at in range(_TABLE_LENGTHS)]
+
+    def cells(self, curve: Curve) -> list[tuple[str, str]]:
+        """Value and interval at each of `lengths`; a dash where the curve is not defined."""
+        found = {point.x: point for point in curve.points}
+        return [_bias_cell(found.get(length)) for length in self.lengths]
+
+
+def bias_plots(records: Sequence[Results]) -> list[BiasPlot]:
+    """One plot per data set and setting of the `unified` records."""
+    plots: dict[tuple[str, str], BiasPlot] = {}
+    for record in records:
+        for curve in record.curves:
+            words = curve_words(curve.settings)
+            plot = plots.setdefault((curve.data, words), BiasPlot(f"bias-{len(plots)}", curve.data, words))
+            plot.curves.append(curve)
+    for plot in plots.values():
+        plot.curves.sort(key=lambda curve: not is_teacher(curve.model))
+    return list(plots.values())
+
+
+def bias_data(plots: Sequence[BiasPlot], models: Sequence[str]) -> list[dict[str, Any]]:
+    """What the page's script draws: numbers, and models by their position in `models`."""
+    return [
+        {
+            "id": plot.id,
+            "curves": [
+                {
+                    "model": models.index(curve.model),
+                    "points": [[point.x, *map(_drawn, (point.value, point.low, point.high))] for point in curve.points],
+                }
+                for curve in plot.curves
+            ],
+        }
+        for plot in plots
+    ]
+
+
+def _drawn(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else float(f"{value:.5g}")
+
+
+def _bias_cell(point: CurvePoint | None) -> tuple[str, str]:
+    if point is None or point.value is None:
+        return DASH, ""
+    if point.low is None or point.high is None:
+        return _percent(point.value), ""
+    return _percent(point.value), f"[{_percent(point.low)}, {_percent(point.high)}]"
+
+
+def _percent(value: float) -> str:
+    """One decimal is enough beside intervals of this width; zero has no sign."""
+    return f"{round(value, 1) + 0.0:.1f}".replace("-", "−")

@@ -7,58 +7,52 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from promptkd.report.figures import estimate, in_order, metric
-from promptkd.report.story import run_labels
+from promptkd.report.formatting import duration, estimate
+from promptkd.report.labels import run_labels
+from promptkd.report.metrics import in_order, metric_info
 from promptkd.results import Metric, Results
-
-__all__ = ["Provenance", "duration", "provenance"]
 
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
     run: str
-    kind: str
-    created: str
-    command: str
-    config: str
-    """Indented JSON; empty where the record holds none."""
-    code: list[tuple[str, str]]
-    machine: list[tuple[str, str]]
-    figures: list[tuple[str, str]]
-    """Figures of the run as a whole."""
-    timings: list[tuple[str, str]]
     record: Results
+
+    @property
+    def created(self) -> str:
+        """ "2026-03-01 09:30 UTC"; a text that is no such time is shown as it is."""
+        try:
+            moment = datetime.fromisoformat(self.record.created)
+        except ValueError:
+            return self.record.created
+        return f"{moment:%Y-%m-%d %H:%M} {moment.tzname() or ''}".strip()
+
+    @property
+    def command(self) -> str:
+        return shlex.join(self.record.command)
+
+    @property
+    def config(self) -> str:
+        """Indented JSON; empty where the record holds none."""
+        plain = self.record.model_dump(mode="json", include={"config"})["config"]
+        return json.dumps(plain, indent=2, ensure_ascii=False) if plain else ""
+
+    @property
+    def facts(self) -> dict[str, list[tuple[str, str]]]:
+        """By title: the run's own metrics, its timings, code and machine."""
+        record, machine = self.record, self.record.model_dump(mode="json", include={"machine"})["machine"]
+        versions = [(name, version or "not installed") for name, version in record.code.items() if name != "git_commit"]
+        return {
+            "Metrics of the run": [_metric(name, record.metrics[name]) for name in in_order(record.metrics)],
+            "Time": [(name, duration(seconds)) for name, seconds in record.timings.items()],
+            "Code": [*versions, ("git commit", record.code.get("git_commit") or "not a checkout")],
+            "Machine": [_machine_fact(name, value) for name, value in machine.items()],
+        }
 
 
 def provenance(records: Sequence[Results]) -> list[Provenance]:
     """One entry per `unified` record."""
-    return [_entry(run, record) for run, record in zip(run_labels(records), records, strict=True)]
-
-
-def _entry(run: str, record: Results) -> Provenance:
-    plain = record.model_dump(mode="json", include={"config", "machine"})
-    return Provenance(
-        run=run,
-        kind=record.kind,
-        created=_moment(record.created),
-        command=shlex.join(record.command),
-        config=json.dumps(plain["config"], indent=2, ensure_ascii=False) if record.config else "",
-        code=[(name, version or "not installed") for name, version in record.code.items() if name != "git_commit"]
-        + [("git commit", record.code.get("git_commit") or "not a checkout")],
-        machine=[_machine_fact(name, value) for name, value in plain["machine"].items()],
-        figures=_figures(record.metrics),
-        timings=[(name, duration(seconds)) for name, seconds in record.timings.items()],
-        record=record,
-    )
-
-
-def _moment(created: str) -> str:
-    """ "2026-03-01T09:30:00+00:00" -> "2026-03-01 09:30 UTC"; a text that is no such time is shown as it is."""
-    try:
-        moment = datetime.fromisoformat(created)
-    except ValueError:
-        return created
-    return f"{moment:%Y-%m-%d %H:%M} {moment.tzname() or ''}".strip()
+    return [Provenance(run, record) for run, record in zip(run_labels(records), records, strict=True)]
 
 
 def _machine_fact(name: str, value: Any) -> tuple[str, str]:
@@ -67,18 +61,6 @@ def _machine_fact(name: str, value: Any) -> tuple[str, str]:
     return name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _figures(metrics: dict[str, Metric]) -> list[tuple[str, str]]:
-    rows = []
-    for name in in_order(metrics):
-        value, interval = estimate(metric(name), metrics[name])
-        rows.append((metric(name).label, " ".join(part for part in (value, interval, metric(name).unit) if part)))
-    return rows
-
-
-def duration(seconds: float) -> str:
-    """95.3 -> "1 min 35 s"."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+def _metric(name: str, measured: Metric) -> tuple[str, str]:
+    info = metric_info(name)
+    return info.label, " ".join(part for part in (*estimate(info, measured), info.unit) if part)

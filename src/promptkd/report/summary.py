@@ -3,17 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from promptkd.report.cost import millions
-from promptkd.report.differences import difference_table
-from promptkd.report.figures import estimate, in_order, metric
+from promptkd.report.differences import Pair, comparison_sentences, difference_table
+from promptkd.report.formatting import estimate, listed, millions
 from promptkd.report.labels import TEACHER, is_teacher
-from promptkd.report.sentences import Pair, comparison_sentences, listed
-from promptkd.report.tables import ComparisonRow, comparison_table, model_order
-from promptkd.results import Evaluation, ModelRecord, Results
+from promptkd.report.metrics import in_order, metric_info
+from promptkd.report.tables import comparison_table, model_order
+from promptkd.results import Evaluation, Results
 
-__all__ = ["Summary", "summarise"]
-
-MOST_SENTENCES = 6
+_MOST_SENTENCES = 6
+_COUNTS = ("No", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine", "Ten")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,34 +21,35 @@ class Summary:
     lead: str
     """What the distilled student gained or lost; empty where nothing was measured."""
     others: tuple[str, ...]
-    """What to say of other pairs that were compared."""
+    """Sentences on the other pairs that were compared."""
     untold: int
-    """How many more pairs were compared, of which the table tells."""
+    """How many more pairs were compared, which the table shows."""
 
 
-def summarise(records: Sequence[Results]) -> Summary:
+def summarize(records: Sequence[Results]) -> Summary:
     """One summary of all `unified` records."""
     evaluations = [evaluation for record in records for evaluation in record.evaluations]
     sentences = comparison_sentences(difference_table(records))
     subject = _subject(records, evaluations, list(sentences))
-    stages = list(dict.fromkeys(evaluation.model for evaluation in evaluations))
-    own = [pair for pair in sentences if pair[1] == subject]
-    # The nearest earlier stage says what the last stage did; the teacher comes last.
-    own.sort(key=lambda pair: (is_teacher(pair[2]), -stages.index(pair[2]) if pair[2] in stages else 0))
-    first = own[0] if own else None
-    others = [sentence for pair, sentence in sentences.items() if pair != first]
+    measured = list(dict.fromkeys(evaluation.model for evaluation in evaluations))
+    own = [pair for pair in sentences if pair.model == subject]
+    # The nearest earlier stage shows the effect of the last stage; the teacher comes last.
+    own.sort(
+        key=lambda pair: (is_teacher(pair.baseline), -measured.index(pair.baseline) if pair.baseline in measured else 0)
+    )
+    others = [sentence for pair, sentence in sentences.items() if pair not in own[:1]]
     return Summary(
         _introduction(records, evaluations, subject),
-        sentences[first] if first else _measured(records, evaluations),
-        tuple(others[:MOST_SENTENCES]),
-        max(0, len(others) - MOST_SENTENCES),
+        sentences[own[0]] if own else _metrics(records, evaluations),
+        tuple(others[:_MOST_SENTENCES]),
+        max(0, len(others) - _MOST_SENTENCES),
     )
 
 
 def _subject(records: Sequence[Results], evaluations: list[Evaluation], pairs: list[Pair]) -> str | None:
-    """The model that the story is about: the last stage of one record, else the one that was compared most."""
+    """The model that the summary is about: the last stage of one record, else the one that was compared most."""
     students = [evaluation.model for evaluation in evaluations if not is_teacher(evaluation.model)]
-    compared = [model for _, model, _ in pairs]
+    compared = [pair.model for pair in pairs]
     if len(records) == 1 and students and (students[-1] in compared or not compared):
         return students[-1]
     if compared:
@@ -60,66 +59,56 @@ def _subject(records: Sequence[Results], evaluations: list[Evaluation], pairs: l
 
 def _introduction(records: Sequence[Results], evaluations: list[Evaluation], subject: str | None) -> str:
     if not evaluations:
-        return (
-            f"This {records[0].kind} run holds no evaluation."
-            if len(records) == 1
-            else f"These {len(records)} records hold no evaluation."
-        )
-    sizes = {label: model for record in records for label, model in record.models.items()}
+        which = f"This {records[0].kind} run holds" if len(records) == 1 else f"These {len(records)} records hold"
+        return f"{which} no evaluation."
+    sizes = {label: model.parameters for record in records for label, model in record.models.items()}
     labels = model_order(records) if len(records) > 1 else list(dict.fromkeys(each.model for each in evaluations))
-    where = listed(list(dict.fromkeys(_data_words(evaluation) for evaluation in evaluations)))
+    where = listed(list(dict.fromkeys(map(_data_words, evaluations))))
+
+    def with_size(label: str) -> str:
+        return f"{label} ({millions(sizes[label])} parameters)" if label in sizes else label
+
     if len(labels) == 1:
-        return f"One model, {labels[0]}{_size(sizes, labels[0])}, was measured on {where}."
+        return f"One model, {with_size(labels[0])}, was measured on {where}."
     if subject is None or subject not in sizes or TEACHER not in sizes:
-        return f"{_count(len(labels))} models, {listed(labels)}, were measured on {where}."
-    share = sizes[subject].parameters / sizes[TEACHER].parameters
+        count = _COUNTS[len(labels)] if len(labels) < len(_COUNTS) else str(len(labels))
+        return f"{count} models, {listed(labels)}, were measured on {where}."
+    share = sizes[subject] / sizes[TEACHER]
     others = [label for label in labels if label not in (subject, TEACHER)]
     beside = f", beside {listed(others)}," if others else ""
     return (
-        f"{subject}{_size(sizes, subject)}, a student with {share * 100:.0f} % of the parameters of its "
-        f"teacher{_size(sizes, TEACHER)}, was measured{beside} on {where}."
+        f"{with_size(subject)}, a student with {share * 100:.0f} % of the parameters of its {with_size(TEACHER)}, "
+        f"was measured{beside} on {where}."
     )
 
 
-def _measured(records: Sequence[Results], evaluations: list[Evaluation]) -> str:
-    """The figures themselves, where nothing was compared."""
-    if len(evaluations) == 1:
-        parts = []
-        for name in in_order(evaluations[0].metrics):
-            value, interval = estimate(metric(name), evaluations[0].metrics[name])
-            written = f"{value} {interval}" if interval else value
-            parts.append(f"{metric(name).phrase} {written} {metric(name).unit}".strip())
-        return f"Measured: {listed(parts)}." if parts else ""
-    return (
-        f"{_headline(comparison_table(records))}No differences were recorded, so this page claims none."
-        if evaluations
-        else ""
-    )
+def _metrics(records: Sequence[Results], evaluations: list[Evaluation]) -> str:
+    """The metrics themselves, where nothing was compared."""
+    if len(evaluations) > 1:
+        return f"{_headline(records)}No differences were recorded, so this page claims none."
+    parts = []
+    for evaluation in evaluations:
+        for name in in_order(evaluation.metrics):
+            info = metric_info(name)
+            value, interval = estimate(info, evaluation.metrics[name])
+            parts.append(" ".join(filter(None, (info.phrase, value, interval, info.unit))))
+    return f"Measured: {listed(parts)}." if parts else ""
 
 
-def _headline(rows: list[ComparisonRow]) -> str:
-    """The first metric with a better direction, of ROUGE-L if there is, on the first data set for every model."""
-    same = [row for row in rows if (row.data, row.decoding) == (rows[0].data, rows[0].decoding)]
-    names = [name for row in same for name in row.cells]
-    name = "rouge_l" if "rouge_l" in names else next((name for name in names if metric(name).better), None)
+def _headline(records: Sequence[Results]) -> str:
+    """One metric of every model on the first data set: ROUGE-L, else the first that has a better direction."""
+    rows = comparison_table(records)
+    rows = [row for row in rows if (row.data, row.decoding) == (rows[0].data, rows[0].decoding)]
+    names = [name for row in rows for name in row.cells]
+    name = "rouge_l" if "rouge_l" in names else next((name for name in names if metric_info(name).better), None)
     if name is None:
         return ""
-    found = [f"{row.cells[name].value} for {row.model}" for row in same if name in row.cells]
-    decoding = f", {same[0].decoding}," if same[0].decoding else ""
-    phrase = metric(name).phrase
-    return f"On {same[0].data}{decoding} {phrase} is {listed(found)}. "
+    found = [f"{row.cells[name].value} for {row.model}" for row in rows if name in row.cells]
+    decoding = f", {rows[0].decoding}," if rows[0].decoding else ""
+    return f"On {rows[0].data}{decoding} {metric_info(name).phrase} is {listed(found)}. "
 
 
 def _data_words(evaluation: Evaluation) -> str:
     rows = {measured.rows for measured in evaluation.metrics.values() if measured.rows is not None}
     counted = len(rows) == 1 and not evaluation.data.endswith(" rows)")
     return f"{evaluation.data} ({rows.pop()} rows)" if counted else evaluation.data
-
-
-def _size(sizes: dict[str, ModelRecord], label: str) -> str:
-    return f" ({millions(sizes[label].parameters)} parameters)" if label in sizes else ""
-
-
-def _count(size: int) -> str:
-    words = ("No", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine", "Ten")
-    return words[size] if size < len(words) else str(size)

@@ -1,109 +1,146 @@
-"""The table of the page as plain text."""
+"""What commands print: the evaluations as a table, a comparison with its costs, and aligned cells for other tables."""
 
+import io
 import shutil
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from rich.cells import cell_len
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
-from promptkd.report.differences import difference_table
-from promptkd.report.figures import metric
-from promptkd.report.sentences import comparison_sentences
-from promptkd.report.story import unified
-from promptkd.report.tables import ComparisonRow, by_setting, comparison_table, metric_columns
+from promptkd.report.differences import (
+    DifferenceRow,
+    Pair,
+    compared_pairs,
+    compared_sentence,
+    compared_sentences,
+    comparison_sentences,
+    difference_table,
+)
+from promptkd.report.formatting import effect, estimate, probability, typed
+from promptkd.report.labels import unified
+from promptkd.report.metrics import metric_info
+from promptkd.report.tables import ComparisonRow, by_setting, comparison_table, cost_table, metric_columns
 from promptkd.results import Results
-from promptkd.visible import shown
 
-__all__ = ["terminal_table"]
+_WIDTH_WITHOUT_TERMINAL = 100
+_UNLIMITED = 1 << 16
+_LEGEND = "* the best student, and every student that cannot be told apart from it"
+_COMPARED = ["", "model", "baseline", "difference", "95 % interval", "p adj.", "effect", ""]
+_VERDICTS = {"tied": "cannot tell them apart", "open": "no interval"}
 
-GAP = "  "
-WIDTH_WITHOUT_TERMINAL = 100
-LEGEND = "* the best student, and every student that cannot be told apart from it"
+
+def text_table(lines: Sequence[Sequence[str]], *, left: Collection[int] = (0,)) -> str:
+    """Cells aligned in columns, those in `left` to the left, the others to the right. A cell may have several lines.
+
+    Plain text without color or control characters. Lines are as wide as their cells, on a terminal and in a pipe: no
+    cell is ever wrapped or cut.
+    """
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for column in range(len(lines[0])):
+        table.add_column(justify="left" if column in left else "right", no_wrap=True)
+    for line in lines:
+        table.add_row(*(Text("\n".join(map(typed, cell.split("\n")))) for cell in line))
+    written = io.StringIO()
+    Console(file=written, width=_UNLIMITED, color_system=None, force_terminal=False, force_jupyter=False).print(table)
+    return "\n".join(line.rstrip() for line in written.getvalue().splitlines())
 
 
 def terminal_table(records: Sequence[Results], *, width: int | None = None) -> str:
     """The table of evaluations and a sentence per compared pair, in lines of at most `width` cells.
 
-    Plain text: no colour, no control character, whatever the labels hold. Columns that do not fit go into a further
-    block below. `width` is the terminal's by default, 100 where there is none.
+    Columns that do not fit go into a further block below. `width` is the terminal's by default, 100 where there is
+    none.
     """
-    columns = width or shutil.get_terminal_size((WIDTH_WITHOUT_TERMINAL, 24)).columns
+    width = width or _terminal_width()
     story = unified(records)
     table = comparison_table(story)
     groups = by_setting(table)
     paragraphs = []
     for setting, rows in groups.items():
-        heading = [_wrapped(setting, columns)] if len(groups) > 1 else []
         names = [name for name in metric_columns(story) if any(name in row.cells for row in rows)]
-        paragraphs += heading + ["\n".join(block) for block in _blocks(rows, names, columns)]
+        paragraphs += [_wrapped(setting, width)] if len(groups) > 1 else []
+        paragraphs += _blocks(rows, names, width)
     if any(cell.best for row in table for cell in row.cells.values()):
-        paragraphs.append(_wrapped(LEGEND, columns))
+        paragraphs.append(_wrapped(_LEGEND, width))
     sentences = comparison_sentences(difference_table(story)).values()
-    return "\n\n".join(paragraphs + [_wrapped(sentence, columns) for sentence in sentences])
+    return "\n\n".join(paragraphs + [_wrapped(sentence, width) for sentence in sentences])
+
+
+def _terminal_width() -> int:
+    return shutil.get_terminal_size((_WIDTH_WITHOUT_TERMINAL, 24)).columns
 
 
 def _wrapped(text: str, width: int) -> str:
-    return textwrap.fill(_plain(text), width, break_on_hyphens=False, break_long_words=False)
+    return textwrap.fill(typed(text), width, break_on_hyphens=False, break_long_words=False)
 
 
-def _plain(text: str) -> str:
-    """Without control characters or line breaks; the typographic minus becomes one that can be typed."""
-    return shown(" ".join(text.split())).replace("−", "-")
+def _blocks(rows: list[ComparisonRow], metrics: list[str], width: int) -> list[str]:
+    """The table, split between columns wherever it would exceed `width`."""
+    labels = [["\n", *(row.model for row in rows)]]
+    if any(row.run for row in rows):
+        labels.append(["\n", *(row.run for row in rows)])
 
+    def block(columns: list[list[str]]) -> str:
+        return text_table(list(zip(*labels, *columns, strict=True)), left=range(len(labels)))
 
-def _blocks(rows: list[ComparisonRow], metrics: list[str], width: int) -> list[list[str]]:
-    """The table as lines, cut between columns wherever it would exceed `width`."""
-    if not rows:
-        return []
-    keys = [[_plain(text) for text in _key(row, rows)] for row in rows]
-    stubs = [GAP.join(_padded(text, column, keys) for column, text in enumerate(key)) for key in keys]
     blocks: list[list[list[str]]] = []
-    used = width
-    for name in metrics:
-        cells = _column(name, rows)
-        size = max(cell_len(cell) for cell in cells) + len(GAP)
-        if used + size > width:
-            blocks.append([["", ""] + [line for stub in stubs for line in (stub, "")]])
-            used = max(map(cell_len, blocks[-1][0]))
-        blocks[-1].append(cells)
-        used += size
-    return [_lines(block) for block in blocks]
-
-
-def _key(row: ComparisonRow, rows: list[ComparisonRow]) -> list[str]:
-    """The run stands beside the model only where it tells rows apart."""
-    return [row.model, row.run] if any(other.run for other in rows) else [row.model]
-
-
-def _padded(text: str, column: int, keys: list[list[str]]) -> str:
-    return text + " " * (max(cell_len(key[column]) for key in keys) - cell_len(text))
+    for column in (_column(name, rows) for name in metrics):
+        if not blocks or max(map(cell_len, block([*blocks[-1], column]).split("\n"))) > width:
+            blocks.append([])
+        blocks[-1].append(column)
+    return [block(columns) for columns in blocks]
 
 
 def _column(name: str, rows: list[ComparisonRow]) -> list[str]:
-    """Two lines of heading, then two per row: the value; below it deviation between seeds and interval."""
-    figure = metric(name)
-    found = [row.cells.get(name) for row in rows]
-    room = " " if any(cell and cell.best for cell in found) else ""  # keeps digits aligned beside an asterisk
-    cells = [
-        _plain(figure.label) + room,
-        _plain(", ".join(part for part in (figure.unit, figure.better) if part)) + room,
-    ]
-    for cell in found:
-        if cell is None:
-            cells += ["-" + room, ""]
-        else:
-            below = " ".join(filter(None, (cell.deviation, cell.interval)))
-            cells += [_plain(cell.value) + ("*" if cell.best else room), _plain(below) + room]
+    """Label over unit and direction, then per row the value over deviation between seeds and interval."""
+    info = metric_info(name)
+    cells = [f"{info.label}\n{', '.join(part for part in (info.unit, info.better) if part)}"]
+    for cell in (row.cells.get(name) for row in rows):
+        below = "" if cell is None else " ".join(filter(None, (cell.deviation, cell.interval)))
+        cells.append(f"-\n{below}" if cell is None else f"{'*' if cell.best else ''}{cell.value}\n{below}")
     return cells
 
 
-def _lines(block: list[list[str]]) -> list[str]:
-    stub, *columns = block
-    lines = []
-    for index, first in enumerate(stub):
-        texts = [first + " " * (max(map(cell_len, stub)) - cell_len(first))]
-        for cells in columns:
-            size = max(map(cell_len, cells))
-            texts.append(" " * (size - cell_len(cells[index])) + cells[index])
-        lines.append(GAP.join(texts).rstrip())
-    return lines
+def compared_text(record: Results) -> str:
+    """The differences of a record of kind "compare", what they allow one to say, its cost table and its notes."""
+    width = _terminal_width()
+    blocks = []
+    for pair, rows in compared_pairs(record).items():
+        lines = [_COMPARED, *(_compared_cells(record, row) for row in rows)]
+        sentence = textwrap.fill(compared_sentence(pair, rows), width)
+        blocks.append(f"{_heading(record, pair, rows)}\n{text_table(lines, left=(0, len(_COMPARED) - 1))}\n{sentence}")
+    heads, costs = cost_table([record])
+    blocks += [text_table([heads, *costs])] if costs else []
+    said = compared_sentences(record)
+    blocks.append("\n".join(textwrap.fill(typed(note), width) for note in record.notes if note not in said))
+    return "\n\n".join(filter(None, blocks))
+
+
+def _heading(record: Results, pair: Pair, rows: Sequence[DifferenceRow]) -> str:
+    counts = sorted({row.source.difference.rows for row in rows if row.source.difference.rows is not None})
+    seeds = {len(each.decoding.get("seeds", [])) for each in record.evaluations if each.data == pair.data}
+    sizes = [f"{' to '.join(map(str, counts))} rows", *(f"{count} seeds" for count in sorted(seeds) if count > 1)]
+    return typed(f"{pair.model} against {pair.baseline} on {pair.data} ({', '.join(sizes)})")
+
+
+def _compared_cells(record: Results, row: DifferenceRow) -> list[str]:
+    return [
+        row.info.label_and_unit,
+        _measured(record, row, row.pair.model),
+        _measured(record, row, row.pair.baseline),
+        row.value,
+        row.interval or "-",
+        probability(row.source.p_adjusted),
+        effect(row.source.effect_size),
+        _VERDICTS.get(row.verdict, row.verdict),
+    ]
+
+
+def _measured(record: Results, row: DifferenceRow, label: str) -> str:
+    for each in record.evaluations:
+        if (each.model, each.data) == (label, row.pair.data) and row.source.metric in each.metrics:
+            return estimate(row.info, each.metrics[row.source.metric].model_copy(update={"low": None}))[0]
+    return "-"

@@ -16,19 +16,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from scipy.special import stdtr, stdtrit
 
 from promptkd.errors import RequestError
-from promptkd.evaluation.alike import unlike
-from promptkd.evaluation.comparison import Better, Comparison, teachers_of
+from promptkd.evaluation.comparison import Comparison
 from promptkd.evaluation.pairing import Candidate, Column, Setting, settings_of
-from promptkd.evaluation.significance import holm
-from promptkd.results import Difference, Evaluation, Metric
+from promptkd.evaluation.statistics import Floats, holm
+from promptkd.results import Better, Difference, Evaluation, Metric
 
 __all__ = ["Member", "both_ways", "compare_groups", "t_quantile", "t_two_sided"]
-
-Floats = NDArray[np.float64]
-_GRID = 20_001
 
 
 @dataclass(frozen=True)
@@ -41,22 +37,13 @@ class Member:
 
 
 def t_two_sided(t: float, df: float) -> float:
-    """P(|T| >= |t|) of Student's t with `df` >= 1 degrees, whole or not.
-
-    With t = √df tan θ the density is that of cos^(df - 1) θ on (-π/2, π/2), which is integrated by the trapezoid rule.
-    """
-    start = np.arctan(abs(t) / np.sqrt(df))
-    tail, whole = (np.linspace(low, np.pi / 2, _GRID) for low in (start, 0.0))
-    area, all_of_it = (np.trapezoid(np.cos(theta).clip(0) ** (df - 1), theta) for theta in (tail, whole))
-    return float(area / all_of_it)
+    """P(|T| >= |t|) of Student's t with `df` > 0 degrees of freedom, an integer or not."""
+    return float(2 * stdtr(df, -abs(t)))
 
 
 def t_quantile(df: float, level: float = 0.95) -> float:
     """The t with P(|T| <= t) = `level`."""
-    theta = np.linspace(0.0, np.pi / 2, _GRID)
-    density = np.cos(theta).clip(0) ** (df - 1)
-    share = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
-    return float(np.sqrt(df) * np.tan(np.interp(level, share / share[-1], theta)))
+    return float(stdtrit(df, (1 + level) / 2))
 
 
 def both_ways(by_seed: Floats, by_row: Floats) -> tuple[Metric, float | None]:
@@ -110,9 +97,9 @@ def compare_groups(
     settings = settings_of([each.candidate for each in members])
     if not settings:
         raise RequestError("The runs share no data set on which they were measured.")
-    if differing := [sentence for setting in settings for sentence in unlike(setting)]:
+    if differing := [sentence for setting in settings for sentence in setting.differing()]:
         raise RequestError(" ".join(differing[:3]))
-    left_out = {"kl_to_teacher"} if len({teachers_of(each.candidate) for each in members}) > 1 else set()
+    left_out = {"kl_to_teacher"} if len({each.candidate.teachers for each in members}) > 1 else set()
     made = Comparison()
     tested: list[tuple[Difference, float | None]] = []
     for setting in settings:

@@ -1,19 +1,25 @@
 """What a run writes while it trains: one JSON line a logged step, a progress bar, and what it cost."""
 
+import importlib
 import json
-import os
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import IntervalStrategy
+from trl.trainer.utils import print_prompt_completions_sample
 
+from promptkd.io.atomic import write_atomic
+from promptkd.io.jsonl import encoded
+from promptkd.training.checkpoint import point_at_best
 from promptkd.training.phases import Phases
-
-__all__ = ["CostMeter", "MetricsFile", "ProgressBar", "quiet"]
+from promptkd.training.state import PartialLog
 
 _SUMMARY = "train_runtime"  # marks transformers' closing line, which is no step
 
@@ -26,10 +32,7 @@ class MetricsFile(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            lines = [json.dumps(entry) + "\n" for entry in state.log_history if _SUMMARY not in entry]
-            partial = self._path.with_name(self._path.name + ".partial")
-            partial.write_text("".join(lines), encoding="utf-8")
-            os.replace(partial, self._path)
+            write_atomic(self._path, encoded(entry for entry in state.log_history if _SUMMARY not in entry))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         entry = state.log_history[-1]
@@ -133,6 +136,84 @@ class CostMeter(TrainerCallback):
             "peak_memory_bytes": self.peak_memory_bytes,
             "peak_memory_by_phase": dict(self.peak_memory_by_phase),
         }
+
+
+class UpdatePhase(TrainerCallback):
+    """The phase "update": the step of the student's optimizer, after the clipping of its gradient."""
+
+    def __init__(self, phases: Phases):
+        self._phases = phases
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._phases.begin("update")
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._phases.end()
+
+
+class CheckpointTiming(TrainerCallback):
+    """Lets a checkpoint at the end of an epoch wait for the epoch's validation, and a resumed line be logged whole.
+
+    transformers validates "by epoch" after it has saved "by step": a run that resumed from a checkpoint between the two
+    would never validate that epoch.
+    """
+
+    def __init__(self, trainer: Trainer, log: PartialLog):
+        self._trainer, self._log = trainer, log
+        self._due = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._due = False
+        point_at_best(self._trainer)
+        self._log.begin()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if control.should_save and ends_epoch(state):
+            control.should_save, self._due = False, True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_save, self._due = control.should_save or self._due, False
+
+
+class CompletionLog(TrainerCallback):
+    """With `log_completions`: prompts and responses of the last step at each logged line, as TRL logs them.
+
+    They are printed, written to `completions/completions_STEP.parquet`, and sent to Weights & Biases and Trackio.
+
+    Args:
+        completions: (prompt, response) of all processes.
+    """
+
+    def __init__(self, completions: Collection[tuple[str, str]]):
+        self._completions = completions
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or not self._completions or not logs or "loss" not in logs:
+            return
+        step, (prompts, texts) = state.global_step, zip(*self._completions, strict=True)
+        print_prompt_completions_sample(prompts, texts, {}, None, step, args.num_completions_to_print)
+        table = Dataset.from_dict({"step": [step] * len(prompts), "prompt": prompts, "completion": texts})
+        folder = Path(args.output_dir) / "completions"
+        folder.mkdir(parents=True, exist_ok=True)
+        table.to_parquet(folder / f"completions_{step:05d}.parquet")
+        rows = table.to_pandas()
+        for tracker in {"wandb", "trackio"} & set(args.report_to):
+            module = importlib.import_module(tracker)
+            shown = rows.drop_duplicates("prompt") if args.log_unique_prompts else rows
+            module.log({"completions": module.Table(dataframe=shown)})
+
+
+def ends_epoch(state: Any) -> bool:
+    """Whether the optimizer step just taken was the last of its epoch, or of the run."""
+    return state.global_step >= state.max_steps or float(state.epoch).is_integer()
+
+
+def logs_step(args: Any, state: Any) -> bool:
+    """Whether transformers' Trainer will log at the end of the running step, by `logging_steps`."""
+    step = state.global_step + 1
+    if step == 1 and args.logging_first_step:
+        return True
+    return args.logging_strategy == IntervalStrategy.STEPS and step % state.logging_steps == 0
 
 
 def quiet(trainer: Any) -> None:

@@ -9,22 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from promptkd.errors import PromptKDError
+from promptkd.errors import PromptKDError, RequestError
+from promptkd.io.atomic import atomic, replace
 from promptkd.memory import is_out_of_memory
 from promptkd.training.manifest import damage, write_manifest
-
-__all__ = [
-    "checkpoints_in",
-    "point_at_best",
-    "resumable_checkpoint",
-    "set_aside",
-    "staged_checkpoint",
-    "told_last_checkpoint",
-    "whole_folder",
-]
 
 _STAGING = ".partial"
 _ASIDE = "passed-over-"  # behind the number, transformers would still take the folder for a checkpoint
@@ -32,8 +23,10 @@ _DISK_ERRORS = (OSError, RuntimeError, SafetensorError)  # torch and safetensors
 
 
 @contextmanager
-def staged_checkpoint(trainer: Any) -> Iterator[Path]:
-    """A folder to write the trainer's checkpoint in; it takes its name only when the disk has all of it.
+def staged_checkpoint(trainer: Any) -> Iterator[None]:
+    """While the trainer writes a checkpoint: into a folder that takes its name only when the disk has all of it.
+
+    The trainer's `checkpoint_root` says where, and its `extra_state` is added.
 
     Its manifest lists every file. Older checkpoints beyond `save_total_limit` go after that, never before; the newest
     and the best always stay.
@@ -49,13 +42,19 @@ def staged_checkpoint(trainer: Any) -> Iterator[Path]:
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
         trainer.accelerator.wait_for_everyone()
-        yield staging
+        trainer.checkpoint_root = staging
+        try:
+            yield
+        finally:
+            trainer.checkpoint_root = None
+        (staging / name / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # nothing reads it, and it holds --hub_token
+        trainer.extra_state.save(staging / name, writes=trainer.args.should_save)
         point_at_best(trainer, writing=name)  # transformers noted where it stood meanwhile
         trainer.accelerator.wait_for_everyone()
         if trainer.args.should_save:
             trainer.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
             write_manifest(staging / name)
-            _take_place(staging / name, root / name)
+            replace(staging / name, root / name)
     except _DISK_ERRORS as error:
         if trainer.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
@@ -86,6 +85,33 @@ def point_at_best(trainer: Any, writing: str = "") -> None:
             trainer.state.best_model_checkpoint = str(best)
 
 
+def prepare_best(trainer: Any) -> None:
+    """Let the trainer load its best checkpoint from its own folder, wherever a resumed checkpoint says that it lies.
+
+    Raises:
+        RequestError, PromptKDError: if it is missing, or was damaged.
+    """
+    best = Path(trainer.args.output_dir) / Path(str(trainer.state.best_model_checkpoint)).name
+    if not best.is_dir():
+        raise RequestError(
+            f"The best checkpoint, {best.name}, is not in {trainer.args.output_dir}. Give --select last."
+        )
+    if trainer.accelerator.is_main_process and (problem := damage(best)):
+        raise PromptKDError(
+            f"The best checkpoint, {best}, was damaged while training went on: {problem}. Put the file back and "
+            "--resume, which passes over what it cannot trust."
+        )
+    trainer.state.best_model_checkpoint = str(best)
+
+
+def save_model_folder(trainer: Any, folder: str | Path) -> None:
+    """Write a trainer's model and tokenizer atomically, as safetensors that transformers and vLLM load."""
+    with whole_folder(Path(folder), writes=trainer.args.should_save) as partial:
+        trainer.save_model(str(partial), _internal_call=True)
+        if trainer.args.should_save:
+            (partial / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle has no place beside a model
+
+
 @contextmanager
 def whole_folder(target: Path, *, writes: bool) -> Iterator[Path]:
     """A folder beside `target` to write to, which takes its place once all is written.
@@ -96,16 +122,10 @@ def whole_folder(target: Path, *, writes: bool) -> Iterator[Path]:
     Raises:
         PromptKDError: if it cannot be written. `target` is as it was.
     """
-    partial = target.with_name(f"{target.name}.partial")
     try:
-        if writes:
-            shutil.rmtree(partial, ignore_errors=True)
-        yield partial
-        if writes:
-            _take_place(partial, target)
+        with atomic(target, writes=writes) as partial:
+            yield partial
     except _DISK_ERRORS as error:
-        if writes:
-            shutil.rmtree(partial, ignore_errors=True)
         if is_out_of_memory(error):
             raise
         raise PromptKDError(_not_written(target, error)) from error
@@ -160,20 +180,6 @@ def set_aside(checkpoints: Mapping[Path, str]) -> None:
         aside = checkpoint.with_name(_ASIDE + checkpoint.name)
         shutil.rmtree(aside, ignore_errors=True)  # of an earlier time at this step
         os.replace(checkpoint, aside)
-
-
-def _take_place(written: Path, place: Path) -> None:
-    replaced = written.with_name(f"{written.name}.replaced")
-    shutil.rmtree(replaced, ignore_errors=True)  # of a process that was killed here
-    if place.exists():  # the same step, or the same model, saved again
-        os.replace(place, replaced)
-    try:
-        os.replace(written, place)
-    except OSError:
-        if replaced.exists():
-            os.replace(replaced, place)
-        raise
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _finish_replacing(folder: Path) -> None:

@@ -1,7 +1,7 @@
 """Settings of a distillation run: TRL's and transformers' own, plus the ones below."""
 
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from accelerate.utils import parse_flag_from_env
@@ -9,13 +9,11 @@ from transformers import SchedulerType
 from trl import DistillationConfig
 
 from promptkd.engine import engine_for
-from promptkd.errors import RequestError
-from promptkd.methods import MethodSettings
-from promptkd.methods.method import Adapter
-from promptkd.methods.named import ObjectiveName
-from promptkd.models.soft_prompt import DEFAULT_TEXT
-from promptkd.objectives.sequence import Importance
+from promptkd.methods import Method
+from promptkd.methods.named import ADAPTER_SETTINGS, read_method, settings_classes
+from promptkd.models.adapters import PromptLossSettings
 from promptkd.precision import WeightPrecision, has_bfloat16_units
+from promptkd.settings import Reader, Settings, flat, option, problems, refuse
 
 __all__ = [
     "BF16",
@@ -28,7 +26,6 @@ __all__ = [
     "common_checks",
     "fill_in_precision",
     "fill_in_rows",
-    "option",
     "use_one_gpu",
 ]
 
@@ -40,13 +37,6 @@ ON_NAN = (
 DECODED_ROWS = "Rows that are decoded at a time: by default 32 on CPU, 128 on a GPU."
 BF16 = "Compute in bfloat16; by default where the device has units for it. Trained weights stay float32."
 UNFILTERED = "Unused: nothing that is NaN or infinite is hidden from the log; see --on_nan."
-
-Refresh = Literal["fresh", "stale"]
-
-
-def option(default: Any, text: str) -> Any:
-    """A dataclass field whose help text is `text`."""
-    return field(default=default, metadata={"help": text})
 
 
 def fill_in_precision(args: Any) -> None:
@@ -106,8 +96,34 @@ def common_checks(args: Any) -> list[tuple[bool, str]]:
     ]
 
 
+@dataclass(frozen=True, kw_only=True)
+class TunerSettings(Settings):
+    """How the teacher's adapter is trained, whatever the adapter is."""
+
+    prompt_learning_rate: float = option(1e-3, at_least=0)
+    """Learning rate of the soft prompt."""
+    prompt_warmup_steps: int = 0
+    """Optimizer steps over which the prompt's learning rate rises."""
+    prompt_lr_scheduler_type: str = "constant_with_warmup"
+    """Schedule of the prompt's learning rate."""
+    prompt_weight_decay: float = 0.0
+    """Weight decay of the soft prompt."""
+    prompt_max_grad_norm: float = 1.0
+    """Gradient norm at which the prompt's gradient is clipped; 0 never clips."""
+    prompt_refresh: Literal["fresh", "stale"] = "fresh"
+    """stale: the student learns from the prompted pass of before the prompt's update; not PromptKD as published."""
+    teacher_gradient_checkpointing: bool = False
+    """Compute the teacher's activations again in the prompt's backward: less memory, more time."""
+
+
+if TYPE_CHECKING:
+    _FlatSettings: Any
+else:
+    _FlatSettings = flat("_FlatSettings", (*settings_classes(), PromptLossSettings, TunerSettings))
+
+
 @dataclass
-class DistillConfig(DistillationConfig):
+class DistillConfig(_FlatSettings, DistillationConfig):
     """Arguments of `DistillTrainer`. Every field of `trl.DistillationConfig` is one too.
 
     Defaults that differ from TRL's: learning_rate 5e-5 (the authors' for GPT-2), max_completion_length 256,
@@ -116,23 +132,6 @@ class DistillConfig(DistillationConfig):
     """
 
     method: str = option("promptkd", "Name of the method; `promptkd distill --help` lists them.")
-    student_share: float | None = option(None, "Share of the responses that the student writes: imitkd, gkd, distillm.")
-    objective: ObjectiveName | None = option(None, "Another token objective than the method's own.")
-    alpha: float = option(0.1, "Skew KL: 0 the plain KL, 1 no divergence at all.")
-    mu: float = option(0.5, "Adaptive KL: the teacher's probability mass that makes the head.")
-    cross_entropy_share: float = option(0.0, "Share of the cross-entropy with the response's own tokens.")
-    distillation_temperature: float = option(1.0, "Divides both models' logits before they are compared.")
-    teacher_adapter: Adapter | None = option(None, "What of the teacher is trained: none, prompt, lora, full, online.")
-    teacher_mix: float = option(0.2, "minillm: the teacher's share of the distribution that is sampled from.")
-    importance: Importance = option("token", "minillm: weights of tokens the student did not sample.")
-    length_normalization: bool = option(True, "minillm, dpkd: means over a response's tokens in place of sums.")
-    clip_ratio: float | None = option(0.2, "minillm: epsilon of the clipped ratio; none never clips.")
-    dpkd_beta: float = option(0.1, "dpkd: scale of the log-ratio difference.")
-    dpkd_level: Literal["sequence", "token"] = option("sequence", "dpkd: compare whole responses, or token by token.")
-    replay_capacity: int = option(1000, "distillm: responses that the replay buffer holds.")
-    replay_step: float = option(0.1, "distillm: rise of the student's share when validation gets worse.")
-    adapter_rank: int = option(16, "Rank of a LoRA teacher adapter, or of the online module.")
-    adapter_alpha: float = option(32.0, "LoRA teacher adapter: scale of its weights.")
     language_data: str | None = option(None, 'Plain-text rows ({"text": ...}) for an extra language-modelling loss.')
     language_weight: float = option(1.0, "Weight of the language-modelling loss.")
     on_nan: OnNan = option("stop", ON_NAN)
@@ -141,7 +140,7 @@ class DistillConfig(DistillationConfig):
     generation_batch_size: int | None = option(None, DECODED_ROWS)
 
     chunk_tokens: int | None = option(
-        None, "Tokens whose logits are held at a time: by default 256 on CPU, 2,048 on a GPU; 0 holds all."
+        None, "Tokens whose logits are held at a time: by default 256 on CPU, 2,048 on a GPU; 0 holds all.", at_least=0
     )
 
     max_prompt_length: int = option(256, "Most tokens of a prompt, template included; see --overlong.")
@@ -154,29 +153,6 @@ class DistillConfig(DistillationConfig):
         "auto is that of its files.",
     )
     teacher_quantization: Literal["8bit", "4bit"] | None = option(None, "Quantise the teacher by bitsandbytes.")
-    teacher_gradient_checkpointing: bool = option(
-        False, "Compute the teacher's activations again in the prompt's backward: less memory, more time."
-    )
-
-    prompt_length: int = option(7, "Vectors of the soft prompt; 0 for none.")
-    prompt_start: str = option("text", "What the soft prompt starts from: text, padding or random.")
-    prompt_text: str = option(DEFAULT_TEXT, "The text it starts from, cut or repeated to prompt_length tokens.")
-    prompt_learning_rate: float = option(1e-3, "Learning rate of the soft prompt.")
-    prompt_warmup_steps: int = option(0, "Optimiser steps over which the prompt's learning rate rises.")
-    prompt_lr_scheduler_type: str = option("constant_with_warmup", "Schedule of the prompt's learning rate.")
-    prompt_weight_decay: float = option(0.0, "Weight decay of the soft prompt.")
-    prompt_max_grad_norm: float = option(1.0, "Gradient norm at which the prompt's gradient is clipped; 0 never clips.")
-    prompt_kl: str = option(
-        "reverse", "Direction of the prompt's KL with the student: reverse is KL(prompted || student)."
-    )
-    regularizer_kl: str = option("reverse", "Direction of the regulariser: reverse is KL(prompted || plain teacher).")
-    regularizer_coefficient: float = option(1.0, "c, the regulariser's weight at the first step.")
-    regularizer_schedule: str = option("linear", "How that weight goes: linear (c to c/K), constant or none.")
-    prompt_refresh: Refresh = option(
-        "fresh",
-        "stale: the student learns from the prompted pass of before the prompt's update; not PromptKD as published.",
-    )
-
     learning_rate: float = option(5e-5, "Peak learning rate of the student.")
     max_completion_length: int | None = option(256, "Most tokens of a response.")
     disable_dropout: bool = option(True, "Train the student without dropout.")
@@ -194,63 +170,20 @@ class DistillConfig(DistillationConfig):
         super().__post_init__()
         fill_in_rows(self)
         use_one_gpu(self)
-        problems = [text for wrong, text in (*common_checks(self), *self._checks()) if wrong]
-        if problems:
-            raise RequestError("Wrong settings: " + "; ".join(problems) + ".")
+        refuse([*problems(self), *(text for wrong, text in (*common_checks(self), *self._checks()) if wrong)])
 
     @property
     def algorithm(self) -> str:
         """What records call it: the method's name, and how far the run is from that method."""
         return self.method if self.prompt_refresh == "fresh" else f"{self.method}, stale prompt"
 
-    def method_settings(self) -> MethodSettings:
-        """The part of the arguments that decides the method."""
-        return MethodSettings(**{each.name: vars(self)[each.name] for each in fields(MethodSettings)})
-
     def _checks(self) -> list[tuple[bool, str]]:
-        def choice(name: str, value: str, allowed: tuple[str, ...]) -> tuple[bool, str]:
-            return value not in allowed, f"{name} must be one of {', '.join(allowed)}, got {value!r}"
-
+        schedules = tuple(each.value for each in SchedulerType)
         return [
-            choice("prompt_start", self.prompt_start, ("text", "padding", "random")),
-            choice("prompt_kl", self.prompt_kl, ("reverse", "forward")),
-            choice("regularizer_kl", self.regularizer_kl, ("reverse", "forward")),
-            choice("regularizer_schedule", self.regularizer_schedule, ("linear", "constant", "none")),
-            choice("prompt_refresh", self.prompt_refresh, get_args(Refresh)),
-            choice("teacher_dtype", self.teacher_dtype or "auto", get_args(WeightPrecision)),
-            choice("overlong", self.overlong, ("drop", "error")),
-            choice(
-                "prompt_lr_scheduler_type", self.prompt_lr_scheduler_type, tuple(each.value for each in SchedulerType)
-            ),
-            (self.prompt_length < 0, f"prompt_length must be 0 or more, got {self.prompt_length}"),
-            (self.prompt_learning_rate < 0, f"prompt_learning_rate must be 0 or more, got {self.prompt_learning_rate}"),
             (
-                self.regularizer_coefficient < 0,
-                f"regularizer_coefficient must be 0 or more, got {self.regularizer_coefficient}",
+                self.prompt_lr_scheduler_type not in schedules,
+                f"prompt_lr_scheduler_type must be one of {', '.join(schedules)}, got {self.prompt_lr_scheduler_type}",
             ),
-            *(
-                (value is not None and not 0 <= value <= 1, f"{name} must lie in [0, 1], got {value}")
-                for name, value in (
-                    ("student_share", self.student_share),
-                    ("alpha", self.alpha),
-                    ("mu", self.mu),
-                    ("cross_entropy_share", self.cross_entropy_share),
-                    ("teacher_mix", self.teacher_mix),
-                )
-            ),
-            (
-                self.distillation_temperature <= 0,
-                f"distillation_temperature must be above 0, got {self.distillation_temperature}",
-            ),
-            (self.dpkd_beta < 0, f"dpkd_beta must be 0 or more, got {self.dpkd_beta}"),
-            (self.replay_step < 0, f"replay_step must be 0 or more, got {self.replay_step}"),
-            (
-                self.clip_ratio is not None and self.clip_ratio < 0,
-                f"clip_ratio must be 0 or more, or none, got {self.clip_ratio}",
-            ),
-            (self.adapter_rank < 1, f"adapter_rank must be at least 1, got {self.adapter_rank}"),
-            (self.replay_capacity < 1, f"replay_capacity must be at least 1, got {self.replay_capacity}"),
-            ((self.chunk_tokens or 0) < 0, f"chunk_tokens must be 0 or more, got {self.chunk_tokens}"),
             (self.temperature <= 0, f"temperature must be above 0, got {self.temperature}"),
             (bool(self.chat_template_kwargs), "chat_template_kwargs has no effect here; write a Jinja --template"),
             (bool(self.pad_to_multiple_of), "pad_to_multiple_of has no effect here: rows are not padded for rollouts"),
@@ -263,3 +196,29 @@ class PromptKDConfig(DistillConfig):
     """`DistillConfig` with PromptKD as the method."""
 
     method: str = option("promptkd", "Name of the method.")
+
+
+def chosen_method(args: Any, given: Method | None = None) -> Method:
+    """The method of a run, with its adapter's settings.
+
+    Args:
+        args: a `DistillConfig`.
+        given: a method in place of the one that `args.method` names.
+
+    Raises:
+        RequestError: if a setting differs from its default and nothing reads it.
+    """
+    take = Reader(args)
+    if given is None:
+        method, name, classes = read_method(args.method, take), args.method, tuple(settings_classes())
+    else:
+        method, name, classes = given.with_settings(take), "The given method", ADAPTER_SETTINGS
+    adapter = method.adapter_class
+    if adapter is not None:
+        take(TunerSettings)
+        if adapter.has_regularizer:
+            take(PromptLossSettings)
+    take.refuse_unread(name, classes)
+    reader = f"{name} without a teacher adapter" if adapter is None else name
+    take.refuse_unread(reader, (TunerSettings, PromptLossSettings))
+    return method

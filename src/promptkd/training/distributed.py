@@ -22,8 +22,8 @@ from trl.models import prepare_deepspeed, unwrap_model_for_generation
 from trl.models.utils import _ForwardRedirection
 
 from promptkd.engine import unwrap_peft
-from promptkd.errors import RequestError
-from promptkd.methods.method import Adapter
+from promptkd.errors import check_all
+from promptkd.models.adapters import TeacherAdapter
 from promptkd.precision import computing
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "is_dispatched",
     "is_sharded",
     "place_teacher",
+    "run_in_forward",
     "run_inside",
     "run_whole",
     "settle_dispatched",
@@ -66,7 +67,7 @@ def _device_map(model: nn.Module) -> dict[str, Any]:
     return vars(unwrap_peft(model)).get("hf_device_map", {})  # set by accelerate, where a map was given
 
 
-def check_dispatched(model: nn.Module, accelerator: Any, adapter: Adapter) -> None:
+def check_dispatched(model: nn.Module, accelerator: Any, adapter: type[TeacherAdapter] | None) -> None:
     """Refuse a `device_map` with which the teacher could not be run, or not be trained as it should.
 
     Raises:
@@ -74,18 +75,22 @@ def check_dispatched(model: nn.Module, accelerator: Any, adapter: Adapter) -> No
     """
     if not is_dispatched(model):
         return
-    problems = []
-    if accelerator.num_processes > 1:
-        problems.append("the other processes need their GPUs; start one process, or shard the teacher by FSDP2")
-    if set(map(str, _device_map(model).values())) & {"cpu", "disk"}:
-        problems.append(
+    checks = [
+        (
+            accelerator.num_processes > 1,
+            "the other processes need their GPUs; start one process, or shard the teacher by FSDP2",
+        ),
+        (
+            bool(set(map(str, _device_map(model).values())) & {"cpu", "disk"}),
             "no layer may stay on the CPU or the disk; give more GPUs, --teacher_dtype bfloat16 or "
-            "--teacher_quantization"
-        )
-    if adapter == "full":
-        problems.append("the whole teacher cannot be trained; train a soft prompt or LoRA weights")
-    if problems:
-        raise RequestError("Cannot use this teacher's device_map: " + "; ".join(problems) + ".")
+            "--teacher_quantization",
+        ),
+        (
+            bool(adapter and adapter.copies_teacher),
+            "the whole teacher cannot be trained; train a soft prompt or LoRA weights",
+        ),
+    ]
+    check_all("Cannot use this teacher's device_map", checks)
 
 
 def settle_dispatched(teacher: nn.Module, device: torch.device) -> None:
@@ -104,7 +109,11 @@ def settle_dispatched(teacher: nn.Module, device: torch.device) -> None:
 
 
 def check_sharding(
-    accelerator: Any, *models: nn.Module, adapter: Adapter, needs_generate: bool, chunks: bool = True
+    accelerator: Any,
+    *models: nn.Module,
+    adapter: type[TeacherAdapter] | None = None,
+    needs_generate: bool,
+    chunks: bool = True,
 ) -> None:
     """Refuse what would hang, train other weights than it says, or save none.
 
@@ -117,31 +126,36 @@ def check_sharding(
     Raises:
         RequestError: naming everything that is wrong with the launch configuration.
     """
-    backend, settings, problems = DistributedBackend(accelerator), accelerator.state, []
-    if settings.dynamo_plugin.backend != DynamoBackend.NO:
-        problems.append("a compiled model cannot be run in parts; leave dynamo out")
-    if backend.fsdp_version == 1:
-        problems.append("FSDP of version 1 does not shard the teacher; set fsdp_version: 2")
-    if accelerator.is_fsdp2:
-        plugin = settings.fsdp_plugin
-        if plugin.cpu_ram_efficient_loading:
-            problems.append("every process must load the weights; set fsdp_cpu_ram_efficient_loading: false")
-        if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
-            problems.append("the student is saved whole; set fsdp_state_dict_type: FULL_STATE_DICT")
-        if not chunks:
-            problems.append("sharded heads need chunks; leave chunk_tokens out, or set it above 0")
-    if backend.is_zero3:
-        if any(each.numel() == 0 for model in models for each in model.parameters()):
-            problems.append("models must be loaded whole before they are sharded; set zero3_init_flag: false")
-        if not settings.deepspeed_plugin.zero3_save_16bit_model:
-            problems.append("the student is saved whole; set zero3_save_16bit_model: true")
-    if is_sharded(accelerator):
-        if adapter in ("lora", "full"):
-            problems.append("the teacher's own weights cannot be trained; train a soft prompt, or use DDP")
-        if needs_generate:
-            problems.append("min_p, repetition_penalty and generation_kwargs need vLLM or DDP")
-    if problems:
-        raise RequestError("Cannot train on these processes: " + "; ".join(problems) + ". See docs/many-processes.md.")
+    backend, settings, fsdp2 = DistributedBackend(accelerator), accelerator.state, accelerator.is_fsdp2
+    sharded, zero3 = is_sharded(accelerator), backend.is_zero3
+    empty = any(each.numel() == 0 for model in models for each in model.parameters())
+    checks = [
+        (
+            settings.dynamo_plugin.backend != DynamoBackend.NO,
+            "a compiled model cannot be run in parts; leave dynamo out",
+        ),
+        (backend.fsdp_version == 1, "FSDP of version 1 does not shard the teacher; set fsdp_version: 2"),
+        (
+            fsdp2 and settings.fsdp_plugin.cpu_ram_efficient_loading,
+            "every process must load the weights; set fsdp_cpu_ram_efficient_loading: false",
+        ),
+        (
+            fsdp2 and "FULL_STATE_DICT" not in str(settings.fsdp_plugin.state_dict_type),
+            "the student is saved in full; set fsdp_state_dict_type: FULL_STATE_DICT",
+        ),
+        (fsdp2 and not chunks, "sharded heads need chunks; leave chunk_tokens out, or set it above 0"),
+        (zero3 and empty, "models must be loaded in full before they are sharded; set zero3_init_flag: false"),
+        (
+            zero3 and not settings.deepspeed_plugin.zero3_save_16bit_model,
+            "the student is saved in full; set zero3_save_16bit_model: true",
+        ),
+        (
+            bool(sharded and adapter and adapter.trains_layers),
+            "the teacher's own weights cannot be trained; train a soft prompt, or use DDP",
+        ),
+        (sharded and needs_generate, "min_p, repetition_penalty and generation_kwargs need vLLM or DDP"),
+    ]
+    check_all("Cannot train on these processes", checks, "See docs/many-processes.md.")
 
 
 def place_teacher(teacher: nn.Module, accelerator: Any) -> nn.Module:
@@ -176,6 +190,17 @@ def run_whole(work: Callable[[nn.Module], T], wrapped: nn.Module, accelerator: A
         with unwrap_model_for_generation(wrapped, accelerator) as model:
             return work(model)
     return work(accelerator.unwrap_model(wrapped))
+
+
+def run_in_forward(work: Callable[[], T], wrapped: nn.Module, accelerator: Any, *, always: bool = False) -> T:
+    """`work()` inside the forward of a model's wrapper, where its weights are sharded.
+
+    Args:
+        always: whether DDP's wrapper must see the model being used too, as for a pass that has a backward.
+    """
+    if always or is_sharded(accelerator):
+        return _ForwardRedirection()(wrapped, accelerator.unwrap_model(wrapped), work)
+    return work()
 
 
 def run_inside(work: Callable[[], T], model: nn.Module) -> T:

@@ -82,11 +82,11 @@ def take_trial_steps(trainer: Any) -> Trial:
     """
     quiet(trainer)
     trainer.is_trial = True
-    trainer.write_to_the_limit()
+    trainer.rollout.write_to_the_limit()
     clock = _Clock(trainer.phases)
     trainer.add_callback(clock)
     trainer.train()
-    limit = trainer.max_completion_length if writes_responses(trainer.method.responses) else None
+    limit = trainer.args.max_completion_length if writes_responses(trainer.method.responses) else None
     return Trial(
         steps=trainer.state.max_steps,
         seconds=clock.seconds[-1],

@@ -1,11 +1,10 @@
 """The list of a folder's files, their sizes and hashes, by which a torn or altered folder is known."""
 
-import errno
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from promptkd.io.atomic import fsync
 from promptkd.results import file_sha256
 
 __all__ = ["MANIFEST", "damage", "write_manifest"]
@@ -17,12 +16,12 @@ def write_manifest(folder: Path) -> None:
     """Write `manifest.json`, the size and SHA-256 of every other file below `folder`. The disk has all of them then."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
     for path in files:
-        _flush(path)
+        fsync(path)
     listed = {path.relative_to(folder).as_posix(): _entry(path) for path in files}
     manifest = folder / MANIFEST
     manifest.write_text(json.dumps({"files": listed}, indent=1) + "\n", encoding="utf-8")
     for path in (manifest, *(path for path in folder.rglob("*") if path.is_dir()), folder):
-        _flush(path)
+        fsync(path)
 
 
 def damage(folder: Path) -> str | None:
@@ -56,15 +55,3 @@ def damage(folder: Path) -> str | None:
 
 def _entry(path: Path) -> dict[str, Any]:
     return {"size": path.stat().st_size, "sha256": file_sha256(path)}
-
-
-def _flush(path: Path) -> None:
-    """Return once the disk has what was written to `path`, a file or a folder."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if not path.is_dir() or error.errno != errno.EINVAL:  # which some network disks say of every folder
-            raise
-    finally:
-        os.close(handle)

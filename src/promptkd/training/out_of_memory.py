@@ -12,7 +12,6 @@ from promptkd.training.checkpoint import told_last_checkpoint
 
 if TYPE_CHECKING:
     from promptkd.training.phases import Phase
-    from promptkd.training.validation import RunTrainer
 
 __all__ = ["Savings", "advice", "out_of_memory_told"]
 
@@ -30,7 +29,7 @@ class Savings:
 
 
 @contextmanager
-def out_of_memory_told(trainer: "RunTrainer") -> Iterator[None]:
+def out_of_memory_told(trainer: Any) -> Iterator[None]:
     """Turn what an allocator raises in the body into a `PromptKDError` that says what to do."""
     try:
         yield
@@ -44,7 +43,7 @@ def out_of_memory_told(trainer: "RunTrainer") -> Iterator[None]:
         raise PromptKDError(message) from error
 
 
-def _message(trainer: "RunTrainer", error: BaseException) -> str:
+def _message(trainer: Any, error: BaseException) -> str:
     phase = trainer.phases.failing
     parts = [f"Out of memory {_where(phase, trainer.state.global_step)}.", memory_status(error)]
     now, anew = advice(trainer.args, "" if phase is None else phase.name, trainer.savings())

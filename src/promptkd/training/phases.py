@@ -8,14 +8,10 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from transformers import TrainerCallback
 
 from promptkd.memory import peak_memory, resident_memory, restart_peak
-
-__all__ = ["Phase", "Phases", "UpdatePhase"]
 
 
 @dataclass
@@ -123,19 +119,6 @@ class Phases:
             self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
             self.peaks[name] = max(self.peaks.get(name, 0), reached)
         self._since = now
-
-
-class UpdatePhase(TrainerCallback):
-    """The phase "update": the step of the student's optimizer, behind the clipping of its gradient."""
-
-    def __init__(self, phases: Phases):
-        self._phases = phases
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._phases.begin("update")
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._phases.end()
 
 
 class _CudaMemory:

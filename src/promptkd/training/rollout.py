@@ -1,173 +1,242 @@
-"""The first third of an optimiser step: rows in an order of their own, and responses for the whole window."""
+"""The first part of an optimizer step: responses to its rows, by the student, the data, or whoever the method asks."""
 
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import nn
-from transformers import PreTrainedTokenizerBase
-from trl.trainer.utils import RepeatSampler
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+from trl.generation.vllm_generation import VLLMGeneration
+from trl.models import unwrap_model_for_generation
 
-from promptkd.data.batch import TokenBatch, right_pad
+from promptkd.data.batch import right_pad
 from promptkd.data.encode import EncodedExample, encode_texts
 from promptkd.errors import RequestError
-from promptkd.generation import generate
+from promptkd.generation import SamplingParams, generate
+from promptkd.methods import Method
 from promptkd.responses import Sampler
 from promptkd.training.distributed import autocast, is_sharded, run_whole
-from promptkd.training.phases import Phases
-from promptkd.training.row_order import epoch_seed
+from promptkd.training.teacher import Teacher
+from promptkd.training.window import MicroBatch, StepMetrics, Window
 
-if TYPE_CHECKING:
-    from trl import DistillationTrainer as _Trainer  # what this class is mixed into
-else:
-    _Trainer = object
-
-__all__ = ["Rollouts"]
+Tokens = list[list[int]]
 
 
-class Rollouts(_Trainer):
-    """The part of `DistillTrainer` that finds responses."""
+class Rollout:
+    """Makes a `Window` of the rows of one optimizer step.
 
-    args: Any
-    accelerator: Any
-    state: Any
-    method: Any
-    stop_ids: tuple[int, ...]
-    vocabulary: int
-    language_rows: list[list[int]]
-    _window: dict[str, Any]
-    phases: Phases
+    Args:
+        args: a `DistillConfig`.
+        student: vLLM takes its weights from it.
+        stop_ids: every id that ends a response.
+        metrics: of the running step; takes response lengths and the share that was cut off.
+    """
 
-    def _get_train_sampler(self, dataset: Any = None) -> RepeatSampler:
-        rows = self.train_dataset if dataset is None else dataset
-        window = self.args.per_device_train_batch_size * self.accelerator.num_processes
-        window *= self.args.gradient_accumulation_steps
+    def __init__(
+        self,
+        method: Method,
+        teacher: Teacher,
+        args: Any,
+        accelerator: Accelerator,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        student: nn.Module,
+        stop_ids: tuple[int, ...],
+        metrics: StepMetrics,
+    ):
+        self.method, self.teacher, self.stop_ids, self.metrics = method, teacher, stop_ids, metrics
+        self._args, self._accelerator, self._tokenizer = args, accelerator, tokenizer
+        self.limit: int = args.max_completion_length
+        """Most tokens of a response."""
+        self._texts: Tokens = []
+        if args.language_data is not None:
+            self._texts = encode_texts(args.language_data, tokenizer, length=args.max_prompt_length + self.limit)
+        self._vllm = _vllm(args, accelerator, tokenizer, student, stop_ids) if args.use_vllm else None
+        self._synchronized = -1  # the step whose weights vLLM has
+        self._generation = _generation_config(args, tokenizer, stop_ids)
+        kept = args.per_device_train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+        self.completions: deque[tuple[str, str]] = deque(maxlen=kept)
+        """Prompts and responses of the last window on all processes, with `log_completions`."""
 
-        def epoch() -> int:
-            return self.state.global_step // (len(rows) // window)
+    def __call__(self, rows: Sequence[EncodedExample], model: nn.Module, *, step: int, total_steps: int) -> Window:
+        """Responses to the rows of this process, in random micro-batches. All processes must call it together.
 
-        return _EpochSampler(
-            rows,
-            mini_repeat_count=1,
-            batch_size=window,
-            repeat_count=self.args.gradient_accumulation_steps,
-            shuffle=self.shuffle_dataset,
-            seed=self.args.seed,
-            epoch=epoch,
-        )
+        Args:
+            model: the student in its wrapper.
+            step: optimizer steps that are done.
+        """
 
-    def _generate_and_score_completions(self, inputs: list[EncodedExample]) -> dict[str, Any]:
-        together = self.accelerator.num_processes > 1 and (self.use_vllm or is_sharded(self.accelerator))
-        sampler = Sampler(student=self._sample, mixed=self._sample_mixed, together=together)
-        with self.phases("rollout"):
-            self.phases.works_on([len(row.prompt_ids) + self.max_completion_length for row in inputs])
-            responses = self.method.responses(inputs, sampler, self.state.global_step / self.state.max_steps)
-        tokens = torch.tensor([len(each) for each in responses], device=self.accelerator.device)
-        ended = [bool(each) and each[-1] in self.stop_ids for each in responses]
-        self._window["rows"] += len(responses)
-        self._window["response_length"] += int(tokens.sum())
-        self._window["cut_share"] += sum(
-            len(each) >= self.max_completion_length and not end for each, end in zip(responses, ended, strict=True)
-        )
-        self._window["processed_tokens"] += int(tokens.sum()) + sum(len(row.prompt_ids) for row in inputs)
-        self._log_completions(inputs, responses)
-        total = self.accelerator.gather(tokens.sum()).sum()
-        rows = self.accelerator.gather(tokens.new_tensor(len(inputs))).sum()
-        batch = {
-            "row": torch.tensor([row.row for row in inputs]),
-            "rows": inputs,
-            "response_ids": responses,
-            "num_items_in_batch": rows if self.method.per_row else total,  # what the student's loss is a mean over
-            "tokens_in_batch": total,
-        }
-        return batch | self._language_batch(len(inputs))
+        def sample(prompts: Tokens, mixed_with: tuple[nn.Module, float] | None = None) -> Tokens:
+            return self._sample(prompts, model, step, mixed_with)
 
-    def _sample(self, prompts: list[list[int]], mixed_with: tuple[nn.Module, float] | None = None) -> list[list[int]]:
-        if self.use_vllm:
-            return self._generate_single_turn(self._as_many_everywhere(prompts), None, {})[: len(prompts)]
-        if self._needs_generate():
-            return self._generate_single_turn(prompts, None, {})
+        def sample_mixed(prompts: Tokens, teacher_share: float) -> Tokens:
+            self._check_mixing()
+            return sample(prompts, (self.teacher.model, teacher_share))
 
-        def sampled(student: nn.Module) -> list[list[int]]:
-            with autocast(self.accelerator, self.args):
-                return generate(
-                    student,
-                    prompts,
-                    max_new_tokens=self.max_completion_length,
-                    stop_ids=self.stop_ids,
-                    temperature=self.temperature,
-                    top_p=self.top_p,
-                    top_k=self.top_k,
-                    seeds=torch.randint(2**62, (len(prompts),)).tolist(),
-                    batch_size=self.args.generation_batch_size,
-                    vocabulary=self.vocabulary,
-                    mixed_with=mixed_with,
-                )
-
-        return run_whole(sampled, self.model_wrapped, self.accelerator)
+        together = self._accelerator.num_processes > 1 and (self._vllm is not None or is_sharded(self._accelerator))
+        sampler = Sampler(student=sample, mixed=sample_mixed, together=together)
+        responses = self.method.responses(rows, sampler, step / total_steps)
+        self._count(rows, responses)
+        return self._cut(rows, responses)
 
     def write_to_the_limit(self) -> None:
-        """Let every response that a model writes have `max_completion_length` tokens, as a trial of the cost needs."""
-        limit = self.max_completion_length
-        self.stop_ids = ()  # `generate` then stops at the limit alone
-        self.generation_config.min_new_tokens = limit  # of transformers' `generate`
-        if self.use_vllm:
-            self.vllm_generation.generation_kwargs |= {"min_tokens": limit}
+        """Let every response that a model writes have `limit` tokens, as a trial of the cost needs."""
+        self.stop_ids = ()
+        self._generation.min_new_tokens = self.limit
+        if self._vllm is not None:
+            self._vllm.generation_kwargs |= {"min_tokens": self.limit}
 
-    def _as_many_everywhere(self, prompts: list[list[int]]) -> list[list[int]]:
-        """`prompts`, and the first one again until all processes have as many: TRL deals vLLM's answers out evenly."""
-        count = torch.tensor([len(prompts)], device=self.accelerator.device)
-        return prompts + prompts[:1] * (int(self.accelerator.gather(count).max()) - len(prompts))
+    def _count(self, rows: Sequence[EncodedExample], responses: Tokens) -> None:
+        metrics = self.metrics
+        lengths = [len(each) for each in responses]
+        ended = [bool(each) and each[-1] in self.stop_ids for each in responses]
+        cut = [length >= self.limit and not end for length, end in zip(lengths, ended, strict=True)]
+        metrics.rows += len(rows)
+        metrics.processed_tokens += sum(lengths) + sum(len(row.prompt_ids) for row in rows)
+        metrics.add("response_length", sum(lengths), per="row")
+        metrics.add("cut_share", sum(cut), per="row")
+        if self._args.log_completions:
+            texts = self._tokenizer.batch_decode(responses, skip_special_tokens=True)
+            self.completions.extend(gather_object([(row.prompt, text) for row, text in zip(rows, texts, strict=True)]))
 
-    def _log_completions(self, rows: list[EncodedExample], responses: list[list[int]]) -> None:
-        if self.log_completions:
-            self._logs["prompt"].extend(gather_object([row.prompt for row in rows]))
-            texts = self.processing_class.batch_decode(responses, skip_special_tokens=True)
-            self._logs["completion"].extend(gather_object(texts))
+    def _cut(self, rows: Sequence[EncodedExample], responses: Tokens) -> Window:
+        """The window: its counts over all processes, and its micro-batches, shuffled."""
+        device = self._accelerator.device
+        texts: Tokens = []
+        if self._texts:
+            texts = [self._texts[index] for index in torch.randint(len(self._texts), (len(rows),)).tolist()]
+        own = [sum(map(len, responses)), len(rows), sum(len(ids) - 1 for ids in texts)]
+        counts: Tensor = self._accelerator.reduce(torch.tensor(own, device=device), reduction="sum")
+        tokens, all_rows, text_tokens = counts.unbind()
+        order = torch.randperm(len(rows)).tolist()
+        size = len(rows) // self._args.gradient_accumulation_steps
+        micro_batches = []
+        for index in range(self._args.gradient_accumulation_steps):
+            chosen = order[index * size : (index + 1) * size]
+            batch = right_pad(
+                [rows[each].prompt_ids for each in chosen], [responses[each] for each in chosen], device=device
+            )
+            own_texts = [texts[each] for each in chosen] if texts else []
+            micro_batches.append(MicroBatch(index, [rows[each] for each in chosen], batch, own_texts))
+        return Window(micro_batches, all_rows if self.method.per_row else tokens, tokens, text_tokens)
 
-    def _sample_mixed(self, prompts: list[list[int]], teacher_share: float) -> list[list[int]]:
-        if self.use_vllm or self._needs_generate() or is_sharded(self.accelerator):
+    def _sample(
+        self, prompts: Tokens, model: nn.Module, step: int, mixed_with: tuple[nn.Module, float] | None
+    ) -> Tokens:
+        if self._vllm is not None:
+            return self._sample_by_vllm(prompts, step)
+        if needs_generate(self._args):
+            return self._sample_by_transformers(prompts, model)
+        args = self._args
+        params = SamplingParams(
+            args.temperature, args.top_p, args.top_k, self.limit, self.stop_ids, self.teacher.vocabulary
+        )
+
+        def sampled(student: nn.Module) -> Tokens:
+            seeds = torch.randint(2**62, (len(prompts),)).tolist()
+            with autocast(self._accelerator, args):
+                rows = args.generation_batch_size
+                return generate(student, prompts, params, seeds=seeds, batch_size=rows, mixed_with=mixed_with)
+
+        return run_whole(sampled, model, self._accelerator)
+
+    def _sample_by_vllm(self, prompts: Tokens, step: int) -> Tokens:
+        """TRL deals vLLM's answers out evenly, so all processes ask equally often: the first prompt fills up."""
+        assert self._vllm is not None
+        if step != self._synchronized:
+            self._vllm.sync_weights()
+            self._synchronized = step
+        count = torch.tensor([len(prompts)], device=self._accelerator.device)
+        missing = int(self._accelerator.gather(count).max()) - len(prompts)
+        _, responses, _, _ = self._vllm.generate(
+            prompts=prompts + prompts[:1] * missing, images=None, num_generations=1
+        )
+        return responses[: len(prompts)]
+
+    def _sample_by_transformers(self, prompts: Tokens, model: nn.Module) -> Tokens:
+        """By transformers' `generate`, for the settings that only it knows."""
+        device, padding = self._accelerator.device, self._generation.pad_token_id
+        held = [torch.tensor(ids) for ids in prompts]
+        ids = pad_sequence(held, batch_first=True, padding_value=padding, padding_side="left").to(device)
+        ones = [torch.ones_like(each) for each in held]
+        mask = pad_sequence(ones, batch_first=True, padding_side="left").to(device)
+        with unwrap_model_for_generation(model, self._accelerator) as student, torch.no_grad():
+            written = student.generate(input_ids=ids, attention_mask=mask, generation_config=self._generation)
+        ends = set(self.stop_ids)
+        responses = []
+        for row in written[:, ids.shape[1] :].tolist():
+            end = next((place + 1 for place, token in enumerate(row) if token in ends), len(row))
+            responses.append(row[:end])
+        return responses
+
+    def _check_mixing(self) -> None:
+        if self._vllm is not None or needs_generate(self._args) or is_sharded(self._accelerator):
             raise RequestError(
                 "Sampling from a mixture of student and teacher needs both models whole in one process: leave vLLM, "
                 "FSDP, DeepSpeed ZeRO-3 and generation_kwargs out, or set --teacher_mix 0."
             )
-        return self._sample(prompts, (self.accelerator.unwrap_model(self.teacher_model), teacher_share))
-
-    def _needs_generate(self) -> bool:
-        """Whether sampling is asked for as only transformers' `generate` (or vLLM) does it."""
-        return self.args.min_p is not None or self.repetition_penalty != 1.0 or bool(self.args.generation_kwargs)
-
-    def rows_of_micro_batch(self, index: int, inputs: Any) -> list[int]:
-        return self._buffered_inputs[index]["row"].tolist()
-
-    def _token_batch(self, inputs: dict[str, Any]) -> TokenBatch:
-        prompts = [row.prompt_ids for row in inputs["rows"]]
-        return right_pad(prompts, inputs["response_ids"], device=self.accelerator.device)
-
-    def _language_rows(self, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-        if self.args.language_data is None:
-            return []
-        length = self.args.max_prompt_length + self.args.max_completion_length
-        return encode_texts(self.args.language_data, tokenizer, length=length)
-
-    def _language_batch(self, rows: int) -> dict[str, Any]:
-        """A piece of plain text for each row, and how many tokens are predicted on all processes."""
-        if not self.language_rows:
-            return {}
-        chosen = [self.language_rows[index] for index in torch.randint(len(self.language_rows), (rows,)).tolist()]
-        tokens = torch.tensor(sum(len(ids) - 1 for ids in chosen), device=self.accelerator.device)
-        return {"language_ids": chosen, "language_items": self.accelerator.gather(tokens).sum()}
 
 
-class _EpochSampler(RepeatSampler):
-    """TRL's sampler with an order of its own in each epoch, the same whether the run was resumed or not."""
+def needs_generate(args: Any) -> bool:
+    """Whether sampling is asked for as only transformers' `generate` (or vLLM) does it."""
+    return args.min_p is not None or args.repetition_penalty != 1.0 or bool(args.generation_kwargs)
 
-    def __init__(self, *args: Any, epoch: Callable[[], int], **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self._epoch = epoch
 
-    def __iter__(self) -> Iterator[int]:
-        if self.shuffle:
-            self.generator.manual_seed(epoch_seed(self.seed, self._epoch()))
-        return super().__iter__()
+def _generation_config(args: Any, tokenizer: PreTrainedTokenizerBase, stop_ids: tuple[int, ...]) -> GenerationConfig:
+    settings = {
+        "max_new_tokens": args.max_completion_length,
+        "do_sample": True,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": list(stop_ids) or None,
+        "temperature": args.temperature,
+        "top_p": args.top_p,
+        "top_k": args.top_k,
+        "min_p": args.min_p,
+        "repetition_penalty": args.repetition_penalty,
+        "cache_implementation": args.cache_implementation,
+    }
+    return GenerationConfig(**settings | (args.generation_kwargs or {}), disable_compile=True)
+
+
+def _vllm(
+    args: Any,
+    accelerator: Accelerator,
+    tokenizer: PreTrainedTokenizerBase,
+    student: nn.Module,
+    stop_ids: tuple[int, ...],
+) -> VLLMGeneration:
+    """TRL's link to vLLM, in this process or a server. It knows the model's own end token, and not the template's."""
+    return VLLMGeneration(
+        model=student,
+        accelerator=accelerator,
+        processing_class=tokenizer,
+        mode=args.vllm_mode,
+        structured_outputs_regex=args.vllm_structured_outputs_regex,
+        server_base_url=args.vllm_server_base_url,
+        server_host=args.vllm_server_host,
+        server_port=args.vllm_server_port,
+        group_port=args.vllm_group_port,
+        server_timeout=args.vllm_server_timeout,
+        tensor_parallel_size=args.vllm_tensor_parallel_size,
+        gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+        max_model_length=args.vllm_max_model_length,
+        max_num_seqs=args.per_device_train_batch_size
+        * args.vllm_tensor_parallel_size
+        * args.gradient_accumulation_steps,
+        enable_sleep_mode=args.vllm_enable_sleep_mode,
+        model_impl=args.vllm_model_impl,
+        trust_remote_code=args.trust_remote_code,
+        repetition_penalty=args.repetition_penalty,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        min_p=args.min_p,
+        max_completion_length=args.max_completion_length,
+        logprobs=None,
+        generation_kwargs={"stop_token_ids": list(stop_ids)} | (args.generation_kwargs or {}),
+    )

@@ -1,7 +1,7 @@
 """The order of the training rows in each epoch: the same on every process, and after any resume."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.utils.data import Sampler
@@ -17,18 +17,39 @@ def epoch_seed(seed: int, epoch: int) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed} {epoch}".encode(), digest_size=8).digest(), "big") >> 1
 
 
-class ShuffledRows(Sampler[int]):
-    """Every row once per epoch, shuffled by `epoch_seed`. Accelerate and transformers call `set_epoch`."""
+class EpochOrder(Sampler[int]):
+    """Every row once per epoch, in an order that seed and epoch decide.
 
-    def __init__(self, rows: int, seed: int):
-        self._rows, self._seed, self._epoch = rows, seed, 0
+    Args:
+        rows: how many there are.
+        epoch: tells the running epoch, counted from 0. It is asked when an epoch begins; a `set_epoch` would not be
+            called by accelerate where a resumed epoch is cut to the batches of one of several processes.
+        window: rows of one optimizer step; what does not fill one is left out.
+        repeats: how often in a row a window is given: once per micro-batch where each of them gets the whole window.
+        shuffles: False gives the rows as they stand.
+    """
 
-    def set_epoch(self, epoch: int) -> None:
-        self._epoch = epoch
+    def __init__(
+        self,
+        rows: int,
+        seed: int,
+        epoch: Callable[[], int],
+        *,
+        window: int = 1,
+        repeats: int = 1,
+        shuffles: bool = True,
+    ):
+        self._rows, self._seed, self._epoch = rows, seed, epoch
+        self._window, self._repeats, self._shuffles = window, repeats, shuffles
 
     def __len__(self) -> int:
-        return self._rows
+        return self._rows // self._window * self._window * self._repeats
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(epoch_seed(self._seed, self._epoch))
-        return iter(torch.randperm(self._rows, generator=generator).tolist())
+        order = list(range(self._rows))
+        if self._shuffles:
+            generator = torch.Generator().manual_seed(epoch_seed(self._seed, self._epoch()))
+            order = torch.randperm(self._rows, generator=generator).tolist()
+        for start in range(0, self._rows - self._window + 1, self._window):
+            for _ in range(self._repeats):
+                yield from order[start : start + self._window]

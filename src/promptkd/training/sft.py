@@ -1,17 +1,23 @@
 """Supervised fine-tuning on the responses of the data, by TRL's `SFTTrainer`."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import RandomSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from promptkd.data.encode import EncodedData, EncodedExample, stop_token_ids
 from promptkd.engine import unwrap_peft
-from promptkd.errors import RequestError
+from promptkd.errors import check_all
+from promptkd.settings import option
+from promptkd.training.callbacks import CheckpointTiming, UpdatePhase
+from promptkd.training.checkpoint import prepare_best, save_model_folder, staged_checkpoint
+from promptkd.training.collapse import Watching
 from promptkd.training.config import (
     BF16,
     DECODED_ROWS,
@@ -21,14 +27,18 @@ from promptkd.training.config import (
     common_checks,
     fill_in_precision,
     fill_in_rows,
-    option,
     use_one_gpu,
 )
-from promptkd.training.distributed import check_sharding
-from promptkd.training.row_order import ShuffledRows
-from promptkd.training.validation import RunTrainer
+from promptkd.training.distributed import check_sharding, is_sharded, run_whole
+from promptkd.training.guard import Guard
+from promptkd.training.out_of_memory import Savings, out_of_memory_told
+from promptkd.training.phases import Phases
+from promptkd.training.row_order import EpochOrder
+from promptkd.training.state import ExtraState, PartialLog
+from promptkd.training.student import precision_notes, raise_to_float32
+from promptkd.training.validation import validate
 
-__all__ = ["FinetuneConfig", "FinetuneTrainer"]
+T = TypeVar("T")
 
 
 @dataclass
@@ -57,22 +67,22 @@ class FinetuneConfig(SFTConfig):
         super().__post_init__()
         fill_in_rows(self)
         use_one_gpu(self)
-        problems = [text for wrong, text in common_checks(self) if wrong]
-        if self.overlong not in ("drop", "error"):
-            problems.append(f"overlong must be drop or error, got {self.overlong!r}")
-        if self.max_length is not None:
-            problems.append("max_length would cut rows; use max_prompt_length and max_completion_length")
-        if self.packing:
-            problems.append("packing joins rows that must stay apart; leave it off")
-        if problems:
-            raise RequestError("Wrong settings: " + "; ".join(problems) + ".")
+        own_checks = [
+            (self.overlong not in ("drop", "error"), f"overlong must be drop or error, got {self.overlong!r}"),
+            (self.max_length is not None, "max_length would cut rows; use max_prompt_length and max_completion_length"),
+            (self.packing, "packing joins rows that must stay apart; leave it off"),
+        ]
+        check_all("Wrong settings", (*common_checks(self), *own_checks))
 
 
-class FinetuneTrainer(RunTrainer, SFTTrainer):
+class FinetuneTrainer(SFTTrainer):
     """`SFTTrainer` on encoded rows: the loss counts response tokens alone."""
 
     _tag_names = ("promptkd", "sft")
     step_phase = "training"
+    is_trial = False
+    checkpoint_root: Path | None = None
+    """Where a checkpoint is being written, before it takes its place."""
 
     def __init__(
         self,
@@ -84,23 +94,66 @@ class FinetuneTrainer(RunTrainer, SFTTrainer):
         **kwargs: Any,
     ):
         self._training = train_data.examples
-        self._validation = [] if eval_data is None else eval_data.examples
+        self.validation_rows = [] if eval_data is None else eval_data.examples
         self.stop_ids = stop_token_ids(processing_class, unwrap_peft(model).generation_config, args.template)
         super().__init__(
             model=model,
             args=args,
-            train_dataset=_labelled(train_data.examples),
-            eval_dataset=None if eval_data is None else _labelled(eval_data.examples),
+            train_dataset=_labeled(train_data.examples),
+            eval_dataset=None if eval_data is None else _labeled(eval_data.examples),
             processing_class=processing_class,
             **kwargs,
         )
-        check_sharding(self.accelerator, self.model, adapter="none", needs_generate=False)
+        self.notes = precision_notes(args, raise_to_float32(self.model))
+        """Sentences that a reader of the run's metrics must know, on precision and devices."""
+        check_sharding(self.accelerator, self.model, needs_generate=False)
+        self.phases = Phases(self.accelerator.device)
+        self.guard = Guard(args, self.accelerator, lambda: {"model": self.model})
+        log = PartialLog(self)
+        self.extra_state = ExtraState(log, self.guard)
+        for callback in (CheckpointTiming(self, log), UpdatePhase(self.phases), Watching()):
+            self.add_callback(callback)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', also after a call that ended within a step."""
+        self._metrics["train"].clear()
+        self.guard.restart()
+        self.phases.restart()
+        with out_of_memory_told(self):
+            return super().train(*args, **kwargs)
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        with self.phases(self.step_phase, synchronize=self.accelerator.sync_gradients):
+            rows, width = inputs["input_ids"].shape
+            self.phases.works_on([width] * rows)  # padding is computed too
+            index = self.guard.begin_micro_batch(lambda: self._rows_in(inputs), self._tr_loss)
+            loss = super().training_step(model, inputs, num_items_in_batch)
+            self.guard.note("loss", loss, index)
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        step, sums = self.state.global_step + 1, self._metrics["train"]
+        self.guard.end_step(norm, step, self.optimizer, running_loss=self._tr_loss, metrics=sums)
+        return norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        self.guard.adjust(logs)
+        super().log(logs, start_time)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """See `validate`."""
+        return validate(self, self.validation_rows if eval_dataset is None else eval_dataset, prefix=metric_key_prefix)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         sampler = super()._get_train_sampler(train_dataset)
-        return ShuffledRows(len(sampler), self.args.seed) if isinstance(sampler, RandomSampler) else sampler
+        if not isinstance(sampler, RandomSampler):
+            return sampler
+        return EpochOrder(len(sampler), self.args.seed, lambda: int(self.state.epoch or 0))
 
-    def rows_of_micro_batch(self, index: int, inputs: dict[str, Tensor]) -> list[int]:
+    def _rows_in(self, inputs: dict[str, Tensor]) -> list[int]:
         """The rows with the same tokens, for TRL's batches say nothing else of theirs."""
         if "attention_mask" in inputs:
             held = [ids[mask == 1] for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
@@ -110,16 +163,48 @@ class FinetuneTrainer(RunTrainer, SFTTrainer):
         tokens = {tuple(ids.tolist()) for ids in held}
         return [row.row for row in self._training if (*row.prompt_ids, *row.response_ids) in tokens]
 
-    def row_lengths(self, inputs: dict[str, Tensor]) -> list[int]:
-        """Padding counts: it is computed too."""
-        rows, width = inputs["input_ids"].shape
-        return [width] * rows
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step < self.state.max_steps:  # else transformers would take a step beyond the last one
+            super()._run_epoch(*args, **kwargs)
 
-    def validation_rows(self) -> list[EncodedExample]:
-        return self._validation
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        with staged_checkpoint(self):
+            super()._save_checkpoint(model, trial)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self.checkpoint_root or super()._get_output_dir(trial))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self.extra_state.load(checkpoint, process=self.accelerator.process_index)
+
+    def _load_best_model(self) -> None:
+        prepare_best(self)
+        super()._load_best_model()
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """No card: the run's record and report say what was done."""
+
+    def save_student(self, folder: str | Path) -> None:
+        """Write model and tokenizer as safetensors that transformers and vLLM load."""
+        save_model_folder(self, folder)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether validation needs all processes, since none has all weights."""
+        return is_sharded(self.accelerator)
+
+    def on_models(self, work: Callable[[nn.Module, nn.Module | None], T]) -> T:
+        """`work(model, None)` with all of the model's weights on this process."""
+        return run_whole(lambda model: work(model, None), self.model_wrapped, self.accelerator)
+
+    def savings(self) -> Savings:
+        """Which settings of the models would still save memory: none but those that every training has."""
+        return Savings()
 
 
-def _labelled(rows: list[EncodedExample]) -> Dataset:
+def _labeled(rows: list[EncodedExample]) -> Dataset:
     """Token ids with labels on the response alone; -100 elsewhere."""
     return Dataset.from_list(
         [

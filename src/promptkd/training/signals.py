@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from transformers import TrainerCallback
 
 from promptkd.errors import Stopped
-from promptkd.training.resuming import ends_epoch
+from promptkd.training.callbacks import ends_epoch
 
 __all__ = ["StopOnSignal"]
 

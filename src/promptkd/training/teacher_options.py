@@ -1,6 +1,5 @@
 """How the teacher is loaded and read, from the settings of a run, and which of them do not go together."""
 
-from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from promptkd.methods import Method
 from promptkd.models import load_model, load_tokenizer
 from promptkd.models.load import keep_differentiable
 from promptkd.precision import teacher_precision
+from promptkd.settings import refuse
 
 __all__ = ["check_teacher_options", "load_teacher", "teacher_settings"]
 
@@ -49,7 +49,7 @@ def teacher_settings(args: Any, method: Method) -> dict[str, Any]:
     for name, flag in (("dtype", "teacher_dtype"), ("torch_dtype", "teacher_dtype")):
         if name in given:
             raise RequestError(f"teacher_model_init_kwargs holds {name}: {given[name]}. Give it as --{flag} instead.")
-    dtype = teacher_precision(args.teacher_dtype, args.device, trained=method.teacher_adapter == "full")
+    dtype = teacher_precision(args.teacher_dtype, args.device, trained=_copies_teacher(method))
     settings = {"dtype": dtype, "revision": args.teacher_model_revision, **given}
     if args.teacher_quantization is None:
         return settings
@@ -79,35 +79,27 @@ def check_teacher_options(args: Any, method: Method, teacher: nn.Module) -> None
     Raises:
         RequestError: with everything that is wrong.
     """
-    problems = [text for wrong, text in _problems(args, method, teacher) if wrong]
-    if problems:
-        raise RequestError("Wrong settings: " + "; ".join(problems) + ".")
+    adapter = method.adapter_class
+    stale, copied = args.prompt_refresh == "stale", _copies_teacher(method)
+    problems = [
+        (stale and copied, "prompt_refresh stale cannot keep a pass of a teacher whose head is trained too"),
+        (
+            stale and method.objective is None,
+            "prompt_refresh stale needs a method with one objective per token, whose pass the two steps share",
+        ),
+        (
+            args.teacher_gradient_checkpointing and not (adapter and adapter.backpropagates),
+            "teacher_gradient_checkpointing has no effect here: no gradient passes through the teacher's layers",
+        ),
+        (
+            copied and any(each.dtype.itemsize < 4 for each in teacher.parameters()),
+            "a whole teacher is trained in float32 alone: leave teacher_dtype and teacher_quantization out",
+        ),
+    ]
+    refuse(text for wrong, text in problems if wrong)
     if args.teacher_gradient_checkpointing:
         recomputable_layers(teacher)
 
 
-def _problems(args: Any, method: Method, teacher: nn.Module) -> Iterable[tuple[bool, str]]:
-    kind = method.teacher_adapter
-    if kind == "prompt" and args.prompt_length == 0:
-        kind = "none"
-    low = any(each.dtype.itemsize < 4 for each in teacher.parameters())
-    return [
-        (
-            args.prompt_refresh == "stale" and kind in ("none", "full"),
-            "prompt_refresh stale needs a trained prompt, LoRA or module: nothing of the teacher is trained here"
-            if kind == "none"
-            else "prompt_refresh stale cannot keep a pass of a teacher whose head is trained too",
-        ),
-        (
-            args.prompt_refresh == "stale" and method.objective is None,
-            "prompt_refresh stale needs a method with one objective a token, whose pass the two steps share",
-        ),
-        (
-            args.teacher_gradient_checkpointing and kind in ("none", "online"),
-            "teacher_gradient_checkpointing has no effect here: no gradient goes through the teacher's layers",
-        ),
-        (
-            kind == "full" and low,
-            "a whole teacher is trained in float32 alone: leave teacher_dtype and teacher_quantization out",
-        ),
-    ]
+def _copies_teacher(method: Method) -> bool:
+    return method.adapter_class is not None and method.adapter_class.copies_teacher

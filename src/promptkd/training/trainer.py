@@ -1,41 +1,25 @@
-"""`DistillTrainer`: TRL's DistillationTrainer with a trainable teacher.
+"""`DistillTrainer`: a training step, from the responses to the log (`training_step`), and the parts that it is made of.
 
-One optimiser step k of K runs over a window of `gradient_accumulation_steps` micro-batches, and all means over its
-response tokens, on every process:
-
-1. responses of the whole window (rollouts.py, `_generate_and_score_completions`);
-2. the teacher's adapter: gradients of all micro-batches, then one step of its own optimiser (teaching.py);
-3. the student: each micro-batch against the teacher as step 2 left it (here, `_student_loss`).
-
-tests/training/test_trl_contract.py names every hook of TRL and transformers that is used here.
+What the parts do stands in files of their own: rollout.py (rows to responses), teacher_tuner.py (the teacher's step),
+student_loss.py (the student's), guard.py (no step on NaN), state.py (what a checkpoint adds), window.py (what they
+share). Loop, optimizer, devices and processes are transformers'.
 """
 
-import contextlib
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-from peft import PeftModel
+from accelerate.utils import set_seed
+from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from trl import DistillationTrainer
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
-from promptkd.data import EncodedData, encode_examples, examples_from_rows, stop_token_ids
-from promptkd.data.batch import TokenBatch, right_pad
-from promptkd.engine import (
-    ChunkedLoss,
-    check_scoring,
-    disable_dropout,
-    engine_for,
-    head_logits,
-    response_hidden,
-    unwrap_peft,
-)
+from promptkd.data.encode import EncodedData, stop_token_ids
+from promptkd.engine import disable_dropout, unwrap_peft
 from promptkd.errors import RequestError
-from promptkd.methods import Method, Step, named_method
+from promptkd.methods import Method
 from promptkd.models import (
     check_same_vocabulary,
     count_parameters,
@@ -44,35 +28,31 @@ from promptkd.models import (
     shared_vocabulary_size,
 )
 from promptkd.objectives import forward_kl, reverse_kl
-from promptkd.responses import AdaptiveReplay, TeacherMixed
-from promptkd.training.config import DistillConfig, PromptKDConfig
-from promptkd.training.distributed import (
-    autocast,
-    check_dispatched,
-    check_sharding,
-    is_dispatched,
-    place_teacher,
-    run_inside,
-    run_whole,
-    settle_dispatched,
-)
-from promptkd.training.out_of_memory import Savings
-from promptkd.training.rollout import Rollouts
+from promptkd.training.callbacks import CheckpointTiming, CompletionLog, UpdatePhase, logs_step
+from promptkd.training.checkpoint import prepare_best, save_model_folder, staged_checkpoint, whole_folder
+from promptkd.training.collapse import Watching
+from promptkd.training.config import DistillConfig, PromptKDConfig, chosen_method
+from promptkd.training.distributed import is_sharded, run_inside, run_whole
+from promptkd.training.guard import Guard
+from promptkd.training.out_of_memory import Savings, out_of_memory_told
+from promptkd.training.phases import Phases
+from promptkd.training.rollout import Rollout
+from promptkd.training.row_order import EpochOrder
+from promptkd.training.setup import check_models, check_placement, check_responses, check_rows, encode, make_adapter
+from promptkd.training.state import ExtraState, PartialLog
+from promptkd.training.student import merge_lora, precision_notes, prepare_student, raise_to_float32
+from promptkd.training.student_loss import StudentLoss
+from promptkd.training.teacher import Teacher
 from promptkd.training.teacher_options import load_teacher
-from promptkd.training.teacher_tuner import TeacherTuning, figure
-from promptkd.training.validation import RunTrainer
-
-__all__ = ["DistillConfig", "DistillTrainer", "PromptKDConfig", "PromptKDTrainer"]
+from promptkd.training.teacher_tuner import TeacherTuner
+from promptkd.training.validation import validate
+from promptkd.training.window import MicroBatch, StepMetrics, Window
 
 T = TypeVar("T")
-_TOKEN_SUMS = ("student_loss", "entropy", "prompt_kl", "prompt_regularizer")
-_ROW_SUMS = ("response_length", "cut_share")
-_TIMED = ("rollout", "prompt", "student")
-_AS_THEY_ARE = ("lambda", "prompt_lag", "prompt_grad_norm", "prompt_learning_rate")  # the same on every process
 
 
-class DistillTrainer(Rollouts, TeacherTuning, RunTrainer, DistillationTrainer):
-    """Distils a student from a teacher by any `Method`.
+class DistillTrainer(Trainer):
+    """Distills a student from a teacher by any `Method`.
 
     Args:
         model: the student: a hub name, folder, run folder, GGUF file or loaded model.
@@ -80,15 +60,22 @@ class DistillTrainer(Rollouts, TeacherTuning, RunTrainer, DistillationTrainer):
         args: a `DistillConfig`.
         train_dataset, eval_dataset: rows in any of the three forms, or `EncodedData`.
         processing_class: the tokenizer; the student's own if None.
-        method: a `Method` of one's own in place of the one that `args.method` names.
+        method: a `Method` of your own in place of the one that `args.method` names.
         teacher_processing_class: the teacher's tokenizer, to compare when the teacher comes as a loaded model.
+        peft_config: LoRA weights to train in place of the whole student.
+        quantization_config, callbacks, optimizers: as transformers takes them.
 
     Raises:
-        RequestError: for differing vocabularies, unusable rows, too few rows for one optimiser step.
+        RequestError: for differing vocabularies, unusable rows, too few rows for one optimizer step.
     """
 
-    _tag_names = ("promptkd", "distillation")
-    _name = "PromptKD"
+    loss_is_scaled_for_ga = True  # by the tokens of the whole optimizer step, not of the micro-batch
+    step_phase = "student"
+    is_trial = False
+    """Whether this is a trial, which writes no checkpoint and cannot be resumed."""
+    checkpoint_root: Path | None = None
+    """Where a checkpoint is being written, before it takes its place."""
+    _total_train_tokens = 0
 
     def __init__(
         self,
@@ -101,14 +88,15 @@ class DistillTrainer(Rollouts, TeacherTuning, RunTrainer, DistillationTrainer):
         *,
         method: Method | None = None,
         teacher_processing_class: PreTrainedTokenizerBase | None = None,
-        **kwargs: Any,
+        peft_config: PeftConfig | None = None,
+        quantization_config: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
     ):
         args = args or DistillConfig("distilled")
-        self.method = method or named_method(args.method, args.method_settings())
+        self.method = chosen_method(args, method)
         if isinstance(model, str | Path):
             model = resolve_model(model)
-            # TRL would have the student's layers dealt out over all GPUs in sight.
-            args.model_init_kwargs = {"device_map": None} | (args.model_init_kwargs or {})
             processing_class = processing_class or load_tokenizer(model, trust_remote_code=args.trust_remote_code)
         if processing_class is None:
             raise RequestError("Expected the tokenizer as `processing_class` beside a loaded model. Got None.")
@@ -117,234 +105,261 @@ class DistillTrainer(Rollouts, TeacherTuning, RunTrainer, DistillationTrainer):
         teacher, teacher_tokenizer = load_teacher(teacher_model, teacher_processing_class, args, self.method)
         if teacher_tokenizer is not None:
             check_same_vocabulary(processing_class, teacher_tokenizer)
-
-        self._check_responses(args, eval_dataset)
-        train = self._encode(train_dataset, processing_class, args, need_response=self.method.responses.needs_data)
-        valid = self._encode(eval_dataset, processing_class, args, need_response=True)
+        check_responses(self.method, args, validates=eval_dataset is not None)
+        train = encode(train_dataset, processing_class, args, need_response=self.method.responses.needs_data)
+        valid = encode(eval_dataset, processing_class, args)
         self.dropped_rows = 0 if train is None else train.dropped
-        # The teacher is not handed to TRL, which refuses heads that are padded to different sizes.
         super().__init__(
-            model=model,
-            teacher_model=None,
-            args=args,
-            train_dataset=None if train is None else train.examples,
-            eval_dataset=None if valid is None else valid.examples,
-            processing_class=processing_class,
-            **kwargs,
+            prepare_student(model, args, processing_class, peft_config, quantization_config),
+            args,
+            list,  # collates nothing: rows stay rows
+            None if train is None else train.examples,
+            None if valid is None else valid.examples,
+            processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
         )
-        check_sharding(
-            self.accelerator,
-            self.model,
-            teacher,
-            adapter=self.method.teacher_adapter,
-            needs_generate=self._needs_generate() and not self.use_vllm,
-            chunks=args.chunk_tokens != 0,
-        )
-        check_dispatched(teacher, self.accelerator, self.method.teacher_adapter)
-        if is_dispatched(teacher):
-            settle_dispatched(teacher, self.accelerator.device)
-        generation_config = unwrap_peft(self.model).generation_config
-        self.stop_ids = stop_token_ids(processing_class, generation_config, args.template)
-        # TRL's rollout takes them from here; without any it would look for the id None.
-        self.eos_token_ids = list(self.stop_ids)
-        self.generation_config.eos_token_id = list(self.stop_ids) or None
-        if self.use_vllm:  # which knows the model's own end token, and not the template's
-            own = {"stop_token_ids": list(self.stop_ids)}
-            self.vllm_generation.generation_kwargs = own | self.vllm_generation.generation_kwargs
-        self._check_sizes(teacher)
-        self.vocabulary = shared_vocabulary_size(self.model, teacher, processing_class)
-        teacher.requires_grad_(False)
-        self._teacher_numbers = count_parameters(teacher)  # DeepSpeed's shards do not tell
-        self.adapter, teacher = self._make_adapter(teacher, processing_class)
-        self.language_rows = self._language_rows(processing_class)
-        self._trains_dropout = not args.disable_dropout
+        self._make_parts(teacher)
+        set_seed(args.seed, device_specific=True)  # each process draws responses of its own
+
+    def _make_parts(self, teacher: PreTrainedModel) -> None:
+        """What a step is made of, once transformers has placed the student."""
+        args, accelerator, student, tokenizer = self.args, self.accelerator, self.model, self.processing_class
+        self.notes = precision_notes(args, raise_to_float32(student))
+        """Sentences that a reader of the run's metrics must know, on precision and devices."""
+        check_placement(student, teacher, self.method, args, accelerator)
+        check_rows(None if self.train_dataset is None else len(self.train_dataset), args)
+        self.stop_ids = stop_token_ids(tokenizer, unwrap_peft(student).generation_config, args.template)
+        vocabulary = shared_vocabulary_size(student, teacher, tokenizer)
+        self._teacher_parameters = count_parameters(teacher)  # DeepSpeed's shards do not tell
+        self.adapter, adapted = make_adapter(self.method, teacher.requires_grad_(False), tokenizer, args, accelerator)
+        check_models(student, teacher, self.adapter, args)
+        student.add_model_tags(["promptkd", "distillation"])
         if args.disable_dropout:
-            disable_dropout(self.model)
-        self.teacher_model = place_teacher(teacher, self.accelerator)
-        self.adapter_optimizer: torch.optim.Optimizer | None = None
-        self.adapter_scheduler: Any = None
-        self._window: dict[str, Any] = defaultdict(float)  # sums on the device: a number would wait for it
-        self._stale_hidden: dict[int, Tensor] = {}
-
-    def _check_responses(self, args: DistillConfig, eval_dataset: Any) -> None:
-        source = self.method.responses
-        if isinstance(source, TeacherMixed) and (args.temperature != 1 or args.top_p < 1 or args.top_k > 0):
-            raise RequestError(
-                "Responses from a mixture of student and teacher are weighed as samples at temperature 1 of the whole "
-                "distribution. Leave --temperature, --top_p and --top_k as they are."
-            )
-        if isinstance(source, AdaptiveReplay) and source.start == 0 and eval_dataset is None:
-            warnings.warn(
-                "Without validation rows the student's share of the responses stays at 0: give eval rows or a "
-                "student_share.",
-                stacklevel=3,
-            )
-
-    @staticmethod
-    def _encode(
-        rows: Sequence[dict[str, Any]] | EncodedData | None,
-        tokenizer: PreTrainedTokenizerBase,
-        args: DistillConfig,
-        *,
-        need_response: bool,
-    ) -> EncodedData | None:
-        if rows is None or isinstance(rows, EncodedData):
-            return rows
-        return encode_examples(
-            examples_from_rows(rows),
+            disable_dropout(student)
+        self.teacher = Teacher(adapted, self.adapter, accelerator, args, vocabulary)
+        self.phases = Phases(accelerator.device)
+        self.step_metrics = StepMetrics()
+        self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list)}  # since the last logged line
+        self.window: Window | None = None
+        self.rollout = Rollout(
+            self.method,
+            self.teacher,
+            args,
+            accelerator,
             tokenizer,
-            args.template,
-            max_prompt_length=args.max_prompt_length,
-            max_response_length=args.max_completion_length or 0,
-            overlong=args.overlong,
-            need_response=need_response,
+            student=student,
+            stop_ids=self.stop_ids,
+            metrics=self.step_metrics,
         )
-
-    def _check_sizes(self, teacher: PreTrainedModel) -> None:
-        window = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        if self.train_dataset is not None and len(self.train_dataset) < window:
-            raise RequestError(
-                f"One optimiser step takes {window} rows (batch size x accumulation x processes). "
-                f"Got {len(self.train_dataset)}. Lower --per_device_train_batch_size or give more rows."
-            )
-        longest = self.args.max_prompt_length + self.args.max_completion_length
-        prompt = self.args.prompt_length if self.method.teacher_adapter == "prompt" else 0
-        for name, each, extra in (("student", self.model, 0), ("teacher", teacher, prompt)):
-            # an attribute, not a key: GPT-2 spells it n_positions; models without positions have none
-            limit = getattr(unwrap_peft(each).config.get_text_config(), "max_position_embeddings", None)
-            if limit is not None and longest + extra > limit:
-                raise RequestError(
-                    f"The {name} has {limit} positions. max_prompt_length + max_completion_length"
-                    f"{' + prompt_length' if extra else ''} is {longest + extra}; lower one of them."
-                )
-            check_scoring(each)
-
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        student = self.accelerator.unwrap_model(model)
-        # The whole loss runs inside the wrapper's forward, so that DDP and FSDP see the student being used.
-        loss = self._forward_redirection(model, student, self._student_loss, student, inputs)
-        return (loss, None) if return_outputs else loss
-
-    def _student_loss(self, student: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        items = inputs["num_items_in_batch"].clamp(min=1)
-        tokens = inputs["tokens_in_batch"].clamp(min=1)
-        batch = self._token_batch(inputs)
-        self.phases.works_on(batch.lengths)
-        index = self._step % self.args.gradient_accumulation_steps
-        tunes = index == 0 and self.adapter is not None
-        shares = engine_for(self.accelerator.device).shares_passes and not self._trains_dropout
-        if tunes and not shares:
-            with self.phases("prompt"):
-                self._tune_teacher(student, None, tokens)
-        with autocast(self.accelerator, self.args):  # the redirected forward goes round accelerate's own
-            hidden = response_hidden(student, batch)  # (N, H)
-        if tunes and shares:
-            with self.phases("prompt"):
-                self._tune_teacher(student, hidden.detach(), tokens)
-        with autocast(self.accelerator, self.args):
-            loss = self._method_loss(student, inputs, batch, hidden, self._teacher_of_student(index))
-        self._window["student_loss"] += loss.total.detach().double() * (tokens / items).double()
-        self._window["entropy"] += figure(loss, "entropy")
-        total = loss.total / items
-        if "language_ids" in inputs:
-            total = total + self._language_loss(student, inputs)
-        # Processes average their gradients; times their number, the sum over all of them is the mean over all tokens.
-        return total * self.accelerator.num_processes
-
-    def _method_loss(
-        self,
-        student: nn.Module,
-        inputs: dict[str, Any],
-        batch: TokenBatch,
-        hidden: Tensor,
-        teacher_hidden: Callable[[TokenBatch], Tensor],
-    ) -> ChunkedLoss:
-        return self.method.student_loss(
-            Step(
-                pair=self._pair(student),
-                rows=inputs["rows"],
-                batch=batch,
-                student_hidden=hidden,
-                teacher_hidden=teacher_hidden,
-                hidden_of_student=lambda other: response_hidden(student, other),
-            )
-        )
-
-    def _language_loss(self, student: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        """The micro-batch's part of the mean cross-entropy on plain text (MiniLLM's L_PT), weighted."""
-        texts = inputs["language_ids"]
-        batch = right_pad([ids[:1] for ids in texts], [ids[1:] for ids in texts], device=self.accelerator.device)
-        with autocast(self.accelerator, self.args):
-            logits = head_logits(student, response_hidden(student, batch)).float()
-        loss = nn.functional.cross_entropy(logits, batch.targets, reduction="sum")
-        self._window["language_loss"] += loss.detach().double()
-        return self.args.language_weight * loss / inputs["language_items"].clamp(min=1)
+        self.guard = Guard(args, accelerator, lambda: {"student": self.model, "teacher": self.teacher.model})
+        self.tuner: TeacherTuner | None = None
+        if self.adapter is not None:
+            self.tuner = TeacherTuner(self.teacher, args, accelerator, self.guard, self.phases, self.step_metrics)
+            self.guard.rollback = self.tuner.rollback
+        self.student_loss = StudentLoss(self.method, self.teacher, args, accelerator, self.step_metrics)
+        log = PartialLog(self)
+        self.extra_state = ExtraState(log, self.guard, responses=self.method.responses, tuner=self.tuner)
+        for callback in (CheckpointTiming(self, log), UpdatePhase(self.phases), Watching()):
+            self.add_callback(callback)
+        if args.log_completions:
+            self.add_callback(CompletionLog(self.rollout.completions))
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        if self._step % self.args.gradient_accumulation_steps == 0:
-            self._log_window(int(self._buffered_inputs[0]["tokens_in_batch"]))
+        """One micro-batch; with the first one of an optimizer step come its responses and the teacher's step.
+
+        Args:
+            inputs: the rows of the whole optimizer step on this process, the same for each of its micro-batches.
+        """
+        model.train()
+        if self.window is None or self.window.is_done:
+            done, total = self.state.global_step, self.state.max_steps
+            with self.phases("rollout"):
+                self.phases.works_on([len(row.prompt_ids) + self.rollout.limit for row in inputs])
+                self.window = self.rollout(inputs, model, step=done, total_steps=total)
+            if self.tuner is not None:
+                with self.phases("prompt"):
+                    student_hidden = self.student_loss.hidden_for_tuner
+                    logs = logs_step(self.args, self.state)
+                    self.tuner.step(self.window, model, student_hidden, step=done, logs=logs)
+        micro_batch = self.window.next()
+        with self.phases("student", synchronize=self.window.is_done):
+            self.phases.works_on(micro_batch.batch.lengths)
+            self.guard.begin_micro_batch(lambda: [row.row for row in micro_batch.rows], self._tr_loss)
+            loss = super().training_step(model, micro_batch)  # the forward below, and the backward
+            self.guard.note("loss", loss, micro_batch.index)
+        if self.window.is_done:
+            self._keep_metrics(self.window)
         return loss
 
-    def _log_window(self, tokens: int) -> None:
-        """Turn the window's sums over tokens and rows into means over all processes."""
-        names = [name for name in (*_TOKEN_SUMS, *_ROW_SUMS, "rows", "processed_tokens") if name in self._window]
-        own = [float(self._window[name]) for name in names]
-        sums = torch.tensor(own, dtype=torch.float64, device=self.accelerator.device)
-        total = dict(zip(names, self.accelerator.reduce(sums, reduction="sum").tolist(), strict=True))
-        spent = self.phases.lap()
-        seconds = {f"seconds_{name}": spent.get(name, 0.0) for name in _TIMED}
-        figures = {name: total[name] / max(tokens, 1) for name in _TOKEN_SUMS if name in total}
+    def compute_loss(
+        self, model: nn.Module, inputs: MicroBatch, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        assert self.window is not None
+        loss = self.student_loss(model, self.window, inputs)
+        return (loss, None) if return_outputs else loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """After a step's last backward: the guard decides whether the student's optimizer may move."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        step, sums = self.state.global_step + 1, self._metrics["train"]
+        self.guard.end_step(norm, step, self.optimizer, running_loss=self._tr_loss, metrics=sums)
+        return norm
+
+    def _keep_metrics(self, window: Window) -> None:
+        """Keep a step's metrics for the next logged line."""
+        metrics = self.step_metrics.means(window, self.accelerator, self.phases.lap())
         if self.method.objective in (forward_kl, reverse_kl):
-            figures["student_kl"] = figures.pop("student_loss")
-        figures |= {name: total[name] / total["rows"] for name in _ROW_SUMS}
-        figures |= {name: self._window[name] for name in _AS_THEY_ARE if name in self._window}
+            metrics["student_kl"] = metrics.pop("student_loss")
         if self.adapter is not None:
-            figures |= self.adapter.figures()
-        figures |= self.method.responses.figures()
-        if "language_loss" in self._window:
-            sums = torch.tensor(float(self._window["language_loss"]), device=self.accelerator.device)
-            language_items = max(int(self._buffered_inputs[0]["language_items"]), 1)
-            figures["language_loss"] = float(self.accelerator.reduce(sums, reduction="sum")) / language_items
-        figures["tokens_per_second"] = total["processed_tokens"] / max(sum(seconds.values()), 1e-9)
-        figures |= seconds
-        for name, value in figures.items():
+            metrics |= self.adapter.metrics()
+        for name, value in (metrics | self.method.responses.metrics()).items():
             self._metrics["train"][name].append(value)
-        self._metrics["train"].pop("step_time", None)  # TRL's, the sum of the three above
-        self._window.clear()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As transformers', with the means over the steps since the last logged line."""
+        self.guard.adjust(logs)
+        if self.model.training:
+            logs |= {name: sum(values) / len(values) for name, values in self._metrics["train"].items()}
+            self._metrics["train"].clear()
+        super().log(logs, start_time)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', also after a call that ended within a step.
+
+        Raises:
+            PromptKDError: where memory runs out, and where the guard stops the run.
+        """
+        self.window = None
+        self.step_metrics.clear()
+        self._metrics["train"].clear()
+        self.guard.restart()
+        self.phases.restart()
+        with out_of_memory_told(self):
+            return super().train(*args, **kwargs)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """See `validate`; the source of responses hears of the loss."""
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        metrics = validate(self, rows, prefix=metric_key_prefix)
+        self.method.responses.on_validation(metrics[f"{metric_key_prefix}_loss"])
+        return metrics
+
+    # ---- rows ----
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Each batch holds this process's rows of a whole optimizer step, and comes once per micro-batch."""
+        return self._get_dataloader(
+            self.train_dataset,
+            "Training",
+            self._train_batch_size * self.args.gradient_accumulation_steps,
+            self._get_train_sampler,
+            is_training=True,
+        )
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochOrder:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        steps, processes = self.args.gradient_accumulation_steps, self.accelerator.num_processes
+        return EpochOrder(
+            len(rows),
+            self.args.seed,
+            lambda: int(self.state.epoch or 0),
+            window=self.args.per_device_train_batch_size * steps * processes,
+            repeats=steps,
+            shuffles=self.args.shuffle_dataset,
+        )
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """A `MicroBatch` is on the device already."""
+        return inputs
+
+    # ---- checkpoints and models ----
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if self.tuner is not None:
+            self.tuner.start(num_training_steps)
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step < self.state.max_steps:  # else transformers would take a step beyond the last one
+            super()._run_epoch(*args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        with staged_checkpoint(self):
+            super()._save_checkpoint(model, trial)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self.checkpoint_root or super()._get_output_dir(trial))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self.extra_state.load(checkpoint, process=self.accelerator.process_index)
+
+    def _load_best_model(self) -> None:
+        prepare_best(self)
+        super()._load_best_model()
+        self.extra_state.load_adapter(self.state.best_model_checkpoint)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """No card: the run's record and report say what was done."""
+
+    def save_student(self, folder: str | Path) -> None:
+        """Write student and tokenizer as safetensors that transformers and vLLM load."""
+        save_model_folder(self, folder)
+
+    def save_adapter(self, run: str | Path) -> None:
+        """Write what was trained of the teacher into a folder of its own in `run`; nothing if nothing was.
+
+        A soft prompt goes into `prompt`, as a PEFT adapter.
+        """
+        if self.adapter is not None and self.args.should_save:
+            with whole_folder(Path(run) / self.adapter.folder, writes=True) as partial:
+                self.adapter.save(partial, self.teacher.model)
 
     def merge_student(self) -> None:
         """Merge a LoRA student's weights into its own, so that it is saved as a plain model."""
-        student = self.accelerator.unwrap_model(self.model)
-        if not isinstance(student, PeftModel):
-            raise RequestError("Only a student that was trained with LoRA (peft_config) can be merged.")
-        self.model = self.model_wrapped = student.merge_and_unload()
+        merge_lora(self)
+
+    # ---- what commands and parts ask ----
+
+    @property
+    def validation_rows(self) -> Any:
+        """Encoded rows to validate on; None without."""
+        return self.eval_dataset
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether validation needs all processes, since none has all weights."""
+        return is_sharded(self.accelerator)
 
     def on_models(self, work: Callable[[nn.Module, nn.Module | None], T]) -> T:
+        """`work(student, teacher)` with the student whole and the teacher without its adapter.
+
+        With sharded weights every process must come here together, and run the teacher equally often.
+        """
+
         def with_teacher(student: nn.Module) -> T:
-            teacher = self.accelerator.unwrap_model(self.teacher_model)
-            with contextlib.nullcontext() if self.adapter is None else self.adapter.switched_off():
-                return run_inside(lambda: work(student, teacher), teacher)
+            with self.teacher.without_adapter():
+                return run_inside(lambda: work(student, self.teacher.model), self.teacher.model)
 
         return run_whole(with_teacher, self.model_wrapped, self.accelerator)
 
+    def trainable_share(self) -> tuple[int, float]:
+        """Trainable parameters of the teacher, and their share of all that it has."""
+        numbers = 0 if self.adapter is None else sum(each.numel() for each in self.adapter.parameters())
+        return numbers, numbers / self._teacher_parameters
+
     def savings(self) -> Savings:
-        kind = "none" if self.adapter is None else self.method.teacher_adapter
-        teacher = self.accelerator.unwrap_model(self.teacher_model)
+        """Which settings of the models would still save memory, for the message where it runs out."""
+        adapter, in_float32 = self.adapter, all(each.dtype.itemsize >= 4 for each in self.teacher.model.parameters())
         return Savings(
-            recompute_teacher=kind in ("prompt", "lora", "full") and not self.args.teacher_gradient_checkpointing,
-            lower_teacher=kind != "full" and all(each.dtype.itemsize >= 4 for each in teacher.parameters()),
+            recompute_teacher=bool(adapter and adapter.backpropagates) and not self.args.teacher_gradient_checkpointing,
+            lower_teacher=in_float32 and not (adapter and adapter.copies_teacher),
             lora_student=not isinstance(self.accelerator.unwrap_model(self.model), PeftModel),
         )
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As `RunTrainer.evaluate`; the source of responses hears of the loss."""
-        metrics = super().evaluate(*args, **kwargs)
-        prefix = kwargs.get("metric_key_prefix", "eval")
-        self.method.responses.on_validation(metrics[f"{prefix}_loss"])
-        return metrics
 
 
 class PromptKDTrainer(DistillTrainer):

@@ -11,8 +11,9 @@ from promptkd.cli.terminal import say
 from promptkd.errors import RequestError
 from promptkd.evaluation.comparison import compare
 from promptkd.evaluation.pairing import Candidate
-from promptkd.report.compared import compared_sentences, compared_text
-from promptkd.report.figures import metric
+from promptkd.report.differences import compared_sentences
+from promptkd.report.metrics import metric_info
+from promptkd.report.terminal import compared_text
 from promptkd.results import ModelRecord, Results, Training
 
 
@@ -22,7 +23,7 @@ def run(options: Options, training: dict[str, Any]) -> None:
     candidates = [each for run in options.runs for each in _candidates(run)]
     comparison = compare(
         candidates,
-        lambda name: metric(name).better,
+        lambda name: metric_info(name).better,
         baseline=options.baseline,
         all_pairs=options.all_pairs,
         metrics=options.metrics,

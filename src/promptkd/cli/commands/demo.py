@@ -10,7 +10,7 @@ from promptkd.cli.terminal import say
 from promptkd.demo.pipeline import Demo
 from promptkd.demo.settings import DemoSettings, teacher_file
 from promptkd.errors import RequestError
-from promptkd.io.jsonl import write_whole
+from promptkd.io.atomic import write_atomic
 from promptkd.memory import peak_memory
 from promptkd.report import render_report, terminal_table
 
@@ -25,12 +25,15 @@ def run(options: Options, training: dict[str, Any]) -> None:
     quiet_libraries()
     teacher_file()
     folder = RunFolder(options.out)
-    folder.open(merged_config(options, {}), resume=False, overwrite=options.overwrite)
-    demo = Demo(DemoSettings(layers=options.layers, steps=options.steps, seed=options.seed), options.out, say)
-    results = demo.run()
-    results.notes = [*results.notes, f"Peak memory {peak_memory() / 2**30:.1f} GiB."]
-    results.write(folder.results)
-    write_whole(folder.report, render_report([results], title="promptkd demo").encode())
+    merged = merged_config(options, {})
+    folder.check(merged, resume=False, overwrite=options.overwrite)
+    with folder.locked():
+        folder.open(merged, resume=False, overwrite=options.overwrite)
+        demo = Demo(DemoSettings(layers=options.layers, steps=options.steps, seed=options.seed), options.out, say)
+        results = demo.run()
+        results.notes = [*results.notes, f"Peak memory {peak_memory() / 2**30:.1f} GiB."]
+        results.write(folder.results)
+        write_atomic(folder.report, render_report([results], title="promptkd demo"))
     print(terminal_table([results]))
     say(f"The student is in {options.out / 'student'}, the soft prompt in {options.out / 'prompt'}.")
     say(f"Open {folder.report} in a browser.")

@@ -1,7 +1,7 @@
 """`promptkd distill`."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -11,9 +11,10 @@ from promptkd.cli.forecast import print_forecast
 from promptkd.cli.options.distill import Options
 from promptkd.cli.training_run import TrainingRun
 from promptkd.errors import RequestError
-from promptkd.methods import Method, named_method
+from promptkd.methods import Method
 from promptkd.models import check_same_vocabulary
 from promptkd.training import DistillConfig, DistillTrainer
+from promptkd.training.config import chosen_method
 from promptkd.training.dry_run import at_its_most, leave_nothing, longest_rows_first, take_trial_steps
 from promptkd.training.teacher_options import teacher_settings
 
@@ -25,6 +26,11 @@ _STALE = (
 
 def run(options: Options, training: dict[str, Any]) -> None:
     job, args, method = checked(options, training)
+    with nullcontext() if options.dry_run else job.folder.locked():
+        _distill(options, job, args, method)
+
+
+def _distill(options: Options, job: TrainingRun, args: DistillConfig, method: Method) -> None:
     tokenizer, teacher_tokenizer = job.tokenizer(options.student), job.tokenizer(options.teacher)
     check_same_vocabulary(tokenizer, teacher_tokenizer)
     train, valid = job.encode(tokenizer, args, need_response=method.responses.needs_data)
@@ -66,7 +72,7 @@ def checked(options: Options, training: dict[str, Any]) -> tuple[TrainingRun, Di
     _check(options)
     job = TrainingRun("distill", options, training)
     args = job.arguments(DistillConfig)
-    return job, args, named_method(args.method, args.method_settings())
+    return job, args, chosen_method(args)
 
 
 @contextmanager

@@ -26,8 +26,9 @@ from promptkd.data import stop_token_ids
 from promptkd.errors import RequestError
 from promptkd.evaluation.dataset_evaluation import SetEvaluation, parts_of
 from promptkd.evaluation.hub_metrics import HubMetric
-from promptkd.evaluation.measure import Decoding
+from promptkd.generation import Decoding
 from promptkd.io.jsonl import settle_settings
+from promptkd.io.lock import locked
 from promptkd.models import check_same_vocabulary, load_tokenizer, model_record
 from promptkd.report import terminal_table
 from promptkd.results import Results
@@ -40,6 +41,11 @@ _ANSWERS_DEPEND_ON = (
 
 def run(options: Options, training: dict[str, Any]) -> None:
     check(options)
+    with locked(options.out):
+        _evaluate(options)
+
+
+def _evaluate(options: Options) -> None:
     quiet_libraries()
     metrics = [HubMetric(name) for name in options.metrics]
     trust = options.trust_remote_code
@@ -55,17 +61,16 @@ def run(options: Options, training: dict[str, Any]) -> None:
     if options.teacher is not None:
         teacher_dtype = teacher_precision_here(options.teacher_dtype)
         teacher = load_subject(options.teacher, trust, teacher_dtype)
-    stops = stop_token_ids(tokenizer, model.generation_config, options.template)
+    decoding = _decoding(options, stop_token_ids(tokenizer, model.generation_config, options.template))
     results = _begun_record(options, sets, model, teacher)
     results.notes += precision_notes(precision, teacher_dtype)
-    _settle(options, results, stops, precision, teacher_dtype)
+    _settle(options, results, decoding, precision, teacher_dtype)
     for name, data in sets.items():
         started = time.perf_counter()
         job = SetEvaluation(
             model,
             tokenizer,
             data.examples,
-            stops,
             file_of=partial(_file, options.out, name),
             teacher=teacher,
             metrics=metrics,
@@ -73,7 +78,7 @@ def run(options: Options, training: dict[str, Any]) -> None:
         )
         with computing_in(precision):
             results.evaluations += job.run(
-                _decoding(options),
+                decoding,
                 options.seeds,
                 greedy=options.greedy,
                 model_label=label_of(options.model),
@@ -140,9 +145,7 @@ def _begun_record(options: Options, sets: dict[str, Any], model: Any, teacher: A
     )
 
 
-def _settle(
-    options: Options, results: Results, stops: Sequence[int], precision: str, teacher_dtype: str | None
-) -> None:
+def _settle(options: Options, results: Results, decoding: Decoding, precision: str, teacher_dtype: str | None) -> None:
     """Make sure that answers which are there already were made as this command would make them."""
     settings = {f"--{name.replace('_', '-')}": results.config[name] for name in _ANSWERS_DEPEND_ON}
     roles = ("model", "teacher")
@@ -151,16 +154,17 @@ def _settle(
     settings["--dtype"] = precision
     if teacher_dtype is not None:
         settings["--teacher-dtype"] = teacher_dtype
-    settings["ids that end an answer"] = list(stops)
-    parts = parts_of(_decoding(options), options.seeds, greedy=options.greedy, teacher=options.teacher is not None)
+    settings["ids that end an answer"] = list(decoding.stop_ids)
+    parts = parts_of(decoding, options.seeds, greedy=options.greedy, teacher=options.teacher is not None)
     files = [_file(options.out, name, part) for name in results.data for part in parts]
     held = settle_settings(_settings_file(options.out), settings, files, overwrite=options.overwrite)
     if held:
         say(f"Going on from {len(held)} of {len(files)} files of answers and losses.")
 
 
-def _decoding(options: Options) -> Decoding:
+def _decoding(options: Options, stop_ids: Sequence[int]) -> Decoding:
     return Decoding(
+        stop_ids=stop_ids,
         temperature=options.temperature,
         top_p=options.top_p,
         top_k=options.top_k,

@@ -11,8 +11,8 @@ from promptkd.cli.option_checks import check_output, check_writable
 from promptkd.cli.options.export import Options
 from promptkd.cli.provenance import label_of
 from promptkd.cli.terminal import say
-from promptkd.cli.whole import written_whole
-from promptkd.errors import RequestError
+from promptkd.errors import RequestError, writing
+from promptkd.io.atomic import atomic
 from promptkd.models import count_parameters
 from promptkd.models.export import export_gguf, export_safetensors, plain_model
 
@@ -26,7 +26,7 @@ def run(options: Options, training: dict[str, Any]) -> None:
     dtype = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[options.dtype]
     model, tokenizer = plain_model(options.model, trust_remote_code=options.trust_remote_code)
     started = time.monotonic()
-    with written_whole(options.out, folder=options.to == "safetensors") as partial:
+    with writing(options.out), atomic(options.out) as partial:
         if options.to == "gguf":
             found = export_gguf(partial, model, tokenizer, dtype, title=label_of(options.model))
         else:

@@ -25,9 +25,10 @@ from promptkd.cli.parsing.parser import merged_config
 from promptkd.cli.provenance import data_record, label_of
 from promptkd.cli.terminal import progress_lines, say
 from promptkd.data import stop_token_ids
-from promptkd.errors import RequestError
-from promptkd.evaluation import exposure_bias, sample_continuations
+from promptkd.errors import RequestError, check_all
+from promptkd.evaluation import Scoring, exposure_bias, sample_continuations
 from promptkd.evaluation.exposure_bias import ExposureBias
+from promptkd.generation import Decoding
 from promptkd.memory import peak_memory
 from promptkd.models import (
     SoftPrompt,
@@ -89,14 +90,16 @@ class _Job:
         samples = sample_continuations(
             model,
             [row.prompt_ids for row in self.rows],
+            Decoding(
+                max_new_tokens=options.max_completion_length,
+                stop_ids=stop_token_ids(self.tokenizer, model.generation_config, options.template),
+                vocabulary=vocabulary_size(self.tokenizer),
+                seed=options.seed,
+                batch_size=settled_rows(options.batch_size),
+            ),
             samples_per_row=options.samples_per_row,
-            max_new_tokens=options.max_completion_length,
-            stop_ids=stop_token_ids(self.tokenizer, model.generation_config, options.template),
             rows=[row.row for row in self.rows],
-            seed=options.seed,
             prompt=prompt,
-            vocabulary=vocabulary_size(self.tokenizer),
-            batch_size=settled_rows(options.batch_size),
             on_batch=lambda done: tell("continuations", done),
         )
         self.results.timings[f"sampling {title}"] = time.perf_counter() - started
@@ -115,10 +118,12 @@ class _Job:
             [row.prompt_ids for row in self.rows],
             samples,
             teacher_samples,
-            prompt=self.prompt,
-            vocabulary=shared_vocabulary_size(student, self.teacher, self.tokenizer),
+            Scoring(
+                self.prompt,
+                vocabulary=shared_vocabulary_size(student, self.teacher, self.tokenizer),
+                on_batch=lambda done: tell("continuations", done),
+            ),
             ended=self.options.ended,
-            on_batch=lambda done: tell("continuations", done),
         )
         self.results.timings[f"scoring {label}"] = time.perf_counter() - started
         self.results.metrics[f"{label}: KL(teacher || student) on its own continuations, nats/token"] = (
@@ -163,9 +168,7 @@ def _check(options: Options) -> None:
             f"each student must be given once, got {' '.join(options.student)}",
         ),
     ]
-    problems = [text for wrong, text in checks if wrong]
-    if problems:
-        raise RequestError("Cannot measure: " + "; ".join(problems) + ".")
+    check_all("Cannot measure", checks)
 
 
 def _students(options: Options) -> dict[str, str]:

@@ -12,7 +12,9 @@ from promptkd.cli.parsing.parser import merged_config
 from promptkd.cli.provenance import data_record, label_of
 from promptkd.cli.terminal import say
 from promptkd.cli.verdict_requests import ask_missing, cost_sentence
-from promptkd.errors import RequestError
+from promptkd.errors import RequestError, check_all
+from promptkd.io.jsonl import ResumableLines
+from promptkd.io.lock import locked
 from promptkd.io.redact import without_secret_values
 from promptkd.judge.endpoint import Endpoint, check_client, check_url
 from promptkd.judge.metrics import judge_notes, judge_results, token_cost
@@ -25,7 +27,7 @@ from promptkd.judge.questions import (
     requests_sha256,
     with_requests,
 )
-from promptkd.judge.verdict_log import VerdictLog
+from promptkd.judge.verdict_log import Verdict, verdict_log
 from promptkd.report import terminal_table
 from promptkd.results import DataRecord, Results, file_sha256
 
@@ -33,6 +35,11 @@ from promptkd.results import DataRecord, Results, file_sha256
 def run(options: Options, training: dict[str, Any]) -> None:
     _check(options)
     check_client()
+    with locked(options.out):
+        _judge(options)
+
+
+def _judge(options: Options) -> None:
     task: Task = "score" if options.against is None else "pairwise"
     prompt = load_prompt(task, options.prompt_file)
     endpoint = _endpoint(options)
@@ -41,8 +48,8 @@ def run(options: Options, training: dict[str, Any]) -> None:
     log = _log(options, task, endpoint, prompt)
     start = time.monotonic()
     ask_missing(task, endpoint, questions, log, options.concurrency)
-    log.finish()
-    verdicts = {key: log.verdicts[key] for key in questions}
+    log.replace([log.lines[key] for key in sorted(log.lines)])
+    verdicts = {key: Verdict(**log.lines[key]) for key in questions}
     data = options.data_label or ("requests" if options.data is None else label_of(options.data))
     asked = {"judge": endpoint.model, **endpoint.fields, "prompt": hashlib.sha256(prompt.encode()).hexdigest()[:12]}
     results = Results(kind="judge", config=merged_config(options, {}), metrics=token_cost(verdicts.values()))
@@ -78,9 +85,7 @@ def _check(options: Options) -> None:
         (_same_label(options), "both models have the same name: give --label or --against-label"),
         (options.out.is_dir(), f"--out must be a file, and {options.out} is a folder"),
     ]
-    problems = [text for wrong, text in checks if wrong]
-    if problems:
-        raise RequestError("Cannot judge: " + "; ".join(problems) + ".")
+    check_all("Cannot judge", checks)
     check_url(options.endpoint)
     check_writable(options.out.parent, options.out)
     if options.out.exists() and not _log_path(options).exists() and not options.overwrite:
@@ -151,7 +156,7 @@ def _provenance(options: Options, data: str, models: dict[str, dict[int, Answer]
     return records
 
 
-def _log(options: Options, task: Task, endpoint: Endpoint, prompt: str) -> VerdictLog:
+def _log(options: Options, task: Task, endpoint: Endpoint, prompt: str) -> ResumableLines:
     """The verdicts there are, under settings on which a verdict depends; how patiently one asks is not among them."""
     settings = {
         "task": task,
@@ -163,7 +168,7 @@ def _log(options: Options, task: Task, endpoint: Endpoint, prompt: str) -> Verdi
         "data": None if options.data is None else data_record(options.data, 0, 0).sha256 or options.data,
         "prompt": prompt,
     }
-    return VerdictLog(_log_path(options), settings, overwrite=options.overwrite)
+    return verdict_log(_log_path(options), settings, overwrite=options.overwrite)
 
 
 def _log_path(options: Options) -> Path:

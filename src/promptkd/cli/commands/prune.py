@@ -9,11 +9,11 @@ from promptkd.cli.option_checks import check_writable
 from promptkd.cli.options.prune import Options
 from promptkd.cli.parsing.parser import merged_config
 from promptkd.cli.terminal import say
-from promptkd.cli.whole import written_whole
 from promptkd.data import encode_examples, read_examples
 from promptkd.data.batch import right_pad
 from promptkd.engine import check_scoring
-from promptkd.errors import RequestError
+from promptkd.errors import RequestError, check_all, writing
+from promptkd.io.atomic import atomic
 from promptkd.models import (
     block_influence,
     count_parameters,
@@ -38,7 +38,7 @@ def run(options: Options, training: dict[str, Any]) -> None:
     student = prune_layers(teacher, kept)
     check_scoring(student)
     before, after = count_parameters(teacher), count_parameters(student)
-    with written_whole(options.out, folder=True) as folder:
+    with writing(options.out), atomic(options.out) as folder:
         student.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         files = sorted(each.name for each in folder.iterdir())
@@ -56,23 +56,24 @@ def run(options: Options, training: dict[str, Any]) -> None:
 
 
 def _check(options: Options) -> None:
-    problems = []
-    if (options.layers is None) == (not options.keep):
-        problems.append("give either --layers N or --keep with the layers' numbers")
-    if options.layers is not None and options.layers < 1:
-        problems.append(f"--layers must be at least 1, got {options.layers}")
-    if options.layers is not None and options.choose == "influence" and options.data is None:
-        problems.append("choosing by influence needs --data; without data use --choose even")
-    if options.rows < 1:
-        problems.append(f"--rows must be at least 1, got {options.rows}")
-    if options.out.is_file():
-        problems.append(f"--out must be a folder, and {options.out} is a file")
-    elif options.out.is_dir() and options.out.resolve() == Path(options.model).expanduser().resolve():
-        problems.append(f"--out must be another folder than --model, and both are {options.out}")
-    elif options.out.is_dir() and any(options.out.iterdir()) and not options.overwrite:
-        problems.append(f"{options.out} is not empty; replace the model in it by --overwrite or give another --out")
-    if problems:
-        raise RequestError("Cannot prune: " + "; ".join(problems) + ".")
+    layers, out = options.layers, options.out
+    is_model = out.is_dir() and out.resolve() == Path(options.model).expanduser().resolve()
+    checks = [
+        ((layers is None) == (not options.keep), "give either --layers N or --keep with the layers' numbers"),
+        (layers is not None and layers < 1, f"--layers must be at least 1, got {layers}"),
+        (
+            layers is not None and options.choose == "influence" and options.data is None,
+            "choosing by influence needs --data; without data use --choose even",
+        ),
+        (options.rows < 1, f"--rows must be at least 1, got {options.rows}"),
+        (out.is_file(), f"--out must be a folder, and {out} is a file"),
+        (is_model, f"--out must be another folder than --model, and both are {out}"),
+        (
+            not is_model and out.is_dir() and any(out.iterdir()) and not options.overwrite,
+            f"{out} is not empty; replace the model in it by --overwrite or give another --out",
+        ),
+    ]
+    check_all("Cannot prune", checks)
     check_writable(options.out.parent, options.out)
     if options.overwrite:
         _check_own(options.out)

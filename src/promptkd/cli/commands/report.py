@@ -1,6 +1,5 @@
 """`promptkd report`."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ from promptkd.cli.option_checks import check_output
 from promptkd.cli.options.report import Options
 from promptkd.cli.terminal import say
 from promptkd.errors import RequestError
+from promptkd.io.atomic import write_atomic
 from promptkd.report import render_csv, render_json, render_markdown, render_report, terminal_table
 from promptkd.results import Results
 
@@ -20,10 +20,7 @@ def run(options: Options, training: dict[str, Any]) -> None:
     paths = [Path(name) for name in options.runs]
     records = [Results.read(path / "results.json" if path.is_dir() else path) for path in paths]
     text = _render(form, records, options.title)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    partial = options.out.with_name(options.out.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, options.out)
+    write_atomic(options.out, text)
     print(terminal_table(records))
     say(f"The {'page' if form == 'html' else 'report'} is {options.out}.")
 

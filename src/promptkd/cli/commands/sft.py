@@ -10,12 +10,13 @@ from promptkd.training import FinetuneConfig, FinetuneTrainer
 def run(options: Options, training: dict[str, Any]) -> None:
     job = TrainingRun("sft", options, training)
     args = job.arguments(FinetuneConfig)
-    tokenizer = job.tokenizer(options.model)
-    train, valid = job.encode(tokenizer, args)
-    model = job.load("model", options.model)
-    with job.opened():
-        trainer = FinetuneTrainer(model, args, train, valid, tokenizer)
-    job.take_notes(trainer)
-    job.train(trainer, "Fine-tuning")
-    job.save(trainer, "model")
-    job.record(trainer, "model")
+    with job.folder.locked():
+        tokenizer = job.tokenizer(options.model)
+        train, valid = job.encode(tokenizer, args)
+        model = job.load("model", options.model)
+        with job.opened():
+            trainer = FinetuneTrainer(model, args, train, valid, tokenizer)
+        job.take_notes(trainer)
+        job.train(trainer, "Fine-tuning")
+        job.save(trainer, "model")
+        job.record(trainer, "model")

@@ -13,7 +13,7 @@ from promptkd.cli.study_outcome import compare_and_report
 from promptkd.cli.study_plan import plan_text
 from promptkd.cli.study_runs import StudyRun, checked_runs
 from promptkd.cli.terminal import say
-from promptkd.errors import PromptKDError, RequestError
+from promptkd.errors import PromptKDError, check_all
 from promptkd.io.lock import locked
 from promptkd.study.local import LocalPool, cores, shares
 from promptkd.study.loop import Engine, Outcome, StoppedError, carry_out
@@ -47,13 +47,12 @@ def _check(options: Options) -> None:
             "--ray-address goes with --engine ray",
         ),
     ]
-    if problems := [text for wrong, text in checks if wrong]:
-        raise RequestError("; ".join(problems) + ".")
+    check_all("Cannot run the study", checks)
 
 
 def _carry_out(options: Options, runs: list[StudyRun]) -> None:
     cluster = _cluster(options) if options.engine == "ray" else None
-    with locked(options.out) as lock:
+    with locked(options.out, folder=True) as lock:
         config = {k: v for k, v in merged_config(options, {}).items() if k not in ("config", "dry_run")}
         write_config(options.out / "config.yaml", config)
         jobs = [each.job for each in runs if each.job.commands]

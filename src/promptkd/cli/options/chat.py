@@ -9,14 +9,15 @@ the answers are plain text, one labelled block a model. A model's control charac
 """
 
 from dataclasses import dataclass
-from typing import Literal
+
+from promptkd.cli.options.common import Loading, Sampling
 
 POSITIONAL = "models"
 LESS_MEMORY = ("fewer models", "a smaller --max-completion-length (now {max_completion_length})")
 
 
-@dataclass
-class Options:
+@dataclass(kw_only=True)
+class Options(Sampling, Loading):
     models: list[str]
     """Who answers: hub names, folders, run folders or GGUF files."""
     teacher: str | None = None
@@ -25,17 +26,9 @@ class Options:
     """Ask this once and leave."""
     temperature: float = 0.0
     """Sampling temperature; 0 decodes greedily."""
-    top_p: float = 1.0
-    """Share of the probability mass to sample from."""
-    top_k: int = 0
-    """Number of tokens to sample from; 0 for all."""
     seed: int = 10
     """Seed of the samples."""
     template: str = "auto"
     """auto, alpaca, chat, or a Jinja text."""
     max_completion_length: int = 256
     """Most tokens of an answer."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision to compute in, with weights in float32; auto is bfloat16 where the device has units for it."""
-    trust_remote_code: bool = False
-    """Run code that a hub model ships."""

@@ -27,6 +27,6 @@ class Options:
     metrics: list[str] = field(default_factory=list)
     """The metrics to compare, by default all. p is adjusted for their number: name those that you decide by."""
     allow_different: bool = False
-    """Compare the rows that all hold although data or decoding differ; the record says in what."""
+    """Compare the rows that all have although data or decoding differ; the record says in what."""
     overwrite: bool = False
     """Replace --out."""

@@ -10,7 +10,7 @@ The tuned teacher and the recovered student are kept in the cache folder for the
 from dataclasses import dataclass
 from pathlib import Path
 
-GOES_ON = ("--overwrite",)  # finished stages come from the cache
+RESUMED_BY = ("--overwrite",)  # finished stages come from the cache
 
 
 @dataclass

@@ -12,10 +12,11 @@ Several processes: accelerate launch -m promptkd distill ...
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-GOES_ON = ("--resume",)
+from promptkd.cli.options.common import Training
+
+RESUMED_BY = ("--resume",)
 LESS_MEMORY = ("--teacher_dtype bfloat16", "--teacher_quantization 8bit")  # to load; training tells of its phases
 TRAINING_CONFIG = "promptkd.training:DistillConfig"
 COMMON_TRAINING_FLAGS = {
@@ -63,22 +64,12 @@ COMMON_TRAINING_FLAGS = {
 }
 
 
-@dataclass
-class Options:
+@dataclass(kw_only=True)
+class Options(Training):
     student: str
     """The student: a hub name, folder, run folder or GGUF file."""
     teacher: str
     """The teacher, likewise. It must share the student's vocabulary."""
-    data: str
-    """Training rows: a JSONL, .jsonl.gz, Parquet or CSV file, a folder, or a hub data set."""
-    out: Path
-    """Folder of the run."""
-    eval_data: str | None = None
-    """Validation rows, in the same forms."""
-    limit: int | None = None
-    """Use the first so many training rows."""
-    eval_limit: int | None = None
-    """Use the first so many validation rows."""
     student_lora_rank: int | None = None
     """Train LoRA weights of this rank beside the student's in place of the whole student."""
     student_lora_alpha: float = 32.0
@@ -87,11 +78,5 @@ class Options:
     """Merge the student's LoRA weights into OUT/student at the end; else it holds the adapter alone."""
     select: Literal["rouge_l", "loss", "kl_to_teacher", "last"] = "rouge_l"
     """Which checkpoint to keep, by validation; last keeps the last. Without --eval-data it is the last."""
-    keep: int | None = 2
-    """Checkpoints that stay, the newest and the best always among them; none keeps all."""
-    resume: bool = False
-    """Go on from the last checkpoint in OUT."""
-    overwrite: bool = False
-    """Replace the run in OUT."""
     dry_run: bool = False
     """Take two real steps on the longest rows; print peak memory, seconds and expected time; write nothing."""

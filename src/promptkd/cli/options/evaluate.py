@@ -9,17 +9,15 @@ that was stopped once more, and it does only what is missing; sets and seeds may
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
-GOES_ON: tuple[str, ...] = ()
-LESS_MEMORY = (
-    "a smaller --batch-size (now {batch_size})",
-    "a smaller --max-completion-length (now {max_completion_length})",
-)
+from promptkd.cli.options.common import LESS_MEMORY_TO_DECODE, Measuring, Sampling, TeacherPrecision
+
+RESUMED_BY: tuple[str, ...] = ()
+LESS_MEMORY = LESS_MEMORY_TO_DECODE
 
 
-@dataclass
-class Options:
+@dataclass(kw_only=True)
+class Options(Sampling, Measuring, TeacherPrecision):
     model: str
     """The model to score: a hub name, folder, run folder or GGUF file."""
     data: list[str]
@@ -34,29 +32,7 @@ class Options:
     """Decode greedily as well; --no-greedy leaves it out."""
     metrics: list[str] = field(default_factory=list)
     """More metrics, of Hugging Face's `evaluate`: names, or paths of metric scripts."""
-    temperature: float = 1.0
-    """Sampling temperature; 0 gives the greedy answers alone."""
-    top_p: float = 1.0
-    """Share of the probability mass to sample from."""
-    top_k: int = 0
-    """Number of tokens to sample from; 0 for all."""
-    batch_size: int | None = None
-    """Rows that are decoded at a time; by default 32 on CPU, 128 on a GPU."""
-    limit: int | None = None
-    """Use the first so many rows of each data set."""
-    template: str = "auto"
-    """auto, alpaca, chat, or a Jinja text."""
-    max_prompt_length: int = 256
-    """Most tokens of a prompt; rows above it are dropped and counted."""
-    max_completion_length: int = 256
-    """Most tokens of a response."""
     max_reference_length: int = 768
     """Most tokens of a first reference; rows above it are dropped and counted."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision to compute in, with weights in float32; auto is bfloat16 where the device has units for it."""
-    teacher_dtype: Literal["float32", "bfloat16", "float16", "auto"] | None = None
-    """Precision of the teacher's weights; by default bfloat16 where the device has units for it, else float32."""
-    trust_remote_code: bool = False
-    """Run code that a hub model ships."""
     overwrite: bool = False
     """Begin anew: replace --out and the answers beside it."""

@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-LESS_MEMORY = (
-    "a smaller --batch-size (now {batch_size})",
-    "a smaller --max-completion-length (now {max_completion_length})",
-)
+from promptkd.cli.options.common import LESS_MEMORY_TO_DECODE, Measuring, TeacherPrecision
+
+LESS_MEMORY = LESS_MEMORY_TO_DECODE
 
 
-@dataclass
-class Options:
+@dataclass(kw_only=True)
+class Options(Measuring, TeacherPrecision):
     student: list[str]
     """The students: hub names, folders, run folders or GGUF files."""
     teacher: str
@@ -37,21 +36,3 @@ class Options:
     """Seed of the first continuation; the others take the seeds after it."""
     ended: Literal["leave", "zero"] = "leave"
     """Rows that have ended: leave the mean of later tokens, or count there as errors of zero (as the authors do)."""
-    batch_size: int | None = None
-    """Continuations that are decoded at a time; by default 32 on CPU, 128 on a GPU."""
-    limit: int | None = None
-    """Use the first so many rows."""
-    template: str = "auto"
-    """auto, alpaca, chat, or a Jinja text."""
-    max_prompt_length: int = 256
-    """Most tokens of a prompt; rows above it are dropped and counted."""
-    max_completion_length: int = 256
-    """Most tokens of a continuation."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision to compute in, with weights in float32; auto is bfloat16 where the device has units for it."""
-    teacher_dtype: Literal["float32", "bfloat16", "float16", "auto"] | None = None
-    """Precision of the teacher's weights; by default bfloat16 where the device has units for it, else float32."""
-    trust_remote_code: bool = False
-    """Run code that a hub model ships."""
-    overwrite: bool = False
-    """Replace --out."""

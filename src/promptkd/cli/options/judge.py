@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-GOES_ON: tuple[str, ...] = ()
+RESUMED_BY: tuple[str, ...] = ()
 
 
 @dataclass

@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from promptkd.cli.options.common import Loading
+
 LESS_MEMORY = ("a smaller --max-prompt-length (now {max_prompt_length})", "--choose even, which runs no row")
 
 
-@dataclass
-class Options:
+@dataclass(kw_only=True)
+class Options(Loading):
     model: str
     """The teacher: a hub name, folder, run folder or GGUF file."""
     out: Path
@@ -37,7 +39,5 @@ class Options:
     """Most tokens of a response; rows above it are not used."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision to compute the influence in; auto is bfloat16 where the device has units for it."""
-    trust_remote_code: bool = False
-    """Run code that a hub model ships."""
     overwrite: bool = False
     """Replace the model in --out."""

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-GOES_ON = ("--resume",)
+from promptkd.cli.options.common import Training
+
+RESUMED_BY = ("--resume",)
 TRAINING_CONFIG = "promptkd.training:FinetuneConfig"
 COMMON_TRAINING_FLAGS = {
     "max_steps": ("INT", "Optimiser steps; by default num_train_epochs decides."),
@@ -29,25 +31,11 @@ COMMON_TRAINING_FLAGS = {
 }
 
 
-@dataclass
-class Options:
+@dataclass(kw_only=True)
+class Options(Training):
     model: str
     """The model to tune: a hub name, folder, run folder or GGUF file."""
-    data: str
-    """Training rows: a JSONL, .jsonl.gz, Parquet or CSV file, a folder, or a hub data set."""
     out: Path
     """Folder of the run; the tuned model goes into OUT/model."""
-    eval_data: str | None = None
-    """Validation rows, in the same forms."""
-    limit: int | None = None
-    """Use the first so many training rows."""
-    eval_limit: int | None = None
-    """Use the first so many validation rows."""
     select: Literal["rouge_l", "loss", "last"] = "rouge_l"
     """Which checkpoint to keep, by validation; last keeps the last. Without --eval-data it is the last."""
-    keep: int | None = 2
-    """Checkpoints that stay, the newest and the best always among them; none keeps all."""
-    resume: bool = False
-    """Go on from the last checkpoint in OUT."""
-    overwrite: bool = False
-    """Replace the run in OUT."""

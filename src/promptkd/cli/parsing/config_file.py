@@ -1,96 +1,101 @@
-"""YAML configuration files: read with the rules of YAML 1.2, written whole or not at all.
+"""YAML configuration files: read with the rules of YAML 1.2, written atomically.
 
 PyYAML follows YAML 1.1, where `2e-5` is text, `no` is false, `010` is 8 and `1:30` is 90. Here `2e-5` is a number,
-only `true` and `false` are truth values, numbers are decimal, and a key that stands twice is an error. No tag makes
+only `true` and `false` are truth values, numbers are decimal, and a duplicate key is an error. No tag makes
 anything but plain data: texts, numbers, truth values, null, lists and mappings.
 """
 
 import math
-import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from promptkd.errors import RequestError
+from promptkd.io.atomic import write_atomic
 from promptkd.io.files import MIB, read_regular
 
-__all__ = ["parse_yaml", "read_config", "write_config"]
-
-_INT = re.compile(r"[-+]?[0-9]+$")
-_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$")
-_NUMBER_STARTS = list("-+.0123456789")
 _MOST_BYTES = MIB
 _MOST_VALUES = 10_000
 """Values of a document once its aliases are written out: ten lines of aliases to aliases can mean billions."""
+_TAG = "tag:yaml.org,2002:"
+_NUMBER_STARTS = list("-+.0123456789")
+_NUMBERS = {
+    "int": (re.compile(r"[-+]?[0-9]+$"), _NUMBER_STARTS),
+    "float": (re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$"), _NUMBER_STARTS),
+}
+_SCALARS = {
+    "null": (re.compile(r"(~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
+    "bool": (re.compile(r"(true|True|TRUE|false|False|FALSE)$"), list("tTfF")),
+    **_NUMBERS,
+    "merge": (re.compile(r"<<$"), ["<"]),
+}
+"""The core schema of YAML 1.2: how scalars without a tag are resolved, with the characters that each may start with."""
 
 
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[Any, Any] = {}  # noqa: RUF012 - not SafeLoader's, which are YAML 1.1's
     yaml_constructors: dict[Any, Any] = {  # noqa: RUF012 - nor do its sets, dates and bytes belong in a configuration
         tag: yaml.SafeLoader.yaml_constructors[tag]
-        for tag in (None, *(f"tag:yaml.org,2002:{name}" for name in ("null", "str", "seq", "map")))
+        for tag in (None, *(_TAG + name for name in ("null", "str", "seq", "map")))
     }
 
     def get_single_node(self) -> Any:
         node = super().get_single_node()
         if node is not None:
-            _written_out(node, {})
+            _count_values(node, {})
         return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         if not isinstance(node, yaml.MappingNode):
-            raise yaml.constructor.ConstructorError(None, None, "expected a mapping", node.start_mark)
-        seen: set[str] = set()
+            raise _error("expected a mapping", node)
+        keys: set[str] = set()
         for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                if key.value in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"the key {key.value!r} stands twice", key.start_mark
-                    )
-                seen.add(key.value)
+            if isinstance(key, yaml.ScalarNode) and key.tag != f"{_TAG}merge":
+                if key.value in keys:
+                    raise _error(f"duplicate key {key.value!r}", key)
+                keys.add(key.value)
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"(~|null|Null|NULL|)$"), ["~", "n", "N", ""])
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", _INT, _NUMBER_STARTS)
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, _NUMBER_STARTS)
-_Loader.add_implicit_resolver("tag:yaml.org,2002:merge", re.compile(r"<<$"), ["<"])
-_Loader.add_constructor(
-    "tag:yaml.org,2002:bool", lambda loader, node: {"true": True, "false": False}[loader.construct_scalar(node).lower()]
-)
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
-_Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: _finite(loader.construct_scalar(node)))
+def _error(problem: str, node: yaml.Node) -> yaml.constructor.ConstructorError:
+    return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
 
 
 def _finite(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
-        raise ValueError(f"{text:.60} is no finite number")
+        raise ValueError(f"{text:.60} is not a finite number")
     return number
 
 
-def _written_out(node: yaml.Node, sizes: dict[yaml.Node, int | None]) -> int:
-    """How many values `node` holds with its aliases written out. Raises where they are too many, or hold themselves."""
+_READERS: dict[str, Callable[[str], Any]] = {
+    "bool": lambda text: {"true": True, "false": False}[text.lower()],
+    "int": int,
+    "float": _finite,
+}
+for _name, (_pattern, _starts) in _SCALARS.items():
+    _Loader.add_implicit_resolver(_TAG + _name, _pattern, _starts)
+for _name, _read in _READERS.items():
+    _Loader.add_constructor(_TAG + _name, lambda loader, node, read=_read: read(loader.construct_scalar(node)))
+
+
+def _count_values(node: yaml.Node, counts: dict[yaml.Node, int | None]) -> int:
+    """The number of values in `node`, aliases written out. Raises if they are too many, or an alias contains itself."""
     if isinstance(node, yaml.ScalarNode):
         return 1
-    if node in sizes:
-        size = sizes[node]
-        if size is None:
-            raise yaml.constructor.ConstructorError(None, None, "an alias stands inside of itself", node.start_mark)
-        return size
-    sizes[node] = None
+    if node in counts:
+        if (known := counts[node]) is None:
+            raise _error("an alias contains itself", node)
+        return known
+    counts[node] = None
     parts = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
-    size = sizes[node] = 1 + sum(_written_out(part, sizes) for part in parts)
-    if size > _MOST_VALUES:
-        raise yaml.constructor.ConstructorError(
-            None, None, f"holds more than {_MOST_VALUES} values, its aliases written out", node.start_mark
-        )
-    return size
+    count = counts[node] = 1 + sum(_count_values(part, counts) for part in parts)
+    if count > _MOST_VALUES:
+        raise _error(f"holds more than {_MOST_VALUES} values, its aliases written out", node)
+    return count
 
 
 class _Dumper(yaml.SafeDumper):
@@ -100,16 +105,14 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
-def _quoted_breaks(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+def _quote_line_breaks(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
     """YAML counts three more characters than the line feed as line breaks; only double quotes keep them."""
-    return dumper.represent_scalar(
-        "tag:yaml.org,2002:str", text, style='"' if {*"\x85\u2028\u2029"} & {*text} else None
-    )
+    return dumper.represent_scalar(f"{_TAG}str", text, style='"' if {*"\x85\u2028\u2029"} & {*text} else None)
 
 
-_Dumper.add_representer(str, _quoted_breaks)
-_Dumper.add_implicit_resolver("tag:yaml.org,2002:int", _INT, _NUMBER_STARTS)
-_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, _NUMBER_STARTS)
+_Dumper.add_representer(str, _quote_line_breaks)
+for _name, (_pattern, _starts) in _NUMBERS.items():
+    _Dumper.add_implicit_resolver(_TAG + _name, _pattern, _starts)
 
 
 def parse_yaml(text: str, name: str) -> Any:
@@ -145,16 +148,13 @@ def read_config(path: Path) -> dict[str, Any]:
     for key, value in data.items():
         name = str(key).replace("-", "_")
         if name in values:
-            raise RequestError(f"{path}: {name} stands twice, once as {key}. Keep one of them.")
+            raise RequestError(f"{path}: duplicate key {name}, once spelled {key}. Keep one of them.")
         values[name] = value
     return values
 
 
 def write_config(path: Path, merged: dict[str, Any]) -> None:
-    """Write plain data to `path` as YAML that `--config` reads back, whole or not at all."""
+    """Write plain data to `path` as YAML that `--config` reads back, atomically."""
     text = "# The configuration of this run. Run the same command with --config and this file to repeat it.\n"
     text += yaml.dump(merged, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    write_atomic(path, text)

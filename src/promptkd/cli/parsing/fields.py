@@ -1,16 +1,13 @@
 """What a command takes: the fields of its options and of its training configuration, with their help."""
 
-import ast
 import dataclasses
 import importlib
-import inspect
-import textwrap
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
 from typing import Any, get_type_hints
 
-__all__ = ["Field", "own_fields", "positional", "training_fields"]
+from promptkd.settings import docs_of
 
 
 @dataclass(frozen=True)
@@ -29,8 +26,10 @@ class Field:
 
 
 def own_fields(command: ModuleType) -> dict[str, Field]:
-    """The fields of the command's `Options`, in order."""
-    return _fields(command.Options)
+    """The fields of the command's `Options`: its own class's in their order, then those of the classes it inherits."""
+    known, owners = _fields(command.Options), command.Options.__mro__
+    names = dict.fromkeys(name for owner in owners for name in vars(owner).get("__annotations__", ()))
+    return {name: known[name] for name in names if name in known}
 
 
 def training_fields(command: ModuleType) -> dict[str, Field]:
@@ -49,7 +48,7 @@ def positional(command: ModuleType) -> str | None:
 
 @cache
 def _fields(owner: type) -> dict[str, Field]:
-    annotations, docs = get_type_hints(owner), _docs(owner)
+    annotations, docs = get_type_hints(owner), docs_of(owner)
     return {
         field.name: Field(
             name=field.name,
@@ -67,17 +66,3 @@ def _default(field: dataclasses.Field[Any]) -> Any:
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return None if field.default is dataclasses.MISSING else field.default
-
-
-def _docs(owner: type) -> dict[str, str]:
-    """The text that stands under each field, in `owner` and the dataclasses it inherits from."""
-    docs: dict[str, str] = {}
-    for base in reversed(owner.__mro__):
-        if "__dataclass_fields__" in vars(base):
-            (definition,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
-            assert isinstance(definition, ast.ClassDef)
-            for field, text in zip(definition.body, definition.body[1:], strict=False):  # neighbours
-                match field, text:
-                    case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(doc))):
-                        docs[name] = doc
-    return docs

@@ -3,28 +3,23 @@
 Everything that is wrong with a request is collected and reported at once.
 """
 
-import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from promptkd.cli.parsing.annotations import choices, describe, takes_switch, takes_values
-from promptkd.cli.parsing.config_file import read_config, write_config
+from promptkd.cli.parsing.annotations import choices, describe, nearest, plain, takes_switch, takes_values
+from promptkd.cli.parsing.config_file import read_config
 from promptkd.cli.parsing.fields import Field, own_fields, positional, training_fields
-from promptkd.cli.parsing.values import LARGEST_INTEGER, convert, plain
+from promptkd.cli.parsing.values import LARGEST_INTEGER, convert
 from promptkd.errors import RequestError
 from promptkd.io.redact import is_secret, redacted, without_secret_values
-
-__all__ = ["Parsed", "merged_config", "nearest", "parse_options", "write_config"]
 
 _PROGRAM_FLAGS = ("config", "debug", "help", "help_all", "version")
 _NUMBER = re.compile(r"-[0-9.]")
 _LONGEST_SHOWN = 200
-_REPEATED = "Give it once."
-_REPEATED_LIST = "Give the values together: --flag A B."
 
 
 @dataclass(frozen=True)
@@ -69,17 +64,11 @@ def parse_options(name: str, command: ModuleType, arguments: Sequence[str]) -> P
     return Parsed(command.Options(**own), training)
 
 
-def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that is most like `name`, if one is."""
-    return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)
-
-
 class _Request:
     """What has been read so far, and what was wrong with it."""
 
     def __init__(self, command: ModuleType) -> None:
-        self.command = command
-        self.own = own_fields(command)
+        self.command, self.own = command, own_fields(command)
         self.positional = positional(command)
         self.values: dict[str, Any] = {}
         self.problems: list[str] = []
@@ -90,14 +79,17 @@ class _Request:
     def read(self, arguments: Sequence[str]) -> None:
         for flag in self._split(arguments):
             self._take_flag(flag)
-        if self._loose and self.positional and self._is_first(self.positional, " ".join(self._loose), _REPEATED):
+        if self._loose and self.positional and self._is_first(self.positional, " ".join(self._loose)):
             value = self._loose if len(self._loose) > 1 else self._loose[0]
             self._set(self.own[self.positional], value, self.positional.upper())
         if "config" in self.own:  # the file is what the command is about
             self._config = self._config or self.values.get("config")
             self.values |= {"config": self._config} if self._config else {}
         if self._config is None or self._take_file(self._config):
-            self._find_missing()
+            for field in self.own.values():
+                if field.required and field.name not in self._given:
+                    spelled = field.name.upper() if field.name == self.positional else field.flag
+                    self.problems.append(f"{spelled} is missing: {field.help or describe(field.annotation)}")
 
     def _split(self, arguments: Sequence[str]) -> list[_Flag]:
         """Each flag with all that follows it up to the next one. Arguments before the first flag are surplus."""
@@ -119,28 +111,29 @@ class _Request:
         return flags
 
     def _take_flag(self, flag: _Flag) -> None:
-        name = flag.name
+        name, spelled = flag.name, flag.spelled
         if name == "debug":
             self.problems.append(
                 "--debug takes no value: it shows the traceback of a failure. "
                 "The training setting of that name goes into the --config file."
             )
         elif name == "config":
-            self._take_config(flag)
+            if not flag.values:
+                self.problems.append("--config expects a YAML file. Got no value.")
+            elif self._is_first(name, spelled, "Put everything into one file."):
+                self._config = Path(flag.values[0]).expanduser()
+                self._surplus(flag.values[1:], "--config takes one file")
         elif field := self._find(name):
-            if self._is_first(name, flag.spelled, _REPEATED_LIST if takes_values(field.annotation) else _REPEATED):
+            several = takes_values(field.annotation)
+            if self._is_first(name, spelled, "Give the values together: --flag A B." if several else "Give it once."):
                 self._take_values(field, flag)
-        elif name.startswith("no_") and (field := self._find(name[3:])):
-            self._negate(field, flag)
-        else:
-            self.problems.append(f"{flag.spelled} is unknown.{self._suggest(name, '--', '-')}")
-
-    def _take_config(self, flag: _Flag) -> None:
-        if not flag.values:
-            self.problems.append("--config expects a YAML file. Got no value.")
-        elif self._is_first(flag.name, flag.spelled, "Put everything into one file."):
-            self._config = Path(flag.values[0]).expanduser()
-            self._surplus(flag.values[1:], "--config takes one file")
+        elif not (name.startswith("no_") and (field := self._find(name[3:]))):
+            self.problems.append(f"{spelled} is unknown.{self._suggest(name, '--', '-')}")
+        elif not takes_switch(field.annotation):
+            self.problems.append(f"{spelled} is unknown: {field.flag} expects {describe(field.annotation)}.")
+        elif self._is_first(field.name, spelled):
+            self.values[field.name] = False
+            self._surplus(flag.values, f"{spelled} takes no value")
 
     def _take_values(self, field: Field, flag: _Flag) -> None:
         one = flag.joined or not takes_values(field.annotation)
@@ -154,13 +147,6 @@ class _Request:
             self._set(field, values if len(values) > 1 else values[0], flag.spelled)
         else:
             self.problems.append(f"{flag.spelled} expects {describe(field.annotation)}. Got no value.")
-
-    def _negate(self, field: Field, flag: _Flag) -> None:
-        if not takes_switch(field.annotation):
-            self.problems.append(f"{flag.spelled} is unknown: {field.flag} expects {describe(field.annotation)}.")
-        elif self._is_first(field.name, flag.spelled, _REPEATED):
-            self.values[field.name] = False
-            self._surplus(flag.values, f"{flag.spelled} takes no value")
 
     def _surplus(self, values: list[str], reason: str) -> None:
         """Arguments that belong to no flag are the positional option's, or wrong."""
@@ -185,15 +171,9 @@ class _Request:
         self._given = dict.fromkeys(values, str(path)) | self._given
         return True
 
-    def _find_missing(self) -> None:
-        for field in self.own.values():
-            if field.required and field.name not in self._given:
-                spelled = field.name.upper() if field.name == self.positional else field.flag
-                self.problems.append(f"{spelled} is missing: {field.help or describe(field.annotation)}")
-
     def _set(self, field: Field, value: Any, source: str, *, keep: bool = True) -> None:
-        if not _is_written(value):
-            self.problems.append(f"{source} holds what is no character of UTF-8 (half a surrogate pair). Type it anew.")
+        if not _is_utf8(value):
+            self.problems.append(f"{source} is not valid UTF-8 (it holds half a surrogate pair). Type it again.")
             return
         try:
             converted = convert(value, field.annotation, default=field.default)
@@ -205,7 +185,7 @@ class _Request:
             if keep:
                 self.values[field.name] = converted
 
-    def _is_first(self, name: str, spelled: str, advice: str) -> bool:
+    def _is_first(self, name: str, spelled: str, advice: str = "Give it once.") -> bool:
         if name in self._given:
             other = "" if self._given[name] == spelled else f", first as {self._given[name]}"
             self.problems.append(f"{spelled} is given twice{other}. {advice}")
@@ -232,13 +212,13 @@ def _hint(value: Any, expected: str, field: Field) -> str:
     return ""
 
 
-def _is_written(value: Any) -> bool:
-    """Whether every text in `value` can be written as UTF-8: an argument in another encoding cannot."""
+def _is_utf8(value: Any) -> bool:
+    """Whether every text in `value` can be written as UTF-8; an argument in another encoding cannot."""
     if isinstance(value, str):
         return not any("\ud800" <= character <= "\udfff" for character in value)
     if isinstance(value, dict):
-        return all(_is_written(key) and _is_written(part) for key, part in value.items())
-    return all(map(_is_written, value)) if isinstance(value, list) else True
+        return all(_is_utf8(key) and _is_utf8(part) for key, part in value.items())
+    return all(map(_is_utf8, value)) if isinstance(value, list) else True
 
 
 def _show(value: Any) -> str:

@@ -1,4 +1,4 @@
-/* Exposure bias over lengths: a line a model, its interval as a band, gaps where it is not defined. */
+/* Exposure bias over lengths: per model a line, its interval as a band, gaps where it is not defined. */
 
 const stretches = (points) => {
   const found = [[]];
@@ -23,14 +23,14 @@ const biasCharts = (plots, models) => {
   for (const { id, curves } of plots) {
     addChart(byId(id), () => ({
       height: 360, xTitle: "response length l, tokens", yTitle: "ExAccErr(l), %",
-      y: { zeroline: true, zerolinecolor: colour("--neutral"), zerolinewidth: 1 },
+      y: { zeroline: true, zerolinecolor: color("--neutral"), zerolinewidth: 1 },
       traces: [
-        ...curves.map((curve) => band(curve.points, modelColour(models[curve.model]))),
+        ...curves.map((curve) => band(curve.points, modelColor(models[curve.model]))),
         ...curves.map((curve) => ({
           type: "scatter", mode: curve.points.length > 40 ? "lines" : "lines+markers", name: plotText(models[curve.model].label),
           x: curve.points.map((point) => point[0]), y: curve.points.map((point) => point[1]), connectgaps: false,
           customdata: curve.points.map((point) => point[2] === null || point[3] === null ? "" : ` [${minus(point[2].toFixed(1))}, ${minus(point[3].toFixed(1))}]`),
-          line: { color: modelColour(models[curve.model]), width: 2, dash: modelDash(models[curve.model]) },
+          line: { color: modelColor(models[curve.model]), width: 2, dash: modelDash(models[curve.model]) },
           marker: { size: 5 }, hovertemplate: "%{y:.1f} %%{customdata}",
         })),
       ],

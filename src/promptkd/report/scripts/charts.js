@@ -1,29 +1,29 @@
-/* Draws a chart when it comes near the screen, in the page's own colours. */
+/* Draws a chart when it comes near the screen, in the page's own colors. */
 
 const darkness = window.matchMedia("(prefers-color-scheme: dark)");
 const touch = window.matchMedia("(pointer: coarse)");
-const charts = new Map(); // box -> a function that gives its traces, height and titles
+const charts = new Map(); // box -> a function that returns its traces, height and titles
 const drawn = new Set();
 const DASHES = ["solid", "dash", "dot", "dashdot"];
 
-const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-const modelColour = (model) => colour(`--model-${model.colour}`);
-const modelDash = (model) => DASHES[model.colour % DASHES.length];
+const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+const modelColor = (model) => color(`--model-${model.color}`);
+const modelDash = (model) => DASHES[model.color % DASHES.length];
 
 const layout = ({ height, xTitle, yTitle, x = {}, y = {} }) => {
   const axis = {
-    gridcolor: colour("--line"), linecolor: colour("--line"), zeroline: false, automargin: true,
+    gridcolor: color("--line"), linecolor: color("--line"), zeroline: false, automargin: true,
     fixedrange: touch.matches, // dragging must scroll the page on a phone
-    tickfont: { size: 11, color: colour("--muted") },
+    tickfont: { size: 11, color: color("--muted") },
   };
-  const title = (text) => ({ text, font: { size: 11, color: colour("--muted") }, standoff: 6 });
+  const title = (text) => ({ text, font: { size: 11, color: color("--muted") }, standoff: 6 });
   return {
     margin: { l: 8, r: 8, t: 8, b: 8 }, height, showlegend: false, hovermode: "x unified",
     dragmode: touch.matches ? false : "zoom",
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
-    font: { family: getComputedStyle(document.body).fontFamily, color: colour("--text") },
-    hoverlabel: { bgcolor: colour("--surface"), bordercolor: colour("--line"), font: { color: colour("--text"), size: 12 }, namelength: 40 },
-    xaxis: { ...axis, title: title(xTitle), nticks: 6, showspikes: true, spikethickness: 1, spikecolor: colour("--muted"), ...x },
+    font: { family: getComputedStyle(document.body).fontFamily, color: color("--text") },
+    hoverlabel: { bgcolor: color("--surface"), bordercolor: color("--line"), font: { color: color("--text"), size: 12 }, namelength: 40 },
+    xaxis: { ...axis, title: title(xTitle), nticks: 6, showspikes: true, spikethickness: 1, spikecolor: color("--muted"), ...x },
     yaxis: { ...axis, title: title(yTitle), nticks: 5, exponentformat: "power", ...y },
   };
 };
@@ -65,7 +65,7 @@ const startCharts = () => {
 
 let opened = [];
 window.addEventListener("beforeprint", () => {
-  document.documentElement.classList.add("printing"); // light colours and a width that paper holds
+  document.documentElement.classList.add("printing"); // light colors and a width that fits paper
   opened = [...document.querySelectorAll("details:not([open])")];
   opened.forEach((details) => { details.open = true; });
   charts.forEach((_, box) => draw(box));

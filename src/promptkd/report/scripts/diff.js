@@ -1,10 +1,10 @@
-/* The words of one text that another lacks, by a longest common subsequence of words. */
+/* The words of one text that another lacks, by the longest common subsequence of words. */
 
 const MOST_CELLS = 4e6;
 const PIECES = /\s+|[\p{Script=Han}\p{Script=Hiragana}\p{Script=Katakana}]|[\p{L}\p{N}\p{M}_]+|[^\s]/gu;
 const isSpace = (piece) => /^\s/.test(piece);
 
-/* For each word, whether it stands in a longest common subsequence of both lists; null where that would take too long. */
+/* For each word, whether it is in the longest common subsequence of both lists; null where that would take too long. */
 const shared = (ours, theirs) => {
   const width = theirs.length + 1;
   if ((ours.length + 1) * width > MOST_CELLS) return null;

@@ -1,4 +1,4 @@
-/* How the scores of single answers are spread: for every value, the share of answers at or below it. */
+/* The distribution of the scores of single answers: for every value, the share of answers at or below it. */
 
 const MOST_STEPS = 400;
 
@@ -19,14 +19,14 @@ const pooled = (set, setting) => {
 
 const quantile = (sorted, share) => sorted[Math.min(sorted.length - 1, Math.floor(share * sorted.length))];
 
-/* Steps of the empirical distribution; of many answers, as many quantiles. */
+/* Steps of the empirical distribution, at most MOST_STEPS of them. */
 const steps = (sorted) => {
   const count = Math.min(sorted.length, MOST_STEPS);
   const shares = Array.from({ length: count }, (_, at) => (at + 1) / count);
   return { x: [sorted[0], ...shares.map((share) => sorted[Math.ceil(share * sorted.length) - 1])], y: [0, ...shares.map((share) => 100 * share)] };
 };
 
-const distributionFigure = (metric, lines, models) => {
+const distributionChart = (metric, lines, models) => {
   const figure = make("figure");
   const caption = make("figcaption");
   caption.append(make("span", "name", metric.label), make("span", "unit", metric.unit));
@@ -39,7 +39,7 @@ const distributionFigure = (metric, lines, models) => {
     height: 230, xTitle: metric.unit, yTitle: "answers at or below, %", y: { range: [0, 101] },
     traces: lines.map(({ model, sorted }) => ({
       type: "scatter", mode: "lines", ...steps(sorted), name: plotText(models[model].label),
-      line: { color: modelColour(models[model]), width: 1.75, shape: "hv", dash: modelDash(models[model]) },
+      line: { color: modelColor(models[model]), width: 1.75, shape: "hv", dash: modelDash(models[model]) },
       hovertemplate: "%{y:.0f} %",
     })),
     x: { hoverformat: `.${metric.decimals}f` },
@@ -57,13 +57,13 @@ const distributions = (browser, models) => {
   const show = () => {
     [...place.querySelectorAll(".chart")].forEach(dropChart);
     const byModel = pooled(browser.sets[data.value], setting.value);
-    const figures = metrics.map((metric, index) => {
-      if (metric.yes !== null) return null; // of yes and no, the table tells all
+    const plots = metrics.map((metric, index) => {
+      if (metric.yes !== null) return null; // for yes and no, the table shows everything
       const lines = [...byModel].filter(([, scores]) => scores.get(index)?.length)
         .map(([model, scores]) => ({ model, sorted: Float64Array.from(scores.get(index)).sort() }));
-      return lines.length ? distributionFigure(metric, lines, models) : null;
+      return lines.length ? distributionChart(metric, lines, models) : null;
     });
-    place.replaceChildren(...figures.filter(Boolean));
+    place.replaceChildren(...plots.filter(Boolean));
   };
   const settings = () => {
     const found = [...new Set(browser.sets[data.value].views.map((view) => view.setting))];

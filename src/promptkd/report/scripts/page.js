@@ -1,4 +1,4 @@
-/* What all parts of the page share. A text of a record enters it through textContent, and Plotly through plotText. */
+/* What all parts of the page share. Texts of a record enter the page through textContent, and Plotly through plotText. */
 
 const byId = (id) => document.getElementById(id);
 
@@ -9,7 +9,7 @@ const make = (tag, className = "", text = "") => {
   return element;
 };
 
-/* Plotly reads a few tags and entities in the texts that it draws. */
+/* Plotly interprets some tags and entities in the texts that it draws. */
 const plotText = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;").replace(/\s+/g, " ");
 
 const fill = (select, labels, chosen) => {
@@ -25,7 +25,7 @@ const fill = (select, labels, chosen) => {
 /* A true minus sign; zero has none. */
 const minus = (text) => text.replace(/^-(?=[0.]*$)/, "").replace("-", "−");
 
-/* [label, unit, better, decimals, yes-value] as the record's metrics come. */
+/* [label, unit, better, decimals, value of a yes], as the page's data has metrics. */
 const asMetric = ([label, unit, better, decimals, yes]) => ({ label, unit, better, decimals, yes });
 
 const written = (metric, value, signed = false) => {

@@ -18,7 +18,7 @@ const browseRows = (browser, models) => {
   const scoreOf = (position, row) => answersOf(position)?.scores[metric.value]?.[row] ?? null;
   const chosenMetric = () => metrics[metric.value];
 
-  /* How far the model is ahead of the other in this row, positive where it is better; its own score without another. */
+  /* How far the model is ahead of the other in this row, positive where it is better; without another, its own score. */
   const gain = (row) => {
     const ours = scoreOf(model.value, row), theirs = other.value === "" ? 0 : scoreOf(other.value, row);
     if (ours === null || theirs === null) return null;
@@ -55,7 +55,7 @@ const browseRows = (browser, models) => {
   const longText = (pre, text) => {
     if (text.length > LONG) {
       pre.classList.add("long");
-      pre.tabIndex = 0; // a keyboard must be able to scroll it
+      pre.tabIndex = 0; // so that a keyboard can scroll it
     }
     return pre;
   };
@@ -81,7 +81,7 @@ const browseRows = (browser, models) => {
 
   const answerCard = (answer, row, marked) => {
     const card = byId("answer-template").content.firstElementChild.cloneNode(true);
-    const { label, colour: shade, teacher } = models[answer.model];
+    const { label, color: shade, teacher } = models[answer.model];
     card.classList.toggle("reference", teacher);
     card.querySelector(".swatch").classList.add(`m${shade}`);
     card.querySelector(".label").textContent = label;

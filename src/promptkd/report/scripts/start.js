@@ -1,4 +1,4 @@
-/* Everything above comes to life here; without a decompressor the page stays as a reader without scripts sees it. */
+/* Starts all of the above; a browser without a decompressor shows the page as it is without scripts. */
 
 const start = async () => {
   const { models, charts: training, bias, browser } = JSON.parse(await unpack("page-data"));

@@ -1,14 +1,14 @@
-/* Every figure that training logged, one line a run. */
+/* Every metric that training logged, one line per run. */
 
 const trainingCharts = (found, models) => {
   const modelOf = (names, position) =>
-    models.find((model) => model.label === names[position]) ?? { colour: 1 + (position % 8) };
+    models.find((model) => model.label === names[position]) ?? { color: 1 + (position % 8) };
   for (const { id, unit, names, lines } of found) {
     const several = names.length > 1;
     addChart(byId(id), () => ({
       height: 190, xTitle: "step", yTitle: unit,
       traces: lines.map(([run, x, y]) => {
-        const shade = several ? modelColour(modelOf(names, run)) : colour("--accent");
+        const shade = several ? modelColor(modelOf(names, run)) : color("--accent");
         return {
           type: "scatter", x, y, mode: x.length > 40 ? "lines" : "lines+markers", name: several ? plotText(names[run]) : "",
           line: { color: shade, width: several ? 1.4 : 1.75 }, marker: { size: 4, color: shade },

@@ -5,7 +5,7 @@ const unpack = async (id) => {
   return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"))).text();
 };
 
-/* The page's policy allows this one script more, by its hash. */
+/* The page's policy allows this additional script by its hash. */
 const runPlotly = async () => {
   const script = document.createElement("script");
   script.textContent = await unpack("plotly");

@@ -1,4 +1,4 @@
-"""From hidden states to the summed losses of student and teacher adapter: chunked where the heads allow, else plain."""
+"""Student and teacher: from their hidden states to summed losses, chunked where the heads allow, else plain."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,9 +19,8 @@ from promptkd.engine import (
 from promptkd.objectives import prompt_loss_terms
 from promptkd.objectives.prompt import Direction
 
-__all__ = ["Pair", "entropy"]
-
 Objective = Callable[[Tensor, Tensor], Tensor]
+"""(student_logits, teacher_logits), both (N, V), to N values in nats."""
 Role = Literal["student", "teacher", "plain"]
 
 
@@ -102,17 +101,6 @@ class Pair:
             metrics["to_plain"] = to_plain.detach().sum()
         return ChunkedLoss(total, metrics)
 
-    def online_loss(self, adapted_hidden: Tensor, targets: Tensor, student_hidden: Tensor) -> ChunkedLoss:
-        """Sum over the tokens of -log p(y) + KL(p || q) for an adapted teacher p: it keeps to the data and nears q.
-
-        Our reading of OKD (Rao et al. 2024), by the loss of its first author's PESF-KD (2022); see docs/methods.md.
-        """
-        hard = self.cross_entropy("teacher", adapted_hidden, targets)
-        soft = self.prompt_loss(
-            adapted_hidden, student_hidden, None, weight=0.0, student_direction="reverse", plain_direction="reverse"
-        )
-        return ChunkedLoss(hard.total + soft.total, soft.metrics)
-
     def logits(self, which: Role, hidden: Tensor) -> Tensor:
         """Logits (N, V) over the shared tokens, all at once; "teacher" is the adapted one, "plain" as it came."""
         return head_logits(self._model(which), hidden, vocabulary=self.vocabulary)
@@ -136,3 +124,9 @@ def entropy(logits: Tensor) -> Tensor:
     """-Σ q log q of logits (..., V), in nats, without a gradient."""
     log_q = logits.detach().to(torch.promote_types(torch.float32, logits.dtype)).log_softmax(-1)
     return -torch.where(log_q == -torch.inf, 0.0, log_q.exp() * log_q).sum(-1)
+
+
+def log_probs(logits: Tensor, targets: Tensor) -> Tensor:
+    """(N,) log-probabilities of the `targets` under logits (N, V), in float32 or wider."""
+    wide = logits.to(torch.promote_types(torch.float32, logits.dtype))
+    return -torch.nn.functional.cross_entropy(wide, targets, reduction="none")

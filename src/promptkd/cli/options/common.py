@@ -1,0 +1,78 @@
+"""Options that several commands have."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+LESS_MEMORY_TO_DECODE = (
+    "a smaller --batch-size (now {batch_size})",
+    "a smaller --max-completion-length (now {max_completion_length})",
+)
+
+
+@dataclass(kw_only=True)
+class Loading:
+    """How a model is loaded and run."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision to compute in, with weights in float32; auto is bfloat16 where the device has units for it."""
+    trust_remote_code: bool = False
+    """Run code that a hub model ships."""
+
+
+@dataclass(kw_only=True)
+class Sampling:
+    """How responses are sampled."""
+
+    temperature: float = 1.0
+    """Sampling temperature; 0 decodes greedily."""
+    top_p: float = 1.0
+    """Share of the probability mass to sample from."""
+    top_k: int = 0
+    """Number of tokens to sample from; 0 for all."""
+
+
+@dataclass(kw_only=True)
+class Measuring(Loading):
+    """Which rows a command decodes that measures a model or writes its responses, and how many at a time."""
+
+    batch_size: int | None = None
+    """Rows to decode at a time; by default 32 on CPU, 128 on a GPU."""
+    limit: int | None = None
+    """Use the first so many rows of each data set."""
+    template: str = "auto"
+    """auto, alpaca, chat, or a Jinja text."""
+    max_prompt_length: int = 256
+    """Most tokens of a prompt; rows above it are dropped and counted."""
+    max_completion_length: int = 256
+    """Most tokens of a response."""
+    overwrite: bool = False
+    """Replace --out."""
+
+
+@dataclass(kw_only=True)
+class TeacherPrecision:
+    teacher_dtype: Literal["float32", "bfloat16", "float16", "auto"] | None = None
+    """Precision of the teacher's weights; by default bfloat16 where the device has units for it, else float32."""
+
+
+@dataclass(kw_only=True)
+class Training:
+    """The data and the folder of a run."""
+
+    data: str
+    """Training rows: a JSONL, .jsonl.gz, Parquet or CSV file, a folder, or a hub data set."""
+    out: Path
+    """Folder of the run."""
+    eval_data: str | None = None
+    """Validation rows, in the same forms."""
+    limit: int | None = None
+    """Use the first so many training rows."""
+    eval_limit: int | None = None
+    """Use the first so many validation rows."""
+    keep: int | None = 2
+    """Checkpoints to keep, the newest and the best always among them; none keeps all."""
+    resume: bool = False
+    """Resume from the last checkpoint in OUT."""
+    overwrite: bool = False
+    """Replace the run in OUT."""

@@ -1,0 +1,96 @@
+"""Atomic writes: a file or folder is written beside its place, which it takes once the disk has all of it.
+
+Every file, and every folder that names files, is fsynced before the rename: the disk could otherwise hold the new name
+before the content, and a power failure would leave an empty file under it. The folder above is fsynced after it: the
+old content could otherwise come back although the caller was told that the new one is there.
+"""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+def write_atomic(path: Path, content: bytes | str) -> None:
+    """Write a file, and its folder where there is none. Whatever happens meanwhile, `path` is the old file or the new.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    with atomic(path) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def atomic(target: Path, *, writes: bool = True) -> Iterator[Path]:
+    """A place to write a file or folder to that replaces `target`, whatever was there, when the body is done.
+
+    If the body fails, or the process is killed in it, `target` is as it was. What a killed process left goes with the
+    next attempt, so only one process may write a target at a time (see `io.lock`).
+
+    Args:
+        writes: whether this process writes at all; the other ranks of a launch only learn the place.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    partial = target.with_name(f"{target.name}.partial")
+    if not writes:
+        yield partial
+        return
+    remove(partial)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield partial
+        replace(partial, target)
+    except BaseException:
+        with suppress(OSError):  # the first error counts
+            remove(partial)
+        raise
+
+
+def replace(written: Path, target: Path) -> None:
+    """Let the disk have all of `written`, a file or folder, and give it the name `target` in place of what has it.
+
+    A folder takes two renames, since none replaces another that holds files. A process that is killed between them
+    leaves the old one as `written` with ".replaced" behind its name.
+    """
+    for path in [*written.rglob("*"), written]:
+        if not path.is_symlink():
+            fsync(path)
+    replaced = written.with_name(f"{written.name}.replaced")
+    remove(replaced)
+    if target.is_dir():
+        os.replace(target, replaced)
+    try:
+        os.replace(written, target)
+    except OSError:
+        if replaced.exists():
+            os.replace(replaced, target)
+        raise
+    fsync(target.parent)
+    remove(replaced)
+
+
+def fsync(path: Path) -> None:
+    """Return once the disk has what was written to `path`, a file or a folder."""
+    if os.name == "nt" and path.is_dir():  # Windows opens none
+        return
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if not path.is_dir() or error.errno != errno.EINVAL:  # which some network disks say of every folder
+            raise
+    finally:
+        os.close(handle)
+
+
+def remove(place: Path) -> None:
+    """Delete a file, a link or a folder with all that it holds, if it is there."""
+    if place.is_dir() and not place.is_symlink():
+        shutil.rmtree(place)
+    else:
+        place.unlink(missing_ok=True)

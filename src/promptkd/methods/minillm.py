@@ -1,0 +1,63 @@
+"""MiniLLM (Gu et al. 2024, arXiv 2306.08543)."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from promptkd.engine import ChunkedLoss
+from promptkd.errors import RequestError
+from promptkd.methods.method import AdaptedMethod, Method, Step
+from promptkd.models.pair import entropy, log_probs
+from promptkd.objectives.divergences import reverse_kl
+from promptkd.objectives.sequence import minillm
+from promptkd.responses import TeacherMixed
+from promptkd.settings import Reader, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class MiniLLM(AdaptedMethod):
+    """The policy gradient of reverse KL on responses sampled from (1 - α) q + α p."""
+
+    name = "minillm"
+
+    teacher_mix: float = option(0.2, at_least=0, at_most=1)
+    """The teacher's share α of the distribution that is sampled from."""
+    importance: Literal["token", "product", "none"] = "token"
+    """How tokens are weighed that the student did not sample."""
+    length_normalization: bool = True
+    """Means over the tokens of a response in place of sums."""
+    clip_ratio: float | None = option(0.2, at_least=0)
+    """Epsilon of the clipped ratio; none never clips."""
+
+    def build(self, take: Reader) -> Method:
+        adapter = self.adapter(take)
+        if self.teacher_mix > 0 and adapter is not None:
+            raise RequestError(
+                "minillm samples from the plain teacher and weighs by the adapted one if that is another: give "
+                "--teacher_mix 0 with a teacher adapter."
+            )
+        return Method(TeacherMixed(self.teacher_mix), loss=self.loss, adapter=adapter)
+
+    def loss(self, step: Step) -> ChunkedLoss:
+        """The surrogate of equation 7, summed over the tokens; its weights undo the sampler's α."""
+        batch = step.batch
+        logits = step.pair.logits("student", step.student_hidden)
+        target = step.pair.logits("teacher", step.teacher_hidden(batch)).detach()
+        log_q, log_p = log_probs(logits, batch.targets), log_probs(target, batch.targets)
+        behavior = None
+        if self.teacher_mix > 0:
+            shares = torch.tensor([1 - self.teacher_mix, self.teacher_mix], dtype=log_q.dtype, device=log_q.device)
+            behavior = torch.logaddexp(log_q.detach() + shares[0].log(), log_p + shares[1].log())
+        mask = batch.by_row(torch.ones_like(log_p)) > 0
+        values = minillm(
+            batch.by_row(log_q),
+            batch.by_row(log_p),
+            batch.by_row(reverse_kl(logits, target)),
+            mask,
+            log_behaviour=None if behavior is None else batch.by_row(behavior),
+            importance=self.importance,
+            length_normalization=self.length_normalization,
+            clip_ratio=self.clip_ratio,
+        )
+        return ChunkedLoss(values.sum(), {"entropy": entropy(logits).sum()})

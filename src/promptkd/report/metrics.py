@@ -1,0 +1,151 @@
+"""What every metric is called, its unit, and which direction is better: of evaluations, and of training's log."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from promptkd.results import Better
+
+
+@dataclass(frozen=True, slots=True)
+class MetricInfo:
+    name: str
+    """The key in the record."""
+    label: str
+    """Column heading."""
+    phrase: str
+    """The same inside a sentence."""
+    unit: str
+    better: Better | None
+    """None: neither direction is better."""
+    decimals: int
+    meaning: str
+    scale: float = 1
+    """The recorded value times this is in `unit`."""
+    yes: float | None = None
+    """Of a score that is yes or no for one row: the recorded value of a yes."""
+
+    @property
+    def difference_unit(self) -> str:
+        return {"%": "percentage points", "of 100": "points"}.get(self.unit, self.unit)
+
+    @property
+    def label_and_unit(self) -> str:
+        return f"{self.label}, {self.unit}" if self.unit else self.label
+
+
+# fmt: off
+_MEASURED = (
+    MetricInfo("loss", "Validation loss", "validation loss", "nats/token", "lower", 2,
+               "Mean negative log-likelihood of the reference answers, given the request."),
+    MetricInfo("kl_to_teacher", "KL to the teacher", "KL to the teacher", "nats/token", "lower", 2,
+               "KL(student‖teacher) on answers sampled from the student: 0 is a perfect copy of the teacher."),
+    MetricInfo("rouge_l", "ROUGE-L", "ROUGE-L", "of 100", "higher", 1,
+               "Longest common subsequence of answer and reference as an F score, the best over references."),
+    MetricInfo("rouge_1", "ROUGE-1", "ROUGE-1", "of 100", "higher", 1,
+               "Words that answer and reference have in common as an F score, the best over references."),
+    MetricInfo("exact_match", "Exact match", "exact match", "of 100", "higher", 1,
+               "Share of answers that equal a reference after normalization.", yes=100),
+    MetricInfo("eos_share", "Ends by itself", "share of answers that end by themselves", "%", "higher", 0,
+               "Share of answers with an end-of-response token before the length limit.", scale=100, yes=1),
+    MetricInfo("cut_share", "Cut at the limit", "share of answers cut at the limit", "%", "lower", 0,
+               "Share of answers that reach the length limit without an end.", scale=100, yes=1),
+    MetricInfo("response_length", "Answer length", "answer length", "tokens", None, 1,
+               "Mean length of the answers; longer is neither better nor worse."),
+    MetricInfo("length_ratio", "Length to reference", "length against the references", "", None, 2,
+               "Tokens of all answers over tokens of all references; 1 is as long as the references."),
+    MetricInfo("distinct_1", "Distinct-1", "share of distinct tokens", "%", None, 0,
+               "Distinct tokens over all tokens of an answer: low where it repeats itself.", scale=100),
+    MetricInfo("distinct_2", "Distinct-2", "share of distinct token pairs", "%", None, 0,
+               "Distinct pairs of adjacent tokens over all pairs of an answer: low where it repeats itself.",
+               scale=100),
+    MetricInfo("judge_ratio", "Judge's ratio", "ratio of the judge's scores to the reference's", "%", "higher", 1,
+               "Sum of the judge's scores of the answers over that of the references, both from 1 to 10."),
+    MetricInfo("judge_score", "Judge's score", "judge's score", "of 10", "higher", 2,
+               "Mean score that the judge gave the answers, from 1 to 10."),
+    MetricInfo("judge_reference_score", "Reference's score", "judge's score of the references", "of 10", None, 2,
+               "Mean score that the judge gave the references beside the answers, from 1 to 10."),
+    MetricInfo("win_rate", "Wins", "share of rows won before the judge", "%", "higher", 1,
+               "Share of rows whose answer the judge prefers in both orders.", scale=100, yes=1),
+    MetricInfo("tie_rate", "Ties", "share of rows without a winner", "%", None, 1,
+               "Share of rows where both orders give a tie, or the two disagree.", scale=100, yes=1),
+    MetricInfo("flip_rate", "Flips", "share of rows whose verdict changes with the order", "%", None, 1,
+               "Share of rows where the judge's verdict changes when the two answers change places: its position bias.",
+               scale=100, yes=1),
+    MetricInfo("unparsable_share", "Unreadable verdicts", "share of verdicts that could not be read", "%", None, 1,
+               "Share of the judge's verdicts that name no score or winner; their rows count for no other metric.",
+               scale=100, yes=1),
+)
+# By group: name, label, unit, meaning; in the order in which the page plots them.
+_LOGGED = {
+    "Losses": (
+        ("loss", "Training loss", "nats/token", "The loss that the student's optimizer minimizes."),
+        ("student_kl", "Student KL", "nats/token",
+         "KL between student and (prompted) teacher on the training responses, in the method's direction."),
+        ("student_loss", "Student loss", "nats/token", "The method's loss of the student, per token."),
+        ("language_loss", "Language modeling", "nats/token", "Cross-entropy on the plain text."),
+        ("prompt_kl", "Prompt KL", "nats/token", "KL between the prompted teacher and the student."),
+        ("prompt_regularizer", "Prompt regularizer", "nats/token", "KL between the prompted and the plain teacher."),
+        ("lambda", "Regularizer weight λ", "", "Weight of the regularizer; it falls to c/K."),
+        ("prompt_lag", "Prompt staleness", "steps", "Updates since the prompt that the student learns from."),
+    ),
+    "Responses": (
+        ("entropy", "Entropy", "nats/token", "Entropy of the student's next-token distribution."),
+        ("response_length", "Response length", "tokens", "Mean length of the sampled responses."),
+        ("student_share", "Student's share", "", "Share of the responses that the student writes (distillm)."),
+        ("replay_size", "Replay buffer", "responses", "Responses in the replay buffer (distillm)."),
+        ("cut_share", "Cut at the limit", "%", "Responses that reach the length limit without an end."),
+    ),
+    "Norms and rates": (
+        ("prompt_norm", "Prompt norm", "", "Norm of the soft prompt."),
+        ("prompt_distance", "Prompt distance", "", "Distance of the soft prompt from its start."),
+        ("adapter_distance", "Adapter distance", "", "Distance of the teacher's trained weights from their start."),
+        ("grad_norm", "Gradient norm", "", "Of the student, before clipping."),
+        ("prompt_grad_norm", "Prompt gradient norm", "", "Of the soft prompt, before clipping."),
+        ("learning_rate", "Learning rate", "", "Of the student."),
+        ("prompt_learning_rate", "Prompt learning rate", "", "Of the soft prompt."),
+        ("skipped_steps", "Skipped steps", "steps", "Steps skipped because a loss or gradient was NaN or infinite."),
+        ("epoch", "Epoch", "", "Passes over the training rows."),
+    ),
+    "Time": (
+        ("tokens_per_second", "Throughput", "tokens/s", "Prompt and response tokens trained on per second."),
+        ("seconds_rollout", "Rollout", "s", "Seconds of a step spent on sampling responses."),
+        ("seconds_prompt", "Prompt step", "s", "Seconds of a step spent on the soft prompt."),
+        ("seconds_student", "Student step", "s", "Seconds of a step spent on the student."),
+    ),
+}
+# fmt: on
+METRICS = {info.name: info for info in _MEASURED}
+LOGGED = {
+    name: MetricInfo(name, label, label, unit, None, 3, meaning, scale=100 if unit == "%" else 1)
+    for group in _LOGGED.values()
+    for name, label, unit, meaning in group
+}
+_VALIDATION = "eval_"
+
+
+def metric_info(name: str) -> MetricInfo:
+    """The metric of an evaluation; an unknown one is shown by its name."""
+    return METRICS.get(name) or MetricInfo(name, name, name, "", None, 3, "")
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Known metrics in the order of `METRICS`, then the others in the order of their first appearance."""
+    given = list(dict.fromkeys(names))
+    return [name for name in METRICS if name in given] + [name for name in given if name not in METRICS]
+
+
+def logged_info(name: str) -> MetricInfo:
+    """The metric that training logs as `name`; "eval_" before a metric is that metric on the validation rows."""
+    measured = METRICS.get(name.removeprefix(_VALIDATION)) if name.startswith(_VALIDATION) else None
+    if name in LOGGED or measured is None:
+        return LOGGED.get(name) or MetricInfo(name, name, name, "", None, 3, "")
+    label = measured.label if measured.name == "loss" else f"Validation {measured.label}"
+    return MetricInfo(name, label, label, measured.unit, None, 3, measured.meaning, measured.scale)
+
+
+def logged_group(name: str) -> str:
+    """The group of plots that a logged metric belongs to."""
+    for title, group in _LOGGED.items():
+        if any(known == name for known, *_ in group):
+            return title
+    return "Validation" if name.startswith(_VALIDATION) else "Other metrics"

@@ -1,0 +1,228 @@
+"""One self-contained HTML page from one or more records."""
+
+import base64
+import hashlib
+import math
+from collections.abc import Sequence
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from promptkd.errors import RequestError
+from promptkd.report.answers import answering_models, browser_data, row_sets
+from promptkd.report.differences import DifferenceRow, compared_sentences, difference_table
+from promptkd.report.escape import packed_json, packed_text
+from promptkd.report.formatting import effect, listed, probability, score
+from promptkd.report.labels import is_teacher, unified
+from promptkd.report.metrics import MetricInfo, in_order, metric_info
+from promptkd.report.plots import Stage, bias_data, bias_plots, chart_data, stages
+from promptkd.report.provenance import Provenance, provenance
+from promptkd.report.summary import summarize
+from promptkd.report.tables import (
+    ComparisonRow,
+    by_setting,
+    comparison_table,
+    cost_table,
+    metric_columns,
+    model_order,
+)
+from promptkd.results import Metric, Results
+from promptkd.visible import visible
+
+_SCRIPTS = ("page", "unpack", "charts", "training", "bias", "distributions", "diff", "rows", "start")
+"""In the order in which they stand in the page's one script."""
+_COLORS = 8
+"""Students beyond so many share colors; the teacher's is 0."""
+_MOST_COLUMNS = 8
+_MOST_NAMED = 4
+_MOST_RUNS_NAMED = 2
+_FORM = ("eos_share", "cut_share", "length_ratio", "distinct_1", "distinct_2", "response_length")
+"""Metrics of an answer's form, which have a table of their own where the columns are many."""
+_BAR_WIDTH, _BAR_MARGIN = 156, 8
+
+
+def render_report(records: Sequence[Results], *, title: str | None = None) -> str:
+    """The report as one HTML page that needs no other file and no network. The same records give the same page.
+
+    Every text from a record is escaped by the template engine, or reaches the page's script as packed data and the page
+    from there as text. A content security policy names the page's scripts by hash, so that no injected script would
+    run.
+
+    Raises `RequestError` for an empty sequence.
+    """
+    if not records:
+        raise RequestError("Expected at least one results record to report on, got none. Name a run's folder.")
+    context, data = _context(records)
+    draws = bool(data["charts"] or data["bias"] or data["browser"]["sets"])
+    script = Markup(_script()) if draws else ""
+    return (
+        _environment()
+        .get_template("page.html")
+        .render(
+            context,
+            title=title or _title(records),
+            policy=_policy([script, get_plotlyjs()] if draws else []),
+            style=Markup(_own_file("style.css")),
+            script=script,
+            data=packed_json(data),
+            plotly=_packed_plotly() if draws else "",
+        )
+    )
+
+
+def _environment() -> Environment:
+    """Escapes by default, refuses undefined names, and shows control characters instead of emitting them."""
+    environment = Environment(
+        loader=PackageLoader("promptkd.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=lambda value: visible(value) if type(value) is str else value,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    for function in (is_teacher, in_order, score, probability, effect, bar_positions):
+        environment.globals[function.__name__] = function
+    environment.globals["bar_width"] = _BAR_WIDTH
+    return environment
+
+
+@cache
+def _packed_plotly() -> Markup:
+    """A third of Plotly's size."""
+    return packed_text(get_plotlyjs())
+
+
+def _script() -> str:
+    files = "\n".join(_own_file(f"scripts/{name}.js") for name in _SCRIPTS)
+    return f'"use strict";\n(() => {{\n{files}}})();\n'
+
+
+def _own_file(name: str) -> str:
+    return resources.files("promptkd.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _policy(scripts: Sequence[str]) -> str:
+    """No request, no script but the page's own."""
+    hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    allowed = " ".join(f"'sha256-{digest}'" for digest in hashes) or "'none'"
+    return (
+        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+def _title(records: Sequence[Results]) -> str:
+    if len(records) == 1:
+        return f"{records[0].kind.capitalize()} report"
+    measured = model_order(unified(records))
+    students = [model for model in measured if not is_teacher(model)] or measured
+    if not students:
+        return f"Report on {len(records)} records"
+    return f"Report on {listed(students) if len(students) <= _MOST_NAMED else f'{len(students)} models'}"
+
+
+def _context(records: Sequence[Results]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The names of the templates, and the data that the page's script reads: numbers, and texts as texts."""
+    story = unified(records)
+    sets, found, bias = row_sets(story), stages(story), bias_plots(story)
+    models = answering_models(story, sets)
+    colors = _colors(models)
+    rows, differences, sources = comparison_table(story), difference_table(story), provenance(story)
+    cost_heads, cost_lines = cost_table(story)
+    data: dict[str, Any] = {
+        "models": [{"label": visible(model), "teacher": is_teacher(model), "color": colors[model]} for model in models],
+        "charts": chart_data(found),
+        "bias": bias_data(bias, models),
+        "browser": browser_data(story, sets, models),
+    }
+    views = [view for each in sets for view in each.views.values()]
+    pooled = any(record.kind == "study" for record in records)
+    context = {
+        "pooled": pooled,
+        "sampled": "the seeds of training and the rows of the data" if pooled else "the rows of the data",
+        "summary": summarize(story),
+        "notes": _notes(records, sources),
+        "groups": _tables(rows, metric_columns(story)),
+        "explained": [info for info in map(metric_info, metric_columns(story)) if info.meaning],
+        "deviations": any(cell.deviation for row in rows for cell in row.cells.values()),
+        "differences": _pairs(differences),
+        "tested": any(row.source.p_adjusted is not None for row in differences),
+        "bias": bias,
+        "distributions": bool(data["browser"]["metrics"]),
+        "answered": [model for model in models if any(model in view.answers for view in views)],
+        "models": models,
+        "rows": sets[0] if sets else None,
+        "view": views[0] if views else None,
+        "recorded_requests": sum(len(each.places) for each in sets),
+        "cost_heads": cost_heads,
+        "cost_lines": cost_lines,
+        "stages": found,
+        "run_colors": lambda stage: _run_colors(stage, colors),
+        "provenance": sources,
+        "span": " to ".join(dict.fromkeys(f(entry.created for entry in sources) for f in (min, max))),
+        "colors": colors,
+    }
+    return context, data
+
+
+def _colors(models: Sequence[str]) -> dict[str, int]:
+    students = [model for model in models if not is_teacher(model)]
+    return {model: 0 if is_teacher(model) else 1 + students.index(model) % _COLORS for model in models}
+
+
+def _run_colors(stage: Stage, colors: dict[str, int]) -> dict[str, int]:
+    """A run has the color of its model; the page's script falls back in the same way."""
+    return {name: colors.get(name, 1 + at % _COLORS) for at, name in enumerate(stage.runs)}
+
+
+def _notes(records: Sequence[Results], sources: Sequence[Provenance]) -> dict[str, str]:
+    """Each note once, with the runs that have it; not those of a comparison that the summary says in its own words."""
+    notes: dict[str, list[str]] = {}
+    for record, entry in zip(records, sources, strict=True):
+        said = compared_sentences(record)
+        for note in record.notes:
+            if note not in said:
+                notes.setdefault(note, []).append(entry.run)
+    return {
+        note: "; ".join(filter(None, runs)) if len(runs) <= _MOST_RUNS_NAMED else f"in {len(runs)} records"
+        for note, runs in notes.items()
+    }
+
+
+def _tables(
+    rows: Sequence[ComparisonRow], names: Sequence[str]
+) -> dict[str, list[tuple[list[MetricInfo], list[ComparisonRow]]]]:
+    """By data and decoding, one table, or two where one would be too wide to read."""
+    groups = {}
+    for setting, found in by_setting(rows).items():
+        measured = [name for name in names if any(name in row.cells for row in found)]
+        form = [name for name in measured if name in _FORM] if len(measured) > _MOST_COLUMNS else []
+        parts = [[name for name in measured if name not in form], form]
+        groups[setting] = [([metric_info(name) for name in part], found) for part in parts if part]
+    return groups
+
+
+def _pairs(rows: Sequence[DifferenceRow]) -> dict[str, dict[tuple[str, str, str], list[DifferenceRow]]]:
+    """Data set -> (model, baseline, run) -> its differences."""
+    sets: dict[str, dict[tuple[str, str, str], list[DifferenceRow]]] = {}
+    for row in rows:
+        pairs = sets.setdefault(row.pair.data, {})
+        pairs.setdefault((row.pair.model, row.pair.baseline, row.run), []).append(row)
+    return sets
+
+
+def bar_positions(measured: Metric) -> list[str]:
+    """Where lower end, value and upper end stand on a bar with zero in its middle; empty if one is not finite.
+
+    Every bar has its own scale, so that zero inside an interval is seen to be inside.
+    """
+    ends = [end for end in (measured.low, measured.value, measured.high) if end is not None]
+    if not all(math.isfinite(end) for end in ends):
+        return []
+    middle, reach = _BAR_WIDTH / 2, max(map(abs, ends)) or 1.0
+    return [f"{middle + end / reach * (middle - _BAR_MARGIN):.1f}" for end in ends]

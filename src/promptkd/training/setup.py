@@ -1,0 +1,121 @@
+"""What is checked and made before a distillation starts: rows, vocabularies, sizes, the teacher's adapter."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from promptkd.data import EncodedData, encode_examples, examples_from_rows
+from promptkd.engine import check_scoring, unwrap_peft
+from promptkd.errors import RequestError
+from promptkd.methods import Method
+from promptkd.models.adapters import TeacherAdapter
+from promptkd.responses import AdaptiveReplay, TeacherMixed
+from promptkd.training.distributed import (
+    check_dispatched,
+    check_sharding,
+    is_dispatched,
+    is_sharded,
+    settle_dispatched,
+)
+from promptkd.training.rollout import needs_generate
+from promptkd.training.teacher_options import check_teacher_options
+
+
+def encode(
+    rows: Sequence[dict[str, Any]] | EncodedData | None,
+    tokenizer: PreTrainedTokenizerBase,
+    args: Any,
+    *,
+    need_response: bool = True,
+) -> EncodedData | None:
+    """Rows as tokens, by the template and the limits of a `DistillConfig`."""
+    if rows is None or isinstance(rows, EncodedData):
+        return rows
+    return encode_examples(
+        examples_from_rows(rows),
+        tokenizer,
+        args.template,
+        max_prompt_length=args.max_prompt_length,
+        max_response_length=args.max_completion_length or 0,
+        overlong=args.overlong,
+        need_response=need_response,
+    )
+
+
+def check_responses(method: Method, args: Any, *, validates: bool) -> None:
+    """Refuse sampling that a source of responses cannot weigh; warn of a schedule that nothing would move."""
+    source = method.responses
+    if isinstance(source, TeacherMixed) and (args.temperature != 1 or args.top_p < 1 or args.top_k > 0):
+        raise RequestError(
+            "Responses from a mixture of student and teacher are weighed as samples at temperature 1 of the whole "
+            "distribution. Leave --temperature, --top_p and --top_k as they are."
+        )
+    if isinstance(source, AdaptiveReplay) and source.start == 0 and not validates:
+        warnings.warn(
+            "Without validation rows the student's share of the responses stays at 0: give eval rows or a "
+            "student_share.",
+            stacklevel=4,
+        )
+
+
+def check_placement(
+    student: nn.Module, teacher: PreTrainedModel, method: Method, args: Any, accelerator: Accelerator
+) -> None:
+    """Refuse models that these processes cannot train so; settle a teacher that lies on several devices.
+
+    Raises:
+        RequestError: with what is wrong with the launch configuration or the teacher's `device_map`.
+    """
+    check_sharding(
+        accelerator,
+        student,
+        teacher,
+        adapter=method.adapter_class,
+        needs_generate=needs_generate(args) and not args.use_vllm,
+        chunks=args.chunk_tokens != 0,
+    )
+    check_dispatched(teacher, accelerator, method.adapter_class)
+    if is_dispatched(teacher):
+        settle_dispatched(teacher, accelerator.device)
+
+
+def check_models(student: nn.Module, teacher: PreTrainedModel, adapter: TeacherAdapter | None, args: Any) -> None:
+    """Refuse models with too few positions, or that cannot be scored at given positions."""
+    longest = args.max_prompt_length + args.max_completion_length
+    prompt = 0 if adapter is None else adapter.extra_positions
+    for name, each, extra in (("student", student, 0), ("teacher", teacher, prompt)):
+        # an attribute, not a key: GPT-2 spells it n_positions; models without positions have none
+        limit = getattr(unwrap_peft(each).config.get_text_config(), "max_position_embeddings", None)
+        if limit is not None and longest + extra > limit:
+            raise RequestError(
+                f"The {name} has {limit} positions. max_prompt_length + max_completion_length"
+                f"{' + prompt_length' if extra else ''} is {longest + extra}; lower one of them."
+            )
+        check_scoring(each)
+
+
+def check_rows(rows: int | None, args: Any) -> None:
+    """Refuse fewer rows than one optimizer step takes."""
+    window = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    if rows is not None and rows < window:
+        raise RequestError(
+            f"One optimizer step takes {window} rows (batch size x accumulation x processes). "
+            f"Got {rows}. Lower --per_device_train_batch_size or give more rows."
+        )
+
+
+def make_adapter(
+    method: Method, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: Any, accelerator: Accelerator
+) -> tuple[TeacherAdapter | None, nn.Module]:
+    """The adapter that the method asks for, and the teacher to use with it."""
+    check_teacher_options(args, method, teacher)
+    if not (is_sharded(accelerator) or is_dispatched(teacher)):  # a sharded one goes there part by part
+        teacher = teacher.to(accelerator.device)
+    factory: Any = method.adapter
+    if factory is None:
+        return None, teacher
+    return factory.create(teacher, tokenizer, seed=args.seed, device=accelerator.device)

@@ -1,0 +1,104 @@
+"""All that a checkpoint of promptkd holds beyond transformers' own, in one file."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from transformers import Trainer
+
+from promptkd.errors import RequestError
+from promptkd.responses import Responses
+from promptkd.training.guard import Guard
+from promptkd.training.teacher_tuner import TeacherTuner
+
+_FILE = "method.pt"
+
+
+class PartialLog:
+    """The sums of a logged line that is not complete yet, so that a resumed run logs the same line."""
+
+    def __init__(self, trainer: Trainer):
+        self._trainer = trainer
+        self._resumed: Mapping[str, Any] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """All processes must ask together."""
+        trainer = self._trainer
+        return {
+            "loss": trainer.accelerator.gather(trainer._tr_loss.reshape(1)).tolist(),  # one per process
+            "logged": trainer._globalstep_last_logged,
+            "metrics": {name: list(values) for name, values in trainer._metrics["train"].items()},
+            "tokens": trainer._total_train_tokens,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Resume from `state` once training begins: transformers sets the sums to 0 between loading and that."""
+        self._resumed = state
+
+    def begin(self) -> None:
+        """Put resumed sums where transformers adds to them. To be called when training begins."""
+        state, self._resumed = self._resumed, None
+        if state is None:
+            return
+        trainer, losses = self._trainer, state["loss"]
+        own = sum(losses) / len(losses)
+        if len(losses) == trainer.accelerator.num_processes:
+            own = losses[trainer.accelerator.process_index]
+        trainer._tr_loss = torch.tensor(own, device=trainer.accelerator.device)
+        trainer._globalstep_last_logged = state["logged"]
+        trainer._metrics["train"].update({name: list(values) for name, values in state["metrics"].items()})
+        trainer._total_train_tokens = state["tokens"]
+
+
+class ExtraState:
+    """Adapter, its optimizer and schedule, the source of responses, the guard and the line to be logged."""
+
+    def __init__(
+        self, log: PartialLog, guard: Guard, *, responses: Responses | None = None, tuner: TeacherTuner | None = None
+    ):
+        self._log, self._guard, self._responses, self._tuner = log, guard, responses, tuner
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states of all parts; of the source of responses, one per process. All processes must ask together."""
+        state: dict[str, Any] = {"log": self._log.state_dict(), "guard": self._guard.state_dict()}
+        if self._responses is not None:
+            state["responses"] = gather_object([self._responses.state_dict()])
+        return state | ({} if self._tuner is None else self._tuner.state_dict())
+
+    def load_state_dict(self, state: Mapping[str, Any], *, process: int = 0) -> None:
+        """Resume from `state` on process number `process`."""
+        self._log.load_state_dict(state["log"])
+        self._guard.load_state_dict(state["guard"])
+        if self._responses is not None:
+            responses = state["responses"]  # with fewer processes than before, what the last ones kept is lost
+            self._responses.load_state_dict(responses[process % len(responses)])
+        if self._tuner is not None:
+            self._tuner.load_state_dict(state)
+
+    def load_adapter(self, checkpoint: str | Path) -> None:
+        """Take the adapter alone from a checkpoint, as for the best model at the end of training."""
+        if self._tuner is not None:
+            self._tuner.adapter.load_state_dict(self._read(checkpoint)["adapter"])
+
+    def save(self, checkpoint: Path, *, writes: bool) -> None:
+        """Write into a checkpoint's folder. All processes must come here together; one of them `writes`."""
+        state = self.state_dict()
+        if writes:
+            torch.save(state, checkpoint / _FILE)
+
+    def load(self, checkpoint: str | Path, *, process: int) -> None:
+        """Resume from a checkpoint's folder.
+
+        Raises:
+            RequestError: if the folder holds no such state.
+        """
+        self.load_state_dict(self._read(checkpoint), process=process)
+
+    @staticmethod
+    def _read(checkpoint: str | Path) -> dict[str, Any]:
+        file = Path(checkpoint) / _FILE
+        if not file.is_file():
+            raise RequestError(f"Expected the method's state at {file}.")
+        return torch.load(file, map_location="cpu", weights_only=True)

@@ -1,0 +1,111 @@
+"""The student made ready to be trained: loaded, in its LoRA wrapper, with weights in float32."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import set_seed
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from promptkd.errors import RequestError
+from promptkd.models import load_model
+
+_LOGGER = logging.getLogger(__name__)
+
+
+def prepare_student(
+    model: str | Path | PreTrainedModel,
+    args: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    peft_config: PeftConfig | None = None,
+    quantization_config: Any = None,
+) -> nn.Module:
+    """The student as the trainer takes it; `args.seed` decides its LoRA weights.
+
+    A tokenizer without a padding token gets its end token for that.
+
+    Args:
+        model: a loaded model, or what `load_model` takes.
+        args: a `DistillConfig`.
+
+    Raises:
+        RequestError: for a LoRA configuration that cannot be trained, or one beside a `PeftModel`.
+    """
+    set_seed(args.seed)
+    if isinstance(model, str | Path):
+        settings = dict(args.model_init_kwargs or {})
+        if quantization_config is not None:
+            settings["quantization_config"] = quantization_config
+        model = load_model(model, trust_remote_code=args.trust_remote_code, **settings)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    if model.generation_config is not None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+    if peft_config is None:
+        student = model
+    elif isinstance(model, PeftModel):
+        raise RequestError("The student is a PeftModel already. Merge its adapter first, or leave peft_config out.")
+    elif peft_config.is_prompt_learning:
+        raise RequestError("The student cannot have a soft prompt of its own. Give a LoraConfig as peft_config.")
+    else:
+        student = get_peft_model(model, peft_config)
+    if isinstance(student, PeftModel):
+        if isinstance(student.get_output_embeddings(), BaseTunerLayer):
+            raise RequestError("The student's head cannot carry LoRA weights. Take lm_head out of target_modules.")
+        if args.gradient_checkpointing:
+            student.enable_input_require_grads()
+    return student
+
+
+def merge_lora(trainer: Any) -> None:
+    """Merge the LoRA weights of a trainer's student into its own."""
+    student = trainer.accelerator.unwrap_model(trainer.model)
+    if not isinstance(student, PeftModel):
+        raise RequestError("Only a student that was trained with LoRA (peft_config) can be merged.")
+    trainer.model = trainer.model_wrapped = student.merge_and_unload()
+
+
+def raise_to_float32(model: nn.Module) -> torch.dtype | None:
+    """Make the trained weights float32; return the lower precision that they had, None if they had none.
+
+    The weights that stand beside them go with them, but not those below an adapter of PEFT.
+    """
+    low = [each for each in model.parameters() if each.requires_grad and each.dtype.itemsize < 4]
+    if not low:
+        return None
+    before = low[0].dtype
+    if isinstance(model, PeftModel):
+        for each in low:
+            each.data = each.data.float()
+    else:
+        model.float()
+    return before
+
+
+def precision_notes(args: Any, raised_from: torch.dtype | None) -> list[str]:
+    """Sentences on the precision, on weights that were raised, and on GPUs that are not used; all but one are logged.
+
+    Args:
+        raised_from: what `raise_to_float32` gave.
+    """
+    computes = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
+    notes = [f"Computed in {computes}, with trained weights in float32, on {args.device.type}."]
+    if raised_from is not None:
+        notes.append(
+            f"The weights to train came in {str(raised_from).removeprefix('torch.')} and were raised to float32: lower "
+            "precision loses small updates."
+        )
+    visible = torch.cuda.device_count() if args.device.type == "cuda" and args.world_size == 1 else 1
+    if visible > 1:
+        notes.append(
+            f"{visible} GPUs are visible and one is trained on. To train on all: accelerate launch --num_processes "
+            f"{visible} -m promptkd, and the same arguments."
+        )
+    for note in notes[1:]:
+        _LOGGER.warning(note)
+    return notes

@@ -1,0 +1,107 @@
+"""The student's part of an optimizer step: its loss on one micro-batch."""
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from promptkd.data.batch import right_pad
+from promptkd.engine import ChunkedLoss, engine_for, evaluating, head_logits, response_hidden
+from promptkd.methods import Method, Step
+from promptkd.training.distributed import autocast, is_sharded, run_in_forward
+from promptkd.training.teacher import Teacher
+from promptkd.training.window import MicroBatch, StepMetrics, Window
+
+
+def summed(loss: ChunkedLoss, name: str) -> Tensor | float:
+    """A metric's sum in float64, on its device: a number would wait for that. 0 of a loss without tokens."""
+    return loss.metrics[name].double() if name in loss.metrics else 0.0
+
+
+class StudentLoss:
+    """The method's loss, and the language-modeling loss on plain text where that is asked for.
+
+    Args:
+        args: a `DistillConfig`.
+        metrics: of the running step; takes the losses and the student's entropy.
+    """
+
+    def __init__(self, method: Method, teacher: Teacher, args: Any, accelerator: Accelerator, metrics: StepMetrics):
+        self.method, self.teacher, self.metrics = method, teacher, metrics
+        self._args, self._accelerator = args, accelerator
+        # Without dropout, the tuner and the student want the same states of the first micro-batch.
+        self._shares_pass = (
+            engine_for(accelerator.device).shares_passes and args.disable_dropout and not is_sharded(accelerator)
+        )
+
+    def hidden_for_tuner(self, model: nn.Module, micro_batch: MicroBatch) -> Tensor:
+        """(N, H) states of the student without dropout and without a graph, before its own part of the step.
+
+        On devices where that pays, the pass over the first micro-batch is kept with its graph for `__call__`.
+
+        Args:
+            model: the student in its wrapper.
+        """
+        student = self._accelerator.unwrap_model(model)
+        if self._shares_pass and micro_batch.index == 0:
+            with torch.enable_grad(), autocast(self._accelerator, self._args):
+                micro_batch.student_hidden = response_hidden(student, micro_batch.batch)
+            return micro_batch.student_hidden.detach()
+        with evaluating(student):
+            return run_in_forward(lambda: response_hidden(student, micro_batch.batch), model, self._accelerator)
+
+    def __call__(self, model: nn.Module, window: Window, micro_batch: MicroBatch) -> Tensor:
+        """The micro-batch's part of the window's mean loss, with the student's graph.
+
+        Args:
+            model: the student in its wrapper, whose forward the whole loss runs in.
+        """
+        student = self._accelerator.unwrap_model(model)
+        return run_in_forward(lambda: self._loss(student, window, micro_batch), model, self._accelerator, always=True)
+
+    def _loss(self, student: nn.Module, window: Window, micro_batch: MicroBatch) -> Tensor:
+        items = window.items.clamp(min=1)
+        with autocast(self._accelerator, self._args):  # the redirected forward runs outside of accelerate's own
+            hidden, micro_batch.student_hidden = micro_batch.student_hidden, None
+            if hidden is None:
+                hidden = response_hidden(student, micro_batch.batch)  # (N, H)
+            loss = self.method.student_loss(
+                Step(
+                    pair=self.teacher.pair(student),
+                    rows=micro_batch.rows,
+                    batch=micro_batch.batch,
+                    student_hidden=hidden,
+                    teacher_hidden=self._target(micro_batch),
+                    hidden_of_student=lambda other: response_hidden(student, other),
+                )
+            )
+        per_token = (window.tokens.clamp(min=1) / items).double()
+        self.metrics.add("student_loss", loss.total.detach().double() * per_token)
+        self.metrics.add("entropy", summed(loss, "entropy"))
+        total = loss.total / items
+        if micro_batch.texts:
+            total = total + self._language_loss(student, window, micro_batch)
+        # Processes average their gradients; times their number, the sum over all of them is the mean over all tokens.
+        return total * self._accelerator.num_processes
+
+    def _target(self, micro_batch: MicroBatch) -> Any:
+        """The states that the student learns from: a new pass of the teacher, which its tuner has just moved.
+
+        With `prompt_refresh` "stale" they are those of before that move: a pass less, and not PromptKD as published.
+        """
+        stale, micro_batch.teacher_hidden = micro_batch.teacher_hidden, None
+        if stale is None:
+            return self.teacher.adapted_hidden
+        self.metrics.set("prompt_lag", 1)
+        return lambda batch: stale  # only methods whose loss reads this one batch are let through
+
+    def _language_loss(self, student: nn.Module, window: Window, micro_batch: MicroBatch) -> Tensor:
+        """The micro-batch's part of the mean cross-entropy on plain text (MiniLLM's L_PT), weighted."""
+        texts = micro_batch.texts
+        batch = right_pad([ids[:1] for ids in texts], [ids[1:] for ids in texts], device=self._accelerator.device)
+        with autocast(self._accelerator, self._args):
+            logits = head_logits(student, response_hidden(student, batch)).float()
+        loss = nn.functional.cross_entropy(logits, batch.targets, reduction="sum")
+        self.metrics.add("language_loss", loss.detach().double(), per="text")
+        return self._args.language_weight * loss / window.text_tokens.clamp(min=1)

@@ -1,0 +1,97 @@
+"""What an optimizer step works on: rows with their responses, in micro-batches; and the metrics summed of them."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from promptkd.data.batch import TokenBatch
+from promptkd.data.encode import EncodedExample
+
+
+@dataclass
+class MicroBatch:
+    """B rows and the responses that the student learns from, N tokens."""
+
+    index: int
+    """Its place in the window."""
+    rows: Sequence[EncodedExample]
+    batch: TokenBatch
+    texts: Sequence[Sequence[int]]
+    """Plain texts for the language-modeling loss, one per row; empty without one."""
+    student_hidden: Tensor | None = None
+    """(N, H) states of the student with their graph, where the teacher's tuner has computed them already."""
+    teacher_hidden: Tensor | None = None
+    """(N, H) states of the adapted teacher of before its last step, with `prompt_refresh` "stale"."""
+
+
+@dataclass
+class Window:
+    """The micro-batches of one optimizer step on this process; counts are those of all processes."""
+
+    micro_batches: Sequence[MicroBatch]
+    items: Tensor
+    """What the student's loss is a mean over: response tokens, or rows."""
+    tokens: Tensor
+    """Response tokens."""
+    text_tokens: Tensor
+    """Predicted tokens of the plain texts."""
+    taken: int = 0
+    """Micro-batches that `next` has given."""
+
+    def next(self) -> MicroBatch:
+        """The next micro-batch."""
+        self.taken += 1
+        return self.micro_batches[self.taken - 1]
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every micro-batch was taken."""
+        return self.taken == len(self.micro_batches)
+
+
+class StepMetrics:
+    """Metrics of one optimizer step: sums on the device, so that nothing waits for it before the step is done."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin the next step."""
+        self._sums: dict[str, dict[str, Tensor | float]] = {
+            kind: defaultdict(float) for kind in ("token", "row", "text")
+        }
+        self._values: dict[str, float] = {}
+        self.rows = 0
+        """Rows of this process."""
+        self.processed_tokens = 0
+        """Tokens of this process, prompts and responses."""
+
+    def add(self, name: str, value: Tensor | float, *, per: str = "token") -> None:
+        """Add to a sum of this process, whose mean over tokens, rows or text tokens of all processes is logged."""
+        self._sums[per][name] += value
+
+    def set(self, name: str, value: float) -> None:
+        """Log a value as it is, the same on every process."""
+        self._values[name] = value
+
+    def means(self, window: Window, accelerator: Accelerator, spent: Mapping[str, float]) -> dict[str, float]:
+        """What to log of the step; the next one begins. All processes must ask together.
+
+        Args:
+            spent: seconds of this process by phase.
+        """
+        names = [(per, name) for per, sums in self._sums.items() for name in sums]
+        own = [float(self._sums[per][name]) for per, name in names] + [self.rows, self.processed_tokens]
+        sums = accelerator.reduce(torch.tensor(own, dtype=torch.float64, device=accelerator.device), reduction="sum")
+        *totals, rows, processed_tokens = sums.tolist()
+        counts = {"token": max(int(window.tokens), 1), "row": rows, "text": max(int(window.text_tokens), 1)}
+        means = {name: total / counts[per] for (per, name), total in zip(names, totals, strict=True)}
+        seconds = {f"seconds_{name}": spent.get(name, 0.0) for name in ("rollout", "prompt", "student")}
+        speed = processed_tokens / max(sum(seconds.values()), 1e-9)
+        logged = means | self._values | {"tokens_per_second": speed} | seconds
+        self.clear()
+        return logged
