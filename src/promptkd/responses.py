@@ -9,8 +9,6 @@ import torch
 from promptkd.data.encode import EncodedExample
 from promptkd.settings import accept_old_name
 
-__all__ = ["AdaptiveReplay", "ResponseMix", "Responses", "Sampler", "TeacherMixed", "writes_responses"]
-
 Tokens = list[list[int]]
 
 

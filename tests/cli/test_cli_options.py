@@ -579,8 +579,6 @@ def test_help_shows_groups_defaults_and_types(capsys: pytest.CaptureFixture[str]
     assert text.startswith(
         "promptkd toy: Do something with a model.\n\nUsage: promptkd toy --data PATH [PATH ...] --model TEXT"
     )
-        "promptkd toy: Do something with a model.\n\nUsage: promptkd toy --data PATH [PATH ...] --model TEXT"
-    )
     assert "\nIt takes these two lines and fills them into one paragraph.\n" in text
     assert "\n    promptkd toy --model M --data D   # an example, as it stands\n" in text
     titles = ["\nRequired\n", "\nOptions\n", "\nTraining flags in common use\n", "\nWith every command\n"]

@@ -13,8 +13,6 @@ from promptkd.io.atomic import atomic
 from promptkd.io.lock import locked
 from promptkd.models import cache_folder, load_model
 
-__all__ = ["Stage", "cached_stage"]
-
 
 @dataclass(frozen=True)
 class Stage:

@@ -6,8 +6,6 @@ from typing import Literal
 from promptkd.evaluation.statistics import paired_difference, paired_token_difference
 from promptkd.results import Difference, Evaluation, Metric, RowResult
 
-__all__ = ["differences"]
-
 _COMPARED: tuple[tuple[str, Literal["higher", "lower"]], ...] = (
     ("loss", "lower"),
     ("kl_to_teacher", "lower"),

@@ -25,8 +25,6 @@ from promptkd.results import DataRecord, Evaluation, Results, Series, file_sha25
 from promptkd.training import DistillConfig, DistillTrainer, FinetuneConfig, FinetuneTrainer, PromptKDConfig
 from promptkd.training.callbacks import MetricsFile, ProgressBar, quiet
 
-__all__ = ["Demo"]
-
 _TUNING_ORDER = "group_by_length"  # rows of like length share a batch, so that less padding is computed
 _STAGES = ("teacher", "pruned", "recovered", "promptkd")
 _PAIRS = (("recovered", "pruned"), ("promptkd", "recovered"), ("promptkd", "teacher"))

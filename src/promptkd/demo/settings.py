@@ -7,8 +7,6 @@ from pathlib import Path
 from promptkd.errors import RequestError
 from promptkd.results import file_sha256
 
-__all__ = ["TEMPLATE", "DemoSettings", "data_file", "teacher_file", "teacher_hash"]
-
 # SmolLM2's chat format without its default system turn, which would cost 20 tokens a row.
 TEMPLATE = (
     "<|im_start|>user\n{{ instruction }}{% if input %}\n\n{{ input }}{% endif %}<|im_end|>\n<|im_start|>assistant\n"

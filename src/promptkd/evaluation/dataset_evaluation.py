@@ -28,8 +28,6 @@ from promptkd.io.jsonl import ResumableLines
 from promptkd.models import vocabulary_size
 from promptkd.results import Evaluation, RowResult
 
-__all__ = ["SetEvaluation", "parts_of"]
-
 Line = dict[str, Any]
 _GREEDY, _REFERENCES = "greedy", "references"
 

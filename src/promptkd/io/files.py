@@ -12,8 +12,6 @@ from typing import Any
 
 from promptkd.errors import RequestError
 
-__all__ = ["MOST_SETTINGS_BYTES", "is_plain_name", "json_value", "not_regular", "read_json_object", "read_regular"]
-
 MIB = 1 << 20
 MOST_SETTINGS_BYTES = 64 * MIB
 """Of a file of settings: config.json, tokenizer_config.json, an index of weights, a checkpoint's state."""

@@ -4,8 +4,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["is_secret", "redacted", "without_secret_values", "without_secrets"]
-
 STARS = "***"
 _SECRET = r"(?:[\w.-]*[_.-])?(?:token|api[_-]?key|key|secret|password|passwd|credentials?|authorization)"
 _SECRET_NAME = re.compile(_SECRET, re.IGNORECASE)

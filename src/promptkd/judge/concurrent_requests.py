@@ -7,8 +7,6 @@ from typing import Generic, TypeVar
 from promptkd.errors import PromptKDError
 from promptkd.judge.endpoint import Asker, Endpoint, Refusal, Reply, Unanswered
 
-__all__ = ["ask_all"]
-
 K = TypeVar("K", bound=Hashable)
 Take = Callable[[K, Reply | Refusal], None]
 

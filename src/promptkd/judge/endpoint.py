@@ -22,8 +22,6 @@ from pydantic import BaseModel, ValidationError
 
 from promptkd.errors import PromptKDError, RequestError
 
-__all__ = ["Asker", "Endpoint", "Refusal", "Reply", "Unanswered", "check_client", "check_url"]
-
 _PASSING = frozenset({408, 409, 429})
 _FATAL = {
     401: "The key was not accepted. Set OPENAI_API_KEY, or name the variable that holds it with --key-variable.",

@@ -24,8 +24,6 @@ from promptkd.judge.verdict_log import Key, Verdict
 from promptkd.judge.verdict_parsing import read_preference, read_scores
 from promptkd.results import Difference, Evaluation, Metric, RowResult
 
-__all__ = ["judge_notes", "judge_results", "token_cost", "verdict_of"]
-
 _READERS: dict[Task, Callable[[str], tuple[float, float] | None]] = {"score": read_scores, "pairwise": read_preference}
 
 

@@ -12,8 +12,6 @@ from typing import Literal
 from promptkd.errors import RequestError
 from promptkd.io.files import MIB, read_regular
 
-__all__ = ["PLACEHOLDERS", "Task", "fill_prompt", "load_prompt"]
-
 Task = Literal["score", "pairwise"]
 PLACEHOLDERS = ("request", "first", "second")
 _PLACEHOLDER = re.compile(r"\{\{\s*(.*?)\s*\}\}")

@@ -16,15 +16,6 @@ from promptkd.errors import RequestError
 from promptkd.judge.prompt_template import fill_prompt
 from promptkd.judge.verdict_log import Key
 
-__all__ = [
-    "Answer",
-    "check_same_requests",
-    "questions_about",
-    "read_answers",
-    "requests_sha256",
-    "with_requests",
-]
-
 
 @dataclass(frozen=True)
 class Answer:

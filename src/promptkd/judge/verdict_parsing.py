@@ -6,8 +6,6 @@ a score outside 1 to 10, has none: a wrong guess would enter a mean, a missing v
 
 import re
 
-__all__ = ["read_preference", "read_scores"]
-
 LOWEST, HIGHEST = 1.0, 10.0
 
 # Every repetition is bounded, or ends within a line: a hostile text must not take time beyond its length.

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 
 from promptkd.study.processes import Job, start_command
 
-__all__ = ["LocalPool", "cores", "shares"]
-
 
 def cores() -> int:
     """Cores that this process may use."""

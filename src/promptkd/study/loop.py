@@ -13,8 +13,6 @@ from promptkd.errors import PromptKDError
 from promptkd.study.processes import Job
 from promptkd.study.table import Table
 
-__all__ = ["Engine", "Outcome", "StoppedError", "carry_out"]
-
 _PAUSE = 0.2
 
 

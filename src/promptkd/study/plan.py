@@ -15,8 +15,6 @@ from typing import Any
 
 from promptkd.errors import RequestError
 
-__all__ = ["Planned", "arguments_of", "plan_runs"]
-
 Settings = dict[str, Any]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")

@@ -24,8 +24,6 @@ from promptkd.evaluation.pairing import Candidate, Column, Setting, settings_of
 from promptkd.evaluation.statistics import Floats, holm
 from promptkd.results import Better, Difference, Evaluation, Metric
 
-__all__ = ["Member", "both_ways", "compare_groups", "t_quantile", "t_two_sided"]
-
 
 @dataclass(frozen=True)
 class Member:

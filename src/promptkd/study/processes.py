@@ -13,8 +13,6 @@ from pathlib import Path
 
 from promptkd.io.redact import without_secrets
 
-__all__ = ["Job", "run_job", "shell_line", "start_command"]
-
 _PAUSE = 0.2
 _PR_SET_PDEATHSIG = 1
 

@@ -7,8 +7,6 @@ from pathlib import Path
 from promptkd.errors import RequestError
 from promptkd.results import Results
 
-__all__ = ["Progress", "last_words", "progress_of", "read_results"]
-
 _TAIL = 1 << 14
 """Bytes at the end of a file that are read for its last lines."""
 

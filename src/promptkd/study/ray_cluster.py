@@ -10,8 +10,6 @@ from typing import Any
 from promptkd.errors import RequestError
 from promptkd.study.processes import Job, run_job
 
-__all__ = ["RayCluster"]
-
 _CANCELLED = -15
 
 

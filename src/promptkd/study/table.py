@@ -14,8 +14,6 @@ from rich.text import Text
 
 from promptkd.study.progress import progress_of
 
-__all__ = ["Phase", "Row", "Table", "clock"]
-
 _AROUND = 4
 """Lines of the screen that are not runs."""
 _EVERY = 1.0

@@ -13,8 +13,6 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-__all__ = ["Finding", "Limits", "Watch", "Watching", "findings", "findings_as_notes"]
-
 _LOGGER = logging.getLogger("promptkd")
 _END_TOKEN = (
     "The end token is not learnt: see that the template's end is a stop token of the tokenizer, and that teacher and "

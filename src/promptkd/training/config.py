@@ -15,21 +15,6 @@ from promptkd.models.adapters import PromptLossSettings
 from promptkd.precision import WeightPrecision, has_bfloat16_units
 from promptkd.settings import Reader, Settings, flat, option, problems, refuse
 
-__all__ = [
-    "BF16",
-    "DECODED_ROWS",
-    "ON_NAN",
-    "UNFILTERED",
-    "DistillConfig",
-    "OnNan",
-    "PromptKDConfig",
-    "common_checks",
-    "fill_in_precision",
-    "fill_in_rows",
-    "use_one_gpu",
-]
-
-
 OnNan = Literal["stop", "skip"]
 ON_NAN = (
     "At a loss or gradient that is NaN or infinite, before anything moves: stop the run, or skip the step and count it."

@@ -26,19 +26,6 @@ from promptkd.errors import check_all
 from promptkd.models.adapters import TeacherAdapter
 from promptkd.precision import computing
 
-__all__ = [
-    "autocast",
-    "check_dispatched",
-    "check_sharding",
-    "is_dispatched",
-    "is_sharded",
-    "place_teacher",
-    "run_in_forward",
-    "run_inside",
-    "run_whole",
-    "settle_dispatched",
-]
-
 T = TypeVar("T")
 
 

@@ -14,8 +14,6 @@ from promptkd.methods import Method
 from promptkd.responses import AdaptiveReplay, ResponseMix, writes_responses
 from promptkd.training.callbacks import quiet
 
-__all__ = ["Trial", "at_its_most", "leave_nothing", "longest_rows_first", "take_trial_steps"]
-
 
 @dataclass(frozen=True)
 class Trial:

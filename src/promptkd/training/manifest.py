@@ -7,8 +7,6 @@ from typing import Any
 from promptkd.io.atomic import fsync
 from promptkd.results import file_sha256
 
-__all__ = ["MANIFEST", "damage", "write_manifest"]
-
 MANIFEST = "manifest.json"
 
 

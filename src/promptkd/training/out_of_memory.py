@@ -13,8 +13,6 @@ from promptkd.training.checkpoint import told_last_checkpoint
 if TYPE_CHECKING:
     from promptkd.training.phases import Phase
 
-__all__ = ["Savings", "advice", "out_of_memory_told"]
-
 _CHUNK = 128  # tokens
 
 

@@ -13,8 +13,6 @@ from transformers import TrainerCallback
 from promptkd.errors import Stopped
 from promptkd.training.callbacks import ends_epoch
 
-__all__ = ["StopOnSignal"]
-
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _ECHO = 1.0  # seconds: a launcher passes on what the terminal or the scheduler has sent to its processes already
 

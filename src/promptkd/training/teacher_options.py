@@ -16,8 +16,6 @@ from promptkd.models.load import keep_differentiable
 from promptkd.precision import teacher_precision
 from promptkd.settings import refuse
 
-__all__ = ["check_teacher_options", "load_teacher", "teacher_settings"]
-
 
 def load_teacher(
     teacher: str | Path | PreTrainedModel,
