@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.shapes import lengths_around, qwen, random_rows, vocabulary_of, words
-from benchmarks.gpu.watched import PHASES, UpdateWatch, watched_trainer
+from benchmarks.gpu.watched import PHASES, watched_trainer
 from benchmarks.variants import run_ours
 from benchmarks.workload import Shape
 
@@ -50,7 +50,7 @@ def run(bench: Bench) -> None:
         [made[start : start + rows] for start in range(0, len(made), rows)],
         Shape(max_length=4 * mean, max_prompt_length=2 * mean, batch_size=rows // _MICRO_BATCHES),
         trainer_class=watched_trainer(_range),
-        callbacks=[UpdateWatch(_range), _LastStep(profiler)],
+        callbacks=[_LastStep(profiler)],
         use_cpu=not bench.on_cuda,
         bf16=bench.on_cuda,
         gradient_accumulation_steps=_MICRO_BATCHES,

@@ -1,14 +1,12 @@
 """A `PromptKDTrainer` whose phases are watched from outside, as by the ranges of a profile."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from typing import Any
-
-from transformers import TrainerCallback
 
 from promptkd import PromptKDTrainer
 
-__all__ = ["PHASES", "UpdateWatch", "watched_trainer"]
+__all__ = ["PHASES", "watched_trainer"]
 
 PHASES = ("rollout", "prompt", "student", "update")
 Watch = Callable[[str], AbstractContextManager[Any]]
@@ -16,33 +14,22 @@ Watch = Callable[[str], AbstractContextManager[Any]]
 
 
 def watched_trainer(watch: Watch) -> type[PromptKDTrainer]:
-    """A trainer that enters `watch` for "rollout", "prompt" and "student"; the former two run inside of the latter."""
+    """A trainer that enters `watch` for each of its `PHASES`."""
 
     class WatchedTrainer(PromptKDTrainer):
-        def training_step(self, *args: Any, **kwargs: Any) -> Any:
-            with watch("student"):
-                return super().training_step(*args, **kwargs)
+        def __init__(self, *args: Any, **kwargs: Any):
+            super().__init__(*args, **kwargs)
+            begin, end, entered = self.phases.begin, self.phases.end, []
 
-        def _generate_and_score_completions(self, *args: Any, **kwargs: Any) -> Any:
-            with watch("rollout"):
-                return super()._generate_and_score_completions(*args, **kwargs)
+            def watched_begin(name: str) -> None:
+                begin(name)
+                entered.append(watch(name))
+                entered[-1].__enter__()
 
-        def _tune_teacher(self, *args: Any, **kwargs: Any) -> Any:
-            with watch("prompt"):
-                return super()._tune_teacher(*args, **kwargs)
+            def watched_end(*, synchronize: bool = True) -> None:
+                end(synchronize=synchronize)
+                entered.pop().__exit__(None, None, None)
+
+            self.phases.begin, self.phases.end = watched_begin, watched_end
 
     return WatchedTrainer
-
-
-class UpdateWatch(TrainerCallback):
-    """Enters `watch` for "update", the step of the student's optimizer."""
-
-    def __init__(self, watch: Watch):
-        self._watch = watch
-        self._running = ExitStack()
-
-    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        self._running.enter_context(self._watch("update"))
-
-    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        self._running.close()

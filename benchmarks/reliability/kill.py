@@ -46,13 +46,15 @@ from helpers.gguf_file import write_gguf  # noqa: E402
 from helpers.tiny import tiny_model  # noqa: E402
 from promptkd.cli import main as promptkd_main  # noqa: E402
 from promptkd.cli.training_run import TrainingRun  # noqa: E402
+from promptkd.training.rollout import Rollout  # noqa: E402
+from promptkd.training.teacher_tuner import TeacherTuner  # noqa: E402
 from promptkd.training.trainer import DistillTrainer  # noqa: E402
 
 PARTS: dict[str, tuple[Any, str, str]] = {
     "conversion": (promptkd.models.gguf_read, "_convert_into_cache", "prune"),
     "pruning": (promptkd.cli.commands.prune, "run", "prune"),
-    "rollout": (DistillTrainer, "_generate_and_score_completions", "distill"),
-    "prompt step": (DistillTrainer, "_tune_teacher", "distill"),
+    "rollout": (Rollout, "__call__", "distill"),
+    "prompt step": (TeacherTuner, "step", "distill"),
     "student step": (DistillTrainer, "training_step", "distill"),
     "validation": (DistillTrainer, "evaluate", "distill"),
     "checkpoint": (DistillTrainer, "_save_checkpoint", "distill"),

@@ -271,11 +271,11 @@ def test_no_terminal_obeys_a_model(cut):
         (("nowhere", "--prompt", "x"), "nowhere"),
         (("student", "--prompt", " "), "--prompt is empty"),
         (("student", "--temperature", "-1", "--top-p", "0", "--seed", "-2"), "--temperature must be 0"),
-        (("student", "--max-completion-length", "0"), "--max-completion-length must be at least 1 token, got 0"),
+        (("student", "--max-completion-length", "0"), "--max-completion-length must lie in [1, 1000000]. Got 0"),
         (("student", "--template", "nonsense", "--prompt", "x"), "nonsense"),
         (("other", "--template", "chat", "--prompt", "x"), "has no chat template"),
         (("student", "--prompt", "a" * POSITIONS), "student: The prompt has 514 tokens"),
-        (("student", "--prompt", "\udc80"), "no character of UTF-8"),
+        (("student", "--prompt", "\udc80"), "is not valid UTF-8"),
     ],
 )
 def test_a_wrong_request(models, capsys, monkeypatch, flags, message):

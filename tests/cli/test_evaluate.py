@@ -231,7 +231,7 @@ def test_a_second_run_decodes_nothing_and_added_sets_and_seeds_alone_are_decoded
     assert contents(tmp_path) == first
     more = ("--seeds", 1, 2, 3, "--teacher", world.teacher)
     ran = done(capsys, *evaluate(world, "results.json", *more, data=(world.test, world.valid)))
-    assert "Going on from 4 of 10 files" in ran.err
+    assert "Resuming from 4 of 10 files" in ran.err
     assert counts[3:] == [5, 4, 4, 4, 4]
     grown = Results.read(tmp_path / "results.json")
     monkeypatch.chdir(tmp_path_in(tmp_path, "fresh"))

@@ -157,8 +157,8 @@ def rollout(model, folder, **settings):
     return run.rollout._sample([PROMPT] * DRAWS, run.model, 0, None)
 
 
-def trl_rollout(model, folder):
-    """TRL's own, by transformers' `generate`."""
+def transformers_rollout(model, folder):
+    """The same by transformers' `generate`."""
     return rollout(model, folder, generation_kwargs={"renormalize_logits": True})
 
 
@@ -168,7 +168,7 @@ def trl_rollout(model, folder):
 )
 @pytest.mark.parametrize(
     ("loop", "engine"),
-    [(our_loop, ""), (our_modules, ""), (our_loop, "reference"), (rollout, ""), (trl_rollout, "")],
+    [(our_loop, ""), (our_modules, ""), (our_loop, "reference"), (rollout, ""), (transformers_rollout, "")],
 )
 def test_two_tokens_have_their_exact_probabilities(loop, engine, words, warmer, tmp_path, monkeypatch):
     monkeypatch.setenv("PROMPTKD_ENGINE", engine)

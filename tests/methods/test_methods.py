@@ -17,6 +17,8 @@ from promptkd.models.adapters import LoraFactory, PromptLossSettings, TunerStep
 from promptkd.models.pair import Pair
 from promptkd.objectives import forward_kl, reverse_kl
 from promptkd.responses import AdaptiveReplay, ResponseMix, Responses, Sampler, TeacherMixed
+from promptkd.training import DistillConfig
+from promptkd.training.config import chosen_method
 
 
 def fixed(name, **settings):
@@ -104,8 +106,8 @@ def test_the_plain_teacher_stays_what_it_was(tmp_path, name):
     ours = trainer(tmp_path, data=data, models=(student, teacher), method=fixed(name), prompt_learning_rate=1e-2)
     ours.train()
     with torch.no_grad():
-        plain = ours._teacher_hidden(batch, adapted=False)
-        adapted = ours._teacher_hidden(batch, adapted=True)
+        plain = ours.teacher.plain_hidden(batch)
+        adapted = ours.teacher.adapted_hidden(batch)
     assert torch.equal(plain, before)
     assert not torch.allclose(adapted, before, atol=1e-4)
 
@@ -174,7 +176,7 @@ def test_a_fixed_prompt_teaches_as_a_teacher_that_carries_it(tmp_path):
     ours.train()
     student, teacher = pair()
     plain = trainer(tmp_path / "b", models=(student, teacher), method=Method(FixedResponses(), reverse_kl))
-    plain._teacher_hidden = lambda batch, adapted: response_hidden(teacher, batch, prompt)
+    plain.teacher.adapted_hidden = lambda batch: response_hidden(teacher, batch, prompt)
     plain.train()
     for mine, other in zip(log(ours), log(plain), strict=True):
         assert mine["student_kl"] == other["student_kl"]
@@ -314,6 +316,81 @@ def test_wrong_choices_are_told(tmp_path):
 def test_settings_without_effect_are_refused(name, settings):
     with pytest.raises(RequestError, match=f"{name} takes no {list(settings)[-1]}"):
         named_method(name, MethodSettings(**settings))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        pytest.param("kd", {"clip_ratio": None}, "kd takes no clip_ratio", id="of another method"),
+        pytest.param("kd", {"beta": 0.5}, "kd takes no beta", id="of another objective"),
+        pytest.param("kd", {"prompt_length": 3}, "kd takes no prompt_length", id="of an adapter, without one"),
+        pytest.param("promptkd", {"adapter_rank": 3}, "promptkd takes no adapter_rank", id="of another adapter"),
+        pytest.param(
+            "promptkd", {"teacher_adapter": "lora", "prompt_text": "a"}, "takes no prompt_text", id="of a replaced one"
+        ),
+        pytest.param(
+            "promptkd", {"prompt_length": 0, "prompt_kl": "forward"}, "without a teacher adapter", id="of no prompt"
+        ),
+        pytest.param(
+            "gkd",
+            {"prompt_weight_decay": 0.1},
+            "gkd without a teacher adapter takes no prompt_weight_decay",
+            id="tuner",
+        ),
+        pytest.param("kd", {"regularizer_kl": "forward"}, "without a teacher adapter", id="of the prompt's loss"),
+        pytest.param(
+            "okd", {"prompt_kl": "forward"}, "okd takes no prompt_kl", id="of a loss that is not the adapter's"
+        ),
+        pytest.param(
+            "kd", {"mu": 0.1, "alpha": 0.2}, "kd takes no alpha, mu. Leave them out", id="several of them at once"
+        ),
+    ],
+)
+def test_a_run_refuses_settings_that_nothing_reads(tmp_path, name, settings, message):
+    with pytest.raises(RequestError, match=message):
+        chosen_method(DistillConfig(str(tmp_path), method=name, use_cpu=True, **settings))
+
+
+def test_a_given_method_refuses_settings_of_an_adapter_that_it_has_not(tmp_path):
+    def choose(method, **settings):
+        return chosen_method(DistillConfig(str(tmp_path), use_cpu=True, **settings), method)
+
+    bare, lora = Method(ResponseMix(0.0), forward_kl), Method(ResponseMix(0.0), forward_kl, LoraFactory)
+    with pytest.raises(RequestError, match="The given method takes no prompt_length"):
+        choose(bare, prompt_length=3)
+    with pytest.raises(RequestError, match="The given method without a teacher adapter takes no prompt_refresh"):
+        choose(bare, prompt_refresh="stale")
+    with pytest.raises(RequestError, match="The given method takes no prompt_text"):
+        choose(lora, prompt_text="a")
+    assert choose(lora, adapter_rank=3, adapter_alpha=8.0).adapter == LoraFactory(adapter_rank=3, adapter_alpha=8.0)
+    made = replace(lora, adapter=LoraFactory(adapter_rank=3))
+    assert choose(made, adapter_rank=3).adapter == LoraFactory(adapter_rank=3)
+    with pytest.raises(RequestError, match="takes no adapter_rank"):
+        choose(made, adapter_rank=4)
+
+
+def test_the_name_of_an_adapter_warns_and_works():
+    with pytest.warns(FutureWarning, match=r"'lora'\) is deprecated; write Method\(adapter=LoraFactory\)"):
+        assert Method(ResponseMix(0.0), forward_kl, teacher_adapter="lora").adapter is LoraFactory
+    with pytest.warns(FutureWarning, match="adapter=None"):
+        assert Method(ResponseMix(0.0), forward_kl, "none").adapter is None
+
+
+def test_old_names_of_what_a_class_defines_warn_and_work():
+    with pytest.warns(FutureWarning, match=r"Counted.figures is deprecated; write metrics\. The old form goes with"):
+
+        class Counted(Responses):
+            def figures(self):
+                return {"counted": 1.0}
+
+    assert Counted().metrics() == {"counted": 1.0}
+    with pytest.warns(FutureWarning, match="Off.switched_off is deprecated; write disabled"):
+
+        class Off(OnlineTeacher):
+            def switched_off(self):
+                return "off"
+
+    assert Off(OnlineModule(4, 2, seed=0)).disabled() == "off"
 
 
 @pytest.mark.parametrize(

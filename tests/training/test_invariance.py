@@ -81,7 +81,7 @@ def test_micro_batches_do_not_matter_and_seeds_do(world, tmp_path, capsys, metho
         for name, weight in run.weights.items():
             torch.testing.assert_close(weight, whole.weights[name], rtol=0, atol=10 * ABSOLUTE, msg=name)
     other = distill(capsys, world, tmp_path / "other", method, *WINDOWS[0], seed=2)
-    assert other.log[0]["loss"] != pytest.approx(whole.log[0]["loss"], rel=1e-3)
+    assert other.log[0]["loss"] != pytest.approx(whole.log[0]["loss"], rel=10 * RELATIVE)
     assert any(
         not torch.allclose(weight, whole.weights[name], atol=100 * ABSOLUTE) for name, weight in other.weights.items()
     )

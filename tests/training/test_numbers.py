@@ -179,11 +179,11 @@ def test_a_skipped_step_puts_back_what_it_had_moved_of_the_teacher(tmp_path, nam
 
 
 def test_wrong_settings_are_refused(tmp_path):
-    with pytest.raises(RequestError, match="on_nan must be stop or skip, got 'never'"):
+    with pytest.raises(RequestError, match="on_nan must be one of stop, skip, got 'never'"):
         config(tmp_path, on_nan="never")
     with pytest.raises(RequestError, match="logging_nan_inf_filter would hide a loss"):
         config(tmp_path, logging_nan_inf_filter=True)
-    with pytest.raises(RequestError, match="on_nan must be stop or skip"):
+    with pytest.raises(RequestError, match="on_nan must be one of stop, skip"):
         FinetuneConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, on_nan="")
 
 

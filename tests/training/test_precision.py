@@ -22,8 +22,9 @@ from promptkd.methods import named_method
 from promptkd.models import load_model
 from promptkd.precision import compute_dtype, computing, has_bfloat16_units, teacher_precision
 from promptkd.results import Results
-from promptkd.training import DistillConfig, validation
-from promptkd.training.config import common_checks, use_one_gpu
+from promptkd.training import DistillConfig
+from promptkd.training.base_config import BaseConfig, use_one_gpu
+from promptkd.training.student import precision_notes
 from promptkd.training.teacher_options import teacher_settings
 
 BF16 = ("--bf16", "true")
@@ -37,7 +38,7 @@ def world(tmp_path_factory):
 @pytest.fixture
 def units(monkeypatch):
     """Every device has bfloat16 units."""
-    for place in ("promptkd.precision", "promptkd.training.config"):
+    for place in ("promptkd.precision", "promptkd.training.base_config"):
         monkeypatch.setattr(f"{place}.has_bfloat16_units", lambda device: True)
 
 
@@ -115,7 +116,7 @@ def test_the_teachers_default_precision(tmp_path, units):
 
 def test_a_student_in_lower_precision_is_raised_and_it_is_said(tmp_path, caplog):
     student, teacher = pair()
-    with caplog.at_level(logging.WARNING, logger="promptkd.training.validation"):  # which a command silences
+    with caplog.at_level(logging.WARNING, logger="promptkd.training.student"):  # which a command silences
         made = trainer(tmp_path, models=(student.to(torch.bfloat16), teacher), max_steps=1)
     assert {each.dtype for each in made.model.parameters()} == {torch.float32}
     assert "came in bfloat16 and were raised to float32" in made.notes[1]
@@ -150,18 +151,20 @@ def test_several_gpus_are_not_used_by_data_parallel(tmp_path):
 
 
 def test_a_run_says_that_further_gpus_are_not_used(monkeypatch):
-    monkeypatch.setattr(validation, "torch", StandIn(torch, cuda=StandIn(torch.cuda, device_count=lambda: 4)))
+    gpus = StandIn(torch, cuda=StandIn(torch.cuda, device_count=lambda: 4))
+    monkeypatch.setattr("promptkd.training.student.torch", gpus)
     args = {"bf16": True, "fp16": False, "device": torch.device("cuda", 0)}
-    (_, advice) = validation._notes(SimpleNamespace(**args, world_size=1), None)
+    (_, advice) = precision_notes(SimpleNamespace(**args, world_size=1), None)
     assert advice.startswith("4 GPUs are visible and one is trained on.")
     assert "accelerate launch --num_processes 4 -m promptkd" in advice
-    assert len(validation._notes(SimpleNamespace(**args, world_size=4), None)) == 1
+    assert len(precision_notes(SimpleNamespace(**args, world_size=4), None)) == 1
 
 
 def test_what_a_gpu_cannot_do_is_refused_in_a_sentence(tmp_path):
     args = config(tmp_path)
     on_gpu = SimpleNamespace(**{**vars(args), "full_determinism": True, "device": torch.device("cuda")})
-    assert any(wrong and text.startswith("full_determinism would stop") for wrong, text in common_checks(on_gpu))
+    refused = [text for wrong, text in BaseConfig.checks(on_gpu) if wrong]
+    assert [text.partition(",")[0] for text in refused] == ["full_determinism would stop the first sampled response"]
     for settings in ({"torch_compile": True}, {"torch_compile_backend": "eager"}):
         with pytest.raises(RequestError, match="torch_compile is not supported"):
             config(tmp_path, **settings)
@@ -269,7 +272,7 @@ def test_the_precision_that_was_taken_is_said_and_recorded(world, tmp_path, caps
     assert "--teacher-dtype is of a --teacher" in alone.err
 
 
-def test_training_says_its_precision(world, tmp_path, capsys):
+def test_training_says_its_precision(world, tmp_path, capsys, caplog):
     start = ("distill", "--student", world.student, "--teacher", world.teacher, "--data", world.train, *TRAINING, *BF16)
     low = ("--model_init_kwargs", '{"dtype": "bfloat16"}')
     ran = done(capsys, *start, *low, "--out", tmp_path / "run")
@@ -280,6 +283,7 @@ def test_training_says_its_precision(world, tmp_path, capsys):
     ):
         assert notes.count(text) == 1
         assert ran.err.count(text) == 1
+        assert text not in caplog.text  # the command's own line is enough
     assert load_model(tmp_path / "run", dtype="auto").dtype == torch.float32
 
 

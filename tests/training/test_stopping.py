@@ -203,7 +203,7 @@ def test_evaluate_says_how_it_resume_and_does(world, tmp_path, capfd, monkeypatc
     resume = ran.err.split("promptkd evaluate: Stopped by SIGTERM. To resume: ")[1]
     assert shlex.split(resume) == ["promptkd", *map(str, request)]  # --overwrite would begin anew
     ran = done(capfd, *shlex.split(resume)[1:])
-    assert "Going on from" in ran.err
+    assert "Resuming from" in ran.err
 
 
 @pytest.mark.parametrize(
@@ -255,5 +255,5 @@ def test_a_process_told_by_one_signal_stops_all_at_the_same_step(world, tmp_path
     assert "To resume" not in second
     assert len(json_lines(out / "metrics.jsonl")) == step
     ran = done(capfd, *request, "--resume")
-    assert f"Going on from {out / 'checkpoints' / f'checkpoint-{step}'}." in ran.err
+    assert f"Resuming from {out / 'checkpoints' / f'checkpoint-{step}'}." in ran.err
     assert [line["step"] for line in json_lines(out / "metrics.jsonl")] == list(range(1, 61))

@@ -17,7 +17,6 @@ from promptkd.methods import MethodSettings, named_method
 from promptkd.models import SoftPrompt
 from promptkd.objectives import forward_kl, reverse_kl
 from promptkd.training import DistillTrainer
-from promptkd.training.row_order import EpochOrder
 
 
 def flat_loop(steps, *, window=4, dtype=torch.float64):
@@ -104,26 +103,6 @@ def test_a_resumed_run_equals_the_undisturbed_one_bit_for_bit(tmp_path, stop):
     assert torch.equal(resumed.adapter.module.embeddings, whole.adapter.module.embeddings)
     for mine, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(mine, theirs)
-
-
-def test_the_order_of_an_epoch_belongs_to_its_seed_alone():
-    orders = set()
-    for seed in range(4):
-        for epoch in range(4):
-            order = tuple(EpochOrder(32, seed, lambda epoch=epoch: epoch))
-            assert sorted(order) == list(range(32))
-            orders.add(order)
-    assert len(orders) == 16  # with seed + epoch there would be 7
-
-
-def test_a_window_is_given_once_per_micro_batch_and_what_fills_none_is_left_out():
-    order = EpochOrder(7, 0, lambda: 0, window=3, repeats=2)
-    given = list(order)
-    assert len(order) == len(given) == 12
-    assert given[:3] == given[3:6]
-    assert given[6:9] == given[9:]
-    assert len({*given}) == 6
-    assert list(EpochOrder(4, 0, lambda: 0, window=2, shuffles=False)) == [0, 1, 2, 3]
 
 
 def test_epochs_differ_in_order(tmp_path):

@@ -15,5 +15,5 @@ def quiet_libraries() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     disable_progress_bars()
-    for name in ("accelerate", "promptkd.training.validation"):  # the latter's notes, a command says itself
+    for name in ("accelerate", "promptkd.training.student"):  # the latter's notes, a command says itself
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -45,10 +45,10 @@ class StudentLoss:
         """
         student = self._accelerator.unwrap_model(model)
         if self._shares_pass and micro_batch.index == 0:
-            with torch.enable_grad(), autocast(self._accelerator, self._args):
+            with autocast(self._accelerator, self._args):
                 micro_batch.student_hidden = response_hidden(student, micro_batch.batch)
             return micro_batch.student_hidden.detach()
-        with evaluating(student):
+        with evaluating(student), torch.no_grad(), autocast(self._accelerator, self._args):
             return run_in_forward(lambda: response_hidden(student, micro_batch.batch), model, self._accelerator)
 
     def __call__(self, model: nn.Module, window: Window, micro_batch: MicroBatch) -> Tensor:

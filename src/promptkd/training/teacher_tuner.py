@@ -82,8 +82,8 @@ class TeacherTuner:
         for micro_batch in window.micro_batches:
             batch = micro_batch.batch
             self._phases.works_on(batch.lengths)
-            with autocast(self._accelerator, args), torch.no_grad():
-                target = student_hidden(student, micro_batch)
+            target = student_hidden(student, micro_batch)
+            with autocast(self._accelerator, args):
                 plain = teacher.plain_hidden(batch) if reads_plain else None
             parts = teacher.parts(batch)
             counts = [part.response_tokens for part in parts]

@@ -67,15 +67,6 @@ def _check(options: Options) -> None:
     own = sorted({"model", "messages", "stream", "n"} & (options.extra_body or {}).keys())
     checks = [
         (not options.judge_model.strip(), "--judge-model must name the judge"),
-        (options.concurrency < 1, f"--concurrency must be at least 1, got {options.concurrency}"),
-        (options.retries < 0, f"--retries must be 0 or more, got {options.retries}"),
-        (options.timeout <= 0, f"--timeout must be above 0 seconds, got {options.timeout:g}"),
-        (options.backoff < 0, f"--backoff must be 0 seconds or more, got {options.backoff:g}"),
-        ((options.temperature or 0) < 0, f"--temperature must be 0 or more, got {options.temperature}"),
-        (
-            options.max_tokens is not None and options.max_tokens < 1,
-            f"--max-tokens must be 1 or more, got {options.max_tokens}",
-        ),
         (bool(own), f"--extra-body must not hold {', '.join(own)}"),
         (
             without_secret_values(options.extra_body or {}) != (options.extra_body or {}),
@@ -119,7 +110,7 @@ def _key(variable: str | None) -> str | None:
             "--key-variable must name an environment variable that holds the key. The one it names is not set."
         )
     if not (key.isascii() and key.isprintable()):
-        raise RequestError("The key in the environment holds characters that no header can carry. Set it anew.")
+        raise RequestError("The key in the environment holds characters that no header can carry. Set it again.")
     return key or None
 
 

@@ -1,0 +1,197 @@
+"""The rollout by itself: rows with the responses of a hand-made source, cut into micro-batches."""
+
+import json
+import sys
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+
+import pandas
+import pytest
+import torch
+from transformers import TrainerControl, TrainerState
+
+from helpers.parts import parts
+from helpers.tiny import END_ID, tiny_tokenizer
+from helpers.trainers import FIXED_PROMPTKD, rows, trainer
+from promptkd.data.encode import EncodedData, EncodedExample, encode_texts
+from promptkd.errors import RequestError
+from promptkd.responses import Responses
+from promptkd.training.callbacks import CompletionLog
+
+LIMIT = 4
+PROMPTS = [[5, 6], [7], [8, 9, 10], [11], [12, 13], [14]]
+RESPONSES = [[20, END_ID], [21, 22, 23, 24], [25, 26, 27, END_ID], [28], [], [29, 30]]
+EXAMPLES = [EncodedExample(ids, [40], ("abc",), f"prompt {index}", index) for index, ids in enumerate(PROMPTS)]
+
+
+@dataclass
+class Told(Responses):
+    """Gives `RESPONSES`, and remembers what it was asked."""
+
+    asked: list = field(default_factory=list)
+    needs_data = False
+
+    def __call__(self, rows, sample, progress):
+        self.asked.append(([row.row for row in rows], sample, progress))
+        return [RESPONSES[row.row] for row in rows]
+
+
+def make(tmp_path, *, source=None, **settings):
+    defaults = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "max_completion_length": LIMIT}
+    method = replace(FIXED_PROMPTKD, adapter=None, responses=source or Told())
+    part = parts(tmp_path, method=method, **{"prompt_learning_rate": 1e-3, **defaults, **settings})
+    return part, part.rollout(END_ID)
+
+
+def test_a_window_is_cut_in_the_order_of_torchs_generator(tmp_path):
+    part, rollout = make(tmp_path)
+    torch.manual_seed(3)
+    order = torch.randperm(6).tolist()
+    torch.manual_seed(3)
+    window = rollout(EXAMPLES, part.student, step=1, total_steps=4)
+    assert [[row.row for row in each.rows] for each in window.micro_batches] == [order[:2], order[2:4], order[4:]]
+    assert order != sorted(order)
+    assert [each.index for each in window.micro_batches] == [0, 1, 2]
+    for micro_batch in window.micro_batches:
+        numbers = [row.row for row in micro_batch.rows]
+        assert micro_batch.batch.token_ids == tuple(PROMPTS[row] + RESPONSES[row] for row in numbers)
+        assert micro_batch.batch.prompt_lengths == tuple(len(PROMPTS[row]) for row in numbers)
+        assert not micro_batch.texts
+    ((asked, sampler, progress),) = part.method.responses.asked
+    assert (asked, progress) == ([0, 1, 2, 3, 4, 5], 0.25)
+    assert not sampler.together
+
+
+def test_what_a_window_counts(tmp_path):
+    part, rollout = make(tmp_path)
+    window = rollout(EXAMPLES, part.student, step=0, total_steps=4)
+    assert (int(window.tokens), int(window.items), int(window.text_tokens)) == (13, 13, 0)
+    assert (part.metrics.rows, part.metrics.processed_tokens) == (6, 13 + 10)
+    logged = part.metrics.means(window, part.accelerator, {})
+    assert logged["response_length"] == 13 / 6
+    assert logged["cut_share"] == 1 / 6  # of those at the limit, one has ended
+
+
+def test_a_loss_by_row_counts_rows(tmp_path):
+    part, rollout = make(tmp_path)
+    rollout.method = replace(part.method, per_row=True)
+    window = rollout(EXAMPLES, part.student, step=0, total_steps=4)
+    assert (int(window.items), int(window.tokens)) == (6, 13)
+
+
+def test_each_row_comes_with_a_plain_text(tmp_path):
+    file = tmp_path / "text.jsonl"
+    file.write_text("\n".join(json.dumps({"text": text}) for text in ("abc", "defgh", "ij")))
+    part, rollout = make(tmp_path, language_data=str(file))
+    known = encode_texts(str(file), rollout._tokenizer, length=part.args.max_prompt_length + LIMIT)
+    torch.manual_seed(3)
+    chosen, order = torch.randint(len(known), (6,)).tolist(), torch.randperm(6).tolist()
+    torch.manual_seed(3)
+    window = rollout(EXAMPLES, part.student, step=0, total_steps=4)
+    texts = [text for each in window.micro_batches for text in each.texts]
+    assert texts == [known[chosen[row]] for row in order]
+    assert int(window.text_tokens) == sum(len(text) - 1 for text in texts)
+
+
+class Sampled(Responses):
+    needs_data = False
+
+    def __call__(self, rows, sample, progress):
+        return sample.student([row.prompt_ids for row in rows])
+
+
+class Mixed(Responses):
+    needs_data = False
+
+    def __call__(self, rows, sample, progress):
+        return sample.mixed([row.prompt_ids for row in rows], 0.5)
+
+
+@pytest.mark.parametrize("source", [Sampled(), Mixed()])
+def test_samples_repeat_by_torchs_generator_and_end_at_the_limit(tmp_path, source):
+    part, rollout = make(tmp_path, source=source)
+    windows = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        windows.append(rollout(EXAMPLES, part.student, step=0, total_steps=4))
+    first, again, other = ([each.batch.token_ids for each in window.micro_batches] for window in windows)
+    assert first == again != other
+    assert all(max(each.batch.response_lengths) <= LIMIT for each in windows[0].micro_batches)
+    rollout.write_to_the_limit()
+    window = rollout(EXAMPLES, part.student, step=0, total_steps=4)
+    assert {length for each in window.micro_batches for length in each.batch.response_lengths} == {LIMIT}
+
+
+def test_a_mixture_needs_both_models_in_the_process(tmp_path):
+    part, rollout = make(tmp_path, source=Mixed(), repetition_penalty=1.5)
+    with pytest.raises(RequestError, match="leave vLLM, FSDP, DeepSpeed ZeRO-3 and generation_kwargs out"):
+        rollout(EXAMPLES, part.student, step=0, total_steps=4)
+
+
+def test_completions_are_kept_printed_written_and_sent(tmp_path, capsys, monkeypatch):
+    sent = []
+    tracker = SimpleNamespace(Table=lambda dataframe: dataframe, log=sent.append)
+    monkeypatch.setitem(sys.modules, "trackio", tracker)
+    part, rollout = make(tmp_path, log_completions=True, num_completions_to_print=1, log_unique_prompts=True)
+    part.args.report_to = ["trackio"]
+    examples = [*EXAMPLES[:5], replace(EXAMPLES[5], prompt="prompt 4")]
+    for _ in range(2):  # the last window alone is kept
+        rollout(examples, part.student, step=0, total_steps=4)
+    log, state, control = CompletionLog(rollout.completions), TrainerState(), TrainerControl()
+    state.global_step = 3
+    log.on_log(part.args, state, control, logs={"eval_loss": 1.0})
+    assert not (tmp_path / "completions").exists()
+    log.on_log(part.args, state, control, logs={"loss": 1.0})
+    assert [path.name for path in (tmp_path / "completions").iterdir()] == ["completions_00003.parquet"]
+    table = pandas.read_parquet(tmp_path / "completions" / "completions_00003.parquet")
+    texts = rollout._tokenizer.batch_decode([[i for i in ids if i != END_ID] for ids in RESPONSES])
+    assert list(table["completion"]) == texts
+    assert list(table["prompt"]) == [row.prompt for row in examples]
+    assert set(table["step"]) == {3}
+    (shown,) = sent
+    assert list(shown["completions"]["prompt"]) == [f"prompt {index}" for index in range(5)]
+    printed = capsys.readouterr().out
+    assert "Step 3" in printed
+    assert sum(f"prompt {index}" in printed for index in range(5)) == 1
+
+
+def test_a_run_writes_the_responses_of_each_logged_step(tmp_path, capsys):
+    asked = []
+
+    class Remembering(Told):
+        def __call__(self, rows, sample, progress):
+            asked.append([(row.prompt, RESPONSES[row.row]) for row in rows])
+            return super().__call__(rows, sample, progress)
+
+    run = trainer(
+        tmp_path,
+        data=EncodedData(EXAMPLES, 0),
+        method=replace(FIXED_PROMPTKD, responses=Remembering()),
+        max_steps=4,
+        logging_steps=2,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=2,
+        max_completion_length=LIMIT,
+        log_completions=True,
+        eval_data=rows(2),
+        eval_strategy="steps",
+        eval_steps=2,
+    )
+    run.train()
+    folder = tmp_path / "completions"
+    assert sorted(path.name for path in folder.iterdir()) == ["completions_00002.parquet", "completions_00004.parquet"]
+    for step in (2, 4):
+        table = pandas.read_parquet(folder / f"completions_{step:05d}.parquet")
+        texts = [tiny_tokenizer().decode(ids, skip_special_tokens=True) for _, ids in asked[step - 1]]
+        assert list(table["step"]) == [step, step]
+        assert list(table["prompt"]) == [prompt for prompt, _ in asked[step - 1]]
+        assert list(table["completion"]) == texts
+        assert any(texts)
+    printed = capsys.readouterr().out
+    assert [f"Step {step}" in printed for step in (1, 2, 3, 4)] == [False, True, False, True]
+
+
+def test_nothing_is_kept_of_completions_unless_asked_for(tmp_path):
+    part, rollout = make(tmp_path)
+    rollout(EXAMPLES, part.student, step=0, total_steps=4)
+    assert not rollout.completions
