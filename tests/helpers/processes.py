@@ -9,6 +9,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 from accelerate.state import AcceleratorState
 
@@ -27,14 +28,14 @@ def port() -> int:
 
 
 def forked(work: Callable[[], object], log: Path, **environment: str) -> int:
-    """Start a process that does `work` and ends with the status it returns; what it says is written to `log`."""
+    """Start a process that does `work` and ends with the status it returns; what it says is appended to `log`."""
     child = os.fork()
     if child:
         return child
     status = 1
     try:
         os.environ |= environment
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(output, 1)
         os.dup2(output, 2)
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
@@ -53,6 +54,28 @@ def forked(work: Callable[[], object], log: Path, **environment: str) -> int:
 def forked_command(request: list[object], log: Path, **environment: str) -> int:
     """Start a process that runs a command."""
     return forked(lambda: main([str(each) for each in request]), log, **environment)
+
+
+class ForkedCommand:
+    """What `subprocess.Popen([sys.executable, "-m", "promptkd", ...])` starts, forked instead."""
+
+    def __init__(self, command: list[str], *, stdout: BinaryIO, env: dict[str, str], **_: object):
+        assert command[:3] == [sys.executable, "-m", "promptkd"]
+        self.returncode: int | None = None
+        self.pid = forked(lambda: os.setsid() or main(command[3:]), Path(stdout.name), **env)
+
+    def poll(self) -> int | None:
+        if self.returncode is None and (found := os.waitpid(self.pid, os.WNOHANG))[0]:
+            self.returncode = os.waitstatus_to_exitcode(found[1])
+        return self.returncode
+
+    def wait(self) -> int:
+        while self.poll() is None:
+            time.sleep(0.02)
+        return self.returncode or 0
+
+    def terminate(self) -> None:
+        os.kill(self.pid, signal.SIGTERM)
 
 
 def exit_code(child: int) -> int:

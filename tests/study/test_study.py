@@ -24,11 +24,12 @@ from helpers.commands import (
     World,
     below,
     done,
-    hear_interrupts,
     json_lines,
     make_world,
     run,
 )
+from helpers.processes import ForkedCommand, forked_command, killed
+from helpers.standins import StandIn
 from helpers.tiny import save_model, tiny_model
 from promptkd.cli import study_runs
 from promptkd.cli.options.study import Options
@@ -306,7 +307,7 @@ def test_a_page_that_the_disk_does_not_take_leaves_the_old_one(tmp_path, capsys)
 @pytest.mark.slow
 def test_a_study_runs_goes_on_and_compares(world, tmp_path, capsys, monkeypatch):
     """Two methods x two seeds on two workers, one method failing until its student is there."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("promptkd.study.processes.subprocess", StandIn(subprocess, Popen=ForkedCommand))
     out, late = tmp_path / "out", tmp_path / "late"
     evaluate = {"data": [world.test], "seeds": [10]}
     methods = ["promptkd", {"name": "late", "method": "kd", "student": str(late)}]
@@ -373,27 +374,24 @@ def files(folder: Path) -> set[str]:
 
 
 @pytest.mark.slow
-def test_a_study_that_is_killed_leaves_nothing_running_and_goes_on(world, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_a_study_that_is_killed_leaves_nothing_running_and_goes_on(world, tmp_path, capsys):
+    """Its runs are processes with an interpreter of their own, as they are for a user."""
     out = tmp_path / "out"
-    file = study_file(world, out, steps=120, base={"save_steps": 10, "logging_steps": 10, "eval_strategy": "no"})
-    command = [sys.executable, "-m", "promptkd", "study", str(file)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, preexec_fn=hear_interrupts)
+    file = study_file(world, out, steps=80, base={"save_steps": 10, "logging_steps": 10, "eval_strategy": "no"})
+    study = forked_command(["study", file], tmp_path / "said", PYTHONPATH=os.pathsep.join(sys.path))
     checkpoints = out / "kd-seed-1" / "checkpoints"
     until(lambda: any(checkpoints.glob("checkpoint-*")), 120)
-    with pytest.raises(RequestError, match=f"process {process.pid} on "), locked(out, folder=True):
+    with pytest.raises(RequestError, match=f"process {study} on "), locked(out, folder=True):
         pass
-    (child,) = [each for each in psutil.Process(process.pid).children() if "distill" in each.cmdline()]
-    process.kill()
-    process.wait()
+    (child,) = [each for each in psutil.Process(study).children() if "distill" in each.cmdline()]
+    killed(study)
     until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, 60)
     assert not (out / "kd-seed-1" / "results.json").exists()
     ran = done(capsys, "study", file)
     assert "kd-seed-1: done" in ran.err
     assert "Resuming from" in (out / "logs" / "kd-seed-1.log").read_text()
     logged = [line["step"] for line in json_lines(out / "kd-seed-1" / "metrics.jsonl")]
-    assert logged == list(range(10, 121, 10))
+    assert logged == list(range(10, 81, 10))
 
 
 def until(holds, seconds: float) -> None:
@@ -648,7 +646,6 @@ def test_a_ray_cluster_of_two_nodes_runs_a_study(world, tmp_path, capsys, monkey
     pytest.importorskip("ray", reason="ray is not installed: pip install 'promptkd[ray]'")
     from ray.cluster_utils import Cluster
 
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     node = {"num_cpus": 1, "object_store_memory": 100 * 2**20, "include_dashboard": False}
