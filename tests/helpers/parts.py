@@ -10,8 +10,8 @@ from accelerate import Accelerator
 
 from helpers.tiny import VOCABULARY, tiny_tokenizer
 from helpers.trainers import FIXED_PROMPTKD, config, pair
-from promptkd.data.encode import EncodedExample
 from promptkd.data.batch import right_pad
+from promptkd.data.encode import EncodedExample
 from promptkd.methods import Method
 from promptkd.training.config import chosen_method
 from promptkd.training.guard import Guard
