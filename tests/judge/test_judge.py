@@ -541,10 +541,8 @@ WRONG = {
     "half an address": (("--endpoint", "http://[::1/v1"), "--endpoint must be an address such as"),
     "a password": (("--endpoint", f"http://me:{KEY}@localhost/v1"), "no user name, password, query or fragment"),
     "a key in the query": (("--endpoint", f"http://localhost/v1?key={KEY}"), "no user name, password, query"),
-    "no patience": (
-        ("--timeout", 0, "--retries=-1"),
-        ".\n  - --retries must be 0 or more. Got -1.",
-    ),
+    "no patience": (("--timeout", 0), "--timeout must be above 0. Got 0."),
+    "fewer than no retries": (("--retries=-1",), "--retries must be 0 or more. Got -1."),
     "no request": (("--concurrency", 0), "--concurrency must be at least 1. Got 0"),
     "no tokens": (("--max-tokens", 0), "--max-tokens must be at least 1. Got 0"),
     "a stream": (("--extra-body", '{"stream": true}'), "--extra-body must not hold stream"),
