@@ -147,11 +147,11 @@ def test_no_rows():
 # -------------------------------------------------------------------------------------------------------------- files
 
 ROWS = [
-    {"instruction": "Name a colour.", "input": "", "output": "007"},
+    {"instruction": "Name a color.", "input": "", "output": "007"},
     {"instruction": "Überset\u2028zen", "input": 'a, "b"\nc', "output": "NA"},
 ]
 READ = [
-    (Instruction("Name a colour.", ""), ("007",)),
+    (Instruction("Name a color.", ""), ("007",)),
     (Instruction("Überset\u2028zen", 'a, "b"\nc'), ("NA",)),
 ]
 
@@ -168,7 +168,7 @@ def as_file(folder, kind):
         "jsonl": b"\xef\xbb\xbf" + lines.encode(),
         "jsonl.gz": gzip.compress((lines + "\n").encode()),
         "json": json.dumps(ROWS, indent=2).encode(),
-        "csv": 'instruction,input,output\r\nName a colour.,,007\r\n\r\nÜberset\u2028zen,"a, ""b""\nc",NA\r\n'.encode(),
+        "csv": 'instruction,input,output\r\nName a color.,,007\r\n\r\nÜberset\u2028zen,"a, ""b""\nc",NA\r\n'.encode(),
     }[kind]
     return write(folder, f"d.{kind}", content)
 
