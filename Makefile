@@ -2,16 +2,22 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-gpu lint fix bench bench-gpu soak clean
+WORKERS ?= 2
+PARALLEL := -n $(WORKERS) --dist worksteal
+
+.PHONY: demo test test-fast test-gpu lint fix bench bench-gpu soak clean
 
 demo: $(READY) ## the main job on embedded defaults, with a report
 	$(BIN)/promptkd demo --out runs/demo --overwrite
 
-test: $(READY) lint ## lint, types and the whole suite
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+test: $(READY) lint ## lint, types and the whole suite, by WORKERS processes of one thread each
+	$(BIN)/python -m pytest $(PARALLEL)
+
+test-fast: $(READY) ## the inner loop, in 90 seconds: without the tests that are marked slow
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 test-gpu: $(READY) ## the numerical tests on this machine's CUDA device
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m pytest -m gpu
 
 lint: $(READY) ## lint and types
 	$(BIN)/ruff check .

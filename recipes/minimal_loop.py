@@ -2,7 +2,7 @@
 
     python recipes/minimal_loop.py TEACHER STUDENT requests.txt
 
-`requests.txt` holds one prompt a line. The student is trained in place and saved to ./student. The library gives the
+`requests.txt` holds one prompt per line. The student is trained in place and saved to ./student. The library gives the
 same losses on the same responses (tests/training/test_trainer.py); it adds accumulation, processes, packing and
 records.
 """
@@ -51,7 +51,7 @@ def kl(log_a, log_b):
 
 
 def step(teacher, student, soft_prompt, prompt_optimizer, optimizer, batch, k, steps, coefficient=1.0):
-    """One optimiser step on `batch`, pairs of prompt and response ids. Returns the two losses, means over tokens."""
+    """One optimizer step on `batch`, pairs of prompt and response ids. Returns the two losses, means over tokens."""
     tokens = sum(len(response) for _, response in batch)
     weight = coefficient * (1 - k / steps)
 

@@ -1,12 +1,13 @@
 """What the suite runs in, and fixtures that several files share."""
 
+import gc
 import os
 
 from promptkd.cli.openmp import let_threads_sleep
 
 # Before torch and transformers are imported, here and in the processes that tests start. Tiny models gain nothing from
-# a second thread, and wait long for it where cores are busy.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# a second thread, wait long for it where cores are busy, and it would not survive a fork.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 let_threads_sleep(os.environ)
 
@@ -14,6 +15,13 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from helpers.standins import Float64Stays  # noqa: E402
+
+
+def pytest_collection_finish():
+    """What is imported by now stays. Every training ends with a collection of garbage, which need not look at it."""
+    gc.collect()
+    gc.freeze()
+
 
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 

@@ -29,6 +29,7 @@ ROWS = (
     ("results",),
     ("memory", "precision"),
     ("io",),
+    ("settings",),
     ("errors", "visible"),
 )
 DEPTH = {part: depth for depth, row in enumerate(ROWS) for part in row}

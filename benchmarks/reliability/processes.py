@@ -10,6 +10,7 @@ one process in any logged metric, in the prompt and in the student. It fails abo
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -38,6 +39,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="Where to write the metrics.")
     options = parser.parse_args()
 
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes, and before torch is imported: threads do not survive a fork
     import torch
 
     from helpers import processes_worker

@@ -1,4 +1,4 @@
-"""Where the responses of an optimiser step come from: the data, the student, a mixture, a replay buffer."""
+"""Where the responses of an optimizer step come from: the data, the student, a mixture, a replay buffer."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ class Sampler:
     mixed: Callable[[Tokens, float], Tokens]
     """From (1 - share) q + share p at every token, of student q and plain teacher p, the share given second."""
     together: bool = False
-    """Whether every process must sample whenever one does (sharded weights, vLLM), lest the others wait for it."""
+    """Whether every process must sample whenever one does (sharded weights, vLLM), or the others wait for it."""
 
 
 class Responses:
@@ -34,7 +34,7 @@ class Responses:
         accept_old_name(cls, "figures", "metrics")
 
     def __call__(self, rows: Sequence[EncodedExample], sample: Sampler, progress: float) -> Tokens:
-        """A response a row; `progress` is the share k / K of the optimiser steps that are done.
+        """A response per row; `progress` is the share k / K of the optimizer steps that are done.
 
         Draws come from torch's global generator, which checkpoints hold.
         """
@@ -52,19 +52,17 @@ class Responses:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state`."""
+        """Resume from `state`."""
 
 
 class ResponseMix(Responses):
     """Each row's response is the student's with probability `student_share`, else the data's.
 
-    0 is the data's alone, 1 the student's alone (GKD's λ, Agarwal et al. 2024, algorithm 1, a row at a time).
+    0 is the data's alone, 1 the student's alone (GKD's λ, Agarwal et al. 2024, algorithm 1, drawn per row).
     """
 
     def __init__(self, student_share: float):
-        if not 0 <= student_share <= 1:
-            raise ValueError(f"The student's share of the responses must lie in [0, 1]. Got {student_share}.")
-        self.student_share = student_share
+        self.student_share = _share("The student's share of the responses", student_share)
         self.needs_data = student_share < 1
 
     def __call__(self, rows: Sequence[EncodedExample], sample: Sampler, progress: float) -> Tokens:
@@ -77,9 +75,7 @@ class TeacherMixed(Responses):
     needs_data = False
 
     def __init__(self, teacher_share: float):
-        if not 0 <= teacher_share <= 1:
-            raise ValueError(f"The teacher's share of the sampler must lie in [0, 1]. Got {teacher_share}.")
-        self.teacher_share = teacher_share
+        self.teacher_share = _share("The teacher's share of the sampler", teacher_share)
 
     def __call__(self, rows: Sequence[EncodedExample], sample: Sampler, progress: float) -> Tokens:
         prompts = [row.prompt_ids for row in rows]
@@ -92,7 +88,7 @@ class AdaptiveReplay(Responses):
 
     A row takes a student's response with probability φ, else the data's. That response is newly sampled with
     probability 1 - k / K, or if the buffer has none for this row; else it is the one that the student last gave to it.
-    φ begins at `start` and rises by `step`, up to 1, whenever the validation loss exceeds the least seen so far by
+    φ begins at `start` and rises by `step`, up to 1, whenever the validation loss exceeds the lowest so far by
     `tolerance` (Ko et al. 2024, section 3.2; there a buffered response brings its own request).
     """
 
@@ -105,18 +101,21 @@ class AdaptiveReplay(Responses):
     buffer: dict[int, list[int]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.start <= 1:
-            raise ValueError(f"The student's share must start in [0, 1]. Got {self.start}.")
-        self.share = self.start
+        self.share = _share("The student's first share", self.start)
 
     def __call__(self, rows: Sequence[EncodedExample], sample: Sampler, progress: float) -> Tokens:
         own = _chosen(len(rows), self.share)
-        anew = _chosen(len(rows), 1 - progress)
-        fresh = [mine and (new or row.row not in self.buffer) for row, mine, new in zip(rows, own, anew, strict=True)]
+        renewed = _chosen(len(rows), 1 - progress)
+        fresh = [
+            mine and (new or row.row not in self.buffer) for row, mine, new in zip(rows, own, renewed, strict=True)
+        ]
         responses = _fill(rows, fresh, sample)
         for index, row in enumerate(rows):
             if fresh[index]:
-                self._keep(row.row, responses[index])
+                self.buffer.pop(row.row, None)  # now the newest
+                self.buffer[row.row] = responses[index]
+                if len(self.buffer) > self.capacity:
+                    del self.buffer[next(iter(self.buffer))]  # the oldest
             elif own[index]:
                 responses[index] = self.buffer[row.row]
         return responses
@@ -135,16 +134,16 @@ class AdaptiveReplay(Responses):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.share, self.best, self.buffer = state["share"], state["best"], dict(state["buffer"])
 
-    def _keep(self, row: int, response: list[int]) -> None:
-        self.buffer.pop(row, None)
-        self.buffer[row] = response
-        if len(self.buffer) > self.capacity:
-            del self.buffer[next(iter(self.buffer))]  # the oldest
-
 
 def writes_responses(source: Responses) -> bool:
-    """Whether a model writes responses while the student trains; a source of one's own counts as one that asks it."""
+    """Whether a model writes responses while the student trains; a source of your own counts as one that asks it."""
     return type(source) is not Responses and not (isinstance(source, ResponseMix) and source.student_share == 0)
+
+
+def _share(of: str, share: float) -> float:
+    if not 0 <= share <= 1:
+        raise ValueError(f"{of} must lie in [0, 1]. Got {share}.")
+    return share
 
 
 def _chosen(rows: int, share: float) -> list[bool]:

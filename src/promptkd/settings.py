@@ -7,28 +7,23 @@ import ast
 import inspect
 import textwrap
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields, make_dataclass
 from functools import cache
-from types import MappingProxyType
+from types import NoneType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from promptkd.errors import RequestError
+from promptkd.errors import RequestError, check_all
 
 T = TypeVar("T")
 
 
 def option(
-    default: Any,
-    text: str = "",
-    *,
-    at_least: float | None = None,
-    at_most: float | None = None,
-    above: float | None = None,
+    default: Any, *, at_least: float | None = None, at_most: float | None = None, above: float | None = None
 ) -> Any:
-    """A dataclass field with limits, which None never exceeds, and its help if no docstring stands under it."""
-    known = {"help": text or None, "at_least": at_least, "at_most": at_most, "above": above}
-    return field(default=default, metadata={name: value for name, value in known.items() if value is not None})
+    """A dataclass field with limits."""
+    limits = {"at_least": at_least, "at_most": at_most, "above": above}
+    return field(default=default, metadata={name: limit for name, limit in limits.items() if limit is not None})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,99 +35,92 @@ class Settings:
     """
 
     def __post_init__(self) -> None:
-        refuse(problems(self))
+        check_all("Wrong settings", limit_checks(self))
 
 
-def problems(settings: Any) -> list[str]:
-    """The fields of a dataclass whose value exceeds a limit or is none of their choices, in words."""
-    owner: type = type(settings)
+def limit_checks(settings: Any) -> list[tuple[bool, str]]:
+    """For `check_all`: the fields of a dataclass whose value exceeds a limit or is none of their choices, in words."""
+    owner: type = type(settings)  # mypy takes it for more than a type
     hints, values = _hints(owner), vars(settings)
-    found = (_problem(each, hints[each.name], values[each.name]) for each in fields(settings))
-    return [text for text in found if text]
+    expected = {each.name: _expected(each, hints[each.name], values[each.name]) for each in fields(settings)}
+    return [(True, f"{name} {text}, got {values[name]!r}") for name, text in expected.items() if text]
 
 
-def _problem(declared: Field[Any], annotation: Any, value: Any) -> str:
-    limits: MappingProxyType[str, float] = declared.metadata
-    least, most, above = (limits.get(name) for name in ("at_least", "at_most", "above"))
-    expected = ""
-    if value is None:
+def _expected(declared: Field[Any], annotation: Any, value: Any) -> str:
+    """What the value must be and is not; empty if it is allowed."""
+    literals = [each for each in (annotation, *get_args(annotation)) if get_origin(each) is Literal]
+    choices = [choice for literal in literals for choice in get_args(literal)]
+    if value is None and NoneType in get_args(annotation):
         return ""
-    if (choices := choices_of(annotation)) and value not in choices:
-        return f"{declared.name} must be one of {', '.join(map(str, choices))}, got {value!r}"
-    if least is not None and most is not None and not least <= value <= most:
-        expected = f"lie in [{least}, {most}]"
-    elif least is not None and not value >= least:
-        expected = "be 0 or more" if least == 0 else f"be at least {least}"
-    elif above is not None and not value > above:
-        expected = f"be above {above}"
-    return f"{declared.name} must {expected}, got {value}" if expected else ""
+    if choices and value not in choices:
+        return f"must be one of {', '.join(map(str, choices))}"
+    return beyond_limits(declared.metadata, value)
 
 
-def choices_of(annotation: Any) -> tuple[Any, ...]:
-    """The values of a Literal that is the annotation or a member of its union."""
-    members = (annotation, *get_args(annotation))
-    return tuple(value for member in members if get_origin(member) is Literal for value in get_args(member))
-
-
-def refuse(wrong: Iterable[str]) -> None:
-    """Raise a `RequestError` that lists what is wrong, if anything is."""
-    if listed := "; ".join(wrong):
-        raise RequestError(f"Wrong settings: {listed}.")
+def beyond_limits(limits: Mapping[str, Any], value: Any) -> str:
+    """What a value must be, where it exceeds a limit of its field's metadata: "must be at least 1"; else nothing."""
+    least, most, above = (limits.get(name) for name in ("at_least", "at_most", "above"))
+    missing = value is None  # of a field that needs a value
+    if above is not None and most is not None:
+        return "" if not missing and above < value <= most else f"must lie above {above} and at most at {most}"
+    if least is not None and most is not None:
+        return "" if not missing and least <= value <= most else f"must lie in [{least}, {most}]"
+    if least is not None and (missing or not value >= least):
+        return "must be 0 or more" if least == 0 else f"must be at least {least}"
+    return f"must be above {above}" if above is not None and (missing or not value > above) else ""
 
 
 def flat(name: str, owners: Iterable[type]) -> type:
-    """A dataclass with all fields of `owners` and their docstrings; a field that several have must be alike in all."""
-    merged: dict[str, tuple[Any, Field[Any]]] = {}
+    """A dataclass with all fields of `owners` and their help; a field that several have must be alike in all."""
+    declared: dict[str, tuple[str, Any, Any]] = {}
     for owner in owners:
-        docs = docs_of(owner)
+        hints, docs = _hints(owner), docs_of(owner)
         for each in fields(owner):
-            known = merged.setdefault(each.name, (_hints(owner)[each.name], each))
-            if known[0] != _hints(owner)[each.name] or known[1].default != each.default:
+            metadata = {"help": docs.get(each.name, ""), **each.metadata}
+            new = (each.name, hints[each.name], field(default=each.default, metadata=metadata))
+            known = declared.setdefault(each.name, new)
+            if (known[1], known[2].default) != (new[1], each.default):
                 raise TypeError(f"{owner.__name__}.{each.name} has another type or default than elsewhere.")
-            if "help" not in known[1].metadata:
-                text = {"help": docs.get(each.name, "")}
-                merged[each.name] = (known[0], field(default=each.default, metadata={**each.metadata, **text}))
-    declared = [(key, annotation, each) for key, (annotation, each) in merged.items()]
-    return make_dataclass(name, declared, kw_only=True, namespace={"__flat__": True})
+    return make_dataclass(name, declared.values(), kw_only=True, namespace={"_is_flat": True})
 
 
 class Reader:
     """Takes settings out of a flat object that holds those of many classes, and keeps account of what was taken."""
 
     def __init__(self, values: Any):
-        self._values, self._read = vars(values), set[str]()
+        self._values = vars(values)
+        self.read: set[str] = set()
+        """The names of the settings that were taken."""
 
     def __call__(self, owner: type[T]) -> T:
         """The part of the values that is an `owner`; a field that is not among them keeps its default."""
         names = [each.name for each in fields(owner)]  # type: ignore[arg-type]
-        self._read.update(names)
+        self.read.update(names)
         return owner(**{name: self._values[name] for name in names if name in self._values})
 
     def read_equal(self, settings: Any) -> None:
         """Count the values that `settings`, made elsewhere, shares as read."""
-        self._read.update(name for name, value in vars(settings).items() if self._values.get(name) == value)
+        self.read.update(name for name, value in vars(settings).items() if self._values.get(name) == value)
 
     def refuse_unread(self, reader: str, owners: Iterable[type]) -> None:
-        """Refuse values other than the default that nobody took.
-
-        Args:
-            reader: who should have read them, to begin the message.
-            owners: the classes whose fields are looked at.
-        """
-        declared = {each.name: each for owner in owners for each in fields(owner)}
-        unread = [
-            name for name, each in declared.items() if name not in self._read and self._values[name] != each.default
-        ]
+        """Refuse fields of `owners` whose value is not the default and that nobody took; `reader` should have."""
+        declared = {each.name: each.default for owner in owners for each in fields(owner)}
+        unread = [name for name in declared if name not in self.read and self._values[name] != declared[name]]
         if unread:
             it = "it" if len(unread) == 1 else "them"
             raise RequestError(f"{reader} takes no {', '.join(unread)}. Leave {it} out.")
 
 
+def warn_of_old_name(old: str, new: str, stacklevel: int = 2) -> None:
+    """Warn that `new` is what to write in place of `old`."""
+    text = f"{old} is deprecated; write {new}. The old form goes with the next version."
+    warnings.warn(text, FutureWarning, stacklevel + 1)
+
+
 def accept_old_name(cls: type, old: str, new: str) -> None:
     """Let a class that defines `old` serve those who ask for `new`, with a warning. For `__init_subclass__`."""
     if old in vars(cls):
-        text = f"{cls.__qualname__}.{old} is called {new} now; the old name goes with the next version."
-        warnings.warn(text, FutureWarning, stacklevel=3)
+        warn_of_old_name(f"{cls.__qualname__}.{old}", new, stacklevel=3)
         setattr(cls, new, vars(cls)[old])
 
 
@@ -145,7 +133,7 @@ def docs_of(owner: type) -> dict[str, str]:
     """The docstring under each field, in `owner` and the dataclasses that it inherits from."""
     docs: dict[str, str] = {}
     for base in reversed(owner.__mro__):
-        if "__dataclass_fields__" in vars(base) and "__flat__" not in vars(base):
+        if "__dataclass_fields__" in vars(base) and "_is_flat" not in vars(base):
             (definition,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
             assert isinstance(definition, ast.ClassDef)
             docs |= field_docs(definition)
@@ -155,7 +143,7 @@ def docs_of(owner: type) -> dict[str, str]:
 def field_docs(definition: ast.ClassDef) -> dict[str, str]:
     """The docstring under each field of a class, from its source."""
     docs: dict[str, str] = {}
-    for declared, text in zip(definition.body, definition.body[1:], strict=False):  # neighbours
+    for declared, text in zip(definition.body, definition.body[1:], strict=False):  # neighbors
         match declared, text:
             case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(doc))):
                 docs[name] = " ".join(doc.split())

@@ -186,7 +186,7 @@ def writing(pieces, *, label="model", ended=True):
 
 
 def screen(writings, *, width=80, height=24):
-    """What is written to a terminal, as it goes out and without the view's own colours and cursor movements."""
+    """What is written to a terminal, as it goes out and without the view's own colors and cursor movements."""
     file = io.StringIO()
     console = Console(file=file, force_terminal=True, width=width, height=height, legacy_windows=False, highlight=False)
     write_side_by_side(console, writings)
@@ -271,11 +271,11 @@ def test_no_terminal_obeys_a_model(cut):
         (("nowhere", "--prompt", "x"), "nowhere"),
         (("student", "--prompt", " "), "--prompt is empty"),
         (("student", "--temperature", "-1", "--top-p", "0", "--seed", "-2"), "--temperature must be 0"),
-        (("student", "--max-completion-length", "0"), "--max-completion-length must be at least 1 token, got 0"),
+        (("student", "--max-completion-length", "0"), "--max-completion-length must lie in [1, 1000000]. Got 0"),
         (("student", "--template", "nonsense", "--prompt", "x"), "nonsense"),
         (("other", "--template", "chat", "--prompt", "x"), "has no chat template"),
         (("student", "--prompt", "a" * POSITIONS), "student: The prompt has 514 tokens"),
-        (("student", "--prompt", "\udc80"), "no character of UTF-8"),
+        (("student", "--prompt", "\udc80"), "is not valid UTF-8"),
     ],
 )
 def test_a_wrong_request(models, capsys, monkeypatch, flags, message):
@@ -335,7 +335,7 @@ class Terminal:
         self.end, self.seen = ours, ""
 
     def expect(self, text: str, seconds: float = 30) -> str:
-        """What came before `text`, which must come; colours are left out."""
+        """What came before `text`, which must come; colors are left out."""
         deadline = time.monotonic() + seconds
         while text not in self.seen:
             ready, _, _ = select.select([self.end], [], [], max(0.0, deadline - time.monotonic()))

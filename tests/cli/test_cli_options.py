@@ -30,9 +30,11 @@ from pathlib import Path
 from typing import Literal
 
 from promptkd.errors import PromptKDError, RequestError
+from promptkd.settings import option
 
 TRAINING_CONFIG = "toy_lazy:ToyConfig"
-COMMON_TRAINING_FLAGS = {"learning_rate": ("NUMBER", "Step size of the optimizer.")}
+SETTINGS_SOURCES = ("toy_training.py",)
+COMMON_TRAINING_FLAGS = ("max_steps", "learning_rate", "tracker")
 
 
 @dataclass
@@ -62,6 +64,9 @@ class Options(Base):
     extra: dict = field(default_factory=dict)
     """More settings."""
     name: str | None = None
+    rows: list[int] | None = option(None, at_least=1)
+    share: float = option(1.0, above=0, at_most=1)
+    layers: int = option(2, at_least=1, at_most=30)
     fail: str = ""
 
     def __post_init__(self):
@@ -87,7 +92,11 @@ def run(options, training):
 TOY_TRAINING = '''
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, Literal
+
+from promptkd.settings import option
+
+Tracker = Literal["wandb", "trackio"]
 
 
 class Scheduler(str, Enum):
@@ -100,9 +109,14 @@ class Parallel: ...
 
 @dataclass
 class ToyConfig:
-    learning_rate: float = field(default=1e-6, metadata={"help": "Initial learning rate."})
+    learning_rate: float = option(1e-6, above=0)
+    """Initial learning rate."""
     max_steps: int = -1
     """Steps; -1 for whole epochs."""
+    tracker: Tracker | None = None
+    """Where metrics go, beside
+    the log."""
+    debug: str = field(default="", metadata={"help": "A setting of another library."})
     lr_scheduler_type: Scheduler | str = "linear"
     scheduler: Scheduler = Scheduler.LINEAR
     deepspeed: dict | str | None = None
@@ -114,7 +128,6 @@ class ToyConfig:
     tokens_seen: str | bool = "no"
     pad_to: int | str | None = "auto"
     parallelism: Parallel | None = None
-    debug: str = ""
     hub_token: str | None = None
     computed: int = field(default=0, init=False)
 '''
@@ -234,6 +247,9 @@ def test_defaults_stand_where_nothing_is_given() -> None:
         "seeds": [10, 20],
         "extra": {},
         "name": None,
+        "rows": None,
+        "share": 1.0,
+        "layers": 2,
         "fail": "",
     }
     assert parsed.training == {}
@@ -314,6 +330,10 @@ def test_values_become_what_the_annotation_asks(arguments: list[str], name: str,
         (["--seeds"], "--seeds expects one or more values, each a whole number. Got no value."),
         (["--extra", "word"], "--extra expects a mapping such as {\"key\": 1}. Got 'word'."),
         (["--extra", '{"a": '], '--extra expects a mapping such as {"key": 1}. Got \'{"a": \'.'),
+        (["--rows", "1", "0", "-2"], "--rows must be at least 1. Got 1 0 -2."),
+        (["--share", "0"], "--share must lie above 0 and at most at 1. Got 0."),
+        (["--share", "1.5"], "--share must lie above 0 and at most at 1. Got 1.5."),
+        (["--layers", "31"], "--layers must lie in [1, 30]. Got 31."),
         (["--name", "a", "b"], "Did not expect b: --name takes one value."),
         (["--name", "a", "--name", "a"], "--name is given twice. Give it once."),
         (["--seeds", "1", "--seeds", "2"], "--seeds is given twice. Give the values together: --flag A B."),
@@ -505,6 +525,7 @@ def test_values_of_the_file(config, line: str, name: str, value: Any) -> None:
         ("max_prompt_length:\n", "toy.yaml: max_prompt_length expects a whole number. Got nothing."),
         ("packing: no\n", "toy.yaml: packing expects true or false. Got 'no'."),
         ("packing: 1\n", "toy.yaml: packing expects true or false. Got 1."),
+        ("layers: 0\n", "toy.yaml: layers must lie in [1, 30]. Got 0."),
         ("name: 7\n", "toy.yaml: name expects text or none. Got 7. Put it in quotes."),
         ("name: [a]\n", "toy.yaml: name expects text or none. Got a."),
         ("model: 7\n", "toy.yaml: model expects text. Got 7."),  # wrong, though --model wins over it
@@ -572,6 +593,13 @@ def test_a_configuration_that_cannot_be_written_leaves_the_old_one(tmp_path: Pat
 
 # Help
 
+TOY_COMMON = (
+    "  --learning-rate NUMBER\n      Initial learning rate. Default: 1e-06.\n",
+    "  --max-steps INTEGER\n      Steps; -1 for whole epochs. Default: -1.\n",
+    "  --tracker wandb|trackio|none\n      Where metrics go, beside the log. Default: none.\n",
+)
+"""The common training flags, read from the source for --help and from the class for --help-all."""
+
 
 def test_help_shows_groups_defaults_and_types(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["toy", "--help"]) == 0
@@ -590,15 +618,16 @@ def test_help_shows_groups_defaults_and_types(capsys: pytest.CaptureFixture[str]
     assert "  --direction forward|reverse\n      Which divergence. Default: reverse.\n" in text
     assert "  --limit INTEGER|none\n      How many rows, all by default. Default: none.\n" in text
     assert "  --seeds INTEGER [INTEGER ...]\n      Seeds. Default: 10 20.\n" in text
-    assert "  --learning-rate NUMBER\n      Step size of the optimizer.\n" in text
+    for entry in TOY_COMMON:
+        assert entry in text
     assert max(map(len, text.splitlines())) <= 100
 
 
 def test_help_all_shows_every_training_flag(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["toy", "--help-all", "--wrong"]) == 0
     text = capsys.readouterr().out
-    assert "  --learning-rate NUMBER\n      Initial learning rate. Default: 1e-06.\n" in text
-    assert "  --max-steps INTEGER\n      Steps; -1 for whole epochs. Default: -1.\n" in text
+    for entry in TOY_COMMON:
+        assert entry in text
     assert "  --lr-scheduler-type linear|cosine\n" in text
     assert "  --bf16 true|false|none\n" in text
     assert "--computed" not in text

@@ -1,10 +1,12 @@
 """Every command from its arguments to the files that it leaves, on tiny models."""
 
+import importlib
 import json
 import os
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,8 +39,11 @@ from helpers.commands import (
     write_rows,
 )
 from promptkd.cli import COMMANDS
+from promptkd.cli.parsing.annotations import choices
 from promptkd.cli.parsing.config_file import read_config
+from promptkd.cli.parsing.fields import common_fields, training_fields
 from promptkd.data import encode_examples, read_examples
+from promptkd.methods import METHODS
 from promptkd.results import Metric, Results, file_sha256
 from promptkd.training.callbacks import ProgressBar
 
@@ -197,7 +202,7 @@ def test_whatever_of_the_teacher_is_trained_has_a_folder_of_its_own(world, tmp_p
     ran = done(capsys, *distill(world, out, "--method", method, "--prompt_learning_rate", 0.1))
     told = record(out).metrics
     numbers, share = (told[f"teacher_trained_{name}"].value for name in ("numbers", "share"))
-    assert f"{numbers:,.0f} numbers of the teacher are trained along, {share:.4%} of its parameters" in ran.err
+    assert f"{numbers:,.0f} parameters of the teacher are trained, {share:.4%} of its parameters" in ran.err
     assert share == pytest.approx(numbers / record(out).models["teacher"].parameters)
     student = RUN_FILES | below("student", MODEL_FILES) | {"checkpoints/checkpoint-3"}
     assert held(out) == student | below(folder, files)
@@ -335,7 +340,7 @@ def test_the_whole_way(world, tmp_path, capsys, monkeypatch):
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
-    """Ctrl-C when so many optimiser steps are done."""
+    """Ctrl-C when so many optimizer steps are done."""
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == after:
@@ -368,7 +373,7 @@ def test_a_run_that_was_interrupted_ends_like_one_that_was_not(world, tmp_path, 
     assert len(steps(tmp_path / "cut")) == after
 
     ran = done(capsys, *longer(command(world, tmp_path / "cut", "--resume")))
-    assert "Going on from" in ran.err
+    assert "Resuming from" in ran.err
     assert held(tmp_path / "cut") == held(tmp_path / "whole")
     assert steps(tmp_path / "cut") == steps(tmp_path / "whole")
     assert len(steps(tmp_path / "cut")) == 6
@@ -551,6 +556,18 @@ def test_help_all_shows_the_training_flags(capsys, command, flags):
     assert shown >= flags
     assert shown >= shown_flags(done(capsys, command, "--help").out)
     assert len(shown) > 100
+
+
+@pytest.mark.parametrize("name", ["distill", "sft"])
+def test_common_training_flags_are_what_their_classes_say(name):
+    """Read from the source for `--help`, they have the types, defaults and texts of the imported classes."""
+    command = importlib.import_module(f"promptkd.cli.options.{name}")
+    known = training_fields(command)
+    for field in common_fields(command):
+        if field.name == "method":
+            assert sorted(choices(field.annotation)) == sorted(METHODS)
+            field = replace(field, annotation=known["method"].annotation)
+        assert field == known[field.name]
 
 
 def shown_flags(text: str) -> set[str]:

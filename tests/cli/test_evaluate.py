@@ -1,11 +1,8 @@
 """`promptkd evaluate`: several sets and seeds, greedy beside them, what a stopped run leaves, and what is refused."""
 
+import contextlib
 import json
-import os
-import signal
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -26,6 +23,7 @@ from helpers.commands import (
     run,
     write_rows,
 )
+from helpers.processes import forked_command, killed
 from promptkd.evaluation import distinct, rouge_1_scores, rouge_l_scores
 from promptkd.evaluation.statistics import mean_interval, token_mean_interval
 from promptkd.results import Evaluation, Results, Training
@@ -233,7 +231,7 @@ def test_a_second_run_decodes_nothing_and_added_sets_and_seeds_alone_are_decoded
     assert contents(tmp_path) == first
     more = ("--seeds", 1, 2, 3, "--teacher", world.teacher)
     ran = done(capsys, *evaluate(world, "results.json", *more, data=(world.test, world.valid)))
-    assert "Going on from 4 of 10 files" in ran.err
+    assert "Resuming from 4 of 10 files" in ran.err
     assert counts[3:] == [5, 4, 4, 4, 4]
     grown = Results.read(tmp_path / "results.json")
     monkeypatch.chdir(tmp_path_in(tmp_path, "fresh"))
@@ -287,12 +285,12 @@ def test_killed_in_the_middle_and_run_again_equals_undisturbed(world, tmp_path, 
 
 def killed_at(file: Path, request: list[str], *, cwd: Path) -> int:
     """Start a command and kill it once `file` has four lines; return the lines of all files."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen([sys.executable, "-m", "promptkd", *request], cwd=cwd, env=environment) as process:
-        while process.poll() is None and not (file.exists() and file.read_bytes().count(b"\n") >= 4):
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+    with contextlib.chdir(cwd):
+        child = forked_command(request, cwd.with_suffix(".log"))
+    deadline = time.monotonic() + 100
+    while time.monotonic() < deadline and not (file.exists() and file.read_bytes().count(b"\n") >= 4):
+        time.sleep(0.002)
+    killed(child)
     return sum(each.read_bytes().count(b"\n") for each in cwd.glob("*.jsonl"))
 
 

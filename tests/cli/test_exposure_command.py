@@ -134,18 +134,15 @@ WRONG = {
     "no checkpoints": (("--every-checkpoint",), "W/student has none"),
     "no such prompt": (("--prompt", "W/none"), "Expected a PEFT adapter"),
     "a model as prompt": (("--prompt", "W/student"), "Expected a PEFT adapter"),
-    "all of the numbers": (
-        ("--samples-per-row", 0, "--batch-size", 0, "--seed=-1"),
-        "--samples-per-row must be at least 1, got 0; --batch-size must be at least 1, got 0; "
-        "--seed must be 0 or more, got -1.",
-    ),
-    "no length": (("--max_completion_length", 0), "must be at least 1 token. Got 40 and 0"),
+    "no samples": (("--samples-per-row", 0), "--samples-per-row must be at least 1. Got 0."),
+    "a negative seed": (("--seed=-1",), "--seed must be 0 or more. Got -1."),
+    "no length": (("--max_completion_length", 0), "must lie in [1, 1000000]. Got 0"),
     "unknown treatment": (("--ended", "lave"), "Did you mean leave?"),
 }
 OTHER_STUDENTS = {
     "another vocabulary": (["W/other"], "share their tokens but split text differently"),
     "no such student": (["W/student", "W/none"], "No such model: W/none does not exist"),
-    "a student twice": (["W/student", "W/student"], "each student must be given once, got W/student W/student"),
+    "a student twice": (["W/student", "W/student"], "Each student must be given once. Got W/student W/student"),
 }
 
 

@@ -161,7 +161,7 @@ CASES = {
     "transformers' own resuming": Case(sft("--resume_from_checkpoint", "true"), "is set by --resume here"),
     "unknown command": Case(("distil",), "Did you mean 'distill'?"),
     # folders
-    "folder that is not empty": Case(distill(out="W/notes"), "W/notes is not empty. Go on with the run in it"),
+    "folder that is not empty": Case(distill(out="W/notes"), "W/notes is not empty. Resume the run in it"),
     "foreign files": Case(distill("--overwrite", out="W/notes"), "W/notes holds notes.txt, which no run wrote"),
     "resuming no run": Case(sft("--resume", out="W/notes"), "--resume needs a run in W/notes"),
     "resume and overwrite": Case(distill("--resume", "--overwrite"), "Give one of them"),
@@ -179,7 +179,7 @@ CASES = {
     "results below a file": Case(evaluate(out="W/file/r.json"), "W/file is not a folder that can be written to"),
     "responses that exist": Case(generate(out="W/file"), "W/file exists. Replace it by --overwrite"),
     # layers
-    "zero layers": Case(prune("--layers", 0, "--choose", "even"), "--layers must be at least 1, got 0"),
+    "zero layers": Case(prune("--layers", 0, "--choose", "even"), "--layers must be at least 1. Got 0"),
     "no layers": Case(prune(), "give either --layers N or --keep"),
     "layers twice over": Case(
         prune("--layers", 2, "--choose", "even", "--keep", 0), "give either --layers N or --keep"
@@ -191,13 +191,11 @@ CASES = {
     "more layers, evenly": Case(prune("--layers", 5, "--choose", "even"), "between 1 and 4 layers", loads=True),
     "a layer that is not there": Case(prune("--keep", 0, 4), "The teacher has layers 0 … 3. Got 4", loads=True),
     "repeated layers": Case(prune("--keep", 1, 1), "once each, in ascending order. Got [1, 1]", loads=True),
-    "no rows to measure on": Case(prune("--layers", 2, *DATA, "--rows", 0), "--rows must be at least 1, got 0"),
+    "no rows to measure on": Case(prune("--layers", 2, *DATA, "--rows", 0), "--rows must be at least 1. Got 0"),
     # settings
     "unknown method": Case(distill("--method", "promptk"), "Got 'promptk'"),
-    "negative learning rate": Case(distill("--learning-rate=-1"), "learning_rate must be 0 or more, got -1"),
-    "all of the settings wrong": Case(
-        distill("--prompt_length=-1", "--mu", 2, "--temperature", 0), "; temperature must be above 0"
-    ),
+    "negative learning rate": Case(distill("--learning-rate=-1"), "--learning-rate must be 0 or more. Got -1"),
+    "a temperature of 0": Case(distill("--temperature", 0), "temperature must be above 0"),
     "too short for the template": Case(
         evaluate("--max_prompt_length", 9), "The shortest prompt has 139 tokens, template included, and the limit is 9"
     ),
@@ -206,16 +204,13 @@ CASES = {
     "broken template": Case(evaluate("--template", "{{ instruction"), "The Jinja template does not compile"),
     "template with another name": Case(generate("--template", "{{ question }}"), "Got question"),
     "no chat template": Case(generate("--template", "chat"), "The tokenizer has no chat template"),
-    "negative temperature": Case(evaluate("--temperature=-1"), "--temperature must be 0 (greedy) or more, got -1.0"),
-    "negative temperature in generate": Case(
-        generate("--temperature=-0.5"), "--temperature must be 0 (greedy) or more"
-    ),
-    "all of decoding wrong": Case(
-        generate("--top-p", 0, "--top-k=-1", "--batch-size", 0, "--seed=-1"),
-        "--top-p must lie above 0 and at most at 1, got 0.0; --top-k must be 0 (off) or more, got -1; "
-        "--batch-size must be at least 1, got 0; seeds must be 0 or more, got -1.",
-    ),
-    "a seed twice": Case(evaluate("--seeds", 1, 2, 1), "each seed must be given once, got 1 2 1"),
+    "negative temperature": Case(evaluate("--temperature=-1"), "--temperature must be 0 or more. Got -1."),
+    "negative temperature in generate": Case(generate("--temperature=-0.5"), "--temperature must be 0 or more"),
+    "no mass to sample from": Case(generate("--top-p", 0), "--top-p must lie above 0 and at most at 1. Got 0."),
+    "a negative number of tokens": Case(generate("--top-k=-1"), "--top-k must be 0 or more. Got -1."),
+    "no rows at a time": Case(generate("--batch-size", 0), "--batch-size must be at least 1. Got 0."),
+    "a negative seed": Case(evaluate("--seeds", 1, -1), "--seeds must be 0 or more. Got 1 -1."),
+    "a seed twice": Case(evaluate("--seeds", 1, 2, 1), "Each seed must be given once. Got --seeds 1 2 1."),
     "validation without rows": Case(distill("--eval_strategy", "epoch"), "Validation needs rows: give --eval-data"),
     "steps of validation without rows": Case(sft("--eval_steps", 2), "Validation needs rows: give --eval-data"),
     "validation by unsaid steps": Case(distill(*VALID, "--eval_strategy", "steps"), "needs --eval_steps"),
@@ -224,12 +219,12 @@ CASES = {
     ),
     "no checkpoints to choose from": Case(sft(*VALID, "--save_strategy", "no"), "Got --save_strategy no"),
     "too few rows for a step": Case(
-        distill("--gradient_accumulation_steps", 4), "One optimiser step takes 16 rows", loads=True
+        distill("--gradient_accumulation_steps", 4), "One optimizer step takes 16 rows", loads=True
     ),
     "too many positions": Case(distill("--prompt_length", 500), "The teacher has 512 positions", loads=True),
     "LoRA of rank 0": Case(distill("--student-lora-rank", 0), "--student-lora-rank must be at least 1. Got 0"),
     "nothing to merge": Case(distill("--merge"), "give --student-lora-rank with it"),
-    "layers of the demo": Case(("demo", "--layers", 31, "--out", "OUT"), "--layers must lie between 1 and 30"),
+    "layers of the demo": Case(("demo", "--layers", 31, "--out", "OUT"), "--layers must lie in [1, 30]"),
     # report
     "no runs": Case(("report", "--out", "OUT"), "RUNS is missing"),
     "no results": Case(
@@ -250,7 +245,7 @@ CASES |= {
     "results that are no text": Case(
         ("report", "W/binary-run", "--out", "OUT", "--format", "html"), "W/binary-run/results.json"
     ),
-    "negative learning rate in sft": Case(sft("--learning-rate=-1"), "learning_rate must be 0 or more"),
+    "negative learning rate in sft": Case(sft("--learning-rate=-1"), "--learning-rate must be 0 or more"),
     "unknown schedule of the prompt": Case(distill("--prompt_lr_scheduler_type", "cosin"), "prompt_lr_scheduler_type"),
     "no accumulation": Case(distill("--gradient_accumulation_steps", 0), "gradient_accumulation_steps"),
     "no rows to decode at a time": Case(distill("--generation_batch_size", 0), "generation_batch_size"),
@@ -266,7 +261,7 @@ CASES |= {
     "half a surrogate pair": Case(data("half.jsonl"), "'instruction' holds half of a surrogate pair ('\\ud83d')"),
     "half a pair beside a message": Case(data("half-role.jsonl"), "'messages[0]' holds half of a surrogate pair"),
     "JSON nested 100,000 deep": Case(data("deep.jsonl"), "W/h/deep.jsonl, line 1: not valid JSON: nested too deeply"),
-    "a key twice": Case(data("twice.jsonl"), "the key 'instruction' stands twice in one object"),
+    "a key twice": Case(data("twice.jsonl"), "duplicate key 'instruction' in one object"),
     "NaN for a text": Case(data("nan.jsonl"), "'output' must be a string or a list of strings, got a value of type"),
     "1e999 for a text": Case(data("infinite.jsonl"), "'output[0]' must be a string, got a value of type float"),
     "a number of 5,000 digits": Case(data("digits.jsonl"), "not valid JSON: Exceeds the limit (4300 digits)"),
@@ -320,14 +315,14 @@ CASES |= {
     "a seed of 10^30 for the demo": Case(
         ("demo", "--seed", 10**30, "--out", "OUT"), "It may be at most 92233720368547"
     ),
-    "a seed beyond NumPy's": Case(distill("--seed", 2**40), "seed must be at most 4294967295, got 1099511627776"),
+    "a seed beyond NumPy's": Case(distill("--seed", 2**40), "--seed must lie in [0, 4294967295]. Got 1099511627776"),
     "temperature NaN": Case(generate("--temperature", "nan"), "--temperature expects a finite number. Got 'nan'"),
     "a seed of 1e999": Case(exposure("--seed", "1e999"), "--seed expects a whole number. Got '1e999'"),
     "temperature Infinity": Case(evaluate("--temperature", "Infinity"), "--temperature expects a finite number"),
     "learning rate NaN": Case(sft("--learning-rate", "NaN"), "--learning-rate expects a finite number"),
     "a mass of 1e999": Case(("chat", "W/student", "--top-p", "1e999"), "--top-p expects a finite number"),
     "no steps of the demo": Case(("demo", "--steps", 0, "--out", "OUT"), "--steps must be at least 1. Got 0"),
-    "a negative layer of the demo": Case(("demo", "--layers=-1", "--out", "OUT"), "--layers must lie between 1 and 30"),
+    "a negative layer of the demo": Case(("demo", "--layers=-1", "--out", "OUT"), "--layers must lie in [1, 30]"),
     "a demo over somebody's files": Case(("demo", "--overwrite", "--out", "W/notes"), "holds notes.txt, which no run"),
     "a flag twice": Case(sft("--limit", 1, "--limit", 2), "--limit is given twice"),
     "a switch on and off": Case(evaluate("--greedy", "--no-greedy"), "--no-greedy is given twice, first as --greedy"),
@@ -337,7 +332,7 @@ CASES |= {
         generate("--template", f"{{{{ instruction * {'9' * 5000} }}}}"), "does not compile"
     ),
     "a response of 10^15 tokens": Case(
-        generate("--max-completion-length", 10**15), "--max-completion-length must be at most 1000000"
+        generate("--max-completion-length", 10**15), "--max-completion-length must lie in [1, 1000000]"
     ),
     "a name of 300 letters": Case(generate(out="a" * 300), "--out expects a path"),
 }
@@ -365,7 +360,7 @@ CASES |= {
     "10^9 tokens": Case(generate(model="W/m/words"), "its weights have other sizes than its config.json", loads=True),
     "no heads": Case(exposure(teacher="W/m/headless"), "W/m/headless"),
     "code from the hub for attention": Case(generate(model="W/m/kernel"), "asks for code from the hub"),
-    "a quantisation of 4": Case(evaluate(model="W/m/quantized"), "model from W/m/quantized"),
+    "a quantization of 4": Case(evaluate(model="W/m/quantized"), "model from W/m/quantized"),
     "text for a size": Case(export("W/m/typed"), "model from W/m/typed"),
     "a model with code of its own": Case(generate(model="W/m/code"), "model from W/m/code", loads=True),
     "a tokenizer that breaks off": Case(generate(model="W/m/tokenizer"), "W/m/tokenizer"),
@@ -402,7 +397,7 @@ CASES |= {
     "a student twice": Case(
         ("exposure-bias", "--student", "W/student", "W/student", *exposure()[3:]), "must be given once"
     ),
-    "no samples": Case(exposure("--samples-per-row", 0), "--samples-per-row must be at least 1, got 0"),
+    "no samples": Case(exposure("--samples-per-row", 0), "--samples-per-row must be at least 1. Got 0"),
     "a soft prompt that is none": Case(exposure("--prompt", "W/m/adapter-torn"), "Expected a prompt-tuning adapter"),
     "no soft prompt": Case(exposure("--prompt", "W/notes"), "Expected a PEFT adapter"),
     "no checkpoints": Case(exposure("--every-checkpoint"), "--every-checkpoint needs run folders"),
@@ -430,7 +425,7 @@ CASES |= {
     "settings that are a list": Case(evaluate(out="W/r/list.json"), "does not hold the settings of a job", loads=True),
     "no answers": Case(judge(responses="W/none.jsonl"), "Expected a file of answers at W/none.jsonl"),
     "a named pipe of answers": Case(judge(responses="W/h/pipe.jsonl"), "Expected a file of answers"),
-    "a row answered twice": Case(judge(responses="W/h/answers-twice.jsonl"), "row 0 stands twice"),
+    "a row answered twice": Case(judge(responses="W/h/answers-twice.jsonl"), "row 0 is there twice"),
     "text for a row's number": Case(judge(responses="W/h/answers-row.jsonl"), "row: Input should be a valid integer"),
     "half a surrogate pair in an answer": Case(
         judge(responses="W/h/answers-half.jsonl"), "'text' holds half of a surrogate pair"
@@ -438,8 +433,10 @@ CASES |= {
     "answers without references": Case(judge(responses="W/h/answers-bare.jsonl"), "1 of 1 rows hold no reference"),
     "a question without answers": Case(judge("--prompt-file", "W/h/unfilled.txt"), "lacks {{ request }}"),
     "a named pipe of a question": Case(judge("--prompt-file", "W/h/pipe.txt"), "it is a named pipe"),
-    "verdicts of nothing": Case(judge(out="W/r/judged.json"), "W/r/judged-verdicts.jsonl, line 1: not the settings"),
-    "verdicts nested 100,000 deep": Case(judge(out="W/r/deeply.json"), "deeply-verdicts.jsonl, line 1: not the"),
+    "verdicts of nothing": Case(
+        judge(out="W/r/judged.json"), "W/r/judged-verdicts.jsonl, line 1: expected the settings"
+    ),
+    "verdicts nested 100,000 deep": Case(judge(out="W/r/deeply.json"), "deeply-verdicts.jsonl, line 1: expected the"),
     "no address": Case(judge(endpoint="localhost:9"), "--endpoint must be an address"),
     "an address of a file": Case(judge(endpoint="file:///etc/passwd"), "--endpoint must be an address"),
     "a time-out of NaN": Case(judge("--timeout", "nan"), "--timeout expects a finite number"),
@@ -473,7 +470,8 @@ def placed(text: object, world: World, tmp_path: Path) -> str:
 
 
 def state(folder: Path) -> dict[str, int]:
-    return {str(path): path.lstat().st_mtime_ns for path in folder.rglob("*")}
+    """When each file was last written; a folder's time changes with the lock that comes into it and goes."""
+    return {str(path): 0 if path.is_dir() else path.lstat().st_mtime_ns for path in folder.rglob("*")}
 
 
 def test_several_wrong_flags_are_told_together(world, tmp_path, capsys):

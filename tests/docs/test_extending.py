@@ -1,7 +1,11 @@
 """The code of docs/extending.md runs, trains, and writes what the page says."""
 
 import math
+import os
 import re
+import shutil
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -13,13 +17,17 @@ import promptkd.training
 from helpers.commands import TEMPLATE, TRAINING, done, make_world, rows
 from helpers.tiny import tiny_tokenizer
 from helpers.trainers import log, pair
-from promptkd.methods import METHODS, Method
+from promptkd.methods import METHODS, Method, named_method
+from promptkd.models.adapters import SoftPromptFactory
 from promptkd.objectives import total_variation
 from promptkd.responses import ResponseMix
+from promptkd.results import Results
 from promptkd.training import DistillTrainer
 
 PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+FILE = "# src/promptkd/methods/hellinger.py\n"
+"""How the block begins that is a file of its own."""
 SMALL = {"max_prompt_length": 40, "max_completion_length": 8, "template": TEMPLATE, "use_cpu": True}
 
 
@@ -41,16 +49,18 @@ def ran(folder: Path) -> list[Ran]:
     namespace = {"tokenizer": tiny_tokenizer(), "rows": rows(12)}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        patch.setitem(METHODS, "hellinger", None)  # gone again at the end
         patch.setattr(promptkd.training, "DistillConfig", partial(promptkd.training.DistillConfig, **SMALL))
         for block in BLOCKS:
             namespace["student"], namespace["teacher"] = pair()
             before = [weight.detach().clone() for weight in namespace["student"].parameters()]
             exec(compile(block, str(PAGE), "exec"), namespace)
-            results.append(Ran(namespace["trainer"], before))
+            if not block.startswith(FILE):
+                results.append(Ran(namespace["trainer"], before))
     return results
 
 
-@pytest.mark.parametrize("block", range(len(BLOCKS)))
+@pytest.mark.parametrize("block", range(len(BLOCKS) - 1))  # but for the file
 def test_each_block_trains_the_student(ran, block):
     trainer, before = ran[block]
     losses = [entry["loss"] for entry in log(trainer)]
@@ -60,11 +70,13 @@ def test_each_block_trains_the_student(ran, block):
     assert all(not torch.equal(new, old) for new, old in zip(trainer.model.parameters(), before, strict=True))
 
 
-def test_the_page_shows_four_things(ran):
-    """An objective, a loss, a source of responses and a teacher adapter, each in use."""
-    objective, loss, source, adapter = (each.trainer for each in ran)
+def test_the_page_shows_five_things(ran):
+    """An objective, a named method, a loss, a source of responses and a teacher adapter, each in use."""
+    objective, named, loss, source, adapter = (each.trainer for each in ran)
     assert objective.method.objective.__name__ == "hellinger"
     assert objective.adapter.module.distance() > 0
+    assert named.method.objective.func.__name__ == "squared_hellinger"
+    assert named.adapter.module.length == 4
     assert loss.method.per_row
     assert [entry["student_share"] for entry in log(source)] == pytest.approx([k / 15 for k in range(15)])
     distances = [entry["adapter_distance"] for entry in log(adapter)]
@@ -78,9 +90,37 @@ def test_what_is_saved_stands_where_the_page_says(ran, folder):
     assert (folder / "runs/shift/hidden_shift/hidden_shift.safetensors").is_file()
 
 
-def test_a_method_in_the_dictionary_is_known_to_the_command_line(tmp_path, capsys, monkeypatch):
+def test_one_file_is_a_method_with_flags_and_help(tmp_path):
+    """The page's file in the folder of methods, and nothing else: help, flags and training know it."""
+    (block,) = (each for each in BLOCKS if each.startswith(FILE))
+    package = Path(promptkd.__file__).parent
+    shutil.copytree(package, tmp_path / "promptkd", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / FILE.removeprefix("# src/").strip()).write_text(block, encoding="utf-8")
+    world = make_world(tmp_path)
+
+    def distill(*arguments):
+        command = [sys.executable, "-m", "promptkd", "distill", *map(str, arguments)]
+        environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+
+    assert "gkd, hellinger, kd" in distill("--help").stdout
+    pair = ("--student", world.student, "--teacher", world.teacher, "--data", world.train, "--out", tmp_path / "run")
+    trained = distill("--method", "hellinger", "--sharpness", 2, *pair, *TRAINING)
+    assert trained.returncode == 0, trained.stderr
+    record = Results.read(tmp_path / "run" / "results.json")
+    assert record.config["sharpness"] == 2
+
+
+def test_the_old_form_of_a_named_method_warns_and_works(tmp_path, capsys, monkeypatch):
+    """A function in the dictionary, which names its adapter."""
     world = make_world(tmp_path)
     monkeypatch.setitem(METHODS, "hellinger", lambda settings: Method(ResponseMix(0.5), total_variation, "prompt"))
     pair = ("--student", world.student, "--teacher", world.teacher, "--data", world.train, "--out", tmp_path / "run")
+    with pytest.warns(FutureWarning) as warned:
+        assert named_method("hellinger").adapter == SoftPromptFactory()
+    assert [str(each.message).rpartition(". ")[0] for each in warned] == [
+        "A function as METHODS['hellinger'] is deprecated; write a subclass of NamedMethod (docs/extending.md)",
+        "Method(teacher_adapter='prompt') is deprecated; write Method(adapter=SoftPromptFactory)",
+    ]
     done(capsys, "distill", "--method", "hellinger", *pair, *TRAINING)
-    assert (tmp_path / "run" / "results.json").is_file()
+    assert (tmp_path / "run" / "prompt").is_dir()

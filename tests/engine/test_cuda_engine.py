@@ -7,11 +7,11 @@ graph is called instead of replayed. On a machine with CUDA, test_engines.py and
 import gc
 import inspect
 from dataclasses import replace
-from importlib import reload
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.nn.attention import varlen
 from torch.nn.functional import scaled_dot_product_attention
 
 from helpers.standins import StandIn
@@ -220,7 +220,7 @@ def test_float32_stays_with_the_reference(monkeypatch):
 
 def test_varlen_attention_is_called_as_torch_has_it():
     """The names that are passed by keyword, against the installed torch; before 2.12 there is no `enable_gqa`."""
-    real = inspect.signature(reload(attention.varlen).varlen_attn).parameters
+    real = inspect.signature(varlen.varlen_attn).parameters
     assert [*real][:7] == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
     assert {"scale", "window_size"} <= real.keys()
 

@@ -297,19 +297,19 @@ def test_a_step_on_the_device_is_the_cpus_in_float32(bf16, device, tmp_path, mon
 
 
 @pytest.mark.slow
-def test_five_hundred_steps_hold_no_more_memory_than_one_hundred(tmp_path):
+def test_steps_leave_no_memory_behind(tmp_path):
     held = []
 
     class Watch(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step in (100, 500):
+            if state.global_step in (60, 220):
                 gc.collect()
                 held.append(psutil.Process().memory_info().rss)
 
-    run = trainer(tmp_path, max_steps=500, logging_steps=500)
+    run = trainer(tmp_path, max_steps=220, logging_steps=220)
     run.add_callback(Watch())
     run.train()
-    assert held[1] - held[0] < 8 * 2**20
+    assert held[1] - held[0] < 160 * 24 * 2**10  # per step less than a copy of the student
 
 
 # ------------------------------------------------------------------------------------------- which engine runs a model

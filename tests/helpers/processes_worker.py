@@ -1,12 +1,11 @@
-"""One of several processes that train together: `python -m helpers.processes_worker FOLDER CHECK ...`.
+"""What each of several processes does that train together.
 
-processes.py starts it once per process. Each check writes what it saw into FOLDER, from every process, as
+processes.py starts it once per process. Each check writes what it saw into the folder, from every process, as
 `CHECK-RANK.pt`; the test compares.
 """
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -265,15 +264,10 @@ CHECKS = {
 }
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
-    for name in sys.argv[2:]:
+def work(folder: Path, checks: tuple[str, ...]) -> None:
+    for name in checks:
         print(name, flush=True)
         seen = CHECKS[name](folder / f"{name}-{processes()}")
         torch.save(seen, folder / f"{name}-{rank()}.pt")
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

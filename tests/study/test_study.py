@@ -1,6 +1,7 @@
 """`promptkd study`: what it plans and refuses, runs in processes of their own, and what it goes on with."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -23,20 +24,25 @@ from helpers.commands import (
     World,
     below,
     done,
-    hear_interrupts,
     json_lines,
     make_world,
     run,
 )
+from helpers.processes import ForkedCommand, forked_command, killed
+from helpers.standins import StandIn
 from helpers.tiny import save_model, tiny_model
+from promptkd.cli import study_runs
+from promptkd.cli.options.study import Options
 from promptkd.cli.parsing.parser import parse_options
+from promptkd.cli.study_outcome import compare_and_report
+from promptkd.cli.study_runs import StudyRun
 from promptkd.errors import RequestError
 from promptkd.evaluation.pairing import Candidate
 from promptkd.io.lock import locked
 from promptkd.results import DataRecord, Evaluation, Results, RowResult
 from promptkd.study.local import LocalPool, shares
 from promptkd.study.loop import carry_out
-from promptkd.study.plan import arguments_of, plan_runs
+from promptkd.study.plan import Planned, arguments_of, plan_runs
 from promptkd.study.pooling import Member, both_ways, compare_groups, t_quantile, t_two_sided
 from promptkd.study.processes import Job, shell_line
 from promptkd.study.progress import last_words
@@ -149,7 +155,7 @@ WRONG_PLANS = {
     ),
     "a grid without values": ({"grid": {"beta": []}}, "beta needs at least one value"),
     "no grid": ({"methods": [{"name": "kd", "grid": 3}]}, "kd: grid: expected a mapping"),
-    "a key twice": ({"base": {"eval-data": "a", "eval_data": "b"}}, "eval_data stands twice"),
+    "a key twice": ({"base": {"eval-data": "a", "eval_data": "b"}}, "duplicate key eval_data"),
     "no file": ({"base": {"config": 3}}, "config expects the path of a YAML file. Got 3"),
 }
 
@@ -187,11 +193,28 @@ def test_every_wrong_flag_of_every_run_is_told_at_once(world, tmp_path, capsys):
     said = refused(capsys, file, "--baseline", "sft")
     assert "6 things are wrong" in said
     assert "promtkd-seed-1 and 1 more: Expected a method of" in said
-    assert "gkd-seed-1 and 1 more: beta must be in [0.0, 1.0]" in said
+    assert "gkd-seed-1 and 1 more: --beta must lie in [0, 1]. Got 7." in said
     assert "b-seed-1 and 1 more: kd takes no beta" in said
     assert "all 8 runs: No such file or folder: none.jsonl" in said
     assert "evaluate sets model" in said
     assert "--baseline must be one of kd, promtkd, gkd, b. Got sft" in said
+
+
+def test_each_data_set_is_read_once(world, tmp_path, capsys, monkeypatch):
+    read = []
+    read_examples = study_runs.read_examples
+    monkeypatch.setattr(
+        study_runs, "read_examples", lambda source, **limits: read.append(source) or read_examples(source, **limits)
+    )
+    evaluate = {"data": [world.test], "seeds": [1]}
+    file = study_file(world, tmp_path / "out", methods=["kd", "promptkd"], seeds=[1, 2], evaluate=evaluate)
+    assert "4 of 4 runs to do" in done(capsys, "study", file, "--dry-run").out
+    assert sorted(read) == sorted([world.train, world.valid, world.test])
+
+    read.clear()
+    file = study_file(world, tmp_path / "out", seeds=[1, 2], base={"data": "none.jsonl"})
+    assert "all 2 runs: No such file or folder: none.jsonl" in refused(capsys, file)
+    assert read == ["none.jsonl"]
 
 
 @pytest.mark.parametrize(
@@ -201,9 +224,9 @@ def test_every_wrong_flag_of_every_run_is_told_at_once(world, tmp_path, capsys):
         ({"sedes": [1]}, "the key sedes is unknown. Did you mean seeds?"),
         ({"base": {"data": "none.jsonl"}}, "No such file or folder: none.jsonl"),
         ({"evaluate": {"data": ["t"], "sedes": [1]}}, "--sedes is unknown. Did you mean --seeds?"),
-        ({"workers": 0}, "--workers must be at least 1"),
-        ({"cpus_per_run": 0}, "--cpus-per-run must be at least 1"),
-        ({"gpus_per_run": -1}, "--gpus-per-run must be 0 or more"),
+        ({"workers": 0}, "workers must be at least 1"),
+        ({"cpus_per_run": 0}, "cpus_per_run must be at least 1"),
+        ({"gpus_per_run": -1}, "gpus_per_run must be 0 or more"),
         ({"engine": "ray", "workers": 2}, "--workers is of this machine"),
         ({"ray_address": "x"}, "--ray-address goes with --engine ray"),
         ({"engine": "slurm"}, "engine expects one of local, ray"),
@@ -260,10 +283,31 @@ def test_the_recipe_is_a_study(world, tmp_path, capsys):
 # ---- running ----
 
 
+def test_a_page_that_the_disk_does_not_take_leaves_the_old_one(tmp_path, capsys):
+    planned_run, out = Planned("kd", 1, {}), tmp_path / "out"
+    folder = out / planned_run.name
+    folder.mkdir(parents=True)
+    Results(kind="distill", config={}).write(folder / "results.json")
+    (out / "report.html").write_text("the old page")
+    job, row = Job(planned_run.name, (), out / "log"), Row(planned_run.name, folder, 1)
+    finished = StudyRun(planned_run, folder, job, row, folder / "results.json", None)
+    options = Options(config=out / "study.yaml", out=out, base={}, methods=["kd"], seeds=[1])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            compare_and_report(options, [finished])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (out / "report.html").read_text() == "the old page"
+    compare_and_report(options, [finished])
+    assert "<html" in (out / "report.html").read_text()
+
+
 @pytest.mark.slow
 def test_a_study_runs_goes_on_and_compares(world, tmp_path, capsys, monkeypatch):
     """Two methods x two seeds on two workers, one method failing until its student is there."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("promptkd.study.processes.subprocess", StandIn(subprocess, Popen=ForkedCommand))
     out, late = tmp_path / "out", tmp_path / "late"
     evaluate = {"data": [world.test], "seeds": [10]}
     methods = ["promptkd", {"name": "late", "method": "kd", "student": str(late)}]
@@ -315,7 +359,7 @@ def test_a_study_runs_goes_on_and_compares(world, tmp_path, capsys, monkeypatch)
     before = files(out)
     ran = run(capsys, "study", file)
     assert ran.status == 2
-    assert "all 4 runs: --resume goes on with the run" in ran.err
+    assert "all 4 runs: --resume continues the run" in ran.err
     assert "learning_rate was 0.001 and is now 0.0005" in ran.err
     assert files(out) == before
 
@@ -330,27 +374,24 @@ def files(folder: Path) -> set[str]:
 
 
 @pytest.mark.slow
-def test_a_study_that_is_killed_leaves_nothing_running_and_goes_on(world, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_a_study_that_is_killed_leaves_nothing_running_and_goes_on(world, tmp_path, capsys):
+    """Its runs are processes with an interpreter of their own, as they are for a user."""
     out = tmp_path / "out"
-    file = study_file(world, out, steps=120, base={"save_steps": 10, "logging_steps": 10, "eval_strategy": "no"})
-    command = [sys.executable, "-m", "promptkd", "study", str(file)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, preexec_fn=hear_interrupts)
+    file = study_file(world, out, steps=80, base={"save_steps": 10, "logging_steps": 10, "eval_strategy": "no"})
+    study = forked_command(["study", file], tmp_path / "said", PYTHONPATH=os.pathsep.join(sys.path))
     checkpoints = out / "kd-seed-1" / "checkpoints"
     until(lambda: any(checkpoints.glob("checkpoint-*")), 120)
-    with pytest.raises(RequestError, match=f"process {process.pid} on "), locked(out, folder=True):
+    with pytest.raises(RequestError, match=f"process {study} on "), locked(out, folder=True):
         pass
-    (child,) = [each for each in psutil.Process(process.pid).children() if "distill" in each.cmdline()]
-    process.kill()
-    process.wait()
+    (child,) = [each for each in psutil.Process(study).children() if "distill" in each.cmdline()]
+    killed(study)
     until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, 60)
     assert not (out / "kd-seed-1" / "results.json").exists()
     ran = done(capsys, "study", file)
     assert "kd-seed-1: done" in ran.err
-    assert "Going on from" in (out / "logs" / "kd-seed-1.log").read_text()
+    assert "Resuming from" in (out / "logs" / "kd-seed-1.log").read_text()
     logged = [line["step"] for line in json_lines(out / "kd-seed-1" / "metrics.jsonl")]
-    assert logged == list(range(10, 121, 10))
+    assert logged == list(range(10, 81, 10))
 
 
 def until(holds, seconds: float) -> None:
@@ -605,7 +646,6 @@ def test_a_ray_cluster_of_two_nodes_runs_a_study(world, tmp_path, capsys, monkey
     pytest.importorskip("ray", reason="ray is not installed: pip install 'promptkd[ray]'")
     from ray.cluster_utils import Cluster
 
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     node = {"num_cpus": 1, "object_store_memory": 100 * 2**20, "include_dashboard": False}

@@ -30,7 +30,7 @@ def checkpoint(root: Path, step: int, best: int | None = None) -> Path:
     folder = root / f"checkpoint-{step}"
     (folder / "shards").mkdir(parents=True)
     (folder / "model.safetensors").write_bytes(bytes([step]) * 1000)
-    (folder / "shards" / "0.pt").write_bytes(b"optimiser")
+    (folder / "shards" / "0.pt").write_bytes(b"optimizer")
     (folder / "trainer_state.json").write_text(json.dumps({"best_global_step": best}))
     write_manifest(folder)
     return folder
@@ -127,7 +127,7 @@ def test_a_torn_checkpoint_is_passed_over_and_the_run_ends_as_if_undisturbed(wor
     assert (
         "checkpoint-3 is passed over and stays as passed-over-checkpoint-3: optimizer.pt holds other bytes" in ran.err
     )
-    assert f"Going on from {checkpoints / 'checkpoint-2'}." in ran.err
+    assert f"Resuming from {checkpoints / 'checkpoint-2'}." in ran.err
     assert steps(tmp_path / "cut") == steps(tmp_path / "whole")
     assert weights(tmp_path / "cut" / "student") == weights(tmp_path / "whole" / "student")
     assert sorted(each.name for each in checkpoints.iterdir()) == [

@@ -147,11 +147,11 @@ def test_a_dry_run_says_what_a_run_will_need_and_writes_nothing(world, tmp_path,
     ran = done(capsys, *distill(world, tmp_path / "run", *validation, "--dry-run"))
     assert not os.listdir(tmp_path)
     assert files(world.folder) == before
-    memory, _, time = ran.out.partition("seconds a step")
+    memory, _, time = ran.out.partition("seconds per step")
     said = dict(re.split(r"\s{2,}", line.strip(), maxsplit=1) for line in memory.splitlines() if "  " in line.strip())
     assert said["rows"] == "12"
-    assert said["optimiser steps"] == "3 of 4 rows"
-    assert said["rollouts a step"] == "up to 4"
+    assert said["optimizer steps"] == "3 of 4 rows"
+    assert said["rollouts per step"] == "up to 4"
     assert said["teacher"].startswith("168 trained, ")
     assert re.search(r"measured on the longest rows, of up to \d\d tokens", memory)
     assert "GiB, loading included" in said["peak"]

@@ -16,14 +16,14 @@ from helpers.trainers import FIXED_PROMPTKD, config, pair, rows, trainer
 from promptkd import precision
 from promptkd.errors import RequestError
 from promptkd.evaluation import likelihood, measure
-from promptkd.evaluation.dataset_evaluation import SetEvaluation
-from promptkd.evaluation.measure import Decoding, measure_rows, row_batches
+from promptkd.evaluation.dataset_evaluation import SetEvaluation, measure_rows
+from promptkd.evaluation.measure import Decoding, row_batches
 from promptkd.methods import named_method
 from promptkd.models import load_model
 from promptkd.precision import compute_dtype, computing, has_bfloat16_units, teacher_precision
 from promptkd.results import Results
 from promptkd.training import DistillConfig
-from promptkd.training.config import common_checks, use_one_gpu
+from promptkd.training.base_config import BaseConfig, use_one_gpu
 from promptkd.training.student import precision_notes
 from promptkd.training.teacher_options import teacher_settings
 
@@ -38,7 +38,7 @@ def world(tmp_path_factory):
 @pytest.fixture
 def units(monkeypatch):
     """Every device has bfloat16 units."""
-    for place in ("promptkd.precision", "promptkd.training.config"):
+    for place in ("promptkd.precision", "promptkd.training.base_config"):
         monkeypatch.setattr(f"{place}.has_bfloat16_units", lambda device: True)
 
 
@@ -163,7 +163,8 @@ def test_a_run_says_that_further_gpus_are_not_used(monkeypatch):
 def test_what_a_gpu_cannot_do_is_refused_in_a_sentence(tmp_path):
     args = config(tmp_path)
     on_gpu = SimpleNamespace(**{**vars(args), "full_determinism": True, "device": torch.device("cuda")})
-    assert any(wrong and text.startswith("full_determinism would stop") for wrong, text in common_checks(on_gpu))
+    refused = [text for wrong, text in BaseConfig.checks(on_gpu) if wrong]
+    assert [text.partition(",")[0] for text in refused] == ["full_determinism would stop the first sampled response"]
     for settings in ({"torch_compile": True}, {"torch_compile_backend": "eager"}):
         with pytest.raises(RequestError, match="torch_compile is not supported"):
             config(tmp_path, **settings)

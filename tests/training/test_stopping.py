@@ -3,13 +3,9 @@
 import os
 import shlex
 import signal
-import socket
-import sys
 import time
-from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState
 
 from helpers.commands import (
     World,
@@ -24,7 +20,7 @@ from helpers.commands import (
     steps,
     weights,
 )
-from promptkd.cli import main
+from helpers.processes import exit_code, forked_command, group
 from promptkd.cli.dispatch import resume_command
 from promptkd.evaluation import dataset_evaluation
 from promptkd.training import signals
@@ -81,7 +77,7 @@ def test_a_signal_ends_the_step_with_a_checkpoint(
         signalled(patch, number, 3, "on_substep_end")  # within the fourth step
         ran = run(capfd, *requests["cut"], *settings)
     assert ran.status == status
-    assert "Stopping after this optimiser step, with a checkpoint. A second signal ends at once." in ran.err
+    assert "Stopping after this optimizer step, with a checkpoint. A second signal ends at once." in ran.err
     message = f"promptkd {command.__name__}: {words} after step 4 of 7, with a checkpoint. To resume: "
     said, resume = ran.err.split(message)
     assert "Traceback" not in said
@@ -207,7 +203,7 @@ def test_evaluate_says_how_it_resume_and_does(world, tmp_path, capfd, monkeypatc
     resume = ran.err.split("promptkd evaluate: Stopped by SIGTERM. To resume: ")[1]
     assert shlex.split(resume) == ["promptkd", *map(str, request)]  # --overwrite would begin anew
     ran = done(capfd, *shlex.split(resume)[1:])
-    assert "Going on from" in ran.err
+    assert "Resuming from" in ran.err
 
 
 @pytest.mark.parametrize(
@@ -235,31 +231,11 @@ def test_the_command_that_resumes(monkeypatch, given, overwrite, flags, expected
 # ---- from outside ----
 
 
-def forked(request: list[object], log: Path, **environment: str) -> int:
-    """A process of its own that runs a command; it has imported all that this one has."""
-    child = os.fork()
-    if child == 0:
-        os.environ |= environment
-        output = os.open(log, os.O_WRONLY | os.O_CREAT)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
-        AcceleratorState._reset_state(reset_partial_state=True)
-        status = main(list(map(str, request)))
-        sys.stderr.flush()
-        os._exit(status)
-    return child
-
-
 def test_a_process_told_by_one_signal_stops_all_at_the_same_step(world, tmp_path, capfd):
     """Two processes; the second hears of it alone. One process goes on with the run."""
     out, logs = tmp_path / "run", [tmp_path / "first", tmp_path / "second"]
     request = [60 if each == 3 else 2 if each == 4 else each for each in distill(world, out)]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    children = [forked(request, log, RANK=str(rank), LOCAL_RANK=str(rank), **group) for rank, log in enumerate(logs)]
+    children = [forked_command(request, log, **own) for log, own in zip(logs, group(2), strict=True)]
     deadline = time.monotonic() + 100
     while not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_text().splitlines()) < 5:
         if time.monotonic() > deadline:
@@ -268,7 +244,7 @@ def test_a_process_told_by_one_signal_stops_all_at_the_same_step(world, tmp_path
             pytest.fail(logs[0].read_text())
         time.sleep(0.02)
     os.kill(children[1], signal.SIGTERM)
-    statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    statuses = [exit_code(child) for child in children]
     first, second = (log.read_text() for log in logs)
     assert statuses == [143, 143], first + second
     assert "Traceback" not in first + second
@@ -279,5 +255,5 @@ def test_a_process_told_by_one_signal_stops_all_at_the_same_step(world, tmp_path
     assert "To resume" not in second
     assert len(json_lines(out / "metrics.jsonl")) == step
     ran = done(capfd, *request, "--resume")
-    assert f"Going on from {out / 'checkpoints' / f'checkpoint-{step}'}." in ran.err
+    assert f"Resuming from {out / 'checkpoints' / f'checkpoint-{step}'}." in ran.err
     assert [line["step"] for line in json_lines(out / "metrics.jsonl")] == list(range(1, 61))

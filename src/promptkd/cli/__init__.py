@@ -5,7 +5,8 @@ which imports nothing heavy, and `commands/NAME.py` with `run(options, training)
 The options' module may also name
 
 - `TRAINING_CONFIG = "package.module:Class"`: a dataclass, imported late, whose fields are flags of the command too;
-- `COMMON_TRAINING_FLAGS = {"learning_rate": ("NUMBER", "help")}`: those that `--help` shows without that import;
+- `COMMON_TRAINING_FLAGS = ("learning_rate", ...)`: those that `--help` shows without that import, from the source files
+  `SETTINGS_SOURCES = ("training/config.py", ...)`;
 - `POSITIONAL = "runs"`: the option that takes the arguments which follow no flag;
 - `LESS_MEMORY = ("a smaller --batch-size (now {batch_size})",)`: what needs less memory, with its options in braces;
 - `RESUMED_BY = ("--resume",)`: the flags with which the same command resumes, if it keeps what it has done.
@@ -33,7 +34,7 @@ from promptkd.visible import shown
 __all__ = ["COMMANDS", "main"]
 
 COMMANDS: dict[str, str] = {
-    "demo": "Distil a small student offline on embedded defaults, with a report.",
+    "demo": "Distill a small student offline on embedded defaults, with a report.",
     "prune": "Make a student of the teacher's most useful layers.",
     "sft": "Tune a model on the responses of a data set.",
     "distill": "Train a student on a teacher, with PromptKD or one of its rivals.",

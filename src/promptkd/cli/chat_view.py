@@ -81,7 +81,7 @@ def write_side_by_side(console: Console, writings: Sequence[Writing]) -> None:
 
 
 def write_in_turn(console: Console, writings: Sequence[Writing]) -> None:
-    """One labelled block an answer, its text as it comes; how it ended goes to standard error."""
+    """One labeled block per answer, its text as it comes; how it ended goes to standard error."""
     for each in writings:
         console.out(f"== {shown(each.label)} ==", highlight=False)
         while each.running:

@@ -37,8 +37,8 @@ def _work(trainer: Any, trial: Trial) -> list[str]:
     rollouts = f"up to {window}" if writes_responses(trainer.method.responses) else "none, the data's responses serve"
     return [
         _line("rows", f"{len(trainer.train_dataset):,}"),
-        _line("optimiser steps", f"{trial.steps:,} of {window} rows"),
-        _line("rollouts a step", rollouts),
+        _line("optimizer steps", f"{trial.steps:,} of {window} rows"),
+        _line("rollouts per step", rollouts),
     ]
 
 
@@ -56,7 +56,7 @@ def _time(trial: Trial) -> list[str]:
     how = "on one step after one to warm up" if trial.warm else "on the run's only step"
     whole = duration(trial.seconds * trial.steps)
     return [
-        _line("seconds a step", f"{trial.seconds:.2f}, measured {how} with the longest rows"),
+        _line("seconds per step", f"{trial.seconds:.2f}, measured {how} with the longest rows"),
         *(_line(f"  {name}", f"{seconds:.2f}") for name, seconds in trial.seconds_by_phase.items()),
         _line("expected time", f"at most {whole}; loading, validation and checkpoints apart"),
     ]

@@ -11,7 +11,7 @@ def let_threads_sleep(environment: MutableMapping[str, str]) -> None:
 
     By default they spin for milliseconds: a thread that waits for another takes a core from whatever that other one, or
     a neighbor on the same machine, could do with it. Processes that share cores then wait for each other's waiting.
-    Sleeping at once would cost a process alone half of its decoding (docs/performance.md has the figures).
+    Sleeping at once would cost a process alone half of its decoding (docs/performance.md has the measurements).
     """
     if not any(name in environment for name in _SETTINGS):
         environment["GOMP_SPINCOUNT"] = _SPINS

@@ -1,4 +1,4 @@
-"""The folder of a run: opened empty, to be replaced, or to be gone on with."""
+"""The folder of a run: opened empty, to be replaced, or to be resumed."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -48,7 +48,7 @@ class RunFolder:
                 or if a resumed run was started with other settings.
         """
         if resume and overwrite:
-            raise RequestError("--resume goes on with a run and --overwrite replaces it. Give one of them.")
+            raise RequestError("--resume resumes a run and --overwrite replaces it. Give one of them.")
         if not is_main_process():
             return
         if self.path.is_file():
@@ -57,7 +57,7 @@ class RunFolder:
         held = self._held()
         if held and not (resume or overwrite):
             raise RequestError(
-                f"{self.path} is not empty. Go on with the run in it by --resume, replace it by --overwrite, or give "
+                f"{self.path} is not empty. Resume the run in it by --resume, replace it by --overwrite, or give "
                 "another --out."
             )
         if resume and held:
@@ -115,7 +115,7 @@ class RunFolder:
         ]
         if changed:
             raise RequestError(
-                f"--resume goes on with the run in {self.path} as it was started, but {'; '.join(changed)}. "
+                f"--resume continues the run in {self.path} as it was started, but {'; '.join(changed)}. "
                 f"Use its own settings (--config {self.config} --resume) or start a new run."
             )
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from statistics import mean, median
-from typing import Any
 
 from promptkd.cli.options.study import Options
 from promptkd.cli.parsing.parser import merged_config
@@ -23,33 +22,32 @@ def compare_and_report(options: Options, runs: Sequence[StudyRun]) -> None:
     """Compare the finished runs, write the record and the page, and print the table."""
     if not runs:
         return
-    records = _records(runs)
+    trained = [Results.read(run.folder / "results.json") for run in runs]
+    made = []
+    try:
+        made.append(_comparison(options, runs, trained))
+    except RequestError as error:
+        say(f"The methods were not compared: {error}")
+    for results in made:
+        results.write(options.out / "comparison.json")
+        print(terminal_table([results]))
+    # what a run measured is pooled in the comparison; its answers are on its own page
+    records = [record.model_copy(update={"evaluations": []}) for record in trained]
     page = options.out / "report.html"
-    made = _comparison(options, runs)
-    if made is not None:
-        made.write(options.out / "comparison.json")
-        print(terminal_table([made]))
-    write_atomic(page, render_report([*([made] if made else []), *records], title=f"Study {options.out.name}"))
+    write_atomic(page, render_report([*made, *records], title=f"Study {options.out.name}"))
     say(f"The page is {page}.")
 
 
-def _records(runs: Sequence[StudyRun]) -> list[Results]:
-    """What each run trained and how. What it measured is pooled in the comparison; its answers are on its own page."""
-    records = [Results.read(run.folder / "results.json") for run in runs]
-    return [record.model_copy(update={"evaluations": []}) for record in records]
-
-
-def _comparison(options: Options, runs: Sequence[StudyRun]) -> Results | None:
-    """The record of the comparison; None, with a sentence, if there is nothing to compare."""
-    try:
-        comparison = _compared(options, runs)
-    except RequestError as error:
-        say(f"The methods were not compared: {error}")
-        return None
+def _comparison(options: Options, runs: Sequence[StudyRun], trained: Sequence[Results]) -> Results:
+    """The record of the comparison. Raises `RequestError` if there is nothing to compare."""
+    comparison = _compared(options, runs)
+    costs: dict[str, list[Training]] = {}
+    for run, record in zip(runs, trained, strict=True):
+        costs.setdefault(run.planned.group, []).extend(record.training.values())
     results = Results(
         kind="study" if len({run.planned.seed for run in runs}) > 1 else "compare",
         config=merged_config(options, {}),
-        training=_costs(runs),
+        training={group: _mean_cost(of_group) for group, of_group in costs.items()},
         data=comparison.data,
         evaluations=comparison.evaluations,
         differences=comparison.differences,
@@ -81,32 +79,17 @@ def _candidate(run: StudyRun, label: str) -> Candidate:
     return Candidate(label, record, record.evaluations[0].model)
 
 
-def _costs(runs: Sequence[StudyRun]) -> dict[str, Training]:
-    """What a run of each group cost: means over its seeds, and the most memory."""
-    groups: dict[str, list[Training]] = {}
-    for run in runs:
-        record = Results.read(run.folder / "results.json")
-        groups.setdefault(run.planned.group, []).extend(record.training.values())
-    return {group: _mean_cost(costs) for group, costs in groups.items()}
-
-
 def _mean_cost(costs: list[Training]) -> Training:
+    """What a run of a group cost: means over its seeds, and the most memory."""
     speeds = [each.tokens_per_second for each in costs if each.tokens_per_second is not None]
-    settings: dict[str, Any] = {
-        "method": costs[0].method,
-        "steps": round(mean(each.steps for each in costs)),
-        "seconds": mean(each.seconds for each in costs),
-        "peak_memory_bytes": max(each.peak_memory_bytes for each in costs),
-        "peak_memory_by_phase": _largest_peaks(costs),
-        "tokens_per_second": median(speeds) if speeds else None,
-    }
-    return Training(**settings)
-
-
-def _largest_peaks(costs: list[Training]) -> dict[str, int]:
-    """By phase."""
-    peaks: dict[str, int] = {}
-    for each in costs:
-        for phase, size in each.peak_memory_by_phase.items():
-            peaks[phase] = max(peaks.get(phase, 0), size)
-    return peaks
+    phases = dict.fromkeys(phase for each in costs for phase in each.peak_memory_by_phase)
+    return Training(
+        method=costs[0].method,
+        steps=round(mean(each.steps for each in costs)),
+        seconds=mean(each.seconds for each in costs),
+        peak_memory_bytes=max(each.peak_memory_bytes for each in costs),
+        peak_memory_by_phase={
+            phase: max(each.peak_memory_by_phase.get(phase, 0) for each in costs) for phase in phases
+        },
+        tokens_per_second=median(speeds) if speeds else None,
+    )

@@ -10,7 +10,7 @@ from promptkd.study.table import Phase, clock
 
 
 def plan_text(runs: Sequence[StudyRun], workers: int) -> str:
-    """A line a run, the sum, and the commands of what is not done, to be copied."""
+    """A line per run, the sum, and the commands of what is not done, to be copied."""
     heads = ("run", "state", "steps", "about")
     lines = [heads, *(_cells(run, _pace(run, runs)) for run in runs)]
     commands = [shell_line(arguments) for run in runs for arguments in run.job.commands]
@@ -29,7 +29,7 @@ def _total(runs: Sequence[StudyRun], workers: int) -> str:
             f"{said} About {clock(seconds / min(workers, len(left)))} of training{with_workers}, by the finished runs; "
             "loading, validation and evaluation come on top."
         )
-    return f"{said} Seconds a step are known once a run of each method is done." if left else said
+    return f"{said} Seconds per step are known once a run of each method is done." if left else said
 
 
 def _cells(run: StudyRun, pace: float | None) -> tuple[str, str, str, str]:
@@ -49,7 +49,7 @@ def _steps_left(run: StudyRun) -> int:
 
 
 def _pace(run: StudyRun, runs: Sequence[StudyRun]) -> float | None:
-    """Seconds a step, by finished runs of the same group, else of the same method; None if there is none."""
+    """Seconds per step, by finished runs of the same group, else of the same method; None if there is none."""
     for alike in (
         lambda other: other.planned.group == run.planned.group,
         lambda other: other.planned.settings["method"] == run.planned.settings["method"],

@@ -14,7 +14,7 @@ from promptkd.cli.commands.evaluate import check
 from promptkd.cli.options.study import Options
 from promptkd.cli.parsing.config_file import read_config
 from promptkd.cli.parsing.parser import merged_config, parse_options
-from promptkd.data import read_examples
+from promptkd.data import Example, read_examples
 from promptkd.errors import RequestError
 from promptkd.results import Results
 from promptkd.study.plan import Planned, arguments_of, plan_runs, told
@@ -42,6 +42,9 @@ class StudyRun:
     """The record of its training, if that is done."""
 
 
+Read = Callable[..., list[Example]]
+
+
 @dataclass
 class _Stage:
     """A command of a run."""
@@ -55,7 +58,7 @@ class _Stage:
 def checked_runs(options: Options) -> list[StudyRun]:
     """Every run of the study. Raises one `RequestError` that lists everything that is wrong; nothing is written."""
     planned = plan_runs(options.base, options.methods, options.seeds, options.grid, read_file=read_config)
-    problems = _Problems(options.out)
+    problems, read = _Problems(options.out), _reading_once()
     groups = list(dict.fromkeys(each.group for each in planned))
     if options.baseline is not None and options.baseline not in groups:
         problems.add(f"--baseline must be one of {', '.join(groups)}. Got {options.baseline}.")
@@ -64,17 +67,39 @@ def checked_runs(options: Options) -> list[StudyRun]:
     shared = _shared_settings(planned, options.evaluate, problems) if options.evaluate else {}
     runs: list[StudyRun] = []
     for each in planned:
-        stages = []
+        folder, stages = options.out / each.name, []
+        results = options.out / "evaluations" / each.name / "results.json" if options.evaluate else None
         with problems.of(each.name):
-            stages.append(_training(each, options.out / each.name))
-        if options.evaluate:
-            results = options.out / "evaluations" / each.name / "results.json"
+            stages.append(_training(each, folder, read))
+        if results is not None:
             with problems.of(each.name):
-                stages.append(_evaluation(options.out / each.name, shared | options.evaluate, results))
+                stages.append(_evaluation(folder, shared | options.evaluate, results, read))
         if not problems.found:
-            runs.append(_run(each, options, stages))
+            # a student that is trained again is measured again
+            commands = tuple(stage.arguments for stage in stages if stages[0].done is None or stage.done is None)
+            job = Job(each.name, commands, options.out / "logs" / f"{each.name}.log")
+            row = Row(each.name, folder, stages[0].steps, phase=Phase.WAITING if commands else Phase.DONE)
+            runs.append(StudyRun(each, folder, job, row, results or folder / "results.json", stages[0].done))
     problems.raise_all(len(planned))
     return runs
+
+
+def _reading_once() -> Read:
+    """`read_examples` that reads each data set once, whether it is sound or not: most runs of a study share theirs."""
+    held: dict[tuple[str, int | None], list[Example] | RequestError] = {}
+
+    def read(source: str, *, limit: int | None = None) -> list[Example]:
+        if (source, limit) not in held:
+            try:
+                held[source, limit] = read_examples(source, limit=limit)
+            except RequestError as error:
+                held[source, limit] = error
+        found = held[source, limit]
+        if isinstance(found, RequestError):
+            raise found
+        return found
+
+    return read
 
 
 class _Problems:
@@ -122,45 +147,30 @@ def _shared_settings(planned: list[Planned], given: dict[str, Any], problems: _P
     return shared
 
 
-def _training(planned: Planned, folder: Path) -> _Stage:
+def _training(planned: Planned, folder: Path, read: Read) -> _Stage:
     # Without config.yaml it is what a run left that was killed while it opened its folder, or no run's and refused.
     torn = folder.is_dir() and any(folder.iterdir()) and not (folder / "config.yaml").is_file()
     mode = "--overwrite" if torn else "--resume"
     arguments = ("distill", *arguments_of(planned.settings), "--out", str(folder), mode)
     parsed = parse_options("distill", promptkd.cli.options.distill, arguments[1:])
-    job, args, _ = checked(parsed.options, parsed.training)  # and that its settings are the same
+    job, args, _ = checked(parsed.options, parsed.training, read)  # and that its settings are the same
     return _Stage(arguments, read_results(folder / "results.json"), _steps(args, job.rows()))
 
 
-def _evaluation(model: Path, settings: dict[str, Any], results: Path) -> _Stage:
+def _evaluation(model: Path, settings: dict[str, Any], results: Path, read: Read) -> _Stage:
     own = {key: value for key, value in settings.items() if key not in _NOT_EVALUATED}
     arguments = ("evaluate", "--model", str(model), *arguments_of(own), "--out", str(results))
     parsed = parse_options("evaluate", promptkd.cli.options.evaluate, arguments[1:])
     check(parsed.options)
     for source in parsed.options.data:
-        read_examples(source, limit=parsed.options.limit)
+        read(source, limit=parsed.options.limit)
     record, asked = read_results(results), merged_config(parsed.options, {})
     same = record is not None and {**record.config, **_FREE} == {**asked, **_FREE}
     return _Stage(arguments, record if same else None)
 
 
-def _run(planned: Planned, options: Options, stages: list[_Stage]) -> StudyRun:
-    training, name = stages[0], planned.name
-    # a student that is trained anew is measured anew
-    commands = tuple(stage.arguments for stage in stages if training.done is None or stage.done is None)
-    folder, results = options.out / name, options.out / "evaluations" / name / "results.json"
-    return StudyRun(
-        planned,
-        folder,
-        Job(name, commands, options.out / "logs" / f"{name}.log"),
-        Row(name, folder, training.steps, phase=Phase.WAITING if commands else Phase.DONE),
-        results if options.evaluate else folder / "results.json",
-        training.done,
-    )
-
-
 def _steps(args: Any, rows: int) -> int:
-    """Optimiser steps of a run; a few less if rows over a length limit are dropped."""
+    """Optimizer steps of a run; a few less if rows over a length limit are dropped."""
     if args.max_steps > 0:
         return int(args.max_steps)
     cut: Callable[[float], int] = math.floor if args.dataloader_drop_last else math.ceil

@@ -1,6 +1,7 @@
-"""What `sft` and `distill` do alike, from the checked folder to the record and the page."""
+"""What `sft` and `distill` have in common, from the checked folder to the record and the page."""
 
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -14,9 +15,10 @@ from promptkd.cli.parsing.parser import merged_config
 from promptkd.cli.provenance import data_record, label_of
 from promptkd.cli.run_folder import RunFolder
 from promptkd.cli.terminal import is_main_process, say
-from promptkd.data import encode_examples, read_examples
+from promptkd.data import Example, encode_examples, read_examples
 from promptkd.errors import PromptKDError, RequestError
-from promptkd.evaluation.measure import evaluation_of, measure_rows
+from promptkd.evaluation.dataset_evaluation import measure_rows
+from promptkd.evaluation.measure import evaluation_of
 from promptkd.io.atomic import write_atomic
 from promptkd.memory import gibibytes, peak_memory
 from promptkd.models import load_model, load_tokenizer, model_record
@@ -45,11 +47,17 @@ _SET_HERE = {
 class TrainingRun:
     """One run of a training command. The methods are called in the order in which they stand."""
 
-    def __init__(self, kind: str, options: Any, training: dict[str, Any]):
-        self.kind, self.options, self.training = kind, options, training
+    def __init__(
+        self,
+        kind: str,
+        options: Any,
+        training: dict[str, Any],
+        read: Callable[..., list[Example]] = read_examples,
+    ):
+        self.kind, self.options, self.training, self._read = kind, options, training, read
         self.folder = RunFolder(options.out)
         self._mode = {"resume": options.resume, "overwrite": options.overwrite}
-        # How a run was begun is no setting of it: its config.yaml must serve for going on as well.
+        # How a run was started is no setting of it: its config.yaml must serve for resuming, too.
         begun = {*self._mode, "dry_run"}
         self.merged = {k: v for k, v in merged_config(options, training).items() if k not in begun}
         self._examples: dict[str, Any] = {}
@@ -59,7 +67,6 @@ class TrainingRun:
         self.notes: list[str] = []
         self.timings: dict[str, float] = {}
         self._cost: dict[str, Any] = {}
-        self.say = say
 
     def arguments(self, config_class: type) -> Any:
         """The training configuration, once settings, folder and rows are known to be sound; nothing is written."""
@@ -68,10 +75,8 @@ class TrainingRun:
             raise RequestError(f"--{name} is set by {_SET_HERE[name]} here. Give that instead.")
         settings: dict[str, Any] = {"report_to": "none", "disable_tqdm": True, "log_level_replica": "error"}
         settings |= self.training
-        if self.options.keep is not None and self.options.keep < 1:
-            raise RequestError(f"--keep must be at least 1, or none to keep every checkpoint. Got {self.options.keep}.")
         if self.options.resume and settings.get("save_only_model"):
-            raise RequestError("--save_only_model leaves out of the checkpoints what --resume goes on with.")
+            raise RequestError("--save_only_model leaves out of the checkpoints what --resume needs.")
         settings["save_total_limit"] = self.options.keep
         settings["output_dir"] = str(self.folder.checkpoints)
         settings |= self._selection(settings)
@@ -80,8 +85,9 @@ class TrainingRun:
         except (ValueError, TypeError) as error:
             raise RequestError(" ".join(str(error).split())) from error
         self.folder.check(self.merged, **self._mode)
-        self._read("train", self.options.data, self.options.limit)
-        self._read("validation", self.options.eval_data, self.options.eval_limit)
+        self._examples["train"] = self.options.data, self._read(self.options.data, limit=self.options.limit)
+        if (source := self.options.eval_data) is not None:
+            self._examples["validation"] = source, self._read(source, limit=self.options.eval_limit)
         return args
 
     def rows(self) -> int:
@@ -125,24 +131,19 @@ class TrainingRun:
         return self.folder.opened(self.merged, **self._mode)
 
     def note(self, text: str) -> None:
-        """Say, and keep in the record, what a reader of the figures must know."""
+        """Say, and keep in the record, what a reader of the metrics must know."""
         say(text)
         self.notes.append(text)
 
-    def take_notes(self, trainer: Any) -> None:
-        """Say, and keep in the record, what the trainer itself has to tell of the run."""
-        for text in trainer.notes:
-            self.note(text)
-
     def tell_trained_share(self, numbers: int, share: float) -> None:
-        """Say, and keep in the record, how much of the teacher is trained along."""
+        """Say, and keep in the record, which share of the teacher is trained."""
         if numbers:
-            say(f"{numbers:,} numbers of the teacher are trained along, {share:.4%} of its parameters.")
+            say(f"{numbers:,} parameters of the teacher are trained, {share:.4%} of its parameters.")
             self.metrics["teacher_trained_numbers"] = Metric(value=numbers)
             self.metrics["teacher_trained_share"] = Metric(value=share)
 
     def train(self, trainer: Any, title: str) -> None:
-        """Train, or go on from the last checkpoint; until the end, or until a signal.
+        """Train, or resume from the last checkpoint, until the end or a signal.
 
         At the end the peak of memory is said, by phase.
 
@@ -167,7 +168,7 @@ class TrainingRun:
         except UnpicklingError as error:
             raise PromptKDError(
                 f"{checkpoint} holds more than tensors, and nothing else is unpickled: it is damaged, or no checkpoint "
-                "of this run. Remove it to go on from the one before."
+                "of this run. Remove it to resume from the one before."
             ) from error
         finally:
             bar.close()
@@ -181,7 +182,7 @@ class TrainingRun:
         say(_peak(meter, sampled=trainer.phases.sampled))
 
     def _checkpoint(self) -> Path | None:
-        """The checkpoint to go on from, which the first process looks for; None to begin at the first step."""
+        """The checkpoint to resume from, which the first process looks for; None to start from scratch."""
         found: list[Path | None] = [None]
         if is_main_process():
             found[0], passed_over = resumable_checkpoint(self.folder.checkpoints)
@@ -189,7 +190,7 @@ class TrainingRun:
                 say(f"{each.name} is passed over and stays as passed-over-{each.name}: {problem}.")
             set_aside(passed_over)
         broadcast_object_list(found)
-        say("There is no checkpoint yet: beginning anew." if found[0] is None else f"Going on from {found[0]}.")
+        say("There is no checkpoint yet: starting from scratch." if found[0] is None else f"Resuming from {found[0]}.")
         return found[0]
 
     def save(self, trainer: Any, name: str) -> None:
@@ -246,7 +247,7 @@ class TrainingRun:
         say(f"The model is in {self.folder.path / name}, the page in {self.folder.report}.")
 
     def _warnings(self, trainer: Any, history: list[dict[str, Any]]) -> list[str]:
-        """What a reader must know of how the training went; the skipped steps also as a figure."""
+        """What a reader must know of how the training went; the skipped steps also as a metric."""
         skipped, steps = trainer.guard.skipped, trainer.state.global_step
         if not skipped:
             return findings_as_notes(history)
@@ -255,7 +256,7 @@ class TrainingRun:
         return [note, *findings_as_notes(history)]
 
     def _training(self, args: Any, history: list[dict[str, Any]]) -> Training:
-        """What the run cost; tokens a second where its steps log them."""
+        """What the run cost; tokens per second where its steps log them."""
         speeds = [entry["tokens_per_second"] for entry in history if "tokens_per_second" in entry]
         method = args.algorithm if self.kind == "distill" else self.kind
         return Training(method=method, tokens_per_second=median(speeds) if speeds else None, **self._cost)
@@ -272,7 +273,7 @@ class TrainingRun:
             return {}
         strategy = settings.get("eval_strategy", "steps" if "eval_steps" in settings else "epoch")
         if strategy == "steps" and "eval_steps" not in settings:
-            raise RequestError("--eval_strategy steps needs --eval_steps, the optimiser steps between validations.")
+            raise RequestError("--eval_strategy steps needs --eval_steps, the optimizer steps between validations.")
         chosen: dict[str, Any] = {"eval_strategy": strategy}
         if self.options.select == "last" or strategy == "no":
             return chosen
@@ -290,10 +291,6 @@ class TrainingRun:
         chosen["metric_for_best_model"] = self.options.select
         chosen["greater_is_better"] = not _LOWER_IS_BETTER[self.options.select]
         return chosen
-
-    def _read(self, name: str, source: str | None, limit: int | None) -> None:
-        if source is not None:
-            self._examples[name] = source, read_examples(source, limit=limit)
 
 
 def _peak(meter: CostMeter, *, sampled: bool) -> str:

@@ -20,7 +20,7 @@ class DemoSettings:
     layers: int = 24
     """Layers of the student, of the teacher's 30."""
     steps: int = 40
-    """Optimiser steps of PromptKD."""
+    """Optimizer steps of PromptKD."""
     seed: int = 0
     batch_size: int = 8
     tuning_steps: int = 45

@@ -1,4 +1,4 @@
-"""A method of distillation: whose responses, what of the teacher is trained, what the student minimizes.
+"""A method of distillation: whose responses, which part of the teacher is trained, what the student minimizes.
 
 Each file but method.py, token_method.py and named.py holds a method or a family of them, which `METHODS` names. A
 method of your own is a `Method` with other choices, or with a loss function of its own (docs/extending.md).

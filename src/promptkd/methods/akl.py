@@ -4,7 +4,7 @@ from promptkd.methods.token_method import MixedMethod
 
 
 class AKL(MixedMethod):
-    """Forward and reverse KL on the data's responses, weighed by where the two models differ."""
+    """Forward and reverse KL on the data's responses, weighted by where the two models differ."""
 
     name = "akl"
     own_objective = "adaptive_kl"

@@ -8,7 +8,7 @@ import torch
 from promptkd.data.batch import right_pad
 from promptkd.engine import ChunkedLoss
 from promptkd.methods.method import AdaptedMethod, Method, Step
-from promptkd.models.pair import entropy, log_probs
+from promptkd.models.pair import log_probs, with_entropy
 from promptkd.objectives.sequence import ResponseLogProbs, dpkd
 from promptkd.responses import ResponseMix
 from promptkd.settings import Reader, option
@@ -34,11 +34,8 @@ class DPKD(AdaptedMethod):
 
     def loss(self, step: Step) -> ChunkedLoss:
         """-log σ of the difference in log-ratio, summed over the rows (equations 8 and 9)."""
-        chosen = right_pad(
-            [row.prompt_ids for row in step.rows],
-            [row.response_ids for row in step.rows],
-            device=step.batch.input_ids.device,
-        )
+        prompts, responses = [row.prompt_ids for row in step.rows], [row.response_ids for row in step.rows]
+        chosen = right_pad(prompts, responses, device=step.batch.input_ids.device)
         sides = []
         for batch, hidden in ((chosen, step.hidden_of_student(chosen)), (step.batch, step.student_hidden)):
             logits = step.pair.logits("student", hidden)
@@ -49,4 +46,4 @@ class DPKD(AdaptedMethod):
         values = dpkd(
             *sides, beta=self.dpkd_beta, level=self.dpkd_level, length_normalization=self.length_normalization
         )
-        return ChunkedLoss(values.sum(), {"entropy": entropy(logits).sum()})
+        return with_entropy(values.sum(), logits)

@@ -1,7 +1,7 @@
-"""Distillation on fixed responses or prefixes that student and data share in writing."""
+"""Distillation on the data's responses, or on a mixture of them with the student's."""
 
 from promptkd.methods.method import Method, NamedMethod
-from promptkd.methods.token_method import CrossEntropy, MixedMethod
+from promptkd.methods.token_method import MixedMethod, cross_entropy
 from promptkd.responses import ResponseMix
 from promptkd.settings import Reader
 
@@ -27,4 +27,4 @@ class SeqKD(NamedMethod):
     name = "seqkd"
 
     def build(self, take: Reader) -> Method:
-        return Method(ResponseMix(0.0), loss=CrossEntropy())
+        return Method(ResponseMix(0.0), loss=cross_entropy)

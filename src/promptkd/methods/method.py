@@ -1,6 +1,5 @@
-"""What a method consists of, what a loss function gets to see, and the base of methods that have a name."""
+"""What a method consists of, what a loss function is given, and the base of methods that have a name."""
 
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import InitVar, dataclass, replace
@@ -14,12 +13,12 @@ from promptkd.engine import ChunkedLoss
 from promptkd.models.adapters import ADAPTERS, AdapterFactory, AdapterName, TeacherAdapter
 from promptkd.models.pair import Objective, Pair
 from promptkd.responses import Responses
-from promptkd.settings import Reader, Settings
+from promptkd.settings import Reader, Settings, warn_of_old_name
 
 
 @dataclass(frozen=True)
 class Step:
-    """One micro-batch as a loss function sees it."""
+    """One micro-batch, as a loss function is given it."""
 
     pair: Pair
     rows: Sequence[EncodedExample]
@@ -46,28 +45,23 @@ class Method:
     objective: Objective | None = None
     """What the student minimizes, one value per response token. Or give `loss`."""
     adapter: AdapterFactory | type[AdapterFactory] | type[TeacherAdapter] | None = None
-    """What of the teacher is trained: an adapter's factory, or its class, whose settings are then the run's, or an
-    adapter class of your own, which is given the teacher; None trains nothing."""
+    """The trainable part of the teacher: an adapter's factory, or its class, whose settings are then the run's, or an
+    adapter class of your own, which is called with the teacher; None trains nothing."""
     loss: StudentLoss | None = None
     """The student's loss in place of an objective."""
     per_row: bool = False
     """Whether the loss is a mean over rows, not over tokens."""
     teacher_adapter: InitVar[str | None] = None
-    """The name of an adapter: deprecated, give `adapter`."""
+    """The name of an adapter: deprecated."""
 
     def __post_init__(self, teacher_adapter: str | None) -> None:
         if (self.objective is None) == (self.loss is None):
             raise ValueError("A method needs either an objective or a loss.")
         adapter: Any = self.adapter if teacher_adapter is None else teacher_adapter
         if isinstance(adapter, str):
-            factory = ADAPTERS[adapter]
-            warnings.warn(
-                f"Method(teacher_adapter={adapter!r}) is written Method(adapter={factory and factory.__name__}) now; "
-                "names of adapters go with the next version.",
-                FutureWarning,
-                stacklevel=3,
-            )
-            adapter = factory
+            name, adapter = adapter, ADAPTERS[adapter]
+            new = f"Method(adapter={adapter.__name__})" if adapter else "Method(adapter=None)"
+            warn_of_old_name(f"Method(teacher_adapter={name!r})", new, stacklevel=3)
         if isinstance(adapter, AdapterFactory) and adapter.trains_nothing:
             adapter = None
         object.__setattr__(self, "adapter", adapter)
@@ -102,7 +96,7 @@ METHODS: dict[str, "type[NamedMethod] | Callable[[Any], Method]"] = {}
 
 @dataclass(frozen=True, kw_only=True)
 class NamedMethod(Settings, ABC):
-    """The settings of a method, which builds it. A subclass with a `name` is known to the command line by it."""
+    """The settings of a method, which builds it. The command line knows a subclass by its `name`."""
 
     name: ClassVar[str]
 
@@ -127,7 +121,7 @@ class AdaptedMethod(NamedMethod):
     own_adapter: ClassVar[type[AdapterFactory] | None] = None
 
     teacher_adapter: AdapterName | None = None
-    """What of the teacher is trained, for another than the method's own."""
+    """Trainable part of the teacher, in place of the method's own."""
 
     def adapter(self, take: Reader) -> AdapterFactory | None:
         """The adapter's factory."""

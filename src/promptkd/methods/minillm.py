@@ -8,7 +8,7 @@ import torch
 from promptkd.engine import ChunkedLoss
 from promptkd.errors import RequestError
 from promptkd.methods.method import AdaptedMethod, Method, Step
-from promptkd.models.pair import entropy, log_probs
+from promptkd.models.pair import log_probs, with_entropy
 from promptkd.objectives.divergences import reverse_kl
 from promptkd.objectives.sequence import minillm
 from promptkd.responses import TeacherMixed
@@ -24,7 +24,7 @@ class MiniLLM(AdaptedMethod):
     teacher_mix: float = option(0.2, at_least=0, at_most=1)
     """The teacher's share α of the distribution that is sampled from."""
     importance: Literal["token", "product", "none"] = "token"
-    """How tokens are weighed that the student did not sample."""
+    """Weights of tokens that the student did not sample."""
     length_normalization: bool = True
     """Means over the tokens of a response in place of sums."""
     clip_ratio: float | None = option(0.2, at_least=0)
@@ -34,7 +34,7 @@ class MiniLLM(AdaptedMethod):
         adapter = self.adapter(take)
         if self.teacher_mix > 0 and adapter is not None:
             raise RequestError(
-                "minillm samples from the plain teacher and weighs by the adapted one if that is another: give "
+                "minillm samples from the plain teacher and weights by the adapted one if they differ: give "
                 "--teacher_mix 0 with a teacher adapter."
             )
         return Method(TeacherMixed(self.teacher_mix), loss=self.loss, adapter=adapter)
@@ -55,9 +55,9 @@ class MiniLLM(AdaptedMethod):
             batch.by_row(log_p),
             batch.by_row(reverse_kl(logits, target)),
             mask,
-            log_behaviour=None if behavior is None else batch.by_row(behavior),
+            log_behavior=None if behavior is None else batch.by_row(behavior),
             importance=self.importance,
             length_normalization=self.length_normalization,
             clip_ratio=self.clip_ratio,
         )
-        return ChunkedLoss(values.sum(), {"entropy": entropy(logits).sum()})
+        return with_entropy(values.sum(), logits)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from promptkd.data.batch import TokenBatch
 from promptkd.engine import ChunkedLoss, response_hidden, unwrap_peft
 from promptkd.methods.token_method import MixedMethod
-from promptkd.models.adapters import AdapterFactory, Made, ModuleAdapter, TunerStep
+from promptkd.models.adapters import ADAPTERS, AdapterFactory, Made, ModuleAdapter, TunerStep
 from promptkd.settings import option
 
 
@@ -49,13 +49,8 @@ class OnlineTeacher(ModuleAdapter):
         By the loss of PESF-KD (Rao et al. 2022).
         """
         hard = step.pair.cross_entropy("teacher", step.adapted_hidden, step.batch.targets)
-        soft = step.pair.prompt_loss(
-            *(step.adapted_hidden, step.student_hidden, None),
-            weight=0.0,
-            student_direction="reverse",
-            plain_direction="reverse",
-        )
-        return ChunkedLoss(hard.total + soft.total, soft.figures)
+        soft = step.pair.prompt_loss(step.adapted_hidden, step.student_hidden, None)
+        return ChunkedLoss(hard.total + soft.total, soft.metrics)
 
     def metrics(self) -> dict[str, float]:
         return {"adapter_distance": float(self.module.up.detach().norm())}
@@ -68,7 +63,6 @@ class OnlineTeacher(ModuleAdapter):
 
 @dataclass(frozen=True, kw_only=True)
 class OnlineFactory(AdapterFactory):
-    name = "online"
     adapter_class = OnlineTeacher
 
     adapter_rank: int = option(16, at_least=1)
@@ -77,6 +71,9 @@ class OnlineFactory(AdapterFactory):
     def create(self, teacher: nn.Module, tokenizer: Any, *, seed: int, device: torch.device) -> Made:
         width = unwrap_peft(teacher).get_output_embeddings().weight.shape[1]
         return OnlineTeacher(OnlineModule(width, self.adapter_rank, seed).to(device)), teacher
+
+
+ADAPTERS["online"] = OnlineFactory
 
 
 class OKD(MixedMethod):

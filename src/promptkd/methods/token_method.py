@@ -64,36 +64,20 @@ OBJECTIVES: dict[ObjectiveName, tuple[Callable[..., Tensor], type[Settings] | No
 """Each objective with the class of its coefficients, whose fields are its keyword arguments."""
 
 
-def token_objective(name: ObjectiveName, take: Reader) -> Objective:
-    """The objective of that name with its coefficients from `take`."""
-    function, coefficients = OBJECTIVES[name]
-    if coefficients is None:
-        return function
-    chosen = take(coefficients)
-    if isinstance(chosen, JensenShannon) and chosen.beta in (0, 1):  # by their own names there are faster kernels
-        return reverse_kl if chosen.beta else forward_kl
-    return partial(function, **vars(chosen))
-
-
 def at_temperature(objective: Objective, temperature: float, student: Tensor, teacher: Tensor) -> Tensor:
     """`objective` of logits that are divided by `temperature`."""
     return objective(student / temperature, teacher / temperature)
 
 
-@dataclass(frozen=True)
-class CrossEntropy:
-    """(1 - s) · objective + s · cross-entropy with the response's own tokens; s = `share`. At 1 no teacher is read."""
+def cross_entropy(step: Step) -> ChunkedLoss:
+    """-log q(y) of the responses' own tokens y, summed; no teacher is read."""
+    return step.pair.cross_entropy("student", step.student_hidden, step.batch.targets)
 
-    share: float = 1.0
-    objective: Objective | None = None
 
-    def __call__(self, step: Step) -> ChunkedLoss:
-        hard = step.pair.cross_entropy("student", step.student_hidden, step.batch.targets)
-        if self.share == 1:
-            return hard
-        assert self.objective is not None
-        soft = step.pair.student_loss(self.objective, step.student_hidden, step.teacher_hidden(step.batch))
-        return ChunkedLoss((1 - self.share) * soft.total + self.share * hard.total, soft.figures)
+def mixed_loss(objective: Objective, share: float, step: Step) -> ChunkedLoss:
+    """(1 - s) · objective + s · cross-entropy; s = `share`."""
+    soft = step.pair.student_loss(objective, step.student_hidden, step.teacher_hidden(step.batch))
+    return ChunkedLoss((1 - share) * soft.total + share * cross_entropy(step).total, soft.metrics)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,13 +98,21 @@ class TokenMethod(AdaptedMethod):
         """Whose responses the student learns from."""
 
     def build(self, take: Reader) -> Method:
-        objective = token_objective(self.objective or self.own_objective, take)
-        if self.distillation_temperature != 1:
-            objective = partial(at_temperature, objective, self.distillation_temperature)
-        adapter = self.adapter(take)
-        if self.cross_entropy_share == 0:
+        objective, adapter, share = self._objective(take), self.adapter(take), self.cross_entropy_share
+        if share == 0:
             return Method(self.responses(), objective, adapter)
-        return Method(self.responses(), adapter=adapter, loss=CrossEntropy(self.cross_entropy_share, objective))
+        loss = cross_entropy if share == 1 else partial(mixed_loss, objective, share)
+        return Method(self.responses(), loss=loss, adapter=adapter)
+
+    def _objective(self, take: Reader) -> Objective:
+        function, coefficients = OBJECTIVES[self.objective or self.own_objective]
+        chosen = None if coefficients is None else take(coefficients)
+        objective = function if chosen is None else partial(function, **vars(chosen))
+        if isinstance(chosen, JensenShannon) and chosen.beta in (0, 1):  # by their own names there are faster kernels
+            objective = reverse_kl if chosen.beta else forward_kl
+        if self.distillation_temperature == 1:
+            return objective
+        return partial(at_temperature, objective, self.distillation_temperature)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""What of the teacher is trained along with the student, and how the teacher is read with and without it.
+"""The trainable parts of a teacher, and how the teacher is read with and without them.
 
 A `TeacherAdapter` is the trained thing; an `AdapterFactory` holds its settings and makes it for a teacher.
 """
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from promptkd.data.batch import TokenBatch
 from promptkd.engine import ChunkedLoss, response_hidden, unwrap_peft
 from promptkd.errors import RequestError
-from promptkd.models.pair import Pair
+from promptkd.models.pair import Directions, Pair
 from promptkd.models.soft_prompt import DEFAULT_TEXT, SoftPrompt
 from promptkd.objectives import regularizer_weight
 from promptkd.settings import Settings, accept_old_name, option
@@ -37,13 +37,12 @@ class PromptLossSettings(Settings):
     regularizer_coefficient: float = option(1.0, at_least=0)
     """c, the regularizer's weight at the first step."""
     regularizer_schedule: Literal["linear", "constant", "none"] = "linear"
-    """How that weight goes: linear (c to c/K), constant or none."""
+    """Schedule of the regularizer's weight: linear (c to c/K), constant or none."""
 
     def weight(self, step: int, steps: int) -> float:
         """λ after `step` of `steps` optimizer steps."""
-        return regularizer_weight(
-            step, steps, coefficient=self.regularizer_coefficient, schedule=self.regularizer_schedule
-        )
+        schedule = self.regularizer_schedule
+        return regularizer_weight(step, steps, coefficient=self.regularizer_coefficient, schedule=schedule)
 
 
 @dataclass(frozen=True)
@@ -107,14 +106,10 @@ class TeacherAdapter(ABC):
 
     def loss(self, step: TunerStep) -> ChunkedLoss:
         """What the adapter minimizes, summed over the tokens: PromptKD's loss unless overridden."""
-        return step.pair.prompt_loss(
-            step.adapted_hidden,
-            step.student_hidden,
-            step.plain_hidden,
-            weight=step.weight,
-            student_direction=step.settings.prompt_kl,
-            plain_direction=step.settings.regularizer_kl,
-        )
+        states = (step.adapted_hidden, step.student_hidden, step.plain_hidden)
+        settings = step.settings
+        directions = Directions(student_direction=settings.prompt_kl, plain_direction=settings.regularizer_kl)
+        return step.pair.prompt_loss(*states, weight=step.weight, **directions)
 
     def metrics(self) -> dict[str, float]:
         """What to log of the adapter's state."""
@@ -137,22 +132,11 @@ class TeacherAdapter(ABC):
         """Write the adapter for use without promptkd."""
 
 
-AdapterName = Literal["none", "prompt", "lora", "full", "online"]
-ADAPTERS: dict[str, "type[AdapterFactory] | None"] = {"none": None}
-"""The factories by their names."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class AdapterFactory(Settings, ABC):
     """The settings of an adapter, which make it for a teacher."""
 
-    name: ClassVar[str]
     adapter_class: ClassVar[type[TeacherAdapter]]
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if "name" in vars(cls):
-            ADAPTERS[cls.name] = cls
 
     @property
     def trains_nothing(self) -> bool:
@@ -202,7 +186,6 @@ class SoftPromptAdapter(ModuleAdapter):
 
 @dataclass(frozen=True, kw_only=True)
 class SoftPromptFactory(AdapterFactory):
-    name = "prompt"
     adapter_class = SoftPromptAdapter
 
     prompt_length: int = option(7, at_least=0)
@@ -224,7 +207,7 @@ class SoftPromptFactory(AdapterFactory):
 
 
 class _TrainedWeights(TeacherAdapter):
-    """What LoRA and full tuning share: named weights and how far they have moved from their start."""
+    """Named weights, and how far they have moved from their start: LoRA and full tuning."""
 
     def __init__(self, named: dict[str, nn.Parameter], start: dict[str, Tensor]):
         self._named, self._start = named, start
@@ -237,7 +220,7 @@ class _TrainedWeights(TeacherAdapter):
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         if state.keys() != self._named.keys():
-            raise RequestError("The checkpoint's teacher weights are others than those that are trained now.")
+            raise RequestError("The checkpoint holds other teacher weights than those that are trained now.")
         with torch.no_grad():
             for name, weight in self._named.items():
                 weight.copy_(state[name])
@@ -270,7 +253,6 @@ class LoraTeacher(_TrainedWeights):
 class LoraFactory(AdapterFactory):
     """PEFT's LoRA on every linear layer but the head."""
 
-    name = "lora"
     adapter_class = LoraTeacher
 
     adapter_rank: int = option(16, at_least=1)
@@ -309,8 +291,17 @@ class FullTeacher(_TrainedWeights):
 
 @dataclass(frozen=True, kw_only=True)
 class FullTeacherFactory(AdapterFactory):
-    name = "full"
     adapter_class = FullTeacher
 
     def create(self, teacher: nn.Module, tokenizer: Any, *, seed: int, device: torch.device) -> Made:
         return FullTeacher(teacher), teacher
+
+
+AdapterName = Literal["none", "prompt", "lora", "full", "online"]
+ADAPTERS: dict[str, type[AdapterFactory] | None] = {
+    "none": None,
+    "prompt": SoftPromptFactory,
+    "lora": LoraFactory,
+    "full": FullTeacherFactory,
+}
+"""The factories by their names, to which a method's file may add its own."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,13 @@ Objective = Callable[[Tensor, Tensor], Tensor]
 Role = Literal["student", "teacher", "plain"]
 
 
+class Directions(TypedDict, total=False):
+    """Of the two KLs of the prompt's loss: with the student, and with the plain teacher."""
+
+    student_direction: Direction
+    plain_direction: Direction
+
+
 @dataclass(frozen=True)
 class Pair:
     """Student and teacher, and how their distributions are compared."""
@@ -37,12 +44,7 @@ class Pair:
     adapted: nn.Module | None = None
     """The model whose head reads the adapted teacher's states; None if that is the teacher itself."""
 
-    def student_loss(
-        self,
-        objective: Objective,
-        student_hidden: Tensor,
-        teacher_hidden: Tensor,
-    ) -> ChunkedLoss:
+    def student_loss(self, objective: Objective, student_hidden: Tensor, teacher_hidden: Tensor) -> ChunkedLoss:
         """Sum of `objective` over the tokens, for the student; the metric "entropy" is the student's."""
         heads = self._heads("student", "teacher")
         if heads is not None:
@@ -50,8 +52,8 @@ class Pair:
             return chunked_objective(objective, student, teacher, chunk=self.chunk)
         logits = self.logits("student", student_hidden)
         with torch.no_grad():
-            target = self.logits("teacher", teacher_hidden)
-        return ChunkedLoss(objective(logits, target).sum(), {"entropy": entropy(logits).sum()})
+            target_logits = self.logits("teacher", teacher_hidden)
+        return with_entropy(objective(logits, target_logits).sum(), logits)
 
     def cross_entropy(self, which: Role, hidden: Tensor, targets: Tensor) -> ChunkedLoss:
         """Sum over the tokens of -log q(y), y = `targets`; the metric "entropy" is that model's."""
@@ -59,8 +61,7 @@ class Pair:
         if heads is not None:
             return chunked_cross_entropy((hidden, heads[0]), targets, chunk=self.chunk)
         logits = self.logits(which, hidden)
-        total = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
-        return ChunkedLoss(total, {"entropy": entropy(logits).sum()})
+        return with_entropy(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"), logits)
 
     def prompt_loss(
         self,
@@ -68,33 +69,20 @@ class Pair:
         student_hidden: Tensor,
         plain_hidden: Tensor | None,
         *,
-        weight: float,
-        student_direction: Direction,
-        plain_direction: Direction,
+        weight: float = 0.0,
+        **directions: Unpack[Directions],
     ) -> ChunkedLoss:
         """Sum over the tokens of the teacher adapter's loss, with its terms "to_student" and "to_plain"."""
         heads = self._heads("teacher", "student", "plain")
         if heads is not None:
-            adapted_head, student_head, plain_head = heads
-            return chunked_prompt_loss(
-                (prompted_hidden, adapted_head),
-                (student_hidden, student_head),
-                None if plain_hidden is None else (plain_hidden, plain_head),
-                weight=weight,
-                student_direction=student_direction,
-                plain_direction=plain_direction,
-                chunk=self.chunk,
-            )
+            prompted, student = (prompted_hidden, heads[0]), (student_hidden, heads[1])
+            plain = None if plain_hidden is None else (plain_hidden, heads[2])
+            return chunked_prompt_loss(prompted, student, plain, weight=weight, chunk=self.chunk, **directions)
         with torch.no_grad():
             student_logits = self.logits("student", student_hidden)
             plain_logits = None if plain_hidden is None else self.logits("plain", plain_hidden)
-        to_student, to_plain = prompt_loss_terms(
-            self.logits("teacher", prompted_hidden),
-            student_logits,
-            plain_logits,
-            student_direction=student_direction,
-            plain_direction=plain_direction,
-        )
+        prompted_logits = self.logits("teacher", prompted_hidden)
+        to_student, to_plain = prompt_loss_terms(prompted_logits, student_logits, plain_logits, **directions)
         total, metrics = to_student.sum(), {"to_student": to_student.detach().sum()}
         if to_plain is not None:
             total = total + weight * to_plain.sum()
@@ -118,6 +106,11 @@ class Pair:
         known = {id(model): linear_head(model) for model in models}  # a sharded head is gathered once for all its roles
         heads = [known[id(model)] for model in models]
         return None if None in heads else [head.limited_to(self.vocabulary) for head in heads if head is not None]
+
+
+def with_entropy(total: Tensor, logits: Tensor) -> ChunkedLoss:
+    """A loss `total` summed over the tokens, with the entropy of logits (N, V) as its metric."""
+    return ChunkedLoss(total, {"entropy": entropy(logits).sum()})
 
 
 def entropy(logits: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Carries the jobs of a study out: starts them as there is room, watches them, and stops them when it is told to."""
+"""Runs the jobs of a study: starts them as there is room, watches them, and stops them when it is told to."""
 
 import signal
 import time
@@ -17,7 +17,7 @@ _PAUSE = 0.2
 
 
 class StoppedError(PromptKDError):
-    """A signal stopped the study, which left what it takes to go on (exit status 128 + its number)."""
+    """A signal stopped the study, which left what it takes to resume (exit status 128 + its number)."""
 
     def __init__(self, message: str, signal: int):
         super().__init__(message)

@@ -23,7 +23,7 @@ _LONGEST_VALUE = 24
 _SET_HERE = {
     "seed": "`seeds` lists the seeds",
     "out": "the study names each run's folder",
-    "resume": "a study goes on with every run by itself",
+    "resume": "a study resumes every run by itself",
     "overwrite": "a study replaces no run",
     "dry_run": "`--dry-run` is a flag of the study",
     "hub_token": "the study's file and commands are no place for a secret; put it into HF_TOKEN",
@@ -184,7 +184,7 @@ class _Plan:
         for key, value in given.items():
             name = str(key).replace("-", "_")
             if name in named:
-                self.problems.append(f"{place}: {name} stands twice, once as {key}. Keep one of them.")
+                self.problems.append(f"{place}: duplicate key {name}, once spelled {key}. Keep one of them.")
             named[name] = value
         return named
 

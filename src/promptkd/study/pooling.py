@@ -1,7 +1,7 @@
-"""What the runs of a study say of its methods: figures and paired differences over seeds of training and rows at once.
+"""What the runs of a study say of its methods: metrics and paired differences over seeds of training and rows at once.
 
-Seeds of training and rows are both samples: another seed gives another student, other rows another figure. With v_s
-the figure of seed s over all rows, and t_i row i's part in the mean over the S seeds (linearised for means over
+Seeds of training and rows are both samples: another seed gives another student, other rows another value. With v_s
+the metric of seed s over all rows, and t_i row i's part in the mean over the S seeds (linearized for means over
 tokens; over the R rows the t_i add up to 0),
 
     SE² = Var(v_s) / S + R / (R - 1) Σ t_i²,    df = SE⁴ / (SE_seeds⁴ / (S - 1) + SE_rows⁴ / (R - 1)),
@@ -48,7 +48,7 @@ def both_ways(by_seed: Floats, by_row: Floats) -> tuple[Metric, float | None]:
     """The mean over seeds with its 95 % interval, and p of the hypothesis that it is 0 (None without an interval).
 
     Args:
-        by_seed: the figure of each seed, shape (S,).
+        by_seed: the metric of each seed, shape (S,).
         by_row: t, each row's part in their mean, shape (R,).
     """
     value, seeds, rows = float(by_seed.mean()), len(by_seed), len(by_row)
@@ -78,7 +78,7 @@ def compare_groups(
     baseline: str,
     metrics: Sequence[str] = (),
 ) -> Comparison:
-    """Every group's figures over its seeds, and its difference from the baseline over the seeds that both have.
+    """Every group's metrics over its seeds, and its difference from the baseline over the seeds that both have.
 
     Args:
         members: runs of at least two groups, measured alike, each seed of a group once.
@@ -133,7 +133,7 @@ def _value(column: Column) -> float:
 
 
 def _parts(column: Column) -> Floats:
-    """Each row's part in the column's figure, about 0: (s_i - v c_i) / C."""
+    """Each row's part in the column's metric, about 0: (s_i - v c_i) / C."""
     parts: Floats = (column.sums - _value(column) * column.counts) / column.counts.sum()
     return parts
 
@@ -177,7 +177,7 @@ def _difference(
 def _notes(groups: Mapping[str, Mapping[int, str]], baseline: str, tested: int) -> list[str]:
     every = list(dict.fromkeys(seed for seeds in groups.values() for seed in seeds))
     notes = [
-        f"Each figure is a mean over seeds of training ({', '.join(map(str, every))}); ± is the "
+        f"Each metric is a mean over seeds of training ({', '.join(map(str, every))}); ± is the "
         "standard deviation between them. Intervals and p speak for other seeds of training and other rows at once "
         "(min F', Clark 1973, and the seeds' own t-test)."
     ]

@@ -38,7 +38,7 @@ def last_words(log: Path) -> str:
 
 
 def read_results(path: Path) -> Results | None:
-    """The record at `path`; None if there is none, or one that this version does not read, which is to be made anew."""
+    """The record at `path`; None if there is none, or one that this version does not read."""
     try:
         return Results.read(path)
     except RequestError:

@@ -1,4 +1,4 @@
-"""The live table of a study: one line a run; where there is no terminal, a line whenever a run changes its state."""
+"""The live table of a study: one line per run; where there is no terminal, a line whenever a run changes its state."""
 
 import time
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ class Row:
     name: str
     folder: Path
     steps: int
-    """Optimiser steps of the whole run."""
+    """Optimizer steps of the whole run."""
     phase: Phase = Phase.WAITING
     status: int = 0
     began: float = 0.0
@@ -105,7 +105,7 @@ class Table:
         return ", ".join(f"{phases.count(phase)} {phase.value}" for phase in order if phase in phases)
 
     def refresh(self) -> None:
-        """Draw the table anew if it is time."""
+        """Draw the table again if it is time."""
         now = time.monotonic()
         if self._live is not None and now - self._drawn_at >= _EVERY:
             self._live.update(self._drawn(), refresh=True)

@@ -30,9 +30,9 @@ class Rollout:
     """Makes a `Window` of the rows of one optimizer step.
 
     Args:
-        args: a `DistillConfig`.
         student: vLLM takes its weights from it.
         stop_ids: every id that ends a response.
+        args: a `DistillConfig`.
         metrics: of the running step; takes response lengths and the share that was cut off.
     """
 
@@ -40,12 +40,11 @@ class Rollout:
         self,
         method: Method,
         teacher: Teacher,
+        student: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        stop_ids: tuple[int, ...],
         args: Any,
         accelerator: Accelerator,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        student: nn.Module,
-        stop_ids: tuple[int, ...],
         metrics: StepMetrics,
     ):
         self.method, self.teacher, self.stop_ids, self.metrics = method, teacher, stop_ids, metrics

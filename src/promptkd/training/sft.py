@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from datasets import Dataset
 from torch import Tensor, nn
@@ -13,22 +13,11 @@ from trl import SFTConfig, SFTTrainer
 
 from promptkd.data.encode import EncodedData, EncodedExample, stop_token_ids
 from promptkd.engine import unwrap_peft
-from promptkd.errors import check_all
 from promptkd.settings import option
+from promptkd.training.base_config import BaseConfig
 from promptkd.training.callbacks import CheckpointTiming, UpdatePhase
 from promptkd.training.checkpoint import prepare_best, save_model_folder, staged_checkpoint
 from promptkd.training.collapse import Watching
-from promptkd.training.config import (
-    BF16,
-    DECODED_ROWS,
-    ON_NAN,
-    UNFILTERED,
-    OnNan,
-    common_checks,
-    fill_in_precision,
-    fill_in_rows,
-    use_one_gpu,
-)
 from promptkd.training.distributed import check_sharding, is_sharded, run_whole
 from promptkd.training.guard import Guard
 from promptkd.training.out_of_memory import Savings, out_of_memory_told
@@ -42,44 +31,27 @@ T = TypeVar("T")
 
 
 @dataclass
-class FinetuneConfig(SFTConfig):
+class FinetuneConfig(BaseConfig, SFTConfig):
     """Arguments of `FinetuneTrainer`: those of `trl.SFTConfig`, and the data and validation settings of promptkd."""
 
-    max_prompt_length: int = option(256, "Most tokens of a prompt, template included; see --overlong.")
-    max_completion_length: int = option(256, "Most tokens of a response, its end token included.")
-    template: str = option("auto", "auto, alpaca, chat, or a Jinja text with {{ instruction }} and {{ input }}.")
-    overlong: Literal["drop", "error"] = option("drop", "Rows over a length limit: drop (and count), or error.")
-    on_nan: OnNan = option("stop", ON_NAN)
-    eval_temperature: float = option(1.0, "Temperature of validation's responses; 0 decodes greedily.")
-    eval_seed: int = option(10, "Seed of validation's sampled responses.")
-    generation_batch_size: int | None = option(None, DECODED_ROWS)
-    max_length: int | None = option(None, "Unused: rows over max_prompt_length or max_completion_length are dropped.")
-    logging_steps: float = option(1, "Optimiser steps between two logged lines.")
-    gradient_checkpointing: bool = option(False, "Recompute activations in backward: less memory, more time.")
-    logging_nan_inf_filter: bool = option(False, UNFILTERED)
-    bf16: bool | None = option(None, BF16)
-    ddp_find_unused_parameters: bool | None = option(
-        False, "DDP: look for parameters that a step does not reach, as those of experts; costs time."
-    )
+    learning_rate: float = option(2e-5, at_least=0)
+    """Peak learning rate."""
+    max_length: int | None = None
+    """Unused: rows over max_prompt_length or max_completion_length are dropped."""
 
-    def __post_init__(self) -> None:
-        fill_in_precision(self)
-        super().__post_init__()
-        fill_in_rows(self)
-        use_one_gpu(self)
-        own_checks = [
-            (self.overlong not in ("drop", "error"), f"overlong must be drop or error, got {self.overlong!r}"),
+    def checks(self) -> list[tuple[bool, str]]:
+        """See `BaseConfig.checks`."""
+        return [
+            *super().checks(),
             (self.max_length is not None, "max_length would cut rows; use max_prompt_length and max_completion_length"),
             (self.packing, "packing joins rows that must stay apart; leave it off"),
         ]
-        check_all("Wrong settings", (*common_checks(self), *own_checks))
 
 
 class FinetuneTrainer(SFTTrainer):
     """`SFTTrainer` on encoded rows: the loss counts response tokens alone."""
 
     _tag_names = ("promptkd", "sft")
-    step_phase = "training"
     is_trial = False
     checkpoint_root: Path | None = None
     """Where a checkpoint is being written, before it takes its place."""
@@ -123,7 +95,7 @@ class FinetuneTrainer(SFTTrainer):
             return super().train(*args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        with self.phases(self.step_phase, synchronize=self.accelerator.sync_gradients):
+        with self.phases("training", synchronize=self.accelerator.sync_gradients):
             rows, width = inputs["input_ids"].shape
             self.phases.works_on([width] * rows)  # padding is computed too
             index = self.guard.begin_micro_batch(lambda: self._rows_in(inputs), self._tr_loss)

@@ -70,9 +70,7 @@ class DistillTrainer(Trainer):
     """
 
     loss_is_scaled_for_ga = True  # by the tokens of the whole optimizer step, not of the micro-batch
-    step_phase = "student"
-    is_trial = False
-    """Whether this is a trial, which writes no checkpoint and cannot be resumed."""
+    is_trial = False  # a dry run, which writes no checkpoint and cannot be resumed
     checkpoint_root: Path | None = None
     """Where a checkpoint is being written, before it takes its place."""
     _total_train_tokens = 0
@@ -109,16 +107,10 @@ class DistillTrainer(Trainer):
         train = encode(train_dataset, processing_class, args, need_response=self.method.responses.needs_data)
         valid = encode(eval_dataset, processing_class, args)
         self.dropped_rows = 0 if train is None else train.dropped
-        super().__init__(
-            prepare_student(model, args, processing_class, peft_config, quantization_config),
-            args,
-            list,  # collates nothing: rows stay rows
-            None if train is None else train.examples,
-            None if valid is None else valid.examples,
-            processing_class,
-            callbacks=callbacks,
-            optimizers=optimizers,
-        )
+        student = prepare_student(model, args, processing_class, peft_config, quantization_config)
+        train_rows, eval_rows = (None if each is None else each.examples for each in (train, valid))
+        others: Any = {"callbacks": callbacks, "optimizers": optimizers}
+        super().__init__(student, args, list, train_rows, eval_rows, processing_class, **others)  # rows stay rows
         self._make_parts(teacher)
         set_seed(args.seed, device_specific=True)  # each process draws responses of its own
 
@@ -139,25 +131,16 @@ class DistillTrainer(Trainer):
             disable_dropout(student)
         self.teacher = Teacher(adapted, self.adapter, accelerator, args, vocabulary)
         self.phases = Phases(accelerator.device)
-        self.step_metrics = StepMetrics()
         self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list)}  # since the last logged line
         self.window: Window | None = None
-        self.rollout = Rollout(
-            self.method,
-            self.teacher,
-            args,
-            accelerator,
-            tokenizer,
-            student=student,
-            stop_ids=self.stop_ids,
-            metrics=self.step_metrics,
-        )
+        metrics = self.step_metrics = StepMetrics()
+        self.rollout = Rollout(self.method, self.teacher, student, tokenizer, self.stop_ids, args, accelerator, metrics)
         self.guard = Guard(args, accelerator, lambda: {"student": self.model, "teacher": self.teacher.model})
         self.tuner: TeacherTuner | None = None
         if self.adapter is not None:
-            self.tuner = TeacherTuner(self.teacher, args, accelerator, self.guard, self.phases, self.step_metrics)
+            self.tuner = TeacherTuner(self.teacher, args, accelerator, self.guard, self.phases, metrics)
             self.guard.rollback = self.tuner.rollback
-        self.student_loss = StudentLoss(self.method, self.teacher, args, accelerator, self.step_metrics)
+        self.student_loss = StudentLoss(self.method, self.teacher, args, accelerator, metrics)
         log = PartialLog(self)
         self.extra_state = ExtraState(log, self.guard, responses=self.method.responses, tuner=self.tuner)
         for callback in (CheckpointTiming(self, log), UpdatePhase(self.phases), Watching()):

@@ -10,7 +10,6 @@ from rich.console import Console
 from promptkd.cli.chat_view import Writing, on_terminal, write_in_turn, write_side_by_side
 from promptkd.cli.library_logging import quiet_libraries
 from promptkd.cli.measuring_device import computing_in, load_subject, settled_precision
-from promptkd.cli.option_checks import check_decoding
 from promptkd.cli.options.chat import Options
 from promptkd.cli.parsing.values import LARGEST_INTEGER
 from promptkd.cli.provenance import label_of
@@ -30,7 +29,6 @@ A request that begins with a slash is typed with a space before it."""
 
 
 def run(options: Options, training: dict[str, Any]) -> None:
-    check_decoding(options, [options.seed])
     decoding = Decoding(
         max_new_tokens=options.max_completion_length,
         temperature=options.temperature,
@@ -99,7 +97,7 @@ class _Session:
                 say(str(error))
 
     def take(self, line: str) -> bool:
-        """Do what a line asks for, a command or a request; return whether to go on."""
+        """Do what a line asks for, a command or a request; return whether to continue."""
         if not line.startswith("/"):
             self.ask(line.strip())
             return True

@@ -9,19 +9,12 @@ from promptkd.cli.run_folder import RunFolder
 from promptkd.cli.terminal import say
 from promptkd.demo.pipeline import Demo
 from promptkd.demo.settings import DemoSettings, teacher_file
-from promptkd.errors import RequestError
 from promptkd.io.atomic import write_atomic
 from promptkd.memory import peak_memory
 from promptkd.report import render_report, terminal_table
 
 
 def run(options: Options, training: dict[str, Any]) -> None:
-    if not 1 <= options.layers <= 30:
-        raise RequestError(f"--layers must lie between 1 and 30, the number the teacher has. Got {options.layers}.")
-    if options.steps < 1:
-        raise RequestError(f"--steps must be at least 1. Got {options.steps}.")
-    if options.seed < 0:
-        raise RequestError(f"--seed must be 0 or more. Got {options.seed}.")
     quiet_libraries()
     teacher_file()
     folder = RunFolder(options.out)

@@ -1,6 +1,6 @@
 """`promptkd distill`."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -10,6 +10,7 @@ from peft import LoraConfig
 from promptkd.cli.forecast import print_forecast
 from promptkd.cli.options.distill import Options
 from promptkd.cli.training_run import TrainingRun
+from promptkd.data import Example, read_examples
 from promptkd.errors import RequestError
 from promptkd.methods import Method
 from promptkd.models import check_same_vocabulary
@@ -52,7 +53,8 @@ def _distill(options: Options, job: TrainingRun, args: DistillConfig, method: Me
         )
         if options.merge and trainer.is_sharded:
             raise RequestError("--merge needs the student's weights whole: leave it out, and merge by promptkd export.")
-        job.take_notes(trainer)
+        for note in trainer.notes:
+            job.note(note)
         if options.dry_run:
             print_forecast(trainer, take_trial_steps(trainer))
             return
@@ -67,10 +69,16 @@ def _distill(options: Options, job: TrainingRun, args: DistillConfig, method: Me
     job.record(trainer, "student")
 
 
-def checked(options: Options, training: dict[str, Any]) -> tuple[TrainingRun, DistillConfig, Method]:
-    """The run, once everything that can be checked without a model is sound; nothing is written."""
+def checked(
+    options: Options, training: dict[str, Any], read: Callable[..., list[Example]] = read_examples
+) -> tuple[TrainingRun, DistillConfig, Method]:
+    """The run, once everything that can be checked without a model is sound; nothing is written.
+
+    Args:
+        read: reads a data set, as `read_examples` does.
+    """
     _check(options)
-    job = TrainingRun("distill", options, training)
+    job = TrainingRun("distill", options, training, read)
     args = job.arguments(DistillConfig)
     return job, args, chosen_method(args)
 
@@ -86,8 +94,6 @@ def _trial_folder(args: Any) -> Iterator[None]:
 def _check(options: Options) -> None:
     if options.dry_run and options.resume:
         raise RequestError("--dry-run looks at a run from its first step on. Leave --resume out.")
-    if options.student_lora_rank is not None and options.student_lora_rank < 1:
-        raise RequestError(f"--student-lora-rank must be at least 1. Got {options.student_lora_rank}.")
     if options.merge and options.student_lora_rank is None:
         raise RequestError("--merge merges the student's LoRA weights: give --student-lora-rank with it.")
 

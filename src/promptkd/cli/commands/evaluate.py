@@ -17,7 +17,7 @@ from promptkd.cli.measuring_device import (
     settled_rows,
     teacher_precision_here,
 )
-from promptkd.cli.option_checks import check_decoding, check_output
+from promptkd.cli.option_checks import check_output
 from promptkd.cli.options.evaluate import Options
 from promptkd.cli.parsing.parser import merged_config
 from promptkd.cli.provenance import data_record, label_of, training_cost
@@ -99,13 +99,14 @@ def _evaluate(options: Options) -> None:
 def check(options: Options) -> None:
     """Refuse what is wrong by itself, before anything is loaded."""
     check_output(options.out, overwrite=options.overwrite or _settings_file(options.out).exists())
-    check_decoding(options, options.seeds)
     if options.teacher_dtype is not None and options.teacher is None:
         raise RequestError("--teacher-dtype is of a --teacher. Give one, or leave it out.")
     if not options.seeds:
         raise RequestError("Expected at least one seed. Got none; --temperature 0 decodes greedily alone.")
     if options.temperature == 0 and not options.greedy:
         raise RequestError("--temperature 0 gives greedy answers alone and --no-greedy leaves them out. Give one.")
+    if len(set(options.seeds)) < len(options.seeds):
+        raise RequestError(f"Each seed must be given once. Got --seeds {' '.join(map(str, options.seeds))}.")
     if len(set(options.data)) < len(options.data):
         raise RequestError(f"Each data set must be given once. Got --data {' '.join(options.data)}.")
     files = [_file(options.out, label_of(path, options.data), "") for path in options.data]
@@ -159,7 +160,7 @@ def _settle(options: Options, results: Results, decoding: Decoding, precision: s
     files = [_file(options.out, name, part) for name in results.data for part in parts]
     held = settle_settings(_settings_file(options.out), settings, files, overwrite=options.overwrite)
     if held:
-        say(f"Going on from {len(held)} of {len(files)} files of answers and losses.")
+        say(f"Resuming from {len(held)} of {len(files)} files of answers and losses.")
 
 
 def _decoding(options: Options, stop_ids: Sequence[int]) -> Decoding:

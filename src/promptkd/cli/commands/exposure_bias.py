@@ -19,13 +19,13 @@ from promptkd.cli.measuring_device import (
     settled_rows,
     teacher_precision_here,
 )
-from promptkd.cli.option_checks import MOST_TOKENS, check_output, wrong_batch_size
+from promptkd.cli.option_checks import check_output
 from promptkd.cli.options.exposure_bias import Options
 from promptkd.cli.parsing.parser import merged_config
 from promptkd.cli.provenance import data_record, label_of
 from promptkd.cli.terminal import progress_lines, say
 from promptkd.data import stop_token_ids
-from promptkd.errors import RequestError, check_all
+from promptkd.errors import RequestError
 from promptkd.evaluation import Scoring, exposure_bias, sample_continuations
 from promptkd.evaluation.exposure_bias import ExposureBias
 from promptkd.generation import Decoding
@@ -45,7 +45,8 @@ from promptkd.training.checkpoint import checkpoints_in
 
 def run(options: Options, training: dict[str, Any]) -> None:
     check_output(options.out, overwrite=options.overwrite)
-    _check(options)
+    if len(set(options.student)) < len(options.student):
+        raise RequestError(f"Each student must be given once. Got {' '.join(options.student)}.")
     quiet_libraries()
     students = _students(options)
     soft_prompt = _soft_prompt(options.prompt)
@@ -152,23 +153,6 @@ def _settings(options: Options) -> dict[str, Any]:
         "max_new_tokens": options.max_completion_length,
         "seeds": [options.seed + draw for draw in range(options.samples_per_row)],
     }
-
-
-def _check(options: Options) -> None:
-    checks = [
-        (options.samples_per_row < 1, f"--samples-per-row must be at least 1, got {options.samples_per_row}"),
-        (
-            options.max_completion_length > MOST_TOKENS,
-            f"--max-completion-length must be at most {MOST_TOKENS}, got {options.max_completion_length}",
-        ),
-        wrong_batch_size(options),
-        (options.seed < 0, f"--seed must be 0 or more, got {options.seed}"),
-        (
-            len(set(options.student)) < len(options.student),
-            f"each student must be given once, got {' '.join(options.student)}",
-        ),
-    ]
-    check_all("Cannot measure", checks)
 
 
 def _students(options: Options) -> dict[str, str]:

@@ -11,7 +11,7 @@ from promptkd.cli.measuring_device import (
     settled_precision,
     settled_rows,
 )
-from promptkd.cli.option_checks import check_decoding, check_output
+from promptkd.cli.option_checks import check_output
 from promptkd.cli.options.generate import Options
 from promptkd.cli.terminal import progress_lines, say
 from promptkd.data import stop_token_ids
@@ -23,7 +23,6 @@ from promptkd.models import load_tokenizer, vocabulary_size
 
 def run(options: Options, training: dict[str, Any]) -> None:
     check_output(options.out, overwrite=options.overwrite)
-    check_decoding(options, [options.seed])
     quiet_libraries()
     tokenizer = load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
     data = measured_rows(options, options.data, tokenizer, need_response=False)

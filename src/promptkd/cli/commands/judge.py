@@ -18,16 +18,17 @@ from promptkd.io.lock import locked
 from promptkd.io.redact import without_secret_values
 from promptkd.judge.endpoint import Endpoint, check_client, check_url
 from promptkd.judge.metrics import judge_notes, judge_results, token_cost
-from promptkd.judge.prompt_template import Task, load_prompt
 from promptkd.judge.questions import (
-    Answer,
+    JudgedAnswer,
+    Task,
     check_same_requests,
+    load_prompt,
     questions_about,
     read_answers,
     requests_sha256,
     with_requests,
 )
-from promptkd.judge.verdict_log import Verdict, verdict_log
+from promptkd.judge.verdicts import Verdict, verdict_log
 from promptkd.report import terminal_table
 from promptkd.results import DataRecord, Results, file_sha256
 
@@ -67,15 +68,6 @@ def _check(options: Options) -> None:
     own = sorted({"model", "messages", "stream", "n"} & (options.extra_body or {}).keys())
     checks = [
         (not options.judge_model.strip(), "--judge-model must name the judge"),
-        (options.concurrency < 1, f"--concurrency must be at least 1, got {options.concurrency}"),
-        (options.retries < 0, f"--retries must be 0 or more, got {options.retries}"),
-        (options.timeout <= 0, f"--timeout must be above 0 seconds, got {options.timeout:g}"),
-        (options.backoff < 0, f"--backoff must be 0 seconds or more, got {options.backoff:g}"),
-        ((options.temperature or 0) < 0, f"--temperature must be 0 or more, got {options.temperature}"),
-        (
-            options.max_tokens is not None and options.max_tokens < 1,
-            f"--max-tokens must be 1 or more, got {options.max_tokens}",
-        ),
         (bool(own), f"--extra-body must not hold {', '.join(own)}"),
         (
             without_secret_values(options.extra_body or {}) != (options.extra_body or {}),
@@ -119,11 +111,11 @@ def _key(variable: str | None) -> str | None:
             "--key-variable must name an environment variable that holds the key. The one it names is not set."
         )
     if not (key.isascii() and key.isprintable()):
-        raise RequestError("The key in the environment holds characters that no header can carry. Set it anew.")
+        raise RequestError("The key in the environment holds characters that no header can carry. Set it again.")
     return key or None
 
 
-def _answers(options: Options) -> dict[str, dict[int, Answer]]:
+def _answers(options: Options) -> dict[str, dict[int, JudgedAnswer]]:
     """The answers of one model, or of two to the same requests, by label."""
     models = {_label(options.responses, options.label): read_answers(options.responses, limit=options.limit)}
     (answers,) = models.values()
@@ -144,7 +136,7 @@ def _label(path: Path, given: str | None) -> str:
     return given or label_of(str(path))
 
 
-def _provenance(options: Options, data: str, models: dict[str, dict[int, Answer]]) -> dict[str, DataRecord]:
+def _provenance(options: Options, data: str, models: dict[str, dict[int, JudgedAnswer]]) -> dict[str, DataRecord]:
     """The files of answers, and the requests: their hash is the same for every model that was asked the same."""
     answers, *_ = models.values()
     sha256 = requests_sha256(answers.values())

@@ -60,12 +60,10 @@ def _check(options: Options) -> None:
     is_model = out.is_dir() and out.resolve() == Path(options.model).expanduser().resolve()
     checks = [
         ((layers is None) == (not options.keep), "give either --layers N or --keep with the layers' numbers"),
-        (layers is not None and layers < 1, f"--layers must be at least 1, got {layers}"),
         (
             layers is not None and options.choose == "influence" and options.data is None,
             "choosing by influence needs --data; without data use --choose even",
         ),
-        (options.rows < 1, f"--rows must be at least 1, got {options.rows}"),
         (out.is_file(), f"--out must be a folder, and {out} is a file"),
         (is_model, f"--out must be another folder than --model, and both are {out}"),
         (

@@ -16,7 +16,8 @@ def run(options: Options, training: dict[str, Any]) -> None:
         model = job.load("model", options.model)
         with job.opened():
             trainer = FinetuneTrainer(model, args, train, valid, tokenizer)
-        job.take_notes(trainer)
+        for note in trainer.notes:
+            job.note(note)
         job.train(trainer, "Fine-tuning")
         job.save(trainer, "model")
         job.record(trainer, "model")

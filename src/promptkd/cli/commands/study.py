@@ -13,7 +13,7 @@ from promptkd.cli.study_outcome import compare_and_report
 from promptkd.cli.study_plan import plan_text
 from promptkd.cli.study_runs import StudyRun, checked_runs
 from promptkd.cli.terminal import say
-from promptkd.errors import PromptKDError, check_all
+from promptkd.errors import PromptKDError, RequestError
 from promptkd.io.lock import locked
 from promptkd.study.local import LocalPool, cores, shares
 from promptkd.study.loop import Engine, Outcome, StoppedError, carry_out
@@ -34,20 +34,12 @@ def run(options: Options, training: dict[str, Any]) -> None:
 
 
 def _check(options: Options) -> None:
-    checks = [
-        (options.workers < 1, f"--workers must be at least 1, got {options.workers}"),
-        (options.cpus_per_run < 1, f"--cpus-per-run must be at least 1, got {options.cpus_per_run}"),
-        (options.gpus_per_run < 0, f"--gpus-per-run must be 0 or more, got {options.gpus_per_run}"),
-        (
-            options.engine == "ray" and options.workers != 1,
-            "--workers is of this machine; on a Ray cluster --cpus-per-run and --gpus-per-run say what fits",
-        ),
-        (
-            options.engine == "local" and options.ray_address is not None,
-            "--ray-address goes with --engine ray",
-        ),
-    ]
-    check_all("Cannot run the study", checks)
+    if options.engine == "ray" and options.workers != 1:
+        raise RequestError(
+            "--workers is of this machine; on a Ray cluster --cpus-per-run and --gpus-per-run say what fits."
+        )
+    if options.engine == "local" and options.ray_address is not None:
+        raise RequestError("--ray-address goes with --engine ray.")
 
 
 def _carry_out(options: Options, runs: list[StudyRun]) -> None:
@@ -79,7 +71,7 @@ def _conclude(options: Options, runs: list[StudyRun], outcome: Outcome) -> None:
     again = shell_line(["study", str(options.out / "config.yaml")])
     if outcome.signal is not None:
         left = sum(bool(each.job.commands) and outcome.statuses.get(each.job.name) != 0 for each in runs)
-        raise StoppedError(f"Stopped. {left} of {len(runs)} runs are left. Go on by: {again}", outcome.signal)
+        raise StoppedError(f"Stopped. {left} of {len(runs)} runs are left. Resume by: {again}", outcome.signal)
     failed = [each.job for each in runs if outcome.statuses.get(each.job.name, 0)]
     if failed:
         lines = [

@@ -2,7 +2,7 @@
 
 With a chat template each model reads the whole conversation with its own answers; without one (--template alpaca, or a
 tokenizer that has none) every request stands alone. Without a terminal each line of standard input is a request, and
-the answers are plain text, one labelled block a model. A model's control characters are shown and never obeyed.
+the answers are plain text, one labeled block per model. A model's control characters are shown and never obeyed.
 
     promptkd chat runs/promptkd runs/kd --teacher runs/teacher
     promptkd chat runs/promptkd --prompt "Name three rivers." --temperature 0.7 --seed 1
@@ -10,7 +10,8 @@ the answers are plain text, one labelled block a model. A model's control charac
 
 from dataclasses import dataclass
 
-from promptkd.cli.options.common import Loading, Sampling
+from promptkd.cli.options.common import MOST_TOKENS, Loading, Sampling
+from promptkd.settings import option
 
 POSITIONAL = "models"
 LESS_MEMORY = ("fewer models", "a smaller --max-completion-length (now {max_completion_length})")
@@ -21,14 +22,14 @@ class Options(Sampling, Loading):
     models: list[str]
     """Who answers: hub names, folders, run folders or GGUF files."""
     teacher: str | None = None
-    """One more model, shown last and labelled as the teacher."""
+    """One more model, shown last and labeled as the teacher."""
     prompt: str | None = None
     """Ask this once and leave."""
-    temperature: float = 0.0
+    temperature: float = option(0.0, at_least=0)
     """Sampling temperature; 0 decodes greedily."""
-    seed: int = 10
+    seed: int = option(10, at_least=0)
     """Seed of the samples."""
     template: str = "auto"
     """auto, alpaca, chat, or a Jinja text."""
-    max_completion_length: int = 256
+    max_completion_length: int = option(256, at_least=1, at_most=MOST_TOKENS)
     """Most tokens of an answer."""

@@ -4,6 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from promptkd.settings import option
+
+MOST_TOKENS = 1_000_000
+"""Of a response. Buffers have room for as many."""
 LESS_MEMORY_TO_DECODE = (
     "a smaller --batch-size (now {batch_size})",
     "a smaller --max-completion-length (now {max_completion_length})",
@@ -24,11 +28,11 @@ class Loading:
 class Sampling:
     """How responses are sampled."""
 
-    temperature: float = 1.0
+    temperature: float = option(1.0, at_least=0)
     """Sampling temperature; 0 decodes greedily."""
-    top_p: float = 1.0
+    top_p: float = option(1.0, above=0, at_most=1)
     """Share of the probability mass to sample from."""
-    top_k: int = 0
+    top_k: int = option(0, at_least=0)
     """Number of tokens to sample from; 0 for all."""
 
 
@@ -36,7 +40,7 @@ class Sampling:
 class Measuring(Loading):
     """Which rows a command decodes that measures a model or writes its responses, and how many at a time."""
 
-    batch_size: int | None = None
+    batch_size: int | None = option(None, at_least=1)
     """Rows to decode at a time; by default 32 on CPU, 128 on a GPU."""
     limit: int | None = None
     """Use the first so many rows of each data set."""
@@ -44,7 +48,7 @@ class Measuring(Loading):
     """auto, alpaca, chat, or a Jinja text."""
     max_prompt_length: int = 256
     """Most tokens of a prompt; rows above it are dropped and counted."""
-    max_completion_length: int = 256
+    max_completion_length: int = option(256, at_least=1, at_most=MOST_TOKENS)
     """Most tokens of a response."""
     overwrite: bool = False
     """Replace --out."""
@@ -70,7 +74,7 @@ class Training:
     """Use the first so many training rows."""
     eval_limit: int | None = None
     """Use the first so many validation rows."""
-    keep: int | None = 2
+    keep: int | None = option(2, at_least=1)
     """Checkpoints to keep, the newest and the best always among them; none keeps all."""
     resume: bool = False
     """Resume from the last checkpoint in OUT."""

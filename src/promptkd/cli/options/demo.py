@@ -1,4 +1,4 @@
-"""Distil a small student offline on embedded defaults, with a report.
+"""Distill a small student offline on embedded defaults, with a report.
 
 A 135M-parameter teacher (SmolLM2-135M-Instruct) is tuned on a small instruction set, pruned to a student, and the
 student recovers by knowledge distillation and then learns by PromptKD. Every stage is measured on held-out requests.
@@ -10,6 +10,8 @@ The tuned teacher and the recovered student are kept in the cache folder for the
 from dataclasses import dataclass
 from pathlib import Path
 
+from promptkd.settings import option
+
 RESUMED_BY = ("--overwrite",)  # finished stages come from the cache
 
 
@@ -17,11 +19,11 @@ RESUMED_BY = ("--overwrite",)  # finished stages come from the cache
 class Options:
     out: Path = Path("runs/demo")
     """Folder of the run."""
-    layers: int = 24
+    layers: int = option(24, at_least=1, at_most=30)
     """Layers of the student, of the teacher's 30."""
-    steps: int = 40
-    """Optimiser steps of PromptKD."""
-    seed: int = 0
+    steps: int = option(40, at_least=1)
+    """Optimizer steps of PromptKD."""
+    seed: int = option(0, at_least=0)
     """Seed of everything random."""
     overwrite: bool = False
     """Replace the run in OUT."""

@@ -1,8 +1,8 @@
 """Score a model's answers to one or several data sets, sampled under every seed and greedy.
 
-The record, --out, holds every figure with its interval over rows and its deviation between seeds, and every row's
-answers and scores. The answers are kept beside it while they are made, a JSONL file a data set and seed. Run a command
-that was stopped once more, and it does only what is missing; sets and seeds may be added in the same way.
+The record, --out, holds every metric with its interval over rows and its deviation between seeds, and every row's
+answers and scores. The answers are kept beside it while they are made, a JSONL file per data set and
+seed. Run a command again that was stopped, and it does only what is missing; sets and seeds may be added likewise.
 
     promptkd evaluate --model runs/promptkd --data dolly.jsonl sni.jsonl --seeds 10 20 30 40 50 --out results.json
 """
@@ -26,7 +26,7 @@ class Options(Sampling, Measuring, TeacherPrecision):
     """The results file to write; answers go beside it."""
     teacher: str | None = None
     """A teacher, to report the KL from the model to it."""
-    seeds: list[int] = field(default_factory=lambda: [10])
+    seeds: list[int] = field(default_factory=lambda: [10], metadata={"at_least": 0})
     """Seeds of the sampled answers; each is a decoding of every row."""
     greedy: bool = True
     """Decode greedily as well; --no-greedy leaves it out."""
@@ -35,4 +35,4 @@ class Options(Sampling, Measuring, TeacherPrecision):
     max_reference_length: int = 768
     """Most tokens of a first reference; rows above it are dropped and counted."""
     overwrite: bool = False
-    """Begin anew: replace --out and the answers beside it."""
+    """Start from scratch: replace --out and the answers beside it."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from promptkd.cli.options.common import LESS_MEMORY_TO_DECODE, Measuring, TeacherPrecision
+from promptkd.settings import option
 
 LESS_MEMORY = LESS_MEMORY_TO_DECODE
 
@@ -30,9 +31,9 @@ class Options(Measuring, TeacherPrecision):
     """A run or PEFT folder with a soft prompt: the prompted teacher is sampled and compared in the teacher's place."""
     every_checkpoint: bool = False
     """Measure the checkpoints of each student's run too, in the order of their steps."""
-    samples_per_row: int = 3
+    samples_per_row: int = option(3, at_least=1)
     """Continuations of each request, by every model."""
-    seed: int = 10
+    seed: int = option(10, at_least=0)
     """Seed of the first continuation; the others take the seeds after it."""
     ended: Literal["leave", "zero"] = "leave"
     """Rows that have ended: leave the mean of later tokens, or count there as errors of zero (as the authors do)."""

@@ -1,4 +1,4 @@
-"""Write a model's responses to a data set, one JSON object a line.
+"""Write a model's responses to a data set, one JSON object per line.
 
 Each line holds row, prompt, completion, references, tokens and whether the response ended by itself. The file is data
 for `promptkd distill` too: a teacher's responses for --method seqkd or dpkd. Responses that were cut at the limit are
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from promptkd.cli.options.common import LESS_MEMORY_TO_DECODE, Measuring, Sampling
+from promptkd.settings import option
 
 LESS_MEMORY = LESS_MEMORY_TO_DECODE
 
@@ -23,7 +24,7 @@ class Options(Sampling, Measuring):
     """Requests: a JSONL, .jsonl.gz, Parquet or CSV file, a folder, or a hub data set."""
     out: Path
     """The JSONL file to write."""
-    seed: int = 10
+    seed: int = option(10, at_least=0)
     """Seed of the samples."""
     ended_only: bool = False
     """Leave out the responses that were cut at the limit, and count them."""

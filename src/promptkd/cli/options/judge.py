@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from promptkd.settings import option
+
 RESUMED_BY: tuple[str, ...] = ()
 
 
@@ -42,23 +44,23 @@ class Options:
     """Text to ask with, in place of the one that ships; it must hold {{ request }}, {{ first }} and {{ second }}."""
     limit: int | None = None
     """Judge the first so many rows."""
-    temperature: float | None = 0.0
+    temperature: float | None = option(0.0, at_least=0)
     """Temperature of the judge; none sends none."""
     seed: int | None = 0
     """Seed of the judge; none sends none."""
-    max_tokens: int | None = 512
+    max_tokens: int | None = option(512, at_least=1)
     """Most tokens of a verdict; none sends none."""
     extra_body: dict[str, Any] | None = None
     """Further fields of every request, such as {"reasoning_effort": "low"}."""
     key_variable: str | None = None
     """The environment variable that holds the key, in place of OPENAI_API_KEY."""
-    concurrency: int = 4
+    concurrency: int = option(4, at_least=1)
     """Requests under way at a time."""
-    timeout: float = 120.0
+    timeout: float = option(120.0, above=0)
     """Seconds to wait for a whole answer."""
-    retries: int = 5
+    retries: int = option(5, at_least=0)
     """How often a request is repeated after a failure that may pass."""
-    backoff: float = 1.0
+    backoff: float = option(1.0, at_least=0)
     """Seconds before the first repetition, doubled for each further one; a server's Retry-After counts where longer."""
     overwrite: bool = False
     """Replace --out and the verdicts beside it."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from promptkd.cli.options.common import Loading
+from promptkd.settings import option
 
 LESS_MEMORY = ("a smaller --max-prompt-length (now {max_prompt_length})", "--choose even, which runs no row")
 
@@ -21,7 +22,7 @@ class Options(Loading):
     """The teacher: a hub name, folder, run folder or GGUF file."""
     out: Path
     """Folder of the student that is made."""
-    layers: int | None = None
+    layers: int | None = option(None, at_least=1)
     """How many layers to keep."""
     keep: list[int] = field(default_factory=list)
     """The layers to keep by number from 0, in place of --layers."""
@@ -29,7 +30,7 @@ class Options(Loading):
     """How to choose layers: by influence on --data, or evenly spaced."""
     data: str | None = None
     """Rows to measure the influence on: a file, folder or hub name."""
-    rows: int = 64
+    rows: int = option(64, at_least=1)
     """How many rows to measure it on."""
     template: str = "auto"
     """auto, alpaca, chat, or a Jinja text."""

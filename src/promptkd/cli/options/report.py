@@ -20,7 +20,7 @@ class Options:
     out: Path
     """The file to write."""
     format: Literal["html", "markdown", "json", "csv"] | None = None
-    """html (a page), markdown (tables), json or csv (figures); by default what the suffix of --out says."""
+    """html (a page), markdown (tables), json or csv (metrics); by default what the suffix of --out says."""
     title: str | None = None
     """Title of the page."""
     overwrite: bool = False

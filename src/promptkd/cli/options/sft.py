@@ -14,21 +14,11 @@ from promptkd.cli.options.common import Training
 
 RESUMED_BY = ("--resume",)
 TRAINING_CONFIG = "promptkd.training:FinetuneConfig"
-COMMON_TRAINING_FLAGS = {
-    "max_steps": ("INT", "Optimiser steps; by default num_train_epochs decides."),
-    "num_train_epochs": ("NUMBER", "Passes over the data (default 3)."),
-    "learning_rate": ("NUMBER", "Peak learning rate (default 2e-05)."),
-    "per_device_train_batch_size": ("INT", "Rows a micro-batch (default 8)."),
-    "gradient_accumulation_steps": ("INT", "Micro-batches an optimiser step (default 1)."),
-    "max_prompt_length": ("INT", "Most tokens of a prompt (default 256)."),
-    "max_completion_length": ("INT", "Most tokens of a response (default 256)."),
-    "template": ("TEXT", "auto, alpaca, chat, or a Jinja text (default auto)."),
-    "overlong": ("drop|error", "What happens to rows over a limit (default drop, and count)."),
-    "bf16": ("true|false", "Compute in bfloat16 (default true where the device has units for it)."),
-    "seed": ("INT", "Seed of everything random (default 42)."),
-    "on_nan": ("stop|skip", "What happens at a NaN or infinite loss or gradient (default stop)."),
-    "report_to": ("NAME", "Tracker, such as wandb or tensorboard (default none)."),
-}
+SETTINGS_SOURCES = ("training/base_config.py", "training/sft.py")
+COMMON_TRAINING_FLAGS = (
+    *("max_steps", "num_train_epochs", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("max_prompt_length", "max_completion_length", "template", "overlong", "bf16", "seed", "on_nan", "report_to"),
+)
 
 
 @dataclass(kw_only=True)

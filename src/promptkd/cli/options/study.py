@@ -1,7 +1,7 @@
 """Run a study: methods x settings x seeds, each run an ordinary `promptkd distill` in a process and folder of its own.
 
 The study is a YAML file whose keys are the options below; flags win over it. Everything is checked before the first run
-starts. Run the same command again to go on: finished runs are skipped, the others go on from their last checkpoint.
+starts. Run the same command again to resume: finished runs are skipped, the others resume from their last checkpoint.
 A run that fails stops no other.
 
     out: runs/study
@@ -21,6 +21,8 @@ OUT/comparison.json and OUT/report.html.
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+from promptkd.settings import option
 
 POSITIONAL = "config"
 
@@ -45,15 +47,15 @@ class Options:
     """The method that the others are compared with, with its setting of the grid; by default the first."""
     metrics: list[str] = field(default_factory=list)
     """The metrics to compare, by default all. p is adjusted for their number: name those that you decide by."""
-    workers: int = 1
+    workers: int = option(1, at_least=1)
     """Runs at a time on this machine, which share its cores and have a GPU each."""
     engine: Literal["local", "ray"] = "local"
     """Where runs run: local on this machine, ray on a Ray cluster whose nodes share the folders."""
     ray_address: str | None = None
     """Address of the Ray cluster; by default RAY_ADDRESS, or the cluster on this machine."""
-    cpus_per_run: int = 1
+    cpus_per_run: int = option(1, at_least=1)
     """ray: cores of a run."""
-    gpus_per_run: float = 0.0
+    gpus_per_run: float = option(0.0, at_least=0)
     """ray: GPUs of a run; with 0 it sees none."""
     dry_run: bool = False
     """List the runs, their commands and what they would cost, and write nothing."""

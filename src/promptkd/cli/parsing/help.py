@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from promptkd.cli.parsing.annotations import MOST_CHOICES_SHOWN, choices, metavar, plain, takes_values
-from promptkd.cli.parsing.fields import Field, own_fields, positional, training_fields
+from promptkd.cli.parsing.fields import Field, common_fields, own_fields, positional, training_fields
 
 _WIDTH = 100
 _EVERY_COMMAND = (
@@ -21,7 +21,7 @@ _EVERY_COMMAND = (
     ("--help-all", "Show every flag."),
 )
 _OVERVIEW = """\
-promptkd compresses generative language models: it distils a large one into a small one.
+promptkd compresses generative language models: it distills a large one into a small one.
 
 Usage: promptkd COMMAND [flags]
 
@@ -69,8 +69,7 @@ def _training(command: ModuleType, own: dict[str, Field], every_flag: bool) -> s
         return _group("Training flags", [_entry(field) for field in fields])
     if "TRAINING_CONFIG" not in vars(command):
         return ""
-    common = vars(command).get("COMMON_TRAINING_FLAGS", {})
-    entries = [(f"--{name.replace('_', '-')} {kind}".strip(), text) for name, (kind, text) in common.items()]
+    entries = [_entry(field) for field in common_fields(command)]
     every = ("and every other training flag of transformers and TRL", "--help-all lists them.")
     return _group("Training flags in common use", [*entries, every])
 

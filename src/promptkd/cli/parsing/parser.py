@@ -16,6 +16,7 @@ from promptkd.cli.parsing.fields import Field, own_fields, positional, training_
 from promptkd.cli.parsing.values import LARGEST_INTEGER, convert
 from promptkd.errors import RequestError
 from promptkd.io.redact import is_secret, redacted, without_secret_values
+from promptkd.settings import beyond_limits
 
 _PROGRAM_FLAGS = ("config", "debug", "help", "help_all", "version")
 _NUMBER = re.compile(r"-[0-9.]")
@@ -181,9 +182,12 @@ class _Request:
             expected = describe(field.annotation)
             got = "a secret" if is_secret(field.name) else _show(value)
             self.problems.append(f"{source} expects {expected}. Got {got}.{_hint(value, expected, field)}")
-        else:
-            if keep:
-                self.values[field.name] = converted
+            return
+        values = converted if isinstance(converted, list) else [converted]
+        wrong = {beyond_limits(field.limits, each) for each in values if each is not None} - {""}
+        self.problems += [f"{source} {limit}. Got {_show(value).strip(chr(39))}." for limit in sorted(wrong)]
+        if keep:
+            self.values[field.name] = converted
 
     def _is_first(self, name: str, spelled: str, advice: str = "Give it once.") -> bool:
         if name in self._given:
