@@ -360,7 +360,7 @@ CASES |= {
     "10^9 tokens": Case(generate(model="W/m/words"), "its weights have other sizes than its config.json", loads=True),
     "no heads": Case(exposure(teacher="W/m/headless"), "W/m/headless"),
     "code from the hub for attention": Case(generate(model="W/m/kernel"), "asks for code from the hub"),
-    "a quantisation of 4": Case(evaluate(model="W/m/quantized"), "model from W/m/quantized"),
+    "a quantization of 4": Case(evaluate(model="W/m/quantized"), "model from W/m/quantized"),
     "text for a size": Case(export("W/m/typed"), "model from W/m/typed"),
     "a model with code of its own": Case(generate(model="W/m/code"), "model from W/m/code", loads=True),
     "a tokenizer that breaks off": Case(generate(model="W/m/tokenizer"), "W/m/tokenizer"),

@@ -147,11 +147,11 @@ def test_no_rows():
 # -------------------------------------------------------------------------------------------------------------- files
 
 ROWS = [
-    {"instruction": "Name a colour.", "input": "", "output": "007"},
+    {"instruction": "Name a color.", "input": "", "output": "007"},
     {"instruction": "Überset\u2028zen", "input": 'a, "b"\nc', "output": "NA"},
 ]
 READ = [
-    (Instruction("Name a colour.", ""), ("007",)),
+    (Instruction("Name a color.", ""), ("007",)),
     (Instruction("Überset\u2028zen", 'a, "b"\nc'), ("NA",)),
 ]
 
@@ -168,7 +168,7 @@ def as_file(folder, kind):
         "jsonl": b"\xef\xbb\xbf" + lines.encode(),
         "jsonl.gz": gzip.compress((lines + "\n").encode()),
         "json": json.dumps(ROWS, indent=2).encode(),
-        "csv": 'instruction,input,output\r\nName a colour.,,007\r\n\r\nÜberset\u2028zen,"a, ""b""\nc",NA\r\n'.encode(),
+        "csv": 'instruction,input,output\r\nName a color.,,007\r\n\r\nÜberset\u2028zen,"a, ""b""\nc",NA\r\n'.encode(),
     }[kind]
     return write(folder, f"d.{kind}", content)
 
@@ -209,7 +209,7 @@ GOOD = '{"instruction": "I"}\n'
         ("d.jsonl", "\n  \n", "holds no rows"),
         ("d.jsonl.gz", b"", "holds no rows"),
         ("d.jsonl.gz", GOOD, "not a complete gzip file"),
-        ("d.jsonl.gz", gzip.compress(GOOD.encode() * 100)[:-12], "not a complete gzip file"),
+        ("d.jsonl.gz", gzip.compress(GOOD.encode() * 100, mtime=0)[:-12], "not a complete gzip file"),
         ("d.json", GOOD, r"expected a list of objects.*\.jsonl file"),
         ("d.json", '[{"instruction": "I"}, {"output": "A"}]', "d.json, row 1: .*Got 'output'"),
         ("d.json", '[{"instruction": "I"},\n {]', "d.json: not valid JSON: .*line 2"),
