@@ -27,10 +27,9 @@ from promptkd.data.sources import read_examples
 from promptkd.data.templates import resolve_template
 from promptkd.errors import RequestError
 from promptkd.io.jsonl import ResumableLines, settle_settings
-from promptkd.judge.prompt_template import load_prompt
-from promptkd.judge.questions import questions_about, read_answers
-from promptkd.judge.verdict_log import verdict_log
+from promptkd.judge.questions import load_prompt, questions_about, read_answers
 from promptkd.judge.verdict_parsing import read_preference, read_scores
+from promptkd.judge.verdicts import verdict_log
 from promptkd.models.folder import adapter_base, check_model_folder
 from promptkd.models.gguf_read import check_gguf
 from promptkd.report import render_report, terminal_table

@@ -3,7 +3,7 @@
     python -m benchmarks.reliability.kill
     python -m benchmarks.reliability.kill --kills 10 --seed 7 --json kills.json
 
-A job on tiny models prunes a student from a GGUF teacher (which is converted on the way), distils it with PromptKD,
+A job on tiny models prunes a student from a GGUF teacher (which is converted on the way), distills it with PromptKD,
 validating and saving on the way, and makes a report. It is done once undisturbed. Then it is done again and again, its
 processes killed from outside at a random moment after they have entered a part that was drawn, and restarted
 (`distill` with --resume) until the job is done. Each kill is counted for the part that it really met. Every job must

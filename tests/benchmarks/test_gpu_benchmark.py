@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -260,7 +261,11 @@ def test_samples_of_another_temperature_are_found(monkeypatch):
 
     bench, checks = bench_and_checks()
     original = decoding.generate
-    monkeypatch.setattr(decoding, "generate", lambda *args, **settings: original(*args, **settings, temperature=0.9))
+
+    def warmer(model, prompts, params, **settings):
+        return original(model, prompts, replace(params, temperature=0.9), **settings)
+
+    monkeypatch.setattr(decoding, "generate", warmer)
     decoding._compare_samples(bench, "float32", torch.float32, autocast=False)
     assert checks == {"samples, float32": False}
 

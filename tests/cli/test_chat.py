@@ -186,7 +186,7 @@ def writing(pieces, *, label="model", ended=True):
 
 
 def screen(writings, *, width=80, height=24):
-    """What is written to a terminal, as it goes out and without the view's own colours and cursor movements."""
+    """What is written to a terminal, as it goes out and without the view's own colors and cursor movements."""
     file = io.StringIO()
     console = Console(file=file, force_terminal=True, width=width, height=height, legacy_windows=False, highlight=False)
     write_side_by_side(console, writings)
@@ -335,7 +335,7 @@ class Terminal:
         self.end, self.seen = ours, ""
 
     def expect(self, text: str, seconds: float = 30) -> str:
-        """What came before `text`, which must come; colours are left out."""
+        """What came before `text`, which must come; colors are left out."""
         deadline = time.monotonic() + seconds
         while text not in self.seen:
             ready, _, _ = select.select([self.end], [], [], max(0.0, deadline - time.monotonic()))

@@ -340,7 +340,7 @@ def test_the_whole_way(world, tmp_path, capsys, monkeypatch):
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
-    """Ctrl-C when so many optimiser steps are done."""
+    """Ctrl-C when so many optimizer steps are done."""
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == after:

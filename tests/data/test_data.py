@@ -147,11 +147,11 @@ def test_no_rows():
 # -------------------------------------------------------------------------------------------------------------- files
 
 ROWS = [
-    {"instruction": "Name a colour.", "input": "", "output": "007"},
+    {"instruction": "Name a color.", "input": "", "output": "007"},
     {"instruction": "Überset\u2028zen", "input": 'a, "b"\nc', "output": "NA"},
 ]
 READ = [
-    (Instruction("Name a colour.", ""), ("007",)),
+    (Instruction("Name a color.", ""), ("007",)),
     (Instruction("Überset\u2028zen", 'a, "b"\nc'), ("NA",)),
 ]
 
@@ -168,7 +168,7 @@ def as_file(folder, kind):
         "jsonl": b"\xef\xbb\xbf" + lines.encode(),
         "jsonl.gz": gzip.compress((lines + "\n").encode()),
         "json": json.dumps(ROWS, indent=2).encode(),
-        "csv": 'instruction,input,output\r\nName a colour.,,007\r\n\r\nÜberset\u2028zen,"a, ""b""\nc",NA\r\n'.encode(),
+        "csv": 'instruction,input,output\r\nName a color.,,007\r\n\r\nÜberset\u2028zen,"a, ""b""\nc",NA\r\n'.encode(),
     }[kind]
     return write(folder, f"d.{kind}", content)
 
@@ -192,11 +192,11 @@ GOOD = '{"instruction": "I"}\n'
     ("name", "content", "message"),
     [
         ("d.jsonl", GOOD + "\n" + '{"instruction": "I",}\n', r"d\.jsonl, line 3: not valid JSON: "),
-        ("d.jsonl", GOOD + '{"instruction": "a", "instruction": "b"}', "line 2: .*'instruction' stands twice"),
+        ("d.jsonl", GOOD + '{"instruction": "a", "instruction": "b"}', "line 2: .*duplicate key 'instruction'"),
         (
             "d.jsonl",
             '{"messages": [{"role": "user", "role": "user", "content": "x"}]}',
-            "line 1: .*'role' stands twice",
+            "line 1: .*duplicate key 'role'",
         ),
         ("d.jsonl", GOOD + '["instruction"]\n', r"line 2: expected an object, got a list.*\.json file"),
         ("d.jsonl", GOOD + "17\n", "line 2: expected an object"),

@@ -1,5 +1,7 @@
 """Fused operations and attention of rows: against finite differences and plain formulas, in float64."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.autograd import gradcheck
@@ -8,7 +10,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from promptkd.engine import fused_ops
 from promptkd.engine.attention import AttentionSettings
-from promptkd.engine.cpu.attention import CpuVarlenAttention
+from promptkd.engine.cpu.attention import varlen_attention
 from promptkd.engine.fused_ops import ApplyRotary, RMSNorm, SwiGLU, rms_norm, rotate, rotation, swiglu
 from promptkd.engine.packed import pack_rows
 
@@ -150,9 +152,9 @@ def states_of(pack):
 @pytest.mark.parametrize("share", [False, True])
 def test_attention_of_rows(share):
     pack = pack_rows(ROWS, share=share)
-    states, attention = states_of(pack), CpuVarlenAttention(pack)
-    assert gradcheck(lambda *each: attention.attend(None, *each, AttentionSettings()), states)
-    whole = attention.attend(None, *states, AttentionSettings())
+    states, attention = states_of(pack), partial(varlen_attention, pack)
+    assert gradcheck(lambda *each: attention(None, *each, AttentionSettings()), states)
+    whole = attention(None, *states, AttentionSettings())
     for path in pack.row_indices:
         torch.testing.assert_close(whole[:, path], alone(states, path), rtol=0, atol=1e-12)
 
@@ -161,8 +163,8 @@ def test_attention_of_rows(share):
 @pytest.mark.parametrize("asked", [{"sliding_window": 2}, {"softcap": 0.7}, {"sliding_window": 3, "softcap": 0.7}])
 def test_windows_and_soft_caps_of_rows(asked, share):
     pack = pack_rows(ROWS, share=share)
-    states, attention = states_of(pack), CpuVarlenAttention(pack)
-    whole = attention.attend(None, *states, AttentionSettings(**asked))
+    states, attention = states_of(pack), partial(varlen_attention, pack)
+    whole = attention(None, *states, AttentionSettings(**asked))
     window, softcap = asked.get("sliding_window"), asked.get("softcap")
     for path in pack.row_indices:
         expected = alone(states, path, window=window, softcap=softcap)
@@ -176,7 +178,7 @@ def test_attention_of_rows_in_bfloat16(share):
     exact = [each.detach().bfloat16().double().requires_grad_() for each in states_of(pack)]
     types = (torch.float32, torch.float32, torch.bfloat16)
     query, key, value = (each.detach().to(dtype).requires_grad_() for each, dtype in zip(exact, types, strict=True))
-    got = CpuVarlenAttention(pack).attend(None, query, key, value, AttentionSettings())
+    got = varlen_attention(pack, None, query, key, value, AttentionSettings())
     expected = torch.zeros(got.shape, dtype=torch.float64)
     for path in reversed(pack.row_indices):  # what rows share is the same in all
         expected[:, path] = alone(exact, path)

@@ -159,7 +159,7 @@ def test_another_tokenizer_compares_other_scripts() -> None:
         ("«Écoute» – 日本。", "«écoute» – 日本。"),  # punctuation outside ASCII stays
     ],
 )
-def test_the_normalisation_before_an_exact_match(text: str, normalized: str) -> None:
+def test_the_normalization_before_an_exact_match(text: str, normalized: str) -> None:
     assert normalize_answer(text) == normalized
 
 

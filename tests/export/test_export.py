@@ -187,10 +187,10 @@ def test_a_model_that_cannot_be_written_is_refused_with_the_other_way(tmp_path, 
     assert held(tmp_path) == set()
 
 
-def test_a_tokenizer_that_normalises_is_refused(tmp_path):
+def test_a_tokenizer_that_normalizes_is_refused(tmp_path):
     tokenizer = byte_level()
     tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
-    with pytest.raises(RequestError, match="normalises text"):
+    with pytest.raises(RequestError, match="normalizes text"):
         export_gguf(tmp_path / "m.gguf", byte_model(), tokenizer, torch.float16, title="m")
 
 

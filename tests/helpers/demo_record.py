@@ -95,7 +95,7 @@ def evaluation(index: int) -> Evaluation:
 
 
 def sample(index: int, row: int) -> RowResult:
-    prompts = ["How does photosynthesis work? Answer in one sentence.", "Name three\nprimary colours.", *HOSTILE]
+    prompts = ["How does photosynthesis work? Answer in one sentence.", "Name three\nprimary colors.", *HOSTILE]
     response = HOSTILE[row - 2] if 2 <= row < 7 and index == 3 else "" if (index, row) == (1, 1) else ANSWER[row * 2 :]
     return RowResult(
         row=row,

@@ -23,7 +23,7 @@ GGUF_NAMES = {
 
 
 def write_gguf(file: Path, model) -> Path:
-    """A Llama and the tiny tokenizer as llama.cpp's converter would write them, unquantised."""
+    """A Llama and the tiny tokenizer as llama.cpp's converter would write them, unquantized."""
     config = model.config
     writer = gguf.GGUFWriter(file, "llama")
     writer.add_name("tiny")

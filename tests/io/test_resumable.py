@@ -116,3 +116,50 @@ def test_a_file_of_unknown_settings_is_not_gone_on_with(tmp_path):
     (tmp_path / "settings.json").write_text("{}")
     with pytest.raises(RequestError, match="does not hold the settings of a job"):
         settle(tmp_path, {}, "a.jsonl")
+
+
+# ---- settings in the file's first line ----
+
+
+def judged(path, settings, **options):
+    return ResumableLines(path, settings=settings, check=lambda line: float(line["score"]), **options)
+
+
+def test_settings_are_the_first_line_and_others_are_refused_by_name(tmp_path):
+    path = tmp_path / "v.jsonl"
+    lines = judged(path, {"judge": "a", "prompt": "x" * 100})
+    assert not path.exists()
+    lines.append([{"row": 1, "score": 2}])
+    lines.append([{"row": 0, "score": 3}])
+    lines.replace([lines.lines[key] for key in sorted(lines.lines)])
+    assert written(path)[0] == {"settings": {"judge": "a", "prompt": "x" * 100}}
+    assert [line["row"] for line in written(path)[1:]] == [0, 1]
+    assert judged(path, {"judge": "a", "prompt": "x" * 100}).lines == lines.lines
+    with pytest.raises(
+        RequestError, match="judge was 'a' and is now 'b'; prompt is another; seed was None and is now 1"
+    ):
+        judged(path, {"judge": "b", "prompt": "y" * 100, "seed": 1})
+    before = path.read_bytes()
+    again = judged(path, {"judge": "b"}, overwrite=True)
+    assert (again.lines, path.read_bytes()) == ({}, before)
+    again.append([{"row": 5, "score": 1}])
+    assert written(path) == [{"settings": {"judge": "b"}}, {"row": 5, "score": 1}]
+
+
+def test_a_file_with_settings_cut_at_any_byte_resumes(tmp_path):
+    path, settings = tmp_path / "v.jsonl", {"judge": "naïve"}
+    rows = [{"row": index, "score": index} for index in range(3)]
+    judged(path, settings).append(rows)
+    complete = path.read_bytes()
+    for size in range(len(complete)):
+        path.write_bytes(complete[:size])
+        found = judged(path, settings)
+        found.append([row for row in rows if (row["row"],) not in found.lines])
+        assert path.read_bytes() == complete
+
+
+def test_a_line_that_the_job_does_not_know_is_refused(tmp_path):
+    path = tmp_path / "v.jsonl"
+    judged(path, {}).append([{"row": 0, "score": 1}, {"row": 1, "score": "much"}])
+    with pytest.raises(RequestError, match=r"v\.jsonl, line 3: expected a JSON object with row .* this job writes"):
+        judged(path, {})

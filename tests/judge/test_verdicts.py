@@ -5,7 +5,7 @@ import time
 import pytest
 
 from promptkd.errors import RequestError
-from promptkd.judge.prompt_template import fill_prompt, load_prompt
+from promptkd.judge.questions import fill_prompt, load_prompt
 from promptkd.judge.verdict_parsing import read_preference, read_scores
 
 SCORES = {
@@ -190,7 +190,7 @@ def test_a_prompt_of_the_users(tmp_path):
     ("text", "told"),
     [
         ("{{ request }} {{ first }}", "lacks {{ second }}"),
-        ("{ request } { first } { second }", "lacks {{ request }}; lacks {{ first }}; lacks {{ second }}"),
+        ("{ request } { first } { second }", "lacks {{ request }}; it lacks {{ first }}; it lacks {{ second }}"),
         ("{{ request }} {{ first }} {{ second }} {{ rubric }}", "holds {{ rubric }}, which is unknown"),
     ],
 )

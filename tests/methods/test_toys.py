@@ -62,7 +62,7 @@ def moments(logits: torch.Tensor) -> tuple[float, float]:
 
 
 def fit_bell(objective, teacher: torch.Tensor, *, mean: float, steps: int = 400) -> torch.Tensor:
-    """The logits of the bell that minimises `objective`, from `mean` and the width of one mode."""
+    """The logits of the bell that minimizes `objective`, from `mean` and the width of one mode."""
     place = torch.tensor(mean, dtype=GRID.dtype, requires_grad=True)
     log_width = torch.tensor(math.log(WIDTH), dtype=GRID.dtype, requires_grad=True)
     optimizer = torch.optim.Adam([{"params": [place], "lr": 0.3}, {"params": [log_width], "lr": 0.1}])

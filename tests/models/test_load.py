@@ -350,7 +350,7 @@ def test_every_variant_of_one_tokenizer_is_the_same_vocabulary():
 
 
 def altered(change):
-    """The tiny tokenizer with its serialised form changed."""
+    """The tiny tokenizer with its serialized form changed."""
     tokenizer = tiny_tokenizer()
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     change(state)
@@ -379,7 +379,7 @@ def test_a_token_that_only_one_has_is_refused():
         check_same_vocabulary(extended, tiny_tokenizer())
 
 
-def test_one_vocabulary_with_another_normaliser_is_refused():
+def test_one_vocabulary_with_another_normalizer_is_refused():
     lower = tiny_tokenizer()
     lower.backend_tokenizer.normalizer = normalizers.Lowercase()
     assert lower.get_vocab() == tiny_tokenizer().get_vocab()

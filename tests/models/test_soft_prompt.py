@@ -311,7 +311,7 @@ def test_a_lora_teacher_is_a_frozen_teacher_like_any_other(architecture, tmp_pat
     torch.testing.assert_close(peft_logits(wrapper), with_lora, rtol=1e-4, atol=1e-4)
 
 
-def test_a_prompt_tuned_peft_model_as_teacher_is_refused_or_honoured(saved):
+def test_a_prompt_tuned_peft_model_as_teacher_is_refused_or_honored(saved):
     teacher = PeftModel.from_pretrained(tiny_model("llama"), saved).eval()
     try:
         got = logits(teacher)

@@ -56,11 +56,11 @@ def expected_gradient(student, teacher, share, **settings):
     mass = 0.0
     for y in responses():
         log_q, log_p = student.log_probs(y)[None], teacher.log_probs(y)[None].detach()
-        behaviour = torch.log((1 - share) * log_q.detach().exp() + share * log_p.exp())
+        behavior = torch.log((1 - share) * log_q.detach().exp() + share * log_p.exp())
         single = reverse_kl(student.table(y), teacher.table(y).detach())[None]
         mask = torch.ones(1, len(y), dtype=torch.bool)
-        values = minillm(log_q, log_p, single, mask, log_behaviour=behaviour if share else None, **settings)
-        probability = behaviour.sum().exp().detach()
+        values = minillm(log_q, log_p, single, mask, log_behavior=behavior if share else None, **settings)
+        probability = behavior.sum().exp().detach()
         mass += float(probability)
         total = total + probability * values.sum()
     assert mass == pytest.approx(1.0)
@@ -109,9 +109,9 @@ def test_minillm_by_hand():
     """Two tokens; the second costs log(q/p) = log 2, and the first was twice as likely under the sampler."""
     log_q = torch.tensor([[math.log(0.2), math.log(0.5)]], requires_grad=True)
     log_p = torch.tensor([[math.log(0.2), math.log(0.25)]])
-    behaviour = torch.tensor([[math.log(0.4), math.log(0.5)]])
+    behavior = torch.tensor([[math.log(0.4), math.log(0.5)]])
     single, mask = torch.tensor([[0.3, 0.4]]), torch.ones(1, 2, dtype=torch.bool)
-    settings = {"log_behaviour": behaviour, "length_normalization": False}
+    settings = {"log_behavior": behavior, "length_normalization": False}
     free = minillm(log_q, log_p, single, mask, importance="token", clip_ratio=None, **settings)
     torch.testing.assert_close(free, torch.tensor([[0.5 * 0.3 + 0.5 * math.log(2), 0.4]]))
     (gradient,) = torch.autograd.grad(free.sum(), log_q)
@@ -135,13 +135,13 @@ def test_padding_changes_nothing():
         return torch.cat([values, torch.full((2, 3), filler, dtype=values.dtype)], dim=1)
 
     for importance in ("token", "product", "none"):
-        narrow = minillm(log_q, log_p, single, mask, log_behaviour=log_p, importance=importance)
+        narrow = minillm(log_q, log_p, single, mask, log_behavior=log_p, importance=importance)
         padded = minillm(
             wide(log_q, -9.0),
             wide(log_p, -1.0),
             wide(single, 7.0),
             wide(mask, False),
-            log_behaviour=wide(log_p, -30.0),
+            log_behavior=wide(log_p, -30.0),
             importance=importance,
         )
         torch.testing.assert_close(padded[:, :4], narrow)
@@ -207,13 +207,13 @@ LENGTHS = st.lists(st.integers(0, 4), min_size=1, max_size=3)
     clip_ratio=st.none() | st.floats(0, 0.9),
 )
 def test_minillm_equals_the_double_loop_at_any_mask_and_coefficient(lengths, seed, **choices):
-    (log_q, log_p, single, behaviour), mask = ragged(lengths, seed, 4)
+    (log_q, log_p, single, behavior), mask = ragged(lengths, seed, 4)
     log_q.requires_grad_()
     single = single.neg().requires_grad_()
-    values = minillm(log_q, log_p, single, mask, log_behaviour=behaviour, **choices)
+    values = minillm(log_q, log_p, single, mask, log_behavior=behavior, **choices)
     assert float(values[~mask].abs().sum().detach()) == 0
     found = torch.autograd.grad(values.sum(), (log_q, single), materialize_grads=True)
-    tables = [each.detach() for each in (log_q, log_p, single, behaviour)]
+    tables = [each.detach() for each in (log_q, log_p, single, behavior)]
     for row, length in enumerate(lengths):
         tokens = [tuple(float(each[row, t]) for each in tables) for t in range(length)]
         expected = loop_minillm(tokens, **choices)
@@ -263,11 +263,11 @@ def test_dpkds_gradients_equal_finite_differences(level, length_normalization):
 
 
 def test_float32_is_within_1e_5_of_float64():
-    (log_q, log_p, single, behaviour), mask = ragged([4, 2, 3], 0, 4)
-    tables = [torch.where(mask, each.float(), 0.0) for each in (log_q, log_p, -single, behaviour)]
+    (log_q, log_p, single, behavior), mask = ragged([4, 2, 3], 0, 4)
+    tables = [torch.where(mask, each.float(), 0.0) for each in (log_q, log_p, -single, behavior)]
     for importance in ("token", "product", "none"):
         ours, exact = (
-            minillm(*made[:3], mask, log_behaviour=made[3], importance=importance)
+            minillm(*made[:3], mask, log_behavior=made[3], importance=importance)
             for made in (tables, [each.double() for each in tables])
         )
         assert ours.dtype == torch.float32
@@ -283,10 +283,10 @@ def test_float32_is_within_1e_5_of_float64():
 def test_extreme_log_probabilities_stay_finite():
     """Tokens that the student or the teacher holds for impossible, as far as float32 tells: logits of ±80."""
     log_q = torch.tensor([[-160.0, -1e-30, -80.0], [-1e-30, -160.0, -2.0]], requires_grad=True)
-    log_p, behaviour = torch.tensor([[-1e-30, -160.0, -3.0]] * 2), torch.tensor([[-1.6, -0.2, -1.0]] * 2)
+    log_p, behavior = torch.tensor([[-1e-30, -160.0, -3.0]] * 2), torch.tensor([[-1.6, -0.2, -1.0]] * 2)
     single, mask = torch.full((2, 3), 160.0), torch.tensor([[True] * 3, [True, True, False]])
     for importance in ("token", "product", "none"):
-        total = minillm(log_q, log_p, single, mask, log_behaviour=behaviour, importance=importance).sum()
+        total = minillm(log_q, log_p, single, mask, log_behavior=behavior, importance=importance).sum()
         assert torch.autograd.grad(total, log_q)[0].isfinite().all()
         assert total.isfinite()
     for level in ("sequence", "token"):

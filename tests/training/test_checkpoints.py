@@ -30,7 +30,7 @@ def checkpoint(root: Path, step: int, best: int | None = None) -> Path:
     folder = root / f"checkpoint-{step}"
     (folder / "shards").mkdir(parents=True)
     (folder / "model.safetensors").write_bytes(bytes([step]) * 1000)
-    (folder / "shards" / "0.pt").write_bytes(b"optimiser")
+    (folder / "shards" / "0.pt").write_bytes(b"optimizer")
     (folder / "trainer_state.json").write_text(json.dumps({"best_global_step": best}))
     write_manifest(folder)
     return folder

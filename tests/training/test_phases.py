@@ -202,7 +202,7 @@ def test_what_torch_raises_on_this_machine_is_one_of_them():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(10**15)
     assert is_out_of_memory(caught.value)
-    assert f"{gibibytes(4 * 10**15)} more were asked for" in promptkd.memory.memory_at_hand(caught.value)
+    assert f"{gibibytes(4 * 10**15)} more were asked for" in promptkd.memory.memory_status(caught.value)
 
 
 def test_of_a_gpu_it_is_said_what_torch_has_allocated_there(monkeypatch):
@@ -212,6 +212,6 @@ def test_of_a_gpu_it_is_said_what_torch_has_allocated_there(monkeypatch):
     error = torch.OutOfMemoryError(
         "CUDA out of memory. Tried to allocate 512.00 MiB. GPU 0 has a total capacity of ..."
     )
-    assert promptkd.memory.memory_at_hand(error) == (
+    assert promptkd.memory.memory_status(error) == (
         "76.00 GiB of the GPU's 80.00 GiB were allocated, and 0.50 GiB more were asked for."
     )

@@ -16,8 +16,8 @@ from helpers.trainers import FIXED_PROMPTKD, config, pair, rows, trainer
 from promptkd import precision
 from promptkd.errors import RequestError
 from promptkd.evaluation import likelihood, measure
-from promptkd.evaluation.dataset_evaluation import SetEvaluation
-from promptkd.evaluation.measure import Decoding, measure_rows, row_batches
+from promptkd.evaluation.dataset_evaluation import SetEvaluation, measure_rows
+from promptkd.evaluation.measure import Decoding, row_batches
 from promptkd.methods import named_method
 from promptkd.models import load_model
 from promptkd.precision import compute_dtype, computing, has_bfloat16_units, teacher_precision

@@ -77,7 +77,7 @@ def test_a_signal_ends_the_step_with_a_checkpoint(
         signalled(patch, number, 3, "on_substep_end")  # within the fourth step
         ran = run(capfd, *requests["cut"], *settings)
     assert ran.status == status
-    assert "Stopping after this optimiser step, with a checkpoint. A second signal ends at once." in ran.err
+    assert "Stopping after this optimizer step, with a checkpoint. A second signal ends at once." in ran.err
     message = f"promptkd {command.__name__}: {words} after step 4 of 7, with a checkpoint. To resume: "
     said, resume = ran.err.split(message)
     assert "Traceback" not in said

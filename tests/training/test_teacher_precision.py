@@ -1,4 +1,4 @@
-"""A teacher in lower precision, or quantised, beside a prompt and a student in float32."""
+"""A teacher in lower precision, or quantized, beside a prompt and a student in float32."""
 
 import pytest
 import torch
@@ -74,7 +74,7 @@ def test_bitsandbytes_is_asked_for_where_it_is_missing(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
-def test_a_quantised_teacher_takes_the_whole_step(world, tmp_path, capsys, bits):
+def test_a_quantized_teacher_takes_the_whole_step(world, tmp_path, capsys, bits):
     pytest.importorskip("bitsandbytes", reason=NO_BITSANDBYTES)
     wide = save_model(tmp_path / "wide", tiny_model("llama", layers=3, hidden=64, seed=2))  # 4-bit blocks need 32 rows
     pair = ("--student", world.student, "--teacher", wide, "--data", world.train)
@@ -85,20 +85,20 @@ def test_a_quantised_teacher_takes_the_whole_step(world, tmp_path, capsys, bits)
 
 
 @pytest.mark.parametrize(("bits", "tolerance"), [("4bit", 1e-4), ("8bit", 0.2)])  # 8-bit rounds the states as well
-def test_gradients_pass_a_quantised_teacher(tmp_path, bits, tolerance):
+def test_gradients_pass_a_quantized_teacher(tmp_path, bits, tolerance):
     bitsandbytes = pytest.importorskip("bitsandbytes", reason=NO_BITSANDBYTES)
     folder = save_model(tmp_path / "wide", tiny_model("llama", layers=3, hidden=64, seed=2))
     settings = teacher_settings(config(tmp_path, teacher_quantization=bits), FIXED_PROMPTKD)
-    quantised = load_model(folder, **settings).requires_grad_(False)
+    quantized = load_model(folder, **settings).requires_grad_(False)
     plain = load_model(folder).requires_grad_(False)
-    for name, layer in quantised.named_modules():
+    for name, layer in quantized.named_modules():
         if isinstance(layer, bitsandbytes.nn.Linear4bit):
             weight = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
             plain.get_submodule(name).weight.data.copy_(weight)
         elif isinstance(layer, bitsandbytes.nn.Linear8bitLt):
             plain.get_submodule(name).weight.data.copy_(layer.weight.data * layer.weight.SCB[:, None] / 127)
     batch, found = right_pad([[5, 6, 7], [8], [9, 10]], [[11, 12], [13, 14, 15], [16]]), []
-    for model in (quantised, plain):
+    for model in (quantized, plain):
         with torch.no_grad():
             response_hidden(model, batch)  # as the plain teacher is read first
         prompt = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()

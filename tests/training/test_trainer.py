@@ -322,7 +322,7 @@ def test_validation_measures_the_plain_teacher(tmp_path):
         assert ours.evaluate()["eval_kl_to_teacher"] == before, name
 
 
-def test_the_best_model_is_found_without_optimiser_states_too(tmp_path):
+def test_the_best_model_is_found_without_optimizer_states_too(tmp_path):
     ours = trainer(
         tmp_path,
         eval_data=rows(4, seed=5),

@@ -34,7 +34,7 @@ from promptkd.visible import shown
 __all__ = ["COMMANDS", "main"]
 
 COMMANDS: dict[str, str] = {
-    "demo": "Distil a small student offline on embedded defaults, with a report.",
+    "demo": "Distill a small student offline on embedded defaults, with a report.",
     "prune": "Make a student of the teacher's most useful layers.",
     "sft": "Tune a model on the responses of a data set.",
     "distill": "Train a student on a teacher, with PromptKD or one of its rivals.",

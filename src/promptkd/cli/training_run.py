@@ -17,7 +17,8 @@ from promptkd.cli.run_folder import RunFolder
 from promptkd.cli.terminal import is_main_process, say
 from promptkd.data import Example, encode_examples, read_examples
 from promptkd.errors import PromptKDError, RequestError
-from promptkd.evaluation.measure import evaluation_of, measure_rows
+from promptkd.evaluation.dataset_evaluation import measure_rows
+from promptkd.evaluation.measure import evaluation_of
 from promptkd.io.atomic import write_atomic
 from promptkd.memory import gibibytes, peak_memory
 from promptkd.models import load_model, load_tokenizer, model_record

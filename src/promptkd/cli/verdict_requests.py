@@ -6,11 +6,9 @@ from collections.abc import Callable, Collection, Mapping
 from promptkd.cli.terminal import progress_lines, say
 from promptkd.errors import PromptKDError
 from promptkd.io.jsonl import ResumableLines
-from promptkd.judge.concurrent_requests import ask_all
-from promptkd.judge.endpoint import Endpoint, Refusal, Reply
-from promptkd.judge.metrics import verdict_of
-from promptkd.judge.prompt_template import Task
-from promptkd.judge.verdict_log import Key, Verdict
+from promptkd.judge.endpoint import Endpoint, Refusal, Reply, ask_all
+from promptkd.judge.questions import Key, Task
+from promptkd.judge.verdicts import Verdict, verdict_of
 from promptkd.results import Metric
 
 

@@ -47,16 +47,13 @@ class Example:
     row: int  # index of the row in its source, from 0
 
 
-def examples_from_rows(rows: Iterable[Mapping[str, Any]], *, origin: str = "row") -> list[Example]:
+def examples_from_rows(rows: Iterable[Mapping[str, Any]]) -> list[Example]:
     """Read `rows` in any of the three forms.
-
-    Args:
-        origin: what error messages call a row, before its index from 0.
 
     Raises:
         RequestError: naming the first row that fits no form or has a field of the wrong type, or if there are no rows.
     """
-    examples = [example_from_row(row, location=f"{origin} {index}", row=index) for index, row in enumerate(rows)]
+    examples = [example_from_row(row, location=f"row {index}", row=index) for index, row in enumerate(rows)]
     if not examples:
         raise RequestError(f"Expected at least one row of data: {_FORMS}. Got none.")
     return examples

@@ -1,1 +1,1 @@
-"""The main job on embedded defaults: tune a 135M teacher, prune it, distil with PromptKD, and report."""
+"""The main job on embedded defaults: tune a 135M teacher, prune it, distill with PromptKD, and report."""

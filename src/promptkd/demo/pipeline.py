@@ -1,4 +1,4 @@
-"""The demo's stages: tune the teacher, prune it, let the student recover, distil with PromptKD, measure every stage."""
+"""The demo's stages: tune the teacher, prune it, let the student recover, distill with PromptKD, measure every stage."""
 
 import shutil
 import time
@@ -16,7 +16,8 @@ from promptkd.data.encode import EncodedData
 from promptkd.demo.cache import Stage, cached_stage
 from promptkd.demo.measurement import differences
 from promptkd.demo.settings import TEMPLATE, DemoSettings, data_file, teacher_file, teacher_hash
-from promptkd.evaluation.measure import evaluation_of, measure_rows
+from promptkd.evaluation.dataset_evaluation import measure_rows
+from promptkd.evaluation.measure import evaluation_of
 from promptkd.generation import Decoding
 from promptkd.models import block_influence, load_model, load_tokenizer, model_record, most_influential, prune_layers
 from promptkd.models.gguf_read import GGUF_CONVERSION

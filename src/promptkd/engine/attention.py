@@ -4,10 +4,10 @@ transformers builds no mask for an attention function without a registered mask 
 has none. Left on after the pass, it would let rows see padding and each other.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,15 +28,9 @@ class AttentionSettings:
         return query.shape[-1] ** -0.5 if self.scaling is None else self.scaling
 
 
-class Attention(Protocol):
-    """Takes the place of a model's attention."""
-
-    def attend(
-        self, module: nn.Module | None, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings
-    ) -> Tensor:
-        """(B, T, heads, D) from `query` (B, heads, T, D), `key` and `value` (B, key-value heads, T, D) of the attention
-        layer `module`."""
-
+Attention = Callable[[Any, Tensor, Tensor, Tensor, AttentionSettings], Tensor]
+"""Takes an attention layer, its query (B, heads, T, D), key and value (B, key-value heads, T, D) and its settings, and
+returns (B, T, heads, D)."""
 
 _NAME = "promptkd"
 _in_use: list[Attention] = []  # of the forward passes under way, the innermost last
@@ -77,7 +71,7 @@ def _attend(
     if others.get("s_aux") is not None:
         raise NotImplementedError("attention sinks")
     settings = AttentionSettings(scaling, dropout, sliding_window, softcap)
-    return _in_use[-1].attend(module, query, key, value, settings), None
+    return _in_use[-1](module, query, key, value, settings), None
 
 
 AttentionInterface.register(_NAME, _attend)

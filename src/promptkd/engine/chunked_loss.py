@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from promptkd.engine.backbone import matmul_dtype
-from promptkd.engine.heads import Head, HeadBackend, Projection
+from promptkd.engine.heads import Head, HeadBackend
 from promptkd.engine.resolve import engine_for
 from promptkd.objectives.kernels import Kernel, Objective, objective_kernel, prompt_kernel
 from promptkd.objectives.prompt import Direction
@@ -174,18 +174,32 @@ class _ChunkedSum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: _Job) -> Tensor:
+        needs_hidden, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        size, wide = job.head.vocabulary_size, job.head.logits_dtype
+        total = hidden.new_zeros((), dtype=wide)
+        to_hidden = torch.empty_like(hidden) if needs_hidden else None
+        to_bias = torch.zeros_like(bias, dtype=wide) if needs_bias and bias is not None else None
+        # zeros for padding columns, and without any tokens: other processes wait for a gradient
+        has_zeros = size < len(weight) or len(hidden) == 0
+        to_weight = torch.zeros_like(weight, dtype=wide) if needs_weight and has_zeros else None
         with torch.autocast(hidden.device.type, enabled=False):
-            gradients = _Gradients(job.head, hidden, *ctx.needs_input_grad[:3])
             projection = job.backend.projection(job.head, job.dtype, reuse=True)
-            total = hidden.new_zeros((), dtype=job.head.logits_dtype)
             for first in range(0, len(hidden), job.chunk):
                 part = slice(first, first + job.chunk)
                 logits = projection.logits(hidden[part])
                 targets = [target(part) for target in job.targets]
                 total += job.chunk_loss(logits, targets)
-                gradients.add(projection, logits, hidden, part)
-                del logits, targets  # before the next chunk's are made
-        ctx.save_for_backward(gradients.hidden, gradients.weight(), gradients.bias())
+                gradient = projection.prepare(logits)
+                if to_hidden is not None:
+                    to_hidden[part] = projection.hidden_gradient(gradient)
+                if needs_weight:
+                    earlier = None if to_weight is None else to_weight[:size]
+                    added = projection.add_weight_gradient(earlier, gradient, hidden[part])
+                    to_weight = added if to_weight is None else to_weight  # else it was added in place
+                if to_bias is not None:
+                    to_bias[:size] += logits.sum(0)
+                del logits, targets, gradient  # before the next chunk's are made
+        ctx.save_for_backward(to_hidden, _cast(to_weight, weight), _cast(to_bias, bias))
         return total
 
     @staticmethod
@@ -198,36 +212,5 @@ class _ChunkedSum(torch.autograd.Function):
         return (*gradients, None)
 
 
-class _Gradients:
-    """With respect to the hidden states, the head's weight and its bias, as far as needed, summed over chunks."""
-
-    def __init__(self, head: Head, hidden: Tensor, needs_hidden: bool, needs_weight: bool, needs_bias: bool):
-        self._head, self._needs_weight = head, needs_weight
-        self.hidden = torch.empty_like(hidden) if needs_hidden else None
-        self._bias: Tensor | None = None
-        if needs_bias and head.bias is not None:
-            self._bias = torch.zeros_like(head.bias, dtype=head.logits_dtype)
-        self._total: Tensor | None = None  # of the weight's columns that stand for tokens
-        self._padded: Tensor | None = None  # of all columns, where some are padding; `_total` is a view of it
-        if needs_weight and head.vocabulary_size < len(head.weight):
-            self._padded = torch.zeros_like(head.weight, dtype=head.logits_dtype)
-            self._total = self._padded[: head.vocabulary_size]
-
-    def add(self, projection: Projection, gradient: Tensor, hidden: Tensor, part: slice) -> None:
-        """Add the gradient (C, V) with respect to W h + b of a chunk of tokens."""
-        prepared = projection.prepare(gradient)
-        if self.hidden is not None:
-            self.hidden[part] = projection.hidden_gradient(prepared)
-        if self._needs_weight:
-            self._total = projection.add_weight_gradient(self._total, prepared, hidden[part])
-        if self._bias is not None:
-            self._bias[: self._head.vocabulary_size] += gradient.sum(0)
-
-    def bias(self) -> Tensor | None:
-        return None if self._bias is None or self._head.bias is None else self._bias.to(self._head.bias.dtype)
-
-    def weight(self) -> Tensor | None:
-        weight, total = self._head.weight, self._total if self._padded is None else self._padded
-        if total is None:  # a gradient even without tokens, since other processes wait for it
-            return torch.zeros_like(weight) if self._needs_weight else None
-        return total.to(weight.dtype)
+def _cast(gradient: Tensor | None, parameter: Tensor | None) -> Tensor | None:
+    return None if gradient is None or parameter is None else gradient.to(parameter.dtype)

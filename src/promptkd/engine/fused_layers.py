@@ -111,7 +111,7 @@ def _self_attention(layer: Any, hidden: Tensor, cosines: Tensor, sines: Tensor, 
     query, key = (ApplyRotary.apply(each, cosines, sines) for each in (query, key))
     query, key, value = (each.transpose(0, 1)[None] for each in (query, key, value))  # (1, heads, S, D)
     settings = AttentionSettings(layer.scaling, sliding_window=sliding_window(layer))
-    return attention.attend(layer, query, key, value, settings)[0].flatten(1)
+    return attention(layer, query, key, value, settings)[0].flatten(1)
 
 
 def _rms_norm(norm: Any, inputs: Tensor) -> Tensor:

@@ -115,8 +115,9 @@ class PackedScorer(Scorer):
         return False
 
     def supports(self, model: PreTrainedModel) -> bool:
-        fused = not self.fused or (supports_fused_forward(model) and not applies_dropout(model))
-        return supports_packing(model) and fused
+        if not supports_packing(model):
+            return False
+        return not self.fused or (supports_fused_forward(model) and not applies_dropout(model))
 
     def hidden(self, model: PreTrainedModel, batch: TokenBatch, prompt: Tensor | None) -> Tensor:
         # where weights are gathered from all processes, each process must call the model the same number of times

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -96,11 +96,7 @@ class DynamicCacheDecoder(Decoder):
 
     @contextmanager
     def open(self, model: PreTrainedModel, rows: int, vocabulary: int | None) -> Iterator[SessionFactory]:
-        @contextmanager
-        def session(max_new_tokens: int) -> Iterator[DecodeSession]:
-            yield DynamicCacheSession(model, vocabulary)
-
-        yield session
+        yield lambda max_new_tokens: nullcontext(DynamicCacheSession(model, vocabulary))
 
 
 REFERENCE = Engine(

@@ -8,8 +8,9 @@ of its contents at every step.)
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
@@ -60,8 +61,15 @@ class StaticCacheSession(DecodeSession):
         before = 0 if soft_prompt is None else soft_prompt.shape[0]
         self.allocate([before + len(ids) for ids in prompts])
         pack, inputs = pack_inputs(self.model, prompts, soft_prompt, share=self.packed.shares_prefixes(self.model))
-        attention = _PrefillAttention(self, pack, self.packed.attention(pack, embedding_device(self.model)))
-        with use_attention(self.model, attention):
+        attention = self.packed.attention(pack, embedding_device(self.model))
+
+        def store_and_attend(
+            module: Any, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings
+        ) -> Tensor:
+            self.store(int(module.layer_idx), pack, key, value, settings)
+            return attention(module, query, key, value, settings)
+
+        with use_attention(self.model, store_and_attend):
             hidden = self.model.base_model(use_cache=False, **inputs).last_hidden_state[0]
         return self.project(hidden[on_device([indices[-1] for indices in pack.row_indices], hidden.device)])
 
@@ -69,7 +77,7 @@ class StaticCacheSession(DecodeSession):
         """Hidden states (R, H) of `tokens` (R,) at `positions` (R,), whose keys and values enter the cache."""
         if self.backbone is not None:
             return self.backbone(tokens, positions, self.attend_to_cache)
-        with use_attention(self.model, DecodeAttention(self.attend_to_cache)):
+        with use_attention(self.model, within_layers(self.attend_to_cache)):
             hidden = self.model.base_model(
                 input_ids=tokens[:, None], position_ids=positions[:, None], use_cache=False
             ).last_hidden_state
@@ -88,29 +96,9 @@ class StaticCacheSession(DecodeSession):
         """A `CachedAttention` that first writes key and value into the current column."""
 
 
-class _PrefillAttention:
-    """Attention of the prompts, which also stores keys and values."""
-
-    def __init__(self, session: StaticCacheSession, pack: PackedRows, inner: Attention):
-        self.session, self.pack, self.inner = session, pack, inner
-
-    def attend(
-        self, module: nn.Module | None, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings
-    ) -> Tensor:
-        self.session.store(int(module.layer_idx), self.pack, key, value, settings)  # type: ignore[union-attr, arg-type]
-        return self.inner.attend(module, query, key, value, settings)
-
-
-class DecodeAttention:
-    """Attention of one token per row within a model's own layers."""
-
-    def __init__(self, attend: CachedAttention):
-        self._attend = attend
-
-    def attend(
-        self, module: nn.Module | None, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings
-    ) -> Tensor:
-        return self._attend(int(module.layer_idx), query, key, value)  # type: ignore[union-attr, arg-type]
+def within_layers(attend: CachedAttention) -> Attention:
+    """The same attention, called by a model's own layers."""
+    return lambda module, query, key, value, settings: attend(int(module.layer_idx), query, key, value)
 
 
 def attend_to_columns(layer: LayerCache, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:

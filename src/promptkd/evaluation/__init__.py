@@ -1,8 +1,9 @@
 """What a model can do: answers, scores, intervals and tests."""
 
 from promptkd.evaluation.comparison import Candidate, Comparison, compare
+from promptkd.evaluation.dataset_evaluation import measure_rows
 from promptkd.evaluation.exposure_bias import ExposureBias, Scoring, exposure_bias, sample_continuations
-from promptkd.evaluation.measure import evaluation_of, measure_rows, summarize
+from promptkd.evaluation.measure import evaluation_of, summarize
 from promptkd.evaluation.statistics import (
     Bootstrap,
     effect_size,

@@ -1,11 +1,12 @@
-"""One model on one data set, over seeds and greedily; what was decoded or measured stays on the disk, batch by batch.
+"""Measure a model on rows: loss on the references, scores of its own answers, KL to a teacher on its own samples.
 
-Rows go into batches by the length of their prompts alone. A later run meets the same batches, does those that lack a
-row, and so ends with what an undisturbed run would have ended with, bit for bit on the same machine.
+`promptkd evaluate` keeps what was decoded or measured on the disk, batch by batch. Rows go into batches by the length
+of their prompts alone: a later run meets the same batches, does those that lack a row, and so ends with what an
+undisturbed run would have ended with, bit for bit on the same machine. Validation does the same in memory.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,14 @@ from promptkd.data.encode import EncodedExample
 from promptkd.errors import RequestError
 from promptkd.evaluation.hub_metrics import HubMetric
 from promptkd.evaluation.likelihood import kl_nats, reference_nats
-from promptkd.evaluation.measure import (
-    REFERENCES_AT_A_TIME,
-    decode_rows,
-    evaluation_of,
-    row_batches,
-    row_results,
-)
+from promptkd.evaluation.measure import decode_rows, evaluation_of, row_batches, row_results
 from promptkd.generation import Decoding
-from promptkd.io.jsonl import ResumableLines
+from promptkd.io.jsonl import Line, ResumableLines
 from promptkd.models import vocabulary_size
 from promptkd.results import Evaluation, RowResult
 
-Line = dict[str, Any]
+_REFERENCES_AT_A_TIME = 32
+"""Rows whose references are scored together."""
 _GREEDY, _REFERENCES = "greedy", "references"
 
 
@@ -47,6 +43,31 @@ def _kl_part(decoding: Decoding, seed: int) -> str:
     return f"seed{seed}" if decoding.is_plain else f"seed{seed}-kl"
 
 
+def measure_rows(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[EncodedExample],
+    decoding: Decoding,
+    *,
+    teacher: nn.Module | None = None,
+    samples_per_row: int = 1,
+    batch_size: int = 8,
+) -> list[RowResult]:
+    """Scores of `model` row by row.
+
+    With a teacher, KL(model || teacher) is taken on responses sampled at temperature 1: the answers themselves, unless
+    these were decoded otherwise. `samples_per_row` samples, of seeds from `decoding.seed` on, are taken of each row.
+    """
+    if not rows:
+        return []
+    teacher = None if teacher is model else teacher
+    job = SetEvaluation(model, tokenizer, rows, teacher=teacher, batch_size=batch_size)
+    losses = job.losses()
+    kls = [] if teacher is None else [job.kl(decoding, decoding.seed + draw) for draw in range(samples_per_row)]
+    part = _GREEDY if decoding.is_greedy else f"seed{decoding.seed}"
+    return job.results(part, decoding, losses, kls)
+
+
 @dataclass(frozen=True)
 class SetEvaluation:
     """One model and one data set; `run` measures them."""
@@ -54,12 +75,15 @@ class SetEvaluation:
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
     rows: Sequence[EncodedExample]
-    file_of: Callable[[str], Path]
-    """From a part, as `parts_of` names it, to the JSONL file that keeps it."""
+    file_of: Callable[[str], Path | None] = lambda part: None
+    """From a part, as `parts_of` names it, to the JSONL file that keeps it; None keeps it in memory."""
     teacher: nn.Module | None = None
     metrics: Sequence[HubMetric] = ()
-    progress: Callable[[str, int], None] | None = None
+    progress: Callable[[str, int], None] = lambda what, done: None
     """Called with what is being done and for how many rows it is done."""
+    batch_size: int = 8
+    """Rows that are scored at a time."""
+    _files: dict[str, ResumableLines] = field(default_factory=dict, init=False)
 
     def run(
         self, decoding: Decoding, seeds: Sequence[int], *, greedy: bool, model_label: str, data_label: str
@@ -68,55 +92,70 @@ class SetEvaluation:
 
         At temperature 0 there are the greedy ones alone; `seeds` are then those of the samples for the KL.
         """
-        losses = self._losses()
-        kls = {seed: self._kl(decoding, seed) for seed in seeds} if self.teacher is not None else {}
+        losses = self.losses()
+        kls = [self.kl(decoding, seed) for seed in seeds] if self.teacher is not None else []
         found: list[tuple[Decoding, list[RowResult]]] = []
         if not decoding.is_greedy:
             sampled = []
-            for seed in seeds:
+            for index, seed in enumerate(seeds):
                 own = replace(decoding, seed=seed)
-                sampled += self._results(f"seed{seed}", own, losses, [kls[seed]] if kls else [])
+                sampled += self.results(f"seed{seed}", own, losses, kls[index : index + 1])
             found.append((decoding, sampled))
         if greedy or decoding.is_greedy:
             own = replace(decoding, temperature=0.0)
-            found.append((own, self._results(_GREEDY, own, losses, list(kls.values()) if decoding.is_greedy else [])))
+            found.append((own, self.results(_GREEDY, own, losses, kls if decoding.is_greedy else [])))
         return [evaluation_of(results, how, seeds, model=model_label, data=data_label) for how, results in found]
 
-    def _results(
+    def results(
         self, part: str, decoding: Decoding, losses: Sequence[float], kls: Sequence[Sequence[tuple[float, int]]]
     ) -> list[RowResult]:
         """Answers of one decoding with their scores. Its file ends in the order of the rows, with two of the scores."""
-        lines = self._answers(part, decoding, None)
+        file, lines = self._answers(part, decoding, None)
         answers = [line["token_ids"] for line in lines]
         results = row_results(self.tokenizer, self.rows, answers, decoding, losses=losses, kls=kls)
         for metric in self.metrics:
             scores = metric.scores([each.response for each in results], [each.references for each in results])
             for each, score in zip(results, scores, strict=True):
                 each.scores[metric.label] = score
-        for line, each in zip(lines, results, strict=True):
-            line |= {name: each.scores[name] for name in ("rouge_l", "exact_match")}
-        ResumableLines(self.file_of(part)).replace(lines)
+        kept = ("rouge_l", "exact_match")
+        file.replace(
+            [line | {name: each.scores[name] for name in kept} for line, each in zip(lines, results, strict=True)]
+        )
         return results
 
-    def _kl(self, decoding: Decoding, seed: int) -> list[tuple[float, int]]:
+    def kl(self, decoding: Decoding, seed: int) -> list[tuple[float, int]]:
         """(nats, tokens) of KL(model || teacher) on each row's sample of one seed."""
-        part = _kl_part(decoding, seed)
-        lines = self._answers(part, decoding.plain(seed), self.teacher)
-        ResumableLines(self.file_of(part)).replace(lines)
+        file, lines = self._answers(_kl_part(decoding, seed), decoding.plain(seed), self.teacher)
+        file.replace(lines)
         return [(line["kl_nats"], len(line["token_ids"])) for line in lines]
 
-    def _answers(self, part: str, decoding: Decoding, teacher: nn.Module | None) -> list[Line]:
-        """A line for each row: the answer and, with a teacher, its KL. What the file lacks is made and appended."""
-        file = ResumableLines(self.file_of(part))
-        for batch, held in self._batches(file, decoding.batch_size, part):
+    def losses(self) -> list[float]:
+        """Nats of each row's first reference."""
+        file = self._open(_REFERENCES)
+        for batch, held in self._batches(file, _REFERENCES_AT_A_TIME, _REFERENCES):
+            if len(held) < len(batch):
+                vocabulary = vocabulary_size(self.tokenizer)
+                nats = reference_nats(self.model, batch, vocabulary=vocabulary, batch_size=self.batch_size)
+                file.append(_line(row, nats=value) for row, value in zip(batch, nats, strict=True))
+        lines = self._lines(file)
+        file.replace(lines)
+        return [line["nats"] for line in lines]
+
+    def _answers(self, part: str, decoding: Decoding, teacher: nn.Module | None) -> tuple[ResumableLines, list[Line]]:
+        """The file of a part and a line for each row: the answer and, with a teacher, its KL.
+
+        What the file lacks is decoded or measured, and appended.
+        """
+        file = self._open(part)
+        for batch, held in self._batches(file, decoding.batch_size, f"answers ({part})"):
             lines = held if len(held) == len(batch) else self._decoded(batch, decoding)
             if teacher is not None and not all("kl_nats" in line for line in lines):
                 samples = [line["token_ids"] for line in lines]
-                nats = kl_nats(self.model, teacher, self.tokenizer, batch, samples)
+                nats = kl_nats(self.model, teacher, self.tokenizer, batch, samples, batch_size=self.batch_size)
                 lines = [{**line, "kl_nats": value} for line, value in zip(lines, nats, strict=True)]
             if lines is not held:
                 file.append(lines)
-        return [dict(file.lines[row.row,]) for row in self.rows]
+        return file, self._lines(file)
 
     def _decoded(self, batch: list[EncodedExample], decoding: Decoding) -> list[Line]:
         answers = decode_rows(self.model, self.tokenizer, batch, decoding)
@@ -130,48 +169,42 @@ class SetEvaluation:
             for row, token_ids in zip(batch, answers, strict=True)
         ]
 
-    def _losses(self) -> list[float]:
-        """Nats of each row's first reference."""
-        file = ResumableLines(self.file_of(_REFERENCES))
-        for batch, held in self._batches(file, REFERENCES_AT_A_TIME, _REFERENCES):
-            if len(held) < len(batch):
-                nats = reference_nats(self.model, batch, vocabulary=vocabulary_size(self.tokenizer))
-                file.append(_line(row, nats=value) for row, value in zip(batch, nats, strict=True))
-        lines = [file.lines[row.row,] for row in self.rows]
-        file.replace(lines)
-        return [line["nats"] for line in lines]
+    def _open(self, part: str) -> ResumableLines:
+        if part not in self._files:
+            self._files[part] = ResumableLines(self.file_of(part), check=_check)
+        return self._files[part]
 
-    def _batches(self, file: ResumableLines, size: int, part: str) -> Iterator[tuple[list[EncodedExample], list[Line]]]:
+    def _lines(self, file: ResumableLines) -> list[Line]:
+        return [file.lines[row.row,] for row in self.rows]
+
+    def _batches(self, file: ResumableLines, size: int, what: str) -> Iterator[tuple[list[EncodedExample], list[Line]]]:
         """Rows of like length, the longest first, with the lines that the file holds of them."""
         done = 0
         for places in row_batches(self.rows, size):
             batch = [self.rows[place] for place in places]
-            held = [_checked(file, row) for row in batch if (row.row,) in file.lines]
-            yield batch, held
+            yield batch, [_of_row(file, row) for row in batch if (row.row,) in file.lines]
             done += len(batch)
-            if self.progress is not None:
-                self.progress(part if part == _REFERENCES else f"answers ({part})", done)
+            self.progress(what, done)
 
 
 def _line(row: EncodedExample, **made: Any) -> Line:
     return {"row": row.row, "prompt": row.prompt, "references": list(row.references), **made}
 
 
-def _checked(file: ResumableLines, row: EncodedExample) -> Line:
+def _of_row(file: ResumableLines, row: EncodedExample) -> Line:
     """The line of `row`, which must have been made for the very same row."""
-    line = file.lines[row.row,]
-    made_for = _line(row)
+    line, made_for = file.lines[row.row,], _line(row)
     if {name: line.get(name) for name in made_for} != made_for:
         raise RequestError(
             f"{file.path} holds another prompt or other references for row {row.row} than the data now have. "
-            "Begin anew with --overwrite."
+            "Start from scratch with --overwrite."
         )
-    ids, numbers = line.get("token_ids", []), [line[name] for name in ("nats", "kl_nats") if name in line]
-    if (
-        not isinstance(ids, list)
-        or not all(type(each) is int and each >= 0 for each in ids)
-        or not all(isinstance(each, int | float) for each in numbers)
-        or not (ids or numbers)
-    ):
-        raise RequestError(f"{file.path}, row {row.row}: holds no answer or loss. Begin anew with --overwrite.")
     return line
+
+
+def _check(line: Line) -> None:
+    """Raise ValueError for a line without an answer or a loss."""
+    ids, numbers = line.get("token_ids", []), [line[name] for name in ("nats", "kl_nats") if name in line]
+    are_ids = isinstance(ids, list) and all(type(each) is int and each >= 0 for each in ids)
+    if not are_ids or not all(isinstance(each, int | float) for each in numbers) or not (ids or numbers):
+        raise ValueError("expected an answer or a loss")

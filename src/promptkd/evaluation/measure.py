@@ -1,24 +1,19 @@
-"""Measure a model on rows: loss on the references, scores of its own answers, KL to a teacher on its own samples."""
+"""Answers to rows and every score of them, and the metrics of all rows."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TypeVar
 
 import numpy as np
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from promptkd.data.encode import EncodedExample
-from promptkd.evaluation.likelihood import kl_nats, reference_nats
 from promptkd.evaluation.statistics import mean_interval, token_mean_interval
 from promptkd.evaluation.text_metrics import answer_scores
 from promptkd.generation import Decoding, generate, row_seeds
 from promptkd.models import vocabulary_size
 from promptkd.results import Evaluation, Metric, RowResult
 
-T = TypeVar("T")
-REFERENCES_AT_A_TIME = 32
-"""Rows whose references are scored together."""
 _OF_REFERENCES = ("loss",)  # the same however answers are decoded
 
 
@@ -30,57 +25,6 @@ def row_batches(rows: Sequence[EncodedExample], size: int) -> list[list[int]]:
     """
     order = sorted(range(len(rows)), key=lambda index: (-len(rows[index].prompt_ids), rows[index].row))
     return [order[first : first + size] for first in range(0, len(order), size)]
-
-
-def measure_rows(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[EncodedExample],
-    decoding: Decoding,
-    *,
-    teacher: nn.Module | None = None,
-    samples_per_row: int = 1,
-    batch_size: int = 8,
-) -> list[RowResult]:
-    """Scores of `model` row by row.
-
-    With a teacher, KL(model || teacher) is taken on responses sampled at temperature 1: the answers themselves, unless
-    these were decoded otherwise. `samples_per_row` samples, of seeds from `decoding.seed` on, are taken of each row.
-    """
-    if not rows:
-        return []
-
-    def in_batches(size: int, work: Callable[[list[EncodedExample], list[int]], Sequence[T]]) -> list[T]:
-        """The results of `work` on the rows and indices of every batch, in the order of the rows."""
-        done: dict[int, T] = {}
-        for indices in row_batches(rows, size):
-            done |= zip(indices, work([rows[index] for index in indices], indices), strict=True)
-        return [done[index] for index in range(len(rows))]
-
-    def decoded(how: Decoding) -> list[list[int]]:
-        return in_batches(decoding.batch_size, lambda batch, _: decode_rows(model, tokenizer, batch, how))
-
-    def kl_to(teacher: nn.Module, seed: int) -> list[tuple[float, int]]:
-        plain = decoding.plain(seed)
-        samples = answers if plain == decoding else decoded(plain)
-
-        def nats(batch: list[EncodedExample], indices: list[int]) -> list[float]:
-            own = [samples[index] for index in indices]
-            return kl_nats(model, teacher, tokenizer, batch, own, batch_size=batch_size)
-
-        found = in_batches(decoding.batch_size, nats)
-        return [(kl, len(sample)) for kl, sample in zip(found, samples, strict=True)]
-
-    answers = decoded(decoding)
-    vocabulary = vocabulary_size(tokenizer)
-    losses = in_batches(
-        REFERENCES_AT_A_TIME,
-        lambda batch, _: reference_nats(model, batch, vocabulary=vocabulary, batch_size=batch_size),
-    )
-    kls = []
-    if teacher is not None and teacher is not model:
-        kls = [kl_to(teacher, decoding.seed + draw) for draw in range(samples_per_row)]
-    return row_results(tokenizer, rows, answers, decoding, losses=losses, kls=kls)
 
 
 def decode_rows(

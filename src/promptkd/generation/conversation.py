@@ -33,7 +33,7 @@ class Conversation:
     """One model, and what was said to it and by it.
 
     With the tokenizer's chat template the model reads all that was said before. Every other template knows single
-    requests, and each one stands alone.
+    requests only, and each is answered by itself.
     """
 
     model: PreTrainedModel

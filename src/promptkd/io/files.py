@@ -1,6 +1,6 @@
-"""Files that others may have written: regular ones alone, and no more of them than is stated.
+"""Files that others may have written: only regular ones are read, up to a size limit.
 
-A named pipe would be waited for without end and a device read without end, whatever its name ends in.
+Reading a named pipe or a device might never end, whatever its name ends in.
 """
 
 import errno
@@ -14,7 +14,7 @@ from promptkd.errors import RequestError
 
 MIB = 1 << 20
 MOST_SETTINGS_BYTES = 64 * MIB
-"""Of a file of settings: config.json, tokenizer_config.json, an index of weights, a checkpoint's state."""
+"""Size limit of a file of settings: config.json, tokenizer_config.json, an index of weights, a checkpoint's state."""
 
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -26,7 +26,7 @@ _KINDS = (
 
 
 def not_regular(path: Path) -> str | None:
-    """What `path` is, if it exists and is no regular file: "a folder", "a named pipe", "a socket" or "a device"."""
+    """What `path` is if it exists and is no regular file: "a folder", "a named pipe", "a socket" or "a device"."""
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError):  # ValueError: a NUL byte in the name
@@ -35,7 +35,7 @@ def not_regular(path: Path) -> str | None:
 
 
 def read_regular(path: Path, *, most: int) -> bytes:
-    """The bytes of a regular file of at most `most` bytes. Raises OSError, also where it is none or holds more."""
+    """The bytes of a regular file. Raises OSError, also for another kind of file and for one above `most` bytes."""
     if kind := not_regular(path):
         raise OSError(errno.EINVAL, f"it is {kind}, and a regular file was expected", str(path))
     if path.stat().st_size > most:
@@ -44,7 +44,7 @@ def read_regular(path: Path, *, most: int) -> bytes:
 
 
 def json_value(text: str | bytes, *, unique: bool = True) -> Any:
-    """JSON, with `unique` such in which no key stands twice in an object. Raises ValueError for anything else."""
+    """The value of a JSON text; `unique` refuses duplicate keys. Raises ValueError for what is not valid."""
     try:
         return json.loads(text, object_pairs_hook=_object if unique else None)
     except RecursionError as error:
@@ -52,7 +52,7 @@ def json_value(text: str | bytes, *, unique: bool = True) -> Any:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The object in a file of settings; of a key that stands twice the last counts, as with the libraries that read it.
+    """The object in a file of settings. Of duplicate keys the last counts, as with the libraries that read such files.
 
     Raises `RequestError` if it holds none.
     """
@@ -68,7 +68,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def is_plain_name(name: object) -> bool:
-    """Whether `name` is a file's name alone, which cannot lead out of the folder that it stands in."""
+    """Whether `name` is only a file's name, which cannot lead out of its folder."""
     return isinstance(name, str) and name not in ("", ".", "..") and not {"/", "\\", "\0", os.sep} & set(name)
 
 
@@ -76,5 +76,5 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object")
+        raise ValueError(f"duplicate key {next(key for key in keys if keys.count(key) > 1)!r} in one object")
     return fields

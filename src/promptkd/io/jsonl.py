@@ -24,7 +24,7 @@ class ResumableLines:
     not read, and the next `append` removes it. Nothing else is forgiven.
 
     Args:
-        path: the file; it and its folder need not exist yet.
+        path: the file; it and its folder need not exist yet. None keeps the lines in memory.
         key: the fields that tell one line from another, for example ("row",).
         settings: what the lines depend on, kept in a first line of its own; None for a file without such a line.
         check: raises ValueError for an object that is no line of this job.
@@ -36,7 +36,7 @@ class ResumableLines:
 
     def __init__(
         self,
-        path: Path,
+        path: Path | None,
         key: tuple[str, ...] = ("row",),
         *,
         settings: Mapping[str, Any] | None = None,
@@ -45,39 +45,44 @@ class ResumableLines:
     ) -> None:
         self.path, self._key, self._check = path, key, check
         self._header = [] if settings is None else [{"settings": dict(settings)}]
-        content = b"" if overwrite else _content(path)
+        content = b"" if path is None or overwrite else _content(path)
         self._size = content.rfind(b"\n") + 1  # of what is complete
         texts = content[: self._size].split(b"\n")[:-1]
         wrong = "Fix or remove the line, or remove the file to start from scratch."
-        if settings is not None and texts:
+        if path is not None and settings is not None and texts:
             told = f"{path}, line 1: expected the settings of the lines below. {wrong}"
             _refuse_changes(path, _parsed(texts[0], lambda line: dict(line["settings"]), told), settings)
         self.lines: dict[Key, Line] = {}
         for number, text in list(enumerate(texts, start=1))[len(self._header) :]:
-            told = f"{path}, line {number}: expected a JSON object with {', '.join(key)} (numbers or texts). {wrong}"
+            told = (
+                f"{path}, line {number}: expected a JSON object with {', '.join(key)} (numbers or texts) and what else "
+                f"this job writes. {wrong}"
+            )
             line = _parsed(text, self._checked, told)
             self.lines[self._key_of(line)] = line
 
     def append(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Write `lines` behind the others in one piece, and return once the disk has them."""
         added = [dict(line) for line in lines]
-        if not self._size:
-            self.replace([])
-        with self.path.open("ab") as file:
-            file.truncate(self._size)
-            file.write(encoded(added))
-            file.flush()
-            os.fsync(file.fileno())
-            self._size = file.tell()
+        if self.path is not None:
+            if not self._size:
+                self.replace([])
+            with self.path.open("ab") as file:
+                file.truncate(self._size)
+                file.write(encoded(added))
+                file.flush()
+                os.fsync(file.fileno())
+                self._size = file.tell()
         self.lines |= {self._key_of(line): line for line in added}
 
     def replace(self, lines: Sequence[Line]) -> None:
         """Let the file hold `lines` alone, in their order; it is replaced atomically, and only if it differs."""
-        content = encoded([*self._header, *lines])
-        if not self.path.exists() or self.path.read_bytes() != content:
-            write_atomic(self.path, content)
+        if self.path is not None:
+            content = encoded([*self._header, *lines])
+            if not self.path.exists() or self.path.read_bytes() != content:
+                write_atomic(self.path, content)
+            self._size = len(content)
         self.lines = {self._key_of(line): line for line in lines}
-        self._size = len(content)
 
     def _checked(self, line: Any) -> Line:
         if not isinstance(line, dict) or not all(isinstance(line[name], _KEY_TYPES) for name in self._key):

@@ -1,7 +1,7 @@
 """One process at a time writes a run's folder or a growing file.
 
-The lock is the operating system's (`flock`, `msvcrt.locking`): a process that is killed lets go of it. filelock has no
-place for the holder's name, and none for the descriptor that the runs of a study inherit.
+The lock is the operating system's, so a process that is killed lets go of it. It is taken on a descriptor, and not by
+filelock's own class, for the sake of the holder's name in the file and of the runs that inherit their study's lock.
 """
 
 import errno
@@ -9,19 +9,15 @@ import json
 import logging
 import os
 import platform
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
-from promptkd.errors import RequestError, writing
+from filelock import lock_descriptor
 
-if sys.platform == "win32":
-    import msvcrt
-else:
-    import fcntl
+from promptkd.errors import RequestError, writing
 
 FOLDER_LOCK = ".lock"
 """The lock's file in a folder."""
@@ -29,10 +25,9 @@ FOLDER_LOCK = ".lock"
 _PATIENCE = 10.0
 """Seconds for what a killed process started to end: loaders look for their parent every 5 s, a study's runs stop."""
 _PAUSE = 0.2
-_TAKEN = (errno.EAGAIN, errno.EACCES)
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
-_BEHIND_CONTENT = 1 << 20
-"""Windows locks bytes, and keeps others from reading them."""
+_HOLDER_AT = 1
+"""Where the holder's name begins: behind the byte that Windows locks."""
 
 
 @contextmanager
@@ -40,7 +35,7 @@ def locked(target: Path, *, folder: bool = False, waits: bool = False) -> Iterat
     """Hold the lock of `target` while the body runs.
 
     Yields the lock's descriptor: every process that inherits it holds the lock too. The lock file names the process. It
-    is removed at the end, and with it what folders were made for it and are still empty.
+    is removed at the end, and with it the folders that were made for it and are still empty.
 
     Args:
         folder: whether `target` is a folder, which has its lock file inside; that of a file is beside it.
@@ -56,8 +51,10 @@ def locked(target: Path, *, folder: bool = False, waits: bool = False) -> Iterat
     try:
         handle = _acquire(path, target, waits)
         try:
+            holder = [os.getpid(), platform.node(), f"{datetime.now():%Y-%m-%d %H:%M:%S}"]
             os.ftruncate(handle, 0)
-            os.write(handle, json.dumps([os.getpid(), platform.node(), f"{datetime.now():%Y-%m-%d %H:%M:%S}"]).encode())
+            os.lseek(handle, _HOLDER_AT, os.SEEK_SET)
+            os.write(handle, json.dumps(holder).encode())
             yield handle
         finally:
             _release(handle, path)
@@ -87,30 +84,24 @@ def _acquire(path: Path, target: Path, waits: bool) -> int:
 
 def _release(handle: int, path: Path) -> None:
     """Remove the file while the lock is held: whoever opened it meanwhile finds that it is gone, and opens another."""
+    on_windows = os.name == "nt"  # where no file can be removed that anyone has open
     with suppress(OSError):
-        if sys.platform != "win32" and _is_file(handle, path):
+        if not on_windows and _is_file(handle, path):
             path.unlink()
     os.close(handle)
     with suppress(OSError):
-        if sys.platform == "win32":  # which removes no file that anyone has open
+        if on_windows:
             path.unlink()
 
 
 def _try_lock(handle: int, path: Path) -> bool:
     try:
-        if sys.platform == "win32":
-            os.lseek(handle, _BEHIND_CONTENT, os.SEEK_SET)
-            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
-            os.lseek(handle, 0, os.SEEK_SET)
-        else:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lock_descriptor(handle, blocking=False)
     except OSError as error:
-        if error.errno in _TAKEN:
-            return False
         if error.errno not in _NO_LOCKS:
             raise
         logging.getLogger(__name__).warning("%s has no locks: let no second process write there.", path.parent)
-    return True
+        return True
 
 
 def _is_file(handle: int, path: Path) -> bool:
@@ -124,7 +115,7 @@ def _holder(handle: int) -> tuple[str, bool]:
     """Who holds the lock, and whether that process is alive."""
     import psutil  # slow to import, and hardly ever needed
 
-    os.lseek(handle, 0, os.SEEK_SET)
+    os.lseek(handle, _HOLDER_AT, os.SEEK_SET)
     try:
         pid, host, since = json.loads(os.read(handle, 4096))
     except ValueError:  # it has not written it yet

@@ -1,4 +1,4 @@
-"""Secrets out of what is written down: flags, settings and addresses that carry a key or a password."""
+"""Secrets out of what is written down: flags, settings, addresses and answers that carry a key or a password."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -12,6 +12,8 @@ _VOCABULARY = re.compile(r"(?:.*_)?(?:eos|bos|pad|unk|sep|cls|mask|image|video|a
 _USER_INFO = re.compile(r"(?<=://)[^/\s@'\"]+@")
 _QUERY = re.compile(rf"([?&]{_SECRET}=)[^&\s#'\"]+", re.IGNORECASE)
 _ENTRY = re.compile(rf"""(["']?\b{_SECRET}["']?\s*:\s*)("[^"]*"|'[^']*'|[^\s,}}\]"']+)""", re.IGNORECASE)
+_SHORTEST_SECRET = 8
+"""Local servers are given words such as "EMPTY" as a key; starring them out would change what a judge says."""
 
 
 def is_secret(name: str) -> bool:
@@ -19,13 +21,18 @@ def is_secret(name: str) -> bool:
     return _SECRET_NAME.fullmatch(name) is not None and _VOCABULARY.fullmatch(name.replace("-", "_")) is None
 
 
+def starred(text: str, secret: str | None) -> str:
+    """`text` with stars in place of a secret that is known."""
+    return text.replace(secret, STARS) if secret and len(secret) >= _SHORTEST_SECRET else text
+
+
 def redacted(text: str) -> str:
-    """`text` with the user and password of every address, and secrets in its query, starred out."""
+    """`text` with stars in place of the user and password of every address, and of secrets in its query."""
     return _QUERY.sub(rf"\g<1>{STARS}", _USER_INFO.sub(f"{STARS}@", text))
 
 
 def without_secrets(arguments: Sequence[str]) -> list[str]:
-    """Arguments with the values of flags such as --hub_token starred out, and secrets in addresses and mappings."""
+    """Arguments with stars in place of the values of flags such as --hub_token, in addresses and in mappings too."""
     shown: list[str] = []
     hide_next = False
     for argument in arguments:

@@ -1,31 +1,38 @@
-"""One question to an OpenAI-compatible endpoint, asked again where the failure may pass.
+"""Questions to an OpenAI-compatible endpoint, several at a time, each asked again where the failure may pass.
 
-What may pass: 408, 409, 429 and 5xx, time-outs, refused and broken connections, bodies that are cut or are no answer.
-What stops everything: a key that is not accepted (401, 403), an unknown model or address (404), a redirection. Any
-other status (400, 413, 422) refuses its one question.
+What may pass: 408, 409, 429 and 5xx, time-outs, refused and broken connections, bodies that are cut or are no chat
+completion. What stops everything: a key that is not accepted (401, 403), an unknown model or address (404), a
+redirection. Any other status (400, 413, 422) refuses its one question.
 
-The key is a secret: it goes into the header and nowhere else, and a text in which the server repeats it is starred out.
+The client's own retries are off. They take any body for an answer, let a server that sends a byte at a time go on
+without end, wait in silence, and know no pause that holds for all requests.
+
+The key is a secret: it goes into the header and nowhere else, and is starred out where the server repeats it.
 """
 
 import asyncio
 import json
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import Any, Generic, TypeVar
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ValidationError
+from pydantic import AliasPath, BaseModel, Field, ValidationError
 
 from promptkd.errors import PromptKDError, RequestError
+from promptkd.io.redact import starred
 
-_PASSING = frozenset({408, 409, 429})
+K = TypeVar("K", bound=Hashable)
+
+_MAY_PASS = frozenset({408, 409, 429})
+_KEY_ADVICE = "Set OPENAI_API_KEY, or name the variable that holds it with --key-variable."
 _FATAL = {
-    401: "The key was not accepted. Set OPENAI_API_KEY, or name the variable that holds it with --key-variable.",
-    403: "The key has no right to this. Set OPENAI_API_KEY, or name the variable that holds it with --key-variable.",
+    401: f"The key was not accepted. {_KEY_ADVICE}",
+    403: f"The key has no right to this. {_KEY_ADVICE}",
     404: "Check --judge-model, and --endpoint, which ends in /v1 with most servers.",
 }
 _LONGEST_PAUSE = 60.0
@@ -34,8 +41,8 @@ _LONGEST_RETRY_AFTER = 600.0
 """A server that asks for more patience than this many seconds has failed."""
 _LONGEST_QUOTE = 300
 """Characters of a server's message that are repeated."""
-_SHORTEST_SECRET = 8
-"""Local servers are given words such as "EMPTY" as a key; starring them out would change what a judge says."""
+_FAILURES_IN_A_ROW = 5
+"""Or as many as are asked at a time, if that is more: then the endpoint is at fault and not the questions."""
 
 
 @dataclass(frozen=True)
@@ -48,20 +55,22 @@ class Endpoint:
     fields: Mapping[str, Any] = field(default_factory=dict)
     """Further fields of every request: temperature, seed, max_tokens and the like."""
     timeout: float = 120.0
-    """Seconds for a whole answer."""
+    """Seconds for a complete answer."""
     retries: int = 5
     backoff: float = 1.0
     """Seconds before the first retry; doubled for every further one, less a random part of up to a half."""
 
 
-@dataclass(frozen=True)
-class Reply:
-    text: str
-    finish_reason: str | None = None
+class Reply(BaseModel):
+    """What is needed of a chat completion."""
+
+    message: dict[str, Any] = Field(validation_alias=AliasPath("choices", 0, "message"), repr=False)
+    text: str | None = Field(None, validation_alias=AliasPath("choices", 0, "message", "content"))
+    finish_reason: str | None = Field(None, validation_alias=AliasPath("choices", 0, "finish_reason"))
     model: str | None = None
     """The model as the server names it."""
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
+    prompt_tokens: int | None = Field(None, validation_alias=AliasPath("usage", "prompt_tokens"))
+    completion_tokens: int | None = Field(None, validation_alias=AliasPath("usage", "completion_tokens"))
 
 
 @dataclass(frozen=True)
@@ -71,30 +80,8 @@ class Refusal:
     reason: str
 
 
-class _Message(BaseModel):
-    content: str | None = None
-
-
-class _Choice(BaseModel):
-    message: _Message
-    finish_reason: str | None = None
-
-
-class _Usage(BaseModel):
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-
-
-class _Body(BaseModel):
-    """What is needed of a chat completion."""
-
-    choices: list[_Choice]
-    model: str | None = None
-    usage: _Usage | None = None
-
-
 class _FailureError(Exception):
-    """One attempt failed, in a way that may pass; `wait` is what the server asks for, in seconds."""
+    """An attempt failed, in a way that may pass; `wait` is what the server asks for, in seconds."""
 
     def __init__(self, reason: str, wait: float = 0.0):
         super().__init__(reason)
@@ -116,33 +103,101 @@ def check_url(url: str) -> None:
     """Refuse what is no plain http or https address. A key inside the address would be written into the record."""
     try:
         parts = urlsplit(url)
-        whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
-        whole = False
+        is_address = False
     if "@" in url or "?" in url or "#" in url:
         raise RequestError(
             "--endpoint must hold no user name, password, query or fragment. A key is read from the environment alone."
         )
-    if not whole or any(character.isspace() for character in url):
+    if not is_address or any(character.isspace() for character in url):
         raise RequestError(f"--endpoint must be an address such as http://localhost:8000/v1. Got {url!r}.")
 
 
-@dataclass(frozen=True)
-class Unanswered:
-    """Every attempt failed; the next run may have more luck."""
+def ask_all(
+    endpoint: Endpoint,
+    questions: Mapping[K, str],
+    take: Callable[[K, Reply | Refusal], None],
+    *,
+    concurrency: int,
+    proven: bool = False,
+    on_wait: Callable[[str, float], None] = lambda reason, seconds: None,
+) -> dict[K, str]:
+    """Ask every question, `concurrency` at a time, and hand each answer to `take` as it comes.
 
-    reason: str
+    Args:
+        questions: texts by key.
+        take: receives a key and a `Reply`, or a `Refusal` once any question was answered: an endpoint that refuses
+            everything says nothing about the questions.
+        proven: whether the endpoint has answered such questions before.
+        on_wait: called with the reason why a question is asked again, and in how many seconds.
+
+    Returns:
+        The questions that got no answer in `endpoint.retries` + 1 attempts, with the last reason.
+
+    Raises:
+        PromptKDError: the endpoint cannot be used; what `take` was given until then is valid.
+    """
+    if not questions:
+        return {}
+    return asyncio.run(_Round(_Asker(endpoint, on_wait), take, proven).ask(questions, concurrency))
 
 
-class Asker:
-    """Asks questions until they are answered; a pause that the server asks for holds for all of them."""
+class _Round(Generic[K]):
+    """All questions, until each is answered or the endpoint is at fault."""
+
+    def __init__(self, asker: "_Asker", take: Callable[[K, Reply | Refusal], None], proven: bool):
+        self.asker, self.take, self.proven = asker, take, proven
+        self.failed: dict[K, str] = {}
+        self.refused: dict[K, Refusal] = {}  # held back until the endpoint is proven
+        self.in_a_row = 0
+
+    async def ask(self, questions: Mapping[K, str], concurrency: int) -> dict[K, str]:
+        waiting, most = iter(questions.items()), max(_FAILURES_IN_A_ROW, concurrency)
+        try:
+            async with self.asker.client, asyncio.TaskGroup() as group:
+                for _ in range(min(concurrency, len(questions))):
+                    group.create_task(self._work(waiting, most))
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        if not self.proven:
+            reasons = [*self.failed.values(), *(each.reason for each in self.refused.values())]
+            raise self._stop(len(questions), reasons[-1])
+        return self.failed
+
+    async def _work(self, waiting: Iterator[tuple[K, str]], most: int) -> None:
+        for key, question in waiting:
+            try:
+                outcome = await self.asker.ask(question)
+            except _FailureError as failure:
+                self.failed[key] = reason = str(failure)
+            else:
+                if isinstance(outcome, Reply):
+                    self.proven, self.in_a_row = True, 0
+                    for held, refusal in self.refused.items():
+                        self.take(held, refusal)
+                    self.refused.clear()
+                if self.proven:
+                    self.take(key, outcome)
+                    continue
+                assert isinstance(outcome, Refusal)
+                self.refused[key], reason = outcome, outcome.reason
+            self.in_a_row += 1
+            if self.in_a_row >= most:
+                raise self._stop(self.in_a_row, reason)
+
+    def _stop(self, count: int, reason: str) -> PromptKDError:
+        which = f"None of the last {count} requests" if count > 1 else "No request"
+        return PromptKDError(f"{which} to {self.asker.endpoint.url} was answered: {reason}.")
+
+
+class _Asker:
+    """Asks a question until it is answered; a pause that the server asks for holds for all questions."""
 
     def __init__(self, endpoint: Endpoint, on_wait: Callable[[str, float], None]):
-        """`on_wait` hears why a question is asked again, and in how many seconds."""
         from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
-        self.endpoint = endpoint
-        self.on_wait = on_wait
+        self.endpoint, self.on_wait = endpoint, on_wait
         # No redirection is followed: it would carry the questions to another address than the record names.
         http = DefaultAsyncHttpxClient(follow_redirects=False)
         self.client = AsyncOpenAI(
@@ -150,37 +205,39 @@ class Asker:
         )
         self._not_before = 0.0
 
-    async def ask(self, question: str) -> Reply | Refusal | Unanswered:
+    async def ask(self, question: str) -> Reply | Refusal:
+        """Raises `_FailureError` when every attempt has failed."""
         for attempt in range(self.endpoint.retries + 1):
             await asyncio.sleep(max(0.0, self._not_before - time.monotonic()))
             try:
                 return await self._attempt(question)
             except _FailureError as failure:
-                reason = str(failure)
                 if failure.wait > _LONGEST_RETRY_AFTER:
-                    return Unanswered(f"{reason} (and to ask again in {failure.wait:.0f} s, which is too long)")
+                    raise _FailureError(
+                        f"{failure} (and to ask again in {failure.wait:.0f} s, which is too long)"
+                    ) from None
                 if attempt == self.endpoint.retries:
-                    break
+                    raise
                 pause = min(self.endpoint.backoff * 2**attempt, _LONGEST_PAUSE) * random.uniform(0.5, 1.0)
                 if failure.wait:
                     self._not_before = max(self._not_before, time.monotonic() + failure.wait)
-                self.on_wait(reason, max(pause, failure.wait))
+                self.on_wait(str(failure), max(pause, failure.wait))
                 await asyncio.sleep(max(pause, failure.wait))
-        return Unanswered(reason)
+        raise AssertionError("the last attempt returns or raises")
 
     async def _attempt(self, question: str) -> Reply | Refusal:
         from openai import APIConnectionError, APIStatusError, APITimeoutError
 
         endpoint = self.endpoint
         try:
-            async with asyncio.timeout(endpoint.timeout):  # the client's own counts anew with every byte
+            async with asyncio.timeout(endpoint.timeout):  # the client's own starts over with every byte
                 answer = await self.client.chat.completions.with_raw_response.create(
                     model=endpoint.model,
                     messages=[{"role": "user", "content": question}],
                     extra_body=dict(endpoint.fields),
                     timeout=endpoint.timeout,
                 )
-            return self._read(answer.content)
+            reply = Reply.model_validate_json(answer.content)
         except APIStatusError as error:
             return self._refused(error)
         except (TimeoutError, APITimeoutError):
@@ -188,52 +245,35 @@ class Asker:
         except APIConnectionError as error:
             cause = type(error.__cause__).__name__ if error.__cause__ else "no more is known"
             raise _FailureError(f"no connection, or one that broke ({cause})") from None
-
-    def _read(self, body: bytes) -> Reply:
-        try:
-            found = _Body.model_validate_json(body)
-            choice = found.choices[0]
-        except (ValidationError, IndexError):  # not `from error`: its message quotes the body
+        except ValidationError:  # not `from error`: its message quotes the body
             raise _FailureError("the body is no chat completion") from None
-        usage = found.usage or _Usage()
-        return Reply(
-            text=self._starred(choice.message.content or ""),
-            finish_reason=choice.finish_reason and self._starred(choice.finish_reason),
-            model=found.model and self._starred(found.model),
-            prompt_tokens=usage.prompt_tokens,
-            completion_tokens=usage.completion_tokens,
-        )
+        for name in ("text", "finish_reason", "model"):
+            setattr(reply, name, starred(getattr(reply, name) or "", endpoint.key) or None)
+        return reply
 
     def _refused(self, error: Any) -> Refusal:
         """What a status other than success means. Raises where it is more than the refusal of one question."""
-        status = error.status_code
+        status, url = error.status_code, self.endpoint.url
         if status in _FATAL:
-            raise PromptKDError(f"{self.endpoint.url} answered {status}. {_FATAL[status]}") from None
+            raise PromptKDError(f"{url} answered {status}. {_FATAL[status]}") from None
         if 300 <= status < 400:
-            raise PromptKDError(f"{self.endpoint.url} answered {status}, a redirection. Give its target.") from None
-        # Decoded and written anew, lest an escape such as \/ hide the key from the stars.
+            raise PromptKDError(f"{url} answered {status}, a redirection. Give its target.") from None
+        # Decoded and encoded again, lest an escape such as \/ hide the key from the stars.
         body = error.body if isinstance(error.body, str) else json.dumps(error.body, ensure_ascii=False)
-        said = " ".join(self._starred(body).split())
+        said = " ".join(starred(body, self.endpoint.key).split())
         reason = f"status {status}: {said[:_LONGEST_QUOTE] or 'no word why'}"
-        if status in _PASSING or status >= 500:
+        if status in _MAY_PASS or status >= 500:
             raise _FailureError(reason, _retry_after(error.response.headers.get("retry-after"))) from None
         return Refusal(reason)
-
-    def _starred(self, text: str) -> str:
-        key = self.endpoint.key
-        return text.replace(key, "***") if key and len(key) >= _SHORTEST_SECRET else text
 
 
 def _retry_after(header: str | None) -> float:
     """Seconds that a Retry-After header asks for, as a number or as a date; 0 where it says nothing readable."""
-    if header is None:
-        return 0.0
     try:
-        seconds = float(header)
+        seconds = float(header or 0)
     except ValueError:
         try:
-            date = parsedate_to_datetime(header)
-        except ValueError:
+            seconds = (parsedate_to_datetime(header or "") - datetime.now(UTC)).total_seconds()
+        except (ValueError, TypeError):  # no date, or one without a time zone
             return 0.0
-        seconds = (date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
     return max(0.0, seconds) if seconds == seconds else 0.0

@@ -1,24 +1,36 @@
-"""The answers that are judged, as `generate` and `evaluate` write them, and the questions about them."""
+"""The answers that are judged, as `generate` and `evaluate` write them, and the questions about them.
+
+A question is a text from `prompts/`, or a user's own, with {{ request }}, {{ first }} and {{ second }} filled in: in
+one pass, so that a placeholder inside an answer stays text.
+"""
 
 import hashlib
 import json
 import random
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, StrictInt, ValidationError
 
 from promptkd.data.rows import Instruction, Request, text_field
 from promptkd.data.sources import read_examples, read_objects
-from promptkd.errors import RequestError
-from promptkd.judge.prompt_template import fill_prompt
-from promptkd.judge.verdict_log import Key
+from promptkd.errors import RequestError, check_all
+from promptkd.io.files import MIB, read_regular
+
+Task = Literal["score", "pairwise"]
+Key = tuple[int, bool]
+"""Of a question and its verdict: the row, and whether the model's answer is shown first."""
+
+_PLACEHOLDER = re.compile(r"\{\{\s*(.*?)\s*\}\}")
+_PLACEHOLDERS = ("request", "first", "second")
 
 
 @dataclass(frozen=True)
-class Answer:
+class JudgedAnswer:
     """One request, a model's answer to it, and the references."""
 
     row: int
@@ -36,7 +48,7 @@ class _Line(BaseModel):
     references: list[str] = []
 
 
-def read_answers(path: Path, *, limit: int | None = None) -> dict[int, Answer]:
+def read_answers(path: Path, *, limit: int | None = None) -> dict[int, JudgedAnswer]:
     """The answers in `path` by the number of their row, in its order; of the first `limit` lines, if that is given.
 
     Raises:
@@ -44,42 +56,39 @@ def read_answers(path: Path, *, limit: int | None = None) -> dict[int, Answer]:
     """
     if not path.is_file():
         raise RequestError(f"Expected a file of answers at {path}. There is none; `promptkd generate` writes one.")
-    answers: dict[int, Answer] = {}
+    answers: dict[int, JudgedAnswer] = {}
     for location, found in read_objects(path, limit=limit):
         answer = _answer(found, location)
         if answer.row in answers:
-            raise RequestError(f"{location}: row {answer.row} stands twice. Judge the answers of one seed at a time.")
+            raise RequestError(f"{location}: row {answer.row} is there twice. Judge the answers of one seed at a time.")
         answers[answer.row] = answer
     return dict(sorted(answers.items()))
 
 
-def _answer(found: Any, location: str) -> Answer:
+def _answer(found: Any, location: str) -> JudgedAnswer:
+    expected = (
+        f"{location}: expected row, prompt, references, and response or completion, as `promptkd evaluate` and "
+        "`promptkd generate` write them"
+    )
     try:
         line = _Line.model_validate(found)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the row"
-        raise _no_answer(location, f"{where}: {first['msg']}") from error
+        raise RequestError(f"{expected}: {where}: {first['msg']}.") from error
     texts = [text for text in (line.response, line.completion) if text is not None]
     if len(texts) != 1:
-        raise _no_answer(location, f"it holds {'both' if texts else 'neither'}")
-    for text in (line.prompt, texts[0], *line.references):
+        raise RequestError(f"{expected}: it holds {'both' if texts else 'neither'}.")
+    for text in (line.prompt, *texts, *line.references):
         text_field(text, "text", location)
-    return Answer(line.row, line.prompt, texts[0], tuple(line.references))
+    return JudgedAnswer(line.row, line.prompt, texts[0], tuple(line.references))
 
 
-def _no_answer(location: str, reason: str) -> RequestError:
-    return RequestError(
-        f"{location}: expected row, prompt, references, and response or completion, as `promptkd evaluate` and "
-        f"`promptkd generate` write them: {reason}."
-    )
-
-
-def with_requests(answers: Mapping[int, Answer], source: str) -> dict[int, Answer]:
+def with_requests(answers: Mapping[int, JudgedAnswer], source: str) -> dict[int, JudgedAnswer]:
     """The answers with the requests of the data set they answer in place of their prompts: no template around them.
 
     Raises:
-        RequestError: `source` lacks a row, or a row's request does not stand in its prompt.
+        RequestError: `source` lacks a row, or a row's request is not in its prompt.
     """
     requests = {example.row: _request_text(example.request) for example in read_examples(source)}
     missing = sum(row not in requests for row in answers)
@@ -95,7 +104,7 @@ def with_requests(answers: Mapping[int, Answer], source: str) -> dict[int, Answe
 
 
 def _request_text(request: Request) -> tuple[str, str]:
-    """The request as a person would read it, and the part of it that stands in every rendering."""
+    """The request as a person would read it, and the part of it that is in every rendering."""
     if isinstance(request, str):
         return request, request
     if isinstance(request, Instruction):
@@ -111,60 +120,74 @@ def _flat(text: str) -> str:
     return " ".join(text.split())
 
 
-def check_same_requests(answers: Mapping[int, Answer], others: Mapping[int, Answer], names: tuple[str, str]) -> None:
+def check_same_requests(
+    answers: Mapping[int, JudgedAnswer], others: Mapping[int, JudgedAnswer], names: tuple[str, str]
+) -> None:
     """Refuse two files of answers that do not answer the same requests."""
     missing, surplus = len(answers.keys() - others.keys()), len(others.keys() - answers.keys())
     changed = sum(answers[row].prompt != others[row].prompt for row in answers.keys() & others.keys())
-    problems = [f"{missing} of its {len(answers)} rows are missing there"] if missing else []
-    problems += [f"{surplus} further rows are there"] if surplus else []
-    problems += [f"{changed} rows have another prompt there"] if changed else []
-    if problems:
-        raise RequestError(
-            f"Expected {names[1]} to answer the same requests as {names[0]}, but {', '.join(problems)}. "
-            "Generate both from the same data with the same template and limits."
-        )
+    checks = [
+        (missing > 0, f"{missing} of its {len(answers)} rows are missing there"),
+        (surplus > 0, f"{surplus} further rows are there"),
+        (changed > 0, f"{changed} rows have another prompt there"),
+    ]
+    advice = "Generate both from the same data with the same template and limits."
+    check_all(f"Expected {names[1]} to answer the same requests as {names[0]}", checks, advice)
 
 
-def requests_sha256(answers: Iterable[Answer]) -> str:
+def requests_sha256(answers: Iterable[JudgedAnswer]) -> str:
     """Hex SHA-256 over rows, prompts and references: equal where models answered the same requests."""
     lines = (json.dumps([each.row, each.prompt, each.references], ensure_ascii=False) + "\n" for each in answers)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def questions_about(models: Sequence[Mapping[int, Answer]], prompt: str) -> dict[Key, str]:
+def load_prompt(task: Task, path: Path | None = None) -> str:
+    """The prompt of `task`: the one that ships, or the text of `path`.
+
+    Raises:
+        RequestError: the file cannot be read, lacks a placeholder, or holds one that is not known.
+    """
+    if path is None:
+        return (resources.files("promptkd.judge") / "prompts" / f"{task}.txt").read_text(encoding="utf-8")
+    try:
+        text = read_regular(path, most=MIB).decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror or error if isinstance(error, OSError) else f"it is not valid UTF-8: {error}"
+        raise RequestError(f"Expected the judge's prompt in {path}: {reason}.") from error
+    found = set(_PLACEHOLDER.findall(text))
+    checks = [(name not in found, f"it lacks {{{{ {name} }}}}") for name in _PLACEHOLDERS]
+    checks += [(True, f"it holds {{{{ {name} }}}}, which is unknown") for name in sorted(found - {*_PLACEHOLDERS})]
+    known = ", ".join(f"{{{{ {name} }}}}" for name in _PLACEHOLDERS)
+    check_all(f"Cannot use the judge's prompt {path}", checks, f"It must hold {known} and no other.")
+    return text
+
+
+def fill_prompt(prompt: str, *, request: str, first: str, second: str) -> str:
+    """`prompt` with its placeholders replaced."""
+    values = {"request": request, "first": first, "second": second}
+    return _PLACEHOLDER.sub(lambda found: values[found[1]], prompt)
+
+
+def questions_about(models: Sequence[Mapping[int, JudgedAnswer]], prompt: str) -> dict[Key, str]:
     """The questions about the answers of one model, beside each row's first reference, or of two models.
 
-    Against the reference one question a row; which answer stands first is drawn from the number of the row. Between
-    two models two questions a row, in both orders.
+    Against the reference one question per row; which answer is shown first is drawn from the number of the row. Between
+    two models two questions per row, in both orders.
 
     Raises:
         RequestError: rows without a reference to stand beside a single model's answer.
     """
     answers, *others = models
-    orders: dict[int, tuple[bool, ...]]
-    if others:
-        texts = {row: answer.response for row, answer in others[0].items()}
-        orders = dict.fromkeys(answers, (True, False))
-    else:
-        texts = _first_references(answers)
-        orders = {row: (random.Random(row).random() < 0.5,) for row in answers}
-    return {
-        (row, model_first): _question(prompt, answer, texts[row], model_first)
-        for row, answer in answers.items()
-        for model_first in orders[row]
-    }
-
-
-def _first_references(answers: Mapping[int, Answer]) -> dict[int, str]:
     bare = sum(not answer.references for answer in answers.values())
-    if bare:
+    if bare and not others:
         raise RequestError(
             f"{bare} of {len(answers)} rows hold no reference, which the score is relative to. Generate them from data "
             "with outputs, or compare two models with --against."
         )
-    return {row: answer.references[0] for row, answer in answers.items()}
-
-
-def _question(prompt: str, answer: Answer, other: str, model_first: bool) -> str:
-    first, second = (answer.response, other) if model_first else (other, answer.response)
-    return fill_prompt(prompt, request=answer.prompt, first=first, second=second)
+    questions = {}
+    for row, answer in answers.items():
+        other = others[0][row].response if others else answer.references[0]
+        for model_first in (True, False) if others else (random.Random(row).random() < 0.5,):
+            first, second = (answer.response, other) if model_first else (other, answer.response)
+            questions[row, model_first] = fill_prompt(prompt, request=answer.prompt, first=first, second=second)
+    return questions

@@ -19,7 +19,7 @@ _PAIR = re.compile(
     rf"{_NUMBER}{_CLOSE}{_SEPARATOR}{_OPEN}{_NUMBER}{_CLOSE}[.,]?{_CLOSE}",
     re.IGNORECASE,
 )
-_LABELLED = re.compile(
+_LABELED = re.compile(
     rf"\b(?:{_WHO}|score|rating)[\s_#-]{{0,2}}([12]){_CLOSE}(?:'s\s)?_?(?:score|rating)?{_CLOSE}"
     rf"(?:[:=]|[–—-](?=\s)|\bis\b){_OPEN}{_NUMBER}{_CLOSE}(?=$|[.,;|(–—-]|and\b|{_WHO}\b)",
     re.IGNORECASE | re.MULTILINE,
@@ -46,15 +46,15 @@ _SHARES = {"1": _FIRST, "a": _FIRST, "2": _SECOND, "b": _SECOND}
 def read_scores(text: str) -> tuple[float, float] | None:
     """The scores of the answers shown first and second, each in 1..10; None where they are not said plainly.
 
-    Read are a line of nothing but two numbers ("7 9", "7/10, 9/10", "Scores: **7** and **9**") and labelled numbers
+    Read are a line of nothing but two numbers ("7 9", "7/10, 9/10", "Scores: **7** and **9**") and labeled numbers
     ("Answer 1: 7", `{"answer_1": 7, "answer_2": 9}`).
     """
     said = _without_thoughts(text)
     pairs = {(float(found[1]), float(found[2])) for line in _lines(said) if (found := _PAIR.fullmatch(line))}
-    labelled: dict[str, set[float]] = {"1": set(), "2": set()}
-    for who, number in _LABELLED.findall(said):
-        labelled[who].add(float(number))
-    pairs |= {(first, second) for first in labelled["1"] for second in labelled["2"]}
+    labeled: dict[str, set[float]] = {"1": set(), "2": set()}
+    for who, number in _LABELED.findall(said):
+        labeled[who].add(float(number))
+    pairs |= {(first, second) for first in labeled["1"] for second in labeled["2"]}
     if len(pairs) != 1:
         return None
     (scores,) = pairs

@@ -55,7 +55,7 @@ class MiniLLM(AdaptedMethod):
             batch.by_row(log_p),
             batch.by_row(reverse_kl(logits, target)),
             mask,
-            log_behaviour=None if behavior is None else batch.by_row(behavior),
+            log_behavior=None if behavior is None else batch.by_row(behavior),
             importance=self.importance,
             length_normalization=self.length_normalization,
             clip_ratio=self.clip_ratio,

@@ -6,6 +6,8 @@ eq. 1), measured on training rows; or evenly spaced ones; or given by index.
 
 import copy
 from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,31 +47,23 @@ def block_influence(model: PreTrainedModel, batches: Sequence[TokenBatch]) -> li
     Real tokens are all up to a row's last response token. A value near 0 marks a layer that hardly changes its input.
     """
     _, layers = decoder_layers(model)
-    sums = torch.zeros(len(layers), dtype=torch.float64)
-    tokens = 0
-    current: dict[str, Tensor] = {}
+    sums, tokens = torch.zeros(len(layers), dtype=torch.float64), 0
 
-    def record(index: int) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            before = args[0] if args else kwargs["hidden_states"]
-            after = output if isinstance(output, Tensor) else output[0]
-            cosine = torch.nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)  # (B, T)
-            sums[index] += float((1 - cosine)[current["mask"]].double().sum())
+    def record(index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        before = args[0] if args else kwargs["hidden_states"]
+        after = output if isinstance(output, Tensor) else output[0]
+        cosine = torch.nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)  # (B, T)
+        sums[index] += float((1 - cosine)[is_real].double().sum())
 
-        return hook
-
-    handles = [layer.register_forward_hook(record(i), with_kwargs=True) for i, layer in enumerate(layers)]
-    try:
-        with torch.no_grad(), evaluating(model):
-            for batch in batches:
-                last = torch.zeros(batch.input_ids.shape[0], dtype=torch.long, device=batch.input_ids.device)
-                last.scatter_reduce_(0, batch.rows, batch.columns + 1, "amax")
-                current["mask"] = batch.position_ids <= last[:, None]
-                tokens += int(current["mask"].sum())
-                model.base_model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, torch.no_grad(), evaluating(model):
+        for index, layer in enumerate(layers):
+            hooks.enter_context(layer.register_forward_hook(partial(record, index), with_kwargs=True))
+        for batch in batches:
+            last = torch.zeros(batch.input_ids.shape[0], dtype=torch.long, device=batch.input_ids.device)
+            last.scatter_reduce_(0, batch.rows, batch.columns + 1, "amax")
+            is_real = batch.position_ids <= last[:, None]
+            tokens += int(is_real.sum())
+            model.base_model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
     if tokens == 0:
         raise RequestError("Block influence needs at least one row to be measured on. Got no batch.")
     return (sums / tokens).tolist()
@@ -143,15 +137,12 @@ def _check_student(
         return before if isinstance(output, Tensor) else (before, *output[1:])
 
     ids = torch.arange(4, device=model.device)[None]
-    dropped = [layer for index, layer in enumerate(stack) if index not in set(layers)]
-    handles = [layer.register_forward_hook(pass_through, with_kwargs=True) for layer in dropped]
-    try:
-        with torch.no_grad(), evaluating(model):
-            expected = model.base_model(input_ids=ids, use_cache=False).last_hidden_state.float()
-            got = student.base_model(input_ids=ids, use_cache=False).last_hidden_state.float()
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, torch.no_grad(), evaluating(model):
+        for index, layer in enumerate(stack):
+            if index not in layers:
+                hooks.enter_context(layer.register_forward_hook(pass_through, with_kwargs=True))
+        expected = model.base_model(input_ids=ids, use_cache=False).last_hidden_state.float()
+        got = student.base_model(input_ids=ids, use_cache=False).last_hidden_state.float()
     if float((got - expected).abs().max()) > 1e-3 * float(expected.abs().max()):
         raise _cannot_be_pruned(model)
 

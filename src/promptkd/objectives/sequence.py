@@ -19,7 +19,7 @@ def minillm(
     single_step: Tensor,
     mask: Tensor,
     *,
-    log_behaviour: Tensor | None = None,
+    log_behavior: Tensor | None = None,
     importance: Importance = "token",
     length_normalization: bool = True,
     clip_ratio: float | None = 0.2,
@@ -34,7 +34,7 @@ def minillm(
         log_p: (B, T) the same under the teacher.
         single_step: (B, T) KL(q || p) of the full distribution at each position; with a gradient.
         mask: (B, T) bool.
-        log_behaviour: (B, T) the same under the distribution that sampled the tokens, α p + (1 - α) q; None if that was
+        log_behavior: (B, T) the same under the distribution that sampled the tokens, α p + (1 - α) q; None if that was
             the student.
         importance: weights of tokens that the student did not sample: "token", ρ_t = q / behavior at t alone, biased
             but of low variance (the paper's); "product", the exact weights, products over the response; "none".
@@ -46,7 +46,7 @@ def minillm(
         (B, T); its sum over t is the loss of a response.
     """
     log_q_fixed, log_p = log_q.detach(), log_p.detach()
-    log_ratio = torch.zeros_like(log_q) if log_behaviour is None else (log_q_fixed - log_behaviour.detach())
+    log_ratio = torch.zeros_like(log_q) if log_behavior is None else (log_q_fixed - log_behavior.detach())
     log_ratio = torch.where(mask, log_ratio, 0.0)
     cost = torch.where(mask, log_q_fixed - log_p, 0.0)
     if importance == "product":

@@ -42,7 +42,7 @@ class MetricsFile(TrainerCallback):
 
 
 class ProgressBar(TrainerCallback):
-    """One bar of optimiser steps with the loss beside it; where there is no terminal, a line every tenth of the way."""
+    """One bar of optimizer steps with the loss beside it; where there is no terminal, a line every tenth of the way."""
 
     def __init__(self, title: str, console: Console | None = None):
         self._title = title

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 _LOGGER = logging.getLogger("promptkd")
 _END_TOKEN = (
-    "The end token is not learnt: see that the template's end is a stop token of the tokenizer, and that teacher and "
+    "The end token is not learned: see that the template's end is a stop token of the tokenizer, and that teacher and "
     "data write it."
 )
 
@@ -25,7 +25,7 @@ class Limits:
     """From where on a figure is called degenerate. docs/warnings.md gives the reasons."""
 
     steps: int = 5
-    """Optimiser steps for which it must stay so."""
+    """Optimizer steps for which it must stay so."""
     lines: int = 10
     """Logged lines over which response lengths are averaged, at the start and now."""
     length_share: float = 0.2
@@ -35,7 +35,7 @@ class Limits:
     entropy: float = 0.05
     """Nats a token."""
     endless_steps: int = 50
-    """Optimiser steps without any response that ends by itself."""
+    """Optimizer steps without any response that ends by itself."""
     prompt_growth: float = 10.0
     """Norm of the soft prompt over its norm in the first logged line."""
     prompt_kl: float = 2.0
@@ -48,7 +48,7 @@ class Finding:
 
     kind: str
     step: int
-    """Optimiser step at which it was found."""
+    """Optimizer step at which it was found."""
     text: str
 
 
@@ -56,7 +56,7 @@ class Finding:
 class _Sign:
     holds: bool
     steps: int
-    """Optimiser steps for which it must last before it is told."""
+    """Optimizer steps for which it must last before it is told."""
     text: str
 
 

@@ -20,7 +20,7 @@ _ECHO = 1.0  # seconds: a launcher passes on what the terminal or the scheduler 
 class StopOnSignal(TrainerCallback):
     """After SIGINT or SIGTERM training ends with the step under way and a checkpoint; a second one ends it at once.
 
-    The optimiser step is the smallest piece with an exact end: within it the prompt has moved already, and the
+    The optimizer step is the smallest piece with an exact end: within it the prompt has moved already, and the
     student's gradients are summed in part. A validation that is due at that step comes before the checkpoint. With
     several processes the signal may reach any of them; all end at the same step.
 
@@ -95,4 +95,4 @@ class StopOnSignal(TrainerCallback):
             raise Stopped(self._agreed, reached)
 
 
-_HEARD = "Stopping after this optimiser step, with a checkpoint. A second signal ends at once.\n"
+_HEARD = "Stopping after this optimizer step, with a checkpoint. A second signal ends at once.\n"

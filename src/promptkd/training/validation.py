@@ -9,7 +9,8 @@ from torch import nn
 
 from promptkd.data.encode import EncodedData, EncodedExample
 from promptkd.errors import RequestError
-from promptkd.evaluation.measure import measure_rows, summarize
+from promptkd.evaluation.dataset_evaluation import measure_rows
+from promptkd.evaluation.measure import summarize
 from promptkd.generation import Decoding
 from promptkd.results import RowResult
 from promptkd.training.distributed import autocast, is_sharded

@@ -18,16 +18,17 @@ from promptkd.io.lock import locked
 from promptkd.io.redact import without_secret_values
 from promptkd.judge.endpoint import Endpoint, check_client, check_url
 from promptkd.judge.metrics import judge_notes, judge_results, token_cost
-from promptkd.judge.prompt_template import Task, load_prompt
 from promptkd.judge.questions import (
-    Answer,
+    JudgedAnswer,
+    Task,
     check_same_requests,
+    load_prompt,
     questions_about,
     read_answers,
     requests_sha256,
     with_requests,
 )
-from promptkd.judge.verdict_log import Verdict, verdict_log
+from promptkd.judge.verdicts import Verdict, verdict_log
 from promptkd.report import terminal_table
 from promptkd.results import DataRecord, Results, file_sha256
 
@@ -114,7 +115,7 @@ def _key(variable: str | None) -> str | None:
     return key or None
 
 
-def _answers(options: Options) -> dict[str, dict[int, Answer]]:
+def _answers(options: Options) -> dict[str, dict[int, JudgedAnswer]]:
     """The answers of one model, or of two to the same requests, by label."""
     models = {_label(options.responses, options.label): read_answers(options.responses, limit=options.limit)}
     (answers,) = models.values()
@@ -135,7 +136,7 @@ def _label(path: Path, given: str | None) -> str:
     return given or label_of(str(path))
 
 
-def _provenance(options: Options, data: str, models: dict[str, dict[int, Answer]]) -> dict[str, DataRecord]:
+def _provenance(options: Options, data: str, models: dict[str, dict[int, JudgedAnswer]]) -> dict[str, DataRecord]:
     """The files of answers, and the requests: their hash is the same for every model that was asked the same."""
     answers, *_ = models.values()
     sha256 = requests_sha256(answers.values())

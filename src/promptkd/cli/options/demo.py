@@ -1,4 +1,4 @@
-"""Distil a small student offline on embedded defaults, with a report.
+"""Distill a small student offline on embedded defaults, with a report.
 
 A 135M-parameter teacher (SmolLM2-135M-Instruct) is tuned on a small instruction set, pruned to a student, and the
 student recovers by knowledge distillation and then learns by PromptKD. Every stage is measured on held-out requests.

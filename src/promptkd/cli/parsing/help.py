@@ -21,7 +21,7 @@ _EVERY_COMMAND = (
     ("--help-all", "Show every flag."),
 )
 _OVERVIEW = """\
-promptkd compresses generative language models: it distils a large one into a small one.
+promptkd compresses generative language models: it distills a large one into a small one.
 
 Usage: promptkd COMMAND [flags]
 

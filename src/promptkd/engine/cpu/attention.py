@@ -1,14 +1,15 @@
 """Varlen attention on CPU: causal within each row of a pack, row by row, by torch's flash attention for CPUs."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from promptkd.engine.attention import AttentionSettings, softcapped_attention
+from promptkd.engine.attention import Attention, AttentionSettings, softcapped_attention
 from promptkd.engine.backbone import applies_dropout
 from promptkd.engine.packed import PackedRows, PackedScorer
 
@@ -19,47 +20,41 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 class CpuPackedScorer(PackedScorer):
     """Packed rows that share their common prefixes."""
 
-    def attention(self, pack: PackedRows, device: torch.device) -> "CpuVarlenAttention":
-        return CpuVarlenAttention(pack)
+    def attention(self, pack: PackedRows, device: torch.device) -> Attention:
+        return partial(varlen_attention, pack)
 
     def shares_prefixes(self, model: Any) -> bool:
         return not applies_dropout(model)  # rows that share a token would share what dropout drops
 
 
-class CpuVarlenAttention:
-    """Attention within each row of a pack.
+def varlen_attention(
+    pack: PackedRows, module: Any, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings
+) -> Tensor:
+    """An `Attention` within each row of a pack.
 
     Each row is attended to completely. At shared tokens the output of the first row is taken, since all are equal.
     (Skipping these tokens by a mask would cost more: they are few.)
     """
-
-    def __init__(self, pack: PackedRows):
-        self.pack = pack
-
-    def attend(
-        self, module: nn.Module | None, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings
-    ) -> Tensor:
-        """See `Attention.attend`: (1, S, heads, D) from `query` (1, heads, S, D)."""
-        pack, scale, window = self.pack, settings.scale(query), settings.sliding_window
-        query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, rotary positions are float32
-        fits = window is None or max(map(len, pack.row_indices)) <= window
-        if fits and settings.softcap is None and settings.dropout == 0 and query.shape[-1] == value.shape[-1]:
-            return _CausalAttention.apply(query, key, value, pack, scale)
-        outputs = []
-        for slices, own in _rows(pack):
-            q, k, v = (_gather(each, slices) for each in (query, key, value))
-            mask = None
-            if not fits or settings.softcap is not None:
-                mask = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
-                mask = mask if window is None else mask.triu(1 - window)
-            if settings.softcap is None or mask is None:
-                output = scaled_dot_product_attention(
-                    q, k, v, mask, settings.dropout, mask is None, scale=scale, enable_gqa=True
-                )
-            else:
-                output = softcapped_attention(q, k, v, mask, settings)
-            outputs.append(output[:, :, -own:].transpose(1, 2))
-        return torch.cat(outputs, dim=1)
+    scale, window = settings.scale(query), settings.sliding_window
+    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, rotary positions are float32
+    fits = window is None or max(map(len, pack.row_indices)) <= window
+    if fits and settings.softcap is None and settings.dropout == 0 and query.shape[-1] == value.shape[-1]:
+        return _CausalAttention.apply(query, key, value, pack, scale)
+    outputs = []
+    for slices, own in _rows(pack):
+        q, k, v = (_gather(each, slices) for each in (query, key, value))
+        mask = None
+        if not fits or settings.softcap is not None:
+            mask = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
+            mask = mask if window is None else mask.triu(1 - window)
+        if settings.softcap is None or mask is None:
+            output = scaled_dot_product_attention(
+                q, k, v, mask, settings.dropout, mask is None, scale=scale, enable_gqa=True
+            )
+        else:
+            output = softcapped_attention(q, k, v, mask, settings)
+        outputs.append(output[:, :, -own:].transpose(1, 2))
+    return torch.cat(outputs, dim=1)
 
 
 class _CausalAttention(torch.autograd.Function):

@@ -1,7 +1,7 @@
 """Decoding on CPU: rows leave as soon as they end, and each step attends only to the columns filled so far."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from promptkd.engine.attention import AttentionSettings
 from promptkd.engine.backbone import embedding_device
-from promptkd.engine.base import Decoder, DecodeSession, SessionFactory
+from promptkd.engine.base import Decoder, SessionFactory
 from promptkd.engine.cpu.attention import CpuPackedScorer
 from promptkd.engine.cpu.onednn import OneDNNLinear, copy_is_affordable, join, onednn_linears, onednn_multiplies
 from promptkd.engine.fused_decoder import FusedDecoder, supports_fused_decoder
@@ -31,23 +31,16 @@ class CpuDecoder(Decoder):
         self.name = "fused decoder" if fused else "static cache"
 
     def supports(self, model: PreTrainedModel) -> bool:
-        fused = not self.fused or (supports_fused_decoder(model) and copy_is_affordable(model))
-        return supports_packing(model) and fused
+        if not supports_packing(model):
+            return False
+        return not self.fused or (supports_fused_decoder(model) and copy_is_affordable(model))
 
     @contextmanager
     def open(self, model: PreTrainedModel, rows: int, vocabulary: int | None) -> Iterator[SessionFactory]:
         project = _projection(model, rows, vocabulary)
         backbone = FusedDecoder(model, partial(join, rows=rows)) if self.fused else None
-
-        @contextmanager
-        def session(max_new_tokens: int) -> Iterator[DecodeSession]:
-            yield _CpuSession(model, max_new_tokens, backbone, project)
-
-        if self.fused:
-            yield session
-            return
-        with onednn_linears(model.base_model, rows):
-            yield session
+        with nullcontext() if self.fused else onednn_linears(model.base_model, rows):
+            yield lambda max_new_tokens: nullcontext(_CpuSession(model, max_new_tokens, backbone, project))
 
 
 def _projection(model: PreTrainedModel, rows: int, vocabulary: int | None) -> Callable[[Tensor], Tensor]:

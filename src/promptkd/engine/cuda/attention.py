@@ -4,7 +4,7 @@ import inspect
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import varlen
 from transformers import PreTrainedModel
 
@@ -27,7 +27,7 @@ class CudaPackedScorer(PackedScorer):
         return CudaVarlenAttention(pack, device)
 
     def supports(self, model: PreTrainedModel) -> bool:
-        # whether attention has a soft cap shows in the trial, since `attend` refuses it
+        # whether attention has a soft cap shows in the trial, since `CudaVarlenAttention` refuses it
         precise = model_matmul_dtype(model) in _DTYPES
         return precise and _HAS_WINDOWS and super().supports(model) and not applies_dropout(model)
 
@@ -39,10 +39,8 @@ class CudaVarlenAttention:
         ends = torch.tensor([0, *pack.own_lengths]).cumsum(0, dtype=torch.int32)
         self.ends, self.longest = moved(ends, device), max(pack.own_lengths)
 
-    def attend(
-        self, module: nn.Module | None, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings
-    ) -> Tensor:
-        """See `Attention.attend`: (1, S, heads, D) from `query` (1, heads, S, D).
+    def __call__(self, module: Any, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
+        """An `Attention` over S tokens.
 
         Raises:
             NotImplementedError: for a soft cap, dropout, or heads wider than 256, which varlen attention lacks.

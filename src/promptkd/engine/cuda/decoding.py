@@ -196,7 +196,7 @@ class _CudaSession(StaticCacheSession):
         self.max_new_tokens, self.buffers, self.head = max_new_tokens, buffers, head
         self.count = self.width = 0
         """Rows, and filled columns."""
-        self._places: tuple[Tensor, Tensor] | None = None  # row and column of each token of the pack
+        self._places: tuple[Tensor, Tensor]  # row and column of each token of the pack
         self._masks: dict[int | None, Tensor] = {}  # by sliding window, within one step
 
     def allocate(self, lengths: Sequence[int]) -> None:
@@ -212,12 +212,12 @@ class _CudaSession(StaticCacheSession):
         buffers.column.fill_(width)
         rows = [row for row, length in enumerate(lengths) for _ in range(length)]
         columns = [column for length in lengths for column in range(width - length, width)]
-        self._places = tuple(on_device([rows, columns], buffers.device))
+        places = on_device([rows, columns], buffers.device)
+        self._places = places[0], places[1]
 
     @outside_inference_mode
     def store(self, index: int, pack: PackedRows, key: Tensor, value: Tensor, settings: AttentionSettings) -> None:
         layer, dtype = self.buffers.layer(index, key, value, settings), self.buffers.dtype
-        assert self._places is not None
         rows, columns = self._places
         layer.keys[rows, :, columns] = key[0].transpose(0, 1).to(dtype)  # (S, G, D), row by row
         layer.values[rows, :, columns] = value[0].transpose(0, 1).to(dtype)

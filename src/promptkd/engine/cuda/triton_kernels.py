@@ -39,24 +39,20 @@ _LOWEST = tl.constexpr(-3.4e38)  # past the last column; finite, since inf - inf
 
 
 def reverse_kl_kernel(logits: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """KL(q || p), q of `logits`, p of `target`: d/dz = q (log q - log p - KL).
+    """KL(q || p), q of `logits`, p of `target`: d/dz = q (log q - log p - KL). The metric is the "entropy" of q.
 
     Args:
-        logits: (C, V) float32, finite, rows of any stride. The gradient is written over it.
-        target: like `logits`; only read.
-
-    Returns:
-        The values (C,) in nats, and the metric "entropy" (C,) of q.
+        logits, target: (C, V) float32, finite, contiguous rows of any stride. The gradient is written over `logits`.
 
     Raises:
-        ValueError: for another dtype, differing shapes or devices, or rows that are not contiguous.
+        ValueError: for tensors that are not of this form.
     """
     values, _, entropy = _reverse_kl(logits, 0.0, target=target)
     return values, {"entropy": entropy}
 
 
 def forward_kl_kernel(logits: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """KL(p || q), q of `logits`, p of `target`: d/dz = q - p. Otherwise as `reverse_kl_kernel`."""
+    """KL(p || q), q of `logits`, p of `target`: d/dz = q - p. All else as in `reverse_kl_kernel`."""
     _check(logits, target=target)
     values, entropy = _per_row(logits), _per_row(logits)
     strides = logits.stride(0), target.stride(0)
@@ -65,17 +61,10 @@ def forward_kl_kernel(logits: Tensor, target: Tensor) -> tuple[Tensor, dict[str,
 
 
 def cross_entropy_kernel(logits: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """-log q(y), q of `logits`: d/dz = q - [y].
+    """-log q(y), q of `logits`: d/dz = q - [y]. All else as in `reverse_kl_kernel`.
 
     Args:
-        logits: (C, V) float32, finite, rows of any stride. The gradient is written over it.
         labels: (C,) the tokens y, in 0 … V - 1. Not checked, since a check would wait for the device.
-
-    Returns:
-        The values (C,) in nats, and the metric "entropy" (C,) of q.
-
-    Raises:
-        ValueError: for another dtype, another number of labels, or rows that are not contiguous.
     """
     _check(logits)
     if labels.shape != logits.shape[:1] or labels.dtype not in (torch.int32, torch.int64):

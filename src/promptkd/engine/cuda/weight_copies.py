@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from promptkd.engine.attention import use_attention
 from promptkd.engine.fused_decoder import outside_inference_mode
-from promptkd.engine.static_cache import CachedAttention, DecodeAttention
+from promptkd.engine.static_cache import CachedAttention, within_layers
 
 
 class UncopiedLinear:
@@ -60,6 +60,6 @@ class CastBackbone:
         precision = (
             torch.autocast(tokens.device.type, dtype=self._dtype, cache_enabled=False) if half else nullcontext()
         )
-        with precision, use_attention(self._backbone, DecodeAttention(attend)):
+        with precision, use_attention(self._backbone, within_layers(attend)):
             outputs = self._backbone(input_ids=tokens[:, None], position_ids=positions[:, None], use_cache=False)
         return outputs.last_hidden_state[:, -1]
