@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import statistics
 import time
 from pathlib import Path
@@ -26,6 +27,7 @@ from helpers.commands import (
 from helpers.processes import forked_command, killed
 from promptkd.evaluation import distinct, rouge_1_scores, rouge_l_scores
 from promptkd.evaluation.statistics import mean_interval, token_mean_interval
+from promptkd.io.lock import locked
 from promptkd.results import Evaluation, Results, Training
 
 FIELDS = {"row", "prompt", "references", "response", "ended", "token_ids", "rouge_l", "exact_match"}
@@ -337,3 +339,12 @@ def test_a_line_made_for_another_row_is_refused(world, tmp_path, capsys):
     ran = run(capsys, *evaluate(world, out))
     assert ran.status == 2
     assert "another prompt or other references for row 1" in ran.err
+
+
+def test_an_evaluation_at_work_on_the_same_files_is_named(world, tmp_path, capsys):
+    out = tmp_path / "results.json"
+    with locked(out):
+        ran = run(capsys, *evaluate(world, out))
+    assert ran.status == 2
+    assert f"results.json can be written by one process at a time, and process {os.getpid()} on " in ran.err
+    assert list(tmp_path.iterdir()) == []

@@ -21,6 +21,7 @@ from helpers.judge_server import JudgeServer, answer_rows, by_length, judge_serv
 from helpers.processes import forked_command, killed
 from helpers.tiny import save_model, tiny_model, tiny_tokenizer
 from promptkd.evaluation.statistics import token_mean_interval
+from promptkd.io.lock import locked
 from promptkd.judge.endpoint import _retry_after
 from promptkd.results import Results, file_sha256
 
@@ -528,6 +529,17 @@ def test_a_damaged_log(tmp_path, capsys, student, line, content, told):
         ran = run(capsys, *request(server, student))
     assert ran.status == 2
     assert told in ran.err
+
+
+def test_a_judge_at_work_on_the_same_file_is_named(tmp_path, capsys, student):
+    with judge_server() as server:
+        with locked(tmp_path / "out" / "judged.json"):
+            ran = run(capsys, *request(server, student))
+        assert ran.status == 2
+        assert f"judged.json can be written by one process at a time, and process {os.getpid()} on " in ran.err
+        assert not server.questions
+        done(capsys, *request(server, student))
+    assert held(tmp_path / "out") == {"judged.json", "judged-verdicts.jsonl"}
 
 
 # ---- wrong requests ----

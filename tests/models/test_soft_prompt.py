@@ -328,7 +328,7 @@ def test_the_adapter_reads_the_teacher_with_and_without(tmp_path):
         assert torch.equal(adapted, response_hidden(teacher, BATCH, adapter.module()))
         assert torch.equal(plain, response_hidden(teacher, BATCH))
         adapter.module.embeddings += 1
-    assert adapter.figures() == {
+    assert adapter.metrics() == {
         "prompt_norm": pytest.approx(adapter.module.norm()),
         "prompt_distance": pytest.approx((5 * 16) ** 0.5),
     }

@@ -1,4 +1,4 @@
-"""The demo's stages: tune the teacher, prune it, let the student recover, distill with PromptKD, measure every stage."""
+"""The demo's stages: tune the teacher, prune it, recover the student, distill with PromptKD, measure every stage."""
 
 import shutil
 import time

@@ -50,7 +50,7 @@ def chunked_objective(
         objective: any function of `promptkd.objectives` on two logit tensors, or one of your own.
         student: its hidden states and head receive gradients.
         teacher: constant.
-        chunk: most tokens at a time; None for what suits the device.
+        chunk: most tokens at a time; None for what suits the device, here and below.
 
     Returns:
         The sum, and the metric "entropy" of the student over the columns that both have, summed, in nats.
@@ -65,13 +65,7 @@ def chunked_objective(
 
 
 def chunked_cross_entropy(student: HiddenAndHead, labels: Tensor, *, chunk: int | None = None) -> ChunkedLoss:
-    """Sum over tokens of -log q(y), with the metric "entropy" as in `chunked_objective`.
-
-    Args:
-        student: its hidden states and head receive gradients.
-        labels: (N,) the tokens y.
-        chunk: most tokens at a time; None for what suits the device.
-    """
+    """Sum over tokens of -log q(y) for the tokens y in `labels`, (N,). All else as in `chunked_objective`."""
     backend = _backend_of(student)
     kernel = backend.kernels(student[1].logits_dtype).cross_entropy
     return _chunked(backend, kernel, student, [labels], chunk)
@@ -94,7 +88,6 @@ def chunked_prompt_loss(
         student: constant.
         plain: the teacher without its adapter, constant; None only with a weight of 0.
         weight, student_direction, plain_direction: see `prompt_loss`.
-        chunk: most tokens at a time; None for what suits the device.
 
     Returns:
         The sum, and its unweighted terms, summed: the metrics "to_student" and, with `plain`, "to_plain".

@@ -105,12 +105,7 @@ class HeadBackend:
         return PLAIN_KERNELS
 
     def projection(self, head: Head, dtype: torch.dtype, *, reuse: bool = False) -> Projection:
-        """The head with its current weights.
-
-        Args:
-            dtype: see `Projection`.
-            reuse: whether each call of `logits` may overwrite the result of the one before.
-        """
+        """The head with its current weights; with `reuse`, each call of `logits` may overwrite the last result."""
         return Projection(head, dtype)
 
     def block_rows(self, vocabulary: int) -> int | None:

@@ -44,11 +44,7 @@ def _slices(indices: Sequence[int]) -> list[slice]:
 
 
 def pack_rows(rows: Sequence[Sequence[int]], *, share: bool) -> PackedRows:
-    """Put rows of at least one token side by side, in their order.
-
-    Args:
-        share: whether rows share their common prefixes.
-    """
+    """Put rows of at least one token side by side, in their order; with `share`, common prefixes only once."""
     pack = PackedRows([], [], [], [])
     known: dict[tuple[int, int], int] = {}  # (index of the token before, token) to the token's index
     for row in rows:
@@ -73,13 +69,7 @@ def pack_rows(rows: Sequence[Sequence[int]], *, share: bool) -> PackedRows:
 def pack_inputs(
     model: PreTrainedModel, rows: Sequence[Sequence[int]], prompt: Tensor | None, *, share: bool
 ) -> tuple[PackedRows, dict[str, Tensor]]:
-    """The rows packed, and the arguments with which a backbone is called for them.
-
-    Args:
-        rows: lists of at least one token id.
-        prompt: (n, E) embeddings put before every row, or None.
-        share: whether rows share their common prefixes.
-    """
+    """The rows packed, after the soft prompt (n, E) if there is one, and the arguments to call a backbone with."""
     device = embedding_device(model)
     before = [] if prompt is None else list(range(-prompt.shape[0], 0))  # the vectors, as negative ids
     pack = pack_rows([[*before, *row] for row in rows], share=share)

@@ -19,11 +19,7 @@ from promptkd.errors import RequestError
 
 
 def recomputable_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
-    """The layers whose activations `recomputed_layers` recomputes.
-
-    Raises:
-        RequestError: if the model's class marks none, as transformers' classes do.
-    """
+    """The layers that `recomputed_layers` recomputes. Raises `RequestError` if the model's class marks none."""
     inner = unwrap_peft(model)
     layers = [module for module in inner.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:

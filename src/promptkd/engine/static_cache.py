@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
 from promptkd.data.batch import on_device
-from promptkd.engine.attention import Attention, AttentionSettings, softcapped_attention, use_attention
+from promptkd.engine.attention import AttentionSettings, softcapped_attention, use_attention
 from promptkd.engine.backbone import embedding_device
 from promptkd.engine.base import DecodeSession
 from promptkd.engine.packed import PackedRows, PackedScorer, pack_inputs
@@ -43,7 +43,7 @@ class StaticCacheSession(DecodeSession):
     Args:
         model: in evaluation mode.
         packed: packs the prompts.
-        backbone: takes the place of the model's own layers for one token per row; None for these.
+        backbone: the layers for one token per row.
         project: hidden states (R, H) to logits (R, V).
     """
 
@@ -51,7 +51,7 @@ class StaticCacheSession(DecodeSession):
         self,
         model: PreTrainedModel,
         packed: PackedScorer,
-        backbone: DecodeBackbone | None,
+        backbone: DecodeBackbone,
         project: Callable[[Tensor], Tensor],
     ):
         self.model, self.packed, self.backbone, self.project = model, packed, backbone, project
@@ -73,16 +73,6 @@ class StaticCacheSession(DecodeSession):
             hidden = self.model.base_model(use_cache=False, **inputs).last_hidden_state[0]
         return self.project(hidden[on_device([indices[-1] for indices in pack.row_indices], hidden.device)])
 
-    def hidden(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Hidden states (R, H) of `tokens` (R,) at `positions` (R,), whose keys and values enter the cache."""
-        if self.backbone is not None:
-            return self.backbone(tokens, positions, self.attend_to_cache)
-        with use_attention(self.model, within_layers(self.attend_to_cache)):
-            hidden = self.model.base_model(
-                input_ids=tokens[:, None], position_ids=positions[:, None], use_cache=False
-            ).last_hidden_state
-        return hidden[:, -1]
-
     @abstractmethod
     def allocate(self, lengths: Sequence[int]) -> None:
         """Make room for prompts of these lengths, soft prompt included."""
@@ -96,9 +86,15 @@ class StaticCacheSession(DecodeSession):
         """A `CachedAttention` that first writes key and value into the current column."""
 
 
-def within_layers(attend: CachedAttention) -> Attention:
-    """The same attention, called by a model's own layers."""
-    return lambda module, query, key, value, settings: attend(int(module.layer_idx), query, key, value)
+def own_layers(model: PreTrainedModel) -> DecodeBackbone:
+    """The model's own layers, with their attention replaced."""
+
+    def backbone(tokens: Tensor, positions: Tensor, attend: CachedAttention) -> Tensor:
+        with use_attention(model, lambda module, q, k, v, _: attend(int(module.layer_idx), q, k, v)):
+            outputs = model.base_model(input_ids=tokens[:, None], position_ids=positions[:, None], use_cache=False)
+        return outputs.last_hidden_state[:, -1]
+
+    return backbone
 
 
 def attend_to_columns(layer: LayerCache, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:

@@ -48,11 +48,7 @@ def _convert_into_cache(file: Path, target: Path) -> None:
 
 
 def convert_gguf(file: Path, folder: Path) -> None:
-    """Write a GGUF file's model in float32, and its tokenizer, into `folder`.
-
-    Raises:
-        RequestError: if transformers cannot read the file.
-    """
+    """Write a GGUF file's model in float32, and its tokenizer, into `folder`. `RequestError` if it is unreadable."""
     check_gguf(file)
     with clear_load_errors(file):
         where = str(file.parent)

@@ -16,7 +16,7 @@ from promptkd.engine.cpu.onednn import OneDNNLinear, copy_is_affordable, join, o
 from promptkd.engine.fused_decoder import FusedDecoder, supports_fused_decoder
 from promptkd.engine.heads import head_logits, linear_head
 from promptkd.engine.packed import PackedRows, supports_packing
-from promptkd.engine.static_cache import DecodeBackbone, LayerCache, StaticCacheSession, attend_to_columns
+from promptkd.engine.static_cache import DecodeBackbone, LayerCache, StaticCacheSession, attend_to_columns, own_layers
 
 
 class CpuDecoder(Decoder):
@@ -38,7 +38,7 @@ class CpuDecoder(Decoder):
     @contextmanager
     def open(self, model: PreTrainedModel, rows: int, vocabulary: int | None) -> Iterator[SessionFactory]:
         project = _projection(model, rows, vocabulary)
-        backbone = FusedDecoder(model, partial(join, rows=rows)) if self.fused else None
+        backbone = FusedDecoder(model, partial(join, rows=rows)) if self.fused else own_layers(model)
         with nullcontext() if self.fused else onednn_linears(model.base_model, rows):
             yield lambda max_new_tokens: nullcontext(_CpuSession(model, max_new_tokens, backbone, project))
 
@@ -61,7 +61,7 @@ class _CpuSession(StaticCacheSession):
         self,
         model: PreTrainedModel,
         max_new_tokens: int,
-        backbone: DecodeBackbone | None,
+        backbone: DecodeBackbone,
         project: Callable[[Tensor], Tensor],
     ):
         super().__init__(model, CpuPackedScorer(max_tokens=0), backbone, project)
@@ -93,7 +93,7 @@ class _CpuSession(StaticCacheSession):
         self._mask = ~self._absent[:, None, None, : self.width]
         positions = torch.tensor(self.lengths, device=tokens.device)
         self.lengths = [length + 1 for length in self.lengths]
-        return self.project(self.hidden(tokens, positions))
+        return self.project(self.backbone(tokens, positions, self.attend_to_cache))
 
     def select(self, rows: Sequence[int]) -> None:
         for place, row in enumerate(rows):

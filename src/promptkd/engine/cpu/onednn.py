@@ -40,12 +40,7 @@ class OneDNNLinear:
 
 
 def join(layers: Sequence[nn.Linear], rows: int) -> OneDNNLinear | CastLinear:
-    """One layer of several that read the same input, in the precision of their products at this moment.
-
-    Args:
-        layers: all with a bias or all without one.
-        rows: about how many rows a call will have.
-    """
+    """One layer of several (all with a bias or all without one), in the precision of their products at this moment."""
     dtype = matmul_dtype(layers[0].weight)
     if not onednn_multiplies(dtype):
         return CastLinear(layers, dtype)

@@ -239,7 +239,8 @@ class _CudaSession(StaticCacheSession):
         mask = (columns >= buffers.first[:rows, None]) & (columns <= buffers.column)  # (rows, span)
         self._masks = {None: mask[:, None, None]}
         with torch.autocast(buffers.device.type, enabled=False):
-            return buffers.keep(self.project(self.hidden(buffers.tokens[:rows], buffers.positions[:rows])))
+            hidden = self.backbone(buffers.tokens[:rows], buffers.positions[:rows], self.attend_to_cache)
+            return buffers.keep(self.project(hidden))
 
     def attend_to_cache(self, index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         buffers, layer, rows = self.buffers, self.buffers.layers[index], query.shape[0]

@@ -5,16 +5,14 @@ See also `CastLinear` in `fused_decoder.py`.
 
 import copy
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
-from promptkd.engine.attention import use_attention
 from promptkd.engine.fused_decoder import outside_inference_mode
-from promptkd.engine.static_cache import CachedAttention, within_layers
+from promptkd.engine.static_cache import CachedAttention, own_layers
 
 
 class UncopiedLinear:
@@ -48,6 +46,7 @@ class CastBackbone:
         self._casts = [(copies[id(weight)], weight) for weight in matrices]
         shared = {id(each): each for each in (*original.parameters(), *original.buffers())}  # all that is not cast
         self._backbone = copy.deepcopy(original, shared | copies).eval() if matrices else original
+        self._layers = own_layers(self._backbone)
 
     @outside_inference_mode
     def refill(self) -> None:
@@ -55,11 +54,8 @@ class CastBackbone:
             cast.copy_(weight)
 
     def __call__(self, tokens: Tensor, positions: Tensor, attend: CachedAttention) -> Tensor:
-        half = self._dtype in (torch.bfloat16, torch.float16)
+        if self._dtype not in (torch.bfloat16, torch.float16):
+            return self._layers(tokens, positions, attend)
         # autocast's cache of casts would outlive the graph that they were made in
-        precision = (
-            torch.autocast(tokens.device.type, dtype=self._dtype, cache_enabled=False) if half else nullcontext()
-        )
-        with precision, use_attention(self._backbone, within_layers(attend)):
-            outputs = self._backbone(input_ids=tokens[:, None], position_ids=positions[:, None], use_cache=False)
-        return outputs.last_hidden_state[:, -1]
+        with torch.autocast(tokens.device.type, dtype=self._dtype, cache_enabled=False):
+            return self._layers(tokens, positions, attend)
