@@ -45,7 +45,7 @@ def make_files(folder: Path) -> None:
     put("escape.jsonl", json.dumps({f"{ESCAPE}{OVERRIDE}": 1}).encode() + b"\n")
     put("long.jsonl", b'{"instruction": "' + b"a" * 100_000_000 + b'"}\n')
     put("bomb.jsonl.gz", gzip.compress(b'{"instruction": "' + b"a" * 1_000_000 + b'"}\n', 9) * 400)
-    put("torn.jsonl.gz", gzip.compress(ROW * 99)[:-9])
+    put("torn.jsonl.gz", gzip.compress(ROW * 99, mtime=0)[:-9])
     put("plain.jsonl.gz", ROW)
     put("zip.jsonl.gz", _zip())
     put("zip.jsonl", _zip())

@@ -162,20 +162,31 @@ def test_other_commands_leave_nothing_that_looks_whole(world, tmp_path, capfd, m
     pair = ("--student", world.student, "--teacher", world.teacher, "--data", world.test)
     done(capfd, *distill(world, tmp_path / "run"))
     cases = {
-        "promptkd.evaluation.generation.generate": ("generate", *model, "--out", tmp_path / "g.jsonl"),
-        "promptkd.evaluation.sample_continuations": ("exposure-bias", *pair, "--out", tmp_path / "x.json"),
-        "promptkd.models.prune.prune_layers": ("prune", "--model", world.teacher, "--keep", 0, "--out", tmp_path / "p"),
-        "promptkd.models.export.export_safetensors": (
+        "promptkd.cli.commands.generate.generate": ("generate", *model, "--out", tmp_path / "g.jsonl"),
+        "promptkd.cli.commands.exposure_bias.sample_continuations": (
+            "exposure-bias",
+            *pair,
+            "--out",
+            tmp_path / "x.json",
+        ),
+        "promptkd.cli.commands.prune.prune_layers": (
+            "prune",
+            "--model",
+            world.teacher,
+            "--keep",
+            0,
+            "--out",
+            tmp_path / "p",
+        ),
+        "promptkd.cli.commands.export.export_safetensors": (
             *("export", "--model", world.student, "--to", "safetensors", "--out", tmp_path / "e"),
         ),
-        "promptkd.report.render_report": ("report", tmp_path / "run", "--out", tmp_path / "r.html"),
+        "promptkd.cli.commands.report.render_report": ("report", tmp_path / "run", "--out", tmp_path / "r.html"),
     }
     before = {each.name for each in tmp_path.iterdir()}
     for place, arguments in cases.items():
         with monkeypatch.context() as patch:
             patch.setattr(place, told)
-            if arguments[0] == "prune":
-                patch.setattr("promptkd.models.prune_layers", told)
             ran = run(capfd, *arguments)
         assert ran.status == 143, arguments
         assert ran.err.splitlines()[-1] == f"promptkd {arguments[0]}: Stopped by SIGTERM."
