@@ -1,4 +1,4 @@
-"""Engines against the reference: losses, gradients, and where twenty steps lead."""
+"""Engines against the reference: losses, gradients, and where ten steps lead."""
 
 import contextlib
 import copy
@@ -214,19 +214,19 @@ def test_fast_equals_reference_with_other_heads_in_float64(head, device, monkeyp
 
 
 @pytest.mark.parametrize("head", ["a logit scale, granite", "padding, a bias and a soft cap"])
-def test_twenty_steps_with_other_heads_in_float64(head, tmp_path, monkeypatch, float64_inside):
+def test_ten_steps_with_other_heads_in_float64(head, tmp_path, monkeypatch, float64_inside):
     """In float32 the losses of granite part by 8e-4 within twenty steps; here it shows that rounding is the cause."""
     ends = {}
     for engine, chunk in (("", 5), ("reference", 0)):
         monkeypatch.setenv(VARIABLE, engine)
         pair = models(dtype=torch.float64, **OTHER_HEADS[head])
-        made = trainer(tmp_path / (engine or "fast"), models=pair, max_steps=20, chunk_tokens=chunk)
-        ends[engine] = twenty_steps(made)
+        made = trainer(tmp_path / (engine or "fast"), models=pair, max_steps=10, chunk_tokens=chunk)
+        ends[engine] = ten_steps(made)
     for got, expected in zip(ends[""], ends["reference"], strict=True):
         assert gap(got, expected) < 1e-6
 
 
-def twenty_steps(run):
+def ten_steps(run):
     """The student's losses, and how far student and prompt have come."""
     before = torch.cat([each.detach().flatten() for each in run.model.parameters()])
     run.train()
@@ -245,7 +245,7 @@ def short_passes(monkeypatch):
 
 @pytest.mark.usefixtures("own_engine", "short_passes")
 @pytest.mark.parametrize(("batch", "accumulation"), [(4, 1), (2, 2)])
-def test_twenty_steps_lead_to_the_same_place_by_the_reference(batch, accumulation, tmp_path, monkeypatch):
+def test_ten_steps_lead_to_the_same_place_by_the_reference(batch, accumulation, tmp_path, monkeypatch):
     """Responses are fixed: sampled ones would part at the first draw that falls on the other side of a rounding."""
     ends = {}
     for name, engine, chunk in (
@@ -257,24 +257,24 @@ def test_twenty_steps_lead_to_the_same_place_by_the_reference(batch, accumulatio
         monkeypatch.setenv(VARIABLE, engine)
         run = trainer(
             tmp_path / name,
-            max_steps=20,
+            max_steps=10,
             per_device_train_batch_size=batch,
             gradient_accumulation_steps=accumulation,
             chunk_tokens=chunk,
         )
-        ends[name] = twenty_steps(run)
+        ends[name] = ten_steps(run)
     for name, end in ends.items():
         for got, expected in zip(end, ends["reference"], strict=True):
             assert gap(got, expected) < 1e-4, name
 
 
-def test_twenty_steps_under_bfloat16_autocast_stay_with_the_reference(tmp_path, monkeypatch):
+def test_ten_steps_under_bfloat16_autocast_stay_with_the_reference(tmp_path, monkeypatch):
     """And the weights that are trained are float32, whatever is computed with."""
     ends = {}
     for engine, chunk in (("", 5), ("reference", 0)):
         monkeypatch.setenv(VARIABLE, engine)
-        run = trainer(tmp_path / (engine or "fast"), max_steps=20, chunk_tokens=chunk, bf16=True)
-        ends[engine] = twenty_steps(run)
+        run = trainer(tmp_path / (engine or "fast"), max_steps=10, chunk_tokens=chunk, bf16=True)
+        ends[engine] = ten_steps(run)
         assert {each.dtype for each in run.model.parameters()} == {torch.float32}
     losses, *moves = (gap(got, expected) for got, expected in zip(ends[""], ends["reference"], strict=True))
     assert losses < 1e-2

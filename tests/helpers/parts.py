@@ -47,12 +47,12 @@ class Parts:
         return Rollout(
             self.method,
             self.teacher,
+            self.student,
+            tiny_tokenizer(),
+            stop_ids,
             self.args,
             self.accelerator,
-            tiny_tokenizer(),
-            student=self.student,
-            stop_ids=stop_ids,
-            metrics=self.metrics,
+            self.metrics,
         )
 
 
