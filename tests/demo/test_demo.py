@@ -109,7 +109,7 @@ def test_the_whole_course(tiny_demo, capsys):
 
 @pytest.mark.parametrize(
     ("flags", "told"),
-    [(["--layers", "0"], "between 1 and 30"), (["--steps", "0"], "at least 1"), (["--seed", "-1"], "0 or more")],
+    [(["--layers", "0"], "lie in [1, 30]"), (["--steps", "0"], "at least 1"), (["--seed", "-1"], "0 or more")],
 )
 def test_wrong_requests(tmp_path, capsys, flags, told):
     assert main(["demo", "--out", str(tmp_path / "run"), *flags]) == 2

@@ -19,7 +19,7 @@ from promptkd.errors import RequestError
 from promptkd.generation import SamplingParams, generate
 from promptkd.methods import Pair
 from promptkd.objectives import reverse_kl
-from promptkd.training import teacher_tuner
+from promptkd.training import teacher
 
 ARCHITECTURES = ("gpt2", "opt", "llama", "qwen2", "gemma2")
 CPU = torch.device("cpu")
@@ -240,7 +240,7 @@ def short_passes(monkeypatch):
     """Passes of a few tokens, so that a tiny micro-batch is several of them."""
     for scorer in engine_for(CPU).scorers[:-1]:
         monkeypatch.setattr(scorer, "max_tokens", 20)
-    monkeypatch.setattr(teacher_tuner, "engine_for", lambda device: replace(engine_for(device), pass_tokens=12))
+    monkeypatch.setattr(teacher, "engine_for", lambda device: replace(engine_for(device), pass_tokens=12))
 
 
 @pytest.mark.usefixtures("own_engine", "short_passes")

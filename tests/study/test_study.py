@@ -124,7 +124,7 @@ def test_values_that_no_folder_can_be_named_by_get_a_hash():
 def test_arguments_give_the_settings_again():
     settings = {
         **{"student": "a b", "teacher": "-t", "data": "d", "out": "o", "merge": True, "student_lora_rank": 4},
-        **{"eval_data": None, "template": "Q: {{ x }}\nA: ", "learning_rate": -1e-05, "optim_args": ""},
+        **{"eval_data": None, "template": "Q: {{ x }}\nA: ", "prompt_weight_decay": -1e-05, "optim_args": ""},
         **{"model_init_kwargs": {"a": [1, None], "b": {"c": True}}, "report_to": ["wandb", "tensorboard"]},
     }
     merged = parse_options("distill", promptkd.cli.options.distill, arguments_of(settings)).merged
