@@ -19,7 +19,6 @@ import torch
 from gguf import GGUFReader
 from safetensors.torch import save
 
-from promptkd.cli import COMMANDS
 from promptkd.cli.parsing.config_file import read_config, write_config
 from promptkd.cli.parsing.parser import merged_config, parse_options
 from promptkd.data.encode import encode_texts
@@ -100,7 +99,9 @@ def _options(data: bytes) -> None:
     if name in ("demo", "prune", "generate", "evaluate", "exposure-bias", "judge", "compare", "report", "chat"):
         import importlib
 
-        parsed = parse_options(name, importlib.import_module(COMMANDS[name][0]), arguments)
+        parsed = parse_options(
+            name, importlib.import_module(f"promptkd.cli.options.{name.replace('-', '_')}"), arguments
+        )
         json.dumps(merged_config(parsed.options, {}), ensure_ascii=False).encode()
 
 

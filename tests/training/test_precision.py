@@ -168,6 +168,8 @@ def test_what_a_gpu_cannot_do_is_refused_in_a_sentence(tmp_path):
     for settings in ({"torch_compile": True}, {"torch_compile_backend": "eager"}):
         with pytest.raises(RequestError, match="torch_compile is not supported"):
             config(tmp_path, **settings)
+    with pytest.raises(RequestError, match="auto_find_batch_size would change how many rows"):
+        config(tmp_path, auto_find_batch_size=True)
 
 
 @pytest.fixture

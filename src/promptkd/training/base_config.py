@@ -86,6 +86,11 @@ class BaseConfig(_Arguments):
                 "validation do; leave it, its backend and its mode out",
             ),
             (
+                self.auto_find_batch_size,
+                "auto_find_batch_size would change how many rows an optimizer step takes; lower "
+                "per_device_train_batch_size, and raise gradient_accumulation_steps as much",
+            ),
+            (
                 self.full_determinism and self.device.type == "cuda",
                 "full_determinism would stop the first sampled response, since CUDA sums cumulatively in no fixed "
                 "order; leave it out (--seed repeats a run up to rounding), or give --use_cpu",
