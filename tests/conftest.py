@@ -14,6 +14,7 @@ let_threads_sleep(os.environ)
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from helpers.processes import RANKS  # noqa: E402
 from helpers.standins import Float64Stays  # noqa: E402
 
 
@@ -57,6 +58,8 @@ def settings_of_the_process():
     return {
         "folder": os.getcwd(),
         "engine": os.environ.get("PROMPTKD_ENGINE"),
+        "ranks": {name: os.environ.get(name) for name in RANKS},
+        "process group": torch.distributed.is_initialized(),
         "default dtype": torch.get_default_dtype(),
         "threads": torch.get_num_threads(),
         "gradients": torch.is_grad_enabled(),

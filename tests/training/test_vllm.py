@@ -11,8 +11,10 @@ import pytest
 import torch
 import trl.generation.vllm_client
 import trl.generation.vllm_generation
+from accelerate.state import AcceleratorState
 from peft import LoraConfig
 
+from helpers.processes import RANKS
 from helpers.tiny import END_ID
 from helpers.trainers import pair, rows, trainer
 from helpers.vllm_server import answer, connect, serving
@@ -62,9 +64,13 @@ def engine(monkeypatch):
         monkeypatch.setattr(module, "is_vllm_available", lambda *_, **__: True)
     monkeypatch.setattr(generation, "LLM", Engine, raising=False)
     monkeypatch.setattr(generation, "SamplingParams", lambda **settings: settings, raising=False)
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)  # TRL sets them; what it set goes again
+    for name in RANKS:  # TRL sets them. `delenv` alone notes nothing of a name that is not there
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
     yield
+    if torch.distributed.is_initialized():  # accelerate's, of the one process that TRL's names announce
+        torch.distributed.destroy_process_group()
+    AcceleratorState._reset_state(reset_partial_state=True)
     Engine.made.clear()
 
 
