@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from promptkd.data.formats import SUFFIXES
+from promptkd.data.sources import SUFFIXES
 from promptkd.results import DataRecord, Results, Training, file_sha256
 
 
