@@ -36,6 +36,7 @@ class Instruction:
 
 
 Unrendered = Instruction | tuple[Message, ...]
+"""What a template renders."""
 Request = Unrendered | str
 
 

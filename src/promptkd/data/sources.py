@@ -65,27 +65,27 @@ def read_objects(source: str | Path, *, split: str = "train", limit: int | None 
 def _located_rows(source: str, split: str) -> Iterator[Located]:
     path = Path(source).expanduser()
     if source and path.is_dir():
-        return _folder(path, split)
+        if any((path / marker).is_file() for marker in ("dataset_dict.json", "state.json")):
+            return _undecoded_rows(_saved(path, split), str(path))
+        path = _only_file(path, split)
     if path.is_file():
         if suffix := _suffix(path.name):
             return _READERS[suffix](path)
         raise RequestError(f"{path} must be a data file that ends in one of {', '.join(SUFFIXES)}.")
     if source and (kind := not_regular(path)):
         raise RequestError(f"{source} is {kind}. Expected a regular file, for data are read more than once.")
-    return _hub(source, split)
+    return _undecoded_rows(_hub(source, split), source)
 
 
 def _suffix(name: str) -> str:
     return next((suffix for suffix in SUFFIXES if name.lower().endswith(suffix)), "")
 
 
-def _folder(path: Path, split: str) -> Iterator[Located]:
-    if any((path / marker).is_file() for marker in ("dataset_dict.json", "state.json")):
-        return _saved(path, split)
+def _only_file(path: Path, split: str) -> Path:
     files = sorted(file for file in path.iterdir() if file.is_file() and _suffix(file.name))
     named = [file for file in files if file.name.lower().removesuffix(_suffix(file.name)) == split]
     if len(named) == 1 or len(files) == 1:
-        return _located_rows(str((named or files)[0]), split)
+        return (named or files)[0]
     names = ", ".join(file.name for file in files) or "no such file"
     raise RequestError(
         f"The folder {path} must be a data set saved by `datasets`, or hold one data file ({', '.join(SUFFIXES)}) or "
@@ -93,7 +93,7 @@ def _folder(path: Path, split: str) -> Iterator[Located]:
     )
 
 
-def _saved(path: Path, split: str) -> Iterator[Located]:
+def _saved(path: Path, split: str) -> Any:
     import datasets
 
     _check_inside(path)
@@ -104,8 +104,8 @@ def _saved(path: Path, split: str) -> Iterator[Located]:
     if isinstance(data, datasets.DatasetDict):
         if split not in data:
             raise RequestError(f"The data set saved in {path} has no split {split!r}. It has: {', '.join(data)}.")
-        data = data[split]
-    return _undecoded_rows(data, str(path))
+        return data[split]
+    return data
 
 
 def _check_inside(path: Path) -> None:
@@ -123,7 +123,7 @@ def _check_inside(path: Path) -> None:
             raise RequestError(f"{folder / 'state.json'} must list files of its own folder. Got {names!r:.200}.")
 
 
-def _hub(source: str, split: str) -> Iterator[Located]:
+def _hub(source: str, split: str) -> Any:
     match = _HUB_NAME.fullmatch(source)
     if match is None or source.startswith(".") or _suffix(source):
         raise RequestError(
@@ -134,13 +134,12 @@ def _hub(source: str, split: str) -> Iterator[Located]:
 
     name, config, split = match["name"], match["config"], match["split"] or split
     try:
-        data = datasets.load_dataset(name, config, split=split)
+        return datasets.load_dataset(name, config, split=split)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise RequestError(
             f"No file or folder is named {source}, and the data set {name!r} (split {split!r}) cannot be loaded from "
             f"the hub: {error}. Check the name and the network, or give a local file."
         ) from error
-    return _undecoded_rows(data, source)
 
 
 def _undecoded_rows(data: Any, name: str) -> Iterator[Located]:

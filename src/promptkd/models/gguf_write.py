@@ -62,10 +62,9 @@ def _tokenizer_checks(tokenizer: PreTrainedTokenizerBase) -> list[tuple[bool, st
 def write_gguf(
     file: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, title: str
 ) -> None:
-    """Write a model in which `gguf_problems` finds none, with its `title` in serving tools.
+    """Write a model in which `gguf_problems` finds none, with weights as `stored_type` says.
 
-    Weights are stored as `stored_type` says. `RequestError` if the tokenizer has an id that the embedding has no row
-    for.
+    `RequestError` if the tokenizer has an id that the embedding has no row for.
     """
     config = model.config
     writer = gguf.GGUFWriter(file, config.model_type)
@@ -182,6 +181,4 @@ def _pre_tokenizer(state: dict[str, Any]) -> str | None:
 
 def _comparable(part: Any) -> Any:
     """Without the settings that only affect the offsets of tokens."""
-    if isinstance(part, dict):
-        return {key: _comparable(value) for key, value in part.items() if key != "trim_offsets"}
-    return [_comparable(each) for each in part] if isinstance(part, list) else part
+    return json.loads(json.dumps(part), object_hook=lambda each: {**each, "trim_offsets": None})
