@@ -169,9 +169,6 @@ class CompletionLog(TrainerCallback):
     """With `log_completions`: prompts and responses of the last step at each logged line, as TRL logs them.
 
     They are printed, written to `completions/completions_STEP.parquet`, and sent to Weights & Biases and Trackio.
-
-    Args:
-        completions: (prompt, response) of all processes.
     """
 
     def __init__(self, completions: Collection[tuple[str, str]]):

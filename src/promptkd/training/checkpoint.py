@@ -118,9 +118,6 @@ def save_model_folder(trainer: Any, folder: str | Path) -> None:
 def whole_folder(target: Path, *, writes: bool) -> Iterator[Path]:
     """A folder beside `target` to write to, which takes its place once all is written.
 
-    Args:
-        writes: whether this process writes at all.
-
     Raises:
         PromptKDError: if it cannot be written. `target` is as it was.
     """

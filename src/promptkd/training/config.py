@@ -82,7 +82,7 @@ class BaseConfig(_Arguments):
         use_one_gpu(self)
         check_all("Wrong settings", [*limit_checks(self), *self.checks()])
 
-    def _choose_precision(self) -> None:
+    def _choose_precision(self: Any) -> None:
         """`bf16`, before transformers looks at it: it takes bf16 on a CPU only with `use_cpu`, even without a GPU."""
         asks_for_cpu = self.use_cpu or parse_flag_from_env("ACCELERATE_USE_CPU")
         other = None if asks_for_cpu else torch.accelerator.current_accelerator(check_available=True)
@@ -204,7 +204,6 @@ def chosen_method(args: Any, given: Method | None = None) -> Method:
     """The method of a run, with its adapter's settings.
 
     Args:
-        args: a `DistillConfig`.
         given: a method in place of the one that `args.method` names.
 
     Raises:

@@ -106,7 +106,6 @@ def check_sharding(
     """Refuse what would hang, train other weights than it says, or save none.
 
     Args:
-        models: as they were loaded.
         needs_generate: whether responses come from transformers' own `generate`.
         chunks: whether objectives run over chunks of tokens, for which heads are gathered; as modules outside of the
             model's forward, FSDP2 leaves them whole, or ends the process.

@@ -80,7 +80,6 @@ class Guard:
         """Look at `value`, a scalar, when the step is done.
 
         Args:
-            what: its name in a message.
             micro_batch: its place in the window; None for a value of the whole window.
         """
         self._noted.append((what, value.detach(), micro_batch))
@@ -92,7 +91,6 @@ class Guard:
 
         Args:
             norm: of the student's gradient; None where nothing computed it.
-            step: the number of the step, counted from 1.
             running_loss, metrics: what the next logged line is a mean of; a skipped step is taken out of it.
         """
         # With a loss scale (fp16), infinite gradients are its way to find the scale, and it skips such steps itself.

@@ -38,8 +38,6 @@ class Rollout:
 
     Args:
         student: vLLM takes its weights from it.
-        stop_ids: every id that ends a response.
-        args: a `DistillConfig`.
         metrics: of the running step; takes response lengths and the share that was cut off.
     """
 
@@ -69,12 +67,7 @@ class Rollout:
         """Prompts and responses of the last window on all processes, with `log_completions`."""
 
     def __call__(self, rows: Sequence[EncodedExample], model: nn.Module, *, step: int, total_steps: int) -> Window:
-        """Responses to the rows of this process, in random micro-batches. All processes must call it together.
-
-        Args:
-            model: the student in its wrapper.
-            step: optimizer steps that are done.
-        """
+        """Responses to the rows of this process, in random micro-batches. All processes must call it together."""
 
         def sample(prompts: Tokens, mixed_with: tuple[nn.Module, float] | None = None) -> Tokens:
             return self._sample(prompts, model, step, mixed_with)

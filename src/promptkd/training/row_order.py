@@ -8,12 +8,7 @@ from torch.utils.data import Sampler
 
 
 def epoch_seed(seed: int, epoch: int) -> int:
-    """A seed for the order of one epoch. A hash, since with `seed + epoch` a run with the next seed repeats its orders.
-
-    Args:
-        seed: of the run.
-        epoch: counted from 0.
-    """
+    """A seed for the order of one epoch; with `seed + epoch`, a run with the next seed would repeat its orders."""
     return int.from_bytes(hashlib.blake2b(f"{seed} {epoch}".encode(), digest_size=8).digest(), "big") >> 1
 
 
@@ -21,12 +16,10 @@ class EpochOrder(Sampler[int]):
     """Every row once per epoch, in an order that seed and epoch decide.
 
     Args:
-        rows: how many there are.
         epoch: tells the running epoch, counted from 0. It is asked when an epoch begins; a `set_epoch` would not be
             called by accelerate where a resumed epoch is cut to the batches of one of several processes.
         window: rows of one optimizer step; what does not fill one is left out.
         repeats: how often in a row a window is given: once per micro-batch where each of them gets the whole window.
-        shuffles: False gives the rows as they stand.
     """
 
     def __init__(

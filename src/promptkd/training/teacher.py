@@ -28,8 +28,6 @@ class Teacher:
     """The teacher on this process's devices, sharded under FSDP2 and ZeRO-3.
 
     Args:
-        model: as it was loaded, or in its adapter's wrapper.
-        adapter: what is trained of it; None for nothing.
         args: a `DistillConfig`; `chunk_tokens` and `teacher_gradient_checkpointing` are read.
         vocabulary: size V of the vocabulary that it shares with the student.
     """
@@ -97,13 +95,7 @@ class Teacher:
 def load_teacher(
     teacher: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, args: Any, method: Method
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """The teacher in evaluation mode, and its tokenizer, None for a loaded model that came without.
-
-    Args:
-        teacher: a loaded model, or what `load_model` takes.
-        tokenizer: the teacher's, if it is known.
-        args: a `DistillConfig`.
-    """
+    """The teacher in evaluation mode, and its tokenizer, None for a loaded model that came without."""
     if not isinstance(teacher, str | Path):
         keep_differentiable(teacher)
         return teacher.eval(), tokenizer

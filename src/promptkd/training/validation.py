@@ -39,7 +39,6 @@ def validate(trainer: Any, data: EncodedData | Sequence[EncodedExample] | None, 
     Each process measures its part of the rows (all of them where weights are sharded); the metrics are of all rows.
 
     Args:
-        trainer: one of promptkd's trainers.
         prefix: of the metrics' names, without an underscore.
     """
     rows = data.examples if isinstance(data, EncodedData) else data
