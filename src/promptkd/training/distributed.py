@@ -157,7 +157,8 @@ def place_teacher(teacher: nn.Module, accelerator: Any) -> nn.Module:
     if not accelerator.is_fsdp2:
         return accelerator.prepare_model(teacher, evaluation_mode=True)
     # accelerate fixes which layers are sharded at the first model it sees; the student's may be of another class
-    plugin = accelerator.state.fsdp_plugin
+    settings = accelerator.state
+    plugin = settings.fsdp_plugin
     before = plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap
     teacher = fsdp2_prepare_model(accelerator, teacher)
     plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = before
@@ -170,7 +171,8 @@ def run_whole(work: Callable[[nn.Module], T], wrapped: nn.Module, accelerator: A
     Every process must come here together. In `work`, each runs the model as often as it likes.
     """
     if is_fully_sharded(wrapped):
-        return _run_unsharded(work, wrapped, accelerator.state.fsdp_plugin.reshard_after_forward)
+        settings = accelerator.state
+        return _run_unsharded(work, wrapped, settings.fsdp_plugin.reshard_after_forward)
     if DistributedBackend(accelerator).is_zero3:
         with unwrap_model_for_generation(wrapped, accelerator) as model:
             return work(model)

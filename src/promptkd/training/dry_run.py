@@ -110,4 +110,4 @@ class _Clock(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.seconds.append(time.perf_counter() - self._since)
         self.by_phase = {name: total - self._before.get(name, 0.0) for name, total in self._phases.seconds.items()}
-        control.should_training_stop = len(self.seconds) == 2
+        control.should_training_stop |= len(self.seconds) == 2

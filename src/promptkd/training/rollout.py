@@ -24,13 +24,6 @@ from promptkd.training.teacher import Teacher
 from promptkd.training.window import MicroBatch, StepMetrics, Window
 
 Tokens = list[list[int]]
-_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-_VLLM = (
-    *("mode", "structured_outputs_regex", "server_base_url", "server_host", "server_port", "group_port"),
-    *("server_timeout", "tensor_parallel_size", "gpu_memory_utilization", "max_model_length", "enable_sleep_mode"),
-    "model_impl",
-)
-"""Arguments of TRL's generation object that are flags behind the prefix `vllm_`."""
 
 
 class Rollout:
@@ -176,9 +169,19 @@ def needs_generate(args: Any) -> bool:
 
 
 def _generation_config(args: Any, tokenizer: PreTrainedTokenizerBase, stop_ids: tuple[int, ...]) -> GenerationConfig:
-    settings = {name: vars(args)[name] for name in (*_SAMPLING, "cache_implementation")}
-    settings |= {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id, "do_sample": True}
-    settings |= {"eos_token_id": list(stop_ids) or None, "max_new_tokens": args.max_completion_length}
+    settings = {
+        "max_new_tokens": args.max_completion_length,
+        "do_sample": True,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": list(stop_ids) or None,
+        "temperature": args.temperature,
+        "top_p": args.top_p,
+        "top_k": args.top_k,
+        "min_p": args.min_p,
+        "repetition_penalty": args.repetition_penalty,
+        "cache_implementation": args.cache_implementation,
+    }
     return GenerationConfig(**settings | (args.generation_kwargs or {}), disable_compile=True)
 
 
@@ -192,8 +195,25 @@ def _vllm(
         accelerator=accelerator,
         processing_class=tokenizer,
         max_num_seqs=rows * args.vllm_tensor_parallel_size,
-        **{name: vars(args)[f"vllm_{name}"] for name in _VLLM},
-        **{name: vars(args)[name] for name in (*_SAMPLING, "max_completion_length", "trust_remote_code")},
+        mode=args.vllm_mode,
+        structured_outputs_regex=args.vllm_structured_outputs_regex,
+        server_base_url=args.vllm_server_base_url,
+        server_host=args.vllm_server_host,
+        server_port=args.vllm_server_port,
+        group_port=args.vllm_group_port,
+        server_timeout=args.vllm_server_timeout,
+        tensor_parallel_size=args.vllm_tensor_parallel_size,
+        gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+        max_model_length=args.vllm_max_model_length,
+        enable_sleep_mode=args.vllm_enable_sleep_mode,
+        model_impl=args.vllm_model_impl,
+        trust_remote_code=args.trust_remote_code,
+        repetition_penalty=args.repetition_penalty,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        min_p=args.min_p,
+        max_completion_length=args.max_completion_length,
         logprobs=None,
         generation_kwargs={"stop_token_ids": list(stop_ids)} | (args.generation_kwargs or {}),
     )
