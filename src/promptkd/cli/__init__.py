@@ -22,11 +22,10 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from promptkd.cli.openmp import let_threads_sleep
 from promptkd.cli.parsing.annotations import nearest
 from promptkd.cli.parsing.help import command_help, overview
-from promptkd.cli.signals import ended_by_signals
-from promptkd.cli.terminal import is_main_process
+from promptkd.cli.process import ended_by_signals, let_threads_sleep
+from promptkd.cli.terminal import say
 from promptkd.errors import NO_ROOM, PromptKDError, RequestError, Stopped
 from promptkd.io.redact import redacted
 from promptkd.visible import shown
@@ -57,48 +56,19 @@ _LONGEST_MESSAGE = 4000
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that `argv` (by default the program's arguments) names; return the exit status."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports its use over the network unless told not to
-    let_threads_sleep(os.environ)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else tokenizers warn, or hang, when a loader forks
+    let_threads_sleep(os.environ)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a λ in the help must not fail on an ASCII terminal
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in arguments
-    arguments = [argument for argument in arguments if argument != "--debug"]
+    given = list(sys.argv[1:] if argv is None else argv)
+    arguments = [argument for argument in given if argument != "--debug"]
     program = f"promptkd {arguments[0]}" if arguments and arguments[0] in COMMANDS else "promptkd"
     try:
         with ended_by_signals():
             status = _dispatch(arguments)
             sys.stdout.flush()
     except (Stopped, KeyboardInterrupt, Exception) as error:
-        return _report(error, program, debug)
-    return status
-
-
-def _report(error: BaseException, program: str, debug: bool) -> int:
-    """Say on standard error what stopped the command; return the exit status."""
-    if isinstance(error, BrokenPipeError) and _reader_is_gone():
-        return 1
-    if debug:
-        traceback.print_exception(error)
-    notes = vars(error).get("__notes__", [])
-    if isinstance(error, Stopped | KeyboardInterrupt):
-        stop = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
-        if is_main_process():
-            print(shown(redacted(" ".join([f"{program}:", str(stop), *notes]))), file=sys.stderr)
-        return stop.status
-    if isinstance(error, PromptKDError):
-        message, status = f"{program}: {error}", error.exit_status
-    elif isinstance(error, OSError) and error.errno in NO_ROOM:
-        place = error.filename or "to the disk"
-        message, status = " ".join([f"{program}: Cannot write {place}: {error.strerror}.", *notes]), 1
-    else:
-        text = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
-        stop_mark = "" if text.endswith((".", "!", "?")) else "."
-        advice = "" if debug else " Run again with --debug for the traceback."
-        message, status = f"{program} failed: {text}{stop_mark}{advice}", 1
-    if len(message) > _LONGEST_MESSAGE:
-        message = f"{message[:_LONGEST_MESSAGE]} … ({len(message)} characters)"
-    print(shown(redacted(message)), file=sys.stderr)
+        return _report(error, program, debug=arguments != given)
     return status
 
 
@@ -121,11 +91,39 @@ def _dispatch(arguments: list[str]) -> int:
         advice = f"Did you mean {guess!r}? `promptkd --help` lists the commands." if guess else listed
         raise RequestError(f"There is no command {name!r}. {advice}")
     command = importlib.import_module(f"promptkd.cli.options.{name.replace('-', '_')}")
-    every_flag = "--help-all" in rest or "--help_all" in rest
-    if every_flag or "--help" in rest or "-h" in rest:
+    every_flag = bool({"--help-all", "--help_all"} & {*rest})
+    if every_flag or {"--help", "-h"} & {*rest}:
         return _show(command_help(name, command, every_flag=every_flag))
-    importlib.import_module("promptkd.cli.dispatch").run_command(name, command, rest)
+    from promptkd.cli.dispatch import run_command  # reads YAML, which no help needs
+
+    run_command(name, command, rest)
     return 0
+
+
+def _report(error: BaseException, program: str, *, debug: bool) -> int:
+    """Say on standard error what stopped the command; return the exit status."""
+    if isinstance(error, BrokenPipeError) and _reader_is_gone():
+        return 1
+    if debug:
+        traceback.print_exception(error)
+    notes = vars(error).get("__notes__", [])
+    if isinstance(error, Stopped | KeyboardInterrupt):
+        stop = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
+        say(redacted(" ".join([f"{program}:", str(stop), *notes])))
+        return stop.status
+    status = 1
+    if isinstance(error, PromptKDError):
+        message, status = f"{program}: {error}", error.exit_status
+    elif isinstance(error, OSError) and error.errno in NO_ROOM:
+        message = " ".join([f"{program}: Cannot write {error.filename or 'to the disk'}: {error.strerror}.", *notes])
+    else:
+        text = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
+        advice = "" if debug else " Run again with --debug for the traceback."
+        message = f"{program} failed: {text}{'' if text.endswith(('.', '!', '?')) else '.'}{advice}"
+    if len(message) > _LONGEST_MESSAGE:
+        message = f"{message[:_LONGEST_MESSAGE]} … ({len(message)} characters)"
+    print(shown(redacted(message)), file=sys.stderr)
+    return status
 
 
 def _show(text: str) -> int:
