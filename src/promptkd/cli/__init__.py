@@ -19,18 +19,18 @@ import io
 import os
 import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
 from promptkd.cli.parsing.annotations import nearest
 from promptkd.cli.parsing.help import command_help, overview
-from promptkd.cli.process import ended_by_signals, let_threads_sleep
 from promptkd.cli.terminal import say
 from promptkd.errors import NO_ROOM, PromptKDError, RequestError, Stopped
 from promptkd.io.redact import redacted
 from promptkd.visible import shown
-
-__all__ = ["COMMANDS", "main"]
 
 COMMANDS: dict[str, str] = {
     "demo": "Distill a small student offline on embedded defaults, with a report.",
@@ -49,8 +49,7 @@ COMMANDS: dict[str, str] = {
 }
 """Each command's name, in the order of the help: what it does."""
 
-_LONGEST_MESSAGE = 4000
-"""Characters of a failure's message that are shown: it may quote what a file holds."""
+_LONGEST_MESSAGE = 4000  # characters: it may quote what a file holds
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,12 +63,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = [argument for argument in given if argument != "--debug"]
     program = f"promptkd {arguments[0]}" if arguments and arguments[0] in COMMANDS else "promptkd"
     try:
-        with ended_by_signals():
+        with _ended_by_sigterm():
             status = _dispatch(arguments)
             sys.stdout.flush()
     except (Stopped, KeyboardInterrupt, Exception) as error:
         return _report(error, program, debug=arguments != given)
     return status
+
+
+def let_threads_sleep(environment: MutableMapping[str, str]) -> None:
+    """Have OpenMP's threads look a thousand times for work and then sleep, unless the environment says how they wait.
+
+    By default they spin for milliseconds, and take a core from what they wait for or from a neighbor on the machine.
+    Sleeping at once would cost a process alone half of its decoding (docs/performance.md has the measurements). torch
+    reads the setting when it is imported.
+    """
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & environment.keys():
+        environment["GOMP_SPINCOUNT"] = "1000"
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM raises `Stopped`, as SIGINT raises `KeyboardInterrupt`, so that the body clears away what it began."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Stopped(number)
+
+    before = signal.getsignal(signal.SIGTERM)
+    if before is signal.SIG_IGN or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -78,11 +106,13 @@ def _dispatch(arguments: list[str]) -> int:
         return 2
     name, *rest = arguments
     if name in ("-h", "--help", "--help-all", "--help_all"):
-        return _show(overview(COMMANDS))
+        _show(overview(COMMANDS))
+        return 0
     if "--version" in arguments:
         from importlib.metadata import version
 
-        return _show(f"promptkd {version('promptkd')}\n")
+        _show(f"promptkd {version('promptkd')}\n")
+        return 0
     if name.startswith("-"):
         raise RequestError(f"Expected a command first. Got {name}. The commands are {', '.join(COMMANDS)}.")
     if name not in COMMANDS:
@@ -93,16 +123,17 @@ def _dispatch(arguments: list[str]) -> int:
     command = importlib.import_module(f"promptkd.cli.options.{name.replace('-', '_')}")
     every_flag = bool({"--help-all", "--help_all"} & {*rest})
     if every_flag or {"--help", "-h"} & {*rest}:
-        return _show(command_help(name, command, every_flag=every_flag))
-    from promptkd.cli.dispatch import run_command  # reads YAML, which no help needs
+        _show(command_help(name, command, every_flag=every_flag))
+    else:
+        from promptkd.cli.dispatch import run_command  # reads YAML, which no help needs
 
-    run_command(name, command, rest)
+        run_command(name, command, rest)
     return 0
 
 
 def _report(error: BaseException, program: str, *, debug: bool) -> int:
     """Say on standard error what stopped the command; return the exit status."""
-    if isinstance(error, BrokenPipeError) and _reader_is_gone():
+    if isinstance(error, BrokenPipeError) and not _show("\n"):  # standard output's pipe, and not, say, a socket's
         return 1
     if debug:
         traceback.print_exception(error)
@@ -126,24 +157,11 @@ def _report(error: BaseException, program: str, *, debug: bool) -> int:
     return status
 
 
-def _show(text: str) -> int:
+def _show(text: str) -> bool:
+    """Print the text at once; return whether anyone reads it. `promptkd --help | head` has had what it wanted."""
     try:
         print(text, end="", flush=True)
-    except BrokenPipeError:  # `promptkd distill --help | head` has had what it wanted
-        _discard_stdout()
-    return 0
-
-
-def _reader_is_gone() -> bool:
-    """Whether a broken pipe was standard output's (and not, say, a socket's), in which case nothing more is written."""
-    try:
-        print(flush=True)
-    except BrokenPipeError:
-        _discard_stdout()
-        return True
-    return False
-
-
-def _discard_stdout() -> None:
-    """Let the interpreter's last flush of standard output go nowhere, where it would complain of the broken pipe."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the interpreter's last flush would complain of it: let that go nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True

@@ -29,13 +29,7 @@ def run_command(name: str, command: ModuleType, arguments: Sequence[str]) -> Non
 
 
 def resume_command(name: str, arguments: Sequence[str], options: Any, flags: Sequence[str]) -> str:
-    """The command line that resumes the command `name`, for a shell.
-
-    Args:
-        arguments: what it was given behind its name.
-        options: what they and the --config file made.
-        flags: `RESUMED_BY`: --resume, --overwrite or nothing.
-    """
+    """The command line, for a shell, that resumes a command with these arguments; `flags` are its `RESUMED_BY`."""
     kept: list[str] = []
     is_mode = False
     for argument in arguments:

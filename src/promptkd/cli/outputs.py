@@ -69,17 +69,10 @@ class RunFolder:
         self.report = path / "report.html"
 
     def check(self) -> None:
-        """Whether the folder can be opened; nothing is changed.
-
-        The first process speaks for all: the others may come when it has begun to write.
-
-        Raises:
-            RequestError: if it holds anything and is neither to be resumed nor replaced, holds files that are no run's
-                and would be replaced, or a run to resume that was started with other settings.
-        """
+        """Refuse a folder that holds anything, unless it is this very run's to resume or some run's to replace."""
         if self._resume and self._overwrite:
             raise RequestError("--resume resumes a run and --overwrite replaces it. Give one of them.")
-        if not is_main_process():
+        if not is_main_process():  # which may have begun to write
             return
         if self.path.is_file():
             raise RequestError(f"--out must be a folder. {self.path} is a file.")
@@ -96,27 +89,25 @@ class RunFolder:
         if self._overwrite:
             refuse_foreign(self.path, foreign, "a run", ", which no run wrote")
 
-    def open(self) -> None:
-        """Check the folder, clear it if it is to be replaced, and write `config.yaml` into it."""
-        self.check()
-        if is_main_process():
-            for name in self._held() if self._overwrite else ():
-                remove(self.path / name)
-            with writing(self.path):
-                write_config(self.config, self._settings)
-
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Open the folder for the body, which makes the trainer. If that fails, what is new on the disk goes again."""
+        """Open the folder, cleared if it is to be replaced, for the body, which makes the trainer.
+
+        If that fails, what is new on the disk goes again.
+        """
+        self.check()
         places = (self.config, self.checkpoints, self.path, *self.path.parents)
-        new = [place for place in places if not place.exists()]
+        new = [place for place in places if not place.exists()] if is_main_process() else []
         try:
-            self.open()
+            if is_main_process():
+                for name in self._held() if self._overwrite else ():
+                    remove(self.path / name)
+                with writing(self.path):
+                    write_config(self.config, self._settings)
             yield
         except BaseException:
-            if is_main_process():
-                for place in new:
-                    remove(place)
+            for place in new:
+                remove(place)
             raise
 
     def locked(self) -> AbstractContextManager[object]:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from pickle import UnpicklingError
 from statistics import median
@@ -21,6 +22,7 @@ from promptkd.io.atomic import write_atomic
 from promptkd.memory import gibibytes, peak_memory
 from promptkd.models import load_model, load_tokenizer, model_record
 from promptkd.report import render_report, terminal_table
+from promptkd.report.metrics import metric_info
 from promptkd.results import Evaluation, Metric, Results, Series, Training, read_history
 from promptkd.training.callbacks import CostMeter, MetricsFile, ProgressBar, quiet
 from promptkd.training.checkpoint import resumable_checkpoint, set_aside
@@ -31,14 +33,11 @@ from promptkd.training.phases import Phases
 from promptkd.training.signals import StopOnSignal
 from promptkd.training.validation import validation_decoding
 
-_LOWER_IS_BETTER = {"rouge_l": False, "loss": True, "kl_to_teacher": True}
 _SET_HERE = {
     "output_dir": "--out",
     "save_total_limit": "--keep",
     "resume_from_checkpoint": "--resume",
-    "load_best_model_at_end": "--select",
-    "metric_for_best_model": "--select",
-    "greater_is_better": "--select",
+    **dict.fromkeys(("load_best_model_at_end", "metric_for_best_model", "greater_is_better"), "--select"),
 }
 """Training flags of transformers that would say a second time what an option of the command says."""
 
@@ -60,11 +59,11 @@ class TrainingRun:
         self.folder = RunFolder(options.out, self._config, resume=options.resume, overwrite=options.overwrite)
         self._trust = bool(training.get("trust_remote_code", False))
         self._examples: dict[str, tuple[str, list[Example]]] = {}
-        self.data: dict[str, Any] = {}
-        self.models: dict[str, Any] = {}
-        self.metrics: dict[str, Any] = {}
-        self.notes: list[str] = []
-        self.timings: dict[str, float] = {}
+
+    @cached_property
+    def results(self) -> Results:
+        """The record, which fills up on the way."""
+        return Results(kind=self.kind, config=self._config)
 
     def arguments(self, config_class: type) -> Any:
         """The training configuration, once settings, folder and rows are known to be sound; nothing is written."""
@@ -110,7 +109,7 @@ class TrainingRun:
         }
         for name, data in encoded.items():
             source, _ = self._examples.pop(name)
-            self.data[name] = data_record(source, len(data.examples), data.dropped)
+            self.results.data[name] = data_record(source, len(data.examples), data.dropped)
             say_rows(source, data)
         return encoded["train"], encoded.get("validation")
 
@@ -118,22 +117,17 @@ class TrainingRun:
         """A model; `settings` are further arguments of `load_model`, `--model_init_kwargs` if None."""
         settings = self.training.get("model_init_kwargs") or {} if settings is None else settings
         model = load_model(name, trust_remote_code=self._trust, **settings)
-        self.models[role] = model_record(name, model)
+        self.results.models[role] = model_record(name, model)
         say(f"Loaded the {role}: {name}.")
         return model
 
     def note(self, text: str) -> None:
         """Say, and keep in the record, what a reader of the metrics must know."""
         say(text)
-        self.notes.append(text)
+        self.results.notes.append(text)
 
     def train(self, trainer: Any, title: str) -> None:
-        """Train, or resume from the last checkpoint, until the end or a signal; then say the peak of memory, by phase.
-
-        Raises:
-            PromptKDError: where memory runs out; what the checkpoints hold is kept.
-            Stopped: after a signal, when a checkpoint is written.
-        """
+        """Train, or resume from the last checkpoint, until the end or a signal; then say the peak of memory."""
         checkpoint = self._checkpoint() if self.options.resume else None
         if checkpoint is not None:
             trainer.args.eval_on_start = False  # the run began with it
@@ -152,7 +146,7 @@ class TrainingRun:
             ) from error
         finally:
             bar.close()
-        self.timings["train"] = time.perf_counter() - started
+        self.results.timings["train"] = time.perf_counter() - started
         say(_peak(self._meter, trainer.phases))
 
     def _checkpoint(self) -> Path | None:
@@ -172,39 +166,39 @@ class TrainingRun:
         trainer.accelerator.wait_for_everyone()
         if not (is_main_process() or trainer.is_sharded):
             return
+        results = self.results
         precision = autocast(trainer.accelerator, trainer.args)
         with out_of_memory_told(trainer), trainer.phases("validation"), precision:
-            evaluations = trainer.on_models(lambda model, teacher: self._measure(trainer, name, model, teacher))
+            results.evaluations = trainer.on_models(lambda model, teacher: self._measure(trainer, name, model, teacher))
         if not is_main_process():
             return
         history = read_history(self.folder.metrics)
-        self.notes.append(f"Peak memory of the process {peak_memory() / 2**30:.1f} GiB.")
+        results.notes.append(f"Peak memory of the process {peak_memory() / 2**30:.1f} GiB.")
         if skipped := trainer.guard.skipped:
-            self.metrics["skipped_steps"] = Metric(value=skipped)
+            results.metrics["skipped_steps"] = Metric(value=skipped)
             steps = f"{skipped} of {trainer.state.global_step} steps"
-            self.notes.append(f"{steps} were skipped: their loss or gradient was NaN or infinite.")
-        results = Results(
-            kind=self.kind,
-            config=self._config,
-            models=self.models,
-            data=self.data,
-            evaluations=evaluations,
-            metrics=self.metrics,
-            training={label_of(str(self.folder.path.absolute())): self._cost(trainer, history)},
-            history=[Series(name=self.kind, points=history)],
-            timings=self.timings,
-            notes=[*self.notes, *findings_as_notes(history)],
+            results.notes.append(f"{steps} were skipped: their loss or gradient was NaN or infinite.")
+        results.notes += findings_as_notes(history)
+        results.history = [Series(name=self.kind, points=history)]
+        speeds = [entry["tokens_per_second"] for entry in history if "tokens_per_second" in entry]
+        results.training[label_of(str(self.folder.path.absolute()))] = Training(
+            method=trainer.args.algorithm if self.kind == "distill" else self.kind,
+            steps=trainer.state.global_step,
+            seconds=self._meter.seconds,
+            peak_memory_bytes=self._meter.peak_memory_bytes,
+            peak_memory_by_phase=self._meter.peak_memory_by_phase,
+            tokens_per_second=median(speeds) if speeds else None,
         )
         results.write(self.folder.results)
         write_atomic(self.folder.report, render_report([results]))
-        if evaluations:
+        if results.evaluations:
             print(terminal_table([results]))
         say(f"The model is in {self.folder.path / name}, the page in {self.folder.report}.")
 
     def _measure(self, trainer: Any, name: str, model: Any, teacher: Any) -> list[Evaluation]:
         """The evaluation on the validation rows, if there are any; the model's hash goes into the record."""
         if is_main_process():
-            self.models[name] = model_record(self.folder.path / name, model)
+            self.results.models[name] = model_record(self.folder.path / name, model)
         if not trainer.validation_rows:
             return []
         started, decoding = time.perf_counter(), validation_decoding(trainer)
@@ -217,20 +211,8 @@ class TrainingRun:
             batch_size=trainer.args.per_device_eval_batch_size,
         )
         evaluation = evaluation_of(results, decoding, [decoding.seed], model=name, data="validation")
-        self.timings["evaluate"] = time.perf_counter() - started
+        self.results.timings["evaluate"] = time.perf_counter() - started
         return [evaluation]
-
-    def _cost(self, trainer: Any, history: list[dict[str, Any]]) -> Training:
-        """What the run cost; tokens per second where its steps log them."""
-        speeds = [entry["tokens_per_second"] for entry in history if "tokens_per_second" in entry]
-        return Training(
-            method=trainer.args.algorithm if self.kind == "distill" else self.kind,
-            steps=trainer.state.global_step,
-            seconds=self._meter.seconds,
-            peak_memory_bytes=self._meter.peak_memory_bytes,
-            peak_memory_by_phase=self._meter.peak_memory_by_phase,
-            tokens_per_second=median(speeds) if speeds else None,
-        )
 
     def _selection(self, settings: dict[str, Any]) -> dict[str, Any]:
         """When to validate, and settings that keep the best checkpoint by it."""
@@ -253,7 +235,7 @@ class TrainingRun:
                     f"--{name} {settings[name]} with --eval_strategy {strategy}; leave it out, validate as often by "
                     "--eval_steps, or give --select last."
                 )
-        best = {"metric_for_best_model": select, "greater_is_better": not _LOWER_IS_BETTER[select]}
+        best = {"metric_for_best_model": select, "greater_is_better": metric_info(select).better == "higher"}
         return {"eval_strategy": strategy, **saving, "load_best_model_at_end": True, **best}
 
 

@@ -19,8 +19,8 @@ def run(options: Options, training: dict[str, Any]) -> None:
     folder = RunFolder(options.out, merged_config(options, {}), resume=False, overwrite=options.overwrite)
     folder.check()
     with folder.locked():
-        folder.open()
-        demo = Demo(DemoSettings(layers=options.layers, steps=options.steps, seed=options.seed), options.out, say)
+        with folder.opened():
+            demo = Demo(DemoSettings(layers=options.layers, steps=options.steps, seed=options.seed), options.out, say)
         results = demo.run()
         results.notes.append(f"Peak memory {peak_memory() / 2**30:.1f} GiB.")
         results.write(folder.results)

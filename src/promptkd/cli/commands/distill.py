@@ -35,11 +35,7 @@ def run(options: Options, training: dict[str, Any]) -> None:
 def checked(
     options: Options, training: dict[str, Any], read: Callable[..., list[Example]] = read_examples
 ) -> tuple[TrainingRun, DistillConfig, Method]:
-    """The run, once everything that can be checked without a model is sound; nothing is written.
-
-    Args:
-        read: reads a data set, as `read_examples` does.
-    """
+    """The run, once everything that can be checked without a model is sound; nothing is written."""
     if options.dry_run and options.resume:
         raise RequestError("--dry-run looks at a run from its first step on. Leave --resume out.")
     if options.merge and options.student_lora_rank is None:
@@ -86,8 +82,8 @@ def _distill(options: Options, job: TrainingRun, args: DistillConfig, method: Me
     numbers, share = trainer.trainable_share()
     if numbers:
         say(f"{numbers:,} parameters of the teacher are trained, {share:.4%} of its parameters.")
-        job.metrics["teacher_trained_numbers"] = Metric(value=numbers)
-        job.metrics["teacher_trained_share"] = Metric(value=share)
+        job.results.metrics["teacher_trained_numbers"] = Metric(value=numbers)
+        job.results.metrics["teacher_trained_share"] = Metric(value=share)
     if args.prompt_refresh == "stale":
         job.note(
             "--prompt_refresh stale: the student learns from the prompted teacher of before each update of the prompt. "

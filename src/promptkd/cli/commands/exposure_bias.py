@@ -14,7 +14,7 @@ from promptkd.cli.outputs import check_output
 from promptkd.cli.parsing.parser import merged_config
 from promptkd.cli.provenance import data_record, label_of
 from promptkd.cli.terminal import progress_lines, say
-from promptkd.data import EncodedExample
+from promptkd.data import EncodedData, EncodedExample
 from promptkd.errors import RequestError
 from promptkd.evaluation import ExposureBias, Scoring, exposure_bias, sample_continuations
 from promptkd.memory import peak_memory
@@ -23,8 +23,6 @@ from promptkd.report.terminal import text_table
 from promptkd.results import Curve, CurvePoint, Metric, Results
 from promptkd.training.checkpoint import checkpoints_in
 
-_MOST_LENGTHS = 5  # in the table
-
 
 def run(options: Options, training: dict[str, Any]) -> None:
     check_output(options.out, overwrite=options.overwrite)
@@ -32,14 +30,14 @@ def run(options: Options, training: dict[str, Any]) -> None:
         raise RequestError(f"Each student must be given once. Got {' '.join(options.student)}.")
     job = InferenceRun(options)
     students, soft_prompt = _students(options), _soft_prompt(options.prompt)
-    tokenizer, rows, dropped = _requests(options, job)
+    tokenizer, data = _requests(options, job)
     teacher = job.teacher(options.teacher)
     prompt = None if soft_prompt is None else _placed(soft_prompt, teacher, options.prompt)
     job.settle_precision()
     results = Results(kind="exposure-bias", config=merged_config(options, {}), notes=job.precision_notes())
     results.models[f"teacher {label_of(options.teacher)}"] = model_record(options.teacher, teacher)
-    results.data[label_of(options.data)] = data_record(options.data, len(rows), dropped)
-    comparison = _Comparison(job, results, tokenizer, rows, teacher, prompt)
+    results.data[label_of(options.data)] = data_record(options.data, len(data.examples), data.dropped)
+    comparison = _Comparison(job, results, tokenizer, data.examples, teacher, prompt)
     samples = comparison.sample("the teacher", teacher, prompt)
     measured = {label: comparison.measure(label, path, samples) for label, path in students.items()}
     results.notes.append(f"Peak memory {peak_memory() / 2**30:.1f} GiB.")
@@ -113,7 +111,7 @@ class _Comparison:
 def exposure_table(measured: Mapping[str, ExposureBias]) -> str:
     """One line per student, intervals below the values, at the highest powers of two that a curve reaches."""
     longest = max(len(each.points) for each in measured.values())
-    lengths = [2**power for power in range(longest.bit_length())][-_MOST_LENGTHS:]
+    lengths = [2**power for power in range(longest.bit_length())][-5:]
     lines = [["", "KL on own\nnats/token", "on teacher's\nnats/token", *(f"ExAccErr({x})\n%" for x in lengths)]]
     for label, each in measured.items():
         points = dict(enumerate(each.points, 1))
@@ -152,8 +150,8 @@ def _students(options: Options) -> dict[str, str]:
     return found
 
 
-def _requests(options: Options, job: InferenceRun) -> tuple[Any, list[EncodedExample], int]:
-    """The tokenizer, the rows, which must be the same for every student, and how many more were dropped."""
+def _requests(options: Options, job: InferenceRun) -> tuple[Any, EncodedData]:
+    """The tokenizer and the rows, which must be the same for every student."""
     teacher, *tokenizers = map(job.tokenizer, (options.teacher, *options.student))
     for tokenizer in tokenizers:
         check_same_vocabulary(tokenizer, teacher)
@@ -165,7 +163,7 @@ def _requests(options: Options, job: InferenceRun) -> tuple[Any, list[EncodedExa
                 f"The students must read the same requests: {path} and {options.student[0]} render them differently. "
                 "Give a --template, or measure them one by one."
             )
-    return tokenizers[0], first.examples, first.dropped
+    return tokenizers[0], first
 
 
 def _soft_prompt(path: Path | None) -> SoftPrompt | None:
