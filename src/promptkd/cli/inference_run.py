@@ -34,35 +34,36 @@ class InferenceRun:
     def __init__(self, options: Any):
         quiet_libraries()
         self.options, self.device = options, fastest_device()
-        self.precision, self.teacher_dtype = "float32", None
+        self.precision = "float32"
+        self.teacher_dtype: WeightPrecision | None = None
 
-    def tokenizer(self, name: str) -> Any:
+    def load_tokenizer(self, name: str) -> Any:
         return load_tokenizer(name, trust_remote_code=self.options.trust_remote_code)
 
-    def rows(
+    def read_rows(
         self, source: str, tokenizer: Any, *, limit: int | None, max_response_length: int | None = None
     ) -> EncodedData:
         """The rows of a data set as tokens; with a limit on responses each row must have one."""
-        needed = max_response_length is not None
+        longest = self.options.max_completion_length if max_response_length is None else max_response_length
         return encode_examples(
             read_examples(source, limit=limit),
             tokenizer,
             self.options.template,
             max_prompt_length=self.options.max_prompt_length,
-            max_response_length=max_response_length if needed else self.options.max_completion_length,
-            need_response=needed,
+            max_response_length=longest,
+            need_response=max_response_length is not None,
         )
 
-    def model(self, name: str, dtype: WeightPrecision = "float32") -> Any:
+    def load_model(self, name: str, dtype: WeightPrecision = "float32") -> Any:
         """A model that can be scored, with weights of `dtype`."""
         model = load_model(name, dtype=dtype, trust_remote_code=self.options.trust_remote_code).to(self.device)
         check_scoring(model)
         return model
 
-    def teacher(self, name: str) -> Any:
+    def load_teacher(self, name: str) -> Any:
         """A model with weights in the precision that --teacher-dtype comes to."""
         self.teacher_dtype = teacher_precision(self.options.teacher_dtype, self.device)
-        return self.model(name, self.teacher_dtype)
+        return self.load_model(name, self.teacher_dtype)
 
     def decoding(self, tokenizer: Any, model: Any, **settings: Any) -> Decoding:
         """How `model` answers rows, by the options and further fields of `Decoding`."""

@@ -33,7 +33,7 @@ def run(options: Options, training: dict[str, Any]) -> None:
         raise RequestError("--prompt is empty. Expected some text.")
     job = InferenceRun(options)
     conversations = {
-        label: Conversation(tokenizer=job.tokenizer(name), model=job.model(name), template=options.template)
+        label: Conversation(tokenizer=job.load_tokenizer(name), model=job.load_model(name), template=options.template)
         for name, label in labels.items()
     }
     session = _Session(conversations, decoding, Console(highlight=False))

@@ -56,23 +56,24 @@ def check(options: Options) -> None:
 def _evaluate(options: Options) -> None:
     job, label = InferenceRun(options), label_of(options.model)
     metrics = [HubMetric(name) for name in options.metrics]
-    tokenizer = job.tokenizer(options.model)
+    tokenizer = job.load_tokenizer(options.model)
     if options.teacher is not None:
-        check_same_vocabulary(tokenizer, job.tokenizer(options.teacher))
+        check_same_vocabulary(tokenizer, job.load_tokenizer(options.teacher))
     results = Results(kind="evaluate", config=merged_config(options, {}))
     sets = {}
     for path in options.data:
         name = label_of(path, options.data)
-        data = job.rows(path, tokenizer, limit=options.limit, max_response_length=options.max_reference_length)
+        data = job.read_rows(path, tokenizer, limit=options.limit, max_response_length=options.max_reference_length)
         say_rows(path, data)
         sets[name], results.data[name] = data.examples, data_record(path, len(data.examples), data.dropped)
     for metric in metrics:
         metric.check(row.references for rows in sets.values() for row in rows)
     job.settle_precision()
-    model = job.model(options.model)
-    teacher = None if options.teacher is None else job.teacher(options.teacher)
+    model = job.load_model(options.model)
     results.models[label] = model_record(options.model, model)
+    teacher = None
     if options.teacher is not None:
+        teacher = job.load_teacher(options.teacher)
         results.models[f"teacher {label_of(options.teacher)}"] = model_record(options.teacher, teacher)
     if cost := training_cost(options.model):
         results.training[label] = cost

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from promptkd.cli.outputs import check_output
 from promptkd.cli.parsing.parser import merged_config
 from promptkd.cli.provenance import data_record, label_of
 from promptkd.cli.terminal import progress_lines, say
-from promptkd.data import EncodedData, EncodedExample
+from promptkd.data import EncodedData
 from promptkd.errors import RequestError
 from promptkd.evaluation import ExposureBias, Scoring, exposure_bias, sample_continuations
 from promptkd.memory import peak_memory
@@ -28,45 +27,40 @@ def run(options: Options, training: dict[str, Any]) -> None:
     check_output(options.out, overwrite=options.overwrite)
     if len(set(options.student)) < len(options.student):
         raise RequestError(f"Each student must be given once. Got {' '.join(options.student)}.")
-    job = InferenceRun(options)
-    students, soft_prompt = _students(options), _soft_prompt(options.prompt)
-    tokenizer, data = _requests(options, job)
-    teacher = job.teacher(options.teacher)
-    prompt = None if soft_prompt is None else _placed(soft_prompt, teacher, options.prompt)
-    job.settle_precision()
-    results = Results(kind="exposure-bias", config=merged_config(options, {}), notes=job.precision_notes())
-    results.models[f"teacher {label_of(options.teacher)}"] = model_record(options.teacher, teacher)
-    results.data[label_of(options.data)] = data_record(options.data, len(data.examples), data.dropped)
-    comparison = _Comparison(job, results, tokenizer, data.examples, teacher, prompt)
-    samples = comparison.sample("the teacher", teacher, prompt)
-    measured = {label: comparison.measure(label, path, samples) for label, path in students.items()}
-    results.notes.append(f"Peak memory {peak_memory() / 2**30:.1f} GiB.")
-    results.write(options.out)
+    job = _ExposureRun(options)
+    samples = job.sample("the teacher", job.teacher, job.prompt)
+    measured = {label: job.measure(label, path, samples) for label, path in job.students.items()}
+    job.results.notes.append(f"Peak memory {peak_memory() / 2**30:.1f} GiB.")
+    job.results.write(options.out)
     print(exposure_table(measured))
     say(f"The record is in {options.out}.")
     job.say_peak()
 
 
-@dataclass
-class _Comparison:
-    """What every student is measured with; what comes of it goes into the record."""
+class _ExposureRun(InferenceRun):
+    """What all students are measured with, and the record of it."""
 
-    job: InferenceRun
-    results: Results
-    tokenizer: Any
-    rows: list[EncodedExample]
-    teacher: Any
-    prompt: Tensor | None
+    def __init__(self, options: Options):
+        super().__init__(options)
+        self.students, soft_prompt = _students(options), _soft_prompt(options.prompt)
+        self.tokenizer, data = _requests(self)
+        self.rows, self.prompts = data.examples, [row.prompt_ids for row in data.examples]
+        self.teacher = self.load_teacher(options.teacher)
+        self.prompt = None if soft_prompt is None else _placed(soft_prompt, self.teacher, options.prompt)
+        self.settle_precision()
+        self.results = Results(kind="exposure-bias", config=merged_config(options, {}), notes=self.precision_notes())
+        self.results.models[f"teacher {label_of(options.teacher)}"] = model_record(options.teacher, self.teacher)
+        self.results.data[label_of(options.data)] = data_record(options.data, len(self.rows), data.dropped)
 
     def sample(self, title: str, model: Any, prompt: Tensor | None = None) -> list[list[list[int]]]:
         """The model's continuations of every request."""
-        options, started = self.job.options, time.perf_counter()
+        options, started = self.options, time.perf_counter()
         tell = progress_lines(f"Sampling {title}", len(self.rows) * options.samples_per_row)
-        with self.job.computing():
+        with self.computing():
             samples = sample_continuations(
                 model,
-                [row.prompt_ids for row in self.rows],
-                self.job.decoding(self.tokenizer, model, seed=options.seed),
+                self.prompts,
+                self.decoding(self.tokenizer, model, seed=options.seed),
                 samples_per_row=options.samples_per_row,
                 rows=[row.row for row in self.rows],
                 prompt=prompt,
@@ -77,17 +71,15 @@ class _Comparison:
 
     def measure(self, label: str, path: str, teacher_samples: list[list[list[int]]]) -> ExposureBias:
         """One student, loaded for as long as this takes."""
-        options, results, student = self.job.options, self.results, self.job.model(path)
+        options, results, student = self.options, self.results, self.load_model(path)
         results.models[label] = model_record(path, student)
-        samples = self.sample(label, student)
-        started = time.perf_counter()
+        samples, started = self.sample(label, student), time.perf_counter()
         tell = progress_lines(f"Scoring {label}", 2 * len(self.rows) * options.samples_per_row)
         vocabulary = shared_vocabulary_size(student, self.teacher, self.tokenizer)
         scoring = Scoring(self.prompt, vocabulary, on_batch=lambda done: tell("continuations", done))
-        prompts = [row.prompt_ids for row in self.rows]
-        with self.job.computing():
+        with self.computing():
             measured = exposure_bias(
-                student, self.teacher, prompts, samples, teacher_samples, scoring, ended=options.ended
+                student, self.teacher, self.prompts, samples, teacher_samples, scoring, ended=options.ended
             )
         results.timings[f"scoring {label}"] = time.perf_counter() - started
         kl = f"{label}: KL(teacher || student) on"
@@ -150,12 +142,13 @@ def _students(options: Options) -> dict[str, str]:
     return found
 
 
-def _requests(options: Options, job: InferenceRun) -> tuple[Any, EncodedData]:
+def _requests(job: InferenceRun) -> tuple[Any, EncodedData]:
     """The tokenizer and the rows, which must be the same for every student."""
-    teacher, *tokenizers = map(job.tokenizer, (options.teacher, *options.student))
+    options = job.options
+    teacher, *tokenizers = map(job.load_tokenizer, (options.teacher, *options.student))
     for tokenizer in tokenizers:
         check_same_vocabulary(tokenizer, teacher)
-    first, *others = [job.rows(options.data, tokenizer, limit=options.limit) for tokenizer in tokenizers]
+    first, *others = [job.read_rows(options.data, tokenizer, limit=options.limit) for tokenizer in tokenizers]
     prompts = [row.prompt_ids for row in first.examples]
     for path, other in zip(options.student[1:], others, strict=True):
         if [row.prompt_ids for row in other.examples] != prompts:

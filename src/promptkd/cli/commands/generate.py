@@ -14,11 +14,11 @@ from promptkd.io.jsonl import encoded
 def run(options: Options, training: dict[str, Any]) -> None:
     check_output(options.out, overwrite=options.overwrite)
     job = InferenceRun(options)
-    tokenizer = job.tokenizer(options.model)
-    data = job.rows(options.data, tokenizer, limit=options.limit)
+    tokenizer = job.load_tokenizer(options.model)
+    data = job.read_rows(options.data, tokenizer, limit=options.limit)
     rows = data.examples
     job.settle_precision()
-    model = job.model(options.model)
+    model = job.load_model(options.model)
     decoding = job.decoding(tokenizer, model, **sampling(options))
     seeds = row_seeds(options.seed, max(row.row for row in rows) + 1)
     tell = progress_lines("Generating", len(rows))

@@ -29,13 +29,13 @@ def run(options: Options, training: dict[str, Any]) -> None:
     _check(options)
     job = InferenceRun(options)
     rows: list[EncodedExample] = []
-    tokenizer = job.tokenizer(options.model)
+    tokenizer = job.load_tokenizer(options.model)
     if not options.keep and options.choose == "influence" and options.data is not None:
         longest = options.max_completion_length
-        data = job.rows(options.data, tokenizer, limit=options.rows * 4, max_response_length=longest)
+        data = job.read_rows(options.data, tokenizer, limit=options.rows * 4, max_response_length=longest)
         rows = data.examples[: options.rows]
         job.settle_precision()
-    teacher = job.model(options.model)
+    teacher = job.load_model(options.model)
     kept, influence = _choose(options, job, teacher, rows)
     student = prune_layers(teacher, kept)
     check_scoring(student)
