@@ -23,7 +23,6 @@ import threading
 import traceback
 from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
-from types import FrameType
 
 from promptkd.cli.parsing.annotations import nearest
 from promptkd.cli.parsing.help import command_help, overview
@@ -86,7 +85,7 @@ def let_threads_sleep(environment: MutableMapping[str, str]) -> None:
 def _ended_by_sigterm() -> Iterator[None]:
     """SIGTERM raises `Stopped`, as SIGINT raises `KeyboardInterrupt`, so that the body clears away what it began."""
 
-    def stop(number: int, frame: FrameType | None) -> None:
+    def stop(number: int, frame: object) -> None:
         raise Stopped(number)
 
     before = signal.getsignal(signal.SIGTERM)

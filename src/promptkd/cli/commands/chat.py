@@ -1,9 +1,9 @@
 """`promptkd chat`."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 from rich.console import Console
 
@@ -17,7 +17,6 @@ from promptkd.errors import RequestError
 from promptkd.generation import Decoding
 from promptkd.generation.conversation import Conversation
 
-Number = TypeVar("Number", int, float)
 _HELP = """\
 /reset            forget what was said, and the count of answers that seeds depend on
 /temperature T    sample at this temperature; 0 decodes greedily
@@ -120,7 +119,7 @@ class _Session:
         (write_side_by_side if can_redraw else write_in_turn)(self.console, writings)
 
 
-def _number(kind: type[Number], name: str, value: str) -> Number:
+def _number(kind: Callable[[str], Any], name: str, value: str) -> Any:
     try:
         number = kind(value)
         if abs(number) <= LARGEST_INTEGER:  # neither NaN nor infinite
