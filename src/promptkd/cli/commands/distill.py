@@ -21,7 +21,7 @@ from promptkd.results import Metric
 from promptkd.training import DistillConfig, DistillTrainer
 from promptkd.training.config import chosen_method
 from promptkd.training.dry_run import Trial, at_its_most, leave_nothing, longest_rows_first, take_trial_steps
-from promptkd.training.teacher_options import teacher_settings
+from promptkd.training.teacher import teacher_settings
 
 
 def run(options: Options, training: dict[str, Any]) -> None:
