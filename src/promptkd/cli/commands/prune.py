@@ -13,15 +13,8 @@ from promptkd.data.batch import right_pad
 from promptkd.engine import check_scoring
 from promptkd.errors import check_all, writing
 from promptkd.io.atomic import atomic
-from promptkd.models import (
-    block_influence,
-    count_parameters,
-    evenly_spaced,
-    model_record,
-    most_influential,
-    prune_layers,
-)
-from promptkd.models.prune import decoder_layers
+from promptkd.models import count_parameters, model_record
+from promptkd.models.prune import block_influence, decoder_layers, evenly_spaced, most_influential, prune_layers
 from promptkd.results import Metric, Results
 
 
