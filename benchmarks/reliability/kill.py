@@ -58,7 +58,7 @@ PARTS: dict[str, tuple[Any, str, str]] = {
     "student step": (DistillTrainer, "training_step", "distill"),
     "validation": (DistillTrainer, "evaluate", "distill"),
     "checkpoint": (DistillTrainer, "_save_checkpoint", "distill"),
-    "saving the student": (TrainingRun, "save", "distill"),
+    "saving the student": (DistillTrainer, "save_student", "distill"),
     "record and page": (TrainingRun, "record", "distill"),
     "report": (promptkd.cli.commands.report, "run", "report"),
 }

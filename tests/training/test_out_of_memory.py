@@ -16,7 +16,7 @@ import promptkd.training.teacher_tuner
 import promptkd.training.validation
 from helpers.commands import LIMITS, World, distill, done, make_world, run, sft, steps, weights
 from helpers.trainers import log, trainer
-from promptkd.cli.run_folder import _MICRO_BATCHES, _OF_MEMORY
+from promptkd.cli.outputs import _MICRO_BATCHES, _OF_MEMORY
 from promptkd.errors import PromptKDError
 from promptkd.results import Results
 from promptkd.training import DistillConfig, FinetuneConfig
