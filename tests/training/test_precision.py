@@ -200,10 +200,9 @@ def test_full_determinism_on_a_cpu(tmp_path):
 
 def test_batches_do_not_depend_on_the_order_of_rows():
     data = rows(20).examples
-    batches = [{data[place].row for place in places} for places in row_batches(data, 8)]
-    turned = data[::-1]
-    assert batches == [{turned[place].row for place in places} for places in row_batches(turned, 8)]
-    assert sorted(place for places in row_batches(data, 8) for place in places) == list(range(20))
+    batches = [{row.row for row in batch} for batch in row_batches(data, 8)]
+    assert batches == [{row.row for row in batch} for batch in row_batches(data[::-1], 8)]
+    assert sorted(row.row for batch in row_batches(data, 8) for row in batch) == list(range(20))
 
 
 def test_validation_and_evaluate_measure_in_the_same_batches(tmp_path, monkeypatch):

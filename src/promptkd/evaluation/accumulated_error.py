@@ -16,8 +16,7 @@ row has, the later its zeros come.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -57,17 +56,16 @@ def excess_accumulated_error(
     reaching = ((student.count > 0) & (teacher.count > 0)).sum(0).tolist()
     if ended == "zero":
         student, teacher = student.with_zeros(), teacher.with_zeros()
-    values = _percent(np.ones((1, len(on_student))), student, teacher)[0]
-    table = np.stack([values, *_interval(values, student, teacher, bootstrap)], axis=1)  # (L, 3)
+    values = _percent(np.ones((1, len(on_student))), student, teacher)
+    table = np.concatenate([values, _interval(values[0], student, teacher, bootstrap)]).T  # (L, 3)
     found = [[None if np.isnan(number) else float(number) for number in line] for line in table]
     return [
-        CurvePoint(x=index + 1, value=value, low=low, high=high, rows=rows)
-        for index, ((value, low, high), rows) in enumerate(zip(found, reaching, strict=True))
+        CurvePoint(x=length, value=value, low=low, high=high, rows=rows)
+        for length, ((value, low, high), rows) in enumerate(zip(found, reaching, strict=True), start=1)
     ]
 
 
-@dataclass(frozen=True)
-class _Table:
+class _Table(NamedTuple):
     """Errors of one model's continuations, summed over the draws of each row."""
 
     sums: Floats

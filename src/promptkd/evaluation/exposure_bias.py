@@ -72,8 +72,7 @@ def sample_continuations(
     for every model: common random numbers, whose effect on both models cancels in their comparison.
 
     Args:
-        decoding: length limit, stop ids, vocabulary, first seed and batch size; its temperature and cut-offs are not
-            used.
+        decoding: its temperature and cut-offs are not used.
         rows: each request's index in its file, from which its seeds follow; by default 0, 1, …
         prompt: (n, E) soft prompt before the model.
         on_batch: as in `generate`.
@@ -145,7 +144,7 @@ def token_errors(
     """
     places = [(row, draw) for row, drawn in enumerate(samples) for draw in range(len(drawn))]
     flat_prompts, flat_samples = [prompts[row] for row, _ in places], [samples[row][draw] for row, draw in places]
-    errors, done = [[np.empty(0) for _ in drawn] for drawn in samples], 0
+    errors, done = [[np.empty(0)] * len(drawn) for drawn in samples], 0
     with torch.no_grad(), evaluating(student), evaluating(teacher):
         for indices, batch in batches_by_length(flat_prompts, flat_samples, scoring.batch_size, student):
             divergences = token_divergences(

@@ -13,11 +13,12 @@ from promptkd.engine import evaluating, head_logits, response_hidden
 from promptkd.models import shared_vocabulary_size
 from promptkd.objectives import reverse_kl
 
+Ids = Sequence[Sequence[int]]
 _TOKENS_AT_A_TIME = 256
 
 
 def reference_nats(
-    model: nn.Module, rows: Sequence[EncodedExample], *, vocabulary: int, batch_size: int = 8
+    model: nn.Module, rows: Sequence[EncodedExample], *, vocabulary: int, batch_size: int
 ) -> list[float]:
     """-log q(first reference and its end | prompt) of each row, in nats.
 
@@ -41,9 +42,9 @@ def kl_nats(
     teacher: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[EncodedExample],
-    samples: Sequence[Sequence[int]],
+    samples: Ids,
     *,
-    batch_size: int = 8,
+    batch_size: int,
 ) -> list[float]:
     """Σ over the tokens of a row's sample of KL(model || teacher), each over the whole vocabulary, in nats."""
     vocabulary, prompts = shared_vocabulary_size(model, teacher, tokenizer), [row.prompt_ids for row in rows]
@@ -60,7 +61,7 @@ def token_divergences(
     teacher: nn.Module,
     batch: TokenBatch,
     *,
-    vocabulary: int | None = None,
+    vocabulary: int | None,
     prompt: Tensor | None = None,
 ) -> Tensor:
     """(N,) `objective` of both models' logits at each response token.
@@ -70,16 +71,15 @@ def token_divergences(
         prompt: (n, E) soft prompt before the teacher.
     """
 
-    def divergences(ours: Tensor, theirs: Tensor) -> Tensor:
-        return objective(
-            head_logits(student, ours, vocabulary=vocabulary), head_logits(teacher, theirs, vocabulary=vocabulary)
-        )
+    def divergences(*hidden: Tensor) -> Tensor:
+        models = zip((student, teacher), hidden, strict=True)
+        return objective(*(head_logits(model, states, vocabulary=vocabulary) for model, states in models))
 
     return _in_chunks(divergences, response_hidden(student, batch), response_hidden(teacher, batch, prompt))
 
 
 def batches_by_length(
-    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], size: int, model: nn.Module
+    prompts: Ids, responses: Ids, size: int, model: nn.Module
 ) -> Iterator[tuple[list[int], TokenBatch]]:
     """Rows of similar length together on the model's device, with their indices."""
     device = next(model.parameters()).device

@@ -9,22 +9,23 @@ from transformers import PreTrainedTokenizerBase
 
 from promptkd.data.encode import EncodedExample
 from promptkd.evaluation.statistics import mean_interval, token_mean_interval
-from promptkd.evaluation.text_metrics import answer_scores
+from promptkd.evaluation.text_metrics import exact_match_scores, form_scores, rouge_scores
 from promptkd.generation import Decoding, generate, row_seeds
 from promptkd.models import vocabulary_size
 from promptkd.results import Evaluation, Metric, RowResult
 
-_OF_REFERENCES = ("loss",)  # the same however answers are decoded
+OF_REFERENCES = frozenset({"loss"})
+"""Measured on the references: the same however answers are decoded."""
 
 
-def row_batches(rows: Sequence[EncodedExample], size: int) -> list[list[int]]:
-    """Indices into `rows`, `size` at a time, the longest prompts first.
+def row_batches(rows: Sequence[EncodedExample], size: int) -> list[list[EncodedExample]]:
+    """`size` rows at a time, the longest prompts first.
 
     Validation and `promptkd evaluate` both measure in these batches. In bfloat16 the rows that share a batch decide
     how products are rounded, and so, now and then, which token is drawn: other batches would give other answers.
     """
-    order = sorted(range(len(rows)), key=lambda index: (-len(rows[index].prompt_ids), rows[index].row))
-    return [order[first : first + size] for first in range(0, len(order), size)]
+    ordered = sorted(rows, key=lambda row: (-len(row.prompt_ids), row.row))
+    return [ordered[first : first + size] for first in range(0, len(ordered), size)]
 
 
 def decode_rows(
@@ -49,7 +50,7 @@ def row_results(
     decoding: Decoding,
     *,
     losses: Sequence[float],
-    kls: Sequence[Sequence[tuple[float, int]]] = (),
+    kls: Sequence[Sequence[tuple[float, int]]],
 ) -> list[RowResult]:
     """Each row with its answer and every score of it.
 
@@ -59,21 +60,18 @@ def row_results(
         kls: per sample, (nats, tokens) of every row; empty without a teacher.
     """
     texts = [tokenizer.decode(list(answer), skip_special_tokens=True).strip() for answer in answers]
-    scores = answer_scores(
-        texts,
-        [row.references for row in rows],
-        answers,
-        [len(row.response_ids) for row in rows],
-        stop_ids=decoding.stop_ids,
-        max_new_tokens=decoding.limits(1)[0],
-    )
-    results = []
+    references = [row.references for row in rows]
+    rouge = rouge_scores(texts, references, kinds=("rougeL", "rouge1"))
+    exact = exact_match_scores(texts, references)
+    limit, results = decoding.limits(1)[0], []
     for index, row in enumerate(rows):
         wanted = len(row.response_ids)
-        of_models, tokens = {"loss": losses[index] / wanted}, {"loss": wanted, "length_ratio": wanted}
+        scores, tokens = {"loss": losses[index] / wanted}, {"loss": wanted, "length_ratio": wanted}
         if kls:
             tokens["kl_to_teacher"] = sum(sample[index][1] for sample in kls)
-            of_models["kl_to_teacher"] = sum(sample[index][0] for sample in kls) / tokens["kl_to_teacher"]
+            scores["kl_to_teacher"] = sum(sample[index][0] for sample in kls) / tokens["kl_to_teacher"]
+        scores |= {"rouge_l": rouge["rougeL"][index], "rouge_1": rouge["rouge1"][index], "exact_match": exact[index]}
+        scores |= form_scores(answers[index], wanted, stop_ids=decoding.stop_ids, max_new_tokens=limit)
         results.append(
             RowResult(
                 row=row.row,
@@ -81,7 +79,7 @@ def row_results(
                 prompt=row.prompt,
                 references=list(row.references),
                 response=texts[index],
-                scores=of_models | scores[index],
+                scores=scores,
                 tokens=tokens,
             )
         )
@@ -116,11 +114,9 @@ def _metric(name: str, by_seed: list[list[RowResult]]) -> Metric:
     if name in by_seed[0][0].tokens:
         tokens = np.array([[each.tokens[name] for each in results] for results in by_seed])
         sums = scores * tokens
-        metric = token_mean_interval(sums.sum(0), tokens.sum(0))
-        of_seeds = sums.sum(1) / tokens.sum(1)
+        metric, of_seeds = token_mean_interval(sums.sum(0), tokens.sum(0)), sums.sum(1) / tokens.sum(1)
     else:
-        metric = mean_interval(scores.mean(0))
-        of_seeds = scores.mean(1)
-    if len(by_seed) > 1 and name not in _OF_REFERENCES:
+        metric, of_seeds = mean_interval(scores.mean(0)), scores.mean(1)
+    if len(by_seed) > 1 and name not in OF_REFERENCES:
         metric.deviation = float(of_seeds.std(ddof=1))
     return metric

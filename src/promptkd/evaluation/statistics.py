@@ -90,11 +90,12 @@ def paired_token_difference(
 
 def _interval(statistic: Callable[..., Floats], bootstrap: Bootstrap, **given: Values) -> Metric:
     """`statistic` maps arrays of shape (..., rows) to shape (...); the same rows are drawn from every column."""
-    columns = _checked({name: np.asarray(values, dtype=np.float64) for name, values in given.items()})
+    columns = [np.asarray(values, dtype=np.float64) for values in given.values()]
+    _check(dict(zip(given, columns, strict=True)))
     rows = len(columns[0])
     with np.errstate(invalid="ignore"):  # infinity less infinity
         value = float(statistic(*columns))
-    if rows == 1 or not all(np.isfinite(column).all() for column in columns):
+    if rows == 1 or not np.isfinite(columns).all():
         return Metric(value=value, rows=rows)
     generator, drawn = np.random.default_rng(bootstrap.seed), []
     for size in blocks(bootstrap.resamples, rows):
@@ -104,7 +105,7 @@ def _interval(statistic: Callable[..., Floats], bootstrap: Bootstrap, **given: V
     return Metric(value=value, low=float(low), high=float(high), rows=rows)
 
 
-def _checked(columns: dict[str, Floats]) -> list[Floats]:
+def _check(columns: dict[str, Floats]) -> None:
     for name, column in columns.items():
         if column.ndim != 1:
             raise RequestError(f"`{name}` must hold one number per row, shape (rows,). Got shape {column.shape}.")
@@ -115,13 +116,10 @@ def _checked(columns: dict[str, Floats]) -> list[Floats]:
     if 0 in lengths.values():
         raise RequestError(f"Expected at least one row in {' and '.join(f'`{name}`' for name in lengths)}. Got none.")
     for name, column in columns.items():
-        if name.startswith("counts") and not (column > 0).all():
-            row = int(np.argmin(column > 0))
-            raise RequestError(
-                f"`{name}` must be above 0 in every row. Got {column[row]:g} in row {row}; leave out rows without "
-                "tokens."
-            )
-    return list(columns.values())
+        wrong = np.flatnonzero(~(column > 0)) if name.startswith("counts") else []
+        if len(wrong):
+            got = f"Got {column[wrong[0]]:g} in row {wrong[0]}; leave out rows without tokens."
+            raise RequestError(f"`{name}` must be above 0 in every row. {got}")
 
 
 def row_contributions(sums_a: Floats, counts_a: Floats, sums_b: Floats, counts_b: Floats) -> Floats:
@@ -167,7 +165,7 @@ def sign_flip_test(contributions: Floats, *, draws: int = 9999, seed: int = 0) -
         """How many of the patterns, shape (patterns, rows) with 1 for a flipped sign, are as far from zero."""
         return int((np.abs(moving.sum() - 2 * (flips @ moving)) >= observed).sum())
 
-    if 2.0 ** len(moving) <= draws + 1:
+    if 2 ** len(moving) <= draws + 1:
         every = np.arange(2 ** len(moving))[:, None] >> np.arange(len(moving)) & 1
         return extreme(every) / len(every)
     generator = np.random.default_rng(seed)

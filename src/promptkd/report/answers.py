@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from promptkd.report.formatting import decoding_words
+from promptkd.report.formatting import decoding_words, joined
 from promptkd.report.labels import run_labels
 from promptkd.report.metrics import in_order, metric_info
 from promptkd.report.tables import model_order
@@ -26,6 +26,15 @@ class View:
     """The decoding without its seed: views of one setting are samples of the same distribution."""
     answers: dict[str, dict[_Place, RowResult]] = field(default_factory=dict)
     """By model."""
+
+    def add(self, model: str, run: str, sample: RowResult) -> None:
+        """Join the scores of one answer; another answer of the same model to the same request goes under its run."""
+        place = sample.row, sample.prompt
+        held = self.answers.setdefault(model, {}).setdefault(place, sample)
+        if held.response == sample.response:
+            self.answers[model][place] = held.model_copy(update={"scores": {**sample.scores, **held.scores}})
+        else:
+            self.answers.setdefault(f"{model}, {run}" if run else f"{model}, again", {})[place] = sample
 
 
 @dataclass(slots=True)
@@ -48,31 +57,18 @@ def row_sets(records: Sequence[Results]) -> list[RowSet]:
     found: dict[str, RowSet] = {}
     for record, run in zip(records, run_labels(records), strict=True):
         for each in record.evaluations:
+            unseeded = {name: value for name, value in each.decoding.items() if name not in ("seed", "seeds")}
+            setting = decoding_words(unseeded)
             for sample in each.samples:
                 rows = found.setdefault(each.data, RowSet(each.data))
                 rows.references.setdefault((sample.row, sample.prompt), sample.references)
-                _add(_view(rows, each.decoding, sample.seed), each.model, run, sample)
+                label = joined("" if sample.seed is None else f"seed {sample.seed}", setting) or "as recorded"
+                rows.views.setdefault(label, View(label, setting or label)).add(each.model, run, sample)
     return list(found.values())
 
 
-def _view(rows: RowSet, decoding: dict[str, Any], seed: int | None) -> View:
-    setting = decoding_words({name: value for name, value in decoding.items() if name not in ("seed", "seeds")})
-    label = ", ".join(filter(None, ["" if seed is None else f"seed {seed}", setting])) or "as recorded"
-    return rows.views.setdefault(label, View(label, setting or label))
-
-
-def _add(view: View, model: str, run: str, sample: RowResult) -> None:
-    """Join the scores of one answer; another answer of the same model to the same request goes under its run."""
-    place = sample.row, sample.prompt
-    held = view.answers.setdefault(model, {}).setdefault(place, sample)
-    if held.response == sample.response:
-        view.answers[model][place] = held.model_copy(update={"scores": {**sample.scores, **held.scores}})
-    else:
-        view.answers.setdefault(f"{model}, {run}" if run else f"{model}, again", {})[place] = sample
-
-
 def answering_models(records: Sequence[Results], sets: Sequence[RowSet]) -> list[str]:
-    """`model_order`, followed by the models whose second answers go under their run (see `_add`)."""
+    """`model_order`, followed by the models whose second answers go under their run (see `View.add`)."""
     views = [view for rows in sets for view in rows.views.values()]
     return list(dict.fromkeys([*model_order(records), *(model for view in views for model in view.answers)]))
 

@@ -2,8 +2,12 @@
 
 import base64
 import hashlib
+import json
 import math
+import shlex
+import zlib
 from collections.abc import Sequence
+from datetime import datetime
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -15,21 +19,12 @@ from plotly.offline import get_plotlyjs
 from promptkd.errors import RequestError
 from promptkd.report.answers import answering_models, browser_data, row_sets
 from promptkd.report.differences import DifferenceRow, compared_sentences, difference_table
-from promptkd.report.escape import packed_json, packed_text
-from promptkd.report.formatting import effect, listed, probability, score
-from promptkd.report.labels import is_teacher, unified
+from promptkd.report.formatting import duration, effect, estimate, joined, listed, probability, score
+from promptkd.report.labels import is_teacher, run_labels, unified
 from promptkd.report.metrics import MetricInfo, in_order, metric_info
-from promptkd.report.plots import Stage, bias_data, bias_plots, chart_data, stages
-from promptkd.report.provenance import Provenance, provenance
+from promptkd.report.plots import bias_data, bias_plots, chart_data, stages
 from promptkd.report.summary import summarize
-from promptkd.report.tables import (
-    ComparisonRow,
-    by_setting,
-    comparison_table,
-    cost_table,
-    metric_columns,
-    model_order,
-)
+from promptkd.report.tables import ComparisonRow, by_setting, comparison_table, cost_table, metric_columns, model_order
 from promptkd.results import Metric, Results
 from promptkd.visible import visible
 
@@ -58,19 +53,17 @@ def render_report(records: Sequence[Results], *, title: str | None = None) -> st
         raise RequestError("Expected at least one results record to report on, got none. Name a run's folder.")
     context, data = _context(records)
     draws = bool(data["charts"] or data["bias"] or data["browser"]["sets"])
-    script = Markup(_script()) if draws else ""
-    return (
-        _environment()
-        .get_template("page.html")
-        .render(
-            context,
-            title=title or _title(records),
-            policy=_policy([script, get_plotlyjs()] if draws else []),
-            style=Markup(_own_file("style.css")),
-            script=script,
-            data=packed_json(data),
-            plotly=_packed_plotly() if draws else "",
-        )
+    files = "\n".join(_own_file(f"scripts/{name}.js") for name in _SCRIPTS)
+    script = Markup(f'"use strict";\n(() => {{\n{files}}})();\n' if draws else "")
+    template = _environment().get_template("page.html")
+    return template.render(
+        context,
+        title=title or _title(records),
+        policy=_policy([script, get_plotlyjs()] if draws else []),
+        style=Markup(_own_file("style.css")),
+        script=script,
+        data=packed_json(data),
+        plotly=_packed_plotly() if draws else "",
     )
 
 
@@ -91,15 +84,20 @@ def _environment() -> Environment:
     return environment
 
 
+def packed_json(value: Any) -> Markup:
+    """JSON for the page's script, as `_packed`. Raises ValueError for NaN."""
+    return _packed(json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(",", ":")))
+
+
+def _packed(text: str) -> Markup:
+    """zlib-compressed UTF-8 in base64, whose alphabet holds nothing that could end a <script> or open a tag."""
+    return Markup(base64.b64encode(zlib.compress(text.encode(), 9)).decode("ascii"))
+
+
 @cache
 def _packed_plotly() -> Markup:
     """A third of Plotly's size."""
-    return packed_text(get_plotlyjs())
-
-
-def _script() -> str:
-    files = "\n".join(_own_file(f"scripts/{name}.js") for name in _SCRIPTS)
-    return f'"use strict";\n(() => {{\n{files}}})();\n'
+    return _packed(get_plotlyjs())
 
 
 def _own_file(name: str) -> str:
@@ -131,8 +129,9 @@ def _context(records: Sequence[Results]) -> tuple[dict[str, Any], dict[str, Any]
     story = unified(records)
     sets, found, bias = row_sets(story), stages(story), bias_plots(story)
     models = answering_models(story, sets)
-    colors = _colors(models)
-    rows, differences, sources = comparison_table(story), difference_table(story), provenance(story)
+    colors = dict.fromkeys(filter(is_teacher, models), 0)
+    colors |= {model: 1 + at % _COLORS for at, model in enumerate(model for model in models if not is_teacher(model))}
+    rows, differences, sources = comparison_table(story), difference_table(story), _provenance(story)
     cost_heads, cost_lines = cost_table(story)
     data: dict[str, Any] = {
         "models": [{"label": visible(model), "teacher": is_teacher(model), "color": colors[model]} for model in models],
@@ -146,7 +145,7 @@ def _context(records: Sequence[Results]) -> tuple[dict[str, Any], dict[str, Any]
         "pooled": pooled,
         "sampled": "the seeds of training and the rows of the data" if pooled else "the rows of the data",
         "summary": summarize(story),
-        "notes": _notes(records, sources),
+        "notes": _notes(records, [entry["run"] for entry in sources]),
         "groups": _tables(rows, metric_columns(story)),
         "explained": [info for info in map(metric_info, metric_columns(story)) if info.meaning],
         "deviations": any(cell.deviation for row in rows for cell in row.cells.values()),
@@ -162,34 +161,63 @@ def _context(records: Sequence[Results]) -> tuple[dict[str, Any], dict[str, Any]
         "cost_heads": cost_heads,
         "cost_lines": cost_lines,
         "stages": found,
-        "run_colors": lambda stage: _run_colors(stage, colors),
+        # a run has the color of its model; the page's script falls back in the same way
+        "run_colors": lambda stage: {run: colors.get(run, 1 + at % _COLORS) for at, run in enumerate(stage.runs)},
         "provenance": sources,
-        "span": " to ".join(dict.fromkeys(f(entry.created for entry in sources) for f in (min, max))),
+        "span": " to ".join(dict.fromkeys(pick(entry["created"] for entry in sources) for pick in (min, max))),
         "colors": colors,
     }
     return context, data
 
 
-def _colors(models: Sequence[str]) -> dict[str, int]:
-    students = [model for model in models if not is_teacher(model)]
-    return {model: 0 if is_teacher(model) else 1 + students.index(model) % _COLORS for model in models}
+def _provenance(story: Sequence[Results]) -> list[dict[str, Any]]:
+    """What ran, on which code, data and machine, as text, for each of the `unified` records."""
+    entries = []
+    for run, record in zip(run_labels(story), story, strict=True):
+        plain = record.model_dump(mode="json", include={"config", "machine"})
+        measured = [(metric_info(name), record.metrics[name]) for name in in_order(record.metrics)]
+        versions = [(name, version or "not installed") for name, version in record.code.items() if name != "git_commit"]
+        facts = {
+            "Metrics of the run": [
+                (info.label, joined(*estimate(info, own), info.unit, by=" ")) for info, own in measured
+            ],
+            "Time": [(name, duration(seconds)) for name, seconds in record.timings.items()],
+            "Code": [*versions, ("git commit", record.code.get("git_commit") or "not a checkout")],
+            "Machine": [_machine_fact(name, value) for name, value in plain["machine"].items()],
+        }
+        config = json.dumps(plain["config"], indent=2, ensure_ascii=False) if plain["config"] else ""
+        command, created = shlex.join(record.command), _moment(record.created)
+        entries.append(
+            {"run": run, "record": record, "created": created, "command": command, "config": config, "facts": facts}
+        )
+    return entries
 
 
-def _run_colors(stage: Stage, colors: dict[str, int]) -> dict[str, int]:
-    """A run has the color of its model; the page's script falls back in the same way."""
-    return {name: colors.get(name, 1 + at % _COLORS) for at, name in enumerate(stage.runs)}
+def _moment(created: str) -> str:
+    """ "2026-03-01 09:30 UTC"; a text that is no such time is shown as it is."""
+    try:
+        moment = datetime.fromisoformat(created)
+    except ValueError:
+        return created
+    return f"{moment:%Y-%m-%d %H:%M} {moment.tzname() or ''}".strip()
 
 
-def _notes(records: Sequence[Results], sources: Sequence[Provenance]) -> dict[str, str]:
+def _machine_fact(name: str, value: Any) -> tuple[str, str]:
+    if name == "memory_bytes" and isinstance(value, int):
+        return "memory", f"{value / 2**30:.1f} GiB"
+    return name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _notes(records: Sequence[Results], runs: Sequence[str]) -> dict[str, str]:
     """Each note once, with the runs that have it; not those of a comparison that the summary says in its own words."""
     notes: dict[str, list[str]] = {}
-    for record, entry in zip(records, sources, strict=True):
+    for record, run in zip(records, runs, strict=True):
         said = compared_sentences(record)
         for note in record.notes:
             if note not in said:
-                notes.setdefault(note, []).append(entry.run)
+                notes.setdefault(note, []).append(run)
     return {
-        note: "; ".join(filter(None, runs)) if len(runs) <= _MOST_RUNS_NAMED else f"in {len(runs)} records"
+        note: joined(*runs, by="; ") if len(runs) <= _MOST_RUNS_NAMED else f"in {len(runs)} records"
         for note, runs in notes.items()
     }
 
