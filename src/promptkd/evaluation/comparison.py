@@ -58,12 +58,10 @@ def compare(
         candidates: at least two, each under a label of its own.
         better: which direction of a metric is better; a metric of neither (None) is left out, and that is noted.
         baseline: label of one of them, by default the first.
-        all_pairs: every pair in place of those with the baseline.
-        metrics: the ones to compare; by default all that rows have scores of.
+        metrics: by default all that rows have scores of.
         allow_different: compare what is shared although data or decoding differ, and note in what.
         bootstrap: of the intervals; its seed is that of the sign-flip test too.
-        draws: of the sign-flip test; a comparison of many differences draws more, so that Holm's correction of the
-            smallest p can still be small.
+        draws: of the sign-flip test, raised where many differences are tested together.
 
     Raises:
         RequestError: fewer than two candidates, a duplicate or unknown label, measurements that are not alike, no data
@@ -136,9 +134,8 @@ def _alike(settings: Sequence[Setting], candidates: Sequence[Candidate], allow_d
         raise RequestError(f"The runs share no data set: {'; '.join(held)}.")
     differing = [sentence for setting in settings for sentence in setting.differing()]
     if differing and not allow_different:
-        raise RequestError(
-            " ".join(differing) + " Measure them alike, or compare the rows that all have by --allow-different."
-        )
+        told = " ".join(differing)
+        raise RequestError(f"{told} Measure them alike, or compare the rows that all have by --allow-different.")
     return [f"Compared although {sentence}" for sentence in differing]
 
 
@@ -146,27 +143,19 @@ def _known_metrics(settings: Sequence[Setting], asked: Sequence[str]) -> list[st
     """The metrics that were asked for, by default all."""
     every = list(dict.fromkeys(metric for setting in settings for metric in setting.metrics()))
     if unknown := [metric for metric in asked if metric not in every]:
-        raise RequestError(
-            f"Expected metrics that rows of two models have scores of: {', '.join(every) or 'none'}. "
-            f"Got {', '.join(unknown)}."
-        )
+        expected = f"Expected metrics that rows of two models have scores of: {', '.join(every) or 'none'}."
+        raise RequestError(f"{expected} Got {', '.join(unknown)}.")
     return [metric for metric in every if metric in (asked or every)]
 
 
 def _evaluations(setting: Setting, columns: dict[str, dict[str, Column]], bootstrap: Bootstrap) -> list[Evaluation]:
-    return [
-        Evaluation(
-            model=label,
-            data=setting.data,
-            decoding=measured.evaluation.decoding,
-            metrics={
-                metric: token_mean_interval(held[label].sums, held[label].counts, bootstrap)
-                for metric, held in columns.items()
-                if label in held
-            },
-        )
-        for label, measured in setting.measured.items()
-    ]
+    made = []
+    for label, measured in setting.measured.items():
+        held = {metric: by_label[label] for metric, by_label in columns.items() if label in by_label}
+        metrics = {metric: token_mean_interval(*column, bootstrap) for metric, column in held.items()}
+        decoding = measured.evaluation.decoding
+        made.append(Evaluation(model=label, data=setting.data, decoding=decoding, metrics=metrics))
+    return made
 
 
 def _notes(settings: Sequence[Setting], differences: list[Difference], candidates: Sequence[Candidate]) -> list[str]:

@@ -1,8 +1,8 @@
 """Measure a model on rows: loss on the references, scores of its own answers, KL to a teacher on its own samples.
 
 `promptkd evaluate` keeps what was decoded or measured on the disk, batch by batch. Rows go into batches by the length
-of their prompts alone: a later run meets the same batches, does those that lack a row, and so ends with what an
-undisturbed run would have ended with, bit for bit on the same machine. Validation does the same in memory.
+of their prompts alone, so a resumed run ends with what an undisturbed run would have ended with, bit for bit on the
+same machine. Validation does the same in memory.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,12 +35,8 @@ def parts_of(decoding: Decoding, seeds: Sequence[int], *, greedy: bool, teacher:
     """
     parts = [] if decoding.is_greedy else [f"seed{seed}" for seed in seeds]
     parts += [_GREEDY] if greedy or decoding.is_greedy else []
-    parts += [_kl_part(decoding, seed) for seed in seeds] if teacher and not decoding.is_plain else []
+    parts += [f"seed{seed}-kl" for seed in seeds] if teacher and not decoding.is_plain else []
     return [*parts, _REFERENCES]
-
-
-def _kl_part(decoding: Decoding, seed: int) -> str:
-    return f"seed{seed}" if decoding.is_plain else f"seed{seed}-kl"
 
 
 def measure_rows(
@@ -55,8 +51,8 @@ def measure_rows(
 ) -> list[RowResult]:
     """Scores of `model` row by row.
 
-    With a teacher, KL(model || teacher) is taken on responses sampled at temperature 1: the answers themselves, unless
-    these were decoded otherwise. `samples_per_row` samples, of seeds from `decoding.seed` on, are taken of each row.
+    With a teacher, KL(model || teacher) is taken on `samples_per_row` responses sampled at temperature 1, of seeds from
+    `decoding.seed` on: the answers themselves, unless these were decoded otherwise.
     """
     if not rows:
         return []
@@ -124,7 +120,8 @@ class SetEvaluation:
 
     def kl(self, decoding: Decoding, seed: int) -> list[tuple[float, int]]:
         """(nats, tokens) of KL(model || teacher) on each row's sample of one seed."""
-        lines = self._answers(_kl_part(decoding, seed), decoding.plain(seed), self.teacher)
+        part = f"seed{seed}" if decoding.is_plain else f"seed{seed}-kl"
+        lines = self._answers(part, decoding.plain(seed), self.teacher)
         return [(line["kl_nats"], len(line["token_ids"])) for line in lines]
 
     def losses(self) -> list[float]:
@@ -153,16 +150,12 @@ class SetEvaluation:
         return self._lines(part, decoding.batch_size, f"answers ({part})", measured)
 
     def _decoded(self, batch: list[EncodedExample], decoding: Decoding) -> list[Line]:
-        answers = decode_rows(self.model, self.tokenizer, batch, decoding)
-        return [
-            _line(
-                row,
-                response=self.tokenizer.decode(token_ids, skip_special_tokens=True).strip(),
-                ended=token_ids[-1] in decoding.stop_ids,
-                token_ids=token_ids,
-            )
-            for row, token_ids in zip(batch, answers, strict=True)
-        ]
+        lines = []
+        for row, token_ids in zip(batch, decode_rows(self.model, self.tokenizer, batch, decoding), strict=True):
+            response = self.tokenizer.decode(token_ids, skip_special_tokens=True).strip()
+            ended = token_ids[-1] in decoding.stop_ids
+            lines.append(_line(row, response=response, ended=ended, token_ids=token_ids))
+        return lines
 
     def _lines(
         self, part: str, size: int, what: str, measured: Callable[[list[EncodedExample], list[Line]], list[Line]]

@@ -1,11 +1,9 @@
 """Exposure bias: how much more a student errs on its own continuations than on the teacher's.
 
-An error is KL(teacher || student) after the request and the first t - 1 tokens of a continuation.
-`accumulated_error.py` turns the errors into ExAccErr, and says how continuations that have ended are counted.
-
-Continuations are sampled from the whole distribution at temperature 1: the definition's expectations are over what the
-models themselves would write. With a soft prompt the teacher is the prompted one throughout: its continuations are
-sampled, and its distribution is compared.
+An error is KL(teacher || student) after the request and the first t - 1 tokens of a continuation;
+`accumulated_error.py` turns the errors into ExAccErr. Continuations are sampled from the whole distribution at
+temperature 1: the definition's expectations are over what the models themselves would write. With a soft prompt the
+teacher is the prompted one throughout.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +22,8 @@ from promptkd.generation import Decoding, generate, row_seeds
 from promptkd.objectives import forward_kl
 from promptkd.results import CurvePoint, Metric
 
-Samples = Sequence[Sequence[Sequence[int]]]
+Ids = Sequence[int]
+Samples = Sequence[Sequence[Ids]]
 """Token ids of continuations: samples[row][draw]."""
 
 
@@ -53,12 +52,9 @@ class Scoring:
     """Called with the number of continuations scored so far, the student's and the teacher's."""
 
 
-DEFAULT_SCORING = Scoring()
-
-
 def sample_continuations(
     model: nn.Module,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Ids],
     decoding: Decoding,
     *,
     samples_per_row: int,
@@ -94,10 +90,10 @@ def sample_continuations(
 def exposure_bias(
     student: nn.Module,
     teacher: nn.Module,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Ids],
     student_samples: Samples,
     teacher_samples: Samples,
-    scoring: Scoring = DEFAULT_SCORING,
+    scoring: Scoring = Scoring(),
     *,
     ended: Ended = "leave",
     bootstrap: Bootstrap = DEFAULT,
@@ -105,14 +101,13 @@ def exposure_bias(
     """ExAccErr of `student` over given continuations; `sample_continuations` draws them.
 
     Args:
-        prompts: token ids of the requests.
-        student_samples: continuations that the student wrote, samples[row][draw].
+        student_samples: continuations that the student wrote, token ids as samples[row][draw].
         teacher_samples: those of the teacher, under `scoring.prompt` if there is one; the same serve every student.
         ended, bootstrap: as in `excess_accumulated_error`.
 
     Raises:
         RequestError: unequal numbers of rows, or as `excess_accumulated_error`.
-        PromptKDError: a model gives a KL that is not finite.
+        PromptKDError: a KL that is not finite.
     """
     if not len(prompts) == len(student_samples) == len(teacher_samples):
         raise RequestError(
@@ -121,8 +116,8 @@ def exposure_bias(
         )
     together = [[*mine, *theirs] for mine, theirs in zip(student_samples, teacher_samples, strict=True)]
     errors = token_errors(student, teacher, prompts, together, scoring)
-    on_student = [row[: len(mine)] for row, mine in zip(errors, student_samples, strict=True)]
-    on_teacher = [row[len(mine) :] for row, mine in zip(errors, student_samples, strict=True)]
+    rows = list(zip(errors, map(len, student_samples), strict=True))
+    on_student, on_teacher = [row[:count] for row, count in rows], [row[count:] for row, count in rows]
     points = excess_accumulated_error(on_student, on_teacher, ended=ended, bootstrap=bootstrap)
     means = [
         token_mean_interval([sum(map(np.sum, row)) for row in each], [sum(map(len, row)) for row in each], bootstrap)
@@ -132,11 +127,7 @@ def exposure_bias(
 
 
 def token_errors(
-    student: nn.Module,
-    teacher: nn.Module,
-    prompts: Sequence[Sequence[int]],
-    samples: Samples,
-    scoring: Scoring = DEFAULT_SCORING,
+    student: nn.Module, teacher: nn.Module, prompts: Sequence[Ids], samples: Samples, scoring: Scoring = Scoring()
 ) -> list[list[Floats]]:
     """KL(teacher || student) after every context of every continuation, in nats: errors[row][draw][token].
 

@@ -20,11 +20,7 @@ _TOKENS_AT_A_TIME = 256
 def reference_nats(
     model: nn.Module, rows: Sequence[EncodedExample], *, vocabulary: int, batch_size: int
 ) -> list[float]:
-    """-log q(first reference and its end | prompt) of each row, in nats.
-
-    Args:
-        vocabulary: ids of the tokenizer; the further columns of a padded head are left out.
-    """
+    """-log q(first reference and its end | prompt) of each row, in nats, q over the first `vocabulary` ids."""
 
     def loss(hidden: Tensor, targets: Tensor) -> Tensor:
         return cross_entropy(head_logits(model, hidden, vocabulary=vocabulary), targets, reduction="none")
@@ -64,11 +60,9 @@ def token_divergences(
     vocabulary: int | None,
     prompt: Tensor | None = None,
 ) -> Tensor:
-    """(N,) `objective` of both models' logits at each response token.
+    """(N,) `objective` of both models' logits, of the first `vocabulary` ids, at each response token.
 
-    Args:
-        vocabulary: compare the first so many ids; the further columns of a padded head mean nothing.
-        prompt: (n, E) soft prompt before the teacher.
+    `prompt`: (n, E) soft prompt before the teacher.
     """
 
     def divergences(*hidden: Tensor) -> Tensor:

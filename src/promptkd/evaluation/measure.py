@@ -95,28 +95,22 @@ def evaluation_of(
 
 
 def summarize(results: Sequence[RowResult]) -> dict[str, Metric]:
-    """Means with 95 % intervals by bootstrap over rows; a row with answers under several seeds is averaged first.
+    """Means with 95 % intervals by bootstrap over rows, which are the same, in the same order, under every seed.
 
-    A score that is a mean over tokens weighs all tokens of all seeds equally. `Metric.deviation` is the standard
-    deviation (of a sample, over n - 1) between the seeds' metrics.
-
-    Args:
-        results: the same rows, in the same order, under every seed.
+    A row with answers under several seeds is averaged first; a score that is a mean over tokens weighs all tokens of
+    all seeds equally. `Metric.deviation` is the standard deviation (over n - 1) between the seeds' metrics.
     """
-    by_seed: dict[int | None, list[RowResult]] = {}
-    for result in results:
-        by_seed.setdefault(result.seed, []).append(result)
-    return {name: _metric(name, list(by_seed.values())) for name in results[0].scores}
-
-
-def _metric(name: str, by_seed: list[list[RowResult]]) -> Metric:
-    scores = np.array([[each.scores[name] for each in results] for results in by_seed])  # (seeds, rows)
-    if name in by_seed[0][0].tokens:
-        tokens = np.array([[each.tokens[name] for each in results] for results in by_seed])
-        sums = scores * tokens
-        metric, of_seeds = token_mean_interval(sums.sum(0), tokens.sum(0)), sums.sum(1) / tokens.sum(1)
-    else:
-        metric, of_seeds = mean_interval(scores.mean(0)), scores.mean(1)
-    if len(by_seed) > 1 and name not in OF_REFERENCES:
-        metric.deviation = float(of_seeds.std(ddof=1))
-    return metric
+    seeds = list(dict.fromkeys(result.seed for result in results))
+    metrics = {}
+    for name in results[0].scores:
+        scores = np.array([[each.scores[name] for each in results if each.seed == seed] for seed in seeds])
+        if name in results[0].tokens:
+            tokens = np.array([[each.tokens[name] for each in results if each.seed == seed] for seed in seeds])
+            sums = scores * tokens  # (seeds, rows)
+            metric, of_seeds = token_mean_interval(sums.sum(0), tokens.sum(0)), sums.sum(1) / tokens.sum(1)
+        else:
+            metric, of_seeds = mean_interval(scores.mean(0)), scores.mean(1)
+        if len(seeds) > 1 and name not in OF_REFERENCES:
+            metric.deviation = float(of_seeds.std(ddof=1))
+        metrics[name] = metric
+    return metrics

@@ -1,5 +1,6 @@
 """Which evaluations of several records pair up, whether they were measured alike, and their scores row by row."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -82,11 +83,12 @@ class Setting:
 
     def metrics(self) -> list[str]:
         """Every metric that rows of at least two candidates have."""
-        held = [
-            dict.fromkeys(name for answer in each.answers.values() for name in answer.scores)
+        holders = Counter(
+            name
             for each in self.measured.values()
-        ]
-        return [name for name in dict.fromkeys(n for each in held for n in each) if sum(name in e for e in held) > 1]
+            for name in dict.fromkeys(name for answer in each.answers.values() for name in answer.scores)
+        )
+        return [name for name, count in holders.items() if count > 1]
 
     def columns(self, metric: str) -> dict[str, Column]:
         """The metric by row, for each candidate that has it, over the shared rows where all of these have it.
@@ -123,7 +125,7 @@ class Setting:
         return [
             f"{first} and {label} differ on {self.data} in {'; '.join(parts)}."
             for label, each in others
-            if (parts := [*_data_differs(reference, each), *_decoding_differs(reference, each)])
+            if (parts := _differing(reference, each))
         ]
 
 
@@ -142,7 +144,8 @@ def _column(metric: str, answers: Answers, rows: list[int]) -> Column:
     return Column(sums, counts)
 
 
-def _data_differs(ours: Measurement, theirs: Measurement) -> list[str]:
+def _differing(ours: Measurement, theirs: Measurement) -> list[str]:
+    """In what two measurements differ: data, rows, prompts, references, settings of decoding, or else answers."""
     differing = []
     if ours.sha256 and theirs.sha256 and ours.sha256 != theirs.sha256:
         differing.append(f"data (sha256 {ours.sha256[:8]} and {theirs.sha256[:8]})")
@@ -153,17 +156,10 @@ def _data_differs(ours: Measurement, theirs: Measurement) -> list[str]:
         differing.append(f"prompts (of {len(prompts)} rows, row {min(prompts)} first; another template?)")
     if references := {row for row, one, other in pairs if one.references != other.references}:
         differing.append(f"references (of {len(references)} rows, row {min(references)} first)")
-    return differing
-
-
-def _decoding_differs(ours: Measurement, theirs: Measurement) -> list[str]:
     mine, other = _decoding_of(ours.evaluation), _decoding_of(theirs.evaluation)
-    differing = [
-        f"{name} ({_written(mine.get(name))} and {_written(other.get(name))})"
-        for name in dict.fromkeys([*mine, *other])
-        if mine.get(name) != other.get(name)
-    ]
-    if not differing and ours.rows == theirs.rows and ours.answers.keys() != theirs.answers.keys():
+    names = [name for name in dict.fromkeys([*mine, *other]) if mine.get(name) != other.get(name)]
+    differing += [f"{name} ({_written(mine.get(name))} and {_written(other.get(name))})" for name in names]
+    if not names and ours.rows == theirs.rows and ours.answers.keys() != theirs.answers.keys():
         both = len(ours.answers.keys() & theirs.answers.keys())
         differing.append(f"answers ({len(ours.answers)} and {len(theirs.answers)}, {both} in both)")
     return differing

@@ -1,9 +1,8 @@
 """Scores of an answer that need no model: ROUGE and exact match against references, length, repetition, how it ends.
 
 ROUGE-L, ROUGE-1 and exact match are those that MiniLLM and PromptKD report: the best score over a row's references, on
-a scale of 0 to 100. MiniLLM's own script (`minillm/rouge_metric.py` in microsoft/LMOps) also rounds to four decimals
-and cuts predictions and references to the shorter of the two; here nothing is rounded, and unequal lengths are an
-error.
+a scale of 0 to 100. MiniLLM's script also rounds to four decimals and cuts predictions and references to the shorter of
+the two; here nothing is rounded, and unequal lengths are an error.
 """
 
 import string
@@ -34,9 +33,8 @@ def form_scores(
     """How an answer ends, its length and its repetition; see `docs/evaluation.md` for the formulas.
 
     Args:
-        token_ids: the answer as it was decoded, with the stop id at the end where one was generated; not empty.
+        token_ids: the answer, with the stop id at the end where one was generated; not empty.
         reference_tokens: tokens of the first reference, its end included, above 0.
-        max_new_tokens: the limit at which the answer was cut.
     """
     ended = token_ids[-1] in stop_ids
     content = token_ids[:-1] if ended else token_ids
@@ -51,10 +49,7 @@ def form_scores(
 
 
 def distinct(tokens: Sequence[Hashable], n: int) -> float:
-    """Distinct n-grams of `tokens` over all its n-grams: 1 if none is repeated (Li et al. 2016, distinct-n).
-
-    1 as well where `tokens` is shorter than n: nothing is repeated.
-    """
+    """Distinct n-grams of `tokens` over all its n-grams (Li et al. 2016): 1 if none is repeated, or there is none."""
     grams = [tuple(tokens[first : first + n]) for first in range(len(tokens) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 1.0
 

@@ -79,9 +79,8 @@ def browser_data(records: Sequence[Results], sets: Sequence[RowSet], models: Seq
     Metrics, [label, unit, better, decimals, value of a yes] each, and models are named by position. Scores are in the
     metric's unit, null where there is none.
     """
-    names = in_order(
-        name for record in records for each in record.evaluations for row in each.samples for name in row.scores
-    )
+    samples = [sample for record in records for each in record.evaluations for sample in each.samples]
+    names = in_order(name for sample in samples for name in sample.scores)
     metrics = []
     for info in map(metric_info, names):
         yes = None if info.yes is None else info.yes * info.scale

@@ -36,11 +36,9 @@ class DifferenceRow:
     interval: str | None
 
     @property
-    def change(self) -> str:
-        """ "lower" or "higher": where the interval lies; "" when tied or open."""
-        if self.verdict not in ("better", "worse"):
-            return ""
-        return "higher" if self.source.difference.value > 0 else "lower"
+    def change(self) -> Literal["lower", "higher", ""]:
+        """Where the interval lies; "" when tied or open."""
+        return "" if self.verdict in ("tied", "open") else "higher" if self.source.difference.value > 0 else "lower"
 
     @property
     def words(self) -> str:
@@ -110,11 +108,12 @@ def _with_numbers(pair: Pair, rows: list[DifferenceRow]) -> str:
             gain = "a gain" if row.verdict == "better" else "a loss"
             told.append(f"{row.change} {row.info.phrase} by {amount} ({gain})")
     brief = len(rows) > _MOST_WITH_NUMBERS
-    tied = [
-        row.info.phrase + ("" if brief else f" ({row.value} {row.interval}{_chance(row)})")
-        for row in rows
-        if row.verdict == "tied"
-    ]
+    tied = []
+    for row in (row for row in rows if row.verdict == "tied"):
+        found, p = row.source.difference, row.source.p_adjusted
+        excludes_zero = (found.low or 0) > 0 or (found.high or 0) < 0  # and yet the test says that it may be chance
+        chance = f", adjusted p {probability(p)}" if excludes_zero and p is not None else ""
+        tied.append(row.info.phrase + ("" if brief else f" ({row.value} {row.interval}{chance})"))
     parts = [f"Compared with {pair.baseline}, {pair.model} has {listed(told)}."] if told else []
     if tied:
         subject = "The two" if parts else f"{pair.model} and {pair.baseline}"
@@ -123,14 +122,6 @@ def _with_numbers(pair: Pair, rows: list[DifferenceRow]) -> str:
         between = "" if parts else f" between {pair.model} and {pair.baseline}"
         parts.append(f"No usable interval was recorded{between} for {listed(unknown)}, so nothing is claimed there.")
     return " ".join(parts)
-
-
-def _chance(row: DifferenceRow) -> str:
-    """Why two models are not told apart although the interval excludes zero."""
-    low, high = row.source.difference.low, row.source.difference.high
-    if row.source.p_adjusted is None or low is None or high is None or low <= 0 <= high:
-        return ""
-    return f", adjusted p {probability(row.source.p_adjusted)}"
 
 
 def compared_pairs(record: Results) -> dict[Pair, list[DifferenceRow]]:

@@ -50,10 +50,7 @@ def estimate(info: MetricInfo, measured: Metric, *, signed: bool = False, flip: 
 
 def deviation(info: MetricInfo, measured: Metric) -> str | None:
     """ "± 0.4" between the seeds, in the metric's unit; None where there was one decoding."""
-    if measured.deviation is None:
-        return None
-    spread = measured.deviation * info.scale
-    return f"± {number(spread, _decimals(info, [spread]))}"
+    return None if measured.deviation is None else f"± {estimate(info, Metric(value=measured.deviation))[0]}"
 
 
 def _decimals(info: MetricInfo, values: list[float]) -> int:
@@ -158,8 +155,9 @@ def joined(*parts: str | None, by: str = ", ") -> str:
 
 def _by_name(settings: dict[str, Any]) -> str:
     """ "teacher runs/teacher, ended leave": each setting that has a value, by its name."""
-    given = {name: value for name, value in settings.items() if value is not None}
-    return joined(*(f"{name.replace('_', ' ')} {_plain(value)}" for name, value in given.items()))
+    return joined(
+        *(f"{name.replace('_', ' ')} {_plain(value)}" for name, value in settings.items() if value is not None)
+    )
 
 
 def _plain(value: Any) -> str:

@@ -9,14 +9,12 @@ from promptkd.results import Better
 @dataclass(frozen=True, slots=True)
 class MetricInfo:
     name: str
-    """The key in the record."""
     label: str
     """Column heading."""
     phrase: str
     """The same inside a sentence."""
     unit: str = ""
     better: Better | None = None
-    """None: neither direction is better."""
     decimals: int = 3
     meaning: str = ""
     scale: float = 1

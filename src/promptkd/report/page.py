@@ -55,16 +55,10 @@ def render_report(records: Sequence[Results], *, title: str | None = None) -> st
     draws = bool(data["charts"] or data["bias"] or data["browser"]["sets"])
     files = "\n".join(_own_file(f"scripts/{name}.js") for name in _SCRIPTS)
     script = Markup(f'"use strict";\n(() => {{\n{files}}})();\n' if draws else "")
-    template = _environment().get_template("page.html")
-    return template.render(
-        context,
-        title=title or _title(records),
-        policy=_policy([script, get_plotlyjs()] if draws else []),
-        style=Markup(_own_file("style.css")),
-        script=script,
-        data=packed_json(data),
-        plotly=_packed_plotly() if draws else "",
-    )
+    own = {"policy": _policy([script, get_plotlyjs()] if draws else []), "style": Markup(_own_file("style.css"))}
+    packed = {"data": packed_json(data), "plotly": _packed_plotly() if draws else ""}
+    context |= {"title": title or context["title"]} | own | packed
+    return _environment().get_template("page.html").render(context, script=script)
 
 
 def _environment() -> Environment:
@@ -78,9 +72,8 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    for function in (is_teacher, in_order, score, probability, effect, bar_positions):
-        environment.globals[function.__name__] = function
-    environment.globals["bar_width"] = _BAR_WIDTH
+    functions = (is_teacher, in_order, score, probability, effect, bar_positions)
+    environment.globals.update({each.__name__: each for each in functions}, bar_width=_BAR_WIDTH)
     return environment
 
 
@@ -108,20 +101,17 @@ def _policy(scripts: Sequence[str]) -> str:
     """No request, no script but the page's own."""
     hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
     allowed = " ".join(f"'sha256-{digest}'" for digest in hashes) or "'none'"
-    return (
-        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data:; "
-        "base-uri 'none'; form-action 'none'"
-    )
+    styles = "style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+    return f"default-src 'none'; script-src {allowed}; {styles}"
 
 
-def _title(records: Sequence[Results]) -> str:
-    if len(records) == 1:
-        return f"{records[0].kind.capitalize()} report"
-    measured = model_order(unified(records))
+def _title(story: Sequence[Results]) -> str:
+    if len(story) == 1:
+        return f"{story[0].kind.capitalize()} report"
+    measured = model_order(story)
     students = [model for model in measured if not is_teacher(model)] or measured
-    if not students:
-        return f"Report on {len(records)} records"
-    return f"Report on {listed(students) if len(students) <= _MOST_NAMED else f'{len(students)} models'}"
+    named = listed(students) if 0 < len(students) <= _MOST_NAMED else f"{len(students)} models"
+    return f"Report on {named if students else f'{len(story)} records'}"
 
 
 def _context(records: Sequence[Results]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -142,6 +132,7 @@ def _context(records: Sequence[Results]) -> tuple[dict[str, Any], dict[str, Any]
     views = [view for each in sets for view in each.views.values()]
     pooled = any(record.kind == "study" for record in records)
     context = {
+        "title": _title(story),
         "pooled": pooled,
         "sampled": "the seeds of training and the rows of the data" if pooled else "the rows of the data",
         "summary": summarize(story),
@@ -183,7 +174,12 @@ def _provenance(story: Sequence[Results]) -> list[dict[str, Any]]:
             ],
             "Time": [(name, duration(seconds)) for name, seconds in record.timings.items()],
             "Code": [*versions, ("git commit", record.code.get("git_commit") or "not a checkout")],
-            "Machine": [_machine_fact(name, value) for name, value in plain["machine"].items()],
+            "Machine": [
+                ("memory", f"{value / 2**30:.1f} GiB")
+                if name == "memory_bytes" and isinstance(value, int)
+                else (name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+                for name, value in plain["machine"].items()
+            ],
         }
         config = json.dumps(plain["config"], indent=2, ensure_ascii=False) if plain["config"] else ""
         command, created = shlex.join(record.command), _moment(record.created)
@@ -200,12 +196,6 @@ def _moment(created: str) -> str:
     except ValueError:
         return created
     return f"{moment:%Y-%m-%d %H:%M} {moment.tzname() or ''}".strip()
-
-
-def _machine_fact(name: str, value: Any) -> tuple[str, str]:
-    if name == "memory_bytes" and isinstance(value, int):
-        return "memory", f"{value / 2**30:.1f} GiB"
-    return name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _notes(records: Sequence[Results], runs: Sequence[str]) -> dict[str, str]:
@@ -239,8 +229,8 @@ def _pairs(rows: Sequence[DifferenceRow]) -> dict[str, dict[tuple[str, str, str]
     """Data set -> (model, baseline, run) -> its differences."""
     sets: dict[str, dict[tuple[str, str, str], list[DifferenceRow]]] = {}
     for row in rows:
-        pairs = sets.setdefault(row.pair.data, {})
-        pairs.setdefault((row.pair.model, row.pair.baseline, row.run), []).append(row)
+        data, model, baseline = row.pair
+        sets.setdefault(data, {}).setdefault((model, baseline, row.run), []).append(row)
     return sets
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from promptkd.report.formatting import DASH, curve_words, power_of_ten
+from promptkd.report.formatting import DASH, curve_words, joined, power_of_ten
 from promptkd.report.labels import is_teacher, run_labels
 from promptkd.report.metrics import LOGGED, MetricInfo, logged_group, logged_info
 from promptkd.results import Curve, CurvePoint, Results, Series
@@ -48,8 +48,7 @@ class Chart(NamedTuple):
     @property
     def spoken(self) -> str:
         """The chart in words, for those who cannot see it."""
-        unit = f" {self.info.unit}" if self.info.unit else ""
-        return f"{self.info.label}{unit}: " + " ".join(line.spoken for line in self.lines)
+        return f"{joined(self.info.label, self.info.unit, by=' ')}: {' '.join(line.spoken for line in self.lines)}"
 
 
 class Stage(NamedTuple):
@@ -166,15 +165,15 @@ class BiasPlot:
     def lengths(self) -> list[float]:
         """A few lengths from short to long, for the table below the plot."""
         every = sorted({point.x for curve in self.curves for point in curve.points if point.value is not None})
-        if len(every) <= _TABLE_LENGTHS:
-            return every
-        last = len(every) - 1
-        return [every[round(at * last / (_TABLE_LENGTHS - 1))] for at in range(_TABLE_LENGTHS)]
+        steps = min(len(every), _TABLE_LENGTHS) - 1
+        return [every[round(at * (len(every) - 1) / max(steps, 1))] for at in range(steps + 1)]
 
     def cells(self, curve: Curve) -> list[tuple[str, str]]:
         """Value and interval at each of `lengths`; a dash where the curve is not defined."""
-        found = {point.x: point for point in curve.points}
-        return [_bias_cell(found.get(length)) for length in self.lengths]
+        cells = {
+            point.x: (_percent(point.value), _interval(point)) for point in curve.points if point.value is not None
+        }
+        return [cells.get(length, (DASH, "")) for length in self.lengths]
 
 
 def bias_plots(records: Sequence[Results]) -> list[BiasPlot]:
@@ -189,26 +188,20 @@ def bias_plots(records: Sequence[Results]) -> list[BiasPlot]:
 
 def bias_data(plots: Sequence[BiasPlot], models: Sequence[str]) -> list[dict[str, Any]]:
     """What the page's script draws: numbers, and models by their position in `models`."""
-
-    def drawn(point: CurvePoint) -> list[float | None]:
-        return [point.x, *(_rounded(value, 5) for value in (point.value, point.low, point.high))]
-
-    return [
-        {
-            "id": plot.id,
-            "curves": [
-                {"model": models.index(curve.model), "points": list(map(drawn, curve.points))} for curve in plot.curves
-            ],
-        }
-        for plot in plots
-    ]
+    data = []
+    for plot in plots:
+        curves = []
+        for curve in plot.curves:
+            points = [
+                [each.x, *(_rounded(end, 5) for end in (each.value, each.low, each.high))] for each in curve.points
+            ]
+            curves.append({"model": models.index(curve.model), "points": points})
+        data.append({"id": plot.id, "curves": curves})
+    return data
 
 
-def _bias_cell(point: CurvePoint | None) -> tuple[str, str]:
-    if point is None or point.value is None:
-        return DASH, ""
-    interval = "" if point.low is None or point.high is None else f"[{_percent(point.low)}, {_percent(point.high)}]"
-    return _percent(point.value), interval
+def _interval(point: CurvePoint) -> str:
+    return "" if point.low is None or point.high is None else f"[{_percent(point.low)}, {_percent(point.high)}]"
 
 
 def _percent(value: float) -> str:

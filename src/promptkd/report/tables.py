@@ -30,7 +30,6 @@ class ComparisonRow:
     model: str
     data: str
     decoding: str
-    """In words."""
     metrics: dict[str, Metric] = field(default_factory=dict)
     paired: list[Difference] = field(default_factory=list)
     """Differences over the very rows and decoding of this row."""
@@ -50,9 +49,9 @@ def metric_columns(records: Sequence[Results]) -> list[str]:
 
 def model_order(records: Sequence[Results]) -> list[str]:
     """Every model that was measured, teachers first, then in the order of the records."""
-    measured = [each.model for record in records for each in record.evaluations]
-    measured += [each.model for record in records for each in record.curves]
-    return sorted(dict.fromkeys(measured), key=lambda label: not is_teacher(label))
+    measured = [each for record in records for each in record.evaluations]
+    curves = [each for record in records for each in record.curves]
+    return sorted(dict.fromkeys(each.model for each in (*measured, *curves)), key=lambda label: not is_teacher(label))
 
 
 def comparison_table(records: Sequence[Results]) -> list[ComparisonRow]:
@@ -90,7 +89,16 @@ def _rows(records: Sequence[Results]) -> list[ComparisonRow]:
                 row = ComparisonRow(run, each.model, each.data, words)
                 same.append(row)
             row.metrics = {**each.metrics, **row.metrics}
-            row.paired += _paired(record, each.data, words, each.model)
+            # a difference on the data alone can be about this decoding only where the record has no other
+            alone = all(
+                decoding_words(other.decoding) == words for other in record.evaluations if other.data == each.data
+            )
+            row.paired += [
+                found
+                for found in record.differences
+                if found.data in (f"{each.data}, {words}", each.data if alone else None)
+                and each.model in (found.model, found.baseline)
+            ]
     for rows in found.values():
         if len(rows) == 1:
             rows[0].run = ""
@@ -100,13 +108,6 @@ def _rows(records: Sequence[Results]) -> list[ComparisonRow]:
 def _agree(ours: dict[str, Metric], theirs: dict[str, Metric]) -> bool:
     shared = ours.keys() & theirs.keys()
     return all(math.isclose(ours[name].value, theirs[name].value, rel_tol=1e-6, abs_tol=1e-9) for name in shared)
-
-
-def _paired(record: Results, data: str, decoding: str, model: str) -> list[Difference]:
-    """The record's differences of `model` on `data`, if they can only be about this decoding."""
-    decodings = {decoding_words(each.decoding) for each in record.evaluations if each.data == data}
-    names = {f"{data}, {decoding}", *([data] if decodings == {decoding} else [])}
-    return [each for each in record.differences if each.data in names and model in (each.model, each.baseline)]
 
 
 def _best(name: str, rows: list[ComparisonRow]) -> list[ComparisonRow]:

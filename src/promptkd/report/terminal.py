@@ -24,7 +24,7 @@ from promptkd.report.metrics import metric_info
 from promptkd.report.tables import ComparisonRow, by_setting, comparison_table, cost_table, metric_columns
 from promptkd.results import Results
 
-_WIDTH_WITHOUT_TERMINAL = 100
+_WITHOUT_TERMINAL = (100, 24)
 _UNLIMITED = 1 << 16
 _LEGEND = "* the best student, and every student that cannot be told apart from it"
 _COMPARED = ["", "model", "baseline", "difference", "95 % interval", "p adj.", "effect", ""]
@@ -50,10 +50,9 @@ def text_table(lines: Sequence[Sequence[str]], *, left: Collection[int] = (0,)) 
 def terminal_table(records: Sequence[Results], *, width: int | None = None) -> str:
     """The table of evaluations and a sentence per compared pair, in lines of at most `width` cells.
 
-    Columns that do not fit go into a further block below. `width` is the terminal's by default, 100 where there is
-    none.
+    Columns that do not fit go into a further block below. `width` is by default the terminal's, or 100 without one.
     """
-    width = width or _terminal_width()
+    width = width or shutil.get_terminal_size(_WITHOUT_TERMINAL).columns
     story = unified(records)
     table = comparison_table(story)
     groups = by_setting(table)
@@ -64,10 +63,6 @@ def terminal_table(records: Sequence[Results], *, width: int | None = None) -> s
     said = [_LEGEND] if any(cell.best for row in table for cell in row.cells.values()) else []
     said += comparison_sentences(difference_table(story)).values()
     return "\n\n".join(paragraphs + [_wrapped(sentence, width) for sentence in said])
-
-
-def _terminal_width() -> int:
-    return shutil.get_terminal_size((_WIDTH_WITHOUT_TERMINAL, 24)).columns
 
 
 def _wrapped(text: str, width: int) -> str:
@@ -95,14 +90,14 @@ def _column(name: str, rows: list[ComparisonRow]) -> list[str]:
     info = metric_info(name)
     cells = [f"{info.label}\n{joined(info.unit, info.better)}"]
     for cell in (row.cells.get(name) for row in rows):
-        value = "-\n" if cell is None else f"{'*' if cell.best else ''}{cell.value}\n"
-        cells.append(value if cell is None else value + joined(cell.deviation, cell.interval, by=" "))
+        below = cell and joined(cell.deviation, cell.interval, by=" ")
+        cells.append(f"{'*' if cell.best else ''}{cell.value}\n{below}" if cell else "-\n")
     return cells
 
 
 def compared_text(record: Results) -> str:
     """The differences of a record of kind "compare", what they allow one to say, its cost table and its notes."""
-    width = _terminal_width()
+    width = shutil.get_terminal_size(_WITHOUT_TERMINAL).columns
     blocks = []
     for pair, rows in compared_pairs(record).items():
         counts = sorted({row.source.difference.rows for row in rows if row.source.difference.rows is not None})
