@@ -36,7 +36,6 @@ class ExposureBias:
     on_student: Metric
     """KL(teacher || student) in nats per token, over all tokens of the student's continuations."""
     on_teacher: Metric
-    """The same over those of the teacher's."""
 
 
 @dataclass(frozen=True)
@@ -129,10 +128,7 @@ def exposure_bias(
 def token_errors(
     student: nn.Module, teacher: nn.Module, prompts: Sequence[Ids], samples: Samples, scoring: Scoring = Scoring()
 ) -> list[list[Floats]]:
-    """KL(teacher || student) after every context of every continuation, in nats: errors[row][draw][token].
-
-    The first entry is the error after the request alone, the last that at the stop token (or at the limit).
-    """
+    """KL(teacher || student) in nats as errors[row][draw][token], from that after the request alone."""
     places = [(row, draw) for row, drawn in enumerate(samples) for draw in range(len(drawn))]
     flat_prompts, flat_samples = [prompts[row] for row, _ in places], [samples[row][draw] for row, draw in places]
     errors, done = [[np.empty(0)] * len(drawn) for drawn in samples], 0

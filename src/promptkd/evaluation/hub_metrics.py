@@ -23,8 +23,7 @@ class HubMetric:
             they are in its cache), or the path of a script. `NAME:FIELD` picks a field of the metric's output
             ("rouge:rouge2"); by default the field with the metric's name, else "score", else the only number.
 
-    Raises:
-        RequestError: if `evaluate` is not installed, or the metric cannot be loaded, fails on a row, or gives no score.
+    Raises `RequestError` if `evaluate` is not installed, or the metric cannot be loaded, fails or gives no score.
     """
 
     def __init__(self, name: str) -> None:
@@ -54,11 +53,7 @@ class HubMetric:
             )
 
     def scores(self, texts: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-        """The score of each answer. An empty answer that the metric fails on, as BLEU does, counts 0.
-
-        Raises:
-            PromptKDError: if it fails on another answer.
-        """
+        """The score of each answer; 0 for an empty one that the metric fails on, as BLEU does, else `PromptKDError`."""
         return [self._score(text, row) for text, row in zip(texts, references, strict=True)]
 
     def check(self, references: Iterable[Sequence[str]]) -> None:

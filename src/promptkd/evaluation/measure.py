@@ -19,10 +19,9 @@ OF_REFERENCES = frozenset({"loss"})
 
 
 def row_batches(rows: Sequence[EncodedExample], size: int) -> list[list[EncodedExample]]:
-    """`size` rows at a time, the longest prompts first.
+    """`size` rows at a time, the longest prompts first, in validation and in `promptkd evaluate` alike.
 
-    Validation and `promptkd evaluate` both measure in these batches. In bfloat16 the rows that share a batch decide
-    how products are rounded, and so, now and then, which token is drawn: other batches would give other answers.
+    In bfloat16 the rows that share a batch decide how products are rounded, and so, now and then, which token is drawn.
     """
     ordered = sorted(rows, key=lambda row: (-len(row.prompt_ids), row.row))
     return [ordered[first : first + size] for first in range(0, len(ordered), size)]

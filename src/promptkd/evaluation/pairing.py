@@ -23,7 +23,6 @@ class Candidate:
     """One model as one record measured it."""
 
     label: str
-    """Its name in the comparison."""
     record: Results
     model: str
     """Its name in the record."""
@@ -94,10 +93,8 @@ class Setting:
         """The metric by row, for each candidate that has it, over the shared rows where all of these have it.
 
         A row's answers are combined first: their tokens are added up, or their scores averaged. Where the seeds are the
-        same, an answer counts only if every candidate's answer of that seed has the metric.
-
-        Raises:
-            RequestError: if the metric is a mean over tokens for one candidate and a mean over rows for another.
+        same, an answer counts only if every candidate's answer of that seed has the metric. Raises `RequestError` if it
+        is a mean over tokens for one candidate and a mean over rows for another.
         """
         rows = self.rows()
         scored: dict[str, Answers] = {}
@@ -181,7 +178,9 @@ def settings_of(candidates: Sequence[Candidate]) -> list[Setting]:
     for candidate in candidates:
         for evaluation in candidate.record.evaluations:
             if evaluation.model == candidate.model and evaluation.samples:
-                measured = found.setdefault((evaluation.data, _manner(evaluation)), {})
+                manner = "greedy" if evaluation.decoding.get("temperature") == 0 else "sampled"
+                manner = manner if "temperature" in evaluation.decoding else "as recorded"
+                measured = found.setdefault((evaluation.data, manner), {})
                 if candidate.label in measured:
                     raise RequestError(
                         f"{candidate.label} was measured on {evaluation.data} twice in one record, so it is not clear "
@@ -195,12 +194,6 @@ def settings_of(candidates: Sequence[Candidate]) -> list[Setting]:
         Setting(f"{source}, {manner}" if sources.count(source) > 1 else source, source, measured)
         for (source, manner), measured in shared.items()
     ]
-
-
-def _manner(evaluation: Evaluation) -> str:
-    if "temperature" not in evaluation.decoding:
-        return "as recorded"
-    return "greedy" if evaluation.decoding["temperature"] == 0 else "sampled"
 
 
 def _answers(label: str, evaluation: Evaluation) -> Answers:

@@ -61,10 +61,7 @@ def mean_interval(values: Values, bootstrap: Bootstrap = DEFAULT) -> Metric:
 
 
 def token_mean_interval(sums: Values, counts: Values, bootstrap: Bootstrap = DEFAULT) -> Metric:
-    """Σ `sums` / Σ `counts`, the mean over tokens, with its interval over rows; for a loss in nats per token.
-
-    Args: totals over the tokens of each row and tokens of each row (all above 0), of shape (rows,).
-    """
+    """Σ `sums` / Σ `counts`, totals over the tokens of each row and tokens of each row: the mean over all tokens."""
     return _interval(lambda s, c: s.sum(-1) / c.sum(-1), bootstrap, sums=sums, counts=counts)
 
 

@@ -13,6 +13,7 @@ from promptkd.results import Results, RowResult
 from promptkd.visible import visible
 
 _DIGITS = 4
+_SEEDS = ("seed", "seeds")
 _Place = tuple[int, str]
 """Row and prompt: answers are shown together only under the very prompt that they were given."""
 
@@ -57,8 +58,7 @@ def row_sets(records: Sequence[Results]) -> list[RowSet]:
     found: dict[str, RowSet] = {}
     for record, run in zip(records, run_labels(records), strict=True):
         for each in record.evaluations:
-            unseeded = {name: value for name, value in each.decoding.items() if name not in ("seed", "seeds")}
-            setting = decoding_words(unseeded)
+            setting = decoding_words({name: each.decoding[name] for name in each.decoding if name not in _SEEDS})
             for sample in each.samples:
                 rows = found.setdefault(each.data, RowSet(each.data))
                 rows.references.setdefault((sample.row, sample.prompt), sample.references)
@@ -111,15 +111,18 @@ def _set(rows: RowSet, models: Sequence[str], names: list[str]) -> dict[str, Any
 
 
 def _columns(samples: list[RowResult | None], names: list[str]) -> dict[str, Any]:
-    scored = [name for name in names if any(sample and name in sample.scores for sample in samples)]
-    return {
-        "text": [None if sample is None else visible(sample.response) for sample in samples],
-        "scores": {names.index(name): [_score(name, sample) for sample in samples] for name in scored},
-    }
+    texts = [None if sample is None else visible(sample.response) for sample in samples]
+    scores = {}
+    for position, name in enumerate(names):
+        if any(sample and name in sample.scores for sample in samples):
+            scores[position] = [
+                _score(name, sample.scores.get(name, math.nan) if sample else math.nan) for sample in samples
+            ]
+    return {"text": texts, "scores": scores}
 
 
-def _score(name: str, sample: RowResult | None) -> float | None:
-    if sample is None or not math.isfinite(sample.scores.get(name, math.nan)):
+def _score(name: str, score: float | None) -> float | None:
+    if score is None or not math.isfinite(score):
         return None
-    value = float(f"{sample.scores[name] * metric_info(name).scale:.{_DIGITS}g}")
+    value = float(f"{score * metric_info(name).scale:.{_DIGITS}g}")
     return int(value) if value.is_integer() else value

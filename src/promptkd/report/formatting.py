@@ -34,10 +34,9 @@ def power_of_ten(written: str) -> str:
 
 
 def estimate(info: MetricInfo, measured: Metric, *, signed: bool = False, flip: bool = False) -> tuple[str, str | None]:
-    """Value and "[low, high]" (None without an interval) in the metric's unit, as text.
+    """Value and "[low, high]" (None without an interval) in the metric's unit, as text; `flip` negates all three.
 
-    `flip` negates all three. Both have the same number of decimals, enough that no end but zero itself reads as zero
-    and that two different ends read differently.
+    All have as many decimals as it takes that no end but zero reads as zero and two different ends read differently.
     """
     factor = -info.scale if flip else info.scale
     values = [measured.value * factor]
@@ -138,10 +137,8 @@ def decoding_words(decoding: dict[str, Any]) -> str:
 
 
 def curve_words(settings: dict[str, Any]) -> str:
-    """The settings of a curve: "ended leave, sampled at temperature 1, 4 seeds, up to 256 tokens".
-
-    Each student's prompted teacher has a prompt of its own, so of a prompt only its presence is told.
-    """
+    """The settings of a curve: "ended leave, sampled at temperature 1, 4 seeds, up to 256 tokens"."""
+    # each student's prompted teacher has a prompt of its own, so of a prompt only its presence is told
     prompted = "" if settings.get("prompt") is None else "prompted teacher"
     own = {name: value for name, value in settings.items() if name not in _NAMED and name != "prompt"}
     decoding = {name: value for name, value in settings.items() if name in _NAMED}
@@ -155,9 +152,8 @@ def joined(*parts: str | None, by: str = ", ") -> str:
 
 def _by_name(settings: dict[str, Any]) -> str:
     """ "teacher runs/teacher, ended leave": each setting that has a value, by its name."""
-    return joined(
-        *(f"{name.replace('_', ' ')} {_plain(value)}" for name, value in settings.items() if value is not None)
-    )
+    given = {name.replace("_", " "): value for name, value in settings.items() if value is not None}
+    return joined(*(f"{name} {_plain(value)}" for name, value in given.items()))
 
 
 def _plain(value: Any) -> str:

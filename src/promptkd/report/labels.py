@@ -5,14 +5,14 @@ is no path, the label itself. Two models of one record stay two, whatever their 
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from operator import add
 from pathlib import PurePath
 from typing import TypeVar
 
 from promptkd.report.formatting import decoding_words, joined
-from promptkd.results import Curve, DataRecord, Evaluation, ModelRecord, Results
+from promptkd.results import Curve, DataRecord, Difference, Evaluation, ModelRecord, Results
 
 TEACHER = "teacher"
-"""The label of the model that students are compared with."""
 _TEACHER_OF = "teacher "
 """Prefix of the label of one of several teachers, and of the teacher in a student's record."""
 _MODEL_ROLES = {"student", "model", TEACHER}
@@ -45,17 +45,15 @@ def _relabeled(record: Results, models: dict[str, str], data: dict[str, str]) ->
     def renamed(measured: list[_Measured]) -> list[_Measured]:
         return [each.model_copy(update={"model": models[each.model], "data": data[each.data]}) for each in measured]
 
-    def setting(label: str) -> str:
-        """The data set's name, with the decoding where the record has a label for each decoding of it."""
+    def compared(difference: Difference) -> Difference:
+        label = difference.data or only
+        name = data.get(label, "")
         decodings = {decoding_words(each.decoding) for each in record.evaluations if each.data == label}
-        alone = list(data.values()).count(data[label]) == 1
-        return data[label] if alone or len(decodings) != 1 else f"{data[label]}, {decodings.pop()}"
+        if list(data.values()).count(name) > 1 and len(decodings) == 1:  # the record has a label for each decoding
+            name = f"{name}, {decodings.pop()}"
+        labels = {"model": models[difference.model], "baseline": models[difference.baseline], "data": name}
+        return difference.model_copy(update=labels)
 
-    differences = []
-    for each in record.differences:
-        label = each.data or only
-        labels = {"model": models[each.model], "baseline": models[each.baseline]}
-        differences.append(each.model_copy(update={**labels, "data": setting(label) if label in data else ""}))
     return record.model_copy(
         update={
             "models": {models[label]: value for label, value in record.models.items()},
@@ -63,7 +61,7 @@ def _relabeled(record: Results, models: dict[str, str], data: dict[str, str]) ->
             "training": {models[label]: value for label, value in record.training.items()},
             "evaluations": renamed(record.evaluations),
             "curves": renamed(record.curves),
-            "differences": differences,
+            "differences": list(map(compared, record.differences)),
         }
     )
 
@@ -76,24 +74,20 @@ def run_labels(records: Sequence[Results]) -> list[str]:
     if len(records) < 2:
         return [""] * len(records)
     words = list(map(_run_words, records))
-    timed = [
-        f"{label} · {record.created}" if words.count(label) > 1 else label
-        for label, record in zip(words, records, strict=True)
-    ]
-    return _numbered(timed, first=True)
+    times = [f" · {each.created}" if words.count(label) > 1 else "" for label, each in zip(words, records, strict=True)]
+    return _numbered(list(map(add, words, times)), first=True)
 
 
 def _run_words(record: Results) -> str:
-    measured = list(dict.fromkeys(evaluation.model for evaluation in record.evaluations))
-    models = [label for label in record.models if not is_teacher(label)] or list(record.models) or measured
-    data = list(dict.fromkeys(evaluation.data for evaluation in record.evaluations))
-    data = data if record.kind in ("evaluate", "judge") else []
-    return joined(record.kind, _few(models[:1] if record.kind in _OF_ONE_MODEL else models), _few(data), by=" · ")
-
-
-def _few(names: list[str]) -> str:
-    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-    return ", ".join(names[:_MOST_NAMED]) + more
+    measured = dict.fromkeys(evaluation.model for evaluation in record.evaluations)
+    models = [label for label in record.models if not is_teacher(label)] or [*record.models] or [*measured]
+    models = models[:1] if record.kind in _OF_ONE_MODEL else models
+    data = list(dict.fromkeys(each.data for each in record.evaluations if record.kind in ("evaluate", "judge")))
+    named = []
+    for names in (models, data):
+        more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+        named.append(", ".join(names[:_MOST_NAMED]) + more)
+    return joined(record.kind, *named, by=" · ")
 
 
 def _numbered(labels: Sequence[str], *, first: bool) -> list[str]:
@@ -108,9 +102,8 @@ def _numbered(labels: Sequence[str], *, first: bool) -> list[str]:
 def _model_names(records: Sequence[Results]) -> list[dict[str, str]]:
     """By record, the label that all records share for each of its labels of a model.
 
-    A run's own words for its models ("student", "model") give way to the label in an evaluation, and to the name of the
-    run's folder where several models bear the same word. A model that was a teacher and never a student is "teacher",
-    or "teacher NAME" beside others.
+    A run's own words ("student", "model") give way to the label in an evaluation, and to the name of the run's folder
+    where several models bear them. A teacher that was never a student is "teacher", or "teacher NAME" beside others.
     """
     labels = [
         [*record.models]
@@ -178,15 +171,13 @@ def _shared_names(
     groups: dict[_Key, list[tuple[int, str]]] = {}
     for place, key in _keys(labels, facts).items():
         groups.setdefault(key, []).append(place)
-    candidates = {}
-    for key, places in groups.items():
+    candidates = []
+    for places in groups.values():
         fact = next((facts[at][label] for at, label in places if label in facts[at]), None)
-        candidates[key] = candidates_of([label for _, label in places], fact)
-    shared: list[dict[str, str]] = [{} for _ in labels]
-    for places, name in zip(groups.values(), _without_clashes(list(candidates.values())), strict=True):
-        for at, label in places:
-            shared[at][label] = name
-    return shared
+        candidates.append(candidates_of([label for _, label in places], fact))
+    names = zip(groups.values(), _without_clashes(candidates), strict=True)
+    named = {place: name for places, name in names for place in places}
+    return [{label: named[at, label] for label in own} for at, own in enumerate(labels)]
 
 
 def _keys(labels: Sequence[Sequence[str]], facts: Sequence[Mapping[str, _Fact]]) -> dict[tuple[int, str], _Key]:
@@ -216,11 +207,8 @@ def _key(fact: _Fact) -> _Key:
 
 def _without_clashes(candidates: list[list[str]]) -> list[str]:
     """The first candidate that no other thing needs; all that share one move on together, in the end to a number."""
-    level = [0] * len(candidates)
-    while True:
-        names = [each[at] for each, at in zip(candidates, level, strict=True)]
-        movable = [at for at, name in enumerate(names) if names.count(name) > 1 and level[at] + 1 < len(candidates[at])]
-        if not movable:
-            return _numbered(names, first=False)
-        for at in movable:
-            level[at] += 1
+    left = [list(names) for names in candidates]
+    while movable := [names for names in left if len(names) > 1 and [each[0] for each in left].count(names[0]) > 1]:
+        for names in movable:
+            names.pop(0)
+    return _numbered([names[0] for names in left], first=False)

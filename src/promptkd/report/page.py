@@ -44,8 +44,7 @@ def render_report(records: Sequence[Results], *, title: str | None = None) -> st
     """The report as one HTML page that needs no other file and no network. The same records give the same page.
 
     Every text from a record is escaped by the template engine, or reaches the page's script as packed data and the page
-    from there as text. A content security policy names the page's scripts by hash, so that no injected script would
-    run.
+    from there as text. A content security policy names the page's scripts by hash: no injected script would run.
 
     Raises `RequestError` for an empty sequence.
     """
@@ -131,6 +130,9 @@ def _context(records: Sequence[Results]) -> tuple[dict[str, Any], dict[str, Any]
     }
     views = [view for each in sets for view in each.views.values()]
     pooled = any(record.kind == "study" for record in records)
+    pairs: dict[str, dict[tuple[str, str, str], list[DifferenceRow]]] = {}
+    for row in differences:
+        pairs.setdefault(row.pair.data, {}).setdefault((row.pair.model, row.pair.baseline, row.run), []).append(row)
     context = {
         "title": _title(story),
         "pooled": pooled,
@@ -140,7 +142,7 @@ def _context(records: Sequence[Results]) -> tuple[dict[str, Any], dict[str, Any]
         "groups": _tables(rows, metric_columns(story)),
         "explained": [info for info in map(metric_info, metric_columns(story)) if info.meaning],
         "deviations": any(cell.deviation for row in rows for cell in row.cells.values()),
-        "differences": _pairs(differences),
+        "differences": pairs,
         "tested": any(row.source.p_adjusted is not None for row in differences),
         "bias": bias,
         "distributions": bool(data["browser"]["metrics"]),
@@ -223,15 +225,6 @@ def _tables(
         parts = [[name for name in measured if name not in form], form]
         groups[setting] = [([metric_info(name) for name in part], found) for part in parts if part]
     return groups
-
-
-def _pairs(rows: Sequence[DifferenceRow]) -> dict[str, dict[tuple[str, str, str], list[DifferenceRow]]]:
-    """Data set -> (model, baseline, run) -> its differences."""
-    sets: dict[str, dict[tuple[str, str, str], list[DifferenceRow]]] = {}
-    for row in rows:
-        data, model, baseline = row.pair
-        sets.setdefault(data, {}).setdefault((model, baseline, row.run), []).append(row)
-    return sets
 
 
 def bar_positions(measured: Metric) -> list[str]:

@@ -170,9 +170,7 @@ class BiasPlot:
 
     def cells(self, curve: Curve) -> list[tuple[str, str]]:
         """Value and interval at each of `lengths`; a dash where the curve is not defined."""
-        cells = {
-            point.x: (_percent(point.value), _interval(point)) for point in curve.points if point.value is not None
-        }
+        cells = {each.x: (_percent(each.value), _interval(each)) for each in curve.points if each.value is not None}
         return [cells.get(length, (DASH, "")) for length in self.lengths]
 
 
@@ -188,16 +186,12 @@ def bias_plots(records: Sequence[Results]) -> list[BiasPlot]:
 
 def bias_data(plots: Sequence[BiasPlot], models: Sequence[str]) -> list[dict[str, Any]]:
     """What the page's script draws: numbers, and models by their position in `models`."""
-    data = []
-    for plot in plots:
-        curves = []
-        for curve in plot.curves:
-            points = [
-                [each.x, *(_rounded(end, 5) for end in (each.value, each.low, each.high))] for each in curve.points
-            ]
-            curves.append({"model": models.index(curve.model), "points": points})
-        data.append({"id": plot.id, "curves": curves})
-    return data
+
+    def drawn(curve: Curve) -> dict[str, Any]:
+        points = [[each.x, *(_rounded(end, 5) for end in (each.value, each.low, each.high))] for each in curve.points]
+        return {"model": models.index(curve.model), "points": points}
+
+    return [{"id": plot.id, "curves": list(map(drawn, plot.curves))} for plot in plots]
 
 
 def _interval(point: CurvePoint) -> str:

@@ -20,9 +20,9 @@ class Summary(NamedTuple):
     lead: str
     """What the distilled student gained or lost; empty where nothing was measured."""
     others: list[str]
-    """Sentences on the other pairs that were compared."""
+    """On the other pairs that were compared."""
     untold: int
-    """How many more pairs were compared, which the table shows."""
+    """How many more pairs were compared."""
 
 
 def summarize(records: Sequence[Results]) -> Summary:
@@ -83,28 +83,22 @@ def _introduction(records: Sequence[Results], evaluations: list[Evaluation], sub
 
 
 def _metrics(records: Sequence[Results], evaluations: list[Evaluation]) -> str:
-    """The metrics themselves, where nothing was compared."""
-    if len(evaluations) > 1:
-        return f"{_headline(records)}No differences were recorded, so this page claims none."
-    measured = [(metric_info(name), each.metrics[name]) for each in evaluations for name in in_order(each.metrics)]
-    parts = [joined(info.phrase, *estimate(info, value), info.unit, by=" ") for info, value in measured]
-    return f"Measured: {listed(parts)}." if parts else ""
-
-
-def _headline(records: Sequence[Results]) -> str:
-    """One metric of every model on the first data set: ROUGE-L, else the first that has a better direction."""
+    """Where nothing was compared: every metric of a single evaluation, else one metric of every model."""
+    if len(evaluations) < 2:
+        measured = [(metric_info(name), each.metrics[name]) for each in evaluations for name in in_order(each.metrics)]
+        parts = [joined(info.phrase, *estimate(info, value), info.unit, by=" ") for info, value in measured]
+        return f"Measured: {listed(parts)}." if parts else ""
     first, *others = comparison_table(records)
-    rows = [first, *(row for row in others if (row.data, row.decoding) == (first.data, first.decoding))]
+    rows = [first, *(row for row in others if row.setting == first.setting)]
     names = [name for row in rows for name in row.cells]
-    name = "rouge_l" if "rouge_l" in names else next((name for name in names if metric_info(name).better), None)
-    if name is None:
-        return ""
+    name = "rouge_l" if "rouge_l" in names else next((name for name in names if metric_info(name).better), "")
     found = [f"{row.cells[name].value} for {row.model}" for row in rows if name in row.cells]
     decoding = f", {first.decoding}," if first.decoding else ""
-    return f"On {first.data}{decoding} {metric_info(name).phrase} is {listed(found)}. "
+    headline = f"On {first.data}{decoding} {metric_info(name).phrase} is {listed(found)}. " if found else ""
+    return f"{headline}No differences were recorded, so this page claims none."
 
 
 def _data_words(evaluation: Evaluation) -> str:
-    rows = {measured.rows for measured in evaluation.metrics.values() if measured.rows is not None}
+    rows = {measured.rows for measured in evaluation.metrics.values()} - {None}
     counted = len(rows) == 1 and not evaluation.data.endswith(" rows)")
     return f"{evaluation.data} ({rows.pop()} rows)" if counted else evaluation.data

@@ -89,16 +89,11 @@ def _rows(records: Sequence[Results]) -> list[ComparisonRow]:
                 row = ComparisonRow(run, each.model, each.data, words)
                 same.append(row)
             row.metrics = {**each.metrics, **row.metrics}
-            # a difference on the data alone can be about this decoding only where the record has no other
-            alone = all(
-                decoding_words(other.decoding) == words for other in record.evaluations if other.data == each.data
-            )
-            row.paired += [
-                found
-                for found in record.differences
-                if found.data in (f"{each.data}, {words}", each.data if alone else None)
-                and each.model in (found.model, found.baseline)
-            ]
+            # a difference on the data alone is about this decoding where the record has no other
+            decodings = {decoding_words(other.decoding) for other in record.evaluations if other.data == each.data}
+            names = {f"{each.data}, {words}", *([each.data] if len(decodings) == 1 else [])}
+            about = [difference for difference in record.differences if difference.data in names]
+            row.paired += [difference for difference in about if each.model in (difference.model, difference.baseline)]
     for rows in found.values():
         if len(rows) == 1:
             rows[0].run = ""
