@@ -44,8 +44,7 @@ def excess_accumulated_error(
         on_teacher: errors on the teacher's continuations of the same rows, of which there may be more or fewer.
         ended: "leave" takes means over what has not ended; "zero" counts rows that have ended as errors of 0.
 
-    Raises:
-        RequestError: no rows, unequal numbers of rows, a row without a continuation, or a wrong `ended`.
+    Raises `RequestError` for no rows, unequal numbers of rows, a row without a continuation, or a wrong `ended`.
     """
     _check(on_student, on_teacher, ended)
     width = max(len(errors) for row in (*on_student, *on_teacher) for errors in row)

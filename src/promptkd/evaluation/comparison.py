@@ -63,9 +63,8 @@ def compare(
         bootstrap: of the intervals; its seed is that of the sign-flip test too.
         draws: of the sign-flip test, raised where many differences are tested together.
 
-    Raises:
-        RequestError: fewer than two candidates, a duplicate or unknown label, measurements that are not alike, no data
-            set, no row or no metric in common.
+    Raises `RequestError` for fewer than two candidates, a duplicate or unknown label, measurements that are not alike,
+    and no data set, row or metric in common.
     """
     ordered = _checked(candidates, baseline)
     settings, made = settings_of(ordered), Comparison()

@@ -160,10 +160,7 @@ class SetEvaluation:
     def _lines(
         self, part: str, size: int, what: str, measured: Callable[[list[EncodedExample], list[Line]], list[Line]]
     ) -> list[Line]:
-        """The lines of a part in the order of the rows; what its file lacks is measured and appended batch by batch.
-
-        `measured` makes the lines of a batch, or returns those that the file holds.
-        """
+        """The lines of a part in the order of the rows; its file keeps what `measured` makes of each batch."""
         if part not in self._files:
             self._files[part] = ResumableLines(self.file_of(part), check=_check)
         file, done = self._files[part], 0

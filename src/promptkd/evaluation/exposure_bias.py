@@ -104,9 +104,8 @@ def exposure_bias(
         teacher_samples: those of the teacher, under `scoring.prompt` if there is one; the same serve every student.
         ended, bootstrap: as in `excess_accumulated_error`.
 
-    Raises:
-        RequestError: unequal numbers of rows, or as `excess_accumulated_error`.
-        PromptKDError: a KL that is not finite.
+    Raises `RequestError` for unequal numbers of rows, or as `excess_accumulated_error`, and `PromptKDError` for a KL
+    that is not finite.
     """
     if not len(prompts) == len(student_samples) == len(teacher_samples):
         raise RequestError(

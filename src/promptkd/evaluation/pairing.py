@@ -171,8 +171,7 @@ def _written(value: Any) -> str:
 def settings_of(candidates: Sequence[Candidate]) -> list[Setting]:
     """What at least two candidates were measured on.
 
-    Raises:
-        RequestError: if a candidate was measured twice in one way, or an evaluation holds a row twice.
+    Raises `RequestError` if a candidate was measured twice in one way, or an evaluation holds a row twice.
     """
     found: dict[tuple[str, str], dict[str, Measurement]] = {}
     for candidate in candidates:

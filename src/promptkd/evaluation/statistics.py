@@ -133,8 +133,7 @@ def sign_flip_test(contributions: Floats, *, draws: int = 9999, seed: int = 0) -
     exchangeable. Rows that contribute 0 aside, where there are at most `draws` + 1 patterns all are counted and p is
     exact. Else patterns are drawn, and p = (count + 1) / (draws + 1), which never understates (Phipson and Smyth 2010).
 
-    Raises:
-        RequestError: no rows, values that are not finite, or `draws` below 1.
+    Raises `RequestError` for no rows, values that are not finite, or `draws` below 1.
     """
     if contributions.ndim != 1 or not len(contributions) or not np.isfinite(contributions).all():
         raise RequestError("`contributions` must hold one finite number per row, shape (rows,), for at least one row.")

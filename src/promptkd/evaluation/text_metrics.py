@@ -88,8 +88,7 @@ def rouge_scores(
     no token scores 0 whatever the answer; such rows are kept, as MiniLLM keeps them, and one warning counts them.
     `tokenize` replaces the default (and its stemming): `list` compares characters, `str.split` words.
 
-    Raises:
-        RequestError: no rows, unequal lengths, a row without references, or something that is not a string.
+    Raises `RequestError` for no rows, unequal lengths, a row without references, or something that is not a string.
     """
     rows = _reference_lists(predictions, references)
     tokens = cache(tokenize or DefaultTokenizer(use_stemmer=True).tokenize)  # stemming is most of the work
@@ -111,19 +110,15 @@ def exact_match(predictions: Texts, references: References) -> float:
 
 
 def exact_match_scores(predictions: Texts, references: References) -> list[float]:
-    """100 for a prediction that equals one of its references after `normalize_answer`, else 0.
-
-    Raises `RequestError` as `rouge_scores`.
-    """
+    """100 for a prediction that equals one of its references after `normalize_answer`, else 0."""
     rows = zip(predictions, _reference_lists(predictions, references), strict=True)
     return [100.0 * (normalize_answer(prediction) in map(normalize_answer, row)) for prediction, row in rows]
 
 
 def normalize_answer(text: str) -> str:
-    """Lower case, without the 32 ASCII punctuation characters, each run of white space one space, none at the ends.
+    """SQuAD's normalization but for its removal of articles, as MiniLLM has it: lower case, single spaces.
 
-    This is SQuAD's normalization without its removal of articles, as MiniLLM has it. Punctuation is deleted, not
-    replaced ("well-known" becomes "wellknown"), and punctuation outside ASCII stays.
+    ASCII punctuation is deleted, not replaced ("well-known" becomes "wellknown"); punctuation outside ASCII stays.
     """
     return " ".join(text.lower().translate(_DELETE_PUNCTUATION).split())
 

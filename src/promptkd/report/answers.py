@@ -89,40 +89,34 @@ def browser_data(records: Sequence[Results], sets: Sequence[RowSet], models: Seq
 
 
 def _set(rows: RowSet, models: Sequence[str], names: list[str]) -> dict[str, Any]:
-    places = rows.places
+    places, views = rows.places, []
+    for view in rows.views.values():
+        answers = [
+            {"model": position, **_columns([view.answers[model].get(place) for place in places], names)}
+            for position, model in enumerate(models)
+            if model in view.answers
+        ]
+        views.append({"label": visible(view.label), "setting": visible(view.setting), "answers": answers})
     return {
         "data": visible(rows.data),
         "row": [row for row, _ in places],
         "prompt": [visible(prompt) for _, prompt in places],
         "references": [[visible(text) for text in rows.references[place]] for place in places],
-        "views": [
-            {
-                "label": visible(view.label),
-                "setting": visible(view.setting),
-                "answers": [
-                    {"model": position} | _columns([view.answers[model].get(place) for place in places], names)
-                    for position, model in enumerate(models)
-                    if model in view.answers
-                ],
-            }
-            for view in rows.views.values()
-        ],
+        "views": views,
     }
 
 
 def _columns(samples: list[RowResult | None], names: list[str]) -> dict[str, Any]:
-    texts = [None if sample is None else visible(sample.response) for sample in samples]
-    scores = {}
-    for position, name in enumerate(names):
-        if any(sample and name in sample.scores for sample in samples):
-            scores[position] = [
-                _score(name, sample.scores.get(name, math.nan) if sample else math.nan) for sample in samples
-            ]
-    return {"text": texts, "scores": scores}
+    held = [sample.scores if sample else {} for sample in samples]
+    scored = [(at, name) for at, name in enumerate(names) if any(name in scores for scores in held)]
+    return {
+        "text": [visible(sample.response) if sample else None for sample in samples],
+        "scores": {at: [_shown(name, scores.get(name, math.nan)) for scores in held] for at, name in scored},
+    }
 
 
-def _score(name: str, score: float | None) -> float | None:
-    if score is None or not math.isfinite(score):
+def _shown(name: str, score: float) -> float | None:
+    if not math.isfinite(score):
         return None
     value = float(f"{score * metric_info(name).scale:.{_DIGITS}g}")
     return int(value) if value.is_integer() else value

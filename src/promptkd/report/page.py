@@ -46,7 +46,7 @@ def render_report(records: Sequence[Results], *, title: str | None = None) -> st
     Every text from a record is escaped by the template engine, or reaches the page's script as packed data and the page
     from there as text. A content security policy names the page's scripts by hash: no injected script would run.
 
-    Raises `RequestError` for an empty sequence.
+    Raises `RequestError` for no record.
     """
     if not records:
         raise RequestError("Expected at least one results record to report on, got none. Name a run's folder.")
