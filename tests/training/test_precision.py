@@ -15,7 +15,7 @@ from helpers.tiny import END_ID, tiny_tokenizer
 from helpers.trainers import FIXED_PROMPTKD, config, pair, rows, trainer
 from promptkd import precision
 from promptkd.errors import RequestError
-from promptkd.evaluation import likelihood, measure
+from promptkd.evaluation import measure
 from promptkd.evaluation.dataset_evaluation import SetEvaluation, measure_rows
 from promptkd.evaluation.measure import Decoding, row_batches
 from promptkd.methods import named_method
@@ -222,7 +222,7 @@ def test_validation_and_evaluate_measure_in_the_same_batches(tmp_path, monkeypat
         )
 
     written_down(measure, "generate")
-    written_down(likelihood, "response_hidden")
+    written_down(measure, "response_hidden")
     decoding = Decoding(max_new_tokens=5, stop_ids=[END_ID])
     measure_rows(student, tokenizer, data, decoding, teacher=teacher)
     validation, seen[:] = sorted(seen, key=str), []

@@ -49,7 +49,7 @@ def excess_accumulated_error(
     _check(on_student, on_teacher, ended)
     width = max(len(errors) for row in (*on_student, *on_teacher) for errors in row)
     student, teacher = _Table.of(on_student, width), _Table.of(on_teacher, width)
-    reaching = ((student.count > 0) & (teacher.count > 0)).sum(0).tolist()
+    reaching = ((student.counts > 0) & (teacher.counts > 0)).sum(0).tolist()
     if ended == "zero":
         student, teacher = student.with_zeros(), teacher.with_zeros()
     values = _percent(np.ones((1, len(on_student))), student, teacher)
@@ -66,7 +66,7 @@ class _Table(NamedTuple):
 
     sums: Floats
     """(rows, L) sum of the errors at each token."""
-    count: Floats
+    counts: Floats
     """(rows, L) number of continuations that reach each token."""
 
     @classmethod
@@ -75,17 +75,17 @@ class _Table(NamedTuple):
         for row, drawn in enumerate(errors):
             for each in drawn:
                 table.sums[row, : len(each)] += each
-                table.count[row, : len(each)] += 1
+                table.counts[row, : len(each)] += 1
         return table
 
     def with_zeros(self) -> "_Table":
         """One error per row and token: the mean over the continuations that reach it, 0 where none does."""
-        return _Table(self.sums / np.maximum(self.count, 1), np.ones_like(self.count))
+        return _Table(self.sums / np.maximum(self.counts, 1), np.ones_like(self.counts))
 
     def accumulated(self, weights: Floats) -> Floats:
         """(B, L) sums over tokens of the mean error; NaN from the first token that nothing reaches."""
         with np.errstate(invalid="ignore"):
-            return np.cumsum((weights @ self.sums) / (weights @ self.count), axis=1)
+            return np.cumsum((weights @ self.sums) / (weights @ self.counts), axis=1)
 
 
 def _percent(weights: Floats, student: _Table, teacher: _Table) -> Floats:

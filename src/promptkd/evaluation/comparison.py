@@ -85,9 +85,15 @@ def compare(
             direction = better(name)
             if direction is not None and base in held and model in held:
                 both = (*held[model], *held[base])
-                labels = {"model": model, "baseline": base, "metric": name, "data": setting.data}
-                difference = paired_token_difference(*both, bootstrap)
-                tested.append((Difference(**labels, better=direction, difference=difference), both))
+                difference = Difference(
+                    model=model,
+                    baseline=base,
+                    metric=name,
+                    data=setting.data,
+                    better=direction,
+                    difference=paired_token_difference(*both, bootstrap),
+                )
+                tested.append((difference, both))
                 done |= {(setting.source, name)} if name in OF_REFERENCES else set()
         made.evaluations += _evaluations(setting, columns, bootstrap)
         first = next(iter(setting.measured.values()))

@@ -16,8 +16,14 @@ from transformers import PreTrainedTokenizerBase
 from promptkd.data.encode import EncodedExample
 from promptkd.errors import RequestError
 from promptkd.evaluation.hub_metrics import HubMetric
-from promptkd.evaluation.likelihood import kl_nats, reference_nats
-from promptkd.evaluation.measure import decode_rows, evaluation_of, row_batches, row_results
+from promptkd.evaluation.measure import (
+    decode_rows,
+    evaluation_of,
+    kl_nats,
+    reference_nats,
+    row_batches,
+    row_results,
+)
 from promptkd.generation import Decoding
 from promptkd.io.jsonl import Line, ResumableLines
 from promptkd.models import vocabulary_size

@@ -16,14 +16,13 @@ from torch import Tensor, nn
 from promptkd.engine import evaluating
 from promptkd.errors import PromptKDError, RequestError
 from promptkd.evaluation.accumulated_error import Ended, excess_accumulated_error
-from promptkd.evaluation.likelihood import batches_by_length, token_divergences
+from promptkd.evaluation.measure import TokenIds, batches_by_length, token_divergences
 from promptkd.evaluation.statistics import DEFAULT, Bootstrap, Floats, token_mean_interval
 from promptkd.generation import Decoding, generate, row_seeds
 from promptkd.objectives import forward_kl
 from promptkd.results import CurvePoint, Metric
 
-Ids = Sequence[int]
-Samples = Sequence[Sequence[Ids]]
+Samples = Sequence[Sequence[TokenIds]]
 """Token ids of continuations: samples[row][draw]."""
 
 
@@ -53,7 +52,7 @@ class Scoring:
 
 def sample_continuations(
     model: nn.Module,
-    prompts: Sequence[Ids],
+    prompts: Sequence[TokenIds],
     decoding: Decoding,
     *,
     samples_per_row: int,
@@ -89,7 +88,7 @@ def sample_continuations(
 def exposure_bias(
     student: nn.Module,
     teacher: nn.Module,
-    prompts: Sequence[Ids],
+    prompts: Sequence[TokenIds],
     student_samples: Samples,
     teacher_samples: Samples,
     scoring: Scoring = Scoring(),
@@ -125,7 +124,7 @@ def exposure_bias(
 
 
 def token_errors(
-    student: nn.Module, teacher: nn.Module, prompts: Sequence[Ids], samples: Samples, scoring: Scoring = Scoring()
+    student: nn.Module, teacher: nn.Module, prompts: Sequence[TokenIds], samples: Samples, scoring: Scoring = Scoring()
 ) -> list[list[Floats]]:
     """KL(teacher || student) in nats as errors[row][draw][token], from that after the request alone."""
     places = [(row, draw) for row, drawn in enumerate(samples) for draw in range(len(drawn))]

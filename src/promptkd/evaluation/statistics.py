@@ -105,9 +105,9 @@ def _checked(columns: dict[str, Floats]) -> list[Floats]:
     if 0 in lengths.values():
         raise RequestError(f"Expected at least one row in {' and '.join(f'`{name}`' for name in lengths)}. Got none.")
     for name, column in columns.items():
-        wrong = np.flatnonzero(~(column > 0)) if name.startswith("counts") else []
-        if len(wrong):
-            got = f"Got {column[wrong[0]]:g} in row {wrong[0]}; leave out rows without tokens."
+        if name.startswith("counts") and not (column > 0).all():
+            row = int(np.argmin(column > 0))
+            got = f"Got {column[row]:g} in row {row}; leave out rows without tokens."
             raise RequestError(f"`{name}` must be above 0 in every row. {got}")
     return list(columns.values())
 

@@ -107,7 +107,8 @@ def _model_names(records: Sequence[Results]) -> list[dict[str, str]]:
     """
     labels = [
         [*record.models]
-        + [each.model for each in (*record.evaluations, *record.curves)]
+        + [each.model for each in record.evaluations]
+        + [each.model for each in record.curves]
         + [label for each in record.differences for label in (each.model, each.baseline)]
         + [*record.training]
         for record in records
@@ -130,7 +131,8 @@ def _data_names(records: Sequence[Results]) -> list[dict[str, str]]:
         most[_key(found)[:2]] = max(found.rows, most.get(_key(found)[:2], 0))
     labels = [
         [*record.data]
-        + [each.data for each in (*record.evaluations, *record.curves)]
+        + [each.data for each in record.evaluations]
+        + [each.data for each in record.curves]
         + [each.data for each in record.differences if each.data]
         for record in records
     ]

@@ -120,7 +120,8 @@ def _context(records: Sequence[Results]) -> tuple[dict[str, Any], dict[str, Any]
     models = answering_models(story, sets)
     colors = dict.fromkeys(filter(is_teacher, models), 0)
     colors |= {model: 1 + at % _COLORS for at, model in enumerate(model for model in models if not is_teacher(model))}
-    rows, differences, sources = comparison_table(story), difference_table(story), _provenance(story)
+    rows, differences = comparison_table(story), difference_table(story)
+    sources = list(map(_provenance, run_labels(story), story))
     cost_heads, cost_lines = cost_table(story)
     data: dict[str, Any] = {
         "models": [{"label": visible(model), "teacher": is_teacher(model), "color": colors[model]} for model in models],
@@ -163,32 +164,25 @@ def _context(records: Sequence[Results]) -> tuple[dict[str, Any], dict[str, Any]
     return context, data
 
 
-def _provenance(story: Sequence[Results]) -> list[dict[str, Any]]:
-    """What ran, on which code, data and machine, as text, for each of the `unified` records."""
-    entries = []
-    for run, record in zip(run_labels(story), story, strict=True):
-        plain = record.model_dump(mode="json", include={"config", "machine"})
-        measured = [(metric_info(name), record.metrics[name]) for name in in_order(record.metrics)]
-        versions = [(name, version or "not installed") for name, version in record.code.items() if name != "git_commit"]
-        facts = {
-            "Metrics of the run": [
-                (info.label, joined(*estimate(info, own), info.unit, by=" ")) for info, own in measured
-            ],
-            "Time": [(name, duration(seconds)) for name, seconds in record.timings.items()],
-            "Code": [*versions, ("git commit", record.code.get("git_commit") or "not a checkout")],
-            "Machine": [
-                ("memory", f"{value / 2**30:.1f} GiB")
-                if name == "memory_bytes" and isinstance(value, int)
-                else (name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
-                for name, value in plain["machine"].items()
-            ],
-        }
-        config = json.dumps(plain["config"], indent=2, ensure_ascii=False) if plain["config"] else ""
-        command, created = shlex.join(record.command), _moment(record.created)
-        entries.append(
-            {"run": run, "record": record, "created": created, "command": command, "config": config, "facts": facts}
-        )
-    return entries
+def _provenance(run: str, record: Results) -> dict[str, Any]:
+    """What ran, on which code, data and machine, as text."""
+    plain = record.model_dump(mode="json", include={"config", "machine"})
+    measured = [(metric_info(name), record.metrics[name]) for name in in_order(record.metrics)]
+    versions = [(name, version or "not installed") for name, version in record.code.items() if name != "git_commit"]
+    facts = {
+        "Metrics of the run": [(info.label, joined(*estimate(info, own), info.unit, by=" ")) for info, own in measured],
+        "Time": [(name, duration(seconds)) for name, seconds in record.timings.items()],
+        "Code": [*versions, ("git commit", record.code.get("git_commit") or "not a checkout")],
+        "Machine": [
+            ("memory", f"{value / 2**30:.1f} GiB")
+            if name == "memory_bytes" and isinstance(value, int)
+            else (name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+            for name, value in plain["machine"].items()
+        ],
+    }
+    config = json.dumps(plain["config"], indent=2, ensure_ascii=False) if plain["config"] else ""
+    told = {"created": _moment(record.created), "command": shlex.join(record.command), "config": config}
+    return {"run": run, "record": record, "facts": facts, **told}
 
 
 def _moment(created: str) -> str:

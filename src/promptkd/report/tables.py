@@ -49,9 +49,9 @@ def metric_columns(records: Sequence[Results]) -> list[str]:
 
 def model_order(records: Sequence[Results]) -> list[str]:
     """Every model that was measured, teachers first, then in the order of the records."""
-    measured = [each for record in records for each in record.evaluations]
-    curves = [each for record in records for each in record.curves]
-    return sorted(dict.fromkeys(each.model for each in (*measured, *curves)), key=lambda label: not is_teacher(label))
+    measured = [each.model for record in records for each in record.evaluations]
+    measured += [each.model for record in records for each in record.curves]
+    return sorted(dict.fromkeys(measured), key=lambda label: not is_teacher(label))
 
 
 def comparison_table(records: Sequence[Results]) -> list[ComparisonRow]:
@@ -164,8 +164,8 @@ def cost_table(records: Sequence[Results]) -> tuple[list[str], list[list[str]]]:
 
 def _cost_cells(cost: Cost, of_teacher: int | None) -> list[str]:
     size, trained = cost.parameters, cost.training
-    shared = size is not None and of_teacher and not is_teacher(cost.model)
-    cells = [cost.model, "" if size is None else millions(size), f"{size / of_teacher * 100:.0f} %" if shared else ""]
+    share = f"{size / of_teacher * 100:.0f} %" if size is not None and of_teacher and not is_teacher(cost.model) else ""
+    cells = [cost.model, "" if size is None else millions(size), share]
     if trained is None:
         return [*cells, *[""] * 5]
     speed = "" if trained.tokens_per_second is None else number(trained.tokens_per_second, 0)
