@@ -6,6 +6,7 @@ from pathlib import Path
 
 from promptkd.errors import RequestError
 from promptkd.results import Results
+from promptkd.visible import visible
 
 _TAIL = 1 << 14
 """Bytes at the end of a file that are read for its last lines."""
@@ -32,8 +33,6 @@ def progress_of(run: Path) -> Progress:
 
 def last_words(log: Path) -> str:
     """The last line of a log that says anything, its control characters made visible."""
-    from promptkd.report.escape import visible
-
     return next((visible(line.strip()) for line in reversed(_tail(log)) if line.strip()), "")
 
 
