@@ -6,8 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-"""Errors of a disk that becomes unwritable while a command runs."""
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # a disk became unwritable while a command runs
 
 
 class PromptKDError(Exception):
@@ -23,15 +22,11 @@ class RequestError(PromptKDError, ValueError):
 
 
 class Stopped(SystemExit):
-    """A signal ended the command, which `reached` so far: "after step 7 of 10" (exit status 128 + its number).
-
-    As a `SystemExit`, it passes `except Exception`.
-    """
+    """A signal ended the command, which `reached` "after step 7 of 10". As a `SystemExit`, no `Exception`."""
 
     def __init__(self, number: int, reached: str = ""):
         super().__init__(128 + number)
-        self.status = 128 + number
-        self.reached = reached
+        self.status, self.reached = 128 + number, reached
         self._name = "Interrupted" if number == signal.SIGINT else f"Stopped by {signal.Signals(number).name}"
 
     def __str__(self) -> str:
@@ -50,7 +45,7 @@ def writing(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or str(error)
+        problem = f"Cannot write {target}: {error.strerror or error}."
         if error.errno in NO_ROOM and error.errno != errno.EROFS:
-            raise PromptKDError(f"Cannot write {target}: {reason}. Make room there or give another --out.") from error
-        raise RequestError(f"Cannot write {target}: {reason}.") from error
+            raise PromptKDError(f"{problem} Make room there or give another --out.") from error
+        raise RequestError(problem) from error

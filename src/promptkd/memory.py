@@ -1,7 +1,4 @@
-"""The memory of this process: what it holds, its peak, and what to say when an allocator fails.
-
-torch is imported late: commands that need no torch ask for the peak, too.
-"""
+"""The memory of this process: what it holds, its peak, and what to say when an allocator fails."""
 
 import errno
 import re
@@ -40,8 +37,7 @@ def peak_memory() -> int:
 def restart_peak() -> int | None:
     """Restart the system's count of the peak at what is held now; `peak_memory` keeps the peak so far.
 
-    Returns:
-        The peak since the last restart in bytes; None where the system cannot restart it, as outside of Linux.
+    Returns the bytes of the peak since the last restart; None where the system cannot restart it, as outside of Linux.
     """
     global _before_restarts
     reached = _since_restart()
@@ -54,7 +50,6 @@ def restart_peak() -> int | None:
 
 
 def _since_restart() -> int:
-    """The system's own count."""
     if sys.platform == "linux" and (found := re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())):
         return int(found[1]) * 1024
     if sys.platform == "win32":
@@ -74,7 +69,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def memory_status(error: BaseException) -> str:
     """What was held, of how much, and how much more was requested, as far as known: a sentence."""
-    import torch
+    import torch  # commands that need none ask for the peak, too
 
     more = ""
     if asked := re.search(r"tried to allocate ([\d.]+) (bytes|[KMGT]iB)", str(error), re.IGNORECASE):

@@ -1,8 +1,7 @@
-"""The precision in which a model computes.
+"""The precision in which a model computes (docs/precision.md).
 
 Trained weights are float32 everywhere, since an update is often smaller than what bfloat16 can add to a weight. Matrix
-products run in bfloat16 under autocast where the device has units for it, otherwise in float32. Logits,
-log-probabilities, losses and sums are always float32. docs/precision.md has the consequences for each command.
+products run in bfloat16 under autocast where the device has units for it; logits, losses and sums are always float32.
 """
 
 import platform
@@ -11,10 +10,8 @@ from typing import Literal
 
 import torch
 
-Precision = Literal["auto", "float32", "bfloat16"]
-"""A precision to compute in. "auto" is bfloat16 where the device has units for it, otherwise float32."""
-WeightPrecision = Literal["float32", "bfloat16", "float16", "auto"]
-"""A precision to load weights in. "auto" is that of the model's files."""
+Precision = Literal["auto", "float32", "bfloat16"]  # to compute in; auto is what suits the device
+WeightPrecision = Literal["float32", "bfloat16", "float16", "auto"]  # to load weights in; auto is that of their files
 
 
 def has_bfloat16_units(device: torch.device | str) -> bool:
@@ -33,7 +30,7 @@ def has_bfloat16_units(device: torch.device | str) -> bool:
 
 
 def compute_dtype(choice: Precision, device: torch.device | str) -> torch.dtype:
-    """The dtype of a choice; with "auto", the one that suits the device."""
+    """The dtype of a choice; "auto" is bfloat16 where the device has units for it, otherwise float32."""
     if choice == "auto":
         return torch.bfloat16 if has_bfloat16_units(device) else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[choice]

@@ -20,7 +20,7 @@ class Sampler:
     mixed: Callable[[Tokens, float], Tokens]
     """From (1 - share) q + share p at every token, of student q and plain teacher p, the share given second."""
     together: bool = False
-    """Whether every process must sample whenever one does (sharded weights, vLLM), or the others wait for it."""
+    """Whether every process must sample whenever one does (sharded weights, vLLM)."""
 
 
 class Responses:
@@ -41,7 +41,7 @@ class Responses:
         return [row.response_ids for row in rows]
 
     def on_validation(self, loss: float) -> None:
-        """Called with the validation loss, where there is validation."""
+        """Called with the loss after each validation."""
 
     def metrics(self) -> dict[str, float]:
         """What to log of the source's state."""
@@ -56,10 +56,7 @@ class Responses:
 
 
 class ResponseMix(Responses):
-    """Each row's response is the student's with probability `student_share`, else the data's.
-
-    0 is the data's alone, 1 the student's alone (GKD's λ, Agarwal et al. 2024, algorithm 1, drawn per row).
-    """
+    """A row's response is the student's with probability `student_share`, else the data's (Agarwal et al. 2024's λ)."""
 
     def __init__(self, student_share: float):
         self.student_share = _share("The student's share of the responses", student_share)
@@ -86,10 +83,10 @@ class TeacherMixed(Responses):
 class AdaptiveReplay(Responses):
     """DistiLLM's schedule: the student's share rises when validation gets worse, and old samples are used again.
 
-    A row takes a student's response with probability φ, else the data's. That response is newly sampled with
-    probability 1 - k / K, or if the buffer has none for this row; else it is the one that the student last gave to it.
-    φ begins at `start` and rises by `step`, up to 1, whenever the validation loss exceeds the lowest so far by
-    `tolerance` (Ko et al. 2024, section 3.2; there a buffered response brings its own request).
+    A row takes a student's response with probability φ, else the data's. It is newly sampled with probability
+    1 - k / K, or if the buffer has none for this row; else it is the student's last one for the row. φ begins at
+    `start` and rises by `step`, up to 1, whenever the validation loss exceeds the lowest so far by `tolerance`
+    (Ko et al. 2024, section 3.2; there a buffered response brings its own request).
     """
 
     start: float = 0.0
@@ -106,9 +103,8 @@ class AdaptiveReplay(Responses):
     def __call__(self, rows: Sequence[EncodedExample], sample: Sampler, progress: float) -> Tokens:
         own = _chosen(len(rows), self.share)
         renewed = _chosen(len(rows), 1 - progress)
-        fresh = [
-            mine and (new or row.row not in self.buffer) for row, mine, new in zip(rows, own, renewed, strict=True)
-        ]
+        draws = zip(rows, own, renewed, strict=True)
+        fresh = [mine and (new or row.row not in self.buffer) for row, mine, new in draws]
         responses = _fill(rows, fresh, sample)
         for index, row in enumerate(rows):
             if fresh[index]:
@@ -136,7 +132,7 @@ class AdaptiveReplay(Responses):
 
 
 def writes_responses(source: Responses) -> bool:
-    """Whether a model writes responses while the student trains; a source of your own counts as one that asks it."""
+    """Whether a model may write responses while the student trains, as for any source of your own."""
     return type(source) is not Responses and not (isinstance(source, ResponseMix) and source.student_share == 0)
 
 
@@ -148,9 +144,7 @@ def _share(of: str, share: float) -> float:
 
 def _chosen(rows: int, share: float) -> list[bool]:
     """Which of `rows` rows a share falls on. Nothing is drawn where the share leaves no choice."""
-    if share in (0, 1):
-        return [share == 1] * rows
-    return (torch.rand(rows) < share).tolist()
+    return [share == 1] * rows if share in (0, 1) else (torch.rand(rows) < share).tolist()
 
 
 def _fill(rows: Sequence[EncodedExample], chosen: Sequence[bool], sample: Sampler) -> Tokens:

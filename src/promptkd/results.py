@@ -1,7 +1,6 @@
 """One JSON record per result: what ran, on which code, data and machine, and every metric.
 
-Reports and comparisons read these records and nothing else. A record is validated when it is written and when it
-is read; an unknown key is an error in both directions.
+Reports and comparisons read nothing else. A record is validated when written and when read; unknown keys are errors.
 """
 
 import contextlib
@@ -25,8 +24,7 @@ from promptkd.io.files import MIB, read_regular
 from promptkd.io.redact import without_secrets
 
 SCHEMA_VERSION: Literal[1] = 1
-_MOST_BYTES = 1024 * MIB
-"""Largest record that is read, with every answer of an evaluation in it."""
+_MOST_BYTES = 1024 * MIB  # of a record, with every answer of an evaluation in it
 _FOREIGN_CODE = "Code that came with a model was allowed to run (--trust_remote_code)."
 Kind = Literal["prune", "sft", "distill", "generate", "evaluate", "exposure-bias", "judge", "compare", "study", "demo"]
 Better = Literal["higher", "lower"]
@@ -200,25 +198,21 @@ class Results(_Record):
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or "the whole file"
-            raise RequestError(
-                f"{path} is not a results record of schema version {SCHEMA_VERSION}: {where}: {first['msg']}. "
-                "Write it again with the command that made it."
-            ) from error
+            problem = f"{path} is not a results record of schema version {SCHEMA_VERSION}: {where}: {first['msg']}"
+            raise RequestError(f"{problem}. Write it again with the command that made it.") from error
 
 
 def code_version() -> dict[str, str | None]:
     """Versions of the code that ran: promptkd, its git commit (None outside a checkout), and the main libraries."""
-    here = Path(__file__).resolve().parent
-    git = ["git", "-C", str(here), "rev-parse", "HEAD"]
-    versions: dict[str, str | None] = {"git_commit": None}
+    git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+    packages = ("promptkd", "torch", "transformers", "trl", "peft", "accelerate")
+    versions: dict[str, str | None] = dict.fromkeys(("git_commit", *packages))
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(git, capture_output=True, text=True, timeout=10, check=True)
         versions["git_commit"] = done.stdout.strip()
-    for package in ("promptkd", "torch", "transformers", "trl", "peft", "accelerate"):
-        try:
+    for package in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
     return versions
 
 
@@ -238,8 +232,7 @@ def file_sha256(*paths: Path) -> str:
     digest = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+            hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()
 
 

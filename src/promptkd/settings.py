@@ -5,11 +5,11 @@ A docstring under a field is its help. The command line looks for it here, so to
 
 import ast
 import inspect
+import math
 import textwrap
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields, make_dataclass
-from functools import cache
 from types import NoneType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -28,11 +28,7 @@ def option(
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Base of the frozen dataclasses of settings: a value outside of its limits is refused.
-
-    Raises:
-        RequestError: with everything that is wrong.
-    """
+    """Base of the frozen dataclasses of settings. Raises `RequestError` with every value outside of its limits."""
 
     def __post_init__(self) -> None:
         check_all("Wrong settings", limit_checks(self))
@@ -40,18 +36,17 @@ class Settings:
 
 def limit_checks(settings: Any) -> list[tuple[bool, str]]:
     """For `check_all`: the fields of a dataclass whose value exceeds a limit or is none of their choices, in words."""
-    owner: type = type(settings)  # mypy takes it for more than a type
-    hints, values = _hints(owner), vars(settings)
+    hints, values = get_type_hints(type(settings)), vars(settings)
     expected = {each.name: _expected(each, hints[each.name], values[each.name]) for each in fields(settings)}
     return [(True, f"{name} {text}, got {values[name]!r}") for name, text in expected.items() if text]
 
 
 def _expected(declared: Field[Any], annotation: Any, value: Any) -> str:
     """What the value must be and is not; empty if it is allowed."""
-    literals = [each for each in (annotation, *get_args(annotation)) if get_origin(each) is Literal]
-    choices = [choice for literal in literals for choice in get_args(literal)]
     if value is None and NoneType in get_args(annotation):
         return ""
+    literals = [each for each in (annotation, *get_args(annotation)) if get_origin(each) is Literal]
+    choices = [choice for literal in literals for choice in get_args(literal)]
     if choices and value not in choices:
         return f"must be one of {', '.join(map(str, choices))}"
     return beyond_limits(declared.metadata, value)
@@ -60,21 +55,21 @@ def _expected(declared: Field[Any], annotation: Any, value: Any) -> str:
 def beyond_limits(limits: Mapping[str, Any], value: Any) -> str:
     """What a value must be, where it exceeds a limit of its field's metadata: "must be at least 1"; else nothing."""
     least, most, above = (limits.get(name) for name in ("at_least", "at_most", "above"))
-    missing = value is None  # of a field that needs a value
+    number = math.nan if value is None else value  # of a field that needs a value: within no limits
     if above is not None and most is not None:
-        return "" if not missing and above < value <= most else f"must lie above {above} and at most at {most}"
+        return "" if above < number <= most else f"must lie above {above} and at most at {most}"
     if least is not None and most is not None:
-        return "" if not missing and least <= value <= most else f"must lie in [{least}, {most}]"
-    if least is not None and (missing or not value >= least):
+        return "" if least <= number <= most else f"must lie in [{least}, {most}]"
+    if least is not None and not number >= least:
         return "must be 0 or more" if least == 0 else f"must be at least {least}"
-    return f"must be above {above}" if above is not None and (missing or not value > above) else ""
+    return f"must be above {above}" if above is not None and not number > above else ""
 
 
 def flat(name: str, owners: Iterable[type]) -> type:
     """A dataclass with all fields of `owners` and their help; a field that several have must be alike in all."""
     declared: dict[str, tuple[str, Any, Any]] = {}
     for owner in owners:
-        hints, docs = _hints(owner), docs_of(owner)
+        hints, docs = get_type_hints(owner), docs_of(owner)
         for each in fields(owner):
             metadata = {"help": docs.get(each.name, ""), **each.metadata}
             new = (each.name, hints[each.name], field(default=each.default, metadata=metadata))
@@ -89,8 +84,7 @@ class Reader:
 
     def __init__(self, values: Any):
         self._values = vars(values)
-        self.read: set[str] = set()
-        """The names of the settings that were taken."""
+        self.read: set[str] = set()  # the names of those that were taken
 
     def __call__(self, owner: type[T]) -> T:
         """The part of the values that is an `owner`; a field that is not among them keeps its default."""
@@ -112,7 +106,6 @@ class Reader:
 
 
 def warn_of_old_name(old: str, new: str, stacklevel: int = 2) -> None:
-    """Warn that `new` is what to write in place of `old`."""
     text = f"{old} is deprecated; write {new}. The old form goes with the next version."
     warnings.warn(text, FutureWarning, stacklevel + 1)
 
@@ -122,11 +115,6 @@ def accept_old_name(cls: type, old: str, new: str) -> None:
     if old in vars(cls):
         warn_of_old_name(f"{cls.__qualname__}.{old}", new, stacklevel=3)
         setattr(cls, new, vars(cls)[old])
-
-
-@cache
-def _hints(owner: type) -> dict[str, Any]:
-    return get_type_hints(owner)
 
 
 def docs_of(owner: type) -> dict[str, str]:

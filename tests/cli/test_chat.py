@@ -15,7 +15,7 @@ from rich.console import Console
 
 from helpers.commands import hear_interrupts, json_lines, run, write_rows
 from helpers.tiny import END_ID, POSITIONS, save_model, tiny_model, tiny_tokenizer
-from promptkd.cli.chat_view import Writing, write_in_turn, write_side_by_side
+from promptkd.cli.commands.chat import Writing, write_in_turn, write_side_by_side
 from promptkd.errors import RequestError
 from promptkd.generation import Decoding, SamplingParams, generate, row_seeds
 from promptkd.generation.conversation import Conversation, StreamedAnswer

@@ -1,16 +1,12 @@
 """The command line: finds the command, runs it, and turns what happens into a message and an exit status.
 
-A command NAME is two modules: `options/NAME.py` with `Options` (a dataclass; the docstring under a field is its help),
-which imports nothing heavy, and `commands/NAME.py` with `run(options, training)`, imported when the request is sound.
-The options' module may also name
-
+A command NAME is two modules: `options/NAME.py` with the dataclass `Options`, which imports nothing heavy, and
+`commands/NAME.py` with `run(options, training)`, imported when the request is sound. The former may also name
 - `TRAINING_CONFIG = "package.module:Class"`: a dataclass, imported late, whose fields are flags of the command too;
-- `COMMON_TRAINING_FLAGS = ("learning_rate", ...)`: those that `--help` shows without that import, from the source files
-  `SETTINGS_SOURCES = ("training/config.py", ...)`;
+- `COMMON_TRAINING_FLAGS`: those that `--help` shows without that import, from the source files `SETTINGS_SOURCES`;
 - `POSITIONAL = "runs"`: the option that takes the arguments which follow no flag;
 - `LESS_MEMORY = ("a smaller --batch-size (now {batch_size})",)`: what needs less memory, with its options in braces;
 - `RESUMED_BY = ("--resume",)`: the flags with which the same command resumes, if it keeps what it has done.
-
 Exit status: 0 done, 1 the run failed, 2 the request was wrong, 130 interrupted, 143 stopped by SIGTERM.
 """
 
@@ -31,7 +27,7 @@ from promptkd.errors import NO_ROOM, PromptKDError, RequestError, Stopped
 from promptkd.io.redact import redacted
 from promptkd.visible import shown
 
-COMMANDS: dict[str, str] = {
+COMMANDS: dict[str, str] = {  # in the order of the help
     "demo": "Distill a small student offline on embedded defaults, with a report.",
     "prune": "Make a student of the teacher's most useful layers.",
     "sft": "Tune a model on the responses of a data set.",
@@ -46,8 +42,6 @@ COMMANDS: dict[str, str] = {
     "study": "Run methods x settings x seeds, resumable, and compare the methods.",
     "export": "Write a model as serving tools load it: GGUF or safetensors.",
 }
-"""Each command's name, in the order of the help: what it does."""
-
 _LONGEST_MESSAGE = 4000  # characters: it may quote what a file holds
 
 
@@ -65,17 +59,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _ended_by_sigterm():
             status = _dispatch(arguments)
             sys.stdout.flush()
+            return status
     except (Stopped, KeyboardInterrupt, Exception) as error:
         return _report(error, program, debug=arguments != given)
-    return status
 
 
 def let_threads_sleep(environment: MutableMapping[str, str]) -> None:
     """Have OpenMP's threads look a thousand times for work and then sleep, unless the environment says how they wait.
 
-    By default they spin for milliseconds, and take a core from what they wait for or from a neighbor on the machine.
-    Sleeping at once would cost a process alone half of its decoding (docs/performance.md has the measurements). torch
-    reads the setting when it is imported.
+    Spinning for milliseconds, the default, takes cores from others; sleeping at once halves the speed of
+    decoding (docs/performance.md). torch reads the setting when it is imported.
     """
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & environment.keys():
         environment["GOMP_SPINCOUNT"] = "1000"
@@ -88,15 +81,15 @@ def _ended_by_sigterm() -> Iterator[None]:
     def stop(number: int, frame: object) -> None:
         raise Stopped(number)
 
-    before = signal.getsignal(signal.SIGTERM)
-    if before is signal.SIG_IGN or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    signal.signal(signal.SIGTERM, stop)
+    before, is_main = signal.getsignal(signal.SIGTERM), threading.current_thread() is threading.main_thread()
+    settable = is_main and before is not signal.SIG_IGN
     try:
+        if settable:
+            signal.signal(signal.SIGTERM, stop)
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if settable:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -115,13 +108,13 @@ def _dispatch(arguments: list[str]) -> int:
     if name.startswith("-"):
         raise RequestError(f"Expected a command first. Got {name}. The commands are {', '.join(COMMANDS)}.")
     if name not in COMMANDS:
-        guess = nearest(name, COMMANDS)
-        listed = f"The commands are {', '.join(COMMANDS)}."
-        advice = f"Did you mean {guess!r}? `promptkd --help` lists the commands." if guess else listed
+        advice = f"The commands are {', '.join(COMMANDS)}."
+        if guess := nearest(name, COMMANDS):
+            advice = f"Did you mean {guess!r}? `promptkd --help` lists the commands."
         raise RequestError(f"There is no command {name!r}. {advice}")
     command = importlib.import_module(f"promptkd.cli.options.{name.replace('-', '_')}")
-    every_flag = bool({"--help-all", "--help_all"} & {*rest})
-    if every_flag or {"--help", "-h"} & {*rest}:
+    every_flag = not {"--help-all", "--help_all"}.isdisjoint(rest)
+    if every_flag or "--help" in rest or "-h" in rest:
         _show(command_help(name, command, every_flag=every_flag))
     else:
         from promptkd.cli.dispatch import run_command  # reads YAML, which no help needs
@@ -141,9 +134,8 @@ def _report(error: BaseException, program: str, *, debug: bool) -> int:
         stop = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
         say(redacted(" ".join([f"{program}:", str(stop), *notes])))
         return stop.status
-    status = 1
     if isinstance(error, PromptKDError):
-        message, status = f"{program}: {error}", error.exit_status
+        message = f"{program}: {error}"
     elif isinstance(error, OSError) and error.errno in NO_ROOM:
         message = " ".join([f"{program}: Cannot write {error.filename or 'to the disk'}: {error.strerror}.", *notes])
     else:
@@ -153,7 +145,7 @@ def _report(error: BaseException, program: str, *, debug: bool) -> int:
     if len(message) > _LONGEST_MESSAGE:
         message = f"{message[:_LONGEST_MESSAGE]} … ({len(message)} characters)"
     print(shown(redacted(message)), file=sys.stderr)
-    return status
+    return error.exit_status if isinstance(error, PromptKDError) else 1
 
 
 def _show(text: str) -> bool:

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import shlex
 from collections.abc import Sequence
 from types import ModuleType
@@ -30,12 +31,10 @@ def run_command(name: str, command: ModuleType, arguments: Sequence[str]) -> Non
 
 def resume_command(name: str, arguments: Sequence[str], options: Any, flags: Sequence[str]) -> str:
     """The command line, for a shell, that resumes a command with these arguments; `flags` are its `RESUMED_BY`."""
-    kept: list[str] = []
-    is_mode = False
+    kept, is_mode = [], False
     for argument in arguments:
         if argument.startswith("--"):
-            flag = argument.removeprefix("--").partition("=")[0].replace("-", "_")
-            is_mode = flag.removeprefix("no_") in ("resume", "overwrite")
+            is_mode = re.match(r"--(no[-_])?(resume|overwrite)(=|$)", argument) is not None
         if not is_mode:
             kept.append(argument)
     if "--overwrite" not in flags and options.overwrite and kept == list(arguments):
@@ -52,8 +51,8 @@ def _out_of_memory(error: BaseException, command: ModuleType, options: Any) -> s
         given["batch_size"] = inference.settled_rows(given["batch_size"])
         tokens = given["max_prompt_length"] + given["max_completion_length"]
         batch = f" on up to {given['batch_size']} rows at a time, each of up to {tokens:,} tokens"
-    less = [each.format(**given) for each in vars(command).get("LESS_MEMORY", ())]
-    advice = f"Less is needed with {', or '.join(less)}." if less else "It takes a machine with more memory."
-    kept = vars(command).get("RESUMED_BY") == ()
-    resume = " What is done is kept: run the same command again to resume." if kept else ""
+    less = ", or ".join(each.format(**given) for each in vars(command).get("LESS_MEMORY", ()))
+    advice = f"Less is needed with {less}." if less else "It takes a machine with more memory."
+    is_kept = vars(command).get("RESUMED_BY") == ()
+    resume = " What is done is kept: run the same command again to resume." if is_kept else ""
     return f"Out of memory{batch}. {memory_status(error)} {advice}{resume}"

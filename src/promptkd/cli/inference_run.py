@@ -24,7 +24,6 @@ def settled_rows(batch_size: int | None) -> int:
 
 
 def sampling(options: Any) -> dict[str, Any]:
-    """The options of `options.common.Sampling`, for a `Decoding`."""
     return {"temperature": options.temperature, "top_p": options.top_p, "top_k": options.top_k}
 
 
@@ -33,26 +32,19 @@ class InferenceRun:
 
     def __init__(self, options: Any):
         quiet_libraries()
-        self.options, self.device = options, fastest_device()
-        self.precision = "float32"
+        self.options, self.device, self.precision = options, fastest_device(), "float32"
         self.teacher_dtype: WeightPrecision | None = None
 
     def load_tokenizer(self, name: str) -> Any:
         return load_tokenizer(name, trust_remote_code=self.options.trust_remote_code)
 
-    def read_rows(
-        self, source: str, tokenizer: Any, *, limit: int | None, max_response_length: int | None = None
-    ) -> EncodedData:
-        """The rows of a data set as tokens; with a limit on responses each row must have one."""
-        longest = self.options.max_completion_length if max_response_length is None else max_response_length
-        return encode_examples(
-            read_examples(source, limit=limit),
-            tokenizer,
-            self.options.template,
-            max_prompt_length=self.options.max_prompt_length,
-            max_response_length=longest,
-            need_response=max_response_length is not None,
-        )
+    def read_rows(self, source: str, tokenizer: Any, limit: int | None, most: int | None = None) -> EncodedData:
+        """Rows of a data set as tokens; with a limit on responses, of `most` tokens, each row must have one."""
+        options, needed = self.options, most is not None
+        longest = most if needed else options.max_completion_length
+        lengths = {"max_prompt_length": options.max_prompt_length, "max_response_length": longest}
+        examples = read_examples(source, limit=limit)
+        return encode_examples(examples, tokenizer, options.template, need_response=needed, **lengths)
 
     def load_model(self, name: str, dtype: WeightPrecision = "float32") -> Any:
         """A model that can be scored, with weights of `dtype`."""
@@ -61,12 +53,10 @@ class InferenceRun:
         return model
 
     def load_teacher(self, name: str) -> Any:
-        """A model with weights in the precision that --teacher-dtype comes to."""
         self.teacher_dtype = teacher_precision(self.options.teacher_dtype, self.device)
         return self.load_model(name, self.teacher_dtype)
 
     def decoding(self, tokenizer: Any, model: Any, **settings: Any) -> Decoding:
-        """How `model` answers rows, by the options and further fields of `Decoding`."""
         return Decoding(
             max_new_tokens=self.options.max_completion_length,
             stop_ids=stop_token_ids(tokenizer, model.generation_config, self.options.template),
@@ -85,11 +75,9 @@ class InferenceRun:
         return computing(self.device, {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.precision])
 
     def precision_notes(self) -> list[str]:
-        """What the record says of it; its config holds what was asked for, the same on every machine."""
-        teacher = f"The teacher's weights were loaded in {self.teacher_dtype}."
-        return [f"Computed in {self.precision} on {self.device.type}.", *([teacher] if self.teacher_dtype else [])]
+        teacher = [f"The teacher's weights were loaded in {self.teacher_dtype}."] if self.teacher_dtype else []
+        return [f"Computed in {self.precision} on {self.device.type}.", *teacher]
 
     def say_peak(self) -> None:
-        """Of the GPU where it was used, else of the process."""
         of_device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
         say(f"Peak memory {gibibytes(of_device or peak_memory())}.")

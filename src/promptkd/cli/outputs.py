@@ -13,22 +13,17 @@ from promptkd.errors import RequestError, writing
 from promptkd.io.atomic import remove
 from promptkd.io.lock import FOLDER_LOCK, locked
 
-_OWN = frozenset(
-    {
-        *("config.yaml", "metrics.jsonl", "results.json", "report.html", "responses.jsonl"),
-        *("student", "model", "prompt", "teacher_lora", "teacher", "online_module", "checkpoints"),
-    }
-)
-_MAY_CHANGE = frozenset({"resume", "overwrite", "out", "keep", "on_nan"})
-_OF_MEMORY = frozenset(
-    {
-        *("generation_batch_size", "per_device_eval_batch_size", "chunk_tokens"),
-        *("gradient_checkpointing", "teacher_gradient_checkpointing"),
-    }
-)
-"""Settings that change what a run holds at a time, not what it computes: a run that was too large resumes smaller."""
+_OWN = {
+    *("config.yaml", "metrics.jsonl", "results.json", "report.html", "responses.jsonl"),
+    *("student", "model", "prompt", "teacher_lora", "teacher", "online_module", "checkpoints"),
+}
+_MAY_CHANGE = {"resume", "overwrite", "out", "keep", "on_nan"}
+_OF_MEMORY = {  # settings that change what a run holds at a time, not what it computes: one too large resumes smaller
+    *("generation_batch_size", "per_device_eval_batch_size", "chunk_tokens"),
+    *("gradient_checkpointing", "teacher_gradient_checkpointing"),
+}
 _MICRO_BATCHES = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
-"""The settings whose product is an optimizer step's rows per process, and their defaults. They may change together."""
+"""The defaults of the factors of an optimizer step's rows per process. They may change together."""
 
 
 def check_writable(folder: Path, target: Path) -> None:
@@ -51,10 +46,8 @@ def check_output(path: Path, *, overwrite: bool) -> None:
 def refuse_foreign(folder: Path, foreign: Sequence[str], what: str, aside: str = "") -> None:
     """Refuse to replace a folder that holds more than `what` --overwrite replaces there."""
     if foreign:
-        raise RequestError(
-            f"--overwrite replaces {what}, but {folder} holds {', '.join(foreign[:5])}{aside}. Move it away or give "
-            "another --out."
-        )
+        held = f"{folder} holds {', '.join(foreign[:5])}{aside}"
+        raise RequestError(f"--overwrite replaces {what}, but {held}. Move it away or give another --out.")
 
 
 class RunFolder:
@@ -62,11 +55,8 @@ class RunFolder:
 
     def __init__(self, path: Path, settings: dict[str, Any], *, resume: bool, overwrite: bool):
         self.path, self._settings, self._resume, self._overwrite = path, settings, resume, overwrite
-        self.config = path / "config.yaml"
-        self.checkpoints = path / "checkpoints"
-        self.metrics = path / "metrics.jsonl"
-        self.results = path / "results.json"
-        self.report = path / "report.html"
+        self.config, self.checkpoints = path / "config.yaml", path / "checkpoints"
+        self.metrics, self.results, self.report = path / "metrics.jsonl", path / "results.json", path / "report.html"
 
     def check(self) -> None:
         """Refuse a folder that holds anything, unless it is this very run's to resume or some run's to replace."""
@@ -81,20 +71,15 @@ class RunFolder:
         if held and self._resume:
             self._check_same_settings()
         elif held and not self._overwrite:
-            raise RequestError(
-                f"{self.path} is not empty. Resume the run in it by --resume, replace it by --overwrite, or give "
-                "another --out."
-            )
-        foreign = [name for name in held if name.partition(".partial")[0] not in _OWN]
+            advice = "Resume the run in it by --resume, replace it by --overwrite, or give another --out."
+            raise RequestError(f"{self.path} is not empty. {advice}")
         if self._overwrite:
+            foreign = [name for name in held if name.partition(".partial")[0] not in _OWN]
             refuse_foreign(self.path, foreign, "a run", ", which no run wrote")
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Open the folder, cleared if it is to be replaced, for the body, which makes the trainer.
-
-        If that fails, what is new on the disk goes again.
-        """
+        """Open the folder, cleared if it is to be replaced, for the body. If that fails, what is new goes again."""
         self.check()
         places = (self.config, self.checkpoints, self.path, *self.path.parents)
         new = [place for place in places if not place.exists()] if is_main_process() else []
@@ -121,21 +106,13 @@ class RunFolder:
         if not self.config.is_file():
             raise RequestError(f"--resume needs a run in {self.path}, but config.yaml is not there.")
         before, now = read_config(self.config), self._settings
-        free = _MAY_CHANGE | _OF_MEMORY
-        if _rows_of_a_step(before) == _rows_of_a_step(now):
-            free |= _MICRO_BATCHES.keys()
-        changed = [
+        rows = [[int(each.get(name, default)) for name, default in _MICRO_BATCHES.items()] for each in (before, now)]
+        free = _MAY_CHANGE | _OF_MEMORY | (_MICRO_BATCHES.keys() if prod(rows[0]) == prod(rows[1]) else set())
+        changed = "; ".join(
             f"{key} was {before.get(key)!r} and is now {now.get(key)!r}"
             for key in sorted((before.keys() | now.keys()) - free)
             if before.get(key) != now.get(key)
-        ]
+        )
         if changed:
-            raise RequestError(
-                f"--resume continues the run in {self.path} as it was started, but {'; '.join(changed)}. "
-                f"Use its own settings (--config {self.config} --resume) or start a new run."
-            )
-
-
-def _rows_of_a_step(settings: dict[str, Any]) -> int:
-    """Rows of an optimizer step on each process."""
-    return prod(int(settings.get(name, default)) for name, default in _MICRO_BATCHES.items())
+            advice = f"Use its own settings (--config {self.config} --resume) or start a new run."
+            raise RequestError(f"--resume continues the run in {self.path} as it was started, but {changed}. {advice}")

@@ -31,7 +31,7 @@ def label_of(path: str, among: Sequence[str] = ()) -> str:
 def training_cost(model: str) -> Training | None:
     """What the training of `model` cost, if it is a run's folder whose record says so."""
     folder = Path(model).expanduser()
-    if not (folder / "config.yaml").is_file() or not (folder / "results.json").is_file():
+    if not all((folder / name).is_file() for name in ("config.yaml", "results.json")):
         return None
     known = Results.read(folder / "results.json").training
     return next(iter(known.values())) if len(known) == 1 else known.get(label_of(model))

@@ -27,10 +27,9 @@ def progress_lines(title: str, total: int) -> Callable[[str, int], None]:
 
     def tell(what: str, done: int) -> None:
         nonlocal last
-        now = time.monotonic()
-        if now - last >= 10:
+        if time.monotonic() - last >= 10:
             say(f"{title}: {done} of {total} {what}")
-            last = now
+            last = time.monotonic()
 
     return tell
 

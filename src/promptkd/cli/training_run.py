@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from pickle import UnpicklingError
 from statistics import median
-from typing import Any, Literal
+from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
@@ -14,7 +14,7 @@ from promptkd.cli.outputs import RunFolder
 from promptkd.cli.parsing.parser import merged_config
 from promptkd.cli.provenance import data_record, label_of, say_rows
 from promptkd.cli.terminal import is_main_process, quiet_libraries, say
-from promptkd.data import Example, encode_examples, read_examples
+from promptkd.data import EncodedData, Example, encode_examples, read_examples
 from promptkd.errors import PromptKDError, RequestError
 from promptkd.evaluation.dataset_evaluation import measure_rows
 from promptkd.evaluation.measure import evaluation_of
@@ -23,7 +23,7 @@ from promptkd.memory import gibibytes, peak_memory
 from promptkd.models import load_model, load_tokenizer, model_record
 from promptkd.report import render_report, terminal_table
 from promptkd.report.metrics import metric_info
-from promptkd.results import Evaluation, Metric, Results, Series, Training, read_history
+from promptkd.results import Evaluation, Kind, Metric, Results, Series, Training, read_history
 from promptkd.training.callbacks import CostMeter, MetricsFile, ProgressBar, quiet
 from promptkd.training.checkpoint import resumable_checkpoint, set_aside
 from promptkd.training.collapse import findings_as_notes
@@ -38,23 +38,18 @@ _SET_HERE = {
     "save_total_limit": "--keep",
     "resume_from_checkpoint": "--resume",
     **dict.fromkeys(("load_best_model_at_end", "metric_for_best_model", "greater_is_better"), "--select"),
-}
-"""Training flags of transformers that would say a second time what an option of the command says."""
+}  # flags of transformers that would say a second time what an option of the command says
+
+
+Read = Callable[..., list[Example]]
 
 
 class TrainingRun:
     """One run of a training command. The methods are called in the order in which they stand."""
 
-    def __init__(
-        self,
-        kind: Literal["distill", "sft"],
-        options: Any,
-        training: dict[str, Any],
-        read: Callable[..., list[Example]] = read_examples,
-    ):
+    def __init__(self, kind: Kind, options: Any, training: dict[str, Any], read: Read = read_examples):
         self.kind, self.options, self.training, self._read = kind, options, training, read
-        # How a run was started is no setting of it: its config.yaml must serve for resuming, too.
-        begun = ("resume", "overwrite", "dry_run")
+        begun = ("resume", "overwrite", "dry_run")  # no settings: config.yaml must serve for resuming, too
         self._config = {k: v for k, v in merged_config(options, training).items() if k not in begun}
         self.folder = RunFolder(options.out, self._config, resume=options.resume, overwrite=options.overwrite)
         self._trust = bool(training.get("trust_remote_code", False))
@@ -62,7 +57,6 @@ class TrainingRun:
 
     @cached_property
     def results(self) -> Results:
-        """The record, which fills up on the way."""
         return Results(kind=self.kind, config=self._config)
 
     def arguments(self, config_class: type) -> Any:
@@ -87,7 +81,7 @@ class TrainingRun:
         return args
 
     def rows(self) -> int:
-        """Training rows that were read; those over a length limit are among them."""
+        """Training rows that were read, those over a length limit among them."""
         return len(self._examples["train"][1])
 
     def tokenizer(self, name: str) -> Any:
@@ -95,22 +89,15 @@ class TrainingRun:
 
     def encode(self, tokenizer: Any, args: Any, *, need_response: bool = True) -> tuple[Any, Any]:
         """Training and validation rows as tokens; None for validation rows that were not asked for."""
-        encoded = {
-            name: encode_examples(
-                examples,
-                tokenizer,
-                args.template,
-                max_prompt_length=args.max_prompt_length,
-                max_response_length=args.max_completion_length,
-                overlong=args.overlong,
-                need_response=need_response or name == "validation",
-            )
-            for name, (_, examples) in self._examples.items()
-        }
-        for name, data in encoded.items():
-            source, _ = self._examples.pop(name)
+        settings = {"template": args.template, "overlong": args.overlong, "max_prompt_length": args.max_prompt_length}
+        settings["max_response_length"] = args.max_completion_length
+        encoded: dict[str, EncodedData] = {}
+        for name, (source, examples) in self._examples.items():
+            needed = need_response or name == "validation"
+            data = encoded[name] = encode_examples(examples, tokenizer, need_response=needed, **settings)
             self.results.data[name] = data_record(source, len(data.examples), data.dropped)
             say_rows(source, data)
+        self._examples.clear()
         return encoded["train"], encoded.get("validation")
 
     def load(self, role: str, name: str, settings: dict[str, Any] | None = None) -> Any:
@@ -122,15 +109,13 @@ class TrainingRun:
         return model
 
     def note(self, text: str) -> None:
-        """Say, and keep in the record, what a reader of the metrics must know."""
         say(text)
         self.results.notes.append(text)
 
     def train(self, trainer: Any, title: str) -> None:
         """Train, or resume from the last checkpoint, until the end or a signal; then say the peak of memory."""
         checkpoint = self._checkpoint() if self.options.resume else None
-        if checkpoint is not None:
-            trainer.args.eval_on_start = False  # the run began with it
+        trainer.args.eval_on_start &= checkpoint is None  # a resumed run began with it
         quiet(trainer)
         bar, self._meter = ProgressBar(title), CostMeter(trainer.phases)
         started = time.perf_counter()
@@ -140,10 +125,9 @@ class TrainingRun:
                     trainer.add_callback(callback)
                 trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         except UnpicklingError as error:
-            raise PromptKDError(
-                f"{checkpoint} holds more than tensors, and nothing else is unpickled: it is damaged, or no checkpoint "
-                "of this run. Remove it to resume from the one before."
-            ) from error
+            reason = "nothing else is unpickled: it is damaged, or no checkpoint of this run"
+            advice = "Remove it to resume from the one before."
+            raise PromptKDError(f"{checkpoint} holds more than tensors, and {reason}. {advice}") from error
         finally:
             bar.close()
         self.results.timings["train"] = time.perf_counter() - started
@@ -167,23 +151,23 @@ class TrainingRun:
         if not (is_main_process() or trainer.is_sharded):
             return
         results = self.results
-        precision = autocast(trainer.accelerator, trainer.args)
-        with out_of_memory_told(trainer), trainer.phases("validation"), precision:
+        with out_of_memory_told(trainer), trainer.phases("validation"), autocast(trainer.accelerator, trainer.args):
             results.evaluations = trainer.on_models(lambda model, teacher: self._measure(trainer, name, model, teacher))
         if not is_main_process():
             return
         history = read_history(self.folder.metrics)
         results.notes.append(f"Peak memory of the process {peak_memory() / 2**30:.1f} GiB.")
+        steps = trainer.state.global_step
         if skipped := trainer.guard.skipped:
             results.metrics["skipped_steps"] = Metric(value=skipped)
-            steps = f"{skipped} of {trainer.state.global_step} steps"
-            results.notes.append(f"{steps} were skipped: their loss or gradient was NaN or infinite.")
+            reason = "their loss or gradient was NaN or infinite"
+            results.notes.append(f"{skipped} of {steps} steps were skipped: {reason}.")
         results.notes += findings_as_notes(history)
         results.history = [Series(name=self.kind, points=history)]
         speeds = [entry["tokens_per_second"] for entry in history if "tokens_per_second" in entry]
         results.training[label_of(str(self.folder.path.absolute()))] = Training(
             method=trainer.args.algorithm if self.kind == "distill" else self.kind,
-            steps=trainer.state.global_step,
+            steps=steps,
             seconds=self._meter.seconds,
             peak_memory_bytes=self._meter.peak_memory_bytes,
             peak_memory_by_phase=self._meter.peak_memory_by_phase,
@@ -201,28 +185,22 @@ class TrainingRun:
             self.results.models[name] = model_record(self.folder.path / name, model)
         if not trainer.validation_rows:
             return []
-        started, decoding = time.perf_counter(), validation_decoding(trainer)
-        results = measure_rows(
-            model,
-            trainer.processing_class,
-            trainer.validation_rows,
-            decoding,
-            teacher=teacher,
-            batch_size=trainer.args.per_device_eval_batch_size,
-        )
-        evaluation = evaluation_of(results, decoding, [decoding.seed], model=name, data="validation")
+        started, decoding, rows = time.perf_counter(), validation_decoding(trainer), trainer.validation_rows
+        size = trainer.args.per_device_eval_batch_size
+        scored = measure_rows(model, trainer.processing_class, rows, decoding, teacher=teacher, batch_size=size)
+        evaluation = evaluation_of(scored, decoding, [decoding.seed], model=name, data="validation")
         self.results.timings["evaluate"] = time.perf_counter() - started
         return [evaluation]
 
     def _selection(self, settings: dict[str, Any]) -> dict[str, Any]:
         """When to validate, and settings that keep the best checkpoint by it."""
-        select = self.options.select
-        strategy = settings.get("eval_strategy", "steps" if "eval_steps" in settings else "epoch")
+        select, has_steps = self.options.select, "eval_steps" in settings
         if self.options.eval_data is None:
-            if settings.get("eval_strategy", "no") != "no" or "eval_steps" in settings:
+            if settings.get("eval_strategy", "no") != "no" or has_steps:
                 raise RequestError("Validation needs rows: give --eval-data, or leave --eval_strategy out.")
             return {}
-        if strategy == "steps" and "eval_steps" not in settings:
+        strategy = settings.get("eval_strategy", "steps" if has_steps else "epoch")
+        if strategy == "steps" and not has_steps:
             raise RequestError("--eval_strategy steps needs --eval_steps, the optimizer steps between validations.")
         if select == "last" or strategy == "no":
             return {"eval_strategy": strategy}
@@ -230,11 +208,10 @@ class TrainingRun:
         saving = {"save_strategy": strategy} | ({"save_steps": settings["eval_steps"]} if strategy == "steps" else {})
         for name in ("save_strategy", "save_steps"):
             if name in settings and settings[name] != saving.get(name):
-                raise RequestError(
-                    f"--select {select} keeps the best of the checkpoints, so one is written at each validation. Got "
-                    f"--{name} {settings[name]} with --eval_strategy {strategy}; leave it out, validate as often by "
-                    "--eval_steps, or give --select last."
-                )
+                reason = "keeps the best of the checkpoints, so one is written at each validation"
+                got = f"Got --{name} {settings[name]} with --eval_strategy {strategy}"
+                advice = "leave it out, validate as often by --eval_steps, or give --select last"
+                raise RequestError(f"--select {select} {reason}. {got}; {advice}.")
         best = {"metric_for_best_model": select, "greater_is_better": metric_info(select).better == "higher"}
         return {"eval_strategy": strategy, **saving, "load_best_model_at_end": True, **best}
 

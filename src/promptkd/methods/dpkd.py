@@ -43,7 +43,6 @@ class DPKD(AdaptedMethod):
             log_q, log_p = log_probs(logits, batch.targets), log_probs(target, batch.targets)
             mask = batch.by_row(torch.ones_like(log_p)) > 0
             sides.append(ResponseLogProbs(batch.by_row(log_q), batch.by_row(log_p), mask))
-        values = dpkd(
-            *sides, beta=self.dpkd_beta, level=self.dpkd_level, length_normalization=self.length_normalization
-        )
+        beta, normalized = self.dpkd_beta, self.length_normalization
+        values = dpkd(*sides, beta=beta, level=self.dpkd_level, length_normalization=normalized)
         return with_entropy(values.sum(), logits)

@@ -21,20 +21,14 @@ class Step:
     """One micro-batch, as a loss function is given it."""
 
     pair: Pair
-    rows: Sequence[EncodedExample]
-    """The rows of the data; their own responses are `row.response_ids`."""
-    batch: TokenBatch
-    """The rows' prompts with the responses that the method took."""
-    student_hidden: Tensor
-    """(N, H_s) states that predict `batch.targets`, with the student's graph."""
-    teacher_hidden: Callable[[TokenBatch], Tensor]
-    """States of the (adapted) teacher for any batch, (N, H_t), without a graph."""
-    hidden_of_student: Callable[[TokenBatch], Tensor]
-    """States of the student for any batch, with its graph."""
+    rows: Sequence[EncodedExample]  # of the data; their own responses are `row.response_ids`
+    batch: TokenBatch  # the rows' prompts with the responses that the method took
+    student_hidden: Tensor  # (N, H_s) states that predict `batch.targets`, with the student's graph
+    teacher_hidden: Callable[[TokenBatch], Tensor]  # (N, H_t) of the (adapted) teacher for any batch, without a graph
+    hidden_of_student: Callable[[TokenBatch], Tensor]  # (N, H_s) for any batch, with the student's graph
 
 
-StudentLoss = Callable[[Step], ChunkedLoss]
-"""A micro-batch to the student's loss, summed over tokens (or over rows, see `Method.per_row`)."""
+StudentLoss = Callable[[Step], ChunkedLoss]  # summed over tokens, or over rows (`Method.per_row`)
 
 
 @dataclass(frozen=True)
@@ -51,8 +45,7 @@ class Method:
     """The student's loss in place of an objective."""
     per_row: bool = False
     """Whether the loss is a mean over rows, not over tokens."""
-    teacher_adapter: InitVar[str | None] = None
-    """The name of an adapter: deprecated."""
+    teacher_adapter: InitVar[str | None] = None  # deprecated: the name of an adapter
 
     def __post_init__(self, teacher_adapter: str | None) -> None:
         if (self.objective is None) == (self.loss is None):
@@ -86,12 +79,10 @@ class Method:
         if self.loss is not None:
             return self.loss(step)
         assert self.objective is not None
-        teacher_hidden = step.teacher_hidden(step.batch)
-        return step.pair.student_loss(self.objective, step.student_hidden, teacher_hidden)
+        return step.pair.student_loss(self.objective, step.student_hidden, step.teacher_hidden(step.batch))
 
 
-METHODS: dict[str, "type[NamedMethod] | Callable[[Any], Method]"] = {}
-"""The methods that the command line knows, by name."""
+METHODS: dict[str, "type[NamedMethod] | Callable[[Any], Method]"] = {}  # those that the command line knows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,11 +98,7 @@ class NamedMethod(Settings, ABC):
 
     @abstractmethod
     def build(self, take: Reader) -> Method:
-        """The method.
-
-        Args:
-            take: gives the settings of a further class, such as those of an adapter, out of the run's.
-        """
+        """The method; `take` gives the settings of a further class, such as those of an adapter, out of the run's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +111,5 @@ class AdaptedMethod(NamedMethod):
     """Trainable part of the teacher, in place of the method's own."""
 
     def adapter(self, take: Reader) -> AdapterFactory | None:
-        """The adapter's factory."""
         factory = self.own_adapter if self.teacher_adapter is None else ADAPTERS[self.teacher_adapter]
         return None if factory is None else take(factory)

@@ -33,10 +33,8 @@ class MiniLLM(AdaptedMethod):
     def build(self, take: Reader) -> Method:
         adapter = self.adapter(take)
         if self.teacher_mix > 0 and adapter is not None:
-            raise RequestError(
-                "minillm samples from the plain teacher and weights by the adapted one if they differ: give "
-                "--teacher_mix 0 with a teacher adapter."
-            )
+            differing = "minillm samples from the plain teacher and weights by the adapted one if they differ"
+            raise RequestError(f"{differing}: give --teacher_mix 0 with a teacher adapter.")
         return Method(TeacherMixed(self.teacher_mix), loss=self.loss, adapter=adapter)
 
     def loss(self, step: Step) -> ChunkedLoss:
@@ -48,14 +46,14 @@ class MiniLLM(AdaptedMethod):
         behavior = None
         if self.teacher_mix > 0:
             shares = torch.tensor([1 - self.teacher_mix, self.teacher_mix], dtype=log_q.dtype, device=log_q.device)
-            behavior = torch.logaddexp(log_q.detach() + shares[0].log(), log_p + shares[1].log())
+            behavior = batch.by_row(torch.logaddexp(log_q.detach() + shares[0].log(), log_p + shares[1].log()))
         mask = batch.by_row(torch.ones_like(log_p)) > 0
         values = minillm(
             batch.by_row(log_q),
             batch.by_row(log_p),
             batch.by_row(reverse_kl(logits, target)),
             mask,
-            log_behavior=None if behavior is None else batch.by_row(behavior),
+            log_behavior=behavior,
             importance=self.importance,
             length_normalization=self.length_normalization,
             clip_ratio=self.clip_ratio,

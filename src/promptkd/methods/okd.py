@@ -24,9 +24,8 @@ class OnlineModule(nn.Module):
         self.down = nn.Parameter(torch.randn(rank, width, generator=generator) / width**0.5)
         self.up = nn.Parameter(torch.zeros(width, rank))
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """(N, H) to (N, H)."""
-        inner = torch.nn.functional.gelu(hidden @ self.down.to(hidden.dtype).T)
+    def forward(self, hidden: Tensor) -> Tensor:  # (N, H) to (N, H)
+        inner = nn.functional.gelu(hidden @ self.down.to(hidden.dtype).T)
         return hidden + inner @ self.up.to(hidden.dtype).T
 
 
@@ -44,10 +43,7 @@ class OnlineTeacher(TeacherAdapter):
         return self.module(hidden)
 
     def loss(self, step: TunerStep) -> ChunkedLoss:
-        """-log p(y) + KL(p || q) of the adapted teacher p: it keeps to the data and comes to meet the student q.
-
-        By the loss of PESF-KD (Rao et al. 2022).
-        """
+        """-log p(y) + KL(p || q) of the adapted teacher p and student q, by PESF-KD (Rao et al. 2022)."""
         hard = step.pair.cross_entropy("teacher", step.adapted_hidden, step.batch.targets)
         soft = step.pair.prompt_loss(step.adapted_hidden, step.student_hidden, None)
         return ChunkedLoss(hard.total + soft.total, soft.metrics)

@@ -8,29 +8,15 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from promptkd import objectives
 from promptkd.engine import ChunkedLoss
 from promptkd.methods.method import AdaptedMethod, Method, Step
 from promptkd.models.pair import Objective
-from promptkd.objectives import (
-    adaptive_kl,
-    forward_kl,
-    jensen_shannon,
-    reverse_kl,
-    skew_forward_kl,
-    skew_reverse_kl,
-    total_variation,
-)
 from promptkd.responses import ResponseMix, Responses
 from promptkd.settings import Reader, Settings, option
 
 ObjectiveName = Literal[
-    "forward_kl",
-    "reverse_kl",
-    "jensen_shannon",
-    "skew_forward_kl",
-    "skew_reverse_kl",
-    "total_variation",
-    "adaptive_kl",
+    "forward_kl", "reverse_kl", "jensen_shannon", "skew_forward_kl", "skew_reverse_kl", "total_variation", "adaptive_kl"
 ]
 
 
@@ -53,19 +39,17 @@ class AdaptiveKL(Settings):
 
 
 OBJECTIVES: dict[ObjectiveName, tuple[Callable[..., Tensor], type[Settings] | None]] = {
-    "forward_kl": (forward_kl, None),
-    "reverse_kl": (reverse_kl, None),
-    "jensen_shannon": (jensen_shannon, JensenShannon),
-    "skew_forward_kl": (skew_forward_kl, SkewKL),
-    "skew_reverse_kl": (skew_reverse_kl, SkewKL),
-    "total_variation": (total_variation, None),
-    "adaptive_kl": (adaptive_kl, AdaptiveKL),
-}
-"""Each objective with the class of its coefficients, whose fields are its keyword arguments."""
+    "forward_kl": (objectives.forward_kl, None),
+    "reverse_kl": (objectives.reverse_kl, None),
+    "jensen_shannon": (objectives.jensen_shannon, JensenShannon),
+    "skew_forward_kl": (objectives.skew_forward_kl, SkewKL),
+    "skew_reverse_kl": (objectives.skew_reverse_kl, SkewKL),
+    "total_variation": (objectives.total_variation, None),
+    "adaptive_kl": (objectives.adaptive_kl, AdaptiveKL),
+}  # each with the class of its coefficients, whose fields are its keyword arguments
 
 
 def at_temperature(objective: Objective, temperature: float, student: Tensor, teacher: Tensor) -> Tensor:
-    """`objective` of logits that are divided by `temperature`."""
     return objective(student / temperature, teacher / temperature)
 
 
@@ -98,21 +82,19 @@ class TokenMethod(AdaptedMethod):
         """Whose responses the student learns from."""
 
     def build(self, take: Reader) -> Method:
-        objective, adapter, share = self._objective(take), self.adapter(take), self.cross_entropy_share
+        objective, coefficients = OBJECTIVES[self.objective or self.own_objective]
+        if coefficients is not None:
+            chosen = take(coefficients)
+            objective = partial(objective, **vars(chosen))
+            if isinstance(chosen, JensenShannon) and chosen.beta in (0, 1):  # by their own names: faster kernels
+                objective = objectives.reverse_kl if chosen.beta else objectives.forward_kl
+        if self.distillation_temperature != 1:
+            objective = partial(at_temperature, objective, self.distillation_temperature)
+        adapter, share = self.adapter(take), self.cross_entropy_share
         if share == 0:
             return Method(self.responses(), objective, adapter)
         loss = cross_entropy if share == 1 else partial(mixed_loss, objective, share)
         return Method(self.responses(), loss=loss, adapter=adapter)
-
-    def _objective(self, take: Reader) -> Objective:
-        function, coefficients = OBJECTIVES[self.objective or self.own_objective]
-        chosen = None if coefficients is None else take(coefficients)
-        objective = function if chosen is None else partial(function, **vars(chosen))
-        if isinstance(chosen, JensenShannon) and chosen.beta in (0, 1):  # by their own names there are faster kernels
-            objective = reverse_kl if chosen.beta else forward_kl
-        if self.distillation_temperature == 1:
-            return objective
-        return partial(at_temperature, objective, self.distillation_temperature)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +108,6 @@ class MixedMethod(TokenMethod):
 
     @property
     def share(self) -> float:
-        """`student_share`, or the method's own."""
         return self.own_share if self.student_share is None else self.student_share
 
     def responses(self) -> Responses:

@@ -10,8 +10,7 @@ from trl import DistillationConfig
 
 from promptkd.engine import engine_for
 from promptkd.errors import check_all
-from promptkd.methods import Method
-from promptkd.methods.named import read_method, settings_classes
+from promptkd.methods import Method, read_method, settings_classes
 from promptkd.models.adapters import ADAPTERS, PromptLossSettings
 from promptkd.precision import WeightPrecision, has_bfloat16_units
 from promptkd.settings import Reader, Settings, flat, limit_checks, option

@@ -53,10 +53,8 @@ def _candidates(run: str) -> list[Candidate]:
     record = Results.read(file)
     models = list(dict.fromkeys(each.model for each in record.evaluations))
     if not models:
-        raise RequestError(
-            f"{path} holds no evaluation to compare: it is the record of `{record.kind}`. Measure its model by "
-            "`promptkd evaluate` and compare the results."
-        )
+        problem = f"{path} holds no evaluation to compare: it is the record of `{record.kind}`."
+        raise RequestError(f"{problem} Measure its model by `promptkd evaluate` and compare the results.")
     if record.kind in ("distill", "sft"):
         name = name or label_of(str(file.absolute().parent))
     if name is not None and len(models) > 1:

@@ -1,6 +1,5 @@
 """`promptkd distill`, and what its --dry-run prints."""
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -9,8 +8,8 @@ from peft import LoraConfig
 
 from promptkd.cli.options.distill import Options
 from promptkd.cli.terminal import is_main_process, say
-from promptkd.cli.training_run import TrainingRun
-from promptkd.data import Example, read_examples
+from promptkd.cli.training_run import Read, TrainingRun
+from promptkd.data import read_examples
 from promptkd.errors import RequestError
 from promptkd.memory import gibibytes
 from promptkd.methods import Method
@@ -33,7 +32,7 @@ def run(options: Options, training: dict[str, Any]) -> None:
 
 
 def checked(
-    options: Options, training: dict[str, Any], read: Callable[..., list[Example]] = read_examples
+    options: Options, training: dict[str, Any], read: Read = read_examples
 ) -> tuple[TrainingRun, DistillConfig, Method]:
     """The run, once everything that can be checked without a model is sound; nothing is written."""
     if options.dry_run and options.resume:
@@ -53,23 +52,12 @@ def _distill(options: Options, job: TrainingRun, args: DistillConfig, method: Me
     teacher = job.load("teacher", options.teacher, teacher_settings(args, method))
     if options.dry_run:
         train, method = longest_rows_first(train, args, method), at_its_most(method)
-    lora, rank = None, options.student_lora_rank
+    lora, rank, alpha = None, options.student_lora_rank, options.student_lora_alpha
     if rank is not None:
-        lora = LoraConfig(
-            r=rank, lora_alpha=options.student_lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
-        )
+        lora = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+    rest: dict[str, Any] = {"method": method, "teacher_processing_class": teacher_tokenizer, "peft_config": lora}
     with nullcontext() if options.dry_run else job.folder.opened():
-        trainer = DistillTrainer(
-            student,
-            teacher,
-            args,
-            train,
-            valid,
-            tokenizer,
-            method=method,
-            teacher_processing_class=teacher_tokenizer,
-            peft_config=lora,
-        )
+        trainer = DistillTrainer(student, teacher, args, train, valid, tokenizer, **rest)
         if options.merge and trainer.is_sharded:
             raise RequestError("--merge needs the student's weights whole: leave it out, and merge by promptkd export.")
         for note in trainer.notes:
@@ -85,10 +73,8 @@ def _distill(options: Options, job: TrainingRun, args: DistillConfig, method: Me
         job.results.metrics["teacher_trained_numbers"] = Metric(value=numbers)
         job.results.metrics["teacher_trained_share"] = Metric(value=share)
     if args.prompt_refresh == "stale":
-        job.note(
-            "--prompt_refresh stale: the student learns from the prompted teacher of before each update of the prompt. "
-            "This is another algorithm than PromptKD as published."
-        )
+        stale = "the student learns from the prompted teacher of before each update of the prompt"
+        job.note(f"--prompt_refresh stale: {stale}. This is another algorithm than PromptKD as published.")
     job.train(trainer, "Distilling")
     if options.merge:
         trainer.merge_student()
@@ -100,8 +86,7 @@ def _distill(options: Options, job: TrainingRun, args: DistillConfig, method: Me
 def _forecast(trainer: Any, trial: Trial) -> str:
     """What the run will need: its sizes and steps, and the memory and time that the trial took, by phase."""
     student, teacher = trainer.accelerator.unwrap_model(trainer.model), trainer.teacher.model
-    trained, _ = trainer.trainable_share()
-    args = trainer.args
+    args, (trained, _) = trainer.args, trainer.trainable_share()
     window = args.per_device_train_batch_size * args.gradient_accumulation_steps * trainer.accelerator.num_processes
     writes = writes_responses(trainer.method.responses)
     memory = "held at the ends of phases" if trial.sampled else "the most held in each phase"

@@ -1,5 +1,6 @@
 """`promptkd evaluate`."""
 
+import re
 import time
 from functools import partial
 from pathlib import Path
@@ -47,10 +48,8 @@ def check(options: Options) -> None:
     if len(set(options.data)) < len(options.data):
         raise RequestError(f"Each data set must be given once. Got --data {' '.join(options.data)}.")
     if len({_file(options.out, label_of(path, options.data), "") for path in options.data}) < len(options.data):
-        raise RequestError(
-            f"The answers of each data set need a file of their own. Got --data {' '.join(options.data)}, of which two "
-            "names are alike but for punctuation; rename a file."
-        )
+        alike = f"Got --data {' '.join(options.data)}, of which two names are alike but for punctuation"
+        raise RequestError(f"The answers of each data set need a file of their own. {alike}; rename a file.")
 
 
 def _evaluate(options: Options) -> None:
@@ -63,7 +62,7 @@ def _evaluate(options: Options) -> None:
     sets = {}
     for path in options.data:
         name = label_of(path, options.data)
-        data = job.read_rows(path, tokenizer, limit=options.limit, max_response_length=options.max_reference_length)
+        data = job.read_rows(path, tokenizer, options.limit, options.max_reference_length)
         say_rows(path, data)
         sets[name], results.data[name] = data.examples, data_record(path, len(data.examples), data.dropped)
     for metric in metrics:
@@ -82,25 +81,15 @@ def _evaluate(options: Options) -> None:
     _settle(options, results, decoding, job)
     for name, rows in sets.items():
         started = time.perf_counter()
-        evaluation = SetEvaluation(
-            model,
-            tokenizer,
-            rows,
-            file_of=partial(_file, options.out, name),
-            teacher=teacher,
-            metrics=metrics,
-            progress=progress_lines(name, len(rows)),
-        )
+        files, tell = partial(_file, options.out, name), progress_lines(name, len(rows))
+        part = SetEvaluation(model, tokenizer, rows, file_of=files, teacher=teacher, metrics=metrics, progress=tell)
+        labels = {"model_label": label, "data_label": name}
         with job.computing():
-            results.evaluations += evaluation.run(
-                decoding, options.seeds, greedy=options.greedy, model_label=label, data_label=name
-            )
+            results.evaluations += part.run(decoding, options.seeds, greedy=options.greedy, **labels)
         results.timings[name] = time.perf_counter() - started
-    results.notes += [
-        f"{metric.label} could not score {metric.failed_on_empty} empty answers; they count 0."
-        for metric in metrics
-        if metric.failed_on_empty
-    ]
+    for metric in metrics:
+        if failed := metric.failed_on_empty:
+            results.notes.append(f"{metric.label} could not score {failed} empty answers; they count 0.")
     results.write(options.out)
     print(terminal_table([results]))
     say(f"The record is in {options.out}.")
@@ -129,5 +118,5 @@ def _settings_file(out: Path) -> Path:
 
 def _file(out: Path, data: str, part: str) -> Path:
     """Where a part of a data set's answers is kept, in letters that every file system takes."""
-    safe = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in data)
+    safe = re.sub(r"[^\w.-]", "-", data)
     return out.with_name(f"{out.stem}-{safe}-{part}.jsonl")

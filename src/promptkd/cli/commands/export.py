@@ -36,8 +36,7 @@ def run(options: Options, training: dict[str, Any]) -> None:
     seconds = time.monotonic() - started
     files = [each for each in options.out.rglob("*") if each.is_file()] or [options.out]
     size = sum(each.stat().st_size for each in files) / 1e6
-    count = count_parameters(model)
-    say(f"{options.out}: {count:,} parameters in {options.dtype}, {size:,.1f} MB, {seconds:.1f} s.")
+    say(f"{options.out}: {count_parameters(model):,} parameters in {options.dtype}, {size:,.1f} MB, {seconds:.1f} s.")
     say(
         f"Read back, the logits of {found.tokens} tokens differ from the model's by at most {found.difference:.1g} "
         f"(limit {found.limit:.1g}), and {found.texts} texts are cut into the same tokens."

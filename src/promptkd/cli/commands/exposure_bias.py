@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,13 @@ class _ExposureRun(InferenceRun):
 
     def __init__(self, options: Options):
         super().__init__(options)
-        self.students, soft_prompt = _students(options), _soft_prompt(options.prompt)
+        self.students, soft_prompt, path = _students(options), None, options.prompt
+        if path is not None:
+            soft_prompt = SoftPrompt.load(path / "prompt" if (path / "prompt").is_dir() else path)
         self.tokenizer, data = _requests(self)
         self.rows, self.prompts = data.examples, [row.prompt_ids for row in data.examples]
         self.teacher = self.load_teacher(options.teacher)
-        self.prompt = None if soft_prompt is None else _placed(soft_prompt, self.teacher, options.prompt)
+        self.prompt = None if soft_prompt is None else _placed(soft_prompt, self.teacher, path)
         self.settle_precision()
         self.results = Results(kind="exposure-bias", config=merged_config(options, {}), notes=self.precision_notes())
         self.results.models[f"teacher {label_of(options.teacher)}"] = model_record(options.teacher, self.teacher)
@@ -54,17 +57,12 @@ class _ExposureRun(InferenceRun):
 
     def sample(self, title: str, model: Any, prompt: Tensor | None = None) -> list[list[list[int]]]:
         """The model's continuations of every request."""
-        options, started = self.options, time.perf_counter()
-        tell = progress_lines(f"Sampling {title}", len(self.rows) * options.samples_per_row)
+        draws, started = self.options.samples_per_row, time.perf_counter()
+        tell = partial(progress_lines(f"Sampling {title}", len(self.rows) * draws), "continuations")
+        decoding, rows = self.decoding(self.tokenizer, model, seed=self.options.seed), [row.row for row in self.rows]
         with self.computing():
             samples = sample_continuations(
-                model,
-                self.prompts,
-                self.decoding(self.tokenizer, model, seed=options.seed),
-                samples_per_row=options.samples_per_row,
-                rows=[row.row for row in self.rows],
-                prompt=prompt,
-                on_batch=lambda done: tell("continuations", done),
+                model, self.prompts, decoding, samples_per_row=draws, rows=rows, prompt=prompt, on_batch=tell
             )
         self.results.timings[f"sampling {title}"] = time.perf_counter() - started
         return samples
@@ -76,11 +74,10 @@ class _ExposureRun(InferenceRun):
         samples, started = self.sample(label, student), time.perf_counter()
         tell = progress_lines(f"Scoring {label}", 2 * len(self.rows) * options.samples_per_row)
         vocabulary = shared_vocabulary_size(student, self.teacher, self.tokenizer)
-        scoring = Scoring(self.prompt, vocabulary, on_batch=lambda done: tell("continuations", done))
+        scoring = Scoring(self.prompt, vocabulary, on_batch=partial(tell, "continuations"))
+        models = (student, self.teacher)
         with self.computing():
-            measured = exposure_bias(
-                student, self.teacher, self.prompts, samples, teacher_samples, scoring, ended=options.ended
-            )
+            measured = exposure_bias(*models, self.prompts, samples, teacher_samples, scoring, ended=options.ended)
         results.timings[f"scoring {label}"] = time.perf_counter() - started
         kl = f"{label}: KL(teacher || student) on"
         results.metrics[f"{kl} its own continuations, nats/token"] = measured.on_student
@@ -93,10 +90,9 @@ class _ExposureRun(InferenceRun):
             "max_new_tokens": options.max_completion_length,
             "seeds": [options.seed + draw for draw in range(options.samples_per_row)],
         }
-        data = label_of(options.data)
-        results.curves.append(
-            Curve(name="exposure_bias", model=label, data=data, settings=settings, points=measured.points)
-        )
+        data, points = label_of(options.data), measured.points
+        curve = Curve(name="exposure_bias", model=label, data=data, settings=settings, points=points)
+        results.curves.append(curve)
         return measured
 
 
@@ -113,7 +109,6 @@ def exposure_table(measured: Mapping[str, ExposureBias]) -> str:
 
 
 def _cell(measured: Metric | CurvePoint | None, digits: int) -> str:
-    """The value over its interval."""
     if measured is None or measured.value is None:
         return "-\n"
     value, *interval = (
@@ -131,10 +126,8 @@ def _students(options: Options) -> dict[str, str]:
         if options.every_checkpoint:
             checkpoints = checkpoints_in(Path(path) / "checkpoints")
             if not checkpoints:
-                raise RequestError(
-                    f"--every-checkpoint needs run folders with checkpoints/checkpoint-N. {path} has none. A run keeps "
-                    "its last two unless it is given --keep."
-                )
+                needed = f"--every-checkpoint needs run folders with checkpoints/checkpoint-N. {path} has none."
+                raise RequestError(f"{needed} A run keeps its last two unless it is given --keep.")
             found |= {f"{label} step {step}": str(folder) for step, folder in checkpoints.items()}
         found[label] = path
     for path in found.values():
@@ -148,28 +141,20 @@ def _requests(job: InferenceRun) -> tuple[Any, EncodedData]:
     teacher, *tokenizers = map(job.load_tokenizer, (options.teacher, *options.student))
     for tokenizer in tokenizers:
         check_same_vocabulary(tokenizer, teacher)
-    first, *others = [job.read_rows(options.data, tokenizer, limit=options.limit) for tokenizer in tokenizers]
+    first, *others = [job.read_rows(options.data, tokenizer, options.limit) for tokenizer in tokenizers]
     prompts = [row.prompt_ids for row in first.examples]
     for path, other in zip(options.student[1:], others, strict=True):
         if [row.prompt_ids for row in other.examples] != prompts:
-            raise RequestError(
-                f"The students must read the same requests: {path} and {options.student[0]} render them differently. "
-                "Give a --template, or measure them one by one."
-            )
+            differing = f"{path} and {options.student[0]} render them differently"
+            advice = "Give a --template, or measure them one by one."
+            raise RequestError(f"The students must read the same requests: {differing}. {advice}")
     return tokenizers[0], first
 
 
-def _soft_prompt(path: Path | None) -> SoftPrompt | None:
-    return None if path is None else SoftPrompt.load(path / "prompt" if (path / "prompt").is_dir() else path)
-
-
 def _placed(soft_prompt: SoftPrompt, teacher: Any, path: Path | None) -> Tensor:
-    """The prompt's vectors beside the teacher that reads them."""
     weight = teacher.get_input_embeddings().weight
     vectors = soft_prompt().detach().to(weight.device)
     if vectors.shape[1] != weight.shape[1]:
-        raise RequestError(
-            f"The soft prompt in {path} has vectors of {vectors.shape[1]} numbers, the teacher's embeddings have "
-            f"{weight.shape[1]}. Give the teacher that it was tuned before."
-        )
+        sizes = f"has vectors of {vectors.shape[1]} numbers, the teacher's embeddings have {weight.shape[1]}"
+        raise RequestError(f"The soft prompt in {path} {sizes}. Give the teacher that it was tuned before.")
     return vectors

@@ -1,5 +1,6 @@
 """`promptkd generate`."""
 
+from functools import partial
 from typing import Any
 
 from promptkd.cli.inference_run import InferenceRun, sampling
@@ -15,22 +16,16 @@ def run(options: Options, training: dict[str, Any]) -> None:
     check_output(options.out, overwrite=options.overwrite)
     job = InferenceRun(options)
     tokenizer = job.load_tokenizer(options.model)
-    data = job.read_rows(options.data, tokenizer, limit=options.limit)
+    data = job.read_rows(options.data, tokenizer, options.limit)
     rows = data.examples
     job.settle_precision()
     model = job.load_model(options.model)
     decoding = job.decoding(tokenizer, model, **sampling(options))
     seeds = row_seeds(options.seed, max(row.row for row in rows) + 1)
-    tell = progress_lines("Generating", len(rows))
+    prompts, seeds = [row.prompt_ids for row in rows], [seeds[row.row] for row in rows]
+    tell, size = partial(progress_lines("Generating", len(rows)), "responses"), decoding.batch_size
     with job.computing():
-        responses = generate(
-            model,
-            [row.prompt_ids for row in rows],
-            decoding,
-            seeds=[seeds[row.row] for row in rows],
-            batch_size=decoding.batch_size,
-            on_batch=lambda done: tell("responses", done),
-        )
+        responses = generate(model, prompts, decoding, seeds=seeds, batch_size=size, on_batch=tell)
     lines = [
         {
             "row": row.row,

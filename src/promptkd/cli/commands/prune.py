@@ -20,12 +20,10 @@ from promptkd.results import Metric, Results
 
 def run(options: Options, training: dict[str, Any]) -> None:
     _check(options)
-    job = InferenceRun(options)
-    rows: list[EncodedExample] = []
+    job, rows = InferenceRun(options), list[EncodedExample]()
     tokenizer = job.load_tokenizer(options.model)
     if not options.keep and options.choose == "influence" and options.data is not None:
-        longest = options.max_completion_length
-        data = job.read_rows(options.data, tokenizer, limit=options.rows * 4, max_response_length=longest)
+        data = job.read_rows(options.data, tokenizer, options.rows * 4, options.max_completion_length)
         rows = data.examples[: options.rows]
         job.settle_precision()
     teacher = job.load_model(options.model)
@@ -52,31 +50,23 @@ def run(options: Options, training: dict[str, Any]) -> None:
 
 def _check(options: Options) -> None:
     layers, out = options.layers, options.out
+    held = {each.name for each in out.iterdir()} if out.is_dir() else set()
     is_model = out.is_dir() and out.resolve() == Path(options.model).expanduser().resolve()
+    needs_data = layers is not None and options.choose == "influence" and options.data is None
+    is_taken = bool(held) and not is_model and not options.overwrite
     checks = [
         ((layers is None) == (not options.keep), "give either --layers N or --keep with the layers' numbers"),
-        (
-            layers is not None and options.choose == "influence" and options.data is None,
-            "choosing by influence needs --data; without data use --choose even",
-        ),
+        (needs_data, "choosing by influence needs --data; without data use --choose even"),
         (out.is_file(), f"--out must be a folder, and {out} is a file"),
         (is_model, f"--out must be another folder than --model, and both are {out}"),
-        (
-            not is_model and out.is_dir() and any(out.iterdir()) and not options.overwrite,
-            f"{out} is not empty; replace the model in it by --overwrite or give another --out",
-        ),
+        (is_taken, f"{out} is not empty; replace the model in it by --overwrite or give another --out"),
     ]
     check_all("Cannot prune", checks)
     check_writable(out.parent, out)
-    held = {each.name for each in out.iterdir()} if out.is_dir() else set()
-    refuse_foreign(out, sorted(held - _own(out)), "a student that `prune` made", ", which it did not write")
-
-
-def _own(folder: Path) -> set[str]:
-    """What an earlier `prune` wrote into the folder, by its own record."""
-    record = Results.read(folder / "results.json") if (folder / "results.json").exists() else None
+    record = Results.read(out / "results.json") if (out / "results.json").exists() else None
     files = record.config.get("files") if record is not None and record.kind == "prune" else None
-    return {"results.json", *map(str, files)} if isinstance(files, list) else set()
+    own = {"results.json", *map(str, files)} if isinstance(files, list) else set()
+    refuse_foreign(out, sorted(held - own), "a student that `prune` made", ", which it did not write")
 
 
 def _choose(
@@ -89,10 +79,9 @@ def _choose(
     if options.choose == "even":
         return evenly_spaced(total, options.layers), []
     most_influential([0.0] * total, options.layers)  # a wrong number of layers is told before any measuring
-    batches = [
-        right_pad([row.prompt_ids for row in chunk], [row.response_ids for row in chunk], device=teacher.device)
-        for chunk in (rows[first : first + 8] for first in range(0, len(rows), 8))
-    ]
+    prompts, responses = [row.prompt_ids for row in rows], [row.response_ids for row in rows]
+    eights = [slice(first, first + 8) for first in range(0, len(rows), 8)]
+    batches = [right_pad(prompts[each], responses[each], device=teacher.device) for each in eights]
     with job.computing():
         influence = block_influence(teacher, batches)
     return most_influential(influence, options.layers), influence

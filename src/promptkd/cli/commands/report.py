@@ -17,10 +17,8 @@ _FORMS = {".html": "html", ".htm": "html", ".md": "markdown", ".json": "json", "
 def run(options: Options, training: dict[str, Any]) -> None:
     form = options.format or _FORMS.get(options.out.suffix.lower())
     if form is None:
-        raise RequestError(
-            f"The suffix of --out says the form of the report: .html, .md, .json or .csv. Got {options.out}. "
-            "Name the form by --format html, markdown, json or csv."
-        )
+        problem = f"The suffix of --out says the form of the report: .html, .md, .json or .csv. Got {options.out}."
+        raise RequestError(f"{problem} Name the form by --format html, markdown, json or csv.")
     check_output(options.out, overwrite=options.overwrite)
     paths = [Path(name) for name in options.runs]
     records = [Results.read(path / "results.json" if path.is_dir() else path) for path in paths]

@@ -6,8 +6,7 @@ from typing import Literal
 
 from promptkd.settings import option
 
-MOST_TOKENS = 1_000_000
-"""Of a response. Buffers have room for as many."""
+MOST_TOKENS = 1_000_000  # of a response: buffers have room for as many
 LESS_MEMORY_TO_DECODE = (
     "a smaller --batch-size (now {batch_size})",
     "a smaller --max-completion-length (now {max_completion_length})",
@@ -16,8 +15,6 @@ LESS_MEMORY_TO_DECODE = (
 
 @dataclass(kw_only=True)
 class Loading:
-    """How a model is loaded and run."""
-
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision to compute in, with weights in float32; auto is bfloat16 where the device has units for it."""
     trust_remote_code: bool = False
@@ -26,8 +23,6 @@ class Loading:
 
 @dataclass(kw_only=True)
 class Sampling:
-    """How responses are sampled."""
-
     temperature: float = option(1.0, at_least=0)
     """Sampling temperature; 0 decodes greedily."""
     top_p: float = option(1.0, above=0, at_most=1)
@@ -38,7 +33,7 @@ class Sampling:
 
 @dataclass(kw_only=True)
 class Measuring(Loading):
-    """Which rows a command decodes that measures a model or writes its responses, and how many at a time."""
+    """Of a command that measures a model or writes its responses."""
 
     batch_size: int | None = option(None, at_least=1)
     """Rows to decode at a time; by default 32 on CPU, 128 on a GPU."""
@@ -62,8 +57,6 @@ class TeacherPrecision:
 
 @dataclass(kw_only=True)
 class Training:
-    """The data and the folder of a run."""
-
     data: str
     """Training rows: a JSONL, .jsonl.gz, Parquet or CSV file, a folder, or a hub data set."""
     out: Path

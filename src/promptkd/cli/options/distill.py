@@ -20,16 +20,10 @@ from promptkd.settings import option
 RESUMED_BY = ("--resume",)
 LESS_MEMORY = ("--teacher_dtype bfloat16", "--teacher_quantization 8bit")  # to load; training tells of its phases
 TRAINING_CONFIG = "promptkd.training:DistillConfig"
-SETTINGS_SOURCES = (
-    "precision.py",  # the names of dtypes
-    "training/config.py",
-    "models/adapters.py",
-    "methods/*.py",
-)
+SETTINGS_SOURCES = ("precision.py", "training/config.py", "models/adapters.py", "methods/*.py")
 COMMON_TRAINING_FLAGS = (
-    *("method", "max_steps", "num_train_epochs", "learning_rate"),
-    *("per_device_train_batch_size", "gradient_accumulation_steps"),
-    *("prompt_length", "prompt_learning_rate", "prompt_start", "prompt_kl"),
+    *("method", "max_steps", "num_train_epochs", "learning_rate", "per_device_train_batch_size"),
+    *("gradient_accumulation_steps", "prompt_length", "prompt_learning_rate", "prompt_start", "prompt_kl"),
     *("regularizer_kl", "regularizer_schedule", "regularizer_coefficient", "student_share", "beta"),
     *("max_prompt_length", "max_completion_length", "template", "overlong", "eval_strategy", "eval_steps"),
     *("prompt_refresh", "teacher_dtype", "bf16", "teacher_quantization", "teacher_gradient_checkpointing"),
