@@ -20,12 +20,10 @@ _before_restarts = 0
 
 
 def gibibytes(size: int) -> str:
-    """2147483648 -> "2.00 GiB"."""
     return f"{size / 2**30:.2f} GiB"
 
 
 def resident_memory() -> int:
-    """Bytes of main memory that this process holds now."""
     return psutil.Process().memory_info().rss
 
 

@@ -15,10 +15,7 @@ WeightPrecision = Literal["float32", "bfloat16", "float16", "auto"]  # to load w
 
 
 def has_bfloat16_units(device: torch.device | str) -> bool:
-    """Whether the device multiplies bfloat16 in hardware; emulated, it is slower than float32.
-
-    CUDA from compute capability 8.0 on, ROCm, CPUs with AVX512-BF16 or AMX, ARM CPUs with the BF16 extension.
-    """
+    """Whether the device multiplies bfloat16 in hardware (CUDA from 8.0 on, ROCm, AVX512-BF16, AMX, ARM's BF16)."""
     kind = torch.device(device).type
     if kind == "cuda":
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -17,27 +17,21 @@ class Sampler:
     """Samples responses to prompts, both as token ids."""
 
     student: Callable[[Tokens], Tokens]
-    mixed: Callable[[Tokens, float], Tokens]
-    """From (1 - share) q + share p at every token, of student q and plain teacher p, the share given second."""
-    together: bool = False
-    """Whether every process must sample whenever one does (sharded weights, vLLM)."""
+    mixed: Callable[[Tokens, float], Tokens]  # (prompts, s): from (1 - s) q + s p, of student q and plain teacher p
+    together: bool = False  # whether every process must sample whenever one does (sharded weights, vLLM)
 
 
 class Responses:
     """A source of responses. This one gives the data's; others override what they need."""
 
-    needs_data = True
-    """Whether every row must have a response of its own."""
+    needs_data = True  # whether every row must have a response of its own
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         accept_old_name(cls, "figures", "metrics")
 
     def __call__(self, rows: Sequence[EncodedExample], sample: Sampler, progress: float) -> Tokens:
-        """A response per row; `progress` is the share k / K of the optimizer steps that are done.
-
-        Draws come from torch's global generator, which checkpoints hold.
-        """
+        """A response per row; `progress` is k / K of the optimizer steps. Draw from torch's global generator."""
         return [row.response_ids for row in rows]
 
     def on_validation(self, loss: float) -> None:
@@ -81,12 +75,11 @@ class TeacherMixed(Responses):
 
 @dataclass
 class AdaptiveReplay(Responses):
-    """DistiLLM's schedule: the student's share rises when validation gets worse, and old samples are used again.
+    """DistiLLM's schedule (Ko et al. 2024, section 3.2, but a buffered response answers its own row).
 
     A row takes a student's response with probability φ, else the data's. It is newly sampled with probability
     1 - k / K, or if the buffer has none for this row; else it is the student's last one for the row. φ begins at
-    `start` and rises by `step`, up to 1, whenever the validation loss exceeds the lowest so far by `tolerance`
-    (Ko et al. 2024, section 3.2; there a buffered response brings its own request).
+    `start` and rises by `step`, up to 1, whenever the validation loss exceeds the lowest so far by `tolerance`.
     """
 
     start: float = 0.0

@@ -9,7 +9,7 @@ import math
 import textwrap
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import Field, dataclass, field, fields, make_dataclass
+from dataclasses import dataclass, field, fields, make_dataclass
 from types import NoneType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -21,7 +21,6 @@ T = TypeVar("T")
 def option(
     default: Any, *, at_least: float | None = None, at_most: float | None = None, above: float | None = None
 ) -> Any:
-    """A dataclass field with limits."""
     limits = {"at_least": at_least, "at_most": at_most, "above": above}
     return field(default=default, metadata={name: limit for name, limit in limits.items() if limit is not None})
 
@@ -36,20 +35,16 @@ class Settings:
 
 def limit_checks(settings: Any) -> list[tuple[bool, str]]:
     """For `check_all`: the fields of a dataclass whose value exceeds a limit or is none of their choices, in words."""
-    hints, values = get_type_hints(type(settings)), vars(settings)
-    expected = {each.name: _expected(each, hints[each.name], values[each.name]) for each in fields(settings)}
-    return [(True, f"{name} {text}, got {values[name]!r}") for name, text in expected.items() if text]
-
-
-def _expected(declared: Field[Any], annotation: Any, value: Any) -> str:
-    """What the value must be and is not; empty if it is allowed."""
-    if value is None and NoneType in get_args(annotation):
-        return ""
-    literals = [each for each in (annotation, *get_args(annotation)) if get_origin(each) is Literal]
-    choices = [choice for literal in literals for choice in get_args(literal)]
-    if choices and value not in choices:
-        return f"must be one of {', '.join(map(str, choices))}"
-    return beyond_limits(declared.metadata, value)
+    checks, hints = [], get_type_hints(type(settings))
+    for each in fields(settings):
+        value, annotation = vars(settings)[each.name], hints[each.name]
+        literals = [part for part in (annotation, *get_args(annotation)) if get_origin(part) is Literal]
+        choices = [choice for literal in literals for choice in get_args(literal)]
+        if value is not None or NoneType not in get_args(annotation):
+            admitted = f"must be one of {', '.join(map(str, choices))}"
+            expected = admitted if choices and value not in choices else beyond_limits(each.metadata, value)
+            checks.append((expected != "", f"{each.name} {expected}, got {value!r}"))
+    return checks
 
 
 def beyond_limits(limits: Mapping[str, Any], value: Any) -> str:
@@ -129,7 +124,6 @@ def docs_of(owner: type) -> dict[str, str]:
 
 
 def field_docs(definition: ast.ClassDef) -> dict[str, str]:
-    """The docstring under each field of a class, from its source."""
     docs: dict[str, str] = {}
     for declared, text in zip(definition.body, definition.body[1:], strict=False):  # neighbors
         match declared, text:

@@ -21,7 +21,7 @@ from helpers.commands import (
     weights,
 )
 from helpers.processes import exit_code, forked_command, group
-from promptkd.cli.dispatch import resume_command
+from promptkd.cli import resume_command
 from promptkd.evaluation import dataset_evaluation
 from promptkd.training import signals
 from promptkd.training.callbacks import ProgressBar

@@ -7,24 +7,29 @@ A command NAME is two modules: `options/NAME.py` with the dataclass `Options`, w
 - `POSITIONAL = "runs"`: the option that takes the arguments which follow no flag;
 - `LESS_MEMORY = ("a smaller --batch-size (now {batch_size})",)`: what needs less memory, with its options in braces;
 - `RESUMED_BY = ("--resume",)`: the flags with which the same command resumes, if it keeps what it has done.
+
 Exit status: 0 done, 1 the run failed, 2 the request was wrong, 130 interrupted, 143 stopped by SIGTERM.
 """
 
 import importlib
 import io
 import os
+import re
+import shlex
 import signal
 import sys
 import threading
 import traceback
 from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
 
 from promptkd.cli.parsing.annotations import nearest
 from promptkd.cli.parsing.help import command_help, overview
 from promptkd.cli.terminal import say
 from promptkd.errors import NO_ROOM, PromptKDError, RequestError, Stopped
-from promptkd.io.redact import redacted
+from promptkd.io.redact import redacted, without_secrets
 from promptkd.visible import shown
 
 COMMANDS: dict[str, str] = {  # in the order of the help
@@ -117,10 +122,54 @@ def _dispatch(arguments: list[str]) -> int:
     if every_flag or "--help" in rest or "-h" in rest:
         _show(command_help(name, command, every_flag=every_flag))
     else:
-        from promptkd.cli.dispatch import run_command  # reads YAML, which no help needs
-
-        run_command(name, command, rest)
+        _run_command(name, command, rest)
     return 0
+
+
+def _run_command(name: str, command: ModuleType, arguments: Sequence[str]) -> None:
+    from promptkd.cli.parsing.parser import parse_options  # reads YAML, which no help needs
+    from promptkd.memory import is_out_of_memory, memory_status
+
+    parsed = parse_options(name, command, arguments)
+    options, flags = parsed.options, vars(command).get("RESUMED_BY")
+    try:
+        importlib.import_module(f"promptkd.cli.commands.{name.replace('-', '_')}").run(options, parsed.training)
+    except (Stopped, KeyboardInterrupt, OSError, MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise PromptKDError(_out_of_memory(memory_status(error), command, options)) from error
+        keeps_nothing = vars(options).get("dry_run") or parsed.training.get("save_only_model")
+        if flags is not None and not keeps_nothing:
+            error.add_note("To resume: " + resume_command(name, without_secrets(arguments), options, flags))
+        raise
+
+
+def resume_command(name: str, arguments: Sequence[str], options: Any, flags: Sequence[str]) -> str:
+    """The command line, for a shell, that resumes a command with these arguments; `flags` are its `RESUMED_BY`."""
+    kept, is_mode = [], False
+    for argument in arguments:
+        if argument.startswith("--"):
+            is_mode = re.match(r"--(no[-_])?(resume|overwrite)(=|$)", argument) is not None
+        if not is_mode:
+            kept.append(argument)
+    if "--overwrite" not in flags and options.overwrite and kept == list(arguments):
+        flags = [*flags, "--no-overwrite"]  # the file says to
+    launcher = ["promptkd"] if os.environ.get("WORLD_SIZE", "1") == "1" else ["accelerate", "launch", "-m", "promptkd"]
+    return shlex.join([*launcher, name, *kept, *flags])
+
+
+def _out_of_memory(status: str, command: ModuleType, options: Any) -> str:
+    """What happened, and the options that need less; training explains its own steps (`training.out_of_memory`)."""
+    given, batch = dict(vars(options)), ""
+    if "batch_size" in given:
+        inference = importlib.import_module("promptkd.cli.inference_run")  # the command has imported it
+        given["batch_size"] = inference.settled_rows(given["batch_size"])
+        tokens = given["max_prompt_length"] + given["max_completion_length"]
+        batch = f" on up to {given['batch_size']} rows at a time, each of up to {tokens:,} tokens"
+    less = ", or ".join(each.format(**given) for each in vars(command).get("LESS_MEMORY", ()))
+    advice = f"Less is needed with {less}." if less else "It takes a machine with more memory."
+    is_kept = vars(command).get("RESUMED_BY") == ()
+    resume = " What is done is kept: run the same command again to resume." if is_kept else ""
+    return f"Out of memory{batch}. {status} {advice}{resume}"
 
 
 def _report(error: BaseException, program: str, *, debug: bool) -> int:

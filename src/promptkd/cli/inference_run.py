@@ -47,7 +47,6 @@ class InferenceRun:
         return encode_examples(examples, tokenizer, options.template, need_response=needed, **lengths)
 
     def load_model(self, name: str, dtype: WeightPrecision = "float32") -> Any:
-        """A model that can be scored, with weights of `dtype`."""
         model = load_model(name, dtype=dtype, trust_remote_code=self.options.trust_remote_code).to(self.device)
         check_scoring(model)
         return model
@@ -71,7 +70,6 @@ class InferenceRun:
         say(f"Computing in {self.precision} on {self.device.type}.")
 
     def computing(self) -> AbstractContextManager[object]:
-        """What models with float32 weights run in, to compute in that precision."""
         return computing(self.device, {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.precision])
 
     def precision_notes(self) -> list[str]:

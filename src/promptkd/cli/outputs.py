@@ -1,4 +1,4 @@
-"""Where a command writes: what it may replace, and the folder of a run."""
+"""What a command writes: where, what it may replace, the folder of a run, and its record's labels and provenance."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from promptkd.cli.parsing.config_file import read_config, write_config
-from promptkd.cli.terminal import is_main_process
+from promptkd.cli.terminal import is_main_process, say
+from promptkd.data.encode import EncodedData
+from promptkd.data.sources import SUFFIXES
 from promptkd.errors import RequestError, writing
 from promptkd.io.atomic import remove
 from promptkd.io.lock import FOLDER_LOCK, locked
+from promptkd.results import DataRecord, Results, Training, file_sha256
 
 _OWN = {
     *("config.yaml", "metrics.jsonl", "results.json", "report.html", "responses.jsonl"),
@@ -22,8 +25,8 @@ _OF_MEMORY = {  # settings that change what a run holds at a time, not what it c
     *("generation_batch_size", "per_device_eval_batch_size", "chunk_tokens"),
     *("gradient_checkpointing", "teacher_gradient_checkpointing"),
 }
+# Defaults of what an optimizer step's rows per process are a product of. They may change together.
 _MICRO_BATCHES = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
-"""The defaults of the factors of an optimizer step's rows per process. They may change together."""
 
 
 def check_writable(folder: Path, target: Path) -> None:
@@ -67,8 +70,7 @@ class RunFolder:
         if self.path.is_file():
             raise RequestError(f"--out must be a folder. {self.path} is a file.")
         check_writable(self.path, self.path)
-        held = self._held()
-        if held and self._resume:
+        if (held := self._held()) and self._resume:
             self._check_same_settings()
         elif held and not self._overwrite:
             advice = "Resume the run in it by --resume, replace it by --overwrite, or give another --out."
@@ -116,3 +118,31 @@ class RunFolder:
         if changed:
             advice = f"Use its own settings (--config {self.config} --resume) or start a new run."
             raise RequestError(f"--resume continues the run in {self.path} as it was started, but {changed}. {advice}")
+
+
+def data_record(path: str, rows: int, dropped: int) -> DataRecord:
+    """Provenance of a data set: hash of the file, or of nothing for a hub name."""
+    file = Path(path)
+    return DataRecord(path=path, rows=rows, dropped=dropped, sha256=file_sha256(file) if file.is_file() else "")
+
+
+def say_rows(path: str, data: EncodedData) -> None:
+    dropped = f"; {data.dropped} over a length limit were dropped" if data.dropped else ""
+    say(f"{path}: {len(data.examples)} rows{dropped}.")
+
+
+def label_of(path: str, among: Sequence[str] = ()) -> str:
+    """A short name: the last part of the path without its suffix, or the whole path where that would be ambiguous."""
+    name = Path(path).name
+    suffix = next((each for each in (*SUFFIXES, ".gguf") if name.lower().endswith(each)), "")  # not Qwen2.5's
+    short = name[: len(name) - len(suffix)] or path
+    return path if any(each != path and label_of(each) == short for each in among) else short
+
+
+def training_cost(model: str) -> Training | None:
+    """What the training of `model` cost, if it is a run's folder whose record says so."""
+    folder = Path(model).expanduser()
+    if not all((folder / name).is_file() for name in ("config.yaml", "results.json")):
+        return None
+    known = Results.read(folder / "results.json").training
+    return next(iter(known.values())) if len(known) == 1 else known.get(label_of(model))

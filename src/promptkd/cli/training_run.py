@@ -10,9 +10,8 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
-from promptkd.cli.outputs import RunFolder
+from promptkd.cli.outputs import RunFolder, data_record, label_of, say_rows
 from promptkd.cli.parsing.parser import merged_config
-from promptkd.cli.provenance import data_record, label_of, say_rows
 from promptkd.cli.terminal import is_main_process, quiet_libraries, say
 from promptkd.data import EncodedData, Example, encode_examples, read_examples
 from promptkd.errors import PromptKDError, RequestError
@@ -29,7 +28,6 @@ from promptkd.training.checkpoint import resumable_checkpoint, set_aside
 from promptkd.training.collapse import findings_as_notes
 from promptkd.training.distributed import autocast
 from promptkd.training.out_of_memory import out_of_memory_told
-from promptkd.training.phases import Phases
 from promptkd.training.signals import StopOnSignal
 from promptkd.training.validation import validation_decoding
 
@@ -88,7 +86,6 @@ class TrainingRun:
         return load_tokenizer(name, trust_remote_code=self._trust)
 
     def encode(self, tokenizer: Any, args: Any, *, need_response: bool = True) -> tuple[Any, Any]:
-        """Training and validation rows as tokens; None for validation rows that were not asked for."""
         settings = {"template": args.template, "overlong": args.overlong, "max_prompt_length": args.max_prompt_length}
         settings["max_response_length"] = args.max_completion_length
         encoded: dict[str, EncodedData] = {}
@@ -131,7 +128,10 @@ class TrainingRun:
         finally:
             bar.close()
         self.results.timings["train"] = time.perf_counter() - started
-        say(_peak(self._meter, trainer.phases))
+        by_size = sorted(self._meter.peak_memory_by_phase.items(), key=lambda each: -each[1])
+        where = "at the ends of phases: " if trainer.phases.sampled else ""
+        listed = ", ".join(f"{phase} {gibibytes(size)}" for phase, size in by_size)
+        say(f"Peak memory {gibibytes(self._meter.peak_memory_bytes)}{f' ({where}{listed})' if listed else ''}.")
 
     def _checkpoint(self) -> Path | None:
         """The checkpoint to resume from, which the first process looks for; None to start from scratch."""
@@ -180,7 +180,6 @@ class TrainingRun:
         say(f"The model is in {self.folder.path / name}, the page in {self.folder.report}.")
 
     def _measure(self, trainer: Any, name: str, model: Any, teacher: Any) -> list[Evaluation]:
-        """The evaluation on the validation rows, if there are any; the model's hash goes into the record."""
         if is_main_process():
             self.results.models[name] = model_record(self.folder.path / name, model)
         if not trainer.validation_rows:
@@ -214,11 +213,3 @@ class TrainingRun:
                 raise RequestError(f"--select {select} {reason}. {got}; {advice}.")
         best = {"metric_for_best_model": select, "greater_is_better": metric_info(select).better == "higher"}
         return {"eval_strategy": strategy, **saving, "load_best_model_at_end": True, **best}
-
-
-def _peak(meter: CostMeter, phases: Phases) -> str:
-    """The peak as a sentence, by phase, the largest first."""
-    by_size = sorted(meter.peak_memory_by_phase.items(), key=lambda each: -each[1])
-    where = "at the ends of phases: " if phases.sampled else ""
-    listed = ", ".join(f"{name} {gibibytes(size)}" for name, size in by_size)
-    return f"Peak memory {gibibytes(meter.peak_memory_bytes)}{f' ({where}{listed})' if listed else ''}."

@@ -30,8 +30,7 @@ def settings_classes() -> Iterable[type]:
     yield from (factory for factory in ADAPTERS.values() if factory is not None)
 
 
-MethodSettings: Any = flat("MethodSettings", settings_classes())
-"""The settings of all methods, each at its default unless given."""
+MethodSettings: Any = flat("MethodSettings", settings_classes())  # of all methods
 
 
 def read_method(name: str, take: Reader) -> Method:

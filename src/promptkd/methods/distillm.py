@@ -14,7 +14,6 @@ class DistiLLM(MixedMethod):
     name = "distillm"
     own_objective = "skew_reverse_kl"
     own_share = 0.0  # where it starts
-
     replay_capacity: int = option(1000, at_least=1)
     """Responses that the replay buffer holds."""
     replay_step: float = option(0.1, at_least=0)

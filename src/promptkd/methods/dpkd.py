@@ -19,7 +19,6 @@ class DPKD(AdaptedMethod):
     """The data's responses (written by the teacher) preferred to the student's own samples, one loss per row."""
 
     name = "dpkd"
-
     dpkd_beta: float = option(0.1, at_least=0)
     """Scale of the log-ratio difference."""
     dpkd_level: Literal["sequence", "token"] = "sequence"

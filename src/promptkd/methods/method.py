@@ -36,15 +36,12 @@ class Method:
     """What makes a method of distillation."""
 
     responses: Responses
-    objective: Objective | None = None
-    """What the student minimizes, one value per response token. Or give `loss`."""
+    objective: Objective | None = None  # what the student minimizes, one value per response token; or give `loss`
     adapter: AdapterFactory | type[AdapterFactory] | type[TeacherAdapter] | None = None
     """The trainable part of the teacher: an adapter's factory, or its class, whose settings are then the run's, or an
     adapter class of your own, which is called with the teacher; None trains nothing."""
     loss: StudentLoss | None = None
-    """The student's loss in place of an objective."""
-    per_row: bool = False
-    """Whether the loss is a mean over rows, not over tokens."""
+    per_row: bool = False  # whether the loss is a mean over rows, not over tokens
     teacher_adapter: InitVar[str | None] = None  # deprecated: the name of an adapter
 
     def __post_init__(self, teacher_adapter: str | None) -> None:
@@ -75,7 +72,6 @@ class Method:
         return self
 
     def student_loss(self, step: Step) -> ChunkedLoss:
-        """The student's loss on one micro-batch, summed."""
         if self.loss is not None:
             return self.loss(step)
         assert self.objective is not None
@@ -106,7 +102,6 @@ class AdaptedMethod(NamedMethod):
     """A method that reads the teacher, of which a part may be trained."""
 
     own_adapter: ClassVar[type[AdapterFactory] | None] = None
-
     teacher_adapter: AdapterName | None = None
     """Trainable part of the teacher, in place of the method's own."""
 

@@ -20,7 +20,6 @@ class MiniLLM(AdaptedMethod):
     """The policy gradient of reverse KL on responses sampled from (1 - α) q + α p."""
 
     name = "minillm"
-
     teacher_mix: float = option(0.2, at_least=0, at_most=1)
     """The teacher's share α of the distribution that is sampled from."""
     importance: Literal["token", "product", "none"] = "token"

@@ -60,7 +60,6 @@ class OnlineTeacher(TeacherAdapter):
 @dataclass(frozen=True, kw_only=True)
 class OnlineFactory(AdapterFactory):
     adapter_class = OnlineTeacher
-
     adapter_rank: int = option(16, at_least=1)
     """Rank of a LoRA teacher adapter, or of the online module."""
 

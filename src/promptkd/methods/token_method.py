@@ -69,7 +69,6 @@ class TokenMethod(AdaptedMethod):
     """A method with an objective per token, for which another may be chosen."""
 
     own_objective: ClassVar[ObjectiveName]
-
     objective: ObjectiveName | None = None
     """Another token objective than the method's own."""
     cross_entropy_share: float = option(0.0, at_least=0, at_most=1)
@@ -102,7 +101,6 @@ class MixedMethod(TokenMethod):
     """A token method on responses of student and data."""
 
     own_share: ClassVar[float]
-
     student_share: float | None = option(None, at_least=0, at_most=1)
     """Share of the responses that the student writes; by default the method's own."""
 

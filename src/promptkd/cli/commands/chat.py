@@ -16,8 +16,8 @@ from rich.text import Text
 
 from promptkd.cli.inference_run import InferenceRun, sampling
 from promptkd.cli.options.chat import Options
+from promptkd.cli.outputs import label_of
 from promptkd.cli.parsing.values import LARGEST_INTEGER
-from promptkd.cli.provenance import label_of
 from promptkd.cli.terminal import say
 from promptkd.errors import RequestError
 from promptkd.generation import Decoding
@@ -63,14 +63,11 @@ def run(options: Options, training: dict[str, Any]) -> None:
 
 
 class _Session:
-    """The models, how they decode, and where their answers go."""
-
     def __init__(self, conversations: dict[str, Conversation], decoding: Decoding, console: Console):
         self.conversations, self.decoding, self.console = conversations, decoding, console
         self.turn = 0
 
     def talk(self) -> None:
-        """Read requests from the terminal until /exit or Ctrl-D."""
         memory = "Each model reads the whole conversation, with its own answers."
         if alone := ", ".join(label for label, each in self.conversations.items() if not each.remembers):
             memory = f"Each request stands alone for {alone}: the template takes no conversation."
@@ -108,7 +105,6 @@ class _Session:
         return True
 
     def ask(self, request: str) -> None:
-        """Have every model answer."""
         writings = []
         for label, conversation in self.conversations.items():
             try:
@@ -135,7 +131,6 @@ def _piped_lines() -> Iterator[str]:
 
 
 def _typed_lines() -> Iterator[str]:
-    """Lines from the terminal, with editing and a history by the arrow keys."""
     import readline  # noqa: F401  its import is what gives `input` both
 
     while True:

@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from promptkd.cli.options.compare import Options
-from promptkd.cli.outputs import check_output
+from promptkd.cli.outputs import check_output, label_of
 from promptkd.cli.parsing.parser import merged_config
-from promptkd.cli.provenance import label_of
 from promptkd.cli.terminal import say
 from promptkd.errors import RequestError
 from promptkd.evaluation.comparison import compare

@@ -84,7 +84,6 @@ def _distill(options: Options, job: TrainingRun, args: DistillConfig, method: Me
 
 
 def _forecast(trainer: Any, trial: Trial) -> str:
-    """What the run will need: its sizes and steps, and the memory and time that the trial took, by phase."""
     student, teacher = trainer.accelerator.unwrap_model(trainer.model), trainer.teacher.model
     args, (trained, _) = trainer.args, trainer.trainable_share()
     window = args.per_device_train_batch_size * args.gradient_accumulation_steps * trainer.accelerator.num_processes

@@ -8,9 +8,8 @@ from typing import Any
 
 from promptkd.cli.inference_run import InferenceRun, sampling
 from promptkd.cli.options.evaluate import Options
-from promptkd.cli.outputs import check_output
+from promptkd.cli.outputs import check_output, data_record, label_of, say_rows, training_cost
 from promptkd.cli.parsing.parser import merged_config
-from promptkd.cli.provenance import data_record, label_of, say_rows, training_cost
 from promptkd.cli.terminal import progress_lines, say
 from promptkd.errors import RequestError
 from promptkd.evaluation.dataset_evaluation import SetEvaluation, parts_of
@@ -22,11 +21,6 @@ from promptkd.models import check_same_vocabulary, model_record
 from promptkd.report import terminal_table
 from promptkd.results import Results
 
-_ANSWERS_DEPEND_ON = (
-    *("temperature", "top_p", "top_k", "limit", "template"),
-    *("max_prompt_length", "max_completion_length", "max_reference_length"),
-)
-
 
 def run(options: Options, training: dict[str, Any]) -> None:
     check(options)
@@ -35,18 +29,17 @@ def run(options: Options, training: dict[str, Any]) -> None:
 
 
 def check(options: Options) -> None:
-    """Refuse what is wrong by itself, before anything is loaded."""
-    check_output(options.out, overwrite=options.overwrite or _settings_file(options.out).exists())
+    begun = options.out.with_name(f"{options.out.stem}-settings.json").exists()
+    check_output(options.out, overwrite=options.overwrite or begun)
     if options.teacher_dtype is not None and options.teacher is None:
         raise RequestError("--teacher-dtype is of a --teacher. Give one, or leave it out.")
     if not options.seeds:
         raise RequestError("Expected at least one seed. Got none; --temperature 0 decodes greedily alone.")
     if options.temperature == 0 and not options.greedy:
         raise RequestError("--temperature 0 gives greedy answers alone and --no-greedy leaves them out. Give one.")
-    if len(set(options.seeds)) < len(options.seeds):
-        raise RequestError(f"Each seed must be given once. Got --seeds {' '.join(map(str, options.seeds))}.")
-    if len(set(options.data)) < len(options.data):
-        raise RequestError(f"Each data set must be given once. Got --data {' '.join(options.data)}.")
+    for what, flag, given in (("seed", "--seeds", options.seeds), ("data set", "--data", options.data)):
+        if len(set(given)) < len(given):
+            raise RequestError(f"Each {what} must be given once. Got {flag} {' '.join(map(str, given))}.")
     if len({_file(options.out, label_of(path, options.data), "") for path in options.data}) < len(options.data):
         alike = f"Got --data {' '.join(options.data)}, of which two names are alike but for punctuation"
         raise RequestError(f"The answers of each data set need a file of their own. {alike}; rename a file.")
@@ -98,7 +91,9 @@ def _evaluate(options: Options) -> None:
 
 def _settle(options: Options, results: Results, decoding: Decoding, job: InferenceRun) -> None:
     """Make sure that answers which are there already were made as this command would make them."""
-    settings = {f"--{name.replace('_', '-')}": results.config[name] for name in _ANSWERS_DEPEND_ON}
+    lengths = ("max_prompt_length", "max_completion_length", "max_reference_length")
+    names = ("temperature", "top_p", "top_k", "limit", "template", *lengths)
+    settings = {f"--{name.replace('_', '-')}": results.config[name] for name in names}
     roles = ("model", "teacher")
     settings |= {role: each.sha256 or each.path for role, each in zip(roles, results.models.values(), strict=False)}
     settings |= {f"data {name}": each.sha256 or each.path for name, each in results.data.items()}
@@ -108,12 +103,9 @@ def _settle(options: Options, results: Results, decoding: Decoding, job: Inferen
     settings["ids that end an answer"] = list(decoding.stop_ids)
     parts = parts_of(decoding, options.seeds, greedy=options.greedy, teacher=options.teacher is not None)
     files = [_file(options.out, name, part) for name in results.data for part in parts]
-    if held := settle_settings(_settings_file(options.out), settings, files, overwrite=options.overwrite):
+    place = options.out.with_name(f"{options.out.stem}-settings.json")
+    if held := settle_settings(place, settings, files, overwrite=options.overwrite):
         say(f"Resuming from {len(held)} of {len(files)} files of answers and losses.")
-
-
-def _settings_file(out: Path) -> Path:
-    return out.with_name(f"{out.stem}-settings.json")
 
 
 def _file(out: Path, data: str, part: str) -> Path:

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 
 from promptkd.cli.options.export import Options
-from promptkd.cli.outputs import check_output, check_writable, refuse_foreign
-from promptkd.cli.provenance import label_of
+from promptkd.cli.outputs import check_output, check_writable, label_of, refuse_foreign
 from promptkd.cli.terminal import quiet_libraries, say
 from promptkd.errors import RequestError, writing
 from promptkd.io.atomic import atomic
@@ -37,15 +36,13 @@ def run(options: Options, training: dict[str, Any]) -> None:
     files = [each for each in options.out.rglob("*") if each.is_file()] or [options.out]
     size = sum(each.stat().st_size for each in files) / 1e6
     say(f"{options.out}: {count_parameters(model):,} parameters in {options.dtype}, {size:,.1f} MB, {seconds:.1f} s.")
-    say(
-        f"Read back, the logits of {found.tokens} tokens differ from the model's by at most {found.difference:.1g} "
-        f"(limit {found.limit:.1g}), and {found.texts} texts are cut into the same tokens."
-    )
+    apart = f"by at most {found.difference:.1g} (limit {found.limit:.1g})"
+    same = f"{found.texts} texts are cut into the same tokens"
+    say(f"Read back, the logits of {found.tokens} tokens differ from the model's {apart}, and {same}.")
     if found.rounding > 0:
-        say(
-            f"Storing the weights in {options.dtype} moved a logit by at most {found.rounding:.1g} and left "
-            f"{found.same_choices} of {found.tokens} most probable next tokens as they were."
-        )
+        moved = f"Storing the weights in {options.dtype} moved a logit by at most {found.rounding:.1g}"
+        kept = f"{found.same_choices} of {found.tokens} most probable next tokens as they were"
+        say(f"{moved} and left {kept}.")
 
 
 def _check(options: Options) -> None:

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from promptkd.cli.inference_run import InferenceRun
 from promptkd.cli.options.exposure_bias import Options
-from promptkd.cli.outputs import check_output
+from promptkd.cli.outputs import check_output, data_record, label_of
 from promptkd.cli.parsing.parser import merged_config
-from promptkd.cli.provenance import data_record, label_of
 from promptkd.cli.terminal import progress_lines, say
 from promptkd.data import EncodedData
 from promptkd.errors import RequestError
@@ -39,8 +38,6 @@ def run(options: Options, training: dict[str, Any]) -> None:
 
 
 class _ExposureRun(InferenceRun):
-    """What all students are measured with, and the record of it."""
-
     def __init__(self, options: Options):
         super().__init__(options)
         self.students, soft_prompt, path = _students(options), None, options.prompt
@@ -49,14 +46,20 @@ class _ExposureRun(InferenceRun):
         self.tokenizer, data = _requests(self)
         self.rows, self.prompts = data.examples, [row.prompt_ids for row in data.examples]
         self.teacher = self.load_teacher(options.teacher)
-        self.prompt = None if soft_prompt is None else _placed(soft_prompt, self.teacher, path)
+        self.prompt: Tensor | None = None
+        if soft_prompt is not None:
+            weight = self.teacher.get_input_embeddings().weight
+            self.prompt = soft_prompt().detach().to(weight.device)
+            if self.prompt.shape[1] != weight.shape[1]:
+                widths = f"{self.prompt.shape[1]} numbers, the teacher's embeddings have {weight.shape[1]}"
+                advice = "Give the teacher that it was tuned before."
+                raise RequestError(f"The soft prompt in {path} has vectors of {widths}. {advice}")
         self.settle_precision()
         self.results = Results(kind="exposure-bias", config=merged_config(options, {}), notes=self.precision_notes())
         self.results.models[f"teacher {label_of(options.teacher)}"] = model_record(options.teacher, self.teacher)
         self.results.data[label_of(options.data)] = data_record(options.data, len(self.rows), data.dropped)
 
     def sample(self, title: str, model: Any, prompt: Tensor | None = None) -> list[list[list[int]]]:
-        """The model's continuations of every request."""
         draws, started = self.options.samples_per_row, time.perf_counter()
         tell = partial(progress_lines(f"Sampling {title}", len(self.rows) * draws), "continuations")
         decoding, rows = self.decoding(self.tokenizer, model, seed=self.options.seed), [row.row for row in self.rows]
@@ -68,7 +71,6 @@ class _ExposureRun(InferenceRun):
         return samples
 
     def measure(self, label: str, path: str, teacher_samples: list[list[list[int]]]) -> ExposureBias:
-        """One student, loaded for as long as this takes."""
         options, results, student = self.options, self.results, self.load_model(path)
         results.models[label] = model_record(path, student)
         samples, started = self.sample(label, student), time.perf_counter()
@@ -149,12 +151,3 @@ def _requests(job: InferenceRun) -> tuple[Any, EncodedData]:
             advice = "Give a --template, or measure them one by one."
             raise RequestError(f"The students must read the same requests: {differing}. {advice}")
     return tokenizers[0], first
-
-
-def _placed(soft_prompt: SoftPrompt, teacher: Any, path: Path | None) -> Tensor:
-    weight = teacher.get_input_embeddings().weight
-    vectors = soft_prompt().detach().to(weight.device)
-    if vectors.shape[1] != weight.shape[1]:
-        sizes = f"has vectors of {vectors.shape[1]} numbers, the teacher's embeddings have {weight.shape[1]}"
-        raise RequestError(f"The soft prompt in {path} {sizes}. Give the teacher that it was tuned before.")
-    return vectors

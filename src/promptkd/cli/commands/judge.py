@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from promptkd.cli.options.judge import Options
-from promptkd.cli.outputs import check_writable
+from promptkd.cli.outputs import check_writable, data_record, label_of
 from promptkd.cli.parsing.parser import merged_config
-from promptkd.cli.provenance import data_record, label_of
 from promptkd.cli.terminal import say
 from promptkd.cli.verdict_requests import ask_missing, cost_sentence
 from promptkd.errors import RequestError, check_all

@@ -20,14 +20,14 @@ from promptkd.results import Metric, Results
 
 def run(options: Options, training: dict[str, Any]) -> None:
     _check(options)
-    job, rows = InferenceRun(options), list[EncodedExample]()
-    tokenizer = job.load_tokenizer(options.model)
+    job = InferenceRun(options)
+    tokenizer, rows = job.load_tokenizer(options.model), []
     if not options.keep and options.choose == "influence" and options.data is not None:
         data = job.read_rows(options.data, tokenizer, options.rows * 4, options.max_completion_length)
         rows = data.examples[: options.rows]
         job.settle_precision()
     teacher = job.load_model(options.model)
-    kept, influence = _choose(options, job, teacher, rows)
+    kept, influence = _choose(job, teacher, rows)
     student = prune_layers(teacher, kept)
     check_scoring(student)
     before, after = count_parameters(teacher), count_parameters(student)
@@ -69,11 +69,9 @@ def _check(options: Options) -> None:
     refuse_foreign(out, sorted(held - own), "a student that `prune` made", ", which it did not write")
 
 
-def _choose(
-    options: Options, job: InferenceRun, teacher: Any, rows: list[EncodedExample]
-) -> tuple[list[int], list[float]]:
+def _choose(job: InferenceRun, teacher: Any, rows: list[EncodedExample]) -> tuple[list[int], list[float]]:
     """The layers to keep, and every layer's influence where they were chosen by it."""
-    total = len(decoder_layers(teacher)[1])
+    options, total = job.options, len(decoder_layers(teacher)[1])
     if options.layers is None:
         return options.keep, []
     if options.choose == "even":
