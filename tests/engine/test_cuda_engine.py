@@ -22,7 +22,7 @@ from promptkd.engine.backbone import model_matmul_dtype
 from promptkd.engine.chunked_loss import chunked_cross_entropy
 from promptkd.engine.cuda import ENGINE, attention, decoding, head
 from promptkd.engine.reference import DynamicCacheDecoder, PaddedScorer
-from promptkd.engine.verify import first_verified
+from promptkd.engine.resolve import first_verified
 from promptkd.generation import SamplingParams, generate
 from promptkd.objectives import reverse_kl
 from promptkd.objectives.kernels import PLAIN_KERNELS
@@ -413,7 +413,7 @@ def test_only_matrices_are_copied_where_layers_are_the_models_own():
     model = tiny_model("gpt2")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         decoded(ROWS, model)
-    copied = ROWS._buffers[model].backbone._backbone
+    copied = ROWS._buffers[model].backbone.args[0]
     assert copied.wte.weight is model.transformer.wte.weight
     assert copied.h[0].ln_1.weight is model.transformer.h[0].ln_1.weight
     assert copied.h[0].mlp.c_fc.weight.dtype == torch.bfloat16

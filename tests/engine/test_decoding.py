@@ -8,8 +8,9 @@ from peft import LoraConfig, get_peft_model
 
 from helpers.tiny import ARCHITECTURES, VOCABULARY, tiny_model
 from promptkd.engine import decoding, first_verified, head_logits
-from promptkd.engine.cpu import ENGINE, onednn
-from promptkd.engine.cpu.onednn import OneDNNLinear, onednn_linears, onednn_multiplies
+from promptkd.engine.cpu import ENGINE
+from promptkd.engine.cpu import decoding as onednn
+from promptkd.engine.cpu.decoding import OneDNNLinear, onednn_linears, onednn_multiplies
 from promptkd.engine.fused_decoder import FusedDecoder, supports_fused_decoder
 from promptkd.engine.packed import supports_packing
 from promptkd.generation import SamplingParams, generate

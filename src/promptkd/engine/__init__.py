@@ -13,8 +13,7 @@ from promptkd.engine.backbone import applies_dropout, disable_dropout, embedding
 from promptkd.engine.base import DecodeSession, Engine, SessionFactory
 from promptkd.engine.chunked_loss import ChunkedLoss, chunked_cross_entropy, chunked_objective, chunked_prompt_loss
 from promptkd.engine.heads import Head, head_logits, head_size, linear_head
-from promptkd.engine.resolve import engine_for
-from promptkd.engine.verify import check_scoring, first_verified
+from promptkd.engine.resolve import check_scoring, engine_for, first_verified
 
 __all__ = [
     "ChunkedLoss",

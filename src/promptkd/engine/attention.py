@@ -6,11 +6,11 @@ has none. Left on after the pass, it would let rows see padding and each other.
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import dropout
 from transformers import AttentionInterface, PreTrainedModel
 
@@ -33,6 +33,7 @@ Attention = Callable[[Any, Tensor, Tensor, Tensor, AttentionSettings], Tensor]
 returns (B, T, heads, D)."""
 
 _NAME = "promptkd"
+_SETTINGS = [each.name for each in fields(AttentionSettings)]
 _in_use: list[Attention] = []  # of the forward passes under way, the innermost last
 
 
@@ -55,23 +56,14 @@ def reuse_attention(model: PreTrainedModel) -> AbstractContextManager[None]:
 
 
 def _attend(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **others: Any,
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
 ) -> tuple[Tensor, None]:
     if not _in_use:
         raise RuntimeError("promptkd's attention was called outside of a forward pass by promptkd.")
-    if others.get("s_aux") is not None:
+    if settings.get("s_aux") is not None:
         raise NotImplementedError("attention sinks")
-    settings = AttentionSettings(scaling, dropout, sliding_window, softcap)
-    return _in_use[-1](module, query, key, value, settings), None
+    known = AttentionSettings(**{name: settings[name] for name in _SETTINGS if name in settings})
+    return _in_use[-1](module, query, key, value, known), None
 
 
 AttentionInterface.register(_NAME, _attend)
@@ -89,7 +81,7 @@ def softcapped_attention(
     """
     assert settings.softcap is not None
     groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    key, value = (each.repeat_interleave(groups, dim=1) for each in (key, value))
     scores = torch.tanh(query @ key.transpose(2, 3) * settings.scale(query) / settings.softcap) * settings.softcap
     wide = torch.promote_types(torch.float32, query.dtype)
     weights = scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=wide).to(query.dtype)

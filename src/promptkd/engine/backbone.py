@@ -1,13 +1,21 @@
-"""The transformers model inside its wrappers: its device, its precision, and its training or evaluation mode."""
+"""The transformers model inside its wrappers: its device, its precision, its mode, and activation recomputation.
+
+transformers' own recomputation (gradient checkpointing) works only in training mode and for a whole run. A frozen
+teacher stays in evaluation mode, and only one of its passes has a backward.
+"""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from promptkd.engine.attention import reuse_attention
 from promptkd.errors import RequestError
 
 
@@ -73,3 +81,45 @@ def _dropout_rates(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
             named = "dropout" in name or name == "layerdrop" or (name == "p" and isinstance(module, nn.Dropout))
             if named and isinstance(value, float | int) and not isinstance(value, bool):
                 yield module, name
+
+
+def recomputable_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
+    """The layers that `recomputed_layers` recomputes. Raises `RequestError` if the model's class marks none."""
+    inner = unwrap_peft(model)
+    layers = [module for module in inner.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise RequestError(
+            f"{type(inner).__name__} marks no layers whose activations could be computed again. "
+            "Leave --teacher_gradient_checkpointing out."
+        )
+    return layers
+
+
+@contextmanager
+def recomputed_layers(model: nn.Module) -> Iterator[None]:
+    """Passes that start within this context keep only the input of each layer; backward recomputes the rest.
+
+    Exact as long as weights and random numbers do not change in between: meant for a model in evaluation mode. Backward
+    may run after the context has been left.
+    """
+    inner, layers = unwrap_peft(model), recomputable_layers(model)
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        # of the pass, and of its recomputation, which must find the attention of a packed pass again
+        return nullcontext(), reuse_attention(inner)
+
+    for layer in layers:  # in the instance, where it is found before the class's method
+        vars(layer)["forward"] = partial(
+            checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
+        )
+    try:
+        yield
+    finally:
+        for layer in layers:
+            vars(layer).pop("forward", None)
+
+
+def is_recomputed(layer: nn.Module) -> bool:
+    """Whether `recomputed_layers` is in effect for a layer; fused layers, which never call its forward, ask this."""
+    forward = vars(layer).get("forward")
+    return isinstance(forward, partial) and forward.func is checkpoint

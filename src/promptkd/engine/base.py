@@ -7,7 +7,7 @@ first and the plain reference last:
 - a `Decoder` generates token by token. It opens sessions: `prefill` reads the prompts, `decode` appends one token to
   each row, `select` keeps some of the rows.
 
-The first implementation that supports a model and agrees with the reference in a trial (`verify.py`) runs it. From
+The first implementation that supports a model and agrees with the reference in a trial (`resolve.py`) runs it. From
 hidden states to logits (the projection by the model's head) and to losses is the job of `Engine.head` (`heads.py`).
 
 Shapes: B rows of T tokens in a batch; N response tokens; R rows of a session; n vectors of a soft prompt; H the width
@@ -26,15 +26,21 @@ from promptkd.data.batch import TokenBatch
 from promptkd.engine.heads import HeadBackend
 
 
-class Scorer(ABC):
-    """Runs complete rows through a model."""
+class Implementation(ABC):
+    """One way to run a model."""
 
     name: str
 
     @abstractmethod
     def supports(self, model: PreTrainedModel) -> bool:
-        """Whether this scorer can run the model in its current mode and precision, as far as its class and settings
-        tell. Called before every pass, so it must be cheap."""
+        """Whether it can run the model in its current mode and precision, as far as class and settings tell.
+
+        Called before every pass, so it must be cheap.
+        """
+
+
+class Scorer(Implementation):
+    """Runs complete rows through a model."""
 
     @abstractmethod
     def hidden(self, model: PreTrainedModel, batch: TokenBatch, prompt: Tensor | None) -> Tensor:
@@ -71,23 +77,12 @@ SessionFactory = Callable[[int], AbstractContextManager[DecodeSession]]
 """Takes `max_new_tokens`, the most tokens that a row may get, and opens a session."""
 
 
-class Decoder(ABC):
+class Decoder(Implementation):
     """Decodes with a model, token by token."""
-
-    name: str
-
-    @abstractmethod
-    def supports(self, model: PreTrainedModel) -> bool:
-        """See `Scorer.supports`."""
 
     @abstractmethod
     def open(self, model: PreTrainedModel, rows: int, vocabulary: int | None) -> AbstractContextManager[SessionFactory]:
-        """Prepare the model's current weights for decoding. They must not change while the context is open.
-
-        Args:
-            rows: the most rows of a session.
-            vocabulary: how many tokens to return logits for, from id 0 on; None for all.
-        """
+        """See `promptkd.engine.decoding`."""
 
     def forget(self, model: PreTrainedModel) -> None:
         """Release what is kept for the model between calls, since this decoder will not run it."""

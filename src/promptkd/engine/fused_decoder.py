@@ -6,75 +6,46 @@ Here, matrices that read the same input are joined into one, and everything else
 
 from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, rms_norm
 from transformers import PreTrainedModel
 
-from promptkd.engine.fused_layers import head_norms, supports_fused_forward
-from promptkd.engine.fused_ops import rotate, rotation, swiglu
-from promptkd.engine.static_cache import CachedAttention
+from promptkd.engine.fused_layers import head_norms, rotate, rotation, supports_fused_forward, swiglu
+from promptkd.engine.static_cache import CachedAttention, outside_inference_mode
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-class JoinedLinear(Protocol):
-    """Linear layers that read the same input, as one layer."""
-
-    def __call__(self, inputs: Tensor, plus: Tensor | None = None) -> Tensor:
-        """The outputs side by side, (…, all outputs), added to `plus` of the same shape, in the precision of `plus`."""
-
-
-def outside_inference_mode(method: Callable[P, R]) -> Callable[P, R]:
-    """For methods whose tensors outlive the call: those made in inference mode cannot be overwritten outside of it."""
-    return torch.inference_mode(False)(torch.no_grad()(method))
+JoinedLinear = Callable[[Tensor, Tensor | None], Tensor]
+"""Linear layers that read the same input, as one. Takes the input and what to add, or None; returns the outputs side by
+side, (…, all outputs), in the precision of what is added."""
 
 
 class CastLinear:
-    """A `JoinedLinear` with a copy of the weights in another precision, which `refill` updates in place."""
+    """A `JoinedLinear` with a copy of the weights (all with a bias or all without one) in another precision."""
 
     @outside_inference_mode
     def __init__(self, layers: Sequence[nn.Linear], dtype: torch.dtype):
-        self._layers, self._sizes = layers, [layer.out_features for layer in layers]
-        weight, bias = layers[0].weight, layers[0].bias
-        self._weight = weight.new_empty(sum(self._sizes), weight.shape[1], dtype=dtype)
-        self._bias = None if bias is None else bias.new_empty(sum(self._sizes), dtype=dtype)
-        self.refill()
+        weights, biases = [each.weight for each in layers], [each.bias for each in layers if each.bias is not None]
+        self.weight = torch.cat(weights).to(dtype)
+        self.bias = torch.cat(biases).to(dtype) if biases else None
+        sizes = [each.out_features for each in layers]
+        self.copies = list(zip(self.weight.split(sizes), weights, strict=True))  # with what each is a copy of
+        if self.bias is not None:
+            self.copies += zip(self.bias.split(sizes), biases, strict=True)
 
-    @outside_inference_mode
-    def refill(self) -> None:
-        """Copy the layers' current weights."""
-        for part, layer in zip(self._weight.split(self._sizes), self._layers, strict=True):
-            part.copy_(layer.weight)
-        if self._bias is not None:
-            for part, layer in zip(self._bias.split(self._sizes), self._layers, strict=True):
-                part.copy_(layer.bias)
-
-    def __call__(self, inputs: Tensor, plus: Tensor | None = None) -> Tensor:
-        outputs = linear(inputs.to(self._weight.dtype), self._weight, self._bias)
+    def __call__(self, inputs: Tensor, plus: Tensor | None) -> Tensor:
+        outputs = linear(inputs.to(self.weight.dtype), self.weight, self.bias)
         return outputs if plus is None else plus + outputs
-
-
-class _Layer(NamedTuple):
-    norm: nn.Module
-    query_key_value: JoinedLinear
-    head_norms: list[nn.Module]
-    output: JoinedLinear
-    middle_norm: nn.Module
-    gate_up: JoinedLinear
-    down: JoinedLinear
 
 
 def supports_fused_decoder(model: PreTrainedModel) -> bool:
     """Whether the model has fused layers, and those to be joined are plain and have all a bias or none."""
     if not supports_fused_forward(model):
         return False
-    linears = [_linears(layer) for layer in model.base_model.layers]
-    return all(type(each) is nn.Linear for each in chain(*linears)) and all(
-        _biases_agree(query, key, value) and _biases_agree(gate, up) for query, key, value, _, gate, up, _ in linears
+    groups = [group for layer in model.base_model.layers for group in _groups(layer)]
+    return all(type(each) is nn.Linear for each in chain(*groups)) and all(
+        len({each.bias is None for each in group}) == 1 for group in groups
     )
 
 
@@ -90,52 +61,40 @@ class FusedDecoder:
         self._embed, self._norm, self._rotary = backbone.embed_tokens, backbone.norm, backbone.rotary_emb
         self._head_size: int = attention.head_dim
         self._queries = attention.q_proj.out_features // self._head_size
-        self._keys = attention.k_proj.out_features // self._head_size
-        self._layers = []
-        for layer in backbone.layers:
-            query, key, value, output, gate, up, down = _linears(layer)
-            self._layers.append(
-                _Layer(
-                    norm=layer.input_layernorm,
-                    query_key_value=join([query, key, value]),
-                    head_norms=head_norms(layer.self_attn),
-                    output=join([output]),
-                    middle_norm=layer.post_attention_layernorm,
-                    gate_up=join([gate, up]),
-                    down=join([down]),
-                )
-            )
+        self._rotated = self._queries + attention.k_proj.out_features // self._head_size
+        self._norms = [
+            (layer.input_layernorm, head_norms(layer.self_attn), layer.post_attention_layernorm)
+            for layer in backbone.layers
+        ]
+        self._linears = [[join(group) for group in _groups(layer)] for layer in backbone.layers]
 
     def __call__(self, tokens: Tensor, positions: Tensor, attend: CachedAttention) -> Tensor:
         """Hidden states (R, H) of `tokens` (R,) at `positions` (R,) of their rows."""
-        rows = len(tokens)
+        rows, queries, rotated = len(tokens), self._queries, self._rotated
         hidden = self._embed(tokens)  # (R, H)
         cosines, sines = (each[:, 0] for each in rotation(self._rotary, hidden, positions[:, None]))  # (R, 1, D)
-        rotated = self._queries + self._keys
-        for index, layer in enumerate(self._layers):
-            projected = layer.query_key_value(_rms_norm(layer.norm, hidden))
+        for index, (norms, linears) in enumerate(zip(self._norms, self._linears, strict=True)):
+            (norm, of_heads, middle_norm), (query_key_value, output, gate_up, down) = norms, linears
+            projected = query_key_value(_rms_norm(norm, hidden), None)
             projected = projected.view(rows, -1, self._head_size)  # (R, heads, D): queries, keys and values
             heads = projected[:, :rotated]
-            if layer.head_norms:
-                parts = projected[:, : self._queries], projected[:, self._queries : rotated]
-                heads = torch.cat([_rms_norm(*each) for each in zip(layer.head_norms, parts, strict=True)], 1)
+            if of_heads:
+                parts = heads[:, :queries], heads[:, queries:]
+                heads = torch.cat([_rms_norm(*each) for each in zip(of_heads, parts, strict=True)], 1)
             heads = rotate(heads, cosines, sines)
-            query, key, value = heads[:, : self._queries], heads[:, self._queries :], projected[:, rotated:]
+            query, key, value = heads[:, :queries], heads[:, queries:], projected[:, rotated:]
             attended = attend(index, query[:, :, None], key[:, :, None], value[:, :, None])
-            hidden = layer.output(attended.reshape(rows, -1), plus=hidden)
-            gate, up = layer.gate_up(_rms_norm(layer.middle_norm, hidden)).chunk(2, -1)
-            hidden = layer.down(swiglu(gate, up), plus=hidden)
+            hidden = output(attended.reshape(rows, -1), hidden)
+            gate, up = gate_up(_rms_norm(middle_norm, hidden), None).chunk(2, -1)
+            hidden = down(swiglu(gate, up), hidden)
         return _rms_norm(self._norm, hidden)
 
 
-def _linears(layer: Any) -> list[nn.Linear]:
+def _groups(layer: Any) -> list[list[nn.Linear]]:
+    """The linear layers of a layer; those that read the same input together."""
     attention, mlp = layer.self_attn, layer.mlp
-    projections = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
-    return [*projections, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-
-
-def _biases_agree(*linears: nn.Linear) -> bool:
-    return len({each.bias is None for each in linears}) == 1
+    joined = [attention.q_proj, attention.k_proj, attention.v_proj]
+    return [joined, [attention.o_proj], [mlp.gate_proj, mlp.up_proj], [mlp.down_proj]]
 
 
 def _rms_norm(norm: nn.Module, inputs: Tensor) -> Tensor:

@@ -29,7 +29,6 @@ class Head:
 
     @property
     def vocabulary_size(self) -> int:
-        """V"""
         return self.weight.shape[0] if self.columns is None else self.columns
 
     @property
@@ -63,12 +62,11 @@ class Head:
 
 
 class Projection:
-    """One head, ready for matrix products in float32 or wider: the plain form, for which engines have faster ones.
+    """A head with its current weights, ready for matrix products in float32 or wider: in the plain form here.
 
     Call it with autocast off, else torch rounds the results.
 
     Args:
-        head: its weights are read when this is made.
         dtype: the precision of products around; factors may be rounded to it, sums never.
     """
 
@@ -98,19 +96,16 @@ class Projection:
 class HeadBackend:
     """How an engine computes with heads: in the plain form here."""
 
-    chunk: int = 256  # tokens whose logits are held at a time
+    chunk = 256  # tokens whose logits are held at a time
+    block: int | None = None  # logits that a divergence takes at a time; None for a chunk's
 
     def kernels(self, dtype: torch.dtype) -> Kernels:
         """Divergences with their gradients, for logits of this precision."""
         return PLAIN_KERNELS
 
-    def projection(self, head: Head, dtype: torch.dtype, *, reuse: bool = False) -> Projection:
-        """The head with its current weights; with `reuse`, each call of `logits` may overwrite the last result."""
+    def projection(self, head: Head, dtype: torch.dtype) -> Projection:
+        """See `Projection`."""
         return Projection(head, dtype)
-
-    def block_rows(self, vocabulary: int) -> int | None:
-        """Tokens that a divergence takes at a time; None for a chunk at once."""
-        return None
 
 
 def head_logits(model: nn.Module, hidden: Tensor, *, vocabulary: int | None = None) -> Tensor:

@@ -8,8 +8,9 @@ of its contents at every step.)
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
+import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
@@ -18,7 +19,10 @@ from promptkd.data.batch import on_device
 from promptkd.engine.attention import AttentionSettings, softcapped_attention, use_attention
 from promptkd.engine.backbone import embedding_device
 from promptkd.engine.base import DecodeSession
-from promptkd.engine.packed import PackedRows, PackedScorer, pack_inputs
+from promptkd.engine.packed import PackedScorer, pack_inputs
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 CachedAttention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """Takes the index of a layer, its query (R, heads, 1, D), key and value (R, key-value heads, 1, D), and returns
@@ -26,6 +30,11 @@ CachedAttention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 DecodeBackbone = Callable[[Tensor, Tensor, CachedAttention], Tensor]
 """Takes tokens (R,), their positions (R,) and the attention of every layer, and returns hidden states (R, H)."""
+
+
+def outside_inference_mode(method: Callable[P, R]) -> Callable[P, R]:
+    """For methods whose tensors outlive the call: those made in inference mode cannot be overwritten outside of it."""
+    return torch.inference_mode(False)(torch.no_grad()(method))
 
 
 @dataclass
@@ -38,14 +47,19 @@ class LayerCache:
 
 
 class StaticCacheSession(DecodeSession):
-    """Rows of one model. Each kind of device has its own way to count columns and to mask them.
+    """Rows of one model. Each kind of device allocates and masks columns in its own way.
 
     Args:
         model: in evaluation mode.
         packed: packs the prompts.
         backbone: the layers for one token per row.
         project: hidden states (R, H) to logits (R, V).
+        max_new_tokens: most tokens that may follow a prompt.
     """
+
+    layers: dict[int, LayerCache]
+    positions: Tensor  # of each row's next token, in the first R places
+    first: Tensor  # the column of each row's first token, in the first R places
 
     def __init__(
         self,
@@ -53,33 +67,56 @@ class StaticCacheSession(DecodeSession):
         packed: PackedScorer,
         backbone: DecodeBackbone,
         project: Callable[[Tensor], Tensor],
+        max_new_tokens: int,
     ):
         self.model, self.packed, self.backbone, self.project = model, packed, backbone, project
-        self.layers: dict[int, LayerCache] = {}
+        self.max_new_tokens, self.device = max_new_tokens, embedding_device(model)
+        self.rows = self.width = 0  # rows, and filled columns
 
     def prefill(self, prompts: Sequence[Sequence[int]], soft_prompt: Tensor | None = None) -> Tensor:
         before = 0 if soft_prompt is None else soft_prompt.shape[0]
+        self.rows = len(prompts)
         self.allocate([before + len(ids) for ids in prompts])
         pack, inputs = pack_inputs(self.model, prompts, soft_prompt, share=self.packed.shares_prefixes(self.model))
-        attention = self.packed.attention(pack, embedding_device(self.model))
+        rows = [row for row, indices in enumerate(pack.row_indices) for _ in indices]
+        columns = [self.width - place for indices in pack.row_indices for place in range(len(indices), 0, -1)]
+        tokens = [index for indices in pack.row_indices for index in indices]
+        places = on_device([rows, columns, tokens], self.device)
+        attention = self.packed.attention(pack, self.device)
 
-        def store_and_attend(
-            module: Any, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings
-        ) -> Tensor:
-            self.store(int(module.layer_idx), pack, key, value, settings)
+        def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
+            self._store(self.layer(int(module.layer_idx), key, value, settings), places, key, value)
             return attention(module, query, key, value, settings)
 
-        with use_attention(self.model, store_and_attend):
+        with use_attention(self.model, attend):
             hidden = self.model.base_model(use_cache=False, **inputs).last_hidden_state[0]
         return self.project(hidden[on_device([indices[-1] for indices in pack.row_indices], hidden.device)])
 
-    @abstractmethod
-    def allocate(self, lengths: Sequence[int]) -> None:
-        """Make room for prompts of these lengths, soft prompt included."""
+    @outside_inference_mode
+    def _store(self, layer: LayerCache, places: Tensor, key: Tensor, value: Tensor) -> None:
+        """Put keys and values (1, G, S, D) of a pack's tokens into their rows and columns."""
+        rows, columns, tokens = places
+        for cache, states in ((layer.keys, key), (layer.values, value)):
+            cache[rows, :, columns] = states[0].transpose(0, 1)[tokens].to(cache.dtype)
+
+    def select(self, rows: Sequence[int]) -> None:
+        moves = [(place, row) for place, row in enumerate(rows) if place != row]
+        if moves:
+            to, source = on_device(moves, self.device).T
+            for layer in self.layers.values():
+                for each in (layer.keys, layer.values):
+                    each[to, :, : self.width] = each[source, :, : self.width]
+            for numbers in (self.positions, self.first):
+                numbers[to] = numbers[source]
+        self.rows = len(rows)
 
     @abstractmethod
-    def store(self, index: int, pack: PackedRows, key: Tensor, value: Tensor, settings: AttentionSettings) -> None:
-        """Put a pack's keys and values (1, G, S, D) of a layer into its rows."""
+    def allocate(self, lengths: Sequence[int]) -> None:
+        """Set `layers`, `positions`, `first` and `width`, for prompts of these lengths with the soft prompt."""
+
+    @abstractmethod
+    def layer(self, index: int, key: Tensor, value: Tensor, settings: AttentionSettings) -> LayerCache:
+        """The cache of a layer, for keys and values of these widths."""
 
     @abstractmethod
     def attend_to_cache(self, index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

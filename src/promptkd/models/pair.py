@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypedDict, Unpack
+from typing import Literal, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -17,18 +17,11 @@ from promptkd.engine import (
     linear_head,
 )
 from promptkd.objectives import prompt_loss_terms
-from promptkd.objectives.prompt import Direction
+from promptkd.objectives.prompt import Directions
 
 Objective = Callable[[Tensor, Tensor], Tensor]
 """(student_logits, teacher_logits), both (N, V), to N values in nats."""
 Role = Literal["student", "teacher", "plain"]
-
-
-class Directions(TypedDict, total=False):
-    """Of the two KLs of the prompt's loss: with the student, and with the plain teacher."""
-
-    student_direction: Direction
-    plain_direction: Direction
 
 
 @dataclass(frozen=True)

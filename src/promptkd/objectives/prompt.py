@@ -1,6 +1,6 @@
 """The loss that tunes the soft prompt, and the schedule of its regularizer (PromptKD eqs. 2 and 3)."""
 
-from typing import Literal
+from typing import Literal, TypedDict, Unpack
 
 from torch import Tensor
 
@@ -10,14 +10,20 @@ Direction = Literal["reverse", "forward"]
 Schedule = Literal["linear", "constant", "none"]
 
 
+class Directions(TypedDict, total=False):
+    """Of the two KLs of `prompt_loss`, "reverse" by default: with the student, and with the plain teacher."""
+
+    student_direction: Direction
+    plain_direction: Direction
+
+
 def prompt_loss(
     prompted_logits: Tensor,
     student_logits: Tensor,
     plain_logits: Tensor | None,
     *,
     weight: float,
-    student_direction: Direction = "reverse",
-    plain_direction: Direction = "reverse",
+    **directions: Unpack[Directions],
 ) -> Tensor:
     """KL(p_P || q) + λ KL(p_P || p) per token: p_P prompted teacher, q student, p plain teacher, λ = `weight`.
 
@@ -27,6 +33,7 @@ def prompt_loss(
     Args:
         prompted_logits, student_logits, plain_logits: shape (..., V). `plain_logits` may be None when `weight` is 0.
         weight: λ_k of the step, see `regularizer_weight`.
+        directions: `student_direction` and `plain_direction`, "reverse" or "forward".
 
     Returns:
         Shape (...), nats, float32 or wider.
@@ -36,7 +43,6 @@ def prompt_loss(
     """
     if plain_logits is None and weight != 0:
         raise ValueError(f"`plain_logits` may be left out only with a weight of 0. Got {weight}.")
-    directions = {"student_direction": student_direction, "plain_direction": plain_direction}
     to_student, to_plain = prompt_loss_terms(prompted_logits, student_logits, plain_logits, **directions)
     return to_student if to_plain is None or weight == 0 else to_student + weight * to_plain
 
@@ -50,14 +56,12 @@ def prompt_loss_terms(
     plain_direction: Direction = "reverse",
 ) -> tuple[Tensor, Tensor | None]:
     """The two unweighted terms of `prompt_loss`; the second is None without `plain_logits`."""
-    to_student = _directed_kl(prompted_logits, student_logits.detach(), student_direction)
-    if plain_logits is None:
-        return to_student, None
-    return to_student, _directed_kl(prompted_logits, plain_logits.detach(), plain_direction)
+    to_student = _directed_kl(prompted_logits, student_logits, student_direction)
+    return to_student, None if plain_logits is None else _directed_kl(prompted_logits, plain_logits, plain_direction)
 
 
 def _directed_kl(logits: Tensor, target_logits: Tensor, direction: Direction) -> Tensor:
-    log_p, log_target = shared_log_probs(logits, target_logits)
+    log_p, log_target = shared_log_probs(logits, target_logits.detach())
     if direction == "reverse":
         return kl_from_log_probs(log_p, log_target)
     if direction == "forward":
@@ -77,10 +81,7 @@ def regularizer_weight(
     """
     if not 0 <= step < total_steps:
         raise ValueError(f"The step must lie in 0 … {total_steps - 1} (total_steps - 1). Got {step}.")
-    if schedule == "linear":
-        return coefficient * (1 - step / total_steps)
-    if schedule == "constant":
-        return coefficient
-    if schedule == "none":
-        return 0.0
-    raise ValueError(f'The schedule must be "linear", "constant" or "none". Got {schedule!r}.')
+    shares = {"linear": 1 - step / total_steps, "constant": 1.0, "none": 0.0}
+    if schedule not in shares:
+        raise ValueError(f'The schedule must be "linear", "constant" or "none". Got {schedule!r}.')
+    return coefficient * shares[schedule]

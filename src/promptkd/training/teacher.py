@@ -11,7 +11,7 @@ from trl.models.utils import _ForwardRedirection
 
 from promptkd.data.batch import TokenBatch
 from promptkd.engine import embedding_device, engine_for, response_hidden, unwrap_peft
-from promptkd.engine.recompute import recomputed_layers
+from promptkd.engine.backbone import recomputed_layers
 from promptkd.models.adapters import TeacherAdapter
 from promptkd.models.pair import Pair
 from promptkd.training.distributed import is_sharded, place_teacher

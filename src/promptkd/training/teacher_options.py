@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from promptkd.engine.recompute import recomputable_layers
+from promptkd.engine.backbone import recomputable_layers
 from promptkd.errors import RequestError, check_all
 from promptkd.methods import Method
 from promptkd.models import load_model, load_tokenizer

@@ -35,22 +35,21 @@ def varlen_attention(
     Each row is attended to completely. At shared tokens the output of the first row is taken, since all are equal.
     (Skipping these tokens by a mask would cost more: they are few.)
     """
-    scale, window = settings.scale(query), settings.sliding_window
+    scale, window, softcap = settings.scale(query), settings.sliding_window, settings.softcap
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, rotary positions are float32
     fits = window is None or max(map(len, pack.row_indices)) <= window
-    if fits and settings.softcap is None and settings.dropout == 0 and query.shape[-1] == value.shape[-1]:
+    if fits and softcap is None and settings.dropout == 0 and query.shape[-1] == value.shape[-1]:
         return _CausalAttention.apply(query, key, value, pack, scale)
     outputs = []
     for slices, own in _rows(pack):
         q, k, v = (_gather(each, slices) for each in (query, key, value))
         mask = None
-        if not fits or settings.softcap is not None:
+        if not fits or softcap is not None:
             mask = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
             mask = mask if window is None else mask.triu(1 - window)
-        if settings.softcap is None or mask is None:
-            output = scaled_dot_product_attention(
-                q, k, v, mask, settings.dropout, mask is None, scale=scale, enable_gqa=True
-            )
+        if softcap is None or mask is None:
+            causal = mask is None
+            output = scaled_dot_product_attention(q, k, v, mask, settings.dropout, causal, scale=scale, enable_gqa=True)
         else:
             output = softcapped_attention(q, k, v, mask, settings)
         outputs.append(output[:, :, -own:].transpose(1, 2))
@@ -81,13 +80,11 @@ class _CausalAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, outputs, *log_sum_exps = ctx.saved_tensors
-        # sums over the rows that share a token, in float32 or wider
-        wide = torch.promote_types(torch.float32, query.dtype)
-        sums = [
-            torch.zeros_like(each, dtype=wide, memory_format=torch.contiguous_format) for each in (query, key, value)
-        ]
+        inputs, wide = (query, key, value), torch.promote_types(torch.float32, query.dtype)
+        # over the rows that share a token
+        sums = [torch.zeros_like(each, dtype=wide, memory_format=torch.contiguous_format) for each in inputs]
         for (slices, own), log_sum_exp in zip(_rows(ctx.pack), log_sum_exps, strict=True):
-            row = [_gather(each, slices) for each in (query, key, value, outputs.transpose(1, 2))]
+            row = [_gather(each, slices) for each in (*inputs, outputs.transpose(1, 2))]
             upstream = gradient[:, slices[-1].stop - own : slices[-1].stop].transpose(1, 2)
             shared = row[0].shape[2] - own
             if shared > 0:  # the outputs of shared tokens are those of an earlier row

@@ -8,17 +8,14 @@ from torch import Tensor
 
 from promptkd.engine.heads import Head, HeadBackend, Projection
 
-_BLOCK = 2**19  # logits that a divergence takes at a time: 2 MiB in float32, so that its few temporaries stay in cache
-
 
 class CpuHeadBackend(HeadBackend):
     """Matrix products want many tokens at a time and divergences few, so a chunk is compared in blocks of rows."""
 
-    def projection(self, head: Head, dtype: torch.dtype, *, reuse: bool = False) -> Projection:
-        return _CpuProjection(head, dtype, reuse)
+    block = 2**19  # 2 MiB in float32, so that the few temporaries of a divergence stay in cache
 
-    def block_rows(self, vocabulary: int) -> int | None:
-        return max(1, _BLOCK // vocabulary)
+    def projection(self, head: Head, dtype: torch.dtype) -> Projection:
+        return _CpuProjection(head, dtype)
 
 
 class _CpuProjection(Projection):
@@ -28,22 +25,17 @@ class _CpuProjection(Projection):
     for, oneDNN may round them, as it does on CPUs that multiply bfloat16.
     """
 
-    def __init__(self, head: Head, dtype: torch.dtype, reuse: bool):
-        super().__init__(head, dtype)
-        self._reuse = reuse
-        self._buffer: Tensor | None = None
+    _buffer: Tensor | None = None
 
     def logits(self, hidden: Tensor) -> Tensor:
-        wide, out = hidden.to(self.head.logits_dtype), None
-        if self._reuse:
-            if self._buffer is None or len(self._buffer) < len(hidden):
-                self._buffer = self.weight.new_empty(len(hidden), len(self.weight))
-            out = self._buffer[: len(hidden)]
+        if self._buffer is None or len(self._buffer) < len(hidden):
+            self._buffer = self.weight.new_empty(len(hidden), len(self.weight))
+        products, wide = self._buffer[: len(hidden)], hidden.to(self.head.logits_dtype)
         with _factors_may_round_to(self.dtype):
             if self.bias is None:
-                products = torch.mm(wide, self.weight.T, out=out)
+                torch.mm(wide, self.weight.T, out=products)
             else:
-                products = torch.addmm(self.bias, wide, self.weight.T, out=out)
+                torch.addmm(self.bias, wide, self.weight.T, out=products)
         return self.head.transform_(products)
 
     def hidden_gradient(self, prepared: Tensor) -> Tensor:

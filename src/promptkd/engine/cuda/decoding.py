@@ -5,14 +5,17 @@ tokens, positions and column are kept in `_Buffers` as long as the model lives, 
 `open`, the rest per session.
 """
 
+import copy
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from promptkd.data.batch import on_device
@@ -20,23 +23,27 @@ from promptkd.engine.attention import AttentionSettings
 from promptkd.engine.backbone import embedding_device, model_matmul_dtype
 from promptkd.engine.base import Decoder, DecodeSession, SessionFactory
 from promptkd.engine.cuda.graphs import Graphs
-from promptkd.engine.cuda.weight_copies import CastBackbone, UncopiedLinear
-from promptkd.engine.fused_decoder import CastLinear, FusedDecoder, outside_inference_mode, supports_fused_decoder
+from promptkd.engine.cuda.head import rounded_up
+from promptkd.engine.fused_decoder import CastLinear, FusedDecoder, JoinedLinear, supports_fused_decoder
 from promptkd.engine.heads import HeadBackend, head_logits, linear_head
-from promptkd.engine.packed import PackedRows, PackedScorer, is_sharded
-from promptkd.engine.static_cache import LayerCache, StaticCacheSession, attend_to_columns
+from promptkd.engine.packed import PackedScorer, is_sharded
+from promptkd.engine.static_cache import (
+    CachedAttention,
+    DecodeBackbone,
+    LayerCache,
+    StaticCacheSession,
+    attend_to_columns,
+    outside_inference_mode,
+    own_layers,
+)
 
 _PROMPT_COLUMNS = 64  # prompts end at a multiple of it
 _SPAN = 128  # a step attends to a multiple of so many columns
 _ROWS = (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64)  # rows of a step; beyond, multiples of 32
 
 
-def _rounded_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
-
-
 def _row_bucket(rows: int) -> int:
-    return next((each for each in _ROWS if each >= rows), _rounded_up(rows, 32))
+    return next((each for each in _ROWS if each >= rows), rounded_up(rows, 32))
 
 
 class CudaDecoder(Decoder):
@@ -70,22 +77,24 @@ class CudaDecoder(Decoder):
         if buffers is None or buffers.signature != _signature(model):
             buffers = self._buffers[model] = _Buffers(model, fused=self.fused)
         buffers.refill()
-        project, address = self._projection(model, vocabulary)
+        head = linear_head(model)
+        if head is None:
+            project, address = partial(head_logits, model, vocabulary=vocabulary), 0
+        else:
+            projection = self._head.projection(head.limited_to(vocabulary), model_matmul_dtype(model))
+            project, address = projection.logits, projection.weight.data_ptr()
 
         @contextmanager
         def session(max_new_tokens: int) -> Iterator[DecodeSession]:
-            with buffers.in_use():
-                yield _CudaSession(model, max_new_tokens, self._packed, buffers, project, (vocabulary, address))
+            if buffers.in_use:
+                raise RuntimeError("One model decodes one batch at a time on CUDA: end the session that is open.")
+            buffers.in_use = True
+            try:
+                yield _CudaSession(model, self._packed, buffers, project, max_new_tokens, (vocabulary, address))
+            finally:
+                buffers.in_use = False
 
         yield session
-
-    def _projection(self, model: PreTrainedModel, vocabulary: int | None) -> tuple[Callable[[Tensor], Tensor], int]:
-        """Hidden states (R, H) to logits (R, V) in float32, and the address of the weights that this reads."""
-        head = linear_head(model)
-        if head is None:
-            return lambda hidden: head_logits(model, hidden, vocabulary=vocabulary), 0
-        projection = self._head.projection(head.limited_to(vocabulary), model_matmul_dtype(model))
-        return projection.logits, projection.weight.data_ptr()
 
 
 def _signature(model: PreTrainedModel) -> tuple[Any, ...]:
@@ -105,39 +114,44 @@ class _Buffers:
         self.signature = _signature(model)
         self.dtype, self.device = model_matmul_dtype(model), embedding_device(model)
         self.graphs = Graphs()
+        self.in_use = False  # by a session
         self.rows = self.columns = 0
         self.layers: dict[int, LayerCache] = {}
-        self._logits: dict[int, Tensor] = {}
-        self._in_use = False
-        self._copies: list[CastLinear | CastBackbone] = []
-        if fused:
-            self.backbone: FusedDecoder | CastBackbone = FusedDecoder(model, self._join)
-        else:
-            self.backbone = CastBackbone(model, self.dtype)
-            self._copies = [self.backbone]
+        self._logits: dict[int, Tensor] = {}  # by vocabulary
+        self._copies: list[tuple[Tensor, Tensor]] = []  # of weights, with the weight
+        self.backbone: DecodeBackbone = FusedDecoder(model, self._join) if fused else self._cast_layers(model)
 
-    def _join(self, layers: Sequence[nn.Linear]) -> CastLinear | UncopiedLinear:
-        if all(layer.weight.dtype == self.dtype for layer in layers):
-            return UncopiedLinear(layers)
+    def _join(self, layers: Sequence[nn.Linear]) -> JoinedLinear:
+        if all(layer.weight.dtype == self.dtype for layer in layers):  # a copy would only cost memory
+            return partial(_side_by_side, layers)
         joined = CastLinear(layers, self.dtype)
-        self._copies.append(joined)
+        self._copies += joined.copies
         return joined
 
+    @outside_inference_mode
+    def _cast_layers(self, model: PreTrainedModel) -> DecodeBackbone:
+        """The model's own layers, with their matrices cast.
+
+        Embeddings and norms keep their precision, as under autocast: rows are sampled from the distribution that is
+        scored.
+        """
+        original, dtype = model.base_model, self.dtype
+        tables = {id(module.weight) for module in original.modules() if isinstance(module, nn.Embedding)}
+        matrices = [
+            weight
+            for weight in original.parameters()
+            if weight.ndim >= 2 and weight.dtype not in (dtype, torch.float64) and id(weight) not in tables
+        ]
+        copies = {id(weight): nn.Parameter(weight.detach().to(dtype), requires_grad=False) for weight in matrices}
+        self._copies = [(copies[id(weight)], weight) for weight in matrices]
+        shared = {id(each): each for each in (*original.parameters(), *original.buffers())}  # all that is not cast
+        return partial(_run_layers, copy.deepcopy(original, shared | copies).eval() if matrices else original, dtype)
+
+    @outside_inference_mode
     def refill(self) -> None:
         """Copy the model's current weights."""
-        for each in self._copies:
-            each.refill()
-
-    @contextmanager
-    def in_use(self) -> Iterator[None]:
-        """For one session at a time."""
-        if self._in_use:
-            raise RuntimeError("One model decodes one batch at a time on CUDA: end the session that is open.")
-        self._in_use = True
-        try:
-            yield
-        finally:
-            self._in_use = False
+        for mine, weight in self._copies:
+            mine.copy_(weight)
 
     @outside_inference_mode
     def keep(self, logits: Tensor) -> Tensor:
@@ -150,7 +164,7 @@ class _Buffers:
     @outside_inference_mode
     def allocate(self, rows: int, columns: int) -> None:
         """Make room for a session of `rows` rows and `columns` columns, with an empty cache in every layer."""
-        rows, columns = _row_bucket(rows), _rounded_up(columns, _SPAN)
+        rows, columns = _row_bucket(rows), rounded_up(columns, _SPAN)
         if rows > self.rows or columns > self.columns:
             self.rows, self.columns = max(rows, self.rows), max(columns, self.columns)
             self.layers.clear()
@@ -162,75 +176,72 @@ class _Buffers:
             layer.keys.zero_()
             layer.values.zero_()
 
-    @outside_inference_mode
-    def layer(self, index: int, key: Tensor, value: Tensor, settings: AttentionSettings) -> LayerCache:
-        """The cache of a layer, for keys and values of these widths."""
-        if index not in self.layers:
-            keys, values = (
-                torch.zeros(
-                    self.rows, each.shape[1], self.columns, each.shape[-1], dtype=self.dtype, device=self.device
-                )
-                for each in (key, value)
-            )
-            self.layers[index] = LayerCache(keys, values, settings)
-        return self.layers[index]
+
+def _side_by_side(layers: Sequence[nn.Linear], inputs: Tensor, plus: Tensor | None) -> Tensor:
+    """A `JoinedLinear` of the layers' own weights."""
+    parts = [linear(inputs.to(each.weight.dtype), each.weight, each.bias) for each in layers]
+    outputs = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+    return outputs if plus is None else plus + outputs
+
+
+def _run_layers(
+    backbone: PreTrainedModel, dtype: torch.dtype, tokens: Tensor, positions: Tensor, attend: CachedAttention
+) -> Tensor:
+    """A `DecodeBackbone` with products in `dtype`."""
+    layers = own_layers(backbone)
+    if dtype not in (torch.bfloat16, torch.float16):
+        return layers(tokens, positions, attend)
+    # autocast's cache of casts would outlive the graph that they were made in
+    with torch.autocast(tokens.device.type, dtype=dtype, cache_enabled=False):
+        return layers(tokens, positions, attend)
 
 
 class _CudaSession(StaticCacheSession):
-    """Args: see `StaticCacheSession`, and:
-
-    max_new_tokens: most tokens that may follow a prompt.
-    head: what distinguishes the projections that graphs hold.
-    """
+    """Args: see `StaticCacheSession`; head: what distinguishes the projections that graphs hold."""
 
     def __init__(
         self,
         model: PreTrainedModel,
-        max_new_tokens: int,
         packed: PackedScorer,
         buffers: _Buffers,
         project: Callable[[Tensor], Tensor],
+        max_new_tokens: int,
         head: tuple[int | None, int],
     ):
-        super().__init__(model, packed, buffers.backbone, project)
-        self.max_new_tokens, self.buffers, self.head = max_new_tokens, buffers, head
-        self.count = self.width = 0
-        """Rows, and filled columns."""
-        self._places: tuple[Tensor, Tensor]  # row and column of each token of the pack
+        super().__init__(model, packed, buffers.backbone, project, max_new_tokens)
+        self.buffers, self.head = buffers, head
         self._masks: dict[int | None, Tensor] = {}  # by sliding window, within one step
 
     def allocate(self, lengths: Sequence[int]) -> None:
-        self.count, self.width = len(lengths), _rounded_up(max(lengths), _PROMPT_COLUMNS)
-        buffers, width = self.buffers, self.width
-        buffers.allocate(self.count, width + self.max_new_tokens)
+        buffers, width = self.buffers, rounded_up(max(lengths), _PROMPT_COLUMNS)
+        buffers.allocate(len(lengths), width + self.max_new_tokens)
         # rows that only fill a bucket begin at the first new column, and see nothing else
-        unused = buffers.rows - self.count
+        unused = buffers.rows - len(lengths)
         starts = [width - length for length in lengths] + [width] * unused
         positions, first = on_device([[*lengths, *[0] * unused], starts], buffers.device)
         buffers.positions.copy_(positions)
         buffers.first.copy_(first)
         buffers.column.fill_(width)
-        rows = [row for row, length in enumerate(lengths) for _ in range(length)]
-        columns = [column for length in lengths for column in range(width - length, width)]
-        places = on_device([rows, columns], buffers.device)
-        self._places = places[0], places[1]
+        self.layers, self.positions, self.first, self.width = buffers.layers, buffers.positions, buffers.first, width
 
     @outside_inference_mode
-    def store(self, index: int, pack: PackedRows, key: Tensor, value: Tensor, settings: AttentionSettings) -> None:
-        layer, dtype = self.buffers.layer(index, key, value, settings), self.buffers.dtype
-        rows, columns = self._places
-        layer.keys[rows, :, columns] = key[0].transpose(0, 1).to(dtype)  # (S, G, D), row by row
-        layer.values[rows, :, columns] = value[0].transpose(0, 1).to(dtype)
+    def layer(self, index: int, key: Tensor, value: Tensor, settings: AttentionSettings) -> LayerCache:
+        if index not in self.layers:
+            rows, columns, dtype = self.buffers.rows, self.buffers.columns, self.buffers.dtype
+            sizes = [(rows, each.shape[1], columns, each.shape[-1]) for each in (key, value)]
+            keys, values = (torch.zeros(size, dtype=dtype, device=self.device) for size in sizes)
+            self.layers[index] = LayerCache(keys, values, settings)
+        return self.layers[index]
 
     def decode(self, tokens: Tensor) -> Tensor:
         buffers = self.buffers
         self.width += 1
-        buffers.tokens[: self.count].copy_(tokens)
-        rows, span = _row_bucket(self.count), min(_rounded_up(self.width, _SPAN), buffers.columns)
+        buffers.tokens[: self.rows].copy_(tokens)
+        rows, span = _row_bucket(self.rows), min(rounded_up(self.width, _SPAN), buffers.columns)
         logits = buffers.graphs.run((rows, span, self.head), buffers.device, lambda: self._step(rows, span))
-        buffers.positions[: self.count].add_(1)  # no further, or rows that have left would exceed the position table
+        buffers.positions[: self.rows].add_(1)  # no further, or rows that have left would exceed the position table
         buffers.column.add_(1)
-        return logits[: self.count]
+        return logits[: self.rows]
 
     def _step(self, rows: int, span: int) -> Tensor:
         """Logits of the first `rows` rows over `span` columns. It advances nothing, since it may run twice."""
@@ -243,7 +254,7 @@ class _CudaSession(StaticCacheSession):
             return buffers.keep(self.project(hidden))
 
     def attend_to_cache(self, index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        buffers, layer, rows = self.buffers, self.buffers.layers[index], query.shape[0]
+        buffers, layer, rows = self.buffers, self.layers[index], query.shape[0]
         mask = self._mask(layer.settings.sliding_window)
         span = mask.shape[-1]
         keys, values = layer.keys[:rows], layer.values[:rows]
@@ -253,21 +264,8 @@ class _CudaSession(StaticCacheSession):
 
     def _mask(self, window: int | None) -> Tensor:
         """(rows, 1, 1, span), True where a row sees a column within a sliding window."""
-        if window not in self._masks:
-            assert window is not None
+        if window is not None and window not in self._masks:
             full = self._masks[None]
             columns = torch.arange(full.shape[-1], device=full.device)
             self._masks[window] = full & (columns > self.buffers.column - window)
         return self._masks[window]
-
-    def select(self, rows: Sequence[int]) -> None:
-        buffers = self.buffers
-        moves = [(place, row) for place, row in enumerate(rows) if place != row]
-        if moves:
-            to, source = on_device(moves, buffers.device).T
-            for layer in buffers.layers.values():
-                for each in (layer.keys, layer.values):
-                    each[to, :, : self.width] = each[source, :, : self.width]
-            for numbers in (buffers.positions, buffers.first):
-                numbers[to] = numbers[source]
-        self.count = len(rows)

@@ -43,37 +43,29 @@ class Graphs:
     def _record(self, function: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         # torch.cuda.graph would empty the allocator's cache and collect garbage before each of some forty captures
         self._side = self._side or torch.cuda.Stream()
-        current = torch.cuda.current_stream()
+        current, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
         self._side.wait_stream(current)
         with torch.cuda.stream(self._side):
             function()  # libraries allocate their workspaces, Triton compiles
             _call_without_waiting(function)
-            graph, output = self._capture(function)
+            try:
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    output = function()
+                except BaseException:
+                    with suppress(RuntimeError):  # the first error tells more
+                        graph.capture_end()
+                    raise
+                graph.capture_end()
+            except torch.AcceleratorError as error:  # of this function, not of the device
+                raise RuntimeError(f"a CUDA graph could not be captured: {error}") from error
         current.wait_stream(self._side)
         self._pool = graph.pool()
         return graph, output
 
-    def _capture(self, function: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        graph = torch.cuda.CUDAGraph()
-        try:
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                output = function()
-            except BaseException:
-                with suppress(RuntimeError):  # the first error tells more
-                    graph.capture_end()
-                raise
-            graph.capture_end()
-        except torch.AcceleratorError as error:  # of this function, not of the device
-            raise RuntimeError(f"a CUDA graph could not be captured: {error}") from error
-        return graph, output
-
 
 def _call_without_waiting(function: Callable[[], Tensor]) -> None:
-    """Call `function`, and raise a RuntimeError if it waits for the device.
-
-    A capture would fail there, too, but leave torch's allocator and random state in the middle of it.
-    """
+    """Raise a RuntimeError if `function` waits for the device: a capture would leave torch's state in its middle."""
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:

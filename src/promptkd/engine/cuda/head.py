@@ -12,7 +12,6 @@ from promptkd.engine.fused_decoder import outside_inference_mode
 from promptkd.engine.heads import Head, HeadBackend, Projection
 from promptkd.objectives.kernels import PLAIN_KERNELS, Kernels
 
-_LOGGER = logging.getLogger(__name__)
 _ALIGNMENT = 64  # columns: fast products need the rows of a matrix to begin at multiples of 128 bytes
 
 
@@ -28,12 +27,12 @@ class CudaHeadBackend(HeadBackend):
         """Triton's for float32, where Triton compiles them."""
         return _triton_kernels() if dtype == torch.float32 else PLAIN_KERNELS
 
-    def projection(self, head: Head, dtype: torch.dtype, *, reuse: bool = False) -> Projection:
+    def projection(self, head: Head, dtype: torch.dtype) -> Projection:
         if dtype != torch.bfloat16:  # in float16 the smallest gradients would vanish
             return Projection(head, dtype)
-        weight = self._aligned(head.weight, head.vocabulary_size, dtype)
-        bias = None if head.bias is None else self._aligned(head.bias, head.vocabulary_size, torch.float32)
-        return _HalfProjection(head, dtype, weight, bias)
+        size, bias = head.vocabulary_size, head.bias
+        weight = self._aligned(head.weight, size, dtype)
+        return _HalfProjection(head, weight, None if bias is None else self._aligned(bias, size, torch.float32)[:size])
 
     @outside_inference_mode
     def _aligned(self, weight: Tensor, vocabulary: int, dtype: torch.dtype) -> Tensor:
@@ -42,20 +41,20 @@ class CudaHeadBackend(HeadBackend):
         It is cast at every call, in a millisecond at most. No version count of a tensor tells whether that is needed:
         fused optimizers and sharding overwrite weights without counting.
         """
-        columns = _rounded_up(vocabulary)
+        columns = rounded_up(vocabulary, _ALIGNMENT)
         if weight.dtype == dtype and len(weight) >= columns:
             return weight.detach()[:columns]
         cast = self._casts.get(weight)
         if cast is None or cast.dtype != dtype:
             # all rows, however many are asked for: one cast at one address serves every vocabulary
-            shape = (_rounded_up(len(weight)), *weight.shape[1:])
+            shape = (rounded_up(len(weight), _ALIGNMENT), *weight.shape[1:])
             cast = self._casts[weight] = torch.zeros(shape, dtype=dtype, device=weight.device)
         cast[: len(weight)].copy_(weight)
         return cast[:columns]
 
 
-def _rounded_up(columns: int) -> int:
-    return -(-columns // _ALIGNMENT) * _ALIGNMENT
+def rounded_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 @cache
@@ -69,22 +68,17 @@ def _triton_kernels() -> Kernels:
     try:
         KERNELS.reverse_kl(logits, logits.clone())
     except (RuntimeError, OSError, ImportError) as error:
-        _LOGGER.warning("Divergences run by torch's own operations: Triton compiles nothing here (%s).", error)
+        message = "Divergences run by torch's own operations: Triton compiles nothing here (%s)."
+        logging.getLogger(__name__).warning(message, error)
         return PLAIN_KERNELS
     return KERNELS
 
 
 class _HalfProjection(Projection):
-    """Half-precision factors, float32 products, and matrices whose rows begin at aligned addresses.
+    """Products in float32 of factors in half precision, with a weight (V rounded up, H) whose rows are aligned."""
 
-    Args:
-        weight: (V rounded up, H) in half precision.
-        bias: (V rounded up,) in float32.
-    """
-
-    def __init__(self, head: Head, dtype: torch.dtype, weight: Tensor, bias: Tensor | None):
-        self.head, self.dtype, self.weight = head, dtype, weight
-        self.bias = None if bias is None else bias[: head.vocabulary_size]
+    def __init__(self, head: Head, weight: Tensor, bias: Tensor | None):
+        self.head, self.dtype, self.weight, self.bias = head, weight.dtype, weight, bias
 
     def logits(self, hidden: Tensor) -> Tensor:
         products = _product(hidden.to(self.dtype), self.weight.T)[:, : self.head.vocabulary_size]

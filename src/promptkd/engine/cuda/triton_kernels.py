@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from promptkd.objectives.kernels import Kernel, Kernels
+from promptkd.objectives.kernels import Kernel, Kernels, Metrics
 
 # A load of 16 bytes per thread and model. With three models a thread needs 64 registers (sm_90), so four programs run
 # per multiprocessor with 48 KB of loads in flight, more than the latency of memory asks for.
@@ -38,7 +38,7 @@ _BLOCK, _WARPS = 1024, 8
 _LOWEST = tl.constexpr(-3.4e38)  # past the last column; finite, since inf - inf is not a number
 
 
-def reverse_kl_kernel(logits: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def reverse_kl_kernel(logits: Tensor, target: Tensor) -> tuple[Tensor, Metrics]:
     """KL(q || p), q of `logits`, p of `target`: d/dz = q (log q - log p - KL). The metric is the "entropy" of q.
 
     Args:
@@ -51,16 +51,15 @@ def reverse_kl_kernel(logits: Tensor, target: Tensor) -> tuple[Tensor, dict[str,
     return values, {"entropy": entropy}
 
 
-def forward_kl_kernel(logits: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def forward_kl_kernel(logits: Tensor, target: Tensor) -> tuple[Tensor, Metrics]:
     """KL(p || q), q of `logits`, p of `target`: d/dz = q - p. All else as in `reverse_kl_kernel`."""
     _check(logits, target=target)
-    values, entropy = _per_row(logits), _per_row(logits)
-    strides = logits.stride(0), target.stride(0)
-    _launch(_forward_kl_rows, logits, target, values, entropy, *strides)
+    values, entropy = logits.new_empty(2, len(logits))
+    _launch(_forward_kl_rows, logits, target, values, entropy, logits.stride(0), target.stride(0))
     return values, {"entropy": entropy}
 
 
-def cross_entropy_kernel(logits: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def cross_entropy_kernel(logits: Tensor, labels: Tensor) -> tuple[Tensor, Metrics]:
     """-log q(y), q of `logits`: d/dz = q - [y]. All else as in `reverse_kl_kernel`.
 
     Args:
@@ -72,7 +71,7 @@ def cross_entropy_kernel(logits: Tensor, labels: Tensor) -> tuple[Tensor, dict[s
             f"`labels` must be int32 or int64 of shape (C,) = ({len(logits)},). "
             f"Got {labels.dtype} of shape {tuple(labels.shape)}."
         )
-    values, entropy = _per_row(logits), _per_row(logits)
+    values, entropy = logits.new_empty(2, len(logits))
     _launch(_cross_entropy_rows, logits, labels.contiguous(), values, entropy, logits.stride(0))
     return values, {"entropy": entropy}
 
@@ -84,7 +83,7 @@ def prompt_kernel(weight: float) -> Kernel:
     `reverse_kl_kernel`.
     """
 
-    def kernel(logits: Tensor, student: Tensor, *plain: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def kernel(logits: Tensor, student: Tensor, *plain: Tensor) -> tuple[Tensor, Metrics]:
         if not plain:
             values, _, _ = _reverse_kl(logits, 0.0, student=student)
             return values, {"to_student": values}
@@ -94,11 +93,11 @@ def prompt_kernel(weight: float) -> Kernel:
     return kernel
 
 
-def _reverse_kl(logits: Tensor, weight: float, **targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _reverse_kl(logits: Tensor, weight: float, **targets: Tensor) -> tuple[Tensor, ...]:
     """KL to the first target, to the second (0 without one), and entropy, (C,) each; gradient of the weighted sum."""
     _check(logits, **targets)
     student, plain = (*targets.values(), None)[:2]
-    results = _per_row(logits), _per_row(logits), _per_row(logits)
+    results = tuple(logits.new_empty(3, len(logits)))
     strides = [0 if each is None else each.stride(0) for each in (logits, student, plain)]
     _launch(_reverse_kl_rows, logits, student, plain, float(weight), *results, *strides)
     return results
@@ -107,10 +106,6 @@ def _reverse_kl(logits: Tensor, weight: float, **targets: Tensor) -> tuple[Tenso
 def _launch(program: Any, logits: Tensor, *arguments: Any) -> None:
     with torch.cuda.device_of(logits):  # Triton launches on the current device, wherever the tensors are
         program[(len(logits),)](logits, *arguments, SIZE=logits.shape[1], BLOCK=_BLOCK, num_warps=_WARPS)
-
-
-def _per_row(logits: Tensor) -> Tensor:
-    return logits.new_empty(len(logits))
 
 
 def _check(logits: Tensor, **targets: Tensor) -> None:
@@ -207,17 +202,8 @@ def _reverse_kl_rows(
 
 
 @triton.jit
-def _forward_kl_rows(
-    logits,  # (C, V) of the model q that requires grad
-    target,  # (C, V) of p
-    values,  # (C,) KL(p || q)
-    entropy,  # (C,) of q
-    stride,
-    target_stride,
-    SIZE: tl.constexpr,  # V
-    BLOCK: tl.constexpr,
-):
-    """KL(p || q): d/dz = q - p."""
+def _forward_kl_rows(logits, target, values, entropy, stride, target_stride, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """KL(p || q): d/dz = q - p. `logits` of q, which requires grad, `target` of p, (C, V); `entropy` (C,) of q."""
     token = tl.program_id(0).to(tl.int64)
     logits += token * stride
     target += token * target_stride
@@ -251,16 +237,8 @@ def _forward_kl_rows(
 
 
 @triton.jit
-def _cross_entropy_rows(
-    logits,  # (C, V) of the model q that requires grad
-    labels,  # (C,)
-    values,  # (C,) -log q(y)
-    entropy,  # (C,) of q
-    stride,
-    SIZE: tl.constexpr,  # V
-    BLOCK: tl.constexpr,
-):
-    """-log q(y): d/dz = q - [y]."""
+def _cross_entropy_rows(logits, labels, values, entropy, stride, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """-log q(y): d/dz = q - [y]. `logits` (C, V) and `entropy` (C,) of q, which requires grad."""
     token = tl.program_id(0).to(tl.int64)
     logits += token * stride
     label = tl.load(labels + token)
