@@ -433,9 +433,7 @@ def test_blocks_of_a_chunk_change_nothing(kind, monkeypatch):
             yield from gradients(loss.total, hidden, student_head.weight, student_head.bias)
 
     whole = list(losses())
-    monkeypatch.setattr(
-        "promptkd.engine.cpu.head.CpuHeadBackend.block", 3 * WORDS
-    )  # rows: 3, 3, 3, 3, 1
+    monkeypatch.setattr("promptkd.engine.cpu.head.CpuHeadBackend.block", 3 * WORDS)  # rows: 3, 3, 3, 3, 1
     for got, expected in zip(losses(), whole, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
 

@@ -1,7 +1,6 @@
-"""Running a model: scoring complete rows, decoding token by token, and projecting hidden states to logits and losses.
+"""Running a model: `response_hidden`, `decoding`, `head_logits` and chunked losses, by the engine of its device.
 
-The rest of promptkd calls `response_hidden`, `decoding`, `head_logits` and the chunked losses, which pick the engine
-for the model's device. `base.py` has the interface of an engine; docs/architecture.md follows a call through it.
+`base.py` has the interface of an engine; docs/architecture.md follows a call through it.
 """
 
 from contextlib import AbstractContextManager
@@ -9,8 +8,8 @@ from contextlib import AbstractContextManager
 from torch import Tensor, nn
 
 from promptkd.data.batch import TokenBatch
-from promptkd.engine.backbone import applies_dropout, disable_dropout, embedding_device, evaluating, unwrap_peft
-from promptkd.engine.base import DecodeSession, Engine, SessionFactory
+from promptkd.engine.backbone import disable_dropout, embedding_device, evaluating, unwrap_peft
+from promptkd.engine.base import DecodeSession, SessionFactory
 from promptkd.engine.chunked_loss import ChunkedLoss, chunked_cross_entropy, chunked_objective, chunked_prompt_loss
 from promptkd.engine.heads import Head, head_logits, head_size, linear_head
 from promptkd.engine.resolve import check_scoring, engine_for, first_verified
@@ -18,10 +17,7 @@ from promptkd.engine.resolve import check_scoring, engine_for, first_verified
 __all__ = [
     "ChunkedLoss",
     "DecodeSession",
-    "Engine",
     "Head",
-    "SessionFactory",
-    "applies_dropout",
     "check_scoring",
     "chunked_cross_entropy",
     "chunked_objective",

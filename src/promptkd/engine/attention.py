@@ -72,13 +72,7 @@ AttentionInterface.register(_NAME, _attend)
 def softcapped_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, settings: AttentionSettings
 ) -> Tensor:
-    """(B, heads, T, D) attention with scores softcap · tanh(scale · query · key / softcap).
-
-    Args:
-        query: (B, heads, T, D).
-        key, value: (B, key-value heads, S, D).
-        mask: True where a query sees a key, broadcastable to (B, heads, T, S).
-    """
+    """As torch's `scaled_dot_product_attention` with grouped heads, of scores softcap · tanh(scores / softcap)."""
     assert settings.softcap is not None
     groups = query.shape[1] // key.shape[1]
     key, value = (each.repeat_interleave(groups, dim=1) for each in (key, value))

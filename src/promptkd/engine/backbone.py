@@ -20,12 +20,7 @@ from promptkd.errors import RequestError
 
 
 def unwrap_peft(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside a PEFT wrapper, or the model itself.
-
-    Raises:
-        RequestError: for a `PeftModel` with a soft prompt, which the inner model would ignore.
-        TypeError: for anything else that is not a transformers model.
-    """
+    """The transformers model inside a PEFT wrapper, or the model itself. Others raise a TypeError."""
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         raise RequestError("A model with a soft prompt of its own is not read here: the prompt would be left out.")
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -99,8 +94,7 @@ def recomputable_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
 def recomputed_layers(model: nn.Module) -> Iterator[None]:
     """Passes that start within this context keep only the input of each layer; backward recomputes the rest.
 
-    Exact as long as weights and random numbers do not change in between: meant for a model in evaluation mode. Backward
-    may run after the context has been left.
+    Exact as long as weights and random numbers do not change in between: meant for a model in evaluation mode.
     """
     inner, layers = unwrap_peft(model), recomputable_layers(model)
 

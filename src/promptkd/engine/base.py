@@ -1,29 +1,26 @@
-"""The interface of an engine: everything that promptkd asks of a model goes through these classes.
+"""The interface of an engine, through which promptkd runs models, and the reference: an engine that is plain and slow.
 
-An `Engine` belongs to one kind of device (CPU, CUDA) and lists interchangeable implementations of two jobs, the fastest
-first and the plain reference last:
-
-- a `Scorer` runs complete rows and returns the hidden states that predict their response tokens;
-- a `Decoder` generates token by token. It opens sessions: `prefill` reads the prompts, `decode` appends one token to
-  each row, `select` keeps some of the rows.
-
-The first implementation that supports a model and agrees with the reference in a trial (`resolve.py`) runs it. From
-hidden states to logits (the projection by the model's head) and to losses is the job of `Engine.head` (`heads.py`).
+An `Engine` belongs to one kind of device and lists interchangeable implementations of two jobs, the fastest first and
+the reference last. The first that supports a model and agrees with the reference in a trial (`resolve.py`) runs it.
 
 Shapes: B rows of T tokens in a batch; N response tokens; R rows of a session; n vectors of a soft prompt; H the width
 of hidden states, E that of embeddings; V the vocabulary size.
 """
 
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from promptkd.data.batch import TokenBatch
-from promptkd.engine.heads import HeadBackend
+from promptkd.engine.backbone import embedding_device
+from promptkd.engine.heads import HeadBackend, head_logits
+from promptkd.errors import RequestError
 
 
 class Implementation(ABC):
@@ -38,18 +35,17 @@ class Implementation(ABC):
         Called before every pass, so it must be cheap.
         """
 
+    def forget(self, model: PreTrainedModel) -> None:
+        """Release what is kept for the model between calls, since another implementation runs it."""
+        del model  # most keep nothing
+
 
 class Scorer(Implementation):
     """Runs complete rows through a model."""
 
     @abstractmethod
     def hidden(self, model: PreTrainedModel, batch: TokenBatch, prompt: Tensor | None) -> Tensor:
-        """Last hidden states (N, H) that predict the response tokens, in the order of `batch.targets`.
-
-        Args:
-            batch: right-padded rows.
-            prompt: a soft prompt (n, E), n > 0, put before each row; or None.
-        """
+        """See `promptkd.engine.response_hidden`; a prompt has at least one vector."""
 
 
 class DecodeSession(ABC):
@@ -57,11 +53,9 @@ class DecodeSession(ABC):
 
     @abstractmethod
     def prefill(self, prompts: Sequence[Sequence[int]], soft_prompt: Tensor | None = None) -> Tensor:
-        """Read the prompts, and return the logits (R, V) of the token that follows each, in float32 or wider.
+        """Read R prompts of at least one token id, after embeddings (n, E) if given.
 
-        Args:
-            prompts: R lists of at least one token id.
-            soft_prompt: (n, E) embeddings put before every row, or None.
+        Returns the logits (R, V) of the token that follows each, in float32 or wider.
         """
 
     @abstractmethod
@@ -84,10 +78,6 @@ class Decoder(Implementation):
     def open(self, model: PreTrainedModel, rows: int, vocabulary: int | None) -> AbstractContextManager[SessionFactory]:
         """See `promptkd.engine.decoding`."""
 
-    def forget(self, model: PreTrainedModel) -> None:
-        """Release what is kept for the model between calls, since this decoder will not run it."""
-        del model  # most decoders keep nothing
-
 
 @dataclass(frozen=True)
 class Engine:
@@ -97,7 +87,88 @@ class Engine:
     scorers: tuple[Scorer, ...]  # the fastest first, the reference last
     decoders: tuple[Decoder, ...]  # the fastest first, the reference last
     head: HeadBackend  # matrix products with the model's head, and the divergences that follow
-    check_every: int  # decoded tokens between two checks of which rows have ended; each waits for the device
-    decode_rows: int  # default number of rows that are decoded together
-    shares_passes: bool  # whether the student's pass also serves the prompt's step: less time, more memory
-    pass_tokens: int  # most tokens of a pass that keeps activations only for a soft prompt
+    check_every: int = 1  # decoded tokens between two checks of which rows have ended; each waits for the device
+    decode_rows: int = 32  # default number of rows that are decoded together
+    shares_passes: bool = False  # whether the student's pass also serves the prompt's step: less time, more memory
+    pass_tokens: int = 2**31  # most tokens of a pass that keeps activations only for a soft prompt
+
+
+class PaddedScorer(Scorer):
+    """Runs the padded rectangle as it is; the states of padding are computed and not used."""
+
+    name = "padded rows"
+
+    def supports(self, model: PreTrainedModel) -> bool:
+        return True
+
+    def hidden(self, model: PreTrainedModel, batch: TokenBatch, prompt: Tensor | None) -> Tensor:
+        positions, length = batch.position_ids, 0
+        inputs = {"input_ids": batch.input_ids}
+        if prompt is not None:
+            length = prompt.shape[0]
+            embedded = model.get_input_embeddings()(batch.input_ids)  # (B, T, E), scaled where the model scales
+            before = prompt.to(embedded.dtype).expand(embedded.shape[0], -1, -1)
+            inputs = {"inputs_embeds": torch.cat([before, embedded], dim=1)}
+            leading = torch.arange(length, device=positions.device).expand(positions.shape[0], -1)
+            positions = torch.cat([leading, positions + length], dim=1)
+        hidden = model.base_model(**inputs, position_ids=positions, use_cache=False).last_hidden_state
+        rows, columns = (each.to(hidden.device) for each in (batch.rows, batch.columns))
+        return hidden[rows, columns + length]
+
+
+class DynamicCacheSession(DecodeSession):
+    """Left-padded rows on transformers' cache."""
+
+    mask: Tensor
+    positions: Tensor
+
+    def __init__(self, model: PreTrainedModel, vocabulary: int | None):
+        if "past_key_values" not in inspect.signature(model.base_model.forward).parameters:
+            raise RequestError(f"{type(model).__name__} keeps no key-value cache; promptkd cannot decode with it.")
+        self.model, self.vocabulary = model, vocabulary
+        self.cache = DynamicCache(config=model.config)
+
+    def prefill(self, prompts: Sequence[Sequence[int]], soft_prompt: Tensor | None = None) -> Tensor:
+        length = 0 if soft_prompt is None else len(soft_prompt)
+        rows = [[0] * length + list(prompt) for prompt in prompts]  # ids of 0 where the vectors go
+        width, device = max(map(len, rows)), embedding_device(self.model)
+        ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)
+        self.mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+        self.positions = (self.mask.cumsum(-1) - 1).clamp(min=0)
+        if soft_prompt is None:
+            return self._forward(input_ids=ids)
+        embedded = self.model.get_input_embeddings()(ids)  # scaled where the model scales
+        columns = (self.mask == 0).sum(-1, keepdim=True) + torch.arange(length, device=device)  # (R, n)
+        indices = torch.arange(len(ids), device=device)[:, None], columns
+        return self._forward(inputs_embeds=embedded.index_put(indices, soft_prompt.to(embedded)))
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
+        self.positions = self.positions[:, -1:] + 1
+        return self._forward(input_ids=tokens[:, None])
+
+    def select(self, rows: Sequence[int]) -> None:
+        chosen = torch.tensor(rows, device=self.mask.device)
+        self.cache.batch_select_indices(chosen)
+        self.mask, self.positions = self.mask[chosen], self.positions[chosen]
+
+    def _forward(self, **inputs: Tensor) -> Tensor:
+        places = {"attention_mask": self.mask, "position_ids": self.positions}
+        outputs = self.model.base_model(**inputs, **places, past_key_values=self.cache, use_cache=True)
+        return head_logits(self.model, outputs.last_hidden_state[:, -1], vocabulary=self.vocabulary)
+
+
+class DynamicCacheDecoder(Decoder):
+    """Decodes on transformers' cache, which copies all of its contents for every token."""
+
+    name = "transformers' cache"
+
+    def supports(self, model: PreTrainedModel) -> bool:
+        return True
+
+    @contextmanager
+    def open(self, model: PreTrainedModel, rows: int, vocabulary: int | None) -> Iterator[SessionFactory]:
+        yield lambda max_new_tokens: nullcontext(DynamicCacheSession(model, vocabulary))
+
+
+REFERENCE = Engine("reference", (PaddedScorer(),), (DynamicCacheDecoder(),), HeadBackend())

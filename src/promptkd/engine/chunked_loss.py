@@ -1,15 +1,12 @@
 """Losses from hidden states and heads, a chunk of tokens at a time.
 
-Written plainly, a loss over N tokens and V vocabulary columns needs several tensors of shape (N, V). Here a chunk of
-tokens is projected, its loss and the gradient with respect to its logits are computed, and the gradient is passed on to
-the hidden states and the head at once. No tensor of shape (N, V) is ever made, and backward only multiplies. The values
-are those of the plain objectives, which remain the reference (tests/engine/test_chunked_loss.py).
-
-Logits, divergences and sums are float32 or wider, also under autocast. The gradient overwrites the logits.
+A chunk is projected, its loss and the gradient with respect to its logits are computed, and the gradient is passed on
+to the hidden states and the head at once. So no tensor of shape (N, V) is ever made, and backward only multiplies.
+Logits, divergences and sums are float32 or wider, also under autocast.
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Unpack
 
@@ -18,10 +15,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from promptkd.engine.backbone import matmul_dtype
-from promptkd.engine.heads import Head, HeadBackend, Projection
+from promptkd.engine.heads import Head, Projection
 from promptkd.engine.resolve import engine_for
-from promptkd.objectives.kernels import Kernel, Metrics, Objective, objective_kernel, prompt_kernel
-from promptkd.objectives.prompt import Directions
+from promptkd.objectives.divergences import Directions
+from promptkd.objectives.kernels import Kernel, Kernels, Metrics, Objective, objective_kernel, prompt_kernel
 
 HiddenAndHead = tuple[Tensor, Head]
 """Hidden states (N, H) of N tokens, and the head that projects them to logits (N, V)."""
@@ -54,20 +51,14 @@ def chunked_objective(
 
     Returns:
         The sum, and the metric "entropy" of the student over the columns that both have, summed, in nats.
-
-    Raises:
-        ValueError: for differing numbers of tokens.
     """
-    backend = _backend_of(student)
     absent = student[1].has_absent_tokens or teacher[1].has_absent_tokens
-    kernel = objective_kernel(objective, backend.kernels(student[1].logits_dtype), absent_tokens=absent)
-    return _chunked(backend, kernel, student, [teacher], chunk)
+    return _chunked(objective_kernel(objective, _kernels(student), absent_tokens=absent), student, [teacher], chunk)
 
 
 def chunked_cross_entropy(student: HiddenAndHead, labels: Tensor, *, chunk: int | None = None) -> ChunkedLoss:
     """Sum over tokens of -log q(y) for the tokens y in `labels`, (N,). All else as in `chunked_objective`."""
-    backend = _backend_of(student)
-    return _chunked(backend, backend.kernels(student[1].logits_dtype).cross_entropy, student, [labels], chunk)
+    return _chunked(_kernels(student).cross_entropy, student, [labels], chunk)
 
 
 def chunked_prompt_loss(
@@ -82,57 +73,52 @@ def chunked_prompt_loss(
     """Sum over tokens of `prompt_loss`.
 
     Args:
-        prompted: the teacher with its adapter; receives gradients.
-        student: constant.
-        plain: the teacher without its adapter, constant; None only with a weight of 0.
+        prompted: the teacher with its adapter; receives gradients. The others are constant.
+        plain: the teacher without its adapter; None only with a weight of 0.
         weight, directions: see `prompt_loss`.
 
     Returns:
         The sum, and its unweighted terms, summed: the metrics "to_student" and, with `plain`, "to_plain".
-
-    Raises:
-        ValueError: for a weight without `plain`, or differing numbers of tokens.
     """
     if plain is None and weight != 0:
         raise ValueError(f"`plain` may be left out only with a weight of 0. Got {weight}.")
-    backend = _backend_of(prompted)
     targets = [student] if plain is None else [student, plain]
     absent = any(head.has_absent_tokens for _, head in (prompted, *targets))
-    kernels = backend.kernels(prompted[1].logits_dtype)
-    kernel = prompt_kernel(weight, kernels, absent_tokens=absent, **directions)
-    return _chunked(backend, kernel, prompted, targets, chunk)
+    kernel = prompt_kernel(weight, _kernels(prompted), absent_tokens=absent, **directions)
+    return _chunked(kernel, prompted, targets, chunk)
 
 
-def _backend_of(trained: HiddenAndHead) -> HeadBackend:
-    return engine_for(trained[0].device).head
+def _kernels(trained: HiddenAndHead) -> Kernels:
+    return engine_for(trained[0].device).head.kernels(trained[1].logits_dtype)
 
 
 def _chunked(
-    backend: HeadBackend,
-    kernel: Kernel,
-    trained: HiddenAndHead,
-    targets: Sequence[HiddenAndHead | Tensor],
-    chunk: int | None,
+    kernel: Kernel, trained: HiddenAndHead, targets: Sequence[HiddenAndHead | Tensor], chunk: int | None
 ) -> ChunkedLoss:
-    """Args: targets: constant models, or labels (N,)."""
+    """`targets`: constant models, or labels (N,)."""
     hidden, head = trained
+    backend = engine_for(hidden.device).head
     counts = [len(hidden), *(len(each if isinstance(each, Tensor) else each[0]) for each in targets)]
     if len(set(counts)) > 1:
         raise ValueError(f"Every model must give one state per token. Got {', '.join(map(str, counts))} states.")
-    # precisions are read here, since autocast is off within the function
-    sources = [each.__getitem__ if isinstance(each, Tensor) else _logits_of(backend, *each) for each in targets]
-    projection = backend.projection(head, matmul_dtype(head.weight))
     metrics: Metrics = {}
+
+    def project(head: Head) -> Projection:
+        return backend.projection(head, matmul_dtype(head.weight))
+
+    # here, since autocast is off within the sum
+    projection = project(head)
+    sources = [each if isinstance(each, Tensor) else (each[0], project(each[1])) for each in targets]
 
     def chunk_loss(part: slice, logits: Tensor) -> Tensor:
         """The sum of the kernel's values over a chunk. Its gradient with respect to W h + b overwrites `logits`."""
         total = logits.new_zeros(())
         rows = len(logits) if backend.block is None else max(1, backend.block // logits.shape[1])
-        chunks = (logits, *(source(part) for source in sources))
-        for block, *others in zip(*(each.split(rows) for each in chunks), strict=True):
+        others = (each[part] if isinstance(each, Tensor) else each[1].logits(each[0][part]) for each in sources)
+        for block, *beside in zip(*(each.split(rows) for each in (logits, *others)), strict=True):
             derivative = head.derivative(block)
-            others = [each.to(block.dtype) if each.is_floating_point() else each for each in others]
-            values, of_block = kernel(block, *others)
+            beside = [each.to(block.dtype) if each.is_floating_point() else each for each in beside]
+            values, of_block = kernel(block, *beside)
             if head.softcap is not None or head.scale != 1.0:
                 block.mul_(derivative)
             total += values.sum()
@@ -144,24 +130,12 @@ def _chunked(
     return ChunkedLoss(total, metrics)
 
 
-def _logits_of(backend: HeadBackend, hidden: Tensor, head: Head) -> Callable[[slice], Tensor]:
-    projection = backend.projection(head, matmul_dtype(head.weight))
-    return lambda part: projection.logits(hidden[part])
-
-
 class _ChunkedSum(torch.autograd.Function):
-    """The sum of a loss over all chunks. Its gradients are computed in the forward pass."""
+    """The sum of a loss over all chunks, whose gradients are computed in the forward pass."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        projection: Projection,
-        chunk_loss: Callable[[slice, Tensor], Tensor],
-        chunk: int,
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, *job: Any) -> Tensor:
+        projection, chunk_loss, chunk = job
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         size, wide = projection.head.vocabulary_size, projection.head.logits_dtype
         total = hidden.new_zeros((), dtype=wide)

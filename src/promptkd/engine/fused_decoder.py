@@ -50,11 +50,7 @@ def supports_fused_decoder(model: PreTrainedModel) -> bool:
 
 
 class FusedDecoder:
-    """The backbone of a model for which `supports_fused_decoder` holds, for one token per row.
-
-    Args:
-        join: makes one of several linear layers.
-    """
+    """The backbone of a model that `supports_fused_decoder`, for one token per row; `join` joins its linear layers."""
 
     def __init__(self, model: PreTrainedModel, join: Callable[[Sequence[nn.Linear]], JoinedLinear]):
         backbone, attention = model.base_model, model.base_model.layers[0].self_attn

@@ -1,8 +1,7 @@
 """Fused layers: the decoder layers of the Llama family, with hand-written norms, rotary positions and SwiGLU.
 
 These keep less for backward than autograd would and pass over memory less often; on CUDA each is compiled into one
-kernel. The last layer runs only at the tokens whose states are asked for. A model belongs to the family by its classes;
-that it computes the same is shown by a trial (`resolve.py`).
+kernel. A model belongs to the family by its classes; that it computes the same is shown by a trial (`resolve.py`).
 """
 
 from collections.abc import Callable
@@ -27,7 +26,7 @@ _compiled = cache(partial(torch.compile, dynamic=True))
 
 
 def _compiled_on_cuda(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, compiled once for all shapes if its first argument is on CUDA and Triton can compile."""
+    """`function`, compiled once for all shapes where its first argument is on CUDA and Triton can compile."""
 
     @wraps(function)
     def call(inputs: Tensor, *others: Any) -> Any:
@@ -42,10 +41,7 @@ def _wide(inputs: Tensor) -> Tensor:
 
 @_compiled_on_cuda
 def rms_norm(inputs: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """w x r with r = (mean(x²) + ε)^-½ over the last dimension; and r, (…, 1), in float32 or wider.
-
-    As in transformers, x r is rounded to the precision of x before it is multiplied by w.
-    """
+    """w x r with r = (mean(x²) + ε)^-½; and r, (…, 1), in float32 or wider. As in transformers, x r is rounded."""
     wide = _wide(inputs)
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(epsilon))
     return (wide * scale).to(inputs.dtype).mul_(weight), scale
@@ -73,12 +69,11 @@ class RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         inputs, weight, scale = ctx.saved_tensors
-        to_inputs = to_weight = None
-        if ctx.needs_input_grad[0]:
-            to_inputs = _rms_norm_to_inputs(gradient, inputs, weight, scale)
-        if ctx.needs_input_grad[1]:  # dw = Σ g x r
-            to_weight = (_wide(gradient) * inputs).mul_(scale).flatten(0, -2).sum(0).to(weight.dtype)
-        return to_inputs, to_weight, None
+        to_inputs = _rms_norm_to_inputs(gradient, inputs, weight, scale) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return to_inputs, None, None
+        to_weight = (_wide(gradient) * inputs).mul_(scale).flatten(0, -2).sum(0)  # Σ g x r
+        return to_inputs, to_weight.to(weight.dtype), None
 
 
 def rotation(rotary: nn.Module, states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,8 +86,7 @@ def rotation(rotary: nn.Module, states: Tensor, positions: Tensor) -> tuple[Tens
 @_compiled_on_cuda
 def rotate(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     """Rotary positions of heads (…, heads, D): x cos + rotate_half(x) sin, in the precision of the heads."""
-    rotated = (heads * cosines).addcmul_(heads.roll(heads.shape[-1] // 2, -1), sines)
-    return rotated.to(heads.dtype)
+    return (heads * cosines).addcmul_(heads.roll(heads.shape[-1] // 2, -1), sines).to(heads.dtype)
 
 
 class ApplyRotary(torch.autograd.Function):
@@ -174,11 +168,9 @@ def head_norms(attention: Any) -> list[Any]:
 
 
 def fused_forward(model: PreTrainedModel, inputs: dict[str, Tensor], attention: Attention, indices: Tensor) -> Tensor:
-    """Last hidden states (N, H) at the indices (N,) of one packed sequence of S tokens.
+    """Last hidden states (N, H) at the indices (N,) of one packed sequence; the last layer runs only there.
 
-    Args:
-        model: one that `supports_fused_forward`, in a mode without dropout.
-        inputs: `position_ids` with `input_ids` (1, S) or `inputs_embeds` (1, S, E).
+    The model is one that `supports_fused_forward`, in a mode without dropout; `inputs` are those of `pack_inputs`.
     """
     backbone = model.base_model
     hidden = inputs["inputs_embeds"] if "inputs_embeds" in inputs else backbone.embed_tokens(inputs["input_ids"])

@@ -38,11 +38,10 @@ class Head:
 
     @property
     def has_absent_tokens(self) -> bool:
-        """Whether a bias of -inf removes tokens."""
         return self.bias is not None and bool((self.bias[: self.vocabulary_size] == -torch.inf).any())
 
     def limited_to(self, vocabulary: int | None) -> "Head":
-        """The same head with its first `vocabulary` columns; with all of them for None."""
+        """With the first `vocabulary` columns; all of them for None."""
         return self if vocabulary is None else replace(self, columns=vocabulary)
 
     def weights(self) -> tuple[Tensor, Tensor | None]:
@@ -57,17 +56,14 @@ class Head:
         return products if self.softcap is None else products.div_(self.softcap).tanh_().mul_(self.softcap)
 
     def derivative(self, logits: Tensor) -> Tensor | float:
-        """Derivative of the logits with respect to W h + b, given the logits."""
+        """Of the logits with respect to W h + b."""
         return self.scale if self.softcap is None else (1 - (logits / self.softcap) ** 2) * self.scale
 
 
 class Projection:
-    """A head with its current weights, ready for matrix products in float32 or wider: in the plain form here.
+    """A head's current weights, for products in float32 or wider while autocast is off: plainly here.
 
-    Call it with autocast off, else torch rounds the results.
-
-    Args:
-        dtype: the precision of products around; factors may be rounded to it, sums never.
+    Factors may be rounded to `dtype`, the precision of products around; sums never.
     """
 
     def __init__(self, head: Head, dtype: torch.dtype):
@@ -80,7 +76,7 @@ class Projection:
         return self.head.transform_(linear(hidden.to(self.head.logits_dtype), self.weight, self.bias))
 
     def prepare(self, gradient: Tensor) -> Tensor:
-        """A gradient (C, V) with respect to W h + b, as `hidden_gradient` and `add_weight_gradient` take it."""
+        """A gradient (C, V) with respect to W h + b, as the methods below take it."""
         return gradient
 
     def hidden_gradient(self, prepared: Tensor) -> Tensor:
@@ -94,7 +90,7 @@ class Projection:
 
 
 class HeadBackend:
-    """How an engine computes with heads: in the plain form here."""
+    """How an engine computes with heads: plainly here."""
 
     chunk = 256  # tokens whose logits are held at a time
     block: int | None = None  # logits that a divergence takes at a time; None for a chunk's
@@ -104,7 +100,6 @@ class HeadBackend:
         return PLAIN_KERNELS
 
     def projection(self, head: Head, dtype: torch.dtype) -> Projection:
-        """See `Projection`."""
         return Projection(head, dtype)
 
 
@@ -114,34 +109,24 @@ def head_logits(model: nn.Module, hidden: Tensor, *, vocabulary: int | None = No
     Args:
         vocabulary: how many columns to return; None for all.
     """
-    head = linear_head(model)
-    if head is None:
-        return module_logits(model, hidden)[..., :vocabulary]
-    head = head.limited_to(vocabulary)
-    with torch.autocast(hidden.device.type, enabled=False):
-        products = linear(hidden.to(head.logits_dtype), *head.weights())
-        return _transform(products, head.scale, head.softcap)
-
-
-def module_logits(model: nn.Module, hidden: Tensor) -> Tensor:
-    """Logits (…, V) by the head's own module, in its own precision: for heads that are quantized or have LoRA."""
-    inner = unwrap_peft(model)
-    products = inner.get_output_embeddings()(hidden)
-    wide = products.to(torch.promote_types(torch.float32, products.dtype))
-    return _transform(wide, *_logit_transform(inner.config.get_text_config()))
-
-
-def _transform(products: Tensor, scale: float, softcap: float | None) -> Tensor:
-    """`Head.transform_` out of place, for autograd."""
-    if scale != 1.0:
+    inner, head = unwrap_peft(model), linear_head(model)
+    if head is None:  # by the head's own module, in its own precision
+        scale, softcap = _logit_transform(inner.config.get_text_config())
+        products = inner.get_output_embeddings()(hidden)[..., :vocabulary]
+        products = products.to(torch.promote_types(torch.float32, products.dtype))
+    else:
+        head, scale, softcap = head.limited_to(vocabulary), head.scale, head.softcap
+        with torch.autocast(hidden.device.type, enabled=False):
+            products = linear(hidden.to(head.logits_dtype), *head.weights())
+    if scale != 1.0:  # out of place, unlike `Head.transform_`, for autograd
         products = products * scale
     return products if softcap is None else torch.tanh(products / softcap) * softcap
 
 
 def linear_head(model: nn.Module) -> Head | None:
-    """The head as plain tensors; None if it is not a plain linear layer (LoRA, quantized).
+    """The head as plain tensors, gathered where sharded; None if it is no plain linear layer (LoRA, quantized).
 
-    Sharded weights are gathered, once for all chunks. Their gradient is the mean over processes, as FSDP's are.
+    The gradient of gathered weights is the mean over processes, as FSDP's are.
     """
     inner = unwrap_peft(model)
     layer = inner.get_output_embeddings()
@@ -154,7 +139,6 @@ def linear_head(model: nn.Module) -> Head | None:
 
 
 def _gathered(weight: Tensor) -> Tensor:
-    """All of a sharded weight; a weight that is not sharded as it is."""
     if isinstance(weight, DTensor):
         mesh = weight.device_mesh
         full = weight.full_tensor(grad_placements=[Partial()] * mesh.ndim)  # sums the gradients of all processes

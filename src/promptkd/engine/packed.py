@@ -85,12 +85,7 @@ def pack_inputs(
 
 
 class PackedScorer(Scorer):
-    """Scores packed rows.
-
-    Args:
-        max_tokens: most tokens of a pack; a batch of more is split between rows.
-        fused: run fused layers instead of the model's own, of which only the attention is replaced.
-    """
+    """Scores packed rows, at most `max_tokens` at a time, by the model's own layers or by fused ones."""
 
     def __init__(self, max_tokens: int, *, fused: bool = False):
         self.max_tokens, self.fused = max_tokens, fused

@@ -1,8 +1,7 @@
-"""Which engine runs a model, and which of its implementations; and whether a model's head gives its logits.
+"""Which engine runs a model, and which of its implementations: each is held to the reference before it is used.
 
-The engine is that of the model's device, unless `PROMPTKD_ENGINE` names another. Its implementations are held to the
-reference in trials before they are used. A verdict is kept for a model, its device, the precision of its weights and of
-its matrix products, and its attention: what agrees in float32 on a CPU may not in bfloat16 on a GPU.
+A verdict is kept for a model, its device, the precision of its weights and of its matrix products, and its attention:
+what agrees in float32 on a CPU may not in bfloat16 on a GPU.
 """
 
 import logging
@@ -19,9 +18,8 @@ from transformers import PreTrainedModel
 
 from promptkd.data.batch import right_pad
 from promptkd.engine.backbone import embedding_device, evaluating, model_matmul_dtype, unwrap_peft
-from promptkd.engine.base import Decoder, Engine, Scorer
+from promptkd.engine.base import REFERENCE, Decoder, Engine, Scorer
 from promptkd.engine.heads import head_logits
-from promptkd.engine.reference import REFERENCE
 from promptkd.errors import RequestError
 
 VARIABLE = "PROMPTKD_ENGINE"
@@ -35,11 +33,7 @@ Way = TypeVar("Way", Scorer, Decoder)
 
 
 def engine_for(device: torch.device) -> Engine:
-    """The engine for models on `device`.
-
-    Raises:
-        RequestError: if the environment names an unknown engine, or one for another kind of device.
-    """
+    """The engine for models on `device`, unless `PROMPTKD_ENGINE` names another that can run them."""
     asked = os.environ.get(VARIABLE, "")
     if asked and asked not in ENGINES:
         raise RequestError(f"{VARIABLE} must be one of {', '.join(ENGINES)}. Got {asked!r}.")
@@ -72,8 +66,7 @@ def _is_verified(candidate: Any, reference: Any, model: PreTrainedModel) -> bool
         if problem:
             names = type(model).__name__, candidate.name, weight.device.type
             _LOGGER.warning("%s is not run by %s on %s: %s", *names, problem)
-            if isinstance(candidate, Decoder):
-                candidate.forget(model)
+            candidate.forget(model)
     return verdicts[key]
 
 

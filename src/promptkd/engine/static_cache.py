@@ -1,13 +1,13 @@
-"""Decoding on a static key-value cache: preallocated, without padding, and written in place.
+"""Decoding on a static key-value cache: preallocated, and written in place.
 
-Prompts are packed. Then each step appends one token to every row. The cache is one buffer per layer in which all
-prompts end at the same column, so that a step writes one column for all rows. (transformers' dynamic cache copies all
-of its contents at every step.)
+Prompts are packed. The cache is one buffer per layer in which all prompts end at the same column, so that a step writes
+one column for all rows. (transformers' dynamic cache copies all of its contents at every step.)
 """
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -46,43 +46,31 @@ class LayerCache:
     settings: AttentionSettings
 
 
+Allocation = tuple[int, dict[int, LayerCache], Tensor, Tensor]
+"""Filled columns; the cache of each layer, as `StaticCacheSession.layer` makes them; and in the first R places, the
+position of each row's next token and the column of its first one."""
+
+
+@dataclass
 class StaticCacheSession(DecodeSession):
-    """Rows of one model. Each kind of device allocates and masks columns in its own way.
+    """Rows of one model. Each kind of device allocates and masks columns in its own way."""
 
-    Args:
-        model: in evaluation mode.
-        packed: packs the prompts.
-        backbone: the layers for one token per row.
-        project: hidden states (R, H) to logits (R, V).
-        max_new_tokens: most tokens that may follow a prompt.
-    """
-
-    layers: dict[int, LayerCache]
-    positions: Tensor  # of each row's next token, in the first R places
-    first: Tensor  # the column of each row's first token, in the first R places
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        packed: PackedScorer,
-        backbone: DecodeBackbone,
-        project: Callable[[Tensor], Tensor],
-        max_new_tokens: int,
-    ):
-        self.model, self.packed, self.backbone, self.project = model, packed, backbone, project
-        self.max_new_tokens, self.device = max_new_tokens, embedding_device(model)
-        self.rows = self.width = 0  # rows, and filled columns
+    model: PreTrainedModel  # in evaluation mode
+    packed: PackedScorer  # packs the prompts
+    backbone: DecodeBackbone
+    project: Callable[[Tensor], Tensor]  # hidden states (R, H) to logits (R, V)
+    max_new_tokens: int  # most tokens that may follow a prompt
 
     def prefill(self, prompts: Sequence[Sequence[int]], soft_prompt: Tensor | None = None) -> Tensor:
-        before = 0 if soft_prompt is None else soft_prompt.shape[0]
-        self.rows = len(prompts)
-        self.allocate([before + len(ids) for ids in prompts])
+        device = embedding_device(self.model)
         pack, inputs = pack_inputs(self.model, prompts, soft_prompt, share=self.packed.shares_prefixes(self.model))
-        rows = [row for row, indices in enumerate(pack.row_indices) for _ in indices]
-        columns = [self.width - place for indices in pack.row_indices for place in range(len(indices), 0, -1)]
-        tokens = [index for indices in pack.row_indices for index in indices]
-        places = on_device([rows, columns, tokens], self.device)
-        attention = self.packed.attention(pack, self.device)
+        lengths = [len(indices) for indices in pack.row_indices]
+        self.rows = len(lengths)
+        self.width, self.layers, self.positions, self.first = self.allocate(lengths, device)
+        rows = [row for row, length in enumerate(lengths) for _ in range(length)]
+        columns = [column for length in lengths for column in range(self.width - length, self.width)]
+        places = on_device([rows, columns, [*chain(*pack.row_indices)]], device)
+        attention = self.packed.attention(pack, device)
 
         def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
             self._store(self.layer(int(module.layer_idx), key, value, settings), places, key, value)
@@ -102,7 +90,7 @@ class StaticCacheSession(DecodeSession):
     def select(self, rows: Sequence[int]) -> None:
         moves = [(place, row) for place, row in enumerate(rows) if place != row]
         if moves:
-            to, source = on_device(moves, self.device).T
+            to, source = on_device(moves, self.positions.device).T
             for layer in self.layers.values():
                 for each in (layer.keys, layer.values):
                     each[to, :, : self.width] = each[source, :, : self.width]
@@ -111,8 +99,8 @@ class StaticCacheSession(DecodeSession):
         self.rows = len(rows)
 
     @abstractmethod
-    def allocate(self, lengths: Sequence[int]) -> None:
-        """Set `layers`, `positions`, `first` and `width`, for prompts of these lengths with the soft prompt."""
+    def allocate(self, lengths: Sequence[int], device: torch.device) -> Allocation:
+        """For prompts of these lengths, soft prompt included."""
 
     @abstractmethod
     def layer(self, index: int, key: Tensor, value: Tensor, settings: AttentionSettings) -> LayerCache:
@@ -135,11 +123,9 @@ def own_layers(model: PreTrainedModel) -> DecodeBackbone:
 
 
 def attend_to_columns(layer: LayerCache, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """(R, 1, heads, D) attention of `query` (R, heads, 1, D) to columns of a cache.
+    """(R, 1, heads, D) attention of `query` (R, heads, 1, D) to keys and values (R, G, columns, D).
 
-    Args:
-        keys, values: (R, G, columns, D).
-        mask: (R, 1, 1, columns), True where a row sees a column.
+    `mask` (R, 1, 1, columns) is True where a row sees a column.
     """
     rows, settings = query.shape[0], layer.settings
     # heads that share keys, side by side

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from promptkd.engine import evaluating, unwrap_peft
-from promptkd.engine.reference import DynamicCacheSession
+from promptkd.engine.base import DynamicCacheSession
 from promptkd.generation.decode_loop import check_request
 from promptkd.generation.sampling import SamplingParams, next_tokens, uniforms
 

@@ -17,7 +17,7 @@ from promptkd.engine import (
     linear_head,
 )
 from promptkd.objectives import prompt_loss_terms
-from promptkd.objectives.prompt import Directions
+from promptkd.objectives.divergences import Directions
 
 Objective = Callable[[Tensor, Tensor], Tensor]
 """(student_logits, teacher_logits), both (N, V), to N values in nats."""

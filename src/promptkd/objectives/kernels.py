@@ -11,8 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from promptkd.objectives.divergences import forward_kl, reverse_kl, shared_log_probs
-from promptkd.objectives.prompt import Direction, prompt_loss_terms
+from promptkd.objectives.divergences import Direction, forward_kl, prompt_loss_terms, reverse_kl, shared_log_probs
 
 Objective = Callable[[Tensor, Tensor], Tensor]
 """Student and teacher logits (N, V) to values (N,)."""
@@ -34,11 +33,7 @@ class Kernels:
 
 
 def objective_kernel(objective: Objective, kernels: Kernels, *, absent_tokens: bool) -> Kernel:
-    """The kernel of `objective`, with the metric "entropy" of the student.
-
-    Args:
-        absent_tokens: whether logits may be -inf.
-    """
+    """The kernel of `objective`, with the student's metric "entropy". With `absent_tokens`, logits may be -inf."""
     written: dict[Objective, Kernel] = {reverse_kl: kernels.reverse_kl, forward_kl: kernels.forward_kl}
     if objective in written and not absent_tokens:
         return written[objective]
@@ -58,10 +53,7 @@ def prompt_kernel(
     student_direction: Direction = "reverse",
     plain_direction: Direction = "reverse",
 ) -> Kernel:
-    """The kernel of `prompt_loss` for prompted, student and (optionally) plain logits.
-
-    Its metrics are the unweighted terms "to_student" and "to_plain".
-    """
+    """The kernel of `prompt_loss`; its metrics are the unweighted terms "to_student" and, where wanted, "to_plain"."""
     if student_direction == plain_direction == "reverse" and not absent_tokens:
         return kernels.prompt(weight)
     terms = partial(prompt_loss_terms, student_direction=student_direction, plain_direction=plain_direction)

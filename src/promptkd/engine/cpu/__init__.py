@@ -1,12 +1,9 @@
 """CPU: packed rows attended to one by one, fused layers, decoding with weights reordered for oneDNN."""
 
-from promptkd.engine.base import Engine
+from promptkd.engine.base import DynamicCacheDecoder, Engine, PaddedScorer
 from promptkd.engine.cpu.attention import CpuPackedScorer
 from promptkd.engine.cpu.decoding import CpuDecoder
 from promptkd.engine.cpu.head import CpuHeadBackend
-from promptkd.engine.reference import DynamicCacheDecoder, PaddedScorer
-
-__all__ = ["ENGINE"]
 
 _MAX_TOKENS = 2048  # beyond, matrix products get no faster
 
@@ -15,8 +12,6 @@ ENGINE = Engine(
     scorers=(CpuPackedScorer(_MAX_TOKENS, fused=True), CpuPackedScorer(_MAX_TOKENS), PaddedScorer()),
     decoders=(CpuDecoder(fused=True), CpuDecoder(fused=False), DynamicCacheDecoder()),
     head=CpuHeadBackend(),
-    check_every=1,
-    decode_rows=32,
     shares_passes=True,
     pass_tokens=1536,
 )

@@ -1,8 +1,7 @@
-"""Decoding on CPU: rows leave as soon as they end, and each step attends only to the columns filled so far.
+"""Decoding on CPU: each step attends only to the columns filled so far, and linear layers are run by oneDNN.
 
 Decoding reads every weight once per token, for a handful of rows. oneDNN does that about twice as fast as the BLAS
-behind `nn.Linear` if the weights are reordered into its own blocks first, which costs about as much as reading them
-once, and a second copy in memory.
+behind `nn.Linear` if the weights are reordered first, which costs about as much as reading them once, and a copy.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ from promptkd.engine.fused_decoder import CastLinear, FusedDecoder, JoinedLinear
 from promptkd.engine.heads import head_logits, linear_head
 from promptkd.engine.packed import supports_packing
 from promptkd.engine.static_cache import (
+    Allocation,
     LayerCache,
     StaticCacheSession,
     attend_to_columns,
@@ -33,11 +33,7 @@ _MOST_BYTES = 4 * 2**30  # of weights; a second copy of more is not worth its me
 
 
 class CpuDecoder(Decoder):
-    """Decodes on a static cache, with weights reordered for oneDNN.
-
-    Args:
-        fused: run the layers by `FusedDecoder` instead of the model's own modules.
-    """
+    """Decodes on a static cache, with weights reordered for oneDNN, by the model's own layers or by `FusedDecoder`."""
 
     def __init__(self, *, fused: bool):
         self.fused = fused
@@ -56,12 +52,9 @@ class CpuDecoder(Decoder):
 
 
 class _CpuSession(StaticCacheSession):
-    _mask: Tensor  # of the running step
-
-    def allocate(self, lengths: Sequence[int]) -> None:
-        self.layers, self.width = {}, max(lengths)
-        self.positions = torch.tensor(lengths, device=self.device)
-        self.first = self.width - self.positions
+    def allocate(self, lengths: Sequence[int], device: torch.device) -> Allocation:
+        width, positions = max(lengths), torch.tensor(lengths, device=device)
+        return width, {}, positions, width - positions
 
     @outside_inference_mode
     def layer(self, index: int, key: Tensor, value: Tensor, settings: AttentionSettings) -> LayerCache:
@@ -73,8 +66,8 @@ class _CpuSession(StaticCacheSession):
 
     def decode(self, tokens: Tensor) -> Tensor:
         self.width += 1
-        columns = torch.arange(self.width, device=self.device)
-        self._mask = (columns >= self.first[: self.rows, None])[:, None, None]
+        columns = torch.arange(self.width, device=tokens.device)
+        self._mask = (columns >= self.first[: self.rows, None])[:, None, None]  # (R, 1, 1, columns)
         positions = self.positions[: self.rows]
         self.positions = positions + 1
         return self.project(self.backbone(tokens, positions, self.attend_to_cache))
@@ -101,13 +94,7 @@ def _projection(model: PreTrainedModel, rows: int, vocabulary: int | None) -> Ca
 
 
 class OneDNNLinear:
-    """A `JoinedLinear` by oneDNN, with the weights of the time when it is made.
-
-    Args:
-        weight: (outputs, inputs), in a precision for which `onednn_multiplies` holds.
-        bias: (outputs,) or None.
-        rows: about how many rows a call will have.
-    """
+    """A `JoinedLinear` by oneDNN, for calls of about `rows` rows, of weights for which `onednn_multiplies` holds."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, rows: int):
         self.dtype, self.bias = weight.dtype, bias
@@ -145,11 +132,8 @@ def _copy_is_affordable(model: nn.Module) -> bool:
 def onednn_linears(model: nn.Module, rows: int) -> Iterator[None]:
     """Run the linear layers of `model` by oneDNN within this context. Its weights must not change meanwhile.
 
-    Results differ from `nn.Linear` by rounding. Layers in a precision that oneDNN does not multiply in remain as they
-    are, and so do all layers of a model with more than 4 GiB of weights.
-
-    Args:
-        rows: the most rows of a step; calls with more are left to torch.
+    Layers in a precision that oneDNN does not multiply remain as they are, and so do all layers of a model with more
+    than 4 GiB of weights. Calls with more than `rows` rows are left to torch.
     """
     plain = [each for each in model.modules() if type(each) is nn.Linear and "forward" not in vars(each)]
     layers = [each for each in plain if onednn_multiplies(matmul_dtype(each.weight))]

@@ -1,12 +1,9 @@
 """CUDA: packed rows by varlen attention, fused layers, decoding under CUDA graphs, heads with float32 products."""
 
-from promptkd.engine.base import Engine
+from promptkd.engine.base import DynamicCacheDecoder, Engine, PaddedScorer
 from promptkd.engine.cuda.attention import CudaPackedScorer
 from promptkd.engine.cuda.decoding import CudaDecoder
 from promptkd.engine.cuda.head import CudaHeadBackend
-from promptkd.engine.reference import DynamicCacheDecoder, PaddedScorer
-
-__all__ = ["ENGINE"]
 
 _PACKED = CudaPackedScorer(max_tokens=16_384)
 _HEAD = CudaHeadBackend()
@@ -18,6 +15,5 @@ ENGINE = Engine(
     head=_HEAD,
     check_every=16,
     decode_rows=128,
-    shares_passes=False,
     pass_tokens=8192,
 )

@@ -1,14 +1,14 @@
 """Decoding on CUDA: everything stays on the device, each step is one CUDA graph, and shapes come in few sizes.
 
 Graphs read and write fixed addresses. So weights in the precision of products, the key-value cache and the current
-tokens, positions and column are kept in `_Buffers` as long as the model lives, and updated in place: weights once per
-`open`, the rest per session.
+tokens, positions and column are kept in `_Buffers` as long as the model lives, and updated in place.
 """
 
 import copy
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -28,6 +28,7 @@ from promptkd.engine.fused_decoder import CastLinear, FusedDecoder, JoinedLinear
 from promptkd.engine.heads import HeadBackend, head_logits, linear_head
 from promptkd.engine.packed import PackedScorer, is_sharded
 from promptkd.engine.static_cache import (
+    Allocation,
     CachedAttention,
     DecodeBackbone,
     LayerCache,
@@ -47,13 +48,7 @@ def _row_bucket(rows: int) -> int:
 
 
 class CudaDecoder(Decoder):
-    """Decodes under CUDA graphs.
-
-    Args:
-        packed: packs the prompts.
-        head: how heads are multiplied.
-        fused: run the layers by `FusedDecoder` instead of the model's own modules.
-    """
+    """Decodes under CUDA graphs, by the model's own layers or by `FusedDecoder`; `packed` packs the prompts."""
 
     def __init__(self, packed: PackedScorer, head: HeadBackend, *, fused: bool):
         self._packed, self._head, self.fused = packed, head, fused
@@ -90,7 +85,8 @@ class CudaDecoder(Decoder):
                 raise RuntimeError("One model decodes one batch at a time on CUDA: end the session that is open.")
             buffers.in_use = True
             try:
-                yield _CudaSession(model, self._packed, buffers, project, max_new_tokens, (vocabulary, address))
+                settings = max_new_tokens, buffers, (vocabulary, address)
+                yield _CudaSession(model, self._packed, buffers.backbone, project, *settings)
             finally:
                 buffers.in_use = False
 
@@ -130,11 +126,7 @@ class _Buffers:
 
     @outside_inference_mode
     def _cast_layers(self, model: PreTrainedModel) -> DecodeBackbone:
-        """The model's own layers, with their matrices cast.
-
-        Embeddings and norms keep their precision, as under autocast: rows are sampled from the distribution that is
-        scored.
-        """
+        """The model's own layers with their matrices cast: no others, as rows are sampled from what is scored."""
         original, dtype = model.base_model, self.dtype
         tables = {id(module.weight) for module in original.modules() if isinstance(module, nn.Embedding)}
         matrices = [
@@ -196,40 +188,29 @@ def _run_layers(
         return layers(tokens, positions, attend)
 
 
+@dataclass
 class _CudaSession(StaticCacheSession):
-    """Args: see `StaticCacheSession`; head: what distinguishes the projections that graphs hold."""
+    buffers: _Buffers
+    head: tuple[int | None, int]  # what distinguishes the projections that graphs hold
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        packed: PackedScorer,
-        buffers: _Buffers,
-        project: Callable[[Tensor], Tensor],
-        max_new_tokens: int,
-        head: tuple[int | None, int],
-    ):
-        super().__init__(model, packed, buffers.backbone, project, max_new_tokens)
-        self.buffers, self.head = buffers, head
-        self._masks: dict[int | None, Tensor] = {}  # by sliding window, within one step
-
-    def allocate(self, lengths: Sequence[int]) -> None:
+    def allocate(self, lengths: Sequence[int], device: torch.device) -> Allocation:
         buffers, width = self.buffers, rounded_up(max(lengths), _PROMPT_COLUMNS)
         buffers.allocate(len(lengths), width + self.max_new_tokens)
         # rows that only fill a bucket begin at the first new column, and see nothing else
         unused = buffers.rows - len(lengths)
         starts = [width - length for length in lengths] + [width] * unused
-        positions, first = on_device([[*lengths, *[0] * unused], starts], buffers.device)
+        positions, first = on_device([[*lengths, *[0] * unused], starts], device)
         buffers.positions.copy_(positions)
         buffers.first.copy_(first)
         buffers.column.fill_(width)
-        self.layers, self.positions, self.first, self.width = buffers.layers, buffers.positions, buffers.first, width
+        return width, buffers.layers, buffers.positions, buffers.first
 
     @outside_inference_mode
     def layer(self, index: int, key: Tensor, value: Tensor, settings: AttentionSettings) -> LayerCache:
         if index not in self.layers:
-            rows, columns, dtype = self.buffers.rows, self.buffers.columns, self.buffers.dtype
-            sizes = [(rows, each.shape[1], columns, each.shape[-1]) for each in (key, value)]
-            keys, values = (torch.zeros(size, dtype=dtype, device=self.device) for size in sizes)
+            buffers = self.buffers
+            sizes = [(buffers.rows, each.shape[1], buffers.columns, each.shape[-1]) for each in (key, value)]
+            keys, values = (torch.zeros(size, dtype=buffers.dtype, device=buffers.device) for size in sizes)
             self.layers[index] = LayerCache(keys, values, settings)
         return self.layers[index]
 
@@ -248,7 +229,7 @@ class _CudaSession(StaticCacheSession):
         buffers = self.buffers
         columns = torch.arange(span, device=buffers.device)
         mask = (columns >= buffers.first[:rows, None]) & (columns <= buffers.column)  # (rows, span)
-        self._masks = {None: mask[:, None, None]}
+        self._masks: dict[int | None, Tensor] = {None: mask[:, None, None]}  # by sliding window
         with torch.autocast(buffers.device.type, enabled=False):
             hidden = self.backbone(buffers.tokens[:rows], buffers.positions[:rows], self.attend_to_cache)
             return buffers.keep(self.project(hidden))

@@ -26,10 +26,8 @@ class Graphs:
 
         Args:
             key: everything that changes which kernels run, sizes above all.
-            function: never waits for the device, works on tensors at fixed addresses, and may be called repeatedly.
-
-        Raises:
-            RuntimeError: if `function` waits for the device, or cannot be captured.
+            function: works on tensors at fixed addresses, and may be called repeatedly. A RuntimeError says that it
+                waits for the device, or cannot be captured.
         """
         if device.type != "cuda":
             return function()
@@ -47,7 +45,12 @@ class Graphs:
         self._side.wait_stream(current)
         with torch.cuda.stream(self._side):
             function()  # libraries allocate their workspaces, Triton compiles
-            _call_without_waiting(function)
+            before = torch.cuda.get_sync_debug_mode()
+            torch.cuda.set_sync_debug_mode("error")
+            try:  # a function that waits for the device fails here, instead of in the middle of a capture
+                function()
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
             try:
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 try:
@@ -62,13 +65,3 @@ class Graphs:
         current.wait_stream(self._side)
         self._pool = graph.pool()
         return graph, output
-
-
-def _call_without_waiting(function: Callable[[], Tensor]) -> None:
-    """Raise a RuntimeError if `function` waits for the device: a capture would leave torch's state in its middle."""
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        function()
-    finally:
-        torch.cuda.set_sync_debug_mode(before)

@@ -38,8 +38,7 @@ class CudaHeadBackend(HeadBackend):
     def _aligned(self, weight: Tensor, vocabulary: int, dtype: torch.dtype) -> Tensor:
         """A weight or bias in `dtype`, (V rounded up to 64, …). Its last rows may hold anything.
 
-        It is cast at every call, in a millisecond at most. No version count of a tensor tells whether that is needed:
-        fused optimizers and sharding overwrite weights without counting.
+        It is cast at every call, in a millisecond: fused optimizers overwrite weights without counting versions.
         """
         columns = rounded_up(vocabulary, _ALIGNMENT)
         if weight.dtype == dtype and len(weight) >= columns:

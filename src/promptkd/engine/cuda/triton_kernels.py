@@ -2,25 +2,13 @@
 """Triton kernels of the chunked losses: the same calls and results as those in `promptkd.objectives.kernels`.
 
 A program takes one row of float32 logits, finite everywhere, and writes the gradient over it. It reads the row twice,
-since a row of 152k logits does not fit on chip, nor all rows that run at once into the L2 cache: first for log-sum-exps
-and the mean that centers the gradient of a reverse KL, then for values and gradient. Bytes moved per logit (plain torch
-moves 168 for a reverse KL to two models):
-
-| program | first pass | second pass | gradient | sum |
-|---|---|---|---|---|
-| reverse KL to two models | 12 | 12 | 4 | 28 |
-| reverse KL to one, forward KL | 8 | 8 | 4 | 20 |
-| cross-entropy | 4 | 4 | 4 | 12 |
+since a row of 152k logits does not fit on chip: first for log-sum-exps and the mean that centers the gradient of a
+reverse KL, then for values and gradient. For a reverse KL to two models it moves 28 bytes per logit, plain torch 168.
 
 Each lane of a block has its own sums, so that only V / BLOCK terms are added one after the other; then the lanes are
 added in a tree, once per pass. A log-sum-exp stays a pair, top + log(mass): as one number it would be off by up to 1e-6
-at logits around 30, and a KL with it. A log-ratio is
-
-    log p - log q = ((z_p - top_p) - (z_q - top_q)) - log(mass_p / mass_q),
-
-which has no rounding at the tops, where p is large, and is exactly 0 for equal inputs.
-
-This module needs Triton, which torch brings along on CUDA. Tests: tests/engine/test_triton_kernels.py.
+at logits around 30, and a KL with it. The log-ratio ((z_p - top_p) - (z_q - top_q)) - log(mass_p / mass_q) has no
+rounding at the tops, where p is large, and is exactly 0 for equal inputs.
 """
 
 from typing import Any
@@ -79,8 +67,7 @@ def cross_entropy_kernel(logits: Tensor, labels: Tensor) -> tuple[Tensor, Metric
 def prompt_kernel(weight: float) -> Kernel:
     """KL(p || q) + λ KL(p || p0), λ = `weight`: a kernel of the logits of p, q and, optionally, p0.
 
-    The metrics are the unweighted terms "to_student" and, with p0, "to_plain". Tensors and errors as in
-    `reverse_kl_kernel`.
+    The metrics are the unweighted terms "to_student" and, with p0, "to_plain". All else as in `reverse_kl_kernel`.
     """
 
     def kernel(logits: Tensor, student: Tensor, *plain: Tensor) -> tuple[Tensor, Metrics]:
@@ -143,8 +130,7 @@ def _reverse_kl_rows(
 ):
     """KL(p || q) + λ KL(p || p0), λ = `weight`: d/dz = p (g - Σ p g), g = (1 + λ) log p - log q - λ log p0.
 
-    A constant in g does not change the gradient. So g is computed from logits, and its mean is known after the first
-    pass.
+    A constant in g changes no gradient. So g is computed from logits, and its mean is known after the first pass.
     """
     token = tl.program_id(0).to(tl.int64)  # times a stride it may exceed 2^31
     logits += token * stride
@@ -265,8 +251,7 @@ def _cross_entropy_rows(logits, labels, values, entropy, stride, SIZE: tl.conste
 
 @triton.jit
 def _load(row, start, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """BLOCK logits from column `start` on. Only the last block is masked: a mask that ends at an odd column would split
-    every load of 16 bytes into four."""
+    """BLOCK logits. Only the last block is masked: a mask that ends at an odd column splits every load in four."""
     columns = start + tl.arange(0, BLOCK)
     if start + BLOCK <= SIZE:
         logits = tl.load(row + columns)
@@ -286,10 +271,7 @@ def _store(row, start, values, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _absorb(z, top, mass):
-    """Every lane's log-sum-exp with one more logit, at one exponential.
-
-    The last two results keep a sum of exp(z - top) x up to date: sum * old + new * x.
-    """
+    """Every lane's log-sum-exp with one more logit; and factors for a sum of exp(z - top) x: sum * old + new * x."""
     fall = tl.exp(-tl.abs(z - top))
     higher = z > top
     old = tl.where(higher, fall, 1.0)
