@@ -11,8 +11,8 @@ from promptkd.engine import decoding, first_verified, head_logits
 from promptkd.engine.cpu import ENGINE
 from promptkd.engine.cpu import decoding as onednn
 from promptkd.engine.cpu.decoding import OneDNNLinear, onednn_linears, onednn_multiplies
-from promptkd.engine.fused_decoder import FusedDecoder, supports_fused_decoder
 from promptkd.engine.packed import supports_packing
+from promptkd.engine.static_cache import FusedDecoder, supports_fused_decoder
 from promptkd.generation import SamplingParams, generate
 
 PROMPTS = ([5, 9, 11, 2, 40, 7, 7, 30, 12, 1], [3], [5, 9, 4, 60])

@@ -9,8 +9,8 @@ from torch.nn.functional import silu
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from promptkd.engine import fused_layers
-from promptkd.engine.attention import AttentionSettings
-from promptkd.engine.cpu.attention import varlen_attention
+from promptkd.engine.backbone import AttentionSettings
+from promptkd.engine.cpu.scoring import varlen_attention
 from promptkd.engine.fused_layers import ApplyRotary, RMSNorm, SwiGLU, rms_norm, rotate, rotation, swiglu
 from promptkd.engine.packed import pack_rows
 

@@ -68,7 +68,7 @@ def decoding(model: nn.Module, rows: int, *, vocabulary: int | None = None) -> A
     Args:
         model: a causal model of transformers or a PeftModel of one, in evaluation mode.
         rows: the most rows of a session.
-        vocabulary: how many tokens to return logits for, from id 0 on; None for all.
+        vocabulary: how many columns of logits to return; None for all.
     """
     inner = unwrap_peft(model)
     decoders = engine_for(embedding_device(inner)).decoders

@@ -28,12 +28,9 @@ class Implementation(ABC):
 
     name: str
 
-    @abstractmethod
     def supports(self, model: PreTrainedModel) -> bool:
-        """Whether it can run the model in its current mode and precision, as far as class and settings tell.
-
-        Called before every pass, so it must be cheap.
-        """
+        """Whether it can run the model in its mode and precision, as far as class and settings tell."""
+        return True
 
     def forget(self, model: PreTrainedModel) -> None:
         """Release what is kept for the model between calls, since another implementation runs it."""
@@ -53,10 +50,7 @@ class DecodeSession(ABC):
 
     @abstractmethod
     def prefill(self, prompts: Sequence[Sequence[int]], soft_prompt: Tensor | None = None) -> Tensor:
-        """Read R prompts of at least one token id, after embeddings (n, E) if given.
-
-        Returns the logits (R, V) of the token that follows each, in float32 or wider.
-        """
+        """Read R prompts, each after the embeddings (n, E): logits (R, V) of what follows, in float32 or wider."""
 
     @abstractmethod
     def decode(self, tokens: Tensor) -> Tensor:
@@ -94,12 +88,9 @@ class Engine:
 
 
 class PaddedScorer(Scorer):
-    """Runs the padded rectangle as it is; the states of padding are computed and not used."""
+    """Runs the padded rectangle as it is."""
 
     name = "padded rows"
-
-    def supports(self, model: PreTrainedModel) -> bool:
-        return True
 
     def hidden(self, model: PreTrainedModel, batch: TokenBatch, prompt: Tensor | None) -> Tensor:
         positions, length = batch.position_ids, 0
@@ -118,9 +109,6 @@ class PaddedScorer(Scorer):
 
 class DynamicCacheSession(DecodeSession):
     """Left-padded rows on transformers' cache."""
-
-    mask: Tensor
-    positions: Tensor
 
     def __init__(self, model: PreTrainedModel, vocabulary: int | None):
         if "past_key_values" not in inspect.signature(model.base_model.forward).parameters:
@@ -162,9 +150,6 @@ class DynamicCacheDecoder(Decoder):
     """Decodes on transformers' cache, which copies all of its contents for every token."""
 
     name = "transformers' cache"
-
-    def supports(self, model: PreTrainedModel) -> bool:
-        return True
 
     @contextmanager
     def open(self, model: PreTrainedModel, rows: int, vocabulary: int | None) -> Iterator[SessionFactory]:

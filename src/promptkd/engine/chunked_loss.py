@@ -1,7 +1,6 @@
-"""Losses from hidden states and heads, a chunk of tokens at a time.
+"""Losses from hidden states and heads, a chunk of tokens at a time, so that no tensor of shape (N, V) is ever made.
 
-A chunk is projected, its loss and the gradient with respect to its logits are computed, and the gradient is passed on
-to the hidden states and the head at once. So no tensor of shape (N, V) is ever made, and backward only multiplies.
+The gradient of a chunk's logits is passed on to the hidden states and the head at once, and backward only multiplies.
 Logits, divergences and sums are float32 or wider, also under autocast.
 """
 
@@ -41,16 +40,12 @@ class ChunkedLoss:
 def chunked_objective(
     objective: Objective, student: HiddenAndHead, teacher: HiddenAndHead, *, chunk: int | None = None
 ) -> ChunkedLoss:
-    """Sum over tokens of `objective(student_logits, teacher_logits)`.
+    """Sum over tokens of `objective(student_logits, teacher_logits)`, with the student's metric "entropy", in nats.
 
     Args:
         objective: any function of `promptkd.objectives` on two logit tensors, or one of your own.
-        student: its hidden states and head receive gradients.
-        teacher: constant.
+        student: receives gradients. The teacher is constant.
         chunk: most tokens at a time; None for what suits the device, here and below.
-
-    Returns:
-        The sum, and the metric "entropy" of the student over the columns that both have, summed, in nats.
     """
     absent = student[1].has_absent_tokens or teacher[1].has_absent_tokens
     return _chunked(objective_kernel(objective, _kernels(student), absent_tokens=absent), student, [teacher], chunk)
@@ -70,15 +65,12 @@ def chunked_prompt_loss(
     chunk: int | None = None,
     **directions: Unpack[Directions],
 ) -> ChunkedLoss:
-    """Sum over tokens of `prompt_loss`.
+    """Sum over tokens of `prompt_loss`, with its unweighted terms as metrics: "to_student" and "to_plain".
 
     Args:
         prompted: the teacher with its adapter; receives gradients. The others are constant.
         plain: the teacher without its adapter; None only with a weight of 0.
         weight, directions: see `prompt_loss`.
-
-    Returns:
-        The sum, and its unweighted terms, summed: the metrics "to_student" and, with `plain`, "to_plain".
     """
     if plain is None and weight != 0:
         raise ValueError(f"`plain` may be left out only with a weight of 0. Got {weight}.")
@@ -159,11 +151,9 @@ class _ChunkedSum(torch.autograd.Function):
                 if to_bias is not None:
                     to_bias[:size] += logits.sum(0)
                 del logits, gradient  # before the next chunk's are made
-        ctx.save_for_backward(
-            to_hidden,
-            None if to_weight is None else to_weight.to(weight.dtype),
-            None if to_bias is None or bias is None else to_bias.to(bias.dtype),
-        )
+        to_weight = None if to_weight is None else to_weight.to(weight.dtype)
+        to_bias = None if to_bias is None or bias is None else to_bias.to(bias.dtype)
+        ctx.save_for_backward(to_hidden, to_weight, to_bias)
         return total
 
     @staticmethod

@@ -17,8 +17,7 @@ from torch.utils._triton import has_triton
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from promptkd.engine.attention import Attention, AttentionSettings
-from promptkd.engine.backbone import embedding_device, is_recomputed
+from promptkd.engine.backbone import Attention, AttentionSettings, embedding_device, is_recomputed
 
 _FAMILY = {"llama", "mistral", "qwen2", "qwen3"}
 _WEIGHT_DTYPES = {torch.float32, torch.bfloat16}

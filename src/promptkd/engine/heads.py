@@ -4,6 +4,7 @@ Logits are float32 or wider whatever the precision around them. Rounded to bfloa
 KL between two such distributions measures the rounding.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -89,26 +90,18 @@ class Projection:
         return prepared.T @ hidden if total is None else total.addmm_(prepared.T, hidden)
 
 
+@dataclass(frozen=True)
 class HeadBackend:
-    """How an engine computes with heads: plainly here."""
+    """How an engine computes with heads: plainly by default."""
 
-    chunk = 256  # tokens whose logits are held at a time
+    chunk: int = 256  # tokens whose logits are held at a time
     block: int | None = None  # logits that a divergence takes at a time; None for a chunk's
-
-    def kernels(self, dtype: torch.dtype) -> Kernels:
-        """Divergences with their gradients, for logits of this precision."""
-        return PLAIN_KERNELS
-
-    def projection(self, head: Head, dtype: torch.dtype) -> Projection:
-        return Projection(head, dtype)
+    projection: Callable[[Head, torch.dtype], Projection] = Projection
+    kernels: Callable[[torch.dtype], Kernels] = lambda dtype: PLAIN_KERNELS  # for logits of this precision
 
 
 def head_logits(model: nn.Module, hidden: Tensor, *, vocabulary: int | None = None) -> Tensor:
-    """Project hidden states (…, H) to logits (…, V) in float32 or wider, with the model's logit scale and soft cap.
-
-    Args:
-        vocabulary: how many columns to return; None for all.
-    """
+    """Project hidden states (…, H) to logits (…, V), in float32 or wider; the first `vocabulary` columns if given."""
     inner, head = unwrap_peft(model), linear_head(model)
     if head is None:  # by the head's own module, in its own precision
         scale, softcap = _logit_transform(inner.config.get_text_config())

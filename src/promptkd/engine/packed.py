@@ -1,6 +1,6 @@
 """Packed rows: several rows side by side in one sequence, so that no padding is computed.
 
-Positions restart with every row, and varlen attention keeps the rows apart (`cpu/attention.py`, `cuda/attention.py`).
+Positions restart with every row, and varlen attention keeps the rows apart (`cpu/scoring.py`, `cuda/scoring.py`).
 Soft-prompt vectors are ordinary tokens of a row. Rows may share a prefix (a template, a system turn, several responses
 to one request): a causal model gives its tokens the same states in each of them, so they are computed once.
 """
@@ -16,8 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from promptkd.data.batch import TokenBatch, on_device
-from promptkd.engine.attention import Attention, use_attention
-from promptkd.engine.backbone import applies_dropout, embedding_device
+from promptkd.engine.backbone import Attention, applies_dropout, embedding_device, use_attention
 from promptkd.engine.base import Scorer
 from promptkd.engine.fused_layers import fused_forward, supports_fused_forward
 

@@ -52,8 +52,10 @@ def _of_kind(kind: str) -> Engine:
 
 def first_verified(candidates: Sequence[Way], model: PreTrainedModel) -> Way:
     """The first candidate that supports the model and agrees with the last one, which is the reference."""
-    *others, reference = candidates
-    return next((each for each in others if each.supports(model) and _is_verified(each, reference, model)), reference)
+    for candidate in candidates[:-1]:
+        if candidate.supports(model) and _is_verified(candidate, candidates[-1], model):
+            return candidate
+    return candidates[-1]
 
 
 def _is_verified(candidate: Any, reference: Any, model: PreTrainedModel) -> bool:

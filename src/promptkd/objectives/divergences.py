@@ -193,9 +193,9 @@ def _log_mixture(log_a: Tensor, log_b: Tensor, share: float) -> Tensor:
     """log(share a + (1 - share) b), exactly log a where a equals b."""
     if share in (0, 1):
         return log_a if share else log_b
-    a_is_larger, shares = log_a >= log_b, (log_a.new_tensor(share), log_a.new_tensor(1 - share))
+    a_is_larger, of_a, of_b = log_a >= log_b, log_a.new_tensor(share), log_a.new_tensor(1 - share)
     larger, smaller = torch.where(a_is_larger, log_a, log_b), torch.where(a_is_larger, log_b, log_a)
-    of_larger, of_smaller = torch.where(a_is_larger, *shares), torch.where(a_is_larger, *reversed(shares))
+    of_larger, of_smaller = torch.where(a_is_larger, of_a, of_b), torch.where(a_is_larger, of_b, of_a)
     gap = torch.where(larger == -math.inf, 0.0, smaller - larger)
     return larger + torch.log(of_larger + of_smaller * gap.exp())
 

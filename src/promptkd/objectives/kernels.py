@@ -7,11 +7,12 @@ autograd. The CUDA engine has its own (`engine/cuda/triton_kernels.py`).
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
-from promptkd.objectives.divergences import Direction, forward_kl, prompt_loss_terms, reverse_kl, shared_log_probs
+from promptkd.objectives.divergences import Directions, forward_kl, prompt_loss_terms, reverse_kl, shared_log_probs
 
 Objective = Callable[[Tensor, Tensor], Tensor]
 """Student and teacher logits (N, V) to values (N,)."""
@@ -45,21 +46,13 @@ def objective_kernel(objective: Objective, kernels: Kernels, *, absent_tokens: b
     return partial(_by_autograd, plain)
 
 
-def prompt_kernel(
-    weight: float,
-    kernels: Kernels,
-    *,
-    absent_tokens: bool,
-    student_direction: Direction = "reverse",
-    plain_direction: Direction = "reverse",
-) -> Kernel:
+def prompt_kernel(weight: float, kernels: Kernels, *, absent_tokens: bool, **directions: Unpack[Directions]) -> Kernel:
     """The kernel of `prompt_loss`; its metrics are the unweighted terms "to_student" and, where wanted, "to_plain"."""
-    if student_direction == plain_direction == "reverse" and not absent_tokens:
+    if set(directions.values()) <= {"reverse"} and not absent_tokens:
         return kernels.prompt(weight)
-    terms = partial(prompt_loss_terms, student_direction=student_direction, plain_direction=plain_direction)
 
     def plain_loss(logits: Tensor, student: Tensor, plain: Tensor | None = None) -> tuple[Tensor, Metrics]:
-        to_student, to_plain = terms(logits, student, plain)
+        to_student, to_plain = prompt_loss_terms(logits, student, plain, **directions)
         if to_plain is None:
             return to_student, {"to_student": to_student}
         return to_student + weight * to_plain, {"to_student": to_student, "to_plain": to_plain}

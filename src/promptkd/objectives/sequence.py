@@ -1,7 +1,6 @@
 """Sequence-level objectives: MiniLLM's policy gradient and DPKD's preference.
 
-Tensors are (B, T): B responses padded on the right to T tokens, `mask` True where a response has a token. Results are 0
-at padding.
+Tensors are (B, T): B responses padded on the right to T tokens, `mask` True where a response has one. Padding gives 0.
 """
 
 from typing import Literal, NamedTuple
@@ -24,26 +23,20 @@ def minillm(
     length_normalization: bool = True,
     clip_ratio: float | None = 0.2,
 ) -> Tensor:
-    """w_t KL_t(q || p) + ρ_t G_{t+1}, a surrogate whose gradient is that of the sequence-level KL(q || p).
+    """w_t KL_t(q || p) + ρ_t G_{t+1}, (B, T), a surrogate whose gradient is that of the sequence-level KL(q || p).
 
-    G_{t+1} = Σ_{t' > t} (log q - log p)_{t'} is the cost that follows token t, a constant for the gradient. KL_t is the
-    single-step part, over the full vocabulary (MiniLLM, Gu et al. 2024, eqs. 3 to 7).
+    G_{t+1} = Σ_{t' > t} (log q - log p)_{t'} is the cost that follows token t, a constant for the gradient (MiniLLM, Gu
+    et al. 2024, eqs. 3 to 7).
 
     Args:
-        log_q: (B, T) log-probability of each sampled token under the student; with a gradient.
-        log_p: (B, T) the same under the teacher.
-        single_step: (B, T) KL(q || p) of the full distribution at each position; with a gradient.
-        mask: (B, T) bool.
-        log_behavior: (B, T) the same under the distribution that sampled the tokens, α p + (1 - α) q; None if that was
-            the student.
+        log_q, log_p: log-probability of each sampled token under the student and under the teacher.
+        single_step: KL_t(q || p), of the full distribution at each position.
+        log_behavior: as `log_q` under what sampled the tokens, α p + (1 - α) q; None if that was the student.
         importance: weights of tokens that the student did not sample: "token", ρ_t = q / behavior at t alone, biased
             but of low variance (the paper's); "product", the exact weights, products over the response; "none".
         length_normalization: divide G_{t+1} by the number of tokens that follow. The gradient is then no longer that of
             the KL.
         clip_ratio: ε of the clipped ratio (PPO) for "token" and "none"; None never clips.
-
-    Returns:
-        (B, T); its sum over t is the loss of a response.
     """
     constant = log_q.detach()
     gradient_of_log = log_q - constant  # 0, with the gradient of log q
@@ -97,8 +90,7 @@ def dpkd(
     The reward of a response is log q - log p, with the teacher as the reference (DPKD, Li et al. 2024, section 3).
 
     Args:
-        chosen: the teacher's responses.
-        rejected: the student's own.
+        chosen, rejected: the teacher's responses, and the student's own.
         beta: scale of the reward; 0 gives log 2 whatever the models say.
         level: "sequence" compares the sums of the two responses; "token" compares position by position up to the end of
             the shorter one, and sums.
@@ -106,10 +98,10 @@ def dpkd(
     """
     better, worse = (torch.where(mask, log_q - log_p.detach(), 0.0) for log_q, log_p, mask in (chosen, rejected))
     if level == "sequence":
-        rewards = better.sum(-1), worse.sum(-1)
+        rewards = [better.sum(-1), worse.sum(-1)]
         if length_normalization:
             masks = chosen.mask, rejected.mask
-            rewards = tuple(each / mask.sum(-1).clamp(min=1) for each, mask in zip(rewards, masks, strict=True))
+            rewards = [each / mask.sum(-1).clamp(min=1) for each, mask in zip(rewards, masks, strict=True)]
         return -logsigmoid(beta * (rewards[0] - rewards[1]))
     if level != "token":
         raise ValueError(f'`level` must be "sequence" or "token". Got {level!r}.')

@@ -1,9 +1,8 @@
 """CPU: packed rows attended to one by one, fused layers, decoding with weights reordered for oneDNN."""
 
 from promptkd.engine.base import DynamicCacheDecoder, Engine, PaddedScorer
-from promptkd.engine.cpu.attention import CpuPackedScorer
 from promptkd.engine.cpu.decoding import CpuDecoder
-from promptkd.engine.cpu.head import CpuHeadBackend
+from promptkd.engine.cpu.scoring import HEAD, CpuPackedScorer
 
 _MAX_TOKENS = 2048  # beyond, matrix products get no faster
 
@@ -11,7 +10,7 @@ ENGINE = Engine(
     name="cpu",
     scorers=(CpuPackedScorer(_MAX_TOKENS, fused=True), CpuPackedScorer(_MAX_TOKENS), PaddedScorer()),
     decoders=(CpuDecoder(fused=True), CpuDecoder(fused=False), DynamicCacheDecoder()),
-    head=CpuHeadBackend(),
+    head=HEAD,
     shares_passes=True,
     pass_tokens=1536,
 )

@@ -13,20 +13,19 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
-from promptkd.engine.attention import AttentionSettings
 from promptkd.engine.backbone import matmul_dtype
 from promptkd.engine.base import Decoder, SessionFactory
-from promptkd.engine.cpu.attention import CpuPackedScorer
-from promptkd.engine.fused_decoder import CastLinear, FusedDecoder, JoinedLinear, supports_fused_decoder
+from promptkd.engine.cpu.scoring import CpuPackedScorer
 from promptkd.engine.heads import head_logits, linear_head
 from promptkd.engine.packed import supports_packing
 from promptkd.engine.static_cache import (
-    Allocation,
-    LayerCache,
+    CastLinear,
+    FusedDecoder,
+    JoinedLinear,
+    StaticCache,
     StaticCacheSession,
-    attend_to_columns,
-    outside_inference_mode,
     own_layers,
+    supports_fused_decoder,
 )
 
 _MOST_BYTES = 4 * 2**30  # of weights; a second copy of more is not worth its memory
@@ -52,34 +51,25 @@ class CpuDecoder(Decoder):
 
 
 class _CpuSession(StaticCacheSession):
-    def allocate(self, lengths: Sequence[int], device: torch.device) -> Allocation:
-        width, positions = max(lengths), torch.tensor(lengths, device=device)
-        return width, {}, positions, width - positions
-
-    @outside_inference_mode
-    def layer(self, index: int, key: Tensor, value: Tensor, settings: AttentionSettings) -> LayerCache:
-        columns = self.width + self.max_new_tokens
-        # zeros, since what a row does not see is multiplied by a weight of 0, and NaN times 0 is NaN
-        keys, values = (value.new_zeros(self.rows, each.shape[1], columns, each.shape[-1]) for each in (key, value))
-        self.layers[index] = LayerCache(keys, values, settings)
-        return self.layers[index]
+    def allocate(self, lengths: Sequence[int], device: torch.device) -> StaticCache:
+        positions = torch.tensor(lengths, device=device)
+        return StaticCache(positions, self.width - positions, self.width + self.max_new_tokens, dtype=None)
 
     def decode(self, tokens: Tensor) -> Tensor:
         self.width += 1
         columns = torch.arange(self.width, device=tokens.device)
-        self._mask = (columns >= self.first[: self.rows, None])[:, None, None]  # (R, 1, 1, columns)
-        positions = self.positions[: self.rows]
-        self.positions = positions + 1
+        self._mask = (columns >= self.cache.first[: self.rows, None])[:, None, None]  # (R, 1, 1, columns)
+        positions = self.cache.positions[: self.rows]
+        self.cache.positions = positions + 1
         return self.project(self.backbone(tokens, positions, self.attend_to_cache))
 
     def attend_to_cache(self, index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        layer, column = self.layers[index], self.width - 1
+        layer, column = self.cache.layers[index], self.width - 1
         layer.keys[: self.rows, :, column] = key[:, :, 0]
         layer.values[: self.rows, :, column] = value[:, :, 0]
         window = layer.settings.sliding_window
         first = 0 if window is None else max(0, self.width - window)
-        keys, values = (each[: self.rows, :, first : self.width] for each in (layer.keys, layer.values))
-        return attend_to_columns(layer, query, keys, values, self._mask[..., first:])
+        return layer.attend(query, slice(first, self.width), self._mask[..., first:])
 
 
 def _projection(model: PreTrainedModel, rows: int, vocabulary: int | None) -> Callable[[Tensor], Tensor]:

@@ -6,7 +6,7 @@ tokens, positions and column are kept in `_Buffers` as long as the model lives, 
 
 import copy
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,25 +19,26 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from promptkd.data.batch import on_device
-from promptkd.engine.attention import AttentionSettings
-from promptkd.engine.backbone import embedding_device, model_matmul_dtype
+from promptkd.engine.backbone import model_matmul_dtype
 from promptkd.engine.base import Decoder, DecodeSession, SessionFactory
 from promptkd.engine.cuda.graphs import Graphs
-from promptkd.engine.cuda.head import rounded_up
-from promptkd.engine.fused_decoder import CastLinear, FusedDecoder, JoinedLinear, supports_fused_decoder
-from promptkd.engine.heads import HeadBackend, head_logits, linear_head
-from promptkd.engine.packed import PackedScorer, is_sharded
+from promptkd.engine.cuda.scoring import HEAD, CudaPackedScorer, rounded_up
+from promptkd.engine.heads import head_logits, linear_head
+from promptkd.engine.packed import is_sharded
 from promptkd.engine.static_cache import (
-    Allocation,
     CachedAttention,
+    CastLinear,
     DecodeBackbone,
-    LayerCache,
+    FusedDecoder,
+    JoinedLinear,
+    StaticCache,
     StaticCacheSession,
-    attend_to_columns,
     outside_inference_mode,
     own_layers,
+    supports_fused_decoder,
 )
 
+_PACKED = CudaPackedScorer(max_tokens=0)  # for prompts, which are not split
 _PROMPT_COLUMNS = 64  # prompts end at a multiple of it
 _SPAN = 128  # a step attends to a multiple of so many columns
 _ROWS = (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64)  # rows of a step; beyond, multiples of 32
@@ -48,20 +49,18 @@ def _row_bucket(rows: int) -> int:
 
 
 class CudaDecoder(Decoder):
-    """Decodes under CUDA graphs, by the model's own layers or by `FusedDecoder`; `packed` packs the prompts."""
+    """Decodes under CUDA graphs, by the model's own layers or by `FusedDecoder`."""
 
-    def __init__(self, packed: PackedScorer, head: HeadBackend, *, fused: bool):
-        self._packed, self._head, self.fused = packed, head, fused
+    def __init__(self, *, fused: bool):
+        self.fused = fused
         self.name = "fused decoder" if fused else "static cache"
         self._buffers: weakref.WeakKeyDictionary[PreTrainedModel, _Buffers] = weakref.WeakKeyDictionary()
 
     def supports(self, model: PreTrainedModel) -> bool:
-        # each pass gathers the weights of a sharded model at other addresses, and quantized ones cannot be cast
-        if not self._packed.supports(model) or is_sharded(model):
+        if not _PACKED.supports(model) or is_sharded(model):  # sharded weights are gathered at other addresses
             return False
-        if self.fused:
-            return supports_fused_decoder(model)
-        return all(each.is_floating_point() and each.itemsize >= 2 for each in model.parameters())
+        castable = all(each.is_floating_point() and each.itemsize >= 2 for each in model.parameters())  # not quantized
+        return supports_fused_decoder(model) if self.fused else castable
 
     def forget(self, model: PreTrainedModel) -> None:
         self._buffers.pop(model, None)
@@ -72,11 +71,10 @@ class CudaDecoder(Decoder):
         if buffers is None or buffers.signature != _signature(model):
             buffers = self._buffers[model] = _Buffers(model, fused=self.fused)
         buffers.refill()
-        head = linear_head(model)
-        if head is None:
-            project, address = partial(head_logits, model, vocabulary=vocabulary), 0
-        else:
-            projection = self._head.projection(head.limited_to(vocabulary), model_matmul_dtype(model))
+        project: Callable[[Tensor], Tensor] = partial(head_logits, model, vocabulary=vocabulary)
+        head, address = linear_head(model), 0
+        if head is not None:
+            projection = HEAD.projection(head.limited_to(vocabulary), model_matmul_dtype(model))
             project, address = projection.logits, projection.weight.data_ptr()
 
         @contextmanager
@@ -85,8 +83,8 @@ class CudaDecoder(Decoder):
                 raise RuntimeError("One model decodes one batch at a time on CUDA: end the session that is open.")
             buffers.in_use = True
             try:
-                settings = max_new_tokens, buffers, (vocabulary, address)
-                yield _CudaSession(model, self._packed, buffers.backbone, project, *settings)
+                own = buffers, (vocabulary, address)
+                yield _CudaSession(model, _PACKED, buffers.backbone, project, max_new_tokens, *own)
             finally:
                 buffers.in_use = False
 
@@ -103,31 +101,31 @@ def _signature(model: PreTrainedModel) -> tuple[Any, ...]:
     return model_matmul_dtype(model), *adapters, *(weight.data_ptr() for weight in model.parameters())
 
 
-class _Buffers:
+class _Buffers(StaticCache):
     """The tensors that one model's graphs read and write. It holds parts of the model, and never the model itself."""
 
     def __init__(self, model: PreTrainedModel, *, fused: bool):
+        nothing, dtype = torch.zeros(0, dtype=torch.long), model_matmul_dtype(model)
+        super().__init__(positions=nothing, first=nothing, columns=0, dtype=dtype)
         self.signature = _signature(model)
-        self.dtype, self.device = model_matmul_dtype(model), embedding_device(model)
         self.graphs = Graphs()
         self.in_use = False  # by a session
-        self.rows = self.columns = 0
-        self.layers: dict[int, LayerCache] = {}
         self._logits: dict[int, Tensor] = {}  # by vocabulary
         self._copies: list[tuple[Tensor, Tensor]] = []  # of weights, with the weight
-        self.backbone: DecodeBackbone = FusedDecoder(model, self._join) if fused else self._cast_layers(model)
+        join = partial(self._join, dtype)
+        self.backbone: DecodeBackbone = FusedDecoder(model, join) if fused else self._cast_layers(model, dtype)
 
-    def _join(self, layers: Sequence[nn.Linear]) -> JoinedLinear:
-        if all(layer.weight.dtype == self.dtype for layer in layers):  # a copy would only cost memory
+    def _join(self, dtype: torch.dtype, layers: Sequence[nn.Linear]) -> JoinedLinear:
+        if all(layer.weight.dtype == dtype for layer in layers):  # a copy would only cost memory
             return partial(_side_by_side, layers)
-        joined = CastLinear(layers, self.dtype)
+        joined = CastLinear(layers, dtype)
         self._copies += joined.copies
         return joined
 
     @outside_inference_mode
-    def _cast_layers(self, model: PreTrainedModel) -> DecodeBackbone:
+    def _cast_layers(self, model: PreTrainedModel, dtype: torch.dtype) -> DecodeBackbone:
         """The model's own layers with their matrices cast: no others, as rows are sampled from what is scored."""
-        original, dtype = model.base_model, self.dtype
+        original = model.base_model
         tables = {id(module.weight) for module in original.modules() if isinstance(module, nn.Embedding)}
         matrices = [
             weight
@@ -141,7 +139,6 @@ class _Buffers:
 
     @outside_inference_mode
     def refill(self) -> None:
-        """Copy the model's current weights."""
         for mine, weight in self._copies:
             mine.copy_(weight)
 
@@ -150,23 +147,29 @@ class _Buffers:
         """Copy logits (R, V) to a buffer that all graphs share: an output for each would fill gigabytes."""
         size = logits.shape[1]
         if size not in self._logits:
-            self._logits[size] = torch.empty(self.rows, size, dtype=logits.dtype, device=logits.device)
+            self._logits[size] = torch.empty(len(self.first), size, dtype=logits.dtype, device=logits.device)
         return self._logits[size][: len(logits)].copy_(logits)
 
     @outside_inference_mode
-    def allocate(self, rows: int, columns: int) -> None:
-        """Make room for a session of `rows` rows and `columns` columns, with an empty cache in every layer."""
-        rows, columns = _row_bucket(rows), rounded_up(columns, _SPAN)
-        if rows > self.rows or columns > self.columns:
-            self.rows, self.columns = max(rows, self.rows), max(columns, self.columns)
+    def allocate(self, lengths: Sequence[int], device: torch.device, width: int, columns: int) -> None:
+        """An empty cache of so many columns in each layer, of which prompts of these lengths fill `width`."""
+        rows, columns = _row_bucket(len(lengths)), rounded_up(columns, _SPAN)
+        if rows > len(self.first) or columns > self.columns:
+            rows, self.columns = max(rows, len(self.first)), max(columns, self.columns)
             self.layers.clear()
             self.graphs.clear()
             self._logits.clear()
-            self.tokens, self.positions, self.first = torch.zeros(3, self.rows, dtype=torch.long, device=self.device)
-            self.column = torch.zeros(1, dtype=torch.long, device=self.device)
+            self.tokens, self.positions, self.first = torch.zeros(3, rows, dtype=torch.long, device=device)
+            self.column = torch.zeros(1, dtype=torch.long, device=device)
         for layer in self.layers.values():  # a NaN of an earlier session would pass through a weight of 0
             layer.keys.zero_()
             layer.values.zero_()
+        # rows that only fill a bucket begin at the first new column, and see nothing else
+        lengths = [*lengths, *[0] * (len(self.first) - len(lengths))]
+        positions, first = on_device([lengths, [width - length for length in lengths]], device)
+        self.positions.copy_(positions)
+        self.first.copy_(first)
+        self.column.fill_(width)
 
 
 def _side_by_side(layers: Sequence[nn.Linear], inputs: Tensor, plus: Tensor | None) -> Tensor:
@@ -188,38 +191,24 @@ def _run_layers(
         return layers(tokens, positions, attend)
 
 
-@dataclass
+@dataclass(eq=False)
 class _CudaSession(StaticCacheSession):
     buffers: _Buffers
     head: tuple[int | None, int]  # what distinguishes the projections that graphs hold
 
-    def allocate(self, lengths: Sequence[int], device: torch.device) -> Allocation:
-        buffers, width = self.buffers, rounded_up(max(lengths), _PROMPT_COLUMNS)
-        buffers.allocate(len(lengths), width + self.max_new_tokens)
-        # rows that only fill a bucket begin at the first new column, and see nothing else
-        unused = buffers.rows - len(lengths)
-        starts = [width - length for length in lengths] + [width] * unused
-        positions, first = on_device([[*lengths, *[0] * unused], starts], device)
-        buffers.positions.copy_(positions)
-        buffers.first.copy_(first)
-        buffers.column.fill_(width)
-        return width, buffers.layers, buffers.positions, buffers.first
+    def prompt_columns(self, longest: int) -> int:
+        return rounded_up(longest, _PROMPT_COLUMNS)
 
-    @outside_inference_mode
-    def layer(self, index: int, key: Tensor, value: Tensor, settings: AttentionSettings) -> LayerCache:
-        if index not in self.layers:
-            buffers = self.buffers
-            sizes = [(buffers.rows, each.shape[1], buffers.columns, each.shape[-1]) for each in (key, value)]
-            keys, values = (torch.zeros(size, dtype=buffers.dtype, device=buffers.device) for size in sizes)
-            self.layers[index] = LayerCache(keys, values, settings)
-        return self.layers[index]
+    def allocate(self, lengths: Sequence[int], device: torch.device) -> StaticCache:
+        self.buffers.allocate(lengths, device, self.width, self.width + self.max_new_tokens)
+        return self.buffers
 
     def decode(self, tokens: Tensor) -> Tensor:
         buffers = self.buffers
         self.width += 1
         buffers.tokens[: self.rows].copy_(tokens)
         rows, span = _row_bucket(self.rows), min(rounded_up(self.width, _SPAN), buffers.columns)
-        logits = buffers.graphs.run((rows, span, self.head), buffers.device, lambda: self._step(rows, span))
+        logits = buffers.graphs.run((rows, span, self.head), buffers.column.device, lambda: self._step(rows, span))
         buffers.positions[: self.rows].add_(1)  # no further, or rows that have left would exceed the position table
         buffers.column.add_(1)
         return logits[: self.rows]
@@ -227,21 +216,19 @@ class _CudaSession(StaticCacheSession):
     def _step(self, rows: int, span: int) -> Tensor:
         """Logits of the first `rows` rows over `span` columns. It advances nothing, since it may run twice."""
         buffers = self.buffers
-        columns = torch.arange(span, device=buffers.device)
+        columns = torch.arange(span, device=buffers.column.device)
         mask = (columns >= buffers.first[:rows, None]) & (columns <= buffers.column)  # (rows, span)
         self._masks: dict[int | None, Tensor] = {None: mask[:, None, None]}  # by sliding window
-        with torch.autocast(buffers.device.type, enabled=False):
+        with torch.autocast(columns.device.type, enabled=False):
             hidden = self.backbone(buffers.tokens[:rows], buffers.positions[:rows], self.attend_to_cache)
             return buffers.keep(self.project(hidden))
 
     def attend_to_cache(self, index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        buffers, layer, rows = self.buffers, self.layers[index], query.shape[0]
+        layer = self.buffers.layers[index]
         mask = self._mask(layer.settings.sliding_window)
-        span = mask.shape[-1]
-        keys, values = layer.keys[:rows], layer.values[:rows]
-        keys.index_copy_(2, buffers.column, key.to(buffers.dtype))
-        values.index_copy_(2, buffers.column, value.to(buffers.dtype))
-        return attend_to_columns(layer, query, keys[:, :, :span], values[:, :, :span], mask)
+        for cache, states in ((layer.keys, key), (layer.values, value)):
+            cache[: len(query)].index_copy_(2, self.buffers.column, states.to(cache.dtype))
+        return layer.attend(query, slice(mask.shape[-1]), mask)
 
     def _mask(self, window: int | None) -> Tensor:
         """(rows, 1, 1, span), True where a row sees a column within a sliding window."""

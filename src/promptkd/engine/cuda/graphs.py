@@ -22,12 +22,9 @@ class Graphs:
         self._pool = None
 
     def run(self, key: Hashable, device: torch.device, function: Callable[[], Tensor]) -> Tensor:
-        """The result of `function`, valid until the next call.
+        """The result of `function`, valid until the next call; a RuntimeError where it waits for the device.
 
-        Args:
-            key: everything that changes which kernels run, sizes above all.
-            function: works on tensors at fixed addresses, and may be called repeatedly. A RuntimeError says that it
-                waits for the device, or cannot be captured.
+        `key` has everything that changes which kernels run. The function reads fixed addresses and may run repeatedly.
         """
         if device.type != "cuda":
             return function()
@@ -41,7 +38,7 @@ class Graphs:
     def _record(self, function: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         # torch.cuda.graph would empty the allocator's cache and collect garbage before each of some forty captures
         self._side = self._side or torch.cuda.Stream()
-        current, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+        current = torch.cuda.current_stream()
         self._side.wait_stream(current)
         with torch.cuda.stream(self._side):
             function()  # libraries allocate their workspaces, Triton compiles
@@ -51,6 +48,7 @@ class Graphs:
                 function()
             finally:
                 torch.cuda.set_sync_debug_mode(before)
+            graph = torch.cuda.CUDAGraph()
             try:
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 try:

@@ -29,11 +29,8 @@ _LOWEST = tl.constexpr(-3.4e38)  # past the last column; finite, since inf - inf
 def reverse_kl_kernel(logits: Tensor, target: Tensor) -> tuple[Tensor, Metrics]:
     """KL(q || p), q of `logits`, p of `target`: d/dz = q (log q - log p - KL). The metric is the "entropy" of q.
 
-    Args:
-        logits, target: (C, V) float32, finite, contiguous rows of any stride. The gradient is written over `logits`.
-
-    Raises:
-        ValueError: for tensors that are not of this form.
+    Both are (C, V) in float32, finite, with contiguous rows of any stride; others raise a ValueError. The gradient is
+    written over `logits`.
     """
     values, _, entropy = _reverse_kl(logits, 0.0, target=target)
     return values, {"entropy": entropy}
@@ -48,10 +45,9 @@ def forward_kl_kernel(logits: Tensor, target: Tensor) -> tuple[Tensor, Metrics]:
 
 
 def cross_entropy_kernel(logits: Tensor, labels: Tensor) -> tuple[Tensor, Metrics]:
-    """-log q(y), q of `logits`: d/dz = q - [y]. All else as in `reverse_kl_kernel`.
+    """-log q(y), q of `logits`, y of `labels`: d/dz = q - [y]. All else as in `reverse_kl_kernel`.
 
-    Args:
-        labels: (C,) the tokens y, in 0 … V - 1. Not checked, since a check would wait for the device.
+    That the labels (C,) are in 0 … V - 1 is not checked, since a check would wait for the device.
     """
     _check(logits)
     if labels.shape != logits.shape[:1] or labels.dtype not in (torch.int32, torch.int64):
@@ -65,10 +61,7 @@ def cross_entropy_kernel(logits: Tensor, labels: Tensor) -> tuple[Tensor, Metric
 
 
 def prompt_kernel(weight: float) -> Kernel:
-    """KL(p || q) + λ KL(p || p0), λ = `weight`: a kernel of the logits of p, q and, optionally, p0.
-
-    The metrics are the unweighted terms "to_student" and, with p0, "to_plain". All else as in `reverse_kl_kernel`.
-    """
+    """KL(p || q) + λ KL(p || p0), λ = `weight`: see `objectives.kernels`. All else as in `reverse_kl_kernel`."""
 
     def kernel(logits: Tensor, student: Tensor, *plain: Tensor) -> tuple[Tensor, Metrics]:
         if not plain:
@@ -138,13 +131,9 @@ def _reverse_kl_rows(
     if plain is not None:
         plain += token * plain_stride
 
-    p_top = tl.full((BLOCK,), _LOWEST, tl.float32)
-    q_top = p_top
-    plain_top = p_top
-    p_mass = tl.zeros((BLOCK,), tl.float32)
-    q_mass = p_mass
-    plain_mass = p_mass
-    mean = p_mass
+    lowest, zero = tl.full((BLOCK,), _LOWEST, tl.float32), tl.zeros((BLOCK,), tl.float32)
+    p_top, q_top, plain_top = lowest, lowest, lowest
+    p_mass, q_mass, plain_mass, mean = zero, zero, zero, zero
     for start in range(0, SIZE, BLOCK):
         z = _load(logits, start, SIZE, BLOCK)
         z_q = _load(student, start, SIZE, BLOCK)
@@ -166,9 +155,7 @@ def _reverse_kl_rows(
         over_plain = tl.log(p_mass / plain_mass)
 
     share = 1.0 / p_mass
-    student_sum = tl.zeros((BLOCK,), tl.float32)
-    plain_sum = student_sum
-    entropy_sum = student_sum
+    student_sum, plain_sum, entropy_sum = zero, zero, zero
     for start in range(0, SIZE, BLOCK):
         z = _load(logits, start, SIZE, BLOCK)
         z_q = _load(student, start, SIZE, BLOCK)
@@ -194,10 +181,8 @@ def _forward_kl_rows(logits, target, values, entropy, stride, target_stride, SIZ
     logits += token * stride
     target += token * target_stride
 
-    q_top = tl.full((BLOCK,), _LOWEST, tl.float32)
-    p_top = q_top
-    q_mass = tl.zeros((BLOCK,), tl.float32)
-    p_mass = q_mass
+    lowest, zero = tl.full((BLOCK,), _LOWEST, tl.float32), tl.zeros((BLOCK,), tl.float32)
+    q_top, p_top, q_mass, p_mass = lowest, lowest, zero, zero
     for start in range(0, SIZE, BLOCK):
         q_top, q_mass, _, _ = _absorb(_load(logits, start, SIZE, BLOCK), q_top, q_mass)
         p_top, p_mass, _, _ = _absorb(_load(target, start, SIZE, BLOCK), p_top, p_mass)
@@ -206,10 +191,8 @@ def _forward_kl_rows(logits, target, values, entropy, stride, target_stride, SIZ
     log_mass = tl.log(q_mass)
     over = tl.log(p_mass / q_mass)
 
-    q_share = 1.0 / q_mass
-    p_share = 1.0 / p_mass
-    value_sum = tl.zeros((BLOCK,), tl.float32)
-    entropy_sum = value_sum
+    q_share, p_share = 1.0 / q_mass, 1.0 / p_mass
+    value_sum, entropy_sum = zero, zero
     for start in range(0, SIZE, BLOCK):
         below = _load(logits, start, SIZE, BLOCK) - q_top
         p_below = _load(target, start, SIZE, BLOCK) - p_top
@@ -230,8 +213,7 @@ def _cross_entropy_rows(logits, labels, values, entropy, stride, SIZE: tl.conste
     label = tl.load(labels + token)
     z_label = tl.load(logits + label)  # before the gradient takes its place
 
-    top = tl.full((BLOCK,), _LOWEST, tl.float32)
-    mass = tl.zeros((BLOCK,), tl.float32)
+    top, mass = tl.full((BLOCK,), _LOWEST, tl.float32), tl.zeros((BLOCK,), tl.float32)
     for start in range(0, SIZE, BLOCK):
         top, mass, _, _ = _absorb(_load(logits, start, SIZE, BLOCK), top, mass)
     top, mass, _ = _merge(top, mass)

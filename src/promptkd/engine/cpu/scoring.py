@@ -1,6 +1,7 @@
-"""Varlen attention on CPU: causal within each row of a pack, row by row, by torch's flash attention for CPUs."""
+"""Scoring on CPU: varlen attention row by row, by torch's flash attention for CPUs, and products with the head."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -9,8 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from promptkd.engine.attention import Attention, AttentionSettings, softcapped_attention
-from promptkd.engine.backbone import applies_dropout
+from promptkd.engine.backbone import Attention, AttentionSettings, applies_dropout, softcapped_attention
+from promptkd.engine.heads import HeadBackend, Projection
 from promptkd.engine.packed import PackedRows, PackedScorer
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -106,3 +107,51 @@ def _gather(states: Tensor, slices: Sequence[slice]) -> Tensor:
     """The states (1, heads, T, D) of a row, from those of the pack."""
     pieces = [states[:, :, each] for each in slices]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+
+
+class _CpuProjection(Projection):
+    """Logits in one buffer, since fresh memory costs about as much as the arithmetic on it.
+
+    torch has no bfloat16 products on CPU with float32 sums. So the factors are float32, and where bfloat16 was asked
+    for, oneDNN may round them, as it does on CPUs that multiply bfloat16.
+    """
+
+    _buffer: Tensor | None = None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        if self._buffer is None or len(self._buffer) < len(hidden):
+            self._buffer = self.weight.new_empty(len(hidden), len(self.weight))
+        products, wide = self._buffer[: len(hidden)], hidden.to(self.head.logits_dtype)
+        with _factors_may_round_to(self.dtype):
+            if self.bias is None:
+                torch.mm(wide, self.weight.T, out=products)
+            else:
+                torch.addmm(self.bias, wide, self.weight.T, out=products)
+        return self.head.transform_(products)
+
+    def hidden_gradient(self, prepared: Tensor) -> Tensor:
+        with _factors_may_round_to(self.dtype):
+            return super().hidden_gradient(prepared)
+
+    def add_weight_gradient(self, total: Tensor | None, prepared: Tensor, hidden: Tensor) -> Tensor:
+        with _factors_may_round_to(self.dtype):
+            return super().add_weight_gradient(total, prepared, hidden)
+
+
+@contextmanager
+def _factors_may_round_to(dtype: torch.dtype) -> Iterator[None]:
+    """For bfloat16, float32 products whose factors may be rounded to it; otherwise torch's own setting."""
+    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    if dtype != torch.bfloat16:
+        yield
+        return
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
+# Divergences want few tokens at a time: a block has 2 MiB in float32, so that its few temporaries stay in cache.
+HEAD = HeadBackend(block=2**19, projection=_CpuProjection)
