@@ -49,10 +49,8 @@ def response_hidden(model: nn.Module, batch: TokenBatch, prompt: Tensor | None =
         (N, H), one state per response token, in the order of `batch.targets`.
     """
     inner = unwrap_peft(model)
-    if prompt is not None and prompt.shape[0] == 0:
-        prompt = None
-    scorers = engine_for(embedding_device(inner)).scorers
-    return first_verified(scorers, inner).hidden(inner, batch, prompt)
+    scorer = first_verified(engine_for(embedding_device(inner)).scorers, inner)
+    return scorer.hidden(inner, batch, None if prompt is None or prompt.shape[0] == 0 else prompt)
 
 
 def response_logits(
@@ -71,5 +69,4 @@ def decoding(model: nn.Module, rows: int, *, vocabulary: int | None = None) -> A
         vocabulary: how many columns of logits to return; None for all.
     """
     inner = unwrap_peft(model)
-    decoders = engine_for(embedding_device(inner)).decoders
-    return first_verified(decoders, inner).open(inner, rows, vocabulary)
+    return first_verified(engine_for(embedding_device(inner)).decoders, inner).open(inner, rows, vocabulary)

@@ -92,13 +92,13 @@ class StaticCacheSession(DecodeSession):
     backbone: DecodeBackbone
     project: Callable[[Tensor], Tensor]  # hidden states (R, H) to logits (R, V)
     max_new_tokens: int  # most tokens that may follow a prompt
+    width: int = field(init=False)  # filled columns
 
     def prefill(self, prompts: Sequence[Sequence[int]], soft_prompt: Tensor | None = None) -> Tensor:
         device = embedding_device(self.model)
         pack, inputs = pack_inputs(self.model, prompts, soft_prompt, share=self.packed.shares_prefixes(self.model))
         lengths = [len(indices) for indices in pack.row_indices]
-        self.rows, self.width = len(lengths), self.prompt_columns(max(lengths))
-        self.cache = self.allocate(lengths, device)
+        self.rows, self.cache = len(lengths), self.allocate(lengths, device)
         rows = [row for row, length in enumerate(lengths) for _ in range(length)]
         columns = [column for length in lengths for column in range(self.width - length, self.width)]
         places = on_device([rows, columns, [*chain(*pack.row_indices)]], device)
@@ -123,13 +123,9 @@ class StaticCacheSession(DecodeSession):
                 numbers[to] = numbers[source]
         self.rows = len(rows)
 
-    def prompt_columns(self, longest: int) -> int:
-        """How many columns are filled by prompts of at most `longest` tokens."""
-        return longest
-
     @abstractmethod
     def allocate(self, lengths: Sequence[int], device: torch.device) -> StaticCache:
-        """An empty cache for prompts of these lengths, which fill `self.width` columns, and the tokens after them."""
+        """An empty cache for prompts of these lengths and what follows. Sets `width` to the columns of the prompts."""
 
     @abstractmethod
     def attend_to_cache(self, index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """Kernels: per-token losses of a chunk of logits, with the gradient written over the logits.
 
-Those with hand-written gradients need logits that are finite everywhere; all others use the plain objective and
-autograd. The CUDA engine has its own (`engine/cuda/triton_kernels.py`).
+The CUDA engine has its own (`engine/cuda/triton_kernels.py`).
 """
 
 from collections.abc import Callable

@@ -52,7 +52,7 @@ class CpuDecoder(Decoder):
 
 class _CpuSession(StaticCacheSession):
     def allocate(self, lengths: Sequence[int], device: torch.device) -> StaticCache:
-        positions = torch.tensor(lengths, device=device)
+        self.width, positions = max(lengths), torch.tensor(lengths, device=device)
         return StaticCache(positions, self.width - positions, self.width + self.max_new_tokens, dtype=None)
 
     def decode(self, tokens: Tensor) -> Tensor:
@@ -126,9 +126,8 @@ def onednn_linears(model: nn.Module, rows: int) -> Iterator[None]:
     than 4 GiB of weights. Calls with more than `rows` rows are left to torch.
     """
     plain = [each for each in model.modules() if type(each) is nn.Linear and "forward" not in vars(each)]
-    layers = [each for each in plain if onednn_multiplies(matmul_dtype(each.weight))]
-    if not _copy_is_affordable(model):
-        layers = []
+    affordable = _copy_is_affordable(model)
+    layers = [each for each in plain if affordable and onednn_multiplies(matmul_dtype(each.weight))]
     try:
         for layer in layers:
             vars(layer)["forward"] = _step_forward(layer, rows)  # found before the class's method

@@ -44,12 +44,11 @@ def varlen_attention(
     outputs = []
     for slices, own in _rows(pack):
         q, k, v = (_gather(each, slices) for each in (query, key, value))
+        length, causal = q.shape[2], fits and softcap is None
         mask = None
-        if not fits or softcap is not None:
-            mask = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
-            mask = mask if window is None else mask.triu(1 - window)
+        if not causal:
+            mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - (window or length))
         if softcap is None or mask is None:
-            causal = mask is None
             output = scaled_dot_product_attention(q, k, v, mask, settings.dropout, causal, scale=scale, enable_gqa=True)
         else:
             output = softcapped_attention(q, k, v, mask, settings)

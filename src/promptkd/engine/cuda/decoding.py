@@ -93,11 +93,8 @@ class CudaDecoder(Decoder):
 
 def _signature(model: PreTrainedModel) -> tuple[Any, ...]:
     """What graphs rely on: the precision, the addresses of the weights, and the adapters in effect."""
-    adapters = [
-        (module.merged, module.disable_adapters, tuple(module.active_adapters))
-        for module in model.modules()
-        if isinstance(module, BaseTunerLayer)
-    ]
+    tuned = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    adapters = [(each.merged, each.disable_adapters, tuple(each.active_adapters)) for each in tuned]
     return model_matmul_dtype(model), *adapters, *(weight.data_ptr() for weight in model.parameters())
 
 
@@ -196,10 +193,8 @@ class _CudaSession(StaticCacheSession):
     buffers: _Buffers
     head: tuple[int | None, int]  # what distinguishes the projections that graphs hold
 
-    def prompt_columns(self, longest: int) -> int:
-        return rounded_up(longest, _PROMPT_COLUMNS)
-
     def allocate(self, lengths: Sequence[int], device: torch.device) -> StaticCache:
+        self.width = rounded_up(max(lengths), _PROMPT_COLUMNS)
         self.buffers.allocate(lengths, device, self.width, self.width + self.max_new_tokens)
         return self.buffers
 
