@@ -106,7 +106,7 @@ def prompt_loss(
     weight: float,
     **directions: Unpack[Directions],
 ) -> Tensor:
-    """KL(p_P || q) + λ KL(p_P || p): p_P prompted teacher, q student, p plain teacher, λ = `weight` (PromptKD eqs. 2, 3).
+    """KL(p_P || q) + λ KL(p_P || p): p_P prompted teacher, q student, p plain teacher, λ = `weight` (eqs. 2 and 3).
 
     Only p_P receives a gradient. The direction "forward" swaps the arguments of its term: KL(q || p_P), KL(p || p_P).
     The names follow the authors' scripts, where the prompted teacher is the model that is trained.
