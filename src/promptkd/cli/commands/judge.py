@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from promptkd.cli.option_checks import check_writable
 from promptkd.cli.options.judge import Options
+from promptkd.cli.outputs import check_writable
 from promptkd.cli.parsing.parser import merged_config
 from promptkd.cli.provenance import data_record, label_of
 from promptkd.cli.terminal import say
