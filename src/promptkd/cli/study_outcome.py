@@ -8,13 +8,13 @@ from promptkd.cli.parsing.parser import merged_config
 from promptkd.cli.study_runs import StudyRun
 from promptkd.cli.terminal import say
 from promptkd.errors import RequestError
-from promptkd.evaluation.comparison import Comparison, compare
+from promptkd.evaluation.comparison import compare
 from promptkd.evaluation.pairing import Candidate
 from promptkd.io.atomic import write_atomic
 from promptkd.report import render_report, terminal_table
 from promptkd.report.differences import compared_sentences
 from promptkd.report.metrics import metric_info
-from promptkd.results import Results, Training
+from promptkd.results import Better, Results, Training
 from promptkd.study.pooling import Member, compare_groups
 
 
@@ -22,7 +22,7 @@ def compare_and_report(options: Options, runs: Sequence[StudyRun]) -> None:
     """Compare the finished runs, write the record and the page, and print the table."""
     if not runs:
         return
-    trained = [Results.read(run.folder / "results.json") for run in runs]
+    trained = [Results.read(run.job.folder / "results.json") for run in runs]
     made = []
     try:
         made.append(_comparison(options, runs, trained))
@@ -40,12 +40,27 @@ def compare_and_report(options: Options, runs: Sequence[StudyRun]) -> None:
 
 def _comparison(options: Options, runs: Sequence[StudyRun], trained: Sequence[Results]) -> Results:
     """The record of the comparison. Raises `RequestError` if there is nothing to compare."""
-    comparison = _compared(options, runs)
+    groups = list(dict.fromkeys(run.planned.group for run in runs))
+    baseline = options.baseline or groups[0]
+    if baseline not in groups:
+        raise RequestError(f"no run of the baseline, {baseline}, is done.")
+    several = len({run.planned.seed for run in runs}) > 1
+    members = []
+    for planned, record in ((run.planned, Results.read(run.results)) for run in runs):
+        if not record.evaluations:
+            raise RequestError("the runs hold no measurement. Give `eval_data` in `base`, or `evaluate` with its data.")
+        candidate = Candidate(planned.name if several else planned.group, record, record.evaluations[0].model)
+        members.append(Member(planned.group, planned.seed, candidate))
+    if several:
+        comparison = compare_groups(members, _better, baseline=baseline, metrics=options.metrics)
+    else:
+        candidates = [each.candidate for each in members]
+        comparison = compare(candidates, _better, baseline=baseline, metrics=options.metrics)
     costs: dict[str, list[Training]] = {}
     for run, record in zip(runs, trained, strict=True):
         costs.setdefault(run.planned.group, []).extend(record.training.values())
     results = Results(
-        kind="study" if len({run.planned.seed for run in runs}) > 1 else "compare",
+        kind="study" if several else "compare",
         config=merged_config(options, {}),
         training={group: _mean_cost(of_group) for group, of_group in costs.items()},
         data=comparison.data,
@@ -56,27 +71,8 @@ def _comparison(options: Options, runs: Sequence[StudyRun], trained: Sequence[Re
     return results
 
 
-def _compared(options: Options, runs: Sequence[StudyRun]) -> Comparison:
-    groups = list(dict.fromkeys(run.planned.group for run in runs))
-    baseline = options.baseline or groups[0]
-    if baseline not in groups:
-        raise RequestError(f"no run of the baseline, {baseline}, is done.")
-    several = len({run.planned.seed for run in runs}) > 1
-    members = [
-        Member(run.planned.group, run.planned.seed, _candidate(run, run.planned.name if several else run.planned.group))
-        for run in runs
-    ]
-    better = lambda name: metric_info(name).better  # noqa: E731
-    if several:
-        return compare_groups(members, better, baseline=baseline, metrics=options.metrics)
-    return compare([each.candidate for each in members], better, baseline=baseline, metrics=options.metrics)
-
-
-def _candidate(run: StudyRun, label: str) -> Candidate:
-    record = Results.read(run.results)
-    if not record.evaluations:
-        raise RequestError("the runs hold no measurement. Give `eval_data` in `base`, or `evaluate` with its data.")
-    return Candidate(label, record, record.evaluations[0].model)
+def _better(metric: str) -> Better | None:
+    return metric_info(metric).better
 
 
 def _mean_cost(costs: list[Training]) -> Training:
