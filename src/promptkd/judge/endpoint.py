@@ -1,11 +1,9 @@
 """Questions to an OpenAI-compatible endpoint, several at a time, each asked again where the failure may pass.
 
 What may pass: 408, 409, 429 and 5xx, time-outs, refused and broken connections, bodies that are cut or are no chat
-completion. What stops everything: a key that is not accepted (401, 403), an unknown model or address (404), a
-redirection. Any other status (400, 413, 422) refuses its one question.
-
-The client's own retries are off. They take any body for an answer, let a server that sends a byte at a time go on
-without end, wait in silence, and know no pause that holds for all requests.
+completion. What stops everything: a key that is not accepted, an unknown model or address, a redirection. Any other
+status (400, 413, 422) refuses its one question. The client's own retries are off: they take any body for an answer,
+never give up on a server that sends a byte at a time, wait in silence, and know no pause that holds for all requests.
 
 The key is a secret: it goes into the header and nowhere else, and is starred out where the server repeats it.
 """
@@ -106,7 +104,7 @@ def check_url(url: str) -> None:
         is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
         is_address = False
-    if "@" in url or "?" in url or "#" in url:
+    if {*"@?#"} & {*url}:
         raise RequestError(
             "--endpoint must hold no user name, password, query or fragment. A key is read from the environment alone."
         )
@@ -140,22 +138,34 @@ def ask_all(
     """
     if not questions:
         return {}
-    return asyncio.run(_Round(_Asker(endpoint, on_wait), take, proven).ask(questions, concurrency))
+    return asyncio.run(_Asker(endpoint, take, proven, on_wait).ask_all(questions, concurrency))
 
 
-class _Round(Generic[K]):
-    """All questions, until each is answered or the endpoint is at fault."""
+class _Asker(Generic[K]):
+    """Asks until each question is answered or the endpoint is at fault; a pause that it asks for holds for all."""
 
-    def __init__(self, asker: "_Asker", take: Callable[[K, Reply | Refusal], None], proven: bool):
-        self.asker, self.take, self.proven = asker, take, proven
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        take: Callable[[K, Reply | Refusal], None],
+        proven: bool,
+        on_wait: Callable[[str, float], None],
+    ):
+        from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+
+        self.endpoint, self.take, self.proven, self.on_wait = endpoint, take, proven, on_wait
+        # No redirection is followed: it would carry the questions to another address than the record names.
+        http, key = DefaultAsyncHttpxClient(follow_redirects=False), endpoint.key or "none"
+        self.client = AsyncOpenAI(api_key=key, base_url=endpoint.url, max_retries=0, http_client=http)
         self.failed: dict[K, str] = {}
         self.refused: dict[K, Refusal] = {}  # held back until the endpoint is proven
         self.in_a_row = 0
+        self._not_before = 0.0
 
-    async def ask(self, questions: Mapping[K, str], concurrency: int) -> dict[K, str]:
+    async def ask_all(self, questions: Mapping[K, str], concurrency: int) -> dict[K, str]:
         waiting, most = iter(questions.items()), max(_FAILURES_IN_A_ROW, concurrency)
         try:
-            async with self.asker.client, asyncio.TaskGroup() as group:
+            async with self.client, asyncio.TaskGroup() as group:
                 for _ in range(min(concurrency, len(questions))):
                     group.create_task(self._work(waiting, most))
         except ExceptionGroup as errors:
@@ -168,7 +178,7 @@ class _Round(Generic[K]):
     async def _work(self, waiting: Iterator[tuple[K, str]], most: int) -> None:
         for key, question in waiting:
             try:
-                outcome = await self.asker.ask(question)
+                outcome = await self._ask(question)
             except _FailureError as failure:
                 self.failed[key] = reason = str(failure)
             else:
@@ -188,34 +198,19 @@ class _Round(Generic[K]):
 
     def _stop(self, count: int, reason: str) -> PromptKDError:
         which = f"None of the last {count} requests" if count > 1 else "No request"
-        return PromptKDError(f"{which} to {self.asker.endpoint.url} was answered: {reason}.")
+        return PromptKDError(f"{which} to {self.endpoint.url} was answered: {reason}.")
 
-
-class _Asker:
-    """Asks a question until it is answered; a pause that the server asks for holds for all questions."""
-
-    def __init__(self, endpoint: Endpoint, on_wait: Callable[[str, float], None]):
-        from openai import AsyncOpenAI, DefaultAsyncHttpxClient
-
-        self.endpoint, self.on_wait = endpoint, on_wait
-        # No redirection is followed: it would carry the questions to another address than the record names.
-        http = DefaultAsyncHttpxClient(follow_redirects=False)
-        self.client = AsyncOpenAI(
-            api_key=endpoint.key or "none", base_url=endpoint.url, max_retries=0, http_client=http
-        )
-        self._not_before = 0.0
-
-    async def ask(self, question: str) -> Reply | Refusal:
+    async def _ask(self, question: str) -> Reply | Refusal:
         """Raises `_FailureError` when every attempt has failed."""
-        for attempt in range(self.endpoint.retries + 1):
+        attempt = 0
+        while True:
             await asyncio.sleep(max(0.0, self._not_before - time.monotonic()))
             try:
                 return await self._attempt(question)
             except _FailureError as failure:
                 if failure.wait > _LONGEST_RETRY_AFTER:
-                    raise _FailureError(
-                        f"{failure} (and to ask again in {failure.wait:.0f} s, which is too long)"
-                    ) from None
+                    too_long = f"{failure} (and to ask again in {failure.wait:.0f} s, which is too long)"
+                    raise _FailureError(too_long) from None
                 if attempt == self.endpoint.retries:
                     raise
                 pause = min(self.endpoint.backoff * 2**attempt, _LONGEST_PAUSE) * random.uniform(0.5, 1.0)
@@ -223,7 +218,7 @@ class _Asker:
                     self._not_before = max(self._not_before, time.monotonic() + failure.wait)
                 self.on_wait(str(failure), max(pause, failure.wait))
                 await asyncio.sleep(max(pause, failure.wait))
-        raise AssertionError("the last attempt returns or raises")
+            attempt += 1
 
     async def _attempt(self, question: str) -> Reply | Refusal:
         from openai import APIConnectionError, APIStatusError, APITimeoutError

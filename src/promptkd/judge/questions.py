@@ -66,10 +66,8 @@ def read_answers(path: Path, *, limit: int | None = None) -> dict[int, JudgedAns
 
 
 def _answer(found: Any, location: str) -> JudgedAnswer:
-    expected = (
-        f"{location}: expected row, prompt, references, and response or completion, as `promptkd evaluate` and "
-        "`promptkd generate` write them"
-    )
+    expected = f"{location}: expected row, prompt, references, and response or completion, as `promptkd evaluate` and "
+    expected += "`promptkd generate` write them"
     try:
         line = _Line.model_validate(found)
     except ValidationError as error:
