@@ -33,7 +33,7 @@ from helpers.standins import StandIn
 from helpers.tiny import save_model, tiny_model
 from promptkd.cli import study_runs
 from promptkd.cli.options.study import Options
-from promptkd.cli.parsing.parser import parse_options
+from promptkd.cli.parsing.parser import merged_config, parse_options
 from promptkd.cli.study_outcome import compare_and_report
 from promptkd.cli.study_runs import StudyRun
 from promptkd.errors import RequestError
@@ -124,7 +124,7 @@ def test_arguments_give_the_settings_again():
         **{"eval_data": None, "template": "Q: {{ x }}\nA: ", "prompt_weight_decay": -1e-05, "optim_args": ""},
         **{"model_init_kwargs": {"a": [1, None], "b": {"c": True}}, "report_to": ["wandb", "tensorboard"]},
     }
-    merged = parse_options("distill", promptkd.cli.options.distill, arguments_of(settings)).merged
+    merged = merged_config(*parse_options("distill", promptkd.cli.options.distill, arguments_of(settings)))
     assert {name: merged[name] for name in settings} == settings
 
 

@@ -23,7 +23,7 @@ import traceback
 from collections.abc import Sequence
 
 from promptkd.cli.openmp import let_threads_sleep
-from promptkd.cli.parsing.annotations import nearest
+from promptkd.cli.parsing.fields import nearest
 from promptkd.cli.parsing.help import command_help, overview
 from promptkd.cli.signals import ended_by_signals
 from promptkd.cli.terminal import is_main_process

@@ -5,14 +5,12 @@ Everything that is wrong with a request is collected and reported at once.
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
-from promptkd.cli.parsing.annotations import choices, describe, nearest, plain, takes_switch, takes_values
 from promptkd.cli.parsing.config_file import read_config
-from promptkd.cli.parsing.fields import Field, own_fields, positional, training_fields
+from promptkd.cli.parsing.fields import Field, choices, describe, nearest, own_fields, plain, training_fields
 from promptkd.cli.parsing.values import LARGEST_INTEGER, convert
 from promptkd.errors import RequestError
 from promptkd.io.redact import is_secret, redacted, without_secret_values
@@ -23,20 +21,14 @@ _NUMBER = re.compile(r"-[0-9.]")
 _LONGEST_SHOWN = 200
 
 
-@dataclass(frozen=True)
-class Parsed:
+class Parsed(NamedTuple):
     options: Any
     """The command's `Options`."""
     training: dict[str, Any]
     """The values of the training configuration that the user gave, and no others."""
 
-    @property
-    def merged(self) -> dict[str, Any]:
-        return merged_config(self.options, self.training)
 
-
-@dataclass(frozen=True)
-class _Flag:
+class _Flag(NamedTuple):
     spelled: str
     name: str
     values: list[str]
@@ -46,8 +38,7 @@ class _Flag:
 
 def merged_config(options: Any, training: dict[str, Any]) -> dict[str, Any]:
     """Every option and every training value that was given, as plain data for `write_config`; secrets are left out."""
-    merged = {field.name: vars(options)[field.name] for field in fields(options)} | training
-    return without_secret_values({name: plain(value) for name, value in merged.items()})
+    return without_secret_values({name: plain(value) for name, value in (vars(options) | training).items()})
 
 
 def parse_options(name: str, command: ModuleType, arguments: Sequence[str]) -> Parsed:
@@ -70,7 +61,7 @@ class _Request:
 
     def __init__(self, command: ModuleType) -> None:
         self.command, self.own = command, own_fields(command)
-        self.positional = positional(command)
+        self.positional = vars(command).get("POSITIONAL")
         self.values: dict[str, Any] = {}
         self.problems: list[str] = []
         self._given: dict[str, str] = {}  # name -> how it was spelled, its value right or wrong
@@ -103,8 +94,8 @@ class _Request:
                 flags.append(_Flag(spelled, name, [value] if equals else [], joined=bool(equals)))
             elif argument.startswith("-") and len(argument) > 1 and not _NUMBER.match(argument):
                 self.problems.append(
-                    f"{argument} is no flag: flags begin with two dashes and a name. "
-                    "A value that begins with a dash is written --flag=VALUE."
+                    f"{argument} is no flag: flags begin with two dashes and a name. A value that begins with a dash "
+                    "is written --flag=VALUE."
                 )
             else:
                 (flags[-1].values if flags else before).append(argument)
@@ -125,21 +116,21 @@ class _Request:
                 self._config = Path(flag.values[0]).expanduser()
                 self._surplus(flag.values[1:], "--config takes one file")
         elif field := self._find(name):
-            several = takes_values(field.annotation)
+            several = field.takes_several
             if self._is_first(name, spelled, "Give the values together: --flag A B." if several else "Give it once."):
                 self._take_values(field, flag)
         elif not (name.startswith("no_") and (field := self._find(name[3:]))):
             self.problems.append(f"{spelled} is unknown.{self._suggest(name, '--', '-')}")
-        elif not takes_switch(field.annotation):
+        elif not field.is_switch:
             self.problems.append(f"{spelled} is unknown: {field.flag} expects {describe(field.annotation)}.")
         elif self._is_first(field.name, spelled):
             self.values[field.name] = False
             self._surplus(flag.values, f"{spelled} takes no value")
 
     def _take_values(self, field: Field, flag: _Flag) -> None:
-        one = flag.joined or not takes_values(field.annotation)
+        one = flag.joined or not field.takes_several
         values, surplus = (flag.values[:1], flag.values[1:]) if one else (flag.values, [])
-        if takes_switch(field.annotation) and not flag.joined:
+        if field.is_switch and not flag.joined:
             if self.positional and values and values[0].lower() not in ("true", "false"):
                 values, surplus = [], flag.values
             values = values or ["true"]
