@@ -47,19 +47,18 @@ class ResumableLines:
         self._header = [] if settings is None else [{"settings": dict(settings)}]
         content = b"" if path is None or overwrite else _content(path)
         self._size = content.rfind(b"\n") + 1  # of what is complete
-        texts = content[: self._size].split(b"\n")[:-1]
-        wrong = "Fix or remove the line, or remove the file to start from scratch."
-        if path is not None and settings is not None and texts:
-            told = f"{path}, line 1: expected the settings of the lines below. {wrong}"
-            _refuse_changes(path, _parsed(texts[0], lambda line: dict(line["settings"]), told), settings)
         self.lines: dict[Key, Line] = {}
-        for number, text in list(enumerate(texts, start=1))[len(self._header) :]:
-            told = (
-                f"{path}, line {number}: expected a JSON object with {', '.join(key)} (numbers or texts) and what else "
-                f"this job writes. {wrong}"
-            )
-            line = _parsed(text, self._checked, told)
-            self.lines[self._key_of(line)] = line
+        for number, text in enumerate(content[: self._size].split(b"\n")[:-1], start=1):
+            is_header = number <= len(self._header)
+            expected = "the settings of the lines below"
+            if not is_header:
+                expected = f"a JSON object with {', '.join(key)} (numbers or texts) and what else this job writes"
+            wrong = f"{path}, line {number}: expected {expected}. Fix or remove the line, or remove the file to start from scratch."
+            if is_header:
+                _refuse_changes(path, _parsed(text, lambda line: dict(line["settings"]), wrong), settings or {})
+            else:
+                line = _parsed(text, self._checked, wrong)
+                self.lines[self._key_of(line)] = line
 
     def append(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Write `lines` behind the others in one piece, and return once the disk has them."""
