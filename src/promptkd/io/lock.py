@@ -34,15 +34,9 @@ _HOLDER_AT = 1
 def locked(target: Path, *, folder: bool = False, waits: bool = False) -> Iterator[int]:
     """Hold the lock of `target` while the body runs.
 
-    Yields the lock's descriptor: every process that inherits it holds the lock too. The lock file names the process. It
-    is removed at the end, and with it the folders that were made for it and are still empty.
-
-    Args:
-        folder: whether `target` is a folder, which has its lock file inside; that of a file is beside it.
-        waits: wait for the lock however long it takes.
-
-    Raises:
-        RequestError: if another process holds the lock, or none can be made here.
+    Yields the lock's descriptor: every process that inherits it holds the lock too. The lock file, inside a `folder` or
+    beside a file, names the process. It is removed at the end, and with it the folders that were made for it and are
+    still empty. Unless it `waits`, a lock that another process holds is a `RequestError`.
     """
     path = target / FOLDER_LOCK if folder else target.with_name(f".{target.name}.lock")
     new = [parent for parent in path.parents if not parent.exists()]
@@ -89,8 +83,8 @@ def _release(handle: int, path: Path) -> None:
         if not on_windows and _is_file(handle, path):
             path.unlink()
     os.close(handle)
-    with suppress(OSError):
-        if on_windows:
+    if on_windows:
+        with suppress(OSError):
             path.unlink()
 
 

@@ -86,17 +86,6 @@ class _FailureError(Exception):
         self.wait = wait
 
 
-def check_client() -> None:
-    """Refuse to begin without the `openai` package."""
-    try:
-        import openai  # noqa: F401
-    except ImportError as error:
-        raise RequestError(
-            "The judge is asked through the openai package, which is not installed. "
-            "Install it with: pip install 'promptkd[judge]'."
-        ) from error
-
-
 def check_url(url: str) -> None:
     """Refuse what is no plain http or https address. A key inside the address would be written into the record."""
     try:
@@ -124,7 +113,6 @@ def ask_all(
     """Ask every question, `concurrency` at a time, and hand each answer to `take` as it comes.
 
     Args:
-        questions: texts by key.
         take: receives a key and a `Reply`, or a `Refusal` once any question was answered: an endpoint that refuses
             everything says nothing about the questions.
         proven: whether the endpoint has answered such questions before.

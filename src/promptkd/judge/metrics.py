@@ -51,7 +51,7 @@ def judge_results(
     if not wins[0]:
         return evaluations, []
     model, baseline = models
-    difference = paired_difference(*wins)
+    difference = paired_difference(wins[0], wins[1])
     won = Difference(
         model=model, baseline=baseline, metric="win_rate", difference=difference, better="higher", data=data
     )

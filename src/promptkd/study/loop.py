@@ -38,7 +38,7 @@ def carry_out(jobs: Sequence[Job], pool: LocalPool | RayCluster, console: Consol
                     heard = len(signals)
                     waiting.clear()
                     table.stopping(len(active), at_once=heard > 1)
-                    (pool.stop if heard == 1 else pool.kill)()
+                    pool.stop(at_once=heard > 1)
                 while waiting and pool.has_room():
                     job = waiting.popleft()
                     pool.start(job)

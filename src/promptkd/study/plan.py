@@ -63,12 +63,8 @@ def plan_runs(
         base: settings of every run.
         methods: names, or mappings with `name`, `grid` (of this method alone) and settings; `method` is the name
             unless it is given.
-        seeds: of training.
         grid: values of each setting to be varied.
         read_file: the settings in a configuration file.
-
-    Raises:
-        RequestError: everything that is wrong, in one message.
     """
     reader = _Reader(read_file)
     common, defaults = reader.settings("base", base)

@@ -75,22 +75,14 @@ def both_ways(by_seed: Floats, by_row: Floats) -> tuple[Metric, float | None]:
 
 
 def compare_groups(
-    members: Sequence[Member],
-    better: Callable[[str], Better | None],
-    *,
-    baseline: str,
-    metrics: Sequence[str] = (),
+    members: Sequence[Member], better: Callable[[str], Better | None], *, baseline: str, metrics: Sequence[str] = ()
 ) -> Comparison:
     """Every group's metrics over its seeds, and its difference from the baseline over the seeds that both have.
 
     Args:
         members: runs of at least two groups, measured alike, each seed of a group once.
         better: which direction of a metric is better; one of neither is shown and not tested.
-        baseline: the group that the others are compared with.
         metrics: those to be compared, by default all.
-
-    Raises:
-        RequestError: if runs were not measured alike, or share no data set.
     """
     groups: dict[str, dict[int, str]] = {}
     for each in members:
@@ -122,9 +114,9 @@ def compare_groups(
                 made.differences += _differences(setting.data, (group, of_group), (baseline, pooled[baseline]), better)
         if first.data is not None:
             made.data[setting.data] = first.data
-    tested = [(each, each.p_value) for each in made.differences if each.p_value is not None]
-    for (each, _), adjusted in zip(tested, holm([p for _, p in tested]), strict=True):
-        each.p_adjusted = adjusted
+    tested = [(found, found.p_value) for found in made.differences if found.p_value is not None]
+    for (found, _), adjusted in zip(tested, holm([p for _, p in tested]), strict=True):
+        found.p_adjusted = adjusted
     made.notes = _notes(groups, baseline, len(made.differences))
     return made
 

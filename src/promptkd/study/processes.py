@@ -188,22 +188,19 @@ class LocalPool:
                 self._free.append(self._running.pop(name).environment)
         return ended
 
-    def stop(self) -> None:
-        """Ask every run to stop: it writes a checkpoint first."""
+    def stop(self, *, at_once: bool = False) -> None:
+        """Ask every run to stop, for which it writes a checkpoint first, or end it with all processes it started."""
         self._stopped = True
         for each in self._running.values():
-            each.process.terminate()
-
-    def kill(self) -> None:
-        """End every run at once, with all processes that it started."""
-        self._stopped = True
-        for each in self._running.values():
+            if not at_once:
+                each.process.terminate()
+                continue
             with suppress(ProcessLookupError):
                 os.killpg(each.process.pid, signal.SIGKILL)
 
     def close(self) -> None:
         """Leave nothing running."""
-        self.kill()
+        self.stop(at_once=True)
         for each in self._running.values():
             each.process.wait()
 

@@ -16,13 +16,7 @@ _CANCELLED = -15
 class RayCluster:
     """Gives all jobs to Ray at once, which begins them as there is room.
 
-    Args:
-        address: of the cluster; by default RAY_ADDRESS, or the cluster on this machine.
-        cpus: cores, and so threads, of a run.
-        gpus: GPUs of a run; a fraction lets runs share one. With 0 a run sees none.
-
-    Raises:
-        RequestError: if Ray is not installed, no cluster answers, or no node has so many cores and GPUs.
+    `address` is by default RAY_ADDRESS, or the cluster on this machine; a fraction of `gpus` lets runs share one.
     """
 
     def __init__(self, address: str | None, *, cpus: int, gpus: float):
@@ -69,19 +63,14 @@ class RayCluster:
         ended = {task: self._jobs.pop(task) for task in ready}
         return {job.name: self._status(task, job) for task, job in ended.items()}
 
-    def stop(self) -> None:
-        """Ask every run to stop: it writes a checkpoint first."""
+    def stop(self, *, at_once: bool = False) -> None:
+        """Ask every run to stop, for which it writes a checkpoint first, or end it at once."""
         for task in self._jobs:
-            self._ray.cancel(task)
-
-    def kill(self) -> None:
-        """End the tasks at once."""
-        for task in self._jobs:
-            self._ray.cancel(task, force=True)
+            self._ray.cancel(task, force=at_once)
 
     def close(self) -> None:
         """Leave nothing running, and the cluster alone."""
-        self.kill()
+        self.stop(at_once=True)
         self._ray.shutdown()
 
     def _status(self, task: Any, job: Job) -> int:

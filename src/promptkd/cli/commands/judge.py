@@ -4,6 +4,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,9 @@ from promptkd.errors import PromptKDError, RequestError, check_all
 from promptkd.io.jsonl import ResumableLines
 from promptkd.io.lock import locked
 from promptkd.io.redact import without_secret_values
-from promptkd.judge.endpoint import Endpoint, Refusal, Reply, ask_all, check_client, check_url
+from promptkd.judge.endpoint import Endpoint, Refusal, Reply, ask_all, check_url
 from promptkd.judge.metrics import judge_notes, judge_results, token_cost
-from promptkd.judge.questions import (
-    JudgedAnswer,
-    Key,
-    Task,
-    check_same_requests,
-    load_prompt,
-    questions_about,
-    read_answers,
-    requests_sha256,
-    with_requests,
-)
+from promptkd.judge.questions import Key, Task, load_prompt, questions_about, read_models, requests_sha256
 from promptkd.judge.verdicts import Verdict, verdict_log, verdict_of
 from promptkd.report import terminal_table
 from promptkd.results import DataRecord, Results, file_sha256
@@ -36,7 +27,6 @@ from promptkd.results import DataRecord, Results, file_sha256
 
 def run(options: Options, training: dict[str, Any]) -> None:
     _check(options)
-    check_client()
     with locked(options.out):
         _judge(options)
 
@@ -45,7 +35,7 @@ def _judge(options: Options) -> None:
     task: Task = "score" if options.against is None else "pairwise"
     prompt = load_prompt(task, options.prompt_file)
     endpoint = _endpoint(options)
-    models = _answers(options)
+    models = read_models(_files(options), limit=options.limit, data=options.data)
     questions = questions_about(list(models.values()), prompt)
     log = _log(options, task, endpoint, prompt)
     start = time.monotonic()
@@ -92,6 +82,11 @@ def _check(options: Options) -> None:
     check_writable(options.out.parent, options.out)
     if options.out.exists() and not _log_path(options).exists() and not options.overwrite:
         raise RequestError(f"{options.out} exists. Replace it by --overwrite or give another --out.")
+    if find_spec("openai") is None:
+        raise RequestError(
+            "The judge is asked through the openai package, which is not installed. "
+            "Install it with: pip install 'promptkd[judge]'."
+        )
 
 
 def _files(options: Options) -> list[tuple[str, Path]]:
@@ -119,21 +114,6 @@ def _endpoint(options: Options) -> Endpoint:
         retries=options.retries,
         backoff=options.backoff,
     )
-
-
-def _answers(options: Options) -> dict[str, dict[int, JudgedAnswer]]:
-    """The answers of one model, or of two to the same requests, by label."""
-    (label, path), *other = _files(options)
-    models = {label: read_answers(path, limit=options.limit)}
-    for other_label, against in other:
-        rows = read_answers(against)
-        kept = rows if options.limit is None else models[label]
-        models[other_label] = {row: answer for row, answer in rows.items() if row in kept}
-    if options.data is not None:
-        models = {each: with_requests(answers, options.data) for each, answers in models.items()}
-    for other_label, against in other:
-        check_same_requests(models[label], models[other_label], (str(path), str(against)))
-    return models
 
 
 def _log(options: Options, task: Task, endpoint: Endpoint, prompt: str) -> ResumableLines:

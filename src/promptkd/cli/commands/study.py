@@ -2,7 +2,8 @@
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from statistics import mean, median
 from typing import Any
 
 import torch
@@ -11,14 +12,19 @@ from promptkd.cli.library_logging import quiet_libraries
 from promptkd.cli.options.study import Options
 from promptkd.cli.parsing.config_file import write_config
 from promptkd.cli.parsing.parser import merged_config
-from promptkd.cli.study_outcome import compare_and_report
-from promptkd.cli.study_runs import StudyRun, checked_runs
+from promptkd.cli.study_runs import StudyRun, checked_runs, plan_text
 from promptkd.cli.terminal import say
 from promptkd.errors import PromptKDError, RequestError
+from promptkd.evaluation.comparison import compare
+from promptkd.evaluation.pairing import Candidate
+from promptkd.io.atomic import write_atomic
 from promptkd.io.lock import locked
-from promptkd.report.terminal import text_table
-from promptkd.study.loop import carry_out, clock
-from promptkd.study.plan import Planned
+from promptkd.report import render_report, terminal_table
+from promptkd.report.differences import compared_sentences
+from promptkd.report.metrics import metric_info
+from promptkd.results import Better, Results, Training
+from promptkd.study.loop import carry_out
+from promptkd.study.pooling import Member, compare_groups
 from promptkd.study.processes import LocalPool, Phase, shares, shell_line
 from promptkd.study.ray_cluster import RayCluster
 
@@ -33,7 +39,7 @@ def run(options: Options, training: dict[str, Any]) -> None:
     quiet_libraries()
     runs = checked_runs(options)
     if options.dry_run:
-        print(_plan_text(runs, options.workers))
+        print(plan_text(runs, options.workers))
         return
     cluster = None
     if options.engine == "ray":
@@ -64,37 +70,74 @@ def _local_pool(workers: int, lock: int) -> LocalPool:
     return LocalPool(shares(workers, cores, gpus, os.environ), keep_open=[lock])
 
 
-def _plan_text(runs: Sequence[StudyRun], workers: int) -> str:
-    """A line per run, the sum, and the commands of what is not done, to be copied."""
-    lines, times = [("run", "state", "steps", "about")], []
-    for each in runs:
-        step, _ = each.job.progress()
-        state = "to evaluate" if each.trained else f"begun, step {step}" if step else "new"
-        pace, left = _pace(each, runs), 0 if each.trained else each.job.steps
-        about = clock(pace * left) if pace is not None and left else ""
-        lines.append((each.job.name, state if each.job.commands else "done", f"{each.job.steps:,}", about))
-        if each.job.commands:
-            times.append((left, pace))
-    total = f"{len(times)} of {len(runs)} runs to do, {sum(left for left, _ in times):,} steps."
-    seconds = [left * pace for left, pace in times if pace is not None]
-    if times and len(seconds) == len(times):
-        with_workers = f" with {workers} workers" if workers > 1 else ""
-        total += (
-            f" About {clock(sum(seconds) / min(workers, len(times)))} of training{with_workers}, by the finished runs; "
-            "loading, validation and evaluation come on top."
-        )
-    elif times:
-        total += " Seconds per step are known once a run of each method is done."
-    commands = [shell_line(arguments) for run in runs for arguments in run.job.commands]
-    return "\n\n".join(filter(None, [text_table(lines, left=(0, 1)), total, "\n".join(commands)]))
+def compare_and_report(options: Options, runs: Sequence[StudyRun]) -> None:
+    """Compare the finished runs, write the record and the page, and print the table."""
+    if not runs:
+        return
+    trained = [Results.read(run.job.folder / "results.json") for run in runs]
+    made = []
+    try:
+        made.append(_comparison(options, runs, trained))
+    except RequestError as error:
+        say(f"The methods were not compared: {error}")
+    for results in made:
+        results.write(options.out / "comparison.json")
+        print(terminal_table([results]))
+    # what a run measured is pooled in the comparison; its answers are on its own page
+    records = [record.model_copy(update={"evaluations": []}) for record in trained]
+    page = options.out / "report.html"
+    write_atomic(page, render_report([*made, *records], title=f"Study {options.out.name}"))
+    say(f"The page is {page}.")
 
 
-def _pace(run: StudyRun, runs: Sequence[StudyRun]) -> float | None:
-    """Seconds per step, by finished runs of the same group, else of the same method; None if there is none."""
-    keys: list[Callable[[Planned], str]] = [lambda each: each.group, lambda each: each.settings["method"]]
-    for key in keys:
-        alike = [each.trained for each in runs if each.trained and key(each.planned) == key(run.planned)]
-        costs = [cost for record in alike for cost in record.training.values()]
-        if steps := sum(cost.steps for cost in costs):
-            return sum(cost.seconds for cost in costs) / steps
-    return None
+def _comparison(options: Options, runs: Sequence[StudyRun], trained: Sequence[Results]) -> Results:
+    """The record of the comparison. Raises `RequestError` if there is nothing to compare."""
+    groups = list(dict.fromkeys(run.planned.group for run in runs))
+    baseline = options.baseline or groups[0]
+    if baseline not in groups:
+        raise RequestError(f"no run of the baseline, {baseline}, is done.")
+    several = len({run.planned.seed for run in runs}) > 1
+    members = []
+    for planned, record in ((run.planned, Results.read(run.results)) for run in runs):
+        if not record.evaluations:
+            raise RequestError("the runs hold no measurement. Give `eval_data` in `base`, or `evaluate` with its data.")
+        candidate = Candidate(planned.name if several else planned.group, record, record.evaluations[0].model)
+        members.append(Member(planned.group, planned.seed, candidate))
+    if several:
+        comparison = compare_groups(members, _better, baseline=baseline, metrics=options.metrics)
+    else:
+        candidates = [each.candidate for each in members]
+        comparison = compare(candidates, _better, baseline=baseline, metrics=options.metrics)
+    costs: dict[str, list[Training]] = {}
+    for run, record in zip(runs, trained, strict=True):
+        costs.setdefault(run.planned.group, []).extend(record.training.values())
+    results = Results(
+        kind="study" if several else "compare",
+        config=merged_config(options, {}),
+        training={group: _mean_cost(of_group) for group, of_group in costs.items()},
+        data=comparison.data,
+        evaluations=comparison.evaluations,
+        differences=comparison.differences,
+    )
+    results.notes = [*compared_sentences(results), *comparison.notes]
+    return results
+
+
+def _better(metric: str) -> Better | None:
+    return metric_info(metric).better
+
+
+def _mean_cost(costs: list[Training]) -> Training:
+    """What a run of a group cost: means over its seeds, and the most memory."""
+    speeds = [each.tokens_per_second for each in costs if each.tokens_per_second is not None]
+    phases = dict.fromkeys(phase for each in costs for phase in each.peak_memory_by_phase)
+    return Training(
+        method=costs[0].method,
+        steps=round(mean(each.steps for each in costs)),
+        seconds=mean(each.seconds for each in costs),
+        peak_memory_bytes=max(each.peak_memory_bytes for each in costs),
+        peak_memory_by_phase={
+            phase: max(each.peak_memory_by_phase.get(phase, 0) for each in costs) for phase in phases
+        },
+        tokens_per_second=median(speeds) if speeds else None,
+    )

@@ -33,7 +33,7 @@ def convert(value: Any, annotation: Any, *, default: Any = None) -> Any:
     says_none = value is None or (is_text and value.lower() in ("none", "null"))
     if types.NoneType in kinds and says_none and value not in choices(annotation):
         return None
-    untried = dict if is_text and str in kinds else None  # a text may be the name of a file
+    untried: Any = dict if is_text and str in kinds else None  # a text may be the name of a file
     if Enum in kinds or (dict in kinds and (isinstance(value, dict) or (is_text and value.lstrip().startswith("{")))):
         untried = str  # else a misspelled choice or a broken mapping would pass as text
     for kind in _ORDER:
