@@ -1,7 +1,9 @@
 """The runs of a study as commands, checked all together, with what the disk already holds of them."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -25,11 +27,11 @@ from promptkd.study.processes import Job, Phase, shell_line
 _ALIKE = ("template", "max_prompt_length", "max_completion_length", "trust_remote_code")
 """Settings of training that evaluation has too, and takes over unless it is told otherwise."""
 _NOT_EVALUATED = {"model": "each run's student is measured", "out": "the study names the records"}
-_FREE = {"out": None, "overwrite": None}
-"""Options of an evaluation on which nothing in its record depends."""
+_FREE = {"out": None, "overwrite": None}  # options of an evaluation on which nothing in its record depends
 
 Read = Callable[..., list[Example]]
 Command = tuple[str, ...]
+Problems = defaultdict[str, list[str]]  # each once, with the runs it is wrong with; without any if it is the study's
 
 
 @dataclass
@@ -46,7 +48,7 @@ class StudyRun:
 def checked_runs(options: Options) -> list[StudyRun]:
     """Every run of the study. Raises one `RequestError` that lists everything that is wrong; nothing is written."""
     planned = plan_runs(options.base, options.methods, options.seeds, options.grid, read_file=read_config)
-    problems: dict[str, list[str]] = {}  # each once, with the runs it is wrong with; none if it is the study's
+    problems: Problems = defaultdict(list)
     read, groups = _reading_once(), list(dict.fromkeys(each.group for each in planned))
     if options.baseline is not None and options.baseline not in groups:
         problems[f"--baseline must be one of {', '.join(groups)}. Got {options.baseline}."] = []
@@ -55,28 +57,31 @@ def checked_runs(options: Options) -> list[StudyRun]:
     shared = _shared_settings(planned, options.evaluate, problems) if options.evaluate else {}
     runs: list[StudyRun] = []
     for each in planned:
-        folder, is_evaluated = options.out / each.name, bool(options.evaluate)
-        results = options.out / "evaluations" / each.name / "results.json"
-        commands: tuple[Command, ...] = ()
-        steps, trained = 0, None
-        try:
-            command, steps = _training(each, folder, read)
-            trained = _record(folder / "results.json")
-            commands = () if trained else (command,)
-        except RequestError as error:
-            _note(problems, error, each, options.out)
-        try:
-            if is_evaluated:
+        folder, results = options.out / each.name, options.out / "evaluations" / each.name / "results.json"
+        job = Job(each.name, folder, (), options.out / "logs" / f"{each.name}.log", phase=Phase.DONE)
+        trained = _record(folder / "results.json")
+        with _noting(problems, each.name, options.out):
+            command, job.steps = _training(each, folder, read)
+            job.commands = () if trained else (command,)
+        with _noting(problems, each.name, options.out):
+            if options.evaluate:
                 command, is_done = _evaluation(folder, shared | options.evaluate, results, read)
                 # a student that is trained again is measured again
-                commands += () if trained and is_done else (command,)
-        except RequestError as error:
-            _note(problems, error, each, options.out)
-        phase = Phase.WAITING if commands else Phase.DONE
-        job = Job(each.name, folder, commands, options.out / "logs" / f"{each.name}.log", steps, phase)
-        runs.append(StudyRun(each, job, results if is_evaluated else folder / "results.json", trained))
+                job.commands += () if trained and is_done else (command,)
+        if job.commands:
+            job.phase = Phase.WAITING
+        runs.append(StudyRun(each, job, results if options.evaluate else folder / "results.json", trained))
     raise_told([_of_runs(names, len(planned)) + text for text, names in problems.items()])
     return runs
+
+
+@contextmanager
+def _noting(problems: Problems, run: str, out: Path) -> Iterator[None]:
+    try:
+        yield
+    except RequestError as error:
+        # a run's own folder would make one problem of all runs look like many
+        problems[str(error).replace(str(out / run), f"{out}/RUN")].append(run)
 
 
 def _reading_once() -> Read:
@@ -98,12 +103,6 @@ def _reading_once() -> Read:
     return read
 
 
-def _note(problems: dict[str, list[str]], error: RequestError, planned: Planned, out: Path) -> None:
-    # a run's own folder would make one problem of all runs look like many
-    text = str(error).replace(str(out / planned.name), f"{out}/RUN")
-    problems.setdefault(text, []).append(planned.name)
-
-
 def _of_runs(names: list[str], count: int) -> str:
     if not names:
         return ""
@@ -112,7 +111,7 @@ def _of_runs(names: list[str], count: int) -> str:
     return f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: "
 
 
-def _shared_settings(planned: list[Planned], given: dict[str, Any], problems: dict[str, list[str]]) -> dict[str, Any]:
+def _shared_settings(planned: list[Planned], given: dict[str, Any], problems: Problems) -> dict[str, Any]:
     """What evaluation takes over from training. It must be the same in all runs, or they are not measured alike."""
     named = {key.replace("-", "_") for key in given}
     shared = {}

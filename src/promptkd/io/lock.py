@@ -19,15 +19,13 @@ from filelock import lock_descriptor
 
 from promptkd.errors import RequestError, writing
 
-FOLDER_LOCK = ".lock"
-"""The lock's file in a folder."""
+FOLDER_LOCK = ".lock"  # the lock's file in a folder
 
 _PATIENCE = 10.0
 """Seconds for what a killed process started to end: loaders look for their parent every 5 s, a study's runs stop."""
 _PAUSE = 0.2
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
-_HOLDER_AT = 1
-"""Where the holder's name begins: behind the byte that Windows locks."""
+_HOLDER_AT = 1  # where the holder's name begins: behind the byte that Windows locks
 
 
 @contextmanager

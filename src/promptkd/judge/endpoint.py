@@ -33,12 +33,9 @@ _FATAL = {
     403: f"The key has no right to this. {_KEY_ADVICE}",
     404: "Check --judge-model, and --endpoint, which ends in /v1 with most servers.",
 }
-_LONGEST_PAUSE = 60.0
-"""Cap of the exponential back-off, in seconds."""
-_LONGEST_RETRY_AFTER = 600.0
-"""A server that asks for more patience than this many seconds has failed."""
-_LONGEST_QUOTE = 300
-"""Characters of a server's message that are repeated."""
+_LONGEST_PAUSE = 60.0  # cap of the exponential back-off, in seconds
+_LONGEST_RETRY_AFTER = 600.0  # a server that asks for more patience than this many seconds has failed
+_LONGEST_QUOTE = 300  # characters of a server's message that are repeated
 _FAILURES_IN_A_ROW = 5
 """Or as many as are asked at a time, if that is more: then the endpoint is at fault and not the questions."""
 

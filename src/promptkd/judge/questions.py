@@ -22,8 +22,7 @@ from promptkd.errors import RequestError, check_all
 from promptkd.io.files import MIB, read_regular
 
 Task = Literal["score", "pairwise"]
-Key = tuple[int, bool]
-"""Of a question and its verdict: the row, and whether the model's answer is shown first."""
+Key = tuple[int, bool]  # of a question and its verdict: the row, and whether the model's answer is shown first
 
 _PLACEHOLDER = re.compile(r"\{\{\s*(.*?)\s*\}\}")
 _PLACEHOLDERS = ("request", "first", "second")

@@ -16,10 +16,8 @@ from promptkd.study.processes import Job, LocalPool, Phase
 from promptkd.study.ray_cluster import RayCluster
 
 _PAUSE = 0.2
-_AROUND = 4
-"""Lines of the screen that are not runs."""
-_EVERY = 1.0
-"""Seconds between two drawings, each of which reads the logs of the runs."""
+_AROUND = 4  # lines of the screen that are not runs
+_EVERY = 1.0  # seconds between two drawings, each of which reads the logs of the runs
 _COUNTED = (Phase.DONE, Phase.FAILED, Phase.STOPPED, Phase.RUNNING, Phase.QUEUED, Phase.WAITING)
 
 

@@ -24,8 +24,7 @@ from promptkd.evaluation.pairing import Candidate, Column, settings_of
 from promptkd.evaluation.statistics import Floats, holm
 from promptkd.results import Better, Difference, Evaluation, Metric
 
-Pooled = dict[str, dict[int, tuple[float, Floats]]]
-"""By metric and seed: the value, and each row's part in it."""
+Pooled = dict[str, dict[int, tuple[float, Floats]]]  # by metric and seed: the value, and each row's part in it
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,7 @@ from promptkd.visible import visible
 
 _PAUSE = 0.2
 _PR_SET_PDEATHSIG = 1
-_TAIL = 1 << 14
-"""Bytes at the end of a file that are read for its last lines."""
+_TAIL = 1 << 14  # bytes at the end of a file that are read for its last lines
 
 
 class Phase(Enum):

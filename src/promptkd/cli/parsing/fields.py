@@ -16,8 +16,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from promptkd.settings import docs_of, field_docs
 
-MOST_CHOICES_SHOWN = 6
-"""Longer lists of choices stand in the sentences of the help, not beside the flag."""
+MOST_CHOICES_SHOWN = 6  # longer lists of choices stand in the sentences of the help, not beside the flag
 _WORDS = {
     str: ("text", "TEXT"),
     int: ("a whole number", "INTEGER"),

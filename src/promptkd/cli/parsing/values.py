@@ -10,10 +10,8 @@ from typing import Any, Literal
 from promptkd.cli.parsing.config_file import parse_yaml
 from promptkd.cli.parsing.fields import choices, item_of, kinds_of
 
-LARGEST_INTEGER = 2**63 - 1
-"""Counts and sizes are 64-bit integers further down."""
-_LONGEST_NAME = 255
-"""Bytes of a file's name, on every common file system."""
+LARGEST_INTEGER = 2**63 - 1  # counts and sizes are 64-bit integers further down
+_LONGEST_NAME = 255  # bytes of a file's name, on every common file system
 _ORDER = (bool, int, float, Literal, Enum, dict, Path, str, list, Any)
 """The order in which the members of a union are tried."""
 
