@@ -17,11 +17,11 @@ from promptkd.cli.options.study import Options
 from promptkd.cli.parsing.config_file import read_config
 from promptkd.cli.parsing.parser import merged_config, parse_options
 from promptkd.data import Example, read_examples
-from promptkd.errors import RequestError
+from promptkd.errors import RequestError, raise_together
 from promptkd.report.terminal import text_table
 from promptkd.results import Results
 from promptkd.study.loop import clock
-from promptkd.study.plan import Planned, arguments_of, plan_runs, raise_told
+from promptkd.study.plan import Planned, arguments_of, plan_runs
 from promptkd.study.processes import Job, Phase, shell_line
 
 _ALIKE = ("template", "max_prompt_length", "max_completion_length", "trust_remote_code")
@@ -71,7 +71,7 @@ def checked_runs(options: Options) -> list[StudyRun]:
         if job.commands:
             job.phase = Phase.WAITING
         runs.append(StudyRun(each, job, results if options.evaluate else folder / "results.json", trained))
-    raise_told([_of_runs(names, len(planned)) + text for text, names in problems.items()])
+    raise_together([_of_runs(names, len(planned)) + text for text, names in problems.items()], "study")
     return runs
 
 

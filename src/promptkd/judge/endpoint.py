@@ -16,7 +16,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic import AliasPath, BaseModel, Field, ValidationError
@@ -68,8 +68,7 @@ class Reply(BaseModel):
     completion_tokens: int | None = Field(None, validation_alias=AliasPath("usage", "completion_tokens"))
 
 
-@dataclass(frozen=True)
-class Refusal:
+class Refusal(NamedTuple):
     """The server will not answer this question, however often it is asked."""
 
     reason: str
@@ -126,33 +125,30 @@ def ask_all(
     return asyncio.run(_Asker(endpoint, take, proven, on_wait).ask_all(questions, concurrency))
 
 
+@dataclass
 class _Asker(Generic[K]):
     """Asks until each question is answered or the endpoint is at fault; a pause that it asks for holds for all."""
 
-    def __init__(
-        self,
-        endpoint: Endpoint,
-        take: Callable[[K, Reply | Refusal], None],
-        proven: bool,
-        on_wait: Callable[[str, float], None],
-    ):
-        from openai import AsyncOpenAI, DefaultAsyncHttpxClient
-
-        self.endpoint, self.take, self.proven, self.on_wait = endpoint, take, proven, on_wait
-        # No redirection is followed: it would carry the questions to another address than the record names.
-        http, key = DefaultAsyncHttpxClient(follow_redirects=False), endpoint.key or "none"
-        self.client = AsyncOpenAI(api_key=key, base_url=endpoint.url, max_retries=0, http_client=http)
-        self.failed: dict[K, str] = {}
-        self.refused: dict[K, Refusal] = {}  # held back until the endpoint is proven
-        self.in_a_row = 0
-        self._not_before = 0.0
+    endpoint: Endpoint
+    take: Callable[[K, Reply | Refusal], None]
+    proven: bool
+    on_wait: Callable[[str, float], None]
+    failed: dict[K, str] = field(default_factory=dict)
+    refused: dict[K, Refusal] = field(default_factory=dict)  # held back until the endpoint is proven
+    in_a_row: int = 0
+    not_before: float = 0.0
 
     async def ask_all(self, questions: Mapping[K, str], concurrency: int) -> dict[K, str]:
+        from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+
+        # No redirection is followed: it would carry the questions to another address than the record names.
+        http, key = DefaultAsyncHttpxClient(follow_redirects=False), self.endpoint.key or "none"
+        client = AsyncOpenAI(api_key=key, base_url=self.endpoint.url, max_retries=0, http_client=http)
         waiting, most = iter(questions.items()), max(_FAILURES_IN_A_ROW, concurrency)
         try:
-            async with self.client, asyncio.TaskGroup() as group:
+            async with client, asyncio.TaskGroup() as group:
                 for _ in range(min(concurrency, len(questions))):
-                    group.create_task(self._work(waiting, most))
+                    group.create_task(self._work(client, waiting, most))
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
         if not self.proven:
@@ -160,10 +156,10 @@ class _Asker(Generic[K]):
             raise self._stop(len(questions), reasons[-1])
         return self.failed
 
-    async def _work(self, waiting: Iterator[tuple[K, str]], most: int) -> None:
+    async def _work(self, client: Any, waiting: Iterator[tuple[K, str]], most: int) -> None:
         for key, question in waiting:
             try:
-                outcome = await self._ask(question)
+                outcome = await self._ask(client, question)
             except _FailureError as failure:
                 self.failed[key] = reason = str(failure)
             else:
@@ -185,13 +181,13 @@ class _Asker(Generic[K]):
         which = f"None of the last {count} requests" if count > 1 else "No request"
         return PromptKDError(f"{which} to {self.endpoint.url} was answered: {reason}.")
 
-    async def _ask(self, question: str) -> Reply | Refusal:
+    async def _ask(self, client: Any, question: str) -> Reply | Refusal:
         """Raises `_FailureError` when every attempt has failed."""
         attempt = 0
         while True:
-            await asyncio.sleep(max(0.0, self._not_before - time.monotonic()))
+            await asyncio.sleep(max(0.0, self.not_before - time.monotonic()))
             try:
-                return await self._attempt(question)
+                return await self._attempt(client, question)
             except _FailureError as failure:
                 if failure.wait > _LONGEST_RETRY_AFTER:
                     too_long = f"{failure} (and to ask again in {failure.wait:.0f} s, which is too long)"
@@ -200,18 +196,18 @@ class _Asker(Generic[K]):
                     raise
                 pause = min(self.endpoint.backoff * 2**attempt, _LONGEST_PAUSE) * random.uniform(0.5, 1.0)
                 if failure.wait:
-                    self._not_before = max(self._not_before, time.monotonic() + failure.wait)
+                    self.not_before = max(self.not_before, time.monotonic() + failure.wait)
                 self.on_wait(str(failure), max(pause, failure.wait))
                 await asyncio.sleep(max(pause, failure.wait))
             attempt += 1
 
-    async def _attempt(self, question: str) -> Reply | Refusal:
+    async def _attempt(self, client: Any, question: str) -> Reply | Refusal:
         from openai import APIConnectionError, APIStatusError, APITimeoutError
 
         endpoint = self.endpoint
         try:
             async with asyncio.timeout(endpoint.timeout):  # the client's own starts over with every byte
-                answer = await self.client.chat.completions.with_raw_response.create(
+                answer = await client.chat.completions.with_raw_response.create(
                     model=endpoint.model,
                     messages=[{"role": "user", "content": question}],
                     extra_body=dict(endpoint.fields),

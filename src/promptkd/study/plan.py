@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from promptkd.errors import RequestError
+from promptkd.errors import RequestError, raise_together
 
 Settings = dict[str, Any]
 
@@ -88,17 +88,8 @@ def plan_runs(
             f"Each run must have a name of its own. Two are called {', '.join(twice[:5])}: give methods a `name`, and "
             "list each value once."
         )
-    raise_told(reader.problems)
+    raise_together(reader.problems, "study")
     return runs
-
-
-def raise_told(problems: Sequence[str]) -> None:
-    """Raise one `RequestError` from all problems, if there are any; a problem alone stands by itself."""
-    if len(problems) > 1:
-        listed = "".join(f"\n  - {each}" for each in problems)
-        raise RequestError(f"{len(problems)} things are wrong with the study:{listed}")
-    if problems:
-        raise RequestError(problems[0])
 
 
 def arguments_of(settings: Mapping[str, Any]) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from promptkd.cli.parsing.config_file import read_config
 from promptkd.cli.parsing.fields import Field, choices, describe, nearest, own_fields, plain, training_fields
 from promptkd.cli.parsing.values import LARGEST_INTEGER, convert
-from promptkd.errors import RequestError
+from promptkd.errors import RequestError, raise_together
 from promptkd.io.redact import is_secret, redacted, without_secret_values
 from promptkd.settings import beyond_limits
 
@@ -37,12 +37,7 @@ def parse_options(name: str, command: ModuleType, arguments: Sequence[str]) -> P
     """Read the arguments of command `name`. Raises one `RequestError` that lists everything that is wrong."""
     request = _Request(command)
     request.read(arguments)
-    if request.problems:
-        advice = f"`promptkd {name} --help` explains the flags."
-        if len(request.problems) == 1:
-            raise RequestError(f"{request.problems[0]} {advice}")
-        lines = "".join(f"\n  - {problem}" for problem in request.problems)
-        raise RequestError(f"{len(request.problems)} things are wrong with the request:{lines}\n{advice}")
+    raise_together(request.problems, "request", f"`promptkd {name} --help` explains the flags.")
     own = {key: value for key, value in request.values.items() if key in request.own}
     training = {key: value for key, value in request.values.items() if key not in request.own}
     return Parsed(command.Options(**own), training)
