@@ -42,7 +42,7 @@ from promptkd.io.lock import locked
 from promptkd.results import DataRecord, Evaluation, Results, RowResult
 from promptkd.study.loop import Table, carry_out
 from promptkd.study.plan import Planned, arguments_of, plan_runs
-from promptkd.study.pooling import Member, both_ways, compare_groups, t_quantile, t_two_sided
+from promptkd.study.pooling import both_ways, compare_groups, t_quantile, t_two_sided
 from promptkd.study.processes import Job, LocalPool, Phase, shares, shell_line
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "study.yaml"
@@ -557,7 +557,7 @@ def test_both_ways_by_hand():
     assert both_ways(np.zeros(3), np.zeros(4))[1] == 1
 
 
-def member(group: str, seed: int, scores, *, teacher: str = "t") -> Member:
+def candidate(group: str, seed: int, scores, *, teacher: str = "t") -> Candidate:
     """A run whose row i has the score `scores[i]` under every decoding seed, and a loss over i + 1 tokens."""
     samples = [
         RowResult(
@@ -573,7 +573,7 @@ def member(group: str, seed: int, scores, *, teacher: str = "t") -> Member:
     from promptkd.results import ModelRecord
 
     record.models["teacher"] = ModelRecord(path=teacher, parameters=1, sha256="")
-    return Member(group, seed, Candidate(f"{group}-{seed}", record, "m"))
+    return Candidate(f"{group}-{seed}", record, "m")
 
 
 BETTER = {"rouge_l": "higher", "loss": "lower", "kl_to_teacher": "lower", "response_length": None}.get
@@ -581,8 +581,10 @@ BETTER = {"rouge_l": "higher", "loss": "lower", "kl_to_teacher": "lower", "respo
 
 def test_groups_are_compared_over_the_seeds_that_both_have():
     scores = {("a", 1): [1, 2, 3], ("a", 2): [2, 2, 5], ("b", 1): [3, 2, 4], ("b", 2): [4, 5, 6], ("b", 3): [9, 9, 9]}
-    members = [member(group, seed, rows) for (group, seed), rows in scores.items()]
-    made = compare_groups(members, BETTER, baseline="a")
+    groups: dict[str, dict[int, Candidate]] = {"a": {}, "b": {}}
+    for (group, seed), rows in scores.items():
+        groups[group][seed] = candidate(group, seed, rows)
+    made = compare_groups(groups, BETTER, baseline="a")
     found = {each.metric: each for each in made.differences}
     assert found.keys() == {"rouge_l", "loss", "kl_to_teacher"}
     assert found["rouge_l"].difference.value == pytest.approx(np.mean([9 - 6, 15 - 9]) / 3)
@@ -601,14 +603,14 @@ def test_groups_are_compared_over_the_seeds_that_both_have():
     assert (a.model, b.model) == ("a", "b")
     assert b.metrics["rouge_l"].value == pytest.approx(np.mean([3, 5, 9]))
     assert "a has no finished run of seed 3." in made.notes
-    assert [each.metric for each in compare_groups(members, BETTER, baseline="b", metrics=["loss"]).differences] == [
+    assert [each.metric for each in compare_groups(groups, BETTER, baseline="b", metrics=["loss"]).differences] == [
         "loss"
     ]
 
 
 def test_a_kl_to_different_teachers_is_not_compared():
-    members = [member(group, seed, [1, 2, 3], teacher=group) for group in "ab" for seed in (1, 2)]
-    made = compare_groups(members, BETTER, baseline="a")
+    groups = {group: {seed: candidate(group, seed, [1, 2, 3], teacher=group) for seed in (1, 2)} for group in "ab"}
+    made = compare_groups(groups, BETTER, baseline="a")
     assert {each.metric for each in made.differences} == {"rouge_l", "loss"}
 
 

@@ -25,18 +25,11 @@ _MEANS = ("judge_score", "judge_reference_score", "win_rate", "tie_rate", "flip_
 
 
 def judge_results(
-    models: Mapping[str, Mapping[int, JudgedAnswer]],
-    verdicts: Mapping[Key, Verdict],
-    *,
-    data: str,
-    asked: dict[str, Any],
+    models: Mapping[str, Mapping[int, JudgedAnswer]], verdicts: Mapping[Key, Verdict], data: str, asked: dict[str, Any]
 ) -> tuple[list[Evaluation], list[Difference]]:
     """What the verdicts say of one model against the references, or of two models, each with the scores of its rows.
 
-    Args:
-        models: one or two models' answers, by label; `Verdict.model` speaks of the first.
-        data: label of the data set.
-        asked: how the judge was asked, the `decoding` of the evaluations.
+    `Verdict.model` speaks of the first model; `asked`, how the judge was asked, is the `decoding` of the evaluations.
     """
     if len(models) == 1:
         ((label, answers),) = models.items()

@@ -60,8 +60,8 @@ def read_answers(path: Path, *, limit: int | None = None) -> dict[int, JudgedAns
 
 
 def _answer(found: Any, location: str) -> JudgedAnswer:
-    expected = f"{location}: expected row, prompt, references, and response or completion, as `promptkd evaluate` and "
-    expected += "`promptkd generate` write them"
+    written = "as `promptkd evaluate` and `promptkd generate` write them"
+    expected = f"{location}: expected row, prompt, references, and response or completion, {written}"
     try:
         line = _Line.model_validate(found)
     except ValidationError as error:
@@ -98,11 +98,13 @@ def read_models(
 
 
 def _with_requests(answers: dict[int, JudgedAnswer], source: str) -> dict[int, JudgedAnswer]:
+    """The answers with the request as a person would read it for a prompt; each must be in its prompt."""
     requests = {example.row: _request_text(example.request) for example in read_examples(source)}
     count, advice = f"of {len(answers)} rows", "Give the data they were made from."
     if missing := sum(row not in requests for row in answers):
         raise RequestError(f"{missing} {count} are not in {source}. {advice}")
-    if strange := sum(not _holds(answer.prompt, requests[row][1]) for row, answer in answers.items()):
+    flat = lambda text: " ".join(text.split())  # noqa: E731
+    if strange := sum(flat(requests[row][1]) not in flat(answer.prompt) for row, answer in answers.items()):
         raise RequestError(f"{strange} {count} hold another request than their prompt in {source}. {advice}")
     return {row: replace(answer, prompt=requests[row][0]) for row, answer in answers.items()}
 
@@ -118,11 +120,6 @@ def _request_text(request: Request) -> tuple[str, str]:
     if len(request) == 1:
         return last, last
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in request), last
-
-
-def _holds(prompt: str, part: str) -> bool:
-    """Whether `part` is in the prompt, however blanks and lines are broken."""
-    return " ".join(part.split()) in " ".join(prompt.split())
 
 
 def _check_same_requests(answers: dict[int, JudgedAnswer], others: dict[int, JudgedAnswer], expected: str) -> None:

@@ -13,7 +13,6 @@ must agree: p is the larger of the two, the interval the wider.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from scipy.special import stdtr, stdtrit
@@ -25,15 +24,6 @@ from promptkd.evaluation.statistics import Floats, holm
 from promptkd.results import Better, Difference, Evaluation, Metric
 
 Pooled = dict[str, dict[int, tuple[float, Floats]]]  # by metric and seed: the value, and each row's part in it
-
-
-@dataclass(frozen=True)
-class Member:
-    """A run: one seed of one group."""
-
-    group: str
-    seed: int
-    candidate: Candidate
 
 
 def t_two_sided(t: float, df: float) -> float:
@@ -74,24 +64,26 @@ def both_ways(by_seed: Floats, by_row: Floats) -> tuple[Metric, float | None]:
 
 
 def compare_groups(
-    members: Sequence[Member], better: Callable[[str], Better | None], *, baseline: str, metrics: Sequence[str] = ()
+    groups: Mapping[str, Mapping[int, Candidate]],
+    better: Callable[[str], Better | None],
+    *,
+    baseline: str,
+    metrics: Sequence[str] = (),
 ) -> Comparison:
     """Every group's metrics over its seeds, and its difference from the baseline over the seeds that both have.
 
     Args:
-        members: runs of at least two groups, measured alike, each seed of a group once.
+        groups: the run of each seed of at least two groups, measured alike.
         better: which direction of a metric is better; one of neither is shown and not tested.
         metrics: those to be compared, by default all.
     """
-    groups: dict[str, dict[int, str]] = {}
-    for each in members:
-        groups.setdefault(each.group, {})[each.seed] = each.candidate.label
-    settings = settings_of([each.candidate for each in members])
+    candidates = [each for seeds in groups.values() for each in seeds.values()]
+    settings = settings_of(candidates)
     if not settings:
         raise RequestError("The runs share no data set on which they were measured.")
     if differing := [sentence for setting in settings for sentence in setting.differing()]:
         raise RequestError(" ".join(differing[:3]))
-    left_out = {"kl_to_teacher"} if len({each.candidate.teachers for each in members}) > 1 else set()
+    left_out = {"kl_to_teacher"} if len({each.teachers for each in candidates}) > 1 else set()
     made = Comparison()
     for setting in settings:
         names = [name for name in setting.metrics() if name in (metrics or setting.metrics()) and name not in left_out]
@@ -99,7 +91,7 @@ def compare_groups(
         columns = {name: held for name, held in columns.items() if any(len(each.sums) for each in held.values())}
         pooled = {
             group: {
-                name: {seed: _value_and_parts(held[label]) for seed, label in seeds.items() if label in held}
+                name: {seed: _value_and_parts(held[run.label]) for seed, run in seeds.items() if run.label in held}
                 for name, held in columns.items()
             }
             for group, seeds in groups.items()
@@ -152,7 +144,7 @@ def _pooled(seeds: Collection[tuple[float, Floats]]) -> tuple[Metric, float | No
     return both_ways(np.array(values), np.mean(parts, axis=0))
 
 
-def _notes(groups: Mapping[str, Mapping[int, str]], baseline: str, tested: int) -> list[str]:
+def _notes(groups: Mapping[str, Mapping[int, Candidate]], baseline: str, tested: int) -> list[str]:
     every = list(dict.fromkeys(seed for seeds in groups.values() for seed in seeds))
     notes = [
         f"Each metric is a mean over seeds of training ({', '.join(map(str, every))}); ± is the standard deviation "

@@ -46,7 +46,7 @@ def _judge(options: Options) -> None:
     data = options.data_label or ("requests" if options.data is None else label_of(options.data))
     asked = {"judge": endpoint.model, **endpoint.fields, "prompt": hashlib.sha256(prompt.encode()).hexdigest()[:12]}
     results = Results(kind="judge", config=merged_config(options, {}), metrics=token_cost(given))
-    results.evaluations, results.differences = judge_results(models, verdicts, data=data, asked=asked)
+    results.evaluations, results.differences = judge_results(models, verdicts, data, asked)
     answers, *_ = models.values()
     # the hash of the requests is the same for every model that was asked the same
     sha256 = requests_sha256(answers.values())

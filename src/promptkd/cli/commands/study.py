@@ -24,7 +24,7 @@ from promptkd.report.differences import compared_sentences
 from promptkd.report.metrics import metric_info
 from promptkd.results import Better, Results, Training
 from promptkd.study.loop import carry_out
-from promptkd.study.pooling import Member, compare_groups
+from promptkd.study.pooling import compare_groups
 from promptkd.study.processes import LocalPool, Phase, shares, shell_line
 from promptkd.study.ray_cluster import RayCluster
 
@@ -92,21 +92,20 @@ def compare_and_report(options: Options, runs: Sequence[StudyRun]) -> None:
 
 def _comparison(options: Options, runs: Sequence[StudyRun], trained: Sequence[Results]) -> Results:
     """The record of the comparison. Raises `RequestError` if there is nothing to compare."""
-    groups = list(dict.fromkeys(run.planned.group for run in runs))
-    baseline = options.baseline or groups[0]
-    if baseline not in groups:
+    baseline = options.baseline or runs[0].planned.group
+    if baseline not in {run.planned.group for run in runs}:
         raise RequestError(f"no run of the baseline, {baseline}, is done.")
     several = len({run.planned.seed for run in runs}) > 1
-    members = []
+    by_group: dict[str, dict[int, Candidate]] = {}
     for planned, record in ((run.planned, Results.read(run.results)) for run in runs):
         if not record.evaluations:
             raise RequestError("the runs hold no measurement. Give `eval_data` in `base`, or `evaluate` with its data.")
         candidate = Candidate(planned.name if several else planned.group, record, record.evaluations[0].model)
-        members.append(Member(planned.group, planned.seed, candidate))
+        by_group.setdefault(planned.group, {})[planned.seed] = candidate
     if several:
-        comparison = compare_groups(members, _better, baseline=baseline, metrics=options.metrics)
+        comparison = compare_groups(by_group, _better, baseline=baseline, metrics=options.metrics)
     else:
-        candidates = [each.candidate for each in members]
+        candidates = [candidate for seeds in by_group.values() for candidate in seeds.values()]
         comparison = compare(candidates, _better, baseline=baseline, metrics=options.metrics)
     costs: dict[str, list[Training]] = {}
     for run, record in zip(runs, trained, strict=True):

@@ -20,10 +20,7 @@ def convert(value: Any, annotation: Any, *, default: Any = None) -> Any:
     """`value`, which is text, a list of texts (a flag with several values) or plain YAML data, as `annotation` asks.
 
     `default` is the field's own: a text that equals it is kept, so that `report_to`, whose default is the text
-    "none", does not become None.
-
-    Raises:
-        ValueError: if no member of the annotation takes the value.
+    "none", does not become None. Raises ValueError if no member of the annotation takes the value.
     """
     kinds, is_text = kinds_of(annotation), isinstance(value, str)
     if is_text and value == default:
