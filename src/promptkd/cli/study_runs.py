@@ -37,12 +37,9 @@ Problems = defaultdict[str, list[str]]  # each once, with the runs it is wrong w
 @dataclass
 class StudyRun:
     planned: Planned
-    job: Job
-    """Without commands if the run is done."""
-    results: Path
-    """The record in which its student is measured."""
-    trained: Results | None
-    """The record of its training, if that is done."""
+    job: Job  # without commands if the run is done
+    results: Path  # the record in which its student is measured
+    trained: Results | None  # the record of its training, if that is done
 
 
 def checked_runs(options: Options) -> list[StudyRun]:

@@ -4,6 +4,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,20 +102,20 @@ class Demo:
 
     def tuned_teacher(self) -> Stage:
         """The teacher, tuned on the training rows as in the paper, so that it answers in their manner and stops."""
-        settings, title = self.settings, "Tuning the teacher"
         args = FinetuneConfig(
-            max_steps=settings.tuning_steps,
-            learning_rate=settings.tuning_rate,
+            max_steps=self.settings.tuning_steps,
+            learning_rate=self.settings.tuning_rate,
             train_sampling_strategy=_TUNING_ORDER,
             **self._training_arguments("tuning"),
         )
-
-        def make() -> Trained:
-            model = load_model(teacher_file())
-            return self._train(FinetuneTrainer(model, args, self.rows["train"], None, self.tokenizer), title)
-
         keys = ("seed", "batch_size", "tuning_steps", "tuning_rate", "max_prompt_length", "max_response_length")
-        return self._stage("tuning", "tuned teacher", "teacher", self._dependencies(keys), make)
+
+        def trainer() -> FinetuneTrainer:
+            return FinetuneTrainer(load_model(teacher_file()), args, self.rows["train"], None, self.tokenizer)
+
+        return self._stage(
+            "teacher", "tuning", "tuned teacher", self._dependencies(keys), trainer, "Tuning the teacher"
+        )
 
     def pruned_student(self, teacher: PreTrainedModel) -> PreTrainedModel:
         """The teacher's most influential layers, measured on training rows."""
@@ -141,8 +142,8 @@ class Demo:
         )
         keys = ("layers", "seed", "batch_size", "recovery_steps", "recovery_rate", "influence_rows")
         depends_on = {**self._dependencies(keys), "teacher": teacher.folder.name}
-        make = lambda: self._train(self._trainer(pruned, frozen, args), "Recovering the student")  # noqa: E731
-        return self._stage("recovery", "recovered student", "recovered", depends_on, make)
+        trainer = partial(self._trainer, pruned, frozen, args)
+        return self._stage("recovered", "recovery", "recovered student", depends_on, trainer, "Recovering the student")
 
     def promptkd(
         self, student: PreTrainedModel, teacher: PreTrainedModel
@@ -227,11 +228,11 @@ class Demo:
         }
 
     def _stage(
-        self, timing: str, title: str, name: str, depends_on: dict[str, Any], make: Callable[[], Trained]
+        self, name: str, part: str, what: str, depends_on: dict[str, Any], trainer: Callable[[], Any], title: str
     ) -> Stage:
-        stage = cached_stage(name, depends_on, self.tokenizer, make)
+        stage = cached_stage(name, depends_on, self.tokenizer, lambda: self._train(trainer(), title))
         if stage.was_cached:
-            self.say(f"The {title} comes from the cache (made in {stage.seconds:.0f} s).")
+            self.say(f"The {what} comes from the cache (made in {stage.seconds:.0f} s).")
         else:
-            self.timings[timing] = stage.seconds
+            self.timings[part] = stage.seconds
         return stage

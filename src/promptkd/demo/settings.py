@@ -17,10 +17,8 @@ TEMPLATE = (
 class DemoSettings:
     """Everything that the demo's result depends on."""
 
-    layers: int = 24
-    """Layers of the student, of the teacher's 30."""
-    steps: int = 40
-    """Optimizer steps of PromptKD."""
+    layers: int = 24  # layers of the student, of the teacher's 30
+    steps: int = 40  # optimizer steps of PromptKD
     seed: int = 0
     batch_size: int = 8
     tuning_steps: int = 45
@@ -32,8 +30,7 @@ class DemoSettings:
     max_prompt_length: int = 160
     max_response_length: int = 48
     influence_rows: int = 64
-    samples_per_row: int = 2
-    """Samples of each held-out request on which the KL to the teacher is measured."""
+    samples_per_row: int = 2  # samples of each held-out request on which the KL to the teacher is measured
 
 
 def teacher_file() -> Path:

@@ -28,8 +28,7 @@ class Stage:
     model: PreTrainedModel
     folder: Path
     history: list[dict[str, Any]]
-    seconds: float
-    """What the stage took when it ran."""
+    seconds: float  # what the stage took when it ran
     was_cached: bool
 
 

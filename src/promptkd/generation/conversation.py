@@ -20,12 +20,10 @@ from promptkd.models import vocabulary_size
 class StreamedAnswer:
     """An answer, complete or not."""
 
-    limit: int
-    """The most tokens that it may have."""
+    limit: int  # the most tokens that it may have
     text: str = ""
     tokens: int = 0
-    ended: bool = False
-    """Whether the model wrote a stop token."""
+    ended: bool = False  # whether the model wrote a stop token
 
 
 @dataclass

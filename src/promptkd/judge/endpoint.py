@@ -36,8 +36,7 @@ _FATAL = {
 _LONGEST_PAUSE = 60.0  # cap of the exponential back-off, in seconds
 _LONGEST_RETRY_AFTER = 600.0  # a server that asks for more patience than this many seconds has failed
 _LONGEST_QUOTE = 300  # characters of a server's message that are repeated
-_FAILURES_IN_A_ROW = 5
-"""Or as many as are asked at a time, if that is more: then the endpoint is at fault and not the questions."""
+_FAILURES_IN_A_ROW = 5  # or as many as are asked at a time, if more: then the endpoint is at fault, not the questions
 
 
 @dataclass(frozen=True)
@@ -47,13 +46,10 @@ class Endpoint:
     url: str
     model: str
     key: str | None = field(default=None, repr=False)
-    fields: Mapping[str, Any] = field(default_factory=dict)
-    """Further fields of every request: temperature, seed, max_tokens and the like."""
-    timeout: float = 120.0
-    """Seconds for a complete answer."""
+    fields: Mapping[str, Any] = field(default_factory=dict)  # of every request: temperature, seed, max_tokens, …
+    timeout: float = 120.0  # seconds for a complete answer
     retries: int = 5
-    backoff: float = 1.0
-    """Seconds before the first retry; doubled for every further one, less a random part of up to a half."""
+    backoff: float = 1.0  # seconds before the first retry; doubled for every further one, less up to a half at random
 
 
 class Reply(BaseModel):
@@ -62,8 +58,7 @@ class Reply(BaseModel):
     message: dict[str, Any] = Field(validation_alias=AliasPath("choices", 0, "message"), repr=False)
     text: str | None = Field(None, validation_alias=AliasPath("choices", 0, "message", "content"))
     finish_reason: str | None = Field(None, validation_alias=AliasPath("choices", 0, "finish_reason"))
-    model: str | None = None
-    """The model as the server names it."""
+    model: str | None = None  # the model as the server names it
     prompt_tokens: int | None = Field(None, validation_alias=AliasPath("usage", "prompt_tokens"))
     completion_tokens: int | None = Field(None, validation_alias=AliasPath("usage", "completion_tokens"))
 

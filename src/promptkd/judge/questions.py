@@ -32,8 +32,7 @@ _PLACEHOLDERS = ("request", "first", "second")
 class JudgedAnswer:
     """One request, a model's answer to it, and the references."""
 
-    row: int
-    """Index of the row in the data file that the request comes from."""
+    row: int  # index of the row in the data file that the request comes from
     prompt: str
     response: str
     references: tuple[str, ...]

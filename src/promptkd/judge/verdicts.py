@@ -57,19 +57,13 @@ class Verdict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     row: int
-    model_first: bool
-    """Whether the model's answer was shown before the one it is compared with."""
-    model: float | None
-    """The model's score, or its share of the win: 1, 0.5 or 0. None where the verdict could not be read."""
-    other: float | None
-    """The same of the reference's or the other model's answer."""
-    text: str
-    """What the judge wrote."""
-    refused: str | None = None
-    """Why the endpoint would not answer."""
+    model_first: bool  # whether the model's answer was shown before the one it is compared with
+    model: float | None  # the model's score, or its share of the win: 1, 0.5 or 0; None where it could not be read
+    other: float | None  # the same of the reference's or the other model's answer
+    text: str  # what the judge wrote
+    refused: str | None = None  # why the endpoint would not answer
     finish_reason: str | None = None
-    served_model: str | None = None
-    """The judge as the endpoint names it."""
+    served_model: str | None = None  # the judge as the endpoint names it
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
 

@@ -34,11 +34,9 @@ _SET_HERE = {
 class Planned:
     """One run."""
 
-    group: str
-    """What its runs under other seeds share: method and setting of the grid, as in "kd-learning_rate-5e-05"."""
+    group: str  # what its runs under other seeds share: method and setting of the grid, as in "kd-learning_rate-5e-05"
     seed: int
-    settings: Settings
-    """Every setting of `promptkd distill` but the folder."""
+    settings: Settings  # every setting of `promptkd distill` but the folder
 
     @property
     def name(self) -> str:

@@ -37,15 +37,11 @@ class Job:
 
     name: str
     folder: Path
-    commands: tuple[tuple[str, ...], ...]
-    """Arguments of `promptkd`. The next command starts when the one before has ended with status 0."""
-    log: Path
-    """Where everything that the commands say is appended."""
-    steps: int = 0
-    """Optimizer steps of the whole run."""
+    commands: tuple[tuple[str, ...], ...]  # arguments of `promptkd`, one after the other while they succeed
+    log: Path  # where everything that the commands say is appended
+    steps: int = 0  # optimizer steps of the whole run
     phase: Phase = Phase.WAITING
-    status: int = 0
-    """Exit status of the last command; if a signal ended it, the signal's number below zero."""
+    status: int = 0  # exit status of the last command; if a signal ended it, the signal's number below zero
     began: float = 0.0
     seconds: float = 0.0
 
@@ -152,8 +148,7 @@ class _Running:
     process: subprocess.Popen[bytes]
     environment: Mapping[str, str]
     log: Path
-    waiting: list[tuple[str, ...]]
-    """The commands that follow."""
+    waiting: list[tuple[str, ...]]  # the commands that follow
 
 
 class LocalPool:

@@ -39,8 +39,7 @@ class Field:
     required: bool
     default: Any
     help: str
-    limits: Mapping[str, Any]
-    """`at_least`, `at_most` and `above` of `promptkd.settings.option`; of a list, those of its items."""
+    limits: Mapping[str, Any]  # those of `promptkd.settings.option`; of a list, its items'
 
     @property
     def flag(self) -> str:

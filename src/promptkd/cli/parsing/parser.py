@@ -22,10 +22,8 @@ _LONGEST_SHOWN = 200
 
 
 class Parsed(NamedTuple):
-    options: Any
-    """The command's `Options`."""
-    training: dict[str, Any]
-    """The values of the training configuration that the user gave, and no others."""
+    options: Any  # the command's `Options`
+    training: dict[str, Any]  # the values of the training configuration that the user gave, and no others
 
 
 def merged_config(options: Any, training: dict[str, Any]) -> dict[str, Any]:
