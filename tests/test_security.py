@@ -21,7 +21,7 @@ from promptkd.models import SoftPrompt, load_model, load_tokenizer
 from promptkd.report import render_csv, render_markdown, render_report, terminal_table
 from promptkd.report.terminal import compared_text
 from promptkd.results import Difference, Evaluation, Metric, ModelRecord, Results, RowResult
-from promptkd.training.manifest import write_manifest
+from promptkd.training.checkpoint import write_manifest
 
 MARKUP = "<script>alert(1)</script><img src=x onerror=alert(2)>"
 HOSTILE = f"{MARKUP}{ESCAPE}{OVERRIDE}\x9b2J"

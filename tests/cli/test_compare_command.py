@@ -9,7 +9,7 @@ from helpers.commands import LIMITS, TRAINING, World, done, held, make_world, ru
 from promptkd.cli import main
 from promptkd.results import DataRecord, Evaluation, Results, RowResult
 from promptkd.training.callbacks import ProgressBar
-from promptkd.training.manifest import write_manifest
+from promptkd.training.checkpoint import write_manifest
 
 
 @pytest.fixture(scope="module")

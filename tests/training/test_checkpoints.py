@@ -16,8 +16,7 @@ from helpers.trainers import log, rows, trainer
 from promptkd.errors import PromptKDError
 from promptkd.methods import named_method
 from promptkd.results import Metric
-from promptkd.training.checkpoint import resumable_checkpoint, set_aside, whole_folder
-from promptkd.training.manifest import MANIFEST, damage, write_manifest
+from promptkd.training.checkpoint import MANIFEST, damage, resumable_checkpoint, set_aside, whole_folder, write_manifest
 
 
 @pytest.fixture(scope="module")

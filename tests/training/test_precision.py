@@ -23,9 +23,9 @@ from promptkd.models import load_model
 from promptkd.precision import compute_dtype, computing, has_bfloat16_units, teacher_precision
 from promptkd.results import Results
 from promptkd.training import DistillConfig
-from promptkd.training.base_config import BaseConfig, use_one_gpu
+from promptkd.training.config import BaseConfig, use_one_gpu
 from promptkd.training.student import precision_notes
-from promptkd.training.teacher_options import teacher_settings
+from promptkd.training.teacher import teacher_settings
 
 BF16 = ("--bf16", "true")
 
@@ -38,7 +38,7 @@ def world(tmp_path_factory):
 @pytest.fixture
 def units(monkeypatch):
     """Every device has bfloat16 units."""
-    for place in ("promptkd.precision", "promptkd.training.base_config"):
+    for place in ("promptkd.precision", "promptkd.training.config"):
         monkeypatch.setattr(f"{place}.has_bfloat16_units", lambda device: True)
 
 

@@ -15,7 +15,7 @@ from promptkd.errors import RequestError
 from promptkd.methods import named_method
 from promptkd.models import load_model
 from promptkd.results import Results
-from promptkd.training.teacher_options import teacher_settings
+from promptkd.training.teacher import teacher_settings
 
 NO_BITSANDBYTES = "bitsandbytes is not installed: pip install bitsandbytes"
 
@@ -77,7 +77,7 @@ def test_settings_of_loading(tmp_path):
 
 
 def test_bitsandbytes_is_asked_for_where_it_is_missing(tmp_path, monkeypatch):
-    monkeypatch.setattr("promptkd.training.teacher_options.find_spec", lambda name: None)
+    monkeypatch.setattr("promptkd.training.teacher.find_spec", lambda name: None)
     with pytest.raises(RequestError, match="needs the package bitsandbytes"):
         teacher_settings(config(tmp_path, teacher_quantization="4bit"), FIXED_PROMPTKD)
 

@@ -154,7 +154,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing_and_the_schedule_goes_on(tm
     assert all(torch.equal(*each) for each in zip(before, state(tuner), strict=True))
     assert tuner.scheduler.last_epoch == 3
     assert math.isnan(part.metrics.means(window(rows(4).examples), part.accelerator, {})["prompt_grad_norm"])
-    assert {each.what for each in part.guard._noted if not each.value.isfinite()} == {"prompt loss", "prompt gradient"}
+    assert {what for what, value, _ in part.guard._noted if not value.isfinite()} == {"prompt loss", "prompt gradient"}
 
 
 def test_a_tuner_resumes_bit_for_bit(tmp_path):

@@ -9,7 +9,7 @@ from typing import Any
 
 from datasets import Dataset
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import IntervalStrategy
@@ -48,41 +48,31 @@ class ProgressBar(TrainerCallback):
         self._title = title
         self._console = console or Console(stderr=True)
         self._bar: Progress | None = None
-        self._task: TaskID | None = None
         self._loss = ""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
         if self._console.is_terminal:
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("steps"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[loss]}"),
-                console=self._console,
-            )
+            title, steps, loss = map(TextColumn, ("{task.description}", "steps", "{task.fields[loss]}"))
+            columns = (title, BarColumn(), MofNCompleteColumn(), steps, TimeRemainingColumn(), loss)
+            self._bar = Progress(*columns, console=self._console)
             self._task = self._bar.add_task(self._title, total=state.max_steps, completed=state.global_step, loss="")
             self._bar.start()
         else:
             self._console.print(f"{self._title}: {state.max_steps} steps", highlight=False)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._bar is not None and self._task is not None:
+        if self._bar is not None:
             self._bar.update(self._task, completed=state.global_step)
-        elif state.is_world_process_zero:
-            tenth = max(1, state.max_steps // 10)
-            if state.global_step % tenth == 0:
-                self._console.print(
-                    f"{self._title}: step {state.global_step} of {state.max_steps}{self._loss}", highlight=False
-                )
+        elif state.is_world_process_zero and state.global_step % max(1, state.max_steps // 10) == 0:
+            line = f"{self._title}: step {state.global_step} of {state.max_steps}{self._loss}"
+            self._console.print(line, highlight=False)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
             self._loss = f", loss {float(logs['loss']):.3f}"
-            if self._bar is not None and self._task is not None:
+            if self._bar is not None:
                 self._bar.update(self._task, loss=self._loss.removeprefix(", "))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -179,9 +169,6 @@ class CompletionLog(TrainerCallback):
     """With `log_completions`: prompts and responses of the last step at each logged line, as TRL logs them.
 
     They are printed, written to `completions/completions_STEP.parquet`, and sent to Weights & Biases and Trackio.
-
-    Args:
-        completions: (prompt, response) of all processes.
     """
 
     def __init__(self, completions: Collection[tuple[str, str]]):

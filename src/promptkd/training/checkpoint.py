@@ -13,10 +13,12 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from promptkd.errors import PromptKDError, RequestError
-from promptkd.io.atomic import atomic, replace
+from promptkd.io.atomic import atomic, fsync, replace
 from promptkd.memory import is_out_of_memory
-from promptkd.training.manifest import damage, write_manifest
+from promptkd.results import file_sha256
 
+MANIFEST = "manifest.json"
+"""A checkpoint's list of files, sizes and hashes, by which a torn or altered one is known."""
 _STAGING = ".partial"
 _ASIDE = "passed-over-"  # behind the number, transformers would still take the folder for a checkpoint
 _DISK_ERRORS = (OSError, RuntimeError, SafetensorError)  # torch and safetensors have words of their own for OSError
@@ -116,9 +118,6 @@ def save_model_folder(trainer: Any, folder: str | Path) -> None:
 def whole_folder(target: Path, *, writes: bool) -> Iterator[Path]:
     """A folder beside `target` to write to, which takes its place once all is written.
 
-    Args:
-        writes: whether this process writes at all.
-
     Raises:
         PromptKDError: if it cannot be written. `target` is as it was.
     """
@@ -133,12 +132,9 @@ def whole_folder(target: Path, *, writes: bool) -> Iterator[Path]:
 
 def checkpoints_in(folder: Path) -> dict[int, Path]:
     """The checkpoints in `folder` by their steps, in rising order."""
-    found = {
-        int(each.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")): each
-        for each in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if each.is_dir() and each.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-").isdecimal()
-    }
-    return dict(sorted(found.items()))
+    prefix = f"{PREFIX_CHECKPOINT_DIR}-"
+    named = {each.name.removeprefix(prefix): each for each in folder.glob(f"{prefix}*") if each.is_dir()}
+    return dict(sorted((int(step), each) for step, each in named.items() if step.isdecimal()))
 
 
 def told_last_checkpoint(args: Any) -> str:
@@ -157,7 +153,9 @@ def resumable_checkpoint(folder: Path) -> tuple[Path | None, dict[Path, str]]:
     Raises:
         PromptKDError: if there are checkpoints, but none to go on from. Nothing is changed.
     """
-    _finish_replacing(folder)
+    for staged in checkpoints_in(folder / _STAGING).values():  # whole when the process was killed before the rename
+        if not (folder / staged.name).exists() and damage(staged) is None:
+            os.replace(staged, folder / staged.name)
     found = checkpoints_in(folder)
     problems: dict[Path, str] = {}
     for checkpoint in reversed(found.values()):
@@ -166,10 +164,10 @@ def resumable_checkpoint(folder: Path) -> tuple[Path | None, dict[Path, str]]:
             return checkpoint, problems
         problems[checkpoint] = problem
     if problems:
+        listed = "; ".join(f"{checkpoint.name}: {problem}" for checkpoint, problem in problems.items())
         raise PromptKDError(
-            f"No checkpoint in {folder} can be gone on from: "
-            + "; ".join(f"{checkpoint.name}: {problem}" for checkpoint, problem in problems.items())
-            + ". Nothing was deleted. Put the files back, or start again with --overwrite or another --out."
+            f"No checkpoint in {folder} can be gone on from: {listed}. Nothing was deleted. Put the files back, or "
+            "start again with --overwrite or another --out."
         )
     return None, {}
 
@@ -180,13 +178,6 @@ def set_aside(checkpoints: Mapping[Path, str]) -> None:
         aside = checkpoint.with_name(_ASIDE + checkpoint.name)
         shutil.rmtree(aside, ignore_errors=True)  # of an earlier time at this step
         os.replace(checkpoint, aside)
-
-
-def _finish_replacing(folder: Path) -> None:
-    """Give a checkpoint its name that was whole when the process was killed before it could."""
-    for staged in checkpoints_in(folder / _STAGING).values():
-        if not (folder / staged.name).exists() and damage(staged) is None:
-            os.replace(staged, folder / staged.name)
 
 
 def _damage_of_best(checkpoint: Path, found: Mapping[int, Path]) -> str | None:
@@ -204,3 +195,47 @@ def _not_written(place: Path, error: Exception) -> str:
     reason = " ".join(str(error).split()).removesuffix(".")
     there = next(folder for folder in place.absolute().parents if folder.is_dir())
     return f"Could not write {place} ({shutil.disk_usage(there).free / 2**20:,.0f} MiB are free there): {reason}."
+
+
+def write_manifest(folder: Path) -> None:
+    """Write `manifest.json`, the size and SHA-256 of every other file below `folder`. The disk has all of them then."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
+    for path in files:
+        fsync(path)
+    listed = {
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": file_sha256(path)}
+        for path in files
+    }
+    manifest = folder / MANIFEST
+    manifest.write_text(json.dumps({"files": listed}, indent=1) + "\n", encoding="utf-8")
+    for path in (manifest, *(path for path in folder.rglob("*") if path.is_dir()), folder):
+        fsync(path)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a folder that `write_manifest` closed, naming the file; None if every byte is as it was.
+
+    Files that the manifest does not know are not looked at.
+    """
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        return f"{MANIFEST} is missing"
+    try:
+        listed = json.loads(manifest.read_bytes())["files"]
+        sizes = {folder / name: entry["size"] for name, entry in listed.items()}
+        hashes = {folder / name: entry["sha256"] for name, entry in listed.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} cannot be read"
+    for path, size in sizes.items():
+        if not path.is_file():
+            return f"{path.relative_to(folder)} is missing"
+        if path.stat().st_size != size:
+            return f"{path.relative_to(folder)} has {path.stat().st_size:,} bytes in place of {size:,}"
+    for path, sha256 in hashes.items():
+        try:
+            same = file_sha256(path) == sha256
+        except OSError as error:
+            return f"{path.relative_to(folder)} cannot be read ({error.strerror})"
+        if not same:
+            return f"{path.relative_to(folder)} holds other bytes than were written"
+    return None

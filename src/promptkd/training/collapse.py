@@ -1,4 +1,4 @@
-"""Degenerate learning, seen in the figures that training logs: each kind is told once, when it begins.
+"""Degenerate learning, seen in the metrics that training logs: each kind is told once, when it begins.
 
 `Watch.see` takes the logged lines one by one, in order, and nothing else; `findings` runs it over a whole history. The
 trainers add `Watching`, which reads the log as it is written, and the run's record names what was found.
@@ -6,7 +6,7 @@ trainers add `Watching`, which reads the log as it is written, and the run's rec
 
 import logging
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -22,7 +22,7 @@ _END_TOKEN = (
 
 @dataclass(frozen=True)
 class Limits:
-    """From where on a figure is called degenerate. docs/warnings.md gives the reasons."""
+    """From where on a metric is called degenerate. docs/warnings.md gives the reasons."""
 
     steps: int = 5
     """Optimizer steps for which it must stay so."""
@@ -33,13 +33,13 @@ class Limits:
     empty_length: float = 1.5
     """Mean length in tokens at which half of the responses are a bare end token."""
     entropy: float = 0.05
-    """Nats a token."""
+    """Nats per token."""
     endless_steps: int = 50
     """Optimizer steps without any response that ends by itself."""
     prompt_growth: float = 10.0
     """Norm of the soft prompt over its norm in the first logged line."""
     prompt_kl: float = 2.0
-    """Nats a token between the adapted and the plain teacher."""
+    """Nats per token between the adapted and the plain teacher."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,6 @@ class Finding:
     kind: str
     step: int
     """Optimizer step at which it was found."""
-    text: str
-
-
-@dataclass(frozen=True)
-class _Sign:
-    holds: bool
-    steps: int
-    """Optimizer steps for which it must last before it is told."""
     text: str
 
 
@@ -74,89 +66,85 @@ class Watch:
 
     def see(self, line: Mapping[str, Any]) -> list[Finding]:
         """What begins with this logged line. A kind is told again only after a line without it."""
-        figures = {name: value for name, value in line.items() if isinstance(value, int | float)}
-        step = int(figures.get("step", self._last_step))
+        metrics = {name: value for name, value in line.items() if isinstance(value, int | float)}
+        step = int(metrics.get("step", self._last_step))
         found = []
-        for kind, sign in self._signs(figures).items():
-            if not sign.holds:
+        for kind, holds, steps, text in self._signs(metrics):
+            if not holds:
                 self._since.pop(kind, None)
                 self._told.discard(kind)
                 continue
             began = self._since.setdefault(kind, self._last_step)
-            if kind not in self._told and step - began >= sign.steps:
+            if kind not in self._told and step - began >= steps:
                 self._told.add(kind)
-                found.append(Finding(kind, step, sign.text))
+                found.append(Finding(kind, step, text))
         self._last_step = step
         return found
 
-    def _signs(self, figures: Mapping[str, float]) -> dict[str, _Sign]:
-        """What there is to say of the figures in this line, by kind."""
-        signs: dict[str, _Sign] = {}
-        if "response_length" in figures:
-            signs |= self._of_responses(figures["response_length"], figures.get("cut_share", 0.0))
-        if "eval_eos_share" in figures:
-            signs["endless validation"] = _Sign(
-                figures["eval_eos_share"] == 0,
-                1,  # from one validation to the next
-                f"no response ended by itself in two validations. {_END_TOKEN}",
-            )
-        if "entropy" in figures:
-            signs["entropy"] = _Sign(
-                figures["entropy"] < self.limits.entropy,
-                self.limits.steps,
-                f"the entropy has fallen to {figures['entropy']:.3f} nats a token: the model has one thing to say. "
-                "Lower the learning rate, stop earlier, or take an objective that keeps to the data.",
-            )
-        if "prompt_norm" in figures:
-            signs["prompt norm"] = self._of_norm(figures["prompt_norm"])
-        if "prompt_regularizer" in figures:
-            kl = figures["prompt_regularizer"]
-            signs["prompt KL"] = _Sign(
-                kl > self.limits.prompt_kl,
-                self.limits.steps,
-                f"the teacher as it is trained along is {kl:.2f} nats a token from the plain one: the student learns "
-                "from another model than the one that was chosen. Raise --regularizer_coefficient, or lower "
-                "--prompt_learning_rate.",
-            )
-        return signs
-
-    def _of_responses(self, length: float, cut: float) -> dict[str, _Sign]:
+    def _signs(self, metrics: Mapping[str, float]) -> Iterator[tuple[str, bool, int, str]]:
+        """Kind, whether the line shows it, optimizer steps for which it must last before it is told, and the words."""
         limits = self.limits
-        self._lengths.append(length)
-        if cut <= 0.5 and len(self._start_lengths) < limits.lines:  # the limit says nothing of the responses' length
-            self._start_lengths.append(length)
-        mean = fmean(self._lengths)
-        start = fmean(self._start_lengths) if len(self._start_lengths) == limits.lines else 0.0
-        shorter = f", from {start:.1f} in the first steps" if mean < limits.length_share * start else ""
-        short = mean < limits.length_share * start or (mean <= limits.empty_length and cut <= 0.5)
-        return {
-            "length": _Sign(
-                short and len(self._lengths) == limits.lines,
+        if "response_length" in metrics:
+            length, cut = metrics["response_length"], metrics.get("cut_share", 0.0)
+            self._lengths.append(length)
+            if cut <= 0.5 and len(self._start_lengths) < limits.lines:  # a cut response does not tell its length
+                self._start_lengths.append(length)
+            mean = fmean(self._lengths)
+            start = fmean(self._start_lengths) if len(self._start_lengths) == limits.lines else 0.0
+            shrunk = f", from {start:.1f} in the first steps" if mean < limits.length_share * start else ""
+            is_short = bool(shrunk) or (mean <= limits.empty_length and cut <= 0.5)
+            yield (
+                "length",
+                is_short and len(self._lengths) == limits.lines,
                 limits.steps,
-                f"responses have collapsed to {mean:.1f} tokens{shorter}. Go back to an earlier checkpoint with lower "
+                f"responses have collapsed to {mean:.1f} tokens{shrunk}. Go back to an earlier checkpoint with lower "
                 "learning rates.",
-            ),
-            "cut": _Sign(
+            )
+            yield (
+                "cut",
                 cut >= 1,
                 limits.steps,
                 f"every response of {limits.steps} steps was cut at the length limit. Raise --max_completion_length, "
                 "or tune the models first on data whose responses end (promptkd sft).",
-            ),
-            "endless": _Sign(
+            )
+            yield (
+                "endless",
                 cut >= 1,
                 limits.endless_steps,
                 f"no response ended by itself in {limits.endless_steps} steps. {_END_TOKEN}",
-            ),
-        }
-
-    def _of_norm(self, norm: float) -> _Sign:
-        self._start_norm = norm if self._start_norm is None else self._start_norm
-        return _Sign(
-            norm > self.limits.prompt_growth * self._start_norm,
-            self.limits.steps,
-            f"the soft prompt is running away: its norm is {norm:.3g}, from {self._start_norm:.3g} in the first step. "
-            "Lower --prompt_learning_rate.",
-        )
+            )
+        if "eval_eos_share" in metrics:
+            is_endless = metrics["eval_eos_share"] == 0
+            text = f"no response ended by itself in two validations. {_END_TOKEN}"
+            yield "endless validation", is_endless, 1, text  # one step: from one validation to the next
+        if "entropy" in metrics:
+            yield (
+                "entropy",
+                metrics["entropy"] < limits.entropy,
+                limits.steps,
+                f"the entropy has fallen to {metrics['entropy']:.3f} nats a token: the model has one thing to say. "
+                "Lower the learning rate, stop earlier, or take an objective that keeps to the data.",
+            )
+        if "prompt_norm" in metrics:
+            norm = metrics["prompt_norm"]
+            self._start_norm = norm if self._start_norm is None else self._start_norm
+            yield (
+                "prompt norm",
+                norm > limits.prompt_growth * self._start_norm,
+                limits.steps,
+                f"the soft prompt is running away: its norm is {norm:.3g}, from {self._start_norm:.3g} in the first "
+                "step. Lower --prompt_learning_rate.",
+            )
+        if "prompt_regularizer" in metrics:
+            kl = metrics["prompt_regularizer"]
+            yield (
+                "prompt KL",
+                kl > limits.prompt_kl,
+                limits.steps,
+                f"the teacher as it is trained along is {kl:.2f} nats a token from the plain one: the student learns "
+                "from another model than the one that was chosen. Raise --regularizer_coefficient, or lower "
+                "--prompt_learning_rate.",
+            )
 
 
 def findings(history: Iterable[Mapping[str, Any]], limits: Limits | None = None) -> list[Finding]:

@@ -45,13 +45,14 @@ def autocast(accelerator: Any, args: Any) -> AbstractContextManager[object]:
     return computing(accelerator.device, torch.bfloat16)
 
 
+def _devices(model: nn.Module) -> set[str]:
+    """Where a `device_map`, if one was given, has put the model's layers."""
+    return {str(each) for each in vars(unwrap_peft(model)).get("hf_device_map", {}).values()}  # accelerate's attribute
+
+
 def is_dispatched(model: nn.Module) -> bool:
     """Whether a `device_map` has put the model's layers on several devices."""
-    return len(set(_device_map(model).values())) > 1
-
-
-def _device_map(model: nn.Module) -> dict[str, Any]:
-    return vars(unwrap_peft(model)).get("hf_device_map", {})  # set by accelerate, where a map was given
+    return len(_devices(model)) > 1
 
 
 def check_dispatched(model: nn.Module, accelerator: Any, adapter: type[TeacherAdapter] | None) -> None:
@@ -68,7 +69,7 @@ def check_dispatched(model: nn.Module, accelerator: Any, adapter: type[TeacherAd
             "the other processes need their GPUs; start one process, or shard the teacher by FSDP2",
         ),
         (
-            bool(set(map(str, _device_map(model).values())) & {"cpu", "disk"}),
+            bool(_devices(model) & {"cpu", "disk"}),
             "no layer may stay on the CPU or the disk; give more GPUs, --teacher_dtype bfloat16 or "
             "--teacher_quantization",
         ),
@@ -105,7 +106,6 @@ def check_sharding(
     """Refuse what would hang, train other weights than it says, or save none.
 
     Args:
-        models: as they were loaded.
         needs_generate: whether responses come from transformers' own `generate`.
         chunks: whether objectives run over chunks of tokens, for which heads are gathered; as modules outside of the
             model's forward, FSDP2 leaves them whole, or ends the process.
@@ -152,12 +152,12 @@ def place_teacher(teacher: nn.Module, accelerator: Any) -> nn.Module:
     """
     if is_dispatched(teacher):
         return teacher
-    settings = accelerator.state
     if DistributedBackend(accelerator).is_zero3:
         return prepare_deepspeed(teacher, accelerator)
     if not accelerator.is_fsdp2:
         return accelerator.prepare_model(teacher, evaluation_mode=True)
     # accelerate fixes which layers are sharded at the first model it sees; the student's may be of another class
+    settings = accelerator.state
     plugin = settings.fsdp_plugin
     before = plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap
     teacher = fsdp2_prepare_model(accelerator, teacher)

@@ -59,21 +59,22 @@ def longest_rows_first(data: EncodedData, args: Any, method: Method) -> EncodedD
     rows are taken as they come from then on, so `args` no longer shuffle.
     """
     args.shuffle_dataset = False
-    limit = args.max_completion_length if writes_responses(method.responses) else None
-    ranked = sorted(data.examples, key=lambda row: _length(row, limit), reverse=True)
+    ranked = sorted(data.examples, key=lambda row: _tokens(row, args, method), reverse=True)
     window = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     return EncodedData((ranked[:window] * 2 + ranked[window:])[: len(ranked)], data.dropped)
 
 
-def _length(row: EncodedExample, limit: int | None) -> int:
-    """Tokens of prompt and response; `limit`: of a response that a model writes."""
-    return len(row.prompt_ids) + (len(row.response_ids) if limit is None else limit)
+def _tokens(row: EncodedExample, args: Any, method: Method) -> int:
+    """Tokens of prompt and response; a response that a model writes counts as the longest that it may write."""
+    return len(row.prompt_ids) + (
+        args.max_completion_length if writes_responses(method.responses) else len(row.response_ids)
+    )
 
 
 def take_trial_steps(trainer: Any) -> Trial:
     """Two optimizer steps, one if the run has no more; the trainer and its models are of no use afterwards.
 
-    Responses that a model writes go on to their limit, whatever it would stop at.
+    Responses that a model writes reach their limit, whatever it would stop at.
 
     Args:
         trainer: a `DistillTrainer` on `longest_rows_first` whose arguments went through `leave_nothing`.
@@ -84,13 +85,12 @@ def take_trial_steps(trainer: Any) -> Trial:
     clock = _Clock(trainer.phases)
     trainer.add_callback(clock)
     trainer.train()
-    limit = trainer.args.max_completion_length if writes_responses(trainer.method.responses) else None
     return Trial(
         steps=trainer.state.max_steps,
         seconds=clock.seconds[-1],
         seconds_by_phase=clock.by_phase,
         warm=len(clock.seconds) > 1,
-        longest_row=_length(trainer.train_dataset[0], limit),
+        longest_row=_tokens(trainer.train_dataset[0], trainer.args, trainer.method),
         peak_memory_bytes=trainer.phases.peak,
         peak_memory_by_phase=trainer.phases.peaks,
         sampled=trainer.phases.sampled,
@@ -102,18 +102,12 @@ class _Clock(TrainerCallback):
 
     def __init__(self, phases: Any) -> None:
         self.seconds: list[float] = []
-        self.by_phase: dict[str, float] = {}
         self._phases = phases
-        self._before: dict[str, float] = {}
-        self._since = 0.0
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._since = time.perf_counter()
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._since, self._before = time.perf_counter(), dict(self._phases.seconds)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        now, total = time.perf_counter(), dict(self._phases.seconds)
-        self.seconds.append(now - self._since)
-        self.by_phase = {name: seconds - self._before.get(name, 0.0) for name, seconds in total.items()}
-        self._since, self._before = now, total
-        if len(self.seconds) == 2:
-            control.should_training_stop = True
+        self.seconds.append(time.perf_counter() - self._since)
+        self.by_phase = {name: total - self._before.get(name, 0.0) for name, total in self._phases.seconds.items()}
+        control.should_training_stop |= len(self.seconds) == 2

@@ -9,7 +9,6 @@ rolled back. A skipped step keeps its place in the schedules of the learning rat
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,13 +24,6 @@ _ROWS_NAMED = 16
 
 MOST_SKIPPED = 10
 """Steps in a row that may be skipped. A bad row spoils one step an epoch; ten in a row come from a model or a rate."""
-
-
-@dataclass(frozen=True)
-class _Noted:
-    what: str
-    value: Tensor
-    micro_batch: int | None
 
 
 class Guard:
@@ -68,7 +60,7 @@ class Guard:
 
     def restart(self) -> None:
         """Forget the step under way."""
-        self._noted: list[_Noted] = []
+        self._noted: list[tuple[str, Tensor, int | None]] = []  # name, value, micro-batch
         self._rows: list[Callable[[], Sequence[int]]] = []
         self._loss_before = torch.zeros(())
 
@@ -88,31 +80,27 @@ class Guard:
         """Look at `value`, a scalar, when the step is done.
 
         Args:
-            what: its name in a message.
             micro_batch: its place in the window; None for a value of the whole window.
         """
-        self._noted.append(_Noted(what, value.detach(), micro_batch))
+        self._noted.append((what, value.detach(), micro_batch))
 
     def end_step(
-        self,
-        norm: Any,
-        step: int,
-        optimizer: Any,
-        *,
-        running_loss: Tensor,
-        metrics: dict[str, list[Any]],
+        self, norm: Any, step: int, optimizer: Any, *, running_loss: Tensor, metrics: dict[str, list[Any]]
     ) -> None:
         """Decide, before the student's optimizer moves, whether it may. All processes must ask together.
 
         Args:
             norm: of the student's gradient; None where nothing computed it.
-            step: the number of the step, counted from 1.
             running_loss, metrics: what the next logged line is a mean of; a skipped step is taken out of it.
         """
         # With a loss scale (fp16), infinite gradients are its way to find the scale, and it skips such steps itself.
         if norm is not None and self._accelerator.scaler is None:
             self.note("gradient", torch.as_tensor(float(norm)))
-        if not self._is_broken():
+        values = torch.stack([value.to(self._accelerator.device, torch.float32) for _, value, _ in self._noted])
+        broken = (~values.isfinite()).sum()
+        if self._accelerator.num_processes > 1:
+            broken = self._accelerator.reduce(broken, reduction="sum")
+        if not broken:
             self.since_log["taken"] += 1
             self.skipped_in_a_row = 0
         else:
@@ -146,25 +134,13 @@ class Guard:
         self.skipped, self.skipped_in_a_row = state["total"], state["in_a_row"]
         self.since_log = dict(state["since_log"])
 
-    def _is_broken(self) -> bool:
-        """Whether any value of the step is not finite, on any process."""
-        device = self._accelerator.device
-        values = torch.stack([each.value.to(device, torch.float32) for each in self._noted])
-        count = (~values.isfinite()).sum()
-        if self._accelerator.num_processes > 1:
-            count = self._accelerator.reduce(count, reduction="sum")
-        return bool(count)
-
     def _refuse(self, step: int, optimizer: Any) -> None:
         self.rollback()
         if self._accelerator.scaler is None:
             optimizer.zero_grad()  # a parameter without a gradient is left alone, its moments too
-        told = self._told()
+        told, last = self._told(), told_last_checkpoint(self._args)
         hint = "" if self._args.on_nan == "skip" else ", or skip such steps by --on_nan skip"
-        advice = (
-            f"{told_last_checkpoint(self._args)} Look at these rows, the models and the learning rates{hint} "
-            "(docs/warnings.md)."
-        )
+        advice = f"{last} Look at these rows, the models and the learning rates{hint} (docs/warnings.md)."
         if self._args.on_nan == "stop":
             raise PromptKDError(f"Step {step} was not taken: {told} {advice}")
         self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
@@ -178,11 +154,11 @@ class Guard:
 
     def _told(self) -> str:
         """What is not finite, in which rows, and whose weights are to blame. All processes must ask together."""
-        broken = [each for each in self._noted if not math.isfinite(float(each.value))]
-        named = {each.micro_batch for each in broken}
+        broken = [(what, place) for what, value, place in self._noted if not math.isfinite(float(value))]
+        named = {place for _, place in broken}
         rows = [list(each()) for each in self._rows]
         own: dict[str, set[Any]] = {
-            "what": {each.what for each in broken},
+            "what": {what for what, _ in broken},
             "rows": {row for index, batch in enumerate(rows) if index in named for row in batch},
             "window": {row for batch in rows for row in batch},
             "weights": {
@@ -193,17 +169,14 @@ class Guard:
         }
         everyone = gather_object([own]) if self._accelerator.num_processes > 1 else [own]
         found = {key: sorted({item for each in everyone for item in each[key]}) for key in own}
+        blamed = found["rows"] or found["window"]
+        listed = ", ".join(map(str, blamed[:_ROWS_NAMED]))
+        more = f" and {len(blamed) - _ROWS_NAMED} more" if len(blamed) > _ROWS_NAMED else ""
         text = f"{_listed(found['what'])} {'is' if len(found['what']) == 1 else 'are'} NaN or infinite on "
-        text += f"{_named(found['rows'] or found['window'])}."
+        text += f"row{'' if len(blamed) == 1 else 's'} {listed}{more} of the data, counted from 0."
         if found["weights"]:
             text += f" The weights of the {_listed(found['weights'])} hold NaN or infinite numbers themselves."
         return text
-
-
-def _named(rows: list[int]) -> str:
-    named = ", ".join(map(str, rows[:_ROWS_NAMED]))
-    more = f" and {len(rows) - _ROWS_NAMED} more" if len(rows) > _ROWS_NAMED else ""
-    return f"row{'' if len(rows) == 1 else 's'} {named}{more} of the data, counted from 0"
 
 
 def _listed(names: list[str]) -> str:

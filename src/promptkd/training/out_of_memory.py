@@ -4,14 +4,11 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from promptkd.errors import PromptKDError
 from promptkd.memory import is_out_of_memory, memory_status
 from promptkd.training.checkpoint import told_last_checkpoint
-
-if TYPE_CHECKING:
-    from promptkd.training.phases import Phase
 
 _CHUNK = 128  # tokens
 
@@ -35,40 +32,27 @@ def out_of_memory_told(trainer: Any) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         message = _message(trainer, error)
-        traceback.clear_frames(
-            error.__traceback__
-        )  # which hold the tensors: a notebook can go on with smaller settings
+        traceback.clear_frames(error.__traceback__)  # they hold tensors, which a notebook needs to have freed
         raise PromptKDError(message) from error
 
 
 def _message(trainer: Any, error: BaseException) -> str:
-    phase = trainer.phases.failing
-    parts = [f"Out of memory {_where(phase, trainer.state.global_step)}.", memory_status(error)]
-    now, anew = advice(trainer.args, "" if phase is None else phase.name, trainer.savings())
+    phase, steps = trainer.phases.failing, trainer.state.global_step
+    where = f"in the {phase.name} phase of step {steps + 1}" if phase else f"after step {steps}"
+    if phase and phase.name == "validation":
+        where = f"in the validation after step {steps}"
+    elif phase and (lengths := phase.lengths):
+        rows = f"{len(lengths)} row{'' if len(lengths) == 1 else 's'}"
+        where += f", on {rows}, the longest of {max(lengths):,} tokens, {sum(lengths):,} tokens in all"
+    resumed, fresh = advice(trainer.args, phase.name if phase else "", trainer.savings())
     if trainer.is_trial:
-        parts.append(_listed("Less is needed with:", [*now, *anew]))
+        hints = [("Less is needed with:", [*resumed, *fresh])]
     else:
-        parts.append(told_last_checkpoint(trainer.args))
-        parts.append(_listed("Less is needed with these, which --resume may change:", now))
-        parts.append(_listed("For a new run only:", anew))
+        hints = [("Less is needed with these, which --resume may change:", resumed), ("For a new run only:", fresh)]
+    parts = [f"Out of memory {where}.", memory_status(error)]
+    parts += [] if trainer.is_trial else [told_last_checkpoint(trainer.args)]
+    parts += [f"{words} {', '.join(flags)}." for words, flags in hints if flags]
     return " ".join(part for part in parts if part) + " See docs/memory.md."
-
-
-def _where(phase: "Phase | None", steps: int) -> str:
-    """`steps`: optimizer steps that are done."""
-    if phase is None:
-        return f"after step {steps}"
-    if phase.name == "validation":
-        return f"in the validation after step {steps}"
-    where = f"in the {phase.name} phase of step {steps + 1}"
-    if not phase.lengths:
-        return where
-    rows = f"{len(phase.lengths)} row{'' if len(phase.lengths) == 1 else 's'}"
-    return f"{where}, on {rows}, the longest of {max(phase.lengths):,} tokens, {sum(phase.lengths):,} tokens in all"
-
-
-def _listed(words: str, flags: list[str]) -> str:
-    return f"{words} {', '.join(flags)}." if flags else ""
 
 
 def advice(args: Any, phase: str, savings: Savings) -> tuple[list[str], list[str]]:
@@ -76,39 +60,28 @@ def advice(args: Any, phase: str, savings: Savings) -> tuple[list[str], list[str
 
     A setting that is at its least already is left out.
     """
+
+    def half(name: str) -> list[str]:
+        size = vars(args)[name]
+        return [f"--{name} {size // 2}"] if size > 1 else []
+
     teacher = ["--teacher_dtype bfloat16"] if savings.lower_teacher else []
     lora = ["--student-lora-rank 16"] if savings.lora_student else []
-    recomputed_teacher = ["--teacher_gradient_checkpointing"] if savings.recompute_teacher else []
-    recomputed_student = [] if args.gradient_checkpointing else ["--gradient_checkpointing"]
-    decoded = _half(args, "generation_batch_size")
-    student = [*recomputed_student, *_micro_batches(args), *_chunks(args)]
+    recomputed = ["--teacher_gradient_checkpointing"] if savings.recompute_teacher else []
+    rows, batches = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    size = rows // 2 if rows % 2 == 0 else 1  # the same optimizer step, over more micro-batches
+    smaller = [f"--per_device_train_batch_size {size} --gradient_accumulation_steps {batches * rows // size}"]
+    student = [] if args.gradient_checkpointing else ["--gradient_checkpointing"]
+    student += smaller if rows > 1 else []
+    chunk = vars(args).get("chunk_tokens", _CHUNK)  # fine-tuning has no such setting; None takes more, 0 all
+    student += [] if 0 < (chunk or 0) <= _CHUNK else [f"--chunk_tokens {_CHUNK}"]
+    decoded = half("generation_batch_size")
     by_phase = {
         "rollout": (decoded, teacher),
-        "prompt": ([*recomputed_teacher, *_micro_batches(args)], teacher),
+        "prompt": (recomputed + (smaller if rows > 1 else []), teacher),
         "student": (student, [*teacher, *lora]),
         "training": (student, []),
         "update": ([], [*lora, "--optim adafactor", *teacher]),
-        "validation": ([*_half(args, "per_device_eval_batch_size"), *decoded], teacher),
+        "validation": ([*half("per_device_eval_batch_size"), *decoded], teacher),
     }
     return by_phase.get(phase, ([], [*teacher, *lora]))
-
-
-def _half(args: Any, name: str) -> list[str]:
-    """Half of a number of rows."""
-    size = vars(args)[name]
-    return [f"--{name} {size // 2}"] if size > 1 else []
-
-
-def _micro_batches(args: Any) -> list[str]:
-    """The same optimizer step over twice as many micro-batches, or over single rows where the batch is odd."""
-    rows, batches = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    if rows == 1:
-        return []
-    size = rows // 2 if rows % 2 == 0 else 1
-    return [f"--per_device_train_batch_size {size} --gradient_accumulation_steps {batches * rows // size}"]
-
-
-def _chunks(args: Any) -> list[str]:
-    """Fewer tokens whose logits are held at a time. Fine-tuning has no such setting."""
-    holds_fewer = 0 < (vars(args).get("chunk_tokens") or 0) <= _CHUNK  # None takes more, 0 all
-    return [] if "chunk_tokens" not in vars(args) or holds_fewer else [f"--chunk_tokens {_CHUNK}"]

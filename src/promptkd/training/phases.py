@@ -24,15 +24,9 @@ class Phase:
 
 
 class Phases:
-    """Seconds and peaks of memory by phase.
+    """Seconds and peaks of memory by phase: "rollout", "prompt", "student", "update" and "validation".
 
-    Of distillation: "rollout", "prompt", "student", "update" and "validation". Fine-tuning has "training" in place of
-    the first three.
-
-        with phases("student"):
-            ...
-            with phases("rollout"):  # the student's phase stands still meanwhile
-                ...
+    Fine-tuning has "training" in place of the first three. A phase within another one stops that one's clock.
 
     Args:
         device: whose work is waited for. Of a CUDA device its own memory is measured, as torch's allocator hands it
@@ -40,8 +34,7 @@ class Phases:
     """
 
     def __init__(self, device: torch.device):
-        self._memory: _CudaMemory | _ProcessMemory
-        self._memory = _CudaMemory(device) if device.type == "cuda" else _ProcessMemory(device)
+        self._memory = (_CudaMemory if device.type == "cuda" else _ProcessMemory)(device)
         self._running: list[Phase] = []
         self._since = 0.0
         self._lap: dict[str, float] = {}

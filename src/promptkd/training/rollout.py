@@ -31,8 +31,6 @@ class Rollout:
 
     Args:
         student: vLLM takes its weights from it.
-        stop_ids: every id that ends a response.
-        args: a `DistillConfig`.
         metrics: of the running step; takes response lengths and the share that was cut off.
     """
 
@@ -62,12 +60,7 @@ class Rollout:
         """Prompts and responses of the last window on all processes, with `log_completions`."""
 
     def __call__(self, rows: Sequence[EncodedExample], model: nn.Module, *, step: int, total_steps: int) -> Window:
-        """Responses to the rows of this process, in random micro-batches. All processes must call it together.
-
-        Args:
-            model: the student in its wrapper.
-            step: optimizer steps that are done.
-        """
+        """Responses to the rows of this process, in random micro-batches. All processes must call it together."""
 
         def sample(prompts: Tokens, mixed_with: tuple[nn.Module, float] | None = None) -> Tokens:
             return self._sample(prompts, model, step, mixed_with)
@@ -105,9 +98,8 @@ class Rollout:
     def _cut(self, rows: Sequence[EncodedExample], responses: Tokens) -> Window:
         """The window: its counts over all processes, and its micro-batches, shuffled."""
         device = self._accelerator.device
-        texts: Tokens = []
-        if self._texts:
-            texts = [self._texts[index] for index in torch.randint(len(self._texts), (len(rows),)).tolist()]
+        drawn = torch.randint(len(self._texts), (len(rows),)).tolist() if self._texts else []
+        texts = [self._texts[index] for index in drawn]
         own = [sum(map(len, responses)), len(rows), sum(len(ids) - 1 for ids in texts)]
         counts: Tensor = self._accelerator.reduce(torch.tensor(own, device=device), reduction="sum")
         tokens, all_rows, text_tokens = counts.unbind()
@@ -116,11 +108,9 @@ class Rollout:
         micro_batches = []
         for index in range(self._args.gradient_accumulation_steps):
             chosen = order[index * size : (index + 1) * size]
-            batch = right_pad(
-                [rows[each].prompt_ids for each in chosen], [responses[each] for each in chosen], device=device
-            )
-            own_texts = [texts[each] for each in chosen] if texts else []
-            micro_batches.append(MicroBatch(index, [rows[each] for each in chosen], batch, own_texts))
+            own_rows, own_texts = [rows[each] for each in chosen], [texts[each] for each in chosen if texts]
+            batch = right_pad([row.prompt_ids for row in own_rows], [responses[each] for each in chosen], device=device)
+            micro_batches.append(MicroBatch(index, own_rows, batch, own_texts))
         return Window(micro_batches, all_rows if self.method.per_row else tokens, tokens, text_tokens)
 
     def _sample(
@@ -131,14 +121,12 @@ class Rollout:
         if needs_generate(self._args):
             return self._sample_by_transformers(prompts, model)
         args = self._args
-        params = SamplingParams(
-            args.temperature, args.top_p, args.top_k, self.limit, self.stop_ids, self.teacher.vocabulary
-        )
+        sampling = args.temperature, args.top_p, args.top_k
+        params = SamplingParams(*sampling, self.limit, self.stop_ids, self.teacher.vocabulary)
 
         def sampled(student: nn.Module) -> Tokens:
-            seeds = torch.randint(2**62, (len(prompts),)).tolist()
+            seeds, rows = torch.randint(2**62, (len(prompts),)).tolist(), args.generation_batch_size
             with autocast(self._accelerator, args):
-                rows = args.generation_batch_size
                 return generate(student, prompts, params, seeds=seeds, batch_size=rows, mixed_with=mixed_with)
 
         return run_whole(sampled, model, self._accelerator)
@@ -151,9 +139,8 @@ class Rollout:
             self._synchronized = step
         count = torch.tensor([len(prompts)], device=self._accelerator.device)
         missing = int(self._accelerator.gather(count).max()) - len(prompts)
-        _, responses, _, _ = self._vllm.generate(
-            prompts=prompts + prompts[:1] * missing, images=None, num_generations=1
-        )
+        padded = prompts + prompts[:1] * missing
+        _, responses, _, _ = self._vllm.generate(prompts=padded, images=None, num_generations=1)
         return responses[: len(prompts)]
 
     def _sample_by_transformers(self, prompts: Tokens, model: nn.Module) -> Tokens:
@@ -165,12 +152,8 @@ class Rollout:
         mask = pad_sequence(ones, batch_first=True, padding_side="left").to(device)
         with unwrap_model_for_generation(model, self._accelerator) as student, torch.no_grad():
             written = student.generate(input_ids=ids, attention_mask=mask, generation_config=self._generation)
-        ends = set(self.stop_ids)
-        responses = []
-        for row in written[:, ids.shape[1] :].tolist():
-            end = next((place + 1 for place, token in enumerate(row) if token in ends), len(row))
-            responses.append(row[:end])
-        return responses
+        rows = written[:, ids.shape[1] :].tolist()
+        return [row[: next((n + 1 for n, token in enumerate(row) if token in self.stop_ids), len(row))] for row in rows]
 
     def _check_mixing(self) -> None:
         if self._vllm is not None or needs_generate(self._args) or is_sharded(self._accelerator):
@@ -203,17 +186,15 @@ def _generation_config(args: Any, tokenizer: PreTrainedTokenizerBase, stop_ids: 
 
 
 def _vllm(
-    args: Any,
-    accelerator: Accelerator,
-    tokenizer: PreTrainedTokenizerBase,
-    student: nn.Module,
-    stop_ids: tuple[int, ...],
+    args: Any, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase, student: nn.Module, stop_ids: Sequence[int]
 ) -> VLLMGeneration:
     """TRL's link to vLLM, in this process or a server. It knows the model's own end token, and not the template's."""
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
     return VLLMGeneration(
         model=student,
         accelerator=accelerator,
         processing_class=tokenizer,
+        max_num_seqs=rows * args.vllm_tensor_parallel_size,
         mode=args.vllm_mode,
         structured_outputs_regex=args.vllm_structured_outputs_regex,
         server_base_url=args.vllm_server_base_url,
@@ -224,9 +205,6 @@ def _vllm(
         tensor_parallel_size=args.vllm_tensor_parallel_size,
         gpu_memory_utilization=args.vllm_gpu_memory_utilization,
         max_model_length=args.vllm_max_model_length,
-        max_num_seqs=args.per_device_train_batch_size
-        * args.vllm_tensor_parallel_size
-        * args.gradient_accumulation_steps,
         enable_sleep_mode=args.vllm_enable_sleep_mode,
         model_impl=args.vllm_model_impl,
         trust_remote_code=args.trust_remote_code,

@@ -7,26 +7,14 @@ import torch
 from torch.utils.data import Sampler
 
 
-def epoch_seed(seed: int, epoch: int) -> int:
-    """A seed for the order of one epoch. A hash, since with `seed + epoch` a run with the next seed repeats its orders.
-
-    Args:
-        seed: of the run.
-        epoch: counted from 0.
-    """
-    return int.from_bytes(hashlib.blake2b(f"{seed} {epoch}".encode(), digest_size=8).digest(), "big") >> 1
-
-
 class EpochOrder(Sampler[int]):
     """Every row once per epoch, in an order that seed and epoch decide.
 
     Args:
-        rows: how many there are.
         epoch: tells the running epoch, counted from 0. It is asked when an epoch begins; a `set_epoch` would not be
             called by accelerate where a resumed epoch is cut to the batches of one of several processes.
         window: rows of one optimizer step; what does not fill one is left out.
         repeats: how often in a row a window is given: once per micro-batch where each of them gets the whole window.
-        shuffles: False gives the rows as they stand.
     """
 
     def __init__(
@@ -48,7 +36,9 @@ class EpochOrder(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         order = list(range(self._rows))
         if self._shuffles:
-            generator = torch.Generator().manual_seed(epoch_seed(self._seed, self._epoch()))
+            # A hash: with seed + epoch, a run with the next seed would repeat this one's orders.
+            digest = hashlib.blake2b(f"{self._seed} {self._epoch()}".encode(), digest_size=8).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
             order = torch.randperm(self._rows, generator=generator).tolist()
         for start in range(0, self._rows - self._window + 1, self._window):
             for _ in range(self._repeats):

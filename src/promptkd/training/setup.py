@@ -22,7 +22,7 @@ from promptkd.training.distributed import (
     settle_dispatched,
 )
 from promptkd.training.rollout import needs_generate
-from promptkd.training.teacher_options import check_teacher_options
+from promptkd.training.teacher import check_teacher_options
 
 
 def encode(
@@ -70,15 +70,10 @@ def check_placement(
     Raises:
         RequestError: with what is wrong with the launch configuration or the teacher's `device_map`.
     """
-    check_sharding(
-        accelerator,
-        student,
-        teacher,
-        adapter=method.adapter_class,
-        needs_generate=needs_generate(args) and not args.use_vllm,
-        chunks=args.chunk_tokens != 0,
-    )
-    check_dispatched(teacher, accelerator, method.adapter_class)
+    adapter, chunks = method.adapter_class, args.chunk_tokens != 0
+    by_generate = needs_generate(args) and not args.use_vllm
+    check_sharding(accelerator, student, teacher, adapter=adapter, needs_generate=by_generate, chunks=chunks)
+    check_dispatched(teacher, accelerator, adapter)
     if is_dispatched(teacher):
         settle_dispatched(teacher, accelerator.device)
 

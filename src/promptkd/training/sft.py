@@ -14,10 +14,10 @@ from trl import SFTConfig, SFTTrainer
 from promptkd.data.encode import EncodedData, EncodedExample, stop_token_ids
 from promptkd.engine import unwrap_peft
 from promptkd.settings import option
-from promptkd.training.base_config import BaseConfig
 from promptkd.training.callbacks import CheckpointTiming, UpdatePhase
 from promptkd.training.checkpoint import prepare_best, save_model_folder, staged_checkpoint
 from promptkd.training.collapse import Watching
+from promptkd.training.config import BaseConfig
 from promptkd.training.distributed import check_sharding, is_sharded, run_whole
 from promptkd.training.guard import Guard
 from promptkd.training.out_of_memory import Savings, out_of_memory_told
@@ -178,12 +178,6 @@ class FinetuneTrainer(SFTTrainer):
 
 def _labeled(rows: list[EncodedExample]) -> Dataset:
     """Token ids with labels on the response alone; -100 elsewhere."""
-    return Dataset.from_list(
-        [
-            {
-                "input_ids": [*row.prompt_ids, *row.response_ids],
-                "labels": [*([-100] * len(row.prompt_ids)), *row.response_ids],
-            }
-            for row in rows
-        ]
-    )
+    ids = [[*row.prompt_ids, *row.response_ids] for row in rows]
+    labels = [[*([-100] * len(row.prompt_ids)), *row.response_ids] for row in rows]
+    return Dataset.from_list([{"input_ids": a, "labels": b} for a, b in zip(ids, labels, strict=True)])

@@ -14,6 +14,7 @@ from promptkd.errors import Stopped
 from promptkd.training.callbacks import ends_epoch
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_HEARD = "Stopping after this optimizer step, with a checkpoint. A second signal ends at once.\n"
 _ECHO = 1.0  # seconds: a launcher passes on what the terminal or the scheduler has sent to its processes already
 
 
@@ -91,8 +92,4 @@ class StopOnSignal(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._agree(control)
         if self._agreed:
-            reached = f"after step {state.global_step} of {state.max_steps}, with a checkpoint"
-            raise Stopped(self._agreed, reached)
-
-
-_HEARD = "Stopping after this optimizer step, with a checkpoint. A second signal ends at once.\n"
+            raise Stopped(self._agreed, f"after step {state.global_step} of {state.max_steps}, with a checkpoint")

@@ -42,11 +42,10 @@ class PartialLog:
         state, self._resumed = self._resumed, None
         if state is None:
             return
-        trainer, losses = self._trainer, state["loss"]
-        own = sum(losses) / len(losses)
-        if len(losses) == trainer.accelerator.num_processes:
-            own = losses[trainer.accelerator.process_index]
-        trainer._tr_loss = torch.tensor(own, device=trainer.accelerator.device)
+        trainer, losses, accelerator = self._trainer, state["loss"], self._trainer.accelerator
+        is_same_launch = len(losses) == accelerator.num_processes
+        own = losses[accelerator.process_index] if is_same_launch else sum(losses) / len(losses)
+        trainer._tr_loss = torch.tensor(own, device=accelerator.device)
         trainer._globalstep_last_logged = state["logged"]
         trainer._metrics["train"].update({name: list(values) for name, values in state["metrics"].items()})
         trainer._total_train_tokens = state["tokens"]

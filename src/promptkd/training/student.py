@@ -28,10 +28,6 @@ def prepare_student(
 
     A tokenizer without a padding token gets its end token for that.
 
-    Args:
-        model: a loaded model, or what `load_model` takes.
-        args: a `DistillConfig`.
-
     Raises:
         RequestError: for a LoRA configuration that cannot be trained, or one beside a `PeftModel`.
     """
@@ -88,11 +84,7 @@ def raise_to_float32(model: nn.Module) -> torch.dtype | None:
 
 
 def precision_notes(args: Any, raised_from: torch.dtype | None) -> list[str]:
-    """Sentences on the precision, on weights that were raised, and on GPUs that are not used; all but one are logged.
-
-    Args:
-        raised_from: what `raise_to_float32` gave.
-    """
+    """Sentences on the precision, on weights that were raised, and on GPUs that idle; all but the first are logged."""
     computes = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
     notes = [f"Computed in {computes}, with trained weights in float32, on {args.device.type}."]
     if raised_from is not None:

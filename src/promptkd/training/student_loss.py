@@ -23,7 +23,6 @@ class StudentLoss:
     """The method's loss, and the language-modeling loss on plain text where that is asked for.
 
     Args:
-        args: a `DistillConfig`.
         metrics: of the running step; takes the losses and the student's entropy.
     """
 
@@ -39,9 +38,6 @@ class StudentLoss:
         """(N, H) states of the student without dropout and without a graph, before its own part of the step.
 
         On devices where that pays, the pass over the first micro-batch is kept with its graph for `__call__`.
-
-        Args:
-            model: the student in its wrapper.
         """
         student = self._accelerator.unwrap_model(model)
         if self._shares_pass and micro_batch.index == 0:

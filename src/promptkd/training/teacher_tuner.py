@@ -25,7 +25,6 @@ class TeacherTuner:
     """Trains the teacher's adapter, with an AdamW and a schedule of its own, by one step per window.
 
     Args:
-        teacher: a teacher with an adapter.
         args: a `DistillConfig`; its `TunerSettings` and `PromptLossSettings` are read.
         guard: is told of the loss and of the gradient's norm.
         metrics: of the running step; takes the loss's terms, λ, the norm and the learning rate.
@@ -67,7 +66,6 @@ class TeacherTuner:
         """One step of the adapter on all response tokens of the window.
 
         Args:
-            student: in its wrapper.
             student_hidden: (N, H) states of the student for a micro-batch, without a graph and without dropout.
             step: optimizer steps that are done, k.
             logs: whether the step will be logged, so that the KL to the plain teacher is wanted even at λ = 0.

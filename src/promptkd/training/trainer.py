@@ -1,8 +1,8 @@
 """`DistillTrainer`: a training step, from the responses to the log (`training_step`), and the parts that it is made of.
 
-What the parts do stands in files of their own: rollout.py (rows to responses), teacher_tuner.py (the teacher's step),
-student_loss.py (the student's), guard.py (no step on NaN), state.py (what a checkpoint adds), window.py (what they
-share). Loop, optimizer, devices and processes are transformers'.
+Each part has a file: rollout.py (rows to responses), teacher_tuner.py (the teacher's step), student_loss.py (the
+student's), guard.py (no step on NaN), state.py (what a checkpoint adds), window.py (what they share). Loop, optimizer,
+devices and processes are transformers'.
 """
 
 from collections import defaultdict
@@ -42,8 +42,7 @@ from promptkd.training.setup import check_models, check_placement, check_respons
 from promptkd.training.state import ExtraState, PartialLog
 from promptkd.training.student import merge_lora, precision_notes, prepare_student, raise_to_float32
 from promptkd.training.student_loss import StudentLoss
-from promptkd.training.teacher import Teacher
-from promptkd.training.teacher_options import load_teacher
+from promptkd.training.teacher import Teacher, load_teacher
 from promptkd.training.teacher_tuner import TeacherTuner
 from promptkd.training.validation import validate
 from promptkd.training.window import MicroBatch, StepMetrics, Window
@@ -234,25 +233,15 @@ class DistillTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Each batch holds this process's rows of a whole optimizer step, and comes once per micro-batch."""
-        return self._get_dataloader(
-            self.train_dataset,
-            "Training",
-            self._train_batch_size * self.args.gradient_accumulation_steps,
-            self._get_train_sampler,
-            is_training=True,
-        )
+        size, sampler = self._train_batch_size * self.args.gradient_accumulation_steps, self._get_train_sampler
+        return self._get_dataloader(self.train_dataset, "Training", size, sampler, is_training=True)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochOrder:
         rows = self.train_dataset if train_dataset is None else train_dataset
-        steps, processes = self.args.gradient_accumulation_steps, self.accelerator.num_processes
-        return EpochOrder(
-            len(rows),
-            self.args.seed,
-            lambda: int(self.state.epoch or 0),
-            window=self.args.per_device_train_batch_size * steps * processes,
-            repeats=steps,
-            shuffles=self.args.shuffle_dataset,
-        )
+        repeats, shuffles = self.args.gradient_accumulation_steps, self.args.shuffle_dataset
+        window = self.args.per_device_train_batch_size * repeats * self.accelerator.num_processes
+        settings = {"window": window, "repeats": repeats, "shuffles": shuffles}
+        return EpochOrder(len(rows), self.args.seed, lambda: int(self.state.epoch or 0), **settings)
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         """A `MicroBatch` is on the device already."""

@@ -39,7 +39,6 @@ def validate(trainer: Any, data: EncodedData | Sequence[EncodedExample] | None, 
     Each process measures its part of the rows (all of them where weights are sharded); the metrics are of all rows.
 
     Args:
-        trainer: one of promptkd's trainers.
         prefix: of the metrics' names, without an underscore.
     """
     rows = data.examples if isinstance(data, EncodedData) else data
@@ -52,15 +51,9 @@ def validate(trainer: Any, data: EncodedData | Sequence[EncodedExample] | None, 
         index, count = 0, 1  # a sharded teacher runs on all processes together, so each measures all rows
 
     def measured(model: nn.Module, teacher: nn.Module | None) -> list[RowResult]:
+        own, decoding, size = rows[index::count], validation_decoding(trainer), args.per_device_eval_batch_size
         with autocast(accelerator, args):
-            return measure_rows(
-                model,
-                trainer.processing_class,
-                rows[index::count],
-                validation_decoding(trainer),
-                teacher=teacher,
-                batch_size=args.per_device_eval_batch_size,
-            )
+            return measure_rows(model, trainer.processing_class, own, decoding, teacher=teacher, batch_size=size)
 
     with out_of_memory_told(trainer), trainer.phases("validation"):
         scored = trainer.on_models(measured)

@@ -79,11 +79,7 @@ class StepMetrics:
         self._values[name] = value
 
     def means(self, window: Window, accelerator: Accelerator, spent: Mapping[str, float]) -> dict[str, float]:
-        """What to log of the step; the next one begins. All processes must ask together.
-
-        Args:
-            spent: seconds of this process by phase.
-        """
+        """What to log of the step; the next one begins. All processes must ask together."""
         names = [(per, name) for per, sums in self._sums.items() for name in sums]
         own = [float(self._sums[per][name]) for per, name in names] + [self.rows, self.processed_tokens]
         sums = accelerator.reduce(torch.tensor(own, dtype=torch.float64, device=accelerator.device), reduction="sum")

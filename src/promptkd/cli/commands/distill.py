@@ -17,7 +17,7 @@ from promptkd.models import check_same_vocabulary
 from promptkd.training import DistillConfig, DistillTrainer
 from promptkd.training.config import chosen_method
 from promptkd.training.dry_run import at_its_most, leave_nothing, longest_rows_first, take_trial_steps
-from promptkd.training.teacher_options import teacher_settings
+from promptkd.training.teacher import teacher_settings
 
 _STALE = (
     "--prompt_refresh stale: the student learns from the prompted teacher of before each update of the prompt. "

@@ -22,7 +22,6 @@ LESS_MEMORY = ("--teacher_dtype bfloat16", "--teacher_quantization 8bit")  # to 
 TRAINING_CONFIG = "promptkd.training:DistillConfig"
 SETTINGS_SOURCES = (
     "precision.py",  # the names of dtypes
-    "training/base_config.py",
     "training/config.py",
     "models/adapters.py",
     "methods/*.py",

@@ -14,7 +14,7 @@ from promptkd.cli.options.common import Training
 
 RESUMED_BY = ("--resume",)
 TRAINING_CONFIG = "promptkd.training:FinetuneConfig"
-SETTINGS_SOURCES = ("training/base_config.py", "training/sft.py")
+SETTINGS_SOURCES = ("training/config.py", "training/sft.py")
 COMMON_TRAINING_FLAGS = (
     *("max_steps", "num_train_epochs", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps"),
     *("max_prompt_length", "max_completion_length", "template", "overlong", "bf16", "seed", "on_nan", "report_to"),
