@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from promptkd.data import encode_examples, read_examples, stop_token_ids
 from promptkd.data.batch import right_pad
-from promptkd.demo.settings import TEMPLATE, DemoSettings, data_file, teacher_file, teacher_hash
+from promptkd.demo.settings import TEMPLATE, DemoSettings, data_file, teacher_file
 from promptkd.demo.stages import Stage, Trained, cached_stage, differences
 from promptkd.evaluation.dataset_evaluation import measure_rows
 from promptkd.evaluation.measure import evaluation_of
@@ -221,7 +221,7 @@ class Demo:
             **{key: settings[key] for key in keys},
             "template": TEMPLATE,
             "data": file_sha256(data_file("train")),
-            "model": teacher_hash(),
+            "model": file_sha256(teacher_file()),
             "conversion": GGUF_CONVERSION,
             "order": _TUNING_ORDER,
             "dtype": str(self.dtype),

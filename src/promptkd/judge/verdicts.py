@@ -14,8 +14,6 @@ from promptkd.io.jsonl import ResumableLines
 from promptkd.judge.endpoint import Refusal, Reply
 from promptkd.judge.questions import Key, Task
 
-_LOWEST, _HIGHEST = 1.0, 10.0
-
 # Every repetition is bounded, or ends within a line: a hostile text must not take time beyond its length.
 _LONGEST_LINE = 200
 _WHO = r"(?:answer|assistant|response)"
@@ -47,8 +45,7 @@ _BARE = re.compile(
 _SENTENCE = re.compile(
     rf"{_OPEN}{_WHO}\s+(1|2|a|b){_CLOSE}(?:is\s+(?:(?:clearly|slightly|much|far|the)\s+)*better|wins)\b", re.IGNORECASE
 )
-_FIRST, _SECOND, _TIE = (1.0, 0.0), (0.0, 1.0), (0.5, 0.5)
-_SHARES = {"1": _FIRST, "a": _FIRST, "2": _SECOND, "b": _SECOND}
+_SHARES = {"1": (1.0, 0.0), "a": (1.0, 0.0), "2": (0.0, 1.0), "b": (0.0, 1.0)}
 
 
 class Verdict(BaseModel):
@@ -107,7 +104,7 @@ def read_scores(text: str) -> tuple[float, float] | None:
     if len(pairs) != 1:
         return None
     (scores,) = pairs
-    return scores if all(_LOWEST <= score <= _HIGHEST for score in scores) else None
+    return scores if all(1 <= score <= 10 for score in scores) else None
 
 
 def read_preference(text: str) -> tuple[float, float] | None:
@@ -126,7 +123,7 @@ def read_preference(text: str) -> tuple[float, float] | None:
         [match[1] for line in (lines[0], lines[-1]) if (match := _BARE.fullmatch(line))],
         [match[1] for match in [_SENTENCE.match(lines[0])] if match],
     ):
-        verdicts = {_SHARES.get(choice.lower(), _TIE) for choice in found}
+        verdicts = {_SHARES.get(choice.lower(), (0.5, 0.5)) for choice in found}
         if verdicts:
             return verdicts.pop() if len(verdicts) == 1 else None
     return None
