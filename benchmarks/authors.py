@@ -1,9 +1,9 @@
-"""A PromptKD step in the manner of the authors' public code, rewritten from its description (docs/differences.md).
+"""A PromptKD step as the authors' public code runs it, rewritten from its description (docs/differences.md).
 
-Every row is padded to `max_length`, every prompt of the rollout to `max_prompt_length`; `generate` runs until the last
-row has ended; each of the five passes is one of its own and projects every position; probabilities and
-log-probabilities are separate float32 tensors of the whole rectangle. The order of prompt and student, λ and clipping
-are those of this project, so that the losses are the same and only the manner differs.
+Every row is padded to `max_length`, and every prompt of the rollout to `max_prompt_length`. `generate` runs until the
+last row has ended. The five passes are separate, and each projects every position. Probabilities and log-probabilities
+are separate float32 tensors of shape (B, T, V). The order of prompt and student, λ and clipping are those of this
+project, so that the losses are the same and only the implementation differs.
 """
 
 import time
@@ -30,7 +30,7 @@ class AuthorsStep:
         self.prompt_optimizer = torch.optim.AdamW([self.prompt], lr=1e-3, weight_decay=0.0)
 
     def __call__(self, rows: Sequence[EncodedExample], weight: float) -> dict[str, float]:
-        """One optimizer step; seconds by part, and the losses as means over response tokens."""
+        """One optimizer step. Returns seconds by part, and the losses as means over response tokens."""
         started = self._now()
         self._rollout(rows)
         rollout = self._now()
@@ -69,7 +69,7 @@ class AuthorsStep:
         )
 
     def _rectangle(self, rows: Sequence[EncodedExample]) -> tuple[Tensor, Tensor, Tensor]:
-        """Token ids, attention mask, and labels one to the left, -100 where nothing is scored; each (B, T)."""
+        """Token ids, attention mask, and labels shifted one to the left (-100 is not scored); each (B, T)."""
         shape = (len(rows), self.shape.max_length * self.shape.length_factor)
         ids, attention = torch.full(shape, self.pad), torch.zeros(shape, dtype=torch.long)
         labels = torch.full(shape, -100)
@@ -114,7 +114,7 @@ class AuthorsStep:
 
 
 def reverse_kl(learner_logits: Tensor, target_logits: Tensor, labels: Tensor) -> Tensor:
-    """KL(learner || target), the mean over labeled positions, from full (B, T, V) tensors."""
+    """KL(learner || target), mean over labeled positions, from full (B, T, V) tensors."""
     probabilities = learner_logits.softmax(-1, dtype=torch.float32)
     log_learner = learner_logits.log_softmax(-1, dtype=torch.float32)
     log_target = target_logits.log_softmax(-1, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Seconds and, on CUDA, peaks of memory. The device is waited for first: queued kernels have not run yet."""
+"""Seconds and, on CUDA, peak memory. The device is synchronized first, because queued kernels have not run yet."""
 
 import statistics
 import time
@@ -17,13 +17,13 @@ def synchronize(device: torch.device) -> None:
 
 
 def restart_peak(device: torch.device) -> None:
-    """`peak_bytes` from here on."""
+    """Reset `peak_bytes`, which counts from here on."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_bytes(device: torch.device) -> int | None:
-    """The most bytes that tensors held on the device since `restart_peak`; None where the device does not count."""
+    """Peak bytes of tensors on the device since `restart_peak`; None if the device does not count them."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
@@ -37,6 +37,6 @@ def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
 
 
 def median_seconds(work: Callable[[], Any], device: torch.device, repeats: int) -> float:
-    """The median of `repeats` calls, after one that is not counted."""
+    """The median of `repeats` calls, after one warm-up call that is not counted."""
     work()
     return statistics.median(seconds_of(work, device) for _ in range(repeats))

@@ -1,4 +1,4 @@
-"""The arithmetic that a PromptKD step cannot do without, and how fast this machine multiplies matrices."""
+"""The minimum arithmetic of a PromptKD step, and how fast this machine multiplies matrices."""
 
 from collections.abc import Sequence
 
@@ -16,13 +16,13 @@ __all__ = ["matmul_rate", "step_flops"]
 def step_flops(
     student: nn.Module, teacher: nn.Module, rows: Sequence[EncodedExample], prompt_length: int
 ) -> dict[str, float]:
-    """Floating-point operations of prompt step and student step together, attention's and the heads' among them.
+    """Floating-point operations of prompt step and student step together, including attention and heads.
 
-    Counted over real tokens without the last of each row, which predicts none, and those that several rows begin with
-    once; two for a multiplication with its addition: the student forward once and backward; the plain teacher forward;
-    the prompted teacher forward twice (the prompt has moved in between) and backward once, to its inputs alone; every
-    distribution projected once, at response tokens alone, where alone the last layer counts behind its attention. What
-    runs element by element (norms, softmax, optimizer) counts nothing.
+    They are counted over real tokens except the last of each row, which predicts none. A prefix that several rows share
+    is counted once. A multiplication with its addition counts as two. The passes are: the student forward once and
+    backward; the plain teacher forward; the prompted teacher forward twice (the prompt is updated in between) and
+    backward once, only to its inputs. Every distribution is projected once, only at response tokens, and the last layer
+    counts only there after its attention. Elementwise operations (norms, softmax, optimizer) are not counted.
     """
     responses = sum(len(row.response_ids) for row in rows)
     pack = pack_rows([[*row.prompt_ids, *row.response_ids[:-1]] for row in rows], share=True)
@@ -46,7 +46,7 @@ def step_flops(
 
 
 def _linear(model: nn.Module, tokens: int, predicting: int) -> int:
-    """FLOPs of the matrices between embedding and head, over all tokens and over those whose states are asked for."""
+    """FLOPs of the matrices between embedding and head, over all tokens and over those whose states are needed."""
     backbone = unwrap_peft(model).base_model
     layers = [layer for layer in backbone.modules() if not isinstance(layer, nn.Embedding)]
     weights = [weight for layer in layers for weight in layer.parameters(recurse=False) if weight.ndim == 2]
@@ -58,12 +58,12 @@ def _linear(model: nn.Module, tokens: int, predicting: int) -> int:
 
 
 def _head(model: nn.Module) -> int:
-    """FLOPs a token of the head."""
+    """FLOPs per token of the head."""
     return 2 * unwrap_peft(model).get_output_embeddings().weight.numel()
 
 
 def _attention(model: nn.Module, positions: Sequence[int]) -> int:
-    """FLOPs of scores and mixtures: a token sees itself and those before it. Backward takes twice that."""
+    """FLOPs of scores and weighted sums: a token attends to itself and those before it. Backward takes twice that."""
     config = unwrap_peft(model).config.get_text_config()
     size = config.to_dict().get("head_dim") or config.hidden_size // config.num_attention_heads  # Qwen2 names none
     width = config.num_attention_heads * size
@@ -73,6 +73,6 @@ def _attention(model: nn.Module, positions: Sequence[int]) -> int:
 def matmul_rate(
     size: int = 2048, repeats: int = 5, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> float:
-    """FLOPs a second of a product of two square matrices, the median of `repeats`."""
+    """FLOPs per second of a product of two square matrices, the median of `repeats`."""
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     return 2 * size**3 / median_seconds(lambda: left @ right, left.device, repeats)

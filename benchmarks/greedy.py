@@ -1,10 +1,10 @@
-"""Greedy decoding against `generate`: how many rows agree token by token, and how near the others are.
+"""Greedy decoding against `generate`: how many rows agree token by token, and how close the others are.
 
 Each row is decoded three times: by promptkd's loop in batches, by transformers' `generate` one row at a time, and by
-`generate` in the same batches, padded on the left. Each sums float32 in an order of its own, so a near tie may fall
-either way. For every pair of continuations that part, the place is told, and how far apart the logits of the two
-candidates are there in float64, by one forward of the model over the row as far as they agree. A gap that is large
-against float32's rounding would be a wrong decoder.
+`generate` in the same batches, padded on the left. Each sums float32 in its own order, so a near tie may go either way.
+For every pair of continuations that differ, the script prints the first position at which they differ, and how far
+apart the logits of the two candidates are there in float64. One forward pass over the common part of the row computes
+that gap. A gap that is large compared with float32's rounding means that the decoder is wrong.
 
     python -m benchmarks.greedy --model teacher --data dolly.jsonl --rows 50 --new-tokens 64
 """
@@ -32,7 +32,7 @@ def ours(model: PreTrainedModel, prompts: Tokens, stops: Sequence[int], length: 
 
 
 def theirs(model: PreTrainedModel, prompts: Tokens, stops: Sequence[int], length: int, batch: int) -> Tokens:
-    """transformers' `generate`, rows padded on the left, without the settings that the model's folder brings."""
+    """transformers' `generate`, with rows padded on the left and without the settings in the model's folder."""
     config = GenerationConfig(do_sample=False, max_new_tokens=length, eos_token_id=list(stops), pad_token_id=0)
     model.generation_config = GenerationConfig()
     written = []
@@ -48,19 +48,19 @@ def theirs(model: PreTrainedModel, prompts: Tokens, stops: Sequence[int], length
 
 
 def until_stop(tokens: list[int], stops: Sequence[int]) -> list[int]:
-    """`tokens` up to and with the first stop."""
+    """`tokens` up to and including the first stop token."""
     return next((tokens[: place + 1] for place, token in enumerate(tokens) if token in stops), tokens)
 
 
 def parting(left: list[int], right: list[int]) -> int:
-    """The first place at which two different continuations differ."""
+    """The first position at which two different continuations differ."""
     return next(
         place for place in range(max(len(left), len(right))) if left[place : place + 1] != right[place : place + 1]
     )
 
 
 def gap(wide: PreTrainedModel, prompt: list[int], left: list[int], right: list[int]) -> dict[str, float | int]:
-    """Where they part, and by how many nats the float64 logit of left's token lies above that of right's."""
+    """Where they first differ, and by how much the float64 logit of left's token exceeds that of right's."""
     place = parting(left, right)
     logits = wide(torch.tensor([prompt + left[:place]])).logits[0, -1]
     return {
@@ -74,11 +74,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="hub name, folder or GGUF file")
     parser.add_argument("--data", required=True, help="rows, in any form that promptkd reads")
-    parser.add_argument("--rows", type=int, default=50, help="the first so many rows (default 50)")
-    parser.add_argument("--new-tokens", type=int, default=64, help="most tokens of a continuation (default 64)")
+    parser.add_argument("--rows", type=int, default=50, help="number of rows, from the first (default 50)")
+    parser.add_argument("--new-tokens", type=int, default=64, help="maximum tokens of a continuation (default 64)")
     parser.add_argument("--batch-size", type=int, default=8, help="rows decoded together (default 8)")
     parser.add_argument("--template", default="auto", help="text around a request, as in promptkd (default auto)")
-    parser.add_argument("--json", type=Path, help="write the counts and gaps there too")
+    parser.add_argument("--json", type=Path, help="also write the counts and gaps to this file")
     options = parser.parse_args()
     tokenizer, model = load_tokenizer(options.model), load_model(options.model).eval()
     data = encode_examples(
@@ -90,7 +90,7 @@ def main() -> None:
     with torch.no_grad():
         made = {
             "ours": ours(model, prompts, stops, length, batch),
-            "generate, a row at a time": theirs(model, prompts, stops, length, 1),
+            "generate, one row at a time": theirs(model, prompts, stops, length, 1),
             f"generate, {batch} rows at a time": theirs(model, prompts, stops, length, batch),
         }
         wide = model.double()
@@ -103,8 +103,8 @@ def main() -> None:
         print(f"{pair}: {found['identical']} of {len(prompts)} rows identical")
         for each in found["differing"]:
             print(
-                f"  row {each['row']} parts at token {each['place']}: logits {each['gap']:+.2e} apart in float64, of "
-                f"{each['scale']:.0f} at most"
+                f"  row {each['row']} differs from token {each['place']} on: logits {each['gap']:+.2e} apart in "
+                f"float64, the largest {each['scale']:.0f}"
             )
     print(f"{sum(map(len, made['ours']))} tokens by ours; torch runs on {torch.get_num_threads()} threads")
     if options.json is not None:

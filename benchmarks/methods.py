@@ -1,10 +1,11 @@
-"""Every method for a few steps on one pair of models and the same rows, from the command line; prints a Markdown table.
+"""Run every method for a few steps on one pair of models and the same rows, and print a Markdown table.
 
     python benchmarks/methods.py --student STUDENT --teacher TEACHER --data train.jsonl --eval-data valid.jsonl \\
         --out runs/methods
 
-Each run is a process of its own. A run whose results are there already is not run again. The table holds what the runs'
-own records say: median seconds a step, peak memory of the process, validation loss before and after.
+Each run is a separate process of the command line. A run that already has results is not run again. The table shows
+the values in the runs' own records: median seconds per step, peak memory of the process, validation loss before and
+after.
 """
 
 import argparse
@@ -39,7 +40,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--steps", default="10")
     parser.add_argument("--batch-size", default="4")
-    parser.add_argument("--rows", default="200", help="training rows, likewise")
+    parser.add_argument("--rows", default="200", help="training rows, before those over a length limit are dropped")
     parser.add_argument(
         "--eval-rows", default="120", help="validation rows, before those over a length limit are dropped"
     )
@@ -47,7 +48,7 @@ def main() -> None:
     parser.add_argument("--template", default=TEMPLATE)
     given = parser.parse_args()
     before = validation_loss_before(given)
-    print("| method | seconds a step | peak memory, GiB | validation loss before | after |")
+    print("| method | seconds per step | peak memory, GiB | validation loss before | after |")
     print("|---|---|---|---|---|")
     for method in given.methods:
         folder = Path(given.out) / method
@@ -62,7 +63,7 @@ def validation_loss_before(given: argparse.Namespace) -> float:
         promptkd(
             *("evaluate", "--model", given.student, "--data", given.eval_data, "--limit", given.eval_rows),
             *("--out", str(file), "--template", given.template, *LIMITS, "--temperature", "0"),
-            *("--max-reference-length", LIMITS[-1]),  # the rows that `distill` measures itself on
+            *("--max-reference-length", LIMITS[-1]),  # the rows on which `distill` validates
         )
     return json.loads(file.read_text())["evaluations"][0]["metrics"]["loss"]["value"]
 

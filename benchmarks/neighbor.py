@@ -1,9 +1,9 @@
-"""What the waiting of OpenMP's threads costs, alone and beside a busy neighbor: python -m benchmarks.neighbor.
+"""The cost of waiting OpenMP threads, alone and next to a busy neighbor: python -m benchmarks.neighbor.
 
-Between two parallel regions a thread either spins, ready at once and taking a core from others, or sleeps. Which one it
-does is read from the environment before torch is imported, so every measurement is a process of its own. The settings
-take turns; a ratio is over the default of the same turn. A round is short, so that the fastest of many is one that
-nothing else on the machine disturbed.
+Between two parallel regions a thread either spins or sleeps. A spinning thread is ready at once, but takes a core from
+other programs. The environment determines which one it does, and is read before torch is imported, so every measurement
+is a separate process. The settings take turns, and a ratio is over the default of the same turn. A round is short, so
+that nothing else on the machine disturbs the fastest of many rounds.
 """
 
 import argparse
@@ -28,7 +28,7 @@ _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 
 class Timing(NamedTuple):
-    """Seconds of a round."""
+    """Seconds per round."""
 
     fastest: float
     median: float
@@ -36,10 +36,10 @@ class Timing(NamedTuple):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--turns", type=int, default=3, help="measurements of every setting beside every neighbor")
-    parser.add_argument("--seconds", type=float, default=3.0, help="of a measurement of each kind of work")
-    parser.add_argument("--neighbors", nargs="+", choices=NEIGHBORS, default=NEIGHBORS, help="what runs beside it")
-    parser.add_argument("--threads", type=int, default=2, help="OpenMP threads of a process")
+    parser.add_argument("--turns", type=int, default=3, help="measurements of every setting with every neighbor")
+    parser.add_argument("--seconds", type=float, default=3.0, help="seconds per measurement of each kind of work")
+    parser.add_argument("--neighbors", nargs="+", choices=NEIGHBORS, default=NEIGHBORS, help="what runs meanwhile")
+    parser.add_argument("--threads", type=int, default=2, help="OpenMP threads per process")
     parser.add_argument("--work", action="store_true", help="measure in this process and print it as JSON")
     options = parser.parse_args()
     if options.work:
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def measured(setting: str, neighbor: str, options: argparse.Namespace) -> dict[str, list[float]]:
-    """What a process under `setting` measures beside `neighbor`."""
+    """The measurements of a process with `setting` while `neighbor` runs."""
     environment = {name: value for name, value in os.environ.items() if name not in _WAITING}
     environment |= SETTINGS[setting] | {"OMP_NUM_THREADS": str(options.threads)}
     command = [sys.executable, "-m", "benchmarks.neighbor", "--work", "--seconds", str(options.seconds)]
@@ -69,7 +69,7 @@ def measured(setting: str, neighbor: str, options: argparse.Namespace) -> dict[s
 
 @contextmanager
 def running(command: list[str], environment: dict[str, str]) -> Iterator[None]:
-    """The command runs meanwhile, unless it is empty."""
+    """Run the command during the body, unless it is empty."""
     if not command:
         yield
         return
@@ -83,7 +83,7 @@ def running(command: list[str], environment: dict[str, str]) -> Iterator[None]:
 
 
 def work(seconds: float) -> dict[str, Timing]:
-    """A layer's training (512 tokens, forward and backward) and decoding (50 products of 8 rows), each for a while."""
+    """Time the training of a layer (512 tokens, forward and backward) and decoding (50 products of 8 rows)."""
     import torch
 
     layers = torch.nn.Sequential(torch.nn.Linear(576, 1536), torch.nn.GELU(), torch.nn.Linear(1536, 576))
@@ -101,7 +101,7 @@ def work(seconds: float) -> dict[str, Timing]:
 
 
 def timed(act: Callable[[], None], seconds: float) -> Timing:
-    """Rounds for so many seconds, five at least; two before them are not counted."""
+    """Time rounds for `seconds`, at least five; two warm-up rounds are not counted."""
     rounds: list[float] = []
     while len(rounds) < 7 or sum(rounds) < seconds:
         started = time.perf_counter()
@@ -111,7 +111,7 @@ def timed(act: Callable[[], None], seconds: float) -> Timing:
 
 
 def table(found: dict[tuple[str, str, str], list[Timing]]) -> list[str]:
-    """Milliseconds of a round (fastest, median) and the time over that of the default, the median over the turns."""
+    """Milliseconds per round (fastest, median) and the ratio to the default's time, as medians over the turns."""
     lines = [
         "| neighbor | work | setting | fastest, ms | median, ms | fastest over default | median over default |",
         "|---|---|---|---|---|---|---|",

@@ -1,11 +1,11 @@
-"""Tokens per second of a rollout, ours beside transformers' `generate`, on the same rows and response lengths.
+"""Tokens per second of a rollout, ours against transformers' `generate`, on the same rows and response lengths.
 
     python -m benchmarks.rollout --data dolly.jsonl --json rollout.json
 
-Between them stands ours by the model's own layers, without the fused decoder of Llama's family. All sample at
-temperature 1 from the whole distribution, in one process, taking turns. `generate` pads its prompts to
-the longest of the batch and continues until the longest response has ended, as it does. Each row ends where the data's
-response ends.
+A third variant is ours with the model's own layers, without the fused decoder of the Llama family. All sample at
+temperature 1 from the whole distribution, in one process, taking turns. `generate` pads its prompts to the longest of
+the batch and continues until the longest response has ended, as it always does. Each row ends where the data's response
+ends.
 """
 
 import argparse
@@ -31,10 +31,10 @@ from promptkd.models import load_model, load_tokenizer
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="rows; by default those of the demo")
-    parser.add_argument("--model", help="by default 10 layers of the demo's teacher, made once and kept in the cache")
+    parser.add_argument("--model", help="by default 10 layers of the demo's teacher, made once and cached")
     parser.add_argument("--template", default="alpaca")
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[8, 32])
-    parser.add_argument("--repeats", type=int, default=3, help="batches of each size, of other rows each")
+    parser.add_argument("--repeats", type=int, default=3, help="batches of each size, each with different rows")
     parser.add_argument("--json", help="file for the record")
     given = parser.parse_args()
     given.data, given.teacher, given.prefix = given.data or str(demo_rows()), str(demo_teacher()), ""
@@ -44,7 +44,7 @@ def main() -> None:
         str(size): compare(model, tokenizer, given.data, given.template, size, given.repeats)
         for size in given.batch_sizes
     }
-    print("| batch | way | tokens/s | ours over it, median | range |\n|---|---|---|---|---|")
+    print("| batch | variant | tokens/s | ours over it, median | range |\n|---|---|---|---|---|")
     for size, speeds in record.items():
         for name, each in speeds.items():
             ratios = [mine / other for mine, other in zip(speeds["ours"], each, strict=True)]
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def compare(model: nn.Module, tokenizer, data: str, template: str, size: int, repeats: int) -> dict[str, list[float]]:
-    """Tokens per second of every way, in each of `repeats` turns."""
+    """Tokens per second of every variant, in each of `repeats` turns."""
     rows = workload(data, tokenizer, Shape(batch_size=size), template, first=0, steps=repeats)
     ways = {"ours": ours, "ours, unfused": unfused, "generate": by_generate}
     speeds: dict[str, list[float]] = {name: [] for name in ways}

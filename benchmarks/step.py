@@ -1,15 +1,15 @@
-"""How long a PromptKD step takes, beside other ways to do it, on the same rows, responses and models.
+"""How long a PromptKD step takes compared with other implementations, on the same rows, responses and models.
 
     python -m benchmarks.step --data dolly.jsonl --json step.json
     python -m benchmarks.step --data dolly.jsonl --variants ours trl --repeats 1 --steps 1
 
-Variants alternate, and each runs in a process of its own. `authors_512` and `authors_256` work in the manner of the
-authors' code (`benchmarks/authors.py`) at its own padding (rows to 512 tokens, prompts to 256) and at one tuned to
-shorter rows (256, 128); `trl` is trl.DistillationTrainer, which has no prompt step; `ours` is this project's trainer;
-`ours_reference` the same by the reference engine; `ours_256` the same on the shorter rows; `ours_length2` and
-`ours_batch4` on rows twice as long and on four times as many.
+Variants alternate, and each runs in its own process. `authors_512` and `authors_256` work as the authors' code does
+(`benchmarks/authors.py`), with its own padding (rows to 512 tokens, prompts to 256) and with padding for shorter rows
+(256, 128). `trl` is trl.DistillationTrainer, which has no prompt step. `ours` is this project's trainer,
+`ours_reference` the same with the reference engine, and `ours_256` the same on the shorter rows. `ours_length2` and
+`ours_batch4` use rows that are twice as long, and four times as many rows.
 
-Ratios are a variant's seconds a step over ours on the same rows, the median of all pairs.
+A ratio is a variant's seconds per step over ours on the same rows, the median of all pairs.
 """
 
 import argparse
@@ -30,7 +30,7 @@ PARTS = ("rollout", "prompt", "student")
 
 @dataclass(frozen=True)
 class Variant:
-    """What a process is started with."""
+    """The settings with which a process is started."""
 
     kind: str
     max_length: int = 512
@@ -38,9 +38,9 @@ class Variant:
     length_factor: int = 1
     batch_factor: int = 1
     engine: str = ""
-    """What `PROMPTKD_ENGINE` is; empty for the device's own."""
+    """The value of `PROMPTKD_ENGINE`; empty for the device's own engine."""
     baseline: str = "ours"
-    """The variant that it is a pair with."""
+    """The variant that it is compared with."""
 
 
 VARIANTS = {
@@ -74,7 +74,7 @@ def main() -> None:
             measured[name].peak_rss.append(result["peak_rss"])
             measured[name].matmul_rate.append(result["matmul_rate"])
             total = sum(step["seconds"] for step in result["steps"]) / given.steps
-            print(f"repeat {repeat + 1}, {name}: {total:.1f} s a step", file=sys.stderr, flush=True)
+            print(f"repeat {repeat + 1}, {name}: {total:.1f} s per step", file=sys.stderr, flush=True)
     record = {
         "variants": {name: summary(each) for name, each in measured.items()},
         "ratios": ratios(measured),
@@ -89,14 +89,14 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="rows; by default those of the demo, which are shorter than Dolly's")
     parser.add_argument("--teacher", help="by default the demo's, SmolLM2-135M-Instruct")
-    parser.add_argument("--student", help="by default 10 of the teacher's layers, made once and kept in the cache")
+    parser.add_argument("--student", help="by default 10 of the teacher's layers, made once and cached")
     parser.add_argument("--template", default="alpaca")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT")
     parser.add_argument("--repeats", type=int, default=3, help="processes of each variant")
     parser.add_argument("--steps", type=int, default=2, help="optimizer steps in each process")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--json", help="file for the record")
-    parser.add_argument("--prefix", default="", help='what every process is started behind, such as "taskset -c 0,1"')
+    parser.add_argument("--prefix", default="", help='command prefix of every process, such as "taskset -c 0,1"')
     given = parser.parse_args()
     if given.repeats < 1 or given.steps < 1 or given.batch_size < 1:
         parser.error("--repeats, --steps and --batch-size must be at least 1")
@@ -147,7 +147,7 @@ def run(name: str, given: argparse.Namespace, *, first: int) -> dict[str, Any]:
 
 
 def start(command: Sequence[str], environment: dict[str, str]) -> str:
-    """What the command prints; it works in this repository, offline."""
+    """Run the command in this repository, offline, and return what it prints."""
     paths = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
     whole = os.environ | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"} | environment
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=whole, cwd=os.getcwd())
@@ -157,7 +157,7 @@ def start(command: Sequence[str], environment: dict[str, str]) -> str:
 
 
 def summary(measured: Measured) -> dict[str, Any]:
-    """Medians over all steps of a variant, and under "ranges" the least and the most of the same."""
+    """Medians over all steps of a variant, and under "ranges" their minimum and maximum."""
     steps = measured.steps
     per_step: dict[str, list[float]] = {
         "total": [step["seconds"] for step in steps],
@@ -184,7 +184,7 @@ def summary(measured: Measured) -> dict[str, Any]:
 
 
 def ratios(measured: dict[str, Measured]) -> dict[str, float]:
-    """Median over pairs of a variant's seconds a step over those of ours on the same rows."""
+    """Median over pairs of a variant's seconds per step divided by ours on the same rows."""
     found = {}
     for name, each in measured.items():
         variant = VARIANTS[name]

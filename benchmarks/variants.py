@@ -1,6 +1,6 @@
-"""One variant of the step benchmark, in a process of its own; prints one line of JSON.
+"""Run one variant of the step benchmark in its own process, and print one line of JSON.
 
-Started by `benchmarks.step`, which says what the variants are.
+`benchmarks.step` starts it and describes the variants.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def run_authors(
 
 
 class StepClock(TrainerCallback):
-    """Seconds from the beginning of each optimizer step to its end, the loading of rows left out."""
+    """Seconds from the beginning of each optimizer step to its end, without the loading of rows."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -88,7 +88,7 @@ class StepClock(TrainerCallback):
 
 
 def settings(folder: str, shape: Shape, steps: int) -> dict[str, Any]:
-    """What both trainers are given."""
+    """The arguments of both trainers."""
     return {
         "output_dir": folder,
         "per_device_train_batch_size": shape.batch_size,
@@ -119,14 +119,14 @@ def run_trl(
     """TRL's trainer with reverse KL. It has no prompt step.
 
     Args:
-        changes: arguments of the trainer beside or in place of `settings`.
+        changes: arguments of the trainer that extend or override `settings`.
     """
     rows = [row for window in windows for row in window]
     responses = {tuple(row.prompt_ids): row.response_ids for row in rows}
     clock, rollouts = StepClock(student.device), []
 
     class Trainer(DistillationTrainer):
-        """TRL's, with the responses' lengths given, and the data's responses scored."""
+        """TRL's trainer with given response lengths, which scores the data's responses."""
 
         def _tokenize_prompts(self, prompts: list) -> tuple:
             return prompts, None, {}  # token ids already
@@ -175,19 +175,19 @@ def run_ours(
     callbacks: Sequence[TrainerCallback] = (),
     **changes: Any,
 ) -> Steps:
-    """This project's trainer, by the engine that the environment names.
+    """This project's trainer, with the engine that the environment selects.
 
     Args:
-        adapter: the soft prompt is PromptKD; None is GKD with the reverse KL, on text of the student's own.
-        trainer_class: what is made of it in place of `PromptKDTrainer`.
-        callbacks: what listens to it.
-        changes: arguments of the trainer beside or in place of `settings`.
+        adapter: the soft prompt is PromptKD; None is GKD with the reverse KL, on the student's own text.
+        trainer_class: the class to use instead of `PromptKDTrainer`.
+        callbacks: callbacks of the trainer.
+        changes: arguments of the trainer that extend or override `settings`.
     """
     rows = [row for window in windows for row in window]
     clock = StepClock(student.device)
 
     class AtLengths(Responses):
-        """The student writes responses of the data's lengths; the data's are taken."""
+        """The student writes responses with the data's lengths; the data's responses are used."""
 
         def __call__(self, rows: Sequence[EncodedExample], sample: Any, progress: float) -> list[list[int]]:
             lengths = [len(row.response_ids) for row in rows]
@@ -232,7 +232,7 @@ def run_ours(
 
 
 def _prompt_loss(entry: dict[str, float]) -> dict[str, float]:
-    """Of a logged step; nothing if it had no prompt."""
+    """The prompt loss of a logged step; empty if it had no prompt."""
     if "prompt_kl" not in entry:
         return {}
     return {"prompt_loss": entry["prompt_kl"] + entry["lambda"] * entry["prompt_regularizer"]}

@@ -1,7 +1,7 @@
-"""What every variant of the step benchmark is given: the rows, and how long each response is.
+"""The input of every variant of the step benchmark: the rows, and the length of each response.
 
-Responses have the data's own lengths. A rollout samples as it always does, but each row ends where the data's response
-ends; the sampled text is then put away and the data's response scored, so that all variants score the same tokens.
+Responses have the data's own lengths. A rollout samples as usual, but each row ends where the data's response ends. The
+sampled text is then discarded and the data's response is scored, so that all variants score the same tokens.
 """
 
 from collections.abc import Sequence
@@ -19,17 +19,17 @@ __all__ = ["EndAtLengths", "Shape", "workload"]
 
 @dataclass(frozen=True)
 class Shape:
-    """Which rows, and to what the authors' manner pads them."""
+    """Which rows to use, and the lengths to which the authors' implementation pads them."""
 
     max_length: int = 512
     max_prompt_length: int = 256
     batch_size: int = 8
     length_factor: int = 1
-    """Every prompt and response so many times over."""
+    """How many times every prompt and response is repeated."""
 
 
 def workload(data: str, tokenizer, shape: Shape, template: str, *, first: int, steps: int) -> list[EncodedExample]:
-    """Rows for `steps` steps, in the order of the data, from the row `first` x batch size on."""
+    """Rows for `steps` steps, in the order of the data, starting at row `first` x batch size."""
     rows = encode_examples(
         read_examples(data),
         tokenizer,
@@ -37,7 +37,7 @@ def workload(data: str, tokenizer, shape: Shape, template: str, *, first: int, s
         max_prompt_length=shape.max_prompt_length,
         max_response_length=shape.max_length - shape.max_prompt_length,
     ).examples
-    # The same rows at every batch size: four times the batch takes the rows of four steps.
+    # The same rows at every batch size: four times the batch uses the rows of four steps.
     start, count = first * shape.batch_size, steps * shape.batch_size
     chosen = [rows[index % len(rows)] for index in range(start, start + count)]
     times = shape.length_factor

@@ -1,9 +1,9 @@
-"""PromptKD (Kim, Jang, Yang 2024, arXiv 2402.12842) in plain PyTorch and transformers, with nothing left out.
+"""PromptKD (Kim, Jang, Yang 2024, arXiv 2402.12842) in plain PyTorch and transformers, complete.
 
     python recipes/minimal_loop.py TEACHER STUDENT requests.txt
 
-`requests.txt` holds one prompt per line. The student is trained in place and saved to ./student. The library gives the
-same losses on the same responses (tests/training/test_trainer.py); it adds accumulation, processes, packing and
+`requests.txt` has one prompt per line. The student is trained in place and saved to ./student. The library computes the
+same losses on the same responses (tests/training/test_trainer.py). It adds accumulation, processes, packing and
 records.
 """
 
@@ -16,7 +16,7 @@ PROMPT_TEXT, PROMPT_LENGTH = "Suppose you are a student.", 7
 
 
 def start_prompt(teacher, tokenizer):
-    """(n, E) embeddings of the initial text, cut or repeated to n vectors; no special token among them."""
+    """(n, E) embeddings of the initial text, cut or repeated to n vectors, without special tokens."""
     ids = tokenizer(PROMPT_TEXT, add_special_tokens=False)["input_ids"]
     ids = (ids * PROMPT_LENGTH)[:PROMPT_LENGTH]
     return teacher.get_input_embeddings()(torch.tensor(ids)).detach().clone().requires_grad_()
@@ -33,7 +33,7 @@ def sample(student, prompt_ids, eos, limit):
 
 
 def response_log_probs(model, prompt_ids, response, soft_prompt=None):
-    """(len(response), V) log-probabilities of the tokens that answer `prompt_ids`, positions explicit."""
+    """(len(response), V) log-probabilities of the tokens that answer `prompt_ids`, with explicit positions."""
     embedded = model.get_input_embeddings()(torch.tensor([prompt_ids + response]))
     n = 0
     if soft_prompt is not None:
@@ -51,11 +51,11 @@ def kl(log_a, log_b):
 
 
 def step(teacher, student, soft_prompt, prompt_optimizer, optimizer, batch, k, steps, coefficient=1.0):
-    """One optimizer step on `batch`, pairs of prompt and response ids. Returns the two losses, means over tokens."""
+    """One optimizer step on `batch`, pairs of prompt and response ids. Returns the two losses as means over tokens."""
     tokens = sum(len(response) for _, response in batch)
     weight = coefficient * (1 - k / steps)
 
-    # The soft prompt moves the teacher towards the student, and λ holds it near the teacher that it was.
+    # The soft prompt pulls the teacher towards the student, and the λ term keeps it close to the original teacher.
     prompt_loss = torch.tensor(0.0)
     for prompt_ids, response in batch:
         prompted = response_log_probs(teacher, prompt_ids, response, soft_prompt)
@@ -68,7 +68,7 @@ def step(teacher, student, soft_prompt, prompt_optimizer, optimizer, batch, k, s
     torch.nn.utils.clip_grad_norm_([soft_prompt], 1.0)
     prompt_optimizer.step()
 
-    # The student learns the distribution of the teacher under the prompt just moved, by reverse KL.
+    # The student learns the distribution of the teacher with the updated prompt, by reverse KL.
     student_loss = torch.tensor(0.0)
     for prompt_ids, response in batch:
         with torch.no_grad():

@@ -3,7 +3,7 @@
 import gc
 import os
 
-from promptkd.cli.openmp import let_threads_sleep
+from promptkd.cli import let_threads_sleep
 
 # Before torch and transformers are imported, here and in the processes that tests start. Tiny models gain nothing from
 # a second thread, wait long for it where cores are busy, and it would not survive a fork.

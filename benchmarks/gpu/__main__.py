@@ -20,13 +20,13 @@ def main() -> int:
     )
     parser.add_argument("--parts", nargs="+", metavar="PART", help="numbers or names; all by default")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="shapes that take seconds on a CPU")
-    parser.add_argument("--seconds", type=float, default=480, help="for everything together (default 480)")
+    parser.add_argument("--tiny", action="store_true", help="small shapes that take seconds on a CPU")
+    parser.add_argument("--seconds", type=float, default=480, help="time limit for all parts together (default 480)")
     parser.add_argument(
         "--patience",
         type=float,
         default=1,
-        help="times the limit of every part, for a machine that is busy (default 1)",
+        help="factor for the time limit of every part, for a busy machine (default 1)",
     )
     default = Path(os.environ.get("OUT", ".")) / "gpu.json"
     parser.add_argument("--json", type=Path, default=default, help="file for the record (default $OUT/gpu.json)")

@@ -1,7 +1,7 @@
 """Part 3: the engine's packed states and gradients, and a few trainer steps, against the reference.
 
-States and gradients are held to float64 on the CPU. In bfloat16 the engine may be off by what the reference is off by,
-in the same precision on the same device, and a little more: both round, in different orders.
+States and gradients are compared with float64 on the CPU. In bfloat16 the engine's error may be as large as that of the
+reference in the same precision on the same device, and a little larger, because both round, but in different orders.
 """
 
 import copy
@@ -41,16 +41,16 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2, soft caps": ("gemma2", {"query_pre_attn_scalar": 8, "sliding_window": 8, "final_logit_softcapping": 6.0}),
 }
 _FALLS_BACK = {"gemma2, soft caps"}
-"""On CUDA, where varlen attention has no soft cap."""
+"""On CUDA, because varlen attention has no soft cap."""
 _EXACT = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (0.02, 0.05)}
-"""Relative errors of states and of gradients that are right whatever the reference's are."""
+"""Relative errors of states and of gradients that pass whatever the reference's errors are."""
 _WORSE_THAN_REFERENCE = 1.5
 STEP_SUMS = ("student_kl", "prompt_kl", "prompt_regularizer", "entropy")
 
 
 @contextmanager
 def reference_engine() -> Iterator[None]:
-    """Every model is run by the reference for a while."""
+    """Every model runs with the reference engine in the body."""
     before = os.environ.get(VARIABLE)
     os.environ[VARIABLE] = "reference"
     try:
@@ -79,7 +79,7 @@ def _compare_states(bench: Bench, name: str, model: PreTrainedModel, mode: torch
         way = first_verified(engine_for(bench.device).scorers, model).name
     if bench.on_cuda and mode == torch.bfloat16:
         padded = way == "padded rows"
-        bench.check(f"{name}: who runs it", padded == (name in _FALLS_BACK), way)
+        bench.check(f"{name}: which scorer runs it", padded == (name in _FALLS_BACK), way)
     wide = copy.deepcopy(model).to("cpu", torch.float64)
     prompt = torch.randn(5, model.config.hidden_size, generator=torch.Generator().manual_seed(1))
     for vectors in (None, prompt):
@@ -103,7 +103,7 @@ def _batch(device: torch.device) -> TokenBatch:
 
 
 def _states(model: PreTrainedModel, batch: TokenBatch, vectors: Tensor | None) -> tuple[Tensor, Tensor]:
-    """States that predict the responses, and every gradient of a sum of theirs in one vector; float64 on the CPU."""
+    """States that predict the responses, and all gradients of a sum over them in one vector; float64 on the CPU."""
     prompt = None if vectors is None else vectors.to(model.device, model.dtype).requires_grad_()
     learned = [*model.base_model.parameters(), *([] if prompt is None else [prompt])]
     hidden = response_hidden(model, batch, prompt)
@@ -119,7 +119,7 @@ def _distance(got: Tensor, expected: Tensor) -> float:
 
 
 def _compare_steps(bench: Bench, *, bfloat16: bool) -> None:
-    """Losses of three PromptKD steps on the device, and of the same three by the reference in float32 on the CPU."""
+    """Compare the losses of three PromptKD steps on the device with those of the float32 reference on the CPU."""
     kind = "bfloat16" if bfloat16 else "float32"
     limit = 0.02 if bfloat16 else 1e-3 if bench.on_cuda else 1e-5
     cpu = Bench(torch.device("cpu"), bench.tiny, bench.ends, bench.send)
@@ -135,7 +135,7 @@ def _compare_steps(bench: Bench, *, bfloat16: bool) -> None:
 
 
 def _steps(bench: Bench, *, bfloat16: bool) -> list[dict[str, float]]:
-    """What three steps log."""
+    """The log entries of three steps."""
     student = sharp_model("qwen2", bench, seed=1, num_key_value_heads=2)
     teacher = sharp_model("qwen2", bench, seed=2, num_key_value_heads=2, num_hidden_layers=3)
     rows = random_rows([5, 30, 12, 8] * 3, [20, 7, 12, 16] * 3, 310, seed=4)

@@ -1,4 +1,4 @@
-"""What a part of the run is given: where to run, how large, until when, and somebody to tell what it found."""
+"""The context of a part of the run: its device, its shapes, its deadline, and where to send its results."""
 
 import signal
 import time
@@ -17,12 +17,12 @@ Message = dict[str, Any]
 
 
 class OutOfTime(BaseException):
-    """Time was up before everything was done. No `Exception`, lest a library on the way takes it for a failure."""
+    """The time was up before everything was done. Not an `Exception`, so that no library handles it as a failure."""
 
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise `OutOfTime` in the body, in the main thread, when its time is up; a call into the system is waited for."""
+    """Raise `OutOfTime` in the body, in the main thread, when its time is up; a system call finishes first."""
 
     def up(number: int, frame: Any) -> None:
         raise OutOfTime(f"{seconds:.0f} s were not enough")
@@ -41,12 +41,12 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Bench:
-    """One part's run."""
+    """The run of one part."""
 
     device: torch.device
     tiny: bool
     ends: float
-    """When the part must be done, by `time.monotonic`."""
+    """Deadline of the part, by `time.monotonic`."""
     send: Callable[[Message], None]
 
     @property
@@ -55,11 +55,11 @@ class Bench:
 
     @property
     def left(self) -> float:
-        """Seconds."""
+        """Seconds until the deadline."""
         return self.ends - time.monotonic()
 
     def require(self, seconds: float, what: str) -> None:
-        """Refuse to begin what would not be done in time.
+        """Refuse to start work that would not be done in time.
 
         Raises:
             OutOfTime: if less than `seconds` are left.
@@ -72,38 +72,38 @@ class Bench:
         self.send({"kind": "line", "text": text})
 
     def report(self, name: str, value: Any, unit: str = "") -> None:
-        """Print a result, and write it into the record."""
+        """Print a result, and write it to the record."""
         self.send({"kind": "result", "name": name, "value": value})
         self.say(f"{name}: {_text(value)}{' ' * bool(unit)}{unit}")
 
     def check(self, name: str, passed: bool, detail: str) -> None:
-        """Something that is right or wrong."""
+        """Print and record a check that passed or failed."""
         self.send({"kind": "check", "name": name, "passed": bool(passed), "detail": detail})
         self.say(f"{'right' if passed else 'WRONG'}: {name} ({detail})")
 
     def measured(self, target: str, value: float) -> None:
-        """The value that one of `TARGETS` is about."""
+        """Record the value for one of `TARGETS`."""
         if target not in TARGETS:
             raise ValueError(f"A target must be one of {', '.join(TARGETS)}. Got {target!r}.")
         self.send({"kind": "target", "name": target, "value": float(value)})
 
     def skip(self, what: str, reason: str = "needs CUDA") -> None:
-        """Something that cannot be measured here."""
+        """Print and record that something cannot be measured here."""
         self.send({"kind": "skipped", "name": what, "reason": reason})
         self.say(f"{what}: skipped: {reason}")
 
     @contextmanager
     def attempt(self, what: str, seconds: float | None = None) -> Iterator[None]:
-        """Run something of another's, or something that may not fit; a failure is told, and the part continues.
+        """Run foreign code, or work that may not fit in memory; a failure is reported, and the part continues.
 
         Args:
-            seconds: a limit of its own, within the part's.
+            seconds: a separate limit, within that of the part.
         """
         own = seconds is not None and seconds < self.left
         try:
             with time_limit(seconds) if own and seconds is not None else nullcontext():
                 yield
-        except (Exception, OutOfTime) as error:  # what foreign code raises can be anything
+        except (Exception, OutOfTime) as error:  # foreign code can raise anything
             if isinstance(error, OutOfTime) and not own:
                 raise
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
@@ -113,7 +113,7 @@ class Bench:
             torch.cuda.empty_cache()
 
     def autocast(self) -> torch.autocast:
-        """bfloat16 as in training on CUDA; nothing on a CPU."""
+        """bfloat16 as in training on CUDA; no effect on a CPU."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.on_cuda)
 
 

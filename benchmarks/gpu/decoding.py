@@ -1,7 +1,7 @@
 """Part 4: greedy decoding against transformers' generate, and the distribution of samples against exact probabilities.
 
-Two decoders sum in different orders, so at a near tie they may part. Where two rows part, the gap between the two
-candidates' logits is worked out in float64; it must be within what the precision rounds away.
+Two decoders sum in different orders, so at a near tie they may differ. Where two rows first differ, the gap between the
+two candidates' logits is computed in float64. It must be within the rounding of the precision.
 """
 
 import copy
@@ -21,11 +21,11 @@ from promptkd.generation import SamplingParams, generate
 __all__ = ["run"]
 
 _GAPS = {torch.float32: 1e-4, torch.bfloat16: 0.05}
-"""Largest gap at which rows may part, over the largest logit there."""
+"""Largest gap at which rows may differ, relative to the largest logit there."""
 _SAME = {torch.float32: 0.9, torch.bfloat16: 0.0}
-"""Share of the rows that must not part. In float32 near ties are rare; bfloat16 has one in most rows."""
+"""Share of the rows that must be identical. In float32 near ties are rare; bfloat16 has one in most rows."""
 _WORDS = 16
-"""Tokens of the model that is sampled from, so that pairs of them are frequent."""
+"""Vocabulary size of the model that is sampled from; small, so that each pair of tokens is frequent."""
 
 
 def run(bench: Bench) -> None:
@@ -58,15 +58,15 @@ def _compare_greedy(bench: Bench, name: str, model: PreTrainedModel, *, autocast
     alike = sum(
         length if left == right else greedy.parting(left, right) for left, right in zip(mine, theirs, strict=True)
     )
-    found = {"run by": way, "rows alike": same, "tokens until rows part": alike / (count * length), "parted at": places}
+    found = {"run by": way, "identical rows": same, "identical tokens": alike / (count * length), "differ at": places}
     bench.report(f"greedy, {name}", found)
     right = same >= _SAME[precision] and all(gap <= _GAPS[precision] for gap in gaps)
-    detail = f"{len(parted)} of {count} rows part, the largest gap {max(gaps, default=0.0):.1e} of the logits"
+    detail = f"{len(parted)} of {count} rows differ, the largest gap {max(gaps, default=0.0):.1e} of the logits"
     bench.check(f"greedy decoding, {name}", right, detail)
 
 
 def _compare_samples(bench: Bench, name: str, dtype: torch.dtype, *, autocast: bool) -> None:
-    """Pairs of tokens that follow one prompt, many times over, by a chi-square test."""
+    """Chi-square test of the pairs of tokens that follow one prompt, over many samples."""
     draws = 3000 if bench.tiny else 16_384
     model = sharp_model("qwen2", bench, dtype=dtype, seed=5, vocab_size=_WORDS)
     prompt = [3, 1, 4, 1, 5]
@@ -86,15 +86,15 @@ def _compare_samples(bench: Bench, name: str, dtype: torch.dtype, *, autocast: b
 
 @torch.no_grad()
 def _pair_probabilities(model: PreTrainedModel, prompt: list[int]) -> Tensor:
-    """(words * words,) of the two tokens that follow, in float64 on the CPU."""
+    """(V * V,) probabilities of the next two tokens, in float64 on the CPU."""
     wide = copy.deepcopy(model).to("cpu", torch.float64)
     rows = torch.tensor([[*prompt, token] for token in range(_WORDS)])
-    first, second = wide(rows).logits[:, -2:].softmax(-1).unbind(1)  # (words, words) each
+    first, second = wide(rows).logits[:, -2:].softmax(-1).unbind(1)  # (V, V) each
     return (first[0][:, None] * second).flatten()
 
 
 def _chi_square(counts: Tensor, expected: Tensor) -> float:
-    """Probability of counts that are at least as far from what is expected; cells below 5 are counted as one."""
+    """Probability of counts that are at least as far from the expected ones; cells below 5 are merged into one."""
     common = expected >= 5
     observed = torch.cat([counts[common], counts[~common].sum()[None]])
     hoped = torch.cat([expected[common], expected[~common].sum()[None]])

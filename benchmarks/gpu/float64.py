@@ -1,4 +1,4 @@
-"""The losses once more, as their formulas read, in float64 on the CPU. Nothing of promptkd is used here."""
+"""The losses again, written as their formulas, in float64 on the CPU. This file uses no code of promptkd."""
 
 import math
 from collections.abc import Callable
@@ -19,12 +19,12 @@ class Inputs:
     student_hidden: Tensor
     """(N, H_s)"""
     student_head: Tensor
-    """(columns, H_s); those behind the vocabulary are padding"""
+    """(columns, H_s); columns beyond the vocabulary are padding"""
     student_bias: Tensor | None
     prompted_hidden: Tensor
     """(N, H_t), of the prompted teacher"""
     plain_hidden: Tensor
-    """(N, H_t), of the plain one"""
+    """(N, H_t), of the plain teacher"""
     teacher_head: Tensor
     labels: Tensor
     """(N,)"""
@@ -34,16 +34,16 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Reference:
-    """What a loss should be."""
+    """The expected values of a loss."""
 
     values: Tensor
     """(N,), in nats"""
     gradients: dict[str, Tensor]
-    """Of their sum, by the name of the input."""
+    """Gradients of their sum, by the name of the input."""
 
 
 Values = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""Log-probabilities of student, prompted and plain teacher (N, V), and labels, to (N,)."""
+"""Maps log-probabilities of student, prompted and plain teacher (N, V) and labels to (N,)."""
 
 
 def _kl(a: Tensor, b: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ LOSSES: dict[str, Values] = {
 
 
 def references(name: str, inputs: Inputs) -> Reference:
-    """The loss of that name, and its gradients with respect to whatever is trained by it."""
+    """The loss with that name, and its gradients with respect to everything that it trains."""
     learns_by_prompt = name.startswith("prompt")
     student = inputs.student_hidden.clone().requires_grad_(not learns_by_prompt)
     head = inputs.student_head.clone().requires_grad_(not learns_by_prompt)

@@ -1,8 +1,8 @@
 """Part 7: head and divergence, forward and backward, at 8,192 tokens: ours, TRL's, Liger's, plain torch.
 
-The student is trained (float32 states and weights under autocast); the teacher's head is bfloat16. TRL and Liger know
-two distributions, so they are beside the student's reverse KL alone; Liger's divergence is its nearest, β = 0.5, as it
-has none at the end that is the reverse KL.
+The student is trained (float32 states and weights under autocast), and the teacher's head is bfloat16. TRL and Liger
+support two distributions, so they are compared only with the student's reverse KL. Liger has no reverse KL, so its
+closest divergence is used, β = 0.5.
 """
 
 from collections.abc import Callable
@@ -71,7 +71,7 @@ def run(bench: Bench) -> None:
 
 
 def _measure(bench: Bench, name: str, work: Work, learned: list[Tensor]) -> tuple[float, int | None]:
-    """Median seconds of forward and backward, and the peak beyond what stood before."""
+    """Median seconds of forward and backward, and the peak beyond the memory in use before."""
 
     def both() -> None:
         with bench.autocast():
@@ -87,7 +87,7 @@ def _measure(bench: Bench, name: str, work: Work, learned: list[Tensor]) -> tupl
     if beyond is not None:
         metrics["GB beyond inputs"] = beyond / 1e9
     with torch.no_grad(), bench.autocast():
-        metrics["loss a token"] = float(work()) / len(learned[0])
+        metrics["loss per token"] = float(work()) / len(learned[0])
     bench.report(name, metrics)
     return seconds, beyond
 
@@ -122,5 +122,5 @@ def _liger(student: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Ten
 
     divergence = LigerFusedLinearJSD(jsd_beta=0.5)
     dtype, target, tokens = teacher.dtype, teacher.detach(), len(student)
-    # it multiplies in the precision of what it is given, and divides by the number of tokens
+    # it multiplies in the precision of its inputs, and divides by the number of tokens
     return lambda: divergence(student.to(dtype), weight.to(dtype), target, teacher_weight) * tokens

@@ -1,8 +1,8 @@
 """Part 2: every loss and its gradients, as training computes them, against float64 on the CPU.
 
-All states and weights are numbers that bfloat16 holds exactly, kept in float32 (the student's, as in training) or in
-bfloat16 (the teacher's head): where the product rounds its factors, rounding changes nothing, and what is seen is the
-error of products, divergences and sums. The bias is looked at twice: so, and with float32 numbers that the products
+All states and weights are numbers that bfloat16 represents exactly, kept in float32 (the student's, as in training) or
+in bfloat16 (the teacher's head). So rounding the factors of a product changes nothing, and the measured error is that
+of products, divergences and sums. The bias is measured twice: in this way, and with float32 numbers that the products
 must round ("rounded factors").
 """
 
@@ -30,18 +30,18 @@ OBJECTIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "skew_reverse_kl 0.1": partial(skew_reverse_kl, alpha=0.1),
 }
 FORMS: dict[str, tuple[bool, float | None]] = {"plain": (False, None), "bias": (True, None), "soft cap": (False, 8.0)}
-"""Whether the student's head has a bias, and the soft cap of both."""
+"""Whether the student's head has a bias, and the soft cap of both heads."""
 SIZES = ((49_152, 49_152), (151_665, 151_936))
 """Tokens, and columns of the heads: SmolLM2's and Qwen2.5's."""
 SIZES_TINY = ((97, 128), (1001, 1024))
 _FLOAT32_GRADIENT = 1e-4
 _RESERVE = 10.0
-"""Seconds that what follows the cases takes."""
+"""Seconds needed after the cases."""
 
 
 @dataclass
 class Worst:
-    """The largest errors of all cases in one precision, each with the case that it is of."""
+    """The largest errors of all cases in one precision, each with its case."""
 
     loss: tuple[float, str] = (0.0, "")
     relative: tuple[float, str] = (0.0, "")
@@ -76,7 +76,7 @@ def run(bench: Bench) -> None:
                 for mode, worsts in worst.items():
                     case = f"{name}, {form}, {vocabulary} tokens"
                     worsts.see(case, _errors(here, name, expected, bfloat16=mode == "bfloat16"))
-    bench.check("every loss was computed", left_out == 0, f"{left_out} left out for want of time")
+    bench.check("every loss was computed", left_out == 0, f"{left_out} left out because time was short")
     for mode, worsts in worst.items():
         for name, (value, case) in vars(worsts).items():
             bench.report(f"{mode}, worst {_WHAT[name]}", {"value": value, "case": case})
@@ -86,11 +86,11 @@ def run(bench: Bench) -> None:
 
 
 _WHAT = {
-    "loss": "error of a loss, in nats or relative, whichever is less",
+    "loss": "error of a loss, in nats or relative, whichever is smaller",
     "relative": "relative error of a loss",
     "gradient": "relative error of a gradient (norms)",
-    "bias": "signed bias, nats a token",
-    "token": "error of eight tokens' mean, nats",
+    "bias": "signed bias, nats per token",
+    "token": "error of a mean over eight tokens, nats",
 }
 
 
@@ -102,15 +102,15 @@ def _judge(bench: Bench, worst: dict[str, Worst], rounding: float, *, rounds: bo
     limit = _FLOAT32_GRADIENT
     bench.check("float32 gradients", single.gradient[0] < limit, f"{single.gradient[0]:.1e}, under {limit:.0e}")
     bench.check("bfloat16 gradients", half.gradient[0] < 2e-2, f"{half.gradient[0]:.1e}, under 2e-2")
-    bench.check("bias", abs(bias) < 1e-3, f"{bias:+.1e} nats a token, under 1e-3")
+    bench.check("bias", abs(bias) < 1e-3, f"{bias:+.1e} nats per token, under 1e-3")
     bench.measured("loss_error", abs(single.loss[0]))
-    if rounds:  # else they were float32 gradients
+    if rounds:  # otherwise they were float32 gradients
         bench.measured("gradient_error", half.gradient[0])
         bench.measured("kl_bias", abs(bias))
 
 
 def _inputs(bench: Bench, vocabulary: int, columns: int, form: str, *, exact: bool) -> Inputs:
-    """A student that is near its teacher, and a prompt that is near the plain one: divergences below a nat."""
+    """A student close to its teacher, and a prompted teacher close to the plain one: divergences below a nat."""
     tokens, wide, wider = (16, 24, 32) if bench.tiny else (64, 128, 192)
     generator = torch.Generator().manual_seed(vocabulary)
 
@@ -145,7 +145,7 @@ class Here:
 
     inputs: Inputs
     teacher_half: Tensor
-    """The teacher's head in bfloat16, which holds it exactly."""
+    """The teacher's head in bfloat16, which represents it exactly."""
 
     @classmethod
     def of(cls, inputs: Inputs, device: torch.device) -> "Here":
@@ -158,7 +158,7 @@ class Here:
 
 
 def _loss(here: Here, name: str, *, bfloat16: bool, part: slice = slice(None)) -> tuple[ChunkedLoss, dict[str, Tensor]]:
-    """The product's loss over `part` of the tokens, and the leaves that it has gradients for."""
+    """promptkd's loss over `part` of the tokens, and the leaves that it has gradients for."""
     inputs, prompt = here.inputs, name.startswith("prompt")
     hidden = inputs.student_hidden[part].detach().requires_grad_(not prompt)
     weight = inputs.student_head.detach().requires_grad_(not prompt)
@@ -208,7 +208,7 @@ def _errors(here: Here, name: str, expected: Reference, *, bfloat16: bool) -> di
 
 
 def _rounding_bias(bench: Bench, name: str) -> float:
-    """Nats a token by which a loss in bfloat16 lies above float64's where the product must round its factors."""
+    """Nats per token by which a bfloat16 loss exceeds the float64 loss if the product must round its factors."""
     vocabulary, columns = (SIZES_TINY if bench.tiny else SIZES)[-1]
     inputs = _inputs(bench, vocabulary, columns, "plain", exact=False)
     expected = references(name, inputs).values

@@ -1,4 +1,4 @@
-"""Part 1: what this machine is, and how fast it copies and multiplies."""
+"""Part 1: hardware and versions of this machine, and how fast it copies and multiplies."""
 
 import importlib.metadata
 import platform
@@ -54,7 +54,7 @@ def _version(package: str) -> str | None:
 
 
 def _driver() -> str | None:
-    """As nvidia-smi has it; None where there is no nvidia-smi."""
+    """The driver version from nvidia-smi; None if there is no nvidia-smi."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)

@@ -1,4 +1,4 @@
-"""Part 5: what a run of default flags holds: a 7B teacher, a 1.5B student, 8 rows of 256 + 256 tokens."""
+"""Part 5: peak memory of a run with default flags: a 7B teacher, a 1.5B student, 8 rows of 256 + 256 tokens."""
 
 import tempfile
 
@@ -15,11 +15,11 @@ __all__ = ["run"]
 _STEPS = 2
 _ROWS = 8
 _TOKENS = 256
-"""Of a prompt, and of a response: the default limits."""
+"""Tokens of a prompt and of a response: the default limits."""
 
 
 def run(bench: Bench) -> None:
-    """Two steps, the second with the optimizer's state in place; responses run to the limit, or nearly so."""
+    """Two steps, the second with the optimizer states in memory; responses run to the limit, or nearly so."""
     student = qwen("1.5B", bench, torch.float32)
     teacher = qwen("7B", bench, torch.bfloat16 if bench.on_cuda else torch.float32)
     numbers = [sum(each.numel() for each in model.parameters()) for model in (student, teacher)]
@@ -31,7 +31,7 @@ def run(bench: Bench) -> None:
         trainer = PromptKDTrainer(
             student,
             teacher,
-            # the rest is as the command line has it
+            # the other settings are those of the command line
             PromptKDConfig(
                 folder,
                 per_device_train_batch_size=_ROWS,

@@ -7,13 +7,13 @@ __all__ = ["PARTS", "Part", "chosen_parts"]
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the run."""
+    """One part of the run."""
 
     number: int
     name: str
     """Also its module in this package, which has `run(bench)`."""
     seconds: float
-    """After which it is ended."""
+    """Time limit, after which the part is ended."""
     title: str
 
 
@@ -22,19 +22,19 @@ PARTS = (
     Part(2, "losses", 60, "losses and gradients against float64"),
     Part(3, "agreement", 50, "packed states and gradients, and three trainer steps, against the reference"),
     Part(4, "decoding", 40, "greedy decoding against generate, and the distribution of samples"),
-    Part(5, "memory", 60, "peak memory of a 7B teacher and a 1.5B student under default settings"),
-    Part(6, "rollouts", 90, "tokens a second of a rollout"),
+    Part(5, "memory", 60, "peak memory of a 7B teacher and a 1.5B student with default settings"),
+    Part(6, "rollouts", 90, "tokens per second of a rollout"),
     Part(7, "heads", 30, "head and divergence at 8,192 tokens"),
-    Part(8, "steps", 85, "a whole optimizer step, ours and others'"),
+    Part(8, "steps", 85, "a whole optimizer step, ours and other implementations"),
     Part(9, "profiled", 30, "kernels and synchronizations of one step"),
 )
 
 
 def chosen_parts(asked: list[str] | None) -> list[Part]:
-    """Parts by number or name, in their own order; all for None.
+    """Parts by number or name, in the order in which they run; all parts for None.
 
     Raises:
-        ValueError: for what is neither.
+        ValueError: for a string that is neither.
     """
     if asked is None:
         return list(PARTS)

@@ -1,6 +1,7 @@
 """Part 9: one PromptKD step under torch's profiler: time by kind of kernel, and how often the host waits.
 
-Half the rows of part 8 in two micro-batches, short responses: a profile of thousands of kernels takes long to read.
+It uses half the rows of part 8 in two micro-batches, and short responses, because processing a profile of thousands of
+kernels takes long.
 """
 
 import re
@@ -21,10 +22,10 @@ from benchmarks.workload import Shape
 __all__ = ["kind_of_kernel", "run"]
 
 _STEPS = 3
-"""The last one is looked at."""
+"""Only the last step is profiled."""
 _MICRO_BATCHES = 2
 _WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "aten::_local_scalar_dense")
-"""What the host waits in. The last is what `.item()`, `float()` and `.tolist()` of one number end in, on any device."""
+"""Calls in which the host waits. On any device, `.item()`, `float()` and `.tolist()` of one number end in the last."""
 _KINDS = (
     ("attention", r"flash|fmha|attention|attn"),
     ("gemm", r"gemm|gemv|cutlass|nvjet|xmma|::mm|addmm|bmm|matmul|::linear|mkldnn|sm\d+_"),
@@ -80,7 +81,7 @@ def _range(phase: str) -> record_function:
 
 
 def kind_of_kernel(name: str) -> str:
-    """The kind that a kernel's, or on a CPU an operator's, name speaks of."""
+    """The kind of a kernel, or of an operator on a CPU, by its name."""
     return next((kind for kind, pattern in _KINDS if re.search(pattern, name, re.IGNORECASE)), "other")
 
 
@@ -103,7 +104,7 @@ def _report_kernels(bench: Bench, events: Iterable[Any]) -> None:
 
 
 def _report_waits(bench: Bench, events: Sequence[Any]) -> None:
-    """Host waits by phase, each counted for the innermost phase that it lies in, and in a micro-batch."""
+    """Host waits by phase and per micro-batch, each counted for the innermost phase that contains it."""
     ranges = [event for event in events if event.name.startswith("promptkd ") and _on_host(event)]
     counts: dict[str, dict[str, int]] = {phase: dict.fromkeys(_WAITS, 0) for phase in (*PHASES, "between")}
     for event in events:

@@ -1,7 +1,8 @@
-"""Part 6: tokens a second of a rollout, 64 rows of 256 new tokens: ours, and transformers' generate in two ways.
+"""Part 6: tokens per second of a rollout, 64 rows of 256 new tokens: ours, and transformers' generate in two variants.
 
-Ours has float32 weights under autocast, as a student in training, and copies them each time; generate has the same
-weights in bfloat16, which is faster for it. All sample at temperature 1 from the whole distribution, and nobody stops.
+Ours has float32 weights under autocast, as a student in training, and copies them each time. generate has the same
+weights in bfloat16, which is faster for it. All sample at temperature 1 from the whole distribution, without a stop
+token.
 """
 
 import torch
@@ -26,18 +27,18 @@ def run(bench: Bench) -> None:
         speed = _ours(bench, size, prompts, new_tokens)
         model = qwen(size, bench, torch.bfloat16 if bench.on_cuda else torch.float32)
         bench.require(0 if bench.tiny else 15, f"generate at {size}")
-        theirs = _by_generate(bench, f"{size}, generate as it comes", model, prompts, new_tokens, {})
-        bench.report(f"{size}, ours over generate as it comes", speed / theirs)
+        theirs = _by_generate(bench, f"{size}, generate with its defaults", model, prompts, new_tokens, {})
+        bench.report(f"{size}, ours over generate with its defaults", speed / theirs)
         if size == "0.5B":
             bench.measured("rollout_speed", speed)
             bench.measured("rollout_ratio", speed / theirs)
         usual[size] = model, speed
-    # last, since its compilation may take all the time that is left
+    # last, because its compilation may take all the remaining time
     for size, (model, speed) in usual.items():
         if not bench.on_cuda:
             bench.skip(f"{size}, generate with a static cache")
             continue
-        # the part ends well without it
+        # the part succeeds without it
         with bench.attempt(f"{size}, generate with a static cache", seconds=bench.left - 2):
             static = {"cache_implementation": "static"}
             theirs = _by_generate(bench, f"{size}, generate with a static cache", model, prompts, new_tokens, static)
@@ -45,7 +46,7 @@ def run(bench: Bench) -> None:
 
 
 def _ours(bench: Bench, size: str, prompts: list[list[int]], new_tokens: int) -> float:
-    """Tokens a second, the median of three after the first."""
+    """Tokens per second, the median of three rollouts after the first."""
     model = qwen(size, bench, torch.float32)
     rows = len(prompts)
 
@@ -71,11 +72,11 @@ def _ours(bench: Bench, size: str, prompts: list[list[int]], new_tokens: int) ->
 def _by_generate(
     bench: Bench, name: str, model: PreTrainedModel, prompts: list[list[int]], new_tokens: int, settings: dict
 ) -> float:
-    """Tokens a second of one call, after one that is not counted."""
+    """Tokens per second of one call, after one that is not counted."""
     width = max(map(len, prompts))
     ids = torch.tensor([[1] * (width - len(each)) + each for each in prompts], device=bench.device)
     mask = torch.tensor([[0] * (width - len(each)) + [1] * len(each) for each in prompts], device=bench.device)
-    model.generation_config = GenerationConfig()  # that of the configuration would stop at an end token
+    model.generation_config = GenerationConfig()  # the model's own would stop at an end token
 
     def roll_out(tokens: int) -> None:
         config = GenerationConfig(
@@ -89,7 +90,7 @@ def _by_generate(
         )
         out = model.generate(ids, attention_mask=mask, generation_config=config)
         if out.shape[1] != width + tokens:
-            raise RuntimeError(f"generate wrote {out.shape[1] - width} tokens, and {tokens} were asked for")
+            raise RuntimeError(f"generate wrote {out.shape[1] - width} tokens, and {tokens} were requested")
 
     restart_peak(bench.device)
     # a static cache is compiled for its length; without one a short call is enough
@@ -100,7 +101,7 @@ def _by_generate(
 
 
 def _report(bench: Bench, name: str, seconds: float, rows: int, new_tokens: int) -> None:
-    metrics = {"tokens/s": rows * new_tokens / seconds, "ms a token of all rows": 1e3 * seconds / new_tokens}
+    metrics = {"tokens/s": rows * new_tokens / seconds, "ms per token of all rows": 1e3 * seconds / new_tokens}
     peak = peak_bytes(bench.device)
     if peak is not None:
         metrics["peak GB"] = peak / 1e9

@@ -1,4 +1,4 @@
-"""Starts workers, ends a part whose time is up, prints what comes and keeps the record."""
+"""Starts workers, ends a part whose time is up, prints their messages and keeps the record."""
 
 import json
 import multiprocessing
@@ -15,16 +15,16 @@ from benchmarks.gpu.worker import work
 __all__ = ["NoDeviceError", "Record", "run_parts"]
 
 _START = 90.0
-"""Seconds that a worker has to import what it needs."""
+"""Seconds that a worker has for its imports."""
 _GRACE = 5.0
-"""Seconds that a part has to end by itself when its time is up, before its process is killed."""
+"""Seconds that a part has to end by itself after its time is up, before its process is killed."""
 
 
 class Record:
-    """What was found, on the disk after every part.
+    """The results, written to the disk after every part.
 
     Args:
-        file: where to; its folder must exist.
+        file: path of the JSON file; its folder must exist.
         about: command, date, device and shapes.
     """
 
@@ -50,7 +50,7 @@ class Record:
         }
 
     def take(self, name: str, message: dict[str, Any]) -> None:
-        """Something that the running part says."""
+        """Process a message of the running part."""
         part = self.parts[name]
         if message["kind"] == "line":
             print(f"  {message['text']}", flush=True)
@@ -77,7 +77,7 @@ class Record:
 
     @property
     def is_right(self) -> bool:
-        """Whether every part that was asked for ran to its end, and every check held. Targets may be missed."""
+        """Whether every requested part ran to its end, and every check passed. Targets may be missed."""
         asked = [part for part in self.parts.values() if part["status"] != "not asked for"]
         return all(part["status"] == "done" and all(each["passed"] for each in part["checks"]) for part in asked)
 
@@ -89,13 +89,13 @@ class Record:
 
 
 class NoDeviceError(Exception):
-    """There is no such device."""
+    """The device does not exist."""
 
 
 def run_parts(
     parts: Sequence[Part], record: Record, *, device: str, tiny: bool, seconds: float, patience: float
 ) -> None:
-    """Run all `parts` within `seconds`; each ends at its own limit, times `patience`, at the latest.
+    """Run all `parts` within `seconds`; each ends at the latest at its own limit times `patience`.
 
     Raises:
         NoDeviceError: if the device does not exist.
@@ -114,8 +114,8 @@ def run_parts(
 
 
 def _run_worker(parts: Sequence[Part], record: Record, device: str, tiny: bool, ends: float, patience: float) -> int:
-    """One process, until it has run all parts or one of them went wrong. How many it has begun."""
-    context = multiprocessing.get_context("spawn")  # a process that CUDA was used in cannot be forked
+    """Run one process until it has run all parts or one of them failed. Returns how many it has started."""
+    context = multiprocessing.get_context("spawn")  # a process that has used CUDA cannot be forked
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=work, args=(theirs, parts, device, tiny, ends, patience))
     process.start()
@@ -145,13 +145,13 @@ def _run_worker(parts: Sequence[Part], record: Record, device: str, tiny: bool, 
 
 
 def _follow(connection: Any, part: Part, record: Record, limit: float, ends: float) -> dict[str, Any] | None:
-    """Take what a part says until its end. The message behind it; None where the process is to be ended."""
+    """Process the messages of a part until its end. Returns the next message; None to end the process."""
     started = time.monotonic()
     while True:
         message = _next(connection, started + limit + _GRACE)
         spent = time.monotonic() - started
         if message is None:
-            record.end(part.name, "out of time", spent, f"killed {_GRACE:.0f} s behind its limit")
+            record.end(part.name, "out of time", spent, f"killed {_GRACE:.0f} s after its limit")
             return None
         if message["kind"] == "over":
             record.end(part.name, "failed", spent, "the process that ran it died")
@@ -164,7 +164,7 @@ def _follow(connection: Any, part: Part, record: Record, limit: float, ends: flo
 
 
 def _next(connection: Any, until: float) -> dict[str, Any] | None:
-    """What the worker says next; None if nothing came until then, "over" if it has ended."""
+    """The worker's next message; None if there was none by `until`, "over" if the worker has ended."""
     if not connection.poll(max(until - time.monotonic(), 0)):
         return None
     try:

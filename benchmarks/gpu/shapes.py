@@ -1,4 +1,4 @@
-"""Models with random weights, a tokenizer made in memory, and rows of random tokens."""
+"""Models with random weights, a tokenizer built in memory, and rows of random tokens."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ from promptkd.data.encode import EncodedExample
 __all__ = ["TOKENS", "lengths_around", "qwen", "random_rows", "sharp_model", "vocabulary_of", "words"]
 
 TOKENS = 151_665
-"""Tokens of Qwen2.5's tokenizers. Their heads have more columns, which mean nothing."""
+"""Tokens of Qwen2.5's tokenizers. The models' heads have more columns, which are padding."""
 _UNKNOWN, _END = "<unknown>", "<end>"
 
 _QWEN = {  # hidden, intermediate, layers, heads, key-value heads, columns of the head, tied
@@ -28,12 +28,12 @@ _TINY = {
 
 
 def vocabulary_of(bench: Bench) -> int:
-    """Tokens that the models of `qwen` share."""
+    """Vocabulary size that the models of `qwen` share."""
     return 500 if bench.tiny else TOKENS
 
 
 def qwen(size: str, bench: Bench, dtype: torch.dtype) -> PreTrainedModel:
-    """A model of Qwen2.5's shapes on the device, its weights as transformers draws them.
+    """A model with Qwen2.5's shapes on the device, with transformers' random initial weights.
 
     Args:
         size: "0.5B", "1.5B" or "7B".
@@ -59,12 +59,13 @@ def qwen(size: str, bench: Bench, dtype: torch.dtype) -> PreTrainedModel:
 def sharp_model(
     architecture: str, bench: Bench, *, dtype: torch.dtype = torch.float32, seed: int = 0, **settings: object
 ) -> PreTrainedModel:
-    """A small model whose biases, norms and positions matter, and whose logits spread over some nats.
+    """A small model whose biases, norms and positions matter, and whose logits spread over several nats.
 
-    A fresh model's do not, and errors in them would not show. It is the same on every device.
+    In a freshly initialized model they do not matter, and errors in them would not show. The model is the same on every
+    device.
 
     Args:
-        settings: further fields of the architecture's configuration, in place of those here.
+        settings: fields of the architecture's configuration that extend or override those here.
     """
     hidden, layers = (32, 2) if bench.tiny else (256, 4)
     fields = {
@@ -91,13 +92,13 @@ def sharp_model(
             else:
                 weight.copy_(noise * weight.shape[1] ** -0.5)
         model.get_output_embeddings().weight.mul_(2)
-        for weight in model.parameters():  # through the buffers, such as rotary frequencies, precision stays
+        for weight in model.parameters():  # not the buffers, such as rotary frequencies, which keep their precision
             weight.data = weight.data.to(dtype)
     return model.to(bench.device).eval()
 
 
 def words(size: int) -> PreTrainedTokenizerFast:
-    """A tokenizer of `size` tokens, which stand for themselves."""
+    """A word-level tokenizer with `size` tokens."""
     vocabulary = {_UNKNOWN: 0, _END: 1} | {f"t{index}": index for index in range(2, size)}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token=_UNKNOWN))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -107,7 +108,7 @@ def words(size: int) -> PreTrainedTokenizerFast:
 
 
 def lengths_around(mean: int, rows: int, *, seed: int = 0) -> list[int]:
-    """Within a quarter of `mean`."""
+    """Random lengths within a quarter of `mean`."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(mean - mean // 4, mean + mean // 4 + 1, (rows,), generator=generator).tolist()
 
@@ -115,7 +116,7 @@ def lengths_around(mean: int, rows: int, *, seed: int = 0) -> list[int]:
 def random_rows(
     prompts: Sequence[int], responses: Sequence[int], vocabulary: int, *, seed: int = 0
 ) -> list[EncodedExample]:
-    """Rows of random tokens, with these numbers of them."""
+    """Rows of random tokens, with these numbers of tokens per prompt and response."""
     generator = torch.Generator().manual_seed(seed)
 
     def tokens(length: int) -> list[int]:

@@ -1,9 +1,9 @@
-"""Part 8: a whole optimizer step, a 1.5B teacher and a 0.5B student, 32 rows: PromptKD, gkd, TRL's, the authors'.
+"""Part 8: an optimizer step of PromptKD, gkd, TRL and the authors' code: 1.5B teacher, 0.5B student, 32 rows.
 
-All score the same responses of given lengths, and all write as many tokens of their own in the rollout. Ours and TRL's
-trainer have a float32 student and compute in bfloat16; TRL's keeps its default of recomputed activations. The authors'
-manner has both models in bfloat16, rows padded to 512 tokens and prompts to 256 as in their scripts, eight rows at a
-time: four steps of it are counted as one.
+All score the same responses with given lengths, and all sample the same number of tokens in the rollout. Our trainer
+and TRL's have a float32 student and compute in bfloat16. TRL's keeps its default of recomputed activations. The
+authors' implementation has both models in bfloat16, with rows padded to 512 tokens and prompts to 256 as in their
+scripts, eight rows at a time: four of its steps are counted as one.
 """
 
 import gc
@@ -27,7 +27,7 @@ __all__ = ["run"]
 
 Windows = list[list[EncodedExample]]
 _STEPS = 3
-"""Of which the first is not counted: kernels are compiled and graphs captured in it."""
+"""The first step is not counted: it compiles kernels and captures graphs."""
 _AUTHORS_ROWS = 8
 
 
@@ -44,7 +44,7 @@ def run(bench: Bench) -> None:
         "PromptKD": lambda: _ours(bench, tokenizer, windows, shape, SoftPromptFactory, changes),
         "gkd": lambda: _ours(bench, tokenizer, windows, shape, None, changes),
         "TRL's DistillationTrainer": lambda: _trl(bench, tokenizer, windows, shape, changes),
-        "the authors' manner": lambda: _authors(bench, tokenizer, windows),
+        "the authors' code": lambda: _authors(bench, tokenizer, windows),
     }
     found: dict[str, float] = {}
     for name, way in ways.items():
@@ -54,7 +54,7 @@ def run(bench: Bench) -> None:
         gc.collect()
     for name, seconds in found.items():
         if name != "PromptKD" and "PromptKD" in found:
-            bench.report(f"{name}, seconds a step over PromptKD's", seconds / found["PromptKD"])
+            bench.report(f"{name}, seconds per step over PromptKD's", seconds / found["PromptKD"])
     if "PromptKD" in found and "TRL's DistillationTrainer" in found:
         bench.measured("step_over_trl", found["TRL's DistillationTrainer"] / found["PromptKD"])
 
@@ -75,7 +75,7 @@ def _ours(
         dtype = torch.bfloat16 if bench.on_cuda else torch.float32
         rate = matmul_rate(256 if bench.tiny else 8192, device=bench.device, dtype=dtype)
         floors = [step_flops(student, teacher, window, PROMPT_LENGTH)["total"] / rate for window in windows[1:]]
-        both = [step["prompt"] + step["student"] for step in steps[1:]]  # the update among it
+        both = [step["prompt"] + step["student"] for step in steps[1:]]  # including the update
         over = statistics.median(mine / floor for mine, floor in zip(both, floors, strict=True))
         unit = f"s at {rate / 1e12:.3g} TFLOP/s"
         bench.report("floor of prompt step and student step", statistics.median(floors), unit)
@@ -100,20 +100,20 @@ def _authors(bench: Bench, tokenizer: PreTrainedTokenizerBase, windows: Windows)
     restart_peak(bench.device)
     steps = run_authors(student, teacher, tokenizer, parts, shape)
     whole = [steps[0], _joined(steps[1:])]  # the first one is not counted
-    return _report(bench, "the authors' manner", whole, [first[:size], second], peak_bytes(bench.device))
+    return _report(bench, "the authors' code", whole, [first[:size], second], peak_bytes(bench.device))
 
 
 def _joined(steps: Steps) -> dict[str, float]:
-    """Several steps counted as one; the losses are their means."""
+    """Several steps counted as one: seconds are summed, losses averaged."""
     sums = {name: sum(step[name] for step in steps) for name in steps[0]}
     return {name: value / len(steps) if name.endswith("loss") else value for name, value in sums.items()}
 
 
 def _report(bench: Bench, name: str, steps: Steps, windows: Sequence[Any], peak: int | None) -> float:
-    """Median seconds a step, the first left out."""
+    """Median seconds per step, without the first step."""
     counted, tokens = steps[1:], [sum(len(row.prompt_ids) + len(row.response_ids) for row in each) for each in windows]
     seconds = statistics.median(step["seconds"] for step in counted)
-    metrics: dict[str, Any] = {"seconds a step": seconds}
+    metrics: dict[str, Any] = {"seconds per step": seconds}
     metrics |= {part: statistics.median(step[part] for step in counted) for part in ("rollout", "prompt", "student")}
     metrics["tokens/s"] = statistics.median(
         number / step["seconds"] for number, step in zip(tokens[1:], counted, strict=True)

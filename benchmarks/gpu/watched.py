@@ -1,4 +1,4 @@
-"""A `PromptKDTrainer` whose phases are watched from outside, as by the ranges of a profile."""
+"""A `PromptKDTrainer` whose phases can be observed from outside, for example by the ranges of a profile."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -10,7 +10,7 @@ __all__ = ["PHASES", "watched_trainer"]
 
 PHASES = ("rollout", "prompt", "student", "update")
 Watch = Callable[[str], AbstractContextManager[Any]]
-"""From a phase's name to what is entered while it runs."""
+"""Maps the name of a phase to a context manager that is entered while the phase runs."""
 
 
 def watched_trainer(watch: Watch) -> type[PromptKDTrainer]:

@@ -1,4 +1,4 @@
-"""The process that runs parts, one after the other, and says over a pipe what it finds."""
+"""The process that runs parts, one after the other, and sends its results over a pipe."""
 
 import gc
 import os
@@ -15,16 +15,16 @@ __all__ = ["work"]
 
 
 def work(connection: Connection, parts: Sequence[Part], device: str, tiny: bool, ends: float, patience: float) -> None:
-    """Run `parts`; on CUDA no further than the first that fails, since a failed kernel leaves the device unusable.
+    """Run `parts`. On CUDA, stop after the first that fails, because a failed kernel leaves the device unusable.
 
-    Messages: "machine" or "impossible" once; for every part "begin", what `Bench` sends, and "end" with "error" (None
-    if it went well).
+    Messages: "machine" or "impossible" once; for every part "begin", the messages of `Bench`, and "end" with "error"
+    (None if the part succeeded).
 
     Args:
-        ends: when all must be done, by `time.monotonic`.
-        patience: what the parts' limits are multiplied by.
+        ends: deadline for all parts, by `time.monotonic`.
+        patience: factor for the limits of the parts.
     """
-    # Their names are read when torch and transformers are imported.
+    # These variables are read when torch and transformers are imported.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch
@@ -37,7 +37,7 @@ def work(connection: Connection, parts: Sequence[Part], device: str, tiny: bool,
     transformers.utils.logging.disable_progress_bar()
     target = torch.device(device)
     if target.type == "cuda" and not torch.cuda.is_available():
-        connection.send({"kind": "impossible", "text": "There is no CUDA device. Give --device cpu --tiny."})
+        connection.send({"kind": "impossible", "text": "There is no CUDA device. Use --device cpu --tiny."})
         return
     connection.send({"kind": "machine", "value": describe(target)})
     for part in parts:
@@ -50,7 +50,7 @@ def work(connection: Connection, parts: Sequence[Part], device: str, tiny: bool,
                 import_module(f"benchmarks.gpu.{part.name}").run(Bench(target, tiny, limit, connection.send))
         except OutOfTime as late:
             error = {"status": "out of time", "text": str(late)}
-        # Whatever a part raises must not keep the others from running.
+        # No exception of a part may keep the others from running.
         except Exception as broken:
             text = f"{type(broken).__name__}: {broken}"
             error = {"status": "failed", "text": text, "traceback": traceback.format_exc()}

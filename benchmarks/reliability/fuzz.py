@@ -1,11 +1,11 @@
-"""Feed broken and hostile input to the readers for a while, and keep what they stumble over.
+"""Feed broken and hostile input to the readers for a while, and keep the inputs on which they fail.
 
-    python -m benchmarks.reliability.fuzz --seconds 600                      # hypothesis: mended and made-up input
-    python -m benchmarks.reliability.fuzz --seconds 600 --engine atheris     # libFuzzer, led by coverage
+    python -m benchmarks.reliability.fuzz --seconds 600                      # hypothesis: mutated and generated input
+    python -m benchmarks.reliability.fuzz --seconds 600 --engine atheris     # libFuzzer, guided by coverage
 
-Each target (`fuzz_targets.py`) gets an equal share of the time. A finding is anything raised that is no `RequestError`,
-or an input that takes longer than ten seconds; it is written to --findings, and replayed from there by the tests.
-atheris is no dependency of the project: `pip install atheris` where it is wanted.
+Each target (`fuzz_targets.py`) gets an equal share of the time. A finding is any exception other than `RequestError`,
+or an input that takes longer than ten seconds. It is written to --findings, and the tests replay it from there. atheris
+is not a dependency of the project: install it with `pip install atheris`.
 """
 
 import argparse
@@ -67,7 +67,7 @@ JSON = st.recursive(
 
 @st.composite
 def inputs(draw: st.DrawFn, seeds: list[bytes]) -> bytes:
-    """A whole input with a few pieces replaced, doubled or cut; or lines of JSON; or any bytes."""
+    """A valid input with a few pieces replaced, duplicated or cut; or lines of JSON; or any bytes."""
     shape = draw(st.sampled_from(["mended", "mended", "mended", "json", "bytes"]))
     if shape == "bytes":
         return draw(st.binary(max_size=200))
@@ -82,7 +82,7 @@ def inputs(draw: st.DrawFn, seeds: list[bytes]) -> bytes:
 
 
 def fuzz_by_hypothesis(name: str, seconds: float, first_seed: int, findings: Path) -> dict[str, object]:
-    """Rounds of a hundred inputs until the time is over; at most one finding a round is kept, made small."""
+    """Rounds of a hundred inputs until the time is over; at most one finding per round is kept, minimized."""
     from benchmarks.reliability.fuzz_targets import TARGETS, findings_of
 
     target, until = TARGETS[name], time.monotonic() + seconds
@@ -126,14 +126,14 @@ def fuzz_by_hypothesis(name: str, seconds: float, first_seed: int, findings: Pat
 
 
 def _parts(error: Exception) -> list[Exception]:
-    """hypothesis groups the different findings of a round."""
+    """The different findings of a round, which hypothesis groups."""
     return (
         [part for each in error.exceptions for part in _parts(each)] if isinstance(error, ExceptionGroup) else [error]
     )
 
 
 def fuzz_by_atheris(name: str, seconds: float, first_seed: int, findings: Path) -> dict[str, object]:
-    """libFuzzer in a process of its own; a finding ends it, and the next process goes on with what it had learned."""
+    """libFuzzer in its own process; a finding ends it, and the next process continues with the same corpus."""
     corpus = findings / "corpus" / name
     corpus.mkdir(parents=True, exist_ok=True)
     until, executions, found = time.monotonic() + seconds, 0, set()
@@ -161,7 +161,7 @@ def fuzz_by_atheris(name: str, seconds: float, first_seed: int, findings: Path) 
 
 
 def libfuzzer(name: str, seconds: int, first_seed: int, findings: Path) -> None:
-    """This process becomes libFuzzer on one target."""
+    """Run libFuzzer on one target in this process."""
     import atheris
 
     with atheris.instrument_imports(include=["promptkd", "json", "csv", "yaml", "jinja2"]):
@@ -202,7 +202,7 @@ def main() -> int:
     total = sum(int(str(each["executions"])) for each in summary.values())
     failed = sum(len(each["findings"]) for each in summary.values())  # type: ignore[arg-type]
     (given_here.findings / f"{given_here.engine}.json").write_text(json.dumps(summary, indent=1) + "\n")
-    print(f"{total} inputs in {given_here.seconds} s by {given_here.engine}: {failed} findings.")
+    print(f"{total} inputs in {given_here.seconds} s with {given_here.engine}: {failed} findings.")
     return min(failed, 1)
 
 

@@ -1,6 +1,6 @@
-"""What is fuzzed: readers of foreign bytes, each with a few whole inputs to start from.
+"""The fuzz targets: readers of untrusted bytes, each with a few valid inputs to start from.
 
-A target may accept an input or refuse it by `RequestError`. Anything else that it raises is a finding.
+A target may accept an input or refuse it with `RequestError`. Any other exception is a finding.
 """
 
 import gzip
@@ -54,7 +54,7 @@ class Target(NamedTuple):
 
 
 def findings_of(target: Target, data: bytes) -> Exception | None:
-    """What is wrong with how the target takes `data`; None if nothing is."""
+    """The exception that is a finding for `data`; None if there is none."""
     try:
         target.run(data)
     except RequestError:
@@ -65,7 +65,7 @@ def findings_of(target: Target, data: bytes) -> Exception | None:
 
 
 def _in_file(name: str, read: Callable[[Path], object]) -> Callable[[bytes], object]:
-    """Read `data` as the content of a file of this name, in a folder that holds nothing else."""
+    """Read `data` as the content of a file with this name, in a folder that contains nothing else."""
 
     def run(data: bytes) -> None:
         with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
@@ -107,7 +107,7 @@ def _options(data: bytes) -> None:
 def _gguf(path: Path) -> None:
     check_gguf(path)
     try:
-        GGUFReader(path)  # whatever it raises on a file that is whole, the loader turns into words; it must not hang
+        GGUFReader(path)  # the loader turns any exception on a complete file into a message; it must not hang
     except Exception:
         return
 
@@ -121,7 +121,7 @@ def _adapter(path: Path) -> None:
 def _template(data: bytes) -> None:
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
         rows = Path(folder) / "rows.jsonl"
-        rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:2]))  # those that every template renders
+        rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:2]))  # the ones that every template renders
         template = resolve_template(data.decode("utf-8", "replace"), TOKENIZER)
         for example in read_examples(rows):
             template.render(example)

@@ -1,16 +1,16 @@
-"""`kill -9` at random moments of pruning, conversion, distillation and reports, and what is lost by it: nothing.
+"""`kill -9` at random moments of pruning, conversion, distillation and reports must lose nothing.
 
     python -m benchmarks.reliability.kill
     python -m benchmarks.reliability.kill --kills 10 --seed 7 --json kills.json
 
-A job on tiny models prunes a student from a GGUF teacher (which is converted on the way), distills it with PromptKD,
-validating and saving on the way, and makes a report. It is done once undisturbed. Then it is done again and again, its
-processes killed from outside at a random moment after they have entered a part that was drawn, and restarted
-(`distill` with --resume) until the job is done. Each kill is counted for the part that it really met. Every job must
-end in the bits of the undisturbed one: the student's and the prompt's weights, the log but for its timings, the
-evaluations of the record, the pruned student and the converted teacher; and a report that is whole.
+A job on tiny models prunes a student from a GGUF teacher (which is converted first), distills it with PromptKD,
+including validation and checkpoints, and makes a report. It runs once undisturbed. Then it runs again and again. Its
+processes are killed from outside at a random moment after they have entered a randomly chosen part, and restarted
+(`distill` with --resume) until the job is done. Each kill is counted for the part that it actually interrupted. Every
+job must end with the same bits as the undisturbed one: the student's and the prompt's weights, the log except its
+timings, the evaluations of the record, the pruned student and the converted teacher. Its report must be complete.
 
-Processes are forked from this one, which has imported everything; each calls the command's own `main`.
+Processes are forked from this one, which has imported everything. Each calls the command's own `main`.
 """
 
 import argparse
@@ -58,15 +58,15 @@ PARTS: dict[str, tuple[Any, str, str]] = {
     "student step": (DistillTrainer, "training_step", "distill"),
     "validation": (DistillTrainer, "evaluate", "distill"),
     "checkpoint": (DistillTrainer, "_save_checkpoint", "distill"),
-    "saving the student": (TrainingRun, "save", "distill"),
+    "saving the student": (DistillTrainer, "save_student", "distill"),
     "record and page": (TrainingRun, "record", "distill"),
     "report": (promptkd.cli.commands.report, "run", "report"),
 }
-"""What is killed: where its function stands, and the command that it is a part of."""
+"""The parts that are killed: owner and name of the function, and the command that it belongs to."""
 
 
 class Marks:
-    """Memory shared with a child: which part it is in, how often it entered each, and the seconds it spent there."""
+    """Memory shared with a child: its current part, how often it entered each part, and the seconds spent there."""
 
     def __init__(self) -> None:
         self._memory = mmap.mmap(-1, 4096)
@@ -74,7 +74,7 @@ class Marks:
         self.entered, self.alarm = os.pipe()
 
     def watch(self, target: str, entry: int) -> None:
-        """In the child: mark every part, and sound the alarm at the so-manieth entry into `target`."""
+        """In the child: mark every part, and send the alarm at entry number `entry` into `target`."""
         for name, (owner, function, _) in PARTS.items():
             setattr(owner, function, self._marked(getattr(owner, function), name, target, entry))
 
@@ -119,7 +119,7 @@ class Marks:
 
 
 class Job:
-    """The commands of one job in `folder`, each tried until it ends by itself."""
+    """The commands of one job in `folder`; each is repeated until it ends by itself."""
 
     def __init__(self, folder: Path, world: World, teacher: Path, seed: int):
         self.folder = folder
@@ -135,7 +135,7 @@ class Job:
         }
 
     def attempt(self, command: str, marks: Marks, target: str, entry: int, delay: float) -> int:
-        """Start the command, kill it `delay` seconds after it entered `target`; its status as `os.waitpid` gives it."""
+        """Start the command, and kill it `delay` seconds after it entered `target`. Returns `os.waitpid`'s status."""
         arguments = [str(each) for each in self.commands[command]]
         if command == "distill" and (self.folder / "run" / "config.yaml").exists():
             arguments.append("--resume")
@@ -160,7 +160,7 @@ class Job:
                 return status
 
     def outcome(self) -> dict[str, Any]:
-        """All that must not differ."""
+        """Everything that must not differ between jobs."""
         run = self.folder / "run"
         bits: dict[str, Any] = {
             str(path.relative_to(self.folder)): path.read_bytes()
@@ -174,7 +174,7 @@ class Job:
         bits["metrics.jsonl"] = steps(run)
         bits["evaluations"] = json.loads((run / "results.json").read_text())["evaluations"]
         for page in (run / "report.html", self.folder / "report.html"):
-            bits[f"{page.relative_to(self.folder)} is whole"] = page.read_text().rstrip().endswith("</html>")
+            bits[f"{page.relative_to(self.folder)} is complete"] = page.read_text().rstrip().endswith("</html>")
         bits["left over"] = sorted(str(p.relative_to(self.folder)) for p in self.folder.rglob("*partial*"))
         return bits
 
@@ -200,7 +200,7 @@ def main() -> int:
         jobs = 0
         while plan and not problems:
             jobs += 1
-            job = Job(folder / "job", world, teacher, options.seed)  # the same place: records hold paths
+            job = Job(folder / "job", world, teacher, options.seed)  # the same folder, because records contain paths
             problems += _disturb(job, plan, marks, usual, draw, met)
             if not problems:
                 outcome = job.outcome()
@@ -210,7 +210,7 @@ def main() -> int:
             seconds = time.monotonic() - began
             print(f"{met.total()} of {options.kills} kills, {jobs} jobs, {seconds:.0f} s", file=sys.stderr)
     print("\n".join(f"{count:4} {name}" for name, count in met.most_common()))
-    print("\n".join(problems) or f"{met.total()} kills in {jobs} jobs; each job ended in the undisturbed one's bits.")
+    print("\n".join(problems) or f"{met.total()} kills in {jobs} jobs; all ended with the undisturbed bits.")
     if options.json:
         summary = {"seed": options.seed, "kills": met.total(), "met": dict(met), "jobs": jobs, "problems": problems}
         options.json.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
@@ -219,14 +219,14 @@ def main() -> int:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=50, help="how many (default 50)")
+    parser.add_argument("--kills", type=int, default=50, help="number of kills (default 50)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments (default 0)")
     parser.add_argument("--json", type=Path, help="write the counts to this file")
     return parser.parse_args()
 
 
 def _plan(kills: int, draw: random.Random) -> list[str]:
-    """The parts to aim at, each as often as the others, shuffled."""
+    """The parts to kill, each as often as the others, shuffled."""
     parts = [list(PARTS)[index % len(PARTS)] for index in range(kills)]
     draw.shuffle(parts)
     return parts
@@ -235,7 +235,7 @@ def _plan(kills: int, draw: random.Random) -> list[str]:
 def _disturb(
     job: Job, plan: list[str], marks: Marks, usual: dict[str, tuple[int, float]], draw: random.Random, met: Counter[str]
 ) -> list[str]:
-    """Do the job, at most six kills a command, taken from the plan; what went wrong."""
+    """Run the job with at most six kills per command, taken from the plan. Returns the problems."""
     for command in job.commands:
         for kills in range(1000):
             target = next((part for part in plan if PARTS[part][2] == command), "") if kills < 6 else ""

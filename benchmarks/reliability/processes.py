@@ -1,11 +1,11 @@
-"""Two and four processes on CPU train as one does; with --zero under DeepSpeed as well.
+"""Training on two and four CPU processes must equal training on one; with --zero also under DeepSpeed.
 
     python -m benchmarks.reliability.processes --json processes.json
     python -m benchmarks.reliability.processes --zero        # DeepSpeed must be installed
 
-Every run takes the data's responses, the rows' order of seed 42 and three steps. Printed is the largest difference from
-one process in any logged metric, in the prompt and in the student. It fails above 1e-5, or when a run takes longer than
---seconds.
+Every run uses the data's responses, the row order of seed 42 and three steps. The script prints the largest difference
+from one process in any logged metric, in the prompt and in the student. It fails above 1e-5, or if a run takes longer
+than --seconds.
 """
 
 import argparse
@@ -23,7 +23,7 @@ TOLERANCE = 1e-5
 
 
 def largest_difference(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
-    """Of all logged metrics, the prompt and the student, of two outcomes (tests/helpers/processes_worker.py)."""
+    """Over all logged metrics, prompt and student of two outcomes (tests/helpers/processes_worker.py)."""
     metrics = [
         abs(mine[name] - other[name]) for mine, other in zip(ours["log"], theirs["log"], strict=True) for name in mine
     ]
@@ -39,7 +39,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="Where to write the metrics.")
     options = parser.parse_args()
 
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes, and before torch is imported: threads do not survive a fork
+    os.environ["OMP_NUM_THREADS"] = "1"  # set before torch is imported, because threads do not survive a fork
     import torch
 
     from helpers import processes_worker

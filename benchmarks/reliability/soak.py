@@ -1,16 +1,17 @@
-"""Thousands of optimizer steps on a tiny model: memory, open files and disk stay flat, and restarts lose nothing.
+"""Thousands of optimizer steps on a tiny model: memory, open files and disk use stay flat, and restarts lose nothing.
 
     python -m benchmarks.reliability.soak
     python -m benchmarks.reliability.soak --steps 500 --restart-every 100 --json soak.json
 
-PromptKD runs twice over the same steps, with a validation every 50 and a checkpoint every 25: once in one process, and
-once stopped by SIGTERM and gone on with every so many steps. Each process is watched from outside. It fails if
+PromptKD runs twice over the same steps, with a validation every 50 and a checkpoint every 25 steps: once in one
+process, and once stopped by SIGTERM and resumed at regular intervals. Each process is observed from outside. The script
+fails if
 
-- the memory of a process grows in its second half by more than 4 KiB a step (a run keeps the log of its steps, about
-  2 KiB each) and 2 MiB (what the allocator holds varies so much), by a line fitted to it;
-- a process holds more files open in its last quarter than in its second, by their medians;
-- the run's folder, its log left out, ever holds more than four checkpoints (two that stay, one being written, one that
-  goes) and the finished files;
+- the memory of a process grows in its second half, by a fitted line, by more than 4 KiB per step (a run keeps the log
+  of its steps, about 2 KiB each) plus 2 MiB (the allocator's memory varies that much);
+- a process has more open files in its last quarter than in its second, by their medians;
+- the run's folder, without its log, ever contains more than four checkpoints (two that are kept, one being written, one
+  being removed) and the finished files;
 - student, prompt, log or record differ between the two runs.
 """
 
@@ -36,8 +37,8 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from helpers.commands import LIMITS, World, make_world, steps  # noqa: E402
 
-GROWTH, SLACK = 2**12, 2**21  # bytes a step, and bytes
-_LOGS = ("metrics.jsonl", "trainer_state.json")  # which grow with the steps, as they must
+GROWTH, SLACK = 2**12, 2**21  # bytes per step, and bytes
+_LOGS = ("metrics.jsonl", "trainer_state.json")  # which must grow with the steps
 
 
 @dataclass
@@ -47,7 +48,7 @@ class Process:
     samples: list[tuple[int, int, int, int]] = field(default_factory=list)
 
     def growth(self) -> float:
-        """Bytes of memory a step, by a least-squares line through the second half."""
+        """Bytes of memory per step, by a least-squares line through the second half."""
         half = self.samples[len(self.samples) // 2 :]
         if len({step for step, *_ in half}) < 2:
             return 0.0
@@ -82,7 +83,7 @@ def main() -> int:
         problems += _differences(folder / "alone", folder / "restarted", options.steps)
     for run in (alone, restarted):
         print(_table(run))
-    print("\n".join(problems) or f"Flat over {options.steps} steps; the restarted run ends in the same bits.")
+    print("\n".join(problems) or f"Flat over {options.steps} steps; the restarted run ends with the same bits.")
     if options.json:
         summary = {"steps": options.steps, "problems": problems, "runs": [asdict(run) for run in (alone, restarted)]}
         options.json.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
@@ -109,7 +110,7 @@ def _run(name: str, world: World, out: Path, total: int, stretch: int) -> Run:
     began, processes = time.monotonic(), []
     until: float = stretch
     while True:
-        until = until if until < total else math.inf  # which is left to end by itself
+        until = until if until < total else math.inf  # the last process ends by itself
         watched, status = _watch(_command(world, out, total) + (["--resume"] if processes else []), out, until)
         processes.append(watched)
         if status == 0:
@@ -124,7 +125,7 @@ def _run(name: str, world: World, out: Path, total: int, stretch: int) -> Run:
 
 
 def _watch(command: list[str], out: Path, until: float) -> tuple[Process, int]:
-    """Run a command, tell it to stop at step `until`, and look at it meanwhile."""
+    """Run a command, send it SIGTERM at step `until`, and take samples while it runs."""
     path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     record = Process()
@@ -141,7 +142,7 @@ def _look(child: "subprocess.Popen[bytes]", out: Path, until: float, record: Pro
     process, last, told = psutil.Process(child.pid), _step(out), False
     while child.poll() is None:
         step = _step(out)
-        if step > last:  # it trains: neither the loading nor the finish are looked at
+        if step > last:  # it trains: neither loading nor finishing is sampled
             with contextlib.suppress(psutil.NoSuchProcess):
                 record.samples.append((step, process.memory_info().rss, process.num_fds(), _size(out)))
             last = step
@@ -152,7 +153,7 @@ def _look(child: "subprocess.Popen[bytes]", out: Path, until: float, record: Pro
 
 
 def _step(out: Path) -> int:
-    """The last step of the log; its last line may be half written."""
+    """The last step of the log, whose last line may be incomplete."""
     file = out / "metrics.jsonl"
     if not file.exists():
         return 0
@@ -163,7 +164,7 @@ def _step(out: Path) -> int:
 
 
 def _size(folder: Path) -> int:
-    """Bytes of a folder's files, logs left out; files may go while they are counted."""
+    """Bytes of a folder's files without logs; files may be removed while they are counted."""
     total = 0
     for place, _, names in os.walk(folder):
         for name in names:
@@ -178,11 +179,11 @@ def _problems(run: Run) -> list[str]:
     for number, process in enumerate(run.processes, start=1):
         where = f"{run.name}, process {number}"
         if not process.samples:
-            found.append(f"{where}: it ended before it was seen to train.")
+            found.append(f"{where}: it ended before a training step was seen.")
             continue
         half = (process.samples[-1][0] - process.samples[0][0]) / 2
         if process.growth() * half > GROWTH * half + SLACK:
-            found.append(f"{where}: memory grows by {process.growth():,.0f} bytes a step over {half:.0f} steps.")
+            found.append(f"{where}: memory grows by {process.growth():,.0f} bytes per step over {half:.0f} steps.")
         second, last = process.files()
         if last > second:
             found.append(f"{where}: {last:g} files are open in the last quarter, {second:g} in the second.")
@@ -204,12 +205,12 @@ def _differences(alone: Path, restarted: Path, total: int) -> list[str]:
     found = [f"{name} differs between the two runs." for name, (one, other) in pairs.items() if one != other]
     logged = [line["step"] for line in pairs["metrics.jsonl"][1] if "loss" in line]
     if logged != list(range(2, total + 1, 2)):
-        found.append("The restarted run's log lacks a step or has one twice.")
+        found.append("The restarted run's log misses a step or has a duplicate.")
     return found
 
 
 def _table(run: Run) -> str:
-    heads = "process | steps | MiB of memory first, last | bytes a step | open files | KiB of disk first, most"
+    heads = "process | steps | MiB of memory first, last | bytes per step | open files | KiB of disk first, most"
     lines = [f"{run.name} ({run.seconds:.0f} s)", f" {heads}"]
     for number, process in enumerate(run.processes, start=1):
         if not process.samples:

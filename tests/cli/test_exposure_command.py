@@ -10,7 +10,7 @@ import torch
 
 from helpers.commands import LIMITS, TEMPLATE, TRAINING, World, done, held, make_world, run
 from helpers.tiny import END_ID, VOCABULARY, save_model, tiny_model, tiny_tokenizer
-from promptkd.cli.exposure_table import exposure_table
+from promptkd.cli.commands.exposure_bias import exposure_table
 from promptkd.data import encode_examples, read_examples
 from promptkd.evaluation import Decoding, ExposureBias, Scoring, exposure_bias, sample_continuations
 from promptkd.models import SoftPrompt, load_model, load_tokenizer

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from promptkd.cli.openmp import let_threads_sleep
+from promptkd.cli import let_threads_sleep
 
 NAMES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 

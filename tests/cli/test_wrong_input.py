@@ -14,7 +14,7 @@ import pytest
 import promptkd.models
 from helpers.commands import LIMITS, World, done, make_world, rows, run, write_rows
 from helpers.hostile import make_files, make_models, make_records
-from promptkd.cli import measuring_device, training_run
+from promptkd.cli import inference_run, training_run
 
 BROKEN = "\n".join([*map(json.dumps, rows(6)), '{"instruction": "the",']) + "\n"
 
@@ -448,7 +448,7 @@ CASES |= {
 def test_wrong_input(world, tmp_path, capsys, monkeypatch, case):
     loaded = []
     load_model = promptkd.models.load_model
-    for user in (measuring_device, training_run):
+    for user in (inference_run, training_run):
         monkeypatch.setattr(user, "load_model", lambda *a, **k: loaded.append(a) or load_model(*a, **k))
     before = state(world.folder)
     ran = run(capsys, *(placed(each, world, tmp_path) for each in case.request))

@@ -181,7 +181,7 @@ def test_wrong_numbers_of_checkpoints_are_refused(world, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-# ---- any step is one to go on from ----
+# ---- a run resumes from any step ----
 
 
 @pytest.mark.parametrize("stop", [2, 4, 5])  # within a logged line, at the end of an epoch, within the next line
@@ -252,7 +252,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoints(world, tmp_path, capsys):
         assert "Traceback" not in ran.err
         message = ran.err.splitlines()[-1]
         assert message.startswith(f"promptkd distill: Could not write {out}/checkpoints/checkpoint-2 (")
-        assert message.endswith("Whole and to go on from by --resume: checkpoint-1.")
+        assert message.endswith("Intact, for --resume: checkpoint-1.")
         assert {each.name for each in (out / "checkpoints").iterdir()} == {"checkpoint-1"}
         assert damage(out / "checkpoints" / "checkpoint-1") is None
         ballast.unlink()

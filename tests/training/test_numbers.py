@@ -131,7 +131,7 @@ def test_a_broken_model_stops_the_run_before_anything_moves(tmp_path, broken, ba
     assert len(named) == batch  # of the micro-batch, not of the window
     assert "6" in named
     assert set(named) <= {"4", "5", "6", "7"}
-    assert f"{tmp_path / 'checkpoint-1'} stays as it was; --resume goes on from it." in message
+    assert f"{tmp_path / 'checkpoint-1'} is intact; --resume starts from it." in message
     assert "or skip such steps by --on_nan skip" in message
     assert [each.name for each in tmp_path.iterdir() if each.is_dir()] == ["checkpoint-1"]
 

@@ -16,7 +16,7 @@ import promptkd.training.teacher_tuner
 import promptkd.training.validation
 from helpers.commands import LIMITS, World, distill, done, make_world, run, sft, steps, weights
 from helpers.trainers import log, trainer
-from promptkd.cli.run_folder import _MICRO_BATCHES, _OF_MEMORY
+from promptkd.cli.outputs import _MICRO_BATCHES, _OF_MEMORY
 from promptkd.errors import PromptKDError
 from promptkd.results import Results
 from promptkd.training import DistillConfig, FinetuneConfig
@@ -93,7 +93,7 @@ def test_a_phase_that_is_too_large_is_named_and_the_run_resumes(
     (message,) = [line for line in ran.err.splitlines() if "memory" in line]
     assert message.startswith(f"promptkd distill: Out of memory {told}")
     assert flags in message
-    assert "checkpoint-1 stays as it was; --resume goes on from it." in message
+    assert "checkpoint-1 is intact; --resume starts from it." in message
     assert "Traceback" not in ran.err
     done(capsys, *distill(world, out, *settings), "--resume")
     assert weights(out / "student") == weights(undisturbed / "student")

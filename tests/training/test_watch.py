@@ -54,9 +54,9 @@ def test_a_healthy_run_is_left_in_peace():
         ("length", {"response_length": 6.0}, 89, "collapsed to 6.0 tokens, from"),
         ("length", {"response_length": 1.2, "cut_share": 0.0}, 89, "collapsed to 1.2 tokens, from"),
         ("cut", {"cut_share": 1.0}, 84, "every response of 5 steps was cut at the length limit"),
-        ("entropy", {"entropy": 0.01}, 84, "entropy has fallen to 0.010 nats a token"),
+        ("entropy", {"entropy": 0.01}, 84, "entropy has fallen to 0.010 nats per token"),
         ("prompt norm", {"prompt_norm": 51.0}, 84, "its norm is 51, from 5 in the first step"),
-        ("prompt KL", {"prompt_regularizer": 2.5}, 84, "is 2.50 nats a token from the plain one"),
+        ("prompt KL", {"prompt_regularizer": 2.5}, 84, "is 2.50 nats per token from the plain one"),
         ("endless validation", {"eval_eos_share": 0.0}, 100, "ended by itself in two validations"),
     ],
 )
@@ -93,8 +93,8 @@ def test_an_episode_is_told_once_and_the_next_one_again():
             line["entropy"] = 0.0
     assert [each.step for each in findings(twice)] == [34, 84]
     assert findings_as_notes(twice) == [
-        "Warning at step 34, the first of 2: the entropy has fallen to 0.000 nats a token: the model has one thing to "
-        "say. Lower the learning rate, stop earlier, or take an objective that keeps to the data."
+        "Warning at step 34, the first of 2: the entropy has fallen to 0.000 nats per token: the model has one thing "
+        "to say. Lower the learning rate, stop earlier, or take an objective that keeps to the data."
     ]
 
 

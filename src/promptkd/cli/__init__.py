@@ -19,19 +19,17 @@ import io
 import os
 import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
 
-from promptkd.cli.openmp import let_threads_sleep
 from promptkd.cli.parsing.fields import nearest
 from promptkd.cli.parsing.help import command_help, overview
-from promptkd.cli.signals import ended_by_signals
-from promptkd.cli.terminal import is_main_process
+from promptkd.cli.terminal import say
 from promptkd.errors import NO_ROOM, PromptKDError, RequestError, Stopped
 from promptkd.io.redact import redacted
 from promptkd.visible import shown
-
-__all__ = ["COMMANDS", "main"]
 
 COMMANDS: dict[str, str] = {
     "demo": "Distill a small student offline on embedded defaults, with a report.",
@@ -50,56 +48,55 @@ COMMANDS: dict[str, str] = {
 }
 """Each command's name, in the order of the help: what it does."""
 
-_LONGEST_MESSAGE = 4000
-"""Characters of a failure's message that are shown: it may quote what a file holds."""
+_LONGEST_MESSAGE = 4000  # characters: it may quote what a file holds
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that `argv` (by default the program's arguments) names; return the exit status."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports its use over the network unless told not to
-    let_threads_sleep(os.environ)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else tokenizers warn, or hang, when a loader forks
+    let_threads_sleep(os.environ)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a λ in the help must not fail on an ASCII terminal
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in arguments
-    arguments = [argument for argument in arguments if argument != "--debug"]
+    given = list(sys.argv[1:] if argv is None else argv)
+    arguments = [argument for argument in given if argument != "--debug"]
     program = f"promptkd {arguments[0]}" if arguments and arguments[0] in COMMANDS else "promptkd"
     try:
-        with ended_by_signals():
+        with _ended_by_sigterm():
             status = _dispatch(arguments)
             sys.stdout.flush()
     except (Stopped, KeyboardInterrupt, Exception) as error:
-        return _report(error, program, debug)
+        return _report(error, program, debug=arguments != given)
     return status
 
 
-def _report(error: BaseException, program: str, debug: bool) -> int:
-    """Say on standard error what stopped the command; return the exit status."""
-    if isinstance(error, BrokenPipeError) and _reader_is_gone():
-        return 1
-    if debug:
-        traceback.print_exception(error)
-    notes = vars(error).get("__notes__", [])
-    if isinstance(error, Stopped | KeyboardInterrupt):
-        stop = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
-        if is_main_process():
-            print(shown(redacted(" ".join([f"{program}:", str(stop), *notes]))), file=sys.stderr)
-        return stop.status
-    if isinstance(error, PromptKDError):
-        message, status = f"{program}: {error}", error.exit_status
-    elif isinstance(error, OSError) and error.errno in NO_ROOM:
-        place = error.filename or "to the disk"
-        message, status = " ".join([f"{program}: Cannot write {place}: {error.strerror}.", *notes]), 1
-    else:
-        text = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
-        stop_mark = "" if text.endswith((".", "!", "?")) else "."
-        advice = "" if debug else " Run again with --debug for the traceback."
-        message, status = f"{program} failed: {text}{stop_mark}{advice}", 1
-    if len(message) > _LONGEST_MESSAGE:
-        message = f"{message[:_LONGEST_MESSAGE]} … ({len(message)} characters)"
-    print(shown(redacted(message)), file=sys.stderr)
-    return status
+def let_threads_sleep(environment: MutableMapping[str, str]) -> None:
+    """Have OpenMP's threads look a thousand times for work and then sleep, unless the environment says how they wait.
+
+    By default they spin for milliseconds, and take a core from what they wait for or from a neighbor on the machine.
+    Sleeping at once would cost a process alone half of its decoding (docs/performance.md has the measurements). torch
+    reads the setting when it is imported.
+    """
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & environment.keys():
+        environment["GOMP_SPINCOUNT"] = "1000"
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM raises `Stopped`, as SIGINT raises `KeyboardInterrupt`, so that the body clears away what it began."""
+
+    def stop(number: int, frame: object) -> None:
+        raise Stopped(number)
+
+    before = signal.getsignal(signal.SIGTERM)
+    if before is signal.SIG_IGN or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -108,11 +105,13 @@ def _dispatch(arguments: list[str]) -> int:
         return 2
     name, *rest = arguments
     if name in ("-h", "--help", "--help-all", "--help_all"):
-        return _show(overview(COMMANDS))
+        _show(overview(COMMANDS))
+        return 0
     if "--version" in arguments:
         from importlib.metadata import version
 
-        return _show(f"promptkd {version('promptkd')}\n")
+        _show(f"promptkd {version('promptkd')}\n")
+        return 0
     if name.startswith("-"):
         raise RequestError(f"Expected a command first. Got {name}. The commands are {', '.join(COMMANDS)}.")
     if name not in COMMANDS:
@@ -121,31 +120,47 @@ def _dispatch(arguments: list[str]) -> int:
         advice = f"Did you mean {guess!r}? `promptkd --help` lists the commands." if guess else listed
         raise RequestError(f"There is no command {name!r}. {advice}")
     command = importlib.import_module(f"promptkd.cli.options.{name.replace('-', '_')}")
-    every_flag = "--help-all" in rest or "--help_all" in rest
-    if every_flag or "--help" in rest or "-h" in rest:
-        return _show(command_help(name, command, every_flag=every_flag))
-    importlib.import_module("promptkd.cli.dispatch").run_command(name, command, rest)
+    every_flag = bool({"--help-all", "--help_all"} & {*rest})
+    if every_flag or {"--help", "-h"} & {*rest}:
+        _show(command_help(name, command, every_flag=every_flag))
+    else:
+        from promptkd.cli.dispatch import run_command  # reads YAML, which no help needs
+
+        run_command(name, command, rest)
     return 0
 
 
-def _show(text: str) -> int:
+def _report(error: BaseException, program: str, *, debug: bool) -> int:
+    """Say on standard error what stopped the command; return the exit status."""
+    if isinstance(error, BrokenPipeError) and not _show("\n"):  # standard output's pipe, and not, say, a socket's
+        return 1
+    if debug:
+        traceback.print_exception(error)
+    notes = vars(error).get("__notes__", [])
+    if isinstance(error, Stopped | KeyboardInterrupt):
+        stop = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
+        say(redacted(" ".join([f"{program}:", str(stop), *notes])))
+        return stop.status
+    status = 1
+    if isinstance(error, PromptKDError):
+        message, status = f"{program}: {error}", error.exit_status
+    elif isinstance(error, OSError) and error.errno in NO_ROOM:
+        message = " ".join([f"{program}: Cannot write {error.filename or 'to the disk'}: {error.strerror}.", *notes])
+    else:
+        text = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
+        advice = "" if debug else " Run again with --debug for the traceback."
+        message = f"{program} failed: {text}{'' if text.endswith(('.', '!', '?')) else '.'}{advice}"
+    if len(message) > _LONGEST_MESSAGE:
+        message = f"{message[:_LONGEST_MESSAGE]} … ({len(message)} characters)"
+    print(shown(redacted(message)), file=sys.stderr)
+    return status
+
+
+def _show(text: str) -> bool:
+    """Print the text at once; return whether anyone reads it. `promptkd --help | head` has had what it wanted."""
     try:
         print(text, end="", flush=True)
-    except BrokenPipeError:  # `promptkd distill --help | head` has had what it wanted
-        _discard_stdout()
-    return 0
-
-
-def _reader_is_gone() -> bool:
-    """Whether a broken pipe was standard output's (and not, say, a socket's), in which case nothing more is written."""
-    try:
-        print(flush=True)
-    except BrokenPipeError:
-        _discard_stdout()
-        return True
-    return False
-
-
-def _discard_stdout() -> None:
-    """Let the interpreter's last flush of standard output go nowhere, where it would complain of the broken pipe."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the interpreter's last flush would complain of it: let that go nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True

@@ -1,27 +1,23 @@
 """Answers on the terminal: side by side while they are written, or one after another where there is no terminal."""
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console
 from rich.live import Live
 from rich.panel import Panel
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from promptkd.cli.terminal import say
 from promptkd.generation.conversation import StreamedAnswer
 from promptkd.visible import shown
 
-NARROWEST = 36
+_NARROWEST = 36
 """Cells of a column below which fewer columns stand side by side."""
-SECONDS_BETWEEN_FRAMES = 0.08
-
-
-def on_terminal(console: Console) -> bool:
-    """Whether the console can redraw what it has shown."""
-    return console.is_terminal and not console.is_dumb_terminal
+_SECONDS_BETWEEN_FRAMES = 0.08
 
 
 @dataclass
@@ -36,30 +32,20 @@ class Writing:
     stopped: bool = False
 
     def advance(self) -> str:
-        """The next piece of text; `running` becomes false when there was none."""
+        """The next piece of text; `running` becomes false when there is none."""
         started = time.perf_counter()
-        try:
-            return next(self.pieces)
-        except StopIteration:
-            self.running = False
-            return ""
-        finally:
-            self.seconds += time.perf_counter() - started
-
-    def stop(self) -> None:
-        """Leave it as it is."""
-        self.stopped, self.running = self.running, False
+        piece = next(self.pieces, None)
+        self.seconds += time.perf_counter() - started
+        self.running = piece is not None
+        return piece or ""
 
     @property
     def status(self) -> str:
         """Length, speed, and why it ended if not by itself."""
-        rate = f", {self.answer.tokens / self.seconds:.0f}/s" if self.seconds and self.answer.tokens > 1 else ""
-        length = f"{self.answer.tokens} token{'s' * (self.answer.tokens != 1)}"
-        if self.stopped:
-            end = ", stopped"
-        else:
-            end = "" if self.running or self.answer.ended else f", cut at {self.answer.limit}"
-        return length + rate + end
+        answer = self.answer
+        rate = f", {answer.tokens / self.seconds:.0f}/s" if self.seconds and answer.tokens > 1 else ""
+        end = "" if self.running or answer.ended else f", cut at {answer.limit}"
+        return f"{answer.tokens} token{'s' * (answer.tokens != 1)}{rate}{', stopped' if self.stopped else end}"
 
 
 def write_side_by_side(console: Console, writings: Sequence[Writing]) -> None:
@@ -67,16 +53,15 @@ def write_side_by_side(console: Console, writings: Sequence[Writing]) -> None:
     drawn = 0.0
     with Live(console=console, auto_refresh=False, transient=True) as live:
         try:
-            while any(each.running for each in writings):
-                for each in writings:
-                    if each.running:
-                        each.advance()
-                if time.monotonic() - drawn >= SECONDS_BETWEEN_FRAMES:
+            while running := [each for each in writings if each.running]:
+                for each in running:
+                    each.advance()
+                if time.monotonic() - drawn >= _SECONDS_BETWEEN_FRAMES:
                     live.update(_page(console, writings, lines=console.height - 1), refresh=True)
                     drawn = time.monotonic()
         except KeyboardInterrupt:
             for each in writings:
-                each.stop()
+                each.stopped, each.running = each.running, False
     console.print(_page(console, writings))
 
 
@@ -91,21 +76,15 @@ def write_in_turn(console: Console, writings: Sequence[Writing]) -> None:
         say(f"{each.label}: {each.status}.")
 
 
-def _page(console: Console, writings: Sequence[Writing], lines: int | None = None) -> RenderableType:
+def _page(console: Console, writings: Sequence[Writing], lines: int | None = None) -> Table:
     """Panels in as many columns as fit. With `lines`, the end of each answer that fits into so many."""
-    across = max(1, min(len(writings), console.width // NARROWEST))
-    rows = [writings[first : first + across] for first in range(0, len(writings), across)]
+    across = max(1, min(len(writings), console.width // _NARROWEST))
     width = console.width // across - 4  # without border and padding
-    inside = None if lines is None else max(1, lines // len(rows) - 2)
-    grids = []
-    for row in rows:
-        grid = Table.grid(expand=True)
-        for _ in range(across):
-            grid.add_column(ratio=1, overflow="fold")
-        panels = [_panel(console, each, width, inside) for each in row]
-        grid.add_row(*panels, *[""] * (across - len(row)))
-        grids.append(grid)
-    return Group(*grids)
+    inside = None if lines is None else max(1, lines // math.ceil(len(writings) / across) - 2)
+    page = Table.grid(*(Column(ratio=1, overflow="fold") for _ in range(across)), expand=True)
+    for first in range(0, len(writings), across):
+        page.add_row(*(_panel(console, each, width, inside) for each in writings[first : first + across]))
+    return page
 
 
 def _panel(console: Console, writing: Writing, width: int, lines: int | None) -> Panel:

@@ -1,8 +1,10 @@
-"""The command's own lines on the terminal, from the first process alone."""
+"""The command's own lines on the terminal, from the first process alone, and the libraries' silence beside them."""
 
+import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable
 
 from promptkd.visible import shown
@@ -19,15 +21,29 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def progress_lines(title: str, total: int, every: float = 10.0) -> Callable[[str, int], None]:
-    """A callback that says how many of `total` rows are done, at most every `every` seconds."""
+def progress_lines(title: str, total: int) -> Callable[[str, int], None]:
+    """A callback that says how many of `total` rows are done, at most every 10 seconds."""
     last = time.monotonic()
 
     def tell(what: str, done: int) -> None:
         nonlocal last
         now = time.monotonic()
-        if now - last >= every:
+        if now - last >= 10:
             say(f"{title}: {done} of {total} {what}")
             last = now
 
     return tell
+
+
+def quiet_libraries() -> None:
+    """Leave the terminal to the command's own lines; errors of the libraries still show."""
+    from datasets import disable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    disable_progress_bars()
+    for name in ("accelerate", "promptkd.training.student"):  # the latter's notes, a command says itself
+        logging.getLogger(name).setLevel(logging.ERROR)

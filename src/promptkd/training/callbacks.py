@@ -25,7 +25,7 @@ _SUMMARY = "train_runtime"  # marks transformers' closing line, which is no step
 
 
 class MetricsFile(TrainerCallback):
-    """Appends every logged step to `metrics.jsonl`; a resumed run goes on where its checkpoint stands."""
+    """Appends every logged step to `metrics.jsonl`; a resumed run continues it from its checkpoint."""
 
     def __init__(self, path: Path):
         self._path = path

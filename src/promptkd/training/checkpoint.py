@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there, and which of them a run goes on from."""
+"""Atomic checkpoints, and which of them a run resumes from."""
 
 import json
 import os
@@ -63,7 +63,7 @@ def staged_checkpoint(trainer: Any) -> Iterator[None]:
         if is_out_of_memory(error):
             raise
         kept = ", ".join(each.name for each in checkpoints_in(root).values())
-        intact = f"Whole and to go on from by --resume: {kept}." if kept else "There is no earlier checkpoint."
+        intact = f"Intact, for --resume: {kept}." if kept else "There is no earlier checkpoint."
         raise PromptKDError(f"{_not_written(root / name, error)} {intact}") from error
     if trainer.args.should_save:
         shutil.rmtree(staging, ignore_errors=True)
@@ -142,7 +142,7 @@ def told_last_checkpoint(args: Any) -> str:
     written = list(checkpoints_in(Path(args.output_dir)).values())
     if not written:
         return "No checkpoint was written yet."
-    return f"{written[-1]} stays as it was{'.' if args.save_only_model else '; --resume goes on from it.'}"
+    return f"{written[-1]} is intact{'.' if args.save_only_model else '; --resume starts from it.'}"
 
 
 def resumable_checkpoint(folder: Path) -> tuple[Path | None, dict[Path, str]]:
@@ -151,7 +151,7 @@ def resumable_checkpoint(folder: Path) -> tuple[Path | None, dict[Path, str]]:
     It must be whole, and so must be the best checkpoint that it knows of. None if there is no checkpoint at all.
 
     Raises:
-        PromptKDError: if there are checkpoints, but none to go on from. Nothing is changed.
+        PromptKDError: if there are checkpoints, but none to resume from. Nothing is changed.
     """
     for staged in checkpoints_in(folder / _STAGING).values():  # whole when the process was killed before the rename
         if not (folder / staged.name).exists() and damage(staged) is None:
@@ -166,7 +166,7 @@ def resumable_checkpoint(folder: Path) -> tuple[Path | None, dict[Path, str]]:
     if problems:
         listed = "; ".join(f"{checkpoint.name}: {problem}" for checkpoint, problem in problems.items())
         raise PromptKDError(
-            f"No checkpoint in {folder} can be gone on from: {listed}. Nothing was deleted. Put the files back, or "
+            f"No checkpoint in {folder} can be resumed: {listed}. Nothing was deleted. Put the files back, or "
             "start again with --overwrite or another --out."
         )
     return None, {}

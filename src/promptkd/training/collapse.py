@@ -122,7 +122,7 @@ class Watch:
                 "entropy",
                 metrics["entropy"] < limits.entropy,
                 limits.steps,
-                f"the entropy has fallen to {metrics['entropy']:.3f} nats a token: the model has one thing to say. "
+                f"the entropy has fallen to {metrics['entropy']:.3f} nats per token: the model has one thing to say. "
                 "Lower the learning rate, stop earlier, or take an objective that keeps to the data.",
             )
         if "prompt_norm" in metrics:
@@ -141,7 +141,7 @@ class Watch:
                 "prompt KL",
                 kl > limits.prompt_kl,
                 limits.steps,
-                f"the teacher as it is trained along is {kl:.2f} nats a token from the plain one: the student learns "
+                f"the adapted teacher is {kl:.2f} nats per token from the plain one: the student learns "
                 "from another model than the one that was chosen. Raise --regularizer_coefficient, or lower "
                 "--prompt_learning_rate.",
             )

@@ -40,7 +40,7 @@ class TeacherTuner:
         self._before: tuple[dict[str, Tensor], dict[str, Any]] | None = None
 
     def start(self, total_steps: int) -> None:
-        """Make optimizer and schedule anew, for a training of `total_steps` optimizer steps."""
+        """Make a new optimizer and schedule, for a training of `total_steps` optimizer steps."""
         settings = self._settings
         self.optimizer = torch.optim.AdamW(
             self.adapter.parameters(), lr=settings.prompt_learning_rate, weight_decay=settings.prompt_weight_decay

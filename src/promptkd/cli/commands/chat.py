@@ -1,15 +1,14 @@
 """`promptkd chat`."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 from rich.console import Console
 
-from promptkd.cli.chat_view import Writing, on_terminal, write_in_turn, write_side_by_side
-from promptkd.cli.library_logging import quiet_libraries
-from promptkd.cli.measuring_device import computing_in, load_subject, settled_precision
+from promptkd.cli.chat_view import Writing, write_in_turn, write_side_by_side
+from promptkd.cli.inference_run import InferenceRun, sampling
 from promptkd.cli.options.chat import Options
 from promptkd.cli.parsing.values import LARGEST_INTEGER
 from promptkd.cli.provenance import label_of
@@ -17,10 +16,8 @@ from promptkd.cli.terminal import say
 from promptkd.errors import RequestError
 from promptkd.generation import Decoding
 from promptkd.generation.conversation import Conversation
-from promptkd.models import load_tokenizer
 
-Number = TypeVar("Number", int, float)
-HELP = """\
+_HELP = """\
 /reset            forget what was said, and the count of answers that seeds depend on
 /temperature T    sample at this temperature; 0 decodes greedily
 /seed N           draw the samples from another seed
@@ -29,36 +26,31 @@ A request that begins with a slash is typed with a space before it."""
 
 
 def run(options: Options, training: dict[str, Any]) -> None:
-    decoding = Decoding(
-        max_new_tokens=options.max_completion_length,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        top_k=options.top_k,
-        seed=options.seed,
-    )
+    decoding = Decoding(max_new_tokens=options.max_completion_length, seed=options.seed, **sampling(options))
     labels = _labels(options)
     if options.prompt is not None and not options.prompt.strip():
         raise RequestError("--prompt is empty. Expected some text.")
-    quiet_libraries()
-    session = _Session(_load(options, labels), decoding, Console(highlight=False))
-    with computing_in(settled_precision(options.dtype)):
-        _talk(session, options.prompt)
-
-
-def _talk(session: "_Session", prompt: str | None) -> None:
-    if prompt is not None:
-        session.ask(prompt)
-    elif sys.stdin.isatty() and sys.stdout.isatty():
-        session.talk()
-    else:
-        for line in _piped_lines():
-            if line.strip() and not session.take(line.rstrip("\n")):
-                break
+    job = InferenceRun(options)
+    conversations = {
+        label: Conversation(tokenizer=job.load_tokenizer(name), model=job.load_model(name), template=options.template)
+        for name, label in labels.items()
+    }
+    session = _Session(conversations, decoding, Console(highlight=False))
+    job.settle_precision()
+    with job.computing():
+        if options.prompt is not None:
+            session.ask(options.prompt)
+        elif sys.stdin.isatty() and sys.stdout.isatty():
+            session.talk()
+        else:
+            for line in _piped_lines():
+                if line.strip() and not session.take(line.rstrip("\n")):
+                    break
 
 
 def _labels(options: Options) -> dict[str, str]:
     """The label of each model, the teacher last."""
-    names = [*options.models, *([] if options.teacher is None else [options.teacher])]
+    names = options.models if options.teacher is None else [*options.models, options.teacher]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise RequestError(f"Each model answers once. {', '.join(twice)} is given more than once.")
@@ -66,15 +58,6 @@ def _labels(options: Options) -> dict[str, str]:
     if options.teacher is not None:
         labels[options.teacher] = f"teacher: {labels[options.teacher]}"
     return labels
-
-
-def _load(options: Options, labels: dict[str, str]) -> dict[str, Conversation]:
-    loaded = {}
-    for name, label in labels.items():
-        tokenizer = load_tokenizer(name, trust_remote_code=options.trust_remote_code)
-        model = load_subject(name, options.trust_remote_code)
-        loaded[label] = Conversation(model, tokenizer, options.template)
-    return loaded
 
 
 class _Session:
@@ -86,7 +69,11 @@ class _Session:
 
     def talk(self) -> None:
         """Read requests from the terminal until /exit or Ctrl-D."""
-        say(self._greeting())
+        alone = [label for label, each in self.conversations.items() if not each.remembers]
+        memory = "Each model reads the whole conversation, with its own answers."
+        if alone:
+            memory = f"Each request stands alone for {', '.join(alone)}: the template takes no conversation."
+        say(f"{memory} /help lists the commands, Ctrl-D leaves.")
         for line in _typed_lines():
             try:
                 if line.strip() and not self.take(line):
@@ -106,7 +93,7 @@ class _Session:
             case "/exit":
                 return False
             case "/help":
-                self.console.out(HELP, highlight=False)
+                self.console.out(_HELP, highlight=False)
             case "/reset":
                 self.turn = 0
                 for conversation in self.conversations.values():
@@ -128,17 +115,11 @@ class _Session:
             except RequestError as error:
                 raise RequestError(f"{label}: {error}") from error
         self.turn += 1
-        (write_side_by_side if on_terminal(self.console) else write_in_turn)(self.console, writings)
-
-    def _greeting(self) -> str:
-        alone = [label for label, each in self.conversations.items() if not each.remembers]
-        memory = "Each model reads the whole conversation, with its own answers."
-        if alone:
-            memory = f"Each request stands alone for {', '.join(alone)}: the template takes no conversation."
-        return f"{memory} /help lists the commands, Ctrl-D leaves."
+        can_redraw = self.console.is_terminal and not self.console.is_dumb_terminal
+        (write_side_by_side if can_redraw else write_in_turn)(self.console, writings)
 
 
-def _number(kind: type[Number], name: str, value: str) -> Number:
+def _number(kind: Callable[[str], Any], name: str, value: str) -> Any:
     try:
         number = kind(value)
         if abs(number) <= LARGEST_INTEGER:  # neither NaN nor infinite

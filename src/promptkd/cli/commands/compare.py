@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from promptkd.cli.option_checks import check_output
 from promptkd.cli.options.compare import Options
+from promptkd.cli.outputs import check_output
 from promptkd.cli.parsing.parser import merged_config
 from promptkd.cli.provenance import label_of
 from promptkd.cli.terminal import say
@@ -14,7 +14,7 @@ from promptkd.evaluation.pairing import Candidate
 from promptkd.report.differences import compared_sentences
 from promptkd.report.metrics import metric_info
 from promptkd.report.terminal import compared_text
-from promptkd.results import ModelRecord, Results, Training
+from promptkd.results import Results, Training
 
 
 def run(options: Options, training: dict[str, Any]) -> None:
@@ -32,7 +32,7 @@ def run(options: Options, training: dict[str, Any]) -> None:
     results = Results(
         kind="compare",
         config=merged_config(options, {}),
-        models={each.label: size for each in candidates if (size := _size(each)) is not None},
+        models={each.label: size for each in candidates if (size := each.record.models.get(each.model)) is not None},
         training={each.label: cost for each in candidates if (cost := _cost(each)) is not None},
         data=comparison.data,
         evaluations=comparison.evaluations,
@@ -46,8 +46,9 @@ def run(options: Options, training: dict[str, Any]) -> None:
 
 
 def _candidates(run: str) -> list[Candidate]:
-    """The models of one run. A run's own words for its model, "student" and "model", give way to its folder's name."""
-    name, path = _named(run)
+    """The models of RUN or LABEL=RUN. Its own words for its model, "student" and "model", give way to its folder's."""
+    label, _, rest = run.partition("=")
+    name, path = (label, Path(rest)) if label and rest and not Path(run).exists() else (None, Path(run))
     file = path / "results.json" if path.is_dir() else path
     record = Results.read(file)
     models = list(dict.fromkeys(each.model for each in record.evaluations))
@@ -63,22 +64,8 @@ def _candidates(run: str) -> list[Candidate]:
     return [Candidate(name or model, record, model) for model in models]
 
 
-def _named(run: str) -> tuple[str | None, Path]:
-    """The parts of LABEL=RUN; a path that exists is none, whatever is in its name."""
-    label, equals, path = run.partition("=")
-    if equals and label and path and not Path(run).exists():
-        return label, Path(path)
-    return None, Path(run)
-
-
-def _size(candidate: Candidate) -> ModelRecord | None:
-    return candidate.record.models.get(candidate.model)
-
-
 def _cost(candidate: Candidate) -> Training | None:
     """What the model cost to train: under its label, or the only one in the record of a run of one model."""
     known = candidate.record.training
-    if candidate.model in known:
-        return known[candidate.model]
     alone = len(known) == 1 and len({each.model for each in candidate.record.evaluations}) == 1
-    return next(iter(known.values())) if alone else None
+    return known.get(candidate.model, next(iter(known.values())) if alone else None)

@@ -2,11 +2,10 @@
 
 from typing import Any
 
-from promptkd.cli.library_logging import quiet_libraries
 from promptkd.cli.options.demo import Options
+from promptkd.cli.outputs import RunFolder
 from promptkd.cli.parsing.parser import merged_config
-from promptkd.cli.run_folder import RunFolder
-from promptkd.cli.terminal import say
+from promptkd.cli.terminal import quiet_libraries, say
 from promptkd.demo.pipeline import Demo
 from promptkd.demo.settings import DemoSettings, teacher_file
 from promptkd.io.atomic import write_atomic
@@ -17,14 +16,13 @@ from promptkd.report import render_report, terminal_table
 def run(options: Options, training: dict[str, Any]) -> None:
     quiet_libraries()
     teacher_file()
-    folder = RunFolder(options.out)
-    merged = merged_config(options, {})
-    folder.check(merged, resume=False, overwrite=options.overwrite)
+    folder = RunFolder(options.out, merged_config(options, {}), resume=False, overwrite=options.overwrite)
+    folder.check()
     with folder.locked():
-        folder.open(merged, resume=False, overwrite=options.overwrite)
-        demo = Demo(DemoSettings(layers=options.layers, steps=options.steps, seed=options.seed), options.out, say)
+        with folder.opened():
+            demo = Demo(DemoSettings(layers=options.layers, steps=options.steps, seed=options.seed), options.out, say)
         results = demo.run()
-        results.notes = [*results.notes, f"Peak memory {peak_memory() / 2**30:.1f} GiB."]
+        results.notes.append(f"Peak memory {peak_memory() / 2**30:.1f} GiB.")
         results.write(folder.results)
         write_atomic(folder.report, render_report([results], title="promptkd demo"))
     print(terminal_table([results]))

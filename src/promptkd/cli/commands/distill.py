@@ -1,34 +1,48 @@
-"""`promptkd distill`."""
+"""`promptkd distill`, and what its --dry-run prints."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from peft import LoraConfig
 
-from promptkd.cli.forecast import print_forecast
 from promptkd.cli.options.distill import Options
+from promptkd.cli.terminal import is_main_process, say
 from promptkd.cli.training_run import TrainingRun
 from promptkd.data import Example, read_examples
 from promptkd.errors import RequestError
+from promptkd.memory import gibibytes
 from promptkd.methods import Method
-from promptkd.models import check_same_vocabulary
+from promptkd.models import check_same_vocabulary, count_parameters
+from promptkd.report.formatting import duration
+from promptkd.responses import writes_responses
+from promptkd.results import Metric
 from promptkd.training import DistillConfig, DistillTrainer
 from promptkd.training.config import chosen_method
-from promptkd.training.dry_run import at_its_most, leave_nothing, longest_rows_first, take_trial_steps
+from promptkd.training.dry_run import Trial, at_its_most, leave_nothing, longest_rows_first, take_trial_steps
 from promptkd.training.teacher import teacher_settings
-
-_STALE = (
-    "--prompt_refresh stale: the student learns from the prompted teacher of before each update of the prompt. "
-    "This is another algorithm than PromptKD as published."
-)
 
 
 def run(options: Options, training: dict[str, Any]) -> None:
     job, args, method = checked(options, training)
-    with nullcontext() if options.dry_run else job.folder.locked():
+    with TemporaryDirectory() if options.dry_run else job.folder.locked() as place:
+        if options.dry_run:
+            leave_nothing(args, str(place))
         _distill(options, job, args, method)
+
+
+def checked(
+    options: Options, training: dict[str, Any], read: Callable[..., list[Example]] = read_examples
+) -> tuple[TrainingRun, DistillConfig, Method]:
+    """The run, once everything that can be checked without a model is sound; nothing is written."""
+    if options.dry_run and options.resume:
+        raise RequestError("--dry-run looks at a run from its first step on. Leave --resume out.")
+    if options.merge and options.student_lora_rank is None:
+        raise RequestError("--merge merges the student's LoRA weights: give --student-lora-rank with it.")
+    job = TrainingRun("distill", options, training, read)
+    args = job.arguments(DistillConfig)
+    return job, args, chosen_method(args)
 
 
 def _distill(options: Options, job: TrainingRun, args: DistillConfig, method: Method) -> None:
@@ -39,7 +53,12 @@ def _distill(options: Options, job: TrainingRun, args: DistillConfig, method: Me
     teacher = job.load("teacher", options.teacher, teacher_settings(args, method))
     if options.dry_run:
         train, method = longest_rows_first(train, args, method), at_its_most(method)
-    with _trial_folder(args) if options.dry_run else job.opened():
+    lora, rank = None, options.student_lora_rank
+    if rank is not None:
+        lora = LoraConfig(
+            r=rank, lora_alpha=options.student_lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
+    with nullcontext() if options.dry_run else job.folder.opened():
         trainer = DistillTrainer(
             student,
             teacher,
@@ -49,62 +68,57 @@ def _distill(options: Options, job: TrainingRun, args: DistillConfig, method: Me
             tokenizer,
             method=method,
             teacher_processing_class=teacher_tokenizer,
-            peft_config=_lora(options),
+            peft_config=lora,
         )
         if options.merge and trainer.is_sharded:
             raise RequestError("--merge needs the student's weights whole: leave it out, and merge by promptkd export.")
         for note in trainer.notes:
             job.note(note)
         if options.dry_run:
-            print_forecast(trainer, take_trial_steps(trainer))
+            trial = take_trial_steps(trainer)
+            if is_main_process():
+                print(_forecast(trainer, trial))
             return
-    job.tell_trained_share(*trainer.trainable_share())
+    numbers, share = trainer.trainable_share()
+    if numbers:
+        say(f"{numbers:,} parameters of the teacher are trained, {share:.4%} of its parameters.")
+        job.results.metrics["teacher_trained_numbers"] = Metric(value=numbers)
+        job.results.metrics["teacher_trained_share"] = Metric(value=share)
     if args.prompt_refresh == "stale":
-        job.note(_STALE)
+        job.note(
+            "--prompt_refresh stale: the student learns from the prompted teacher of before each update of the prompt. "
+            "This is another algorithm than PromptKD as published."
+        )
     job.train(trainer, "Distilling")
     if options.merge:
         trainer.merge_student()
-    job.save(trainer, "student")
+    trainer.save_student(job.folder.path / "student")
     trainer.save_adapter(job.folder.path)
     job.record(trainer, "student")
 
 
-def checked(
-    options: Options, training: dict[str, Any], read: Callable[..., list[Example]] = read_examples
-) -> tuple[TrainingRun, DistillConfig, Method]:
-    """The run, once everything that can be checked without a model is sound; nothing is written.
-
-    Args:
-        read: reads a data set, as `read_examples` does.
-    """
-    _check(options)
-    job = TrainingRun("distill", options, training, read)
-    args = job.arguments(DistillConfig)
-    return job, args, chosen_method(args)
-
-
-@contextmanager
-def _trial_folder(args: Any) -> Iterator[None]:
-    """Where a dry run's trainer may write: a folder that is gone afterwards."""
-    with TemporaryDirectory() as folder:
-        leave_nothing(args, folder)
-        yield
-
-
-def _check(options: Options) -> None:
-    if options.dry_run and options.resume:
-        raise RequestError("--dry-run looks at a run from its first step on. Leave --resume out.")
-    if options.merge and options.student_lora_rank is None:
-        raise RequestError("--merge merges the student's LoRA weights: give --student-lora-rank with it.")
-
-
-def _lora(options: Options) -> Any:
-    if options.student_lora_rank is None:
-        return None
-
-    return LoraConfig(
-        r=options.student_lora_rank,
-        lora_alpha=options.student_lora_alpha,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
+def _forecast(trainer: Any, trial: Trial) -> str:
+    """What the run will need: its sizes and steps, and the memory and time that the trial took, by phase."""
+    student, teacher = trainer.accelerator.unwrap_model(trainer.model), trainer.teacher.model
+    trained, _ = trainer.trainable_share()
+    args = trainer.args
+    window = args.per_device_train_batch_size * args.gradient_accumulation_steps * trainer.accelerator.num_processes
+    writes = writes_responses(trainer.method.responses)
+    memory = "held at the ends of phases" if trial.sampled else "the most held in each phase"
+    by_size = sorted(trial.peak_memory_by_phase.items(), key=lambda each: -each[1])
+    how = "on one step after one to warm up" if trial.warm else "on the run's only step"
+    at_most = duration(trial.seconds * trial.steps)
+    lines = [
+        ("student", f"{count_parameters(student, trainable=True):,} of {count_parameters(student):,} trained"),
+        ("teacher", f"{trained:,} trained, {count_parameters(teacher):,} parameters"),
+        ("rows", f"{len(trainer.train_dataset):,}"),
+        ("optimizer steps", f"{trial.steps:,} of {window} rows"),
+        ("rollouts per step", f"up to {window}" if writes else "none, the data's responses serve"),
+        (f"memory, measured on the longest rows, of up to {trial.longest_row:,} tokens; {memory}", ""),
+        *((f"  {name}", gibibytes(size)) for name, size in by_size),
+        ("  peak", f"{gibibytes(trial.peak_memory_bytes)}, loading included"),
+        ("seconds per step", f"{trial.seconds:.2f}, measured {how} with the longest rows"),
+        *((f"  {name}", f"{seconds:.2f}") for name, seconds in trial.seconds_by_phase.items()),
+        ("expected time", f"at most {at_most}; loading, validation and checkpoints apart"),
+    ]
+    return "\n".join(f"{name:<34}{value}".rstrip() for name, value in lines)

@@ -6,39 +6,38 @@ from typing import Any
 
 import torch
 
-from promptkd.cli.library_logging import quiet_libraries
-from promptkd.cli.option_checks import check_output, check_writable
 from promptkd.cli.options.export import Options
+from promptkd.cli.outputs import check_output, check_writable, refuse_foreign
 from promptkd.cli.provenance import label_of
-from promptkd.cli.terminal import say
+from promptkd.cli.terminal import quiet_libraries, say
 from promptkd.errors import RequestError, writing
 from promptkd.io.atomic import atomic
 from promptkd.models import count_parameters
 from promptkd.models.export import export_gguf, export_safetensors, plain_model
 
-_OWN = ("config.json", "generation_config.json", "chat_template.jinja", "special_tokens_map.json", "vocab.json")
-_OWN_PATTERNS = ("model*.safetensors", "model.safetensors.index.json", "tokenizer*", "merges.txt", "*.py")
+_OWN = (
+    *("config.json", "generation_config.json", "chat_template.jinja", "special_tokens_map.json", "vocab.json"),
+    *("model*.safetensors", "model.safetensors.index.json", "tokenizer*", "merges.txt", "*.py"),
+)
 
 
 def run(options: Options, training: dict[str, Any]) -> None:
     _check(options)
     quiet_libraries()
     dtype = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[options.dtype]
-    model, tokenizer = plain_model(options.model, trust_remote_code=options.trust_remote_code)
+    trusted = options.trust_remote_code
+    model, tokenizer = plain_model(options.model, trust_remote_code=trusted)
     started = time.monotonic()
     with writing(options.out), atomic(options.out) as partial:
         if options.to == "gguf":
             found = export_gguf(partial, model, tokenizer, dtype, title=label_of(options.model))
         else:
-            trusted = options.trust_remote_code
             found = export_safetensors(partial, model, tokenizer, dtype, trust_remote_code=trusted)
     seconds = time.monotonic() - started
     files = [each for each in options.out.rglob("*") if each.is_file()] or [options.out]
-    size = sum(each.stat().st_size for each in files)
-    say(
-        f"{options.out}: {count_parameters(model):,} parameters in {options.dtype}, {size / 1e6:,.1f} MB, "
-        f"{seconds:.1f} s."
-    )
+    size = sum(each.stat().st_size for each in files) / 1e6
+    count = count_parameters(model)
+    say(f"{options.out}: {count:,} parameters in {options.dtype}, {size:,.1f} MB, {seconds:.1f} s.")
     say(
         f"Read back, the logits of {found.tokens} tokens differ from the model's by at most {found.difference:.1g} "
         f"(limit {found.limit:.1g}), and {found.texts} texts are cut into the same tokens."
@@ -65,9 +64,4 @@ def _check(options: Options) -> None:
     held = sorted(each.name for each in out.iterdir()) if out.is_dir() else []
     if held and not options.overwrite:
         raise RequestError(f"{out} is not empty. Replace the model in it by --overwrite or give another --out.")
-    foreign = [name for name in held if name not in _OWN and not any(map(Path(name).match, _OWN_PATTERNS))]
-    if foreign:
-        raise RequestError(
-            f"--overwrite replaces an exported model, but {out} holds {', '.join(foreign[:5])}. Move it away or give "
-            "another --out."
-        )
+    refuse_foreign(out, [name for name in held if not any(map(Path(name).match, _OWN))], "an exported model")

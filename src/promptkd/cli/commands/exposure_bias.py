@@ -1,45 +1,25 @@
 """`promptkd exposure-bias`."""
 
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from promptkd.cli.exposure_table import exposure_table
-from promptkd.cli.library_logging import quiet_libraries
-from promptkd.cli.measuring_device import (
-    computing_in,
-    load_subject,
-    measured_rows,
-    precision_notes,
-    say_peak,
-    settled_precision,
-    settled_rows,
-    teacher_precision_here,
-)
-from promptkd.cli.option_checks import check_output
+from promptkd.cli.inference_run import InferenceRun
 from promptkd.cli.options.exposure_bias import Options
+from promptkd.cli.outputs import check_output
 from promptkd.cli.parsing.parser import merged_config
 from promptkd.cli.provenance import data_record, label_of
 from promptkd.cli.terminal import progress_lines, say
-from promptkd.data import stop_token_ids
+from promptkd.data import EncodedData
 from promptkd.errors import RequestError
-from promptkd.evaluation import Scoring, exposure_bias, sample_continuations
-from promptkd.evaluation.exposure_bias import ExposureBias
-from promptkd.generation import Decoding
+from promptkd.evaluation import ExposureBias, Scoring, exposure_bias, sample_continuations
 from promptkd.memory import peak_memory
-from promptkd.models import (
-    SoftPrompt,
-    check_same_vocabulary,
-    load_tokenizer,
-    model_record,
-    resolve_model,
-    shared_vocabulary_size,
-    vocabulary_size,
-)
-from promptkd.results import Curve, Results
+from promptkd.models import SoftPrompt, check_same_vocabulary, model_record, resolve_model, shared_vocabulary_size
+from promptkd.report.terminal import text_table
+from promptkd.results import Curve, CurvePoint, Metric, Results
 from promptkd.training.checkpoint import checkpoints_in
 
 
@@ -47,112 +27,100 @@ def run(options: Options, training: dict[str, Any]) -> None:
     check_output(options.out, overwrite=options.overwrite)
     if len(set(options.student)) < len(options.student):
         raise RequestError(f"Each student must be given once. Got {' '.join(options.student)}.")
-    quiet_libraries()
-    students = _students(options)
-    soft_prompt = _soft_prompt(options.prompt)
-    tokenizer, data = _requests(options)
-    weights = teacher_precision_here(options.teacher_dtype)
-    teacher = load_subject(options.teacher, options.trust_remote_code, weights)
-    prompt = _placed(soft_prompt, teacher, options.prompt)
-    precision = settled_precision(options.dtype)
-    results = Results(kind="exposure-bias", config=merged_config(options, {}))
-    results.notes += precision_notes(precision, weights)
-    results.models[f"teacher {label_of(options.teacher)}"] = model_record(options.teacher, teacher)
-    results.data[label_of(options.data)] = data_record(options.data, len(data.examples), data.dropped)
-    job = _Job(options, results, tokenizer, data.examples, teacher, prompt)
-    with computing_in(precision):
-        samples = job.sample("the teacher", teacher, prompt)
-    measured = {}
-    for label, path in students.items():  # each under an autocast of its own, which keeps copies of its weights
-        with computing_in(precision):
-            measured[label] = job.measure(label, path, samples)
-    results.notes.append(f"Peak memory {peak_memory() / 2**30:.1f} GiB.")
-    results.write(options.out)
+    job = _ExposureRun(options)
+    samples = job.sample("the teacher", job.teacher, job.prompt)
+    measured = {label: job.measure(label, path, samples) for label, path in job.students.items()}
+    job.results.notes.append(f"Peak memory {peak_memory() / 2**30:.1f} GiB.")
+    job.results.write(options.out)
     print(exposure_table(measured))
     say(f"The record is in {options.out}.")
-    say_peak()
+    job.say_peak()
 
 
-@dataclass
-class _Job:
-    """What is measured alike for every student."""
+class _ExposureRun(InferenceRun):
+    """What all students are measured with, and the record of it."""
 
-    options: Options
-    results: Results
-    tokenizer: Any
-    rows: list[Any]
-    teacher: Any
-    prompt: Tensor | None
+    def __init__(self, options: Options):
+        super().__init__(options)
+        self.students, soft_prompt = _students(options), _soft_prompt(options.prompt)
+        self.tokenizer, data = _requests(self)
+        self.rows, self.prompts = data.examples, [row.prompt_ids for row in data.examples]
+        self.teacher = self.load_teacher(options.teacher)
+        self.prompt = None if soft_prompt is None else _placed(soft_prompt, self.teacher, options.prompt)
+        self.settle_precision()
+        self.results = Results(kind="exposure-bias", config=merged_config(options, {}), notes=self.precision_notes())
+        self.results.models[f"teacher {label_of(options.teacher)}"] = model_record(options.teacher, self.teacher)
+        self.results.data[label_of(options.data)] = data_record(options.data, len(self.rows), data.dropped)
 
     def sample(self, title: str, model: Any, prompt: Tensor | None = None) -> list[list[list[int]]]:
         """The model's continuations of every request."""
         options, started = self.options, time.perf_counter()
         tell = progress_lines(f"Sampling {title}", len(self.rows) * options.samples_per_row)
-        samples = sample_continuations(
-            model,
-            [row.prompt_ids for row in self.rows],
-            Decoding(
-                max_new_tokens=options.max_completion_length,
-                stop_ids=stop_token_ids(self.tokenizer, model.generation_config, options.template),
-                vocabulary=vocabulary_size(self.tokenizer),
-                seed=options.seed,
-                batch_size=settled_rows(options.batch_size),
-            ),
-            samples_per_row=options.samples_per_row,
-            rows=[row.row for row in self.rows],
-            prompt=prompt,
-            on_batch=lambda done: tell("continuations", done),
-        )
+        with self.computing():
+            samples = sample_continuations(
+                model,
+                self.prompts,
+                self.decoding(self.tokenizer, model, seed=options.seed),
+                samples_per_row=options.samples_per_row,
+                rows=[row.row for row in self.rows],
+                prompt=prompt,
+                on_batch=lambda done: tell("continuations", done),
+            )
         self.results.timings[f"sampling {title}"] = time.perf_counter() - started
         return samples
 
     def measure(self, label: str, path: str, teacher_samples: list[list[list[int]]]) -> ExposureBias:
-        """One student, loaded for as long as this takes; its curve goes into the record."""
-        student = load_subject(path, self.options.trust_remote_code)
-        self.results.models[label] = model_record(path, student)
-        samples = self.sample(label, student)
-        started = time.perf_counter()
-        tell = progress_lines(f"Scoring {label}", 2 * len(self.rows) * self.options.samples_per_row)
-        measured = exposure_bias(
-            student,
-            self.teacher,
-            [row.prompt_ids for row in self.rows],
-            samples,
-            teacher_samples,
-            Scoring(
-                self.prompt,
-                vocabulary=shared_vocabulary_size(student, self.teacher, self.tokenizer),
-                on_batch=lambda done: tell("continuations", done),
-            ),
-            ended=self.options.ended,
-        )
-        self.results.timings[f"scoring {label}"] = time.perf_counter() - started
-        self.results.metrics[f"{label}: KL(teacher || student) on its own continuations, nats/token"] = (
-            measured.on_student
-        )
-        self.results.metrics[f"{label}: KL(teacher || student) on the teacher's, nats/token"] = measured.on_teacher
-        self.results.curves.append(
-            Curve(
-                name="exposure_bias",
-                model=label,
-                data=label_of(self.options.data),
-                settings=_settings(self.options),
-                points=measured.points,
+        """One student, loaded for as long as this takes."""
+        options, results, student = self.options, self.results, self.load_model(path)
+        results.models[label] = model_record(path, student)
+        samples, started = self.sample(label, student), time.perf_counter()
+        tell = progress_lines(f"Scoring {label}", 2 * len(self.rows) * options.samples_per_row)
+        vocabulary = shared_vocabulary_size(student, self.teacher, self.tokenizer)
+        scoring = Scoring(self.prompt, vocabulary, on_batch=lambda done: tell("continuations", done))
+        with self.computing():
+            measured = exposure_bias(
+                student, self.teacher, self.prompts, samples, teacher_samples, scoring, ended=options.ended
             )
+        results.timings[f"scoring {label}"] = time.perf_counter() - started
+        kl = f"{label}: KL(teacher || student) on"
+        results.metrics[f"{kl} its own continuations, nats/token"] = measured.on_student
+        results.metrics[f"{kl} the teacher's, nats/token"] = measured.on_teacher
+        settings = {
+            "teacher": options.teacher,
+            "prompt": None if options.prompt is None else str(options.prompt),
+            "ended": options.ended,
+            "temperature": 1.0,
+            "max_new_tokens": options.max_completion_length,
+            "seeds": [options.seed + draw for draw in range(options.samples_per_row)],
+        }
+        data = label_of(options.data)
+        results.curves.append(
+            Curve(name="exposure_bias", model=label, data=data, settings=settings, points=measured.points)
         )
         return measured
 
 
-def _settings(options: Options) -> dict[str, Any]:
-    """What the curves depend on."""
-    return {
-        "teacher": options.teacher,
-        "prompt": None if options.prompt is None else str(options.prompt),
-        "ended": options.ended,
-        "temperature": 1.0,
-        "max_new_tokens": options.max_completion_length,
-        "seeds": [options.seed + draw for draw in range(options.samples_per_row)],
-    }
+def exposure_table(measured: Mapping[str, ExposureBias]) -> str:
+    """One line per student, intervals below the values, at the highest powers of two that a curve reaches."""
+    longest = max(len(each.points) for each in measured.values())
+    lengths = [2**power for power in range(longest.bit_length())][-5:]
+    lines = [["", "KL on own\nnats/token", "on teacher's\nnats/token", *(f"ExAccErr({x})\n%" for x in lengths)]]
+    for label, each in measured.items():
+        points = dict(enumerate(each.points, 1))
+        kls = [_cell(each.on_student, 3), _cell(each.on_teacher, 3)]
+        lines.append([label, *kls, *(_cell(points.get(x), 1) for x in lengths)])
+    return text_table(lines)
+
+
+def _cell(measured: Metric | CurvePoint | None, digits: int) -> str:
+    """The value over its interval."""
+    if measured is None or measured.value is None:
+        return "-\n"
+    value, *interval = (
+        "" if each is None else f"{round(each, digits) + 0.0:.{digits}f}"  # + 0.0 takes the sign off a zero
+        for each in (measured.value, measured.low, measured.high)
+    )
+    return f"{value}\n[{', '.join(interval)}]" if all(interval) else f"{value}\n"
 
 
 def _students(options: Options) -> dict[str, str]:
@@ -174,33 +142,29 @@ def _students(options: Options) -> dict[str, str]:
     return found
 
 
-def _requests(options: Options) -> tuple[Any, Any]:
-    """The tokenizer and the encoded rows, which must be the same for every student."""
-    trust = options.trust_remote_code
-    teacher = load_tokenizer(options.teacher, trust_remote_code=trust)
-    tokenizers = [load_tokenizer(path, trust_remote_code=trust) for path in options.student]
+def _requests(job: InferenceRun) -> tuple[Any, EncodedData]:
+    """The tokenizer and the rows, which must be the same for every student."""
+    options = job.options
+    teacher, *tokenizers = map(job.load_tokenizer, (options.teacher, *options.student))
     for tokenizer in tokenizers:
         check_same_vocabulary(tokenizer, teacher)
-    encoded = [measured_rows(options, options.data, tokenizer, need_response=False) for tokenizer in tokenizers]
-    for path, data in zip(options.student, encoded, strict=True):
-        if [row.prompt_ids for row in data.examples] != [row.prompt_ids for row in encoded[0].examples]:
+    first, *others = [job.read_rows(options.data, tokenizer, limit=options.limit) for tokenizer in tokenizers]
+    prompts = [row.prompt_ids for row in first.examples]
+    for path, other in zip(options.student[1:], others, strict=True):
+        if [row.prompt_ids for row in other.examples] != prompts:
             raise RequestError(
                 f"The students must read the same requests: {path} and {options.student[0]} render them differently. "
                 "Give a --template, or measure them one by one."
             )
-    return tokenizers[0], encoded[0]
+    return tokenizers[0], first
 
 
-def _soft_prompt(path: Path | None) -> Any:
-    if path is None:
-        return None
-    return SoftPrompt.load(path / "prompt" if (path / "prompt").is_dir() else path)
+def _soft_prompt(path: Path | None) -> SoftPrompt | None:
+    return None if path is None else SoftPrompt.load(path / "prompt" if (path / "prompt").is_dir() else path)
 
 
-def _placed(soft_prompt: Any, teacher: Any, path: Path | None) -> Tensor | None:
+def _placed(soft_prompt: SoftPrompt, teacher: Any, path: Path | None) -> Tensor:
     """The prompt's vectors beside the teacher that reads them."""
-    if soft_prompt is None:
-        return None
     weight = teacher.get_input_embeddings().weight
     vectors = soft_prompt().detach().to(weight.device)
     if vectors.shape[1] != weight.shape[1]:

@@ -8,8 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from promptkd.cli.option_checks import check_writable
 from promptkd.cli.options.judge import Options
+from promptkd.cli.outputs import check_writable
 from promptkd.cli.parsing.parser import merged_config
 from promptkd.cli.provenance import data_record, label_of
 from promptkd.cli.terminal import progress_lines, say

@@ -3,38 +3,33 @@
 from pathlib import Path
 from typing import Any
 
-from promptkd.cli.library_logging import quiet_libraries
-from promptkd.cli.measuring_device import computing_in, load_subject, precision_notes, say_peak, settled_precision
-from promptkd.cli.option_checks import check_writable
+from promptkd.cli.inference_run import InferenceRun
 from promptkd.cli.options.prune import Options
+from promptkd.cli.outputs import check_writable, refuse_foreign
 from promptkd.cli.parsing.parser import merged_config
 from promptkd.cli.terminal import say
-from promptkd.data import encode_examples, read_examples
+from promptkd.data import EncodedExample
 from promptkd.data.batch import right_pad
 from promptkd.engine import check_scoring
-from promptkd.errors import RequestError, check_all, writing
+from promptkd.errors import check_all, writing
 from promptkd.io.atomic import atomic
-from promptkd.models import (
-    block_influence,
-    count_parameters,
-    evenly_spaced,
-    load_tokenizer,
-    model_record,
-    most_influential,
-    prune_layers,
-)
-from promptkd.models.prune import decoder_layers
+from promptkd.models import count_parameters, model_record
+from promptkd.models.prune import block_influence, decoder_layers, evenly_spaced, most_influential, prune_layers
 from promptkd.results import Metric, Results
 
 
 def run(options: Options, training: dict[str, Any]) -> None:
     _check(options)
-    quiet_libraries()
-    tokenizer = load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
-    rows = _rows(options, tokenizer)
-    precision = settled_precision(options.dtype) if rows else "float32"  # without rows nothing is measured
-    teacher = load_subject(options.model, options.trust_remote_code)
-    kept, influence = _choose(options, teacher, rows, precision)
+    job = InferenceRun(options)
+    rows: list[EncodedExample] = []
+    tokenizer = job.load_tokenizer(options.model)
+    if not options.keep and options.choose == "influence" and options.data is not None:
+        longest = options.max_completion_length
+        data = job.read_rows(options.data, tokenizer, limit=options.rows * 4, max_response_length=longest)
+        rows = data.examples[: options.rows]
+        job.settle_precision()
+    teacher = job.load_model(options.model)
+    kept, influence = _choose(options, job, teacher, rows)
     student = prune_layers(teacher, kept)
     check_scoring(student)
     before, after = count_parameters(teacher), count_parameters(student)
@@ -48,11 +43,11 @@ def run(options: Options, training: dict[str, Any]) -> None:
             config={**merged_config(options, {}), "kept": kept, "files": files},
             models={"teacher": model_record(options.model, teacher), "student": made},
             metrics={f"influence_{index}": Metric(value=value) for index, value in enumerate(influence)},
-            notes=precision_notes(precision) if influence else [],
+            notes=job.precision_notes() if influence else [],
         ).write(folder / "results.json")
     say(f"Kept layers {', '.join(map(str, kept))}.")
     say(f"{before:,} parameters before, {after:,} after ({after / before:.0%}). The student is in {options.out}.")
-    say_peak()
+    job.say_peak()
 
 
 def _check(options: Options) -> None:
@@ -72,44 +67,25 @@ def _check(options: Options) -> None:
         ),
     ]
     check_all("Cannot prune", checks)
-    check_writable(options.out.parent, options.out)
-    if options.overwrite:
-        _check_own(options.out)
-
-
-def _check_own(out: Path) -> None:
-    """Refuse to replace a folder that holds anything but what an earlier `prune` wrote, by that one's own record."""
+    check_writable(out.parent, out)
     held = {each.name for each in out.iterdir()} if out.is_dir() else set()
-    record = Results.read(out / "results.json") if "results.json" in held else None
+    refuse_foreign(out, sorted(held - _own(out)), "a student that `prune` made", ", which it did not write")
+
+
+def _own(folder: Path) -> set[str]:
+    """What an earlier `prune` wrote into the folder, by its own record."""
+    record = Results.read(folder / "results.json") if (folder / "results.json").exists() else None
     files = record.config.get("files") if record is not None and record.kind == "prune" else None
-    own = ["results.json", *map(str, files)] if isinstance(files, list) else []
-    foreign = sorted(held - set(own))
-    if foreign:
-        raise RequestError(
-            f"--overwrite replaces a student that `prune` made, but {out} holds {', '.join(foreign[:5])}, which it did "
-            "not write. Move it away or give another --out."
-        )
+    return {"results.json", *map(str, files)} if isinstance(files, list) else set()
 
 
-def _rows(options: Options, tokenizer: Any) -> Any:
-    if options.keep or options.choose == "even" or options.data is None:
-        return []
-
-    data = encode_examples(
-        read_examples(options.data, limit=options.rows * 4),
-        tokenizer,
-        options.template,
-        max_prompt_length=options.max_prompt_length,
-        max_response_length=options.max_completion_length,
-    )
-    return data.examples[: options.rows]
-
-
-def _choose(options: Options, teacher: Any, rows: Any, precision: str) -> tuple[list[int], list[float]]:
+def _choose(
+    options: Options, job: InferenceRun, teacher: Any, rows: list[EncodedExample]
+) -> tuple[list[int], list[float]]:
+    """The layers to keep, and every layer's influence where they were chosen by it."""
     total = len(decoder_layers(teacher)[1])
-    if options.keep:
+    if options.layers is None:
         return options.keep, []
-    assert options.layers is not None
     if options.choose == "even":
         return evenly_spaced(total, options.layers), []
     most_influential([0.0] * total, options.layers)  # a wrong number of layers is told before any measuring
@@ -117,6 +93,6 @@ def _choose(options: Options, teacher: Any, rows: Any, precision: str) -> tuple[
         right_pad([row.prompt_ids for row in chunk], [row.response_ids for row in chunk], device=teacher.device)
         for chunk in (rows[first : first + 8] for first in range(0, len(rows), 8))
     ]
-    with computing_in(precision):
+    with job.computing():
         influence = block_influence(teacher, batches)
     return most_influential(influence, options.layers), influence

@@ -14,10 +14,10 @@ def run(options: Options, training: dict[str, Any]) -> None:
         tokenizer = job.tokenizer(options.model)
         train, valid = job.encode(tokenizer, args)
         model = job.load("model", options.model)
-        with job.opened():
+        with job.folder.opened():
             trainer = FinetuneTrainer(model, args, train, valid, tokenizer)
         for note in trainer.notes:
             job.note(note)
         job.train(trainer, "Fine-tuning")
-        job.save(trainer, "model")
+        trainer.save_student(job.folder.path / "model")
         job.record(trainer, "model")

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 
-from promptkd.cli.library_logging import quiet_libraries
 from promptkd.cli.options.study import Options
 from promptkd.cli.parsing.config_file import write_config
 from promptkd.cli.parsing.parser import merged_config
 from promptkd.cli.study_runs import StudyRun, checked_runs, plan_text
-from promptkd.cli.terminal import say
+from promptkd.cli.terminal import quiet_libraries, say
 from promptkd.errors import PromptKDError, RequestError
 from promptkd.evaluation.comparison import compare
 from promptkd.evaluation.pairing import Candidate
