@@ -16,31 +16,6 @@ from promptkd.engine.heads import Head, head_logits, head_size, linear_head
 from promptkd.engine.resolve import engine_for
 from promptkd.engine.verify import check_scoring, first_verified
 
-__all__ = [
-    "ChunkedLoss",
-    "DecodeSession",
-    "Engine",
-    "Head",
-    "SessionFactory",
-    "applies_dropout",
-    "check_scoring",
-    "chunked_cross_entropy",
-    "chunked_objective",
-    "chunked_prompt_loss",
-    "decoding",
-    "disable_dropout",
-    "embedding_device",
-    "engine_for",
-    "evaluating",
-    "first_verified",
-    "head_logits",
-    "head_size",
-    "linear_head",
-    "response_hidden",
-    "response_logits",
-    "unwrap_peft",
-]
-
 
 def response_hidden(model: nn.Module, batch: TokenBatch, prompt: Tensor | None = None) -> Tensor:
     """Last hidden states that predict the response tokens.

@@ -2,5 +2,3 @@
 
 from promptkd.generation.decode_loop import generate
 from promptkd.generation.sampling import Decoding, SamplingParams, row_seeds
-
-__all__ = ["Decoding", "SamplingParams", "generate", "row_seeds"]

@@ -6,10 +6,9 @@ from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from promptkd.data.encode import stop_token_ids
+from promptkd.data.encode import prompt_tokens, stop_token_ids
 from promptkd.data.rows import Example, Instruction, Message
 from promptkd.data.templates import resolve_template
-from promptkd.data.tokens import prompt_tokens
 from promptkd.errors import RequestError
 from promptkd.generation.decode_loop import stream
 from promptkd.generation.sampling import Decoding, row_seeds

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, StrictInt, ValidationError
 
-from promptkd.data.rows import Instruction, Request, text_field
+from promptkd.data.rows import Instruction, Request, at, text_field
 from promptkd.data.sources import read_examples, read_objects
 from promptkd.errors import RequestError, check_all
 from promptkd.io.files import MIB, read_regular
@@ -70,8 +70,9 @@ def _answer(found: Any, location: str) -> JudgedAnswer:
     texts = [text for text in (line.response, line.completion) if text is not None]
     if len(texts) != 1:
         raise RequestError(f"{expected}: it holds {'both' if texts else 'neither'}.")
-    for text in (line.prompt, *texts, *line.references):
-        text_field(text, "text", location)
+    with at(location):
+        for text in (line.prompt, *texts, *line.references):
+            text_field(text, "text")
     return JudgedAnswer(line.row, line.prompt, texts[0], tuple(line.references))
 
 

@@ -6,14 +6,3 @@ from promptkd.report.labels import unified
 from promptkd.report.page import render_report
 from promptkd.report.tables import comparison_table
 from promptkd.report.terminal import terminal_table
-
-__all__ = [
-    "comparison_table",
-    "difference_table",
-    "render_csv",
-    "render_json",
-    "render_markdown",
-    "render_report",
-    "terminal_table",
-    "unified",
-]

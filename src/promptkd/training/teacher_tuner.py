@@ -84,7 +84,7 @@ class TeacherTuner:
             with autocast(self._accelerator, args):
                 plain = teacher.plain_hidden(batch) if reads_plain else None
             parts = teacher.parts(batch)
-            counts = [part.response_tokens for part in parts]
+            counts = [len(part.targets) for part in parts]
             plains = [None] * len(parts) if plain is None else plain.split(counts)
             read = []
             for part, part_target, part_plain in zip(parts, target.split(counts), plains, strict=True):

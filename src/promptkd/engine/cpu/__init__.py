@@ -6,8 +6,6 @@ from promptkd.engine.cpu.decoding import CpuDecoder
 from promptkd.engine.cpu.head import CpuHeadBackend
 from promptkd.engine.reference import DynamicCacheDecoder, PaddedScorer
 
-__all__ = ["ENGINE"]
-
 _MAX_TOKENS = 2048  # beyond, matrix products get no faster
 
 ENGINE = Engine(

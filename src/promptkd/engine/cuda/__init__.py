@@ -6,8 +6,6 @@ from promptkd.engine.cuda.decoding import CudaDecoder
 from promptkd.engine.cuda.head import CudaHeadBackend
 from promptkd.engine.reference import DynamicCacheDecoder, PaddedScorer
 
-__all__ = ["ENGINE"]
-
 _PACKED = CudaPackedScorer(max_tokens=16_384)
 _HEAD = CudaHeadBackend()
 
