@@ -16,7 +16,6 @@ from typing import NamedTuple
 import pyarrow
 import pyarrow.parquet
 import torch
-from gguf import GGUFReader
 from safetensors.torch import save
 
 from promptkd.cli.parsing.config_file import read_config, write_config
@@ -27,10 +26,9 @@ from promptkd.data.templates import resolve_template
 from promptkd.errors import RequestError
 from promptkd.io.jsonl import ResumableLines, settle_settings
 from promptkd.judge.questions import load_prompt, questions_about, read_answers
-from promptkd.judge.verdict_parsing import read_preference, read_scores
-from promptkd.judge.verdicts import verdict_log
+from promptkd.judge.verdicts import read_preference, read_scores, verdict_log
 from promptkd.models.folder import adapter_base, check_model_folder
-from promptkd.models.gguf_read import check_gguf
+from promptkd.models.gguf_read import open_gguf
 from promptkd.report import render_report, terminal_table
 from promptkd.results import Evaluation, Metric, ModelRecord, Results, RowResult, Series
 
@@ -106,11 +104,7 @@ def _options(data: bytes) -> None:
 
 
 def _gguf(path: Path) -> None:
-    check_gguf(path)
-    try:
-        GGUFReader(path)  # the loader turns any exception on a complete file into a message; it must not hang
-    except Exception:
-        return
+    open_gguf(path)
 
 
 def _adapter(path: Path) -> None:

@@ -51,7 +51,7 @@ from promptkd.training.teacher_tuner import TeacherTuner  # noqa: E402
 from promptkd.training.trainer import DistillTrainer  # noqa: E402
 
 PARTS: dict[str, tuple[Any, str, str]] = {
-    "conversion": (promptkd.models.gguf_read, "_convert_into_cache", "prune"),
+    "conversion": (promptkd.models.gguf_read, "convert_gguf", "prune"),
     "pruning": (promptkd.cli.commands.prune, "run", "prune"),
     "rollout": (Rollout, "__call__", "distill"),
     "prompt step": (TeacherTuner, "step", "distill"),

@@ -2,7 +2,7 @@
 
 import errno
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,11 +23,9 @@ class RequestError(PromptKDError, ValueError):
 
 
 class Stopped(SystemExit):
-    """A signal ended the command (exit status 128 + its number). As a `SystemExit`, it passes `except Exception`.
+    """A signal ended the command, which `reached` so far: "after step 7 of 10" (exit status 128 + its number).
 
-    Args:
-        number: the signal's.
-        reached: how far the command got, as the end of a sentence: "after step 7 of 10".
+    As a `SystemExit`, it passes `except Exception`.
     """
 
     def __init__(self, number: int, reached: str = ""):
@@ -41,26 +39,23 @@ class Stopped(SystemExit):
 
 
 def check_all(lead: str, checks: Iterable[tuple[bool, str]], advice: str = "") -> None:
-    """Report everything that is wrong with a request together: "lead: problem; problem. advice".
-
-    Args:
-        checks: pairs of whether something is wrong and the words for it.
-
-    Raises:
-        RequestError: if anything is wrong.
-    """
-    problems = [problem for is_wrong, problem in checks if is_wrong]
-    if problems:
+    """`RequestError` "lead: problem; problem. advice" of all `checks`, (is wrong, the problem), that are wrong."""
+    if problems := [problem for is_wrong, problem in checks if is_wrong]:
         raise RequestError(f"{lead}: {'; '.join(problems)}.{advice and f' {advice}'}")
+
+
+def raise_together(problems: Sequence[str], of: str, advice: str = "") -> None:
+    """Raise one `RequestError` of all problems, a line each where there are several; nothing if there is none."""
+    if len(problems) > 1:
+        lines = [f"{len(problems)} things are wrong with the {of}:", *(f"  - {each}" for each in problems), advice]
+        raise RequestError("\n".join(lines).rstrip())
+    if problems:
+        raise RequestError(f"{problems[0]} {advice}".rstrip())
 
 
 @contextmanager
 def writing(target: Path) -> Iterator[None]:
-    """Say that `target` cannot be written where the body meets an error of the disk.
-
-    Raises:
-        PromptKDError: in place of an `OSError` of the body; a `RequestError` unless the disk is full.
-    """
+    """An `OSError` of the body says that `target` cannot be written: `RequestError`, on a full disk `PromptKDError`."""
     try:
         yield
     except OSError as error:

@@ -10,22 +10,13 @@ from pathlib import Path
 
 import psutil
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
-
-_STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
-_RESTART_PEAK = "5"  # proc(5): sets the peak of the resident set to its current size
-_PEAK = re.compile(r"^VmHWM:\s+(\d+) kB$", re.MULTILINE)
 _NO_MEMORY = (
     "out of memory",  # CUDA and MPS, also where it is no torch.OutOfMemoryError, as in the capture of a graph
     "DefaultCPUAllocator: can't allocate memory",  # Linux
     "DefaultCPUAllocator: not enough memory",  # elsewhere
     "CUBLAS_STATUS_ALLOC_FAILED",
 )
-_ASKED_FOR = re.compile(r"tried to allocate ([\d.]+) (bytes|[KMGT]iB)", re.IGNORECASE)
 _UNITS = {"bytes": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
 _before_restarts = 0
@@ -50,13 +41,12 @@ def restart_peak() -> int | None:
     """Restart the system's count of the peak at what is held now; `peak_memory` keeps the peak so far.
 
     Returns:
-        The peak since the last restart in bytes; None where the system cannot restart it. Linux does so for a process
-        that may write to its own `/proc/self/clear_refs`.
+        The peak since the last restart in bytes; None where the system cannot restart it, as outside of Linux.
     """
     global _before_restarts
     reached = _since_restart()
     try:
-        _CLEAR_REFS.write_text(_RESTART_PEAK)
+        _CLEAR_REFS.write_text("5")  # proc(5): sets the peak of the resident set to its current size
     except OSError:
         return None
     _before_restarts = max(_before_restarts, reached)
@@ -64,22 +54,22 @@ def restart_peak() -> int | None:
 
 
 def _since_restart() -> int:
-    """The system's own count; where it keeps none, what is held now."""
-    if sys.platform == "linux" and (found := _PEAK.search(_STATUS.read_text())):
+    """The system's own count."""
+    if sys.platform == "linux" and (found := re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())):
         return int(found[1]) * 1024
-    if resource is None:
-        held = psutil.Process().memory_info()
-        return held._asdict().get("peak_wset", held.rss)
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource  # of Unix alone
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocator, of a device or of main memory, said that it has no more memory."""
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    signs = isinstance(error, RuntimeError) and any(sign in str(error) for sign in _NO_MEMORY)
-    return signs or isinstance(error, MemoryError)
+    if isinstance(error, RuntimeError):
+        return any(sign in str(error) for sign in _NO_MEMORY)
+    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
 
 
 def memory_status(error: BaseException) -> str:
@@ -87,7 +77,7 @@ def memory_status(error: BaseException) -> str:
     import torch
 
     more = ""
-    if asked := _ASKED_FOR.search(str(error)):
+    if asked := re.search(r"tried to allocate ([\d.]+) (bytes|[KMGT]iB)", str(error), re.IGNORECASE):
         more = f", and {gibibytes(int(float(asked[1]) * _UNITS[asked[2].lower()]))} more were asked for"
     if isinstance(error, torch.OutOfMemoryError) and torch.cuda.is_available():
         _, total = torch.cuda.mem_get_info()

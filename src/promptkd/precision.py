@@ -41,18 +41,11 @@ def compute_dtype(choice: Precision, device: torch.device | str) -> torch.dtype:
 
 def computing(device: torch.device | str, dtype: torch.dtype) -> AbstractContextManager[object]:
     """The context in which a model with float32 weights computes in `dtype`: autocast, or none for float32."""
-    if dtype == torch.float32:
-        return nullcontext()
-    return torch.autocast(torch.device(device).type, dtype=dtype)
+    return nullcontext() if dtype == torch.float32 else torch.autocast(torch.device(device).type, dtype=dtype)
 
 
 def teacher_precision(
     choice: WeightPrecision | None, device: torch.device | str, *, trained: bool = False
 ) -> WeightPrecision:
-    """The precision to load a teacher in.
-
-    Without a choice, bfloat16 for a frozen teacher where the device has units for it, otherwise float32.
-    """
-    if choice is not None:
-        return choice
-    return "bfloat16" if has_bfloat16_units(device) and not trained else "float32"
+    """The precision to load a teacher in: unless chosen, bfloat16 if it is frozen and the device has units for it."""
+    return choice or ("bfloat16" if has_bfloat16_units(device) and not trained else "float32")

@@ -196,7 +196,7 @@ def test_the_prompts_gradient_is_a_float64_finite_difference(architecture, direc
         each = prompt_loss(
             prompted, ours, plain, weight=0.6, student_direction=directions[0], plain_direction=directions[1]
         )
-        return each.sum() / batch.response_tokens
+        return each.sum() / len(batch.targets)
 
     learned = prompt.clone().requires_grad_()
     loss(learned).backward()
@@ -227,7 +227,7 @@ def test_only_response_positions_reach_the_head(architecture, length):
 
     with OnResults(torch.nn.functional.linear, count):
         scored(model, batch, vectors(model, length))
-    assert rows == [batch.response_tokens] == [23]
+    assert rows == [len(batch.targets)] == [23]
 
 
 @pytest.mark.parametrize("architecture", ["cohere", "granite", "gemma2"])

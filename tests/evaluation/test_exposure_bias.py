@@ -166,7 +166,7 @@ def test_logits_are_held_for_few_tokens_at_a_time(monkeypatch):
         seen.append(len(hidden))
         return head_logits(model, hidden, **settings)
 
-    monkeypatch.setattr("promptkd.evaluation.likelihood.head_logits", noted)
+    monkeypatch.setattr("promptkd.evaluation.measure.head_logits", noted)
     samples = [[[each % 90 for each in range(100)]] * 2 for _ in range(4)]
     exposure_bias(student, teacher, some_requests(), samples, samples, Scoring(batch_size=8))
     assert sum(seen) == 2 * 2 * 800

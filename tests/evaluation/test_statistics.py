@@ -231,6 +231,7 @@ def test_drawn_patterns_approach_the_exact_p_and_never_give_zero():
     assert drawn * 4095 == pytest.approx(round(drawn * 4095))
     assert drawn == pytest.approx(exact, abs=3 * math.sqrt(exact * (1 - exact) / 4095))
     assert sign_flip_test(np.ones(100), draws=99) == 1 / 100
+    assert sign_flip_test(np.ones(1100), draws=99) == 1 / 100  # more patterns than a float can count
     weak = values - 0.5
     assert sign_flip_test(weak, draws=999, seed=1) == sign_flip_test(weak, draws=999, seed=1)
     assert sign_flip_test(weak, draws=999, seed=1) != sign_flip_test(weak, draws=999, seed=2)

@@ -73,5 +73,5 @@ def window(*micro_batches: Sequence[EncodedExample]) -> Window:
         MicroBatch(index, rows, right_pad([row.prompt_ids for row in rows], [row.response_ids for row in rows]), [])
         for index, rows in enumerate(micro_batches)
     ]
-    tokens = torch.tensor(sum(each.batch.response_tokens for each in made))
+    tokens = torch.tensor(sum(len(each.batch.targets) for each in made))
     return Window(made, tokens, tokens, torch.tensor(0))

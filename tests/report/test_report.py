@@ -16,9 +16,9 @@ from helpers.demo_record import EVALUATED, FIGURES, HOSTILE, LOGGED, MODELS, rec
 from helpers.pages import Page, unpacked
 from promptkd.errors import RequestError
 from promptkd.report import comparison_table, difference_table, render_report, terminal_table, unified
-from promptkd.report.escape import packed_json
 from promptkd.report.formatting import estimate, score
 from promptkd.report.metrics import metric_info
+from promptkd.report.page import packed_json
 from promptkd.report.plots import stages
 from promptkd.report.terminal import text_table
 from promptkd.results import DataRecord, Difference, Evaluation, Metric, ModelRecord, Results, Series

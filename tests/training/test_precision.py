@@ -15,7 +15,7 @@ from helpers.tiny import END_ID, tiny_tokenizer
 from helpers.trainers import FIXED_PROMPTKD, config, pair, rows, trainer
 from promptkd import precision
 from promptkd.errors import RequestError
-from promptkd.evaluation import likelihood, measure
+from promptkd.evaluation import measure
 from promptkd.evaluation.dataset_evaluation import SetEvaluation, measure_rows
 from promptkd.evaluation.measure import Decoding, row_batches
 from promptkd.methods import named_method
@@ -200,10 +200,9 @@ def test_full_determinism_on_a_cpu(tmp_path):
 
 def test_batches_do_not_depend_on_the_order_of_rows():
     data = rows(20).examples
-    batches = [{data[place].row for place in places} for places in row_batches(data, 8)]
-    turned = data[::-1]
-    assert batches == [{turned[place].row for place in places} for places in row_batches(turned, 8)]
-    assert sorted(place for places in row_batches(data, 8) for place in places) == list(range(20))
+    batches = [{row.row for row in batch} for batch in row_batches(data, 8)]
+    assert batches == [{row.row for row in batch} for batch in row_batches(data[::-1], 8)]
+    assert sorted(row.row for batch in row_batches(data, 8) for row in batch) == list(range(20))
 
 
 def test_validation_and_evaluate_measure_in_the_same_batches(tmp_path, monkeypatch):
@@ -223,7 +222,7 @@ def test_validation_and_evaluate_measure_in_the_same_batches(tmp_path, monkeypat
         )
 
     written_down(measure, "generate")
-    written_down(likelihood, "response_hidden")
+    written_down(measure, "response_hidden")
     decoding = Decoding(max_new_tokens=5, stop_ids=[END_ID])
     measure_rows(student, tokenizer, data, decoding, teacher=teacher)
     validation, seen[:] = sorted(seen, key=str), []

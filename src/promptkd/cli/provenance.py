@@ -5,7 +5,7 @@ from pathlib import Path
 
 from promptkd.cli.terminal import say
 from promptkd.data.encode import EncodedData
-from promptkd.data.formats import SUFFIXES
+from promptkd.data.sources import SUFFIXES
 from promptkd.results import DataRecord, Results, Training, file_sha256
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -11,15 +11,12 @@ from torch import Tensor
 
 
 def on_device(values: Sequence[Any], device: torch.device | str) -> Tensor:
-    """A tensor of integers (nested sequences as usual) on a device, without waiting for it.
-
-    A plain copy to a GPU waits until all work queued there is done.
-    """
+    """Integers (nested sequences as usual) as a tensor on a device, without waiting for it."""
     return moved(torch.tensor(values, dtype=torch.long), device)
 
 
 def moved(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """A tensor of the host on a device, without waiting for it."""
+    """A tensor of the host on a device; a plain copy to a GPU would wait until all work queued there is done."""
     if torch.device(device).type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
@@ -53,30 +50,24 @@ class TokenBatch:
     @cached_property
     def scored_places(self) -> tuple[list[int], list[int]]:
         """`rows` and `columns`, on the host."""
-        return _scored_places(self.prompt_lengths, self.lengths)
+        return _scored_places(self.token_ids, self.prompt_lengths)
 
     @property
     def position_ids(self) -> Tensor:
         """(B, T) 0 … T - 1 in each row."""
         return torch.arange(self.input_ids.shape[1], device=self.input_ids.device).expand(self.input_ids.shape)
 
-    @property
-    def response_tokens(self) -> int:
-        """N, the number of scored tokens."""
-        return self.targets.numel()
-
     def split(self, max_tokens: int) -> list["TokenBatch"]:
         """The batch in parts of consecutive rows, each of at most `max_tokens` tokens (padding aside) or one row."""
-        starts, total = [0], 0
+        bounds, total = [0], 0
         for row, tokens in enumerate(self.lengths):
             if total and total + tokens > max_tokens:
-                starts.append(row)
+                bounds.append(row)
                 total = 0
             total += tokens
-        ends = [*starts[1:], len(self.lengths)]
-        return [self] if len(starts) == 1 else [self._between(*each) for each in zip(starts, ends, strict=True)]
+        return [self] if len(bounds) == 1 else [self._part(*each) for each in pairwise([*bounds, len(self.lengths)])]
 
-    def _between(self, start: int, end: int) -> "TokenBatch":
+    def _part(self, start: int, end: int) -> "TokenBatch":
         first, last = sum(self.response_lengths[:start]), sum(self.response_lengths[:end])
         return TokenBatch(
             self.input_ids[start:end, : max(self.lengths[start:end])],
@@ -89,33 +80,26 @@ class TokenBatch:
 
     def by_row(self, values: Tensor) -> Tensor:
         """Values of the response tokens, (N,), as (B, longest response), 0 behind the end of a response."""
-        counts = self.response_lengths
-        first = on_device([0, *accumulate(counts)][:-1], self.rows.device)
-        place = torch.arange(len(self.rows), device=self.rows.device) - first[self.rows]
-        table = values.new_zeros(self.input_ids.shape[0], max(counts))
+        place = self.columns + 1 - on_device(self.prompt_lengths, self.rows.device)[self.rows]
+        table = values.new_zeros(self.input_ids.shape[0], max(self.response_lengths))
         return table.index_put((self.rows, place), values)
 
 
 def right_pad(
     prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], *, device: torch.device | str = "cpu"
 ) -> TokenBatch:
-    """Join each prompt with its response and pad to the longest row.
-
-    Raises:
-        ValueError: for unequal counts, no rows, or a prompt of no tokens (nothing would predict its response).
-    """
+    """Join each prompt with its response and pad to the longest row. Prompts of no tokens predict nothing: refused."""
     if len(prompts) != len(responses) or not prompts:
         raise ValueError(
             f"Expected as many responses as prompts, and at least one. Got {len(prompts)} and {len(responses)}."
         )
-    empty = [row for row, prompt in enumerate(prompts) if len(prompt) == 0]
-    if empty:
+    if empty := [row for row, prompt in enumerate(prompts) if len(prompt) == 0]:
         raise ValueError(f"A prompt needs at least one token. Got none in row {empty[0]} of the batch.")
     token_ids = tuple([*prompt, *response] for prompt, response in zip(prompts, responses, strict=True))
-    prompt_lengths, lengths = tuple(map(len, prompts)), tuple(map(len, token_ids))
-    rows, columns = _scored_places(prompt_lengths, lengths)
+    prompt_lengths, longest = tuple(map(len, prompts)), max(map(len, token_ids))
+    rows, columns = _scored_places(token_ids, prompt_lengths)
     return TokenBatch(
-        input_ids=on_device([[*ids, *[0] * (max(lengths) - len(ids))] for ids in token_ids], device),
+        input_ids=on_device([[*ids, *[0] * (longest - len(ids))] for ids in token_ids], device),
         rows=on_device(rows, device),
         columns=on_device(columns, device),
         targets=on_device([token for response in responses for token in response], device),
@@ -124,9 +108,8 @@ def right_pad(
     )
 
 
-def _scored_places(prompt_lengths: Sequence[int], lengths: Sequence[int]) -> tuple[list[int], list[int]]:
+def _scored_places(token_ids: Sequence[list[int]], prompt_lengths: Sequence[int]) -> tuple[list[int], list[int]]:
     """Row and column of each token that predicts a response token, in row-major order."""
-    bounds = list(enumerate(zip(prompt_lengths, lengths, strict=True)))
-    rows = [row for row, (prompt, total) in bounds for _ in range(total - prompt)]
-    columns = [column for _, (prompt, total) in bounds for column in range(prompt - 1, total - 1)]
-    return rows, columns
+    spans = [range(prompt - 1, len(ids) - 1) for ids, prompt in zip(token_ids, prompt_lengths, strict=True)]
+    rows = [row for row, span in enumerate(spans) for _ in span]
+    return rows, [column for span in spans for column in span]

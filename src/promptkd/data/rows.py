@@ -8,7 +8,9 @@ A file may mix the forms. A null field counts as missing, other columns are igno
 (data sets that carry their rendered text along) is read as the first of: instruction, messages, prompt.
 """
 
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -20,7 +22,6 @@ _FORMS = (
     '{"instruction", "input", "output"} (input and output may be missing), {"prompt", "completion"} (completion may be '
     'missing) or {"messages": [...]}'
 )
-_ENDED = "ended"
 
 Message = dict[str, Any]
 """{"role": str, "content": str}, and whatever else the chat template reads."""
@@ -34,7 +35,9 @@ class Instruction:
     input: str  # what the instruction is about; "" if there is nothing
 
 
-Request = Instruction | str | tuple[Message, ...]
+Unrendered = Instruction | tuple[Message, ...]
+"""What a template renders."""
+Request = Unrendered | str
 
 
 @dataclass(frozen=True)
@@ -48,11 +51,7 @@ class Example:
 
 
 def examples_from_rows(rows: Iterable[Mapping[str, Any]]) -> list[Example]:
-    """Read `rows` in any of the three forms.
-
-    Raises:
-        RequestError: naming the first row that fits no form or has a field of the wrong type, or if there are no rows.
-    """
+    """Read `rows` in any of the three forms. `RequestError` if there are none, or naming the first that is wrong."""
     examples = [example_from_row(row, location=f"row {index}", row=index) for index, row in enumerate(rows)]
     if not examples:
         raise RequestError(f"Expected at least one row of data: {_FORMS}. Got none.")
@@ -61,81 +60,79 @@ def examples_from_rows(rows: Iterable[Mapping[str, Any]]) -> list[Example]:
 
 def example_from_row(fields: Mapping[str, Any], *, location: str, row: int) -> Example:
     """Read one row. Raises `RequestError`, with `location`, if it fits none of the forms."""
+    with at(location):
+        request, references = _request_and_references(fields)
+        if references and fields.get("ended") is False:
+            # `promptkd generate` marks a response that the length limit cut; an end token behind it would be untrue.
+            raise RequestError(
+                "the response was cut at the length limit ('ended' is false), so it cannot be used as a complete one. "
+                "Regenerate the file with `promptkd generate --ended-only`, or drop such rows."
+            )
+        return Example(request, references, location, row)
+
+
+@contextmanager
+def at(location: str) -> Iterator[None]:
+    """Put the place of a row before the message of a `RequestError`."""
     try:
-        return Example(*_request_and_references(fields), location, row)
+        yield
     except RequestError as error:
         raise RequestError(f"{location}: {error}") from error
 
 
-def text_field(value: Any, field: str, location: str) -> str:
-    """`value` if it is a string that UTF-8 can encode. Raises `RequestError`, with `location`, if not."""
-    try:
-        return _text(value, field)
-    except RequestError as error:
-        raise RequestError(f"{location}: {error}") from error
+def text_field(value: Any, field: str, *, may_be_empty: bool = True) -> str:
+    """`value` if it is a string that UTF-8 can encode. Raises `RequestError` if not."""
+    if not isinstance(value, str):
+        raise RequestError(f"{field!r} must be a string, got {_kind(value)}.")
+    if not may_be_empty and not value.strip():
+        raise RequestError(f"{field!r} is empty. Expected some text.")
+    _check_characters(value, field)
+    return value
 
 
 def _request_and_references(fields: Mapping[str, Any]) -> tuple[Request, tuple[str, ...]]:
     if not isinstance(fields, Mapping):
         raise RequestError(f"expected an object with the fields of a row, got {_kind(fields)}.")
     present = {key: value for key, value in fields.items() if value is not None}
-    for form, read in (("instruction", _from_instruction), ("messages", _from_messages), ("prompt", _from_prompt)):
-        if form in present:
-            request, references = read(present)
-            break
-    else:
+    if "instruction" in present:
+        instruction = text_field(present["instruction"], "instruction", may_be_empty=False)
+        return Instruction(instruction, text_field(present.get("input", ""), "input")), _references(present, "output")
+    if "messages" in present:
+        messages = _messages(present["messages"], "messages")
+        answer = (messages.pop()["content"],) if messages[-1]["role"] == "assistant" else ()
+        return _request(messages, "messages"), answer
+    if "prompt" not in present:
         keys = ", ".join(f"{key!r:.60}" for key in islice(present, 8)) or "no field that is not null"
         raise RequestError(f"expected {_FORMS}. Got {keys}.")
-    if references and fields.get(_ENDED) is False:
-        # `promptkd generate` marks a response that the length limit cut; an end token behind it would be untrue.
-        raise RequestError(
-            f"the response was cut at the length limit ({_ENDED!r} is false), so it cannot be used as a complete one. "
-            "Regenerate the file with `promptkd generate --ended-only`, or drop such rows."
-        )
-    return request, references
+    if isinstance(present["prompt"], str):
+        return text_field(present["prompt"], "prompt", may_be_empty=False), _references(present, "completion")
+    return _request(_messages(present["prompt"], "prompt"), "prompt"), _references(present, "completion")
 
 
-def _from_instruction(fields: Mapping[str, Any]) -> tuple[Request, tuple[str, ...]]:
-    request = Instruction(
-        _text(fields["instruction"], "instruction", may_be_empty=False), _text(fields.get("input", ""), "input")
-    )
-    output = fields.get("output")
-    if output is None:
-        return request, ()
-    if isinstance(output, str):
-        return request, (_text(output, "output"),)
-    if not isinstance(output, list | tuple):
-        raise RequestError(f"'output' must be a string or a list of strings, got {_kind(output)}.")
-    if not output:
+def _references(fields: Mapping[str, Any], field: str) -> tuple[str, ...]:
+    """Of "output", a text or a list of texts, or of "completion", a text or an assistant message; () for none."""
+    found = fields.get(field)
+    if found is None or isinstance(found, str):
+        return () if found is None else (text_field(found, field),)
+    if field == "completion":
+        answer = _messages(found, field)
+        if len(answer) != 1 or answer[0]["role"] != "assistant":
+            roles = ", ".join(message["role"] for message in answer)
+            raise RequestError(f"'completion' must hold one assistant message. Got messages from: {roles}.")
+        return (answer[0]["content"],)
+    if not isinstance(found, list | tuple):
+        raise RequestError(f"'output' must be a string or a list of strings, got {_kind(found)}.")
+    if not found:
         raise RequestError("'output' is an empty list. Leave it out if the row has no reference.")
-    return request, tuple(_text(each, f"output[{index}]") for index, each in enumerate(output))
+    return tuple(text_field(each, f"output[{index}]") for index, each in enumerate(found))
 
 
-def _from_messages(fields: Mapping[str, Any]) -> tuple[Request, tuple[str, ...]]:
-    messages = _messages(fields["messages"], "messages")
-    references: tuple[str, ...] = ()
-    if messages[-1]["role"] == "assistant":
-        *messages, answer = messages
-        references = (answer["content"],)
-    return _request_messages(messages, "messages"), references
-
-
-def _from_prompt(fields: Mapping[str, Any]) -> tuple[Request, tuple[str, ...]]:
-    prompt: Request
-    if isinstance(fields["prompt"], str):
-        prompt = _text(fields["prompt"], "prompt", may_be_empty=False)
-    else:
-        prompt = _request_messages(_messages(fields["prompt"], "prompt"), "prompt")
-    completion = fields.get("completion")
-    if completion is None:
-        return prompt, ()
-    if isinstance(completion, str):
-        return prompt, (_text(completion, "completion"),)
-    answer = _messages(completion, "completion")
-    if len(answer) != 1 or answer[0]["role"] != "assistant":
-        roles = ", ".join(message["role"] for message in answer)
-        raise RequestError(f"'completion' must hold one assistant message. Got messages from: {roles}.")
-    return prompt, (answer[0]["content"],)
+def _request(messages: list[Message], field: str) -> tuple[Message, ...]:
+    if (last := messages[-1]["role"] if messages else "nobody") not in ("user", "tool"):
+        raise RequestError(
+            f"the request in {field!r} must end with a user (or tool) message, for the model answers it. Got {last}."
+        )
+    return tuple(messages)
 
 
 def _messages(value: Any, field: str) -> list[Message]:
@@ -156,46 +153,20 @@ def _message(value: Any, name: str) -> Message:
         raise RequestError(f"the role of {name!r} must be one of {', '.join(_ROLES)}. Got {got}.")
     if "content" not in message:
         raise RequestError(f"{name!r} has no content. Expected a string.")
-    _text(message["content"], f"{name}.content")
+    text_field(message["content"], f"{name}.content")
     _check_characters(message, name)
     return message
 
 
-def _request_messages(messages: list[Message], field: str) -> tuple[Message, ...]:
-    last = messages[-1]["role"] if messages else "nobody"
-    if last not in ("user", "tool"):
-        raise RequestError(
-            f"the request in {field!r} must end with a user (or tool) message, for the model answers it. Got {last}."
-        )
-    return tuple(messages)
-
-
-def _text(value: Any, field: str, *, may_be_empty: bool = True) -> str:
-    if not isinstance(value, str):
-        raise RequestError(f"{field!r} must be a string, got {_kind(value)}.")
-    if not may_be_empty and not value.strip():
-        raise RequestError(f"{field!r} is empty. Expected some text.")
-    _check_characters(value, field)
-    return value
-
-
 def _check_characters(value: Any, field: str) -> None:
     """Refuse half of a surrogate pair in a text, or anywhere in what a chat template may read."""
-    if isinstance(value, str):
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise RequestError(
-                f"{field!r} holds half of a surrogate pair ({value[error.start]!r}), which is no character. Save the "
-                "file as valid UTF-8."
-            ) from error
-    elif isinstance(value, Mapping):
-        for key, part in value.items():
-            _check_characters(key, field)
-            _check_characters(part, field)
-    elif isinstance(value, list | tuple):
-        for part in value:
-            _check_characters(part, field)
+    try:
+        json.dumps(value, ensure_ascii=False, default=str, skipkeys=True).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise RequestError(
+            f"{field!r} holds half of a surrogate pair ({half!r}), which is no character. Save the file as valid UTF-8."
+        ) from error
 
 
 def _kind(value: Any) -> str:

@@ -5,19 +5,16 @@
 - R(l) = r_1 + … + r_l, r_t the mean error at token t of the student's own continuations,
 - l ε(l) = e_1 + … + e_l, e_t the same of the teacher's continuations; ε(l) is the mean error per token.
 
-A continuation that has ended has no context at later tokens, and so no error. r_t and e_t are means over the
-continuations that have not ended at token t, of all rows together. They estimate the expected error given that a
-context of that length exists, and each length has the same weight in the sum whichever continuations are left.
+A continuation that has ended has no context at later tokens, and so no error: r_t and e_t are means over the
+continuations of all rows that have not ended at token t, which estimate the expected error given such a context.
 
 `ended="zero"` is the treatment of PromptKD's public code, for comparison: per row the mean of the continuations that
 have not ended, 0 where all have, and the mean of that over all rows. r_t and e_t then shrink at the rates at which
-student and teacher end, so a student that ends earlier than its teacher seems to err less; and the more continuations a
-row has, the later its zeros come.
+student and teacher end, so a student that ends earlier than its teacher seems to err less.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -39,59 +36,56 @@ def excess_accumulated_error(
     teacher's. The same seed draws the same rows for every student. A resample in which no continuation reaches l says
     nothing about l; where these are more than 1 - `level` of the resamples, the point has no interval.
 
+    A value is None where no continuation of the one or the other reaches l (never with "zero"), and where l ε(l) is 0.
+    `rows` counts the rows in which continuations of both reach token l.
+
     Args:
-        on_student: errors on the student's own continuations, errors[row][draw][token].
+        on_student: errors on the student's own continuations.
         on_teacher: errors on the teacher's continuations of the same rows, of which there may be more or fewer.
         ended: "leave" takes means over what has not ended; "zero" counts rows that have ended as errors of 0.
 
-    Returns:
-        The points. A value is None where no continuation of the one or the other reaches l (never with "zero"), and
-        where l ε(l) is 0. `rows` counts the rows in which continuations of both reach token l.
-
-    Raises:
-        RequestError: no rows, unequal numbers of rows, a row without a continuation, or a wrong `ended`.
+    Raises `RequestError` for no rows, unequal numbers of rows, a row without a continuation, or a wrong `ended`.
     """
     _check(on_student, on_teacher, ended)
     width = max(len(errors) for row in (*on_student, *on_teacher) for errors in row)
-    student, teacher = _table(on_student, width), _table(on_teacher, width)
-    reaching = ((student.count > 0) & (teacher.count > 0)).sum(0).tolist()
+    student, teacher = _Table.of(on_student, width), _Table.of(on_teacher, width)
+    reaching = ((student.counts > 0) & (teacher.counts > 0)).sum(0).tolist()
     if ended == "zero":
         student, teacher = student.with_zeros(), teacher.with_zeros()
-    values = _percent(np.ones((1, len(on_student))), student, teacher)[0]
-    table = np.stack([values, *_interval(values, student, teacher, bootstrap)], axis=1)  # (L, 3)
+    values = _percent(np.ones((1, len(on_student))), student, teacher)
+    table = np.concatenate([values, _interval(values[0], student, teacher, bootstrap)]).T  # (L, 3)
     found = [[None if np.isnan(number) else float(number) for number in line] for line in table]
     return [
-        CurvePoint(x=index + 1, value=value, low=low, high=high, rows=rows)
-        for index, ((value, low, high), rows) in enumerate(zip(found, reaching, strict=True))
+        CurvePoint(x=length, value=value, low=low, high=high, rows=rows)
+        for length, ((value, low, high), rows) in enumerate(zip(found, reaching, strict=True), start=1)
     ]
 
 
-@dataclass(frozen=True)
-class _Table:
+class _Table(NamedTuple):
     """Errors of one model's continuations, summed over the draws of each row."""
 
     sums: Floats
     """(rows, L) sum of the errors at each token."""
-    count: Floats
+    counts: Floats
     """(rows, L) number of continuations that reach each token."""
+
+    @classmethod
+    def of(cls, errors: Errors, width: int) -> "_Table":
+        table = cls(np.zeros((len(errors), width)), np.zeros((len(errors), width)))
+        for row, drawn in enumerate(errors):
+            for each in drawn:
+                table.sums[row, : len(each)] += each
+                table.counts[row, : len(each)] += 1
+        return table
 
     def with_zeros(self) -> "_Table":
         """One error per row and token: the mean over the continuations that reach it, 0 where none does."""
-        return _Table(self.sums / np.maximum(self.count, 1), np.ones_like(self.count))
+        return _Table(self.sums / np.maximum(self.counts, 1), np.ones_like(self.counts))
 
     def accumulated(self, weights: Floats) -> Floats:
         """(B, L) sums over tokens of the mean error; NaN from the first token that nothing reaches."""
         with np.errstate(invalid="ignore"):
-            return np.cumsum((weights @ self.sums) / (weights @ self.count), axis=1)
-
-
-def _table(errors: Errors, width: int) -> _Table:
-    sums, count = np.zeros((len(errors), width)), np.zeros((len(errors), width))
-    for row, drawn in enumerate(errors):
-        for each in drawn:
-            sums[row, : len(each)] += each
-            count[row, : len(each)] += 1
-    return _Table(sums, count)
+            return np.cumsum((weights @ self.sums) / (weights @ self.counts), axis=1)
 
 
 def _percent(weights: Floats, student: _Table, teacher: _Table) -> Floats:

@@ -7,16 +7,17 @@ A difference is claimed where adjusted p is at most 0.05 and the interval exclud
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
-from typing import NamedTuple
+from itertools import combinations, product
 
 import numpy as np
 
 from promptkd.errors import RequestError
+from promptkd.evaluation.measure import OF_REFERENCES
 from promptkd.evaluation.pairing import Candidate, Column, Setting, settings_of
 from promptkd.evaluation.statistics import (
     DEFAULT,
     Bootstrap,
+    Floats,
     effect_size,
     holm,
     paired_token_difference,
@@ -26,8 +27,6 @@ from promptkd.evaluation.statistics import (
 )
 from promptkd.results import Better, DataRecord, Difference, Evaluation
 
-_OF_REFERENCES = frozenset({"loss"})
-"""Measured on the references: the same however answers are decoded."""
 _TO_TEACHER = "kl_to_teacher"
 _LEAST_ROWS = 6
 """With fewer, even the smallest p of a sign-flip test, 2 / 2^rows, lies above 0.05."""
@@ -40,19 +39,6 @@ class Comparison:
     """Each model's metrics over the rows that were compared, without the rows themselves."""
     data: dict[str, DataRecord] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-
-
-class _Planned(NamedTuple):
-    setting: Setting
-    model: str
-    baseline: str
-    metric: str
-    better: Better
-    columns: dict[str, Column]
-
-    @property
-    def rows(self) -> int:
-        return len(self.columns[self.model].sums)
 
 
 def compare(
@@ -72,16 +58,13 @@ def compare(
         candidates: at least two, each under a label of its own.
         better: which direction of a metric is better; a metric of neither (None) is left out, and that is noted.
         baseline: label of one of them, by default the first.
-        all_pairs: every pair in place of those with the baseline.
-        metrics: the ones to compare; by default all that rows have scores of.
+        metrics: by default all that rows have scores of.
         allow_different: compare what is shared although data or decoding differ, and note in what.
         bootstrap: of the intervals; its seed is that of the sign-flip test too.
-        draws: of the sign-flip test; a comparison of many differences draws more, so that Holm's correction of the
-            smallest p can still be small.
+        draws: of the sign-flip test, raised where many differences are tested together.
 
-    Raises:
-        RequestError: fewer than two candidates, a duplicate or unknown label, measurements that are not alike, no data
-            set, no row or no metric in common.
+    Raises `RequestError` for fewer than two candidates, a duplicate or unknown label, measurements that are not alike,
+    and no data set, row or metric in common.
     """
     ordered = _checked(candidates, baseline)
     settings, made = settings_of(ordered), Comparison()
@@ -92,33 +75,43 @@ def compare(
         made.notes.append(f"{_TO_TEACHER} was not compared: the records name different teachers.")
     pairs = list(combinations([each.label for each in ordered], 2))  # (baseline, model)
     pairs = pairs if all_pairs else pairs[: len(ordered) - 1]
-    planned: list[_Planned] = []
+    tested: list[tuple[Difference, tuple[Floats, ...]]] = []
+    done: set[tuple[str, str]] = set()  # what is measured on the references of a data set, however it is decoded
     for setting in settings:
-        done = {each.metric for each in planned if each.setting.source == setting.source} & _OF_REFERENCES
-        columns = {metric: setting.columns(metric) for metric in setting.metrics() if metric in {*names} - done}
-        columns = {metric: held for metric, held in columns.items() if all(len(each.sums) for each in held.values())}
-        planned += [
-            _Planned(setting, model, base, metric, direction, held)
-            for base, model in pairs
-            for metric, held in columns.items()
-            if (direction := better(metric)) is not None and base in held and model in held
-        ]
+        wanted = [name for name in setting.metrics() if name in names and (setting.source, name) not in done]
+        found = {name: setting.columns(name) for name in wanted}
+        columns = {name: held for name, held in found.items() if any(len(each.sums) for each in held.values())}
+        for (base, model), (name, held) in product(pairs, columns.items()):
+            direction = better(name)
+            if direction is not None and base in held and model in held:
+                both = (*held[model], *held[base])
+                difference = Difference(
+                    model=model,
+                    baseline=base,
+                    metric=name,
+                    data=setting.data,
+                    better=direction,
+                    difference=paired_token_difference(*both, bootstrap),
+                )
+                tested.append((difference, both))
+                done |= {(setting.source, name)} if name in OF_REFERENCES else set()
         made.evaluations += _evaluations(setting, columns, bootstrap)
         first = next(iter(setting.measured.values()))
         if first.data is not None:
             made.data[setting.data] = first.data
-    if not planned:
+    if not tested:
         raise RequestError(
             f"Nothing to compare: the runs share {sum(len(each.rows()) for each in settings)} rows, with scores of "
             f"{', '.join(names) or 'none'}. Expected at least one row, and a metric of which more or less is better."
         )
     # The smallest p that draws can give is 1 / (draws + 1); after the correction it must still be able to reach 0.01.
-    draws = max(draws, 100 * len(planned) - 1)
-    made.differences = [_difference(each, bootstrap, draws) for each in planned]
-    tested = [(each, each.p_value) for each in made.differences if each.p_value is not None]
-    for (each, _), p in zip(tested, holm([p for _, p in tested]), strict=True):
-        each.p_adjusted = p
-    made.notes += _notes(settings, planned, ordered)
+    draws = max(draws, 100 * len(tested) - 1)
+    made.differences = [each for each, _ in tested]
+    finite = [(each, row_contributions(*both)) for each, both in tested if np.isfinite(both).all()]
+    p_values = [sign_flip_test(parts, draws=draws, seed=bootstrap.seed) for _, parts in finite]
+    for (each, parts), p, adjusted in zip(finite, p_values, holm(p_values), strict=True):
+        each.p_value, each.p_adjusted, each.effect_size = p, adjusted, effect_size(parts)
+    made.notes += _notes(settings, made.differences, ordered)
     if neither := [metric for metric in names if better(metric) is None]:
         made.notes.append(f"Not tested, for neither direction is better: {', '.join(neither)}.")
     return made
@@ -146,9 +139,8 @@ def _alike(settings: Sequence[Setting], candidates: Sequence[Candidate], allow_d
         raise RequestError(f"The runs share no data set: {'; '.join(held)}.")
     differing = [sentence for setting in settings for sentence in setting.differing()]
     if differing and not allow_different:
-        raise RequestError(
-            " ".join(differing) + " Measure them alike, or compare the rows that all have by --allow-different."
-        )
+        told = " ".join(differing)
+        raise RequestError(f"{told} Measure them alike, or compare the rows that all have by --allow-different.")
     return [f"Compared although {sentence}" for sentence in differing]
 
 
@@ -156,50 +148,24 @@ def _known_metrics(settings: Sequence[Setting], asked: Sequence[str]) -> list[st
     """The metrics that were asked for, by default all."""
     every = list(dict.fromkeys(metric for setting in settings for metric in setting.metrics()))
     if unknown := [metric for metric in asked if metric not in every]:
-        raise RequestError(
-            f"Expected metrics that rows of two models have scores of: {', '.join(every) or 'none'}. "
-            f"Got {', '.join(unknown)}."
-        )
+        expected = f"Expected metrics that rows of two models have scores of: {', '.join(every) or 'none'}."
+        raise RequestError(f"{expected} Got {', '.join(unknown)}.")
     return [metric for metric in every if metric in (asked or every)]
 
 
 def _evaluations(setting: Setting, columns: dict[str, dict[str, Column]], bootstrap: Bootstrap) -> list[Evaluation]:
-    return [
-        Evaluation(
-            model=label,
-            data=setting.data,
-            decoding=measured.evaluation.decoding,
-            metrics={
-                metric: token_mean_interval(held[label].sums, held[label].counts, bootstrap)
-                for metric, held in columns.items()
-                if label in held
-            },
-        )
-        for label, measured in setting.measured.items()
-    ]
+    made = []
+    for label, measured in setting.measured.items():
+        held = {metric: by_label[label] for metric, by_label in columns.items() if label in by_label}
+        metrics = {metric: token_mean_interval(*column, bootstrap) for metric, column in held.items()}
+        decoding = measured.evaluation.decoding
+        made.append(Evaluation(model=label, data=setting.data, decoding=decoding, metrics=metrics))
+    return made
 
 
-def _difference(planned: _Planned, bootstrap: Bootstrap, draws: int) -> Difference:
-    ours, theirs = planned.columns[planned.model], planned.columns[planned.baseline]
-    columns = (ours.sums, ours.counts, theirs.sums, theirs.counts)
-    found = Difference(
-        model=planned.model,
-        baseline=planned.baseline,
-        metric=planned.metric,
-        better=planned.better,
-        data=planned.setting.data,
-        difference=paired_token_difference(*columns, bootstrap),
-    )
-    if all(np.isfinite(column).all() for column in columns):
-        parts = row_contributions(*columns)
-        found.p_value = sign_flip_test(parts, draws=draws, seed=bootstrap.seed)
-        found.effect_size = effect_size(parts)
-    return found
-
-
-def _notes(settings: Sequence[Setting], planned: Sequence[_Planned], candidates: Sequence[Candidate]) -> list[str]:
+def _notes(settings: Sequence[Setting], differences: list[Difference], candidates: Sequence[Candidate]) -> list[str]:
     notes = [
-        f"{len(planned)} differences were tested together and p is adjusted for that. One is claimed where p is at "
+        f"{len(differences)} differences were tested together and p is adjusted for that. One is claimed where p is at "
         "most 0.05 and the interval excludes zero. Both cover the rows and their decoding seeds, not the spread "
         "between training seeds."
     ]
@@ -207,7 +173,7 @@ def _notes(settings: Sequence[Setting], planned: Sequence[_Planned], candidates:
         rows, held = setting.rows(), {row for each in setting.measured.values() for row in each.rows}
         if len(rows) < len(held):
             notes.append(f"On {setting.data} the {len(rows)} rows that all have were compared, of {len(held)}.")
-        scored = {each.metric: each.rows for each in planned if each.setting is setting}
+        scored = {each.metric: each.difference.rows or 0 for each in differences if each.data == setting.data}
         if fewer := [f"{metric} {count}" for metric, count in scored.items() if count < len(rows)]:
             notes.append(f"On {setting.data} not every row has every score: {', '.join(fewer)} of {len(rows)} rows.")
         if few := [metric for metric, count in scored.items() if count < _LEAST_ROWS]:

@@ -1,11 +1,11 @@
 """Measure a model on rows: loss on the references, scores of its own answers, KL to a teacher on its own samples.
 
 `promptkd evaluate` keeps what was decoded or measured on the disk, batch by batch. Rows go into batches by the length
-of their prompts alone: a later run meets the same batches, does those that lack a row, and so ends with what an
-undisturbed run would have ended with, bit for bit on the same machine. Validation does the same in memory.
+of their prompts alone, so a resumed run ends with what an undisturbed run would have ended with, bit for bit on the
+same machine. Validation does the same in memory.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,14 @@ from transformers import PreTrainedTokenizerBase
 from promptkd.data.encode import EncodedExample
 from promptkd.errors import RequestError
 from promptkd.evaluation.hub_metrics import HubMetric
-from promptkd.evaluation.likelihood import kl_nats, reference_nats
-from promptkd.evaluation.measure import decode_rows, evaluation_of, row_batches, row_results
+from promptkd.evaluation.measure import (
+    decode_rows,
+    evaluation_of,
+    kl_nats,
+    reference_nats,
+    row_batches,
+    row_results,
+)
 from promptkd.generation import Decoding
 from promptkd.io.jsonl import Line, ResumableLines
 from promptkd.models import vocabulary_size
@@ -35,12 +41,8 @@ def parts_of(decoding: Decoding, seeds: Sequence[int], *, greedy: bool, teacher:
     """
     parts = [] if decoding.is_greedy else [f"seed{seed}" for seed in seeds]
     parts += [_GREEDY] if greedy or decoding.is_greedy else []
-    parts += [_kl_part(decoding, seed) for seed in seeds] if teacher and not decoding.is_plain else []
+    parts += [f"seed{seed}-kl" for seed in seeds] if teacher and not decoding.is_plain else []
     return [*parts, _REFERENCES]
-
-
-def _kl_part(decoding: Decoding, seed: int) -> str:
-    return f"seed{seed}" if decoding.is_plain else f"seed{seed}-kl"
 
 
 def measure_rows(
@@ -55,8 +57,8 @@ def measure_rows(
 ) -> list[RowResult]:
     """Scores of `model` row by row.
 
-    With a teacher, KL(model || teacher) is taken on responses sampled at temperature 1: the answers themselves, unless
-    these were decoded otherwise. `samples_per_row` samples, of seeds from `decoding.seed` on, are taken of each row.
+    With a teacher, KL(model || teacher) is taken on `samples_per_row` responses sampled at temperature 1, of seeds from
+    `decoding.seed` on: the answers themselves, unless these were decoded otherwise.
     """
     if not rows:
         return []
@@ -110,7 +112,7 @@ class SetEvaluation:
         self, part: str, decoding: Decoding, losses: Sequence[float], kls: Sequence[Sequence[tuple[float, int]]]
     ) -> list[RowResult]:
         """Answers of one decoding with their scores. Its file ends in the order of the rows, with two of the scores."""
-        file, lines = self._answers(part, decoding, None)
+        lines = self._answers(part, decoding, None)
         answers = [line["token_ids"] for line in lines]
         results = row_results(self.tokenizer, self.rows, answers, decoding, losses=losses, kls=kls)
         for metric in self.metrics:
@@ -118,73 +120,66 @@ class SetEvaluation:
             for each, score in zip(results, scores, strict=True):
                 each.scores[metric.label] = score
         kept = ("rouge_l", "exact_match")
-        file.replace(
-            [line | {name: each.scores[name] for name in kept} for line, each in zip(lines, results, strict=True)]
-        )
+        scored = zip(lines, results, strict=True)
+        self._files[part].replace([line | {name: each.scores[name] for name in kept} for line, each in scored])
         return results
 
     def kl(self, decoding: Decoding, seed: int) -> list[tuple[float, int]]:
         """(nats, tokens) of KL(model || teacher) on each row's sample of one seed."""
-        file, lines = self._answers(_kl_part(decoding, seed), decoding.plain(seed), self.teacher)
-        file.replace(lines)
+        part = f"seed{seed}" if decoding.is_plain else f"seed{seed}-kl"
+        lines = self._answers(part, decoding.plain(seed), self.teacher)
         return [(line["kl_nats"], len(line["token_ids"])) for line in lines]
 
     def losses(self) -> list[float]:
         """Nats of each row's first reference."""
-        file = self._open(_REFERENCES)
-        for batch, held in self._batches(file, _REFERENCES_AT_A_TIME, _REFERENCES):
-            if len(held) < len(batch):
-                vocabulary = vocabulary_size(self.tokenizer)
-                nats = reference_nats(self.model, batch, vocabulary=vocabulary, batch_size=self.batch_size)
-                file.append(_line(row, nats=value) for row, value in zip(batch, nats, strict=True))
-        lines = self._lines(file)
-        file.replace(lines)
-        return [line["nats"] for line in lines]
+        vocabulary = vocabulary_size(self.tokenizer)
 
-    def _answers(self, part: str, decoding: Decoding, teacher: nn.Module | None) -> tuple[ResumableLines, list[Line]]:
-        """The file of a part and a line for each row: the answer and, with a teacher, its KL.
+        def measured(batch: list[EncodedExample], held: list[Line]) -> list[Line]:
+            if len(held) == len(batch):
+                return held
+            nats = reference_nats(self.model, batch, vocabulary=vocabulary, batch_size=self.batch_size)
+            return [_line(row, nats=value) for row, value in zip(batch, nats, strict=True)]
 
-        What the file lacks is decoded or measured, and appended.
-        """
-        file = self._open(part)
-        for batch, held in self._batches(file, decoding.batch_size, f"answers ({part})"):
+        return [line["nats"] for line in self._lines(_REFERENCES, _REFERENCES_AT_A_TIME, _REFERENCES, measured)]
+
+    def _answers(self, part: str, decoding: Decoding, teacher: nn.Module | None) -> list[Line]:
+        """Each row's answer and, with a teacher, its KL."""
+
+        def measured(batch: list[EncodedExample], held: list[Line]) -> list[Line]:
             lines = held if len(held) == len(batch) else self._decoded(batch, decoding)
-            if teacher is not None and not all("kl_nats" in line for line in lines):
-                samples = [line["token_ids"] for line in lines]
-                nats = kl_nats(self.model, teacher, self.tokenizer, batch, samples, batch_size=self.batch_size)
-                lines = [{**line, "kl_nats": value} for line, value in zip(lines, nats, strict=True)]
-            if lines is not held:
-                file.append(lines)
-        return file, self._lines(file)
+            if teacher is None or all("kl_nats" in line for line in lines):
+                return lines
+            samples = [line["token_ids"] for line in lines]
+            nats = kl_nats(self.model, teacher, self.tokenizer, batch, samples, batch_size=self.batch_size)
+            return [{**line, "kl_nats": value} for line, value in zip(lines, nats, strict=True)]
+
+        return self._lines(part, decoding.batch_size, f"answers ({part})", measured)
 
     def _decoded(self, batch: list[EncodedExample], decoding: Decoding) -> list[Line]:
-        answers = decode_rows(self.model, self.tokenizer, batch, decoding)
-        return [
-            _line(
-                row,
-                response=self.tokenizer.decode(token_ids, skip_special_tokens=True).strip(),
-                ended=token_ids[-1] in decoding.stop_ids,
-                token_ids=token_ids,
-            )
-            for row, token_ids in zip(batch, answers, strict=True)
-        ]
+        lines = []
+        for row, token_ids in zip(batch, decode_rows(self.model, self.tokenizer, batch, decoding), strict=True):
+            response = self.tokenizer.decode(token_ids, skip_special_tokens=True).strip()
+            ended = token_ids[-1] in decoding.stop_ids
+            lines.append(_line(row, response=response, ended=ended, token_ids=token_ids))
+        return lines
 
-    def _open(self, part: str) -> ResumableLines:
+    def _lines(
+        self, part: str, size: int, what: str, measured: Callable[[list[EncodedExample], list[Line]], list[Line]]
+    ) -> list[Line]:
+        """The lines of a part in the order of the rows; its file keeps what `measured` makes of each batch."""
         if part not in self._files:
             self._files[part] = ResumableLines(self.file_of(part), check=_check)
-        return self._files[part]
-
-    def _lines(self, file: ResumableLines) -> list[Line]:
-        return [file.lines[row.row,] for row in self.rows]
-
-    def _batches(self, file: ResumableLines, size: int, what: str) -> Iterator[tuple[list[EncodedExample], list[Line]]]:
-        """Rows of like length, the longest first, with the lines that the file holds of them."""
-        done = 0
-        for places in row_batches(self.rows, size):
-            batch = [self.rows[place] for place in places]
-            yield batch, [_of_row(file, row) for row in batch if (row.row,) in file.lines]
+        file, done = self._files[part], 0
+        for batch in row_batches(self.rows, size):
+            held = [_of_row(file, row) for row in batch if (row.row,) in file.lines]
+            lines = measured(batch, held)
+            if lines is not held:
+                file.append(lines)
             done += len(batch)
             self.progress(what, done)
+        ordered = [file.lines[row.row,] for row in self.rows]
+        file.replace(ordered)
+        return ordered
 
 
 def _line(row: EncodedExample, **made: Any) -> Line:

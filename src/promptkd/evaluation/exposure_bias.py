@@ -1,11 +1,9 @@
 """Exposure bias: how much more a student errs on its own continuations than on the teacher's.
 
-An error is KL(teacher || student) after the request and the first t - 1 tokens of a continuation.
-`accumulated_error.py` turns the errors into ExAccErr, and says how continuations that have ended are counted.
-
-Continuations are sampled from the whole distribution at temperature 1: the definition's expectations are over what the
-models themselves would write. With a soft prompt the teacher is the prompted one throughout: its continuations are
-sampled, and its distribution is compared.
+An error is KL(teacher || student) after the request and the first t - 1 tokens of a continuation;
+`accumulated_error.py` turns the errors into ExAccErr. Continuations are sampled from the whole distribution at
+temperature 1: the definition's expectations are over what the models themselves would write. With a soft prompt the
+teacher is the prompted one throughout.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,13 +16,13 @@ from torch import Tensor, nn
 from promptkd.engine import evaluating
 from promptkd.errors import PromptKDError, RequestError
 from promptkd.evaluation.accumulated_error import Ended, excess_accumulated_error
-from promptkd.evaluation.likelihood import batches_by_length, token_divergences
+from promptkd.evaluation.measure import TokenIds, batches_by_length, token_divergences
 from promptkd.evaluation.statistics import DEFAULT, Bootstrap, Floats, token_mean_interval
 from promptkd.generation import Decoding, generate, row_seeds
 from promptkd.objectives import forward_kl
 from promptkd.results import CurvePoint, Metric
 
-Samples = Sequence[Sequence[Sequence[int]]]
+Samples = Sequence[Sequence[TokenIds]]
 """Token ids of continuations: samples[row][draw]."""
 
 
@@ -37,7 +35,6 @@ class ExposureBias:
     on_student: Metric
     """KL(teacher || student) in nats per token, over all tokens of the student's continuations."""
     on_teacher: Metric
-    """The same over those of the teacher's."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +50,9 @@ class Scoring:
     """Called with the number of continuations scored so far, the student's and the teacher's."""
 
 
-DEFAULT_SCORING = Scoring()
-
-
 def sample_continuations(
     model: nn.Module,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[TokenIds],
     decoding: Decoding,
     *,
     samples_per_row: int,
@@ -72,8 +66,7 @@ def sample_continuations(
     for every model: common random numbers, whose effect on both models cancels in their comparison.
 
     Args:
-        decoding: length limit, stop ids, vocabulary, first seed and batch size; its temperature and cut-offs are not
-            used.
+        decoding: its temperature and cut-offs are not used.
         rows: each request's index in its file, from which its seeds follow; by default 0, 1, …
         prompt: (n, E) soft prompt before the model.
         on_batch: as in `generate`.
@@ -95,10 +88,10 @@ def sample_continuations(
 def exposure_bias(
     student: nn.Module,
     teacher: nn.Module,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[TokenIds],
     student_samples: Samples,
     teacher_samples: Samples,
-    scoring: Scoring = DEFAULT_SCORING,
+    scoring: Scoring = Scoring(),
     *,
     ended: Ended = "leave",
     bootstrap: Bootstrap = DEFAULT,
@@ -106,14 +99,12 @@ def exposure_bias(
     """ExAccErr of `student` over given continuations; `sample_continuations` draws them.
 
     Args:
-        prompts: token ids of the requests.
-        student_samples: continuations that the student wrote, samples[row][draw].
+        student_samples: continuations that the student wrote, token ids as samples[row][draw].
         teacher_samples: those of the teacher, under `scoring.prompt` if there is one; the same serve every student.
         ended, bootstrap: as in `excess_accumulated_error`.
 
-    Raises:
-        RequestError: unequal numbers of rows, or as `excess_accumulated_error`.
-        PromptKDError: a model gives a KL that is not finite.
+    Raises `RequestError` for unequal numbers of rows, or as `excess_accumulated_error`, and `PromptKDError` for a KL
+    that is not finite.
     """
     if not len(prompts) == len(student_samples) == len(teacher_samples):
         raise RequestError(
@@ -122,8 +113,8 @@ def exposure_bias(
         )
     together = [[*mine, *theirs] for mine, theirs in zip(student_samples, teacher_samples, strict=True)]
     errors = token_errors(student, teacher, prompts, together, scoring)
-    on_student = [row[: len(mine)] for row, mine in zip(errors, student_samples, strict=True)]
-    on_teacher = [row[len(mine) :] for row, mine in zip(errors, student_samples, strict=True)]
+    rows = list(zip(errors, map(len, student_samples), strict=True))
+    on_student, on_teacher = [row[:count] for row, count in rows], [row[count:] for row, count in rows]
     points = excess_accumulated_error(on_student, on_teacher, ended=ended, bootstrap=bootstrap)
     means = [
         token_mean_interval([sum(map(np.sum, row)) for row in each], [sum(map(len, row)) for row in each], bootstrap)
@@ -133,19 +124,12 @@ def exposure_bias(
 
 
 def token_errors(
-    student: nn.Module,
-    teacher: nn.Module,
-    prompts: Sequence[Sequence[int]],
-    samples: Samples,
-    scoring: Scoring = DEFAULT_SCORING,
+    student: nn.Module, teacher: nn.Module, prompts: Sequence[TokenIds], samples: Samples, scoring: Scoring = Scoring()
 ) -> list[list[Floats]]:
-    """KL(teacher || student) after every context of every continuation, in nats: errors[row][draw][token].
-
-    The first entry is the error after the request alone, the last that at the stop token (or at the limit).
-    """
+    """KL(teacher || student) in nats as errors[row][draw][token], from that after the request alone."""
     places = [(row, draw) for row, drawn in enumerate(samples) for draw in range(len(drawn))]
     flat_prompts, flat_samples = [prompts[row] for row, _ in places], [samples[row][draw] for row, draw in places]
-    errors, done = [[np.empty(0) for _ in drawn] for drawn in samples], 0
+    errors, done = [[np.empty(0)] * len(drawn) for drawn in samples], 0
     with torch.no_grad(), evaluating(student), evaluating(teacher):
         for indices, batch in batches_by_length(flat_prompts, flat_samples, scoring.batch_size, student):
             divergences = token_divergences(

@@ -23,8 +23,7 @@ class HubMetric:
             they are in its cache), or the path of a script. `NAME:FIELD` picks a field of the metric's output
             ("rouge:rouge2"); by default the field with the metric's name, else "score", else the only number.
 
-    Raises:
-        RequestError: if `evaluate` is not installed, or the metric cannot be loaded, fails on a row, or gives no score.
+    Raises `RequestError` if `evaluate` is not installed, or the metric cannot be loaded, fails or gives no score.
     """
 
     def __init__(self, name: str) -> None:
@@ -32,8 +31,7 @@ class HubMetric:
         self.label = f"evaluate:{Path(source).stem}" + (f":{field}" if field else "")
         self.failed_on_empty = 0
         """Empty answers that the metric failed on; they count 0."""
-        self._name = name
-        self._metric = _load(source)
+        self._name, self._metric = name, _load(source)
         features = self._metric.features
         forms = features if isinstance(features, list) else [features]
         lists = (datasets.Sequence, datasets.List, list)
@@ -44,14 +42,18 @@ class HubMetric:
             raise RequestError(
                 f"The metric {name} cannot score an answer against its references: {_line(error)}"
             ) from error
-        self._field = _score_field(numbers, field, name=name, called=Path(source).stem)
+        called = Path(source).stem
+        wanted = [field] if field else [called, "score", *(numbers if len(numbers) == 1 else ())]
+        self._field = next((each for each in wanted if each in numbers), "")
+        if not self._field:
+            expected = f"the field {field!r}" if field else f"a number called {called!r} or 'score', or a single number"
+            raise RequestError(
+                f"The metric {name} gives no score: expected {expected}, got {', '.join(numbers) or 'no number'}. "
+                "Pick one by NAME:FIELD."
+            )
 
     def scores(self, texts: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-        """The score of each answer. An empty answer that the metric fails on, as BLEU does, counts 0.
-
-        Raises:
-            PromptKDError: if it fails on another answer.
-        """
+        """The score of each answer; 0 for an empty one that the metric fails on, as BLEU does, else `PromptKDError`."""
         return [self._score(text, row) for text, row in zip(texts, references, strict=True)]
 
     def check(self, references: Iterable[Sequence[str]]) -> None:
@@ -69,9 +71,8 @@ class HubMetric:
             if not text:
                 self.failed_on_empty += 1
                 return 0.0
-            raise PromptKDError(
-                f"The metric {self._name} failed on the answer {text[:60]!r}: {_line(error)}"
-            ) from error
+            told = f"The metric {self._name} failed on the answer {text[:60]!r}: {_line(error)}"
+            raise PromptKDError(told) from error
 
     def _numbers(self, text: str, references: Sequence[str]) -> dict[str, float]:
         """The metric's output for one row: every field that is a number, or a list with a single one."""
@@ -96,18 +97,6 @@ def _load(source: str) -> Any:
             f"Could not load the metric {source}: {_line(error)} Give the name of a metric of Hugging Face's "
             "`evaluate` (offline, one that its cache holds) or the path of a metric script."
         ) from error
-
-
-def _score_field(numbers: Mapping[str, float], field: str, *, name: str, called: str) -> str:
-    wanted = [field] if field else [called, "score", *(numbers if len(numbers) == 1 else ())]
-    for each in wanted:
-        if each in numbers:
-            return each
-    expected = f"the field {field!r}" if field else f"a number called {called!r} or 'score', or a single number"
-    raise RequestError(
-        f"The metric {name} gives no score: expected {expected}, got {', '.join(numbers) or 'no number'}. "
-        "Pick one by NAME:FIELD."
-    )
 
 
 def _line(error: Exception) -> str:

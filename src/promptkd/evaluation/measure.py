@@ -1,30 +1,37 @@
-"""Answers to rows and every score of them, and the metrics of all rows."""
+"""What is measured of rows: losses and divergences of models, answers and their scores; and the metrics of all rows."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
+from promptkd.data.batch import TokenBatch, right_pad
 from promptkd.data.encode import EncodedExample
+from promptkd.engine import evaluating, head_logits, response_hidden
 from promptkd.evaluation.statistics import mean_interval, token_mean_interval
-from promptkd.evaluation.text_metrics import answer_scores
+from promptkd.evaluation.text_metrics import exact_match_scores, form_scores, rouge_scores
 from promptkd.generation import Decoding, generate, row_seeds
-from promptkd.models import vocabulary_size
+from promptkd.models import shared_vocabulary_size, vocabulary_size
+from promptkd.objectives import reverse_kl
 from promptkd.results import Evaluation, Metric, RowResult
 
-_OF_REFERENCES = ("loss",)  # the same however answers are decoded
+TokenIds = Sequence[int]
+OF_REFERENCES = frozenset({"loss"})
+"""Measured on the references: the same however answers are decoded."""
+_TOKENS_AT_A_TIME = 256
 
 
-def row_batches(rows: Sequence[EncodedExample], size: int) -> list[list[int]]:
-    """Indices into `rows`, `size` at a time, the longest prompts first.
+def row_batches(rows: Sequence[EncodedExample], size: int) -> list[list[EncodedExample]]:
+    """`size` rows at a time, the longest prompts first, in validation and in `promptkd evaluate` alike.
 
-    Validation and `promptkd evaluate` both measure in these batches. In bfloat16 the rows that share a batch decide
-    how products are rounded, and so, now and then, which token is drawn: other batches would give other answers.
+    In bfloat16 the rows that share a batch decide how products are rounded, and so, now and then, which token is drawn.
     """
-    order = sorted(range(len(rows)), key=lambda index: (-len(rows[index].prompt_ids), rows[index].row))
-    return [order[first : first + size] for first in range(0, len(order), size)]
+    ordered = sorted(rows, key=lambda row: (-len(row.prompt_ids), row.row))
+    return [ordered[first : first + size] for first in range(0, len(ordered), size)]
 
 
 def decode_rows(
@@ -45,11 +52,11 @@ def decode_rows(
 def row_results(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[EncodedExample],
-    answers: Sequence[Sequence[int]],
+    answers: Sequence[TokenIds],
     decoding: Decoding,
     *,
     losses: Sequence[float],
-    kls: Sequence[Sequence[tuple[float, int]]] = (),
+    kls: Sequence[Sequence[tuple[float, int]]],
 ) -> list[RowResult]:
     """Each row with its answer and every score of it.
 
@@ -59,21 +66,18 @@ def row_results(
         kls: per sample, (nats, tokens) of every row; empty without a teacher.
     """
     texts = [tokenizer.decode(list(answer), skip_special_tokens=True).strip() for answer in answers]
-    scores = answer_scores(
-        texts,
-        [row.references for row in rows],
-        answers,
-        [len(row.response_ids) for row in rows],
-        stop_ids=decoding.stop_ids,
-        max_new_tokens=decoding.limits(1)[0],
-    )
-    results = []
+    references = [row.references for row in rows]
+    rouge = rouge_scores(texts, references, kinds=("rougeL", "rouge1"))
+    exact = exact_match_scores(texts, references)
+    limit, results = decoding.limits(1)[0], []
     for index, row in enumerate(rows):
         wanted = len(row.response_ids)
-        of_models, tokens = {"loss": losses[index] / wanted}, {"loss": wanted, "length_ratio": wanted}
+        scores, tokens = {"loss": losses[index] / wanted}, {"loss": wanted, "length_ratio": wanted}
         if kls:
             tokens["kl_to_teacher"] = sum(sample[index][1] for sample in kls)
-            of_models["kl_to_teacher"] = sum(sample[index][0] for sample in kls) / tokens["kl_to_teacher"]
+            scores["kl_to_teacher"] = sum(sample[index][0] for sample in kls) / tokens["kl_to_teacher"]
+        scores |= {"rouge_l": rouge["rougeL"][index], "rouge_1": rouge["rouge1"][index], "exact_match": exact[index]}
+        scores |= form_scores(answers[index], wanted, stop_ids=decoding.stop_ids, max_new_tokens=limit)
         results.append(
             RowResult(
                 row=row.row,
@@ -81,7 +85,7 @@ def row_results(
                 prompt=row.prompt,
                 references=list(row.references),
                 response=texts[index],
-                scores=of_models | scores[index],
+                scores=scores,
                 tokens=tokens,
             )
         )
@@ -97,30 +101,101 @@ def evaluation_of(
 
 
 def summarize(results: Sequence[RowResult]) -> dict[str, Metric]:
-    """Means with 95 % intervals by bootstrap over rows; a row with answers under several seeds is averaged first.
+    """Means with 95 % intervals by bootstrap over rows, which are the same, in the same order, under every seed.
 
-    A score that is a mean over tokens weighs all tokens of all seeds equally. `Metric.deviation` is the standard
-    deviation (of a sample, over n - 1) between the seeds' metrics.
-
-    Args:
-        results: the same rows, in the same order, under every seed.
+    A row with answers under several seeds is averaged first; a score that is a mean over tokens weighs all tokens of
+    all seeds equally. `Metric.deviation` is the standard deviation (over n - 1) between the seeds' metrics.
     """
-    by_seed: dict[int | None, list[RowResult]] = {}
-    for result in results:
-        by_seed.setdefault(result.seed, []).append(result)
-    return {name: _metric(name, list(by_seed.values())) for name in results[0].scores}
+    seeds = list(dict.fromkeys(result.seed for result in results))
+    metrics = {}
+    for name in results[0].scores:
+        scores = np.array([[each.scores[name] for each in results if each.seed == seed] for seed in seeds])
+        if name in results[0].tokens:
+            tokens = np.array([[each.tokens[name] for each in results if each.seed == seed] for seed in seeds])
+            sums = scores * tokens  # (seeds, rows)
+            metric, of_seeds = token_mean_interval(sums.sum(0), tokens.sum(0)), sums.sum(1) / tokens.sum(1)
+        else:
+            metric, of_seeds = mean_interval(scores.mean(0)), scores.mean(1)
+        if len(seeds) > 1 and name not in OF_REFERENCES:
+            metric.deviation = float(of_seeds.std(ddof=1))
+        metrics[name] = metric
+    return metrics
 
 
-def _metric(name: str, by_seed: list[list[RowResult]]) -> Metric:
-    scores = np.array([[each.scores[name] for each in results] for results in by_seed])  # (seeds, rows)
-    if name in by_seed[0][0].tokens:
-        tokens = np.array([[each.tokens[name] for each in results] for results in by_seed])
-        sums = scores * tokens
-        metric = token_mean_interval(sums.sum(0), tokens.sum(0))
-        of_seeds = sums.sum(1) / tokens.sum(1)
-    else:
-        metric = mean_interval(scores.mean(0))
-        of_seeds = scores.mean(1)
-    if len(by_seed) > 1 and name not in _OF_REFERENCES:
-        metric.deviation = float(of_seeds.std(ddof=1))
-    return metric
+def reference_nats(model: nn.Module, rows: Sequence[EncodedExample], vocabulary: int, batch_size: int) -> list[float]:
+    """-log q(first reference and its end | prompt) of each row, in nats, q over the first `vocabulary` ids."""
+
+    def loss(hidden: Tensor, targets: Tensor) -> Tensor:
+        return cross_entropy(head_logits(model, hidden, vocabulary=vocabulary), targets, reduction="none")
+
+    prompts, responses = [row.prompt_ids for row in rows], [row.response_ids for row in rows]
+    with torch.no_grad(), evaluating(model):
+        return _sums_by_row(
+            (indices, batch, _in_chunks(loss, response_hidden(model, batch), batch.targets))
+            for indices, batch in batches_by_length(prompts, responses, batch_size, model)
+        )
+
+
+def kl_nats(
+    model: nn.Module,
+    teacher: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[EncodedExample],
+    samples: Sequence[TokenIds],
+    *,
+    batch_size: int,
+) -> list[float]:
+    """Σ over the tokens of a row's sample of KL(model || teacher), each over the whole vocabulary, in nats."""
+    vocabulary, prompts = shared_vocabulary_size(model, teacher, tokenizer), [row.prompt_ids for row in rows]
+    with torch.no_grad(), evaluating(model), evaluating(teacher):
+        return _sums_by_row(
+            (indices, batch, token_divergences(reverse_kl, model, teacher, batch, vocabulary=vocabulary))
+            for indices, batch in batches_by_length(prompts, samples, batch_size, model)
+        )
+
+
+def token_divergences(
+    objective: Callable[[Tensor, Tensor], Tensor],
+    student: nn.Module,
+    teacher: nn.Module,
+    batch: TokenBatch,
+    *,
+    vocabulary: int | None,
+    prompt: Tensor | None = None,
+) -> Tensor:
+    """(N,) `objective` of both models' logits, of the first `vocabulary` ids, at each response token.
+
+    `prompt`: (n, E) soft prompt before the teacher.
+    """
+
+    def divergences(*hidden: Tensor) -> Tensor:
+        models = zip((student, teacher), hidden, strict=True)
+        return objective(*(head_logits(model, states, vocabulary=vocabulary) for model, states in models))
+
+    return _in_chunks(divergences, response_hidden(student, batch), response_hidden(teacher, batch, prompt))
+
+
+def batches_by_length(
+    prompts: Sequence[TokenIds], responses: Sequence[TokenIds], size: int, model: nn.Module
+) -> Iterator[tuple[list[int], TokenBatch]]:
+    """Rows of similar length together on the model's device, with their indices."""
+    device = next(model.parameters()).device
+    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]) + len(responses[row]))
+    for first in range(0, len(order), size):
+        rows = order[first : first + size]
+        yield rows, right_pad([prompts[row] for row in rows], [list(responses[row]) for row in rows], device=device)
+
+
+def _in_chunks(score: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """`score` of some tokens of every tensor at a time: logits of all tokens at once would take gigabytes."""
+    chunks = zip(*(tensor.split(_TOKENS_AT_A_TIME) for tensor in tensors), strict=True)
+    return torch.cat([score(*chunk) for chunk in chunks])
+
+
+def _sums_by_row(scored: Iterable[tuple[list[int], TokenBatch, Tensor]]) -> list[float]:
+    """The sum of each row's values (N,), in the order of the rows."""
+    sums: dict[int, float] = {}
+    for indices, batch, values in scored:
+        zeros = torch.zeros(len(indices), dtype=torch.float64, device=values.device)
+        sums |= zip(indices, zeros.index_add(0, batch.rows, values.double()).tolist(), strict=True)
+    return [sums[row] for row in range(len(sums))]

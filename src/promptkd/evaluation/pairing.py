@@ -1,8 +1,9 @@
 """Which evaluations of several records pair up, whether they were measured alike, and their scores row by row."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,9 +13,9 @@ from promptkd.results import DataRecord, Evaluation, Results, RowResult
 
 Key = tuple[int, int | None]
 """A row's index in its data, and the seed of its answer (None if it was decoded greedily)."""
+Answers = dict[Key, RowResult]
 
-_ONLY_SPEED = frozenset({"batch_size"})
-_ONLY_SAMPLING = frozenset({"seeds", "top_p", "top_k"})
+_ONLY_SAMPLING = ("seeds", "top_p", "top_k")
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,6 @@ class Candidate:
     """One model as one record measured it."""
 
     label: str
-    """Its name in the comparison."""
     record: Results
     model: str
     """Its name in the record."""
@@ -40,7 +40,7 @@ class Measurement:
 
     evaluation: Evaluation
     data: DataRecord | None
-    answers: dict[Key, RowResult]
+    answers: Answers
 
     @property
     def rows(self) -> set[int]:
@@ -51,8 +51,7 @@ class Measurement:
         return self.data.sha256 if self.data else ""
 
 
-@dataclass(frozen=True)
-class Column:
+class Column(NamedTuple):
     """One metric of one model over the rows of a comparison; the metric is Σ sums / Σ counts."""
 
     sums: Floats
@@ -83,31 +82,26 @@ class Setting:
 
     def metrics(self) -> list[str]:
         """Every metric that rows of at least two candidates have."""
-        held = [
-            dict.fromkeys(name for answer in each.answers.values() for name in answer.scores)
+        holders = Counter(
+            name
             for each in self.measured.values()
-        ]
-        return [name for name in dict.fromkeys(n for each in held for n in each) if sum(name in e for e in held) > 1]
+            for name in dict.fromkeys(name for answer in each.answers.values() for name in answer.scores)
+        )
+        return [name for name, count in holders.items() if count > 1]
 
     def columns(self, metric: str) -> dict[str, Column]:
         """The metric by row, for each candidate that has it, over the shared rows where all of these have it.
 
         A row's answers are combined first: their tokens are added up, or their scores averaged. Where the seeds are the
-        same, an answer counts only if every candidate's answer of that seed has the metric.
-
-        Raises:
-            RequestError: if the metric is a mean over tokens for one candidate and a mean over rows for another.
+        same, an answer counts only if every candidate's answer of that seed has the metric. Raises `RequestError` if it
+        is a mean over tokens for one candidate and a mean over rows for another.
         """
         rows = self.rows()
-        scored = {
-            label: {
-                key: answer
-                for key, answer in each.answers.items()
-                if key[0] in rows and metric in answer.scores and answer.tokens.get(metric, 1) > 0
-            }
-            for label, each in self.measured.items()
-        }
-        scored = {label: answers for label, answers in scored.items() if answers}
+        scored: dict[str, Answers] = {}
+        for label, each in self.measured.items():
+            held = {key: answer for key, answer in each.answers.items() if key[0] in rows and metric in answer.scores}
+            if held := {key: answer for key, answer in held.items() if answer.tokens.get(metric, 1) > 0}:
+                scored[label] = held
         if not scored:
             return {}
         if len({frozenset(seed for _, seed in each.answers) for each in self.measured.values()}) == 1:
@@ -120,7 +114,7 @@ class Setting:
                 "Evaluate all models again with this version."
             )
         kept = sorted(set.intersection(*({row for row, _ in answers} for answers in scored.values())))
-        return {label: _column(metric, answers, kept, weighted == {True}) for label, answers in scored.items()}
+        return {label: _column(metric, answers, kept) for label, answers in scored.items()}
 
     def differing(self) -> list[str]:
         """A sentence for each candidate that was not measured as the first was."""
@@ -128,48 +122,41 @@ class Setting:
         return [
             f"{first} and {label} differ on {self.data} in {'; '.join(parts)}."
             for label, each in others
-            if (parts := [*_data_differs(reference, each), *_decoding_differs(reference, each)])
+            if (parts := _differing(reference, each))
         ]
 
 
-def _column(metric: str, answers: dict[Key, RowResult], rows: list[int], weighted: bool) -> Column:
+def _column(metric: str, answers: Answers, rows: list[int]) -> Column:
     by_row: dict[int, list[RowResult]] = {row: [] for row in rows}
     for (row, _), answer in answers.items():
         if row in by_row:
             by_row[row].append(answer)
-    if weighted:
-        counts = [float(sum(each.tokens[metric] for each in held)) for held in by_row.values()]
-        sums = [sum(each.scores[metric] * each.tokens[metric] for each in held) for held in by_row.values()]
-    else:
-        counts = [1.0] * len(rows)
-        sums = [sum(each.scores[metric] for each in held) / len(held) for held in by_row.values()]
-    return Column(np.array(sums, dtype=np.float64), np.array(counts, dtype=np.float64))
+    sums, counts = np.zeros(len(rows)), np.ones(len(rows))
+    for at, held in enumerate(by_row.values()):
+        if metric in held[0].tokens:
+            sums[at] = sum(each.scores[metric] * each.tokens[metric] for each in held)
+            counts[at] = sum(each.tokens[metric] for each in held)
+        else:
+            sums[at] = sum(each.scores[metric] for each in held) / len(held)
+    return Column(sums, counts)
 
 
-def _data_differs(ours: Measurement, theirs: Measurement) -> list[str]:
+def _differing(ours: Measurement, theirs: Measurement) -> list[str]:
+    """In what two measurements differ: data, rows, prompts, references, settings of decoding, or else answers."""
     differing = []
     if ours.sha256 and theirs.sha256 and ours.sha256 != theirs.sha256:
         differing.append(f"data (sha256 {ours.sha256[:8]} and {theirs.sha256[:8]})")
     if ours.rows != theirs.rows:
         differing.append(f"rows ({len(ours.rows)} and {len(theirs.rows)}, {len(ours.rows & theirs.rows)} in both)")
-    pairs = {key: (ours.answers[key], theirs.answers[key]) for key in ours.answers.keys() & theirs.answers.keys()}
-    prompts = {row for (row, _), (one, other) in pairs.items() if one.prompt != other.prompt}
-    references = {row for (row, _), (one, other) in pairs.items() if one.references != other.references}
-    if prompts:
+    pairs = [(key[0], answer, theirs.answers[key]) for key, answer in ours.answers.items() if key in theirs.answers]
+    if prompts := {row for row, one, other in pairs if one.prompt != other.prompt}:
         differing.append(f"prompts (of {len(prompts)} rows, row {min(prompts)} first; another template?)")
-    if references:
+    if references := {row for row, one, other in pairs if one.references != other.references}:
         differing.append(f"references (of {len(references)} rows, row {min(references)} first)")
-    return differing
-
-
-def _decoding_differs(ours: Measurement, theirs: Measurement) -> list[str]:
-    mine, other = decoding_of(ours.evaluation), decoding_of(theirs.evaluation)
-    differing = [
-        f"{name} ({_written(mine.get(name))} and {_written(other.get(name))})"
-        for name in dict.fromkeys([*mine, *other])
-        if mine.get(name) != other.get(name)
-    ]
-    if not differing and ours.rows == theirs.rows and ours.answers.keys() != theirs.answers.keys():
+    mine, other = _decoding_of(ours.evaluation), _decoding_of(theirs.evaluation)
+    names = [name for name in dict.fromkeys([*mine, *other]) if mine.get(name) != other.get(name)]
+    differing += [f"{name} ({_written(mine.get(name))} and {_written(other.get(name))})" for name in names]
+    if not names and ours.rows == theirs.rows and ours.answers.keys() != theirs.answers.keys():
         both = len(ours.answers.keys() & theirs.answers.keys())
         differing.append(f"answers ({len(ours.answers)} and {len(theirs.answers)}, {both} in both)")
     return differing
@@ -184,21 +171,22 @@ def _written(value: Any) -> str:
 def settings_of(candidates: Sequence[Candidate]) -> list[Setting]:
     """What at least two candidates were measured on.
 
-    Raises:
-        RequestError: if a candidate was measured twice in one way, or an evaluation holds a row twice.
+    Raises `RequestError` if a candidate was measured twice in one way, or an evaluation holds a row twice.
     """
     found: dict[tuple[str, str], dict[str, Measurement]] = {}
     for candidate in candidates:
         for evaluation in candidate.record.evaluations:
-            if evaluation.model != candidate.model or not evaluation.samples:
-                continue
-            measured = found.setdefault((evaluation.data, _manner(evaluation)), {})
-            if candidate.label in measured:
-                raise RequestError(
-                    f"{candidate.label} was measured on {evaluation.data} twice in one record, so it is not clear what "
-                    "is to be compared. Give records with one evaluation of each data set."
-                )
-            measured[candidate.label] = _measurement(candidate, evaluation)
+            if evaluation.model == candidate.model and evaluation.samples:
+                manner = "greedy" if evaluation.decoding.get("temperature") == 0 else "sampled"
+                manner = manner if "temperature" in evaluation.decoding else "as recorded"
+                measured = found.setdefault((evaluation.data, manner), {})
+                if candidate.label in measured:
+                    raise RequestError(
+                        f"{candidate.label} was measured on {evaluation.data} twice in one record, so it is not clear "
+                        "what is to be compared. Give records with one evaluation of each data set."
+                    )
+                data = candidate.record.data.get(evaluation.data)
+                measured[candidate.label] = Measurement(evaluation, data, _answers(candidate.label, evaluation))
     shared = {key: measured for key, measured in found.items() if len(measured) > 1}
     sources = [source for source, _ in shared]
     return [
@@ -207,29 +195,21 @@ def settings_of(candidates: Sequence[Candidate]) -> list[Setting]:
     ]
 
 
-def _manner(evaluation: Evaluation) -> str:
-    if "temperature" not in evaluation.decoding:
-        return "as recorded"
-    return "greedy" if evaluation.decoding["temperature"] == 0 else "sampled"
-
-
-def _measurement(candidate: Candidate, evaluation: Evaluation) -> Measurement:
-    seeds = decoding_of(evaluation).get("seeds") or [None]
+def _answers(label: str, evaluation: Evaluation) -> Answers:
+    seeds = _decoding_of(evaluation).get("seeds") or [None]
     only_seed = seeds[0] if len(seeds) == 1 else None  # records of a run hold it in the decoding alone
-    answers: dict[Key, RowResult] = {}
+    answers: Answers = {}
     for answer in evaluation.samples:
         key = (answer.row, only_seed if answer.seed is None else answer.seed)
         if key in answers:
-            raise RequestError(
-                f"The evaluation of {candidate.label} on {evaluation.data} holds row {answer.row} twice."
-            )
+            raise RequestError(f"The evaluation of {label} on {evaluation.data} holds row {answer.row} twice.")
         answers[key] = answer
-    return Measurement(evaluation, candidate.record.data.get(evaluation.data), answers)
+    return answers
 
 
-def decoding_of(evaluation: Evaluation) -> dict[str, Any]:
+def _decoding_of(evaluation: Evaluation) -> dict[str, Any]:
     """The settings that decide the answers: without the batch size and, if greedy, without those of sampling alone."""
-    settings = {name: value for name, value in evaluation.decoding.items() if name not in _ONLY_SPEED}
+    settings = {name: value for name, value in evaluation.decoding.items() if name != "batch_size"}
     if "seed" in settings:
         settings["seeds"] = [settings.pop("seed")]
     unused = _ONLY_SAMPLING if settings.get("temperature") == 0 else ()

@@ -1,6 +1,6 @@
 """Bootstrap intervals, sign-flip tests, Holm's correction and effect sizes, with rows as the unit.
 
-A row is a request with all its responses. Tokens of one response depend on each other, so resampling tokens would give
+A row is a request with all its responses: tokens of one response depend on each other, so resampling tokens would give
 intervals that are too narrow. The same seed resamples the same rows wherever the number of rows is the same. Intervals
 and tests cover the rows alone, not the spread between seeds of training. Why scipy does not resample: docs/compare.md.
 """
@@ -23,11 +23,7 @@ _BLOCK = 1 << 21
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """How rows are resampled; equal settings give equal intervals.
-
-    Raises:
-        RequestError: `resamples` below 1, or `level` outside (0, 1).
-    """
+    """How rows are resampled; equal settings give equal intervals."""
 
     resamples: int = 2000
     """How often the rows are drawn, with replacement."""
@@ -65,10 +61,7 @@ def mean_interval(values: Values, bootstrap: Bootstrap = DEFAULT) -> Metric:
 
 
 def token_mean_interval(sums: Values, counts: Values, bootstrap: Bootstrap = DEFAULT) -> Metric:
-    """Σ `sums` / Σ `counts`, the mean over tokens, with its interval over rows; for a loss in nats per token.
-
-    Args: totals over the tokens of each row and tokens of each row (all above 0), of shape (rows,).
-    """
+    """Σ `sums` / Σ `counts`, totals over the tokens of each row and tokens of each row: the mean over all tokens."""
     return _interval(lambda s, c: s.sum(-1) / c.sum(-1), bootstrap, sums=sums, counts=counts)
 
 
@@ -81,11 +74,8 @@ def paired_token_difference(
     sums_a: Values, counts_a: Values, sums_b: Values, counts_b: Values, bootstrap: Bootstrap = DEFAULT
 ) -> Metric:
     """Token mean of a less token mean of b over the same rows (the token counts of a and b may differ)."""
-
-    def difference(s_a: Floats, c_a: Floats, s_b: Floats, c_b: Floats) -> Floats:
-        return s_a.sum(-1) / c_a.sum(-1) - s_b.sum(-1) / c_b.sum(-1)
-
-    return _interval(difference, bootstrap, sums_a=sums_a, counts_a=counts_a, sums_b=sums_b, counts_b=counts_b)
+    columns = {"sums_a": sums_a, "counts_a": counts_a, "sums_b": sums_b, "counts_b": counts_b}
+    return _interval(lambda s, c, t, d: s.sum(-1) / c.sum(-1) - t.sum(-1) / d.sum(-1), bootstrap, **columns)
 
 
 def _interval(statistic: Callable[..., Floats], bootstrap: Bootstrap, **given: Values) -> Metric:
@@ -94,7 +84,7 @@ def _interval(statistic: Callable[..., Floats], bootstrap: Bootstrap, **given: V
     rows = len(columns[0])
     with np.errstate(invalid="ignore"):  # infinity less infinity
         value = float(statistic(*columns))
-    if rows == 1 or not all(np.isfinite(column).all() for column in columns):
+    if rows == 1 or not np.isfinite(columns).all():
         return Metric(value=value, rows=rows)
     generator, drawn = np.random.default_rng(bootstrap.seed), []
     for size in blocks(bootstrap.resamples, rows):
@@ -117,23 +107,19 @@ def _checked(columns: dict[str, Floats]) -> list[Floats]:
     for name, column in columns.items():
         if name.startswith("counts") and not (column > 0).all():
             row = int(np.argmin(column > 0))
-            raise RequestError(
-                f"`{name}` must be above 0 in every row. Got {column[row]:g} in row {row}; leave out rows without "
-                "tokens."
-            )
+            got = f"Got {column[row]:g} in row {row}; leave out rows without tokens."
+            raise RequestError(f"`{name}` must be above 0 in every row. {got}")
     return list(columns.values())
 
 
 def row_contributions(sums_a: Floats, counts_a: Floats, sums_b: Floats, counts_b: Floats) -> Floats:
     """t_i = (s_ai - R c_ai) / C_a - (s_bi - R c_bi) / C_b, with C the sums of c and R the token mean of both together.
 
-    Their sum is the difference of the two token means, S_a / C_a - S_b / C_b, whatever R is. Where both models have the
-    same counts R cancels, and t_i = (s_ai - s_bi) / C: for means over rows (counts 1) the row's difference over the
-    number of rows. Where counts differ, as in the KL on answers of different lengths, t_i is the linearized
-    contribution of row i to the difference, under the hypothesis that both have the same token mean. Exchanging the two
-    pairs (s, c) of a row instead would also test that the lengths are alike.
-
-    Args: sums over the tokens of each row and tokens of each row, all of shape (rows,). Returns the same shape.
+    All have shape (rows,). Their sum is the difference of the two token means, S_a / C_a - S_b / C_b, whatever R is.
+    Where both models have the same counts R cancels, and t_i = (s_ai - s_bi) / C: for means over rows (counts 1) the
+    row's difference over the number of rows. Where counts differ, as in the KL on answers of different lengths, t_i is
+    the linearized contribution of row i to the difference, under the hypothesis that both have the same token mean.
+    Exchanging the two pairs (s, c) of a row instead would also test that the lengths are alike.
     """
     total_a, total_b = counts_a.sum(), counts_b.sum()
     pooled = (sums_a.sum() + sums_b.sum()) / (total_a + total_b)
@@ -143,18 +129,11 @@ def row_contributions(sums_a: Floats, counts_a: Floats, sums_b: Floats, counts_b
 def sign_flip_test(contributions: Floats, *, draws: int = 9999, seed: int = 0) -> float:
     """Two-sided p: the share of sign patterns x in {-1, 1}^rows with |Σ x_i t_i| >= |Σ t_i|.
 
-    The hypothesis is that every t_i is as likely to have the other sign, as it is when two models are exchangeable.
-    Where there are at most `draws` + 1 patterns all are counted and p is exact. Else patterns are drawn, and
-    p = (count + 1) / (draws + 1), which never understates (Phipson and Smyth 2010). Rows that contribute 0 do not count
-    towards the number of patterns.
+    The hypothesis is that every t_i, shape (rows,), is as likely to have the other sign, as it is when two models are
+    exchangeable. Rows that contribute 0 aside, where there are at most `draws` + 1 patterns all are counted and p is
+    exact. Else patterns are drawn, and p = (count + 1) / (draws + 1), which never understates (Phipson and Smyth 2010).
 
-    Args:
-        contributions: t, shape (rows,), all finite.
-        draws: patterns to draw where there are too many to count.
-        seed: of the draws; equal arguments give an equal p.
-
-    Raises:
-        RequestError: no rows, values that are not finite, or `draws` below 1.
+    Raises `RequestError` for no rows, values that are not finite, or `draws` below 1.
     """
     if contributions.ndim != 1 or not len(contributions) or not np.isfinite(contributions).all():
         raise RequestError("`contributions` must hold one finite number per row, shape (rows,), for at least one row.")
@@ -167,7 +146,7 @@ def sign_flip_test(contributions: Floats, *, draws: int = 9999, seed: int = 0) -
         """How many of the patterns, shape (patterns, rows) with 1 for a flipped sign, are as far from zero."""
         return int((np.abs(moving.sum() - 2 * (flips @ moving)) >= observed).sum())
 
-    if 2.0 ** len(moving) <= draws + 1:
+    if 2 ** len(moving) <= draws + 1:
         every = np.arange(2 ** len(moving))[:, None] >> np.arange(len(moving)) & 1
         return extreme(every) / len(every)
     generator = np.random.default_rng(seed)
@@ -179,8 +158,7 @@ def sign_flip_test(contributions: Floats, *, draws: int = 9999, seed: int = 0) -
 def holm(p_values: Sequence[float]) -> list[float]:
     """Adjusted p of each of m tests: in rising order, the largest (m - j) p_j so far, at most 1 (j from 0; Holm 1979).
 
-    Claiming what lies at or below 0.05 makes one false claim or more in at most 5 % of comparisons, however the tests
-    depend on each other.
+    Claims at or below 0.05 hold a false one in at most 5 % of comparisons, however the tests depend on each other.
     """
     values = np.asarray(p_values, dtype=np.float64)
     order = np.argsort(values, kind="stable")
@@ -190,10 +168,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def effect_size(contributions: Floats) -> float | None:
-    """Cohen's d for pairs: mean of the contributions over their standard deviation (n - 1).
-
-    None where it is not defined: a single row, or no spread.
-    """
+    """Cohen's d for pairs: mean over standard deviation (n - 1); None for a single row or without a spread."""
     if len(contributions) < 2:
         return None
     deviation = float(contributions.std(ddof=1))

@@ -10,7 +10,7 @@ from torch import Tensor
 from promptkd.data.batch import TokenBatch
 from promptkd.data.encode import EncodedExample
 from promptkd.engine import ChunkedLoss
-from promptkd.models.adapters import ADAPTERS, AdapterFactory, AdapterName, TeacherAdapter
+from promptkd.models.adapters import ADAPTERS, AdapterFactory, AdapterName, SoftPromptFactory, TeacherAdapter
 from promptkd.models.pair import Objective, Pair
 from promptkd.responses import Responses
 from promptkd.settings import Reader, Settings, warn_of_old_name
@@ -62,7 +62,7 @@ class Method:
             name, adapter = adapter, ADAPTERS[adapter]
             new = f"Method(adapter={adapter.__name__})" if adapter else "Method(adapter=None)"
             warn_of_old_name(f"Method(teacher_adapter={name!r})", new, stacklevel=3)
-        if isinstance(adapter, AdapterFactory) and adapter.trains_nothing:
+        if isinstance(adapter, SoftPromptFactory) and adapter.prompt_length == 0:
             adapter = None
         object.__setattr__(self, "adapter", adapter)
 

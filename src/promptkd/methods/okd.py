@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from promptkd.data.batch import TokenBatch
 from promptkd.engine import ChunkedLoss, response_hidden, unwrap_peft
 from promptkd.methods.token_method import MixedMethod
-from promptkd.models.adapters import ADAPTERS, AdapterFactory, Made, ModuleAdapter, TunerStep
+from promptkd.models.adapters import ADAPTERS, AdapterFactory, Made, TeacherAdapter, TunerStep
 from promptkd.settings import option
 
 
@@ -30,7 +30,7 @@ class OnlineModule(nn.Module):
         return hidden + inner @ self.up.to(hidden.dtype).T
 
 
-class OnlineTeacher(ModuleAdapter):
+class OnlineTeacher(TeacherAdapter):
     """A small module between a frozen teacher's last hidden state and its head (after OKD, Rao et al. 2024)."""
 
     folder = "online_module"

@@ -2,9 +2,9 @@
 
 from promptkd.models.gguf_read import cache_folder
 from promptkd.models.load import count_parameters, load_model, load_tokenizer, model_record, resolve_model
+from promptkd.models.pair import check_same_vocabulary, shared_vocabulary_size, vocabulary_size
 from promptkd.models.prune import block_influence, evenly_spaced, most_influential, prune_layers
 from promptkd.models.soft_prompt import SoftPrompt
-from promptkd.models.vocabulary import check_same_vocabulary, shared_vocabulary_size, vocabulary_size
 
 __all__ = [
     "SoftPrompt",

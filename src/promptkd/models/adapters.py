@@ -5,19 +5,20 @@ A `TeacherAdapter` is the trained thing; an `AdapterFactory` holds its settings 
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from promptkd.data.batch import TokenBatch
 from promptkd.engine import ChunkedLoss, response_hidden, unwrap_peft
 from promptkd.errors import RequestError
-from promptkd.models.pair import Directions, Pair
+from promptkd.models.pair import Pair
 from promptkd.models.soft_prompt import DEFAULT_TEXT, SoftPrompt
 from promptkd.objectives import regularizer_weight
 from promptkd.settings import Settings, accept_old_name, option
@@ -41,8 +42,8 @@ class PromptLossSettings(Settings):
 
     def weight(self, step: int, steps: int) -> float:
         """λ after `step` of `steps` optimizer steps."""
-        schedule = self.regularizer_schedule
-        return regularizer_weight(step, steps, coefficient=self.regularizer_coefficient, schedule=schedule)
+        coefficient, schedule = self.regularizer_coefficient, self.regularizer_schedule
+        return regularizer_weight(step, steps, coefficient=coefficient, schedule=schedule)
 
 
 @dataclass(frozen=True)
@@ -51,41 +52,35 @@ class TunerStep:
 
     pair: Pair
     batch: TokenBatch
-    adapted_hidden: Tensor
-    """(N, H_t) states of the adapted teacher, with the adapter's graph; the others have none."""
+    adapted_hidden: Tensor  # (N, H_t) states of the adapted teacher, with the adapter's graph; the others have none
     student_hidden: Tensor
-    plain_hidden: Tensor | None
-    """None where `weight` is 0 and the step is not logged."""
-    weight: float
-    """λ of this optimizer step."""
+    plain_hidden: Tensor | None  # None where `weight` is 0 and the step is not logged
+    weight: float  # λ of this optimizer step
     settings: PromptLossSettings
 
 
 class TeacherAdapter(ABC):
-    """The trainable part of a teacher."""
+    """The trainable part of a teacher: the parameters of a module that require a gradient."""
 
-    folder: ClassVar[str]
-    """Name of the folder in the run that `save` is given."""
-    backpropagates: ClassVar[bool] = True
-    """Whether gradients pass through the teacher's layers, whose activations are held for them."""
-    trains_layers: ClassVar[bool] = False
-    """Whether weights inside of the teacher's layers are trained, which shards of a teacher do not allow."""
-    copies_teacher: ClassVar[bool] = False
-    """Whether a copy of the whole teacher is trained, its head too: in float32 alone, on one device."""
-    has_regularizer: ClassVar[bool] = True
-    """Whether `loss` reads the plain teacher and `PromptLossSettings`."""
-    extra_positions: int = 0
-    """Positions of the teacher that the adapter takes before a request."""
+    folder: ClassVar[str]  # name of the folder in the run that `save` is given
+    backpropagates: ClassVar[bool] = True  # gradients pass the teacher's layers, whose activations are held for them
+    trains_layers: ClassVar[bool] = False  # trains weights inside of the layers, which shards of a teacher do not allow
+    copies_teacher: ClassVar[bool] = False  # trains a copy of the whole teacher: in float32 alone, on one device
+    has_regularizer: ClassVar[bool] = True  # `loss` reads the plain teacher and `PromptLossSettings`
+    extra_positions: int = 0  # positions of the teacher that the adapter takes before a request
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         accept_old_name(cls, "figures", "metrics")
         accept_old_name(cls, "switched_off", "disabled")
 
+    def __init__(self, module: nn.Module):
+        self.module = module
+
     @classmethod
     def create(cls, teacher: nn.Module, tokenizer: Any, *, seed: int, device: torch.device) -> Made:
         """The adapter of a class that a `Method` was given itself: the class is called with the teacher."""
-        return cls(teacher), teacher  # type: ignore[call-arg]
+        return cls(teacher), teacher
 
     def adapted_hidden(self, teacher: nn.Module, batch: TokenBatch) -> Tensor:
         """(N, H) hidden states of the adapted teacher at the positions that predict response tokens."""
@@ -106,65 +101,46 @@ class TeacherAdapter(ABC):
 
     def loss(self, step: TunerStep) -> ChunkedLoss:
         """What the adapter minimizes, summed over the tokens: PromptKD's loss unless overridden."""
-        states = (step.adapted_hidden, step.student_hidden, step.plain_hidden)
-        settings = step.settings
-        directions = Directions(student_direction=settings.prompt_kl, plain_direction=settings.regularizer_kl)
+        states, chosen = (step.adapted_hidden, step.student_hidden, step.plain_hidden), step.settings
+        directions: dict[str, Any] = {"student_direction": chosen.prompt_kl, "plain_direction": chosen.regularizer_kl}
         return step.pair.prompt_loss(*states, weight=step.weight, **directions)
 
     def metrics(self) -> dict[str, float]:
         """What to log of the adapter's state."""
         return {}
 
-    @abstractmethod
     def parameters(self) -> list[nn.Parameter]:
         """What is trained."""
+        return [each for each in self.module.parameters() if each.requires_grad]
 
-    @abstractmethod
     def state_dict(self) -> dict[str, Tensor]:
         """What a checkpoint must hold."""
+        return self.module.state_dict()
 
-    @abstractmethod
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Resume from `state`."""
+        self.module.load_state_dict(state)
 
     @abstractmethod
     def save(self, folder: Path, teacher: nn.Module) -> None:
         """Write the adapter for use without promptkd."""
 
 
+ModuleAdapter = TeacherAdapter  # its name in adapters of your own
+
+
 @dataclass(frozen=True, kw_only=True)
-class AdapterFactory(Settings, ABC):
+class AdapterFactory(Settings):
     """The settings of an adapter, which make it for a teacher."""
 
     adapter_class: ClassVar[type[TeacherAdapter]]
 
-    @property
-    def trains_nothing(self) -> bool:
-        """Whether these settings stand for no adapter at all."""
-        return False
-
-    @abstractmethod
     def create(self, teacher: nn.Module, tokenizer: Any, *, seed: int, device: torch.device) -> Made:
         """The adapter for `teacher`, which is frozen, with its own tensors on `device`."""
+        return self.adapter_class.create(teacher, tokenizer, seed=seed, device=device)
 
 
-class ModuleAdapter(TeacherAdapter):
-    """A trained module beside a frozen teacher: what is left to write is `adapted_hidden` and `save`."""
-
-    def __init__(self, module: nn.Module):
-        self.module = module
-
-    def parameters(self) -> list[nn.Parameter]:
-        return list(self.module.parameters())
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return self.module.state_dict()
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.module.load_state_dict(state)
-
-
-class SoftPromptAdapter(ModuleAdapter):
+class SoftPromptAdapter(TeacherAdapter):
     """A soft prompt before a frozen teacher: PromptKD's choice."""
 
     folder = "prompt"
@@ -195,10 +171,6 @@ class SoftPromptFactory(AdapterFactory):
     prompt_text: str = DEFAULT_TEXT
     """The text it starts from, cut or repeated to prompt_length tokens."""
 
-    @property
-    def trains_nothing(self) -> bool:
-        return self.prompt_length == 0
-
     def create(self, teacher: nn.Module, tokenizer: Any, *, seed: int, device: torch.device) -> Made:
         prompt = SoftPrompt.create(
             teacher, tokenizer, length=self.prompt_length, start=self.prompt_start, text=self.prompt_text, seed=seed
@@ -207,46 +179,42 @@ class SoftPromptFactory(AdapterFactory):
 
 
 class _TrainedWeights(TeacherAdapter):
-    """Named weights, and how far they have moved from their start: LoRA and full tuning."""
+    """Weights of a model, and how far they have moved from their start: LoRA and full tuning."""
 
-    def __init__(self, named: dict[str, nn.Parameter], start: dict[str, Tensor]):
-        self._named, self._start = named, start
+    trains_layers = True
+    module: Any
 
-    def parameters(self) -> list[nn.Parameter]:
-        return list(self._named.values())
+    def __init__(self, model: nn.Module, start: Mapping[str, Tensor] | None = None):
+        super().__init__(model)
+        self._trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+        self._start = start or {name: weight.detach().clone() for name, weight in self._trained.items()}
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {name: weight.detach() for name, weight in self._named.items()}
+        return {name: weight.detach() for name, weight in self._trained.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        if state.keys() != self._named.keys():
+        if state.keys() != self._trained.keys():
             raise RequestError("The checkpoint holds other teacher weights than those that are trained now.")
         with torch.no_grad():
-            for name, weight in self._named.items():
+            for name, weight in self._trained.items():
                 weight.copy_(state[name])
 
     def metrics(self) -> dict[str, float]:
-        squares = [(weight.detach() - self._start[name]).square().sum() for name, weight in self._named.items()]
+        squares = [(weight.detach() - self._start[name]).square().sum() for name, weight in self._trained.items()]
         here = squares[0].device  # a teacher's layers may lie on several
         return {"adapter_distance": float(torch.stack([each.to(here) for each in squares]).sum().sqrt())}
+
+    def save(self, folder: Path, teacher: nn.Module) -> None:
+        self.module.save_pretrained(str(folder))
 
 
 class LoraTeacher(_TrainedWeights):
     """Low-rank weights beside those of a frozen teacher, in PEFT's wrapper."""
 
     folder = "teacher_lora"
-    trains_layers = True
-
-    def __init__(self, wrapped: PeftModel):
-        self._wrapped = wrapped
-        named = {name: weight for name, weight in wrapped.named_parameters() if weight.requires_grad}
-        super().__init__(named, {name: weight.detach().clone() for name, weight in named.items()})
 
     def disabled(self) -> AbstractContextManager[None]:
-        return self._wrapped.disable_adapter()
-
-    def save(self, folder: Path, teacher: nn.Module) -> None:
-        self._wrapped.save_pretrained(str(folder))
+        return self.module.disable_adapter()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,27 +242,19 @@ class FullTeacher(_TrainedWeights):
     """A trained copy of the whole teacher; the original stays as the plain one, at twice the memory."""
 
     folder = "teacher"
-    trains_layers = True
     copies_teacher = True
 
     def __init__(self, teacher: nn.Module):
         plain = unwrap_peft(teacher)
-        self.copy = copy.deepcopy(plain).requires_grad_(True).eval()
-        super().__init__(dict(self.copy.named_parameters()), dict(plain.named_parameters()))
+        super().__init__(copy.deepcopy(plain).requires_grad_(True).eval(), dict(plain.named_parameters()))
 
     def adapted_model(self, teacher: nn.Module) -> nn.Module:
-        return self.copy
-
-    def save(self, folder: Path, teacher: nn.Module) -> None:
-        self.copy.save_pretrained(str(folder))
+        return self.module
 
 
 @dataclass(frozen=True, kw_only=True)
 class FullTeacherFactory(AdapterFactory):
     adapter_class = FullTeacher
-
-    def create(self, teacher: nn.Module, tokenizer: Any, *, seed: int, device: torch.device) -> Made:
-        return FullTeacher(teacher), teacher
 
 
 AdapterName = Literal["none", "prompt", "lora", "full", "online"]

@@ -21,17 +21,10 @@ from promptkd.models.folder import clear_load_errors
 from promptkd.models.gguf_read import convert_gguf
 from promptkd.models.gguf_write import gguf_problems, stored_type, write_gguf
 from promptkd.models.load import load_model, load_tokenizer, resolve_model
+from promptkd.models.pair import PROBES
 
-TOLERANCE = 1e-4
-"""Most that logits may differ, as a share of the largest."""
-SAMPLE = 128
-"""Most tokens that logits are compared on."""
-TEXTS = (
-    "The quick brown fox's 12.5 % of 1999, isn't it? IT'S 3,141,592!",
-    "  two  spaces\n\tand a tab\n\n1. One\n\n  2) Two   3\r\n",
-    "naïve café – 日本語 ١٢٣ 🙂👩‍💻 Ελλάδα",
-    "def f(x):\n    return {x: [0x1F, 'a_b']}  # ok\n",
-)
+_TOLERANCE = 1e-4  # most that logits may differ, as a share of the largest
+_SAMPLE = 128  # most tokens that logits are compared on
 
 ModelAndTokenizer = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
@@ -49,11 +42,7 @@ class Comparison:
 
 
 def plain_model(name: str, *, trust_remote_code: bool = False) -> ModelAndTokenizer:
-    """A model in float32 with LoRA merged into its weights, and its tokenizer.
-
-    Raises:
-        RequestError: if there is no such model, or it has an adapter that cannot be merged.
-    """
+    """A model in float32 with LoRA merged into its weights, and its tokenizer. `RequestError` if that cannot be."""
     folder = Path(resolve_model(name))
     tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     if (folder / "adapter_config.json").is_file():
@@ -79,17 +68,15 @@ def export_safetensors(
     *,
     trust_remote_code: bool = False,
 ) -> Comparison:
-    """Write a folder that transformers and vLLM load. `model` is left in `dtype`.
+    """Write a folder that transformers and vLLM load. `model` is left in `dtype`. Errors as for `export_gguf`."""
 
-    Raises:
-        RequestError: for weights that `dtype` cannot hold.
-        PromptKDError: if what was read back is not what was written.
-    """
-    check = _Check(model, tokenizer, {name: dtype for name, _ in model.named_parameters()})
-    model.config.use_cache = True  # training may have switched it off
-    model.to(dtype).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return check.compare(lambda: _load(folder, trust_remote_code=trust_remote_code))
+    def write() -> None:
+        model.config.use_cache = True  # training may have switched it off
+        model.to(dtype).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    dtypes = {name: dtype for name, _ in model.named_parameters()}
+    return _verified(model, tokenizer, dtypes, write, lambda: _load(folder, trust_remote_code))
 
 
 def export_gguf(
@@ -107,76 +94,71 @@ def export_gguf(
             "models: export to safetensors, then run `python convert_hf_to_gguf.py FOLDER --outfile FILE.gguf` from a "
             "checkout of llama.cpp."
         )
-    dtypes = {name: stored_type(name, weight, dtype) for name, weight in model.named_parameters()}
-    check = _Check(model, tokenizer, dtypes)
-    write_gguf(file, model, tokenizer, dtype, title)
 
     def read() -> ModelAndTokenizer:
-        convert_gguf(file, Path(folder))
-        return _load(Path(folder))
+        with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.stem}-") as folder:
+            convert_gguf(file, Path(folder))
+            return _load(Path(folder))
 
-    with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.stem}-") as folder:
-        return check.compare(read)
+    dtypes = {name: stored_type(name, weight, dtype) for name, weight in model.named_parameters()}
+    return _verified(model, tokenizer, dtypes, lambda: write_gguf(file, model, tokenizer, dtype, title), read)
 
 
-def _load(folder: Path, *, trust_remote_code: bool = False) -> ModelAndTokenizer:
+def _load(folder: Path, trust_remote_code: bool = False) -> ModelAndTokenizer:
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     return load_model(folder, trust_remote_code=trust_remote_code), tokenizer
 
 
-class _Check:
-    """Rounds the model, and compares it and its tokenizer with what is read back.
+@torch.no_grad()
+def _verified(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dtypes: dict[str, torch.dtype],
+    write: Callable[[], None],
+    read: Callable[[], ModelAndTokenizer],
+) -> Comparison:
+    """Round each weight of the model to its type in `dtypes`, write the model, and compare it with what is read."""
+    tokens = [index for text in PROBES for index in tokenizer(text, add_special_tokens=False)["input_ids"]]
+    ids = torch.tensor([tokens[:_SAMPLE]], device=model.device)
+    exact = _logits(model, ids)
+    for name, weight in model.named_parameters():
+        weight.copy_(weight.to(dtypes[name]))
+        if not weight.isfinite().all():
+            raise RequestError(f"{name} holds numbers that {dtypes[name]} cannot hold. Choose --dtype bf16 or f32.")
+    rounded = _logits(model, ids)
+    write()
+    try:
+        found, found_tokenizer = read()
+    except RequestError as error:  # it was promptkd that wrote it
+        raise PromptKDError(f"What was written cannot be read back, and nothing is kept: {error}") from error
+    texts = _compare_tokenizers(tokenizer, found_tokenizer)
+    limit = _TOLERANCE * max(1.0, float(rounded.abs().max()))
+    difference = float((_logits(found, ids) - rounded).abs().max())
+    if not difference <= limit:  # NaN, too
+        raise PromptKDError(
+            f"What was written is not the model: read back, its logits differ by up to {difference:.2g}, and "
+            f"{limit:.2g} was expected at most. Nothing is kept. Please report this with the model's config.json."
+        )
+    same = int((exact.argmax(-1) == rounded.argmax(-1)).sum())
+    return Comparison(ids.shape[1], difference, limit, float((exact - rounded).abs().max()), same, texts)
 
-    Args:
-        dtypes: by the name of a weight, what it is rounded to.
 
-    Raises:
-        RequestError: for a weight that its type cannot hold.
-    """
-
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtypes: dict[str, torch.dtype]):
-        self.tokenizer = tokenizer
-        ids = [index for text in TEXTS for index in tokenizer(text, add_special_tokens=False)["input_ids"]]
-        self.ids = torch.tensor([ids[:SAMPLE]], device=model.device)
-        self.exact = _logits(model, self.ids)
-        _round(model, dtypes)
-        self.rounded = _logits(model, self.ids)
-
-    def compare(self, read: Callable[[], ModelAndTokenizer]) -> Comparison:
-        """Compare with what `read` returns. Raises `PromptKDError` if it is something else."""
-        try:
-            model, tokenizer = read()
-        except RequestError as error:  # it was promptkd that wrote it
-            raise PromptKDError(f"What was written cannot be read back, and nothing is kept: {error}") from error
-        texts = self._compare_tokenizer(tokenizer)
-        limit = TOLERANCE * max(1.0, float(self.rounded.abs().max()))
-        difference = float((_logits(model, self.ids) - self.rounded).abs().max())
-        if not difference <= limit:  # NaN, too
+def _compare_tokenizers(written: PreTrainedTokenizerBase, read: PreTrainedTokenizerBase) -> int:
+    """Returns the number of texts that were compared."""
+    control = " ".join(written.all_special_tokens)
+    texts = [*PROBES, f"{control} and {control}"]
+    checks: list[tuple[str, object, object]] = [("the end token", written.eos_token_id, read.eos_token_id)]
+    if written.chat_template:
+        texts.append(_conversation(written))
+        checks.append(("a rendered conversation", texts[-1], _conversation(read)))
+    tokens = [(f"the tokens of {text!r}", written(text)["input_ids"], read(text)["input_ids"]) for text in texts]
+    for what, expected, found in (*tokens, *checks):
+        if expected != found:
             raise PromptKDError(
-                f"What was written is not the model: read back, its logits differ by up to {difference:.2g}, and "
-                f"{limit:.2g} was expected at most. Nothing is kept. Please report this with the model's config.json."
+                f"What was written is not the tokenizer: read back, {what} is {str(found)[:200]} and not "
+                f"{str(expected)[:200]}. Nothing is kept. Please report this with the model's tokenizer.json."
             )
-        same = (self.exact.argmax(-1) == self.rounded.argmax(-1)).sum()
-        rounding = float((self.exact - self.rounded).abs().max())
-        return Comparison(self.ids.shape[1], difference, limit, rounding, int(same), texts)
-
-    def _compare_tokenizer(self, read: PreTrainedTokenizerBase) -> int:
-        """Returns the number of texts that were compared."""
-        written = self.tokenizer
-        control = " ".join(written.all_special_tokens)
-        texts = [*TEXTS, f"{control} and {control}"]
-        checks: list[tuple[str, object, object]] = [("the end token", written.eos_token_id, read.eos_token_id)]
-        if written.chat_template:
-            texts.append(_conversation(written))
-            checks.append(("a rendered conversation", texts[-1], _conversation(read)))
-        tokens = [(f"the tokens of {text!r}", written(text)["input_ids"], read(text)["input_ids"]) for text in texts]
-        for what, expected, found in (*tokens, *checks):
-            if expected != found:
-                raise PromptKDError(
-                    f"What was written is not the tokenizer: read back, {what} is {str(found)[:200]} and not "
-                    f"{str(expected)[:200]}. Nothing is kept. Please report this with the model's tokenizer.json."
-                )
-        return len(texts)
+    return len(texts)
 
 
 def _conversation(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -184,14 +166,5 @@ def _conversation(tokenizer: PreTrainedTokenizerBase) -> str:
     return tokenizer.apply_chat_template(messages, tokenize=False)
 
 
-@torch.no_grad()
 def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     return model(input_ids=ids.to(model.device), use_cache=False).logits.float().cpu()
-
-
-@torch.no_grad()
-def _round(model: PreTrainedModel, dtypes: dict[str, torch.dtype]) -> None:
-    for name, weight in model.named_parameters():
-        weight.copy_(weight.to(dtypes[name]))
-        if not weight.isfinite().all():
-            raise RequestError(f"{name} holds numbers that {dtypes[name]} cannot hold. Choose --dtype bf16 or f32.")

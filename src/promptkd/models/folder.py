@@ -4,48 +4,43 @@ Weights are read only from safetensors, since unpickling can run code. No file t
 it, except the base of an adapter, which is checked as a model of its own. No code that a folder names is downloaded.
 """
 
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from promptkd.errors import PromptKDError, RequestError
-from promptkd.io.files import is_plain_name, json_value, read_json_object
+from safetensors import SafetensorError, safe_open
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
+from promptkd.errors import PromptKDError, RequestError
+from promptkd.io.files import is_plain_name, read_json_object
+
+_ADAPTER_CONFIG, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_SETTINGS = ("config.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-_MOST_HEADER_BYTES = 100_000_000  # safetensors' own limit
 _MOST_LAYERS_WITHOUT_WEIGHTS = 1024
 
 
 def check_model_folder(folder: Path) -> None:
-    """Refuse a folder that would run code, read files elsewhere, or ask for far more than its files hold.
-
-    Raises:
-        RequestError: with what was found and what to do.
-    """
-    is_adapter = (folder / "adapter_config.json").is_file()
-    if is_adapter:
-        settings = read_json_object(folder / "adapter_config.json")
-        _need_safetensors(folder, ADAPTER_WEIGHTS)
-        _check_rank(folder, settings)
-    if (folder / "config.json").is_file():
-        config = read_json_object(folder / "config.json")
+    """Refuse a folder that would run code, read files elsewhere, or ask for far more than its files hold."""
+    names = [name for name in (*_SETTINGS, _ADAPTER_CONFIG, _INDEX) if (folder / name).is_file()]
+    found = {name: read_json_object(folder / name) for name in names}
+    config, adapter = found.get("config.json"), found.get(_ADAPTER_CONFIG)
+    if adapter is not None:
+        _need_safetensors(folder, _ADAPTER_WEIGHTS)
+        _check_rank(folder, adapter)
+    if config is not None:
         _check_names_no_code(folder, config)
-        if not is_adapter:
+        if adapter is None:
             _need_safetensors(folder, "*.safetensors")
-        if (folder / "model.safetensors.index.json").is_file():
-            _check_index(folder / "model.safetensors.index.json")
+        if _INDEX in found:
+            _check_index(folder / _INDEX, found[_INDEX].get("weight_map"))
         _check_layers(folder, config)
-    for name in ("tokenizer_config.json", "generation_config.json", "special_tokens_map.json"):
-        if (folder / name).is_file():
-            read_json_object(folder / name)
 
 
 def adapter_base(folder: Path) -> str | None:
     """The model that the adapter in `folder` belongs to: a path or a hub name. None if there is no adapter."""
-    file = folder / "adapter_config.json"
+    file = folder / _ADAPTER_CONFIG
     if not file.is_file():
         return None
     base = read_json_object(file).get("base_model_name_or_path")
@@ -80,17 +75,16 @@ def _need_safetensors(folder: Path, pattern: str) -> None:
             f"{folder} holds its weights as pickle ({pickles[0]}), and unpickling can run code. Expected {pattern}: "
             "convert it where you trust it, by `save_pretrained` of transformers or PEFT."
         )
-    if pattern == ADAPTER_WEIGHTS:  # PEFT would look for it on the hub
+    if pattern == _ADAPTER_WEIGHTS:  # PEFT would look for it on the hub
         raise RequestError(f"{folder} holds an adapter's configuration and no {pattern}.")
 
 
-def _check_index(index: Path) -> None:
-    files = read_json_object(index).get("weight_map")
+def _check_index(index: Path, files: Any) -> None:
     if not isinstance(files, dict):
         raise RequestError(f"{index} must hold a weight_map, the file of each weight. Got {type(files).__name__}.")
-    strange = [name for name in files.values() if not is_plain_name(name) or not name.endswith(".safetensors")]
-    if strange:
-        raise RequestError(f"{index} must name safetensors files of its own folder. Got {strange[0]!r:.200}.")
+    for name in files.values():
+        if not is_plain_name(name) or not name.endswith(".safetensors"):
+            raise RequestError(f"{index} must name safetensors files of its own folder. Got {name!r:.200}.")
 
 
 def _check_names_no_code(folder: Path, settings: dict[str, Any]) -> None:
@@ -108,46 +102,37 @@ def _check_names_no_code(folder: Path, settings: dict[str, Any]) -> None:
 
 def _check_layers(folder: Path, config: dict[str, Any]) -> None:
     """Refuse more layers than there are weights: creating them would take hours before the weights are missed."""
-    text = config.get("text_config")
-    for settings in (config, *([text] if isinstance(text, dict) else [])):
+    for settings in (config, config.get("text_config")):
         for name in ("num_hidden_layers", "n_layer", "num_layers"):
-            layers = settings.get(name)
-            if isinstance(layers, int) and layers > _MOST_LAYERS_WITHOUT_WEIGHTS and layers > _count_weights(folder):
-                raise RequestError(
-                    f"{folder / 'config.json'} asks for {layers} layers ({name}), and the folder holds "
-                    f"{_count_weights(folder)} weights."
-                )
+            layers = settings.get(name) if isinstance(settings, dict) else None
+            if isinstance(layers, int) and layers > _MOST_LAYERS_WITHOUT_WEIGHTS:
+                weights = sum(len(_shapes(file)) for file in folder.glob("*.safetensors"))
+                if layers > weights:
+                    raise RequestError(
+                        f"{folder / 'config.json'} asks for {layers} layers ({name}), and the folder holds {weights} "
+                        "weights."
+                    )
 
 
 def _check_rank(folder: Path, settings: dict[str, Any]) -> None:
     """Refuse an adapter of a higher rank than its weights have: PEFT allocates it before it compares the two."""
     patterns = settings.get("rank_pattern")
     ranks = [settings.get("r"), settings.get("num_virtual_tokens")]
-    ranks += list(patterns.values()) if isinstance(patterns, dict) else []
-    header = _header(folder / ADAPTER_WEIGHTS)
-    sizes = [size for tensor in header.values() if isinstance(tensor, dict) for size in tensor.get("shape") or ()]
-    largest = max((size for size in sizes if isinstance(size, int)), default=0)
+    ranks += patterns.values() if isinstance(patterns, dict) else []
+    shapes = _shapes(folder / _ADAPTER_WEIGHTS)
+    largest = max((size for shape in shapes for size in shape), default=0)
     for rank in ranks:
-        if header and isinstance(rank, int) and rank > largest:
+        if shapes and isinstance(rank, int) and rank > largest:
             raise RequestError(
-                f"{folder / 'adapter_config.json'} asks for a rank or length of {rank}, and no weight beside it is "
-                f"larger than {largest}."
+                f"{folder / _ADAPTER_CONFIG} asks for a rank or length of {rank}, and no weight beside it is larger "
+                f"than {largest}."
             )
 
 
-def _count_weights(folder: Path) -> int:
-    return sum(len(_header(file)) for file in sorted(folder.glob("*.safetensors")))
-
-
-def _header(file: Path) -> dict[str, Any]:
-    """The header of a safetensors file, by the names of its tensors; {} if it is no such file."""
-    with file.open("rb") as stream:
-        start = stream.read(8)
-        size = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 0 < size <= min(_MOST_HEADER_BYTES, file.stat().st_size - 8):
-            return {}
-        try:
-            found = json_value(stream.read(size))
-        except ValueError:
-            return {}
-    return found if isinstance(found, dict) else {}
+def _shapes(file: Path) -> list[list[int]]:
+    """Of the tensors in a safetensors file, by its header; none if it is no such file."""
+    try:
+        with safe_open(file, "pt") as tensors:
+            return [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118
+    except SafetensorError:
+        return []

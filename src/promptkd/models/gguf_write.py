@@ -7,6 +7,7 @@ from typing import Any
 
 import gguf
 import torch
+from gguf import TokenType
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -14,17 +15,8 @@ from promptkd.data.templates import resolve_template
 from promptkd.errors import RequestError
 from promptkd.models.gguf_read import PRE_TOKENIZERS
 
-_ARCHITECTURES = {
-    "llama": gguf.MODEL_ARCH.LLAMA,
-    "qwen2": gguf.MODEL_ARCH.QWEN2,
-    "qwen3": gguf.MODEL_ARCH.QWEN3,
-    "gpt2": gguf.MODEL_ARCH.GPT2,
-}
-_FILE_TYPES = {
-    torch.float32: gguf.LlamaFileType.ALL_F32,
-    torch.float16: gguf.LlamaFileType.MOSTLY_F16,
-    torch.bfloat16: gguf.LlamaFileType.MOSTLY_BF16,
-}
+_ARCHITECTURES = ("llama", "qwen2", "qwen3", "gpt2")  # GGUF's names, too
+_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 def gguf_problems(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -49,51 +41,44 @@ def gguf_problems(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
             (settings.get("attention_bias") or settings.get("mlp_bias"), "its attention or MLP has biases"),
             (settings.get("use_sliding_window"), "its attention has a sliding window"),
         ]
-    return [problem for wrong, problem in checks if wrong] + _tokenizer_problems(tokenizer)
+    return [problem for wrong, problem in [*checks, *_tokenizer_checks(tokenizer)] if wrong]
 
 
-def _tokenizer_problems(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def _tokenizer_checks(tokenizer: PreTrainedTokenizerBase) -> list[tuple[bool, str]]:
     if not tokenizer.is_fast:
-        return [f"the tokenizer is a {type(tokenizer).__name__}, and only those of the tokenizers library are known"]
+        kind = type(tokenizer).__name__
+        return [(True, f"the tokenizer is a {kind}, and only those of the tokenizers library are known")]
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     if state["model"]["type"] != "BPE" or state["model"].get("byte_fallback"):
-        return ["the tokenizer is no byte-level BPE"]
-    problems = []
-    if _pre_tokenizer(state) is None:
-        problems.append(f"the tokenizer splits text in none of the known ways ({', '.join(PRE_TOKENIZERS)})")
-    if state["normalizer"] not in (None, {"type": "NFC"}):  # llama.cpp leaves NFC out for Qwen, too
-        problems.append(f"the tokenizer normalizes text ({state['normalizer']['type']})")
-    return problems
+        return [(True, "the tokenizer is no byte-level BPE")]
+    known, normalizer = ", ".join(PRE_TOKENIZERS), state["normalizer"] or {"type": "NFC"}
+    return [
+        (_pre_tokenizer(state) is None, f"the tokenizer splits text in none of the known ways ({known})"),
+        # llama.cpp leaves NFC out for Qwen, too
+        (normalizer != {"type": "NFC"}, f"the tokenizer normalizes text ({normalizer['type']})"),
+    ]
 
 
 def write_gguf(
     file: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, title: str
 ) -> None:
-    """Write a model in which `gguf_problems` finds none.
+    """Write a model in which `gguf_problems` finds none, with weights as `stored_type` says.
 
-    Args:
-        dtype: float32, float16 or bfloat16, for what `stored_type` does not keep in float32.
-        title: the model's name in serving tools.
-
-    Raises:
-        RequestError: if the tokenizer has an id that the embedding has no row for.
+    `RequestError` if the tokenizer has an id that the embedding has no row for.
     """
     config = model.config
-    writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[_ARCHITECTURES[config.model_type]])
+    writer = gguf.GGUFWriter(file, config.model_type)
     try:
         writer.add_type(gguf.GGUFType.MODEL)
         writer.add_name(title)
-        writer.add_file_type(_FILE_TYPES[dtype])
-        (_add_gpt2 if config.model_type == "gpt2" else _add_rotary)(writer, config)
+        writer.add_file_type(gguf.LlamaFileType["ALL_F32" if dtype == torch.float32 else f"MOSTLY_{_TYPES[dtype]}"])
+        _add_sizes(writer, config)
         size = model.get_input_embeddings().weight.shape[0]
         writer.add_vocab_size(size)
         _add_tokenizer(writer, tokenizer, size)
         for name, weight in _tensors(model, dtype):
-            if weight.dtype == torch.bfloat16:  # which NumPy does not know
-                bits = weight.view(torch.uint8).numpy()
-                writer.add_tensor(name, bits, raw_dtype=gguf.GGMLQuantizationType.BF16)
-            else:
-                writer.add_tensor(name, weight.numpy())
+            bits = weight.view(torch.uint8).numpy()  # NumPy knows no bfloat16
+            writer.add_tensor(name, bits, raw_dtype=gguf.GGMLQuantizationType[_TYPES[weight.dtype]])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -101,13 +86,17 @@ def write_gguf(
         writer.close()
 
 
-def _add_rotary(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
-    head_size = config.to_dict().get("head_dim") or config.hidden_size // config.num_attention_heads
+def _add_sizes(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
+    is_gpt2 = config.model_type == "gpt2"
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_feed_forward_length(4 * config.hidden_size if is_gpt2 else config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
+    if is_gpt2:
+        writer.add_layer_norm_eps(config.layer_norm_epsilon)
+        return
+    head_size = config.to_dict().get("head_dim") or config.hidden_size // config.num_attention_heads
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_key_length(head_size)
     writer.add_value_length(head_size)
@@ -116,27 +105,15 @@ def _add_rotary(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
 
 
-def _add_gpt2(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
-    writer.add_context_length(config.n_positions)
-    writer.add_embedding_length(config.n_embd)
-    writer.add_block_count(config.n_layer)
-    writer.add_feed_forward_length(4 * config.n_embd)
-    writer.add_head_count(config.n_head)
-    writer.add_layer_norm_eps(config.layer_norm_epsilon)
-
-
 def stored_type(name: str, weight: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """The type of a weight in the file, by its name in transformers.
-
-    Vectors, and GPT-2's position table, stay in float32, in which llama.cpp adds and multiplies them.
-    """
+    """`dtype`, but float32 for vectors and GPT-2's position table, as llama.cpp adds and multiplies them."""
     return torch.float32 if weight.ndim < 2 or name.endswith("wpe.weight") else dtype
 
 
 def _tensors(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """Names and values as in the file."""
     config = model.config
-    names = gguf.get_tensor_name_map(_ARCHITECTURES[config.model_type], config.num_hidden_layers)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[config.model_type.upper()], config.num_hidden_layers)
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.to_dict().get("num_key_value_heads")}
     for source, weight in model.state_dict().items():
@@ -160,58 +137,40 @@ def _interleaved(weight: Tensor, heads: int) -> Tensor:
 
 def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, size: int) -> None:
     """Tokens, merges, roles and chat template, for an embedding of `size` rows."""
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    pre_tokenizer = _pre_tokenizer(state)
-    assert pre_tokenizer is not None, "gguf_problems is asked first"
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre_tokenizer)
-    tokens, types = _tokens(tokenizer, size)
-    writer.add_token_list(tokens)
-    writer.add_token_types(types)
-    merges = state["model"]["merges"]
-    writer.add_token_merges([each if isinstance(each, str) else " ".join(each) for each in merges])
-    _add_roles(writer, tokenizer)
-    if tokenizer.chat_template:
-        writer.add_chat_template(tokenizer.chat_template)
-
-
-def _tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[list[str], list[gguf.TokenType]]:
-    """The token of every row of the embedding, and its type; rows without a token are marked as unused."""
     by_id = {index: token for token, index in tokenizer.get_vocab().items()}
     if max(by_id) >= size:
         raise RequestError(
             f"The model's embedding must have a row for each of the tokenizer's ids, up to {max(by_id)}. It has {size}."
         )
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(_pre_tokenizer(state))
+    writer.add_token_list([by_id.get(index, f"[PAD{index}]") for index in range(size)])
     added = tokenizer.added_tokens_decoder
-    special = set(tokenizer.all_special_ids) | {index for index, token in added.items() if token.special}
-    types = []
-    for index in range(size):
-        if index not in by_id:
-            types.append(gguf.TokenType.UNUSED)
-        elif index in special:
-            types.append(gguf.TokenType.CONTROL)
-        else:
-            types.append(gguf.TokenType.USER_DEFINED if index in added else gguf.TokenType.NORMAL)
-    return [by_id.get(index, f"[PAD{index}]") for index in range(size)], types
-
-
-def _add_roles(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase) -> None:
+    control = {*tokenizer.all_special_ids, *(index for index, token in added.items() if token.special)}
+    types = dict.fromkeys(by_id, TokenType.NORMAL) | dict.fromkeys(added, TokenType.USER_DEFINED)
+    types |= dict.fromkeys(control, TokenType.CONTROL)
+    writer.add_token_types([types.get(index, TokenType.UNUSED) for index in range(size)])
+    merges = state["model"]["merges"]
+    writer.add_token_merges([each if isinstance(each, str) else " ".join(each) for each in merges])
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    end = resolve_template("auto", tokenizer).end_token_id
     roles = {
-        writer.add_bos_token_id: tokenizer.bos_token_id,
-        writer.add_eos_token_id: tokenizer.eos_token_id,
+        writer.add_bos_token_id: bos,
+        writer.add_eos_token_id: eos,
         writer.add_unk_token_id: tokenizer.unk_token_id,
         writer.add_pad_token_id: tokenizer.pad_token_id,
+        writer.add_eot_token_id: None if end == eos else end,  # a chat template may end an answer with another token
     }
-    end = resolve_template("auto", tokenizer).end_token_id
-    if end != tokenizer.eos_token_id:  # the chat template ends an answer with a token of its own
-        roles[writer.add_eot_token_id] = end
     for add, index in roles.items():
         if index is not None:
             add(index)
     framed = tokenizer("a")["input_ids"]
-    writer.add_add_bos_token(tokenizer.bos_token_id is not None and framed[0] == tokenizer.bos_token_id)
-    writer.add_add_eos_token(tokenizer.eos_token_id is not None and framed[-1] == tokenizer.eos_token_id)
+    writer.add_add_bos_token(bos is not None and framed[0] == bos)
+    writer.add_add_eos_token(eos is not None and framed[-1] == eos)
     writer.add_add_space_prefix(False)
+    if tokenizer.chat_template:
+        writer.add_chat_template(tokenizer.chat_template)
 
 
 def _pre_tokenizer(state: dict[str, Any]) -> str | None:
@@ -222,6 +181,4 @@ def _pre_tokenizer(state: dict[str, Any]) -> str | None:
 
 def _comparable(part: Any) -> Any:
     """Without the settings that only affect the offsets of tokens."""
-    if isinstance(part, dict):
-        return {key: _comparable(value) for key, value in part.items() if key != "trim_offsets"}
-    return [_comparable(each) for each in part] if isinstance(part, list) else part
+    return json.loads(json.dumps(part), object_hook=lambda each: {**each, "trim_offsets": None})

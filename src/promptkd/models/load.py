@@ -3,9 +3,8 @@
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -13,61 +12,42 @@ from promptkd.errors import RequestError
 from promptkd.io.files import not_regular
 from promptkd.models.folder import adapter_base, check_model_folder, clear_load_errors
 from promptkd.models.gguf_read import converted_gguf
+from promptkd.precision import WeightPrecision
 from promptkd.results import ModelRecord, file_sha256
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
-_RUN_MODELS = ("student", "model")  # what `distill` and `sft` leave in a run's folder
 _EXPECTED = "Expected a model folder, a GGUF file or a hub name."
 
 
 def load_model(
-    name: str | Path,
-    *,
-    dtype: str = "float32",
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    **settings: Any,
+    name: str | Path, *, dtype: str = "float32", trust_remote_code: bool = False, **settings: Any
 ) -> PreTrainedModel:
-    """Load a causal language model in evaluation mode.
+    """Load a causal language model in evaluation mode; `RequestError` if there is no such model.
 
     Args:
         name: hub name, folder, run folder (its student) or GGUF file.
         dtype: "float32", "bfloat16", "float16", or "auto" for that of the model's files.
-        settings: further arguments of transformers' `from_pretrained`, such as a `quantization_config`.
-
-    Raises:
-        RequestError: if there is no such model or it is no causal language model.
+        settings: further arguments of transformers' `from_pretrained`: `revision`, `quantization_config`, …
     """
-    if dtype not in _DTYPES:
-        raise RequestError(f"Expected a dtype of {', '.join(_DTYPES)}. Got {dtype!r}.")
+    if dtype not in get_args(WeightPrecision):
+        raise RequestError(f"Expected a dtype of {', '.join(get_args(WeightPrecision))}. Got {dtype!r}.")
     source = resolve_model(name)
+    settings |= {"dtype": dtype, "trust_remote_code": trust_remote_code, "use_safetensors": True}
     with clear_load_errors(name):
-        model, report = AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=_DTYPES[dtype],
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-            output_loading_info=True,
-            **settings,
-        )
-    if report["missing_keys"]:
+        model, report = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **settings)
+    if missing := report["missing_keys"]:
         raise RequestError(
-            f"{name} lacks {len(report['missing_keys'])} weights that its configuration asks for, "
-            f"{min(report['missing_keys'])} among them."
+            f"{name} lacks {len(missing)} weights that its configuration asks for, {min(missing)} among them."
         )
     keep_differentiable(model)
     return model.eval()
 
 
-def load_tokenizer(
-    name: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
-) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False, **settings: Any) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model. A missing padding token becomes EOS if there is one; ids never tell padding."""
     source = resolve_model(name)
     with clear_load_errors(name):
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **settings)
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -76,17 +56,16 @@ def load_tokenizer(
 def resolve_model(name: str | Path) -> str:
     """Where transformers finds the model: a folder (converted from GGUF if necessary) or a hub name.
 
-    Raises:
-        RequestError: for a path that does not exist, a folder that holds no model, a name that is neither.
+    `RequestError` for a path that does not exist, a folder that holds no model, a name that is neither.
     """
     text, path = str(name), Path(name).expanduser()
+    is_gguf = path.suffix.lower() == ".gguf"
     try:
-        path.is_dir()
+        is_folder = path.is_dir()
     except OSError as error:  # a name that is too long, or a folder that may not be entered
         raise RequestError(f"No such model: {text:.200}: {error.strerror}.") from error
-    if path.is_dir():
+    if is_folder:
         return str(_model_folder(path))
-    is_gguf = path.suffix.lower() == ".gguf"
     if path.is_file():
         if is_gguf:
             return str(converted_gguf(path))
@@ -101,38 +80,36 @@ def resolve_model(name: str | Path) -> str:
 
 
 def _model_folder(folder: Path) -> Path:
-    for inside in ("", *_RUN_MODELS):
+    for inside in ("", "student", "model"):  # the latter two are what `distill` and `sft` leave in a run's folder
         candidate = folder / inside
         if (candidate / "config.json").is_file() or (candidate / "adapter_config.json").is_file():
             check_model_folder(candidate)
-            if base := adapter_base(candidate):
-                _check_base(base, candidate)
+            _check_base(candidate)
             return candidate
     found = sorted(entry.name for entry in folder.iterdir())
     raise RequestError(
         f"{folder} is no model: expected config.json (or adapter_config.json) in it, or a run's student/ folder. "
-        f"It holds {', '.join(found[:8]) if found else 'nothing'}."
+        f"It holds {', '.join(found[:8]) or 'nothing'}."
     )
 
 
-def _check_base(base: str, adapter: Path) -> None:
+def _check_base(folder: Path) -> None:
     """Refuse an adapter whose base is not a model; PEFT and transformers look for the base in the same way."""
+    if (base := adapter_base(folder)) is None:
+        return
     if (Path(base).expanduser() / "adapter_config.json").is_file():
-        raise RequestError(f"The adapter in {adapter} belongs to {base}, which is an adapter itself. Merge that first.")
+        raise RequestError(f"The adapter in {folder} belongs to {base}, which is an adapter itself. Merge that first.")
     try:
         resolve_model(base)
     except RequestError as error:
-        raise RequestError(f"The adapter in {adapter} belongs to the model {base}: {error}") from error
+        raise RequestError(f"The adapter in {folder} belongs to the model {base}: {error}") from error
 
 
 def keep_differentiable(model: nn.Module) -> None:
-    """Keep bitsandbytes' 4-bit layers in a form that gradients can pass.
+    """Keep bitsandbytes' 4-bit layers in a form that gradients can pass; `RequestError` if it is too late.
 
     On CPUs with bfloat16 units, the first pass without a gradient reorders their weights for inference, after which no
     gradient passes the layer: bitsandbytes 0.50 only warns, and the soft prompt would learn nothing.
-
-    Raises:
-        RequestError: if the weights have been reordered already.
     """
     if "bitsandbytes" not in sys.modules:
         return
@@ -157,7 +134,5 @@ def count_parameters(model: nn.Module, *, trainable: bool = False) -> int:
 def model_record(name: str | Path, model: nn.Module) -> ModelRecord:
     """Provenance of a model: its path, size, and hash over configuration and weights ("" for a hub name)."""
     folder = Path(resolve_model(name))
-    files: list[Path] = []
-    if folder.is_dir():
-        files = sorted(each for each in folder.iterdir() if each.name == "config.json" or each.suffix == ".safetensors")
+    files = sorted(each for each in folder.glob("*") if each.name == "config.json" or each.suffix == ".safetensors")
     return ModelRecord(path=str(name), parameters=count_parameters(model), sha256=file_sha256(*files) if files else "")

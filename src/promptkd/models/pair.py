@@ -1,11 +1,13 @@
-"""Student and teacher: from their hidden states to summed losses, chunked where the heads allow, else plain."""
+"""Student and teacher: whether they share a vocabulary; from hidden states to summed losses, chunked or plain."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Unpack
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedTokenizerBase
 
 from promptkd.engine import (
     ChunkedLoss,
@@ -14,14 +16,24 @@ from promptkd.engine import (
     chunked_objective,
     chunked_prompt_loss,
     head_logits,
+    head_size,
     linear_head,
 )
+from promptkd.errors import RequestError
 from promptkd.objectives import prompt_loss_terms
-from promptkd.objectives.divergences import Directions
+from promptkd.objectives.divergences import Direction
 
 Objective = Callable[[Tensor, Tensor], Tensor]
 """(student_logits, teacher_logits), both (N, V), to N values in nats."""
 Role = Literal["student", "teacher", "plain"]
+
+PROBES = (
+    "The quick brown fox's 12.5 % of 1999, isn't it? IT'S 3,141,592!",
+    "  two  spaces\n\tand a tab\n\n1. One\n\n  2) Two   3\r\n",
+    "naïve café – 日本語 ١٢٣ 🙂👩‍💻 Ελλάδα",
+    "def f(x):\n    return {x: [0x1F, 'a_b']}  # ok\n",
+)
+"""Texts that show differences of merges and normalizers, which tokenizers of one vocabulary can have."""
 
 
 @dataclass(frozen=True)
@@ -30,31 +42,24 @@ class Pair:
 
     student: nn.Module
     teacher: nn.Module
-    vocabulary: int
-    """Tokens that both heads have a column for; further columns are padding."""
-    chunk: int | None = None
-    """Tokens whose logits are held at a time; None for what suits the device, 0 for all, by the plain objectives."""
-    adapted: nn.Module | None = None
-    """The model whose head reads the adapted teacher's states; None if that is the teacher itself."""
+    vocabulary: int  # tokens that both heads have a column for; further columns are padding
+    chunk: int | None = None  # tokens per chunk of logits; None for the device's, 0 for all, by the plain objectives
+    adapted: nn.Module | None = None  # whose head reads the adapted teacher's states, where that is not the teacher
 
     def student_loss(self, objective: Objective, student_hidden: Tensor, teacher_hidden: Tensor) -> ChunkedLoss:
         """Sum of `objective` over the tokens, for the student; the metric "entropy" is the student's."""
-        heads = self._heads("student", "teacher")
-        if heads is not None:
+        if heads := self._heads("student", "teacher"):
             student, teacher = (student_hidden, heads[0]), (teacher_hidden.detach(), heads[1])
             return chunked_objective(objective, student, teacher, chunk=self.chunk)
         logits = self.logits("student", student_hidden)
-        with torch.no_grad():
-            target_logits = self.logits("teacher", teacher_hidden)
-        return with_entropy(objective(logits, target_logits).sum(), logits)
+        return with_entropy(objective(logits, self.logits("teacher", teacher_hidden).detach()).sum(), logits)
 
     def cross_entropy(self, which: Role, hidden: Tensor, targets: Tensor) -> ChunkedLoss:
         """Sum over the tokens of -log q(y), y = `targets`; the metric "entropy" is that model's."""
-        heads = self._heads(which)
-        if heads is not None:
+        if heads := self._heads(which):
             return chunked_cross_entropy((hidden, heads[0]), targets, chunk=self.chunk)
         logits = self.logits(which, hidden)
-        return with_entropy(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"), logits)
+        return with_entropy(cross_entropy(logits, targets, reduction="sum"), logits)
 
     def prompt_loss(
         self,
@@ -63,18 +68,16 @@ class Pair:
         plain_hidden: Tensor | None,
         *,
         weight: float = 0.0,
-        **directions: Unpack[Directions],
+        **directions: Direction,
     ) -> ChunkedLoss:
-        """Sum over the tokens of the teacher adapter's loss, with its terms "to_student" and "to_plain"."""
-        heads = self._heads("teacher", "student", "plain")
-        if heads is not None:
+        """Sum over the tokens of `objectives.prompt_loss`, with its terms "to_student" and "to_plain"."""
+        if heads := self._heads("teacher", "student", "plain"):
             prompted, student = (prompted_hidden, heads[0]), (student_hidden, heads[1])
             plain = None if plain_hidden is None else (plain_hidden, heads[2])
             return chunked_prompt_loss(prompted, student, plain, weight=weight, chunk=self.chunk, **directions)
-        with torch.no_grad():
-            student_logits = self.logits("student", student_hidden)
-            plain_logits = None if plain_hidden is None else self.logits("plain", plain_hidden)
         prompted_logits = self.logits("teacher", prompted_hidden)
+        student_logits = self.logits("student", student_hidden)
+        plain_logits = None if plain_hidden is None else self.logits("plain", plain_hidden)
         to_student, to_plain = prompt_loss_terms(prompted_logits, student_logits, plain_logits, **directions)
         total, metrics = to_student.sum(), {"to_student": to_student.detach().sum()}
         if to_plain is not None:
@@ -87,9 +90,7 @@ class Pair:
         return head_logits(self._model(which), hidden, vocabulary=self.vocabulary)
 
     def _model(self, which: Role) -> nn.Module:
-        if which == "student":
-            return self.student
-        return self.adapted if which == "teacher" and self.adapted is not None else self.teacher
+        return {"student": self.student, "teacher": self.adapted or self.teacher, "plain": self.teacher}[which]
 
     def _heads(self, *which: Role) -> list[Head] | None:
         """The heads as tensors; None if they must be run as modules, or all tokens are wanted at once."""
@@ -97,22 +98,52 @@ class Pair:
             return None
         models = [self._model(each) for each in which]
         known = {id(model): linear_head(model) for model in models}  # a sharded head is gathered once for all its roles
-        heads = [known[id(model)] for model in models]
-        return None if None in heads else [head.limited_to(self.vocabulary) for head in heads if head is not None]
+        heads = [head.limited_to(self.vocabulary) for model in models if (head := known[id(model)]) is not None]
+        return heads if len(heads) == len(models) else None
 
 
 def with_entropy(total: Tensor, logits: Tensor) -> ChunkedLoss:
-    """A loss `total` summed over the tokens, with the entropy of logits (N, V) as its metric."""
-    return ChunkedLoss(total, {"entropy": entropy(logits).sum()})
-
-
-def entropy(logits: Tensor) -> Tensor:
-    """-Σ q log q of logits (..., V), in nats, without a gradient."""
+    """A loss `total` summed over the tokens, with the summed entropy, in nats, of logits (N, V) as its metric."""
     log_q = logits.detach().to(torch.promote_types(torch.float32, logits.dtype)).log_softmax(-1)
-    return -torch.where(log_q == -torch.inf, 0.0, log_q.exp() * log_q).sum(-1)
+    return ChunkedLoss(total, {"entropy": -torch.where(log_q == -torch.inf, 0.0, log_q.exp() * log_q).sum(-1).sum()})
 
 
 def log_probs(logits: Tensor, targets: Tensor) -> Tensor:
     """(N,) log-probabilities of the `targets` under logits (N, V), in float32 or wider."""
-    wide = logits.to(torch.promote_types(torch.float32, logits.dtype))
-    return -torch.nn.functional.cross_entropy(wide, targets, reduction="none")
+    return -cross_entropy(logits.to(torch.promote_types(torch.float32, logits.dtype)), targets, reduction="none")
+
+
+def check_same_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    """`RequestError`, naming a difference, if the tokenizers disagree on an id's meaning or split a text otherwise."""
+    mine, other = student.get_vocab(), teacher.get_vocab()
+    if mine != other:
+        token, *more = sorted(token for token in mine.keys() | other.keys() if mine.get(token) != other.get(token))
+        raise RequestError(
+            f"Student and teacher must share one vocabulary. {1 + len(more)} tokens differ, {token!r} among them: id "
+            f"{mine.get(token)} in the student, {other.get(token)} in the teacher. Distillation compares the two "
+            "distributions id by id; distilling across tokenizers is not supported."
+        )
+    words = " ".join(sorted(student.convert_tokens_to_string([token]) for token in mine))
+    for text in (*PROBES, words):
+        ours, theirs = (each(text, add_special_tokens=False)["input_ids"] for each in (student, teacher))
+        if ours != theirs:
+            raise RequestError(
+                f"Student and teacher share their tokens but split text differently: {text[:80]!r} is {len(ours)} "
+                f"tokens for the student, {len(theirs)} for the teacher. Use the teacher's tokenizer for the student."
+            )
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The highest token id plus one. Columns of a head beyond it are padding."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def shared_vocabulary_size(student: nn.Module, teacher: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The vocabulary's size, for which both heads must have columns; `RequestError` if one has too few."""
+    needed = vocabulary_size(tokenizer)
+    for name, size in (("student", head_size(student)), ("teacher", head_size(teacher))):
+        if size < needed:
+            raise RequestError(
+                f"The {name}'s head must have a column for each of the tokenizer's {needed} tokens. Got {size}."
+            )
+    return needed

@@ -14,17 +14,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from promptkd.data.batch import TokenBatch
+from promptkd.data.batch import TokenBatch, on_device
 from promptkd.engine import evaluating
 from promptkd.errors import RequestError
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Name and list of the decoder layers.
-
-    Raises:
-        RequestError: if the backbone does not hold its layers in one `ModuleList`.
-    """
+    """Name and list of the decoder layers; `RequestError` if the backbone does not hold them in one `ModuleList`."""
     count = model.config.get_text_config().num_hidden_layers
     found = [
         (name, module)
@@ -46,6 +42,8 @@ def block_influence(model: PreTrainedModel, batches: Sequence[TokenBatch]) -> li
 
     Real tokens are all up to a row's last response token. A value near 0 marks a layer that hardly changes its input.
     """
+    if not batches:
+        raise RequestError("Block influence needs at least one row to be measured on. Got no batch.")
     _, layers = decoder_layers(model)
     sums, tokens = torch.zeros(len(layers), dtype=torch.float64), 0
 
@@ -59,21 +57,16 @@ def block_influence(model: PreTrainedModel, batches: Sequence[TokenBatch]) -> li
         for index, layer in enumerate(layers):
             hooks.enter_context(layer.register_forward_hook(partial(record, index), with_kwargs=True))
         for batch in batches:
-            last = torch.zeros(batch.input_ids.shape[0], dtype=torch.long, device=batch.input_ids.device)
-            last.scatter_reduce_(0, batch.rows, batch.columns + 1, "amax")
-            is_real = batch.position_ids <= last[:, None]
-            tokens += int(is_real.sum())
+            is_real = batch.position_ids < on_device(batch.lengths, batch.input_ids.device)[:, None]
+            tokens += sum(batch.lengths)
             model.base_model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
-    if tokens == 0:
-        raise RequestError("Block influence needs at least one row to be measured on. Got no batch.")
     return (sums / tokens).tolist()
 
 
 def most_influential(influence: Sequence[float], count: int) -> list[int]:
     """Indices of the `count` layers with the highest influence, in order of depth."""
     _check_count(count, len(influence))
-    ranked = sorted(range(len(influence)), key=lambda index: (-influence[index], index))
-    return sorted(ranked[:count])
+    return sorted(sorted(range(len(influence)), key=lambda index: -influence[index])[:count])
 
 
 def evenly_spaced(total: int, count: int) -> list[int]:
@@ -82,17 +75,24 @@ def evenly_spaced(total: int, count: int) -> list[int]:
     return [round(index * (total - 1) / max(count - 1, 1)) for index in range(count)]
 
 
+def _check_count(count: int, total: int) -> None:
+    if not 1 <= count <= total:
+        raise RequestError(f"The student needs between 1 and {total} layers, the number its teacher has. Got {count}.")
+
+
 def prune_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
     """A new model of the same class with the given layers of `model`, whose weights are copied.
 
-    Args:
-        layers: indices in ascending order.
-
-    Raises:
-        RequestError: for no layers, or indices that are outside of the model, repeated or not ascending.
+    `RequestError` for no layers, or indices that are outside of the model, repeated or not ascending.
     """
     name, stack = decoder_layers(model)
-    _check_indices(layers, len(stack))
+    last = len(stack) - 1
+    if not layers:
+        raise RequestError(f"Expected at least one layer to keep, of 0 … {last}. Got none.")
+    if outside := [index for index in layers if not 0 <= index <= last]:
+        raise RequestError(f"The teacher has layers 0 … {last}. Got {outside[0]}.")
+    if list(layers) != sorted(set(layers)):
+        raise RequestError(f"Layers must be given once each, in ascending order. Got {list(layers)}.")
     config = copy.deepcopy(model.config)
     text = config.get_text_config()
     text.num_hidden_layers = len(layers)
@@ -100,31 +100,18 @@ def prune_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMod
         if "layer" in key and isinstance(value, list) and len(value) == len(stack):
             setattr(text, key, [value[index] for index in layers])
     student = AutoModelForCausalLM.from_config(config, dtype=model.dtype)  # buffers such as RoPE's stay float32
-    new_index = {old: new for new, old in enumerate(layers)}
-    weights = {}
-    for key, tensor in model.state_dict().items():
-        if not key.startswith(f"{name}."):
-            weights[key] = tensor
-            continue
-        old, _, rest = key.removeprefix(f"{name}.").partition(".")
-        if int(old) in new_index:
-            weights[f"{name}.{new_index[int(old)]}.{rest}"] = tensor
+    weights = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(f"{name}.")}
+    for new, old in enumerate(layers):
+        weights |= {f"{name}.{new}.{key}": tensor for key, tensor in stack[old].state_dict().items()}
     student = student.to(device=model.device)
     try:
-        student.load_state_dict(weights, strict=True)
+        student.load_state_dict(weights)
     except RuntimeError as error:
         raise _cannot_be_pruned(model) from error
     student.generation_config = copy.deepcopy(model.generation_config)
     student.tie_weights()
     _check_student(model, student.eval(), stack, layers)
     return student
-
-
-def _cannot_be_pruned(model: PreTrainedModel) -> RequestError:
-    return RequestError(
-        f"{type(model).__name__} cannot be pruned by layer: its layers do not give the student that they make up. "
-        "Merge adapters into the weights first; models whose layers depend on their depth are not supported."
-    )
 
 
 def _check_student(
@@ -147,16 +134,8 @@ def _check_student(
         raise _cannot_be_pruned(model)
 
 
-def _check_count(count: int, total: int) -> None:
-    if not 1 <= count <= total:
-        raise RequestError(f"The student needs between 1 and {total} layers, the number its teacher has. Got {count}.")
-
-
-def _check_indices(layers: Sequence[int], total: int) -> None:
-    if not layers:
-        raise RequestError(f"Expected at least one layer to keep, of 0 … {total - 1}. Got none.")
-    outside = [index for index in layers if not 0 <= index < total]
-    if outside:
-        raise RequestError(f"The teacher has layers 0 … {total - 1}. Got {outside[0]}.")
-    if list(layers) != sorted(set(layers)):
-        raise RequestError(f"Layers must be given once each, in ascending order. Got {list(layers)}.")
+def _cannot_be_pruned(model: PreTrainedModel) -> RequestError:
+    return RequestError(
+        f"{type(model).__name__} cannot be pruned by layer: its layers do not give the student that they make up. "
+        "Merge adapters into the weights first; models whose layers depend on their depth are not supported."
+    )

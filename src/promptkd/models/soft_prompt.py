@@ -33,7 +33,7 @@ class SoftPrompt(nn.Module):
             raise ValueError(f"A soft prompt must have shape (length, width). Got {tuple(embeddings.shape)}.")
         dtype = torch.promote_types(torch.float32, embeddings.dtype)
         self.embeddings = nn.Parameter(embeddings.detach().clone().to(dtype))
-        self.register_buffer("start", self.embeddings.detach().clone(), persistent=True)
+        self.register_buffer("start", self.embeddings.detach().clone())
 
     @classmethod
     def create(
@@ -56,21 +56,25 @@ class SoftPrompt(nn.Module):
         embedding = unwrap_peft(teacher).get_input_embeddings()
         if length == 0:
             return cls(torch.empty(0, embedding.weight.shape[1]))
-        if start not in get_args(PromptStart):
-            raise RequestError(f"A soft prompt starts from {', '.join(get_args(PromptStart))}. Got {start!r}.")
         if start == "random":
-            return cls(_random_vectors(embedding, length, seed))
-        if start == "text":
+            ids = list(range(embedding.weight.shape[0]))
+        elif start == "text":
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             problem = f"The soft prompt's initial text must have at least one token. Got {text!r}."
-        else:
+        elif start == "padding":
             ids = [] if tokenizer.pad_token_id is None else [tokenizer.pad_token_id]
             problem = "A soft prompt can start from padding only if the tokenizer has a padding token; it has none."
+        else:
+            raise RequestError(f"A soft prompt starts from {', '.join(get_args(PromptStart))}. Got {start!r}.")
         if not ids:
             raise RequestError(problem)
-        repeated = (ids * -(-length // len(ids)))[:length]
         with torch.no_grad():
-            return cls(embedding(torch.tensor(repeated, device=embedding.weight.device)))
+            vectors = embedding(torch.tensor(ids, device=embedding.weight.device))  # the layer may scale its table
+        if start != "random":
+            return cls(vectors.repeat(-(-length // len(ids)), 1)[:length])
+        mean, deviation = vectors.float().mean(0).cpu(), vectors.float().std(0).cpu()
+        generator = torch.Generator().manual_seed(seed)
+        return cls(mean + deviation * torch.randn(length, mean.shape[0], generator=generator))
 
     def forward(self) -> Tensor:
         """The vectors, (n, E)."""
@@ -108,11 +112,7 @@ class SoftPrompt(nn.Module):
 
     @classmethod
     def load(cls, folder: Path) -> "SoftPrompt":
-        """Read a PEFT prompt-tuning adapter.
-
-        Raises:
-            RequestError: if `folder` holds no such adapter.
-        """
+        """Read a PEFT prompt-tuning adapter. `RequestError` if `folder` holds none."""
         if not (folder / _CONFIG_FILE).is_file() or not (folder / _WEIGHTS_FILE).is_file():
             raise RequestError(f"Expected a PEFT adapter ({_CONFIG_FILE}, {_WEIGHTS_FILE}) in {folder}; none is there.")
         try:
@@ -125,19 +125,8 @@ class SoftPrompt(nn.Module):
             tensors = load_file(folder / _WEIGHTS_FILE)
         except SafetensorError as error:
             raise RequestError(f"{folder / _WEIGHTS_FILE} is damaged: {error}.") from error
-        if set(tensors) != {_KEY} or tensors[_KEY].shape != (config.num_virtual_tokens, config.token_dim):
-            found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-            raise RequestError(
-                f"Expected one tensor {_KEY!r} of shape ({config.num_virtual_tokens}, {config.token_dim}) in {folder}. "
-                f"Got {found}."
-            )
+        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        shape = (config.num_virtual_tokens, config.token_dim)
+        if found != {_KEY: shape}:
+            raise RequestError(f"Expected one tensor {_KEY!r} of shape {shape} in {folder}. Got {found}.")
         return cls(tensors[_KEY])
-
-
-def _random_vectors(embedding: nn.Embedding, length: int, seed: int) -> Tensor:
-    with torch.no_grad():
-        vocabulary = torch.arange(embedding.weight.shape[0], device=embedding.weight.device)
-        table = embedding(vocabulary).float()  # through the layer, so that its scaling counts
-        mean, deviation = table.mean(0).cpu(), table.std(0).cpu()
-    generator = torch.Generator().manual_seed(seed)
-    return mean + deviation * torch.randn(length, mean.shape[0], generator=generator)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from promptkd.report.formatting import decoding_words
+from promptkd.report.formatting import decoding_words, joined
 from promptkd.report.labels import run_labels
 from promptkd.report.metrics import in_order, metric_info
 from promptkd.report.tables import model_order
@@ -13,6 +13,7 @@ from promptkd.results import Results, RowResult
 from promptkd.visible import visible
 
 _DIGITS = 4
+_SEEDS = ("seed", "seeds")
 _Place = tuple[int, str]
 """Row and prompt: answers are shown together only under the very prompt that they were given."""
 
@@ -26,6 +27,15 @@ class View:
     """The decoding without its seed: views of one setting are samples of the same distribution."""
     answers: dict[str, dict[_Place, RowResult]] = field(default_factory=dict)
     """By model."""
+
+    def add(self, model: str, run: str, sample: RowResult) -> None:
+        """Join the scores of one answer; another answer of the same model to the same request goes under its run."""
+        place = sample.row, sample.prompt
+        held = self.answers.setdefault(model, {}).setdefault(place, sample)
+        if held.response == sample.response:
+            self.answers[model][place] = held.model_copy(update={"scores": {**sample.scores, **held.scores}})
+        else:
+            self.answers.setdefault(f"{model}, {run}" if run else f"{model}, again", {})[place] = sample
 
 
 @dataclass(slots=True)
@@ -48,31 +58,17 @@ def row_sets(records: Sequence[Results]) -> list[RowSet]:
     found: dict[str, RowSet] = {}
     for record, run in zip(records, run_labels(records), strict=True):
         for each in record.evaluations:
+            setting = decoding_words({name: each.decoding[name] for name in each.decoding if name not in _SEEDS})
             for sample in each.samples:
                 rows = found.setdefault(each.data, RowSet(each.data))
                 rows.references.setdefault((sample.row, sample.prompt), sample.references)
-                _add(_view(rows, each.decoding, sample.seed), each.model, run, sample)
+                label = joined("" if sample.seed is None else f"seed {sample.seed}", setting) or "as recorded"
+                rows.views.setdefault(label, View(label, setting or label)).add(each.model, run, sample)
     return list(found.values())
 
 
-def _view(rows: RowSet, decoding: dict[str, Any], seed: int | None) -> View:
-    setting = decoding_words({name: value for name, value in decoding.items() if name not in ("seed", "seeds")})
-    label = ", ".join(filter(None, ["" if seed is None else f"seed {seed}", setting])) or "as recorded"
-    return rows.views.setdefault(label, View(label, setting or label))
-
-
-def _add(view: View, model: str, run: str, sample: RowResult) -> None:
-    """Join the scores of one answer; another answer of the same model to the same request goes under its run."""
-    place = sample.row, sample.prompt
-    held = view.answers.setdefault(model, {}).setdefault(place, sample)
-    if held.response == sample.response:
-        view.answers[model][place] = held.model_copy(update={"scores": {**sample.scores, **held.scores}})
-    else:
-        view.answers.setdefault(f"{model}, {run}" if run else f"{model}, again", {})[place] = sample
-
-
 def answering_models(records: Sequence[Results], sets: Sequence[RowSet]) -> list[str]:
-    """`model_order`, followed by the models whose second answers go under their run (see `_add`)."""
+    """`model_order`, followed by the models whose second answers go under their run (see `View.add`)."""
     views = [view for rows in sets for view in rows.views.values()]
     return list(dict.fromkeys([*model_order(records), *(model for view in views for model in view.answers)]))
 
@@ -83,9 +79,8 @@ def browser_data(records: Sequence[Results], sets: Sequence[RowSet], models: Seq
     Metrics, [label, unit, better, decimals, value of a yes] each, and models are named by position. Scores are in the
     metric's unit, null where there is none.
     """
-    names = in_order(
-        name for record in records for each in record.evaluations for row in each.samples for name in row.scores
-    )
+    samples = [sample for record in records for each in record.evaluations for sample in each.samples]
+    names = in_order(name for sample in samples for name in sample.scores)
     metrics = []
     for info in map(metric_info, names):
         yes = None if info.yes is None else info.yes * info.scale
@@ -94,37 +89,34 @@ def browser_data(records: Sequence[Results], sets: Sequence[RowSet], models: Seq
 
 
 def _set(rows: RowSet, models: Sequence[str], names: list[str]) -> dict[str, Any]:
-    places = rows.places
+    places, views = rows.places, []
+    for view in rows.views.values():
+        answers = [
+            {"model": position, **_columns([view.answers[model].get(place) for place in places], names)}
+            for position, model in enumerate(models)
+            if model in view.answers
+        ]
+        views.append({"label": visible(view.label), "setting": visible(view.setting), "answers": answers})
     return {
         "data": visible(rows.data),
         "row": [row for row, _ in places],
         "prompt": [visible(prompt) for _, prompt in places],
         "references": [[visible(text) for text in rows.references[place]] for place in places],
-        "views": [
-            {
-                "label": visible(view.label),
-                "setting": visible(view.setting),
-                "answers": [
-                    {"model": position} | _columns([view.answers[model].get(place) for place in places], names)
-                    for position, model in enumerate(models)
-                    if model in view.answers
-                ],
-            }
-            for view in rows.views.values()
-        ],
+        "views": views,
     }
 
 
 def _columns(samples: list[RowResult | None], names: list[str]) -> dict[str, Any]:
-    scored = [name for name in names if any(sample and name in sample.scores for sample in samples)]
+    held = [sample.scores if sample else {} for sample in samples]
+    scored = [(at, name) for at, name in enumerate(names) if any(name in scores for scores in held)]
     return {
-        "text": [None if sample is None else visible(sample.response) for sample in samples],
-        "scores": {names.index(name): [_score(name, sample) for sample in samples] for name in scored},
+        "text": [visible(sample.response) if sample else None for sample in samples],
+        "scores": {at: [_shown(name, scores.get(name, math.nan)) for scores in held] for at, name in scored},
     }
 
 
-def _score(name: str, sample: RowResult | None) -> float | None:
-    if sample is None or not math.isfinite(sample.scores.get(name, math.nan)):
+def _shown(name: str, score: float) -> float | None:
+    if not math.isfinite(score):
         return None
-    value = float(f"{sample.scores[name] * metric_info(name).scale:.{_DIGITS}g}")
+    value = float(f"{score * metric_info(name).scale:.{_DIGITS}g}")
     return int(value) if value.is_integer() else value

@@ -1,11 +1,12 @@
 """Paired differences: the verdict on each, and what they allow one to say of a pair of models, in sentences."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
-from promptkd.report.formatting import estimate, listed, probability, typed
+from promptkd.report.formatting import estimate, joined, listed, probability, typed
 from promptkd.report.labels import run_labels
 from promptkd.report.metrics import MetricInfo, in_order, metric_info
 from promptkd.results import Difference, Results
@@ -26,6 +27,7 @@ class Pair(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class DifferenceRow:
     run: str
+    pair: Pair
     source: Difference
     info: MetricInfo
     verdict: Verdict
@@ -34,28 +36,15 @@ class DifferenceRow:
     interval: str | None
 
     @property
-    def pair(self) -> Pair:
-        return Pair(self.source.data, self.source.model, self.source.baseline)
-
-    @property
-    def change(self) -> str:
-        """ "lower" or "higher": where the interval lies; "" when tied or open."""
-        if self.verdict not in ("better", "worse"):
-            return ""
-        return "higher" if self.source.difference.value > 0 else "lower"
-
-    @property
-    def size(self) -> str:
-        """Without its sign: "0.30 [0.25, 0.36]"."""
-        size, interval = estimate(self.info, self.source.difference, flip=self.change == "lower")
-        return f"{size} {interval}" if interval else size
+    def change(self) -> Literal["lower", "higher", ""]:
+        """Where the interval lies; "" when tied or open."""
+        return "" if self.verdict in ("tied", "open") else "higher" if self.source.difference.value > 0 else "lower"
 
     @property
     def words(self) -> str:
         """The verdict in two or three words."""
-        return {"tied": "cannot be told apart", "open": "no interval"}.get(
-            self.verdict, f"{self.change}, {self.verdict}"
-        )
+        unsettled = {"tied": "cannot be told apart", "open": "no interval"}
+        return unsettled.get(self.verdict, f"{self.change}, {self.verdict}")
 
 
 def verdict(difference: Difference) -> Verdict:
@@ -82,35 +71,27 @@ def difference_table(records: Sequence[Results]) -> list[DifferenceRow]:
     `run` is empty where no second record compares the same pair on the same data.
     """
     found = [
-        (label, index, each)
-        for index, (label, record) in enumerate(zip(run_labels(records), records, strict=True))
+        (run, Pair(each.data, each.model, each.baseline), each)
+        for run, record in zip(run_labels(records), records, strict=True)
         for each in record.differences
     ]
-    runs: dict[tuple[str, str, str], set[int]] = {}
-    for _, index, each in found:
-        runs.setdefault((each.model, each.baseline, each.data), set()).add(index)
-    return [
-        _row(label if len(runs[each.model, each.baseline, each.data]) > 1 else "", each) for label, _, each in found
-    ]
-
-
-def _row(run: str, difference: Difference) -> DifferenceRow:
-    info = metric_info(difference.metric)
-    value, interval = estimate(info, difference.difference, signed=True)
-    return DifferenceRow(run, difference, info, verdict(difference), value, interval)
+    runs = Counter(pair for _, pair in {(run, pair) for run, pair, _ in found})
+    rows = []
+    for run, pair, each in found:
+        info = metric_info(each.metric)
+        value, interval = estimate(info, each.difference, signed=True)
+        rows.append(DifferenceRow(run if runs[pair] > 1 else "", pair, each, info, verdict(each), value, interval))
+    return rows
 
 
 def paired(rows: Sequence[DifferenceRow]) -> dict[Pair, list[DifferenceRow]]:
     """The differences of each pair on each data set, in the order of first appearance."""
-    pairs: dict[Pair, list[DifferenceRow]] = {}
-    for row in rows:
-        pairs.setdefault(row.pair, []).append(row)
-    return pairs
+    return {pair: [row for row in rows if row.pair == pair] for pair in dict.fromkeys(row.pair for row in rows)}
 
 
 def comparison_sentences(rows: Sequence[DifferenceRow]) -> dict[Pair, str]:
     """What can be said of every pair in `rows`, with numbers. The data set is named where there are several."""
-    many = len({row.source.data for row in rows}) > 1
+    many = len({row.pair.data for row in rows}) > 1
     return {
         pair: (f"On {pair.data}: " if many and pair.data else "") + _with_numbers(pair, found)
         for pair, found in paired(rows).items()
@@ -119,35 +100,28 @@ def comparison_sentences(rows: Sequence[DifferenceRow]) -> dict[Pair, str]:
 
 def _with_numbers(pair: Pair, rows: list[DifferenceRow]) -> str:
     """What the intervals tell apart, then what they do not, then what has none."""
-    told = [
-        f"{row.change} {row.info.phrase} by {row.size} {row.info.difference_unit}".rstrip()
-        + (" (a gain)" if row.verdict == "better" else " (a loss)")
-        for row in rows
-        if row.verdict in ("better", "worse")
-    ]
+    told = []
+    for row in rows:
+        if row.change:
+            size, interval = estimate(row.info, row.source.difference, flip=row.change == "lower")
+            amount = joined(size, interval, row.info.difference_unit, by=" ")
+            gain = "a gain" if row.verdict == "better" else "a loss"
+            told.append(f"{row.change} {row.info.phrase} by {amount} ({gain})")
     brief = len(rows) > _MOST_WITH_NUMBERS
-    tied = [
-        row.info.phrase + ("" if brief else f" ({row.value} {row.interval}{_chance(row)})")
-        for row in rows
-        if row.verdict == "tied"
-    ]
-    unknown = [f"{row.info.phrase} ({row.value})" for row in rows if row.verdict == "open"]
+    tied = []
+    for row in (row for row in rows if row.verdict == "tied"):
+        found, p = row.source.difference, row.source.p_adjusted
+        excludes_zero = (found.low or 0) > 0 or (found.high or 0) < 0  # and yet the test says that it may be chance
+        chance = f", adjusted p {probability(p)}" if excludes_zero and p is not None else ""
+        tied.append(row.info.phrase + ("" if brief else f" ({row.value} {row.interval}{chance})"))
     parts = [f"Compared with {pair.baseline}, {pair.model} has {listed(told)}."] if told else []
     if tied:
         subject = "The two" if parts else f"{pair.model} and {pair.baseline}"
         parts.append(f"{subject} cannot be told apart on {listed(tied)}.")
-    if unknown:
+    if unknown := [f"{row.info.phrase} ({row.value})" for row in rows if row.verdict == "open"]:
         between = "" if parts else f" between {pair.model} and {pair.baseline}"
         parts.append(f"No usable interval was recorded{between} for {listed(unknown)}, so nothing is claimed there.")
     return " ".join(parts)
-
-
-def _chance(row: DifferenceRow) -> str:
-    """Why two models are not told apart although the interval excludes zero."""
-    low, high = row.source.difference.low, row.source.difference.high
-    if row.source.p_adjusted is None or low is None or high is None or low <= 0 <= high:
-        return ""
-    return f", adjusted p {probability(row.source.p_adjusted)}"
 
 
 def compared_pairs(record: Results) -> dict[Pair, list[DifferenceRow]]:

@@ -24,8 +24,7 @@ def number(value: float, decimals: int, *, signed: bool = False) -> str:
     written = f"{abs(value):.{decimals}f}"
     if value != 0 and float(written) == 0:
         written = power_of_ten(f"{abs(value):.1e}")
-    sign = "" if value == 0 else "−" if value < 0 else "+" if signed else ""
-    return sign + written
+    return ("" if value == 0 else "−" if value < 0 else "+" if signed else "") + written
 
 
 def power_of_ten(written: str) -> str:
@@ -35,27 +34,22 @@ def power_of_ten(written: str) -> str:
 
 
 def estimate(info: MetricInfo, measured: Metric, *, signed: bool = False, flip: bool = False) -> tuple[str, str | None]:
-    """Value and "[low, high]" (None without an interval) in the metric's unit, as text.
+    """Value and "[low, high]" (None without an interval) in the metric's unit, as text; `flip` negates all three.
 
-    `flip` negates all three. Both have the same number of decimals, enough that no end but zero itself reads as zero
-    and that two different ends read differently.
+    All have as many decimals as it takes that no end but zero reads as zero and two different ends read differently.
     """
     factor = -info.scale if flip else info.scale
-    value = measured.value * factor
-    if measured.low is None or measured.high is None:
-        return number(value, _decimals(info, [value]), signed=signed), None
-    low, high = sorted((measured.low * factor, measured.high * factor))
-    decimals = _decimals(info, [value, low, high])
-    value_text, low_text, high_text = (number(each, decimals, signed=signed) for each in (value, low, high))
-    return value_text, f"[{low_text}, {high_text}]"
+    values = [measured.value * factor]
+    if measured.low is not None and measured.high is not None:
+        values += sorted((measured.low * factor, measured.high * factor))
+    decimals = _decimals(info, values)
+    value, *ends = (number(each, decimals, signed=signed) for each in values)
+    return value, f"[{', '.join(ends)}]" if ends else None
 
 
 def deviation(info: MetricInfo, measured: Metric) -> str | None:
     """ "± 0.4" between the seeds, in the metric's unit; None where there was one decoding."""
-    if measured.deviation is None:
-        return None
-    spread = measured.deviation * info.scale
-    return f"± {number(spread, _decimals(info, [spread]))}"
+    return None if measured.deviation is None else f"± {estimate(info, Metric(value=measured.deviation))[0]}"
 
 
 def _decimals(info: MetricInfo, values: list[float]) -> int:
@@ -81,9 +75,7 @@ def score(name: str, value: float) -> str:
 
 def probability(value: float | None) -> str:
     """A p-value: "0.012", "< 0.001"; a dash where there is none."""
-    if value is None:
-        return DASH
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+    return DASH if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def effect(value: float | None) -> str:
@@ -127,46 +119,41 @@ def decoding_words(decoding: dict[str, Any]) -> str:
     """
     if "judge" in decoding:
         own = {name: value for name, value in decoding.items() if name != "judge"}
-        return _joined(f"judged by {_plain(decoding['judge'])}", _by_name(own))
+        return joined(f"judged by {_plain(decoding['judge'])}", _by_name(own))
     temperature, limit, strategy = (decoding.get(name) for name in ("temperature", "max_new_tokens", "strategy"))
     words = ["greedy"]
     if strategy != "greedy" and temperature != 0:
-        top_p, top_k = decoding.get("top_p", 1), decoding.get("top_k", 0)
+        top_p, top_k, seed = decoding.get("top_p", 1), decoding.get("top_k", 0), decoding.get("seed")
+        seeds = decoding.get("seeds", [] if seed is None else [seed])
+        seeds = seeds if isinstance(seeds, list) else []
         words = [
             _plain(strategy or "") if temperature is None else f"sampled at temperature {_plain(temperature)}",
             f"top-p {_plain(top_p)}" if top_p != 1 else "",
             f"top-k {_plain(top_k)}" if top_k else "",
-            _seeds(decoding.get("seeds", [decoding["seed"]] if decoding.get("seed") is not None else [])),
+            f"{len(seeds)} seeds" if len(seeds) > 1 else f"seed {_plain(seeds[0])}" if seeds else "",
         ]
     others = {name: value for name, value in sorted(decoding.items()) if name not in _NAMED}
-    return _joined(*words, "" if limit is None else f"up to {_plain(limit)} tokens", _by_name(others))
+    return joined(*words, "" if limit is None else f"up to {_plain(limit)} tokens", _by_name(others))
 
 
 def curve_words(settings: dict[str, Any]) -> str:
-    """The settings of a curve: "ended leave, sampled at temperature 1, 4 seeds, up to 256 tokens".
-
-    Each student's prompted teacher has a prompt of its own, so of a prompt only its presence is told.
-    """
+    """The settings of a curve: "ended leave, sampled at temperature 1, 4 seeds, up to 256 tokens"."""
+    # each student's prompted teacher has a prompt of its own, so of a prompt only its presence is told
     prompted = "" if settings.get("prompt") is None else "prompted teacher"
     own = {name: value for name, value in settings.items() if name not in _NAMED and name != "prompt"}
     decoding = {name: value for name, value in settings.items() if name in _NAMED}
-    return _joined(prompted, _by_name(own), decoding_words(decoding))
+    return joined(prompted, _by_name(own), decoding_words(decoding))
 
 
-def _joined(*parts: str) -> str:
-    return ", ".join(part for part in parts if part)
+def joined(*parts: str | None, by: str = ", ") -> str:
+    """The parts that are not empty."""
+    return by.join(part for part in parts if part)
 
 
 def _by_name(settings: dict[str, Any]) -> str:
     """ "teacher runs/teacher, ended leave": each setting that has a value, by its name."""
-    given = {name: value for name, value in settings.items() if value is not None}
-    return _joined(*(f"{name.replace('_', ' ')} {_plain(value)}" for name, value in given.items()))
-
-
-def _seeds(seeds: Any) -> str:
-    if not isinstance(seeds, list) or not seeds:
-        return ""
-    return f"{len(seeds)} seeds" if len(seeds) > 1 else f"seed {_plain(seeds[0])}"
+    given = {name.replace("_", " "): value for name, value in settings.items() if value is not None}
+    return joined(*(f"{name} {_plain(value)}" for name, value in given.items()))
 
 
 def _plain(value: Any) -> str:

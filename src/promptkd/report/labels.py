@@ -5,17 +5,14 @@ is no path, the label itself. Two models of one record stay two, whatever their 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from operator import attrgetter
+from operator import add
 from pathlib import PurePath
 from typing import TypeVar
 
-from promptkd.report.formatting import decoding_words
-from promptkd.results import Curve, DataRecord, Evaluation, ModelRecord, Results
+from promptkd.report.formatting import decoding_words, joined
+from promptkd.results import Curve, DataRecord, Difference, Evaluation, ModelRecord, Results
 
 TEACHER = "teacher"
-"""The label of the model that students are compared with."""
-Place = tuple[int, str]
-"""A record's index among the records, and a label in it."""
 _TEACHER_OF = "teacher "
 """Prefix of the label of one of several teachers, and of the teacher in a student's record."""
 _MODEL_ROLES = {"student", "model", TEACHER}
@@ -38,27 +35,24 @@ def unified(records: Sequence[Results]) -> list[Results]:
     A difference without a data set is given the only one that its record measures. One on a data set that was decoded
     in two ways names the decoding.
     """
-    models, data = model_names(records), data_names(records)
-    return [
-        _relabeled(
-            record,
-            {label: name for (place, label), name in models.items() if place == at},
-            {label: name for (place, label), name in data.items() if place == at},
-        )
-        for at, record in enumerate(records)
-    ]
+    return list(map(_relabeled, records, _model_names(records), _data_names(records)))
 
 
 def _relabeled(record: Results, models: dict[str, str], data: dict[str, str]) -> Results:
     sets = list(dict.fromkeys(each.data for each in record.evaluations)) or list(record.data)
     only = sets[0] if len(sets) == 1 else ""
-    settings = {label: _setting(record, label, data) for label in data}
 
     def renamed(measured: list[_Measured]) -> list[_Measured]:
         return [each.model_copy(update={"model": models[each.model], "data": data[each.data]}) for each in measured]
 
-    def renamed_difference(model: str, baseline: str, label: str) -> dict[str, str]:
-        return {"model": models[model], "baseline": models[baseline], "data": settings.get(label or only, "")}
+    def compared(difference: Difference) -> Difference:
+        label = difference.data or only
+        name = data.get(label, "")
+        decodings = {decoding_words(each.decoding) for each in record.evaluations if each.data == label}
+        if list(data.values()).count(name) > 1 and len(decodings) == 1:  # the record has a label for each decoding
+            name = f"{name}, {decodings.pop()}"
+        labels = {"model": models[difference.model], "baseline": models[difference.baseline], "data": name}
+        return difference.model_copy(update=labels)
 
     return record.model_copy(
         update={
@@ -67,19 +61,9 @@ def _relabeled(record: Results, models: dict[str, str], data: dict[str, str]) ->
             "training": {models[label]: value for label, value in record.training.items()},
             "evaluations": renamed(record.evaluations),
             "curves": renamed(record.curves),
-            "differences": [
-                each.model_copy(update=renamed_difference(each.model, each.baseline, each.data))
-                for each in record.differences
-            ],
+            "differences": list(map(compared, record.differences)),
         }
     )
-
-
-def _setting(record: Results, label: str, data: dict[str, str]) -> str:
-    """The data set's name, with the decoding where the record has a label for each decoding of it."""
-    decodings = {decoding_words(each.decoding) for each in record.evaluations if each.data == label}
-    alone = list(data.values()).count(data[label]) == 1
-    return data[label] if alone or len(decodings) != 1 else f"{data[label]}, {decodings.pop()}"
 
 
 def run_labels(records: Sequence[Results]) -> list[str]:
@@ -89,43 +73,46 @@ def run_labels(records: Sequence[Results]) -> list[str]:
     """
     if len(records) < 2:
         return [""] * len(records)
-    words = [_run_words(record) for record in records]
-    timed = [
-        f"{label} · {record.created}" if words.count(label) > 1 else label
-        for label, record in zip(words, records, strict=True)
-    ]
-    return [
-        f"{label} ({timed[: at + 1].count(label)})" if timed.count(label) > 1 else label
-        for at, label in enumerate(timed)
-    ]
+    words = list(map(_run_words, records))
+    times = [f" · {each.created}" if words.count(label) > 1 else "" for label, each in zip(words, records, strict=True)]
+    return _numbered(list(map(add, words, times)), first=True)
 
 
 def _run_words(record: Results) -> str:
-    measured = list(dict.fromkeys(evaluation.model for evaluation in record.evaluations))
-    models = [label for label in record.models if not is_teacher(label)] or list(record.models) or measured
-    data = list(dict.fromkeys(evaluation.data for evaluation in record.evaluations))
-    parts = [record.kind, _few(models[:1] if record.kind in _OF_ONE_MODEL else models)]
-    parts += [_few(data)] if record.kind in ("evaluate", "judge") else []
-    return " · ".join(part for part in parts if part)
+    measured = dict.fromkeys(evaluation.model for evaluation in record.evaluations)
+    models = [label for label in record.models if not is_teacher(label)] or [*record.models] or [*measured]
+    models = models[:1] if record.kind in _OF_ONE_MODEL else models
+    data = list(dict.fromkeys(each.data for each in record.evaluations if record.kind in ("evaluate", "judge")))
+    named = []
+    for names in (models, data):
+        more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+        named.append(", ".join(names[:_MOST_NAMED]) + more)
+    return joined(record.kind, *named, by=" · ")
 
 
-def _few(names: list[str]) -> str:
-    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-    return ", ".join(names[:_MOST_NAMED]) + more
+def _numbered(labels: Sequence[str], *, first: bool) -> list[str]:
+    """Equal labels with their numbers, the first of them only if asked for."""
+    numbers = [labels[: at + 1].count(label) for at, label in enumerate(labels)]
+    return [
+        f"{label} ({number})" if number > 1 or (first and labels.count(label) > 1) else label
+        for label, number in zip(labels, numbers, strict=True)
+    ]
 
 
-def model_names(records: Sequence[Results]) -> dict[Place, str]:
-    """The label that all records share, for every label of a model in them.
+def _model_names(records: Sequence[Results]) -> list[dict[str, str]]:
+    """By record, the label that all records share for each of its labels of a model.
 
-    A run's own words for its models ("student", "model") give way to the label in an evaluation, and to the name of the
-    run's folder where several models bear the same word. A model that was a teacher and never a student is "teacher",
-    or "teacher NAME" beside others.
+    A run's own words ("student", "model") give way to the label in an evaluation, and to the name of the run's folder
+    where several models bear them. A teacher that was never a student is "teacher", or "teacher NAME" beside others.
     """
-
-    def labels(record: Results) -> list[str]:
-        compared = [label for each in record.differences for label in (each.model, each.baseline)]
-        measured = [each.model for each in record.evaluations] + [each.model for each in record.curves]
-        return [*record.models, *measured, *compared, *record.training]
+    labels = [
+        [*record.models]
+        + [each.model for each in record.evaluations]
+        + [each.model for each in record.curves]
+        + [label for each in record.differences for label in (each.model, each.baseline)]
+        + [*record.training]
+        for record in records
+    ]
 
     def candidates(labels: list[str], fact: _Fact | None) -> list[str]:
         own = [label.removeprefix(_TEACHER_OF) for label in labels]
@@ -134,18 +121,21 @@ def model_names(records: Sequence[Results]) -> dict[Place, str]:
             return names
         return [TEACHER, *(_TEACHER_OF + name for name in names if name != TEACHER)]
 
-    return _shared_names(records, labels, attrgetter("models"), candidates)
+    return _shared_names(labels, [record.models for record in records], candidates)
 
 
-def data_names(records: Sequence[Results]) -> dict[Place, str]:
+def _data_names(records: Sequence[Results]) -> list[dict[str, str]]:
     """The same for data sets. A file of which fewer rows were read is another data set: "dolly_test (200 rows)"."""
     most: dict[_Key, int] = {}
     for found in (found for record in records for found in record.data.values()):
         most[_key(found)[:2]] = max(found.rows, most.get(_key(found)[:2], 0))
-
-    def labels(record: Results) -> list[str]:
-        measured = [each.data for each in record.evaluations] + [each.data for each in record.curves]
-        return [*record.data, *measured, *(each.data for each in record.differences if each.data)]
+    labels = [
+        [*record.data]
+        + [each.data for each in record.evaluations]
+        + [each.data for each in record.curves]
+        + [each.data for each in record.differences if each.data]
+        for record in records
+    ]
 
     def candidates(labels: list[str], fact: _Fact | None) -> list[str]:
         stems = {label.rsplit(", ", 1)[0] for label in labels}
@@ -157,7 +147,7 @@ def data_names(records: Sequence[Results]) -> dict[Place, str]:
         counted = [f"{first} ({fact.rows} rows)", *longer]
         return counted if fact.rows < most[_key(fact)[:2]] else [first, *counted]
 
-    return _shared_names(records, labels, attrgetter("data"), candidates)
+    return _shared_names(labels, [record.data for record in records], candidates)
 
 
 def _candidates(labels: list[str], roles: set[str], short: str, fact: _Fact | None) -> list[str]:
@@ -170,52 +160,46 @@ def _candidates(labels: list[str], roles: set[str], short: str, fact: _Fact | No
 
 def _run_folder(path: str) -> str:
     """ "runs/promptkd/student" -> "promptkd": a run keeps its model in a folder of a fixed name."""
-    parts = PurePath(path).parts
-    inside_run = len(parts) > 1 and parts[-1] in _MODEL_ROLES
-    return parts[-2] if inside_run else parts[-1] if parts else ""
+    *folders, last = PurePath(path).parts or ("",)
+    return folders[-1] if folders and last in _MODEL_ROLES else last
 
 
 def _shared_names(
-    records: Sequence[Results],
-    labels_of: Callable[[Results], list[str]],
-    facts_of: Callable[[Results], Mapping[str, _Fact]],
+    labels: Sequence[Sequence[str]],
+    facts: Sequence[Mapping[str, _Fact]],
     candidates_of: Callable[[list[str], _Fact | None], list[str]],
-) -> dict[Place, str]:
-    groups = _groups(records, labels_of, facts_of)
-    candidates: dict[_Key, list[str]] = {}
-    for key, places in groups.items():
-        facts = [facts_of(records[at])[label] for at, label in places if label in facts_of(records[at])]
-        candidates[key] = candidates_of([label for _, label in places], facts[0] if facts else None)
-    names = _without_clashes(candidates)
-    return {place: names[key] for key, places in groups.items() for place in places}
-
-
-def _groups(
-    records: Sequence[Results],
-    labels_of: Callable[[Results], list[str]],
-    facts_of: Callable[[Results], Mapping[str, _Fact]],
-) -> dict[_Key, list[Place]]:
-    """Every model or data set with the places that name it, in the order of first appearance."""
-    twins = set()  # models of one record with one hash
-    for record in records:
-        found = [_key(fact) for fact in facts_of(record).values() if isinstance(fact, ModelRecord)]
-        twins |= {key for key in found if found.count(key) > 1}
-    keys: dict[Place, _Key] = {}
-    for at, record in enumerate(records):
-        facts = facts_of(record)
-        runs = {_run_folder(fact.path): label for label, fact in facts.items() if isinstance(fact, ModelRecord)}
-        for label in labels_of(record):
-            own = label if label in facts else runs.get(label)  # a cost is recorded under the name of its run
-            key = ("label", label) if own is None else _key(facts[own])
-            keys[at, label] = (*key, own or label) if key in twins else key
-    known = {place: key for place, key in keys.items() if key[0] != "label"}
-    groups: dict[_Key, list[Place]] = {}
-    for place, key in keys.items():
-        if place not in known:  # a mere name means what other records call so, if that is a single thing
-            same = {other for (_, label), other in known.items() if label == place[1]}
-            key = same.pop() if len(same) == 1 else key
+) -> list[dict[str, str]]:
+    """By record, the shared name of each of its labels; facts are what records hold of a label."""
+    groups: dict[_Key, list[tuple[int, str]]] = {}
+    for place, key in _keys(labels, facts).items():
         groups.setdefault(key, []).append(place)
-    return groups
+    candidates = []
+    for places in groups.values():
+        fact = next((facts[at][label] for at, label in places if label in facts[at]), None)
+        candidates.append(candidates_of([label for _, label in places], fact))
+    names = zip(groups.values(), _without_clashes(candidates), strict=True)
+    named = {place: name for places, name in names for place in places}
+    return [{label: named[at, label] for label in own} for at, own in enumerate(labels)]
+
+
+def _keys(labels: Sequence[Sequence[str]], facts: Sequence[Mapping[str, _Fact]]) -> dict[tuple[int, str], _Key]:
+    """What each label of each record speaks of: equal keys mean one model or data set."""
+    twins = set()  # models of one record with one hash
+    keys: dict[tuple[int, str], _Key] = {}
+    for held in facts:
+        found = [_key(fact) for fact in held.values() if isinstance(fact, ModelRecord)]
+        twins |= {key for key in found if found.count(key) > 1}
+    for at, (own, held) in enumerate(zip(labels, facts, strict=True)):
+        runs = {_run_folder(fact.path): label for label, fact in held.items() if isinstance(fact, ModelRecord)}
+        for label in own:
+            known = label if label in held else runs.get(label)  # a cost is recorded under the name of its run
+            key = ("label", label) if known is None else _key(held[known])
+            keys[at, label] = (*key, known or label) if key in twins else key
+    for place, key in keys.items():
+        if key[0] == "label":  # a mere name means what other records call so, if that is a single thing
+            same = {other for (_, label), other in keys.items() if label == place[1] and other[0] != "label"}
+            keys[place] = same.pop() if len(same) == 1 else key
+    return keys
 
 
 def _key(fact: _Fact) -> _Key:
@@ -223,21 +207,10 @@ def _key(fact: _Fact) -> _Key:
     return ("sha256", fact.sha256, *rows) if fact.sha256 else ("path", fact.path, *rows)
 
 
-def _without_clashes(candidates: dict[_Key, list[str]]) -> dict[_Key, str]:
+def _without_clashes(candidates: list[list[str]]) -> list[str]:
     """The first candidate that no other thing needs; all that share one move on together, in the end to a number."""
-    level = dict.fromkeys(candidates, 0)
-    while True:
-        names = {key: candidates[key][level[key]] for key in candidates}
-        taken = list(names.values())
-        movable = [
-            key for key, name in names.items() if taken.count(name) > 1 and level[key] + 1 < len(candidates[key])
-        ]
-        if not movable:
-            break
-        for key in movable:
-            level[key] += 1
-    given: dict[_Key, str] = {}
-    for key, name in names.items():
-        same = sum(names[other] == name for other in given)
-        given[key] = f"{name} ({same + 1})" if same else name
-    return given
+    left = [list(names) for names in candidates]
+    while movable := [names for names in left if len(names) > 1 and [each[0] for each in left].count(names[0]) > 1]:
+        for names in movable:
+            names.pop(0)
+    return _numbered([names[0] for names in left], first=False)

@@ -1,7 +1,7 @@
 """What every metric is called, its unit, and which direction is better: of evaluations, and of training's log."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from promptkd.results import Better
 
@@ -9,16 +9,14 @@ from promptkd.results import Better
 @dataclass(frozen=True, slots=True)
 class MetricInfo:
     name: str
-    """The key in the record."""
     label: str
     """Column heading."""
     phrase: str
     """The same inside a sentence."""
-    unit: str
-    better: Better | None
-    """None: neither direction is better."""
-    decimals: int
-    meaning: str
+    unit: str = ""
+    better: Better | None = None
+    decimals: int = 3
+    meaning: str = ""
     scale: float = 1
     """The recorded value times this is in `unit`."""
     yes: float | None = None
@@ -27,10 +25,6 @@ class MetricInfo:
     @property
     def difference_unit(self) -> str:
         return {"%": "percentage points", "of 100": "points"}.get(self.unit, self.unit)
-
-    @property
-    def label_and_unit(self) -> str:
-        return f"{self.label}, {self.unit}" if self.unit else self.label
 
 
 # fmt: off
@@ -116,16 +110,17 @@ _LOGGED = {
 # fmt: on
 METRICS = {info.name: info for info in _MEASURED}
 LOGGED = {
-    name: MetricInfo(name, label, label, unit, None, 3, meaning, scale=100 if unit == "%" else 1)
+    name: MetricInfo(name, label, label, unit, meaning=meaning, scale=100 if unit == "%" else 1)
     for group in _LOGGED.values()
     for name, label, unit, meaning in group
 }
+_GROUP_OF = {name: title for title, group in _LOGGED.items() for name, *_ in group}
 _VALIDATION = "eval_"
 
 
 def metric_info(name: str) -> MetricInfo:
     """The metric of an evaluation; an unknown one is shown by its name."""
-    return METRICS.get(name) or MetricInfo(name, name, name, "", None, 3, "")
+    return METRICS.get(name) or MetricInfo(name, name, name)
 
 
 def in_order(names: Iterable[str]) -> list[str]:
@@ -138,14 +133,11 @@ def logged_info(name: str) -> MetricInfo:
     """The metric that training logs as `name`; "eval_" before a metric is that metric on the validation rows."""
     measured = METRICS.get(name.removeprefix(_VALIDATION)) if name.startswith(_VALIDATION) else None
     if name in LOGGED or measured is None:
-        return LOGGED.get(name) or MetricInfo(name, name, name, "", None, 3, "")
+        return LOGGED.get(name) or MetricInfo(name, name, name)
     label = measured.label if measured.name == "loss" else f"Validation {measured.label}"
-    return MetricInfo(name, label, label, measured.unit, None, 3, measured.meaning, measured.scale)
+    return replace(measured, name=name, label=label, better=None, decimals=3)
 
 
 def logged_group(name: str) -> str:
     """The group of plots that a logged metric belongs to."""
-    for title, group in _LOGGED.items():
-        if any(known == name for known, *_ in group):
-            return title
-    return "Validation" if name.startswith(_VALIDATION) else "Other metrics"
+    return _GROUP_OF.get(name) or ("Validation" if name.startswith(_VALIDATION) else "Other metrics")

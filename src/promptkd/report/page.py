@@ -2,8 +2,12 @@
 
 import base64
 import hashlib
+import json
 import math
+import shlex
+import zlib
 from collections.abc import Sequence
+from datetime import datetime
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -15,21 +19,12 @@ from plotly.offline import get_plotlyjs
 from promptkd.errors import RequestError
 from promptkd.report.answers import answering_models, browser_data, row_sets
 from promptkd.report.differences import DifferenceRow, compared_sentences, difference_table
-from promptkd.report.escape import packed_json, packed_text
-from promptkd.report.formatting import effect, listed, probability, score
-from promptkd.report.labels import is_teacher, unified
+from promptkd.report.formatting import duration, effect, estimate, joined, listed, probability, score
+from promptkd.report.labels import is_teacher, run_labels, unified
 from promptkd.report.metrics import MetricInfo, in_order, metric_info
-from promptkd.report.plots import Stage, bias_data, bias_plots, chart_data, stages
-from promptkd.report.provenance import Provenance, provenance
+from promptkd.report.plots import bias_data, bias_plots, chart_data, stages
 from promptkd.report.summary import summarize
-from promptkd.report.tables import (
-    ComparisonRow,
-    by_setting,
-    comparison_table,
-    cost_table,
-    metric_columns,
-    model_order,
-)
+from promptkd.report.tables import ComparisonRow, by_setting, comparison_table, cost_table, metric_columns, model_order
 from promptkd.results import Metric, Results
 from promptkd.visible import visible
 
@@ -49,29 +44,20 @@ def render_report(records: Sequence[Results], *, title: str | None = None) -> st
     """The report as one HTML page that needs no other file and no network. The same records give the same page.
 
     Every text from a record is escaped by the template engine, or reaches the page's script as packed data and the page
-    from there as text. A content security policy names the page's scripts by hash, so that no injected script would
-    run.
+    from there as text. A content security policy names the page's scripts by hash: no injected script would run.
 
-    Raises `RequestError` for an empty sequence.
+    Raises `RequestError` for no record.
     """
     if not records:
         raise RequestError("Expected at least one results record to report on, got none. Name a run's folder.")
     context, data = _context(records)
     draws = bool(data["charts"] or data["bias"] or data["browser"]["sets"])
-    script = Markup(_script()) if draws else ""
-    return (
-        _environment()
-        .get_template("page.html")
-        .render(
-            context,
-            title=title or _title(records),
-            policy=_policy([script, get_plotlyjs()] if draws else []),
-            style=Markup(_own_file("style.css")),
-            script=script,
-            data=packed_json(data),
-            plotly=_packed_plotly() if draws else "",
-        )
-    )
+    files = "\n".join(_own_file(f"scripts/{name}.js") for name in _SCRIPTS)
+    script = Markup(f'"use strict";\n(() => {{\n{files}}})();\n' if draws else "")
+    own = {"policy": _policy([script, get_plotlyjs()] if draws else []), "style": Markup(_own_file("style.css"))}
+    packed = {"data": packed_json(data), "plotly": _packed_plotly() if draws else ""}
+    context |= {"title": title or context["title"]} | own | packed
+    return _environment().get_template("page.html").render(context, script=script)
 
 
 def _environment() -> Environment:
@@ -85,21 +71,25 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    for function in (is_teacher, in_order, score, probability, effect, bar_positions):
-        environment.globals[function.__name__] = function
-    environment.globals["bar_width"] = _BAR_WIDTH
+    functions = (is_teacher, in_order, score, probability, effect, bar_positions)
+    environment.globals.update({each.__name__: each for each in functions}, bar_width=_BAR_WIDTH)
     return environment
+
+
+def packed_json(value: Any) -> Markup:
+    """JSON for the page's script, as `_packed`. Raises ValueError for NaN."""
+    return _packed(json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(",", ":")))
+
+
+def _packed(text: str) -> Markup:
+    """zlib-compressed UTF-8 in base64, whose alphabet holds nothing that could end a <script> or open a tag."""
+    return Markup(base64.b64encode(zlib.compress(text.encode(), 9)).decode("ascii"))
 
 
 @cache
 def _packed_plotly() -> Markup:
     """A third of Plotly's size."""
-    return packed_text(get_plotlyjs())
-
-
-def _script() -> str:
-    files = "\n".join(_own_file(f"scripts/{name}.js") for name in _SCRIPTS)
-    return f'"use strict";\n(() => {{\n{files}}})();\n'
+    return _packed(get_plotlyjs())
 
 
 def _own_file(name: str) -> str:
@@ -110,20 +100,17 @@ def _policy(scripts: Sequence[str]) -> str:
     """No request, no script but the page's own."""
     hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
     allowed = " ".join(f"'sha256-{digest}'" for digest in hashes) or "'none'"
-    return (
-        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data:; "
-        "base-uri 'none'; form-action 'none'"
-    )
+    styles = "style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+    return f"default-src 'none'; script-src {allowed}; {styles}"
 
 
-def _title(records: Sequence[Results]) -> str:
-    if len(records) == 1:
-        return f"{records[0].kind.capitalize()} report"
-    measured = model_order(unified(records))
+def _title(story: Sequence[Results]) -> str:
+    if len(story) == 1:
+        return f"{story[0].kind.capitalize()} report"
+    measured = model_order(story)
     students = [model for model in measured if not is_teacher(model)] or measured
-    if not students:
-        return f"Report on {len(records)} records"
-    return f"Report on {listed(students) if len(students) <= _MOST_NAMED else f'{len(students)} models'}"
+    named = listed(students) if 0 < len(students) <= _MOST_NAMED else f"{len(students)} models"
+    return f"Report on {named if students else f'{len(story)} records'}"
 
 
 def _context(records: Sequence[Results]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -131,8 +118,10 @@ def _context(records: Sequence[Results]) -> tuple[dict[str, Any], dict[str, Any]
     story = unified(records)
     sets, found, bias = row_sets(story), stages(story), bias_plots(story)
     models = answering_models(story, sets)
-    colors = _colors(models)
-    rows, differences, sources = comparison_table(story), difference_table(story), provenance(story)
+    colors = dict.fromkeys(filter(is_teacher, models), 0)
+    colors |= {model: 1 + at % _COLORS for at, model in enumerate(model for model in models if not is_teacher(model))}
+    rows, differences = comparison_table(story), difference_table(story)
+    sources = list(map(_provenance, run_labels(story), story))
     cost_heads, cost_lines = cost_table(story)
     data: dict[str, Any] = {
         "models": [{"label": visible(model), "teacher": is_teacher(model), "color": colors[model]} for model in models],
@@ -142,15 +131,19 @@ def _context(records: Sequence[Results]) -> tuple[dict[str, Any], dict[str, Any]
     }
     views = [view for each in sets for view in each.views.values()]
     pooled = any(record.kind == "study" for record in records)
+    pairs: dict[str, dict[tuple[str, str, str], list[DifferenceRow]]] = {}
+    for row in differences:
+        pairs.setdefault(row.pair.data, {}).setdefault((row.pair.model, row.pair.baseline, row.run), []).append(row)
     context = {
+        "title": _title(story),
         "pooled": pooled,
         "sampled": "the seeds of training and the rows of the data" if pooled else "the rows of the data",
         "summary": summarize(story),
-        "notes": _notes(records, sources),
+        "notes": _notes(records, [entry["run"] for entry in sources]),
         "groups": _tables(rows, metric_columns(story)),
         "explained": [info for info in map(metric_info, metric_columns(story)) if info.meaning],
         "deviations": any(cell.deviation for row in rows for cell in row.cells.values()),
-        "differences": _pairs(differences),
+        "differences": pairs,
         "tested": any(row.source.p_adjusted is not None for row in differences),
         "bias": bias,
         "distributions": bool(data["browser"]["metrics"]),
@@ -162,34 +155,55 @@ def _context(records: Sequence[Results]) -> tuple[dict[str, Any], dict[str, Any]
         "cost_heads": cost_heads,
         "cost_lines": cost_lines,
         "stages": found,
-        "run_colors": lambda stage: _run_colors(stage, colors),
+        # a run has the color of its model; the page's script falls back in the same way
+        "run_colors": lambda stage: {run: colors.get(run, 1 + at % _COLORS) for at, run in enumerate(stage.runs)},
         "provenance": sources,
-        "span": " to ".join(dict.fromkeys(f(entry.created for entry in sources) for f in (min, max))),
+        "span": " to ".join(dict.fromkeys(pick(entry["created"] for entry in sources) for pick in (min, max))),
         "colors": colors,
     }
     return context, data
 
 
-def _colors(models: Sequence[str]) -> dict[str, int]:
-    students = [model for model in models if not is_teacher(model)]
-    return {model: 0 if is_teacher(model) else 1 + students.index(model) % _COLORS for model in models}
+def _provenance(run: str, record: Results) -> dict[str, Any]:
+    """What ran, on which code, data and machine, as text."""
+    plain = record.model_dump(mode="json", include={"config", "machine"})
+    measured = [(metric_info(name), record.metrics[name]) for name in in_order(record.metrics)]
+    versions = [(name, version or "not installed") for name, version in record.code.items() if name != "git_commit"]
+    facts = {
+        "Metrics of the run": [(info.label, joined(*estimate(info, own), info.unit, by=" ")) for info, own in measured],
+        "Time": [(name, duration(seconds)) for name, seconds in record.timings.items()],
+        "Code": [*versions, ("git commit", record.code.get("git_commit") or "not a checkout")],
+        "Machine": [
+            ("memory", f"{value / 2**30:.1f} GiB")
+            if name == "memory_bytes" and isinstance(value, int)
+            else (name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+            for name, value in plain["machine"].items()
+        ],
+    }
+    config = json.dumps(plain["config"], indent=2, ensure_ascii=False) if plain["config"] else ""
+    told = {"created": _moment(record.created), "command": shlex.join(record.command), "config": config}
+    return {"run": run, "record": record, "facts": facts, **told}
 
 
-def _run_colors(stage: Stage, colors: dict[str, int]) -> dict[str, int]:
-    """A run has the color of its model; the page's script falls back in the same way."""
-    return {name: colors.get(name, 1 + at % _COLORS) for at, name in enumerate(stage.runs)}
+def _moment(created: str) -> str:
+    """ "2026-03-01 09:30 UTC"; a text that is no such time is shown as it is."""
+    try:
+        moment = datetime.fromisoformat(created)
+    except ValueError:
+        return created
+    return f"{moment:%Y-%m-%d %H:%M} {moment.tzname() or ''}".strip()
 
 
-def _notes(records: Sequence[Results], sources: Sequence[Provenance]) -> dict[str, str]:
+def _notes(records: Sequence[Results], runs: Sequence[str]) -> dict[str, str]:
     """Each note once, with the runs that have it; not those of a comparison that the summary says in its own words."""
     notes: dict[str, list[str]] = {}
-    for record, entry in zip(records, sources, strict=True):
+    for record, run in zip(records, runs, strict=True):
         said = compared_sentences(record)
         for note in record.notes:
             if note not in said:
-                notes.setdefault(note, []).append(entry.run)
+                notes.setdefault(note, []).append(run)
     return {
-        note: "; ".join(filter(None, runs)) if len(runs) <= _MOST_RUNS_NAMED else f"in {len(runs)} records"
+        note: joined(*runs, by="; ") if len(runs) <= _MOST_RUNS_NAMED else f"in {len(runs)} records"
         for note, runs in notes.items()
     }
 
@@ -205,15 +219,6 @@ def _tables(
         parts = [[name for name in measured if name not in form], form]
         groups[setting] = [([metric_info(name) for name in part], found) for part in parts if part]
     return groups
-
-
-def _pairs(rows: Sequence[DifferenceRow]) -> dict[str, dict[tuple[str, str, str], list[DifferenceRow]]]:
-    """Data set -> (model, baseline, run) -> its differences."""
-    sets: dict[str, dict[tuple[str, str, str], list[DifferenceRow]]] = {}
-    for row in rows:
-        pairs = sets.setdefault(row.pair.data, {})
-        pairs.setdefault((row.pair.model, row.pair.baseline, row.run), []).append(row)
-    return sets
 
 
 def bar_positions(measured: Metric) -> list[str]:

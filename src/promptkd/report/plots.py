@@ -3,9 +3,9 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-from promptkd.report.formatting import DASH, curve_words, power_of_ten
+from promptkd.report.formatting import DASH, curve_words, joined, power_of_ten
 from promptkd.report.labels import is_teacher, run_labels
 from promptkd.report.metrics import LOGGED, MetricInfo, logged_group, logged_info
 from promptkd.results import Curve, CurvePoint, Results, Series
@@ -15,8 +15,7 @@ _GROUP_ORDER = ("Losses", "Validation", "Responses", "Other metrics", "Norms and
 _TABLE_LENGTHS = 6
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
+class Line(NamedTuple):
     """One metric of one run."""
 
     name: str
@@ -26,25 +25,22 @@ class Line:
     """In the metric's unit; None where the logged value is not finite."""
 
     @property
-    def finite(self) -> list[float]:
-        return [value for value in self.y if value is not None]
-
-    @property
     def span(self) -> str:
         """First and last finite value: "3.36 → 2.81"."""
-        return " → ".join(dict.fromkeys(map(_short, self.finite[:1] + self.finite[-1:]))) or "not finite"
+        finite = [_short(value) for value in self.y if value is not None]
+        return " → ".join(dict.fromkeys(finite[:1] + finite[-1:])) or "not finite"
 
     @property
     def spoken(self) -> str:
         named = f"{self.name}, " if self.name else ""
-        if not self.finite:
+        finite = [value for value in self.y if value is not None]
+        if not finite:
             return f"{named}{len(self.y)} logged values, none of them finite."
-        low, high = _short(min(self.finite)), _short(max(self.finite))
+        low, high = _short(min(finite)), _short(max(finite))
         return f"{named}{self.span} over {len(self.y)} points, lowest {low}, highest {high}."
 
 
-@dataclass(frozen=True, slots=True)
-class Chart:
+class Chart(NamedTuple):
     id: str
     info: MetricInfo
     lines: list[Line]
@@ -52,12 +48,10 @@ class Chart:
     @property
     def spoken(self) -> str:
         """The chart in words, for those who cannot see it."""
-        unit = f" {self.info.unit}" if self.info.unit else ""
-        return f"{self.info.label}{unit}: " + " ".join(line.spoken for line in self.lines)
+        return f"{joined(self.info.label, self.info.unit, by=' ')}: {' '.join(line.spoken for line in self.lines)}"
 
 
-@dataclass(frozen=True, slots=True)
-class Stage:
+class Stage(NamedTuple):
     """One stage of training, of one or several runs."""
 
     name: str
@@ -109,39 +103,36 @@ def chart_data(found: Sequence[Stage]) -> list[dict[str, Any]]:
 
 def _stage(name: str, runs: dict[str, Series], prefix: str) -> Stage:
     runs = runs if len(runs) > 1 else {"": next(iter(runs.values()))}
-    names = list(dict.fromkeys(name for series in runs.values() for point in series.points for name in point))
-    names = [name for name in LOGGED if name in names] + [name for name in names if name not in {*LOGGED, "step"}]
-    groups: dict[str, list[Chart]] = {}
+    names = dict.fromkeys(name for series in runs.values() for point in series.points for name in point)
+    groups: dict[str, list[Chart]] = {title: [] for title in _GROUP_ORDER}
     once, not_numbers = [], []
-    for position, logged in enumerate(names):
+    ordered = [name for name in LOGGED if name in names] + [name for name in names if name not in {*LOGGED, "step"}]
+    for position, logged in enumerate(ordered):
         info = logged_info(logged)
         lines = [line for run, series in runs.items() if (line := _line(run, info, series.points)) and line.x]
         if not lines:
             not_numbers.append(logged)
         elif all(len(line.x) == 1 for line in lines):
-            once += [
-                (f"{info.label} ({line.name})" if line.name else info.label, f"{line.span} {info.unit}".strip())
-                for line in lines
-            ]
+            labels = [f"{info.label} ({line.name})" if line.name else info.label for line in lines]
+            once += [(label, f"{line.span} {info.unit}".strip()) for label, line in zip(labels, lines, strict=True)]
         else:
-            groups.setdefault(logged_group(logged), []).append(Chart(f"{prefix}-{position}", info, lines))
-    ordered = {title: groups[title] for title in _GROUP_ORDER if title in groups}
-    return Stage(name, list(runs), max(len(series.points) for series in runs.values()), ordered, once, not_numbers)
+            groups[logged_group(logged)].append(Chart(f"{prefix}-{position}", info, lines))
+    points = max(len(series.points) for series in runs.values())
+    charts = {title: group for title, group in groups.items() if group}
+    return Stage(name, list(runs), points, charts, once, not_numbers)
 
 
 def _line(run: str, info: MetricInfo, points: list[dict[str, Any]]) -> Line | None:
     """None where one of the values is not a number."""
-    x: list[float] = []
-    y: list[float | None] = []
+    line = Line(run, [], [])
     for position, point in enumerate(points):
-        if point.get(info.name) is None:
-            continue
-        value, step = _as_number(point[info.name]), _as_number(point.get("step", position))
-        if value is None:
-            return None
-        x.append(position if step is None or not math.isfinite(step) else step)
-        y.append(float(f"{value * info.scale:.6g}") if math.isfinite(value) else None)
-    return Line(run, x, y)
+        if point.get(info.name) is not None:
+            value, step = _as_number(point[info.name]), _as_number(point.get("step", position))
+            if value is None:
+                return None
+            line.x.append(position if step is None or not math.isfinite(step) else step)
+            line.y.append(_rounded(value * info.scale, 6))
+    return line
 
 
 def _as_number(value: Any) -> float | None:
@@ -149,6 +140,10 @@ def _as_number(value: Any) -> float | None:
     if isinstance(value, str) and value in ("NaN", "Infinity", "-Infinity"):
         return float(value)
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _rounded(value: float | None, digits: int) -> float | None:
+    return None if value is None or not math.isfinite(value) else float(f"{value:.{digits}g}")
 
 
 def _short(value: float) -> str:
@@ -170,57 +165,37 @@ class BiasPlot:
     def lengths(self) -> list[float]:
         """A few lengths from short to long, for the table below the plot."""
         every = sorted({point.x for curve in self.curves for point in curve.points if point.value is not None})
-        if len(every) <= _TABLE_LENGTHS:
-            return every
-        last = len(every) - 1
-        return [every[round(at * last / (_TABLE_LENGTHS - 1))] for at in range(_TABLE_LENGTHS)]
+        steps = min(len(every), _TABLE_LENGTHS) - 1
+        return [every[round(at * (len(every) - 1) / max(steps, 1))] for at in range(steps + 1)]
 
     def cells(self, curve: Curve) -> list[tuple[str, str]]:
         """Value and interval at each of `lengths`; a dash where the curve is not defined."""
-        found = {point.x: point for point in curve.points}
-        return [_bias_cell(found.get(length)) for length in self.lengths]
+        cells = {each.x: (_percent(each.value), _interval(each)) for each in curve.points if each.value is not None}
+        return [cells.get(length, (DASH, "")) for length in self.lengths]
 
 
 def bias_plots(records: Sequence[Results]) -> list[BiasPlot]:
     """One plot per data set and setting of the `unified` records."""
     plots: dict[tuple[str, str], BiasPlot] = {}
-    for record in records:
-        for curve in record.curves:
-            words = curve_words(curve.settings)
-            plot = plots.setdefault((curve.data, words), BiasPlot(f"bias-{len(plots)}", curve.data, words))
-            plot.curves.append(curve)
-    for plot in plots.values():
-        plot.curves.sort(key=lambda curve: not is_teacher(curve.model))
+    for curve in (curve for record in records for curve in record.curves):
+        words = curve_words(curve.settings)
+        plot = plots.setdefault((curve.data, words), BiasPlot(f"bias-{len(plots)}", curve.data, words))
+        plot.curves = sorted([*plot.curves, curve], key=lambda curve: not is_teacher(curve.model))
     return list(plots.values())
 
 
 def bias_data(plots: Sequence[BiasPlot], models: Sequence[str]) -> list[dict[str, Any]]:
     """What the page's script draws: numbers, and models by their position in `models`."""
-    return [
-        {
-            "id": plot.id,
-            "curves": [
-                {
-                    "model": models.index(curve.model),
-                    "points": [[point.x, *map(_drawn, (point.value, point.low, point.high))] for point in curve.points],
-                }
-                for curve in plot.curves
-            ],
-        }
-        for plot in plots
-    ]
+
+    def drawn(curve: Curve) -> dict[str, Any]:
+        points = [[each.x, *(_rounded(end, 5) for end in (each.value, each.low, each.high))] for each in curve.points]
+        return {"model": models.index(curve.model), "points": points}
+
+    return [{"id": plot.id, "curves": list(map(drawn, plot.curves))} for plot in plots]
 
 
-def _drawn(value: float | None) -> float | None:
-    return None if value is None or not math.isfinite(value) else float(f"{value:.5g}")
-
-
-def _bias_cell(point: CurvePoint | None) -> tuple[str, str]:
-    if point is None or point.value is None:
-        return DASH, ""
-    if point.low is None or point.high is None:
-        return _percent(point.value), ""
-    return _percent(point.value), f"[{_percent(point.low)}, {_percent(point.high)}]"
+def _interval(point: CurvePoint) -> str:
+    return "" if point.low is None or point.high is None else f"[{_percent(point.low)}, {_percent(point.high)}]"
 
 
 def _percent(value: float) -> str:

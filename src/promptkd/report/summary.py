@@ -1,10 +1,10 @@
 """Sentences that say what the records support, and no more."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from promptkd.report.differences import Pair, comparison_sentences, difference_table
-from promptkd.report.formatting import estimate, listed, millions
+from promptkd.report.formatting import estimate, joined, listed, millions
 from promptkd.report.labels import TEACHER, is_teacher
 from promptkd.report.metrics import in_order, metric_info
 from promptkd.report.tables import comparison_table, model_order
@@ -14,16 +14,15 @@ _MOST_SENTENCES = 6
 _COUNTS = ("No", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine", "Ten")
 
 
-@dataclass(frozen=True, slots=True)
-class Summary:
+class Summary(NamedTuple):
     introduction: str
     """Which models, on which data."""
     lead: str
     """What the distilled student gained or lost; empty where nothing was measured."""
-    others: tuple[str, ...]
-    """Sentences on the other pairs that were compared."""
+    others: list[str]
+    """On the other pairs that were compared."""
     untold: int
-    """How many more pairs were compared, which the table shows."""
+    """How many more pairs were compared."""
 
 
 def summarize(records: Sequence[Results]) -> Summary:
@@ -32,16 +31,17 @@ def summarize(records: Sequence[Results]) -> Summary:
     sentences = comparison_sentences(difference_table(records))
     subject = _subject(records, evaluations, list(sentences))
     measured = list(dict.fromkeys(evaluation.model for evaluation in evaluations))
-    own = [pair for pair in sentences if pair.model == subject]
-    # The nearest earlier stage shows the effect of the last stage; the teacher comes last.
-    own.sort(
-        key=lambda pair: (is_teacher(pair.baseline), -measured.index(pair.baseline) if pair.baseline in measured else 0)
-    )
-    others = [sentence for pair, sentence in sentences.items() if pair not in own[:1]]
+
+    def distance(pair: Pair) -> tuple[bool, int]:
+        """The nearest earlier stage shows the effect of the last stage; the teacher comes last."""
+        return is_teacher(pair.baseline), -measured.index(pair.baseline) if pair.baseline in measured else 0
+
+    lead = min((pair for pair in sentences if pair.model == subject), key=distance, default=None)
+    others = [sentence for pair, sentence in sentences.items() if pair != lead]
     return Summary(
         _introduction(records, evaluations, subject),
-        sentences[own[0]] if own else _metrics(records, evaluations),
-        tuple(others[:_MOST_SENTENCES]),
+        sentences[lead] if lead else _metrics(records, evaluations),
+        others[:_MOST_SENTENCES],
         max(0, len(others) - _MOST_SENTENCES),
     )
 
@@ -83,32 +83,22 @@ def _introduction(records: Sequence[Results], evaluations: list[Evaluation], sub
 
 
 def _metrics(records: Sequence[Results], evaluations: list[Evaluation]) -> str:
-    """The metrics themselves, where nothing was compared."""
-    if len(evaluations) > 1:
-        return f"{_headline(records)}No differences were recorded, so this page claims none."
-    parts = []
-    for evaluation in evaluations:
-        for name in in_order(evaluation.metrics):
-            info = metric_info(name)
-            value, interval = estimate(info, evaluation.metrics[name])
-            parts.append(" ".join(filter(None, (info.phrase, value, interval, info.unit))))
-    return f"Measured: {listed(parts)}." if parts else ""
-
-
-def _headline(records: Sequence[Results]) -> str:
-    """One metric of every model on the first data set: ROUGE-L, else the first that has a better direction."""
-    rows = comparison_table(records)
-    rows = [row for row in rows if (row.data, row.decoding) == (rows[0].data, rows[0].decoding)]
+    """Where nothing was compared: every metric of a single evaluation, else one metric of every model."""
+    if len(evaluations) < 2:
+        measured = [(metric_info(name), each.metrics[name]) for each in evaluations for name in in_order(each.metrics)]
+        parts = [joined(info.phrase, *estimate(info, value), info.unit, by=" ") for info, value in measured]
+        return f"Measured: {listed(parts)}." if parts else ""
+    first, *others = comparison_table(records)
+    rows = [first, *(row for row in others if row.setting == first.setting)]
     names = [name for row in rows for name in row.cells]
-    name = "rouge_l" if "rouge_l" in names else next((name for name in names if metric_info(name).better), None)
-    if name is None:
-        return ""
+    name = "rouge_l" if "rouge_l" in names else next((name for name in names if metric_info(name).better), "")
     found = [f"{row.cells[name].value} for {row.model}" for row in rows if name in row.cells]
-    decoding = f", {rows[0].decoding}," if rows[0].decoding else ""
-    return f"On {rows[0].data}{decoding} {metric_info(name).phrase} is {listed(found)}. "
+    decoding = f", {first.decoding}," if first.decoding else ""
+    headline = f"On {first.data}{decoding} {metric_info(name).phrase} is {listed(found)}. " if found else ""
+    return f"{headline}No differences were recorded, so this page claims none."
 
 
 def _data_words(evaluation: Evaluation) -> str:
-    rows = {measured.rows for measured in evaluation.metrics.values() if measured.rows is not None}
+    rows = {measured.rows for measured in evaluation.metrics.values()} - {None}
     counted = len(rows) == 1 and not evaluation.data.endswith(" rows)")
     return f"{evaluation.data} ({rows.pop()} rows)" if counted else evaluation.data

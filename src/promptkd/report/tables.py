@@ -3,32 +3,33 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from promptkd.report.differences import verdict
-from promptkd.report.formatting import DASH, decoding_words, deviation, duration, estimate, millions, number
+from promptkd.report.formatting import DASH, decoding_words, deviation, duration, estimate, joined, millions, number
 from promptkd.report.labels import TEACHER, is_teacher, run_labels
 from promptkd.report.metrics import in_order, metric_info
-from promptkd.results import Better, Difference, Metric, ModelRecord, Results, Training
+from promptkd.results import Difference, Metric, ModelRecord, Results, Training
+
+_COST_HEADS = ("Model", "Parameters", "Share of the teacher", "Method", "Steps", "Time", "Tokens/s", "Peak memory")
 
 
-@dataclass(frozen=True, slots=True)
-class Cell:
+class Cell(NamedTuple):
     value: str
     interval: str | None
     deviation: str | None
     """ "± 0.4": the standard deviation between the seeds."""
     best: bool
-    """Among the students of this data set and decoding the best, or not told apart from the best (see `_marked`)."""
+    """Among the students of this data set and decoding the best, or not told apart from the best (see `_best`)."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class ComparisonRow:
     run: str
     """Empty unless two records measured the same model in the same way with different outcomes."""
     model: str
     data: str
     decoding: str
-    """In words."""
     metrics: dict[str, Metric] = field(default_factory=dict)
     paired: list[Difference] = field(default_factory=list)
     """Differences over the very rows and decoding of this row."""
@@ -38,7 +39,7 @@ class ComparisonRow:
     @property
     def setting(self) -> str:
         """ "dolly_test, greedy, up to 256 tokens": rows of one setting can be compared."""
-        return ", ".join(part for part in (self.data, self.decoding) if part)
+        return joined(self.data, self.decoding)
 
 
 def metric_columns(records: Sequence[Results]) -> list[str]:
@@ -62,21 +63,19 @@ def comparison_table(records: Sequence[Results]) -> list[ComparisonRow]:
     settings = list(dict.fromkeys((row.data, row.decoding) for row in rows))
     models = model_order(records)
     rows.sort(key=lambda row: (settings.index((row.data, row.decoding)), models.index(row.model)))
-    marked = {name: _marked_everywhere(name, rows) for name in metric_columns(records)}
-    for position, row in enumerate(rows):
-        for name, measured in row.metrics.items():
-            info = metric_info(name)
-            value, interval = estimate(info, measured)
-            row.cells[name] = Cell(value, interval, deviation(info, measured), position in marked[name])
+    for group in by_setting(rows).values():
+        best = {name: _best(name, group) for name in metric_columns(records)}
+        for row in group:
+            for name, measured in row.metrics.items():
+                info = metric_info(name)
+                row.cells[name] = Cell(*estimate(info, measured), deviation(info, measured), row in best[name])
     return rows
 
 
 def by_setting(rows: Sequence[ComparisonRow]) -> dict[str, list[ComparisonRow]]:
     """The rows that can be compared, by their setting."""
-    groups: dict[str, list[ComparisonRow]] = {}
-    for row in rows:
-        groups.setdefault(row.setting, []).append(row)
-    return groups
+    settings = dict.fromkeys(row.setting for row in rows)
+    return {setting: [row for row in rows if row.setting == setting] for setting in settings}
 
 
 def _rows(records: Sequence[Results]) -> list[ComparisonRow]:
@@ -85,12 +84,16 @@ def _rows(records: Sequence[Results]) -> list[ComparisonRow]:
         for each in record.evaluations:
             words = decoding_words(each.decoding)
             same = found.setdefault((each.data, words, each.model), [])
-            agreeing = [row for row in same if _agree(row.metrics, each.metrics)]
-            row = agreeing[0] if agreeing else ComparisonRow(run, each.model, each.data, words)
-            row.metrics = {**each.metrics, **row.metrics}
-            row.paired += _paired(record, each.data, words, each.model)
-            if not agreeing:
+            row = next((row for row in same if _agree(row.metrics, each.metrics)), None)
+            if row is None:
+                row = ComparisonRow(run, each.model, each.data, words)
                 same.append(row)
+            row.metrics = {**each.metrics, **row.metrics}
+            # a difference on the data alone is about this decoding where the record has no other
+            decodings = {decoding_words(other.decoding) for other in record.evaluations if other.data == each.data}
+            names = {f"{each.data}, {words}", *([each.data] if len(decodings) == 1 else [])}
+            about = [difference for difference in record.differences if difference.data in names]
+            row.paired += [difference for difference in about if each.model in (difference.model, difference.baseline)]
     for rows in found.values():
         if len(rows) == 1:
             rows[0].run = ""
@@ -102,60 +105,41 @@ def _agree(ours: dict[str, Metric], theirs: dict[str, Metric]) -> bool:
     return all(math.isclose(ours[name].value, theirs[name].value, rel_tol=1e-6, abs_tol=1e-9) for name in shared)
 
 
-def _paired(record: Results, data: str, decoding: str, model: str) -> list[Difference]:
-    """The record's differences of `model` on `data`, if they can only be about this decoding."""
-    decodings = {decoding_words(each.decoding) for each in record.evaluations if each.data == data}
-    names = {f"{data}, {decoding}", *([data] if decodings == {decoding} else [])}
-    return [each for each in record.differences if each.data in names and model in (each.model, each.baseline)]
-
-
-def _marked_everywhere(name: str, rows: list[ComparisonRow]) -> set[int]:
-    groups: dict[tuple[str, str], dict[int, ComparisonRow]] = {}
-    for position, row in enumerate(rows):
-        if not is_teacher(row.model) and name in row.metrics:
-            groups.setdefault((row.data, row.decoding), {})[position] = row
-    better = metric_info(name).better
-    return set().union(*(_marked(name, better, group) for group in groups.values())) if better else set()
-
-
-def _marked(name: str, better: Better, students: dict[int, ComparisonRow]) -> set[int]:
-    """Positions of the best student and of those that cannot be told apart from it.
+def _best(name: str, rows: list[ComparisonRow]) -> list[ComparisonRow]:
+    """The best student, with those that cannot be told apart from it.
 
     Empty where that says nothing: fewer than two students, a metric without an interval, or no student told apart.
     """
-    metrics = {position: row.metrics[name] for position, row in students.items()}
-    if len(students) < 2 or not all(_has_interval(each) for each in metrics.values()):
-        return set()
+    better = metric_info(name).better
+    students = [row for row in rows if name in row.metrics and not is_teacher(row.model)]
+    known = all(math.isfinite(end) for row in students for end in _ends(name, row))
+    if better is None or len(students) < 2 or not known:
+        return []
     pick = min if better == "lower" else max
-    lead = pick(metrics, key=lambda position: metrics[position].value)
-    tied = {position for position in students if not _told_apart(name, students[lead], students[position])}
-    return tied if len(tied) < len(students) else set()
-
-
-def _has_interval(measured: Metric) -> bool:
-    ends = (measured.low, measured.value, measured.high)
-    return all(end is not None and math.isfinite(end) for end in ends)
+    lead = pick(students, key=lambda row: row.metrics[name].value)
+    tied = [row for row in students if row is lead or not _told_apart(name, lead, row)]
+    return tied if len(tied) < len(students) else []
 
 
 def _told_apart(name: str, lead: ComparisonRow, other: ComparisonRow) -> bool:
     """By the paired difference where a record holds one, else by intervals that do not overlap."""
-    if lead is other:
-        return False
     for difference in lead.paired:
         if difference.metric == name and {difference.model, difference.baseline} == {lead.model, other.model}:
             return verdict(difference) == ("better" if difference.model == lead.model else "worse")
-    ours, theirs = lead.metrics[name], other.metrics[name]
-    ends = (ours.low, ours.high, theirs.low, theirs.high)
-    low, high, other_low, other_high = (math.nan if end is None else end for end in ends)
+    (low, _, high), (other_low, _, other_high) = _ends(name, lead), _ends(name, other)
     return high < other_low or other_high < low
 
 
-@dataclass(frozen=True, slots=True)
-class Cost:
+def _ends(name: str, row: ComparisonRow) -> tuple[float, float, float]:
+    """Lower end, value and upper end; NaN for an end that was not recorded."""
+    measured = row.metrics[name]
+    low, high = (math.nan if end is None else end for end in (measured.low, measured.high))
+    return low, measured.value, high
+
+
+class Cost(NamedTuple):
     model: str
     parameters: int | None
-    share: float | None
-    """Of the teacher's parameters, in 0..1; None without a teacher and for a teacher."""
     training: Training | None
 
 
@@ -165,27 +149,23 @@ def costs(records: Sequence[Results]) -> list[Cost]:
     training: dict[str, Training] = {}
     for record in records:
         sizes, training = {**record.models, **sizes}, {**record.training, **training}
-    teacher = sizes[TEACHER].parameters if TEACHER in sizes else 0
-    found = []
-    for label in sorted(dict.fromkeys([*sizes, *training]), key=lambda label: not is_teacher(label)):
-        size = sizes[label].parameters if label in sizes else None
-        share = size / teacher if size is not None and teacher and not is_teacher(label) else None
-        found.append(Cost(label, size, share, training.get(label)))
-    return found
+    labels = sorted(dict.fromkeys([*sizes, *training]), key=lambda label: not is_teacher(label))
+    return [Cost(label, sizes[label].parameters if label in sizes else None, training.get(label)) for label in labels]
 
 
 def cost_table(records: Sequence[Results]) -> tuple[list[str], list[list[str]]]:
     """Headings and cells; a column without a value for any model is left out."""
-    heads = ["Model", "Parameters", "Share of the teacher", "Method", "Steps", "Time", "Tokens/s", "Peak memory"]
-    lines = [_cost_cells(cost) for cost in costs(records)]
-    kept = [column for column in range(len(heads)) if any(line[column] for line in lines)]
-    return [heads[column] for column in kept], [[line[column] or DASH for column in kept] for line in lines]
+    found = costs(records)
+    of_teacher = next((cost.parameters for cost in found if cost.model == TEACHER), None)
+    lines = [_cost_cells(cost, of_teacher) for cost in found]
+    kept = [column for column in range(len(_COST_HEADS)) if any(line[column] for line in lines)]
+    return [_COST_HEADS[column] for column in kept], [[line[column] or DASH for column in kept] for line in lines]
 
 
-def _cost_cells(cost: Cost) -> list[str]:
-    size = "" if cost.parameters is None else millions(cost.parameters)
-    cells = [cost.model, size, "" if cost.share is None else f"{cost.share * 100:.0f} %"]
-    trained = cost.training
+def _cost_cells(cost: Cost, of_teacher: int | None) -> list[str]:
+    size, trained = cost.parameters, cost.training
+    share = f"{size / of_teacher * 100:.0f} %" if size is not None and of_teacher and not is_teacher(cost.model) else ""
+    cells = [cost.model, "" if size is None else millions(size), share]
     if trained is None:
         return [*cells, *[""] * 5]
     speed = "" if trained.tokens_per_second is None else number(trained.tokens_per_second, 0)
