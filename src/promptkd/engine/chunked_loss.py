@@ -7,7 +7,7 @@ Logits, divergences and sums are float32 or wider, also under autocast.
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from promptkd.engine.backbone import matmul_dtype
 from promptkd.engine.heads import Head, Projection
 from promptkd.engine.resolve import engine_for
-from promptkd.objectives.divergences import Directions
+from promptkd.objectives.divergences import Direction
 from promptkd.objectives.kernels import Kernel, Kernels, Metrics, Objective, objective_kernel, prompt_kernel
 
 HiddenAndHead = tuple[Tensor, Head]
@@ -63,7 +63,7 @@ def chunked_prompt_loss(
     *,
     weight: float,
     chunk: int | None = None,
-    **directions: Unpack[Directions],
+    **directions: Direction,
 ) -> ChunkedLoss:
     """Sum over tokens of `prompt_loss`, with its unweighted terms as metrics: "to_student" and "to_plain".
 

@@ -9,7 +9,7 @@ removed from both distributions, as if it were sliced off.
 
 import math
 from functools import reduce
-from typing import Literal, TypedDict, Unpack
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -91,20 +91,13 @@ def adaptive_kl(student_logits: Tensor, teacher_logits: Tensor, *, mu: float = 0
     return weight * kl_from_log_probs(log_p, log_q) + (1 - weight) * kl_from_log_probs(log_q, log_p)
 
 
-class Directions(TypedDict, total=False):
-    """Of the two KLs of `prompt_loss`, "reverse" by default: with the student, and with the plain teacher."""
-
-    student_direction: Direction
-    plain_direction: Direction
-
-
 def prompt_loss(
     prompted_logits: Tensor,
     student_logits: Tensor,
     plain_logits: Tensor | None,
     *,
     weight: float,
-    **directions: Unpack[Directions],
+    **directions: Direction,
 ) -> Tensor:
     """KL(p_P || q) + λ KL(p_P || p): p_P prompted teacher, q student, p plain teacher, λ = `weight` (eqs. 2 and 3).
 

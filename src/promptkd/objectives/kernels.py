@@ -6,12 +6,11 @@ The CUDA engine has its own (`engine/cuda/triton_kernels.py`).
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Unpack
 
 import torch
 from torch import Tensor
 
-from promptkd.objectives.divergences import Directions, forward_kl, prompt_loss_terms, reverse_kl, shared_log_probs
+from promptkd.objectives.divergences import Direction, forward_kl, prompt_loss_terms, reverse_kl, shared_log_probs
 
 Objective = Callable[[Tensor, Tensor], Tensor]
 """Student and teacher logits (N, V) to values (N,)."""
@@ -45,7 +44,7 @@ def objective_kernel(objective: Objective, kernels: Kernels, *, absent_tokens: b
     return partial(_by_autograd, plain)
 
 
-def prompt_kernel(weight: float, kernels: Kernels, *, absent_tokens: bool, **directions: Unpack[Directions]) -> Kernel:
+def prompt_kernel(weight: float, kernels: Kernels, *, absent_tokens: bool, **directions: Direction) -> Kernel:
     """The kernel of `prompt_loss`; its metrics are the unweighted terms "to_student" and, where wanted, "to_plain"."""
     if set(directions.values()) <= {"reverse"} and not absent_tokens:
         return kernels.prompt(weight)
