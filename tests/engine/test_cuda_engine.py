@@ -19,9 +19,9 @@ from helpers.tiny import tiny_model
 from promptkd.data.batch import right_pad
 from promptkd.engine import Head, chunked_objective, chunked_prompt_loss
 from promptkd.engine.backbone import model_matmul_dtype
-from promptkd.engine.base import DynamicCacheDecoder, PaddedScorer
 from promptkd.engine.chunked_loss import chunked_cross_entropy
 from promptkd.engine.cuda import ENGINE, decoding, scoring
+from promptkd.engine.reference import DynamicCacheDecoder, PaddedScorer
 from promptkd.engine.resolve import first_verified
 from promptkd.generation import SamplingParams, generate
 from promptkd.objectives import reverse_kl

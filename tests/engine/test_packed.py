@@ -10,9 +10,9 @@ from transformers import AttentionInterface
 from helpers.tiny import tiny_model
 from promptkd.data.batch import right_pad
 from promptkd.engine import engine_for, first_verified, packed, response_hidden
-from promptkd.engine.base import PaddedScorer
 from promptkd.engine.cpu import ENGINE
 from promptkd.engine.fused_layers import fused_forward, supports_fused_forward
+from promptkd.engine.reference import PaddedScorer
 
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 FUSED = ("llama", "qwen2", "qwen3", "mistral", "llama, biases", "llama, scaled rotation")

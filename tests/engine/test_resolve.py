@@ -9,7 +9,7 @@ import torch
 from helpers.tiny import tiny_model
 from promptkd.data.batch import right_pad
 from promptkd.engine import first_verified, response_hidden
-from promptkd.engine.base import DynamicCacheDecoder, DynamicCacheSession, PaddedScorer
+from promptkd.engine.reference import DynamicCacheDecoder, DynamicCacheSession, PaddedScorer
 
 pytestmark = pytest.mark.usefixtures("own_engine")
 SCORED_TWICE = ["prompted", "plain"]  # what one trial asks a scorer for

@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 
 from helpers.tiny import ARCHITECTURES, END_ID, VOCABULARY, tiny_model
 from promptkd.engine import engine_for, evaluating, first_verified
-from promptkd.engine.base import DynamicCacheDecoder
+from promptkd.engine.reference import DynamicCacheDecoder
 from promptkd.errors import RequestError
 from promptkd.generation import Decoding, SamplingParams, generate, row_seeds
 

@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 
 from promptkd.data.batch import right_pad
 from promptkd.engine.backbone import embedding_device, evaluating, model_matmul_dtype, unwrap_peft
-from promptkd.engine.base import REFERENCE, Decoder, Engine, Scorer
+from promptkd.engine.base import Decoder, Engine, Scorer
 from promptkd.engine.heads import head_logits
+from promptkd.engine.reference import REFERENCE
 from promptkd.errors import RequestError
 
 VARIABLE = "PROMPTKD_ENGINE"

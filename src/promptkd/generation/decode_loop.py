@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from promptkd.data.batch import on_device
 from promptkd.engine import DecodeSession, decoding, embedding_device, engine_for, evaluating, unwrap_peft
-from promptkd.engine.base import DynamicCacheSession
+from promptkd.engine.reference import DynamicCacheSession
 from promptkd.errors import check_all
 from promptkd.generation.sampling import SamplingParams, next_tokens, uniforms
 

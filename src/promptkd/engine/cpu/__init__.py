@@ -1,8 +1,9 @@
 """CPU: packed rows attended to one by one, fused layers, decoding with weights reordered for oneDNN."""
 
-from promptkd.engine.base import DynamicCacheDecoder, Engine, PaddedScorer
+from promptkd.engine.base import Engine
 from promptkd.engine.cpu.decoding import CpuDecoder
 from promptkd.engine.cpu.scoring import HEAD, CpuPackedScorer
+from promptkd.engine.reference import DynamicCacheDecoder, PaddedScorer
 
 _MAX_TOKENS = 2048  # beyond, matrix products get no faster
 

@@ -1,8 +1,9 @@
 """CUDA: packed rows by varlen attention, fused layers, decoding under CUDA graphs, heads with float32 products."""
 
-from promptkd.engine.base import DynamicCacheDecoder, Engine, PaddedScorer
+from promptkd.engine.base import Engine
 from promptkd.engine.cuda.decoding import CudaDecoder
 from promptkd.engine.cuda.scoring import HEAD, CudaPackedScorer
+from promptkd.engine.reference import DynamicCacheDecoder, PaddedScorer
 
 _MAX_TOKENS = 16_384
 
