@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-from promptkd.cli.parsing.annotations import nearest
+from promptkd.cli.parsing.fields import nearest
 from promptkd.cli.parsing.help import command_help, overview
 from promptkd.cli.terminal import say
 from promptkd.errors import NO_ROOM, PromptKDError, RequestError, Stopped
