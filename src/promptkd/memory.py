@@ -24,7 +24,7 @@ def gibibytes(size: int) -> str:
 
 
 def resident_memory() -> int:
-    return psutil.Process().memory_info().rss
+    return psutil.Process().memory_info().rss  # bytes
 
 
 def peak_memory() -> int:
@@ -33,10 +33,7 @@ def peak_memory() -> int:
 
 
 def restart_peak() -> int | None:
-    """Restart the system's count of the peak at what is held now; `peak_memory` keeps the peak so far.
-
-    Returns the bytes of the peak since the last restart; None where the system cannot restart it, as outside of Linux.
-    """
+    """Restart the system's count of the peak; return the peak since the last restart, None if the system cannot."""
     global _before_restarts
     reached = _since_restart()
     try:

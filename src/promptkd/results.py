@@ -189,12 +189,10 @@ class Results(_Record):
     def read(cls, path: Path) -> "Results":
         """Read and validate `path`. Raises `RequestError` if it is not such a record."""
         try:
-            text = read_regular(path, most=_MOST_BYTES).decode("utf-8")
+            return cls.model_validate_json(read_regular(path, most=_MOST_BYTES).decode("utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not valid UTF-8"
             raise RequestError(f"Expected a results file at {path}: {reason}.") from error
-        try:
-            return cls.model_validate_json(text)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or "the whole file"

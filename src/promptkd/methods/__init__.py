@@ -34,10 +34,7 @@ MethodSettings: Any = flat("MethodSettings", settings_classes())  # of all metho
 
 
 def read_method(name: str, take: Reader) -> Method:
-    """The method of that name, from the settings that `take` holds.
-
-    Raises `RequestError` if there is no such method, a setting that was given is not read, or some do not go together.
-    """
+    """The method of that name. Raises `RequestError` if there is none, or settings are unread or do not go together."""
     if name not in METHODS:
         raise RequestError(f"Expected a method of {', '.join(METHODS)}. Got {name!r}.")
     known: Any = METHODS[name]
@@ -51,8 +48,5 @@ def read_method(name: str, take: Reader) -> Method:
 
 
 def named_method(name: str, settings: Any = None) -> Method:
-    """The method of that name, with `settings` of the class `MethodSettings`, or the method's own defaults.
-
-    Raises `RequestError` if there is no such method, a setting is out of its range, or the method does not read it.
-    """
+    """The method of that name, by a `MethodSettings` or its own defaults. Raises `RequestError` as `read_method` does."""
     return read_method(name, Reader(MethodSettings() if settings is None else settings))
