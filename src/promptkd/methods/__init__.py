@@ -48,5 +48,5 @@ def read_method(name: str, take: Reader) -> Method:
 
 
 def named_method(name: str, settings: Any = None) -> Method:
-    """The method of that name, by a `MethodSettings` or its own defaults. Raises `RequestError` as `read_method` does."""
+    """The method of that name, by `MethodSettings` or its own defaults. Raises `RequestError` as `read_method` does."""
     return read_method(name, Reader(MethodSettings() if settings is None else settings))
