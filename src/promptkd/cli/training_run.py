@@ -89,12 +89,13 @@ class TrainingRun:
         settings = {"template": args.template, "overlong": args.overlong, "max_prompt_length": args.max_prompt_length}
         settings["max_response_length"] = args.max_completion_length
         encoded: dict[str, EncodedData] = {}
-        for name, (source, examples) in self._examples.items():
+        for name, (_, examples) in self._examples.items():
             needed = need_response or name == "validation"
-            data = encoded[name] = encode_examples(examples, tokenizer, need_response=needed, **settings)
+            encoded[name] = encode_examples(examples, tokenizer, need_response=needed, **settings)
+        for name, data in encoded.items():
+            source, _ = self._examples.pop(name)
             self.results.data[name] = data_record(source, len(data.examples), data.dropped)
             say_rows(source, data)
-        self._examples.clear()
         return encoded["train"], encoded.get("validation")
 
     def load(self, role: str, name: str, settings: dict[str, Any] | None = None) -> Any:
