@@ -48,7 +48,7 @@ def _judge(options: Options) -> None:
     asked = {"judge": endpoint.model, **endpoint.fields, "prompt": hashlib.sha256(prompt.encode()).hexdigest()[:12]}
     results = Results(kind="judge", config=merged_config(options, {}), metrics=token_cost(given))
     results.evaluations, results.differences = judge_results(models, verdicts, data, asked)
-    answers, *_ = models.values()  # which were asked the same
+    answers, *_ = models.values()  # any of them: all were asked the same
     sha256 = requests_sha256(answers.values())
     results.data = {data: DataRecord(path=options.data or str(options.responses), rows=len(answers), sha256=sha256)}
     results.data |= {f"answers of {label}": data_record(str(path), len(answers), 0) for label, path in _files(options)}

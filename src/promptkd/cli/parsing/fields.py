@@ -92,7 +92,12 @@ def common_fields(command: ModuleType) -> list[Field]:
     names: dict[str, Any] = {"Literal": Literal}
     found: dict[str, Field] = {}
     methods: list[str] = []
-    for node in _definitions(command):
+    spec = find_spec(re.split("[.:]", command.TRAINING_CONFIG)[0])
+    assert spec is not None
+    assert spec.origin is not None
+    folder = Path(spec.origin).parent
+    files = [file for pattern in command.SETTINGS_SOURCES for file in sorted(folder.glob(pattern))]
+    for node in (node for file in files for node in ast.parse(file.read_text(encoding="utf-8")).body):
         match node:
             case ast.Assign(targets=[ast.Name(id=name)], value=ast.Subscript(value=ast.Name(id="Literal"))):
                 names[name] = _evaluated(node.value, names)
@@ -110,15 +115,6 @@ def common_fields(command: ModuleType) -> list[Field]:
     if "method" in found:
         found["method"] = dataclasses.replace(found["method"], annotation=Literal[tuple(methods)])
     return [found[name] for name in wanted]
-
-
-def _definitions(command: ModuleType) -> Iterator[ast.stmt]:
-    spec = find_spec(re.split("[.:]", command.TRAINING_CONFIG)[0])
-    assert spec is not None
-    assert spec.origin is not None
-    for pattern in command.SETTINGS_SOURCES:
-        for file in sorted(Path(spec.origin).parent.glob(pattern)):
-            yield from ast.parse(file.read_text(encoding="utf-8")).body
 
 
 def _evaluated(annotation: ast.expr, names: dict[str, Any]) -> Any:
