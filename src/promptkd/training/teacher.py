@@ -13,7 +13,7 @@ from trl.models.utils import _ForwardRedirection
 
 from promptkd.data.batch import TokenBatch
 from promptkd.engine import embedding_device, engine_for, response_hidden, unwrap_peft
-from promptkd.engine.recompute import recomputable_layers, recomputed_layers
+from promptkd.engine.backbone import recomputable_layers, recomputed_layers
 from promptkd.errors import RequestError, check_all
 from promptkd.methods import Method
 from promptkd.models import load_model, load_tokenizer
