@@ -52,6 +52,13 @@ class Conversation:
 
         Raises `RequestError` at once, for a request without text or a conversation that leaves no room for an answer.
         """
+        prompt, (limit,), vocabulary = self._prompt(request), decoding.limits(1), vocabulary_size(self.tokenizer)
+        answer = StreamedAnswer(limit if self.context is None else min(limit, self.context - len(prompt)))
+        params = replace(decoding, max_new_tokens=answer.limit, stop_ids=self._stops, vocabulary=vocabulary)
+        tokens = stream(self.model, prompt, params, seed=row_seeds(decoding.seed, turn + 1)[turn])
+        return answer, self._pieces(request, answer, tokens)
+
+    def _prompt(self, request: str) -> list[int]:
         if not request.strip():
             raise RequestError("The request is empty. Expected some text.")
         try:
@@ -66,11 +73,7 @@ class Conversation:
             told = f"The prompt has {len(prompt)} tokens, what was said before included"
             most = f"the model reads and writes {self.context} at most"
             raise RequestError(f"{told}, and {most}. Start from scratch or ask in fewer words.")
-        (limit,), vocabulary = decoding.limits(1), vocabulary_size(self.tokenizer)
-        answer = StreamedAnswer(limit if self.context is None else min(limit, self.context - len(prompt)))
-        params = replace(decoding, max_new_tokens=answer.limit, stop_ids=self._stops, vocabulary=vocabulary)
-        tokens = stream(self.model, prompt, params, seed=row_seeds(decoding.seed, turn + 1)[turn])
-        return answer, self._pieces(request, answer, tokens)
+        return prompt
 
     def _pieces(self, request: str, answer: StreamedAnswer, tokens: Generator[int]) -> Iterator[str]:
         text = TextStream(self.tokenizer)
