@@ -20,7 +20,7 @@ from promptkd.evaluation.dataset_evaluation import measure_rows
 from promptkd.evaluation.measure import evaluation_of
 from promptkd.generation import Decoding
 from promptkd.models import block_influence, load_model, load_tokenizer, model_record, most_influential, prune_layers
-from promptkd.models.gguf_read import GGUF_CONVERSION
+from promptkd.models.gguf_format import GGUF_CONVERSION
 from promptkd.precision import compute_dtype, computing
 from promptkd.results import DataRecord, Evaluation, Results, Series, file_sha256
 from promptkd.training import DistillConfig, DistillTrainer, FinetuneConfig, FinetuneTrainer, PromptKDConfig
