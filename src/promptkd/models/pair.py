@@ -13,7 +13,7 @@ from promptkd.engine.chunked_loss import ChunkedLoss, chunked_cross_entropy, chu
 from promptkd.engine.heads import Head, head_logits, head_size, linear_head
 from promptkd.errors import RequestError
 from promptkd.objectives import prompt_loss_terms
-from promptkd.objectives.prompt import Direction
+from promptkd.objectives.divergences import Direction
 
 Objective = Callable[[Tensor, Tensor], Tensor]  # (student_logits, teacher_logits), both (N, V), to N values in nats
 Role = Literal["student", "teacher", "plain"]
