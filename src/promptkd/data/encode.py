@@ -219,7 +219,7 @@ def _unmarked(text: str) -> str:
 
 
 def _tokenize_marked(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
-    """Tokenize piece by piece: text between marks is data, the rest is the template's. The spelled text stays."""
+    """Tokenize piece by piece: text between marks is data, the rest is the template's."""
     ids: list[int] = []
     for index, piece in enumerate(map(_unmarked, re.split(f"{_OPEN}([^{_OPEN}{_CLOSE}]*){_CLOSE}", text))):
         # SentencePiece puts a space before a text, but not after a line break.

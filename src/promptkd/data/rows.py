@@ -61,11 +61,9 @@ def example_from_row(fields: Mapping[str, Any], *, location: str, row: int) -> E
         request, references = _request_and_references(fields)
         # `promptkd generate` marks a response that the length limit cut; an end token behind it would be untrue.
         if references and fields.get("ended") is False:
-            problem = (
-                "the response was cut at the length limit ('ended' is false), so it cannot be used as a complete one"
-            )
-            advice = "Regenerate the file with `promptkd generate --ended-only`, or drop such rows"
-            raise RequestError(f"{problem}. {advice}.")
+            cut = "the response was cut at the length limit ('ended' is false)"
+            advice = "Regenerate the file with `promptkd generate --ended-only`, or drop such rows."
+            raise RequestError(f"{cut}, so it cannot be used as a complete one. {advice}")
         return Example(request, references, location, row)
 
 
