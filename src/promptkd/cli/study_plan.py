@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from promptkd.cli.study_runs import StudyRun
-from promptkd.report.terminal import text_table
+from promptkd.report.text import text_table
 from promptkd.study.processes import shell_line
 from promptkd.study.progress import progress_of
 from promptkd.study.table import Phase, clock
