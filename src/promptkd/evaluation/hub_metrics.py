@@ -83,10 +83,8 @@ def _load(source: str) -> Any:
     try:
         return evaluate.load(source, keep_in_memory=True)
     except Exception as error:  # a script that is run to be loaded, or the network
-        advice = (
-            "Give the name of a metric of Hugging Face's `evaluate` (offline, one that its cache holds) or the path"
-        )
-        told = f"Could not load the metric {source}: {_line(error)} {advice} of a metric script."
+        told = f"Could not load the metric {source}: {_line(error)} Give the name of a metric of Hugging Face's"
+        told += " `evaluate` (offline, one that its cache holds) or the path of a metric script."
         raise RequestError(told) from error
 
 

@@ -140,7 +140,7 @@ def token_divergences(
     vocabulary: int | None,
     prompt: Tensor | None = None,
 ) -> Tensor:
-    """(N,) `objective` of both models' logits at each response token; `prompt` is an (n, E) soft prompt or None."""
+    """(N,) `objective` of both models' logits at each response token; the teacher's after `prompt`, (n, E)."""
 
     def divergences(*hidden: Tensor) -> Tensor:
         models = zip((student, teacher), hidden, strict=True)
