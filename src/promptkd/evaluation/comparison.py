@@ -83,8 +83,8 @@ def compare(
             made.data[setting.data] = first.data
     if not tested:
         shared = f"the runs share {sum(len(each.rows()) for each in settings)} rows, with scores of"
-        wanted = "Expected at least one row, and a metric of which more or less is better."
-        raise RequestError(f"Nothing to compare: {shared} {', '.join(names) or 'none'}. {wanted}")
+        expected = "Expected at least one row, and a metric of which more or less is better."
+        raise RequestError(f"Nothing to compare: {shared} {', '.join(names) or 'none'}. {expected}")
     draws = max(draws, 100 * len(tested) - 1)  # the smallest p, 1 / (draws + 1), can reach 0.01 after the correction
     made.differences = [each for each, _ in tested]
     finite = [(each, statistics.row_contributions(*both)) for each, both in tested if np.isfinite(both).all()]
