@@ -22,8 +22,7 @@ from promptkd import PromptKDConfig, PromptKDTrainer
 from promptkd.data.batch import TokenBatch, right_pad
 from promptkd.data.encode import EncodedData
 from promptkd.engine import engine_for, response_hidden
-from promptkd.engine.resolve import VARIABLE
-from promptkd.engine.verify import first_verified
+from promptkd.engine.resolve import VARIABLE, first_verified
 from promptkd.methods import Method
 from promptkd.models.adapters import SoftPromptFactory
 from promptkd.objectives import reverse_kl

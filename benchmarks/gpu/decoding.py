@@ -15,7 +15,7 @@ from benchmarks import greedy
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.shapes import lengths_around, random_rows, sharp_model
 from promptkd.engine import engine_for
-from promptkd.engine.verify import first_verified
+from promptkd.engine.resolve import first_verified
 from promptkd.generation import SamplingParams, generate
 
 __all__ = ["run"]

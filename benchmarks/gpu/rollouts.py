@@ -12,7 +12,7 @@ from benchmarks.clock import peak_bytes, restart_peak, seconds_of
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.shapes import lengths_around, qwen, random_rows, vocabulary_of
 from promptkd.engine import engine_for
-from promptkd.engine.verify import first_verified
+from promptkd.engine.resolve import first_verified
 from promptkd.generation import SamplingParams, generate
 
 __all__ = ["run"]

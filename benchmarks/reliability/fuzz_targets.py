@@ -26,8 +26,7 @@ from promptkd.data.templates import resolve_template
 from promptkd.errors import RequestError
 from promptkd.io.jsonl import ResumableLines, settle_settings
 from promptkd.judge.questions import load_prompt, questions_about, read_answers
-from promptkd.judge.verdict_parsing import read_preference, read_scores
-from promptkd.judge.verdicts import verdict_log
+from promptkd.judge.verdicts import read_preference, read_scores, verdict_log
 from promptkd.models.folder import adapter_base, check_model_folder
 from promptkd.models.gguf_read import open_gguf
 from promptkd.report import render_report, terminal_table

@@ -2,7 +2,7 @@
 
 import errno
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -42,6 +42,15 @@ def check_all(lead: str, checks: Iterable[tuple[bool, str]], advice: str = "") -
     """`RequestError` "lead: problem; problem. advice" of all `checks`, (is wrong, the problem), that are wrong."""
     if problems := [problem for is_wrong, problem in checks if is_wrong]:
         raise RequestError(f"{lead}: {'; '.join(problems)}.{advice and f' {advice}'}")
+
+
+def raise_together(problems: Sequence[str], of: str, advice: str = "") -> None:
+    """Raise one `RequestError` of all problems, a line each where there are several; nothing if there is none."""
+    if len(problems) > 1:
+        lines = [f"{len(problems)} things are wrong with the {of}:", *(f"  - {each}" for each in problems), advice]
+        raise RequestError("\n".join(lines).rstrip())
+    if problems:
+        raise RequestError(f"{problems[0]} {advice}".rstrip())
 
 
 @contextmanager

@@ -39,9 +39,8 @@ from helpers.commands import (
     write_rows,
 )
 from promptkd.cli import COMMANDS
-from promptkd.cli.parsing.annotations import choices
 from promptkd.cli.parsing.config_file import read_config
-from promptkd.cli.parsing.fields import common_fields, training_fields
+from promptkd.cli.parsing.fields import choices, common_fields, training_fields
 from promptkd.data import encode_examples, read_examples
 from promptkd.methods import METHODS
 from promptkd.results import Metric, Results, file_sha256

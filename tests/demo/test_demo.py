@@ -79,7 +79,7 @@ def tiny_demo(tmp_path, monkeypatch):
     monkeypatch.setattr("promptkd.cli.commands.demo.teacher_file", lambda: teacher)
     monkeypatch.setattr(pipeline, "teacher_file", lambda: teacher)
     monkeypatch.setattr(pipeline, "data_file", lambda split: tmp_path / f"{split}.jsonl")
-    monkeypatch.setattr(pipeline, "teacher_hash", lambda: "tiny")
+    monkeypatch.setattr(pipeline, "file_sha256", lambda file: file.name)  # the tiny teacher is a folder
     monkeypatch.setattr(
         "promptkd.cli.commands.demo.DemoSettings", lambda **given: DemoSettings(**{**vars(small), **given})
     )

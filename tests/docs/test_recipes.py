@@ -7,7 +7,7 @@ import pytest
 import promptkd.cli.options.distill
 from helpers.commands import World, done, make_world, run
 from promptkd.cli.parsing.config_file import read_config
-from promptkd.cli.parsing.parser import parse_options
+from promptkd.cli.parsing.parser import merged_config, parse_options
 from promptkd.errors import RequestError
 from promptkd.methods import METHODS
 from promptkd.results import Results
@@ -39,7 +39,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def merged(path: Path, *flags: str) -> dict:
-    return parse_options("distill", promptkd.cli.options.distill, [*REQUIRED, "--config", str(path), *flags]).merged
+    parsed = parse_options("distill", promptkd.cli.options.distill, [*REQUIRED, "--config", str(path), *flags])
+    return merged_config(*parsed)
 
 
 def test_there_is_a_recipe_for_each_method_and_each_published_setting():

@@ -1,6 +1,7 @@
 """The chunked losses against the plain objectives: values, gradients and metrics."""
 
 import math
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from promptkd.engine import Head, chunked_cross_entropy, chunked_objective, chunked_prompt_loss
+from promptkd.engine import Head, chunked_cross_entropy, chunked_objective, chunked_prompt_loss, engine_for
 from promptkd.objectives import (
     adaptive_kl,
     forward_kl,
@@ -433,7 +434,9 @@ def test_blocks_of_a_chunk_change_nothing(kind, monkeypatch):
             yield from gradients(loss.total, hidden, student_head.weight, student_head.bias)
 
     whole = list(losses())
-    monkeypatch.setattr("promptkd.engine.cpu.head._BLOCK", 3 * WORDS)  # rows in blocks of 3, 3, 3, 3 and 1
+    cpu = engine_for(torch.device("cpu"))
+    blocks = replace(cpu, head=replace(cpu.head, block=3 * WORDS))  # of 3, 3, 3, 3 and 1 rows
+    monkeypatch.setattr("promptkd.engine.chunked_loss.engine_for", lambda device: blocks)
     for got, expected in zip(losses(), whole, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
 

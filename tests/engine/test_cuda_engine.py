@@ -20,9 +20,9 @@ from promptkd.data.batch import right_pad
 from promptkd.engine import Head, chunked_objective, chunked_prompt_loss
 from promptkd.engine.backbone import model_matmul_dtype
 from promptkd.engine.chunked_loss import chunked_cross_entropy
-from promptkd.engine.cuda import ENGINE, attention, decoding, head
+from promptkd.engine.cuda import ENGINE, decoding, scoring
 from promptkd.engine.reference import DynamicCacheDecoder, PaddedScorer
-from promptkd.engine.verify import first_verified
+from promptkd.engine.resolve import first_verified
 from promptkd.generation import SamplingParams, generate
 from promptkd.objectives import reverse_kl
 from promptkd.objectives.kernels import PLAIN_KERNELS
@@ -57,17 +57,17 @@ def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=No
 @pytest.fixture(autouse=True)
 def on_cpu(monkeypatch):
     wide = {torch.float32, torch.float64, torch.bfloat16}
-    monkeypatch.setattr(attention, "varlen", StandIn(attention.varlen, varlen_attn=varlen_attn))
-    monkeypatch.setattr(attention, "_GROUPED", {})
-    monkeypatch.setattr(attention, "_DTYPES", wide)
-    monkeypatch.setattr(head, "_product", lambda left, right: left.float() @ right.float())
+    monkeypatch.setattr(scoring, "varlen", StandIn(scoring.varlen, varlen_attn=varlen_attn))
+    monkeypatch.setattr(scoring, "_GROUPED", {})
+    monkeypatch.setattr(scoring, "_DTYPES", wide)
+    monkeypatch.setattr(scoring, "_product", lambda left, right: left.float() @ right.float())
 
 
 @pytest.fixture
 def as_cuda(monkeypatch):
     """Everything on CPU is run by the CUDA engine."""
     monkeypatch.setattr("promptkd.engine.resolve._of_kind", lambda kind: ENGINE)
-    monkeypatch.setattr(head, "_triton_kernels", lambda: PLAIN_KERNELS)  # Triton's have tests of their own
+    monkeypatch.setattr(scoring, "_triton_kernels", lambda: PLAIN_KERNELS)  # Triton's have tests of their own
 
 
 def models(architecture, **settings):
@@ -168,7 +168,7 @@ def test_a_store_grows_and_is_emptied():
     assert decoded(FUSED, model).isfinite().all()
     with torch.no_grad(), FUSED.open(model, 9, None) as sessions, sessions(300) as session:
         logits = session.prefill([[1, 2]] * 9)
-    assert (store.rows, store.columns) == (16, 384)
+    assert (len(store.first), store.columns) == (16, 384)
     assert torch.allclose(logits[0], logits[8])
 
 
@@ -208,7 +208,7 @@ def test_the_engine_is_trusted_after_its_trial():
 
 
 def test_float32_stays_with_the_reference(monkeypatch):
-    monkeypatch.setattr(attention, "_DTYPES", {torch.bfloat16, torch.float16})
+    monkeypatch.setattr(scoring, "_DTYPES", {torch.bfloat16, torch.float16})
     model = tiny_model("llama")
     assert not PACKED.supports(model)
     assert not FUSED.supports(model)
@@ -413,7 +413,7 @@ def test_only_matrices_are_copied_where_layers_are_the_models_own():
     model = tiny_model("gpt2")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         decoded(ROWS, model)
-    copied = ROWS._buffers[model].backbone._backbone
+    copied = ROWS._buffers[model].backbone.args[0]
     assert copied.wte.weight is model.transformer.wte.weight
     assert copied.h[0].ln_1.weight is model.transformer.h[0].ln_1.weight
     assert copied.h[0].mlp.c_fc.weight.dtype == torch.bfloat16

@@ -8,10 +8,11 @@ from peft import LoraConfig, get_peft_model
 
 from helpers.tiny import ARCHITECTURES, VOCABULARY, tiny_model
 from promptkd.engine import decoding, first_verified, head_logits
-from promptkd.engine.cpu import ENGINE, onednn
-from promptkd.engine.cpu.onednn import OneDNNLinear, onednn_linears, onednn_multiplies
-from promptkd.engine.fused_decoder import FusedDecoder, supports_fused_decoder
+from promptkd.engine.cpu import ENGINE
+from promptkd.engine.cpu import decoding as onednn
+from promptkd.engine.cpu.decoding import OneDNNLinear, onednn_linears, onednn_multiplies
 from promptkd.engine.packed import supports_packing
+from promptkd.engine.static_cache import FusedDecoder, supports_fused_decoder
 from promptkd.generation import SamplingParams, generate
 
 PROMPTS = ([5, 9, 11, 2, 40, 7, 7, 30, 12, 1], [3], [5, 9, 4, 60])

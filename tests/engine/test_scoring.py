@@ -11,7 +11,7 @@ from helpers.standins import OnResults
 from helpers.tiny import ARCHITECTURES, END_ID, VOCABULARY, tiny_model
 from promptkd.data.batch import TokenBatch, right_pad
 from promptkd.engine import check_scoring, head_logits, head_size, linear_head, response_hidden, response_logits
-from promptkd.engine.cpu.head import CpuHeadBackend
+from promptkd.engine.cpu.scoring import HEAD
 from promptkd.engine.heads import HeadBackend
 from promptkd.errors import RequestError
 from promptkd.objectives import prompt_loss, reverse_kl
@@ -247,7 +247,7 @@ def test_logit_scale_and_soft_cap_are_the_models_own(architecture):
         close(logits, bare * {"cohere": 3.0, "granite": 1 / 0.5}[architecture])
 
 
-@pytest.mark.parametrize("products", [HeadBackend(), CpuHeadBackend()], ids=["reference", "cpu"])
+@pytest.mark.parametrize("products", [HeadBackend(), HEAD], ids=["reference", "cpu"])
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, "cohere", "granite"])
 def test_the_head_as_tensors_gives_the_same_logits(architecture, products):
     scale = {"cohere": {"logit_scale": 3.0}, "granite": {"logits_scaling": 4.0}}.get(architecture, {})

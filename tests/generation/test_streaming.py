@@ -7,7 +7,8 @@ from transformers import PreTrainedTokenizerFast
 
 from helpers.tiny import ARCHITECTURES, END_ID, tiny_model, tiny_tokenizer
 from promptkd.generation import SamplingParams, generate
-from promptkd.generation.streaming import TextStream, stream
+from promptkd.generation.conversation import TextStream
+from promptkd.generation.decode_loop import stream
 
 PROMPT = [4, 11, 60, 7, 23]
 SAMPLED = {"temperature": 1.3, "top_p": 0.9, "top_k": 40}

@@ -6,7 +6,7 @@ import pytest
 
 from promptkd.errors import RequestError
 from promptkd.judge.questions import fill_prompt, load_prompt
-from promptkd.judge.verdict_parsing import read_preference, read_scores
+from promptkd.judge.verdicts import read_preference, read_scores
 
 SCORES = {
     "7 9": (7, 9),

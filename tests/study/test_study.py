@@ -32,21 +32,18 @@ from helpers.processes import ForkedCommand, forked_command, killed
 from helpers.standins import StandIn
 from helpers.tiny import save_model, tiny_model
 from promptkd.cli import study_runs
+from promptkd.cli.commands.study import compare_and_report
 from promptkd.cli.options.study import Options
-from promptkd.cli.parsing.parser import parse_options
-from promptkd.cli.study_outcome import compare_and_report
+from promptkd.cli.parsing.parser import merged_config, parse_options
 from promptkd.cli.study_runs import StudyRun
 from promptkd.errors import RequestError
 from promptkd.evaluation.pairing import Candidate
 from promptkd.io.lock import locked
 from promptkd.results import DataRecord, Evaluation, Results, RowResult
-from promptkd.study.local import LocalPool, shares
-from promptkd.study.loop import carry_out
+from promptkd.study.loop import Table, carry_out
 from promptkd.study.plan import Planned, arguments_of, plan_runs
-from promptkd.study.pooling import Member, both_ways, compare_groups, t_quantile, t_two_sided
-from promptkd.study.processes import Job, shell_line
-from promptkd.study.progress import last_words
-from promptkd.study.table import Row, Table
+from promptkd.study.pooling import both_ways, compare_groups, t_quantile, t_two_sided
+from promptkd.study.processes import Job, LocalPool, Phase, shares, shell_line
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "study.yaml"
 PAIR = {"student": "s", "teacher": "t", "data": "d"}
@@ -127,7 +124,7 @@ def test_arguments_give_the_settings_again():
         **{"eval_data": None, "template": "Q: {{ x }}\nA: ", "prompt_weight_decay": -1e-05, "optim_args": ""},
         **{"model_init_kwargs": {"a": [1, None], "b": {"c": True}}, "report_to": ["wandb", "tensorboard"]},
     }
-    merged = parse_options("distill", promptkd.cli.options.distill, arguments_of(settings)).merged
+    merged = merged_config(*parse_options("distill", promptkd.cli.options.distill, arguments_of(settings)))
     assert {name: merged[name] for name in settings} == settings
 
 
@@ -289,8 +286,7 @@ def test_a_page_that_the_disk_does_not_take_leaves_the_old_one(tmp_path, capsys)
     folder.mkdir(parents=True)
     Results(kind="distill", config={}).write(folder / "results.json")
     (out / "report.html").write_text("the old page")
-    job, row = Job(planned_run.name, (), out / "log"), Row(planned_run.name, folder, 1)
-    finished = StudyRun(planned_run, folder, job, row, folder / "results.json", None)
+    finished = StudyRun(planned_run, Job("kd-seed-1", folder, (), out / "log"), folder / "results.json", None)
     options = Options(config=out / "study.yaml", out=out, base={}, methods=["kd"], seeds=[1])
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
@@ -404,21 +400,20 @@ def until(holds, seconds: float) -> None:
 # ---- processes, signals, the table ----
 
 
-def row_of(job: Job, folder: Path) -> Row:
-    return Row(job.name, folder / job.name, 10)
+def job_of(folder: Path, name: str, *commands: tuple[str, ...]) -> Job:
+    return Job(name, folder / name, commands, folder / f"{name}.log", steps=10)
 
 
 def test_a_job_that_fails_ends_its_own_commands_alone(tmp_path):
     version, wrong = ("--version",), ("no-such-command",)
     jobs = [
-        Job("bad", (wrong, version), tmp_path / "bad.log"),
-        Job("good", (version, version), tmp_path / "good.log"),
-        Job("more", (version,), tmp_path / "more.log"),
+        job_of(tmp_path, "bad", wrong, version),
+        job_of(tmp_path, "good", version, version),
+        job_of(tmp_path, "more", version),
     ]
     console = Console(file=(tmp_path / "said").open("w"), width=60)
-    outcome = carry_out(jobs, LocalPool([{}, {}]), Table([row_of(job, tmp_path) for job in jobs], console))
-    assert outcome.statuses == {"bad": 2, "good": 0, "more": 0}
-    assert outcome.signal is None
+    assert carry_out(jobs, LocalPool([{}, {}]), console) is None
+    assert {job.name: job.status for job in jobs} == {"bad": 2, "good": 0, "more": 0}
     assert (tmp_path / "good.log").read_text().count("$ promptkd --version\npromptkd ") == 2
     assert "There is no command 'no-such-command'" in (tmp_path / "bad.log").read_text()
     assert "--version" not in (tmp_path / "bad.log").read_text()
@@ -428,15 +423,15 @@ def test_a_job_that_fails_ends_its_own_commands_alone(tmp_path):
     assert "2 done, 1 failed" in said.splitlines()[-1]
 
 
-@pytest.mark.parametrize(("means", "statuses"), [("stop", {-signal.SIGTERM, 143}), ("kill", {-signal.SIGKILL})])
-def test_a_pool_stops_its_processes(tmp_path, means, statuses):
+@pytest.mark.parametrize(("at_once", "statuses"), [(False, {-signal.SIGTERM, 143}), (True, {-signal.SIGKILL})])
+def test_a_pool_stops_its_processes(tmp_path, at_once, statuses):
     os.mkfifo(tmp_path / "never")  # reading it waits for a writer
-    job = Job("a", (("study", str(tmp_path / "never")), ("--version",)), tmp_path / "a.log")
+    job = job_of(tmp_path, "a", ("study", str(tmp_path / "never")), ("--version",))
     pool = LocalPool([{}])
     pool.start(job)
     assert not pool.has_room()
     assert pool.finished() == {}
-    getattr(pool, means)()
+    pool.stop(at_once=at_once)
     ended: dict[str, int] = {}
     until(lambda: ended.update(pool.finished()) or ended, 20)
     assert ended["a"] in statuses
@@ -458,23 +453,21 @@ class Endless:
         if len(self.active) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def is_running(self, job):
+    def has_begun(self, job):
         return True
 
     def finished(self):
         ended, self.ended = self.ended, {}
         return ended
 
-    def stop(self):
-        self.calls.append("stop")
-        if self.deaf:
+    def stop(self, *, at_once):
+        self.calls.append("kill" if at_once else "stop")
+        if at_once:
+            self.ended = dict.fromkeys(self.active, -9)
+        elif self.deaf:
             os.kill(os.getpid(), signal.SIGTERM)  # SIGINT is not heard where the suite runs in the background
         else:
             self.ended = dict.fromkeys(self.active, 143)
-
-    def kill(self):
-        self.calls.append("kill")
-        self.ended = dict.fromkeys(self.active, -9)
 
     def close(self):
         self.calls.append("close")
@@ -482,12 +475,11 @@ class Endless:
 
 @pytest.mark.parametrize(("deaf", "calls"), [(False, ["stop", "close"]), (True, ["stop", "kill", "close"])])
 def test_a_signal_stops_the_runs_and_a_second_one_ends_them(tmp_path, deaf, calls):
-    jobs = [Job(name, (), tmp_path / name) for name in "abc"]
+    jobs = [job_of(tmp_path, name) for name in "abc"]
     engine, handlers = Endless(deaf), [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     console = Console(file=(tmp_path / "said").open("w"))
-    outcome = carry_out(jobs, engine, Table([row_of(job, tmp_path) for job in jobs], console))
-    assert outcome.signal == signal.SIGTERM
-    assert outcome.statuses.keys() == {"a", "b"}
+    assert carry_out(jobs, engine, console) == signal.SIGTERM
+    assert [job.phase for job in jobs] == [Phase.STOPPED, Phase.STOPPED, Phase.WAITING]
     assert engine.calls == calls
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
     console.file.close()
@@ -502,8 +494,8 @@ def test_workers_share_cores_and_gpus():
 
 def test_the_last_words_of_a_log_cannot_reach_the_terminal_as_codes(tmp_path):
     (tmp_path / "a.log").write_text("first\n\x1b[31mred \n\n")
-    assert last_words(tmp_path / "a.log") == "␛[31mred"
-    assert last_words(tmp_path / "none.log") == ""
+    assert job_of(tmp_path, "a").last_words() == "␛[31mred"
+    assert job_of(tmp_path, "none").last_words() == ""
 
 
 def test_a_command_is_shown_without_secrets():
@@ -514,21 +506,18 @@ def test_a_command_is_shown_without_secrets():
 
 
 def test_the_live_table(tmp_path):
-    jobs = [Job(f"kd-seed-{seed}", (), tmp_path / "log") for seed in range(40)]
-    rows = [row_of(job, tmp_path) for job in jobs]
+    jobs = [job_of(tmp_path, f"kd-seed-{seed}") for seed in range(40)]
     (tmp_path / "kd-seed-7").mkdir()
     (tmp_path / "kd-seed-7" / "metrics.jsonl").write_text(
         '{"step": 3, "loss": 1.25}\n{"step": 4, "eval_loss": 2}\n{"ste'
     )
     file = (tmp_path / "screen").open("w+")
-    table = Table(rows, Console(file=file, force_terminal=True, width=70, height=12))
-    with table:
-        for name, status in (("kd-seed-3", 0), ("kd-seed-5", 1)):
-            table.queued(name)
-            table.running(name)
-            table.ended(name, status, stopped=False)
-        table.queued("kd-seed-7")
-        table.running("kd-seed-7")
+    table = Table(jobs, Console(file=file, force_terminal=True, width=70, height=12))
+    with table.live:
+        for seed, status in ((3, 0), (5, 1)):
+            table.begun(jobs[seed])
+            table.ended(jobs[seed], status, stopped=False)
+        table.begun(jobs[7])
         file.truncate(0)
         table.refresh()
     file.seek(0)
@@ -568,7 +557,7 @@ def test_both_ways_by_hand():
     assert both_ways(np.zeros(3), np.zeros(4))[1] == 1
 
 
-def member(group: str, seed: int, scores, *, teacher: str = "t") -> Member:
+def candidate(group: str, seed: int, scores, *, teacher: str = "t") -> Candidate:
     """A run whose row i has the score `scores[i]` under every decoding seed, and a loss over i + 1 tokens."""
     samples = [
         RowResult(
@@ -584,7 +573,7 @@ def member(group: str, seed: int, scores, *, teacher: str = "t") -> Member:
     from promptkd.results import ModelRecord
 
     record.models["teacher"] = ModelRecord(path=teacher, parameters=1, sha256="")
-    return Member(group, seed, Candidate(f"{group}-{seed}", record, "m"))
+    return Candidate(f"{group}-{seed}", record, "m")
 
 
 BETTER = {"rouge_l": "higher", "loss": "lower", "kl_to_teacher": "lower", "response_length": None}.get
@@ -592,8 +581,10 @@ BETTER = {"rouge_l": "higher", "loss": "lower", "kl_to_teacher": "lower", "respo
 
 def test_groups_are_compared_over_the_seeds_that_both_have():
     scores = {("a", 1): [1, 2, 3], ("a", 2): [2, 2, 5], ("b", 1): [3, 2, 4], ("b", 2): [4, 5, 6], ("b", 3): [9, 9, 9]}
-    members = [member(group, seed, rows) for (group, seed), rows in scores.items()]
-    made = compare_groups(members, BETTER, baseline="a")
+    groups: dict[str, dict[int, Candidate]] = {"a": {}, "b": {}}
+    for (group, seed), rows in scores.items():
+        groups[group][seed] = candidate(group, seed, rows)
+    made = compare_groups(groups, BETTER, baseline="a")
     found = {each.metric: each for each in made.differences}
     assert found.keys() == {"rouge_l", "loss", "kl_to_teacher"}
     assert found["rouge_l"].difference.value == pytest.approx(np.mean([9 - 6, 15 - 9]) / 3)
@@ -612,14 +603,14 @@ def test_groups_are_compared_over_the_seeds_that_both_have():
     assert (a.model, b.model) == ("a", "b")
     assert b.metrics["rouge_l"].value == pytest.approx(np.mean([3, 5, 9]))
     assert "a has no finished run of seed 3." in made.notes
-    assert [each.metric for each in compare_groups(members, BETTER, baseline="b", metrics=["loss"]).differences] == [
+    assert [each.metric for each in compare_groups(groups, BETTER, baseline="b", metrics=["loss"]).differences] == [
         "loss"
     ]
 
 
 def test_a_kl_to_different_teachers_is_not_compared():
-    members = [member(group, seed, [1, 2, 3], teacher=group) for group in "ab" for seed in (1, 2)]
-    made = compare_groups(members, BETTER, baseline="a")
+    groups = {group: {seed: candidate(group, seed, [1, 2, 3], teacher=group) for seed in (1, 2)} for group in "ab"}
+    made = compare_groups(groups, BETTER, baseline="a")
     assert {each.metric for each in made.differences} == {"rouge_l", "loss"}
 
 

@@ -13,8 +13,8 @@ from helpers.trainers import FixedResponses, log, pair, rows, trainer
 from minimal_loop import kl, response_log_probs, start_prompt
 from promptkd.data.batch import right_pad
 from promptkd.engine import response_hidden
-from promptkd.engine.cpu.attention import CpuPackedScorer
-from promptkd.engine.recompute import recomputed_layers
+from promptkd.engine.backbone import recomputed_layers
+from promptkd.engine.cpu.scoring import CpuPackedScorer
 from promptkd.errors import RequestError
 from promptkd.methods import Method, MethodSettings, named_method
 from promptkd.models.adapters import FullTeacher, LoraFactory, SoftPromptAdapter, SoftPromptFactory

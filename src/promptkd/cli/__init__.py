@@ -24,7 +24,7 @@ import traceback
 from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 
-from promptkd.cli.parsing.annotations import nearest
+from promptkd.cli.parsing.fields import nearest
 from promptkd.cli.parsing.help import command_help, overview
 from promptkd.cli.terminal import say
 from promptkd.errors import NO_ROOM, PromptKDError, RequestError, Stopped

@@ -4,6 +4,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,8 @@ from transformers import PreTrainedModel
 
 from promptkd.data import encode_examples, read_examples, stop_token_ids
 from promptkd.data.batch import right_pad
-from promptkd.data.encode import EncodedData
-from promptkd.demo.cache import Stage, cached_stage
-from promptkd.demo.measurement import differences
-from promptkd.demo.settings import TEMPLATE, DemoSettings, data_file, teacher_file, teacher_hash
+from promptkd.demo.settings import TEMPLATE, DemoSettings, data_file, teacher_file
+from promptkd.demo.stages import Stage, Trained, cached_stage, differences
 from promptkd.evaluation.dataset_evaluation import measure_rows
 from promptkd.evaluation.measure import evaluation_of
 from promptkd.generation import Decoding
@@ -27,7 +26,6 @@ from promptkd.training import DistillConfig, DistillTrainer, FinetuneConfig, Fin
 from promptkd.training.callbacks import MetricsFile, ProgressBar, quiet
 
 _TUNING_ORDER = "group_by_length"  # rows of like length share a batch, so that less padding is computed
-_STAGES = ("teacher", "pruned", "recovered", "promptkd")
 _PAIRS = (("recovered", "pruned"), ("promptkd", "recovered"), ("promptkd", "teacher"))
 
 
@@ -38,7 +36,17 @@ class Demo:
         self.settings, self.out, self.say = settings, out, say
         self.dtype = compute_dtype("auto", "cpu")  # as the training stages compute
         self.tokenizer = load_tokenizer(teacher_file())
-        self.rows = {split: self._load(split) for split in ("train", "validation", "test")}
+        self.rows = {
+            split: encode_examples(
+                read_examples(data_file(split)),
+                self.tokenizer,
+                TEMPLATE,
+                max_prompt_length=settings.max_prompt_length,
+                max_response_length=settings.max_response_length,
+                overlong="error",
+            )
+            for split in ("train", "validation", "test")
+        }
         self.stop_ids: tuple[int, ...] = ()
         self.timings: dict[str, float] = {}
 
@@ -48,10 +56,12 @@ class Demo:
         teacher = self.tuned_teacher()
         self.stop_ids = stop_token_ids(self.tokenizer, teacher.model.generation_config, TEMPLATE)
         pruned = self.pruned_student(teacher.model)
-        frozen = self.frozen_teacher(teacher)
-        evaluations = {}
-        evaluations["teacher"] = self.measure("teacher", teacher.model, None)
-        evaluations["pruned"] = self.measure("pruned", pruned, frozen)
+        # with weights in the precision that is computed in
+        frozen = teacher.model if self.dtype == torch.float32 else load_model(teacher.folder, dtype="bfloat16")
+        evaluations = {
+            "teacher": self.measure("teacher", teacher.model, None),
+            "pruned": self.measure("pruned", pruned, frozen),
+        }
         recovered = self.recovered_student(pruned, teacher, frozen)
         evaluations["recovered"] = self.measure("recovered", recovered.model, frozen)
         trainer, history = self.promptkd(recovered.model, frozen)
@@ -61,7 +71,30 @@ class Demo:
         trainer.save_adapter(self.out)
         shutil.rmtree(self.out / "checkpoints", ignore_errors=True)  # nothing was saved there
         self.timings["total"] = time.perf_counter() - started
-        results = self._record(evaluations, teacher, recovered, student, history)
+        results = Results(
+            kind="demo",
+            config=asdict(self.settings),
+            models={
+                "teacher": model_record(teacher.folder, teacher.model),
+                "recovered": model_record(recovered.folder, recovered.model),
+                "promptkd": model_record(self.out / "student", student),
+            },
+            data={
+                split: DataRecord(
+                    path=f"promptkd.demo/{split}", rows=len(rows.examples), sha256=file_sha256(data_file(split))
+                )
+                for split, rows in self.rows.items()
+            },
+            evaluations=list(evaluations.values()),
+            differences=list(differences(evaluations, _PAIRS)),
+            history=[
+                Series(name="tuning the teacher", points=teacher.history),
+                Series(name="recovery", points=recovered.history),
+                Series(name="promptkd", points=history),
+            ],
+            timings=self.timings,
+            notes=[f"Computed in {str(self.dtype).removeprefix('torch.')}, with trained weights in float32, on cpu."],
+        )
         results.write(self.out / "results.json")
         return results
 
@@ -69,23 +102,20 @@ class Demo:
 
     def tuned_teacher(self) -> Stage:
         """The teacher, tuned on the training rows as in the paper, so that it answers in their manner and stops."""
-        settings = self.settings
         args = FinetuneConfig(
-            max_steps=settings.tuning_steps,
-            learning_rate=settings.tuning_rate,
+            max_steps=self.settings.tuning_steps,
+            learning_rate=self.settings.tuning_rate,
             train_sampling_strategy=_TUNING_ORDER,
             **self._training_arguments("tuning"),
         )
-
-        def make() -> tuple[PreTrainedModel, list[dict[str, Any]], float]:
-            model = load_model(teacher_file())
-            return self._train(
-                FinetuneTrainer(model, args, self.rows["train"], None, self.tokenizer), "Tuning the teacher"
-            )
-
         keys = ("seed", "batch_size", "tuning_steps", "tuning_rate", "max_prompt_length", "max_response_length")
-        stage = cached_stage("teacher", self._dependencies(keys), self.tokenizer, make)
-        return self._tell(stage, "tuning", "tuned teacher")
+
+        def trainer() -> FinetuneTrainer:
+            return FinetuneTrainer(load_model(teacher_file()), args, self.rows["train"], None, self.tokenizer)
+
+        return self._stage(
+            "teacher", "tuning", "tuned teacher", self._dependencies(keys), trainer, "Tuning the teacher"
+        )
 
     def pruned_student(self, teacher: PreTrainedModel) -> PreTrainedModel:
         """The teacher's most influential layers, measured on training rows."""
@@ -101,59 +131,32 @@ class Demo:
         self.timings["pruning"] = time.perf_counter() - started
         return prune_layers(teacher, kept)
 
-    def frozen_teacher(self, teacher: Stage) -> PreTrainedModel:
-        """The teacher that students learn from, with weights in the precision that is computed in."""
-        return teacher.model if self.dtype == torch.float32 else load_model(teacher.folder, dtype="bfloat16")
-
     def recovered_student(self, pruned: PreTrainedModel, teacher: Stage, frozen: PreTrainedModel) -> Stage:
         """The pruned student after knowledge distillation on the responses of the data."""
-        settings = self.settings
         args = DistillConfig(
             method="kd",
-            max_steps=settings.recovery_steps,
-            learning_rate=settings.recovery_rate,
+            max_steps=self.settings.recovery_steps,
+            learning_rate=self.settings.recovery_rate,
             warmup_steps=5,
             **self._training_arguments("recovery"),
         )
-
-        def make() -> tuple[PreTrainedModel, list[dict[str, Any]], float]:
-            trainer = DistillTrainer(
-                prune_copy(pruned),
-                frozen,
-                args,
-                self.rows["train"],
-                None,
-                self.tokenizer,
-                teacher_processing_class=self.tokenizer,
-            )
-            return self._train(trainer, "Recovering the student")
-
         keys = ("layers", "seed", "batch_size", "recovery_steps", "recovery_rate", "influence_rows")
         depends_on = {**self._dependencies(keys), "teacher": teacher.folder.name}
-        stage = cached_stage("recovered", depends_on, self.tokenizer, make)
-        return self._tell(stage, "recovery", "recovered student")
+        trainer = partial(self._trainer, pruned, frozen, args)
+        return self._stage("recovered", "recovery", "recovered student", depends_on, trainer, "Recovering the student")
 
     def promptkd(
         self, student: PreTrainedModel, teacher: PreTrainedModel
     ) -> tuple[DistillTrainer, list[dict[str, Any]]]:
         """PromptKD on the training requests, with the student's own responses."""
-        settings = self.settings
         args = PromptKDConfig(
-            max_steps=settings.steps,
-            learning_rate=settings.rate,
-            prompt_learning_rate=settings.prompt_rate,
+            max_steps=self.settings.steps,
+            learning_rate=self.settings.rate,
+            prompt_learning_rate=self.settings.prompt_rate,
             warmup_steps=3,
             **self._training_arguments("promptkd"),
         )
-        trainer = DistillTrainer(
-            prune_copy(student),
-            teacher,
-            args,
-            self.rows["train"],
-            None,
-            self.tokenizer,
-            teacher_processing_class=self.tokenizer,
-        )
+        trainer = self._trainer(student, teacher, args)
         numbers, share = trainer.trainable_share()
         self.say(f"The soft prompt trains {numbers:,} numbers, {share:.4%} of the teacher.")
         trainer.add_callback(MetricsFile(self.out / "metrics.jsonl"))
@@ -181,16 +184,6 @@ class Demo:
 
     # ---- inside ----
 
-    def _load(self, split: str) -> EncodedData:
-        return encode_examples(
-            read_examples(data_file(split)),
-            self.tokenizer,
-            TEMPLATE,
-            max_prompt_length=self.settings.max_prompt_length,
-            max_response_length=self.settings.max_response_length,
-            overlong="error",
-        )
-
     def _training_arguments(self, stage: str) -> dict[str, Any]:
         return {
             "output_dir": str(self.out / "checkpoints" / stage),
@@ -204,7 +197,13 @@ class Demo:
             "use_cpu": True,
         }
 
-    def _train(self, trainer: Any, title: str) -> tuple[PreTrainedModel, list[dict[str, Any]], float]:
+    def _trainer(self, student: PreTrainedModel, teacher: PreTrainedModel, args: DistillConfig) -> DistillTrainer:
+        # a copy with every layer, so that training leaves the original as it is for the next stage's comparison
+        copy, tokenizer = prune_layers(student, list(range(student.config.num_hidden_layers))), self.tokenizer
+        rows = self.rows["train"]
+        return DistillTrainer(copy, teacher, args, rows, None, tokenizer, teacher_processing_class=tokenizer)
+
+    def _train(self, trainer: Any, title: str) -> Trained:
         quiet(trainer)
         bar = ProgressBar(title)
         trainer.add_callback(bar)
@@ -222,54 +221,18 @@ class Demo:
             **{key: settings[key] for key in keys},
             "template": TEMPLATE,
             "data": file_sha256(data_file("train")),
-            "model": teacher_hash(),
+            "model": file_sha256(teacher_file()),
             "conversion": GGUF_CONVERSION,
             "order": _TUNING_ORDER,
             "dtype": str(self.dtype),
         }
 
-    def _tell(self, stage: Stage, part: str, what: str) -> Stage:
+    def _stage(
+        self, name: str, part: str, what: str, depends_on: dict[str, Any], trainer: Callable[[], Any], title: str
+    ) -> Stage:
+        stage = cached_stage(name, depends_on, self.tokenizer, lambda: self._train(trainer(), title))
         if stage.was_cached:
             self.say(f"The {what} comes from the cache (made in {stage.seconds:.0f} s).")
         else:
             self.timings[part] = stage.seconds
         return stage
-
-    def _record(
-        self,
-        evaluations: dict[str, Evaluation],
-        teacher: Stage,
-        recovered: Stage,
-        student: PreTrainedModel,
-        history: list[dict[str, Any]],
-    ) -> Results:
-        data = {
-            split: DataRecord(
-                path=f"promptkd.demo/{split}", rows=len(rows.examples), sha256=file_sha256(data_file(split))
-            )
-            for split, rows in self.rows.items()
-        }
-        return Results(
-            kind="demo",
-            config=asdict(self.settings),
-            models={
-                "teacher": model_record(teacher.folder, teacher.model),
-                "recovered": model_record(recovered.folder, recovered.model),
-                "promptkd": model_record(self.out / "student", student),
-            },
-            data=data,
-            evaluations=[evaluations[label] for label in _STAGES],
-            differences=differences(evaluations, _PAIRS),
-            history=[
-                Series(name="tuning the teacher", points=teacher.history),
-                Series(name="recovery", points=recovered.history),
-                Series(name="promptkd", points=history),
-            ],
-            timings=self.timings,
-            notes=[f"Computed in {str(self.dtype).removeprefix('torch.')}, with trained weights in float32, on cpu."],
-        )
-
-
-def prune_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy with every layer, so that training leaves the original as it is for the next stage's comparison."""
-    return prune_layers(model, list(range(model.config.num_hidden_layers)))

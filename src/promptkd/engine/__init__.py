@@ -1,7 +1,6 @@
-"""Running a model: scoring complete rows, decoding token by token, and projecting hidden states to logits and losses.
+"""Running a model: `response_hidden`, `decoding`, `head_logits` and chunked losses, by the engine of its device.
 
-The rest of promptkd calls `response_hidden`, `decoding`, `head_logits` and the chunked losses, which pick the engine
-for the model's device. `base.py` has the interface of an engine; docs/architecture.md follows a call through it.
+`base.py` has the interface of an engine; docs/architecture.md follows a call through it.
 """
 
 from contextlib import AbstractContextManager
@@ -9,12 +8,11 @@ from contextlib import AbstractContextManager
 from torch import Tensor, nn
 
 from promptkd.data.batch import TokenBatch
-from promptkd.engine.backbone import applies_dropout, disable_dropout, embedding_device, evaluating, unwrap_peft
-from promptkd.engine.base import DecodeSession, Engine, SessionFactory
+from promptkd.engine.backbone import disable_dropout, embedding_device, evaluating, unwrap_peft
+from promptkd.engine.base import DecodeSession, SessionFactory
 from promptkd.engine.chunked_loss import ChunkedLoss, chunked_cross_entropy, chunked_objective, chunked_prompt_loss
 from promptkd.engine.heads import Head, head_logits, head_size, linear_head
-from promptkd.engine.resolve import engine_for
-from promptkd.engine.verify import check_scoring, first_verified
+from promptkd.engine.resolve import check_scoring, engine_for, first_verified
 
 
 def response_hidden(model: nn.Module, batch: TokenBatch, prompt: Tensor | None = None) -> Tensor:
@@ -29,10 +27,8 @@ def response_hidden(model: nn.Module, batch: TokenBatch, prompt: Tensor | None =
         (N, H), one state per response token, in the order of `batch.targets`.
     """
     inner = unwrap_peft(model)
-    if prompt is not None and prompt.shape[0] == 0:
-        prompt = None
-    scorers = engine_for(embedding_device(inner)).scorers
-    return first_verified(scorers, inner).hidden(inner, batch, prompt)
+    scorer = first_verified(engine_for(embedding_device(inner)).scorers, inner)
+    return scorer.hidden(inner, batch, None if prompt is None or prompt.shape[0] == 0 else prompt)
 
 
 def response_logits(
@@ -48,8 +44,7 @@ def decoding(model: nn.Module, rows: int, *, vocabulary: int | None = None) -> A
     Args:
         model: a causal model of transformers or a PeftModel of one, in evaluation mode.
         rows: the most rows of a session.
-        vocabulary: how many tokens to return logits for, from id 0 on; None for all.
+        vocabulary: how many columns of logits to return; None for all.
     """
     inner = unwrap_peft(model)
-    decoders = engine_for(embedding_device(inner)).decoders
-    return first_verified(decoders, inner).open(inner, rows, vocabulary)
+    return first_verified(engine_for(embedding_device(inner)).decoders, inner).open(inner, rows, vocabulary)

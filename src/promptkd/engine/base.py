@@ -1,14 +1,7 @@
-"""The interface of an engine: everything that promptkd asks of a model goes through these classes.
+"""The interface of an engine, through which promptkd runs models.
 
-An `Engine` belongs to one kind of device (CPU, CUDA) and lists interchangeable implementations of two jobs, the fastest
-first and the plain reference last:
-
-- a `Scorer` runs complete rows and returns the hidden states that predict their response tokens;
-- a `Decoder` generates token by token. It opens sessions: `prefill` reads the prompts, `decode` appends one token to
-  each row, `select` keeps some of the rows.
-
-The first implementation that supports a model and agrees with the reference in a trial (`verify.py`) runs it. From
-hidden states to logits (the projection by the model's head) and to losses is the job of `Engine.head` (`heads.py`).
+An `Engine` belongs to one kind of device and lists interchangeable implementations of two jobs, the fastest first and
+the reference last. The first that supports a model and agrees with the reference in a trial (`resolve.py`) runs it.
 
 Shapes: B rows of T tokens in a batch; N response tokens; R rows of a session; n vectors of a soft prompt; H the width
 of hidden states, E that of embeddings; V the vocabulary size.
@@ -26,24 +19,26 @@ from promptkd.data.batch import TokenBatch
 from promptkd.engine.heads import HeadBackend
 
 
-class Scorer(ABC):
-    """Runs complete rows through a model."""
+class Implementation(ABC):
+    """One way to run a model."""
 
     name: str
 
-    @abstractmethod
     def supports(self, model: PreTrainedModel) -> bool:
-        """Whether this scorer can run the model in its current mode and precision, as far as its class and settings
-        tell. Called before every pass, so it must be cheap."""
+        """Whether it can run the model in its mode and precision, as far as class and settings tell."""
+        return True
+
+    def forget(self, model: PreTrainedModel) -> None:
+        """Release what is kept for the model between calls, since another implementation runs it."""
+        del model  # most keep nothing
+
+
+class Scorer(Implementation):
+    """Runs complete rows through a model."""
 
     @abstractmethod
     def hidden(self, model: PreTrainedModel, batch: TokenBatch, prompt: Tensor | None) -> Tensor:
-        """Last hidden states (N, H) that predict the response tokens, in the order of `batch.targets`.
-
-        Args:
-            batch: right-padded rows.
-            prompt: a soft prompt (n, E), n > 0, put before each row; or None.
-        """
+        """See `promptkd.engine.response_hidden`; a prompt has at least one vector."""
 
 
 class DecodeSession(ABC):
@@ -51,12 +46,7 @@ class DecodeSession(ABC):
 
     @abstractmethod
     def prefill(self, prompts: Sequence[Sequence[int]], soft_prompt: Tensor | None = None) -> Tensor:
-        """Read the prompts, and return the logits (R, V) of the token that follows each, in float32 or wider.
-
-        Args:
-            prompts: R lists of at least one token id.
-            soft_prompt: (n, E) embeddings put before every row, or None.
-        """
+        """Read R prompts, each after the embeddings (n, E): logits (R, V) of what follows, in float32 or wider."""
 
     @abstractmethod
     def decode(self, tokens: Tensor) -> Tensor:
@@ -71,27 +61,12 @@ SessionFactory = Callable[[int], AbstractContextManager[DecodeSession]]
 """Takes `max_new_tokens`, the most tokens that a row may get, and opens a session."""
 
 
-class Decoder(ABC):
+class Decoder(Implementation):
     """Decodes with a model, token by token."""
-
-    name: str
-
-    @abstractmethod
-    def supports(self, model: PreTrainedModel) -> bool:
-        """See `Scorer.supports`."""
 
     @abstractmethod
     def open(self, model: PreTrainedModel, rows: int, vocabulary: int | None) -> AbstractContextManager[SessionFactory]:
-        """Prepare the model's current weights for decoding. They must not change while the context is open.
-
-        Args:
-            rows: the most rows of a session.
-            vocabulary: how many tokens to return logits for, from id 0 on; None for all.
-        """
-
-    def forget(self, model: PreTrainedModel) -> None:
-        """Release what is kept for the model between calls, since this decoder will not run it."""
-        del model  # most decoders keep nothing
+        """See `promptkd.engine.decoding`."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +77,7 @@ class Engine:
     scorers: tuple[Scorer, ...]  # the fastest first, the reference last
     decoders: tuple[Decoder, ...]  # the fastest first, the reference last
     head: HeadBackend  # matrix products with the model's head, and the divergences that follow
-    check_every: int  # decoded tokens between two checks of which rows have ended; each waits for the device
-    decode_rows: int  # default number of rows that are decoded together
-    shares_passes: bool  # whether the student's pass also serves the prompt's step: less time, more memory
-    pass_tokens: int  # most tokens of a pass that keeps activations only for a soft prompt
+    check_every: int = 1  # decoded tokens between two checks of which rows have ended; each waits for the device
+    decode_rows: int = 32  # default number of rows that are decoded together
+    shares_passes: bool = False  # whether the student's pass also serves the prompt's step: less time, more memory
+    pass_tokens: int = 2**31  # most tokens of a pass that keeps activations only for a soft prompt

@@ -1,15 +1,11 @@
-"""Losses from hidden states and heads, a chunk of tokens at a time.
+"""Losses from hidden states and heads, a chunk of tokens at a time, so that no tensor of shape (N, V) is ever made.
 
-Written plainly, a loss over N tokens and V vocabulary columns needs several tensors of shape (N, V). Here a chunk of
-tokens is projected, its loss and the gradient with respect to its logits are computed, and the gradient is passed on to
-the hidden states and the head at once. No tensor of shape (N, V) is ever made, and backward only multiplies. The values
-are those of the plain objectives, which remain the reference (tests/engine/test_chunked_loss.py).
-
-Logits, divergences and sums are float32 or wider, also under autocast. The gradient overwrites the logits.
+The gradient of a chunk's logits is passed on to the hidden states and the head at once, and backward only multiplies.
+Logits, divergences and sums are float32 or wider, also under autocast.
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +14,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from promptkd.engine.backbone import matmul_dtype
-from promptkd.engine.heads import Head, HeadBackend
+from promptkd.engine.heads import Head, Projection
 from promptkd.engine.resolve import engine_for
-from promptkd.objectives.kernels import Kernel, Objective, objective_kernel, prompt_kernel
-from promptkd.objectives.prompt import Direction
+from promptkd.objectives.divergences import Direction
+from promptkd.objectives.kernels import Kernel, Kernels, Metrics, Objective, objective_kernel, prompt_kernel
 
 HiddenAndHead = tuple[Tensor, Head]
 """Hidden states (N, H) of N tokens, and the head that projects them to logits (N, V)."""
@@ -44,31 +40,20 @@ class ChunkedLoss:
 def chunked_objective(
     objective: Objective, student: HiddenAndHead, teacher: HiddenAndHead, *, chunk: int | None = None
 ) -> ChunkedLoss:
-    """Sum over tokens of `objective(student_logits, teacher_logits)`.
+    """Sum over tokens of `objective(student_logits, teacher_logits)`, with the student's metric "entropy", in nats.
 
     Args:
         objective: any function of `promptkd.objectives` on two logit tensors, or one of your own.
-        student: its hidden states and head receive gradients.
-        teacher: constant.
+        student: receives gradients. The teacher is constant.
         chunk: most tokens at a time; None for what suits the device, here and below.
-
-    Returns:
-        The sum, and the metric "entropy" of the student over the columns that both have, summed, in nats.
-
-    Raises:
-        ValueError: for differing numbers of tokens.
     """
-    backend = _backend_of(student)
     absent = student[1].has_absent_tokens or teacher[1].has_absent_tokens
-    kernel = objective_kernel(objective, backend.kernels(student[1].logits_dtype), absent_tokens=absent)
-    return _chunked(backend, kernel, student, [teacher], chunk)
+    return _chunked(objective_kernel(objective, _kernels(student), absent_tokens=absent), student, [teacher], chunk)
 
 
 def chunked_cross_entropy(student: HiddenAndHead, labels: Tensor, *, chunk: int | None = None) -> ChunkedLoss:
     """Sum over tokens of -log q(y) for the tokens y in `labels`, (N,). All else as in `chunked_objective`."""
-    backend = _backend_of(student)
-    kernel = backend.kernels(student[1].logits_dtype).cross_entropy
-    return _chunked(backend, kernel, student, [labels], chunk)
+    return _chunked(_kernels(student).cross_entropy, student, [labels], chunk)
 
 
 def chunked_prompt_loss(
@@ -77,98 +62,74 @@ def chunked_prompt_loss(
     plain: HiddenAndHead | None,
     *,
     weight: float,
-    student_direction: Direction = "reverse",
-    plain_direction: Direction = "reverse",
     chunk: int | None = None,
+    **directions: Direction,
 ) -> ChunkedLoss:
-    """Sum over tokens of `prompt_loss`.
+    """Sum over tokens of `prompt_loss`, with its unweighted terms as metrics: "to_student" and "to_plain".
 
     Args:
-        prompted: the teacher with its adapter; receives gradients.
-        student: constant.
-        plain: the teacher without its adapter, constant; None only with a weight of 0.
-        weight, student_direction, plain_direction: see `prompt_loss`.
-
-    Returns:
-        The sum, and its unweighted terms, summed: the metrics "to_student" and, with `plain`, "to_plain".
-
-    Raises:
-        ValueError: for a weight without `plain`, or differing numbers of tokens.
+        prompted: the teacher with its adapter; receives gradients. The others are constant.
+        plain: the teacher without its adapter; None only with a weight of 0.
+        weight, directions: see `prompt_loss`.
     """
     if plain is None and weight != 0:
         raise ValueError(f"`plain` may be left out only with a weight of 0. Got {weight}.")
-    backend = _backend_of(prompted)
     targets = [student] if plain is None else [student, plain]
     absent = any(head.has_absent_tokens for _, head in (prompted, *targets))
-    kernels = backend.kernels(prompted[1].logits_dtype)
-    kernel = prompt_kernel(weight, student_direction, plain_direction, kernels, absent_tokens=absent)
-    return _chunked(backend, kernel, prompted, targets, chunk)
+    kernel = prompt_kernel(weight, _kernels(prompted), absent_tokens=absent, **directions)
+    return _chunked(kernel, prompted, targets, chunk)
 
 
-def _backend_of(trained: HiddenAndHead) -> HeadBackend:
-    return engine_for(trained[0].device).head
+def _kernels(trained: HiddenAndHead) -> Kernels:
+    return engine_for(trained[0].device).head.kernels(trained[1].logits_dtype)
 
 
 def _chunked(
-    backend: HeadBackend,
-    kernel: Kernel,
-    trained: HiddenAndHead,
-    targets: Sequence[HiddenAndHead | Tensor],
-    chunk: int | None,
+    kernel: Kernel, trained: HiddenAndHead, targets: Sequence[HiddenAndHead | Tensor], chunk: int | None
 ) -> ChunkedLoss:
-    """Args: targets: constant models, or labels (N,)."""
+    """`targets`: constant models, or labels (N,)."""
     hidden, head = trained
+    backend = engine_for(hidden.device).head
     counts = [len(hidden), *(len(each if isinstance(each, Tensor) else each[0]) for each in targets)]
     if len(set(counts)) > 1:
         raise ValueError(f"Every model must give one state per token. Got {', '.join(map(str, counts))} states.")
-    sources = [each.__getitem__ if isinstance(each, Tensor) else _logits_of(backend, *each) for each in targets]
-    dtype = matmul_dtype(head.weight)  # read here, since autocast is off within the function
-    job = _Job(backend, kernel, head, dtype, sources, chunk or backend.chunk, {})
-    return ChunkedLoss(_ChunkedSum.apply(hidden, head.weight, head.bias, job), job.metrics)
+    metrics: Metrics = {}
 
+    def project(head: Head) -> Projection:
+        return backend.projection(head, matmul_dtype(head.weight))
 
-def _logits_of(backend: HeadBackend, hidden: Tensor, head: Head) -> Callable[[slice], Tensor]:
-    projection = backend.projection(head, matmul_dtype(head.weight), reuse=True)
-    return lambda part: projection.logits(hidden[part])
+    # here, since autocast is off within the sum
+    projection = project(head)
+    sources = [each if isinstance(each, Tensor) else (each[0], project(each[1])) for each in targets]
 
-
-@dataclass(frozen=True)
-class _Job:
-    """Everything that `_ChunkedSum` needs and autograd does not."""
-
-    backend: HeadBackend
-    kernel: Kernel
-    head: Head
-    dtype: torch.dtype
-    targets: Sequence[Callable[[slice], Tensor]]
-    """Each takes a chunk of tokens and returns logits (C, V) or labels (C,) for it."""
-    chunk: int
-    metrics: dict[str, Tensor]
-
-    def chunk_loss(self, logits: Tensor, targets: Sequence[Tensor]) -> Tensor:
+    def chunk_loss(part: slice, logits: Tensor) -> Tensor:
         """The sum of the kernel's values over a chunk. Its gradient with respect to W h + b overwrites `logits`."""
         total = logits.new_zeros(())
-        rows = self.backend.block_rows(logits.shape[1]) or len(logits)
-        for block, *others in zip(*(each.split(rows) for each in (logits, *targets)), strict=True):
-            derivative = self.head.derivative(block)
-            values, metrics = self.kernel(
-                block, *(each.to(block.dtype) if each.is_floating_point() else each for each in others)
-            )
-            if self.head.softcap is not None or self.head.scale != 1.0:
+        rows = len(logits) if backend.block is None else max(1, backend.block // logits.shape[1])
+        others = (each[part] if isinstance(each, Tensor) else each[1].logits(each[0][part]) for each in sources)
+        for block, *beside in zip(*(each.split(rows) for each in (logits, *others)), strict=True):
+            derivative = head.derivative(block)
+            beside = [each.to(block.dtype) if each.is_floating_point() else each for each in beside]
+            values, of_block = kernel(block, *beside)
+            if head.softcap is not None or head.scale != 1.0:
                 block.mul_(derivative)
             total += values.sum()
-            for name, value in metrics.items():
-                self.metrics[name] = self.metrics.get(name, 0) + value.sum()
+            for name, value in of_block.items():
+                metrics[name] = metrics.get(name, 0) + value.sum()
         return total
+
+    total = _ChunkedSum.apply(hidden, head.weight, head.bias, projection, chunk_loss, chunk or backend.chunk)
+    return ChunkedLoss(total, metrics)
 
 
 class _ChunkedSum(torch.autograd.Function):
-    """The sum of a kernel over all chunks. Its gradients are computed in the forward pass."""
+    """The sum of a loss over all chunks, whose gradients are computed in the forward pass."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: _Job) -> Tensor:
-        needs_hidden, needs_weight, needs_bias, _ = ctx.needs_input_grad
-        size, wide = job.head.vocabulary_size, job.head.logits_dtype
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, *job: Any) -> Tensor:
+        projection, chunk_loss, chunk = job
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        size, wide = projection.head.vocabulary_size, projection.head.logits_dtype
         total = hidden.new_zeros((), dtype=wide)
         to_hidden = torch.empty_like(hidden) if needs_hidden else None
         to_bias = torch.zeros_like(bias, dtype=wide) if needs_bias and bias is not None else None
@@ -176,12 +137,10 @@ class _ChunkedSum(torch.autograd.Function):
         has_zeros = size < len(weight) or len(hidden) == 0
         to_weight = torch.zeros_like(weight, dtype=wide) if needs_weight and has_zeros else None
         with torch.autocast(hidden.device.type, enabled=False):
-            projection = job.backend.projection(job.head, job.dtype, reuse=True)
-            for first in range(0, len(hidden), job.chunk):
-                part = slice(first, first + job.chunk)
+            for first in range(0, len(hidden), chunk):
+                part = slice(first, first + chunk)
                 logits = projection.logits(hidden[part])
-                targets = [target(part) for target in job.targets]
-                total += job.chunk_loss(logits, targets)
+                total += chunk_loss(part, logits)
                 gradient = projection.prepare(logits)
                 if to_hidden is not None:
                     to_hidden[part] = projection.hidden_gradient(gradient)
@@ -191,8 +150,10 @@ class _ChunkedSum(torch.autograd.Function):
                     to_weight = added if to_weight is None else to_weight  # else it was added in place
                 if to_bias is not None:
                     to_bias[:size] += logits.sum(0)
-                del logits, targets, gradient  # before the next chunk's are made
-        ctx.save_for_backward(to_hidden, _cast(to_weight, weight), _cast(to_bias, bias))
+                del logits, gradient  # before the next chunk's are made
+        to_weight = None if to_weight is None else to_weight.to(weight.dtype)
+        to_bias = None if to_bias is None or bias is None else to_bias.to(bias.dtype)
+        ctx.save_for_backward(to_hidden, to_weight, to_bias)
         return total
 
     @staticmethod
@@ -202,8 +163,4 @@ class _ChunkedSum(torch.autograd.Function):
         gradients = [
             None if each is None else (each.to(upstream.dtype) * upstream).to(each.dtype) for each in ctx.saved_tensors
         ]
-        return (*gradients, None)
-
-
-def _cast(gradient: Tensor | None, parameter: Tensor | None) -> Tensor | None:
-    return None if gradient is None or parameter is None else gradient.to(parameter.dtype)
+        return *gradients, None, None, None

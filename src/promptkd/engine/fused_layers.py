@@ -1,31 +1,136 @@
-"""Fused layers: the decoder layers of the Llama family, with norms, rotary positions and SwiGLU from `fused_ops.py`.
+"""Fused layers: the decoder layers of the Llama family, with hand-written norms, rotary positions and SwiGLU.
 
-The last layer runs only at the tokens whose states are asked for. A model belongs to the family by its classes; that it
-computes the same is shown by a trial (`verify.py`).
+These keep less for backward than autograd would and pass over memory less often; on CUDA each is compiled into one
+kernel. A model belongs to the family by its classes; that it computes the same is shown by a trial (`resolve.py`).
 """
 
+from collections.abc import Callable
+from functools import cache, partial, wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
+from torch.nn.functional import silu
+from torch.utils._triton import has_triton
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from promptkd.engine.attention import Attention, AttentionSettings
-from promptkd.engine.backbone import embedding_device
-from promptkd.engine.fused_ops import ApplyRotary, RMSNorm, SwiGLU, rotation
-from promptkd.engine.recompute import is_recomputed
+from promptkd.engine.backbone import Attention, AttentionSettings, embedding_device, is_recomputed
 
 _FAMILY = {"llama", "mistral", "qwen2", "qwen3"}
 _WEIGHT_DTYPES = {torch.float32, torch.bfloat16}
+_compiled = cache(partial(torch.compile, dynamic=True))
+
+
+def _compiled_on_cuda(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, compiled once for all shapes where its first argument is on CUDA and Triton can compile."""
+
+    @wraps(function)
+    def call(inputs: Tensor, *others: Any) -> Any:
+        return (_compiled(function) if inputs.is_cuda and has_triton() else function)(inputs, *others)
+
+    return call
+
+
+def _wide(inputs: Tensor) -> Tensor:
+    return inputs.to(torch.promote_types(torch.float32, inputs.dtype))
+
+
+@_compiled_on_cuda
+def rms_norm(inputs: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """w x r with r = (mean(x²) + ε)^-½; and r, (…, 1), in float32 or wider. As in transformers, x r is rounded."""
+    wide = _wide(inputs)
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(epsilon))
+    return (wide * scale).to(inputs.dtype).mul_(weight), scale
+
+
+@_compiled_on_cuda
+def _rms_norm_to_inputs(gradient: Tensor, inputs: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """dx = r g' - x r³ mean(g' x) with g' = w g."""
+    wide = _wide(inputs)
+    weighted = _wide(gradient) * weight
+    along = (weighted * wide).mean(-1, keepdim=True).mul_(scale.pow(3))
+    return weighted.mul_(scale).addcmul_(wide, along, value=-1).to(inputs.dtype)
+
+
+class RMSNorm(torch.autograd.Function):
+    """`rms_norm` of inputs (…, H) with a weight (H,)."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        outputs, scale = rms_norm(inputs, weight, epsilon)
+        ctx.save_for_backward(inputs, weight, scale)
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, weight, scale = ctx.saved_tensors
+        to_inputs = _rms_norm_to_inputs(gradient, inputs, weight, scale) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return to_inputs, None, None
+        to_weight = (_wide(gradient) * inputs).mul_(scale).flatten(0, -2).sum(0)  # Σ g x r
+        return to_inputs, to_weight.to(weight.dtype), None
+
+
+def rotation(rotary: nn.Module, states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (B, T, 1, D) for `rotate` at `positions` (B, T); the sines of the first half are negative."""
+    cosines, sines = (each[:, :, None] for each in rotary(states, positions))
+    half = sines.shape[-1] // 2
+    return cosines, torch.cat([-sines[..., :half], sines[..., half:]], -1)
+
+
+@_compiled_on_cuda
+def rotate(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """Rotary positions of heads (…, heads, D): x cos + rotate_half(x) sin, in the precision of the heads."""
+    return (heads * cosines).addcmul_(heads.roll(heads.shape[-1] // 2, -1), sines).to(heads.dtype)
+
+
+class ApplyRotary(torch.autograd.Function):
+    """`rotate` of heads (S, heads, D), with the cosines and sines of `rotation`."""
+
+    @staticmethod
+    def forward(ctx: Any, heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+        ctx.save_for_backward(cosines, sines)
+        return rotate(heads, cosines, sines)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        cosines, sines = ctx.saved_tensors
+        return rotate(gradient, cosines, -sines), None, None  # by the opposite angle
+
+
+@_compiled_on_cuda
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) · up."""
+    return silu(gate).mul_(up)
+
+
+@_compiled_on_cuda
+def _swiglu_backward(gradient: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.ops.aten.silu_backward(gradient * up, gate), silu(gate).mul_(gradient)
+
+
+class SwiGLU(torch.autograd.Function):
+    """`swiglu`, keeping only its inputs for backward."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return swiglu(gate, up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        return _swiglu_backward(gradient, *ctx.saved_tensors)
 
 
 def supports_fused_forward(model: PreTrainedModel) -> bool:
     """Whether a model is of the Llama family, on one device, and nothing hooks into its modules."""
-    if not _has_layers_of_family(model):
-        return False
-    if any(_is_hooked(module) for module in model.base_model.modules()):
+    if not _has_layers_of_family(model) or any(map(_is_hooked, model.base_model.modules())):
         return False
     device = embedding_device(model)
     return all(
@@ -61,20 +166,10 @@ def head_norms(attention: Any) -> list[Any]:
     return [attention.q_norm, attention.k_norm] if attention.config.model_type == "qwen3" else []
 
 
-def sliding_window(attention: Any) -> int | None:
-    """The sliding window of a layer, as in `AttentionSettings`."""
-    architecture = attention.config.model_type
-    if architecture == "llama":
-        return None
-    return attention.config.sliding_window if architecture == "mistral" else attention.sliding_window
-
-
 def fused_forward(model: PreTrainedModel, inputs: dict[str, Tensor], attention: Attention, indices: Tensor) -> Tensor:
-    """Last hidden states (N, H) at the indices (N,) of one packed sequence of S tokens.
+    """Last hidden states (N, H) at the indices (N,) of one packed sequence; the last layer runs only there.
 
-    Args:
-        model: one that `supports_fused_forward`, in a mode without dropout.
-        inputs: `position_ids` with `input_ids` (1, S) or `inputs_embeds` (1, S, E).
+    The model is one that `supports_fused_forward`, in a mode without dropout; `inputs` are those of `pack_inputs`.
     """
     backbone = model.base_model
     hidden = inputs["inputs_embeds"] if "inputs_embeds" in inputs else backbone.embed_tokens(inputs["input_ids"])
@@ -103,14 +198,15 @@ def _layer(
 
 def _self_attention(layer: Any, hidden: Tensor, cosines: Tensor, sines: Tensor, attention: Attention) -> Tensor:
     """(S, heads · D), before the output projection."""
-    query, key, value = (
-        project(hidden).unflatten(-1, (-1, layer.head_dim)) for project in (layer.q_proj, layer.k_proj, layer.v_proj)
-    )  # (S, heads, D)
+    projections = layer.q_proj, layer.k_proj, layer.v_proj
+    query, key, value = (project(hidden).unflatten(-1, (-1, layer.head_dim)) for project in projections)
     if norms := head_norms(layer):
         query, key = (_rms_norm(*each) for each in zip(norms, (query, key), strict=True))
-    query, key = (ApplyRotary.apply(each, cosines, sines) for each in (query, key))
+    query, key = (ApplyRotary.apply(each, cosines, sines) for each in (query, key))  # (S, heads, D)
     query, key, value = (each.transpose(0, 1)[None] for each in (query, key, value))  # (1, heads, S, D)
-    settings = AttentionSettings(layer.scaling, sliding_window=sliding_window(layer))
+    kind = layer.config.model_type
+    window = None if kind == "llama" else (layer.config if kind == "mistral" else layer).sliding_window
+    settings = AttentionSettings(layer.scaling, sliding_window=window)
     return attention(layer, query, key, value, settings)[0].flatten(1)
 
 

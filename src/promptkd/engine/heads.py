@@ -4,6 +4,7 @@ Logits are float32 or wider whatever the precision around them. Rounded to bfloa
 KL between two such distributions measures the rounding.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -29,7 +30,6 @@ class Head:
 
     @property
     def vocabulary_size(self) -> int:
-        """V"""
         return self.weight.shape[0] if self.columns is None else self.columns
 
     @property
@@ -39,11 +39,10 @@ class Head:
 
     @property
     def has_absent_tokens(self) -> bool:
-        """Whether a bias of -inf removes tokens."""
         return self.bias is not None and bool((self.bias[: self.vocabulary_size] == -torch.inf).any())
 
     def limited_to(self, vocabulary: int | None) -> "Head":
-        """The same head with its first `vocabulary` columns; with all of them for None."""
+        """With the first `vocabulary` columns; all of them for None."""
         return self if vocabulary is None else replace(self, columns=vocabulary)
 
     def weights(self) -> tuple[Tensor, Tensor | None]:
@@ -58,18 +57,14 @@ class Head:
         return products if self.softcap is None else products.div_(self.softcap).tanh_().mul_(self.softcap)
 
     def derivative(self, logits: Tensor) -> Tensor | float:
-        """Derivative of the logits with respect to W h + b, given the logits."""
+        """Of the logits with respect to W h + b."""
         return self.scale if self.softcap is None else (1 - (logits / self.softcap) ** 2) * self.scale
 
 
 class Projection:
-    """One head, ready for matrix products in float32 or wider: the plain form, for which engines have faster ones.
+    """A head's current weights, for products in float32 or wider while autocast is off: plainly here.
 
-    Call it with autocast off, else torch rounds the results.
-
-    Args:
-        head: its weights are read when this is made.
-        dtype: the precision of products around; factors may be rounded to it, sums never.
+    Factors may be rounded to `dtype`, the precision of products around; sums never.
     """
 
     def __init__(self, head: Head, dtype: torch.dtype):
@@ -82,7 +77,7 @@ class Projection:
         return self.head.transform_(linear(hidden.to(self.head.logits_dtype), self.weight, self.bias))
 
     def prepare(self, gradient: Tensor) -> Tensor:
-        """A gradient (C, V) with respect to W h + b, as `hidden_gradient` and `add_weight_gradient` take it."""
+        """A gradient (C, V) with respect to W h + b, as the methods below take it."""
         return gradient
 
     def hidden_gradient(self, prepared: Tensor) -> Tensor:
@@ -95,58 +90,36 @@ class Projection:
         return prepared.T @ hidden if total is None else total.addmm_(prepared.T, hidden)
 
 
+@dataclass(frozen=True)
 class HeadBackend:
-    """How an engine computes with heads: in the plain form here."""
+    """How an engine computes with heads: plainly by default."""
 
     chunk: int = 256  # tokens whose logits are held at a time
-
-    def kernels(self, dtype: torch.dtype) -> Kernels:
-        """Divergences with their gradients, for logits of this precision."""
-        return PLAIN_KERNELS
-
-    def projection(self, head: Head, dtype: torch.dtype, *, reuse: bool = False) -> Projection:
-        """The head with its current weights; with `reuse`, each call of `logits` may overwrite the last result."""
-        return Projection(head, dtype)
-
-    def block_rows(self, vocabulary: int) -> int | None:
-        """Tokens that a divergence takes at a time; None for a chunk at once."""
-        return None
+    block: int | None = None  # logits that a divergence takes at a time; None for a chunk's
+    projection: Callable[[Head, torch.dtype], Projection] = Projection
+    kernels: Callable[[torch.dtype], Kernels] = lambda dtype: PLAIN_KERNELS  # for logits of this precision
 
 
 def head_logits(model: nn.Module, hidden: Tensor, *, vocabulary: int | None = None) -> Tensor:
-    """Project hidden states (…, H) to logits (…, V) in float32 or wider, with the model's logit scale and soft cap.
-
-    Args:
-        vocabulary: how many columns to return; None for all.
-    """
-    head = linear_head(model)
-    if head is None:
-        return module_logits(model, hidden)[..., :vocabulary]
-    head = head.limited_to(vocabulary)
-    with torch.autocast(hidden.device.type, enabled=False):
-        products = linear(hidden.to(head.logits_dtype), *head.weights())
-        return _transform(products, head.scale, head.softcap)
-
-
-def module_logits(model: nn.Module, hidden: Tensor) -> Tensor:
-    """Logits (…, V) by the head's own module, in its own precision: for heads that are quantized or have LoRA."""
-    inner = unwrap_peft(model)
-    products = inner.get_output_embeddings()(hidden)
-    wide = products.to(torch.promote_types(torch.float32, products.dtype))
-    return _transform(wide, *_logit_transform(inner.config.get_text_config()))
-
-
-def _transform(products: Tensor, scale: float, softcap: float | None) -> Tensor:
-    """`Head.transform_` out of place, for autograd."""
-    if scale != 1.0:
+    """Project hidden states (…, H) to logits (…, V), in float32 or wider; the first `vocabulary` columns if given."""
+    inner, head = unwrap_peft(model), linear_head(model)
+    if head is None:  # by the head's own module, in its own precision
+        scale, softcap = _logit_transform(inner.config.get_text_config())
+        products = inner.get_output_embeddings()(hidden)[..., :vocabulary]
+        products = products.to(torch.promote_types(torch.float32, products.dtype))
+    else:
+        head, scale, softcap = head.limited_to(vocabulary), head.scale, head.softcap
+        with torch.autocast(hidden.device.type, enabled=False):
+            products = linear(hidden.to(head.logits_dtype), *head.weights())
+    if scale != 1.0:  # out of place, unlike `Head.transform_`, for autograd
         products = products * scale
     return products if softcap is None else torch.tanh(products / softcap) * softcap
 
 
 def linear_head(model: nn.Module) -> Head | None:
-    """The head as plain tensors; None if it is not a plain linear layer (LoRA, quantized).
+    """The head as plain tensors, gathered where sharded; None if it is no plain linear layer (LoRA, quantized).
 
-    Sharded weights are gathered, once for all chunks. Their gradient is the mean over processes, as FSDP's are.
+    The gradient of gathered weights is the mean over processes, as FSDP's are.
     """
     inner = unwrap_peft(model)
     layer = inner.get_output_embeddings()
@@ -159,7 +132,6 @@ def linear_head(model: nn.Module) -> Head | None:
 
 
 def _gathered(weight: Tensor) -> Tensor:
-    """All of a sharded weight; a weight that is not sharded as it is."""
     if isinstance(weight, DTensor):
         mesh = weight.device_mesh
         full = weight.full_tensor(grad_placements=[Partial()] * mesh.ndim)  # sums the gradients of all processes

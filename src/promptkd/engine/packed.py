@@ -1,6 +1,6 @@
 """Packed rows: several rows side by side in one sequence, so that no padding is computed.
 
-Positions restart with every row, and varlen attention keeps the rows apart (`cpu/attention.py`, `cuda/attention.py`).
+Positions restart with every row, and varlen attention keeps the rows apart (`cpu/scoring.py`, `cuda/scoring.py`).
 Soft-prompt vectors are ordinary tokens of a row. Rows may share a prefix (a template, a system turn, several responses
 to one request): a causal model gives its tokens the same states in each of them, so they are computed once.
 """
@@ -16,8 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from promptkd.data.batch import TokenBatch, on_device
-from promptkd.engine.attention import Attention, use_attention
-from promptkd.engine.backbone import applies_dropout, embedding_device
+from promptkd.engine.backbone import Attention, applies_dropout, embedding_device, use_attention
 from promptkd.engine.base import Scorer
 from promptkd.engine.fused_layers import fused_forward, supports_fused_forward
 
@@ -49,8 +48,9 @@ def pack_rows(rows: Sequence[Sequence[int]], *, share: bool) -> PackedRows:
     known: dict[tuple[int, int], int] = {}  # (index of the token before, token) to the token's index
     for row in rows:
         first_own = len(pack.tokens)
+        indices = [] if share else list(range(first_own, first_own + len(row)))
         if share:
-            index, indices = -1, []
+            index = -1
             for position, token in enumerate(row):
                 index = known.setdefault((index, token), len(pack.tokens))
                 if index == len(pack.tokens):
@@ -58,7 +58,6 @@ def pack_rows(rows: Sequence[Sequence[int]], *, share: bool) -> PackedRows:
                     pack.positions.append(position)
                 indices.append(index)
         else:
-            indices = list(range(first_own, first_own + len(row)))
             pack.tokens.extend(row)
             pack.positions.extend(range(len(row)))
         pack.row_indices.append(indices)
@@ -78,19 +77,14 @@ def pack_inputs(
         inputs = {"input_ids": ids[None]}
     else:
         embedded = model.get_input_embeddings()(ids.clamp(min=0))  # (S, E), scaled where the model scales
-        of_prompt = [index for index, token in enumerate(pack.tokens) if token < 0]
-        indices, vectors = on_device([of_prompt, [pack.tokens[index] for index in of_prompt]], device)
-        inputs = {"inputs_embeds": embedded.index_put((indices,), prompt[vectors].to(embedded.dtype))[None]}
+        vectors = [(index, token) for index, token in enumerate(pack.tokens) if token < 0]
+        indices, places = on_device(vectors, device).T
+        inputs = {"inputs_embeds": embedded.index_put((indices,), prompt[places].to(embedded.dtype))[None]}
     return pack, inputs | {"position_ids": positions[None]}
 
 
 class PackedScorer(Scorer):
-    """Scores packed rows.
-
-    Args:
-        max_tokens: most tokens of a pack; a batch of more is split between rows.
-        fused: run fused layers instead of the model's own, of which only the attention is replaced.
-    """
+    """Scores packed rows, at most `max_tokens` at a time, by the model's own layers or by fused ones."""
 
     def __init__(self, max_tokens: int, *, fused: bool = False):
         self.max_tokens, self.fused = max_tokens, fused
@@ -105,9 +99,8 @@ class PackedScorer(Scorer):
         return False
 
     def supports(self, model: PreTrainedModel) -> bool:
-        if not supports_packing(model):
-            return False
-        return not self.fused or (supports_fused_forward(model) and not applies_dropout(model))
+        fits = not self.fused or (supports_fused_forward(model) and not applies_dropout(model))
+        return fits and supports_packing(model)
 
     def hidden(self, model: PreTrainedModel, batch: TokenBatch, prompt: Tensor | None) -> Tensor:
         # where weights are gathered from all processes, each process must call the model the same number of times
@@ -115,14 +108,14 @@ class PackedScorer(Scorer):
         return torch.cat([self._part(model, part, prompt) for part in parts])
 
     def _part(self, model: PreTrainedModel, batch: TokenBatch, prompt: Tensor | None) -> Tensor:
-        rows, columns = batch.scored_places
+        places = list(zip(*batch.scored_places, strict=True))
         ends = [1] * len(batch.lengths)  # nothing is predicted from the tokens behind
-        for row, column in zip(rows, columns, strict=True):
+        for row, column in places:
             ends[row] = max(ends[row], column + 1)
         read = [ids[:end] for ids, end in zip(batch.token_ids, ends, strict=True)]
         pack, inputs = pack_inputs(model, read, prompt, share=self.shares_prefixes(model))
-        length = 0 if prompt is None else prompt.shape[0]
-        indices = [pack.row_indices[row][column + length] for row, column in zip(rows, columns, strict=True)]
+        before = 0 if prompt is None else prompt.shape[0]
+        indices = [pack.row_indices[row][before + column] for row, column in places]
         return self.states_at(model, pack, inputs, on_device(indices, batch.input_ids.device))
 
     def states_at(self, model: PreTrainedModel, pack: PackedRows, inputs: dict[str, Tensor], indices: Tensor) -> Tensor:

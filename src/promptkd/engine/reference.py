@@ -1,4 +1,4 @@
-"""The reference engine, plain and slow: padded rows through the model's forward, decoding on transformers' cache."""
+"""The reference engine: plain and slow, the same on every device. The others are held to it (`resolve.py`)."""
 
 import inspect
 from collections.abc import Iterator, Sequence
@@ -16,12 +16,9 @@ from promptkd.errors import RequestError
 
 
 class PaddedScorer(Scorer):
-    """Runs the padded rectangle as it is; the states of padding are computed and not used."""
+    """Runs the padded rectangle as it is."""
 
     name = "padded rows"
-
-    def supports(self, model: PreTrainedModel) -> bool:
-        return True
 
     def hidden(self, model: PreTrainedModel, batch: TokenBatch, prompt: Tensor | None) -> Tensor:
         positions, length = batch.position_ids, 0
@@ -41,9 +38,6 @@ class PaddedScorer(Scorer):
 class DynamicCacheSession(DecodeSession):
     """Left-padded rows on transformers' cache."""
 
-    mask: Tensor
-    positions: Tensor
-
     def __init__(self, model: PreTrainedModel, vocabulary: int | None):
         if "past_key_values" not in inspect.signature(model.base_model.forward).parameters:
             raise RequestError(f"{type(model).__name__} keeps no key-value cache; promptkd cannot decode with it.")
@@ -60,8 +54,7 @@ class DynamicCacheSession(DecodeSession):
         if soft_prompt is None:
             return self._forward(input_ids=ids)
         embedded = self.model.get_input_embeddings()(ids)  # scaled where the model scales
-        first = (self.mask == 0).sum(-1, keepdim=True)  # (R, 1)
-        columns = first + torch.arange(length, device=device)  # (R, n)
+        columns = (self.mask == 0).sum(-1, keepdim=True) + torch.arange(length, device=device)  # (R, n)
         indices = torch.arange(len(ids), device=device)[:, None], columns
         return self._forward(inputs_embeds=embedded.index_put(indices, soft_prompt.to(embedded)))
 
@@ -76,13 +69,8 @@ class DynamicCacheSession(DecodeSession):
         self.mask, self.positions = self.mask[chosen], self.positions[chosen]
 
     def _forward(self, **inputs: Tensor) -> Tensor:
-        outputs = self.model.base_model(
-            **inputs,
-            attention_mask=self.mask,
-            position_ids=self.positions,
-            past_key_values=self.cache,
-            use_cache=True,
-        )
+        places = {"attention_mask": self.mask, "position_ids": self.positions}
+        outputs = self.model.base_model(**inputs, **places, past_key_values=self.cache, use_cache=True)
         return head_logits(self.model, outputs.last_hidden_state[:, -1], vocabulary=self.vocabulary)
 
 
@@ -91,21 +79,9 @@ class DynamicCacheDecoder(Decoder):
 
     name = "transformers' cache"
 
-    def supports(self, model: PreTrainedModel) -> bool:
-        return True
-
     @contextmanager
     def open(self, model: PreTrainedModel, rows: int, vocabulary: int | None) -> Iterator[SessionFactory]:
         yield lambda max_new_tokens: nullcontext(DynamicCacheSession(model, vocabulary))
 
 
-REFERENCE = Engine(
-    name="reference",
-    scorers=(PaddedScorer(),),
-    decoders=(DynamicCacheDecoder(),),
-    head=HeadBackend(),
-    check_every=1,
-    decode_rows=32,
-    shares_passes=False,
-    pass_tokens=2**31,
-)
+REFERENCE = Engine("reference", (PaddedScorer(),), (DynamicCacheDecoder(),), HeadBackend())

@@ -1,4 +1,4 @@
-"""Text from a model: how tokens are sampled, the decode loop, one response as it is written, a conversation."""
+"""Text from a model: how tokens are sampled, the decode loop, a conversation."""
 
 from promptkd.generation.decode_loop import generate
 from promptkd.generation.sampling import Decoding, SamplingParams, row_seeds

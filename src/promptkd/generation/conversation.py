@@ -10,8 +10,8 @@ from promptkd.data.encode import prompt_tokens, stop_token_ids
 from promptkd.data.rows import Example, Instruction, Message
 from promptkd.data.templates import resolve_template
 from promptkd.errors import RequestError
+from promptkd.generation.decode_loop import stream
 from promptkd.generation.sampling import Decoding, row_seeds
-from promptkd.generation.streaming import TextStream, stream
 from promptkd.models import vocabulary_size
 
 
@@ -19,12 +19,10 @@ from promptkd.models import vocabulary_size
 class StreamedAnswer:
     """An answer, complete or not."""
 
-    limit: int
-    """The most tokens that it may have."""
+    limit: int  # the most tokens that it may have
     text: str = ""
     tokens: int = 0
-    ended: bool = False
-    """Whether the model wrote a stop token."""
+    ended: bool = False  # whether the model wrote a stop token
 
 
 @dataclass
@@ -43,17 +41,14 @@ class Conversation:
     def __post_init__(self) -> None:
         self._template = resolve_template(self.template, self.tokenizer)
         self._stops = stop_token_ids(self.tokenizer, self.model.generation_config, self._template)
+        settings = self.model.config.get_text_config().to_dict()
+        self.context: int | None = settings.get("max_position_embeddings") or settings.get("n_positions")  # GPT-2's
+        """Most tokens of prompt and answer together, None where the model's configuration names no limit."""
 
     @property
     def remembers(self) -> bool:
         """Whether an answer depends on what was said before."""
         return self._template.name == "chat"
-
-    @property
-    def context(self) -> int | None:
-        """Most tokens of prompt and answer together, None where the model's configuration names no limit."""
-        settings = self.model.config.get_text_config().to_dict()
-        return settings.get("max_position_embeddings") or settings.get("n_positions")  # GPT-2's name for it
 
     def reset(self) -> None:
         """Forget what was said."""
@@ -111,3 +106,33 @@ class Conversation:
                 said = {"role": "user", "content": request}
                 self.messages += [said, {"role": "assistant", "content": answer.text}]
         yield tail
+
+
+class TextStream:
+    """The text of a response, piece by piece; the pieces together are what the tokenizer makes of all tokens at once.
+
+    A character whose bytes are spread over several tokens comes with the last of them.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+        self.ids: list[int] = []
+        self._shown = 0  # tokens whose text has been returned
+        self._context = 0  # the token from which on the tokenizer is asked: a word's first token depends on it
+
+    def add(self, token: int) -> str:
+        """What `token` adds to the text; "" while it may still be part of a character."""
+        self.ids.append(token)
+        return self._new(last=False)
+
+    def end(self) -> str:
+        """What was held back as part of a character that was never completed."""
+        return self._new(last=True)
+
+    def _new(self, *, last: bool) -> str:
+        parts = (self.ids[self._context : self._shown], self.ids[self._context :])
+        before, text = (self.tokenizer.decode(ids, skip_special_tokens=True) for ids in parts)
+        if not last and text.endswith("\ufffd"):
+            return ""
+        self._context, self._shown = self._shown, len(self.ids)
+        return text[len(before) :]

@@ -1,17 +1,19 @@
-"""Responses of a model to many prompts: sorted by length, finished rows dropped, sampled by inverse CDF.
+"""Responses of a model to many prompts: sorted by length, finished rows dropped, sampled by inverse CDF; or one, token
+by token.
 
 A response does not depend on which rows share its batch. Settings that a model folder brings along (a repetition
 penalty, a top-p) are not applied: what is asked for is what runs.
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from promptkd.data.batch import on_device
 from promptkd.engine import DecodeSession, decoding, embedding_device, engine_for, evaluating, unwrap_peft
+from promptkd.engine.reference import DynamicCacheSession
 from promptkd.errors import check_all
 from promptkd.generation.sampling import SamplingParams, next_tokens, uniforms
 
@@ -44,7 +46,7 @@ def generate(
         RequestError: naming everything that keeps these prompts from being continued.
     """
     limits = params.limits(len(prompts))
-    check_request(prompts, params, seeds, batch_size=batch_size, mixes=mixed_with is not None and prompt is not None)
+    _check(prompts, params, seeds, batch_size=batch_size, mixes=mixed_with is not None and prompt is not None)
     if prompt is not None and len(prompt) == 0:
         prompt = None
     order = sorted(range(len(prompts)), key=lambda row: (-len(prompts[row]), row))
@@ -64,69 +66,50 @@ def generate(
             drawn = None if params.is_greedy or seeds is None else uniforms([seeds[row] for row in rows], max(ends))
             with contextlib.ExitStack() as running:
                 readers = [(running.enter_context(each(max(ends))), share) for each, share in sessions]
-                batch = _Batch(readers, params, ends, drawn, device)
-                decoded = batch.decoded([prompts[row] for row in rows], prompt, engine_for(device).check_every)
-            for row, response in zip(rows, decoded, strict=True):
-                responses[row] = response
+                logits = [(each.prefill([prompts[row] for row in rows], prompt), share) for each, share in readers]
+                tokens = _decoded(readers, logits, params, ends, None if drawn is None else drawn.to(device), device)
+            for row, limit, response in zip(rows, ends, tokens, strict=True):
+                stops = [response.index(stop) + 1 for stop in params.stop_ids if stop in response[:limit]]
+                responses[row] = response[: min([limit, *stops])]
             if on_batch is not None:
                 on_batch(first + len(rows))
     return responses
 
 
-class _Batch:
-    """Rows that are decoded together. Tokens stay on the device; every few of them, rows that have ended leave.
+def _decoded(
+    readers: Sequence[tuple[DecodeSession, float]],
+    logits: Sequence[tuple[Tensor, float]],
+    params: SamplingParams,
+    limits: Sequence[int],
+    drawn: Tensor | None,
+    device: torch.device,
+) -> list[list[int]]:
+    """The tokens of rows that are decoded together; what stands behind a row's end has no meaning.
 
-    A row that has ended goes on until it leaves; what it writes meanwhile is dropped.
+    They stay on the device. Rows that have ended go on until they leave: to look for them waits for the device, so it
+    is done every few tokens, and where a row is at its limit, which the model's table of positions may end at.
     """
-
-    def __init__(
-        self,
-        readers: Sequence[tuple[DecodeSession, float]],
-        params: SamplingParams,
-        limits: Sequence[int],
-        drawn: Tensor | None,
-        device: torch.device,
-    ):
-        self.readers, self.params, self.limits = readers, params, limits
-        self.drawn = None if drawn is None else drawn.to(device)  # (R, T)
-        self.stops = on_device(list(params.stop_ids), device)
-        self.last = on_device(limits, device) - 1  # (R,) the step of each row's last token
-        self.written = torch.zeros(len(limits), max(limits), dtype=torch.long, device=device)
-        self.index = torch.arange(len(limits), device=device)  # rows still decoded, in the order of the readers' rows
-        self.going = torch.ones(len(limits), dtype=torch.bool, device=device)
-
-    def decoded(
-        self, prompts: Sequence[Sequence[int]], soft_prompt: Tensor | None, check_every: int
-    ) -> list[list[int]]:
-        """The responses. Rows that have ended are looked for, which waits for the device, every few tokens."""
-        limits = set(self.limits)  # a row at its limit may have no further place in the model's table of positions
-        logits = [(reader.prefill(prompts, soft_prompt), share) for reader, share in self.readers]
-        for step in range(max(self.limits)):
-            drawn = None if self.drawn is None else self.drawn[self.index, step]
-            tokens = next_tokens(logits, self.params, drawn)  # (R,)
-            self.written[self.index, step] = tokens
-            self.going &= ~torch.isin(tokens, self.stops) & (step < self.last[self.index])
-            if (step + 1) % check_every == 0 or step + 1 in limits:
-                slots = _moved_up(self.going.tolist())
-                if not slots:
-                    break
-                if len(slots) < len(self.going):
-                    tokens = self._select(slots, tokens)
-            if step + 1 < max(self.limits):
-                logits = [(reader.decode(tokens), share) for reader, share in self.readers]
-        return [self._response(*each) for each in zip(self.written.tolist(), self.limits, strict=True)]
-
-    def _select(self, slots: list[int], tokens: Tensor) -> Tensor:
-        for reader, _ in self.readers:
-            reader.select(slots)
-        chosen = on_device(slots, tokens.device)
-        self.index, self.going = self.index[chosen], self.going[chosen]
-        return tokens[chosen]
-
-    def _response(self, tokens: list[int], limit: int) -> list[int]:
-        """A row's tokens up to its first stop id or its limit."""
-        ends = [tokens.index(stop) + 1 for stop in self.params.stop_ids if stop in tokens[:limit]]
-        return tokens[: min([limit, *ends])]
+    check_every, stops = engine_for(device).check_every, on_device(list(params.stop_ids), device)
+    last = on_device(limits, device) - 1  # (R,) the step of each row's last token
+    written = torch.zeros(len(limits), max(limits), dtype=torch.long, device=device)
+    index = torch.arange(len(limits), device=device)  # rows still decoded, in the order of the readers' rows
+    going = torch.ones(len(limits), dtype=torch.bool, device=device)
+    for step in range(max(limits)):
+        tokens = next_tokens(logits, params, None if drawn is None else drawn[index, step])  # (R,)
+        written[index, step] = tokens
+        going &= ~torch.isin(tokens, stops) & (step < last[index])
+        if (step + 1) % check_every == 0 or step + 1 in limits:
+            slots = _moved_up(going.tolist())
+            if not slots:
+                break
+            if len(slots) < len(going):
+                for reader, _ in readers:
+                    reader.select(slots)
+                chosen = on_device(slots, device)
+                index, going, tokens = index[chosen], going[chosen], tokens[chosen]
+        if step + 1 < max(limits):
+            logits = [(reader.decode(tokens), share) for reader, share in readers]
+    return written.tolist()
 
 
 def _moved_up(going: Sequence[bool]) -> list[int]:
@@ -140,7 +123,37 @@ def _moved_up(going: Sequence[bool]) -> list[int]:
     return slots
 
 
-def check_request(
+def stream(
+    model: nn.Module, prompt: Sequence[int], params: SamplingParams, *, seed: int | None = None
+) -> Generator[int]:
+    """The tokens that `generate` writes behind `prompt` with the same settings and seed, each as soon as it is known.
+
+    The stop id is the last one where the response ends by itself. The model stays in evaluation mode until the
+    generator is exhausted or closed. Streams of several models may be read in turns.
+
+    Args: see `generate`; `seed` is needed unless decoding is greedy.
+    """
+    _check([prompt], params, None if seed is None else [seed])
+    return _tokens(DynamicCacheSession(unwrap_peft(model), params.vocabulary), prompt, params, seed)
+
+
+@torch.no_grad()  # as a decorator it holds while the generator runs, and not between two of its tokens
+def _tokens(
+    session: DynamicCacheSession, prompt: Sequence[int], params: SamplingParams, seed: int | None
+) -> Generator[int]:
+    (limit,) = params.limits(1)
+    drawn = None if params.is_greedy or seed is None else uniforms([seed], limit)
+    with evaluating(session.model):
+        logits = session.prefill([prompt])
+        for step in range(limit):
+            token = next_tokens([(logits, 1.0)], params, None if drawn is None else drawn[:, step].to(logits.device))
+            yield int(token)
+            if int(token) in params.stop_ids or step + 1 == limit:
+                return
+            logits = session.decode(token)
+
+
+def _check(
     prompts: Sequence[Sequence[int]],
     params: SamplingParams,
     seeds: Sequence[int] | None,
@@ -148,19 +161,14 @@ def check_request(
     batch_size: int = 1,
     mixes: bool = False,
 ) -> None:
-    """Refuse what cannot be decoded, all at once, by `RequestError`. `mixes`: a soft prompt and a second model."""
-    limits, given = len(params.limits(len(prompts))), None if seeds is None else len(seeds)
+    """Refuse what cannot be decoded, all at once. `mixes`: a soft prompt and a second model."""
+    count, limits, given = len(prompts), len(params.limits(len(prompts))), None if seeds is None else len(seeds)
+    unseeded = not params.is_greedy and given != count
     checks = [
         (any(len(prompt) == 0 for prompt in prompts), "every prompt needs at least one token"),
-        (
-            limits != len(prompts),
-            f"max_new_tokens must be one number, or one per prompt ({len(prompts)}), got {limits}",
-        ),
+        (limits != count, f"max_new_tokens must be one number, or one per prompt ({count}), got {limits}"),
         (batch_size < 1, f"batch_size must be at least 1, got {batch_size}"),
-        (
-            not params.is_greedy and given != len(prompts),
-            f"sampling needs one seed per prompt ({len(prompts)}), got {given}",
-        ),
+        (unseeded, f"sampling needs one seed per prompt ({count}), got {given}"),
         (mixes, "a soft prompt stands before one model, not before a mixture of two"),
     ]
     check_all("Cannot generate", checks)

@@ -1,7 +1,6 @@
 """How responses are sampled: the settings, and which token follows.
 
-A token is the most probable one, or the one that a uniform number meets in the cumulative distribution. Every row draws
-its numbers from a seed of its own.
+A token is the most probable one, or the one that a uniform number meets in the cumulative distribution.
 """
 
 from collections.abc import Iterator, Sequence
@@ -91,8 +90,8 @@ def row_seeds(seed: int, rows: int) -> list[int]:
 
 def uniforms(seeds: Sequence[int], length: int) -> Tensor:
     """(rows, length) uniform numbers in [0, 1), each row from its own seed."""
-    drawn = [torch.rand(length, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return torch.stack(drawn)
+    generators = (torch.Generator().manual_seed(seed) for seed in seeds)
+    return torch.stack([torch.rand(length, dtype=torch.float64, generator=each) for each in generators])
 
 
 def next_tokens(logits: Sequence[tuple[Tensor, float]], params: SamplingParams, uniforms: Tensor | None) -> Tensor:

@@ -14,11 +14,7 @@ from pathlib import Path
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
-    """Write a file, and its folder where there is none. Whatever happens meanwhile, `path` is the old file or the new.
-
-    Raises:
-        OSError: if it cannot be written.
-    """
+    """Write a file, and its folder where there is none. Whatever happens, `path` is the old file or the new."""
     with atomic(path) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
 
@@ -28,13 +24,8 @@ def atomic(target: Path, *, writes: bool = True) -> Iterator[Path]:
     """A place to write a file or folder to that replaces `target`, whatever was there, when the body is done.
 
     If the body fails, or the process is killed in it, `target` is as it was. What a killed process left goes with the
-    next attempt, so only one process may write a target at a time (see `io.lock`).
-
-    Args:
-        writes: whether this process writes at all; the other ranks of a launch only learn the place.
-
-    Raises:
-        OSError: if it cannot be written.
+    next attempt, so only one process may write a target at a time (see `io.lock`). Without `writes` nothing is written:
+    the other ranks of a launch only learn the place.
     """
     partial = target.with_name(f"{target.name}.partial")
     if not writes:

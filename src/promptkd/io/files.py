@@ -16,22 +16,18 @@ MIB = 1 << 20
 MOST_SETTINGS_BYTES = 64 * MIB
 """Size limit of a file of settings: config.json, tokenizer_config.json, an index of weights, a checkpoint's state."""
 
-_KINDS = (
-    (stat.S_ISDIR, "a folder"),
-    (stat.S_ISFIFO, "a named pipe"),
-    (stat.S_ISSOCK, "a socket"),
-    (stat.S_ISCHR, "a device"),
-    (stat.S_ISBLK, "a device"),
-)
+_KINDS = {
+    **{stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"},
+    **{stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"},
+}
 
 
 def not_regular(path: Path) -> str | None:
     """What `path` is if it exists and is no regular file: "a folder", "a named pipe", "a socket" or "a device"."""
     try:
-        mode = path.stat().st_mode
+        return _KINDS.get(stat.S_IFMT(path.stat().st_mode))
     except (OSError, ValueError):  # ValueError: a NUL byte in the name
         return None
-    return next((kind for is_kind, kind in _KINDS if is_kind(mode)), None)
 
 
 def read_regular(path: Path, *, most: int) -> bytes:
@@ -52,10 +48,7 @@ def json_value(text: str | bytes, *, unique: bool = True) -> Any:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The object in a file of settings. Of duplicate keys the last counts, as with the libraries that read such files.
-
-    Raises `RequestError` if it holds none.
-    """
+    """The object in a file of settings. Of duplicate keys the last counts, as for the libraries that read it."""
     try:
         value = json_value(read_regular(path, most=MOST_SETTINGS_BYTES), unique=False)
     except OSError as error:

@@ -13,7 +13,6 @@ from promptkd.io.files import MIB, is_plain_name, json_value, read_regular
 T = TypeVar("T")
 Line = dict[str, Any]
 Key = tuple[Any, ...]
-_KEY_TYPES = (int, str)
 _MOST_BYTES = 4096 * MIB
 
 
@@ -21,17 +20,14 @@ class ResumableLines:
     """The lines of `path` by key; of several lines with one key the last one counts.
 
     A line counts once its line break is written. Half a line behind the last break is what a killed process left: it is
-    not read, and the next `append` removes it. Nothing else is forgiven.
+    not read, and the next `append` removes it. A damaged line, or other settings than the file's, are a `RequestError`.
 
     Args:
         path: the file; it and its folder need not exist yet. None keeps the lines in memory.
-        key: the fields that tell one line from another, for example ("row",).
+        key: the fields that tell one line from another.
         settings: what the lines depend on, kept in a first line of its own; None for a file without such a line.
         check: raises ValueError for an object that is no line of this job.
         overwrite: take the file for empty; the first `append` replaces it.
-
-    Raises:
-        RequestError: if a line is damaged, or the file was written under other settings.
     """
 
     def __init__(
@@ -49,7 +45,7 @@ class ResumableLines:
         self._size = content.rfind(b"\n") + 1  # of what is complete
         texts = content[: self._size].split(b"\n")[:-1]
         wrong = "Fix or remove the line, or remove the file to start from scratch."
-        if path is not None and settings is not None and texts:
+        if settings is not None and texts:
             told = f"{path}, line 1: expected the settings of the lines below. {wrong}"
             _refuse_changes(path, _parsed(texts[0], lambda line: dict(line["settings"]), told), settings)
         self.lines: dict[Key, Line] = {}
@@ -85,7 +81,7 @@ class ResumableLines:
         self.lines = {self._key_of(line): line for line in lines}
 
     def _checked(self, line: Any) -> Line:
-        if not isinstance(line, dict) or not all(isinstance(line[name], _KEY_TYPES) for name in self._key):
+        if not isinstance(line, dict) or not all(isinstance(line[name], int | str) for name in self._key):
             raise ValueError
         self._check(line)
         return line
@@ -103,15 +99,10 @@ def settle_settings(path: Path, settings: Mapping[str, Any], files: Sequence[Pat
     """Hold all of a job's `files`, which stand beside `path`, to the settings that `path` keeps.
 
     A job may grow: settings and files that `path` does not know yet join those it holds, and none ever leaves it.
-    With `overwrite` everything that an earlier run wrote is deleted first.
-
-    Returns those of `files` that an earlier run has begun.
-
-    Raises:
-        RequestError: naming every setting that differs, or a file that was not made under the settings of `path`.
+    With `overwrite` everything that an earlier run wrote is deleted first. Returns those of `files` that an earlier
+    run has begun. A setting that differs, or a file not made under those settings, is a `RequestError`.
     """
-    before: Line = {}
-    names: list[str] = []
+    before, names = dict[str, Any](), list[str]()
     if path.exists():
         wrong = f"{path} does not hold the settings of a job. Move it away or give another --out."
         before, names = _parsed(_content(path), lambda job: _job(job, path.name.removesuffix("settings.json")), wrong)
@@ -140,7 +131,7 @@ def _job(job: Any, stem: str) -> tuple[Line, list[str]]:
     return settings, names
 
 
-def _refuse_changes(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def _refuse_changes(path: Path | None, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     changed = [
         f"{name} was {before.get(name)!r} and is now {now.get(name)!r}"
         if all(len(str(each.get(name))) <= 80 for each in (before, now))

@@ -19,30 +19,22 @@ from filelock import lock_descriptor
 
 from promptkd.errors import RequestError, writing
 
-FOLDER_LOCK = ".lock"
-"""The lock's file in a folder."""
+FOLDER_LOCK = ".lock"  # the lock's file in a folder
 
 _PATIENCE = 10.0
 """Seconds for what a killed process started to end: loaders look for their parent every 5 s, a study's runs stop."""
 _PAUSE = 0.2
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
-_HOLDER_AT = 1
-"""Where the holder's name begins: behind the byte that Windows locks."""
+_HOLDER_AT = 1  # where the holder's name begins: behind the byte that Windows locks
 
 
 @contextmanager
 def locked(target: Path, *, folder: bool = False, waits: bool = False) -> Iterator[int]:
     """Hold the lock of `target` while the body runs.
 
-    Yields the lock's descriptor: every process that inherits it holds the lock too. The lock file names the process. It
-    is removed at the end, and with it the folders that were made for it and are still empty.
-
-    Args:
-        folder: whether `target` is a folder, which has its lock file inside; that of a file is beside it.
-        waits: wait for the lock however long it takes.
-
-    Raises:
-        RequestError: if another process holds the lock, or none can be made here.
+    Yields the lock's descriptor: every process that inherits it holds the lock too. The lock file, inside a `folder` or
+    beside a file, names the process. It is removed at the end, and with it the folders that were made for it and are
+    still empty. Unless it `waits`, a lock that another process holds is a `RequestError`.
     """
     path = target / FOLDER_LOCK if folder else target.with_name(f".{target.name}.lock")
     new = [parent for parent in path.parents if not parent.exists()]
@@ -89,8 +81,8 @@ def _release(handle: int, path: Path) -> None:
         if not on_windows and _is_file(handle, path):
             path.unlink()
     os.close(handle)
-    with suppress(OSError):
-        if on_windows:
+    if on_windows:
+        with suppress(OSError):
             path.unlink()
 
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 STARS = "***"
@@ -34,18 +35,15 @@ def redacted(text: str) -> str:
 def without_secrets(arguments: Sequence[str]) -> list[str]:
     """Arguments with stars in place of the values of flags such as --hub_token, in addresses and in mappings too."""
     shown: list[str] = []
-    hide_next = False
-    for argument in arguments:
+    for before, argument in pairwise(["", *arguments]):
         flag, equals, _ = argument.partition("=")
-        secret = flag.startswith("--") and is_secret(flag[2:])
-        if hide_next:
+        if before.startswith("--") and is_secret(before[2:]):
             shown.append(STARS)
-        elif secret and equals:
+        elif equals and flag.startswith("--") and is_secret(flag[2:]):
             shown.append(f"{flag}={STARS}")
         else:
             text = redacted(argument)
             shown.append(_ENTRY.sub(rf"\g<1>{STARS}", text) if "{" in text else text)
-        hide_next = secret and not equals
     return shown
 
 

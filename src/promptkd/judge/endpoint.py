@@ -1,11 +1,9 @@
 """Questions to an OpenAI-compatible endpoint, several at a time, each asked again where the failure may pass.
 
 What may pass: 408, 409, 429 and 5xx, time-outs, refused and broken connections, bodies that are cut or are no chat
-completion. What stops everything: a key that is not accepted (401, 403), an unknown model or address (404), a
-redirection. Any other status (400, 413, 422) refuses its one question.
-
-The client's own retries are off. They take any body for an answer, let a server that sends a byte at a time go on
-without end, wait in silence, and know no pause that holds for all requests.
+completion. What stops everything: a key that is not accepted, an unknown model or address, a redirection. Any other
+status (400, 413, 422) refuses its one question. The client's own retries are off: they take any body for an answer,
+never give up on a server that sends a byte at a time, wait in silence, and know no pause that holds for all requests.
 
 The key is a secret: it goes into the header and nowhere else, and is starred out where the server repeats it.
 """
@@ -18,7 +16,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic import AliasPath, BaseModel, Field, ValidationError
@@ -35,14 +33,10 @@ _FATAL = {
     403: f"The key has no right to this. {_KEY_ADVICE}",
     404: "Check --judge-model, and --endpoint, which ends in /v1 with most servers.",
 }
-_LONGEST_PAUSE = 60.0
-"""Cap of the exponential back-off, in seconds."""
-_LONGEST_RETRY_AFTER = 600.0
-"""A server that asks for more patience than this many seconds has failed."""
-_LONGEST_QUOTE = 300
-"""Characters of a server's message that are repeated."""
-_FAILURES_IN_A_ROW = 5
-"""Or as many as are asked at a time, if that is more: then the endpoint is at fault and not the questions."""
+_LONGEST_PAUSE = 60.0  # cap of the exponential back-off, in seconds
+_LONGEST_RETRY_AFTER = 600.0  # a server that asks for more patience than this many seconds has failed
+_LONGEST_QUOTE = 300  # characters of a server's message that are repeated
+_FAILURES_IN_A_ROW = 5  # or as many as are asked at a time, if more: then the endpoint is at fault, not the questions
 
 
 @dataclass(frozen=True)
@@ -52,13 +46,10 @@ class Endpoint:
     url: str
     model: str
     key: str | None = field(default=None, repr=False)
-    fields: Mapping[str, Any] = field(default_factory=dict)
-    """Further fields of every request: temperature, seed, max_tokens and the like."""
-    timeout: float = 120.0
-    """Seconds for a complete answer."""
+    fields: Mapping[str, Any] = field(default_factory=dict)  # of every request: temperature, seed, max_tokens, …
+    timeout: float = 120.0  # seconds for a complete answer
     retries: int = 5
-    backoff: float = 1.0
-    """Seconds before the first retry; doubled for every further one, less a random part of up to a half."""
+    backoff: float = 1.0  # seconds before the first retry; doubled for every further one, less up to a half at random
 
 
 class Reply(BaseModel):
@@ -67,14 +58,12 @@ class Reply(BaseModel):
     message: dict[str, Any] = Field(validation_alias=AliasPath("choices", 0, "message"), repr=False)
     text: str | None = Field(None, validation_alias=AliasPath("choices", 0, "message", "content"))
     finish_reason: str | None = Field(None, validation_alias=AliasPath("choices", 0, "finish_reason"))
-    model: str | None = None
-    """The model as the server names it."""
+    model: str | None = None  # the model as the server names it
     prompt_tokens: int | None = Field(None, validation_alias=AliasPath("usage", "prompt_tokens"))
     completion_tokens: int | None = Field(None, validation_alias=AliasPath("usage", "completion_tokens"))
 
 
-@dataclass(frozen=True)
-class Refusal:
+class Refusal(NamedTuple):
     """The server will not answer this question, however often it is asked."""
 
     reason: str
@@ -88,17 +77,6 @@ class _FailureError(Exception):
         self.wait = wait
 
 
-def check_client() -> None:
-    """Refuse to begin without the `openai` package."""
-    try:
-        import openai  # noqa: F401
-    except ImportError as error:
-        raise RequestError(
-            "The judge is asked through the openai package, which is not installed. "
-            "Install it with: pip install 'promptkd[judge]'."
-        ) from error
-
-
 def check_url(url: str) -> None:
     """Refuse what is no plain http or https address. A key inside the address would be written into the record."""
     try:
@@ -106,7 +84,7 @@ def check_url(url: str) -> None:
         is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
         is_address = False
-    if "@" in url or "?" in url or "#" in url:
+    if {*"@?#"} & {*url}:
         raise RequestError(
             "--endpoint must hold no user name, password, query or fragment. A key is read from the environment alone."
         )
@@ -126,7 +104,6 @@ def ask_all(
     """Ask every question, `concurrency` at a time, and hand each answer to `take` as it comes.
 
     Args:
-        questions: texts by key.
         take: receives a key and a `Reply`, or a `Refusal` once any question was answered: an endpoint that refuses
             everything says nothing about the questions.
         proven: whether the endpoint has answered such questions before.
@@ -140,24 +117,33 @@ def ask_all(
     """
     if not questions:
         return {}
-    return asyncio.run(_Round(_Asker(endpoint, on_wait), take, proven).ask(questions, concurrency))
+    return asyncio.run(_Asker(endpoint, take, proven, on_wait).ask_all(questions, concurrency))
 
 
-class _Round(Generic[K]):
-    """All questions, until each is answered or the endpoint is at fault."""
+@dataclass
+class _Asker(Generic[K]):
+    """Asks until each question is answered or the endpoint is at fault; a pause that it asks for holds for all."""
 
-    def __init__(self, asker: "_Asker", take: Callable[[K, Reply | Refusal], None], proven: bool):
-        self.asker, self.take, self.proven = asker, take, proven
-        self.failed: dict[K, str] = {}
-        self.refused: dict[K, Refusal] = {}  # held back until the endpoint is proven
-        self.in_a_row = 0
+    endpoint: Endpoint
+    take: Callable[[K, Reply | Refusal], None]
+    proven: bool
+    on_wait: Callable[[str, float], None]
+    failed: dict[K, str] = field(default_factory=dict)
+    refused: dict[K, Refusal] = field(default_factory=dict)  # held back until the endpoint is proven
+    in_a_row: int = 0
+    not_before: float = 0.0
 
-    async def ask(self, questions: Mapping[K, str], concurrency: int) -> dict[K, str]:
+    async def ask_all(self, questions: Mapping[K, str], concurrency: int) -> dict[K, str]:
+        from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+
+        # No redirection is followed: it would carry the questions to another address than the record names.
+        http, key = DefaultAsyncHttpxClient(follow_redirects=False), self.endpoint.key or "none"
+        client = AsyncOpenAI(api_key=key, base_url=self.endpoint.url, max_retries=0, http_client=http)
         waiting, most = iter(questions.items()), max(_FAILURES_IN_A_ROW, concurrency)
         try:
-            async with self.asker.client, asyncio.TaskGroup() as group:
+            async with client, asyncio.TaskGroup() as group:
                 for _ in range(min(concurrency, len(questions))):
-                    group.create_task(self._work(waiting, most))
+                    group.create_task(self._work(client, waiting, most))
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
         if not self.proven:
@@ -165,10 +151,10 @@ class _Round(Generic[K]):
             raise self._stop(len(questions), reasons[-1])
         return self.failed
 
-    async def _work(self, waiting: Iterator[tuple[K, str]], most: int) -> None:
+    async def _work(self, client: Any, waiting: Iterator[tuple[K, str]], most: int) -> None:
         for key, question in waiting:
             try:
-                outcome = await self.asker.ask(question)
+                outcome = await self._ask(client, question)
             except _FailureError as failure:
                 self.failed[key] = reason = str(failure)
             else:
@@ -188,50 +174,35 @@ class _Round(Generic[K]):
 
     def _stop(self, count: int, reason: str) -> PromptKDError:
         which = f"None of the last {count} requests" if count > 1 else "No request"
-        return PromptKDError(f"{which} to {self.asker.endpoint.url} was answered: {reason}.")
+        return PromptKDError(f"{which} to {self.endpoint.url} was answered: {reason}.")
 
-
-class _Asker:
-    """Asks a question until it is answered; a pause that the server asks for holds for all questions."""
-
-    def __init__(self, endpoint: Endpoint, on_wait: Callable[[str, float], None]):
-        from openai import AsyncOpenAI, DefaultAsyncHttpxClient
-
-        self.endpoint, self.on_wait = endpoint, on_wait
-        # No redirection is followed: it would carry the questions to another address than the record names.
-        http = DefaultAsyncHttpxClient(follow_redirects=False)
-        self.client = AsyncOpenAI(
-            api_key=endpoint.key or "none", base_url=endpoint.url, max_retries=0, http_client=http
-        )
-        self._not_before = 0.0
-
-    async def ask(self, question: str) -> Reply | Refusal:
+    async def _ask(self, client: Any, question: str) -> Reply | Refusal:
         """Raises `_FailureError` when every attempt has failed."""
-        for attempt in range(self.endpoint.retries + 1):
-            await asyncio.sleep(max(0.0, self._not_before - time.monotonic()))
+        attempt = 0
+        while True:
+            await asyncio.sleep(max(0.0, self.not_before - time.monotonic()))
             try:
-                return await self._attempt(question)
+                return await self._attempt(client, question)
             except _FailureError as failure:
                 if failure.wait > _LONGEST_RETRY_AFTER:
-                    raise _FailureError(
-                        f"{failure} (and to ask again in {failure.wait:.0f} s, which is too long)"
-                    ) from None
+                    too_long = f"{failure} (and to ask again in {failure.wait:.0f} s, which is too long)"
+                    raise _FailureError(too_long) from None
                 if attempt == self.endpoint.retries:
                     raise
                 pause = min(self.endpoint.backoff * 2**attempt, _LONGEST_PAUSE) * random.uniform(0.5, 1.0)
                 if failure.wait:
-                    self._not_before = max(self._not_before, time.monotonic() + failure.wait)
+                    self.not_before = max(self.not_before, time.monotonic() + failure.wait)
                 self.on_wait(str(failure), max(pause, failure.wait))
                 await asyncio.sleep(max(pause, failure.wait))
-        raise AssertionError("the last attempt returns or raises")
+            attempt += 1
 
-    async def _attempt(self, question: str) -> Reply | Refusal:
+    async def _attempt(self, client: Any, question: str) -> Reply | Refusal:
         from openai import APIConnectionError, APIStatusError, APITimeoutError
 
         endpoint = self.endpoint
         try:
             async with asyncio.timeout(endpoint.timeout):  # the client's own starts over with every byte
-                answer = await self.client.chat.completions.with_raw_response.create(
+                answer = await client.chat.completions.with_raw_response.create(
                     model=endpoint.model,
                     messages=[{"role": "user", "content": question}],
                     extra_body=dict(endpoint.fields),

@@ -11,7 +11,7 @@ whose verdicts both say so, or disagree. How often they disagree shows how far p
 Verdicts that cannot be read enter no mean: a row with one is left out, and its share is reported.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,43 +21,32 @@ from promptkd.judge.questions import JudgedAnswer, Key
 from promptkd.judge.verdicts import Verdict
 from promptkd.results import Difference, Evaluation, Metric, RowResult
 
-Scores = dict[int, dict[str, float]]
-"""Of each row, by its number."""
+_MEANS = ("judge_score", "judge_reference_score", "win_rate", "tie_rate", "flip_rate", "unparsable_share")
 
 
 def judge_results(
-    models: Mapping[str, Mapping[int, JudgedAnswer]],
-    verdicts: Mapping[Key, Verdict],
-    *,
-    data: str,
-    asked: dict[str, Any],
+    models: Mapping[str, Mapping[int, JudgedAnswer]], verdicts: Mapping[Key, Verdict], data: str, asked: dict[str, Any]
 ) -> tuple[list[Evaluation], list[Difference]]:
     """What the verdicts say of one model against the references, or of two models, each with the scores of its rows.
 
-    Args:
-        models: one or two models' answers, by label; `Verdict.model` speaks of the first.
-        data: label of the data set.
-        asked: how the judge was asked, the `decoding` of the evaluations.
+    `Verdict.model` speaks of the first model; `asked`, how the judge was asked, is the `decoding` of the evaluations.
     """
-    evaluations: list[Evaluation] = []
-    for label, answers in models.items():
-        if len(models) == 1:
-            scores = {row: _row_scores(verdict) for (row, _), verdict in sorted(verdicts.items())}
-        else:
-            scores = {
-                row: _row_rates(verdicts[row, True], verdicts[row, False], of_other=bool(evaluations))
-                for row in answers
-            }
-        evaluations.append(
-            Evaluation(
-                model=label,
-                data=data,
-                decoding=asked if len(models) == 1 else {**asked, "between": sorted(models)},
-                metrics=_metrics(scores),
-                samples=[_sample(answers[row], each) for row, each in scores.items()],
-            )
-        )
-    return evaluations, _win_difference(*evaluations) if len(models) == 2 else []
+    if len(models) == 1:
+        ((label, answers),) = models.items()
+        scores = {row: _row_scores(verdict) for (row, _), verdict in sorted(verdicts.items())}
+        return [_evaluation(label, data, asked, answers, scores)], []
+    evaluations, wins = [], []
+    asked = {**asked, "between": sorted(models)}
+    for of_other, (label, answers) in enumerate(models.items()):
+        scores = {row: _row_rates(verdicts[row, True], verdicts[row, False], bool(of_other)) for row in answers}
+        evaluations.append(_evaluation(label, data, asked, answers, scores))
+        wins.append([each["win_rate"] for each in scores.values() if "win_rate" in each])
+    if not wins[0]:
+        return evaluations, []
+    model, other = models
+    won = paired_difference(wins[0], wins[1])
+    difference = Difference(model=model, baseline=other, metric="win_rate", difference=won, better="higher", data=data)
+    return evaluations, [difference]
 
 
 def _row_scores(verdict: Verdict) -> dict[str, float]:
@@ -67,7 +56,7 @@ def _row_scores(verdict: Verdict) -> dict[str, float]:
     return unread | {"judge_score": verdict.model, "judge_reference_score": verdict.other}
 
 
-def _row_rates(one: Verdict, two: Verdict, *, of_other: bool) -> dict[str, float]:
+def _row_rates(one: Verdict, two: Verdict, of_other: bool) -> dict[str, float]:
     """Of a row between two models, as the first or the other of them sees it."""
     shares = [each.other if of_other else each.model for each in (one, two)]
     unread = {"unparsable_share": sum(share is None for share in shares) / 2}
@@ -81,44 +70,21 @@ def _row_rates(one: Verdict, two: Verdict, *, of_other: bool) -> dict[str, float
     }
 
 
-def _metrics(scores: Scores) -> dict[str, Metric]:
+def _evaluation(
+    label: str,
+    data: str,
+    asked: dict[str, Any],
+    answers: Mapping[int, JudgedAnswer],
+    scores: dict[int, dict[str, float]],
+) -> Evaluation:
     """Means over the rows that have a score, and the ratio of the judge's scores in %."""
-    names = ("judge_score", "judge_reference_score", "win_rate", "tie_rate", "flip_rate", "unparsable_share")
-    columns = {name: [each[name] for each in scores.values() if name in each] for name in names}
+    columns = {name: [each[name] for each in scores.values() if name in each] for name in _MEANS}
     metrics = {name: mean_interval(values) for name, values in columns.items() if values}
-    if "judge_score" not in metrics:
-        return metrics
-    model, reference = (np.array(columns[name]) for name in names[:2])
-    return {"judge_ratio": token_mean_interval(100 * model, reference), **metrics}
-
-
-def _sample(answer: JudgedAnswer, scores: dict[str, float]) -> RowResult:
-    return RowResult(
-        row=answer.row,
-        prompt=answer.prompt,
-        references=list(answer.references),
-        response=answer.response,
-        scores=scores,
-    )
-
-
-def _win_difference(model: Evaluation, other: Evaluation) -> list[Difference]:
-    """Wins less the other's wins; none where no row has both verdicts."""
-    wins = [
-        [sample.scores["win_rate"] for sample in each.samples if "win_rate" in sample.scores] for each in (model, other)
-    ]
-    if not wins[0]:
-        return []
-    return [
-        Difference(
-            model=model.model,
-            baseline=other.model,
-            metric="win_rate",
-            difference=paired_difference(wins[0], wins[1]),
-            better="higher",
-            data=model.data,
-        )
-    ]
+    if "judge_score" in metrics:
+        model, reference = (np.array(columns[name]) for name in _MEANS[:2])
+        metrics = {"judge_ratio": token_mean_interval(100 * model, reference), **metrics}
+    samples = [RowResult(**vars(answers[row]), scores=each) for row, each in scores.items()]
+    return Evaluation(model=label, data=data, decoding=asked, metrics=metrics, samples=samples)
 
 
 def judge_notes(verdicts: Collection[Verdict], *, judge: str) -> list[str]:
@@ -134,12 +100,10 @@ def judge_notes(verdicts: Collection[Verdict], *, judge: str) -> list[str]:
     return notes
 
 
-def token_cost(verdicts: Iterable[Verdict]) -> dict[str, Metric]:
+def token_cost(verdicts: Collection[Verdict]) -> dict[str, Metric]:
     """Tokens of questions and verdicts as far as the endpoint counts them; `rows` is how many it counted."""
-    counted = [
-        {"judge_prompt_tokens": each.prompt_tokens, "judge_completion_tokens": each.completion_tokens}
-        for each in verdicts
-        if each.prompt_tokens is not None and each.completion_tokens is not None
-    ]
-    names = counted[0] if counted else ()
-    return {name: Metric(value=sum(each[name] for each in counted), rows=len(counted)) for name in names}
+    used = [(each.prompt_tokens, each.completion_tokens) for each in verdicts]
+    counted = [(prompt, completion) for prompt, completion in used if prompt is not None and completion is not None]
+    names = ("judge_prompt_tokens", "judge_completion_tokens")
+    sums = zip(names, map(sum, zip(*counted, strict=True)), strict=True) if counted else ()
+    return {name: Metric(value=value, rows=len(counted)) for name, value in sums}

@@ -22,8 +22,7 @@ from promptkd.errors import RequestError, check_all
 from promptkd.io.files import MIB, read_regular
 
 Task = Literal["score", "pairwise"]
-Key = tuple[int, bool]
-"""Of a question and its verdict: the row, and whether the model's answer is shown first."""
+Key = tuple[int, bool]  # of a question and its verdict: the row, and whether the model's answer is shown first
 
 _PLACEHOLDER = re.compile(r"\{\{\s*(.*?)\s*\}\}")
 _PLACEHOLDERS = ("request", "first", "second")
@@ -33,8 +32,7 @@ _PLACEHOLDERS = ("request", "first", "second")
 class JudgedAnswer:
     """One request, a model's answer to it, and the references."""
 
-    row: int
-    """Index of the row in the data file that the request comes from."""
+    row: int  # index of the row in the data file that the request comes from
     prompt: str
     response: str
     references: tuple[str, ...]
@@ -49,27 +47,20 @@ class _Line(BaseModel):
 
 
 def read_answers(path: Path, *, limit: int | None = None) -> dict[int, JudgedAnswer]:
-    """The answers in `path` by the number of their row, in its order; of the first `limit` lines, if that is given.
-
-    Raises:
-        RequestError: there is no such file, a row lacks a field, or two rows have the same number.
-    """
+    """The answers in `path` by the number of their row, in its order; of the first `limit` lines, if that is given."""
     if not path.is_file():
         raise RequestError(f"Expected a file of answers at {path}. There is none; `promptkd generate` writes one.")
     answers: dict[int, JudgedAnswer] = {}
     for location, found in read_objects(path, limit=limit):
-        answer = _answer(found, location)
-        if answer.row in answers:
+        if (answer := _answer(found, location)).row in answers:
             raise RequestError(f"{location}: row {answer.row} is there twice. Judge the answers of one seed at a time.")
         answers[answer.row] = answer
     return dict(sorted(answers.items()))
 
 
 def _answer(found: Any, location: str) -> JudgedAnswer:
-    expected = (
-        f"{location}: expected row, prompt, references, and response or completion, as `promptkd evaluate` and "
-        "`promptkd generate` write them"
-    )
+    written = "as `promptkd evaluate` and `promptkd generate` write them"
+    expected = f"{location}: expected row, prompt, references, and response or completion, {written}"
     try:
         line = _Line.model_validate(found)
     except ValidationError as error:
@@ -85,22 +76,36 @@ def _answer(found: Any, location: str) -> JudgedAnswer:
     return JudgedAnswer(line.row, line.prompt, texts[0], tuple(line.references))
 
 
-def with_requests(answers: Mapping[int, JudgedAnswer], source: str) -> dict[int, JudgedAnswer]:
-    """The answers with the requests of the data set they answer in place of their prompts: no template around them.
+def read_models(
+    files: Sequence[tuple[str, Path]], *, limit: int | None, data: str | None
+) -> dict[str, dict[int, JudgedAnswer]]:
+    """The answers of one model, or of two to the same requests, by label; of the first `limit` lines of the first file.
 
-    Raises:
-        RequestError: `source` lacks a row, or a row's request is not in its prompt.
+    With `data`, the data set they answer, each prompt becomes the request itself: no template around it.
     """
-    requests = {example.row: _request_text(example.request) for example in read_examples(source)}
-    missing = sum(row not in requests for row in answers)
-    if missing:
-        raise RequestError(f"{missing} of {len(answers)} rows are not in {source}. Give the data they were made from.")
-    strange = sum(_flat(requests[row][1]) not in _flat(answer.prompt) for row, answer in answers.items())
-    if strange:
-        raise RequestError(
-            f"{strange} of {len(answers)} rows hold another request than their prompt in {source}. "
-            "Give the data they were made from."
+    (label, path), *other = files
+    models = {label: read_answers(path, limit=limit)}
+    for other_label, against in other:
+        rows = read_answers(against)
+        models[other_label] = {row: rows[row] for row in rows if limit is None or row in models[label]}
+    if data is not None:
+        models = {each: _with_requests(answers, data) for each, answers in models.items()}
+    for other_label, against in other:
+        _check_same_requests(
+            models[label], models[other_label], f"Expected {against} to answer the same requests as {path}"
         )
+    return models
+
+
+def _with_requests(answers: dict[int, JudgedAnswer], source: str) -> dict[int, JudgedAnswer]:
+    """The answers with the request as a person would read it for a prompt; each must be in its prompt."""
+    requests = {example.row: _request_text(example.request) for example in read_examples(source)}
+    count, advice = f"of {len(answers)} rows", "Give the data they were made from."
+    if missing := sum(row not in requests for row in answers):
+        raise RequestError(f"{missing} {count} are not in {source}. {advice}")
+    flat = lambda text: " ".join(text.split())  # noqa: E731
+    if strange := sum(flat(requests[row][1]) not in flat(answer.prompt) for row, answer in answers.items()):
+        raise RequestError(f"{strange} {count} hold another request than their prompt in {source}. {advice}")
     return {row: replace(answer, prompt=requests[row][0]) for row, answer in answers.items()}
 
 
@@ -117,14 +122,7 @@ def _request_text(request: Request) -> tuple[str, str]:
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in request), last
 
 
-def _flat(text: str) -> str:
-    return " ".join(text.split())
-
-
-def check_same_requests(
-    answers: Mapping[int, JudgedAnswer], others: Mapping[int, JudgedAnswer], names: tuple[str, str]
-) -> None:
-    """Refuse two files of answers that do not answer the same requests."""
+def _check_same_requests(answers: dict[int, JudgedAnswer], others: dict[int, JudgedAnswer], expected: str) -> None:
     missing, surplus = len(answers.keys() - others.keys()), len(others.keys() - answers.keys())
     changed = sum(answers[row].prompt != others[row].prompt for row in answers.keys() & others.keys())
     checks = [
@@ -132,8 +130,7 @@ def check_same_requests(
         (surplus > 0, f"{surplus} further rows are there"),
         (changed > 0, f"{changed} rows have another prompt there"),
     ]
-    advice = "Generate both from the same data with the same template and limits."
-    check_all(f"Expected {names[1]} to answer the same requests as {names[0]}", checks, advice)
+    check_all(expected, checks, "Generate both from the same data with the same template and limits.")
 
 
 def requests_sha256(answers: Iterable[JudgedAnswer]) -> str:
@@ -143,11 +140,7 @@ def requests_sha256(answers: Iterable[JudgedAnswer]) -> str:
 
 
 def load_prompt(task: Task, path: Path | None = None) -> str:
-    """The prompt of `task`: the one that ships, or the text of `path`.
-
-    Raises:
-        RequestError: the file cannot be read, lacks a placeholder, or holds one that is not known.
-    """
+    """The prompt of `task`: the one that ships, or the text of `path`."""
     if path is None:
         return (resources.files("promptkd.judge") / "prompts" / f"{task}.txt").read_text(encoding="utf-8")
     try:
@@ -164,7 +157,6 @@ def load_prompt(task: Task, path: Path | None = None) -> str:
 
 
 def fill_prompt(prompt: str, *, request: str, first: str, second: str) -> str:
-    """`prompt` with its placeholders replaced."""
     values = {"request": request, "first": first, "second": second}
     return _PLACEHOLDER.sub(lambda found: values[found[1]], prompt)
 
@@ -174,9 +166,6 @@ def questions_about(models: Sequence[Mapping[int, JudgedAnswer]], prompt: str) -
 
     Against the reference one question per row; which answer is shown first is drawn from the number of the row. Between
     two models two questions per row, in both orders.
-
-    Raises:
-        RequestError: rows without a reference to stand beside a single model's answer.
     """
     answers, *others = models
     bare = sum(not answer.references for answer in answers.values())

@@ -21,7 +21,7 @@ from promptkd.engine import (
 )
 from promptkd.errors import RequestError
 from promptkd.objectives import prompt_loss_terms
-from promptkd.objectives.prompt import Direction
+from promptkd.objectives.divergences import Direction
 
 Objective = Callable[[Tensor, Tensor], Tensor]
 """(student_logits, teacher_logits), both (N, V), to N values in nats."""

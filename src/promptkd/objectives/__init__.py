@@ -4,12 +4,14 @@ from promptkd.objectives.divergences import (
     adaptive_kl,
     forward_kl,
     jensen_shannon,
+    prompt_loss,
+    prompt_loss_terms,
+    regularizer_weight,
     reverse_kl,
     skew_forward_kl,
     skew_reverse_kl,
     total_variation,
 )
-from promptkd.objectives.prompt import prompt_loss, prompt_loss_terms, regularizer_weight
 
 __all__ = [
     "adaptive_kl",

@@ -1,4 +1,4 @@
-"""Divergences between a student q and a teacher p, token by token.
+"""Divergences between a student q and a teacher p, token by token, and the loss that tunes the soft prompt by them.
 
 Every function takes two logit tensors of shape (..., V), the student's first, and returns one value per position,
 shape (...), in nats, computed in float32 or wider. Shifting, masking and averaging happen elsewhere.
@@ -9,9 +9,13 @@ removed from both distributions, as if it were sliced off.
 
 import math
 from functools import reduce
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+Direction = Literal["reverse", "forward"]
+Schedule = Literal["linear", "constant", "none"]
 
 
 def forward_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -87,21 +91,86 @@ def adaptive_kl(student_logits: Tensor, teacher_logits: Tensor, *, mu: float = 0
     return weight * kl_from_log_probs(log_p, log_q) + (1 - weight) * kl_from_log_probs(log_q, log_p)
 
 
+def prompt_loss(
+    prompted_logits: Tensor,
+    student_logits: Tensor,
+    plain_logits: Tensor | None,
+    *,
+    weight: float,
+    **directions: Direction,
+) -> Tensor:
+    """KL(p_P || q) + λ KL(p_P || p): p_P prompted teacher, q student, p plain teacher, λ = `weight` (eqs. 2 and 3).
+
+    Only p_P receives a gradient. The direction "forward" swaps the arguments of its term: KL(q || p_P), KL(p || p_P).
+    The names follow the authors' scripts, where the prompted teacher is the model that is trained.
+
+    Args:
+        weight: λ_k of the step, see `regularizer_weight`. With 0, `plain_logits` may be None.
+        directions: `student_direction` and `plain_direction`, "reverse" or "forward".
+
+    Raises:
+        ValueError: for a weight without `plain_logits`, differing shapes, or an unknown direction.
+    """
+    if plain_logits is None and weight != 0:
+        raise ValueError(f"`plain_logits` may be left out only with a weight of 0. Got {weight}.")
+    to_student, to_plain = prompt_loss_terms(prompted_logits, student_logits, plain_logits, **directions)
+    return to_student if to_plain is None or weight == 0 else to_student + weight * to_plain
+
+
+def prompt_loss_terms(
+    prompted_logits: Tensor,
+    student_logits: Tensor,
+    plain_logits: Tensor | None,
+    *,
+    student_direction: Direction = "reverse",
+    plain_direction: Direction = "reverse",
+) -> tuple[Tensor, Tensor | None]:
+    """The two unweighted terms of `prompt_loss`; the second is None without `plain_logits`."""
+    to_student = _directed_kl(prompted_logits, student_logits, student_direction)
+    return to_student, None if plain_logits is None else _directed_kl(prompted_logits, plain_logits, plain_direction)
+
+
+def _directed_kl(logits: Tensor, target_logits: Tensor, direction: Direction) -> Tensor:
+    log_p, log_target = shared_log_probs(logits, target_logits.detach())
+    if direction == "reverse":
+        return kl_from_log_probs(log_p, log_target)
+    if direction == "forward":
+        return kl_from_log_probs(log_target, log_p)
+    raise ValueError(f'A KL direction must be "reverse" or "forward". Got {direction!r}.')
+
+
+def regularizer_weight(
+    step: int, total_steps: int, *, coefficient: float = 1.0, schedule: Schedule = "linear"
+) -> float:
+    """λ_k: c (1 - k / K) for "linear", c for "constant", 0 for "none"; k counts optimizer steps from 0 to K - 1.
+
+    "linear" begins at c and ends at c / K (PromptKD section 3.2).
+
+    Raises:
+        ValueError: if k lies outside 0 … K - 1 or the schedule is unknown.
+    """
+    if not 0 <= step < total_steps:
+        raise ValueError(f"The step must lie in 0 … {total_steps - 1} (total_steps - 1). Got {step}.")
+    shares = {"linear": 1 - step / total_steps, "constant": 1.0, "none": 0.0}
+    if schedule not in shares:
+        raise ValueError(f'The schedule must be "linear", "constant" or "none". Got {schedule!r}.')
+    return coefficient * shares[schedule]
+
+
 def shared_log_probs(*logits: Tensor) -> tuple[Tensor, ...]:
     """Log-probabilities, float32 or wider, over the columns that exist for every one of the models.
 
     Raises:
         ValueError: if the shapes differ.
     """
-    shapes = {tuple(each.shape) for each in logits}
-    if len(shapes) > 1:
+    shapes = [str(tuple(each.shape)) for each in logits]
+    if len(set(shapes)) > 1:
         raise ValueError(
-            "Student and teacher logits must have one shape (..., V). "
-            f"Got {', '.join(str(tuple(each.shape)) for each in logits)}. Slice padded heads to the shared vocabulary."
+            f"Student and teacher logits must have one shape (..., V). Got {', '.join(shapes)}. "
+            "Slice padded heads to the shared vocabulary."
         )
     dtype = reduce(torch.promote_types, (each.dtype for each in logits), torch.float32)
-    absent = torch.stack([each.detach().amin(-1) == -math.inf for each in logits]).any()
-    if absent:
+    if torch.stack([each.detach().amin(-1) == -math.inf for each in logits]).any():
         missing = torch.stack([each.detach() == -math.inf for each in logits]).any(0)
         logits = tuple(each.masked_fill(missing, -math.inf) for each in logits)
     return tuple(each.to(dtype).log_softmax(-1) for each in logits)
@@ -117,11 +186,9 @@ def _log_mixture(log_a: Tensor, log_b: Tensor, share: float) -> Tensor:
     """log(share a + (1 - share) b), exactly log a where a equals b."""
     if share in (0, 1):
         return log_a if share else log_b
-    a_is_larger = log_a >= log_b
-    larger = torch.where(a_is_larger, log_a, log_b)
-    smaller = torch.where(a_is_larger, log_b, log_a)
-    of_larger = torch.where(a_is_larger, larger.new_tensor(share), larger.new_tensor(1 - share))
-    of_smaller = torch.where(a_is_larger, larger.new_tensor(1 - share), larger.new_tensor(share))
+    a_is_larger, of_a, of_b = log_a >= log_b, log_a.new_tensor(share), log_a.new_tensor(1 - share)
+    larger, smaller = torch.where(a_is_larger, log_a, log_b), torch.where(a_is_larger, log_b, log_a)
+    of_larger, of_smaller = torch.where(a_is_larger, of_a, of_b), torch.where(a_is_larger, of_b, of_a)
     gap = torch.where(larger == -math.inf, 0.0, smaller - larger)
     return larger + torch.log(of_larger + of_smaller * gap.exp())
 

@@ -1,18 +1,16 @@
 """Kernels: per-token losses of a chunk of logits, with the gradient written over the logits.
 
-Those with hand-written gradients need logits that are finite everywhere; all others use the plain objective and
-autograd. The CUDA engine has its own (`engine/cuda/triton_kernels.py`).
+The CUDA engine has its own (`engine/cuda/triton_kernels.py`).
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from promptkd.objectives.divergences import forward_kl, reverse_kl, shared_log_probs
-from promptkd.objectives.prompt import Direction, prompt_loss_terms
+from promptkd.objectives.divergences import Direction, forward_kl, prompt_loss_terms, reverse_kl, shared_log_probs
 
 Objective = Callable[[Tensor, Tensor], Tensor]
 """Student and teacher logits (N, V) to values (N,)."""
@@ -34,12 +32,8 @@ class Kernels:
 
 
 def objective_kernel(objective: Objective, kernels: Kernels, *, absent_tokens: bool) -> Kernel:
-    """The kernel of `objective`, with the metric "entropy" of the student.
-
-    Args:
-        absent_tokens: whether logits may be -inf.
-    """
-    written: dict[Any, Kernel] = {reverse_kl: kernels.reverse_kl, forward_kl: kernels.forward_kl}
+    """The kernel of `objective`, with the student's metric "entropy". With `absent_tokens`, logits may be -inf."""
+    written: dict[Objective, Kernel] = {reverse_kl: kernels.reverse_kl, forward_kl: kernels.forward_kl}
     if objective in written and not absent_tokens:
         return written[objective]
 
@@ -47,50 +41,42 @@ def objective_kernel(objective: Objective, kernels: Kernels, *, absent_tokens: b
         log_q, _ = shared_log_probs(logits.detach(), target)
         return objective(logits, target), {"entropy": _entropy(log_q.exp(), log_q)}
 
-    return _by_autograd(plain)
+    return partial(_by_autograd, plain)
 
 
-def prompt_kernel(
-    weight: float, student_direction: Direction, plain_direction: Direction, kernels: Kernels, *, absent_tokens: bool
-) -> Kernel:
-    """The kernel of `prompt_loss` for prompted, student and (optionally) plain logits.
-
-    Its metrics are the unweighted terms "to_student" and "to_plain".
-    """
-    if student_direction == plain_direction == "reverse" and not absent_tokens:
+def prompt_kernel(weight: float, kernels: Kernels, *, absent_tokens: bool, **directions: Direction) -> Kernel:
+    """The kernel of `prompt_loss`; its metrics are the unweighted terms "to_student" and, where wanted, "to_plain"."""
+    if set(directions.values()) <= {"reverse"} and not absent_tokens:
         return kernels.prompt(weight)
 
     def plain_loss(logits: Tensor, student: Tensor, plain: Tensor | None = None) -> tuple[Tensor, Metrics]:
-        directions = {"student_direction": student_direction, "plain_direction": plain_direction}
         to_student, to_plain = prompt_loss_terms(logits, student, plain, **directions)
         if to_plain is None:
             return to_student, {"to_student": to_student}
         return to_student + weight * to_plain, {"to_student": to_student, "to_plain": to_plain}
 
-    return _by_autograd(plain_loss)
+    return partial(_by_autograd, plain_loss)
 
 
-def _by_autograd(function: Callable[..., tuple[Tensor, Metrics]]) -> Kernel:
-    """The kernel of a function that takes the same arguments and leaves the gradient to autograd."""
-
-    def kernel(logits: Tensor, *targets: Tensor) -> tuple[Tensor, Metrics]:
-        with torch.enable_grad():
-            variable = logits.detach().requires_grad_()
-            values, metrics = function(variable, *targets)
-            (gradient,) = torch.autograd.grad(values.sum(), variable)
-        logits.copy_(gradient)
-        return values.detach(), {name: value.detach() for name, value in metrics.items()}
-
-    return kernel
+def _by_autograd(
+    loss: Callable[..., tuple[Tensor, Metrics]], logits: Tensor, *targets: Tensor
+) -> tuple[Tensor, Metrics]:
+    """A kernel of a loss that leaves the gradient to autograd."""
+    with torch.enable_grad():
+        variable = logits.detach().requires_grad_()
+        values, metrics = loss(variable, *targets)
+        (gradient,) = torch.autograd.grad(values.sum(), variable)
+    logits.copy_(gradient)
+    return values.detach(), {name: value.detach() for name, value in metrics.items()}
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Metrics]:
     """-log q(y): d/dz = q - [y]."""
-    log_q = logits.log_softmax(-1)
-    values = -log_q.gather(-1, labels[:, None])[:, 0]
+    log_q, places = logits.log_softmax(-1), labels[:, None]
+    values = -log_q.gather(-1, places)[:, 0]
     q = torch.exp(log_q, out=logits)
     entropy = _entropy(q, log_q)
-    q.scatter_add_(-1, labels[:, None], -torch.ones_like(values)[:, None])
+    q.scatter_add_(-1, places, -torch.ones_like(values)[:, None])
     return values, {"entropy": entropy}
 
 
@@ -115,28 +101,25 @@ def _forward_kl(logits: Tensor, target: Tensor) -> tuple[Tensor, Metrics]:
     return values, {"entropy": entropy}
 
 
-def _reverse_prompt_kl(weight: float) -> Kernel:
-    def kernel(logits: Tensor, student: Tensor, *plain: Tensor) -> tuple[Tensor, Metrics]:
-        """KL(p || q) + λ KL(p || p0): d/dz = p (g - Σ p g), g = (1 + λ) log p - log q - λ log p0."""
-        log_p, g = logits.log_softmax(-1), student.log_softmax(-1)
-        p = torch.exp(log_p, out=logits)
-        torch.sub(log_p, g, out=g)
-        values = to_student = (p * g).sum(-1)
-        metrics = {"to_student": to_student}
-        if plain:
-            away = log_p.sub_(plain[0].log_softmax(-1))
-            metrics["to_plain"] = (p * away).sum(-1)
-            values = to_student + weight * metrics["to_plain"]
-            g.add_(away, alpha=weight)
-        p.mul_(g.sub_(values[:, None]))
-        return values, metrics
-
-    return kernel
+def _reverse_prompt_kl(weight: float, logits: Tensor, student: Tensor, *plain: Tensor) -> tuple[Tensor, Metrics]:
+    """KL(p || q) + λ KL(p || p0): d/dz = p (g - Σ p g), g = (1 + λ) log p - log q - λ log p0."""
+    log_p, g = logits.log_softmax(-1), student.log_softmax(-1)
+    p = torch.exp(log_p, out=logits)
+    torch.sub(log_p, g, out=g)
+    values = to_student = (p * g).sum(-1)
+    metrics = {"to_student": to_student}
+    if plain:
+        away = log_p.sub_(plain[0].log_softmax(-1))
+        metrics["to_plain"] = (p * away).sum(-1)
+        values = to_student + weight * metrics["to_plain"]
+        g.add_(away, alpha=weight)
+    p.mul_(g.sub_(values[:, None]))
+    return values, metrics
 
 
 def _entropy(q: Tensor, log_q: Tensor) -> Tensor:
     return -torch.where(log_q == -torch.inf, 0.0, q * log_q).sum(-1)
 
 
-PLAIN_KERNELS = Kernels(_reverse_kl, _forward_kl, _cross_entropy, _reverse_prompt_kl)
+PLAIN_KERNELS = Kernels(_reverse_kl, _forward_kl, _cross_entropy, lambda weight: partial(_reverse_prompt_kl, weight))
 """In a few operations of torch, on any device."""

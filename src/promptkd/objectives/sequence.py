@@ -1,7 +1,6 @@
 """Sequence-level objectives: MiniLLM's policy gradient and DPKD's preference.
 
-Tensors are (B, T): B responses padded on the right to T tokens, `mask` True where a response has a token. Results are 0
-at padding.
+Tensors are (B, T): B responses padded on the right to T tokens, `mask` True where a response has one. Padding gives 0.
 """
 
 from typing import Literal, NamedTuple
@@ -24,42 +23,36 @@ def minillm(
     length_normalization: bool = True,
     clip_ratio: float | None = 0.2,
 ) -> Tensor:
-    """w_t KL_t(q || p) + ρ_t G_{t+1}, a surrogate whose gradient is that of the sequence-level KL(q || p).
+    """w_t KL_t(q || p) + ρ_t G_{t+1}, (B, T), a surrogate whose gradient is that of the sequence-level KL(q || p).
 
-    G_{t+1} = Σ_{t' > t} (log q - log p)_{t'} is the cost that follows token t, a constant for the gradient. KL_t is the
-    single-step part, over the full vocabulary (MiniLLM, Gu et al. 2024, eqs. 3 to 7).
+    G_{t+1} = Σ_{t' > t} (log q - log p)_{t'} is the cost that follows token t, a constant for the gradient (MiniLLM, Gu
+    et al. 2024, eqs. 3 to 7).
 
     Args:
-        log_q: (B, T) log-probability of each sampled token under the student; with a gradient.
-        log_p: (B, T) the same under the teacher.
-        single_step: (B, T) KL(q || p) of the full distribution at each position; with a gradient.
-        mask: (B, T) bool.
-        log_behavior: (B, T) the same under the distribution that sampled the tokens, α p + (1 - α) q; None if that was
-            the student.
+        log_q, log_p: log-probability of each sampled token under the student and under the teacher.
+        single_step: KL_t(q || p), of the full distribution at each position.
+        log_behavior: as `log_q` under what sampled the tokens, α p + (1 - α) q; None if that was the student.
         importance: weights of tokens that the student did not sample: "token", ρ_t = q / behavior at t alone, biased
             but of low variance (the paper's); "product", the exact weights, products over the response; "none".
         length_normalization: divide G_{t+1} by the number of tokens that follow. The gradient is then no longer that of
             the KL.
         clip_ratio: ε of the clipped ratio (PPO) for "token" and "none"; None never clips.
-
-    Returns:
-        (B, T); its sum over t is the loss of a response.
     """
-    log_q_fixed, log_p = log_q.detach(), log_p.detach()
-    log_ratio = torch.zeros_like(log_q) if log_behavior is None else (log_q_fixed - log_behavior.detach())
+    constant = log_q.detach()
+    gradient_of_log = log_q - constant  # 0, with the gradient of log q
+    log_ratio = torch.zeros_like(log_q) if log_behavior is None else constant - log_behavior.detach()
     log_ratio = torch.where(mask, log_ratio, 0.0)
-    cost = torch.where(mask, log_q_fixed - log_p, 0.0)
+    cost = torch.where(mask, constant - log_p.detach(), 0.0)
     if importance == "product":
         through = log_ratio.cumsum(-1)  # log of Π_{s ≤ t} q / behavior
         following = return_to_go(cost * through.exp(), mask, normalize=length_normalization)
-        before = (through - log_ratio).exp()
-        values = before * single_step + following * _gradient_of_log(log_q)
+        values = (through - log_ratio).exp() * single_step + following * gradient_of_log
         return torch.where(mask, values, 0.0)
     if importance not in ("token", "none"):
         raise ValueError(f'`importance` must be "token", "product" or "none". Got {importance!r}.')
     weight = log_ratio.exp() if importance == "token" else torch.ones_like(log_ratio)
     following = return_to_go(cost, mask, normalize=length_normalization)
-    ratio = weight * _gradient_of_log(log_q, at_one=True)
+    ratio = weight * gradient_of_log.exp()
     gain = ratio * following
     if clip_ratio is not None:
         gain = torch.maximum(gain, ratio.clamp(1 - clip_ratio, 1 + clip_ratio) * following)
@@ -97,35 +90,23 @@ def dpkd(
     The reward of a response is log q - log p, with the teacher as the reference (DPKD, Li et al. 2024, section 3).
 
     Args:
-        chosen: the teacher's responses.
-        rejected: the student's own.
+        chosen, rejected: the teacher's responses, and the student's own.
         beta: scale of the reward; 0 gives log 2 whatever the models say.
         level: "sequence" compares the sums of the two responses; "token" compares position by position up to the end of
             the shorter one, and sums.
         length_normalization: means over a response's tokens instead of sums.
     """
-    better, worse = _log_ratios(*chosen), _log_ratios(*rejected)
-    better_mask, worse_mask = chosen.mask, rejected.mask
+    better, worse = (torch.where(mask, log_q - log_p.detach(), 0.0) for log_q, log_p, mask in (chosen, rejected))
     if level == "sequence":
-        reward, other = better.sum(-1), worse.sum(-1)
+        rewards = [better.sum(-1), worse.sum(-1)]
         if length_normalization:
-            reward = reward / better_mask.sum(-1).clamp(min=1)
-            other = other / worse_mask.sum(-1).clamp(min=1)
-        return -logsigmoid(beta * (reward - other))
+            masks = chosen.mask, rejected.mask
+            rewards = [each / mask.sum(-1).clamp(min=1) for each, mask in zip(rewards, masks, strict=True)]
+        return -logsigmoid(beta * (rewards[0] - rewards[1]))
     if level != "token":
         raise ValueError(f'`level` must be "sequence" or "token". Got {level!r}.')
     width = min(better.shape[1], worse.shape[1])
-    both = better_mask[:, :width] & worse_mask[:, :width]
+    both = chosen.mask[:, :width] & rejected.mask[:, :width]
     losses = -logsigmoid(beta * (better[:, :width] - worse[:, :width]))
     total = torch.where(both, losses, 0.0).sum(-1)
     return total / both.sum(-1).clamp(min=1) if length_normalization else total
-
-
-def _log_ratios(log_q: Tensor, log_p: Tensor, mask: Tensor) -> Tensor:
-    return torch.where(mask, log_q - log_p.detach(), 0.0)
-
-
-def _gradient_of_log(log_q: Tensor, *, at_one: bool = False) -> Tensor:
-    """log q with the value 0 (or, `at_one`, q with the value 1) and the gradient of log q."""
-    difference = log_q - log_q.detach()
-    return difference.exp() if at_one else difference

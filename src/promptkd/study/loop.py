@@ -1,109 +1,141 @@
-"""Runs the jobs of a study: starts them as there is room, watches them, and stops them when it is told to."""
+"""Runs the jobs of a study and shows them: a live table, or without a terminal a line when a job changes its state."""
 
 import signal
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
 from types import FrameType
-from typing import Protocol
 
-from promptkd.errors import PromptKDError
-from promptkd.study.processes import Job
-from promptkd.study.table import Table
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from promptkd.study.processes import Job, LocalPool, Phase
+from promptkd.study.ray_cluster import RayCluster
 
 _PAUSE = 0.2
+_AROUND = 4  # lines of the screen that are not runs
+_EVERY = 1.0  # seconds between two drawings, each of which reads the logs of the runs
+_COUNTED = (Phase.DONE, Phase.FAILED, Phase.STOPPED, Phase.RUNNING, Phase.QUEUED, Phase.WAITING)
 
 
-class StoppedError(PromptKDError):
-    """A signal stopped the study, which left what it takes to resume (exit status 128 + its number)."""
+def carry_out(jobs: Sequence[Job], pool: LocalPool | RayCluster, console: Console | None = None) -> int | None:
+    """Run every job that is not done; return the signal that stopped the study, if one did.
 
-    def __init__(self, message: str, signal: int):
-        super().__init__(message)
-        self.exit_status = 128 + signal
-
-
-class Engine(Protocol):
-    """Where jobs run."""
-
-    def has_room(self) -> bool: ...
-    def start(self, job: Job) -> None: ...
-    def is_running(self, job: Job) -> bool: ...
-    def finished(self) -> dict[str, int]: ...
-    def stop(self) -> None: ...
-    def kill(self) -> None: ...
-    def close(self) -> None: ...
-
-
-@dataclass
-class Outcome:
-    statuses: dict[str, int] = field(default_factory=dict)
-    """Exit status of every job that ended; of one that a signal ended, its number below zero."""
-    signal: int | None = None
-    """The signal that stopped the study, if one did."""
-
-
-@dataclass
-class _Requests:
-    """The signals that have come."""
-
-    count: int = 0
-    last: int | None = None
-
-
-def carry_out(jobs: Sequence[Job], engine: Engine, table: Table) -> Outcome:
-    """Run every job. A job that fails stops no other.
-
-    SIGINT and SIGTERM ask the running jobs to stop, and no further one is started; a second one ends them at once.
+    A job that fails stops no other. SIGINT and SIGTERM ask the running jobs to stop, and no further one is started; a
+    second one ends them at once.
     """
-    outcome, waiting = Outcome(), deque(jobs)
-    queued: dict[str, Job] = {}
-    active: set[str] = set()
-    heard = 0
-    with _signals() as requests, table:
+    table, heard = Table(jobs, console or Console(stderr=True)), 0
+    waiting, active = deque(job for job in jobs if job.phase is Phase.WAITING), dict[str, Job]()
+    with _signals() as signals, table.live or nullcontext():
         try:
             while waiting or active:
-                if requests.count > heard:
-                    heard, outcome.signal = requests.count, outcome.signal or requests.last
+                if len(signals) > heard:
+                    heard = len(signals)
                     waiting.clear()
                     table.stopping(len(active), at_once=heard > 1)
-                    (engine.stop if heard == 1 else engine.kill)()
-                while waiting and engine.has_room():
+                    pool.stop(at_once=heard > 1)
+                while waiting and pool.has_room():
                     job = waiting.popleft()
-                    engine.start(job)
-                    active.add(job.name)
-                    queued[job.name] = job
-                    table.queued(job.name)
-                for job in [each for each in queued.values() if engine.is_running(each)]:
-                    del queued[job.name]
-                    table.running(job.name)
-                for name, status in engine.finished().items():
-                    active.remove(name)
-                    queued.pop(name, None)
-                    outcome.statuses[name] = status
-                    table.ended(name, status, stopped=heard > 0)
+                    pool.start(job)
+                    active[job.name], job.phase = job, Phase.QUEUED
+                for job in active.values():
+                    if job.phase is Phase.QUEUED and pool.has_begun(job):
+                        table.begun(job)
+                for name, status in pool.finished().items():
+                    table.ended(active.pop(name), status, stopped=heard > 0)
                 table.refresh()
                 if waiting or active:
                     time.sleep(_PAUSE)
         finally:
-            engine.close()
-    return outcome
+            pool.close()
+    return signals[0] if heard else None
 
 
 @contextmanager
-def _signals() -> Iterator[_Requests]:
-    """Counts SIGINT and SIGTERM, which do nothing else meanwhile. One that is ignored, as under nohup, stays so."""
-    requests = _Requests()
+def _signals() -> Iterator[list[int]]:
+    """SIGINT and SIGTERM as they come, doing nothing else meanwhile. One that is ignored, as under nohup, stays so."""
+    come: list[int] = []
 
     def hear(number: int, frame: FrameType | None) -> None:
-        requests.count += 1
-        requests.last = number
+        come.append(number)
 
     heard = [each for each in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(each) is not signal.SIG_IGN]
     before = {number: signal.signal(number, hear) for number in heard}
     try:
-        yield requests
+        yield come
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def clock(seconds: float) -> str:
+    """75 -> "1:15", 3675 -> "1:01:15"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class Table:
+    """The jobs on the screen; `live` draws them as long as it is entered."""
+
+    def __init__(self, jobs: Sequence[Job], console: Console):
+        self._jobs, self._console = jobs, console
+        is_live = console.is_terminal
+        self.live = Live(get_renderable=self._drawn, console=console, auto_refresh=False) if is_live else None
+        self._drawn_at = 0.0
+
+    def begun(self, job: Job) -> None:
+        job.phase, job.began = Phase.RUNNING, time.monotonic()
+        self._say(f"{job.name}: started")
+
+    def ended(self, job: Job, status: int, *, stopped: bool) -> None:
+        job.status, job.seconds = status, time.monotonic() - job.began if job.began else 0.0
+        job.phase = Phase.DONE if status == 0 else Phase.STOPPED if stopped else Phase.FAILED
+        self._say(f"{job.name}: {_state(job)} after {clock(job.seconds)}; {self._counts()}")
+
+    def stopping(self, active: int, *, at_once: bool) -> None:
+        runs = f"{active} run{'s' if active != 1 else ''}"
+        told = f"Ended {runs}." if at_once else f"Waiting for {runs} to stop. Once more ends them at once."
+        self._console.print(told, highlight=False)
+
+    def refresh(self) -> None:
+        """Draw the table again if it is time."""
+        if self.live is not None and time.monotonic() - self._drawn_at >= _EVERY:
+            self.live.refresh()
+            self._drawn_at = time.monotonic()
+
+    def _say(self, text: str) -> None:
+        if self.live is None:
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def _counts(self) -> str:
+        phases = [job.phase for job in self._jobs]
+        return ", ".join(f"{phases.count(phase)} {phase.value}" for phase in _COUNTED if phase in phases)
+
+    def _drawn(self) -> RichTable:
+        """As many runs as the screen has lines for, those in motion first."""
+        jobs = sorted(self._jobs, key=lambda job: list(Phase).index(job.phase))
+        shown = jobs[: max(1, self._console.height - _AROUND)]
+        left = f"; {len(jobs) - len(shown)} more runs" if len(shown) < len(jobs) else ""
+        table = RichTable("Run", "State", caption=self._counts() + left, box=None, pad_edge=False)
+        for head in ("Step", "Loss", "Time"):
+            table.add_column(head, justify="right")
+        for job in shown:
+            (step, loss), is_running = job.progress(), job.phase is Phase.RUNNING
+            seconds = time.monotonic() - job.began if is_running else job.seconds
+            numbers = (
+                f"{step}/{job.steps}" if step else "",
+                "" if loss is None else f"{loss:.3f}",
+                clock(seconds) if seconds else "",
+            )
+            table.add_row(*map(Text, (job.name, _state(job), *numbers)))
+        return table
+
+
+def _state(job: Job) -> str:
+    if job.phase is Phase.RUNNING and (job.folder / "results.json").exists():
+        return "evaluating"
+    return f"failed ({job.status})" if job.phase is Phase.FAILED else job.phase.value

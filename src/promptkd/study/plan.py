@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from promptkd.errors import RequestError
+from promptkd.errors import RequestError, raise_together
 
 Settings = dict[str, Any]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 _LONGEST_VALUE = 24
 _SET_HERE = {
     "seed": "`seeds` lists the seeds",
@@ -35,11 +34,9 @@ _SET_HERE = {
 class Planned:
     """One run."""
 
-    group: str
-    """What its runs under other seeds share: method and setting of the grid, as in "kd-learning_rate-5e-05"."""
+    group: str  # what its runs under other seeds share: method and setting of the grid, as in "kd-learning_rate-5e-05"
     seed: int
-    settings: Settings
-    """Every setting of `promptkd distill` but the folder."""
+    settings: Settings  # every setting of `promptkd distill` but the folder
 
     @property
     def name(self) -> str:
@@ -64,25 +61,33 @@ def plan_runs(
         base: settings of every run.
         methods: names, or mappings with `name`, `grid` (of this method alone) and settings; `method` is the name
             unless it is given.
-        seeds: of training.
         grid: values of each setting to be varied.
         read_file: the settings in a configuration file.
-
-    Raises:
-        RequestError: everything that is wrong, in one message.
     """
-    plan = _Plan(read_file)
-    runs = plan.runs(base, methods, seeds, grid)
-    if plan.problems:
-        raise RequestError(told(plan.problems))
+    reader = _Reader(read_file)
+    common, defaults = reader.settings("base", base)
+    varied = reader.grid("grid", grid, common, "base")
+    negative = [seed for seed in seeds if seed < 0]
+    repeated = sorted(seed for seed, count in Counter(seeds).items() if count > 1)
+    checks = (
+        (not methods, "methods must name at least one method. Got none."),
+        (not seeds, "seeds must hold at least one seed. Got none."),
+        (bool(negative), f"seeds must be 0 or more. Got {', '.join(map(str, negative))}."),
+        (bool(repeated), f"Each seed must be given once. {', '.join(map(str, repeated))} is there twice."),
+        ("method" in common, "base sets method, but `methods` lists the methods."),
+    )
+    reader.problems += [problem for is_wrong, problem in checks if is_wrong]
+    points = [point for each in methods for point in reader.points(each, common, defaults, varied)]
+    # what is done first can be compared first
+    runs = [Planned(group, seed, settings | {"seed": seed}) for seed in seeds for group, settings in points]
+    names = Counter(run.name.casefold() for run in runs)  # folders of some systems know no case
+    if not reader.problems and (twice := sorted({run.name for run in runs if names[run.name.casefold()] > 1})):
+        reader.problems.append(
+            f"Each run must have a name of its own. Two are called {', '.join(twice[:5])}: give methods a `name`, and "
+            "list each value once."
+        )
+    raise_together(reader.problems, "study")
     return runs
-
-
-def told(problems: Sequence[str]) -> str:
-    """One message from several; a problem alone stands by itself."""
-    if len(problems) == 1:
-        return problems[0]
-    return f"{len(problems)} things are wrong with the study:" + "".join(f"\n  - {each}" for each in problems)
 
 
 def arguments_of(settings: Mapping[str, Any]) -> list[str]:
@@ -96,87 +101,70 @@ def arguments_of(settings: Mapping[str, Any]) -> list[str]:
     return arguments
 
 
-class _Plan:
+class _Reader:
+    """Reads the parts of a study's file and collects what is wrong with them."""
+
     def __init__(self, read_file: Callable[[Path], Settings]):
         self._read_file = read_file
         self.problems: list[str] = []
 
-    def runs(
-        self,
-        base: Mapping[str, Any],
-        methods: Sequence[Any],
-        seeds: Sequence[int],
-        grid: Mapping[str, Sequence[Any]],
-    ) -> list[Planned]:
-        common, defaults = self._settings("base", base)
-        varied = self._grid("grid", grid, common, "base")
-        if not methods:
-            self.problems.append("methods must name at least one method. Got none.")
-        self._check_seeds(seeds)
-        if "method" in common:
-            self.problems.append("base sets method, but `methods` lists the methods.")
-        runs = [run for each in methods for run in self._of_method(each, common, defaults, varied, seeds)]
-        runs.sort(key=lambda run: seeds.index(run.seed))  # what is done first can be compared first
-        names = Counter(run.name.casefold() for run in runs)  # folders of some systems know no case
-        twice = sorted({run.name for run in runs if names[run.name.casefold()] > 1})
-        if twice and not self.problems:
-            self.problems.append(
-                f"Each run must have a name of its own. Two are called {', '.join(twice[:5])}: give methods a `name`, "
-                "and list each value once."
-            )
-        return runs
-
-    def _of_method(
-        self,
-        given: Any,
-        common: Settings,
-        defaults: Settings,
-        grid: dict[str, list[Any]],
-        seeds: Sequence[int],
-    ) -> list[Planned]:
+    def points(
+        self, given: Any, common: Settings, defaults: Settings, grid: dict[str, list[Any]]
+    ) -> list[tuple[str, Settings]]:
+        """A method's settings at every point of the grid, with the name of each."""
         entry = {"name": given} if isinstance(given, str) else given
         if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
             self.problems.append(
                 f"methods: expected names, or mappings with a name such as {{name: kd, beta: 0.5}}. Got {given!r}."
             )
             return []
-        entry = dict(entry)
-        name, own_grid = entry.pop("name"), entry.pop("grid", {})
+        name = entry["name"]
         if not _NAME.fullmatch(name):
             self.problems.append(
                 f"methods: a name becomes a folder's, so it takes letters, digits, `-`, `_` and `.`. Got {name!r}."
             )
             return []
-        own, own_defaults = self._settings(name, entry)
-        for key in own.keys() & grid.keys():
-            self.problems.append(f"{name} sets {key}, which the grid varies. Take it out of one of them.")
-        varied = grid | self._grid(f"{name}: grid", own_grid, common | own, f"{name} or base")
+        settings = {key: value for key, value in entry.items() if key not in ("name", "grid")}
+        own, own_defaults = self.settings(name, settings)
+        self.problems += [
+            f"{name} sets {key}, which the grid varies. Take it out of one of them." for key in own.keys() & grid.keys()
+        ]
+        varied = grid | self.grid(f"{name}: grid", entry.get("grid", {}), common | own, f"{name} or base")
         method = {"method": own.get("method", own_defaults.get("method", name))}
         fixed = defaults | own_defaults | common | own | method
-        settings = [dict(zip(varied, values, strict=True)) for values in itertools.product(*varied.values())]
-        return [
-            Planned(
-                "-".join([name, *(f"{key}-{_slug(each[key])}" for key in each)]), seed, fixed | each | {"seed": seed}
-            )
-            for each in settings
-            for seed in seeds
-        ]
+        points = [dict(zip(varied, values, strict=True)) for values in itertools.product(*varied.values())]
+        return [("-".join([name, *(f"{key}-{_slug(each[key])}" for key in each)]), fixed | each) for each in points]
 
-    def _settings(self, place: str, given: Mapping[str, Any]) -> tuple[Settings, Settings]:
+    def settings(self, place: str, given: Mapping[str, Any]) -> tuple[Settings, Settings]:
         """The settings given in one place, and those in the file that `config` names there."""
         settings = self._named(place, given)
         file = settings.pop("config", None)
         defaults: Settings = {}
-        if file is not None and not isinstance(file, str):
-            self.problems.append(f"{place}: config expects the path of a YAML file. Got {file!r}.")
-        elif file is not None:
+        if isinstance(file, str):
             try:
                 defaults = self._read_file(Path(file).expanduser())
             except RequestError as error:
                 self.problems.append(f"{place}: {error}")
-        for key in settings.keys() & _SET_HERE.keys():
-            self.problems.append(f"{place} sets {key}, but {_SET_HERE[key]}.")
+        elif file is not None:
+            self.problems.append(f"{place}: config expects the path of a YAML file. Got {file!r}.")
+        self.problems += [f"{place} sets {key}, but {_SET_HERE[key]}." for key in settings.keys() & _SET_HERE.keys()]
         return settings, {key: value for key, value in defaults.items() if key not in _SET_HERE}
+
+    def grid(self, place: str, given: Any, fixed: Settings, where: str) -> dict[str, list[Any]]:
+        if not isinstance(given, Mapping):
+            self.problems.append(f"{place}: expected a mapping such as {{learning_rate: [5e-5, 1e-4]}}. Got {given!r}.")
+            return {}
+        grid = {k: value if isinstance(value, list) else [value] for k, value in self._named(place, given).items()}
+        for key, values in grid.items():
+            if not values:
+                self.problems.append(f"{place}: {key} needs at least one value. Got none.")
+            if key in _SET_HERE:
+                self.problems.append(f"{place} varies {key}, but {_SET_HERE[key]}.")
+            if key in ("config", "method", "name", "grid"):
+                self.problems.append(f"{place} varies {key}; list several methods for that.")
+            if key in fixed:
+                self.problems.append(f"{where} sets {key}, which {place} varies. Take it out of one of them.")
+        return grid
 
     def _named(self, place: str, given: Mapping[Any, Any]) -> Settings:
         """With underscores in place of dashes, as every configuration file is read."""
@@ -187,31 +175,6 @@ class _Plan:
                 self.problems.append(f"{place}: duplicate key {name}, once spelled {key}. Keep one of them.")
             named[name] = value
         return named
-
-    def _grid(self, place: str, given: Any, fixed: Settings, where: str) -> dict[str, list[Any]]:
-        if not isinstance(given, Mapping):
-            self.problems.append(f"{place}: expected a mapping such as {{learning_rate: [5e-5, 1e-4]}}. Got {given!r}.")
-            return {}
-        grid: dict[str, list[Any]] = {}
-        for key, values in self._named(place, given).items():
-            grid[key] = values if isinstance(values, list) else [values]
-            if not grid[key]:
-                self.problems.append(f"{place}: {key} needs at least one value. Got none.")
-            if key in _SET_HERE:
-                self.problems.append(f"{place} varies {key}, but {_SET_HERE[key]}.")
-            if key in ("config", "method", "name", "grid"):
-                self.problems.append(f"{place} varies {key}; list several methods for that.")
-            if key in fixed:
-                self.problems.append(f"{where} sets {key}, which {place} varies. Take it out of one of them.")
-        return grid
-
-    def _check_seeds(self, seeds: Sequence[int]) -> None:
-        if not seeds:
-            self.problems.append("seeds must hold at least one seed. Got none.")
-        if wrong := [seed for seed in seeds if seed < 0]:
-            self.problems.append(f"seeds must be 0 or more. Got {', '.join(map(str, wrong))}.")
-        if twice := sorted(seed for seed, count in Counter(seeds).items() if count > 1):
-            self.problems.append(f"Each seed must be given once. {', '.join(map(str, twice))} is there twice.")
 
 
 def _text(value: Any) -> str:
@@ -224,5 +187,5 @@ def _text(value: Any) -> str:
 def _slug(value: Any) -> str:
     """A value as part of a folder's name; where that changes or shortens it, its hash tells it from others."""
     text = _text(value)
-    safe = _UNSAFE.sub("-", text)[-_LONGEST_VALUE:].strip("-.")
+    safe = re.sub(r"[^A-Za-z0-9._-]+", "-", text)[-_LONGEST_VALUE:].strip("-.")
     return safe if safe == text else f"{safe}-{hashlib.sha256(text.encode()).hexdigest()[:6]}".strip("-")

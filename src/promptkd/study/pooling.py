@@ -12,30 +12,22 @@ much where they spread most, for their Var(v_s) may be small by chance. So the s
 must agree: p is the larger of the two, the interval the wider.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 from scipy.special import stdtr, stdtrit
 
 from promptkd.errors import RequestError
 from promptkd.evaluation.comparison import Comparison
-from promptkd.evaluation.pairing import Candidate, Column, Setting, settings_of
+from promptkd.evaluation.pairing import Candidate, Column, settings_of
 from promptkd.evaluation.statistics import Floats, holm
 from promptkd.results import Better, Difference, Evaluation, Metric
 
-
-@dataclass(frozen=True)
-class Member:
-    """A run: one seed of one group."""
-
-    group: str
-    seed: int
-    candidate: Candidate
+Pooled = dict[str, dict[int, tuple[float, Floats]]]  # by metric and seed: the value, and each row's part in it
 
 
 def t_two_sided(t: float, df: float) -> float:
-    """P(|T| >= |t|) of Student's t with `df` > 0 degrees of freedom, an integer or not."""
+    """P(|T| >= |t|) of Student's t with `df` > 0 degrees of freedom."""
     return float(2 * stdtr(df, -abs(t)))
 
 
@@ -72,7 +64,7 @@ def both_ways(by_seed: Floats, by_row: Floats) -> tuple[Metric, float | None]:
 
 
 def compare_groups(
-    members: Sequence[Member],
+    groups: Mapping[str, Mapping[int, Candidate]],
     better: Callable[[str], Better | None],
     *,
     baseline: str,
@@ -81,105 +73,83 @@ def compare_groups(
     """Every group's metrics over its seeds, and its difference from the baseline over the seeds that both have.
 
     Args:
-        members: runs of at least two groups, measured alike, each seed of a group once.
+        groups: the run of each seed of at least two groups, measured alike.
         better: which direction of a metric is better; one of neither is shown and not tested.
-        baseline: the group that the others are compared with.
         metrics: those to be compared, by default all.
-
-    Raises:
-        RequestError: if runs were not measured alike, or share no data set.
     """
-    groups: dict[str, dict[int, str]] = {}
-    for each in members:
-        groups.setdefault(each.group, {})[each.seed] = each.candidate.label
-    settings = settings_of([each.candidate for each in members])
+    candidates = [each for seeds in groups.values() for each in seeds.values()]
+    settings = settings_of(candidates)
     if not settings:
         raise RequestError("The runs share no data set on which they were measured.")
     if differing := [sentence for setting in settings for sentence in setting.differing()]:
         raise RequestError(" ".join(differing[:3]))
-    left_out = {"kl_to_teacher"} if len({each.candidate.teachers for each in members}) > 1 else set()
+    left_out = {"kl_to_teacher"} if len({each.teachers for each in candidates}) > 1 else set()
     made = Comparison()
-    tested: list[tuple[Difference, float | None]] = []
     for setting in settings:
         names = [name for name in setting.metrics() if name in (metrics or setting.metrics()) and name not in left_out]
-        columns = {name: held for name in names if any(map(_rows, (held := setting.columns(name)).values()))}
-        made.evaluations += [_evaluation(setting, group, seeds, columns) for group, seeds in groups.items()]
+        columns = {name: setting.columns(name) for name in names}
+        columns = {name: held for name, held in columns.items() if any(len(each.sums) for each in held.values())}
+        pooled = {
+            group: {
+                name: {seed: _value_and_parts(held[run.label]) for seed, run in seeds.items() if run.label in held}
+                for name, held in columns.items()
+            }
+            for group, seeds in groups.items()
+        }
         first = next(iter(setting.measured.values()))
+        for group, of_group in pooled.items():
+            measured = {name: _pooled(held.values())[0] for name, held in of_group.items() if held}
+            decoding = first.evaluation.decoding
+            made.evaluations.append(Evaluation(model=group, data=setting.data, decoding=decoding, metrics=measured))
+            if group != baseline:
+                made.differences += _differences(setting.data, (group, of_group), (baseline, pooled[baseline]), better)
         if first.data is not None:
             made.data[setting.data] = first.data
-        for group, seeds in groups.items():
-            for name, held in columns.items():
-                direction = better(name)
-                if group != baseline and direction is not None:
-                    shared = _shared(held, seeds, groups[baseline])
-                    if len(shared) > 1:
-                        tested.append(_difference(setting, name, direction, group, baseline, shared))
-    p_values = [p for _, p in tested if p is not None]
-    adjusted = iter(holm(p_values))
-    made.differences = [
-        each.model_copy(update={"p_value": p, "p_adjusted": None if p is None else next(adjusted)})
-        for each, p in tested
-    ]
-    made.notes = _notes(groups, baseline, len(tested))
+    tested = [(found, found.p_value) for found in made.differences if found.p_value is not None]
+    for (found, _), adjusted in zip(tested, holm([p for _, p in tested]), strict=True):
+        found.p_adjusted = adjusted
+    made.notes = _notes(groups, baseline, len(made.differences))
     return made
 
 
-def _rows(column: Column) -> int:
-    return len(column.sums)
+def _differences(
+    data: str, ours: tuple[str, Pooled], theirs: tuple[str, Pooled], better: Callable[[str], Better | None]
+) -> Iterator[Difference]:
+    """Of each metric with a better direction, over the seeds that both groups have."""
+    for name, mine in ours[1].items():
+        others, direction = theirs[1][name], better(name)
+        pairs = [(mine[seed], others[seed]) for seed in mine if seed in others]
+        if direction is not None and len(pairs) > 1:
+            difference, p = _pooled([(value - other, part - rest) for (value, part), (other, rest) in pairs])
+            yield Difference(
+                model=ours[0],
+                baseline=theirs[0],
+                metric=name,
+                difference=difference,
+                better=direction,
+                data=data,
+                p_value=p,
+            )
 
 
-def _value(column: Column) -> float:
-    return float(column.sums.sum() / column.counts.sum())
+def _value_and_parts(column: Column) -> tuple[float, Floats]:
+    """A column's metric v, and each row's part in it, about 0: (s_i - v c_i) / C."""
+    total, value = column.counts.sum(), float(column.sums.sum() / column.counts.sum())
+    return value, (column.sums - value * column.counts) / total
 
 
-def _parts(column: Column) -> Floats:
-    """Each row's part in the column's metric, about 0: (s_i - v c_i) / C."""
-    parts: Floats = (column.sums - _value(column) * column.counts) / column.counts.sum()
-    return parts
+def _pooled(seeds: Collection[tuple[float, Floats]]) -> tuple[Metric, float | None]:
+    """`both_ways` of the value and parts of each seed."""
+    values, parts = zip(*seeds, strict=True)
+    return both_ways(np.array(values), np.mean(parts, axis=0))
 
 
-def _evaluation(
-    setting: Setting, group: str, seeds: Mapping[int, str], columns: Mapping[str, Mapping[str, Column]]
-) -> Evaluation:
-    measured: dict[str, Metric] = {}
-    for name, held in columns.items():
-        own = [held[label] for label in seeds.values() if label in held]
-        if own:
-            by_seed = np.array([_value(each) for each in own])
-            measured[name], _ = both_ways(by_seed, np.mean([_parts(each) for each in own], axis=0))
-    first = next(iter(setting.measured.values()))
-    return Evaluation(model=group, data=setting.data, decoding=first.evaluation.decoding, metrics=measured)
-
-
-def _shared(
-    held: Mapping[str, Column], ours: Mapping[int, str], theirs: Mapping[int, str]
-) -> list[tuple[Column, Column]]:
-    """The columns of both groups for every seed that both have."""
-    return [
-        (held[ours[seed]], held[theirs[seed]])
-        for seed in ours
-        if seed in theirs and ours[seed] in held and theirs[seed] in held
-    ]
-
-
-def _difference(
-    setting: Setting, metric: str, better: Better, group: str, baseline: str, shared: list[tuple[Column, Column]]
-) -> tuple[Difference, float | None]:
-    by_seed = np.array([_value(mine) - _value(other) for mine, other in shared])
-    by_row = np.mean([_parts(mine) - _parts(other) for mine, other in shared], axis=0)
-    difference, p = both_ways(by_seed, by_row)
-    found = Difference(
-        model=group, baseline=baseline, metric=metric, difference=difference, better=better, data=setting.data
-    )
-    return found, p
-
-
-def _notes(groups: Mapping[str, Mapping[int, str]], baseline: str, tested: int) -> list[str]:
+def _notes(groups: Mapping[str, Mapping[int, Candidate]], baseline: str, tested: int) -> list[str]:
     every = list(dict.fromkeys(seed for seeds in groups.values() for seed in seeds))
     notes = [
-        f"Each metric is a mean over seeds of training ({', '.join(map(str, every))}); ± is the "
-        "standard deviation between them. Intervals and p speak for other seeds of training and other rows at once "
-        "(min F', Clark 1973, and the seeds' own t-test)."
+        f"Each metric is a mean over seeds of training ({', '.join(map(str, every))}); ± is the standard deviation "
+        "between them. Intervals and p speak for other seeds of training and other rows at once (min F', Clark 1973, "
+        "and the seeds' own t-test)."
     ]
     if tested:
         notes.append(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from promptkd.errors import RequestError
-from promptkd.study.processes import Job, run_job
+from promptkd.study.processes import Job, run_commands
 
 _CANCELLED = -15
 
@@ -16,13 +16,7 @@ _CANCELLED = -15
 class RayCluster:
     """Gives all jobs to Ray at once, which begins them as there is room.
 
-    Args:
-        address: of the cluster; by default RAY_ADDRESS, or the cluster on this machine.
-        cpus: cores, and so threads, of a run.
-        gpus: GPUs of a run; a fraction lets runs share one. With 0 a run sees none.
-
-    Raises:
-        RequestError: if Ray is not installed, no cluster answers, or no node has so many cores and GPUs.
+    `address` is by default RAY_ADDRESS, or the cluster on this machine; a fraction of `gpus` lets runs share one.
     """
 
     def __init__(self, address: str | None, *, cpus: int, gpus: float):
@@ -31,18 +25,23 @@ class RayCluster:
         except ImportError as error:
             raise RequestError("--engine ray needs Ray. Install it by: pip install 'promptkd[ray]'.") from error
         self._ray = ray
+        place = address or os.environ.get("RAY_ADDRESS", "auto")
         try:
-            ray.init(
-                address=address or os.environ.get("RAY_ADDRESS", "auto"), log_to_driver=False, logging_level="error"
-            )
+            ray.init(address=place, log_to_driver=False, logging_level="error")
         except (ConnectionError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())
             raise RequestError(
                 f"No Ray cluster answers at {address or 'this machine'}: {reason} Start one by `ray start --head`, or "
                 "name one by --ray-address."
             ) from error
-        self._check_fits(cpus, gpus)
-        self._task = ray.remote(run_job).options(num_cpus=cpus, num_gpus=gpus)
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if not any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):
+            held = "; ".join(f"{node.get('CPU', 0):g} cores, {node.get('GPU', 0):g} GPUs" for node in nodes)
+            ray.shutdown()
+            raise RequestError(
+                f"No node of the cluster has --cpus-per-run {cpus} and --gpus-per-run {gpus:g}. Its nodes have {held}."
+            )
+        self._task = ray.remote(run_commands).options(num_cpus=cpus, num_gpus=gpus)
         self._environment = {"OMP_NUM_THREADS": str(max(1, cpus))}
         self._jobs: dict[Any, Job] = {}
         self._logged: dict[str, int] = {}
@@ -52,33 +51,26 @@ class RayCluster:
 
     def start(self, job: Job) -> None:
         self._logged[job.name] = _size(job.log)
-        self._jobs[self._task.remote(job, self._environment, Path.cwd())] = job
+        self._jobs[self._task.remote(job.commands, job.log, self._environment, Path.cwd())] = job
 
-    def is_running(self, job: Job) -> bool:
+    def has_begun(self, job: Job) -> bool:
         """Whether a job that was started has begun, which its log shows."""
         return _size(job.log) > self._logged[job.name]
 
     def finished(self) -> dict[str, int]:
         """The jobs that have ended since the last call, with their exit statuses."""
-        if not self._jobs:
-            return {}
-        ready, _ = self._ray.wait(list(self._jobs), num_returns=len(self._jobs), timeout=0)
+        ready = self._ray.wait(list(self._jobs), num_returns=len(self._jobs), timeout=0)[0] if self._jobs else ()
         ended = {task: self._jobs.pop(task) for task in ready}
         return {job.name: self._status(task, job) for task, job in ended.items()}
 
-    def stop(self) -> None:
-        """Ask every run to stop: it writes a checkpoint first."""
+    def stop(self, *, at_once: bool = False) -> None:
+        """Ask every run to stop, for which it writes a checkpoint first, or end it at once."""
         for task in self._jobs:
-            self._ray.cancel(task)
-
-    def kill(self) -> None:
-        """End the tasks at once."""
-        for task in self._jobs:
-            self._ray.cancel(task, force=True)
+            self._ray.cancel(task, force=at_once)
 
     def close(self) -> None:
         """Leave nothing running, and the cluster alone."""
-        self.kill()
+        self.stop(at_once=True)
         self._ray.shutdown()
 
     def _status(self, task: Any, job: Job) -> int:
@@ -92,16 +84,6 @@ class RayCluster:
             with job.log.open("a", encoding="utf-8") as file:
                 file.write(f"Ray could not finish this run: {error}\n")
             return 1
-
-    def _check_fits(self, cpus: int, gpus: float) -> None:
-        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
-        if any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):
-            return
-        held = "; ".join(f"{node.get('CPU', 0):g} cores, {node.get('GPU', 0):g} GPUs" for node in nodes)
-        self._ray.shutdown()
-        raise RequestError(
-            f"No node of the cluster has --cpus-per-run {cpus} and --gpus-per-run {gpus:g}. Its nodes have {held}."
-        )
 
 
 def _size(log: Path) -> int:

@@ -86,11 +86,9 @@ class ProgressBar(TrainerCallback):
 
 
 class CostMeter(TrainerCallback):
-    """Seconds and peak memory of training, in the trainer's state, so that a resumed run counts on from its checkpoint.
+    """Seconds and peak memory of training, kept in the trainer's state: a resumed run counts on from its checkpoint.
 
-    The seconds are those of the steps that led to the last one, checkpoints included. Validation is not among them, and
-    neither are steps that an interruption lost and a resumed run did again. The memory is the process's peak by the end
-    of the last step or validation, over all parts of the run; by phase too.
+    Checkpoints count; validation, and steps that an interruption lost, do not. The memory is the process's peak so far.
     """
 
     _KEY = "promptkd_cost"
@@ -142,10 +140,9 @@ class UpdatePhase(TrainerCallback):
 
 
 class CheckpointTiming(TrainerCallback):
-    """Lets a checkpoint at the end of an epoch wait for the epoch's validation, and a resumed line be logged whole.
+    """Lets a checkpoint at the end of an epoch wait for the epoch's validation, and completes a resumed logged line.
 
-    transformers validates "by epoch" after it has saved "by step": a run that resumed from a checkpoint between the two
-    would never validate that epoch.
+    transformers saves "by step" before it validates "by epoch": a run resumed between the two would not validate.
     """
 
     def __init__(self, trainer: Trainer, log: PartialLog):
@@ -166,10 +163,7 @@ class CheckpointTiming(TrainerCallback):
 
 
 class CompletionLog(TrainerCallback):
-    """With `log_completions`: prompts and responses of the last step at each logged line, as TRL logs them.
-
-    They are printed, written to `completions/completions_STEP.parquet`, and sent to Weights & Biases and Trackio.
-    """
+    """With `log_completions`: the last step's responses, printed, as a Parquet file, and to trackers, as TRL does."""
 
     def __init__(self, completions: Collection[tuple[str, str]]):
         self._completions = completions

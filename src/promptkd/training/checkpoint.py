@@ -28,13 +28,8 @@ _DISK_ERRORS = (OSError, RuntimeError, SafetensorError)  # torch and safetensors
 def staged_checkpoint(trainer: Any) -> Iterator[None]:
     """While the trainer writes a checkpoint: into a folder that takes its name only when the disk has all of it.
 
-    The trainer's `checkpoint_root` says where, and its `extra_state` is added.
-
-    Its manifest lists every file. Older checkpoints beyond `save_total_limit` go after that, never before; the newest
-    and the best always stay.
-
-    Raises:
-        PromptKDError: if it cannot be written. Earlier checkpoints are as they were.
+    The trainer's `extra_state` and a manifest of all files are added. Older checkpoints beyond `save_total_limit` go
+    after that, but for the best. Raises `PromptKDError` if it cannot be written; earlier ones are as they were.
     """
     root = Path(trainer.args.output_dir)
     name = f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
@@ -77,10 +72,7 @@ def staged_checkpoint(trainer: Any) -> Iterator[None]:
 
 
 def point_at_best(trainer: Any, writing: str = "") -> None:
-    """Let the trainer's state name the best checkpoint where it stands, or will when `writing` has its name.
-
-    transformers writes the path down, and a run's folder may have been moved since.
-    """
+    """Let the trainer's state name the best checkpoint (or `writing`, if it is that) where it is: runs may be moved."""
     if trainer.state.best_global_step:
         best = Path(trainer.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.best_global_step}"
         if best.is_dir() or best.name == writing:
@@ -88,11 +80,7 @@ def point_at_best(trainer: Any, writing: str = "") -> None:
 
 
 def prepare_best(trainer: Any) -> None:
-    """Let the trainer load its best checkpoint from its own folder, wherever a resumed checkpoint says that it lies.
-
-    Raises:
-        RequestError, PromptKDError: if it is missing, or was damaged.
-    """
+    """Let the trainer load its best checkpoint from its own folder. Raises if it is missing or damaged."""
     best = Path(trainer.args.output_dir) / Path(str(trainer.state.best_model_checkpoint)).name
     if not best.is_dir():
         raise RequestError(
@@ -116,11 +104,7 @@ def save_model_folder(trainer: Any, folder: str | Path) -> None:
 
 @contextmanager
 def whole_folder(target: Path, *, writes: bool) -> Iterator[Path]:
-    """A folder beside `target` to write to, which takes its place once all is written.
-
-    Raises:
-        PromptKDError: if it cannot be written. `target` is as it was.
-    """
+    """A folder that replaces `target` once all is written. Raises `PromptKDError` if it cannot be; `target` stays."""
     try:
         with atomic(target, writes=writes) as partial:
             yield partial
@@ -146,12 +130,9 @@ def told_last_checkpoint(args: Any) -> str:
 
 
 def resumable_checkpoint(folder: Path) -> tuple[Path | None, dict[Path, str]]:
-    """The newest checkpoint in `folder` from which a run ends as if undisturbed, and why newer ones are none.
+    """The newest checkpoint in `folder` that is intact, as is the best one that it knows of; and what newer ones lack.
 
-    It must be whole, and so must be the best checkpoint that it knows of. None if there is no checkpoint at all.
-
-    Raises:
-        PromptKDError: if there are checkpoints, but none to resume from. Nothing is changed.
+    None if there is no checkpoint at all. Raises `PromptKDError` if there are some, but none to resume from.
     """
     for staged in checkpoints_in(folder / _STAGING).values():  # whole when the process was killed before the rename
         if not (folder / staged.name).exists() and damage(staged) is None:
@@ -213,10 +194,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a folder that `write_manifest` closed, naming the file; None if every byte is as it was.
-
-    Files that the manifest does not know are not looked at.
-    """
+    """What is wrong with a folder that `write_manifest` closed; None if every byte of the listed files is as it was."""
     manifest = folder / MANIFEST
     if not manifest.is_file():
         return f"{MANIFEST} is missing"

@@ -1,7 +1,6 @@
-"""Degenerate learning, seen in the metrics that training logs: each kind is told once, when it begins.
+"""Degenerate learning, seen in the metrics that training logs: each kind is reported once, when it begins.
 
-`Watch.see` takes the logged lines one by one, in order, and nothing else; `findings` runs it over a whole history. The
-trainers add `Watching`, which reads the log as it is written, and the run's record names what was found.
+The trainers add `Watching`, which reads the log as it is written; `findings` reads a whole history.
 """
 
 import logging

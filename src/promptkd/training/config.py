@@ -21,11 +21,7 @@ _Arguments: Any = object  # for the type checker, which does not see the class t
 
 @dataclass
 class BaseConfig(_Arguments):
-    """Fields before those of a TRL configuration, which comes next among the bases.
-
-    Raises:
-        RequestError: on construction, with everything that is wrong.
-    """
+    """Fields before those of a TRL configuration, the next base. Raises `RequestError` with all that is wrong."""
 
     max_steps: int = -1
     """Optimizer steps; -1 leaves it to num_train_epochs."""
@@ -201,13 +197,9 @@ class PromptKDConfig(DistillConfig):
 
 
 def chosen_method(args: Any, given: Method | None = None) -> Method:
-    """The method of a run, with its adapter's settings.
+    """The method that `args.method` names, or the one `given`, with its adapter's settings.
 
-    Args:
-        given: a method in place of the one that `args.method` names.
-
-    Raises:
-        RequestError: if a setting differs from its default and nothing reads it.
+    Raises `RequestError` if a setting differs from its default and nothing reads it.
     """
     take = Reader(args)
     method = read_method(args.method, take) if given is None else given.with_settings(take)

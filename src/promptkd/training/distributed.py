@@ -35,11 +35,7 @@ def is_sharded(accelerator: Any) -> bool:
 
 
 def autocast(accelerator: Any, args: Any) -> AbstractContextManager[object]:
-    """What every model runs in, by the `bf16` of the training arguments.
-
-    Under DeepSpeed accelerate's own autocast does nothing, since the engine's student is in bfloat16 already; a teacher
-    need not be.
-    """
+    """What every model runs in, by `args.bf16`. Under DeepSpeed accelerate's own does nothing for the teacher."""
     if accelerator.native_amp or not args.bf16:
         return accelerator.autocast()
     return computing(accelerator.device, torch.bfloat16)
@@ -56,11 +52,7 @@ def is_dispatched(model: nn.Module) -> bool:
 
 
 def check_dispatched(model: nn.Module, accelerator: Any, adapter: type[TeacherAdapter] | None) -> None:
-    """Refuse a `device_map` with which the teacher could not be run, or not be trained as it should.
-
-    Raises:
-        RequestError: with everything that is wrong.
-    """
+    """Refuse a `device_map` with which the teacher could not be run or trained, with everything that is wrong."""
     if not is_dispatched(model):
         return
     checks = [
@@ -82,10 +74,9 @@ def check_dispatched(model: nn.Module, accelerator: Any, adapter: type[TeacherAd
 
 
 def settle_dispatched(teacher: nn.Module, device: torch.device) -> None:
-    """Have a teacher of several devices take and give tensors of `device`, the student's; its layers stay.
+    """Have a teacher of several devices take and return tensors of `device`, the student's.
 
-    Embeddings and head come to `device`: the soft prompt stands beside the ones, and the other is read beside the
-    student's head. The backbone brings its last hidden state back, and the gradient goes the same way.
+    Its layers stay. Embeddings (beside the soft prompt) and head (beside the student's) move to `device`.
     """
     inner = unwrap_peft(teacher)
     ends = (inner.get_input_embeddings(), inner.get_output_embeddings())
@@ -103,15 +94,11 @@ def check_sharding(
     needs_generate: bool,
     chunks: bool = True,
 ) -> None:
-    """Refuse what would hang, train other weights than it says, or save none.
+    """Refuse launch configurations that would hang, train other weights or save none, with everything that is wrong.
 
     Args:
         needs_generate: whether responses come from transformers' own `generate`.
-        chunks: whether objectives run over chunks of tokens, for which heads are gathered; as modules outside of the
-            model's forward, FSDP2 leaves them whole, or ends the process.
-
-    Raises:
-        RequestError: naming everything that is wrong with the launch configuration.
+        chunks: whether objectives run over chunks of tokens, for which heads are gathered: FSDP2 needs that.
     """
     backend, settings, fsdp2 = DistributedBackend(accelerator), accelerator.state, accelerator.is_fsdp2
     sharded, zero3 = is_sharded(accelerator), backend.is_zero3
@@ -146,10 +133,7 @@ def check_sharding(
 
 
 def place_teacher(teacher: nn.Module, accelerator: Any) -> nn.Module:
-    """The frozen teacher on this process's device: sharded under FSDP2 and ZeRO-3, else whole.
-
-    One that a `device_map` has put on several devices stays there.
-    """
+    """The frozen teacher on this process's device, or where its `device_map` says; sharded under FSDP2 and ZeRO-3."""
     if is_dispatched(teacher):
         return teacher
     if DistributedBackend(accelerator).is_zero3:
@@ -166,10 +150,7 @@ def place_teacher(teacher: nn.Module, accelerator: Any) -> nn.Module:
 
 
 def run_whole(work: Callable[[nn.Module], T], wrapped: nn.Module, accelerator: Any) -> T:
-    """`work(model)` with all weights of the model on this process; it takes no gradient.
-
-    Every process must come here together. In `work`, each runs the model as often as it likes.
-    """
+    """`work(model)` with all weights on this process, without a gradient. All processes must call it together."""
     if is_fully_sharded(wrapped):
         settings = accelerator.state
         return _run_unsharded(work, wrapped, settings.fsdp_plugin.reshard_after_forward)
@@ -180,21 +161,14 @@ def run_whole(work: Callable[[nn.Module], T], wrapped: nn.Module, accelerator: A
 
 
 def run_in_forward(work: Callable[[], T], wrapped: nn.Module, accelerator: Any, *, always: bool = False) -> T:
-    """`work()` inside the forward of a model's wrapper, where its weights are sharded.
-
-    Args:
-        always: whether DDP's wrapper must see the model being used too, as for a pass that has a backward.
-    """
+    """`work()` inside the forward of a sharded model's wrapper; `always` inside of DDP's too, for a backward."""
     if always or is_sharded(accelerator):
         return _ForwardRedirection()(wrapped, accelerator.unwrap_model(wrapped), work)
     return work()
 
 
 def run_inside(work: Callable[[], T], model: nn.Module) -> T:
-    """`work()` inside the forward of a model that FSDP2 shards, which may then be run in parts; it takes no gradient.
-
-    torch takes the first module that runs for the whole model, unless the whole model runs around it.
-    """
+    """`work()` inside the forward of a model that FSDP2 shards, which else cannot run in parts; without a gradient."""
     if not is_fully_sharded(model):
         return work()
     results: list[T] = []

@@ -53,10 +53,9 @@ def at_its_most(method: Method) -> Method:
 
 
 def longest_rows_first(data: EncodedData, args: Any, method: Method) -> EncodedData:
-    """The rows in the order of a trial, as many as before: the longest of them in each of the first two steps.
+    """As many rows as before, with the longest in each of the first two steps; `args` no longer shuffle.
 
-    The second step is the one that counts: it is warm, and the optimizer's states stand beside the longest rows. The
-    rows are taken as they come from then on, so `args` no longer shuffle.
+    The second step counts: it is warm, and holds the optimizer's states beside the longest rows.
     """
     args.shuffle_dataset = False
     ranked = sorted(data.examples, key=lambda row: _tokens(row, args, method), reverse=True)
@@ -72,9 +71,7 @@ def _tokens(row: EncodedExample, args: Any, method: Method) -> int:
 
 
 def take_trial_steps(trainer: Any) -> Trial:
-    """Two optimizer steps, one if the run has no more; the trainer and its models are of no use afterwards.
-
-    Responses that a model writes reach their limit, whatever it would stop at.
+    """Two optimizer steps, one if the run has no more, with responses up to their limit; the models are spent then.
 
     Args:
         trainer: a `DistillTrainer` on `longest_rows_first` whose arguments went through `leave_nothing`.

@@ -1,9 +1,8 @@
 """No optimizer moves on a loss or a gradient that is NaN or infinite.
 
-Losses are noted as they come, on the device, and looked at once per optimizer step: after the last backward, together
-with the norm of the student's gradient, which clipping computes anyway. Processes add up how many values are not
-finite, so that all decide alike. Under `on_nan` "skip", what the step has moved by then, the teacher's adapter, is
-rolled back. A skipped step keeps its place in the schedules of the learning rates and of λ.
+Losses are noted on the device and looked at once per optimizer step, after the last backward, with the norm of the
+student's gradient. All processes decide alike. Under `on_nan` "skip" the teacher's adapter, which has moved by then, is
+rolled back; the step keeps its place in the schedules of the learning rates and of λ.
 """
 
 import logging
@@ -35,8 +34,7 @@ class Guard:
         rollback: undoes what a step has moved before the student's own update.
 
     Raises:
-        PromptKDError: by `end_step`, where a value is not finite under `on_nan` "stop", and at the `MOST_SKIPPED`-th
-            step in a row under "skip".
+        PromptKDError: by `end_step`, under `on_nan` "stop", and at the `MOST_SKIPPED`-th step in a row under "skip".
         RequestError: for "skip" under DeepSpeed.
     """
 
@@ -65,23 +63,14 @@ class Guard:
         self._loss_before = torch.zeros(())
 
     def begin_micro_batch(self, rows: Callable[[], Sequence[int]], running_loss: Tensor) -> int:
-        """Take note of a micro-batch, and return its place in the step.
-
-        Args:
-            rows: its rows of the data on this process, asked for only where a message names them.
-            running_loss: the sum whose mean the next logged line holds.
-        """
+        """Note a micro-batch with its `rows`, for messages, and the loss so far; return its place in the step."""
         if not self._rows:
             self._loss_before = running_loss.clone()
         self._rows.append(rows)
         return len(self._rows) - 1
 
     def note(self, what: str, value: Tensor, micro_batch: int | None = None) -> None:
-        """Look at `value`, a scalar, when the step is done.
-
-        Args:
-            micro_batch: its place in the window; None for a value of the whole window.
-        """
+        """Look at `value`, a scalar of a micro-batch or of the whole window (None), when the step is done."""
         self._noted.append((what, value.detach(), micro_batch))
 
     def end_step(

@@ -1,7 +1,7 @@
 """Time and memory of an optimizer step by its phases, measured at their ends.
 
-A GPU's kernels are queued, and a clock that is read before they are done measures the queue. So each phase ends with
-the device synchronized: a handful of times per optimizer step, and never within a forward or backward pass.
+A clock that is read before a GPU's queued kernels are done measures the queue, so each phase ends with the device
+synchronized: a handful of times per optimizer step, and never within a forward or backward pass.
 """
 
 import time
@@ -28,9 +28,7 @@ class Phases:
 
     Fine-tuning has "training" in place of the first three. A phase within another one stops that one's clock.
 
-    Args:
-        device: whose work is waited for. Of a CUDA device its own memory is measured, as torch's allocator hands it
-            out; otherwise the memory of this process.
+    The memory is a CUDA device's own, as torch's allocator hands it out, or that of this process.
     """
 
     def __init__(self, device: torch.device):
@@ -46,12 +44,7 @@ class Phases:
 
     @contextmanager
     def __call__(self, name: str, *, synchronize: bool = True) -> Iterator[None]:
-        """Run the body as a phase.
-
-        Args:
-            synchronize: whether the device is waited for at the end. False leaves that to the next piece of the same
-                phase, as for micro-batches before the last one of an optimizer step.
-        """
+        """Run the body as a phase; `synchronize` False leaves the wait to the next piece of the same phase."""
         self.begin(name)
         try:
             yield

@@ -11,8 +11,7 @@ class EpochOrder(Sampler[int]):
     """Every row once per epoch, in an order that seed and epoch decide.
 
     Args:
-        epoch: tells the running epoch, counted from 0. It is asked when an epoch begins; a `set_epoch` would not be
-            called by accelerate where a resumed epoch is cut to the batches of one of several processes.
+        epoch: tells the running epoch. accelerate does not call a `set_epoch` in a resumed epoch of several processes.
         window: rows of one optimizer step; what does not fill one is left out.
         repeats: how often in a row a window is given: once per micro-batch where each of them gets the whole window.
     """

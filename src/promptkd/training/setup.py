@@ -65,11 +65,7 @@ def check_responses(method: Method, args: Any, *, validates: bool) -> None:
 def check_placement(
     student: nn.Module, teacher: PreTrainedModel, method: Method, args: Any, accelerator: Accelerator
 ) -> None:
-    """Refuse models that these processes cannot train so; settle a teacher that lies on several devices.
-
-    Raises:
-        RequestError: with what is wrong with the launch configuration or the teacher's `device_map`.
-    """
+    """Refuse models that these processes cannot train so; settle a teacher that is spread over several devices."""
     adapter, chunks = method.adapter_class, args.chunk_tokens != 0
     by_generate = needs_generate(args) and not args.use_vllm
     check_sharding(accelerator, student, teacher, adapter=adapter, needs_generate=by_generate, chunks=chunks)

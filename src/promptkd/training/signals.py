@@ -21,18 +21,10 @@ _ECHO = 1.0  # seconds: a launcher passes on what the terminal or the scheduler 
 class StopOnSignal(TrainerCallback):
     """After SIGINT or SIGTERM training ends with the step under way and a checkpoint; a second one ends it at once.
 
-    The optimizer step is the smallest piece with an exact end: within it the prompt has moved already, and the
-    student's gradients are summed in part. A validation that is due at that step comes before the checkpoint. With
-    several processes the signal may reach any of them; all end at the same step.
+    Within an optimizer step the prompt has moved already, and gradients are summed in part. A validation that is due
+    comes before the checkpoint. The signal may reach any of several processes; all end at the same step.
 
-    A trainer's callback, to be the last of them, and the context that `trainer.train()` runs in:
-
-        with StopOnSignal(trainer.accelerator) as stop:
-            trainer.add_callback(stop)
-            trainer.train()
-
-    Raises:
-        Stopped: when the checkpoint is written, or at the second signal.
+    It is the trainer's last callback, and the context that `train()` runs in. Raises `Stopped`.
     """
 
     def __init__(self, accelerator: Accelerator):

@@ -88,11 +88,7 @@ class ExtraState:
             torch.save(state, checkpoint / _FILE)
 
     def load(self, checkpoint: str | Path, *, process: int) -> None:
-        """Resume from a checkpoint's folder.
-
-        Raises:
-            RequestError: if the folder holds no such state.
-        """
+        """Resume from a checkpoint's folder. Raises `RequestError` if it holds no such state."""
         self.load_state_dict(self._read(checkpoint), process=process)
 
     @staticmethod

@@ -26,10 +26,8 @@ def prepare_student(
 ) -> nn.Module:
     """The student as the trainer takes it; `args.seed` decides its LoRA weights.
 
-    A tokenizer without a padding token gets its end token for that.
-
-    Raises:
-        RequestError: for a LoRA configuration that cannot be trained, or one beside a `PeftModel`.
+    A tokenizer without a padding token gets its end token for that. Raises `RequestError` for a LoRA configuration that
+    cannot be trained, or one beside a `PeftModel`.
     """
     set_seed(args.seed)
     if isinstance(model, str | Path):
@@ -67,10 +65,7 @@ def merge_lora(trainer: Any) -> None:
 
 
 def raise_to_float32(model: nn.Module) -> torch.dtype | None:
-    """Make the trained weights float32; return the lower precision that they had, None if they had none.
-
-    The weights that stand beside them go with them, but not those below an adapter of PEFT.
-    """
+    """Make the model float32, below PEFT the adapter alone; return the trained weights' lower precision, if any."""
     low = [each for each in model.parameters() if each.requires_grad and each.dtype.itemsize < 4]
     if not low:
         return None

@@ -48,11 +48,7 @@ class StudentLoss:
             return run_in_forward(lambda: response_hidden(student, micro_batch.batch), model, self._accelerator)
 
     def __call__(self, model: nn.Module, window: Window, micro_batch: MicroBatch) -> Tensor:
-        """The micro-batch's part of the window's mean loss, with the student's graph.
-
-        Args:
-            model: the student in its wrapper, whose forward the whole loss runs in.
-        """
+        """The micro-batch's part of the window's mean loss; it runs inside the forward of the student's wrapper."""
         student = self._accelerator.unwrap_model(model)
         return run_in_forward(lambda: self._loss(student, window, micro_batch), model, self._accelerator, always=True)
 
@@ -82,10 +78,7 @@ class StudentLoss:
         return total * self._accelerator.num_processes
 
     def _target(self, micro_batch: MicroBatch) -> Any:
-        """The states that the student learns from: a new pass of the teacher, which its tuner has just moved.
-
-        With `prompt_refresh` "stale" they are those of before that move: a pass less, and not PromptKD as published.
-        """
+        """The states to learn from: a new pass of the moved teacher, or that of before its step if "stale"."""
         stale, micro_batch.teacher_hidden = micro_batch.teacher_hidden, None
         if stale is None:
             return self.teacher.adapted_hidden

@@ -13,7 +13,7 @@ from trl.models.utils import _ForwardRedirection
 
 from promptkd.data.batch import TokenBatch
 from promptkd.engine import embedding_device, engine_for, response_hidden, unwrap_peft
-from promptkd.engine.recompute import recomputable_layers, recomputed_layers
+from promptkd.engine.backbone import recomputable_layers, recomputed_layers
 from promptkd.errors import RequestError, check_all
 from promptkd.methods import Method
 from promptkd.models import load_model, load_tokenizer
@@ -63,10 +63,7 @@ class Teacher:
             return self._hidden(batch, adapted=True)
 
     def parts(self, batch: TokenBatch) -> list[TokenBatch]:
-        """`batch` in the pieces that `trained_hidden` takes one at a time, which bounds the activations that are held.
-
-        Processes that share a teacher's weights must call it equally often, so they cut nothing.
-        """
+        """`batch` in the pieces that `trained_hidden` takes, which bounds activations; of a sharded teacher, whole."""
         return [batch] if self._is_sharded else batch.split(engine_for(embedding_device(self.backbone)).pass_tokens)
 
     def pair(self, student: nn.Module) -> Pair:
@@ -104,11 +101,7 @@ def load_teacher(
 
 
 def teacher_settings(args: Any, method: Method) -> dict[str, Any]:
-    """Arguments of `load_model` for the teacher of a `DistillConfig`.
-
-    Raises:
-        RequestError: if a setting is given twice, or bitsandbytes is missing.
-    """
+    """Arguments of `load_model` for the teacher. Raises `RequestError` if one is duplicated or bitsandbytes missing."""
     given = dict(args.teacher_model_init_kwargs or {})
     for name in ("dtype", "torch_dtype"):
         if name in given:
@@ -138,11 +131,7 @@ def teacher_settings(args: Any, method: Method) -> dict[str, Any]:
 
 
 def check_teacher_options(args: Any, method: Method, teacher: nn.Module) -> None:
-    """Refuse settings of the teacher that would have no effect, or another one than they say.
-
-    Raises:
-        RequestError: with everything that is wrong.
-    """
+    """Refuse settings of the teacher that would have no effect, or another one than they say."""
     adapter, stale = method.adapter_class, args.prompt_refresh == "stale"
     copied = adapter is not None and adapter.copies_teacher
     recomputes, backpropagates = args.teacher_gradient_checkpointing, adapter is not None and adapter.backpropagates

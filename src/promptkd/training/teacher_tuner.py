@@ -24,10 +24,7 @@ from promptkd.training.window import MicroBatch, StepMetrics, Window
 class TeacherTuner:
     """Trains the teacher's adapter, with an AdamW and a schedule of its own, by one step per window.
 
-    Args:
-        args: a `DistillConfig`; its `TunerSettings` and `PromptLossSettings` are read.
-        guard: is told of the loss and of the gradient's norm.
-        metrics: of the running step; takes the loss's terms, λ, the norm and the learning rate.
+    Guard and metrics of the running step hear of its loss's terms, λ, the gradient's norm and the learning rate.
     """
 
     def __init__(

@@ -150,8 +150,7 @@ class DistillTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """One micro-batch; with the first one of an optimizer step come its responses and the teacher's step.
 
-        Args:
-            inputs: the rows of the whole optimizer step on this process, the same for each of its micro-batches.
+        `inputs` are the rows of the whole optimizer step on this process, the same for each micro-batch.
         """
         model.train()
         if self.window is None or self.window.is_done:
@@ -207,11 +206,7 @@ class DistillTrainer(Trainer):
         super().log(logs, start_time)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers', also after a call that ended within a step.
-
-        Raises:
-            PromptKDError: where memory runs out, and where the guard stops the run.
-        """
+        """As transformers', also after a call that ended within a step. Raises `PromptKDError` for no memory or NaN."""
         self.window = None
         self.step_metrics.clear()
         self._metrics["train"].clear()
@@ -283,10 +278,7 @@ class DistillTrainer(Trainer):
         save_model_folder(self, folder)
 
     def save_adapter(self, run: str | Path) -> None:
-        """Write what was trained of the teacher into a folder of its own in `run`; nothing if nothing was.
-
-        A soft prompt goes into `prompt`, as a PEFT adapter.
-        """
+        """Write what was trained of the teacher, if anything, into `run`: a soft prompt into `prompt`, as PEFT does."""
         if self.adapter is not None and self.args.should_save:
             with whole_folder(Path(run) / self.adapter.folder, writes=True) as partial:
                 self.adapter.save(partial, self.teacher.model)

@@ -37,9 +37,6 @@ def validate(trainer: Any, data: EncodedData | Sequence[EncodedExample] | None, 
     """Validation loss, ROUGE-L, KL to the teacher and more, decoded as `promptkd evaluate` decodes.
 
     Each process measures its part of the rows (all of them where weights are sharded); the metrics are of all rows.
-
-    Args:
-        prefix: of the metrics' names, without an underscore.
     """
     rows = data.examples if isinstance(data, EncodedData) else data
     if not rows:

@@ -21,18 +21,6 @@ _MOST_BYTES = MIB
 _MOST_VALUES = 10_000
 """Values of a document once its aliases are written out: ten lines of aliases to aliases can mean billions."""
 _TAG = "tag:yaml.org,2002:"
-_NUMBER_STARTS = list("-+.0123456789")
-_NUMBERS = {
-    "int": (re.compile(r"[-+]?[0-9]+$"), _NUMBER_STARTS),
-    "float": (re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$"), _NUMBER_STARTS),
-}
-_SCALARS = {
-    "null": (re.compile(r"(~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
-    "bool": (re.compile(r"(true|True|TRUE|false|False|FALSE)$"), list("tTfF")),
-    **_NUMBERS,
-    "merge": (re.compile(r"<<$"), ["<"]),
-}
-"""The core schema of YAML 1.2: how scalars without a tag are resolved, with the characters that each may start with."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -60,8 +48,16 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _error(problem: str, node: yaml.Node) -> yaml.constructor.ConstructorError:
-    return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+class _Dumper(yaml.SafeDumper):
+    """Quotes the texts that YAML 1.2 takes for numbers as well as those that YAML 1.1 does."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _quote_line_breaks(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    """YAML counts three more characters than the line feed as line breaks; only double quotes keep them."""
+    return dumper.represent_scalar(f"{_TAG}str", text, style='"' if {*"\x85\u2028\u2029"} & {*text} else None)
 
 
 def _finite(text: str) -> float:
@@ -71,15 +67,27 @@ def _finite(text: str) -> float:
     return number
 
 
-_READERS: dict[str, Callable[[str], Any]] = {
-    "bool": lambda text: {"true": True, "false": False}[text.lower()],
-    "int": int,
-    "float": _finite,
-}
-for _name, (_pattern, _starts) in _SCALARS.items():
-    _Loader.add_implicit_resolver(_TAG + _name, _pattern, _starts)
-for _name, _read in _READERS.items():
-    _Loader.add_constructor(_TAG + _name, lambda loader, node, read=_read: read(loader.construct_scalar(node)))
+_SCALARS: tuple[tuple[str, str, str, Callable[[str], Any] | None], ...] = (
+    ("null", r"(~|null|Null|NULL|)$", "~nN", None),
+    ("bool", r"(true|True|TRUE|false|False|FALSE)$", "tTfF", lambda text: {"true": True, "false": False}[text.lower()]),
+    ("int", r"[-+]?[0-9]+$", "-+.0123456789", int),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$", "-+.0123456789", _finite),
+    ("merge", r"<<$", "<", None),
+)
+"""The core schema of YAML 1.2: how scalars without a tag are resolved, the characters that each may start with, and
+how they are read if not as YAML 1.1 does."""
+for _name, _pattern, _starts, _read in _SCALARS:
+    _resolver = (_TAG + _name, re.compile(_pattern), [*_starts, *([""] if _name == "null" else [])])
+    _Loader.add_implicit_resolver(*_resolver)
+    if _read is not None:
+        _Loader.add_constructor(_TAG + _name, lambda loader, node, read=_read: read(loader.construct_scalar(node)))
+    if _name in ("int", "float"):
+        _Dumper.add_implicit_resolver(*_resolver)
+_Dumper.add_representer(str, _quote_line_breaks)
+
+
+def _error(problem: str, node: yaml.Node) -> yaml.constructor.ConstructorError:
+    return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
 
 
 def _count_values(node: yaml.Node, counts: dict[yaml.Node, int | None]) -> int:
@@ -96,23 +104,6 @@ def _count_values(node: yaml.Node, counts: dict[yaml.Node, int | None]) -> int:
     if count > _MOST_VALUES:
         raise _error(f"holds more than {_MOST_VALUES} values, its aliases written out", node)
     return count
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes the texts that YAML 1.2 takes for numbers as well as those that YAML 1.1 does."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-def _quote_line_breaks(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    """YAML counts three more characters than the line feed as line breaks; only double quotes keep them."""
-    return dumper.represent_scalar(f"{_TAG}str", text, style='"' if {*"\x85\u2028\u2029"} & {*text} else None)
-
-
-_Dumper.add_representer(str, _quote_line_breaks)
-for _name, (_pattern, _starts) in _NUMBERS.items():
-    _Dumper.add_implicit_resolver(_TAG + _name, _pattern, _starts)
 
 
 def parse_yaml(text: str, name: str) -> Any:

@@ -1,18 +1,33 @@
-"""What a command takes: the fields of its options and of its training configuration, with their help."""
+"""What a command takes: the fields of its options and of its training configuration, and what each admits, in words."""
 
 import ast
 import dataclasses
 import importlib
 import re
-from collections.abc import Iterator, Mapping
+import types
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from promptkd.settings import docs_of, field_docs
+
+MOST_CHOICES_SHOWN = 6  # longer lists of choices stand in the sentences of the help, not beside the flag
+_WORDS = {
+    str: ("text", "TEXT"),
+    int: ("a whole number", "INTEGER"),
+    float: ("a finite number", "NUMBER"),
+    bool: ("true or false", "true|false"),
+    Path: ("a path", "PATH"),
+    dict: ('a mapping such as {"key": 1}', "MAPPING"),
+    types.NoneType: ("none", "none"),
+    Any: ("a value", "VALUE"),
+}
+"""Each type in error messages, and beside its flag in the help."""
 
 
 @dataclass(frozen=True)
@@ -24,12 +39,20 @@ class Field:
     required: bool
     default: Any
     help: str
-    limits: Mapping[str, Any]
-    """`at_least`, `at_most` and `above` of `promptkd.settings.option`; of a list, those of its items."""
+    limits: Mapping[str, Any]  # those of `promptkd.settings.option`; of a list, its items'
 
     @property
     def flag(self) -> str:
         return "--" + self.name.replace("_", "-")
+
+    @property
+    def is_switch(self) -> bool:
+        """Whether the flag may stand alone (`--packing`) and be negated (`--no-packing`)."""
+        return bool in kinds_of(self.annotation)
+
+    @property
+    def takes_several(self) -> bool:
+        return list in kinds_of(self.annotation)
 
 
 def own_fields(command: ModuleType) -> dict[str, Field]:
@@ -48,26 +71,41 @@ def training_fields(command: ModuleType) -> dict[str, Field]:
     return _fields(getattr(importlib.import_module(module), name))
 
 
+@cache
+def _fields(owner: type) -> dict[str, Field]:
+    annotations, docs, missing = get_type_hints(owner), docs_of(owner), dataclasses.MISSING
+    found = {}
+    for each in dataclasses.fields(owner):
+        if each.init:
+            default = each.default if each.default_factory is missing else each.default_factory()
+            text = " ".join((each.metadata.get("help") or docs.get(each.name, "")).split())
+            is_required, kept = default is missing, None if default is missing else default
+            found[each.name] = Field(each.name, annotations[each.name], is_required, kept, text, each.metadata)
+    return found
+
+
 def common_fields(command: ModuleType) -> list[Field]:
     """The training fields in common use, read from the source of their classes: importing those takes seconds.
 
     `SETTINGS_SOURCES` are patterns of files beside the package of `TRAINING_CONFIG`; of two fields the later one wins.
     """
     wanted: tuple[str, ...] = vars(command).get("COMMON_TRAINING_FLAGS", ())
-    types: dict[str, Any] = {"Literal": Literal}
+    names: dict[str, Any] = {"Literal": Literal}
     found: dict[str, Field] = {}
     methods: list[str] = []
     for node in _definitions(command):
         match node:
             case ast.Assign(targets=[ast.Name(id=name)], value=ast.Subscript(value=ast.Name(id="Literal"))):
-                types[name] = _evaluated(node.value, types)
+                names[name] = _evaluated(node.value, names)
             case ast.ClassDef():
                 docs = field_docs(node)
                 for part in node.body:
                     match part:
                         case ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as value) if name in wanted:
-                            annotation = _evaluated(part.annotation, types)
-                            found[name] = Field(name, annotation, False, _literal(value), docs[name], {})
+                            # of `name: int = 7` and of `name: int = option(7, ...)`
+                            default = ast.literal_eval(value.args[0] if isinstance(value, ast.Call) else value)
+                            annotation = _evaluated(part.annotation, names)
+                            found[name] = Field(name, annotation, False, default, docs[name], {})
                         case ast.Assign(targets=[ast.Name(id="name")], value=ast.Constant(value=str(method))):
                             methods.append(method)
     if "method" in found:
@@ -89,34 +127,71 @@ def _evaluated(annotation: ast.expr, names: dict[str, Any]) -> Any:
     return eval(compile(ast.Expression(annotation), "", "eval"), names)  # our own source
 
 
-def _literal(value: ast.expr) -> Any:
-    """Of `name: int = 7` and of `name: int = option(7, ...)`."""
-    return ast.literal_eval(value.args[0] if isinstance(value, ast.Call) else value)
+def kinds_of(annotation: Any) -> dict[Any, Any]:
+    """The members of a union, or the annotation alone, by the type that decides how each is read.
 
-
-def positional(command: ModuleType) -> str | None:
-    """The name of the option that takes the arguments which follow no flag, if the command has one."""
-    return vars(command).get("POSITIONAL")
-
-
-@cache
-def _fields(owner: type) -> dict[str, Field]:
-    annotations, docs = get_type_hints(owner), docs_of(owner)
+    That is `list` for list[int], `Literal` for a literal and `Enum` for an enumeration.
+    """
+    members = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
     return {
-        field.name: Field(
-            name=field.name,
-            annotation=annotations[field.name],
-            required=field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING,
-            default=_default(field),
-            help=" ".join((field.metadata.get("help") or docs.get(field.name, "")).split()),
-            limits=field.metadata,
-        )
-        for field in dataclasses.fields(owner)
-        if field.init
+        Enum if isinstance(each, type) and issubclass(each, Enum) else get_origin(each) or each: each
+        for each in members
     }
 
 
-def _default(field: dataclasses.Field[Any]) -> Any:
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return None if field.default is dataclasses.MISSING else field.default
+def item_of(member: Any) -> Any:
+    """The type of a list's items or a mapping's values; Any if the annotation does not say."""
+    return get_args(member)[-1] if get_args(member) else Any
+
+
+def choices(annotation: Any) -> dict[str, Any]:
+    """What a Literal or an enumeration admits, by the text that stands for it; nothing for other types."""
+    kinds = kinds_of(annotation)
+    literal = {
+        str(each).lower() if each is None or isinstance(each, bool) else str(each): each
+        for each in get_args(kinds.get(Literal))
+    }
+    return literal | {str(each.value): each for each in kinds.get(Enum, ())}
+
+
+def describe(annotation: Any) -> str:
+    """What a field takes, in words, for error messages."""
+    return " or ".join(words for words, _ in _words(annotation))
+
+
+def metavar(annotation: Any) -> str:
+    """What stands for a field's value in the help, such as `INTEGER` or `PATH [PATH ...]`."""
+    return "|".join(short for _, short in _words(annotation) if short)
+
+
+def _words(annotation: Any) -> Iterator[tuple[str, str]]:
+    """What each member of a union takes, in an error message and in the help; an enumeration's texts are its names."""
+    kinds, admitted = kinds_of(annotation), choices(annotation)
+    if admitted:
+        yield f"one of {', '.join(admitted)}", "|".join(admitted) if len(admitted) <= MOST_CHOICES_SHOWN else "NAME"
+    for kind, member in kinds.items():
+        if kind is list:
+            item = item_of(member)
+            yield f"one or more values, each {describe(item)}", f"{metavar(item)} [{metavar(item)} ...]"
+        elif kind in _WORDS and not (kind is str and Enum in kinds):
+            yield _WORDS[kind]
+        elif kind not in (Literal, Enum, str):
+            yield f"a Python object ({member.__name__}) that neither a flag nor a file can give", ""
+
+
+def plain(value: Any) -> Any:
+    """`value` in the types of YAML and JSON: paths as text, enumerations as their values."""
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: plain(part) for key, part in value.items()}
+    return [plain(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that is most like `name`, if one is."""
+    import difflib  # most commands need no guess
+
+    return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)

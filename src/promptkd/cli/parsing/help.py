@@ -10,8 +10,16 @@ from collections.abc import Iterable, Mapping
 from types import ModuleType
 from typing import Any
 
-from promptkd.cli.parsing.annotations import MOST_CHOICES_SHOWN, choices, metavar, plain, takes_values
-from promptkd.cli.parsing.fields import Field, common_fields, own_fields, positional, training_fields
+from promptkd.cli.parsing.fields import (
+    MOST_CHOICES_SHOWN,
+    Field,
+    choices,
+    common_fields,
+    metavar,
+    own_fields,
+    plain,
+    training_fields,
+)
 
 _WIDTH = 100
 _EVERY_COMMAND = (
@@ -45,33 +53,28 @@ def overview(commands: Mapping[str, str]) -> str:
 def command_help(name: str, command: ModuleType, *, every_flag: bool = False) -> str:
     """What `promptkd NAME --help` prints, or, with `every_flag` (which imports the training config), `--help-all`."""
     summary, _, rest = inspect.cleandoc(command.__doc__ or "").partition("\n")
-    own = own_fields(command)
-    loose = own.get(positional(command) or "")
+    own, more = own_fields(command), ""
+    loose = own.get(vars(command).get("POSITIONAL", ""))
     required = [field for field in own.values() if field.required]
     words = [_loose(loose)] if loose else []
     words += [f"{field.flag} {metavar(field.annotation)}" for field in required if field is not loose]
+    if every_flag:
+        # --debug is the program's own; the field of that name can be set in the file alone
+        fields = [each for each in training_fields(command).values() if each.name not in {*own, "debug"}]
+        more = _group("Training flags", map(_entry, fields))
+    elif "TRAINING_CONFIG" in vars(command):
+        every = ("and every other training flag of transformers and TRL", "--help-all lists them.")
+        more = _group("Training flags in common use", [*map(_entry, common_fields(command)), every])
     blocks = [
-        _wrap(f"promptkd {name}: {summary}", ""),
+        _wrap(f"promptkd {name}: {summary}", "", ""),
         _wrap(" ".join([f"Usage: promptkd {name}", *words, "[flags]"]), "", "    "),
         *(_paragraph(text) for text in rest.strip("\n").split("\n\n") if text.strip()),
         _group("Required", [_entry(field, loose) for field in required]),
         _group("Options", [_entry(field, loose) for field in own.values() if not field.required]),
-        _training(command, own, every_flag),
+        more,
         _group("With every command", _EVERY_COMMAND),
     ]
     return "\n\n".join(block for block in blocks if block) + "\n"
-
-
-def _training(command: ModuleType, own: dict[str, Field], every_flag: bool) -> str:
-    if every_flag:
-        # --debug is the program's own; the field of that name can be set in the file alone
-        fields = [each for each in training_fields(command).values() if each.name not in {*own, "debug"}]
-        return _group("Training flags", [_entry(field) for field in fields])
-    if "TRAINING_CONFIG" not in vars(command):
-        return ""
-    entries = [_entry(field) for field in common_fields(command)]
-    every = ("and every other training flag of transformers and TRL", "--help-all lists them.")
-    return _group("Training flags in common use", [*entries, every])
 
 
 def _entry(field: Field, loose: Field | None = None) -> tuple[str, str]:
@@ -91,7 +94,7 @@ def _entry(field: Field, loose: Field | None = None) -> tuple[str, str]:
 
 def _loose(field: Field) -> str:
     """The option that takes arguments without a flag, as it is written on the command line."""
-    return field.name.upper() + (" ..." if takes_values(field.annotation) else "")
+    return field.name.upper() + (" ..." if field.takes_several else "")
 
 
 def _default(value: Any) -> str:
@@ -103,16 +106,15 @@ def _default(value: Any) -> str:
 
 
 def _group(title: str, entries: Iterable[tuple[str, str]]) -> str:
-    lines = [f"{_wrap(head, '  ', '      ')}\n{_wrap(text, '      ')}".rstrip() for head, text in entries]
+    lines = [f"{_wrap(head, '  ', '      ')}\n{_wrap(text, '      ', '      ')}".rstrip() for head, text in entries]
     return "\n".join([title, *lines]) if lines else ""
 
 
 def _paragraph(text: str) -> str:
     """Refills prose; indented lines, such as examples, stay as they are."""
-    return text if any(line.startswith(" ") for line in text.splitlines()) else _wrap(" ".join(text.split()), "")
+    return text if any(line.startswith(" ") for line in text.splitlines()) else _wrap(" ".join(text.split()), "", "")
 
 
-def _wrap(text: str, indent: str, hanging: str | None = None) -> str:
-    further = indent if hanging is None else hanging
-    wrapper = textwrap.TextWrapper(_WIDTH, indent, further, break_on_hyphens=False, break_long_words=False)
+def _wrap(text: str, indent: str, hanging: str) -> str:
+    wrapper = textwrap.TextWrapper(_WIDTH, indent, hanging, break_on_hyphens=False, break_long_words=False)
     return wrapper.fill(text)

@@ -5,16 +5,14 @@ Everything that is wrong with a request is collected and reported at once.
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
-from promptkd.cli.parsing.annotations import choices, describe, nearest, plain, takes_switch, takes_values
 from promptkd.cli.parsing.config_file import read_config
-from promptkd.cli.parsing.fields import Field, own_fields, positional, training_fields
+from promptkd.cli.parsing.fields import Field, choices, describe, nearest, own_fields, plain, training_fields
 from promptkd.cli.parsing.values import LARGEST_INTEGER, convert
-from promptkd.errors import RequestError
+from promptkd.errors import RequestError, raise_together
 from promptkd.io.redact import is_secret, redacted, without_secret_values
 from promptkd.settings import beyond_limits
 
@@ -23,43 +21,21 @@ _NUMBER = re.compile(r"-[0-9.]")
 _LONGEST_SHOWN = 200
 
 
-@dataclass(frozen=True)
-class Parsed:
-    options: Any
-    """The command's `Options`."""
-    training: dict[str, Any]
-    """The values of the training configuration that the user gave, and no others."""
-
-    @property
-    def merged(self) -> dict[str, Any]:
-        return merged_config(self.options, self.training)
-
-
-@dataclass(frozen=True)
-class _Flag:
-    spelled: str
-    name: str
-    values: list[str]
-    joined: bool
-    """Whether the value was written behind an equals sign."""
+class Parsed(NamedTuple):
+    options: Any  # the command's `Options`
+    training: dict[str, Any]  # the values of the training configuration that the user gave, and no others
 
 
 def merged_config(options: Any, training: dict[str, Any]) -> dict[str, Any]:
     """Every option and every training value that was given, as plain data for `write_config`; secrets are left out."""
-    merged = {field.name: vars(options)[field.name] for field in fields(options)} | training
-    return without_secret_values({name: plain(value) for name, value in merged.items()})
+    return without_secret_values({name: plain(value) for name, value in (vars(options) | training).items()})
 
 
 def parse_options(name: str, command: ModuleType, arguments: Sequence[str]) -> Parsed:
     """Read the arguments of command `name`. Raises one `RequestError` that lists everything that is wrong."""
     request = _Request(command)
     request.read(arguments)
-    if request.problems:
-        advice = f"`promptkd {name} --help` explains the flags."
-        if len(request.problems) == 1:
-            raise RequestError(f"{request.problems[0]} {advice}")
-        lines = "".join(f"\n  - {problem}" for problem in request.problems)
-        raise RequestError(f"{len(request.problems)} things are wrong with the request:{lines}\n{advice}")
+    raise_together(request.problems, "request", f"`promptkd {name} --help` explains the flags.")
     own = {key: value for key, value in request.values.items() if key in request.own}
     training = {key: value for key, value in request.values.items() if key not in request.own}
     return Parsed(command.Options(**own), training)
@@ -70,7 +46,7 @@ class _Request:
 
     def __init__(self, command: ModuleType) -> None:
         self.command, self.own = command, own_fields(command)
-        self.positional = positional(command)
+        self.positional = vars(command).get("POSITIONAL")
         self.values: dict[str, Any] = {}
         self.problems: list[str] = []
         self._given: dict[str, str] = {}  # name -> how it was spelled, its value right or wrong
@@ -78,11 +54,24 @@ class _Request:
         self._config: Path | None = None
 
     def read(self, arguments: Sequence[str]) -> None:
-        for flag in self._split(arguments):
-            self._take_flag(flag)
+        groups: list[list[str]] = [[]]  # each flag with all that follows it up to the next one
+        for argument in arguments:
+            if argument.startswith("--") and len(argument) > 2:
+                groups.append([argument])
+            elif argument.startswith("-") and len(argument) > 1 and not _NUMBER.match(argument):
+                self.problems.append(
+                    f"{argument} is no flag: flags begin with two dashes and a name. A value that begins with a dash "
+                    "is written --flag=VALUE."
+                )
+            else:
+                groups[-1].append(argument)
+        self._surplus(groups[0], "every value follows a flag")
+        for flag, *values in groups[1:]:
+            spelled, equals, value = flag.partition("=")
+            self._take_flag(spelled, [value, *values] if equals else values, joined=bool(equals))
         if self._loose and self.positional and self._is_first(self.positional, " ".join(self._loose)):
-            value = self._loose if len(self._loose) > 1 else self._loose[0]
-            self._set(self.own[self.positional], value, self.positional.upper())
+            loose = self._loose if len(self._loose) > 1 else self._loose[0]
+            self._set(self.own[self.positional], loose, self.positional.upper())
         if "config" in self.own:  # the file is what the command is about
             self._config = self._config or self.values.get("config")
             self.values |= {"config": self._config} if self._config else {}
@@ -92,62 +81,44 @@ class _Request:
                     spelled = field.name.upper() if field.name == self.positional else field.flag
                     self.problems.append(f"{spelled} is missing: {field.help or describe(field.annotation)}")
 
-    def _split(self, arguments: Sequence[str]) -> list[_Flag]:
-        """Each flag with all that follows it up to the next one. Arguments before the first flag are surplus."""
-        flags: list[_Flag] = []
-        before: list[str] = []
-        for argument in arguments:
-            if argument.startswith("--") and len(argument) > 2:
-                spelled, equals, value = argument.partition("=")
-                name = spelled[2:].replace("-", "_")
-                flags.append(_Flag(spelled, name, [value] if equals else [], joined=bool(equals)))
-            elif argument.startswith("-") and len(argument) > 1 and not _NUMBER.match(argument):
-                self.problems.append(
-                    f"{argument} is no flag: flags begin with two dashes and a name. "
-                    "A value that begins with a dash is written --flag=VALUE."
-                )
-            else:
-                (flags[-1].values if flags else before).append(argument)
-        self._surplus(before, "every value follows a flag")
-        return flags
-
-    def _take_flag(self, flag: _Flag) -> None:
-        name, spelled = flag.name, flag.spelled
+    def _take_flag(self, spelled: str, values: list[str], joined: bool) -> None:
+        """`joined`: the first value was written behind an equals sign."""
+        name = spelled[2:].replace("-", "_")
         if name == "debug":
             self.problems.append(
                 "--debug takes no value: it shows the traceback of a failure. "
                 "The training setting of that name goes into the --config file."
             )
         elif name == "config":
-            if not flag.values:
+            if not values:
                 self.problems.append("--config expects a YAML file. Got no value.")
             elif self._is_first(name, spelled, "Put everything into one file."):
-                self._config = Path(flag.values[0]).expanduser()
-                self._surplus(flag.values[1:], "--config takes one file")
+                self._config = Path(values[0]).expanduser()
+                self._surplus(values[1:], "--config takes one file")
         elif field := self._find(name):
-            several = takes_values(field.annotation)
-            if self._is_first(name, spelled, "Give the values together: --flag A B." if several else "Give it once."):
-                self._take_values(field, flag)
+            advice = "Give the values together: --flag A B." if field.takes_several else "Give it once."
+            if self._is_first(name, spelled, advice):
+                self._take_values(field, spelled, values, joined)
         elif not (name.startswith("no_") and (field := self._find(name[3:]))):
             self.problems.append(f"{spelled} is unknown.{self._suggest(name, '--', '-')}")
-        elif not takes_switch(field.annotation):
+        elif not field.is_switch:
             self.problems.append(f"{spelled} is unknown: {field.flag} expects {describe(field.annotation)}.")
         elif self._is_first(field.name, spelled):
             self.values[field.name] = False
-            self._surplus(flag.values, f"{spelled} takes no value")
+            self._surplus(values, f"{spelled} takes no value")
 
-    def _take_values(self, field: Field, flag: _Flag) -> None:
-        one = flag.joined or not takes_values(field.annotation)
-        values, surplus = (flag.values[:1], flag.values[1:]) if one else (flag.values, [])
-        if takes_switch(field.annotation) and not flag.joined:
-            if self.positional and values and values[0].lower() not in ("true", "false"):
-                values, surplus = [], flag.values
-            values = values or ["true"]
-        self._surplus(surplus, f"{flag.spelled} takes one value")
-        if values:
-            self._set(field, values if len(values) > 1 else values[0], flag.spelled)
+    def _take_values(self, field: Field, spelled: str, values: list[str], joined: bool) -> None:
+        count = 1 if joined or not field.takes_several else len(values)
+        own, surplus = values[:count], values[count:]
+        if field.is_switch and not joined:
+            if self.positional and own and own[0].lower() not in ("true", "false"):
+                own, surplus = [], values
+            own = own or ["true"]
+        self._surplus(surplus, f"{spelled} takes one value")
+        if own:
+            self._set(field, own if len(own) > 1 else own[0], spelled)
         else:
-            self.problems.append(f"{flag.spelled} expects {describe(field.annotation)}. Got no value.")
+            self.problems.append(f"{spelled} expects {describe(field.annotation)}. Got no value.")
 
     def _surplus(self, values: list[str], reason: str) -> None:
         """Arguments that belong to no flag are the positional option's, or wrong."""

@@ -7,13 +7,11 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Literal
 
-from promptkd.cli.parsing.annotations import choices, item_of, kind_of, members
 from promptkd.cli.parsing.config_file import parse_yaml
+from promptkd.cli.parsing.fields import choices, item_of, kinds_of
 
-LARGEST_INTEGER = 2**63 - 1
-"""Counts and sizes are 64-bit integers further down."""
-_LONGEST_NAME = 255
-"""Bytes of a file's name, on every common file system."""
+LARGEST_INTEGER = 2**63 - 1  # counts and sizes are 64-bit integers further down
+_LONGEST_NAME = 255  # bytes of a file's name, on every common file system
 _ORDER = (bool, int, float, Literal, Enum, dict, Path, str, list, Any)
 """The order in which the members of a union are tried."""
 
@@ -22,27 +20,21 @@ def convert(value: Any, annotation: Any, *, default: Any = None) -> Any:
     """`value`, which is text, a list of texts (a flag with several values) or plain YAML data, as `annotation` asks.
 
     `default` is the field's own: a text that equals it is kept, so that `report_to`, whose default is the text
-    "none", does not become None.
-
-    Raises:
-        ValueError: if no member of the annotation takes the value.
+    "none", does not become None. Raises ValueError if no member of the annotation takes the value.
     """
-    kinds = {kind_of(member) for member in members(annotation)}
-    if isinstance(value, str) and value == default:
+    kinds, is_text = kinds_of(annotation), isinstance(value, str)
+    if is_text and value == default:
         return value
-    says_none = value is None or (isinstance(value, str) and value.lower() in ("none", "null"))
+    says_none = value is None or (is_text and value.lower() in ("none", "null"))
     if types.NoneType in kinds and says_none and value not in choices(annotation):
         return None
-    is_mapping = isinstance(value, dict) or (isinstance(value, str) and value.lstrip().startswith("{"))
-    tried = kinds
-    if Enum in kinds or (dict in kinds and is_mapping):
-        tried = kinds - {str}  # else a misspelled choice or a broken mapping would pass as text
-    elif str in kinds and isinstance(value, str):
-        tried = kinds - {dict}  # the name of a file
-    for kind, member in ((kind, each) for kind in _ORDER for each in members(annotation) if kind_of(each) is kind):
-        if kind in tried:
+    untried: Any = dict if is_text and str in kinds else None  # a text may be the name of a file
+    if Enum in kinds or (dict in kinds and (isinstance(value, dict) or (is_text and value.lstrip().startswith("{")))):
+        untried = str  # else a misspelled choice or a broken mapping would pass as text
+    for kind in _ORDER:
+        if kind in kinds and kind is not untried:
             try:
-                found = _read(value, kind, member)
+                found = _read(value, kind, kinds[kind])
             except (ValueError, OverflowError):
                 continue
             return found.value if isinstance(found, Enum) and str in kinds else found

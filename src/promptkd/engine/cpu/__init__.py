@@ -1,9 +1,8 @@
 """CPU: packed rows attended to one by one, fused layers, decoding with weights reordered for oneDNN."""
 
 from promptkd.engine.base import Engine
-from promptkd.engine.cpu.attention import CpuPackedScorer
 from promptkd.engine.cpu.decoding import CpuDecoder
-from promptkd.engine.cpu.head import CpuHeadBackend
+from promptkd.engine.cpu.scoring import HEAD, CpuPackedScorer
 from promptkd.engine.reference import DynamicCacheDecoder, PaddedScorer
 
 _MAX_TOKENS = 2048  # beyond, matrix products get no faster
@@ -12,9 +11,7 @@ ENGINE = Engine(
     name="cpu",
     scorers=(CpuPackedScorer(_MAX_TOKENS, fused=True), CpuPackedScorer(_MAX_TOKENS), PaddedScorer()),
     decoders=(CpuDecoder(fused=True), CpuDecoder(fused=False), DynamicCacheDecoder()),
-    head=CpuHeadBackend(),
-    check_every=1,
-    decode_rows=32,
+    head=HEAD,
     shares_passes=True,
     pass_tokens=1536,
 )

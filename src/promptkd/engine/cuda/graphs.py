@@ -22,14 +22,9 @@ class Graphs:
         self._pool = None
 
     def run(self, key: Hashable, device: torch.device, function: Callable[[], Tensor]) -> Tensor:
-        """The result of `function`, valid until the next call.
+        """The result of `function`, valid until the next call; a RuntimeError where it waits for the device.
 
-        Args:
-            key: everything that changes which kernels run, sizes above all.
-            function: never waits for the device, works on tensors at fixed addresses, and may be called repeatedly.
-
-        Raises:
-            RuntimeError: if `function` waits for the device, or cannot be captured.
+        `key` has everything that changes which kernels run. The function reads fixed addresses and may run repeatedly.
         """
         if device.type != "cuda":
             return function()
@@ -47,36 +42,24 @@ class Graphs:
         self._side.wait_stream(current)
         with torch.cuda.stream(self._side):
             function()  # libraries allocate their workspaces, Triton compiles
-            _call_without_waiting(function)
-            graph, output = self._capture(function)
+            before = torch.cuda.get_sync_debug_mode()
+            torch.cuda.set_sync_debug_mode("error")
+            try:  # a function that waits for the device fails here, instead of in the middle of a capture
+                function()
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
+            graph = torch.cuda.CUDAGraph()
+            try:
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    output = function()
+                except BaseException:
+                    with suppress(RuntimeError):  # the first error tells more
+                        graph.capture_end()
+                    raise
+                graph.capture_end()
+            except torch.AcceleratorError as error:  # of this function, not of the device
+                raise RuntimeError(f"a CUDA graph could not be captured: {error}") from error
         current.wait_stream(self._side)
         self._pool = graph.pool()
         return graph, output
-
-    def _capture(self, function: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        graph = torch.cuda.CUDAGraph()
-        try:
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                output = function()
-            except BaseException:
-                with suppress(RuntimeError):  # the first error tells more
-                    graph.capture_end()
-                raise
-            graph.capture_end()
-        except torch.AcceleratorError as error:  # of this function, not of the device
-            raise RuntimeError(f"a CUDA graph could not be captured: {error}") from error
-        return graph, output
-
-
-def _call_without_waiting(function: Callable[[], Tensor]) -> None:
-    """Call `function`, and raise a RuntimeError if it waits for the device.
-
-    A capture would fail there, too, but leave torch's allocator and random state in the middle of it.
-    """
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        function()
-    finally:
-        torch.cuda.set_sync_debug_mode(before)

@@ -2,25 +2,13 @@
 """Triton kernels of the chunked losses: the same calls and results as those in `promptkd.objectives.kernels`.
 
 A program takes one row of float32 logits, finite everywhere, and writes the gradient over it. It reads the row twice,
-since a row of 152k logits does not fit on chip, nor all rows that run at once into the L2 cache: first for log-sum-exps
-and the mean that centers the gradient of a reverse KL, then for values and gradient. Bytes moved per logit (plain torch
-moves 168 for a reverse KL to two models):
-
-| program | first pass | second pass | gradient | sum |
-|---|---|---|---|---|
-| reverse KL to two models | 12 | 12 | 4 | 28 |
-| reverse KL to one, forward KL | 8 | 8 | 4 | 20 |
-| cross-entropy | 4 | 4 | 4 | 12 |
+since a row of 152k logits does not fit on chip: first for log-sum-exps and the mean that centers the gradient of a
+reverse KL, then for values and gradient. For a reverse KL to two models it moves 28 bytes per logit, plain torch 168.
 
 Each lane of a block has its own sums, so that only V / BLOCK terms are added one after the other; then the lanes are
 added in a tree, once per pass. A log-sum-exp stays a pair, top + log(mass): as one number it would be off by up to 1e-6
-at logits around 30, and a KL with it. A log-ratio is
-
-    log p - log q = ((z_p - top_p) - (z_q - top_q)) - log(mass_p / mass_q),
-
-which has no rounding at the tops, where p is large, and is exactly 0 for equal inputs.
-
-This module needs Triton, which torch brings along on CUDA. Tests: tests/engine/test_triton_kernels.py.
+at logits around 30, and a KL with it. The log-ratio ((z_p - top_p) - (z_q - top_q)) - log(mass_p / mass_q) has no
+rounding at the tops, where p is large, and is exactly 0 for equal inputs.
 """
 
 from typing import Any
@@ -30,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from promptkd.objectives.kernels import Kernel, Kernels
+from promptkd.objectives.kernels import Kernel, Kernels, Metrics
 
 # A load of 16 bytes per thread and model. With three models a thread needs 64 registers (sm_90), so four programs run
 # per multiprocessor with 48 KB of loads in flight, more than the latency of memory asks for.
@@ -38,33 +26,28 @@ _BLOCK, _WARPS = 1024, 8
 _LOWEST = tl.constexpr(-3.4e38)  # past the last column; finite, since inf - inf is not a number
 
 
-def reverse_kl_kernel(logits: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def reverse_kl_kernel(logits: Tensor, target: Tensor) -> tuple[Tensor, Metrics]:
     """KL(q || p), q of `logits`, p of `target`: d/dz = q (log q - log p - KL). The metric is the "entropy" of q.
 
-    Args:
-        logits, target: (C, V) float32, finite, contiguous rows of any stride. The gradient is written over `logits`.
-
-    Raises:
-        ValueError: for tensors that are not of this form.
+    Both are (C, V) in float32, finite, with contiguous rows of any stride; others raise a ValueError. The gradient is
+    written over `logits`.
     """
     values, _, entropy = _reverse_kl(logits, 0.0, target=target)
     return values, {"entropy": entropy}
 
 
-def forward_kl_kernel(logits: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def forward_kl_kernel(logits: Tensor, target: Tensor) -> tuple[Tensor, Metrics]:
     """KL(p || q), q of `logits`, p of `target`: d/dz = q - p. All else as in `reverse_kl_kernel`."""
     _check(logits, target=target)
-    values, entropy = _per_row(logits), _per_row(logits)
-    strides = logits.stride(0), target.stride(0)
-    _launch(_forward_kl_rows, logits, target, values, entropy, *strides)
+    values, entropy = logits.new_empty(2, len(logits))
+    _launch(_forward_kl_rows, logits, target, values, entropy, logits.stride(0), target.stride(0))
     return values, {"entropy": entropy}
 
 
-def cross_entropy_kernel(logits: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """-log q(y), q of `logits`: d/dz = q - [y]. All else as in `reverse_kl_kernel`.
+def cross_entropy_kernel(logits: Tensor, labels: Tensor) -> tuple[Tensor, Metrics]:
+    """-log q(y), q of `logits`, y of `labels`: d/dz = q - [y]. All else as in `reverse_kl_kernel`.
 
-    Args:
-        labels: (C,) the tokens y, in 0 … V - 1. Not checked, since a check would wait for the device.
+    That the labels (C,) are in 0 … V - 1 is not checked, since a check would wait for the device.
     """
     _check(logits)
     if labels.shape != logits.shape[:1] or labels.dtype not in (torch.int32, torch.int64):
@@ -72,19 +55,15 @@ def cross_entropy_kernel(logits: Tensor, labels: Tensor) -> tuple[Tensor, dict[s
             f"`labels` must be int32 or int64 of shape (C,) = ({len(logits)},). "
             f"Got {labels.dtype} of shape {tuple(labels.shape)}."
         )
-    values, entropy = _per_row(logits), _per_row(logits)
+    values, entropy = logits.new_empty(2, len(logits))
     _launch(_cross_entropy_rows, logits, labels.contiguous(), values, entropy, logits.stride(0))
     return values, {"entropy": entropy}
 
 
 def prompt_kernel(weight: float) -> Kernel:
-    """KL(p || q) + λ KL(p || p0), λ = `weight`: a kernel of the logits of p, q and, optionally, p0.
+    """KL(p || q) + λ KL(p || p0), λ = `weight`: see `objectives.kernels`. All else as in `reverse_kl_kernel`."""
 
-    The metrics are the unweighted terms "to_student" and, with p0, "to_plain". Tensors and errors as in
-    `reverse_kl_kernel`.
-    """
-
-    def kernel(logits: Tensor, student: Tensor, *plain: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def kernel(logits: Tensor, student: Tensor, *plain: Tensor) -> tuple[Tensor, Metrics]:
         if not plain:
             values, _, _ = _reverse_kl(logits, 0.0, student=student)
             return values, {"to_student": values}
@@ -94,11 +73,11 @@ def prompt_kernel(weight: float) -> Kernel:
     return kernel
 
 
-def _reverse_kl(logits: Tensor, weight: float, **targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _reverse_kl(logits: Tensor, weight: float, **targets: Tensor) -> tuple[Tensor, ...]:
     """KL to the first target, to the second (0 without one), and entropy, (C,) each; gradient of the weighted sum."""
     _check(logits, **targets)
     student, plain = (*targets.values(), None)[:2]
-    results = _per_row(logits), _per_row(logits), _per_row(logits)
+    results = tuple(logits.new_empty(3, len(logits)))
     strides = [0 if each is None else each.stride(0) for each in (logits, student, plain)]
     _launch(_reverse_kl_rows, logits, student, plain, float(weight), *results, *strides)
     return results
@@ -107,10 +86,6 @@ def _reverse_kl(logits: Tensor, weight: float, **targets: Tensor) -> tuple[Tenso
 def _launch(program: Any, logits: Tensor, *arguments: Any) -> None:
     with torch.cuda.device_of(logits):  # Triton launches on the current device, wherever the tensors are
         program[(len(logits),)](logits, *arguments, SIZE=logits.shape[1], BLOCK=_BLOCK, num_warps=_WARPS)
-
-
-def _per_row(logits: Tensor) -> Tensor:
-    return logits.new_empty(len(logits))
 
 
 def _check(logits: Tensor, **targets: Tensor) -> None:
@@ -148,8 +123,7 @@ def _reverse_kl_rows(
 ):
     """KL(p || q) + λ KL(p || p0), λ = `weight`: d/dz = p (g - Σ p g), g = (1 + λ) log p - log q - λ log p0.
 
-    A constant in g does not change the gradient. So g is computed from logits, and its mean is known after the first
-    pass.
+    A constant in g changes no gradient. So g is computed from logits, and its mean is known after the first pass.
     """
     token = tl.program_id(0).to(tl.int64)  # times a stride it may exceed 2^31
     logits += token * stride
@@ -157,13 +131,9 @@ def _reverse_kl_rows(
     if plain is not None:
         plain += token * plain_stride
 
-    p_top = tl.full((BLOCK,), _LOWEST, tl.float32)
-    q_top = p_top
-    plain_top = p_top
-    p_mass = tl.zeros((BLOCK,), tl.float32)
-    q_mass = p_mass
-    plain_mass = p_mass
-    mean = p_mass
+    lowest, zero = tl.full((BLOCK,), _LOWEST, tl.float32), tl.zeros((BLOCK,), tl.float32)
+    p_top, q_top, plain_top = lowest, lowest, lowest
+    p_mass, q_mass, plain_mass, mean = zero, zero, zero, zero
     for start in range(0, SIZE, BLOCK):
         z = _load(logits, start, SIZE, BLOCK)
         z_q = _load(student, start, SIZE, BLOCK)
@@ -185,9 +155,7 @@ def _reverse_kl_rows(
         over_plain = tl.log(p_mass / plain_mass)
 
     share = 1.0 / p_mass
-    student_sum = tl.zeros((BLOCK,), tl.float32)
-    plain_sum = student_sum
-    entropy_sum = student_sum
+    student_sum, plain_sum, entropy_sum = zero, zero, zero
     for start in range(0, SIZE, BLOCK):
         z = _load(logits, start, SIZE, BLOCK)
         z_q = _load(student, start, SIZE, BLOCK)
@@ -207,25 +175,14 @@ def _reverse_kl_rows(
 
 
 @triton.jit
-def _forward_kl_rows(
-    logits,  # (C, V) of the model q that requires grad
-    target,  # (C, V) of p
-    values,  # (C,) KL(p || q)
-    entropy,  # (C,) of q
-    stride,
-    target_stride,
-    SIZE: tl.constexpr,  # V
-    BLOCK: tl.constexpr,
-):
-    """KL(p || q): d/dz = q - p."""
+def _forward_kl_rows(logits, target, values, entropy, stride, target_stride, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """KL(p || q): d/dz = q - p. `logits` of q, which requires grad, `target` of p, (C, V); `entropy` (C,) of q."""
     token = tl.program_id(0).to(tl.int64)
     logits += token * stride
     target += token * target_stride
 
-    q_top = tl.full((BLOCK,), _LOWEST, tl.float32)
-    p_top = q_top
-    q_mass = tl.zeros((BLOCK,), tl.float32)
-    p_mass = q_mass
+    lowest, zero = tl.full((BLOCK,), _LOWEST, tl.float32), tl.zeros((BLOCK,), tl.float32)
+    q_top, p_top, q_mass, p_mass = lowest, lowest, zero, zero
     for start in range(0, SIZE, BLOCK):
         q_top, q_mass, _, _ = _absorb(_load(logits, start, SIZE, BLOCK), q_top, q_mass)
         p_top, p_mass, _, _ = _absorb(_load(target, start, SIZE, BLOCK), p_top, p_mass)
@@ -234,10 +191,8 @@ def _forward_kl_rows(
     log_mass = tl.log(q_mass)
     over = tl.log(p_mass / q_mass)
 
-    q_share = 1.0 / q_mass
-    p_share = 1.0 / p_mass
-    value_sum = tl.zeros((BLOCK,), tl.float32)
-    entropy_sum = value_sum
+    q_share, p_share = 1.0 / q_mass, 1.0 / p_mass
+    value_sum, entropy_sum = zero, zero
     for start in range(0, SIZE, BLOCK):
         below = _load(logits, start, SIZE, BLOCK) - q_top
         p_below = _load(target, start, SIZE, BLOCK) - p_top
@@ -251,23 +206,14 @@ def _forward_kl_rows(
 
 
 @triton.jit
-def _cross_entropy_rows(
-    logits,  # (C, V) of the model q that requires grad
-    labels,  # (C,)
-    values,  # (C,) -log q(y)
-    entropy,  # (C,) of q
-    stride,
-    SIZE: tl.constexpr,  # V
-    BLOCK: tl.constexpr,
-):
-    """-log q(y): d/dz = q - [y]."""
+def _cross_entropy_rows(logits, labels, values, entropy, stride, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """-log q(y): d/dz = q - [y]. `logits` (C, V) and `entropy` (C,) of q, which requires grad."""
     token = tl.program_id(0).to(tl.int64)
     logits += token * stride
     label = tl.load(labels + token)
     z_label = tl.load(logits + label)  # before the gradient takes its place
 
-    top = tl.full((BLOCK,), _LOWEST, tl.float32)
-    mass = tl.zeros((BLOCK,), tl.float32)
+    top, mass = tl.full((BLOCK,), _LOWEST, tl.float32), tl.zeros((BLOCK,), tl.float32)
     for start in range(0, SIZE, BLOCK):
         top, mass, _, _ = _absorb(_load(logits, start, SIZE, BLOCK), top, mass)
     top, mass, _ = _merge(top, mass)
@@ -287,8 +233,7 @@ def _cross_entropy_rows(
 
 @triton.jit
 def _load(row, start, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """BLOCK logits from column `start` on. Only the last block is masked: a mask that ends at an odd column would split
-    every load of 16 bytes into four."""
+    """BLOCK logits. Only the last block is masked: a mask that ends at an odd column splits every load in four."""
     columns = start + tl.arange(0, BLOCK)
     if start + BLOCK <= SIZE:
         logits = tl.load(row + columns)
@@ -308,10 +253,7 @@ def _store(row, start, values, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _absorb(z, top, mass):
-    """Every lane's log-sum-exp with one more logit, at one exponential.
-
-    The last two results keep a sum of exp(z - top) x up to date: sum * old + new * x.
-    """
+    """Every lane's log-sum-exp with one more logit; and factors for a sum of exp(z - top) x: sum * old + new * x."""
     fall = tl.exp(-tl.abs(z - top))
     higher = z > top
     old = tl.where(higher, fall, 1.0)

@@ -8,10 +8,10 @@ from torch.autograd import gradcheck
 from torch.nn.functional import silu
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from promptkd.engine import fused_ops
-from promptkd.engine.attention import AttentionSettings
-from promptkd.engine.cpu.attention import varlen_attention
-from promptkd.engine.fused_ops import ApplyRotary, RMSNorm, SwiGLU, rms_norm, rotate, rotation, swiglu
+from promptkd.engine import fused_layers
+from promptkd.engine.backbone import AttentionSettings
+from promptkd.engine.cpu.scoring import varlen_attention
+from promptkd.engine.fused_layers import ApplyRotary, RMSNorm, SwiGLU, rms_norm, rotate, rotation, swiglu
 from promptkd.engine.packed import pack_rows
 
 CLOSE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -102,13 +102,13 @@ def test_each_precision_against_the_formula_in_float64(name, dtype, device):
 COMPILED = {
     "rms_norm": (rms_norm, lambda: (values(5, 8), values(8, seed=1), 1e-5)),
     "to inputs": (
-        fused_ops._rms_norm_to_inputs,
+        fused_layers._rms_norm_to_inputs,
         lambda: (values(5, 8), values(5, 8, seed=1), values(8, seed=2), values(5, 1, seed=3)),
     ),
     "rotate": (rotate, lambda: (heads := values(5, 2, 6), *angles_of(heads)[:2])),
     "swiglu": (swiglu, lambda: (values(4, 5), values(4, 5, seed=1))),
     "swiglu, backward": (
-        fused_ops._swiglu_backward,
+        fused_layers._swiglu_backward,
         lambda: (values(4, 5), values(4, 5, seed=1), values(4, 5, seed=2)),
     ),
 }

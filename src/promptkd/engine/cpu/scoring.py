@@ -1,6 +1,7 @@
-"""Varlen attention on CPU: causal within each row of a pack, row by row, by torch's flash attention for CPUs."""
+"""Scoring on CPU: varlen attention row by row, by torch's flash attention for CPUs, and products with the head."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -9,8 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from promptkd.engine.attention import Attention, AttentionSettings, softcapped_attention
-from promptkd.engine.backbone import applies_dropout
+from promptkd.engine.backbone import Attention, AttentionSettings, applies_dropout, softcapped_attention
+from promptkd.engine.heads import HeadBackend, Projection
 from promptkd.engine.packed import PackedRows, PackedScorer
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -35,22 +36,20 @@ def varlen_attention(
     Each row is attended to completely. At shared tokens the output of the first row is taken, since all are equal.
     (Skipping these tokens by a mask would cost more: they are few.)
     """
-    scale, window = settings.scale(query), settings.sliding_window
+    scale, window, softcap = settings.scale(query), settings.sliding_window, settings.softcap
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, rotary positions are float32
     fits = window is None or max(map(len, pack.row_indices)) <= window
-    if fits and settings.softcap is None and settings.dropout == 0 and query.shape[-1] == value.shape[-1]:
+    if fits and softcap is None and settings.dropout == 0 and query.shape[-1] == value.shape[-1]:
         return _CausalAttention.apply(query, key, value, pack, scale)
     outputs = []
     for slices, own in _rows(pack):
         q, k, v = (_gather(each, slices) for each in (query, key, value))
+        length, causal = q.shape[2], fits and softcap is None
         mask = None
-        if not fits or settings.softcap is not None:
-            mask = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
-            mask = mask if window is None else mask.triu(1 - window)
-        if settings.softcap is None or mask is None:
-            output = scaled_dot_product_attention(
-                q, k, v, mask, settings.dropout, mask is None, scale=scale, enable_gqa=True
-            )
+        if not causal:
+            mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - (window or length))
+        if softcap is None or mask is None:
+            output = scaled_dot_product_attention(q, k, v, mask, settings.dropout, causal, scale=scale, enable_gqa=True)
         else:
             output = softcapped_attention(q, k, v, mask, settings)
         outputs.append(output[:, :, -own:].transpose(1, 2))
@@ -81,13 +80,11 @@ class _CausalAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, outputs, *log_sum_exps = ctx.saved_tensors
-        # sums over the rows that share a token, in float32 or wider
-        wide = torch.promote_types(torch.float32, query.dtype)
-        sums = [
-            torch.zeros_like(each, dtype=wide, memory_format=torch.contiguous_format) for each in (query, key, value)
-        ]
+        inputs, wide = (query, key, value), torch.promote_types(torch.float32, query.dtype)
+        # over the rows that share a token
+        sums = [torch.zeros_like(each, dtype=wide, memory_format=torch.contiguous_format) for each in inputs]
         for (slices, own), log_sum_exp in zip(_rows(ctx.pack), log_sum_exps, strict=True):
-            row = [_gather(each, slices) for each in (query, key, value, outputs.transpose(1, 2))]
+            row = [_gather(each, slices) for each in (*inputs, outputs.transpose(1, 2))]
             upstream = gradient[:, slices[-1].stop - own : slices[-1].stop].transpose(1, 2)
             shared = row[0].shape[2] - own
             if shared > 0:  # the outputs of shared tokens are those of an earlier row
@@ -109,3 +106,51 @@ def _gather(states: Tensor, slices: Sequence[slice]) -> Tensor:
     """The states (1, heads, T, D) of a row, from those of the pack."""
     pieces = [states[:, :, each] for each in slices]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+
+
+class _CpuProjection(Projection):
+    """Logits in one buffer, since fresh memory costs about as much as the arithmetic on it.
+
+    torch has no bfloat16 products on CPU with float32 sums. So the factors are float32, and where bfloat16 was asked
+    for, oneDNN may round them, as it does on CPUs that multiply bfloat16.
+    """
+
+    _buffer: Tensor | None = None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        if self._buffer is None or len(self._buffer) < len(hidden):
+            self._buffer = self.weight.new_empty(len(hidden), len(self.weight))
+        products, wide = self._buffer[: len(hidden)], hidden.to(self.head.logits_dtype)
+        with _factors_may_round_to(self.dtype):
+            if self.bias is None:
+                torch.mm(wide, self.weight.T, out=products)
+            else:
+                torch.addmm(self.bias, wide, self.weight.T, out=products)
+        return self.head.transform_(products)
+
+    def hidden_gradient(self, prepared: Tensor) -> Tensor:
+        with _factors_may_round_to(self.dtype):
+            return super().hidden_gradient(prepared)
+
+    def add_weight_gradient(self, total: Tensor | None, prepared: Tensor, hidden: Tensor) -> Tensor:
+        with _factors_may_round_to(self.dtype):
+            return super().add_weight_gradient(total, prepared, hidden)
+
+
+@contextmanager
+def _factors_may_round_to(dtype: torch.dtype) -> Iterator[None]:
+    """For bfloat16, float32 products whose factors may be rounded to it; otherwise torch's own setting."""
+    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    if dtype != torch.bfloat16:
+        yield
+        return
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
+# Divergences want few tokens at a time: a block has 2 MiB in float32, so that its few temporaries stay in cache.
+HEAD = HeadBackend(block=2**19, projection=_CpuProjection)
