@@ -107,13 +107,13 @@ def arguments() -> argparse.Namespace:
 
 
 def demo_teacher() -> Path:
-    from promptkd.demo.settings import teacher_file
+    from promptkd.demo.pipeline import teacher_file
 
     return teacher_file()
 
 
 def demo_rows() -> Path:
-    from promptkd.demo.settings import data_file
+    from promptkd.demo.pipeline import data_file
 
     return data_file("train")
 

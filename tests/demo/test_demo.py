@@ -10,7 +10,7 @@ from helpers.tiny import save_model, tiny_model, tiny_tokenizer
 from promptkd.cli import main
 from promptkd.data import read_examples
 from promptkd.demo import pipeline
-from promptkd.demo.settings import DemoSettings, data_file
+from promptkd.demo.pipeline import DemoSettings, data_file
 from promptkd.results import Results
 
 SPLITS = {"train": 300, "validation": 50, "test": 50}

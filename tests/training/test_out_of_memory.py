@@ -20,7 +20,7 @@ from promptkd.cli.outputs import _MICRO_BATCHES, _OF_MEMORY
 from promptkd.errors import PromptKDError
 from promptkd.results import Results
 from promptkd.training import DistillConfig, FinetuneConfig
-from promptkd.training.out_of_memory import Savings, advice
+from promptkd.training.out_of_memory import advice
 
 CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ...")
 CPU = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1073741824 bytes.")
@@ -223,33 +223,33 @@ def settings(**changed):
 @pytest.mark.parametrize(
     ("args", "phase", "savings", "now", "anew"),
     [
-        (settings(), "rollout", Savings(), ["--generation_batch_size 4"], []),
-        (settings(generation_batch_size=1), "rollout", Savings(), [], []),
+        (settings(), "rollout", {}, ["--generation_batch_size 4"], []),
+        (settings(generation_batch_size=1), "rollout", {}, [], []),
         (
             settings(per_device_train_batch_size=3),
             "prompt",
-            Savings(recompute_teacher=True),
+            {"recompute_teacher": True},
             ["--teacher_gradient_checkpointing", "--per_device_train_batch_size 1 --gradient_accumulation_steps 6"],
             [],
         ),
         (
             settings(per_device_train_batch_size=1, gradient_checkpointing=True, chunk_tokens=64),
             "student",
-            Savings(lower_teacher=True, lora_student=True),
+            {"lower_teacher": True, "lora_student": True},
             [],
             ["--teacher_dtype bfloat16", "--student-lora-rank 16"],
         ),
         (
             settings(chunk_tokens=0, per_device_train_batch_size=1, gradient_checkpointing=True),
             "student",
-            Savings(),
+            {},
             ["--chunk_tokens 128"],
             [],
         ),
-        (settings(), "validation", Savings(), ["--generation_batch_size 4"], []),
-        (settings(), "update", Savings(), [], ["--optim adafactor"]),
-        (settings(), "", Savings(lower_teacher=True), [], ["--teacher_dtype bfloat16"]),
+        (settings(), "validation", {}, ["--generation_batch_size 4"], []),
+        (settings(), "update", {}, [], ["--optim adafactor"]),
+        (settings(), "", {"lower_teacher": True}, [], ["--teacher_dtype bfloat16"]),
     ],
 )
 def test_only_settings_that_are_open_are_named(args, phase, savings, now, anew):
-    assert advice(args, phase, savings) == (now, anew)
+    assert advice(args, phase, **savings) == (now, anew)

@@ -5,7 +5,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +17,18 @@ from promptkd.cli.parsing.config_file import read_config
 from promptkd.cli.parsing.parser import merged_config, parse_options
 from promptkd.data import Example, read_examples
 from promptkd.errors import RequestError, raise_together
-from promptkd.report.terminal import text_table
+from promptkd.report.text import text_table
 from promptkd.results import Results
 from promptkd.study.loop import clock
 from promptkd.study.plan import Planned, arguments_of, plan_runs
-from promptkd.study.processes import Job, Phase, shell_line
+from promptkd.study.processes import Command, Job, Phase, shell_line
 
+# settings of training that evaluation has too, and takes over unless it is told otherwise
 _ALIKE = ("template", "max_prompt_length", "max_completion_length", "trust_remote_code")
-"""Settings of training that evaluation has too, and takes over unless it is told otherwise."""
 _NOT_EVALUATED = {"model": "each run's student is measured", "out": "the study names the records"}
 _FREE = {"out": None, "overwrite": None}  # options of an evaluation on which nothing in its record depends
 
 Read = Callable[..., list[Example]]
-Command = tuple[str, ...]
 Problems = defaultdict[str, list[str]]  # each once, with the runs it is wrong with; without any if it is the study's
 
 
@@ -68,7 +66,12 @@ def checked_runs(options: Options) -> list[StudyRun]:
         if job.commands:
             job.phase = Phase.WAITING
         runs.append(StudyRun(each, job, results if options.evaluate else folder / "results.json", trained))
-    raise_together([_of_runs(names, len(planned)) + text for text, names in problems.items()], "study")
+    told = []
+    for text, names in problems.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        which = f"all {len(names)} runs" if len(names) == len(planned) > 1 else names[0] + more if names else ""
+        told.append(f"{which}: {text}" if which else text)
+    raise_together(told, "study")
     return runs
 
 
@@ -83,29 +86,19 @@ def _noting(problems: Problems, run: str, out: Path) -> Iterator[None]:
 
 def _reading_once() -> Read:
     """`read_examples` that reads each data set once, whether it is sound or not: most runs of a study share theirs."""
-
-    @cache
-    def outcome(source: str, limit: int | None) -> list[Example] | RequestError:
-        try:
-            return read_examples(source, limit=limit)
-        except RequestError as error:
-            return error
+    outcomes: dict[tuple[str, int | None], list[Example] | RequestError] = {}
 
     def read(source: str, *, limit: int | None = None) -> list[Example]:
-        found = outcome(source, limit)
-        if isinstance(found, RequestError):
+        if (source, limit) not in outcomes:
+            try:
+                outcomes[source, limit] = read_examples(source, limit=limit)
+            except RequestError as error:
+                outcomes[source, limit] = error
+        if isinstance(found := outcomes[source, limit], RequestError):
             raise found
         return found
 
     return read
-
-
-def _of_runs(names: list[str], count: int) -> str:
-    if not names:
-        return ""
-    if len(names) == count > 1:
-        return f"all {count} runs: "
-    return f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: "
 
 
 def _shared_settings(planned: list[Planned], given: dict[str, Any], problems: Problems) -> dict[str, Any]:
@@ -172,10 +165,8 @@ def plan_text(runs: Sequence[StudyRun], workers: int) -> str:
     seconds = [left * pace for left, pace in times if pace is not None]
     if times and len(seconds) == len(times):
         with_workers = f" with {workers} workers" if workers > 1 else ""
-        total += (
-            f" About {clock(sum(seconds) / min(workers, len(times)))} of training{with_workers}, by the finished runs; "
-            "loading, validation and evaluation come on top."
-        )
+        about = f"{clock(sum(seconds) / min(workers, len(times)))} of training{with_workers}, by the finished runs"
+        total += f" About {about}; loading, validation and evaluation come on top."
     elif times:
         total += " Seconds per step are known once a run of each method is done."
     commands = [shell_line(arguments) for run in runs for arguments in run.job.commands]

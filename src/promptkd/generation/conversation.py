@@ -17,8 +17,6 @@ from promptkd.models import vocabulary_size
 
 @dataclass
 class StreamedAnswer:
-    """An answer, complete or not."""
-
     limit: int  # the most tokens that it may have
     text: str = ""
     tokens: int = 0
@@ -27,11 +25,7 @@ class StreamedAnswer:
 
 @dataclass
 class Conversation:
-    """One model, and what was said to it and by it.
-
-    With the tokenizer's chat template the model reads all that was said before. Every other template knows single
-    requests only, and each is answered by itself.
-    """
+    """One model, and what was said to it and by it, which it reads only with the tokenizer's chat template."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -42,8 +36,8 @@ class Conversation:
         self._template = resolve_template(self.template, self.tokenizer)
         self._stops = stop_token_ids(self.tokenizer, self.model.generation_config, self._template)
         settings = self.model.config.get_text_config().to_dict()
-        self.context: int | None = settings.get("max_position_embeddings") or settings.get("n_positions")  # GPT-2's
-        """Most tokens of prompt and answer together, None where the model's configuration names no limit."""
+        # the most tokens of prompt and answer together; "n_positions" is GPT-2's name of it
+        self.context: int | None = settings.get("max_position_embeddings") or settings.get("n_positions")
 
     @property
     def remembers(self) -> bool:
@@ -51,23 +45,16 @@ class Conversation:
         return self._template.name == "chat"
 
     def reset(self) -> None:
-        """Forget what was said."""
         self.messages = []
 
     def ask(self, request: str, decoding: Decoding, turn: int = 0) -> tuple[StreamedAnswer, Iterator[str]]:
-        """An answer that fills while the iterator over its new pieces of text is read.
+        """An answer that fills while the iterator over its new pieces of text is read; what was read is remembered.
 
-        What has been read of it when the iterator is closed is remembered as what the model said.
-
-        Raises:
-            RequestError: at once, for a request without text or a conversation that leaves no room for an answer.
+        Raises `RequestError` at once, for a request without text or a conversation that leaves no room for an answer.
         """
-        prompt = self._prompt(request)
-        (limit,) = decoding.limits(1)
+        prompt, (limit,), vocabulary = self._prompt(request), decoding.limits(1), vocabulary_size(self.tokenizer)
         answer = StreamedAnswer(limit if self.context is None else min(limit, self.context - len(prompt)))
-        params = replace(
-            decoding, max_new_tokens=answer.limit, stop_ids=self._stops, vocabulary=vocabulary_size(self.tokenizer)
-        )
+        params = replace(decoding, max_new_tokens=answer.limit, stop_ids=self._stops, vocabulary=vocabulary)
         tokens = stream(self.model, prompt, params, seed=row_seeds(decoding.seed, turn + 1)[turn])
         return answer, self._pieces(request, answer, tokens)
 
@@ -83,10 +70,9 @@ class Conversation:
         text = self._template.render(example)
         (prompt,) = prompt_tokens([example], [text], self.tokenizer, self._template)
         if self.context is not None and len(prompt) >= self.context:
-            raise RequestError(
-                f"The prompt has {len(prompt)} tokens, what was said before included, and the model reads and writes "
-                f"{self.context} at most. Start from scratch or ask in fewer words."
-            )
+            told = f"The prompt has {len(prompt)} tokens, what was said before included"
+            most = f"the model reads and writes {self.context} at most"
+            raise RequestError(f"{told}, and {most}. Start from scratch or ask in fewer words.")
         return prompt
 
     def _pieces(self, request: str, answer: StreamedAnswer, tokens: Generator[int]) -> Iterator[str]:
@@ -109,10 +95,7 @@ class Conversation:
 
 
 class TextStream:
-    """The text of a response, piece by piece; the pieces together are what the tokenizer makes of all tokens at once.
-
-    A character whose bytes are spread over several tokens comes with the last of them.
-    """
+    """The text of a response, piece by piece; a character of several tokens comes with the last of them."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer

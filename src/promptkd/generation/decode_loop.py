@@ -1,8 +1,7 @@
-"""Responses of a model to many prompts: sorted by length, finished rows dropped, sampled by inverse CDF; or one, token
-by token.
+"""Responses to many prompts (sorted by length, finished rows dropped, sampled by inverse CDF), or one token by token.
 
 A response does not depend on which rows share its batch. Settings that a model folder brings along (a repetition
-penalty, a top-p) are not applied: what is asked for is what runs.
+penalty, a top-p) are not applied.
 """
 
 import contextlib
@@ -17,13 +16,16 @@ from promptkd.engine.reference import DynamicCacheSession
 from promptkd.errors import check_all
 from promptkd.generation.sampling import SamplingParams, next_tokens, uniforms
 
+Prompts = Sequence[Sequence[int]]  # token ids
+Seeds = Sequence[int] | None
+
 
 def generate(
     model: nn.Module,
-    prompts: Sequence[Sequence[int]],
+    prompts: Prompts,
     params: SamplingParams,
     *,
-    seeds: Sequence[int] | None = None,
+    seeds: Seeds = None,
     batch_size: int = 32,
     mixed_with: tuple[nn.Module, float] | None = None,
     prompt: Tensor | None = None,
@@ -33,22 +35,17 @@ def generate(
 
     Args:
         model: a causal model of transformers or a PeftModel of one; it runs in evaluation mode.
-        prompts: token ids, at least one per prompt.
-        seeds: one per prompt, needed unless greedy.
+        prompts, seeds: at least one token id per prompt, and one seed unless greedy.
         mixed_with: another model and its share α; tokens come from (1 - α) q + α p, both at `params.temperature`.
         prompt: (n, E) embeddings put before each request, at positions 0 … n - 1; not together with `mixed_with`.
         on_batch: called with the number of rows finished so far.
 
-    Returns:
-        The responses in the order of `prompts`, the stop id at the end where one was written.
-
-    Raises:
-        RequestError: naming everything that keeps these prompts from being continued.
+    Returns the responses in the order of `prompts`, a stop id included. Raises `RequestError`, naming everything that
+    is wrong with the request.
     """
     limits = params.limits(len(prompts))
-    _check(prompts, params, seeds, batch_size=batch_size, mixes=mixed_with is not None and prompt is not None)
-    if prompt is not None and len(prompt) == 0:
-        prompt = None
+    _check(prompts, params, seeds, batch_size, mixes=mixed_with is not None and prompt is not None)
+    prompt = None if prompt is None or len(prompt) == 0 else prompt
     order = sorted(range(len(prompts)), key=lambda row: (-len(prompts[row]), row))
     responses: list[list[int]] = [[] for _ in prompts]
     models = [(model, 1.0)] if mixed_with is None else [(model, 1 - mixed_with[1]), mixed_with]
@@ -86,8 +83,8 @@ def _decoded(
 ) -> list[list[int]]:
     """The tokens of rows that are decoded together; what stands behind a row's end has no meaning.
 
-    They stay on the device. Rows that have ended go on until they leave: to look for them waits for the device, so it
-    is done every few tokens, and where a row is at its limit, which the model's table of positions may end at.
+    To look for rows that have ended waits for the device, so it is done every few tokens, and where a row is at its
+    limit, which the model's table of positions may end at.
     """
     check_every, stops = engine_for(device).check_every, on_device(list(params.stop_ids), device)
     last = on_device(limits, device) - 1  # (R,) the step of each row's last token
@@ -128,10 +125,7 @@ def stream(
 ) -> Generator[int]:
     """The tokens that `generate` writes behind `prompt` with the same settings and seed, each as soon as it is known.
 
-    The stop id is the last one where the response ends by itself. The model stays in evaluation mode until the
-    generator is exhausted or closed. Streams of several models may be read in turns.
-
-    Args: see `generate`; `seed` is needed unless decoding is greedy.
+    The model stays in evaluation mode until the generator ends. Streams of several models may be read in turns.
     """
     _check([prompt], params, None if seed is None else [seed])
     return _tokens(DynamicCacheSession(unwrap_peft(model), params.vocabulary), prompt, params, seed)
@@ -153,14 +147,7 @@ def _tokens(
             logits = session.decode(token)
 
 
-def _check(
-    prompts: Sequence[Sequence[int]],
-    params: SamplingParams,
-    seeds: Sequence[int] | None,
-    *,
-    batch_size: int = 1,
-    mixes: bool = False,
-) -> None:
+def _check(prompts: Prompts, params: SamplingParams, seeds: Seeds, batch_size: int = 1, mixes: bool = False) -> None:
     """Refuse what cannot be decoded, all at once. `mixes`: a soft prompt and a second model."""
     count, limits, given = len(prompts), len(params.limits(len(prompts))), None if seeds is None else len(seeds)
     unseeded = not params.is_greedy and given != count

@@ -1,7 +1,4 @@
-"""How responses are sampled: the settings, and which token follows.
-
-A token is the most probable one, or the one that a uniform number meets in the cumulative distribution.
-"""
+"""How responses are sampled: greedily, or by a uniform number in the cumulative distribution."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,30 +10,19 @@ from torch import Tensor
 
 from promptkd.errors import check_all
 
-_BLOCK = 256
-"""Tokens whose probabilities are summed first, so that no cumulative sum over the whole vocabulary is needed."""
+_BLOCK = 256  # tokens summed first, so that no cumulative sum over the whole vocabulary is needed
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are chosen, and when a response ends.
+    """How tokens are chosen, and when a response ends. Raises `RequestError`, naming every setting that is wrong."""
 
-    Raises:
-        RequestError: naming every setting with which nothing can be decoded.
-    """
-
-    temperature: float = 1.0
-    """Divides the logits; 0 decodes greedily."""
-    top_p: float = 1.0
-    """Share of the probability mass to sample from, 1 for all of it."""
-    top_k: int = 0
-    """Number of tokens to sample from, 0 for all."""
-    max_new_tokens: int | Sequence[int] = 256
-    """Length limit of every response, or one for each prompt."""
-    stop_ids: Sequence[int] = ()
-    """Tokens that end a response, and belong to it."""
-    vocabulary: int | None = None
-    """Only the first so many ids are written; the further columns of a padded head mean nothing."""
+    temperature: float = 1.0  # divides the logits; 0 decodes greedily
+    top_p: float = 1.0  # share of the probability mass to sample from, 1 for all of it
+    top_k: int = 0  # number of tokens to sample from, 0 for all
+    max_new_tokens: int | Sequence[int] = 256  # length limit of every response, or one for each prompt
+    stop_ids: Sequence[int] = ()  # tokens that end a response, and belong to it
+    vocabulary: int | None = None  # only the first so many ids are written: a head may have padding columns
 
     def __post_init__(self) -> None:
         check_all("Cannot decode", self._checks())
@@ -53,7 +39,6 @@ class SamplingParams:
         return self.temperature == 0
 
     def limits(self, prompts: int) -> list[int]:
-        """The length limit for each prompt."""
         return [self.max_new_tokens] * prompts if isinstance(self.max_new_tokens, int) else list(self.max_new_tokens)
 
 
@@ -61,8 +46,7 @@ class SamplingParams:
 class Decoding(SamplingParams):
     """How the rows of a data set, or the turns of a conversation, are answered."""
 
-    seed: int = 10
-    """Row or turn i is sampled under the i-th of the `row_seeds` of this one."""
+    seed: int = 10  # row or turn i is sampled under the i-th of the `row_seeds` of this one
     batch_size: int = 32
 
     def _checks(self) -> Iterator[tuple[bool, str]]:
@@ -95,11 +79,9 @@ def uniforms(seeds: Sequence[int], length: int) -> Tensor:
 
 
 def next_tokens(logits: Sequence[tuple[Tensor, float]], params: SamplingParams, uniforms: Tensor | None) -> Tensor:
-    """The tokens (R,) that follow.
+    """The tokens (R,) that follow: by `uniforms` (R,) in [0, 1), or greedily where that is None.
 
-    Args:
-        logits: (R, V) float32 of each model, and its share of the mixture.
-        uniforms: (R,) numbers in [0, 1), or None to decode greedily.
+    `logits` are (R, V) float32 of each model, with its share of the mixture.
     """
     if len(logits) == 1 and uniforms is None:
         return logits[0][0].argmax(-1)
@@ -109,19 +91,15 @@ def next_tokens(logits: Sequence[tuple[Tensor, float]], params: SamplingParams, 
     if uniforms is None:
         return probabilities.argmax(-1)
     if params.top_k > 0 or params.top_p < 1:
-        probabilities = _truncate(probabilities, params)
+        ranked, order = probabilities.sort(dim=-1, descending=True, stable=True)
+        keep = torch.ones_like(ranked, dtype=torch.bool)
+        if params.top_k > 0:
+            keep[:, params.top_k :] = False
+        if params.top_p < 1:
+            ranked = ranked * keep  # top-p of what top-k has left, as transformers and vLLM have it
+            keep &= ranked.cumsum(-1) - ranked < params.top_p * ranked.sum(-1, keepdim=True)  # what crosses top-p stays
+        probabilities = torch.zeros_like(probabilities).scatter(-1, order, ranked * keep)
     return _inverse_cdf(probabilities, uniforms)
-
-
-def _truncate(probabilities: Tensor, params: SamplingParams) -> Tensor:
-    ranked, order = probabilities.sort(dim=-1, descending=True, stable=True)
-    keep = torch.ones_like(ranked, dtype=torch.bool)
-    if params.top_k > 0:
-        keep[:, params.top_k :] = False
-    if params.top_p < 1:
-        ranked = ranked * keep  # top-p of what top-k has left, as transformers and vLLM have it
-        keep &= ranked.cumsum(-1) - ranked < params.top_p * ranked.sum(-1, keepdim=True)  # what crosses top-p stays
-    return torch.zeros_like(probabilities).scatter(-1, order, ranked * keep)
 
 
 def _softmax(logits: Tensor, temperature: float, share: float) -> Tensor:
@@ -147,11 +125,7 @@ def _inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def _first_beyond(cumulative: Tensor, target: Tensor, weights: Tensor) -> Tensor:
-    """(R,) first column whose cumulative sum lies above the target.
-
-    Sums over blocks and over tokens round differently, so a target may lie behind the last token of its block; then it
-    is the last one of any weight.
-    """
+    """(R,) first column whose cumulative sum lies above the target, else (rounding) the last one of any weight."""
     place = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
     columns = torch.arange(weights.shape[-1], device=weights.device)
     return torch.minimum(place, torch.where(weights > 0, columns, 0).amax(-1))

@@ -1,8 +1,7 @@
 """Atomic writes: a file or folder is written beside its place, which it takes once the disk has all of it.
 
-Every file, and every folder that names files, is fsynced before the rename: the disk could otherwise hold the new name
-before the content, and a power failure would leave an empty file under it. The folder above is fsynced after it: the
-old content could otherwise come back although the caller was told that the new one is there.
+All files and folders written are fsynced before the rename, or a power failure could leave the new name without its
+content, and the folder above after it, or the old content could come back.
 """
 
 import errno
@@ -21,11 +20,10 @@ def write_atomic(path: Path, content: bytes | str) -> None:
 
 @contextmanager
 def atomic(target: Path, *, writes: bool = True) -> Iterator[Path]:
-    """A place to write a file or folder to that replaces `target`, whatever was there, when the body is done.
+    """A place to write a file or folder to that replaces `target`, whatever was there, once the body has succeeded.
 
-    If the body fails, or the process is killed in it, `target` is as it was. What a killed process left goes with the
-    next attempt, so only one process may write a target at a time (see `io.lock`). Without `writes` nothing is written:
-    the other ranks of a launch only learn the place.
+    What a killed process left goes with the next attempt, so only one process may write a target at a time (`io.lock`).
+    Without `writes` nothing is written: the other ranks of a launch only learn the place.
     """
     partial = target.with_name(f"{target.name}.partial")
     if not writes:
@@ -45,8 +43,7 @@ def atomic(target: Path, *, writes: bool = True) -> Iterator[Path]:
 def replace(written: Path, target: Path) -> None:
     """Let the disk have all of `written`, a file or folder, and give it the name `target` in place of what has it.
 
-    A folder takes two renames, since none replaces another that holds files. A process that is killed between them
-    leaves the old one as `written` with ".replaced" behind its name.
+    A folder takes two renames; a process killed between them leaves the old one as `written` + ".replaced".
     """
     for path in [*written.rglob("*"), written]:
         if not path.is_symlink():

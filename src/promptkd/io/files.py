@@ -1,7 +1,4 @@
-"""Files that others may have written: only regular ones are read, up to a size limit.
-
-Reading a named pipe or a device might never end, whatever its name ends in.
-"""
+"""Files that others may have written: only regular ones are read (a pipe might never end), up to a size limit."""
 
 import errno
 import json
@@ -13,13 +10,9 @@ from typing import Any
 from promptkd.errors import RequestError
 
 MIB = 1 << 20
-MOST_SETTINGS_BYTES = 64 * MIB
-"""Size limit of a file of settings: config.json, tokenizer_config.json, an index of weights, a checkpoint's state."""
-
-_KINDS = {
-    **{stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"},
-    **{stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"},
-}
+_MOST_SETTINGS_BYTES = 64 * MIB  # of config.json, an index of weights, a checkpoint's state
+_DEVICES = dict.fromkeys((stat.S_IFCHR, stat.S_IFBLK), "a device")
+_KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", **_DEVICES}
 
 
 def not_regular(path: Path) -> str | None:
@@ -50,7 +43,7 @@ def json_value(text: str | bytes, *, unique: bool = True) -> Any:
 def read_json_object(path: Path) -> dict[str, Any]:
     """The object in a file of settings. Of duplicate keys the last counts, as for the libraries that read it."""
     try:
-        value = json_value(read_regular(path, most=MOST_SETTINGS_BYTES), unique=False)
+        value = json_value(read_regular(path, most=_MOST_SETTINGS_BYTES), unique=False)
     except OSError as error:
         raise RequestError(f"{path} cannot be read: {error.strerror or error}.") from error
     except ValueError as error:

@@ -17,17 +17,12 @@ _MOST_BYTES = 4096 * MIB
 
 
 class ResumableLines:
-    """The lines of `path` by key; of several lines with one key the last one counts.
+    """The lines of `path` (None: in memory) by the fields `key`; of several lines with one key the last one counts.
 
-    A line counts once its line break is written. Half a line behind the last break is what a killed process left: it is
-    not read, and the next `append` removes it. A damaged line, or other settings than the file's, are a `RequestError`.
-
-    Args:
-        path: the file; it and its folder need not exist yet. None keeps the lines in memory.
-        key: the fields that tell one line from another.
-        settings: what the lines depend on, kept in a first line of its own; None for a file without such a line.
-        check: raises ValueError for an object that is no line of this job.
-        overwrite: take the file for empty; the first `append` replaces it.
+    A line counts once its line break is written: what a killed process left behind the last break is not read, and the
+    next `append` removes it. `settings`, which the lines depend on, have a first line of their own. Other settings than
+    the file's, or a line of which `check` raises ValueError, are a `RequestError`. With `overwrite` the file counts as
+    empty, and the first `append` replaces it.
     """
 
     def __init__(
@@ -45,16 +40,13 @@ class ResumableLines:
         self._size = content.rfind(b"\n") + 1  # of what is complete
         texts = content[: self._size].split(b"\n")[:-1]
         wrong = "Fix or remove the line, or remove the file to start from scratch."
+        fields = f"a JSON object with {', '.join(key)} (numbers or texts) and what else this job writes"
         if settings is not None and texts:
             told = f"{path}, line 1: expected the settings of the lines below. {wrong}"
             _refuse_changes(path, _parsed(texts[0], lambda line: dict(line["settings"]), told), settings)
         self.lines: dict[Key, Line] = {}
         for number, text in list(enumerate(texts, start=1))[len(self._header) :]:
-            told = (
-                f"{path}, line {number}: expected a JSON object with {', '.join(key)} (numbers or texts) and what else "
-                f"this job writes. {wrong}"
-            )
-            line = _parsed(text, self._checked, told)
+            line = _parsed(text, self._checked, f"{path}, line {number}: expected {fields}. {wrong}")
             self.lines[self._key_of(line)] = line
 
     def append(self, lines: Iterable[Mapping[str, Any]]) -> None:
@@ -98,9 +90,9 @@ def encoded(lines: Iterable[Line]) -> bytes:
 def settle_settings(path: Path, settings: Mapping[str, Any], files: Sequence[Path], *, overwrite: bool) -> list[Path]:
     """Hold all of a job's `files`, which stand beside `path`, to the settings that `path` keeps.
 
-    A job may grow: settings and files that `path` does not know yet join those it holds, and none ever leaves it.
-    With `overwrite` everything that an earlier run wrote is deleted first. Returns those of `files` that an earlier
-    run has begun. A setting that differs, or a file not made under those settings, is a `RequestError`.
+    A job may grow: settings and files that `path` does not know yet join those it holds. With `overwrite` everything
+    that an earlier run wrote is deleted first. Returns those of `files` that an earlier run has begun. A setting that
+    differs, or a file not made under those settings, is a `RequestError`.
     """
     before, names = dict[str, Any](), list[str]()
     if path.exists():
@@ -111,12 +103,9 @@ def settle_settings(path: Path, settings: Mapping[str, Any], files: Sequence[Pat
             file.unlink(missing_ok=True)
         before, names = {}, []
     _refuse_changes(path, {**settings, **before}, {**before, **settings})
-    foreign = [file for file in files if file.exists() and file.name not in names]
-    if foreign:
-        raise RequestError(
-            f"{foreign[0]} exists, and {path} does not say how it was made. Move it away, give another --out, or "
-            "replace it by --overwrite."
-        )
+    if foreign := [file for file in files if file.exists() and file.name not in names]:
+        advice = "Move it away, give another --out, or replace it by --overwrite."
+        raise RequestError(f"{foreign[0]} exists, and {path} does not say how it was made. {advice}")
     job = {"settings": {**before, **settings}, "files": list(dict.fromkeys([*names, *(file.name for file in files)]))}
     write_atomic(path, json.dumps(job, indent=1, ensure_ascii=False) + "\n")
     return [file for file in files if file.exists()]
@@ -132,18 +121,15 @@ def _job(job: Any, stem: str) -> tuple[Line, list[str]]:
 
 
 def _refuse_changes(path: Path | None, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    changed = [
-        f"{name} was {before.get(name)!r} and is now {now.get(name)!r}"
-        if all(len(str(each.get(name))) <= 80 for each in (before, now))
-        else f"{name} is another"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name)
-    ]
+    changed = []
+    for name in sorted(before.keys() | now.keys()):
+        was, now_is = before.get(name), now.get(name)
+        if was != now_is:
+            is_short = max(len(str(was)), len(str(now_is))) <= 80
+            changed.append(f"{name} was {was!r} and is now {now_is!r}" if is_short else f"{name} is another")
     if changed:
-        raise RequestError(
-            f"{path} was begun with other settings: {'; '.join(changed)}. Resume it with its own settings, give "
-            "another --out, or start from scratch with --overwrite."
-        )
+        advice = "Resume it with its own settings, give another --out, or start from scratch with --overwrite."
+        raise RequestError(f"{path} was begun with other settings: {'; '.join(changed)}. {advice}")
 
 
 def _parsed(text: bytes, read: Callable[[Any], T], wrong: str) -> T:
@@ -157,7 +143,6 @@ def _parsed(text: bytes, read: Callable[[Any], T], wrong: str) -> T:
 
 
 def _content(path: Path) -> bytes:
-    """The bytes of a file of a job; none if there is no file yet."""
     try:
         return read_regular(path, most=_MOST_BYTES) if path.exists() else b""
     except OSError as error:

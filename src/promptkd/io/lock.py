@@ -1,7 +1,7 @@
 """One process at a time writes a run's folder or a growing file.
 
-The lock is the operating system's, so a process that is killed lets go of it. It is taken on a descriptor, and not by
-filelock's own class, for the sake of the holder's name in the file and of the runs that inherit their study's lock.
+The lock is the operating system's, so a killed process lets go of it. It is taken on a descriptor and not by filelock's
+own class: the file names the holder, and the runs of a study inherit its lock.
 """
 
 import errno
@@ -20,9 +20,7 @@ from filelock import lock_descriptor
 from promptkd.errors import RequestError, writing
 
 FOLDER_LOCK = ".lock"  # the lock's file in a folder
-
-_PATIENCE = 10.0
-"""Seconds for what a killed process started to end: loaders look for their parent every 5 s, a study's runs stop."""
+_PATIENCE = 10.0  # seconds for what a killed process started to end: loaders look for their parent every 5 s
 _PAUSE = 0.2
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 _HOLDER_AT = 1  # where the holder's name begins: behind the byte that Windows locks
@@ -30,10 +28,9 @@ _HOLDER_AT = 1  # where the holder's name begins: behind the byte that Windows l
 
 @contextmanager
 def locked(target: Path, *, folder: bool = False, waits: bool = False) -> Iterator[int]:
-    """Hold the lock of `target` while the body runs.
+    """Hold the lock of `target` while the body runs; a process that inherits the yielded descriptor holds it too.
 
-    Yields the lock's descriptor: every process that inherits it holds the lock too. The lock file, inside a `folder` or
-    beside a file, names the process. It is removed at the end, and with it the folders that were made for it and are
+    The lock file is inside a `folder` or beside a file. It is removed at the end, with the folders made for it that are
     still empty. Unless it `waits`, a lock that another process holds is a `RequestError`.
     """
     path = target / FOLDER_LOCK if folder else target.with_name(f".{target.name}.lock")
@@ -67,23 +64,20 @@ def _acquire(path: Path, target: Path, waits: bool) -> int:
         holder, is_alive = _holder(handle)
         os.close(handle)
         if not (taken or waits) and (is_alive or time.monotonic() >= deadline):
-            raise RequestError(
-                f"{target} can be written by one process at a time, and {holder} is at it. Wait until that has ended, "
-                "stop it, or give another --out."
-            )
+            advice = "Wait until that has ended, stop it, or give another --out."
+            raise RequestError(f"{target} can be written by one process at a time, and {holder} is at it. {advice}")
         time.sleep(0 if taken else _PAUSE)
 
 
 def _release(handle: int, path: Path) -> None:
     """Remove the file while the lock is held: whoever opened it meanwhile finds that it is gone, and opens another."""
-    on_windows = os.name == "nt"  # where no file can be removed that anyone has open
+    if os.name == "nt":  # which removes no file that anyone has open
+        os.close(handle)
     with suppress(OSError):
-        if not on_windows and _is_file(handle, path):
+        if os.name == "nt" or _is_file(handle, path):
             path.unlink()
-    os.close(handle)
-    if on_windows:
-        with suppress(OSError):
-            path.unlink()
+    if os.name != "nt":
+        os.close(handle)
 
 
 def _try_lock(handle: int, path: Path) -> bool:
@@ -105,7 +99,7 @@ def _is_file(handle: int, path: Path) -> bool:
 
 def _holder(handle: int) -> tuple[str, bool]:
     """Who holds the lock, and whether that process is alive."""
-    import psutil  # slow to import, and hardly ever needed
+    import psutil  # slow, and hardly ever needed
 
     os.lseek(handle, _HOLDER_AT, os.SEEK_SET)
     try:
@@ -113,6 +107,5 @@ def _holder(handle: int) -> tuple[str, bool]:
     except ValueError:  # it has not written it yet
         return "another process", False
     name = f"process {pid} on {host}, since {since},"
-    if host == platform.node() and not psutil.pid_exists(pid):
-        return f"what {name} left running when it was killed", False
-    return name, True
+    is_alive = host != platform.node() or psutil.pid_exists(pid)
+    return name if is_alive else f"what {name} left running when it was killed", is_alive

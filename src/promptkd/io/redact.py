@@ -8,13 +8,11 @@ from typing import Any
 STARS = "***"
 _SECRET = r"(?:[\w.-]*[_.-])?(?:token|api[_-]?key|key|secret|password|passwd|credentials?|authorization)"
 _SECRET_NAME = re.compile(_SECRET, re.IGNORECASE)
-_VOCABULARY = re.compile(r"(?:.*_)?(?:eos|bos|pad|unk|sep|cls|mask|image|video|audio|end|start)_token")
-"""Tokens of a vocabulary, which are no secrets."""
+_VOCABULARY = re.compile(r"(?:.*_)?(?:eos|bos|pad|unk|sep|cls|mask|image|video|audio|end|start)_token")  # no secrets
 _USER_INFO = re.compile(r"(?<=://)[^/\s@'\"]+@")
 _QUERY = re.compile(rf"([?&]{_SECRET}=)[^&\s#'\"]+", re.IGNORECASE)
 _ENTRY = re.compile(rf"""(["']?\b{_SECRET}["']?\s*:\s*)("[^"]*"|'[^']*'|[^\s,}}\]"']+)""", re.IGNORECASE)
-_SHORTEST_SECRET = 8
-"""Local servers are given words such as "EMPTY" as a key; starring them out would change what a judge says."""
+_SHORTEST_SECRET = 8  # a local server's key may be a word such as "EMPTY", which a judge may say as well
 
 
 def is_secret(name: str) -> bool:

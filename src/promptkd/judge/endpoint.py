@@ -1,11 +1,10 @@
 """Questions to an OpenAI-compatible endpoint, several at a time, each asked again where the failure may pass.
 
-What may pass: 408, 409, 429 and 5xx, time-outs, refused and broken connections, bodies that are cut or are no chat
-completion. What stops everything: a key that is not accepted, an unknown model or address, a redirection. Any other
-status (400, 413, 422) refuses its one question. The client's own retries are off: they take any body for an answer,
-never give up on a server that sends a byte at a time, wait in silence, and know no pause that holds for all requests.
-
-The key is a secret: it goes into the header and nowhere else, and is starred out where the server repeats it.
+408, 409, 429, 5xx, time-outs, broken connections and bodies that are no chat completion may pass. A key that is not
+accepted, an unknown model or address, or a redirection stops everything. Any other status refuses its one question. The
+client's own retries are off: they take any body for an answer, never give up on a server that sends a byte at a time,
+wait in silence, and know no pause that holds for all requests. The key goes into the header and nowhere else, and is
+starred out where the server repeats it.
 """
 
 import asyncio
@@ -41,8 +40,6 @@ _FAILURES_IN_A_ROW = 5  # or as many as are asked at a time, if more: then the e
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where and how to ask."""
-
     url: str
     model: str
     key: str | None = field(default=None, repr=False)
@@ -53,8 +50,6 @@ class Endpoint:
 
 
 class Reply(BaseModel):
-    """What is needed of a chat completion."""
-
     message: dict[str, Any] = Field(validation_alias=AliasPath("choices", 0, "message"), repr=False)
     text: str | None = Field(None, validation_alias=AliasPath("choices", 0, "message", "content"))
     finish_reason: str | None = Field(None, validation_alias=AliasPath("choices", 0, "finish_reason"))
@@ -64,9 +59,7 @@ class Reply(BaseModel):
 
 
 class Refusal(NamedTuple):
-    """The server will not answer this question, however often it is asked."""
-
-    reason: str
+    reason: str  # why the server will not answer this question, however often it is asked
 
 
 class _FailureError(Exception):
@@ -79,15 +72,14 @@ class _FailureError(Exception):
 
 def check_url(url: str) -> None:
     """Refuse what is no plain http or https address. A key inside the address would be written into the record."""
+    if {*"@?#"} & {*url}:
+        advice = "A key is read from the environment alone."
+        raise RequestError(f"--endpoint must hold no user name, password, query or fragment. {advice}")
     try:
         parts = urlsplit(url)
         is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
         is_address = False
-    if {*"@?#"} & {*url}:
-        raise RequestError(
-            "--endpoint must hold no user name, password, query or fragment. A key is read from the environment alone."
-        )
     if not is_address or any(character.isspace() for character in url):
         raise RequestError(f"--endpoint must be an address such as http://localhost:8000/v1. Got {url!r}.")
 
@@ -103,17 +95,10 @@ def ask_all(
 ) -> dict[K, str]:
     """Ask every question, `concurrency` at a time, and hand each answer to `take` as it comes.
 
-    Args:
-        take: receives a key and a `Reply`, or a `Refusal` once any question was answered: an endpoint that refuses
-            everything says nothing about the questions.
-        proven: whether the endpoint has answered such questions before.
-        on_wait: called with the reason why a question is asked again, and in how many seconds.
-
-    Returns:
-        The questions that got no answer in `endpoint.retries` + 1 attempts, with the last reason.
-
-    Raises:
-        PromptKDError: the endpoint cannot be used; what `take` was given until then is valid.
+    Refusals are handed over once any question was answered, now or, if the endpoint is `proven`, before: one that
+    refuses everything says nothing about the questions. `on_wait` hears why a question is asked again, and in how many
+    seconds. Returns the questions that got no answer in `endpoint.retries` + 1 attempts, with the last reason. Raises
+    `PromptKDError` if the endpoint cannot be used; what `take` was given until then is valid.
     """
     if not questions:
         return {}
@@ -199,15 +184,11 @@ class _Asker(Generic[K]):
     async def _attempt(self, client: Any, question: str) -> Reply | Refusal:
         from openai import APIConnectionError, APIStatusError, APITimeoutError
 
-        endpoint = self.endpoint
+        endpoint, messages = self.endpoint, [{"role": "user", "content": question}]
+        asked = {"model": endpoint.model, "messages": messages, "extra_body": dict(endpoint.fields)}
         try:
             async with asyncio.timeout(endpoint.timeout):  # the client's own starts over with every byte
-                answer = await client.chat.completions.with_raw_response.create(
-                    model=endpoint.model,
-                    messages=[{"role": "user", "content": question}],
-                    extra_body=dict(endpoint.fields),
-                    timeout=endpoint.timeout,
-                )
+                answer = await client.chat.completions.with_raw_response.create(**asked, timeout=endpoint.timeout)
             reply = Reply.model_validate_json(answer.content)
         except APIStatusError as error:
             return self._refused(error)

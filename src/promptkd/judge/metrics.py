@@ -1,14 +1,13 @@
 """Answers judged by a language model: what its verdicts come to.
 
 Score: ratio = 100 Σ score(model's answer) / Σ score(reference), both in 1..10 and from the same verdicts; the feedback
-score of MiniLLM (Gu et al. 2024, arXiv 2306.08543) and PromptKD. One question per row. Which of the two answers is
-shown first is drawn from the number of the row, so that a judge's taste for a position favors neither, and is the same
-for every model.
+score of MiniLLM (Gu et al. 2024, arXiv 2306.08543) and PromptKD. Which of the two answers is shown first is drawn from
+the number of the row, the same for every model.
 
 Pairwise: two questions per row, one in each order. A win is a row whose two verdicts both name the model; a tie is one
 whose verdicts both say so, or disagree. How often they disagree shows how far position decides.
 
-Verdicts that cannot be read enter no mean: a row with one is left out, and its share is reported.
+A row with a verdict that cannot be read enters no mean, and the share of such verdicts is reported.
 """
 
 from collections.abc import Collection, Mapping
@@ -17,15 +16,16 @@ from typing import Any
 import numpy as np
 
 from promptkd.evaluation.statistics import mean_interval, paired_difference, token_mean_interval
-from promptkd.judge.questions import JudgedAnswer, Key
+from promptkd.judge.questions import Answers, Key
 from promptkd.judge.verdicts import Verdict
 from promptkd.results import Difference, Evaluation, Metric, RowResult
 
+Scores = dict[int, dict[str, float]]  # by row and name
 _MEANS = ("judge_score", "judge_reference_score", "win_rate", "tie_rate", "flip_rate", "unparsable_share")
 
 
 def judge_results(
-    models: Mapping[str, Mapping[int, JudgedAnswer]], verdicts: Mapping[Key, Verdict], data: str, asked: dict[str, Any]
+    models: Mapping[str, Answers], verdicts: Mapping[Key, Verdict], data: str, asked: dict[str, Any]
 ) -> tuple[list[Evaluation], list[Difference]]:
     """What the verdicts say of one model against the references, or of two models, each with the scores of its rows.
 
@@ -70,13 +70,7 @@ def _row_rates(one: Verdict, two: Verdict, of_other: bool) -> dict[str, float]:
     }
 
 
-def _evaluation(
-    label: str,
-    data: str,
-    asked: dict[str, Any],
-    answers: Mapping[int, JudgedAnswer],
-    scores: dict[int, dict[str, float]],
-) -> Evaluation:
+def _evaluation(label: str, data: str, asked: dict[str, Any], answers: Answers, scores: Scores) -> Evaluation:
     """Means over the rows that have a score, and the ratio of the judge's scores in %."""
     columns = {name: [each[name] for each in scores.values() if name in each] for name in _MEANS}
     metrics = {name: mean_interval(values) for name, values in columns.items() if values}

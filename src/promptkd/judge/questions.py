@@ -1,7 +1,5 @@
-"""The answers that are judged, as `generate` and `evaluate` write them, and the questions about them.
-
-A question is a text from `prompts/`, or a user's own, with {{ request }}, {{ first }} and {{ second }} filled in: in
-one pass, so that a placeholder inside an answer stays text.
+"""The answers that are judged, as `generate` and `evaluate` write them, and the questions about them: a prompt with
+{{ request }}, {{ first }} and {{ second }} filled in, in one pass, so that a placeholder inside an answer stays text.
 """
 
 import hashlib
@@ -12,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, StrictInt, ValidationError
 
@@ -32,10 +30,13 @@ _PLACEHOLDERS = ("request", "first", "second")
 class JudgedAnswer:
     """One request, a model's answer to it, and the references."""
 
-    row: int  # index of the row in the data file that the request comes from
+    row: int  # its index in the data file
     prompt: str
     response: str
     references: tuple[str, ...]
+
+
+Answers = dict[int, JudgedAnswer]  # by the number of their row
 
 
 class _Line(BaseModel):
@@ -46,58 +47,59 @@ class _Line(BaseModel):
     references: list[str] = []
 
 
-def read_answers(path: Path, *, limit: int | None = None) -> dict[int, JudgedAnswer]:
-    """The answers in `path` by the number of their row, in its order; of the first `limit` lines, if that is given."""
+def read_answers(path: Path, *, limit: int | None = None) -> Answers:
+    """The answers in `path`, sorted by row; of the first `limit` lines, if that is given."""
     if not path.is_file():
         raise RequestError(f"Expected a file of answers at {path}. There is none; `promptkd generate` writes one.")
-    answers: dict[int, JudgedAnswer] = {}
+    answers: Answers = {}
     for location, found in read_objects(path, limit=limit):
-        if (answer := _answer(found, location)).row in answers:
-            raise RequestError(f"{location}: row {answer.row} is there twice. Judge the answers of one seed at a time.")
-        answers[answer.row] = answer
+        written = "as `promptkd evaluate` and `promptkd generate` write them"
+        expected = f"{location}: expected row, prompt, references, and response or completion, {written}"
+        try:
+            line = _Line.model_validate(found)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "the row"
+            raise RequestError(f"{expected}: {where}: {first['msg']}.") from error
+        texts = [text for text in (line.response, line.completion) if text is not None]
+        if len(texts) != 1:
+            raise RequestError(f"{expected}: it holds {'both' if texts else 'neither'}.")
+        with at(location):
+            for text in (line.prompt, *texts, *line.references):
+                text_field(text, "text")
+        if line.row in answers:
+            raise RequestError(f"{location}: row {line.row} is there twice. Judge the answers of one seed at a time.")
+        answers[line.row] = JudgedAnswer(line.row, line.prompt, texts[0], tuple(line.references))
     return dict(sorted(answers.items()))
 
 
-def _answer(found: Any, location: str) -> JudgedAnswer:
-    written = "as `promptkd evaluate` and `promptkd generate` write them"
-    expected = f"{location}: expected row, prompt, references, and response or completion, {written}"
-    try:
-        line = _Line.model_validate(found)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the row"
-        raise RequestError(f"{expected}: {where}: {first['msg']}.") from error
-    texts = [text for text in (line.response, line.completion) if text is not None]
-    if len(texts) != 1:
-        raise RequestError(f"{expected}: it holds {'both' if texts else 'neither'}.")
-    with at(location):
-        for text in (line.prompt, *texts, *line.references):
-            text_field(text, "text")
-    return JudgedAnswer(line.row, line.prompt, texts[0], tuple(line.references))
-
-
-def read_models(
-    files: Sequence[tuple[str, Path]], *, limit: int | None, data: str | None
-) -> dict[str, dict[int, JudgedAnswer]]:
+def read_models(files: Sequence[tuple[str, Path]], *, limit: int | None, data: str | None) -> dict[str, Answers]:
     """The answers of one model, or of two to the same requests, by label; of the first `limit` lines of the first file.
 
     With `data`, the data set they answer, each prompt becomes the request itself: no template around it.
     """
     (label, path), *other = files
-    models = {label: read_answers(path, limit=limit)}
+    models: dict[str, Answers] = {label: read_answers(path, limit=limit)}
     for other_label, against in other:
         rows = read_answers(against)
         models[other_label] = {row: rows[row] for row in rows if limit is None or row in models[label]}
     if data is not None:
         models = {each: _with_requests(answers, data) for each, answers in models.items()}
     for other_label, against in other:
-        _check_same_requests(
-            models[label], models[other_label], f"Expected {against} to answer the same requests as {path}"
-        )
+        answers, others = models[label], models[other_label]
+        missing, surplus = len(answers.keys() - others.keys()), len(others.keys() - answers.keys())
+        changed = sum(answers[row].prompt != others[row].prompt for row in answers.keys() & others.keys())
+        checks = [
+            (missing > 0, f"{missing} of its {len(answers)} rows are missing there"),
+            (surplus > 0, f"{surplus} further rows are there"),
+            (changed > 0, f"{changed} rows have another prompt there"),
+        ]
+        advice = "Generate both from the same data with the same template and limits."
+        check_all(f"Expected {against} to answer the same requests as {path}", checks, advice)
     return models
 
 
-def _with_requests(answers: dict[int, JudgedAnswer], source: str) -> dict[int, JudgedAnswer]:
+def _with_requests(answers: Answers, source: str) -> Answers:
     """The answers with the request as a person would read it for a prompt; each must be in its prompt."""
     requests = {example.row: _request_text(example.request) for example in read_examples(source)}
     count, advice = f"of {len(answers)} rows", "Give the data they were made from."
@@ -120,17 +122,6 @@ def _request_text(request: Request) -> tuple[str, str]:
     if len(request) == 1:
         return last, last
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in request), last
-
-
-def _check_same_requests(answers: dict[int, JudgedAnswer], others: dict[int, JudgedAnswer], expected: str) -> None:
-    missing, surplus = len(answers.keys() - others.keys()), len(others.keys() - answers.keys())
-    changed = sum(answers[row].prompt != others[row].prompt for row in answers.keys() & others.keys())
-    checks = [
-        (missing > 0, f"{missing} of its {len(answers)} rows are missing there"),
-        (surplus > 0, f"{surplus} further rows are there"),
-        (changed > 0, f"{changed} rows have another prompt there"),
-    ]
-    check_all(expected, checks, "Generate both from the same data with the same template and limits.")
 
 
 def requests_sha256(answers: Iterable[JudgedAnswer]) -> str:
@@ -162,18 +153,16 @@ def fill_prompt(prompt: str, *, request: str, first: str, second: str) -> str:
 
 
 def questions_about(models: Sequence[Mapping[int, JudgedAnswer]], prompt: str) -> dict[Key, str]:
-    """The questions about the answers of one model, beside each row's first reference, or of two models.
+    """One question per row of one model, beside the row's first reference, or two of two models, in both orders.
 
-    Against the reference one question per row; which answer is shown first is drawn from the number of the row. Between
-    two models two questions per row, in both orders.
+    Which is shown first, answer or reference, is drawn from the number of the row.
     """
     answers, *others = models
     bare = sum(not answer.references for answer in answers.values())
     if bare and not others:
-        raise RequestError(
-            f"{bare} of {len(answers)} rows hold no reference, which the score is relative to. Generate them from data "
-            "with outputs, or compare two models with --against."
-        )
+        advice = "Generate them from data with outputs, or compare two models with --against."
+        told = f"{bare} of {len(answers)} rows hold no reference, which the score is relative to."
+        raise RequestError(f"{told} {advice}")
     questions = {}
     for row, answer in answers.items():
         other = others[0][row].response if others else answer.references[0]

@@ -49,8 +49,6 @@ _SHARES = {"1": (1.0, 0.0), "a": (1.0, 0.0), "2": (0.0, 1.0), "b": (0.0, 1.0)}
 
 
 class Verdict(BaseModel):
-    """What the judge said to one question."""
-
     model_config = ConfigDict(extra="forbid")
 
     row: int
@@ -66,21 +64,15 @@ class Verdict(BaseModel):
 
 
 def verdict_of(task: Task, key: Key, outcome: Reply | Refusal) -> Verdict:
-    """The verdict that an endpoint's answer holds."""
     row, model_first = key
     if isinstance(outcome, Refusal):
         return Verdict(row=row, model_first=model_first, model=None, other=None, text="", refused=outcome.reason)
     text = outcome.text or ""
     first, second = (read_scores if task == "score" else read_preference)(text) or (None, None)
-    return Verdict(
-        row=row,
-        model_first=model_first,
-        model=first if model_first else second,
-        other=second if model_first else first,
-        text=text,
-        served_model=outcome.model,
-        **outcome.model_dump(include={"finish_reason", "prompt_tokens", "completion_tokens"}),
-    )
+    model, other = (first, second) if model_first else (second, first)
+    told = outcome.model_dump(include={"finish_reason", "prompt_tokens", "completion_tokens"})
+    told |= {"text": text, "served_model": outcome.model}
+    return Verdict(row=row, model_first=model_first, model=model, other=other, **told)
 
 
 def verdict_log(path: Path, settings: dict[str, Any], *, overwrite: bool = False) -> ResumableLines:
@@ -92,8 +84,7 @@ def verdict_log(path: Path, settings: dict[str, Any], *, overwrite: bool = False
 def read_scores(text: str) -> tuple[float, float] | None:
     """The scores of the answers shown first and second, each in 1..10; None where they are not said plainly.
 
-    Read are a line of nothing but two numbers ("7 9", "7/10, 9/10", "Scores: **7** and **9**") and labeled numbers
-    ("Answer 1: 7", `{"answer_1": 7, "answer_2": 9}`).
+    Read are a line of nothing but two numbers ("7/10, 9/10") and labeled numbers (`{"answer_1": 7, "answer_2": 9}`).
     """
     said = _without_thoughts(text)
     pairs = {(float(found[1]), float(found[2])) for line in _lines(said) if (found := _PAIR.fullmatch(line))}
@@ -101,10 +92,7 @@ def read_scores(text: str) -> tuple[float, float] | None:
     for who, number in _LABELED.findall(said):
         labeled[who].add(float(number))
     pairs |= {(first, second) for first in labeled["1"] for second in labeled["2"]}
-    if len(pairs) != 1:
-        return None
-    (scores,) = pairs
-    return scores if all(1 <= score <= 10 for score in scores) else None
+    return pairs.pop() if len(pairs) == 1 and all(1 <= score <= 10 for pair in pairs for score in pair) else None
 
 
 def read_preference(text: str) -> tuple[float, float] | None:
@@ -130,11 +118,10 @@ def read_preference(text: str) -> tuple[float, float] | None:
 
 
 def _without_thoughts(text: str) -> str:
-    """What follows the thoughts of a reasoning model; nothing, where they were cut before their end."""
+    """What follows a reasoning model's thoughts; nothing where they were cut before their end."""
     _, _, after = text.rpartition("</think>")
     return "" if "<think>" in after else after
 
 
 def _lines(text: str) -> list[str]:
-    """The lines that are no longer than a verdict, blank ones left out."""
     return [line.strip() for line in text.splitlines() if line.strip() and len(line) <= _LONGEST_LINE]

@@ -1,19 +1,17 @@
-"""Runs the jobs of a study and shows them: a live table, or without a terminal a line when a job changes its state."""
+"""Runs the jobs of a study and shows them: a live table, or without a terminal a line per change of state."""
 
 import signal
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from types import FrameType
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from promptkd.study.processes import Job, LocalPool, Phase
-from promptkd.study.ray_cluster import RayCluster
+from promptkd.study.processes import Job, LocalPool, Phase, RayCluster
 
 _PAUSE = 0.2
 _AROUND = 4  # lines of the screen that are not runs
@@ -24,8 +22,7 @@ _COUNTED = (Phase.DONE, Phase.FAILED, Phase.STOPPED, Phase.RUNNING, Phase.QUEUED
 def carry_out(jobs: Sequence[Job], pool: LocalPool | RayCluster, console: Console | None = None) -> int | None:
     """Run every job that is not done; return the signal that stopped the study, if one did.
 
-    A job that fails stops no other. SIGINT and SIGTERM ask the running jobs to stop, and no further one is started; a
-    second one ends them at once.
+    SIGINT and SIGTERM ask the running jobs to stop, and no further one is started; a second one ends them at once.
     """
     table, heard = Table(jobs, console or Console(stderr=True)), 0
     waiting, active = deque(job for job in jobs if job.phase is Phase.WAITING), dict[str, Job]()
@@ -35,7 +32,9 @@ def carry_out(jobs: Sequence[Job], pool: LocalPool | RayCluster, console: Consol
                 if len(signals) > heard:
                     heard = len(signals)
                     waiting.clear()
-                    table.stopping(len(active), at_once=heard > 1)
+                    count = f"{len(active)} run{'s' if len(active) != 1 else ''}"
+                    asked = f"Waiting for {count} to stop. Once more ends them at once."
+                    table.console.print(asked if heard == 1 else f"Ended {count}.", highlight=False)
                     pool.stop(at_once=heard > 1)
                 while waiting and pool.has_room():
                     job = waiting.popleft()
@@ -58,12 +57,8 @@ def carry_out(jobs: Sequence[Job], pool: LocalPool | RayCluster, console: Consol
 def _signals() -> Iterator[list[int]]:
     """SIGINT and SIGTERM as they come, doing nothing else meanwhile. One that is ignored, as under nohup, stays so."""
     come: list[int] = []
-
-    def hear(number: int, frame: FrameType | None) -> None:
-        come.append(number)
-
     heard = [each for each in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(each) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, hear) for number in heard}
+    before = {number: signal.signal(number, lambda number, frame: come.append(number)) for number in heard}
     try:
         yield come
     finally:
@@ -82,7 +77,7 @@ class Table:
     """The jobs on the screen; `live` draws them as long as it is entered."""
 
     def __init__(self, jobs: Sequence[Job], console: Console):
-        self._jobs, self._console = jobs, console
+        self._jobs, self.console = jobs, console
         is_live = console.is_terminal
         self.live = Live(get_renderable=self._drawn, console=console, auto_refresh=False) if is_live else None
         self._drawn_at = 0.0
@@ -96,20 +91,14 @@ class Table:
         job.phase = Phase.DONE if status == 0 else Phase.STOPPED if stopped else Phase.FAILED
         self._say(f"{job.name}: {_state(job)} after {clock(job.seconds)}; {self._counts()}")
 
-    def stopping(self, active: int, *, at_once: bool) -> None:
-        runs = f"{active} run{'s' if active != 1 else ''}"
-        told = f"Ended {runs}." if at_once else f"Waiting for {runs} to stop. Once more ends them at once."
-        self._console.print(told, highlight=False)
-
     def refresh(self) -> None:
-        """Draw the table again if it is time."""
         if self.live is not None and time.monotonic() - self._drawn_at >= _EVERY:
             self.live.refresh()
             self._drawn_at = time.monotonic()
 
     def _say(self, text: str) -> None:
         if self.live is None:
-            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _counts(self) -> str:
         phases = [job.phase for job in self._jobs]
@@ -118,7 +107,7 @@ class Table:
     def _drawn(self) -> RichTable:
         """As many runs as the screen has lines for, those in motion first."""
         jobs = sorted(self._jobs, key=lambda job: list(Phase).index(job.phase))
-        shown = jobs[: max(1, self._console.height - _AROUND)]
+        shown = jobs[: max(1, self.console.height - _AROUND)]
         left = f"; {len(jobs) - len(shown)} more runs" if len(shown) < len(jobs) else ""
         table = RichTable("Run", "State", caption=self._counts() + left, box=None, pad_edge=False)
         for head in ("Step", "Loss", "Time"):
@@ -126,12 +115,9 @@ class Table:
         for job in shown:
             (step, loss), is_running = job.progress(), job.phase is Phase.RUNNING
             seconds = time.monotonic() - job.began if is_running else job.seconds
-            numbers = (
-                f"{step}/{job.steps}" if step else "",
-                "" if loss is None else f"{loss:.3f}",
-                clock(seconds) if seconds else "",
-            )
-            table.add_row(*map(Text, (job.name, _state(job), *numbers)))
+            steps, shown_loss = f"{step}/{job.steps}" if step else "", "" if loss is None else f"{loss:.3f}"
+            cells = (job.name, _state(job), steps, shown_loss, clock(seconds) if seconds else "")
+            table.add_row(*map(Text, cells))
         return table
 
 

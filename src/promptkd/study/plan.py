@@ -1,7 +1,4 @@
-"""The runs of a study: method x setting x seed, each with a name and the arguments of its commands.
-
-Nothing here reads a model, a data set or an earlier run; what a setting means is known to the commands alone.
-"""
+"""The runs of a study: method x setting x seed. What a setting means is known to the commands alone."""
 
 import hashlib
 import itertools
@@ -16,10 +13,11 @@ from typing import Any
 from promptkd.errors import RequestError, raise_together
 
 Settings = dict[str, Any]
+Grid = dict[str, list[Any]]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _LONGEST_VALUE = 24
-_SET_HERE = {
+_SET_HERE = {  # settings of a run that the study decides
     "seed": "`seeds` lists the seeds",
     "out": "the study names each run's folder",
     "resume": "a study resumes every run by itself",
@@ -27,13 +25,10 @@ _SET_HERE = {
     "dry_run": "`--dry-run` is a flag of the study",
     "hub_token": "the study's file and commands are no place for a secret; put it into HF_TOKEN",
 }
-"""Settings of a run that the study decides."""
 
 
 @dataclass(frozen=True)
 class Planned:
-    """One run."""
-
     group: str  # what its runs under other seeds share: method and setting of the grid, as in "kd-learning_rate-5e-05"
     seed: int
     settings: Settings  # every setting of `promptkd distill` but the folder
@@ -55,14 +50,8 @@ def plan_runs(
 
     A run's settings are, the later winning: the files that `config` names in `base` and in the method, the base, the
     method's own, the grid's, the seed. A name depends on the method, the grid's keys and the run's own values alone,
-    so that a study which grows keeps the names of the runs it has.
-
-    Args:
-        base: settings of every run.
-        methods: names, or mappings with `name`, `grid` (of this method alone) and settings; `method` is the name
-            unless it is given.
-        grid: values of each setting to be varied.
-        read_file: the settings in a configuration file.
+    so that a study which grows keeps the names of the runs it has. `methods` are names, or mappings with `name`, `grid`
+    (of this method alone) and settings; `method` is the name unless it is given.
     """
     reader = _Reader(read_file)
     common, defaults = reader.settings("base", base)
@@ -82,16 +71,14 @@ def plan_runs(
     runs = [Planned(group, seed, settings | {"seed": seed}) for seed in seeds for group, settings in points]
     names = Counter(run.name.casefold() for run in runs)  # folders of some systems know no case
     if not reader.problems and (twice := sorted({run.name for run in runs if names[run.name.casefold()] > 1})):
-        reader.problems.append(
-            f"Each run must have a name of its own. Two are called {', '.join(twice[:5])}: give methods a `name`, and "
-            "list each value once."
-        )
+        told = f"Each run must have a name of its own. Two are called {', '.join(twice[:5])}"
+        reader.problems.append(f"{told}: give methods a `name`, and list each value once.")
     raise_together(reader.problems, "study")
     return runs
 
 
 def arguments_of(settings: Mapping[str, Any]) -> list[str]:
-    """Settings as the flags of a command, so that reading them gives the settings again."""
+    """Settings as the flags of a command, which reads them as the same settings."""
     arguments = []
     for name, value in settings.items():
         flag = f"--{name.replace('_', '-')}"
@@ -102,27 +89,21 @@ def arguments_of(settings: Mapping[str, Any]) -> list[str]:
 
 
 class _Reader:
-    """Reads the parts of a study's file and collects what is wrong with them."""
-
     def __init__(self, read_file: Callable[[Path], Settings]):
         self._read_file = read_file
         self.problems: list[str] = []
 
-    def points(
-        self, given: Any, common: Settings, defaults: Settings, grid: dict[str, list[Any]]
-    ) -> list[tuple[str, Settings]]:
+    def points(self, given: Any, common: Settings, defaults: Settings, grid: Grid) -> list[tuple[str, Settings]]:
         """A method's settings at every point of the grid, with the name of each."""
         entry = {"name": given} if isinstance(given, str) else given
-        if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
-            self.problems.append(
-                f"methods: expected names, or mappings with a name such as {{name: kd, beta: 0.5}}. Got {given!r}."
-            )
+        name = entry.get("name") if isinstance(entry, dict) else None
+        if not isinstance(name, str):
+            expected = "expected names, or mappings with a name such as {name: kd, beta: 0.5}"
+            self.problems.append(f"methods: {expected}. Got {given!r}.")
             return []
-        name = entry["name"]
         if not _NAME.fullmatch(name):
-            self.problems.append(
-                f"methods: a name becomes a folder's, so it takes letters, digits, `-`, `_` and `.`. Got {name!r}."
-            )
+            expected = "a name becomes a folder's, so it takes letters, digits, `-`, `_` and `.`"
+            self.problems.append(f"methods: {expected}. Got {name!r}.")
             return []
         settings = {key: value for key, value in entry.items() if key not in ("name", "grid")}
         own, own_defaults = self.settings(name, settings)
@@ -150,7 +131,7 @@ class _Reader:
         self.problems += [f"{place} sets {key}, but {_SET_HERE[key]}." for key in settings.keys() & _SET_HERE.keys()]
         return settings, {key: value for key, value in defaults.items() if key not in _SET_HERE}
 
-    def grid(self, place: str, given: Any, fixed: Settings, where: str) -> dict[str, list[Any]]:
+    def grid(self, place: str, given: Any, fixed: Settings, where: str) -> Grid:
         if not isinstance(given, Mapping):
             self.problems.append(f"{place}: expected a mapping such as {{learning_rate: [5e-5, 1e-4]}}. Got {given!r}.")
             return {}
@@ -178,7 +159,6 @@ class _Reader:
 
 
 def _text(value: Any) -> str:
-    """A value as it is written on the command line."""
     if value is None or isinstance(value, bool):
         return str(value).lower()
     return json.dumps(value) if isinstance(value, dict | list) else str(value)

@@ -7,9 +7,8 @@ tokens; over the R rows the t_i add up to 0),
     SE² = Var(v_s) / S + R / (R - 1) Σ t_i²,    df = SE⁴ / (SE_seeds⁴ / (S - 1) + SE_rows⁴ / (R - 1)),
 
 and difference / SE is compared with Student's t. This is the quasi-F, min F', of Clark (1973, "The
-language-as-fixed-effect fallacy"), with seeds for subjects and rows for items. With two or three seeds it claims too
-much where they spread most, for their Var(v_s) may be small by chance. So the seeds' own t-test, with S - 1 degrees,
-must agree: p is the larger of the two, the interval the wider.
+language-as-fixed-effect fallacy"), with seeds for subjects and rows for items. With two or three seeds Var(v_s) may be
+small by chance, so the seeds' own t-test, S - 1 degrees, must agree: p is the larger, the interval the wider of both.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -39,9 +38,7 @@ def t_quantile(df: float, level: float = 0.95) -> float:
 def both_ways(by_seed: Floats, by_row: Floats) -> tuple[Metric, float | None]:
     """The mean over seeds with its 95 % interval, and p of the hypothesis that it is 0 (None without an interval).
 
-    Args:
-        by_seed: the metric of each seed, shape (S,).
-        by_row: t, each row's part in their mean, shape (R,).
+    `by_seed`, (S,), is v, the metric of each seed; `by_row`, (R,), is t, each row's part in their mean.
     """
     value, seeds, rows = float(by_seed.mean()), len(by_seed), len(by_row)
     if seeds < 2:
@@ -72,10 +69,8 @@ def compare_groups(
 ) -> Comparison:
     """Every group's metrics over its seeds, and its difference from the baseline over the seeds that both have.
 
-    Args:
-        groups: the run of each seed of at least two groups, measured alike.
-        better: which direction of a metric is better; one of neither is shown and not tested.
-        metrics: those to be compared, by default all.
+    `groups` holds the run of each seed of at least two groups, measured alike. A metric of which neither direction is
+    `better` is shown and not tested. `metrics` are those to be compared, by default all.
     """
     candidates = [each for seeds in groups.values() for each in seeds.values()]
     settings = settings_of(candidates)
@@ -116,19 +111,14 @@ def _differences(
     data: str, ours: tuple[str, Pooled], theirs: tuple[str, Pooled], better: Callable[[str], Better | None]
 ) -> Iterator[Difference]:
     """Of each metric with a better direction, over the seeds that both groups have."""
-    for name, mine in ours[1].items():
-        others, direction = theirs[1][name], better(name)
+    (model, of_ours), (baseline, of_theirs) = ours, theirs
+    for name, mine in of_ours.items():
+        others, way = of_theirs[name], better(name)
         pairs = [(mine[seed], others[seed]) for seed in mine if seed in others]
-        if direction is not None and len(pairs) > 1:
-            difference, p = _pooled([(value - other, part - rest) for (value, part), (other, rest) in pairs])
+        if way is not None and len(pairs) > 1:
+            found, p = _pooled([(value - other, part - rest) for (value, part), (other, rest) in pairs])
             yield Difference(
-                model=ours[0],
-                baseline=theirs[0],
-                metric=name,
-                difference=difference,
-                better=direction,
-                data=data,
-                p_value=p,
+                model=model, baseline=baseline, metric=name, difference=found, better=way, data=data, p_value=p
             )
 
 
@@ -139,23 +129,21 @@ def _value_and_parts(column: Column) -> tuple[float, Floats]:
 
 
 def _pooled(seeds: Collection[tuple[float, Floats]]) -> tuple[Metric, float | None]:
-    """`both_ways` of the value and parts of each seed."""
     values, parts = zip(*seeds, strict=True)
     return both_ways(np.array(values), np.mean(parts, axis=0))
 
 
 def _notes(groups: Mapping[str, Mapping[int, Candidate]], baseline: str, tested: int) -> list[str]:
     every = list(dict.fromkeys(seed for seeds in groups.values() for seed in seeds))
+    means = f"Each metric is a mean over seeds of training ({', '.join(map(str, every))})"
     notes = [
-        f"Each metric is a mean over seeds of training ({', '.join(map(str, every))}); ± is the standard deviation "
-        "between them. Intervals and p speak for other seeds of training and other rows at once (min F', Clark 1973, "
-        "and the seeds' own t-test)."
+        f"{means}; ± is the standard deviation between them. Intervals and p speak for other seeds of training and "
+        "other rows at once (min F', Clark 1973, and the seeds' own t-test)."
     ]
     if tested:
-        notes.append(
-            f"{tested} differences from {baseline}, paired by seed and row, were tested together and p is adjusted for "
-            "that. One is claimed where p is at most 0.05 and the interval excludes zero."
-        )
+        rule = "One is claimed where p is at most 0.05 and the interval excludes zero."
+        pairs = f"{tested} differences from {baseline}, paired by seed and row"
+        notes.append(f"{pairs}, were tested together and p is adjusted for that. {rule}")
     for group, seeds in groups.items():
         if missing := [seed for seed in every if seed not in seeds]:
             notes.append(f"{group} has no finished run of seed {', '.join(map(str, missing))}.")

@@ -1,4 +1,4 @@
-"""The commands of a run, each in a process of its own that ends with its study, and the pool of this machine."""
+"""The commands of a run, each in a process of its own, on this machine or on a Ray cluster."""
 
 import ctypes
 import json
@@ -13,13 +13,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
+from promptkd.errors import RequestError
 from promptkd.io.redact import without_secrets
 from promptkd.visible import visible
 
 _PAUSE = 0.2
 _PR_SET_PDEATHSIG = 1
 _TAIL = 1 << 14  # bytes at the end of a file that are read for its last lines
+Command = tuple[str, ...]  # arguments of `promptkd`
 
 
 class Phase(Enum):
@@ -33,11 +36,9 @@ class Phase(Enum):
 
 @dataclass
 class Job:
-    """A run: its commands, and how far they are."""
-
     name: str
     folder: Path
-    commands: tuple[tuple[str, ...], ...]  # arguments of `promptkd`, one after the other while they succeed
+    commands: tuple[Command, ...]  # one after the other while they succeed
     log: Path  # where everything that the commands say is appended
     steps: int = 0  # optimizer steps of the whole run
     phase: Phase = Phase.WAITING
@@ -47,16 +48,15 @@ class Job:
 
     def progress(self) -> tuple[int, float | None]:
         """The last logged step of training, and the last loss among the last lines."""
-        entries = []
+        step, loss = 0, None
         for line in _tail(self.folder / "metrics.jsonl"):
             with suppress(ValueError):  # being written, or cut at the beginning
-                entries.append(json.loads(line))
-        losses = [float(entry["loss"]) for entry in entries if "loss" in entry]
-        step = max((int(entry["step"]) for entry in entries if "step" in entry), default=0)
-        return step, losses[-1] if losses else None
+                entry = json.loads(line)
+                step, loss = max(step, int(entry.get("step", 0))), entry.get("loss", loss)
+        return step, loss
 
     def last_words(self) -> str:
-        """The last line of the log that says anything, its control characters made visible."""
+        """The last line of the log that is not empty, its control characters made visible."""
         return next((visible(line.strip()) for line in reversed(_tail(self.log)) if line.strip()), "")
 
 
@@ -74,17 +74,11 @@ def shell_line(arguments: Sequence[str]) -> str:
     return shlex.join(["promptkd", *without_secrets(arguments)])
 
 
-def start_command(
-    arguments: Sequence[str],
-    log: Path,
-    environment: Mapping[str, str],
-    folder: Path | None = None,
-    keep_open: Sequence[int] = (),
-) -> subprocess.Popen[bytes]:
-    """Start `promptkd` with `arguments` in `folder`, by default this one; it inherits the files of `keep_open`.
+def _start(arguments: Command, log: Path, environment: Mapping[str, str], **where: Any) -> subprocess.Popen[bytes]:
+    """Start `promptkd` out of reach of the terminal's Ctrl-C, for the study stops its runs itself.
 
-    It is out of reach of the terminal's Ctrl-C, for the study stops its runs itself. On Linux it is asked to stop when
-    the process that started it ends in whatever way; elsewhere a run survives a study that is killed.
+    On Linux it is asked to stop when the process that started it ends; elsewhere a run survives a killed study.
+    `where` is what else `Popen` needs to know: `cwd`, `pass_fds`.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
@@ -96,15 +90,14 @@ def start_command(
             stdout=file,
             stderr=subprocess.STDOUT,
             env=os.environ | dict(environment),
-            cwd=folder,
-            pass_fds=keep_open,
             start_new_session=True,
             preexec_fn=_ending_with_parent(),
+            **where,
         )
 
 
 def _ending_with_parent() -> Callable[[], None] | None:
-    """What a new process does before its program starts, made ready here: nothing may be imported after the fork."""
+    """Runs in the new process before its program; made ready here, for nothing may be imported after the fork."""
     if sys.platform != "linux":
         return None
     set_option, parent = ctypes.CDLL(None).prctl, os.getpid()
@@ -117,10 +110,10 @@ def _ending_with_parent() -> Callable[[], None] | None:
     return prepare
 
 
-def run_commands(commands: Sequence[Sequence[str]], log: Path, environment: Mapping[str, str], folder: Path) -> int:
+def run_commands(commands: Sequence[Command], log: Path, environment: Mapping[str, str], folder: Path) -> int:
     """Run commands one after the other while they succeed; return the exit status of the last one."""
     for arguments in commands:
-        process = start_command(arguments, log, environment, folder)
+        process = _start(arguments, log, environment, cwd=folder)
         try:
             while process.poll() is None:
                 time.sleep(_PAUSE)  # a plain wait would not hear that the caller is cancelled
@@ -134,10 +127,9 @@ def run_commands(commands: Sequence[Sequence[str]], log: Path, environment: Mapp
 
 
 def shares(workers: int, cores: int, gpus: Sequence[str], inherited: Mapping[str, str]) -> list[dict[str, str]]:
-    """What is added to the environment of each of the `workers`: its threads, and its GPU where there are any.
+    """What is added to the environment of each worker: its share of the cores, and one GPU where there are any.
 
-    Threads are the cores over the workers, at least one, unless the environment says OMP_NUM_THREADS. A worker has one
-    GPU, for a run is one process; where there are more workers than GPUs, some share one.
+    OMP_NUM_THREADS is kept where it is set. Where there are more workers than GPUs, some share one.
     """
     threads = {} if "OMP_NUM_THREADS" in inherited else {"OMP_NUM_THREADS": str(max(1, cores // workers))}
     return [threads | ({"CUDA_VISIBLE_DEVICES": gpus[worker % len(gpus)]} if gpus else {}) for worker in range(workers)]
@@ -148,7 +140,7 @@ class _Running:
     process: subprocess.Popen[bytes]
     environment: Mapping[str, str]
     log: Path
-    waiting: list[tuple[str, ...]]  # the commands that follow
+    waiting: list[Command]  # the commands that follow
 
 
 class LocalPool:
@@ -164,10 +156,10 @@ class LocalPool:
 
     def start(self, job: Job) -> None:
         environment, (first, *others) = self._free.pop(), job.commands
-        self._running[job.name] = _Running(self._process(first, job.log, environment), environment, job.log, others)
+        process = _start(first, job.log, environment, pass_fds=self._keep_open)
+        self._running[job.name] = _Running(process, environment, job.log, others)
 
     def has_begun(self, job: Job) -> bool:
-        """Whether a job that was started has begun; here it has at once."""
         return True
 
     def finished(self) -> dict[str, int]:
@@ -176,7 +168,8 @@ class LocalPool:
         for name, running in list(self._running.items()):
             status = running.process.poll()
             if status == 0 and running.waiting and not self._stopped:
-                running.process = self._process(running.waiting.pop(0), running.log, running.environment)
+                following = running.waiting.pop(0)
+                running.process = _start(following, running.log, running.environment, pass_fds=self._keep_open)
             elif status is not None:
                 ended[name] = -signal.SIGTERM if status == 0 and running.waiting else status
                 self._free.append(self._running.pop(name).environment)
@@ -193,10 +186,77 @@ class LocalPool:
                 os.killpg(each.process.pid, signal.SIGKILL)
 
     def close(self) -> None:
-        """Leave nothing running."""
         self.stop(at_once=True)
         for each in self._running.values():
             each.process.wait()
 
-    def _process(self, arguments: Sequence[str], log: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-        return start_command(arguments, log, environment, keep_open=self._keep_open)
+
+class RayCluster:
+    """Gives all jobs to Ray at once, which begins them as there is room; a fraction of `gpus` lets runs share one.
+
+    Every node must have promptkd installed and see the study's folder, models and data under the same paths.
+    """
+
+    def __init__(self, address: str | None, *, cpus: int, gpus: float):
+        try:
+            import ray
+        except ImportError as error:
+            raise RequestError("--engine ray needs Ray. Install it by: pip install 'promptkd[ray]'.") from error
+        self._ray = ray
+        place = address or os.environ.get("RAY_ADDRESS", "auto")
+        try:
+            ray.init(address=place, log_to_driver=False, logging_level="error")
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            told = f"No Ray cluster answers at {address or 'this machine'}: {' '.join(str(error).split())}"
+            advice = "Start one by `ray start --head`, or name one by --ray-address."
+            raise RequestError(f"{told} {advice}") from error
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if not any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):
+            held = "; ".join(f"{node.get('CPU', 0):g} cores, {node.get('GPU', 0):g} GPUs" for node in nodes)
+            asked = f"--cpus-per-run {cpus} and --gpus-per-run {gpus:g}"
+            ray.shutdown()
+            raise RequestError(f"No node of the cluster has {asked}. Its nodes have {held}.")
+        self._task = ray.remote(run_commands).options(num_cpus=cpus, num_gpus=gpus)
+        self._environment = {"OMP_NUM_THREADS": str(max(1, cpus))}
+        self._jobs: dict[Any, Job] = {}
+        self._logged: dict[str, int] = {}
+
+    def has_room(self) -> bool:
+        return True
+
+    def start(self, job: Job) -> None:
+        self._logged[job.name] = _size(job.log)
+        self._jobs[self._task.remote(job.commands, job.log, self._environment, Path.cwd())] = job
+
+    def has_begun(self, job: Job) -> bool:
+        return _size(job.log) > self._logged[job.name]
+
+    def finished(self) -> dict[str, int]:
+        ready = self._ray.wait(list(self._jobs), num_returns=len(self._jobs), timeout=0)[0] if self._jobs else ()
+        ended = {task: self._jobs.pop(task) for task in ready}
+        return {job.name: self._status(task, job) for task, job in ended.items()}
+
+    def stop(self, *, at_once: bool = False) -> None:
+        for task in self._jobs:
+            self._ray.cancel(task, force=at_once)
+
+    def close(self) -> None:
+        """Leave nothing running, and the cluster alone."""
+        self.stop(at_once=True)
+        self._ray.shutdown()
+
+    def _status(self, task: Any, job: Job) -> int:
+        errors = self._ray.exceptions
+        try:
+            return int(self._ray.get(task))
+        except errors.TaskCancelledError:
+            return -signal.SIGTERM
+        except errors.RayError as error:
+            job.log.parent.mkdir(parents=True, exist_ok=True)
+            with job.log.open("a", encoding="utf-8") as file:
+                file.write(f"Ray could not finish this run: {error}\n")
+            return 1
+
+
+def _size(log: Path) -> int:
+    return log.stat().st_size if log.exists() else 0

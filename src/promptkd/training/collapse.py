@@ -23,22 +23,14 @@ _END_TOKEN = (
 class Limits:
     """From where on a metric is called degenerate. docs/warnings.md gives the reasons."""
 
-    steps: int = 5
-    """Optimizer steps for which it must stay so."""
-    lines: int = 10
-    """Logged lines over which response lengths are averaged, at the start and now."""
-    length_share: float = 0.2
-    """Of the mean response length at the start."""
-    empty_length: float = 1.5
-    """Mean length in tokens at which half of the responses are a bare end token."""
-    entropy: float = 0.05
-    """Nats per token."""
-    endless_steps: int = 50
-    """Optimizer steps without any response that ends by itself."""
-    prompt_growth: float = 10.0
-    """Norm of the soft prompt over its norm in the first logged line."""
-    prompt_kl: float = 2.0
-    """Nats per token between the adapted and the plain teacher."""
+    steps: int = 5  # optimizer steps for which it must stay so
+    lines: int = 10  # logged lines over which response lengths are averaged, at the start and now
+    length_share: float = 0.2  # of the mean response length at the start
+    empty_length: float = 1.5  # mean length in tokens at which half of the responses are a bare end token
+    entropy: float = 0.05  # nats per token
+    endless_steps: int = 50  # optimizer steps without any response that ends by itself
+    prompt_growth: float = 10.0  # norm of the soft prompt over its norm in the first logged line
+    prompt_kl: float = 2.0  # nats per token between the adapted and the plain teacher
 
 
 @dataclass(frozen=True)
@@ -46,8 +38,7 @@ class Finding:
     """Something degenerate that begins."""
 
     kind: str
-    step: int
-    """Optimizer step at which it was found."""
+    step: int  # optimizer step at which it was found
     text: str
 
 

@@ -19,21 +19,14 @@ from promptkd.training.callbacks import quiet
 class Trial:
     """What the steps of a trial cost."""
 
-    steps: int
-    """Optimizer steps that the whole run would take."""
-    seconds: float
-    """Of the last of the trial's steps."""
-    seconds_by_phase: Mapping[str, float]
-    """Of the same step."""
-    warm: bool
-    """Whether a step came before it, which takes longer than all others."""
-    longest_row: int
-    """Tokens of the trial's longest row, its response included."""
-    peak_memory_bytes: int
-    """Since the process began, loading included."""
+    steps: int  # optimizer steps that the whole run would take
+    seconds: float  # of the last of the trial's steps
+    seconds_by_phase: Mapping[str, float]  # of the same step
+    warm: bool  # whether a step came before it, which takes longer than all others
+    longest_row: int  # tokens of the trial's longest row, its response included
+    peak_memory_bytes: int  # since the process began, loading included
     peak_memory_by_phase: Mapping[str, int]
-    sampled: bool
-    """Whether the peaks by phase are what was held at the ends of phases."""
+    sampled: bool  # whether the peaks by phase are what was held at the ends of phases
 
 
 def leave_nothing(args: Any, folder: str | Path) -> None:

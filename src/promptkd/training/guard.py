@@ -52,8 +52,7 @@ class Guard:
             )
         self._args, self._accelerator, self._models, self.rollback = args, accelerator, models, rollback
         self.skipped = self.skipped_in_a_row = 0
-        self.since_log = {"taken": 0, "skipped": 0}
-        """Steps since the last logged line."""
+        self.since_log = {"taken": 0, "skipped": 0}  # steps since the last logged line
         self.restart()
 
     def restart(self) -> None:

@@ -3,7 +3,6 @@
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from promptkd.errors import PromptKDError
@@ -11,16 +10,6 @@ from promptkd.memory import is_out_of_memory, memory_status
 from promptkd.training.checkpoint import told_last_checkpoint
 
 _CHUNK = 128  # tokens
-
-
-@dataclass(frozen=True)
-class Savings:
-    """Which settings of the models would still save memory in this run."""
-
-    recompute_teacher: bool = False
-    lower_teacher: bool = False
-    """Whether the teacher stands in float32 and need not."""
-    lora_student: bool = False
 
 
 @contextmanager
@@ -44,7 +33,7 @@ def _message(trainer: Any, error: BaseException) -> str:
     elif phase and (lengths := phase.lengths):
         rows = f"{len(lengths)} row{'' if len(lengths) == 1 else 's'}"
         where += f", on {rows}, the longest of {max(lengths):,} tokens, {sum(lengths):,} tokens in all"
-    resumed, fresh = advice(trainer.args, phase.name if phase else "", trainer.savings())
+    resumed, fresh = advice(trainer.args, phase.name if phase else "", **trainer.savings())
     if trainer.is_trial:
         hints = [("Less is needed with:", [*resumed, *fresh])]
     else:
@@ -55,19 +44,21 @@ def _message(trainer: Any, error: BaseException) -> str:
     return " ".join(part for part in parts if part) + " See docs/memory.md."
 
 
-def advice(args: Any, phase: str, savings: Savings) -> tuple[list[str], list[str]]:
+def advice(
+    args: Any, phase: str, *, recompute_teacher: bool = False, lower_teacher: bool = False, lora_student: bool = False
+) -> tuple[list[str], list[str]]:
     """Settings that need less memory in a phase: those that a resumed run may change, and those of a new run.
 
-    A setting that is at its least already is left out.
+    A setting that is at its least already is left out; the flags say which of the models' would still save memory.
     """
 
     def half(name: str) -> list[str]:
         size = vars(args)[name]
         return [f"--{name} {size // 2}"] if size > 1 else []
 
-    teacher = ["--teacher_dtype bfloat16"] if savings.lower_teacher else []
-    lora = ["--student-lora-rank 16"] if savings.lora_student else []
-    recomputed = ["--teacher_gradient_checkpointing"] if savings.recompute_teacher else []
+    teacher = ["--teacher_dtype bfloat16"] if lower_teacher else []
+    lora = ["--student-lora-rank 16"] if lora_student else []
+    recomputed = ["--teacher_gradient_checkpointing"] if recompute_teacher else []
     rows, batches = args.per_device_train_batch_size, args.gradient_accumulation_steps
     size = rows // 2 if rows % 2 == 0 else 1  # the same optimizer step, over more micro-batches
     smaller = [f"--per_device_train_batch_size {size} --gradient_accumulation_steps {batches * rows // size}"]

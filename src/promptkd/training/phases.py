@@ -19,8 +19,7 @@ class Phase:
     """A phase that runs, or ran when an error came."""
 
     name: str
-    lengths: tuple[int, ...] = ()
-    """Tokens of each row that it works on; () where that is not known."""
+    lengths: tuple[int, ...] = ()  # tokens of each row that it works on; () where that is not known
 
 
 class Phases:
@@ -39,8 +38,7 @@ class Phases:
         self._broken: Phase | None = None
         self.seconds: dict[str, float] = {}
         """Since the start, by phase; a phase inside of another one counts for itself alone."""
-        self.peaks: dict[str, int] = {}
-        """The most bytes held while each phase ran, all that stood before it included."""
+        self.peaks: dict[str, int] = {}  # the most bytes held while each phase ran, all that stood before it included
 
     @contextmanager
     def __call__(self, name: str, *, synchronize: bool = True) -> Iterator[None]:

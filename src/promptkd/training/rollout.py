@@ -47,8 +47,7 @@ class Rollout:
     ):
         self.method, self.teacher, self.stop_ids, self.metrics = method, teacher, stop_ids, metrics
         self._args, self._accelerator, self._tokenizer = args, accelerator, tokenizer
-        self.limit: int = args.max_completion_length
-        """Most tokens of a response."""
+        self.limit: int = args.max_completion_length  # most tokens of a response
         self._texts: Tokens = []
         if args.language_data is not None:
             self._texts = encode_texts(args.language_data, tokenizer, length=args.max_prompt_length + self.limit)

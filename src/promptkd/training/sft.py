@@ -20,7 +20,7 @@ from promptkd.training.collapse import Watching
 from promptkd.training.config import BaseConfig
 from promptkd.training.distributed import check_sharding, is_sharded, run_whole
 from promptkd.training.guard import Guard
-from promptkd.training.out_of_memory import Savings, out_of_memory_told
+from promptkd.training.out_of_memory import out_of_memory_told
 from promptkd.training.phases import Phases
 from promptkd.training.row_order import EpochOrder
 from promptkd.training.state import ExtraState, PartialLog
@@ -171,9 +171,9 @@ class FinetuneTrainer(SFTTrainer):
         """`work(model, None)` with all of the model's weights on this process."""
         return run_whole(lambda model: work(model, None), self.model_wrapped, self.accelerator)
 
-    def savings(self) -> Savings:
-        """Which settings of the models would still save memory: none but those that every training has."""
-        return Savings()
+    def savings(self) -> dict[str, bool]:
+        """No settings of the models but those that every training has would save memory."""
+        return {}
 
 
 def _labeled(rows: list[EncodedExample]) -> Dataset:

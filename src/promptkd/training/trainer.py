@@ -34,7 +34,7 @@ from promptkd.training.collapse import Watching
 from promptkd.training.config import DistillConfig, PromptKDConfig, chosen_method
 from promptkd.training.distributed import is_sharded, run_inside, run_whole
 from promptkd.training.guard import Guard
-from promptkd.training.out_of_memory import Savings, out_of_memory_told
+from promptkd.training.out_of_memory import out_of_memory_told
 from promptkd.training.phases import Phases
 from promptkd.training.rollout import Rollout
 from promptkd.training.row_order import EpochOrder
@@ -316,14 +316,15 @@ class DistillTrainer(Trainer):
         numbers = 0 if self.adapter is None else sum(each.numel() for each in self.adapter.parameters())
         return numbers, numbers / self._teacher_parameters
 
-    def savings(self) -> Savings:
-        """Which settings of the models would still save memory, for the message where it runs out."""
+    def savings(self) -> dict[str, bool]:
+        """Which settings of the models would still save memory, for `out_of_memory.advice`."""
         adapter, in_float32 = self.adapter, all(each.dtype.itemsize >= 4 for each in self.teacher.model.parameters())
-        return Savings(
-            recompute_teacher=bool(adapter and adapter.backpropagates) and not self.args.teacher_gradient_checkpointing,
-            lower_teacher=in_float32 and not (adapter and adapter.copies_teacher),
-            lora_student=not isinstance(self.accelerator.unwrap_model(self.model), PeftModel),
-        )
+        keeps_activations = bool(adapter and adapter.backpropagates) and not self.args.teacher_gradient_checkpointing
+        return {
+            "recompute_teacher": keeps_activations,
+            "lower_teacher": in_float32 and not (adapter and adapter.copies_teacher),
+            "lora_student": not isinstance(self.accelerator.unwrap_model(self.model), PeftModel),
+        }
 
 
 class PromptKDTrainer(DistillTrainer):

@@ -16,12 +16,10 @@ from promptkd.data.encode import EncodedExample
 class MicroBatch:
     """B rows and the responses that the student learns from, N tokens."""
 
-    index: int
-    """Its place in the window."""
+    index: int  # its place in the window
     rows: Sequence[EncodedExample]
     batch: TokenBatch
-    texts: Sequence[Sequence[int]]
-    """Plain texts for the language-modeling loss, one per row; empty without one."""
+    texts: Sequence[Sequence[int]]  # plain texts for the language-modeling loss, one per row; empty without one
     student_hidden: Tensor | None = None
     """(N, H) states of the student with their graph, where the teacher's tuner has computed them already."""
     teacher_hidden: Tensor | None = None
@@ -33,14 +31,10 @@ class Window:
     """The micro-batches of one optimizer step on this process; counts are those of all processes."""
 
     micro_batches: Sequence[MicroBatch]
-    items: Tensor
-    """What the student's loss is a mean over: response tokens, or rows."""
-    tokens: Tensor
-    """Response tokens."""
-    text_tokens: Tensor
-    """Predicted tokens of the plain texts."""
-    taken: int = 0
-    """Micro-batches that `next` has given."""
+    items: Tensor  # what the student's loss is a mean over: response tokens, or rows
+    tokens: Tensor  # response tokens
+    text_tokens: Tensor  # predicted tokens of the plain texts
+    taken: int = 0  # micro-batches that `next` has given
 
     def next(self) -> MicroBatch:
         """The next micro-batch."""
@@ -65,10 +59,8 @@ class StepMetrics:
             kind: defaultdict(float) for kind in ("token", "row", "text")
         }
         self._values: dict[str, float] = {}
-        self.rows = 0
-        """Rows of this process."""
-        self.processed_tokens = 0
-        """Tokens of this process, prompts and responses."""
+        self.rows = 0  # rows of this process
+        self.processed_tokens = 0  # tokens of this process, prompts and responses
 
     def add(self, name: str, value: Tensor | float, *, per: str = "token") -> None:
         """Add to a sum of this process, whose mean over tokens, rows or text tokens of all processes is logged."""

@@ -10,7 +10,7 @@ from rich.console import Console
 from promptkd.cli.chat_view import Writing, write_in_turn, write_side_by_side
 from promptkd.cli.inference_run import InferenceRun, sampling
 from promptkd.cli.options.chat import Options
-from promptkd.cli.parsing.values import LARGEST_INTEGER
+from promptkd.cli.parsing.config_file import LARGEST_INTEGER
 from promptkd.cli.provenance import label_of
 from promptkd.cli.terminal import say
 from promptkd.errors import RequestError

@@ -6,8 +6,7 @@ from promptkd.cli.options.demo import Options
 from promptkd.cli.outputs import RunFolder
 from promptkd.cli.parsing.parser import merged_config
 from promptkd.cli.terminal import quiet_libraries, say
-from promptkd.demo.pipeline import Demo
-from promptkd.demo.settings import DemoSettings, teacher_file
+from promptkd.demo.pipeline import Demo, DemoSettings, teacher_file
 from promptkd.io.atomic import write_atomic
 from promptkd.memory import peak_memory
 from promptkd.report import render_report, terminal_table

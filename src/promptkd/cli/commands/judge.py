@@ -3,7 +3,6 @@
 import hashlib
 import os
 import time
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,8 @@ from promptkd.judge.questions import Key, Task, load_prompt, questions_about, re
 from promptkd.judge.verdicts import Verdict, verdict_log, verdict_of
 from promptkd.report import terminal_table
 from promptkd.results import DataRecord, Results, file_sha256
+
+_WAITS_BETWEEN = 10.0  # seconds between two lines that say why a request waits
 
 
 def run(options: Options, training: dict[str, Any]) -> None:
@@ -47,8 +48,7 @@ def _judge(options: Options) -> None:
     asked = {"judge": endpoint.model, **endpoint.fields, "prompt": hashlib.sha256(prompt.encode()).hexdigest()[:12]}
     results = Results(kind="judge", config=merged_config(options, {}), metrics=token_cost(given))
     results.evaluations, results.differences = judge_results(models, verdicts, data, asked)
-    answers, *_ = models.values()
-    # the hash of the requests is the same for every model that was asked the same
+    answers, *_ = models.values()  # any of them: all were asked the same
     sha256 = requests_sha256(answers.values())
     results.data = {data: DataRecord(path=options.data or str(options.responses), rows=len(answers), sha256=sha256)}
     results.data |= {f"answers of {label}": data_record(str(path), len(answers), 0) for label, path in _files(options)}
@@ -66,13 +66,11 @@ def _check(options: Options) -> None:
     """Refuse what cannot work, all at once and before anything is read."""
     extra, labels = options.extra_body or {}, [label for label, _ in _files(options)]
     own = sorted({"model", "messages", "stream", "n"} & extra.keys())
+    no_secret = "no key, token or password, for the record keeps it"
     checks = [
         (not options.judge_model.strip(), "--judge-model must name the judge"),
         (bool(own), f"--extra-body must not hold {', '.join(own)}"),
-        (
-            without_secret_values(extra) != extra,
-            "--extra-body must hold no key, token or password, for the record keeps it; set OPENAI_API_KEY instead",
-        ),
+        (without_secret_values(extra) != extra, f"--extra-body must hold {no_secret}; set OPENAI_API_KEY instead"),
         (options.against is None and options.against_label is not None, "--against-label needs --against"),
         (len({*labels}) < len(labels), "both models have the same name: give --label or --against-label"),
         (options.out.is_dir(), f"--out must be a file, and {options.out} is a folder"),
@@ -83,14 +81,11 @@ def _check(options: Options) -> None:
     if options.out.exists() and not _log_path(options).exists() and not options.overwrite:
         raise RequestError(f"{options.out} exists. Replace it by --overwrite or give another --out.")
     if find_spec("openai") is None:
-        raise RequestError(
-            "The judge is asked through the openai package, which is not installed. "
-            "Install it with: pip install 'promptkd[judge]'."
-        )
+        advice = "Install it with: pip install 'promptkd[judge]'."
+        raise RequestError(f"The judge is asked through the openai package, which is not installed. {advice}")
 
 
 def _files(options: Options) -> list[tuple[str, Path]]:
-    """Label and answers of the model, and of the other one."""
     given = ((options.label, options.responses), (options.against_label, options.against))
     return [(label or label_of(str(path)), path) for label, path in given if path is not None]
 
@@ -99,25 +94,18 @@ def _endpoint(options: Options) -> Endpoint:
     """The key is from the environment. No message repeats it, nor --key-variable, which might be the key by mistake."""
     key = os.environ.get(options.key_variable or "OPENAI_API_KEY", "").strip()
     if options.key_variable is not None and not key:
-        raise RequestError(
-            "--key-variable must name an environment variable that holds the key. The one it names is not set."
-        )
+        expected = "--key-variable must name an environment variable that holds the key"
+        raise RequestError(f"{expected}. The one it names is not set.")
     if not (key.isascii() and key.isprintable()):
         raise RequestError("The key in the environment holds characters that no header can carry. Set it again.")
     named = {"temperature": options.temperature, "seed": options.seed, "max_tokens": options.max_tokens}
-    return Endpoint(
-        url=options.endpoint.rstrip("/"),
-        model=options.judge_model,
-        key=key or None,
-        fields={name: value for name, value in named.items() if value is not None} | (options.extra_body or {}),
-        timeout=options.timeout,
-        retries=options.retries,
-        backoff=options.backoff,
-    )
+    fields = {name: value for name, value in named.items() if value is not None} | (options.extra_body or {})
+    patience = (options.timeout, options.retries, options.backoff)
+    return Endpoint(options.endpoint.rstrip("/"), options.judge_model, key or None, fields, *patience)
 
 
 def _log(options: Options, task: Task, endpoint: Endpoint, prompt: str) -> ResumableLines:
-    """The verdicts there are, under settings on which a verdict depends; how patiently one asks is not among them."""
+    """The verdicts there are, under the settings on which a verdict depends."""
     settings = {
         "task": task,
         "endpoint": endpoint.url,
@@ -135,15 +123,13 @@ def _log_path(options: Options) -> Path:
     return options.out.with_name(f"{options.out.stem}-verdicts.jsonl")
 
 
-def _ask_missing(
-    task: Task, endpoint: Endpoint, questions: dict[Key, str], log: ResumableLines, concurrency: int
-) -> None:
-    """Ask what is missing from the log. Raises where an answer is missing in the end."""
+def _ask_missing(task: Task, endpoint: Endpoint, questions: dict[Key, str], log: ResumableLines, at_once: int) -> None:
+    """Ask what is missing from the log, `at_once` questions at a time. Raises where an answer is missing in the end."""
     missing = {key: question for key, question in questions.items() if key not in log.lines}
     held = done = len(questions) - len(missing)
     if held:
         say(f"{held} of {len(questions)} verdicts are in {log.path} already.")
-    tell = progress_lines("Judging", len(questions))
+    tell, told = progress_lines("Judging", len(questions)), -_WAITS_BETWEEN
 
     def take(key: Key, outcome: Reply | Refusal) -> None:
         nonlocal done
@@ -151,26 +137,17 @@ def _ask_missing(
         done += 1
         tell("verdicts", done)
 
+    def on_wait(reason: str, seconds: float) -> None:
+        nonlocal told
+        if time.monotonic() - told >= _WAITS_BETWEEN:
+            say(f"Asking again in {seconds:.1f} s: {reason}.")
+            told = time.monotonic()
+
     try:
-        failed = ask_all(endpoint, missing, take, concurrency=concurrency, proven=held > 0, on_wait=_wait_lines())
-        if failed:
+        if failed := ask_all(endpoint, missing, take, concurrency=at_once, proven=held > 0, on_wait=on_wait):
             *_, reason = failed.values()
-            raise PromptKDError(
-                f"{len(failed)} of {len(questions)} requests were not answered, the last for: {reason}."
-            )
+            count = f"{len(failed)} of {len(questions)} requests"
+            raise PromptKDError(f"{count} were not answered, the last for: {reason}.")
     except PromptKDError as error:
         kept = f"{done} verdicts are kept in {log.path}; the same command asks for the others."
         raise PromptKDError(f"{error} {kept if done else 'No verdict was had.'}") from None
-
-
-def _wait_lines(every: float = 10.0) -> Callable[[str, float], None]:
-    """A callback that says why a request waits, at most every `every` seconds."""
-    last = -every
-
-    def tell(reason: str, seconds: float) -> None:
-        nonlocal last
-        if time.monotonic() - last >= every:
-            say(f"Asking again in {seconds:.1f} s: {reason}.")
-            last = time.monotonic()
-
-    return tell

@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Sequence
 from statistics import mean, median
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -21,18 +21,16 @@ from promptkd.io.lock import locked
 from promptkd.report import render_report, terminal_table
 from promptkd.report.differences import compared_sentences
 from promptkd.report.metrics import metric_info
-from promptkd.results import Better, Results, Training
+from promptkd.results import Results, Training
 from promptkd.study.loop import carry_out
 from promptkd.study.pooling import compare_groups
-from promptkd.study.processes import LocalPool, Phase, shares, shell_line
-from promptkd.study.ray_cluster import RayCluster
+from promptkd.study.processes import LocalPool, Phase, RayCluster, shares, shell_line
 
 
 def run(options: Options, training: dict[str, Any]) -> None:
     if options.engine == "ray" and options.workers != 1:
-        raise RequestError(
-            "--workers is of this machine; on a Ray cluster --cpus-per-run and --gpus-per-run say what fits."
-        )
+        advice = "on a Ray cluster --cpus-per-run and --gpus-per-run say what fits"
+        raise RequestError(f"--workers is of this machine; {advice}.")
     if options.engine == "local" and options.ray_address is not None:
         raise RequestError("--ray-address goes with --engine ray.")
     quiet_libraries()
@@ -74,18 +72,17 @@ def compare_and_report(options: Options, runs: Sequence[StudyRun]) -> None:
     if not runs:
         return
     trained = [Results.read(run.job.folder / "results.json") for run in runs]
-    made = []
+    # what a run measured is pooled in the comparison; its answers are on its own page
+    records, page = [each.model_copy(update={"evaluations": []}) for each in trained], options.out / "report.html"
     try:
-        made.append(_comparison(options, runs, trained))
+        comparison = _comparison(options, runs, trained)
     except RequestError as error:
         say(f"The methods were not compared: {error}")
-    for results in made:
-        results.write(options.out / "comparison.json")
-        print(terminal_table([results]))
-    # what a run measured is pooled in the comparison; its answers are on its own page
-    records = [record.model_copy(update={"evaluations": []}) for record in trained]
-    page = options.out / "report.html"
-    write_atomic(page, render_report([*made, *records], title=f"Study {options.out.name}"))
+    else:
+        comparison.write(options.out / "comparison.json")
+        print(terminal_table([comparison]))
+        records = [comparison, *records]
+    write_atomic(page, render_report(records, title=f"Study {options.out.name}"))
     say(f"The page is {page}.")
 
 
@@ -101,28 +98,18 @@ def _comparison(options: Options, runs: Sequence[StudyRun], trained: Sequence[Re
             raise RequestError("the runs hold no measurement. Give `eval_data` in `base`, or `evaluate` with its data.")
         candidate = Candidate(planned.name if several else planned.group, record, record.evaluations[0].model)
         by_group.setdefault(planned.group, {})[planned.seed] = candidate
-    if several:
-        comparison = compare_groups(by_group, _better, baseline=baseline, metrics=options.metrics)
-    else:
-        candidates = [candidate for seeds in by_group.values() for candidate in seeds.values()]
-        comparison = compare(candidates, _better, baseline=baseline, metrics=options.metrics)
+    how: Any = {"better": lambda metric: metric_info(metric).better, "baseline": baseline, "metrics": options.metrics}
+    every = [candidate for seeds in by_group.values() for candidate in seeds.values()]
+    comparison = compare_groups(by_group, **how) if several else compare(every, **how)
     costs: dict[str, list[Training]] = {}
     for run, record in zip(runs, trained, strict=True):
         costs.setdefault(run.planned.group, []).extend(record.training.values())
-    results = Results(
-        kind="study" if several else "compare",
-        config=merged_config(options, {}),
-        training={group: _mean_cost(of_group) for group, of_group in costs.items()},
-        data=comparison.data,
-        evaluations=comparison.evaluations,
-        differences=comparison.differences,
-    )
+    kind: Literal["study", "compare"] = "study" if several else "compare"
+    results = Results(kind=kind, config=merged_config(options, {}), data=comparison.data)
+    results.training = {group: _mean_cost(of_group) for group, of_group in costs.items()}
+    results.evaluations, results.differences = comparison.evaluations, comparison.differences
     results.notes = [*compared_sentences(results), *comparison.notes]
     return results
-
-
-def _better(metric: str) -> Better | None:
-    return metric_info(metric).better
 
 
 def _mean_cost(costs: list[Training]) -> Training:
@@ -134,8 +121,6 @@ def _mean_cost(costs: list[Training]) -> Training:
         steps=round(mean(each.steps for each in costs)),
         seconds=mean(each.seconds for each in costs),
         peak_memory_bytes=max(each.peak_memory_bytes for each in costs),
-        peak_memory_by_phase={
-            phase: max(each.peak_memory_by_phase.get(phase, 0) for each in costs) for phase in phases
-        },
+        peak_memory_by_phase={name: max(each.peak_memory_by_phase.get(name, 0) for each in costs) for name in phases},
         tokens_per_second=median(speeds) if speeds else None,
     )

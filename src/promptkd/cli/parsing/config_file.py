@@ -1,8 +1,7 @@
 """YAML configuration files: read with the rules of YAML 1.2, written atomically.
 
-PyYAML follows YAML 1.1, where `2e-5` is text, `no` is false, `010` is 8 and `1:30` is 90. Here `2e-5` is a number,
-only `true` and `false` are truth values, numbers are decimal, and a duplicate key is an error. No tag makes
-anything but plain data: texts, numbers, truth values, null, lists and mappings.
+PyYAML follows YAML 1.1, where `2e-5` is text, `no` is false, `010` is 8 and `1:30` is 90. Here they are numbers and
+text, a duplicate key is an error, and no tag makes anything but plain data.
 """
 
 import math
@@ -17,9 +16,9 @@ from promptkd.errors import RequestError
 from promptkd.io.atomic import write_atomic
 from promptkd.io.files import MIB, read_regular
 
+LARGEST_INTEGER = 2**63 - 1  # counts and sizes are 64-bit integers further down
 _MOST_BYTES = MIB
-_MOST_VALUES = 10_000
-"""Values of a document once its aliases are written out: ten lines of aliases to aliases can mean billions."""
+_MOST_VALUES = 10_000  # once aliases are written out: ten lines of aliases to aliases can mean billions
 _TAG = "tag:yaml.org,2002:"
 
 
@@ -48,9 +47,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-class _Dumper(yaml.SafeDumper):
-    """Quotes the texts that YAML 1.2 takes for numbers as well as those that YAML 1.1 does."""
-
+class _Dumper(yaml.SafeDumper):  # quotes what YAML 1.2 takes for a number as well as what YAML 1.1 does
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
@@ -67,6 +64,8 @@ def _finite(text: str) -> float:
     return number
 
 
+# The core schema of YAML 1.2: how scalars without a tag are resolved, the characters that each may start with, and how
+# they are read if not as YAML 1.1 does.
 _SCALARS: tuple[tuple[str, str, str, Callable[[str], Any] | None], ...] = (
     ("null", r"(~|null|Null|NULL|)$", "~nN", None),
     ("bool", r"(true|True|TRUE|false|False|FALSE)$", "tTfF", lambda text: {"true": True, "false": False}[text.lower()]),
@@ -74,8 +73,6 @@ _SCALARS: tuple[tuple[str, str, str, Callable[[str], Any] | None], ...] = (
     ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$", "-+.0123456789", _finite),
     ("merge", r"<<$", "<", None),
 )
-"""The core schema of YAML 1.2: how scalars without a tag are resolved, the characters that each may start with, and
-how they are read if not as YAML 1.1 does."""
 for _name, _pattern, _starts, _read in _SCALARS:
     _resolver = (_TAG + _name, re.compile(_pattern), [*_starts, *([""] if _name == "null" else [])])
     _Loader.add_implicit_resolver(*_resolver)
@@ -121,10 +118,7 @@ def parse_yaml(text: str, name: str) -> Any:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The keys of a configuration file, with underscores, and their values.
-
-    Raises `RequestError` if the file is missing, is not YAML, is no mapping or holds a key twice.
-    """
+    """The keys of a configuration file, with underscores, and their values. Raises `RequestError` if it is unsound."""
     try:
         text = read_regular(path, most=_MOST_BYTES).decode("utf-8-sig")
     except OSError as error:

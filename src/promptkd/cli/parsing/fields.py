@@ -1,8 +1,10 @@
-"""What a command takes: the fields of its options and of its training configuration, and what each admits, in words."""
+"""The fields of a command's options and training configuration: what each admits, in words, and how it is read."""
 
 import ast
 import dataclasses
 import importlib
+import math
+import os
 import re
 import types
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,10 +16,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from promptkd.cli.parsing.config_file import LARGEST_INTEGER, parse_yaml
 from promptkd.settings import docs_of, field_docs
 
-MOST_CHOICES_SHOWN = 6  # longer lists of choices stand in the sentences of the help, not beside the flag
-_WORDS = {
+_MOST_CHOICES_SHOWN = 6  # longer lists of choices stand in the sentences of the help, not beside the flag
+_LONGEST_NAME = 255  # bytes of a file's name, on every common file system
+_ORDER = (bool, int, float, Literal, Enum, dict, Path, str, list, Any)  # in which members of a union are tried
+_WORDS = {  # each type in error messages, and beside its flag in the help
     str: ("text", "TEXT"),
     int: ("a whole number", "INTEGER"),
     float: ("a finite number", "NUMBER"),
@@ -27,13 +32,10 @@ _WORDS = {
     types.NoneType: ("none", "none"),
     Any: ("a value", "VALUE"),
 }
-"""Each type in error messages, and beside its flag in the help."""
 
 
 @dataclass(frozen=True)
 class Field:
-    """One option: a flag and a key of the configuration file."""
-
     name: str
     annotation: Any
     required: bool
@@ -64,11 +66,8 @@ def own_fields(command: ModuleType) -> dict[str, Field]:
 
 def training_fields(command: ModuleType) -> dict[str, Field]:
     """The fields of the command's training configuration, which is imported now; none if the command has none."""
-    target = vars(command).get("TRAINING_CONFIG")
-    if target is None:
-        return {}
-    module, _, name = target.partition(":")
-    return _fields(getattr(importlib.import_module(module), name))
+    module, _, name = vars(command).get("TRAINING_CONFIG", "").partition(":")
+    return _fields(getattr(importlib.import_module(module), name)) if module else {}
 
 
 @cache
@@ -93,7 +92,12 @@ def common_fields(command: ModuleType) -> list[Field]:
     names: dict[str, Any] = {"Literal": Literal}
     found: dict[str, Field] = {}
     methods: list[str] = []
-    for node in _definitions(command):
+    spec = find_spec(re.split("[.:]", command.TRAINING_CONFIG)[0])
+    assert spec is not None
+    assert spec.origin is not None
+    folder = Path(spec.origin).parent
+    files = [file for pattern in command.SETTINGS_SOURCES for file in sorted(folder.glob(pattern))]
+    for node in (node for file in files for node in ast.parse(file.read_text(encoding="utf-8")).body):
         match node:
             case ast.Assign(targets=[ast.Name(id=name)], value=ast.Subscript(value=ast.Name(id="Literal"))):
                 names[name] = _evaluated(node.value, names)
@@ -113,30 +117,15 @@ def common_fields(command: ModuleType) -> list[Field]:
     return [found[name] for name in wanted]
 
 
-def _definitions(command: ModuleType) -> Iterator[ast.stmt]:
-    """The statements of the files that a command's `SETTINGS_SOURCES` name."""
-    spec = find_spec(re.split("[.:]", command.TRAINING_CONFIG)[0])
-    assert spec is not None
-    assert spec.origin is not None
-    for pattern in command.SETTINGS_SOURCES:
-        for file in sorted(Path(spec.origin).parent.glob(pattern)):
-            yield from ast.parse(file.read_text(encoding="utf-8")).body
-
-
 def _evaluated(annotation: ast.expr, names: dict[str, Any]) -> Any:
     return eval(compile(ast.Expression(annotation), "", "eval"), names)  # our own source
 
 
 def kinds_of(annotation: Any) -> dict[Any, Any]:
-    """The members of a union, or the annotation alone, by the type that decides how each is read.
-
-    That is `list` for list[int], `Literal` for a literal and `Enum` for an enumeration.
-    """
+    """The members of a union, or the annotation alone, by the type that decides how each is read: `list`, `Literal`."""
     members = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
-    return {
-        Enum if isinstance(each, type) and issubclass(each, Enum) else get_origin(each) or each: each
-        for each in members
-    }
+    is_enum = lambda each: isinstance(each, type) and issubclass(each, Enum)  # noqa: E731
+    return {Enum if is_enum(each) else get_origin(each) or each: each for each in members}
 
 
 def item_of(member: Any) -> Any:
@@ -146,11 +135,9 @@ def item_of(member: Any) -> Any:
 
 def choices(annotation: Any) -> dict[str, Any]:
     """What a Literal or an enumeration admits, by the text that stands for it; nothing for other types."""
-    kinds = kinds_of(annotation)
-    literal = {
-        str(each).lower() if each is None or isinstance(each, bool) else str(each): each
-        for each in get_args(kinds.get(Literal))
-    }
+    kinds, named = kinds_of(annotation), (bool, types.NoneType)
+    members = get_args(kinds.get(Literal))
+    literal = {str(each).lower() if isinstance(each, named) else str(each): each for each in members}
     return literal | {str(each.value): each for each in kinds.get(Enum, ())}
 
 
@@ -168,7 +155,7 @@ def _words(annotation: Any) -> Iterator[tuple[str, str]]:
     """What each member of a union takes, in an error message and in the help; an enumeration's texts are its names."""
     kinds, admitted = kinds_of(annotation), choices(annotation)
     if admitted:
-        yield f"one of {', '.join(admitted)}", "|".join(admitted) if len(admitted) <= MOST_CHOICES_SHOWN else "NAME"
+        yield f"one of {', '.join(admitted)}", "|".join(admitted) if len(admitted) <= _MOST_CHOICES_SHOWN else "NAME"
     for kind, member in kinds.items():
         if kind is list:
             item = item_of(member)
@@ -181,10 +168,8 @@ def _words(annotation: Any) -> Iterator[tuple[str, str]]:
 
 def plain(value: Any) -> Any:
     """`value` in the types of YAML and JSON: paths as text, enumerations as their values."""
-    if isinstance(value, Enum):
-        return value.value
-    if isinstance(value, Path):
-        return str(value)
+    if isinstance(value, Enum | Path):
+        return value.value if isinstance(value, Enum) else str(value)
     if isinstance(value, Mapping):
         return {key: plain(part) for key, part in value.items()}
     return [plain(part) for part in value] if isinstance(value, list | tuple) else value
@@ -195,3 +180,58 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     import difflib  # most commands need no guess
 
     return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)
+
+
+def convert(value: Any, annotation: Any, *, default: Any = None) -> Any:
+    """`value`, which is text, a list of texts (a flag with several values) or plain YAML data, as `annotation` asks.
+
+    A text that equals the field's `default` is kept: that of `report_to` is the text "none". Raises ValueError if no
+    member of the annotation takes the value.
+    """
+    kinds, is_text = kinds_of(annotation), isinstance(value, str)
+    if is_text and value == default:
+        return value
+    says_none = value is None or (is_text and value.lower() in ("none", "null"))
+    if types.NoneType in kinds and says_none and value not in choices(annotation):
+        return None
+    untried: Any = dict if is_text and str in kinds else None  # a text may be the name of a file
+    if Enum in kinds or (dict in kinds and (isinstance(value, dict) or (is_text and value.lstrip().startswith("{")))):
+        untried = str  # else a misspelled choice or a broken mapping would pass as text
+    for kind in _ORDER:
+        if kind in kinds and kind is not untried:
+            try:
+                found = _read(value, kind, kinds[kind])
+            except (ValueError, OverflowError):
+                continue
+            return found.value if isinstance(found, Enum) and str in kinds else found
+    raise ValueError(f"expected {annotation}, got {value!r}")
+
+
+def _read(value: Any, kind: Any, member: Any) -> Any:
+    """`value` as one member of a union, which raises ValueError or OverflowError if it does not take it."""
+    is_text = isinstance(value, str)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is Any or (kind is str and is_text):
+        return value
+    if kind is bool and str(value).lower() in ("true", "false"):
+        return str(value).lower() == "true"
+    if kind is int and (is_text or (is_number and isinstance(value, int))) and abs(int(value)) <= LARGEST_INTEGER:
+        return int(value)
+    if kind is float and (is_text or is_number) and math.isfinite(float(value)):
+        return float(value)
+    if kind in (Literal, Enum):
+        for spelled, choice in choices(member).items():
+            wanted = choice.value if isinstance(choice, Enum) else choice
+            if value == spelled or (type(value) is type(wanted) and value == wanted):
+                return choice
+    if kind is dict:
+        mapping = parse_yaml(value, "") if is_text else value
+        if isinstance(mapping, dict) and all(isinstance(key, str) for key in mapping):
+            return {key: convert(part, item_of(member)) for key, part in mapping.items()}
+    if kind is Path and is_text and value and "\0" not in value:
+        path = Path(value).expanduser()
+        if all(len(os.fsencode(part)) <= _LONGEST_NAME for part in path.parts):
+            return path
+    if kind is list:
+        return [convert(part, item_of(member)) for part in (value if isinstance(value, list) else [value])]
+    raise ValueError

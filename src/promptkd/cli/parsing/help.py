@@ -1,25 +1,13 @@
-"""The text of `promptkd --help` and of a command's `--help` and `--help-all`.
-
-One flag a line, with what it does in sentences below it: narrow terminals and screen readers take it as it stands.
-"""
+"""The text of `promptkd --help` and of a command's `--help` and `--help-all`: one flag a line, sentences below it."""
 
 import inspect
 import json
+import re
 import textwrap
 from collections.abc import Iterable, Mapping
 from types import ModuleType
-from typing import Any
 
-from promptkd.cli.parsing.fields import (
-    MOST_CHOICES_SHOWN,
-    Field,
-    choices,
-    common_fields,
-    metavar,
-    own_fields,
-    plain,
-    training_fields,
-)
+from promptkd.cli.parsing.fields import Field, choices, common_fields, metavar, own_fields, plain, training_fields
 
 _WIDTH = 100
 _EVERY_COMMAND = (
@@ -45,7 +33,6 @@ Try it, offline, in some minutes: promptkd demo
 
 
 def overview(commands: Mapping[str, str]) -> str:
-    """What `promptkd --help` prints."""
     width = max(map(len, commands))
     return _OVERVIEW.format(commands="\n".join(f"  {name:<{width}}  {text}" for name, text in commands.items()))
 
@@ -53,6 +40,7 @@ def overview(commands: Mapping[str, str]) -> str:
 def command_help(name: str, command: ModuleType, *, every_flag: bool = False) -> str:
     """What `promptkd NAME --help` prints, or, with `every_flag` (which imports the training config), `--help-all`."""
     summary, _, rest = inspect.cleandoc(command.__doc__ or "").partition("\n")
+    texts = [text for text in rest.strip("\n").split("\n\n") if text.strip()]
     own, more = own_fields(command), ""
     loose = own.get(vars(command).get("POSITIONAL", ""))
     required = [field for field in own.values() if field.required]
@@ -66,9 +54,10 @@ def command_help(name: str, command: ModuleType, *, every_flag: bool = False) ->
         every = ("and every other training flag of transformers and TRL", "--help-all lists them.")
         more = _group("Training flags in common use", [*map(_entry, common_fields(command)), every])
     blocks = [
-        _wrap(f"promptkd {name}: {summary}", "", ""),
-        _wrap(" ".join([f"Usage: promptkd {name}", *words, "[flags]"]), "", "    "),
-        *(_paragraph(text) for text in rest.strip("\n").split("\n\n") if text.strip()),
+        _wrap(f"promptkd {name}: {summary}"),
+        _wrap(" ".join([f"Usage: promptkd {name}", *words, "[flags]"]), hanging="    "),
+        # indented lines, such as examples, stay as they are
+        *(text if re.search("^ ", text, re.MULTILINE) else _wrap(" ".join(text.split())) for text in texts),
         _group("Required", [_entry(field, loose) for field in required]),
         _group("Options", [_entry(field, loose) for field in own.values() if not field.required]),
         more,
@@ -78,31 +67,27 @@ def command_help(name: str, command: ModuleType, *, every_flag: bool = False) ->
 
 
 def _entry(field: Field, loose: Field | None = None) -> tuple[str, str]:
-    """A field's flag and its sentences."""
-    head = f"{field.flag} {metavar(field.annotation)}"
+    shown = metavar(field.annotation)
+    head = f"{field.flag} {shown}"
     if field is loose:
         head = f"{_loose(field)} (or {head})"
     elif field.annotation is bool:
         head = f"{field.flag}, --no-{field.flag[2:]}"
     sentences = [field.help if field.help.endswith((".", "!", "?", ":")) else f"{field.help}."] if field.help else []
-    if len(admitted := choices(field.annotation)) > MOST_CHOICES_SHOWN:
-        sentences.append(f"One of {', '.join(admitted)}.")
+    if "NAME" in shown.split("|"):  # too many choices to stand beside the flag
+        sentences.append(f"One of {', '.join(choices(field.annotation))}.")
     if not field.required:
-        sentences.append(f"Default: {_default(plain(field.default))}.")
+        default = plain(field.default)
+        text = json.dumps(default) if isinstance(default, bool | dict) else str(default) or "empty"
+        if isinstance(default, list) or default is None:
+            text = " ".join(map(str, default or ())) or "none"
+        sentences.append(f"Default: {text}.")
     return head, " ".join(sentences)
 
 
 def _loose(field: Field) -> str:
-    """The option that takes arguments without a flag, as it is written on the command line."""
+    """The option that takes arguments without a flag."""
     return field.name.upper() + (" ..." if field.takes_several else "")
-
-
-def _default(value: Any) -> str:
-    if value is None or value == []:
-        return "none"
-    if isinstance(value, bool | dict):
-        return json.dumps(value)
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value) or "empty"
 
 
 def _group(title: str, entries: Iterable[tuple[str, str]]) -> str:
@@ -110,11 +95,6 @@ def _group(title: str, entries: Iterable[tuple[str, str]]) -> str:
     return "\n".join([title, *lines]) if lines else ""
 
 
-def _paragraph(text: str) -> str:
-    """Refills prose; indented lines, such as examples, stay as they are."""
-    return text if any(line.startswith(" ") for line in text.splitlines()) else _wrap(" ".join(text.split()), "", "")
-
-
-def _wrap(text: str, indent: str, hanging: str) -> str:
+def _wrap(text: str, indent: str = "", hanging: str = "") -> str:
     wrapper = textwrap.TextWrapper(_WIDTH, indent, hanging, break_on_hyphens=False, break_long_words=False)
     return wrapper.fill(text)

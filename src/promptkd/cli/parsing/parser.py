@@ -1,7 +1,4 @@
-"""A command's options from defaults, a YAML file and flags: flags win over the file, the file over the defaults.
-
-Everything that is wrong with a request is collected and reported at once.
-"""
+"""A command's options from defaults, a YAML file and flags, the later winning; all that is wrong is told at once."""
 
 import re
 from collections.abc import Sequence
@@ -9,9 +6,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from promptkd.cli.parsing.config_file import read_config
-from promptkd.cli.parsing.fields import Field, choices, describe, nearest, own_fields, plain, training_fields
-from promptkd.cli.parsing.values import LARGEST_INTEGER, convert
+from promptkd.cli.parsing.config_file import LARGEST_INTEGER, read_config
+from promptkd.cli.parsing.fields import Field, choices, convert, describe, nearest, own_fields, plain, training_fields
 from promptkd.errors import RequestError, raise_together
 from promptkd.io.redact import is_secret, redacted, without_secret_values
 from promptkd.settings import beyond_limits
@@ -42,14 +38,12 @@ def parse_options(name: str, command: ModuleType, arguments: Sequence[str]) -> P
 
 
 class _Request:
-    """What has been read so far, and what was wrong with it."""
-
     def __init__(self, command: ModuleType) -> None:
         self.command, self.own = command, own_fields(command)
         self.positional = vars(command).get("POSITIONAL")
         self.values: dict[str, Any] = {}
         self.problems: list[str] = []
-        self._given: dict[str, str] = {}  # name -> how it was spelled, its value right or wrong
+        self._given: dict[str, str] = {}  # by name: how it was spelled, its value right or wrong
         self._loose: list[str] = []  # for the positional option
         self._config: Path | None = None
 
@@ -59,10 +53,8 @@ class _Request:
             if argument.startswith("--") and len(argument) > 2:
                 groups.append([argument])
             elif argument.startswith("-") and len(argument) > 1 and not _NUMBER.match(argument):
-                self.problems.append(
-                    f"{argument} is no flag: flags begin with two dashes and a name. A value that begins with a dash "
-                    "is written --flag=VALUE."
-                )
+                told = f"{argument} is no flag: flags begin with two dashes and a name."
+                self.problems.append(f"{told} A value that begins with a dash is written --flag=VALUE.")
             else:
                 groups[-1].append(argument)
         self._surplus(groups[0], "every value follows a flag")
@@ -85,10 +77,8 @@ class _Request:
         """`joined`: the first value was written behind an equals sign."""
         name = spelled[2:].replace("-", "_")
         if name == "debug":
-            self.problems.append(
-                "--debug takes no value: it shows the traceback of a failure. "
-                "The training setting of that name goes into the --config file."
-            )
+            told = "--debug takes no value: it shows the traceback of a failure."
+            self.problems.append(f"{told} The training setting of that name goes into the --config file.")
         elif name == "config":
             if not values:
                 self.problems.append("--config expects a YAML file. Got no value.")
@@ -121,7 +111,6 @@ class _Request:
             self.problems.append(f"{spelled} expects {describe(field.annotation)}. Got no value.")
 
     def _surplus(self, values: list[str], reason: str) -> None:
-        """Arguments that belong to no flag are the positional option's, or wrong."""
         if self.positional:
             self._loose += values
         elif values:
@@ -172,8 +161,7 @@ class _Request:
         return self.own.get(name) or training_fields(self.command).get(name)
 
     def _suggest(self, name: str, prefix: str, dash: str) -> str:
-        known = [*self.own, *training_fields(self.command), *(_PROGRAM_FLAGS if prefix else ())]
-        guess = nearest(name, known)
+        guess = nearest(name, [*self.own, *training_fields(self.command), *(_PROGRAM_FLAGS if prefix else ())])
         return f" Did you mean {prefix}{guess.replace('_', dash)}?" if guess else " --help-all lists every name."
 
 
@@ -188,7 +176,7 @@ def _hint(value: Any, expected: str, field: Field) -> str:
 
 
 def _is_utf8(value: Any) -> bool:
-    """Whether every text in `value` can be written as UTF-8; an argument in another encoding cannot."""
+    """Whether every text in `value` can be written as UTF-8, which an argument in another encoding cannot."""
     if isinstance(value, str):
         return not any("\ud800" <= character <= "\udfff" for character in value)
     if isinstance(value, dict):
