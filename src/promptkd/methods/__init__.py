@@ -9,17 +9,5 @@ from promptkd.methods.named import MethodSettings, named_method
 from promptkd.methods.token_method import MixedMethod, TokenMethod
 from promptkd.models.pair import Objective, Pair
 
-__all__ = [
-    "METHODS",
-    "AdaptedMethod",
-    "Method",
-    "MethodSettings",
-    "MixedMethod",
-    "NamedMethod",
-    "Objective",
-    "Pair",
-    "Step",
-    "StudentLoss",
-    "TokenMethod",
-    "named_method",
-]
+__all__ = ["METHODS", "AdaptedMethod", "Method", "MethodSettings", "MixedMethod", "NamedMethod", "Objective", "Pair"]
+__all__ += ["Step", "StudentLoss", "TokenMethod", "named_method"]
