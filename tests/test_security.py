@@ -19,7 +19,7 @@ from promptkd.errors import RequestError
 from promptkd.io.redact import is_secret, redacted, without_secret_values, without_secrets
 from promptkd.models import SoftPrompt, load_model, load_tokenizer
 from promptkd.report import render_csv, render_markdown, render_report, terminal_table
-from promptkd.report.terminal import compared_text
+from promptkd.report.text import compared_text
 from promptkd.results import Difference, Evaluation, Metric, ModelRecord, Results, RowResult
 from promptkd.training.checkpoint import write_manifest
 

@@ -28,7 +28,7 @@ from promptkd.io.jsonl import ResumableLines, settle_settings
 from promptkd.judge.questions import load_prompt, questions_about, read_answers
 from promptkd.judge.verdicts import read_preference, read_scores, verdict_log
 from promptkd.models.folder import adapter_base, check_model_folder
-from promptkd.models.gguf_read import open_gguf
+from promptkd.models.gguf_format import open_gguf
 from promptkd.report import render_report, terminal_table
 from promptkd.results import Evaluation, Metric, ModelRecord, Results, RowResult, Series
 

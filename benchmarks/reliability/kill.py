@@ -39,7 +39,7 @@ import huggingface_hub.constants  # noqa: E402
 import promptkd.cli.commands.prune  # noqa: E402
 import promptkd.cli.commands.report  # noqa: E402
 import promptkd.evaluation  # noqa: E402
-import promptkd.models.gguf_read  # noqa: E402
+import promptkd.models.gguf_format  # noqa: E402
 import promptkd.report  # noqa: E402
 from helpers.commands import LIMITS, World, make_world, steps  # noqa: E402
 from helpers.gguf_file import write_gguf  # noqa: E402
@@ -51,7 +51,7 @@ from promptkd.training.teacher_tuner import TeacherTuner  # noqa: E402
 from promptkd.training.trainer import DistillTrainer  # noqa: E402
 
 PARTS: dict[str, tuple[Any, str, str]] = {
-    "conversion": (promptkd.models.gguf_read, "convert_gguf", "prune"),
+    "conversion": (promptkd.models.gguf_format, "convert_gguf", "prune"),
     "pruning": (promptkd.cli.commands.prune, "run", "prune"),
     "rollout": (Rollout, "__call__", "distill"),
     "prompt step": (TeacherTuner, "step", "distill"),

@@ -58,3 +58,12 @@ def writing(target: Path) -> Iterator[None]:
         if error.errno in NO_ROOM and error.errno != errno.EROFS:
             raise PromptKDError(f"{problem} Make room there or give another --out.") from error
         raise RequestError(problem) from error
+
+
+@contextmanager
+def at(place: str, kinds: type[Exception] | tuple[type[Exception], ...] = RequestError) -> Iterator[None]:
+    """Put "place: " before the message of a `RequestError` in the body; exceptions of other `kinds` become one."""
+    try:
+        yield
+    except kinds as error:
+        raise RequestError(f"{place}: {error}") from error

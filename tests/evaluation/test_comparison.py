@@ -11,7 +11,7 @@ from promptkd.evaluation.comparison import compare
 from promptkd.evaluation.pairing import Candidate
 from promptkd.evaluation.statistics import Bootstrap
 from promptkd.report.differences import compared_sentences, comparison_sentences, difference_table, verdict
-from promptkd.report.terminal import compared_text
+from promptkd.report.text import compared_text
 from promptkd.results import DataRecord, Evaluation, Metric, ModelRecord, Results, RowResult, Training
 
 SAMPLED = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 64}

@@ -16,7 +16,7 @@ from helpers.tiny import save_model, tiny_model, tiny_tokenizer
 from promptkd.errors import PromptKDError, RequestError
 from promptkd.models import load_model, load_tokenizer
 from promptkd.models.export import export_gguf, export_safetensors
-from promptkd.models.gguf_read import PRE_TOKENIZERS
+from promptkd.models.gguf_format import PRE_TOKENIZERS
 
 END, START, PLAIN = "<|im_end|>", "<|im_start|>", "<think>"
 MERGES = [("t", "h"), ("th", "e"), ("a", "n"), ("Ġ", "the"), ("Ġ", "Ġ"), ("Ċ", "Ċ"), ("Ġ", "1"), ("1", "2")]
@@ -214,11 +214,11 @@ def test_a_small_head_is_refused(tmp_path):
 @pytest.mark.parametrize("wrong", ["rotation", "norm", "tokenizer"])
 def test_a_file_that_is_not_the_model_is_an_error_and_goes(tmp_path, source, monkeypatch, capsys, wrong):
     if wrong == "rotation":
-        monkeypatch.setattr("promptkd.models.gguf_write._interleaved", lambda weight, heads: weight)
+        monkeypatch.setattr("promptkd.models.gguf_format._interleaved", lambda weight, heads: weight)
     elif wrong == "norm":
-        monkeypatch.setattr("promptkd.models.gguf_write.gguf.GGUFWriter.add_layer_norm_rms_eps", small_epsilon)
+        monkeypatch.setattr("promptkd.models.gguf_format.gguf.GGUFWriter.add_layer_norm_rms_eps", small_epsilon)
     else:
-        monkeypatch.setattr("promptkd.models.gguf_write._pre_tokenizer", lambda state: "qwen2")
+        monkeypatch.setattr("promptkd.models.gguf_format._pre_tokenizer", lambda state: "qwen2")
     ran = run(capsys, "export", source, "--to", "gguf", "--out", tmp_path / "out" / "m.gguf")
     assert ran.status == 1
     what = "tokenizer" if wrong == "tokenizer" else "model"

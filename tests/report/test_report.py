@@ -20,7 +20,7 @@ from promptkd.report.formatting import estimate, score
 from promptkd.report.metrics import metric_info
 from promptkd.report.page import packed_json
 from promptkd.report.plots import stages
-from promptkd.report.terminal import text_table
+from promptkd.report.text import text_table
 from promptkd.results import DataRecord, Difference, Evaluation, Metric, ModelRecord, Results, Series
 from promptkd.visible import visible
 

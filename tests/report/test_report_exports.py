@@ -14,7 +14,7 @@ from helpers.commands import done, run
 from helpers.demo_record import HOSTILE, record
 from helpers.records import made_up_rows, study
 from promptkd.report import render_csv, render_json, render_markdown
-from promptkd.report.exports import csv_text, markdown_text
+from promptkd.report.text import csv_text, markdown_text
 from promptkd.results import Difference, Evaluation, Metric, Results
 
 STUDY = study(made_up_rows(12))

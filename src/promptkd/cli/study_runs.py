@@ -17,7 +17,7 @@ from promptkd.cli.parsing.config_file import read_config
 from promptkd.cli.parsing.parser import merged_config, parse_options
 from promptkd.data import Example, read_examples
 from promptkd.errors import RequestError, raise_together
-from promptkd.report.terminal import text_table
+from promptkd.report.text import text_table
 from promptkd.results import Results
 from promptkd.study.loop import clock
 from promptkd.study.plan import Planned, arguments_of, plan_runs

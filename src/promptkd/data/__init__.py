@@ -5,17 +5,5 @@ from promptkd.data.rows import Example, Instruction, Message, Request, examples_
 from promptkd.data.sources import read_examples
 from promptkd.data.templates import Template, resolve_template
 
-__all__ = [
-    "EncodedData",
-    "EncodedExample",
-    "Example",
-    "Instruction",
-    "Message",
-    "Request",
-    "Template",
-    "encode_examples",
-    "examples_from_rows",
-    "read_examples",
-    "resolve_template",
-    "stop_token_ids",
-]
+__all__ = ["EncodedData", "EncodedExample", "Example", "Instruction", "Message", "Request", "Template"]
+__all__ += ["encode_examples", "examples_from_rows", "read_examples", "resolve_template", "stop_token_ids"]

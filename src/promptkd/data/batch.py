@@ -17,17 +17,15 @@ def on_device(values: Sequence[Any], device: torch.device | str) -> Tensor:
 
 def moved(tensor: Tensor, device: torch.device | str) -> Tensor:
     """A tensor of the host on a device; a plain copy to a GPU would wait until all work queued there is done."""
-    if torch.device(device).type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+    is_cuda = torch.device(device).type == "cuda"
+    return tensor.pin_memory().to(device, non_blocking=True) if is_cuda else tensor.to(device)
 
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Rows of prompt + response, padded on the right. Positions decide what is scored, never token ids.
+    """Rows of prompt + response, padded on the right by an arbitrary id: positions decide what is scored, never ids.
 
-    Padding follows every real token, where a causal model cannot see it, so its id is arbitrary. The host has a copy of
-    all that is known of the rows, so that nothing here waits for a device.
+    The host has a copy of all that is known of the rows, so that nothing here waits for a device.
     """
 
     input_ids: Tensor  # (B, T)
@@ -69,14 +67,9 @@ class TokenBatch:
 
     def _part(self, start: int, end: int) -> "TokenBatch":
         first, last = sum(self.response_lengths[:start]), sum(self.response_lengths[:end])
-        return TokenBatch(
-            self.input_ids[start:end, : max(self.lengths[start:end])],
-            self.rows[first:last] - start,
-            self.columns[first:last],
-            self.targets[first:last],
-            self.token_ids[start:end],
-            self.prompt_lengths[start:end],
-        )
+        input_ids = self.input_ids[start:end, : max(self.lengths[start:end])]
+        scored = self.rows[first:last] - start, self.columns[first:last], self.targets[first:last]
+        return TokenBatch(input_ids, *scored, self.token_ids[start:end], self.prompt_lengths[start:end])
 
     def by_row(self, values: Tensor) -> Tensor:
         """Values of the response tokens, (N,), as (B, longest response), 0 behind the end of a response."""
@@ -90,22 +83,17 @@ def right_pad(
 ) -> TokenBatch:
     """Join each prompt with its response and pad to the longest row. Prompts of no tokens predict nothing: refused."""
     if len(prompts) != len(responses) or not prompts:
-        raise ValueError(
-            f"Expected as many responses as prompts, and at least one. Got {len(prompts)} and {len(responses)}."
-        )
+        got = f"{len(prompts)} and {len(responses)}"
+        raise ValueError(f"Expected as many responses as prompts, and at least one. Got {got}.")
     if empty := [row for row, prompt in enumerate(prompts) if len(prompt) == 0]:
         raise ValueError(f"A prompt needs at least one token. Got none in row {empty[0]} of the batch.")
     token_ids = tuple([*prompt, *response] for prompt, response in zip(prompts, responses, strict=True))
     prompt_lengths, longest = tuple(map(len, prompts)), max(map(len, token_ids))
     rows, columns = _scored_places(token_ids, prompt_lengths)
-    return TokenBatch(
-        input_ids=on_device([[*ids, *[0] * (longest - len(ids))] for ids in token_ids], device),
-        rows=on_device(rows, device),
-        columns=on_device(columns, device),
-        targets=on_device([token for response in responses for token in response], device),
-        token_ids=token_ids,
-        prompt_lengths=prompt_lengths,
-    )
+    input_ids = on_device([[*ids, *[0] * (longest - len(ids))] for ids in token_ids], device)
+    targets = [token for response in responses for token in response]
+    scored = on_device(rows, device), on_device(columns, device), on_device(targets, device)
+    return TokenBatch(input_ids, *scored, token_ids, prompt_lengths)
 
 
 def _scored_places(token_ids: Sequence[list[int]], prompt_lengths: Sequence[int]) -> tuple[list[int], list[int]]:

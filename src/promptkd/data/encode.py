@@ -1,11 +1,8 @@
-"""Examples become token ids, and plain text becomes pieces of token ids.
+"""Examples become token ids, and plain text becomes pieces of token ids. Nothing is ever cut.
 
-Prompt and response are tokenized separately and joined as tokens, so that no token at their boundary depends on the
-other side. A row over a limit is dropped and counted, or refused. Nothing is ever cut.
-
-Text from the data never becomes a control token: "<|im_end|>" in an answer or an instruction is spelled in ordinary
-tokens. Control tokens come from the template, from the tokenizer's own BOS, and from a prompt that is text already (its
-author wrote all of it, control tokens included).
+Prompt and response are tokenized separately, so that no token at their boundary depends on the other side. Text from
+the data never becomes a control token: "<|im_end|>" in an answer or an instruction is spelled in ordinary tokens.
+Control tokens come from the template, the tokenizer's BOS, and prompts that are text already.
 """
 
 import re
@@ -14,10 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from promptkd.data.rows import Example, Instruction, at, text_field
+from promptkd.data.rows import Example, Instruction, text_field
 from promptkd.data.sources import read_objects
 from promptkd.data.templates import Template, resolve_template
-from promptkd.errors import RequestError
+from promptkd.errors import RequestError, at
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -57,15 +54,9 @@ def encode_examples(
 ) -> EncodedData:
     """Render, tokenize and measure every example.
 
-    Args:
-        template: one, or what `resolve_template` takes.
-        max_prompt_length: tokens of a prompt, BOS included.
-        max_response_length: tokens of a response, end token included; ignored without `need_response`.
-        overlong: what happens to a row over a limit: "drop" and count it, or "error".
-        need_response: whether every row must have a reference.
-
-    Raises:
-        RequestError: for wrong arguments, no row left, or a row without tokens or reference; with its location.
+    A row over a limit, in tokens with BOS and end token, is dropped and counted, or an "error". Without
+    `need_response`, rows need no reference and responses have no limit. `RequestError` for wrong arguments, no row
+    left, or a row without tokens or reference, with its location.
     """
     if not examples:
         raise RequestError("Expected at least one row to encode. Got none.")
@@ -98,12 +89,11 @@ def encode_examples(
         if not excess:
             kept.append(EncodedExample(prompt, response, example.references, text, example.row))
     if not kept:
-        shortest, shortest_response = min(map(len, prompts)), min(map(len, responses))
-        and_response = f"; the shortest response has {shortest_response}, and the limit is {max_response_length}"
-        raise RequestError(
-            f"None of the {len(examples)} rows is within the limits. The shortest prompt has {shortest} tokens, "
-            f"template included, and the limit is {max_prompt_length}{and_response * need_response}. Raise the limits."
-        )
+        and_response = f"; the shortest response has {min(map(len, responses))}, and the limit is {max_response_length}"
+        limit = f"{max_prompt_length}{and_response if need_response else ''}"
+        prompt_length = f"{min(map(len, prompts))} tokens, template included, and the limit is {limit}"
+        none = f"None of the {len(examples)} rows is within the limits."
+        raise RequestError(f"{none} The shortest prompt has {prompt_length}. Raise the limits.")
     return EncodedData(kept, len(examples) - len(kept))
 
 
@@ -112,7 +102,7 @@ def stop_token_ids(
     generation_config: "GenerationConfig | None" = None,
     template: Template | str | None = None,
 ) -> tuple[int, ...]:
-    """Every id that ends a response, in ascending order: the EOS ids of tokenizer and model, the template's end."""
+    """The ids that end a response, in ascending order: the EOS ids of tokenizer and model, the template's end."""
     configured = None if generation_config is None else generation_config.eos_token_id
     template = resolve_template(template, tokenizer) if isinstance(template, str) else template
     ids = [tokenizer.eos_token_id, *(configured if isinstance(configured, list | tuple) else [configured])]
@@ -120,11 +110,7 @@ def stop_token_ids(
 
 
 def encode_texts(source: str | Path, tokenizer: "PreTrainedTokenizerBase", *, length: int) -> list[list[int]]:
-    """Rows of `source` ({"text": ...}) one after another, with an EOS after each, in pieces of `length` tokens.
-
-    For a language-modeling loss. The last piece may be shorter; a piece of one token, which predicts nothing, is left
-    out. `RequestError` for a row without text, or too little text for one prediction.
-    """
+    """Rows of `source` ({"text": ...}), an EOS after each, in pieces of `length` tokens for a language-model loss."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     stream: list[int] = []
     for location, row in read_objects(source):
@@ -134,8 +120,8 @@ def encode_texts(source: str | Path, tokenizer: "PreTrainedTokenizerBase", *, le
         with at(location):
             text = text_field(row["text"], "text")
         stream += _tokenize(tokenizer, [text], spell=True)[0] + end
-    pieces = [stream[first : first + length] for first in range(0, len(stream), length)]
-    pieces = [piece for piece in pieces if len(piece) > 1]
+    starts = range(0, len(stream), length)  # the last piece may be shorter; one token predicts nothing
+    pieces = [piece for start in starts if len(piece := stream[start : start + length]) > 1]
     if not pieces:
         raise RequestError(f"{source} holds too little text: at least two tokens are needed.")
     return pieces
@@ -147,8 +133,7 @@ def prompt_tokens(
     """The tokens of every prompt, of which `texts` are the renderings by `template`.
 
     A chat template writes its own BOS. Every other prompt begins with what the tokenizer puts before a text, unless the
-    text itself does. What the tokenizer appends (EOS) would end the prompt, and is left out. `RequestError` if a
-    request spells a control token and the template takes it apart.
+    text itself does. `RequestError` if a request spells a control token and the template takes it apart.
     """
     encoded = _tokenize(tokenizer, texts, spell=False)
     pattern = _control_tokens(tokenizer)
@@ -157,10 +142,9 @@ def prompt_tokens(
             continue
         marked_text = template.render(marked)
         if _unmarked(marked_text) != text:
-            raise RequestError(
-                f"{example.location}: the request spells a control token, and the template cuts or measures the text "
-                "around it. Take the token out of the row, or choose a template that leaves the text as it is."
-            )
+            problem = "the request spells a control token, and the template cuts or measures the text around it"
+            advice = "Take the token out of the row, or choose a template that leaves the text as it is."
+            raise RequestError(f"{example.location}: {problem}. {advice}")
         encoded[index] = _tokenize_marked(tokenizer, marked_text)
     framed = [index for index, each in enumerate(examples) if isinstance(each.request, str) or template.name != "chat"]
     probe = next((texts[index] for index in framed if encoded[index]), None)
@@ -183,32 +167,27 @@ def _response_tokens(
         # The unknown token is excepted: a text gets it for other reasons than spelling its name.
         control = {tokenizer.convert_tokens_to_ids(token) for token in pattern.findall(text)} - {tokenizer.unk_token_id}
         if found := control.union(end).intersection(ids):
-            raise RequestError(
-                f"{example.location}: the response spells the control token "
-                f"{tokenizer.convert_ids_to_tokens(min(found))!r}, which this tokenizer cannot write in ordinary "
-                "tokens. Take it out of the row."
-            )
+            problem = f"the response spells the control token {tokenizer.convert_ids_to_tokens(min(found))!r}"
+            reason = "which this tokenizer cannot write in ordinary tokens. Take it out of the row."
+            raise RequestError(f"{example.location}: {problem}, {reason}")
     return [ids + end if example.references else [] for example, ids in zip(examples, encoded, strict=True)]
 
 
 def _tokenize(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], *, spell: bool) -> list[list[int]]:
     """Tokens of the texts alone. With `spell`, control tokens are text, spelled in ordinary tokens."""
-    return tokenizer(
-        list(texts), add_special_tokens=False, split_special_tokens=spell, return_attention_mask=False, verbose=False
-    )["input_ids"]
+    options = {"split_special_tokens": spell, "return_attention_mask": False, "verbose": False}
+    return tokenizer(list(texts), add_special_tokens=False, **options)["input_ids"]
 
 
 def _front(tokenizer: "PreTrainedTokenizerBase", probe: str) -> list[int]:
-    """The tokens that the tokenizer puts before a text."""
+    """What the tokenizer puts before a text. What it appends (EOS) would end the prompt, and is left out."""
     plain = _tokenize(tokenizer, [probe], spell=True)[0]
     framed = tokenizer(probe, add_special_tokens=True, split_special_tokens=True, verbose=False)["input_ids"]
     for start in range(len(framed)):
         if framed[start : start + len(plain)] == plain:
             return framed[:start]
-    raise RequestError(
-        "The tokenizer must keep the tokens of a text when it adds its BOS and EOS. It splits "
-        f"{probe[:40]!r} into other tokens then. Choose another tokenizer."
-    )
+    problem = f"It splits {probe[:40]!r} into other tokens then. Choose another tokenizer."
+    raise RequestError(f"The tokenizer must keep the tokens of a text when it adds its BOS and EOS. {problem}")
 
 
 def _control_tokens(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str]:
@@ -240,10 +219,7 @@ def _unmarked(text: str) -> str:
 
 
 def _tokenize_marked(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
-    """Tokenize a rendered prompt piece by piece: text between marks is data, the rest is the template's.
-
-    At the marks, tokens can differ from those of the text without marks; the text that they spell does not.
-    """
+    """Tokenize piece by piece: text between marks is data, the rest is the template's."""
     ids: list[int] = []
     for index, piece in enumerate(map(_unmarked, re.split(f"{_OPEN}([^{_OPEN}{_CLOSE}]*){_CLOSE}", text))):
         # SentencePiece puts a space before a text, but not after a line break.

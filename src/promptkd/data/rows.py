@@ -9,13 +9,12 @@ A file may mix the forms. A null field counts as missing, other columns are igno
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from promptkd.errors import RequestError
+from promptkd.errors import RequestError, at
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _FORMS = (
@@ -23,8 +22,7 @@ _FORMS = (
     'missing) or {"messages": [...]}'
 )
 
-Message = dict[str, Any]
-"""{"role": str, "content": str}, and whatever else the chat template reads."""
+Message = dict[str, Any]  # {"role": str, "content": str}, and whatever else the chat template reads
 
 
 @dataclass(frozen=True)
@@ -35,8 +33,7 @@ class Instruction:
     input: str  # what the instruction is about; "" if there is nothing
 
 
-Unrendered = Instruction | tuple[Message, ...]
-"""What a template renders."""
+Unrendered = Instruction | tuple[Message, ...]  # what a template renders
 Request = Unrendered | str
 
 
@@ -59,29 +56,19 @@ def examples_from_rows(rows: Iterable[Mapping[str, Any]]) -> list[Example]:
 
 
 def example_from_row(fields: Mapping[str, Any], *, location: str, row: int) -> Example:
-    """Read one row. Raises `RequestError`, with `location`, if it fits none of the forms."""
+    """Read one row. `RequestError`, with `location`, if it fits none of the forms."""
     with at(location):
         request, references = _request_and_references(fields)
+        # `promptkd generate` marks a response that the length limit cut; an end token behind it would be untrue.
         if references and fields.get("ended") is False:
-            # `promptkd generate` marks a response that the length limit cut; an end token behind it would be untrue.
-            raise RequestError(
-                "the response was cut at the length limit ('ended' is false), so it cannot be used as a complete one. "
-                "Regenerate the file with `promptkd generate --ended-only`, or drop such rows."
-            )
+            cut = "the response was cut at the length limit ('ended' is false)"
+            advice = "Regenerate the file with `promptkd generate --ended-only`, or drop such rows."
+            raise RequestError(f"{cut}, so it cannot be used as a complete one. {advice}")
         return Example(request, references, location, row)
 
 
-@contextmanager
-def at(location: str) -> Iterator[None]:
-    """Put the place of a row before the message of a `RequestError`."""
-    try:
-        yield
-    except RequestError as error:
-        raise RequestError(f"{location}: {error}") from error
-
-
 def text_field(value: Any, field: str, *, may_be_empty: bool = True) -> str:
-    """`value` if it is a string that UTF-8 can encode. Raises `RequestError` if not."""
+    """`value` if it is a string that UTF-8 can encode, else `RequestError`."""
     if not isinstance(value, str):
         raise RequestError(f"{field!r} must be a string, got {_kind(value)}.")
     if not may_be_empty and not value.strip():
@@ -110,7 +97,7 @@ def _request_and_references(fields: Mapping[str, Any]) -> tuple[Request, tuple[s
 
 
 def _references(fields: Mapping[str, Any], field: str) -> tuple[str, ...]:
-    """Of "output", a text or a list of texts, or of "completion", a text or an assistant message; () for none."""
+    """From "output", a text or a list of texts, or "completion", a text or an assistant message."""
     found = fields.get(field)
     if found is None or isinstance(found, str):
         return () if found is None else (text_field(found, field),)
@@ -129,9 +116,8 @@ def _references(fields: Mapping[str, Any], field: str) -> tuple[str, ...]:
 
 def _request(messages: list[Message], field: str) -> tuple[Message, ...]:
     if (last := messages[-1]["role"] if messages else "nobody") not in ("user", "tool"):
-        raise RequestError(
-            f"the request in {field!r} must end with a user (or tool) message, for the model answers it. Got {last}."
-        )
+        expected = "must end with a user (or tool) message, for the model answers it"
+        raise RequestError(f"the request in {field!r} {expected}. Got {last}.")
     return tuple(messages)
 
 
@@ -141,21 +127,20 @@ def _messages(value: Any, field: str) -> list[Message]:
         raise RequestError(f"{field!r} must be {expected}, got {_kind(value)}.")
     if not value:
         raise RequestError(f"{field!r} must hold at least one message, got an empty list.")
-    return [_message(each, f"{field}[{index}]") for index, each in enumerate(value)]
-
-
-def _message(value: Any, name: str) -> Message:
-    if not isinstance(value, Mapping):
-        raise RequestError(f"{name!r} must be {{'role', 'content'}}, got {_kind(value)}.")
-    message = {key: part for key, part in value.items() if part is not None}
-    if message.get("role") not in _ROLES:
-        got = f"{message['role']!r:.60}" if "role" in message else "none"
-        raise RequestError(f"the role of {name!r} must be one of {', '.join(_ROLES)}. Got {got}.")
-    if "content" not in message:
-        raise RequestError(f"{name!r} has no content. Expected a string.")
-    text_field(message["content"], f"{name}.content")
-    _check_characters(message, name)
-    return message
+    messages = []
+    for index, each in enumerate(value):
+        name = f"{field}[{index}]"
+        if not isinstance(each, Mapping):
+            raise RequestError(f"{name!r} must be {{'role', 'content'}}, got {_kind(each)}.")
+        messages.append(message := {key: part for key, part in each.items() if part is not None})
+        if message.get("role") not in _ROLES:
+            got = f"{message['role']!r:.60}" if "role" in message else "none"
+            raise RequestError(f"the role of {name!r} must be one of {', '.join(_ROLES)}. Got {got}.")
+        if "content" not in message:
+            raise RequestError(f"{name!r} has no content. Expected a string.")
+        text_field(message["content"], f"{name}.content")
+        _check_characters(message, name)
+    return messages
 
 
 def _check_characters(value: Any, field: str) -> None:
@@ -164,9 +149,8 @@ def _check_characters(value: Any, field: str) -> None:
         json.dumps(value, ensure_ascii=False, default=str, skipkeys=True).encode()
     except UnicodeEncodeError as error:
         half = error.object[error.start]
-        raise RequestError(
-            f"{field!r} holds half of a surrogate pair ({half!r}), which is no character. Save the file as valid UTF-8."
-        ) from error
+        problem = f"holds half of a surrogate pair ({half!r}), which is no character"
+        raise RequestError(f"{field!r} {problem}. Save the file as valid UTF-8.") from error
 
 
 def _kind(value: Any) -> str:

@@ -6,8 +6,6 @@ The rule for a name, in this order:
 2. What looks like a path (begins with ".", "/" or "~", or ends in one of the suffixes) and does not exist is an error.
 3. "owner/name" is a data set on the hub; "owner/name:split" picks its split, "owner/name:config:split" also its
    configuration.
-
-Files are read within limits, lest a small one fill the memory.
 """
 
 import csv
@@ -22,33 +20,28 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from promptkd.data.rows import Example, example_from_row
-from promptkd.errors import RequestError
+from promptkd.errors import RequestError, at
 from promptkd.io.files import MIB, is_plain_name, json_value, not_regular, read_json_object, read_regular
 
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[^:/]+)(?=:))?(:(?P<split>[^:/]+))?")
-_MOST_LINE_MIB = 16  # of JSONL or CSV
+_MOST_LINE_MIB = 16  # of JSONL or CSV, lest a small file fill the memory
 _MOST_JSON_BYTES = 256 * MIB  # of a .json file, which is read at once; JSONL has no such limit
 
-Located = tuple[str, Any]
-"""The place of a row, and the row."""
+Located = tuple[str, Any]  # the place of a row, and the row
 
 
 def read_examples(source: str | Path, *, split: str = "train", limit: int | None = None) -> list[Example]:
-    """The rows of `source`: a file, a folder or a hub name, by the rule at the top of this file.
+    """The first `limit` rows of `source`: a file, a folder or a hub name, by the rule at the top of this file.
 
-    Args:
-        split: which split of a folder or a hub data set, where the name itself does not say.
-        limit: read only so many rows, the first ones.
-
-    Raises:
-        RequestError: if `source` cannot be read or is empty, or a row is wrong; with the line or the row.
+    `split` is that of a folder or a hub data set whose name does not say. `RequestError`, with the line or the row, if
+    `source` cannot be read or is empty, or a row is wrong.
     """
     located = read_objects(source, split=split, limit=limit)
     return [example_from_row(row, location=location, row=index) for index, (location, row) in enumerate(located)]
 
 
 def read_objects(source: str | Path, *, split: str = "train", limit: int | None = None) -> list[Located]:
-    """The rows of `source` in any form, each with its location. Arguments and errors as for `read_examples`."""
+    """As `read_examples`, but the rows in any form, each with its location."""
     if limit is not None and limit < 1:
         raise RequestError(f"The number of rows to read must be at least 1. Got {limit}.")
     try:
@@ -65,51 +58,33 @@ def read_objects(source: str | Path, *, split: str = "train", limit: int | None 
 def _located_rows(source: str, split: str) -> Iterator[Located]:
     path = Path(source).expanduser()
     if source and path.is_dir():
-        if any((path / marker).is_file() for marker in ("dataset_dict.json", "state.json")):
-            return _undecoded_rows(_saved(path, split), str(path))
-        path = _only_file(path, split)
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            return _dataset_rows(_saved(path, split), str(path))
+        files = sorted(file for file in path.iterdir() if file.is_file() and _suffix(file.name))
+        named = [file for file in files if file.name.lower().removesuffix(_suffix(file.name)) == split]
+        if len(named) != 1 and len(files) != 1:
+            expected = f"or hold one data file ({', '.join(SUFFIXES)}) or one named {split!r}"
+            names = ", ".join(file.name for file in files) or "no such file"
+            problem = f"The folder {path} must be a data set saved by `datasets`, {expected}"
+            raise RequestError(f"{problem}. It holds {names}. Name a file.")
+        path = (named or files)[0]
     if path.is_file():
         if suffix := _suffix(path.name):
             return _READERS[suffix](path)
         raise RequestError(f"{path} must be a data file that ends in one of {', '.join(SUFFIXES)}.")
     if source and (kind := not_regular(path)):
         raise RequestError(f"{source} is {kind}. Expected a regular file, for data are read more than once.")
-    return _undecoded_rows(_hub(source, split), source)
+    return _dataset_rows(_hub(source, split), source)
 
 
 def _suffix(name: str) -> str:
     return next((suffix for suffix in SUFFIXES if name.lower().endswith(suffix)), "")
 
 
-def _only_file(path: Path, split: str) -> Path:
-    files = sorted(file for file in path.iterdir() if file.is_file() and _suffix(file.name))
-    named = [file for file in files if file.name.lower().removesuffix(_suffix(file.name)) == split]
-    if len(named) == 1 or len(files) == 1:
-        return (named or files)[0]
-    names = ", ".join(file.name for file in files) or "no such file"
-    raise RequestError(
-        f"The folder {path} must be a data set saved by `datasets`, or hold one data file ({', '.join(SUFFIXES)}) or "
-        f"one named {split!r}. It holds {names}. Name a file."
-    )
-
-
 def _saved(path: Path, split: str) -> Any:
+    """The data set that `datasets` saved in `path`; refused if it has parts outside of that folder."""
     import datasets
 
-    _check_inside(path)
-    try:
-        data = datasets.load_from_disk(str(path))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, datasets.exceptions.DatasetsError) as error:
-        raise RequestError(f"The data set saved in {path} cannot be read: {error}") from error
-    if isinstance(data, datasets.DatasetDict):
-        if split not in data:
-            raise RequestError(f"The data set saved in {path} has no split {split!r}. It has: {', '.join(data)}.")
-        return data[split]
-    return data
-
-
-def _check_inside(path: Path) -> None:
-    """Refuse a saved data set with parts outside of its folder."""
     folders = [path]
     if (path / "dataset_dict.json").is_file():
         splits = read_json_object(path / "dataset_dict.json").get("splits")
@@ -121,28 +96,34 @@ def _check_inside(path: Path) -> None:
         names = [each.get("filename") if isinstance(each, dict) else each for each in files or ()]
         if not isinstance(files, list) or not all(map(is_plain_name, names)):
             raise RequestError(f"{folder / 'state.json'} must list files of its own folder. Got {names!r:.200}.")
+    broken = (OSError, ValueError, KeyError, TypeError, AttributeError, datasets.exceptions.DatasetsError)
+    with at(f"The data set saved in {path} cannot be read", broken):
+        data = datasets.load_from_disk(str(path))
+    if not isinstance(data, datasets.DatasetDict):
+        return data
+    if split not in data:
+        raise RequestError(f"The data set saved in {path} has no split {split!r}. It has: {', '.join(data)}.")
+    return data[split]
 
 
 def _hub(source: str, split: str) -> Any:
     match = _HUB_NAME.fullmatch(source)
     if match is None or source.startswith(".") or _suffix(source):
-        raise RequestError(
-            f"No such file or folder: {source}. Expected a file ({', '.join(SUFFIXES)}), a folder, or a data set "
-            'on the hub: "owner/name", "owner/name:split" or "owner/name:config:split".'
-        )
+        names = '"owner/name", "owner/name:split" or "owner/name:config:split"'
+        expected = f"a file ({', '.join(SUFFIXES)}), a folder, or a data set on the hub: {names}"
+        raise RequestError(f"No such file or folder: {source}. Expected {expected}.")
     import datasets
 
     name, config, split = match["name"], match["config"], match["split"] or split
     try:
         return datasets.load_dataset(name, config, split=split)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise RequestError(
-            f"No file or folder is named {source}, and the data set {name!r} (split {split!r}) cannot be loaded from "
-            f"the hub: {error}. Check the name and the network, or give a local file."
-        ) from error
+        problem = f"the data set {name!r} (split {split!r}) cannot be loaded from the hub: {error}"
+        advice = "Check the name and the network, or give a local file."
+        raise RequestError(f"No file or folder is named {source}, and {problem}. {advice}") from error
 
 
-def _undecoded_rows(data: Any, name: str) -> Iterator[Located]:
+def _dataset_rows(data: Any, name: str) -> Iterator[Located]:
     """Rows of a `datasets.Dataset` as stored: decoding images or sound would open any path that a row holds."""
     return _arrow_rows(data.with_format("arrow").iter(1024), name, f"The data set {name} cannot be read")
 
@@ -178,14 +159,11 @@ def _arrow_rows(batches: Iterable[Any], name: str, problem: str) -> Iterator[Loc
 
 def _check_unpacked(path: Path, unpacked: int) -> None:
     if unpacked > 64 * MIB and unpacked > (allowed := 64 * MIB + 100 * path.stat().st_size):
-        raise RequestError(
-            f"{path} unpacks to more than {allowed // MIB} MiB: 64 MiB and a hundred times its size are allowed. Write "
-            "it as uncompressed JSONL if that is meant."
-        )
+        limit = f"{allowed // MIB} MiB: 64 MiB and a hundred times its size are allowed"
+        raise RequestError(f"{path} unpacks to more than {limit}. Write it as uncompressed JSONL if that is meant.")
 
 
 def _lines(path: Path) -> Iterator[Located]:
-    """The lines of a text file, line ends included, each with its location."""
     packed, unpacked = path.suffix.lower() == ".gz", 0
     with cast(IO[bytes], gzip.open(path, "rb") if packed else path.open("rb")) as file:
         for number, line in enumerate(iter(lambda: file.readline(_MOST_LINE_MIB * MIB + 1), b""), start=1):
@@ -206,9 +184,8 @@ def _decoded(data: bytes, location: str) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise RequestError(
-            f"{location}: not valid UTF-8 (byte {data[error.start]:#04x} at {error.start}). Save the file as UTF-8."
-        ) from error
+        where = f"byte {data[error.start]:#04x} at {error.start}"
+        raise RequestError(f"{location}: not valid UTF-8 ({where}). Save the file as UTF-8.") from error
 
 
 def _jsonl(path: Path) -> Iterator[Located]:
@@ -240,7 +217,7 @@ def _parsed(text: str, location: str) -> Any:
 
 
 def _csv(path: Path) -> Iterator[Located]:
-    """Every cell is text, as it is; an empty cell is a missing field."""
+    """Cells are text, as they are; an empty one is a missing field."""
     reader = csv.reader((line for _, line in _lines(path)), strict=True)
     try:
         names = next(reader, [])
@@ -250,10 +227,8 @@ def _csv(path: Path) -> Iterator[Located]:
         for cells in reader:
             location, first = f"{path}, line {first}", reader.line_num + 1
             if len(cells) not in (0, len(names)):
-                raise RequestError(
-                    f"{location}: expected {len(names)} cells as in the header, got {len(cells)}. "
-                    "A cell with a comma or a line break needs quotes."
-                )
+                problem = f"expected {len(names)} cells as in the header, got {len(cells)}"
+                raise RequestError(f"{location}: {problem}. A cell with a comma or a line break needs quotes.")
             if cells:
                 yield location, {name: cell for name, cell in zip(names, cells, strict=True) if cell}
     except csv.Error as error:

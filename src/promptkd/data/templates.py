@@ -9,14 +9,13 @@ import jinja2
 from jinja2 import meta
 from jinja2.sandbox import SandboxedEnvironment
 
-from promptkd.data.rows import Example, Instruction, Unrendered, at
-from promptkd.errors import RequestError
+from promptkd.data.rows import Example, Instruction, Unrendered
+from promptkd.errors import RequestError, at
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# The Alpaca text, in the wording of MiniLLM and PromptKD.
-_ALPACA = (
+_ALPACA = (  # in the wording of MiniLLM and PromptKD
     "Below is an instruction that describes a task{more}. Write a response that appropriately completes the request."
     "\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
 )
@@ -43,15 +42,10 @@ class Template:
 
 
 def resolve_template(name: str, tokenizer: "PreTrainedTokenizerBase") -> Template:
-    """The template called `name`.
+    """The template "alpaca"; "chat", the tokenizer's; "auto", which is "chat" if there is one; or a Jinja string.
 
-    Args:
-        name: "alpaca"; "chat", the tokenizer's chat template; "auto", which is "chat" if the tokenizer has one and
-            "alpaca" if not; or a Jinja string, taken exactly as it is, with the variables `instruction` and `input` (""
-            if there is none), or `messages` where the row holds messages.
-
-    Raises:
-        RequestError: for an unknown name, or a template that is absent, fails or names other variables.
+    A Jinja string may name `instruction` and `input` ("" if there is none), or `messages` where the row holds those.
+    `RequestError` for an unknown name, or a template that is absent, fails or names other variables.
     """
     if "{{" in name or "{%" in name:
         return Template("jinja", tokenizer.eos_token_id, _jinja(name))
@@ -60,9 +54,8 @@ def resolve_template(name: str, tokenizer: "PreTrainedTokenizerBase") -> Templat
     if name == "alpaca":
         return Template("alpaca", tokenizer.eos_token_id, _alpaca)
     if name != "chat":
-        raise RequestError(
-            f'The template must be "auto", "alpaca", "chat" or a Jinja string with {{{{ instruction }}}}. Got {name!r}.'
-        )
+        expected = '"auto", "alpaca", "chat" or a Jinja string with {{ instruction }}'
+        raise RequestError(f"The template must be {expected}. Got {name!r}.")
     if not tokenizer.chat_template:
         raise RequestError('The tokenizer has no chat template. Choose "alpaca" or give a Jinja string.')
     return Template("chat", _chat_end_token(tokenizer), partial(_chat, tokenizer))
@@ -70,27 +63,22 @@ def resolve_template(name: str, tokenizer: "PreTrainedTokenizerBase") -> Templat
 
 def _alpaca(request: Unrendered) -> str:
     if not isinstance(request, Instruction):
-        raise RequestError(
-            "the row holds messages, and the Alpaca template renders instructions only. "
-            'Choose the template "chat" or a Jinja string that uses `messages`.'
-        )
-    has_input = bool(request.input.strip())
-    given = f"### Input:\n{request.input}\n\n" if has_input else ""
-    return _ALPACA.format(more=_MORE * has_input, instruction=request.instruction, input=given)
+        advice = 'Choose the template "chat" or a Jinja string that uses `messages`.'
+        raise RequestError(f"the row holds messages, and the Alpaca template renders instructions only. {advice}")
+    if not request.input.strip():
+        return _ALPACA.format(more="", instruction=request.instruction, input="")
+    return _ALPACA.format(more=_MORE, instruction=request.instruction, input=f"### Input:\n{request.input}\n\n")
 
 
 def _chat(tokenizer: "PreTrainedTokenizerBase", request: Unrendered, *, add_generation_prompt: bool = True) -> str:
     if isinstance(request, Instruction):
         parts = [request.instruction, *([request.input] if request.input.strip() else [])]
         request = ({"role": "user", "content": "\n\n".join(parts)},)
-    options = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
     try:
-        return tokenizer.apply_chat_template(list(request), **options)
+        return tokenizer.apply_chat_template(list(request), tokenize=False, add_generation_prompt=add_generation_prompt)
     except _ERRORS as error:
-        raise RequestError(
-            f"the tokenizer's chat template cannot render the messages: {error}. "
-            "Change the messages, or choose another template."
-        ) from error
+        problem = f"the tokenizer's chat template cannot render the messages: {error}"
+        raise RequestError(f"{problem}. Change the messages, or choose another template.") from error
 
 
 def _chat_end_token(tokenizer: "PreTrainedTokenizerBase") -> int | None:
@@ -114,16 +102,13 @@ def _jinja(text: str) -> Callable[[Unrendered], str]:
     except (*_ERRORS, SyntaxError, MemoryError) as error:  # numbers that are too long, expressions that are too deep
         reason = str(error).rstrip(".")
         raise RequestError(f"The Jinja template does not compile: {reason}. It reads: {text!r}.") from error
-    unknown = sorted(named - _JINJA_NAMES - environment.globals.keys())
-    if unknown or not named & _JINJA_NAMES:
+    if (unknown := sorted(named - _JINJA_NAMES - environment.globals.keys())) or not named & _JINJA_NAMES:
         got = ", ".join(unknown) or "none of them"
         raise RequestError(f"A Jinja template may name `instruction`, `input` and `messages`. Got {got}: {text!r}.")
 
     def render(request: Unrendered) -> str:
-        if isinstance(request, Instruction):
-            variables = vars(request)
-        else:
-            variables = {"messages": [dict(message) for message in request]}
+        messages = None if isinstance(request, Instruction) else [dict(message) for message in request]
+        variables = vars(request) if messages is None else {"messages": messages}
         try:
             return template.render(variables)
         except _ERRORS as error:

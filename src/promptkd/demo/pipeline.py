@@ -25,7 +25,7 @@ from promptkd.generation import Decoding
 from promptkd.io.atomic import atomic
 from promptkd.io.lock import locked
 from promptkd.models import cache_folder, load_model, load_tokenizer, model_record
-from promptkd.models.gguf_read import GGUF_CONVERSION
+from promptkd.models.gguf_format import GGUF_CONVERSION
 from promptkd.models.prune import block_influence, most_influential, prune_layers
 from promptkd.precision import compute_dtype, computing
 from promptkd.results import Better, DataRecord, Difference, Evaluation, Results, Series, file_sha256

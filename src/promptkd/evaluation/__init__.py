@@ -8,21 +8,6 @@ from promptkd.evaluation.statistics import Bootstrap
 from promptkd.evaluation.text_metrics import distinct, exact_match, rouge_1, rouge_1_scores, rouge_l, rouge_l_scores
 from promptkd.generation import Decoding
 
-__all__ = [
-    "Bootstrap",
-    "Candidate",
-    "Comparison",
-    "Decoding",
-    "ExposureBias",
-    "Scoring",
-    "compare",
-    "distinct",
-    "exact_match",
-    "exposure_bias",
-    "measure_rows",
-    "rouge_1",
-    "rouge_1_scores",
-    "rouge_l",
-    "rouge_l_scores",
-    "sample_continuations",
-]
+__all__ = ["Bootstrap", "Candidate", "Comparison", "Decoding", "ExposureBias", "Scoring", "compare", "distinct"]
+__all__ += ["exact_match", "exposure_bias", "measure_rows", "rouge_1", "rouge_1_scores", "rouge_l", "rouge_l_scores"]
+__all__ += ["sample_continuations"]

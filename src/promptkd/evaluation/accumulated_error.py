@@ -5,12 +5,10 @@
 - R(l) = r_1 + … + r_l, r_t the mean error at token t of the student's own continuations,
 - l ε(l) = e_1 + … + e_l, e_t the same of the teacher's continuations; ε(l) is the mean error per token.
 
-A continuation that has ended has no context at later tokens, and so no error: r_t and e_t are means over the
-continuations of all rows that have not ended at token t, which estimate the expected error given such a context.
-
+r_t and e_t are means over the continuations of all rows that have not ended at token t; the others have no context.
 `ended="zero"` is the treatment of PromptKD's public code, for comparison: per row the mean of the continuations that
-have not ended, 0 where all have, and the mean of that over all rows. r_t and e_t then shrink at the rates at which
-student and teacher end, so a student that ends earlier than its teacher seems to err less.
+have not ended, 0 where all have, and the mean of that over all rows. A student that ends earlier than its teacher then
+seems to err less.
 """
 
 from collections.abc import Sequence
@@ -22,28 +20,19 @@ from promptkd.errors import RequestError
 from promptkd.evaluation.statistics import DEFAULT, Bootstrap, Floats, blocks
 from promptkd.results import CurvePoint
 
-Errors = Sequence[Sequence[Floats]]
-"""One number per token of each continuation: errors[row][draw][token]."""
+Errors = Sequence[Sequence[Floats]]  # one number per token of each continuation: errors[row][draw][token]
 Ended = Literal["leave", "zero"]
 
 
 def excess_accumulated_error(
     on_student: Errors, on_teacher: Errors, *, ended: Ended = "leave", bootstrap: Bootstrap = DEFAULT
 ) -> list[CurvePoint]:
-    """100 (R(l) - l ε(l)) / (l ε(l)) at l = 1, 2, … up to the longest continuation, with intervals.
+    """100 (R(l) - l ε(l)) / (l ε(l)) at l = 1, 2, … up to the longest continuation, with bootstrap intervals over rows.
 
-    The intervals come from a bootstrap over rows; a row is drawn with all its continuations, the student's and the
-    teacher's. The same seed draws the same rows for every student. A resample in which no continuation reaches l says
-    nothing about l; where these are more than 1 - `level` of the resamples, the point has no interval.
-
-    A value is None where no continuation of the one or the other reaches l (never with "zero"), and where l ε(l) is 0.
-    `rows` counts the rows in which continuations of both reach token l.
-
-    Args:
-        on_student: errors on the student's own continuations.
-        on_teacher: errors on the teacher's continuations of the same rows, of which there may be more or fewer.
-        ended: "leave" takes means over what has not ended; "zero" counts rows that have ended as errors of 0.
-
+    Both hold the errors of the same rows, with any number of continuations each. A row is drawn with all of them; the
+    same seed draws the same rows for every student. Where no continuation reaches l in more than 1 - `level` of the
+    resamples, the point has no interval. A value is None where none of the one or the other reaches l (never with
+    "zero"), and where l ε(l) is 0. `rows` counts the rows in which continuations of both reach token l.
     Raises `RequestError` for no rows, unequal numbers of rows, a row without a continuation, or a wrong `ended`.
     """
     _check(on_student, on_teacher, ended)
@@ -64,10 +53,8 @@ def excess_accumulated_error(
 class _Table(NamedTuple):
     """Errors of one model's continuations, summed over the draws of each row."""
 
-    sums: Floats
-    """(rows, L) sum of the errors at each token."""
-    counts: Floats
-    """(rows, L) number of continuations that reach each token."""
+    sums: Floats  # (rows, L) sum of the errors at each token
+    counts: Floats  # (rows, L) number of continuations that reach each token
 
     @classmethod
     def of(cls, errors: Errors, width: int) -> "_Table":
@@ -111,13 +98,10 @@ def _interval(values: Floats, student: _Table, teacher: _Table, bootstrap: Boots
 
 def _check(on_student: Errors, on_teacher: Errors, ended: str) -> None:
     if len(on_student) != len(on_teacher) or not len(on_student):
-        raise RequestError(
-            "Student and teacher must have continued the same rows, at least one. "
-            f"Got {len(on_student)} rows of the student and {len(on_teacher)} of the teacher."
-        )
+        got = f"Got {len(on_student)} rows of the student and {len(on_teacher)} of the teacher."
+        raise RequestError(f"Student and teacher must have continued the same rows, at least one. {got}")
     for name, errors in (("student", on_student), ("teacher", on_teacher)):
-        for row, drawn in enumerate(errors):
-            if not len(drawn):
-                raise RequestError(f"Every row needs a continuation. Got none of the {name} in row {row}.")
+        if empty := [row for row, drawn in enumerate(errors) if not len(drawn)]:
+            raise RequestError(f"Every row needs a continuation. Got none of the {name} in row {empty[0]}.")
     if ended not in get_args(Ended):
         raise RequestError(f"`ended` must be one of {', '.join(get_args(Ended))}. Got {ended!r}.")

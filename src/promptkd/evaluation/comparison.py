@@ -1,8 +1,7 @@
 """Paired differences between models that were measured alike, with intervals, tests, correction and effect sizes.
 
-Rows are the unit throughout: all answers to one request (one per seed) are combined first. An interval is the 95 %
-percentile bootstrap's over rows, p the sign-flip test's, and adjusted p Holm's over every difference of the comparison.
-A difference is claimed where adjusted p is at most 0.05 and the interval excludes zero.
+All answers to one request (one per seed) are combined first. A difference is claimed where p of the sign-flip test,
+adjusted by Holm over the whole comparison, is at most 0.05 and the 95 % bootstrap interval over rows excludes zero.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,31 +11,20 @@ from itertools import combinations, product
 import numpy as np
 
 from promptkd.errors import RequestError
+from promptkd.evaluation import statistics
 from promptkd.evaluation.measure import OF_REFERENCES
 from promptkd.evaluation.pairing import Candidate, Column, Setting, settings_of
-from promptkd.evaluation.statistics import (
-    DEFAULT,
-    Bootstrap,
-    Floats,
-    effect_size,
-    holm,
-    paired_token_difference,
-    row_contributions,
-    sign_flip_test,
-    token_mean_interval,
-)
+from promptkd.evaluation.statistics import DEFAULT, Bootstrap, Floats
 from promptkd.results import Better, DataRecord, Difference, Evaluation
 
 _TO_TEACHER = "kl_to_teacher"
-_LEAST_ROWS = 6
-"""With fewer, even the smallest p of a sign-flip test, 2 / 2^rows, lies above 0.05."""
+_LEAST_ROWS = 6  # with fewer, even the smallest p of a sign-flip test, 2 / 2^rows, lies above 0.05
 
 
 @dataclass
 class Comparison:
     differences: list[Difference] = field(default_factory=list)
-    evaluations: list[Evaluation] = field(default_factory=list)
-    """Each model's metrics over the rows that were compared, without the rows themselves."""
+    evaluations: list[Evaluation] = field(default_factory=list)  # over the rows that were compared, without these rows
     data: dict[str, DataRecord] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -52,12 +40,10 @@ def compare(
     bootstrap: Bootstrap = DEFAULT,
     draws: int = 9999,
 ) -> Comparison:
-    """Compare every candidate with the baseline, or with every other, on all data sets that both were measured on.
+    """Compare every candidate with the baseline (by default the first) or every other, on the data sets they share.
 
     Args:
-        candidates: at least two, each under a label of its own.
         better: which direction of a metric is better; a metric of neither (None) is left out, and that is noted.
-        baseline: label of one of them, by default the first.
         metrics: by default all that rows have scores of.
         allow_different: compare what is shared although data or decoding differ, and note in what.
         bootstrap: of the intervals; its seed is that of the sign-flip test too.
@@ -79,19 +65,15 @@ def compare(
     done: set[tuple[str, str]] = set()  # what is measured on the references of a data set, however it is decoded
     for setting in settings:
         wanted = [name for name in setting.metrics() if name in names and (setting.source, name) not in done]
-        found = {name: setting.columns(name) for name in wanted}
-        columns = {name: held for name, held in found.items() if any(len(each.sums) for each in held.values())}
+        scored = ((name, setting.columns(name)) for name in wanted)
+        columns = {name: held for name, held in scored if any(len(each.sums) for each in held.values())}
         for (base, model), (name, held) in product(pairs, columns.items()):
             direction = better(name)
             if direction is not None and base in held and model in held:
                 both = (*held[model], *held[base])
+                found = statistics.paired_token_difference(*both, bootstrap)
                 difference = Difference(
-                    model=model,
-                    baseline=base,
-                    metric=name,
-                    data=setting.data,
-                    better=direction,
-                    difference=paired_token_difference(*both, bootstrap),
+                    model=model, baseline=base, metric=name, data=setting.data, better=direction, difference=found
                 )
                 tested.append((difference, both))
                 done |= {(setting.source, name)} if name in OF_REFERENCES else set()
@@ -100,17 +82,15 @@ def compare(
         if first.data is not None:
             made.data[setting.data] = first.data
     if not tested:
-        raise RequestError(
-            f"Nothing to compare: the runs share {sum(len(each.rows()) for each in settings)} rows, with scores of "
-            f"{', '.join(names) or 'none'}. Expected at least one row, and a metric of which more or less is better."
-        )
-    # The smallest p that draws can give is 1 / (draws + 1); after the correction it must still be able to reach 0.01.
-    draws = max(draws, 100 * len(tested) - 1)
+        shared = f"the runs share {sum(len(each.rows()) for each in settings)} rows, with scores of"
+        expected = "Expected at least one row, and a metric of which more or less is better."
+        raise RequestError(f"Nothing to compare: {shared} {', '.join(names) or 'none'}. {expected}")
+    draws = max(draws, 100 * len(tested) - 1)  # the smallest p, 1 / (draws + 1), can reach 0.01 after the correction
     made.differences = [each for each, _ in tested]
-    finite = [(each, row_contributions(*both)) for each, both in tested if np.isfinite(both).all()]
-    p_values = [sign_flip_test(parts, draws=draws, seed=bootstrap.seed) for _, parts in finite]
-    for (each, parts), p, adjusted in zip(finite, p_values, holm(p_values), strict=True):
-        each.p_value, each.p_adjusted, each.effect_size = p, adjusted, effect_size(parts)
+    finite = [(each, statistics.row_contributions(*both)) for each, both in tested if np.isfinite(both).all()]
+    p_values = [statistics.sign_flip_test(parts, draws=draws, seed=bootstrap.seed) for _, parts in finite]
+    for (each, parts), p, adjusted in zip(finite, p_values, statistics.holm(p_values), strict=True):
+        each.p_value, each.p_adjusted, each.effect_size = p, adjusted, statistics.effect_size(parts)
     made.notes += _notes(settings, made.differences, ordered)
     if neither := [metric for metric in names if better(metric) is None]:
         made.notes.append(f"Not tested, for neither direction is better: {', '.join(neither)}.")
@@ -118,14 +98,12 @@ def compare(
 
 
 def _checked(candidates: Sequence[Candidate], baseline: str | None) -> list[Candidate]:
-    """The candidates, the baseline first."""
     labels = [each.label for each in candidates]
     if len(candidates) < 2:
         raise RequestError(f"A comparison takes two models or more. Got {', '.join(labels) or 'none'}.")
     if duplicates := sorted({label for label in labels if labels.count(label) > 1}):
-        raise RequestError(
-            f"Each model must have a label of its own. Got {', '.join(duplicates)} twice; name a run by LABEL=RUN."
-        )
+        got = f"Got {', '.join(duplicates)} twice; name a run by LABEL=RUN."
+        raise RequestError(f"Each model must have a label of its own. {got}")
     if baseline is not None and baseline not in labels:
         raise RequestError(f"The baseline must be one of {', '.join(labels)}. Got {baseline}.")
     return sorted(candidates, key=lambda each: each.label != (baseline or labels[0]))
@@ -145,7 +123,6 @@ def _alike(settings: Sequence[Setting], candidates: Sequence[Candidate], allow_d
 
 
 def _known_metrics(settings: Sequence[Setting], asked: Sequence[str]) -> list[str]:
-    """The metrics that were asked for, by default all."""
     every = list(dict.fromkeys(metric for setting in settings for metric in setting.metrics()))
     if unknown := [metric for metric in asked if metric not in every]:
         expected = f"Expected metrics that rows of two models have scores of: {', '.join(every) or 'none'}."
@@ -157,18 +134,15 @@ def _evaluations(setting: Setting, columns: dict[str, dict[str, Column]], bootst
     made = []
     for label, measured in setting.measured.items():
         held = {metric: by_label[label] for metric, by_label in columns.items() if label in by_label}
-        metrics = {metric: token_mean_interval(*column, bootstrap) for metric, column in held.items()}
-        decoding = measured.evaluation.decoding
-        made.append(Evaluation(model=label, data=setting.data, decoding=decoding, metrics=metrics))
+        metrics = {metric: statistics.token_mean_interval(*column, bootstrap) for metric, column in held.items()}
+        made.append(Evaluation(model=label, data=setting.data, decoding=measured.evaluation.decoding, metrics=metrics))
     return made
 
 
 def _notes(settings: Sequence[Setting], differences: list[Difference], candidates: Sequence[Candidate]) -> list[str]:
-    notes = [
-        f"{len(differences)} differences were tested together and p is adjusted for that. One is claimed where p is at "
-        "most 0.05 and the interval excludes zero. Both cover the rows and their decoding seeds, not the spread "
-        "between training seeds."
-    ]
+    tested = f"{len(differences)} differences were tested together and p is adjusted for that."
+    covered = "Both cover the rows and their decoding seeds, not the spread between training seeds."
+    notes = [f"{tested} One is claimed where p is at most 0.05 and the interval excludes zero. {covered}"]
     for setting in settings:
         rows, held = setting.rows(), {row for each in setting.measured.values() for row in each.rows}
         if len(rows) < len(held):

@@ -1,8 +1,7 @@
 """Measure a model on rows: loss on the references, scores of its own answers, KL to a teacher on its own samples.
 
-`promptkd evaluate` keeps what was decoded or measured on the disk, batch by batch. Rows go into batches by the length
-of their prompts alone, so a resumed run ends with what an undisturbed run would have ended with, bit for bit on the
-same machine. Validation does the same in memory.
+`promptkd evaluate` keeps what was decoded or measured on the disk, batch by batch; validation keeps it in memory. Rows
+go into batches by the length of their prompts alone, so a resumed run ends with the bits of an undisturbed one.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,29 +15,19 @@ from transformers import PreTrainedTokenizerBase
 from promptkd.data.encode import EncodedExample
 from promptkd.errors import RequestError
 from promptkd.evaluation.hub_metrics import HubMetric
-from promptkd.evaluation.measure import (
-    decode_rows,
-    evaluation_of,
-    kl_nats,
-    reference_nats,
-    row_batches,
-    row_results,
-)
+from promptkd.evaluation.measure import decode_rows, evaluation_of, kl_nats, reference_nats, row_batches, row_results
 from promptkd.generation import Decoding
 from promptkd.io.jsonl import Line, ResumableLines
-from promptkd.models import vocabulary_size
+from promptkd.models import shared_vocabulary_size, vocabulary_size
 from promptkd.results import Evaluation, RowResult
 
-_REFERENCES_AT_A_TIME = 32
-"""Rows whose references are scored together."""
+_REFERENCES_AT_A_TIME = 32  # rows whose references are scored together
 _GREEDY, _REFERENCES = "greedy", "references"
+_Measured = Callable[[list[EncodedExample], list[Line]], list[Line]]  # a batch and what is held of it to its lines
 
 
 def parts_of(decoding: Decoding, seeds: Sequence[int], *, greedy: bool, teacher: bool) -> list[str]:
-    """Names of what is kept of a set, a file each: "seed10", "greedy", "references" (their losses) and "seed10-kl".
-
-    The last holds samples at temperature 1 for the KL to a teacher, where the answers are decoded otherwise.
-    """
+    """What is kept, in a file each: "seed10", "greedy", "seed10-kl" (samples for the KL), "references" (losses)."""
     parts = [] if decoding.is_greedy else [f"seed{seed}" for seed in seeds]
     parts += [_GREEDY] if greedy or decoding.is_greedy else []
     parts += [f"seed{seed}-kl" for seed in seeds] if teacher and not decoding.is_plain else []
@@ -66,8 +55,7 @@ def measure_rows(
     job = SetEvaluation(model, tokenizer, rows, teacher=teacher, batch_size=batch_size)
     losses = job.losses()
     kls = [] if teacher is None else [job.kl(decoding, decoding.seed + draw) for draw in range(samples_per_row)]
-    part = _GREEDY if decoding.is_greedy else f"seed{decoding.seed}"
-    return job.results(part, decoding, losses, kls)
+    return job.results(_GREEDY if decoding.is_greedy else f"seed{decoding.seed}", decoding, losses, kls)
 
 
 @dataclass(frozen=True)
@@ -77,14 +65,11 @@ class SetEvaluation:
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
     rows: Sequence[EncodedExample]
-    file_of: Callable[[str], Path | None] = lambda part: None
-    """From a part, as `parts_of` names it, to the JSONL file that keeps it; None keeps it in memory."""
+    file_of: Callable[[str], Path | None] = lambda part: None  # the JSONL file of a part of `parts_of`; None: in memory
     teacher: nn.Module | None = None
     metrics: Sequence[HubMetric] = ()
-    progress: Callable[[str, int], None] = lambda what, done: None
-    """Called with what is being done and for how many rows it is done."""
-    batch_size: int = 8
-    """Rows that are scored at a time."""
+    progress: Callable[[str, int], None] = lambda what, done: None  # what is being done, and for how many rows it is
+    batch_size: int = 8  # rows that are scored at a time
     _files: dict[str, ResumableLines] = field(default_factory=dict, init=False)
 
     def run(
@@ -100,8 +85,7 @@ class SetEvaluation:
         if not decoding.is_greedy:
             sampled = []
             for index, seed in enumerate(seeds):
-                own = replace(decoding, seed=seed)
-                sampled += self.results(f"seed{seed}", own, losses, kls[index : index + 1])
+                sampled += self.results(f"seed{seed}", replace(decoding, seed=seed), losses, kls[index : index + 1])
             found.append((decoding, sampled))
         if greedy or decoding.is_greedy:
             own = replace(decoding, temperature=0.0)
@@ -119,9 +103,8 @@ class SetEvaluation:
             scores = metric.scores([each.response for each in results], [each.references for each in results])
             for each, score in zip(results, scores, strict=True):
                 each.scores[metric.label] = score
-        kept = ("rouge_l", "exact_match")
-        scored = zip(lines, results, strict=True)
-        self._files[part].replace([line | {name: each.scores[name] for name in kept} for line, each in scored])
+        kept = [{name: each.scores[name] for name in ("rouge_l", "exact_match")} for each in results]
+        self._files[part].replace([line | scores for line, scores in zip(lines, kept, strict=True)])
         return results
 
     def kl(self, decoding: Decoding, seed: int) -> list[tuple[float, int]]:
@@ -143,29 +126,25 @@ class SetEvaluation:
         return [line["nats"] for line in self._lines(_REFERENCES, _REFERENCES_AT_A_TIME, _REFERENCES, measured)]
 
     def _answers(self, part: str, decoding: Decoding, teacher: nn.Module | None) -> list[Line]:
-        """Each row's answer and, with a teacher, its KL."""
-
         def measured(batch: list[EncodedExample], held: list[Line]) -> list[Line]:
             lines = held if len(held) == len(batch) else self._decoded(batch, decoding)
             if teacher is None or all("kl_nats" in line for line in lines):
                 return lines
             samples = [line["token_ids"] for line in lines]
-            nats = kl_nats(self.model, teacher, self.tokenizer, batch, samples, batch_size=self.batch_size)
+            vocabulary = shared_vocabulary_size(self.model, teacher, self.tokenizer)
+            nats = kl_nats(self.model, teacher, batch, samples, vocabulary=vocabulary, batch_size=self.batch_size)
             return [{**line, "kl_nats": value} for line, value in zip(lines, nats, strict=True)]
 
         return self._lines(part, decoding.batch_size, f"answers ({part})", measured)
 
     def _decoded(self, batch: list[EncodedExample], decoding: Decoding) -> list[Line]:
         lines = []
-        for row, token_ids in zip(batch, decode_rows(self.model, self.tokenizer, batch, decoding), strict=True):
-            response = self.tokenizer.decode(token_ids, skip_special_tokens=True).strip()
-            ended = token_ids[-1] in decoding.stop_ids
-            lines.append(_line(row, response=response, ended=ended, token_ids=token_ids))
+        for row, ids in zip(batch, decode_rows(self.model, self.tokenizer, batch, decoding), strict=True):
+            response = self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+            lines.append(_line(row, response=response, ended=ids[-1] in decoding.stop_ids, token_ids=ids))
         return lines
 
-    def _lines(
-        self, part: str, size: int, what: str, measured: Callable[[list[EncodedExample], list[Line]], list[Line]]
-    ) -> list[Line]:
+    def _lines(self, part: str, size: int, what: str, measured: _Measured) -> list[Line]:
         """The lines of a part in the order of the rows; its file keeps what `measured` makes of each batch."""
         if part not in self._files:
             self._files[part] = ResumableLines(self.file_of(part), check=_check)
@@ -187,13 +166,10 @@ def _line(row: EncodedExample, **made: Any) -> Line:
 
 
 def _of_row(file: ResumableLines, row: EncodedExample) -> Line:
-    """The line of `row`, which must have been made for the very same row."""
     line, made_for = file.lines[row.row,], _line(row)
     if {name: line.get(name) for name in made_for} != made_for:
-        raise RequestError(
-            f"{file.path} holds another prompt or other references for row {row.row} than the data now have. "
-            "Start from scratch with --overwrite."
-        )
+        held = f"{file.path} holds another prompt or other references for row {row.row}"
+        raise RequestError(f"{held} than the data now have. Start from scratch with --overwrite.")
     return line
 
 

@@ -1,9 +1,8 @@
 """Exposure bias: how much more a student errs on its own continuations than on the teacher's.
 
-An error is KL(teacher || student) after the request and the first t - 1 tokens of a continuation;
-`accumulated_error.py` turns the errors into ExAccErr. Continuations are sampled from the whole distribution at
-temperature 1: the definition's expectations are over what the models themselves would write. With a soft prompt the
-teacher is the prompted one throughout.
+An error is KL(teacher || student) after the request and the first t - 1 tokens of a continuation. Continuations are
+sampled from the whole distribution at temperature 1: the definition's expectations are over what the models themselves
+would write. With a soft prompt the teacher is the prompted one throughout.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,18 +21,15 @@ from promptkd.generation import Decoding, generate, row_seeds
 from promptkd.objectives import forward_kl
 from promptkd.results import CurvePoint, Metric
 
-Samples = Sequence[Sequence[TokenIds]]
-"""Token ids of continuations: samples[row][draw]."""
+Samples = Sequence[Sequence[TokenIds]]  # continuations: samples[row][draw]
 
 
 @dataclass(frozen=True)
 class ExposureBias:
     """The curve of one student, and the errors themselves, whose size a percentage does not show."""
 
-    points: list[CurvePoint]
-    """ExAccErr in % at l = 1, 2, … up to the longest continuation."""
-    on_student: Metric
-    """KL(teacher || student) in nats per token, over all tokens of the student's continuations."""
+    points: list[CurvePoint]  # ExAccErr in % at l = 1, 2, … up to the longest continuation
+    on_student: Metric  # KL(teacher || student) in nats per token, over all tokens of the student's continuations
     on_teacher: Metric
 
 
@@ -41,13 +37,10 @@ class ExposureBias:
 class Scoring:
     """How continuations are scored."""
 
-    prompt: Tensor | None = None
-    """(n, E) soft prompt before the teacher."""
-    vocabulary: int | None = None
-    """Compare the first so many ids; the further columns of a padded head mean nothing."""
+    prompt: Tensor | None = None  # (n, E) soft prompt before the teacher
+    vocabulary: int | None = None  # compare the first so many ids; the further columns of a padded head mean nothing
     batch_size: int = 8
-    on_batch: Callable[[int], None] | None = None
-    """Called with the number of continuations scored so far, the student's and the teacher's."""
+    on_batch: Callable[[int], None] | None = None  # called with the number of continuations of both scored so far
 
 
 def sample_continuations(
@@ -63,25 +56,16 @@ def sample_continuations(
     """Several continuations of each request at temperature 1, samples[row][draw].
 
     Draw d of a row has the seed that `promptkd evaluate` gives the row under seed `decoding.seed` + d. It is the same
-    for every model: common random numbers, whose effect on both models cancels in their comparison.
-
-    Args:
-        decoding: its temperature and cut-offs are not used.
-        rows: each request's index in its file, from which its seeds follow; by default 0, 1, …
-        prompt: (n, E) soft prompt before the model.
-        on_batch: as in `generate`.
+    for every model: common random numbers, whose effect on both models cancels in their comparison. `decoding`'s
+    temperature and cut-offs are not used; `rows` are the requests' indices in their file, by default 0, 1, …; `prompt`
+    is an (n, E) soft prompt before the model.
     """
     indices = range(len(prompts)) if rows is None else rows
     by_draw = [row_seeds(decoding.seed + draw, max(indices, default=0) + 1) for draw in range(samples_per_row)]
-    written = generate(
-        model,
-        [each for each in prompts for _ in by_draw],
-        decoding.plain(decoding.seed),
-        seeds=[seeds[index] for index in indices for seeds in by_draw],
-        prompt=prompt,
-        batch_size=decoding.batch_size,
-        on_batch=on_batch,
-    )
+    seeds = [by_row[index] for index in indices for by_row in by_draw]
+    repeated, size = [each for each in prompts for _ in by_draw], decoding.batch_size
+    decoding = decoding.plain(decoding.seed)
+    written = generate(model, repeated, decoding, seeds=seeds, prompt=prompt, batch_size=size, on_batch=on_batch)
     return [written[first : first + samples_per_row] for first in range(0, len(written), samples_per_row)]
 
 
@@ -96,21 +80,14 @@ def exposure_bias(
     ended: Ended = "leave",
     bootstrap: Bootstrap = DEFAULT,
 ) -> ExposureBias:
-    """ExAccErr of `student` over given continuations; `sample_continuations` draws them.
+    """ExAccErr of `student` over given continuations, token ids as samples[row][draw] of `sample_continuations`.
 
-    Args:
-        student_samples: continuations that the student wrote, token ids as samples[row][draw].
-        teacher_samples: those of the teacher, under `scoring.prompt` if there is one; the same serve every student.
-        ended, bootstrap: as in `excess_accumulated_error`.
-
-    Raises `RequestError` for unequal numbers of rows, or as `excess_accumulated_error`, and `PromptKDError` for a KL
-    that is not finite.
+    The teacher's are written under `scoring.prompt` if there is one; the same serve every student. `ended`, `bootstrap`
+    and errors are those of `excess_accumulated_error`. Raises `PromptKDError` for a KL that is not finite.
     """
     if not len(prompts) == len(student_samples) == len(teacher_samples):
-        raise RequestError(
-            "Every request needs continuations of the student and of the teacher. "
-            f"Got {len(prompts)} requests, {len(student_samples)} and {len(teacher_samples)}."
-        )
+        got = f"Got {len(prompts)} requests, {len(student_samples)} and {len(teacher_samples)}."
+        raise RequestError(f"Every request needs continuations of the student and of the teacher. {got}")
     together = [[*mine, *theirs] for mine, theirs in zip(student_samples, teacher_samples, strict=True)]
     errors = token_errors(student, teacher, prompts, together, scoring)
     rows = list(zip(errors, map(len, student_samples), strict=True))
@@ -132,9 +109,7 @@ def token_errors(
     errors, done = [[np.empty(0)] * len(drawn) for drawn in samples], 0
     with torch.no_grad(), evaluating(student), evaluating(teacher):
         for indices, batch in batches_by_length(flat_prompts, flat_samples, scoring.batch_size, student):
-            divergences = token_divergences(
-                forward_kl, student, teacher, batch, vocabulary=scoring.vocabulary, prompt=scoring.prompt
-            )
+            divergences = token_divergences(forward_kl, student, teacher, batch, scoring.vocabulary, scoring.prompt)
             for index, values in zip(indices, divergences.split(batch.response_lengths), strict=True):
                 row, draw = places[index]
                 errors[row][draw] = values.double().cpu().numpy()

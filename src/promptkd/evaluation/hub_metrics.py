@@ -13,66 +13,57 @@ _PROBE = "a short answer to try the metric on"
 
 
 class HubMetric:
-    """A metric that scores one answer against its references.
+    """A metric that scores one answer against its references, on its own scale.
 
-    It scores one row at a time, so that the record holds a score per row. The mean over rows is therefore that of
-    sentence scores; for BLEU this is not the BLEU of the corpus. Values keep the metric's own scale.
-
-    Args:
-        name: what `evaluate.load` takes: "bleu", "owner/metric" (both are scripts that it downloads and runs, unless
-            they are in its cache), or the path of a script. `NAME:FIELD` picks a field of the metric's output
-            ("rouge:rouge2"); by default the field with the metric's name, else "score", else the only number.
+    The mean over rows is that of sentence scores: for BLEU not the BLEU of the corpus. `name` is what `evaluate.load`
+    takes: "bleu", "owner/metric" (scripts that it downloads and runs, unless they are in its cache), or the path of a
+    script. `NAME:FIELD` picks a field of the output ("rouge:rouge2"); by default the field with the metric's name, else
+    "score", else the only number.
 
     Raises `RequestError` if `evaluate` is not installed, or the metric cannot be loaded, fails or gives no score.
     """
 
     def __init__(self, name: str) -> None:
         source, _, field = name.partition(":")
-        self.label = f"evaluate:{Path(source).stem}" + (f":{field}" if field else "")
-        self.failed_on_empty = 0
-        """Empty answers that the metric failed on; they count 0."""
+        called = Path(source).stem
+        self.label = f"evaluate:{called}" + (f":{field}" if field else "")
+        self.failed_on_empty = 0  # empty answers that the metric failed on; they count 0
         self._name, self._metric = name, _load(source)
-        features = self._metric.features
+        features, lists = self._metric.features, (datasets.Sequence, datasets.List, list)
         forms = features if isinstance(features, list) else [features]
-        lists = (datasets.Sequence, datasets.List, list)
         self._takes_several = any(isinstance(form.get("references"), lists) for form in forms)
         try:
             numbers = self._numbers(_PROBE, [_PROBE])
         except Exception as error:  # whatever its script raises
-            raise RequestError(
-                f"The metric {name} cannot score an answer against its references: {_line(error)}"
-            ) from error
-        called = Path(source).stem
+            told = f"The metric {name} cannot score an answer against its references: {_line(error)}"
+            raise RequestError(told) from error
         wanted = [field] if field else [called, "score", *(numbers if len(numbers) == 1 else ())]
         self._field = next((each for each in wanted if each in numbers), "")
         if not self._field:
             expected = f"the field {field!r}" if field else f"a number called {called!r} or 'score', or a single number"
-            raise RequestError(
-                f"The metric {name} gives no score: expected {expected}, got {', '.join(numbers) or 'no number'}. "
-                "Pick one by NAME:FIELD."
-            )
+            got = f"got {', '.join(numbers) or 'no number'}. Pick one by NAME:FIELD."
+            raise RequestError(f"The metric {name} gives no score: expected {expected}, {got}")
 
     def scores(self, texts: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
         """The score of each answer; 0 for an empty one that the metric fails on, as BLEU does, else `PromptKDError`."""
-        return [self._score(text, row) for text, row in zip(texts, references, strict=True)]
+        found = []
+        for text, row in zip(texts, references, strict=True):
+            try:
+                found.append(self._numbers(text, row)[self._field])
+            except Exception as error:
+                if text:
+                    told = f"The metric {self._name} failed on the answer {text[:60]!r}: {_line(error)}"
+                    raise PromptKDError(told) from error
+                self.failed_on_empty += 1
+                found.append(0.0)
+        return found
 
     def check(self, references: Iterable[Sequence[str]]) -> None:
         """Raise `RequestError` if a row has several references and the metric takes a single one."""
         most = max(map(len, references))
         if most > 1 and not self._takes_several:
-            raise RequestError(
-                f"The metric {self._name} takes one reference per row, and one row has {most}. Leave it out here."
-            )
-
-    def _score(self, text: str, references: Sequence[str]) -> float:
-        try:
-            return self._numbers(text, references)[self._field]
-        except Exception as error:
-            if not text:
-                self.failed_on_empty += 1
-                return 0.0
-            told = f"The metric {self._name} failed on the answer {text[:60]!r}: {_line(error)}"
-            raise PromptKDError(told) from error
+            told = f"The metric {self._name} takes one reference per row, and one row has {most}."
+            raise RequestError(f"{told} Leave it out here.")
 
     def _numbers(self, text: str, references: Sequence[str]) -> dict[str, float]:
         """The metric's output for one row: every field that is a number, or a list with a single one."""
@@ -87,16 +78,14 @@ def _load(source: str) -> Any:
     try:
         import evaluate  # an extra
     except ImportError as error:
-        raise RequestError(
-            "Metrics by name need Hugging Face's `evaluate`. Install it: pip install 'promptkd[metrics]'."
-        ) from error
+        told = "Metrics by name need Hugging Face's `evaluate`. Install it: pip install 'promptkd[metrics]'."
+        raise RequestError(told) from error
     try:
         return evaluate.load(source, keep_in_memory=True)
     except Exception as error:  # a script that is run to be loaded, or the network
-        raise RequestError(
-            f"Could not load the metric {source}: {_line(error)} Give the name of a metric of Hugging Face's "
-            "`evaluate` (offline, one that its cache holds) or the path of a metric script."
-        ) from error
+        told = f"Could not load the metric {source}: {_line(error)} Give the name of a metric of Hugging Face's"
+        told += " `evaluate` (offline, one that its cache holds) or the path of a metric script."
+        raise RequestError(told) from error
 
 
 def _line(error: Exception) -> str:

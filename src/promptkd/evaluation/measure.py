@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,18 +16,18 @@ from promptkd.engine import evaluating, head_logits, response_hidden
 from promptkd.evaluation.statistics import mean_interval, token_mean_interval
 from promptkd.evaluation.text_metrics import exact_match_scores, form_scores, rouge_scores
 from promptkd.generation import Decoding, generate, row_seeds
-from promptkd.models import shared_vocabulary_size, vocabulary_size
+from promptkd.models import vocabulary_size
 from promptkd.objectives import reverse_kl
 from promptkd.results import Evaluation, Metric, RowResult
 
 TokenIds = Sequence[int]
-OF_REFERENCES = frozenset({"loss"})
-"""Measured on the references: the same however answers are decoded."""
+Rows = Sequence[EncodedExample]
+OF_REFERENCES = frozenset({"loss"})  # measured on the references: the same however answers are decoded
 _TOKENS_AT_A_TIME = 256
 
 
-def row_batches(rows: Sequence[EncodedExample], size: int) -> list[list[EncodedExample]]:
-    """`size` rows at a time, the longest prompts first, in validation and in `promptkd evaluate` alike.
+def row_batches(rows: Rows, size: int) -> list[list[EncodedExample]]:
+    """`size` rows at a time, the longest prompts first.
 
     In bfloat16 the rows that share a batch decide how products are rounded, and so, now and then, which token is drawn.
     """
@@ -35,23 +36,19 @@ def row_batches(rows: Sequence[EncodedExample], size: int) -> list[list[EncodedE
 
 
 def decode_rows(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[EncodedExample], decoding: Decoding
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Rows, decoding: Decoding
 ) -> list[list[int]]:
     """The answers' token ids, in the order of `rows`, the stop id at the end where one was generated."""
     # Seeds follow the row's place in its file, so that a subset of the file gets the answers of the whole.
     seeds = row_seeds(decoding.seed, max(row.row for row in rows) + 1)
-    return generate(
-        model,
-        [row.prompt_ids for row in rows],
-        replace(decoding, vocabulary=vocabulary_size(tokenizer)),
-        seeds=[seeds[row.row] for row in rows],
-        batch_size=decoding.batch_size,
-    )
+    prompts, own = [row.prompt_ids for row in rows], [seeds[row.row] for row in rows]
+    decoding = replace(decoding, vocabulary=vocabulary_size(tokenizer))
+    return generate(model, prompts, decoding, seeds=own, batch_size=decoding.batch_size)
 
 
 def row_results(
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[EncodedExample],
+    rows: Rows,
     answers: Sequence[TokenIds],
     decoding: Decoding,
     *,
@@ -60,16 +57,13 @@ def row_results(
 ) -> list[RowResult]:
     """Each row with its answer and every score of it.
 
-    Args:
-        answers: token ids per row, as from `decode_rows`.
-        losses: nats of the first reference, per row.
-        kls: per sample, (nats, tokens) of every row; empty without a teacher.
+    `losses` are nats of the first references, `kls` per sample (nats, tokens) of every row; empty without a teacher.
     """
     texts = [tokenizer.decode(list(answer), skip_special_tokens=True).strip() for answer in answers]
     references = [row.references for row in rows]
     rouge = rouge_scores(texts, references, kinds=("rougeL", "rouge1"))
     exact = exact_match_scores(texts, references)
-    limit, results = decoding.limits(1)[0], []
+    limit, seed, results = decoding.limits(1)[0], None if decoding.is_greedy else decoding.seed, []
     for index, row in enumerate(rows):
         wanted = len(row.response_ids)
         scores, tokens = {"loss": losses[index] / wanted}, {"loss": wanted, "length_ratio": wanted}
@@ -78,24 +72,15 @@ def row_results(
             scores["kl_to_teacher"] = sum(sample[index][0] for sample in kls) / tokens["kl_to_teacher"]
         scores |= {"rouge_l": rouge["rougeL"][index], "rouge_1": rouge["rouge1"][index], "exact_match": exact[index]}
         scores |= form_scores(answers[index], wanted, stop_ids=decoding.stop_ids, max_new_tokens=limit)
-        results.append(
-            RowResult(
-                row=row.row,
-                seed=None if decoding.is_greedy else decoding.seed,
-                prompt=row.prompt,
-                references=list(row.references),
-                response=texts[index],
-                scores=scores,
-                tokens=tokens,
-            )
-        )
+        request: dict[str, Any] = {"row": row.row, "prompt": row.prompt, "references": list(row.references)}
+        results.append(RowResult(**request, seed=seed, response=texts[index], scores=scores, tokens=tokens))
     return results
 
 
 def evaluation_of(
     results: Sequence[RowResult], decoding: Decoding, seeds: Sequence[int], *, model: str, data: str
 ) -> Evaluation:
-    """`results` with their metrics as a record for `results.json`; `model` and `data` are labels."""
+    """`results` with their metrics; `model` and `data` are labels."""
     metrics = summarize(results)
     return Evaluation(model=model, data=data, decoding=decoding.record(seeds), metrics=metrics, samples=list(results))
 
@@ -106,23 +91,22 @@ def summarize(results: Sequence[RowResult]) -> dict[str, Metric]:
     A row with answers under several seeds is averaged first; a score that is a mean over tokens weighs all tokens of
     all seeds equally. `Metric.deviation` is the standard deviation (over n - 1) between the seeds' metrics.
     """
-    seeds = list(dict.fromkeys(result.seed for result in results))
+    by_seed = [[each for each in results if each.seed == seed] for seed in dict.fromkeys(each.seed for each in results)]
     metrics = {}
     for name in results[0].scores:
-        scores = np.array([[each.scores[name] for each in results if each.seed == seed] for seed in seeds])
+        scores = np.array([[each.scores[name] for each in own] for own in by_seed])  # (seeds, rows)
         if name in results[0].tokens:
-            tokens = np.array([[each.tokens[name] for each in results if each.seed == seed] for seed in seeds])
-            sums = scores * tokens  # (seeds, rows)
-            metric, of_seeds = token_mean_interval(sums.sum(0), tokens.sum(0)), sums.sum(1) / tokens.sum(1)
+            tokens = np.array([[each.tokens[name] for each in own] for own in by_seed])
+            sums = scores * tokens
+            metrics[name], of_seeds = token_mean_interval(sums.sum(0), tokens.sum(0)), sums.sum(1) / tokens.sum(1)
         else:
-            metric, of_seeds = mean_interval(scores.mean(0)), scores.mean(1)
-        if len(seeds) > 1 and name not in OF_REFERENCES:
-            metric.deviation = float(of_seeds.std(ddof=1))
-        metrics[name] = metric
+            metrics[name], of_seeds = mean_interval(scores.mean(0)), scores.mean(1)
+        if len(by_seed) > 1 and name not in OF_REFERENCES:
+            metrics[name].deviation = float(of_seeds.std(ddof=1))
     return metrics
 
 
-def reference_nats(model: nn.Module, rows: Sequence[EncodedExample], vocabulary: int, batch_size: int) -> list[float]:
+def reference_nats(model: nn.Module, rows: Rows, vocabulary: int, batch_size: int) -> list[float]:
     """-log q(first reference and its end | prompt) of each row, in nats, q over the first `vocabulary` ids."""
 
     def loss(hidden: Tensor, targets: Tensor) -> Tensor:
@@ -137,19 +121,13 @@ def reference_nats(model: nn.Module, rows: Sequence[EncodedExample], vocabulary:
 
 
 def kl_nats(
-    model: nn.Module,
-    teacher: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[EncodedExample],
-    samples: Sequence[TokenIds],
-    *,
-    batch_size: int,
+    model: nn.Module, teacher: nn.Module, rows: Rows, samples: Sequence[TokenIds], vocabulary: int, batch_size: int
 ) -> list[float]:
-    """Σ over the tokens of a row's sample of KL(model || teacher), each over the whole vocabulary, in nats."""
-    vocabulary, prompts = shared_vocabulary_size(model, teacher, tokenizer), [row.prompt_ids for row in rows]
+    """Σ over the tokens of a row's sample of KL(model || teacher), each over the first `vocabulary` ids, in nats."""
+    prompts = [row.prompt_ids for row in rows]
     with torch.no_grad(), evaluating(model), evaluating(teacher):
         return _sums_by_row(
-            (indices, batch, token_divergences(reverse_kl, model, teacher, batch, vocabulary=vocabulary))
+            (indices, batch, token_divergences(reverse_kl, model, teacher, batch, vocabulary))
             for indices, batch in batches_by_length(prompts, samples, batch_size, model)
         )
 
@@ -159,14 +137,10 @@ def token_divergences(
     student: nn.Module,
     teacher: nn.Module,
     batch: TokenBatch,
-    *,
     vocabulary: int | None,
     prompt: Tensor | None = None,
 ) -> Tensor:
-    """(N,) `objective` of both models' logits, of the first `vocabulary` ids, at each response token.
-
-    `prompt`: (n, E) soft prompt before the teacher.
-    """
+    """(N,) `objective` of both models' logits at each response token; the teacher's after `prompt`, (n, E)."""
 
     def divergences(*hidden: Tensor) -> Tensor:
         models = zip((student, teacher), hidden, strict=True)

@@ -11,11 +11,8 @@ from promptkd.errors import RequestError
 from promptkd.evaluation.statistics import Floats
 from promptkd.results import DataRecord, Evaluation, Results, RowResult
 
-Key = tuple[int, int | None]
-"""A row's index in its data, and the seed of its answer (None if it was decoded greedily)."""
+Key = tuple[int, int | None]  # a row's index in its data, and the seed of its answer (None if it was decoded greedily)
 Answers = dict[Key, RowResult]
-
-_ONLY_SAMPLING = ("seeds", "top_p", "top_k")
 
 
 @dataclass(frozen=True)
@@ -24,8 +21,7 @@ class Candidate:
 
     label: str
     record: Results
-    model: str
-    """Its name in the record."""
+    model: str  # its name in the record
 
     @property
     def teachers(self) -> frozenset[str]:
@@ -54,22 +50,17 @@ class Measurement:
 class Column(NamedTuple):
     """One metric of one model over the rows of a comparison; the metric is Σ sums / Σ counts."""
 
-    sums: Floats
-    """Per row the sum over its tokens and seeds, or its mean over the seeds. Shape (rows,)."""
-    counts: Floats
-    """Per row its tokens over all seeds, or 1."""
+    sums: Floats  # per row the sum over its tokens and seeds, or its mean over the seeds. Shape (rows,).
+    counts: Floats  # per row its tokens over all seeds, or 1
 
 
 @dataclass(frozen=True)
 class Setting:
     """One data set under one decoding, and the candidates that were measured on it."""
 
-    data: str
-    """Label of the data set, with the decoding where the set was decoded in two ways."""
-    source: str
-    """Label of the data set alone."""
-    measured: dict[str, Measurement]
-    """By the candidate's label."""
+    data: str  # label of the data set, with the decoding where the set was decoded in two ways
+    source: str  # label of the data set alone
+    measured: dict[str, Measurement]  # by the candidate's label
 
     def rows(self) -> set[int]:
         """Rows that every candidate answered: of the same index and, where the data may differ, of the same prompt."""
@@ -82,19 +73,15 @@ class Setting:
 
     def metrics(self) -> list[str]:
         """Every metric that rows of at least two candidates have."""
-        holders = Counter(
-            name
-            for each in self.measured.values()
-            for name in dict.fromkeys(name for answer in each.answers.values() for name in answer.scores)
-        )
+        held = [[answer.scores for answer in each.answers.values()] for each in self.measured.values()]
+        holders = Counter(name for scores in held for name in dict.fromkeys(name for own in scores for name in own))
         return [name for name, count in holders.items() if count > 1]
 
     def columns(self, metric: str) -> dict[str, Column]:
         """The metric by row, for each candidate that has it, over the shared rows where all of these have it.
 
-        A row's answers are combined first: their tokens are added up, or their scores averaged. Where the seeds are the
-        same, an answer counts only if every candidate's answer of that seed has the metric. Raises `RequestError` if it
-        is a mean over tokens for one candidate and a mean over rows for another.
+        A row's answers are combined first. Where the seeds are the same, an answer counts only if every candidate's of
+        that seed has the metric. Raises `RequestError` if it is a mean over tokens for one and over rows for another.
         """
         rows = self.rows()
         scored: dict[str, Answers] = {}
@@ -109,21 +96,16 @@ class Setting:
             scored = {label: {key: answers[key] for key in common} for label, answers in scored.items()}
         weighted = {metric in answer.tokens for answers in scored.values() for answer in answers.values()}
         if len(weighted) > 1:
-            raise RequestError(
-                f"{metric} on {self.data} is a mean over tokens in one record and a mean over rows in another. "
-                "Evaluate all models again with this version."
-            )
+            told = f"{metric} on {self.data} is a mean over tokens in one record and a mean over rows in another."
+            raise RequestError(f"{told} Evaluate all models again with this version.")
         kept = sorted(set.intersection(*({row for row, _ in answers} for answers in scored.values())))
         return {label: _column(metric, answers, kept) for label, answers in scored.items()}
 
     def differing(self) -> list[str]:
         """A sentence for each candidate that was not measured as the first was."""
         (first, reference), *others = self.measured.items()
-        return [
-            f"{first} and {label} differ on {self.data} in {'; '.join(parts)}."
-            for label, each in others
-            if (parts := _differing(reference, each))
-        ]
+        found = {label: parts for label, each in others if (parts := _differing(reference, each))}
+        return [f"{first} and {label} differ on {self.data} in {'; '.join(found[label])}." for label in found]
 
 
 def _column(metric: str, answers: Answers, rows: list[int]) -> Column:
@@ -142,7 +124,6 @@ def _column(metric: str, answers: Answers, rows: list[int]) -> Column:
 
 
 def _differing(ours: Measurement, theirs: Measurement) -> list[str]:
-    """In what two measurements differ: data, rows, prompts, references, settings of decoding, or else answers."""
     differing = []
     if ours.sha256 and theirs.sha256 and ours.sha256 != theirs.sha256:
         differing.append(f"data (sha256 {ours.sha256[:8]} and {theirs.sha256[:8]})")
@@ -163,36 +144,28 @@ def _differing(ours: Measurement, theirs: Measurement) -> list[str]:
 
 
 def _written(value: Any) -> str:
-    if isinstance(value, list):
-        return " ".join(map(str, value))
-    return "none" if value is None else str(value)
+    return " ".join(map(str, value)) if isinstance(value, list) else "none" if value is None else str(value)
 
 
 def settings_of(candidates: Sequence[Candidate]) -> list[Setting]:
-    """What at least two candidates were measured on.
-
-    Raises `RequestError` if a candidate was measured twice in one way, or an evaluation holds a row twice.
-    """
+    """What at least two candidates were measured on; raises `RequestError` for a duplicate measurement or row."""
     found: dict[tuple[str, str], dict[str, Measurement]] = {}
     for candidate in candidates:
-        for evaluation in candidate.record.evaluations:
-            if evaluation.model == candidate.model and evaluation.samples:
-                manner = "greedy" if evaluation.decoding.get("temperature") == 0 else "sampled"
-                manner = manner if "temperature" in evaluation.decoding else "as recorded"
-                measured = found.setdefault((evaluation.data, manner), {})
-                if candidate.label in measured:
-                    raise RequestError(
-                        f"{candidate.label} was measured on {evaluation.data} twice in one record, so it is not clear "
-                        "what is to be compared. Give records with one evaluation of each data set."
-                    )
-                data = candidate.record.data.get(evaluation.data)
-                measured[candidate.label] = Measurement(evaluation, data, _answers(candidate.label, evaluation))
+        own = [each for each in candidate.record.evaluations if each.model == candidate.model and each.samples]
+        for evaluation in own:
+            manner = "greedy" if evaluation.decoding.get("temperature") == 0 else "sampled"
+            manner = manner if "temperature" in evaluation.decoding else "as recorded"
+            measured = found.setdefault((evaluation.data, manner), {})
+            if candidate.label in measured:
+                twice = f"{candidate.label} was measured on {evaluation.data} twice in one record"
+                advice = "it is not clear what is to be compared. Give records with one evaluation of each data set."
+                raise RequestError(f"{twice}, so {advice}")
+            data = candidate.record.data.get(evaluation.data)
+            measured[candidate.label] = Measurement(evaluation, data, _answers(candidate.label, evaluation))
     shared = {key: measured for key, measured in found.items() if len(measured) > 1}
     sources = [source for source, _ in shared]
-    return [
-        Setting(f"{source}, {manner}" if sources.count(source) > 1 else source, source, measured)
-        for (source, manner), measured in shared.items()
-    ]
+    labels = [f"{source}, {manner}" if sources.count(source) > 1 else source for source, manner in shared]
+    return [Setting(*each) for each in zip(labels, sources, shared.values(), strict=True)]
 
 
 def _answers(label: str, evaluation: Evaluation) -> Answers:
@@ -208,9 +181,9 @@ def _answers(label: str, evaluation: Evaluation) -> Answers:
 
 
 def _decoding_of(evaluation: Evaluation) -> dict[str, Any]:
-    """The settings that decide the answers: without the batch size and, if greedy, without those of sampling alone."""
-    settings = {name: value for name, value in evaluation.decoding.items() if name != "batch_size"}
+    """The settings that decide the answers."""
+    settings = evaluation.decoding.copy()
     if "seed" in settings:
         settings["seeds"] = [settings.pop("seed")]
-    unused = _ONLY_SAMPLING if settings.get("temperature") == 0 else ()
+    unused = ["batch_size", *(("seeds", "top_p", "top_k") if settings.get("temperature") == 0 else ())]
     return {name: value for name, value in settings.items() if name not in unused}

@@ -1,8 +1,8 @@
 """Bootstrap intervals, sign-flip tests, Holm's correction and effect sizes, with rows as the unit.
 
 A row is a request with all its responses: tokens of one response depend on each other, so resampling tokens would give
-intervals that are too narrow. The same seed resamples the same rows wherever the number of rows is the same. Intervals
-and tests cover the rows alone, not the spread between seeds of training. Why scipy does not resample: docs/compare.md.
+intervals that are too narrow. The same seed resamples the same rows wherever the number of rows is the same. The spread
+between seeds of training is not covered. Why scipy does not resample: docs/compare.md.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,20 +16,16 @@ from promptkd.results import Metric
 
 Floats = NDArray[np.float64]
 Values = Sequence[float] | Floats
-
-_BLOCK = 1 << 21
-"""Resampled rows held at a time, over all resamples of a block: about 32 MB."""
+_BLOCK = 1 << 21  # resampled rows held at a time, over all resamples of a block: about 32 MB
 
 
 @dataclass(frozen=True)
 class Bootstrap:
     """How rows are resampled; equal settings give equal intervals."""
 
-    resamples: int = 2000
-    """How often the rows are drawn, with replacement."""
+    resamples: int = 2000  # how often the rows are drawn, with replacement
     seed: int = 0
-    level: float = 0.95
-    """Share of the resampled values inside the interval, which lies between their (1 ± `level`) / 2 quantiles."""
+    level: float = 0.95  # the interval lies between the (1 ± `level`) / 2 quantiles of the resampled values
 
     def __post_init__(self) -> None:
         if self.resamples < 1:
@@ -52,9 +48,8 @@ def blocks(count: int, rows: int) -> Iterator[int]:
 
 
 def mean_interval(values: Values, bootstrap: Bootstrap = DEFAULT) -> Metric:
-    """Mean of `values`, shape (rows,), with its interval.
+    """Mean of `values`, shape (rows,), with its interval; without one for a single row or values that are not finite.
 
-    A single row gives no interval, and neither do values that are not all finite (their mean is reported as it is).
     All four functions raise `RequestError` for no rows, more than one dimension, unequal lengths or a count of 0.
     """
     return _interval(lambda v: v.mean(-1), bootstrap, values=values)
@@ -116,10 +111,9 @@ def row_contributions(sums_a: Floats, counts_a: Floats, sums_b: Floats, counts_b
     """t_i = (s_ai - R c_ai) / C_a - (s_bi - R c_bi) / C_b, with C the sums of c and R the token mean of both together.
 
     All have shape (rows,). Their sum is the difference of the two token means, S_a / C_a - S_b / C_b, whatever R is.
-    Where both models have the same counts R cancels, and t_i = (s_ai - s_bi) / C: for means over rows (counts 1) the
-    row's difference over the number of rows. Where counts differ, as in the KL on answers of different lengths, t_i is
-    the linearized contribution of row i to the difference, under the hypothesis that both have the same token mean.
-    Exchanging the two pairs (s, c) of a row instead would also test that the lengths are alike.
+    With equal counts R cancels and t_i = (s_ai - s_bi) / C. Where counts differ, as in the KL on answers of different
+    lengths, t_i is the linearized contribution of row i to the difference, under the hypothesis of equal token means;
+    exchanging the two pairs (s, c) of a row instead would also test that the lengths are alike.
     """
     total_a, total_b = counts_a.sum(), counts_b.sum()
     pooled = (sums_a.sum() + sums_b.sum()) / (total_a + total_b)
@@ -127,12 +121,10 @@ def row_contributions(sums_a: Floats, counts_a: Floats, sums_b: Floats, counts_b
 
 
 def sign_flip_test(contributions: Floats, *, draws: int = 9999, seed: int = 0) -> float:
-    """Two-sided p: the share of sign patterns x in {-1, 1}^rows with |Σ x_i t_i| >= |Σ t_i|.
+    """Two-sided p: the share of sign patterns x in {-1, 1}^rows with |Σ x_i t_i| >= |Σ t_i|, t of shape (rows,).
 
-    The hypothesis is that every t_i, shape (rows,), is as likely to have the other sign, as it is when two models are
-    exchangeable. Rows that contribute 0 aside, where there are at most `draws` + 1 patterns all are counted and p is
-    exact. Else patterns are drawn, and p = (count + 1) / (draws + 1), which never understates (Phipson and Smyth 2010).
-
+    Rows that contribute 0 aside, where there are at most `draws` + 1 patterns all are counted and p is exact. Else
+    patterns are drawn, and p = (count + 1) / (draws + 1), which never understates (Phipson and Smyth 2010).
     Raises `RequestError` for no rows, values that are not finite, or `draws` below 1.
     """
     if contributions.ndim != 1 or not len(contributions) or not np.isfinite(contributions).all():
@@ -142,15 +134,13 @@ def sign_flip_test(contributions: Floats, *, draws: int = 9999, seed: int = 0) -
     moving = contributions[contributions != 0]
     observed = abs(moving.sum()) - 1e-12 * np.abs(moving).sum()  # equal sums differ by rounding
 
-    def extreme(flips: NDArray[np.integer]) -> int:
-        """How many of the patterns, shape (patterns, rows) with 1 for a flipped sign, are as far from zero."""
+    def extreme(flips: NDArray[np.integer]) -> int:  # of patterns (patterns, rows), 1 for a flipped sign
         return int((np.abs(moving.sum() - 2 * (flips @ moving)) >= observed).sum())
 
     if 2 ** len(moving) <= draws + 1:
         every = np.arange(2 ** len(moving))[:, None] >> np.arange(len(moving)) & 1
         return extreme(every) / len(every)
-    generator = np.random.default_rng(seed)
-    sizes = ((size, len(moving)) for size in blocks(draws, len(moving)))
+    generator, sizes = np.random.default_rng(seed), ((size, len(moving)) for size in blocks(draws, len(moving)))
     count = sum(extreme(generator.integers(0, 2, size=size, dtype=np.int8)) for size in sizes)
     return (count + 1) / (draws + 1)
 

@@ -1,8 +1,7 @@
 """Scores of an answer that need no model: ROUGE and exact match against references, length, repetition, how it ends.
 
 ROUGE-L, ROUGE-1 and exact match are those that MiniLLM and PromptKD report: the best score over a row's references, on
-a scale of 0 to 100. MiniLLM's script also rounds to four decimals and cuts predictions and references to the shorter of
-the two; here nothing is rounded, and unequal lengths are an error.
+a scale of 0 to 100. Unlike in MiniLLM's script nothing is rounded, and unequal lengths are an error.
 """
 
 import string
@@ -21,9 +20,7 @@ from promptkd.errors import RequestError
 Kind = Literal["rougeL", "rouge1"]
 Texts = Sequence[str]
 Tokenize = Callable[[str], Sequence[str]]
-References = Sequence[str | Sequence[str]]
-"""Per prediction a reference, or a list or tuple of them."""
-
+References = Sequence[str | Sequence[str]]  # per prediction a reference, or a list or tuple of them
 _DELETE_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -32,9 +29,7 @@ def form_scores(
 ) -> dict[str, float]:
     """How an answer ends, its length and its repetition; see `docs/evaluation.md` for the formulas.
 
-    Args:
-        token_ids: the answer, with the stop id at the end where one was generated; not empty.
-        reference_tokens: tokens of the first reference, its end included, above 0.
+    `token_ids` end in the stop id where one was generated; `reference_tokens` counts the first reference with its end.
     """
     ended = token_ids[-1] in stop_ids
     content = token_ids[:-1] if ended else token_ids
@@ -82,23 +77,19 @@ def rouge_scores(
     F = 2 P R / (P + R), with P the length of what is in common over the tokens of the prediction and R over those of
     the reference (Lin 2004, β = 1); 0 where either has no token.
 
-    The default tokens are those of `RougeScorer(kinds, use_stemmer=True)` of the package `rouge-score`, which MiniLLM
-    and PromptKD use: lower case, runs of a-z and 0-9, the Porter stem of tokens longer than three characters. It knows
-    English alone: "naïve café" becomes "na", "ve", "caf", and other scripts leave nothing. A row whose references keep
-    no token scores 0 whatever the answer; such rows are kept, as MiniLLM keeps them, and one warning counts them.
-    `tokenize` replaces the default (and its stemming): `list` compares characters, `str.split` words.
+    The default tokens are those of `RougeScorer(kinds, use_stemmer=True)` of `rouge-score`, which MiniLLM and PromptKD
+    use: lower case, runs of a-z and 0-9, the Porter stem of tokens longer than three characters. Other scripts leave
+    nothing: a row whose references keep no token scores 0, as in MiniLLM, and one warning counts such rows. `tokenize`
+    replaces the default (and its stemming): `list` compares characters, `str.split` words.
 
     Raises `RequestError` for no rows, unequal lengths, a row without references, or something that is not a string.
     """
     rows = _reference_lists(predictions, references)
     tokens = cache(tokenize or DefaultTokenizer(use_stemmer=True).tokenize)  # stemming is most of the work
     if mute := sum(not any(map(tokens, row)) for row in rows):
-        warnings.warn(
-            f"{mute} of {len(rows)} rows have no reference with a token that ROUGE can compare, so they score 0 "
-            "whatever the answer. The default tokens are the letters a-z and digits; for other scripts pass "
-            "`tokenize`, for example `tokenize=list` to compare characters.",
-            stacklevel=3,
-        )
+        told = f"{mute} of {len(rows)} rows have no reference with a token that ROUGE can compare, so they score 0 "
+        told += "whatever the answer. The default tokens are the letters a-z and digits; for other scripts pass "
+        warnings.warn(told + "`tokenize`, for example `tokenize=list` to compare characters.", stacklevel=3)
     scorer = RougeScorer(list(kinds), tokenizer=SimpleNamespace(tokenize=tokens))
     found = [scorer.score_multi(row, prediction) for prediction, row in zip(predictions, rows, strict=True)]
     return {kind: [100.0 * each[kind].fmeasure for each in found] for kind in kinds}
@@ -124,23 +115,19 @@ def normalize_answer(text: str) -> str:
 
 
 def _reference_lists(predictions: Texts, references: References) -> list[Sequence[str]]:
-    """The references of each row as a list, after both arguments are checked."""
     for name, values in (("predictions", predictions), ("references", references)):
         if isinstance(values, str):
             raise RequestError(f"`{name}` must hold one entry per row. Got a single string; put it into a list.")
     if len(predictions) != len(references):
-        raise RequestError(
-            f"Every prediction needs its references. Got {len(predictions)} predictions and {len(references)} rows of "
-            "references; check that both come from the same rows of the data."
-        )
+        got = f"Got {len(predictions)} predictions and {len(references)} rows of references; check that both come"
+        raise RequestError(f"Every prediction needs its references. {got} from the same rows of the data.")
     if len(predictions) == 0:
         raise RequestError("Expected at least one prediction to score. Got none.")
     rows = [[given] if isinstance(given, str) else given for given in references]
     for row, (prediction, given) in enumerate(zip(predictions, rows, strict=True)):
         if not isinstance(given, list | tuple):
-            raise RequestError(
-                f"The references of row {row} must be a string or a list of strings. Got {type(given).__name__}."
-            )
+            got = f"Got {type(given).__name__}."
+            raise RequestError(f"The references of row {row} must be a string or a list of strings. {got}")
         if not given:
             raise RequestError(f"Row {row} has an empty list of references. Leave such rows out before scoring.")
         for name, text in [("The prediction", prediction), *(("A reference", each) for each in given)]:

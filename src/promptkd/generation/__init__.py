@@ -2,3 +2,5 @@
 
 from promptkd.generation.decode_loop import generate
 from promptkd.generation.sampling import Decoding, SamplingParams, row_seeds
+
+__all__ = ["Decoding", "SamplingParams", "generate", "row_seeds"]

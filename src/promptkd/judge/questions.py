@@ -14,9 +14,9 @@ from typing import Literal
 
 from pydantic import BaseModel, StrictInt, ValidationError
 
-from promptkd.data.rows import Instruction, Request, at, text_field
+from promptkd.data.rows import Instruction, Request, text_field
 from promptkd.data.sources import read_examples, read_objects
-from promptkd.errors import RequestError, check_all
+from promptkd.errors import RequestError, at, check_all
 from promptkd.io.files import MIB, read_regular
 
 Task = Literal["score", "pairwise"]

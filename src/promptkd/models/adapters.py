@@ -1,7 +1,4 @@
-"""The trainable parts of a teacher, and how the teacher is read with and without them.
-
-A `TeacherAdapter` is the trained thing; an `AdapterFactory` holds its settings and makes it for a teacher.
-"""
+"""The trainable parts of a teacher with their settings, and how the teacher is read with and without them."""
 
 import copy
 from abc import ABC, abstractmethod
@@ -23,8 +20,7 @@ from promptkd.models.soft_prompt import DEFAULT_TEXT, SoftPrompt
 from promptkd.objectives import regularizer_weight
 from promptkd.settings import Settings, accept_old_name, option
 
-Made = tuple["TeacherAdapter", nn.Module]
-"""An adapter, and the teacher to use with it in place of the one that it was made for."""
+Made = tuple["TeacherAdapter", nn.Module]  # an adapter, and the teacher to use with it in place of its own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,11 +79,11 @@ class TeacherAdapter(ABC):
         return cls(teacher), teacher
 
     def adapted_hidden(self, teacher: nn.Module, batch: TokenBatch) -> Tensor:
-        """(N, H) hidden states of the adapted teacher at the positions that predict response tokens."""
+        """Hidden states (N, H) of the adapted teacher at the positions that predict response tokens."""
         return response_hidden(self.adapted_model(teacher), batch)
 
     def plain_hidden(self, teacher: nn.Module, batch: TokenBatch) -> Tensor:
-        """(N, H) the same of the teacher as it came."""
+        """The same of the plain teacher."""
         with self.disabled():
             return response_hidden(teacher, batch)
 
@@ -96,7 +92,7 @@ class TeacherAdapter(ABC):
         return teacher
 
     def disabled(self) -> AbstractContextManager[None]:
-        """While it is entered, the teacher is the plain one."""
+        """A context in which the teacher is the plain one."""
         return nullcontext()
 
     def loss(self, step: TunerStep) -> ChunkedLoss:
@@ -110,15 +106,12 @@ class TeacherAdapter(ABC):
         return {}
 
     def parameters(self) -> list[nn.Parameter]:
-        """What is trained."""
         return [each for each in self.module.parameters() if each.requires_grad]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold."""
         return self.module.state_dict()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Resume from `state`."""
         self.module.load_state_dict(state)
 
     @abstractmethod
@@ -172,9 +165,8 @@ class SoftPromptFactory(AdapterFactory):
     """The text it starts from, cut or repeated to prompt_length tokens."""
 
     def create(self, teacher: nn.Module, tokenizer: Any, *, seed: int, device: torch.device) -> Made:
-        prompt = SoftPrompt.create(
-            teacher, tokenizer, length=self.prompt_length, start=self.prompt_start, text=self.prompt_text, seed=seed
-        )
+        length, start, text = self.prompt_length, self.prompt_start, self.prompt_text
+        prompt = SoftPrompt.create(teacher, tokenizer, length=length, start=start, text=text, seed=seed)
         return SoftPromptAdapter(prompt.to(device)), teacher
 
 
@@ -229,9 +221,8 @@ class LoraFactory(AdapterFactory):
     """LoRA teacher adapter: scale of its weights."""
 
     def create(self, teacher: nn.Module, tokenizer: Any, *, seed: int, device: torch.device) -> Made:
-        config = LoraConfig(
-            r=self.adapter_rank, lora_alpha=self.adapter_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
-        )
+        rank, alpha = self.adapter_rank, self.adapter_alpha
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             wrapped = get_peft_model(unwrap_peft(teacher), config)
@@ -258,10 +249,5 @@ class FullTeacherFactory(AdapterFactory):
 
 
 AdapterName = Literal["none", "prompt", "lora", "full", "online"]
-ADAPTERS: dict[str, type[AdapterFactory] | None] = {
-    "none": None,
-    "prompt": SoftPromptFactory,
-    "lora": LoraFactory,
-    "full": FullTeacherFactory,
-}
-"""The factories by their names, to which a method's file may add its own."""
+_FACTORIES = {"prompt": SoftPromptFactory, "lora": LoraFactory, "full": FullTeacherFactory}
+ADAPTERS: dict[str, type[AdapterFactory] | None] = {"none": None, **_FACTORIES}  # a method's file may add its own

@@ -1,8 +1,7 @@
 """Exports a model for serving tools, and verifies the export by reading it back.
 
-What was written must be the model with its weights rounded to the chosen type. With the same weights in float32 the
-logits agree up to the order of additions, so the comparison needs no allowance for the rounding and sees small errors.
-The effect of the rounding itself is measured beside it.
+Logits are compared with those of the model whose weights are rounded to the chosen type. They agree up to the order of
+additions, so that small errors show. The effect of the rounding itself is measured beside it.
 """
 
 import tempfile
@@ -18,14 +17,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from promptkd.errors import PromptKDError, RequestError
 from promptkd.models.folder import clear_load_errors
-from promptkd.models.gguf_read import convert_gguf
-from promptkd.models.gguf_write import gguf_problems, stored_type, write_gguf
+from promptkd.models.gguf_format import convert_gguf, gguf_problems, stored_type, write_gguf
 from promptkd.models.load import load_model, load_tokenizer, resolve_model
 from promptkd.models.pair import PROBES
 
 _TOLERANCE = 1e-4  # most that logits may differ, as a share of the largest
 _SAMPLE = 128  # most tokens that logits are compared on
-
 ModelAndTokenizer = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
@@ -48,10 +45,9 @@ def plain_model(name: str, *, trust_remote_code: bool = False) -> ModelAndTokeni
     if (folder / "adapter_config.json").is_file():
         with clear_load_errors(folder):
             settings = PeftConfig.from_pretrained(str(folder))
-        if settings.is_prompt_learning:
-            raise RequestError(f"{name} is a soft prompt, which is no part of a model's weights. Give the student.")
-        base = load_model(str(settings.base_model_name_or_path), trust_remote_code=trust_remote_code)
-        with clear_load_errors(folder):
+            if settings.is_prompt_learning:
+                raise RequestError(f"{name} is a soft prompt, which is no part of a model's weights. Give the student.")
+            base = load_model(str(settings.base_model_name_or_path), trust_remote_code=trust_remote_code)
             model = PeftModel.from_pretrained(base, str(folder)).merge_and_unload()
     else:
         model = load_model(name, trust_remote_code=trust_remote_code)
@@ -84,16 +80,13 @@ def export_gguf(
 ) -> Comparison:
     """Write a GGUF file that llama.cpp loads. The weights of `model` are left rounded to `dtype`.
 
-    Raises:
-        RequestError: for a model that `write_gguf` does not know, or weights that `dtype` cannot hold.
-        PromptKDError: if what was read back is not what was written.
+    `RequestError` for a model that `write_gguf` does not know, or weights that `dtype` cannot hold; `PromptKDError` if
+    what was read back is not what was written.
     """
     if problems := gguf_problems(model, tokenizer):
-        raise RequestError(
-            f"This model cannot be written as GGUF here: {'; '.join(problems)}. llama.cpp's own converter knows more "
-            "models: export to safetensors, then run `python convert_hf_to_gguf.py FOLDER --outfile FILE.gguf` from a "
-            "checkout of llama.cpp."
-        )
+        command = "`python convert_hf_to_gguf.py FOLDER --outfile FILE.gguf` from a checkout of llama.cpp"
+        advice = f"llama.cpp's own converter knows more models: export to safetensors, then run {command}."
+        raise RequestError(f"This model cannot be written as GGUF here: {'; '.join(problems)}. {advice}")
 
     def read() -> ModelAndTokenizer:
         with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.stem}-") as folder:
@@ -135,35 +128,30 @@ def _verified(
     limit = _TOLERANCE * max(1.0, float(rounded.abs().max()))
     difference = float((_logits(found, ids) - rounded).abs().max())
     if not difference <= limit:  # NaN, too
-        raise PromptKDError(
-            f"What was written is not the model: read back, its logits differ by up to {difference:.2g}, and "
-            f"{limit:.2g} was expected at most. Nothing is kept. Please report this with the model's config.json."
-        )
+        problem = f"its logits differ by up to {difference:.2g}, and {limit:.2g} was expected at most"
+        advice = "Nothing is kept. Please report this with the model's config.json."
+        raise PromptKDError(f"What was written is not the model: read back, {problem}. {advice}")
     same = int((exact.argmax(-1) == rounded.argmax(-1)).sum())
     return Comparison(ids.shape[1], difference, limit, float((exact - rounded).abs().max()), same, texts)
 
 
 def _compare_tokenizers(written: PreTrainedTokenizerBase, read: PreTrainedTokenizerBase) -> int:
-    """Returns the number of texts that were compared."""
+    """The number of texts that were compared."""
     control = " ".join(written.all_special_tokens)
     texts = [*PROBES, f"{control} and {control}"]
     checks: list[tuple[str, object, object]] = [("the end token", written.eos_token_id, read.eos_token_id)]
     if written.chat_template:
-        texts.append(_conversation(written))
-        checks.append(("a rendered conversation", texts[-1], _conversation(read)))
+        messages = [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "1."}]
+        here, there = (each.apply_chat_template(messages, tokenize=False) for each in (written, read))
+        texts.append(here)
+        checks.append(("a rendered conversation", here, there))
     tokens = [(f"the tokens of {text!r}", written(text)["input_ids"], read(text)["input_ids"]) for text in texts]
     for what, expected, found in (*tokens, *checks):
         if expected != found:
-            raise PromptKDError(
-                f"What was written is not the tokenizer: read back, {what} is {str(found)[:200]} and not "
-                f"{str(expected)[:200]}. Nothing is kept. Please report this with the model's tokenizer.json."
-            )
+            problem = f"{what} is {str(found)[:200]} and not {str(expected)[:200]}"
+            advice = "Nothing is kept. Please report this with the model's tokenizer.json."
+            raise PromptKDError(f"What was written is not the tokenizer: read back, {problem}. {advice}")
     return len(texts)
-
-
-def _conversation(tokenizer: PreTrainedTokenizerBase) -> str:
-    messages = [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "1."}]
-    return tokenizer.apply_chat_template(messages, tokenize=False)
 
 
 def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:

@@ -28,13 +28,26 @@ def check_model_folder(folder: Path) -> None:
     config, adapter = found.get("config.json"), found.get(_ADAPTER_CONFIG)
     if adapter is not None:
         _need_safetensors(folder, _ADAPTER_WEIGHTS)
-        _check_rank(folder, adapter)
+        patterns, shapes = adapter.get("rank_pattern"), _shapes(folder / _ADAPTER_WEIGHTS)
+        ranks = [adapter.get("r"), adapter.get("num_virtual_tokens")]
+        ranks += patterns.values() if isinstance(patterns, dict) else []
+        rank = max((each for each in ranks if isinstance(each, int)), default=0)
+        largest = max((size for shape in shapes for size in shape), default=0)
+        if shapes and rank > largest:  # PEFT allocates them before it compares the two
+            asked = f"{folder / _ADAPTER_CONFIG} asks for a rank or length of {rank}"
+            raise RequestError(f"{asked}, and no weight beside it is larger than {largest}.")
     if config is not None:
         _check_names_no_code(folder, config)
         if adapter is None:
             _need_safetensors(folder, "*.safetensors")
         if _INDEX in found:
-            _check_index(folder / _INDEX, found[_INDEX].get("weight_map"))
+            index, files = folder / _INDEX, found[_INDEX].get("weight_map")
+            if not isinstance(files, dict):
+                got = type(files).__name__
+                raise RequestError(f"{index} must hold a weight_map, the file of each weight. Got {got}.")
+            for name in files.values():
+                if not is_plain_name(name) or not name.endswith(".safetensors"):
+                    raise RequestError(f"{index} must name safetensors files of its own folder. Got {name!r:.200}.")
         _check_layers(folder, config)
 
 
@@ -60,10 +73,8 @@ def clear_load_errors(name: str | Path) -> Iterator[None]:
         reason = " ".join(str(error).split()) or type(error).__name__
         if "ignore_mismatched_sizes" in reason:
             reason = "its weights have other sizes than its config.json asks for."
-        raise RequestError(
-            f"Could not load a causal language model from {name}: {reason[:400]} "
-            "Check the name, or the network if it is a hub name."
-        ) from error
+        problem = f"Could not load a causal language model from {name}: {reason[:400]}"
+        raise RequestError(f"{problem} Check the name, or the network if it is a hub name.") from error
 
 
 def _need_safetensors(folder: Path, pattern: str) -> None:
@@ -71,62 +82,35 @@ def _need_safetensors(folder: Path, pattern: str) -> None:
         return
     pickles = sorted(file.name for kind in _PICKLES for file in folder.glob(kind) if file.name != "training_args.bin")
     if pickles:
-        raise RequestError(
-            f"{folder} holds its weights as pickle ({pickles[0]}), and unpickling can run code. Expected {pattern}: "
-            "convert it where you trust it, by `save_pretrained` of transformers or PEFT."
-        )
+        advice = "convert it where you trust it, by `save_pretrained` of transformers or PEFT"
+        problem = f"holds its weights as pickle ({pickles[0]}), and unpickling can run code"
+        raise RequestError(f"{folder} {problem}. Expected {pattern}: {advice}.")
     if pattern == _ADAPTER_WEIGHTS:  # PEFT would look for it on the hub
         raise RequestError(f"{folder} holds an adapter's configuration and no {pattern}.")
 
 
-def _check_index(index: Path, files: Any) -> None:
-    if not isinstance(files, dict):
-        raise RequestError(f"{index} must hold a weight_map, the file of each weight. Got {type(files).__name__}.")
-    for name in files.values():
-        if not is_plain_name(name) or not name.endswith(".safetensors"):
-            raise RequestError(f"{index} must name safetensors files of its own folder. Got {name!r:.200}.")
-
-
 def _check_names_no_code(folder: Path, settings: dict[str, Any]) -> None:
     """Refuse attention that comes as code from a hub ("owner/kernel"), which transformers would download and run."""
+    file = folder / "config.json"
     for key, value in settings.items():
         if key.endswith("_implementation"):
             for name in value.values() if isinstance(value, dict) else [value]:
                 if isinstance(name, str) and "/" in name:
-                    raise RequestError(
-                        f"{folder / 'config.json'} asks for code from the hub: {key} is {name!r}. Remove it there."
-                    )
+                    raise RequestError(f"{file} asks for code from the hub: {key} is {name!r}. Remove it there.")
         elif isinstance(value, dict):
             _check_names_no_code(folder, value)
 
 
 def _check_layers(folder: Path, config: dict[str, Any]) -> None:
     """Refuse more layers than there are weights: creating them would take hours before the weights are missed."""
-    for settings in (config, config.get("text_config")):
-        for name in ("num_hidden_layers", "n_layer", "num_layers"):
-            layers = settings.get(name) if isinstance(settings, dict) else None
-            if isinstance(layers, int) and layers > _MOST_LAYERS_WITHOUT_WEIGHTS:
-                weights = sum(len(_shapes(file)) for file in folder.glob("*.safetensors"))
-                if layers > weights:
-                    raise RequestError(
-                        f"{folder / 'config.json'} asks for {layers} layers ({name}), and the folder holds {weights} "
-                        "weights."
-                    )
-
-
-def _check_rank(folder: Path, settings: dict[str, Any]) -> None:
-    """Refuse an adapter of a higher rank than its weights have: PEFT allocates it before it compares the two."""
-    patterns = settings.get("rank_pattern")
-    ranks = [settings.get("r"), settings.get("num_virtual_tokens")]
-    ranks += patterns.values() if isinstance(patterns, dict) else []
-    shapes = _shapes(folder / _ADAPTER_WEIGHTS)
-    largest = max((size for shape in shapes for size in shape), default=0)
-    for rank in ranks:
-        if shapes and isinstance(rank, int) and rank > largest:
-            raise RequestError(
-                f"{folder / _ADAPTER_CONFIG} asks for a rank or length of {rank}, and no weight beside it is larger "
-                f"than {largest}."
-            )
+    parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
+    for name in ("num_hidden_layers", "n_layer", "num_layers"):
+        layers = max((part[name] for part in parts if isinstance(part.get(name), int)), default=0)
+        if layers > _MOST_LAYERS_WITHOUT_WEIGHTS:
+            weights = sum(len(_shapes(file)) for file in folder.glob("*.safetensors"))
+            if layers > weights:
+                file = folder / "config.json"
+                raise RequestError(f"{file} asks for {layers} layers ({name}), and the folder holds {weights} weights.")
 
 
 def _shapes(file: Path) -> list[list[int]]:

@@ -8,10 +8,10 @@ from typing import Any, get_args
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from promptkd.errors import RequestError
+from promptkd.errors import RequestError, at
 from promptkd.io.files import not_regular
 from promptkd.models.folder import adapter_base, check_model_folder, clear_load_errors
-from promptkd.models.gguf_read import converted_gguf
+from promptkd.models.gguf_format import converted_gguf
 from promptkd.precision import WeightPrecision
 from promptkd.results import ModelRecord, file_sha256
 
@@ -22,12 +22,10 @@ _EXPECTED = "Expected a model folder, a GGUF file or a hub name."
 def load_model(
     name: str | Path, *, dtype: str = "float32", trust_remote_code: bool = False, **settings: Any
 ) -> PreTrainedModel:
-    """Load a causal language model in evaluation mode; `RequestError` if there is no such model.
+    """Load a causal language model in evaluation mode: by hub name, folder, run folder (its student) or GGUF file.
 
-    Args:
-        name: hub name, folder, run folder (its student) or GGUF file.
-        dtype: "float32", "bfloat16", "float16", or "auto" for that of the model's files.
-        settings: further arguments of transformers' `from_pretrained`: `revision`, `quantization_config`, …
+    `dtype` "auto" is that of the model's files; `settings` go to `from_pretrained` of transformers (`revision`,
+    `quantization_config`, …). `RequestError` if there is no such model.
     """
     if dtype not in get_args(WeightPrecision):
         raise RequestError(f"Expected a dtype of {', '.join(get_args(WeightPrecision))}. Got {dtype!r}.")
@@ -36,9 +34,8 @@ def load_model(
     with clear_load_errors(name):
         model, report = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **settings)
     if missing := report["missing_keys"]:
-        raise RequestError(
-            f"{name} lacks {len(missing)} weights that its configuration asks for, {min(missing)} among them."
-        )
+        count, first = len(missing), min(missing)
+        raise RequestError(f"{name} lacks {count} weights that its configuration asks for, {first} among them.")
     keep_differentiable(model)
     return model.eval()
 
@@ -54,10 +51,7 @@ def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False, **setti
 
 
 def resolve_model(name: str | Path) -> str:
-    """Where transformers finds the model: a folder (converted from GGUF if necessary) or a hub name.
-
-    `RequestError` for a path that does not exist, a folder that holds no model, a name that is neither.
-    """
+    """Where transformers finds it: a folder (converted from GGUF if necessary) or a hub name, else `RequestError`."""
     text, path = str(name), Path(name).expanduser()
     is_gguf = path.suffix.lower() == ".gguf"
     try:
@@ -73,9 +67,8 @@ def resolve_model(name: str | Path) -> str:
     if kind := not_regular(path):
         raise RequestError(f"{_EXPECTED} {path} is {kind}.")
     if text.startswith((".", "/", "~")) or is_gguf or not _HUB_NAME.fullmatch(text):
-        raise RequestError(
-            f"No such model: {text} does not exist. Give a folder, a GGUF file or a hub name (owner/name)."
-        )
+        advice = "Give a folder, a GGUF file or a hub name (owner/name)."
+        raise RequestError(f"No such model: {text} does not exist. {advice}")
     return text
 
 
@@ -84,33 +77,20 @@ def _model_folder(folder: Path) -> Path:
         candidate = folder / inside
         if (candidate / "config.json").is_file() or (candidate / "adapter_config.json").is_file():
             check_model_folder(candidate)
-            _check_base(candidate)
+            if base := adapter_base(candidate):  # PEFT and transformers look for it in the same way
+                belongs = f"The adapter in {candidate} belongs to"
+                if (Path(base).expanduser() / "adapter_config.json").is_file():
+                    raise RequestError(f"{belongs} {base}, which is an adapter itself. Merge that first.")
+                with at(f"{belongs} the model {base}"):
+                    resolve_model(base)
             return candidate
     found = sorted(entry.name for entry in folder.iterdir())
-    raise RequestError(
-        f"{folder} is no model: expected config.json (or adapter_config.json) in it, or a run's student/ folder. "
-        f"It holds {', '.join(found[:8]) or 'nothing'}."
-    )
-
-
-def _check_base(folder: Path) -> None:
-    """Refuse an adapter whose base is not a model; PEFT and transformers look for the base in the same way."""
-    if (base := adapter_base(folder)) is None:
-        return
-    if (Path(base).expanduser() / "adapter_config.json").is_file():
-        raise RequestError(f"The adapter in {folder} belongs to {base}, which is an adapter itself. Merge that first.")
-    try:
-        resolve_model(base)
-    except RequestError as error:
-        raise RequestError(f"The adapter in {folder} belongs to the model {base}: {error}") from error
+    expected = "config.json (or adapter_config.json) in it, or a run's student/ folder"
+    raise RequestError(f"{folder} is no model: expected {expected}. It holds {', '.join(found[:8]) or 'nothing'}.")
 
 
 def keep_differentiable(model: nn.Module) -> None:
-    """Keep bitsandbytes' 4-bit layers in a form that gradients can pass; `RequestError` if it is too late.
-
-    On CPUs with bfloat16 units, the first pass without a gradient reorders their weights for inference, after which no
-    gradient passes the layer: bitsandbytes 0.50 only warns, and the soft prompt would learn nothing.
-    """
+    """Keep bitsandbytes' 4-bit layers in a form that gradients can pass; `RequestError` if it is too late."""
     if "bitsandbytes" not in sys.modules:
         return
     from bitsandbytes.nn import Linear4bit
@@ -119,10 +99,10 @@ def keep_differentiable(model: nn.Module) -> None:
         if isinstance(layer, Linear4bit):
             state = layer.weight.quant_state
             if state is not None and vars(state).get("packing_format_for_cpu"):
-                raise RequestError(
-                    "The 4-bit model has run without a gradient before, and bitsandbytes has reordered its weights for "
-                    "inference. Load it again."
-                )
+                problem = "has run without a gradient before, and bitsandbytes has reordered its weights for inference"
+                raise RequestError(f"The 4-bit model {problem}. Load it again.")
+            # On CPUs with bfloat16 units, bitsandbytes 0.50 would reorder the weights for inference in the first pass
+            # without a gradient. After that no gradient passes the layer, of which it only warns.
             layer.support_avx512bf16_for_cpu = False
 
 

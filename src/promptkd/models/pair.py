@@ -9,31 +9,22 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
-from promptkd.engine import (
-    ChunkedLoss,
-    Head,
-    chunked_cross_entropy,
-    chunked_objective,
-    chunked_prompt_loss,
-    head_logits,
-    head_size,
-    linear_head,
-)
+from promptkd.engine.chunked_loss import ChunkedLoss, chunked_cross_entropy, chunked_objective, chunked_prompt_loss
+from promptkd.engine.heads import Head, head_logits, head_size, linear_head
 from promptkd.errors import RequestError
 from promptkd.objectives import prompt_loss_terms
 from promptkd.objectives.divergences import Direction
 
-Objective = Callable[[Tensor, Tensor], Tensor]
-"""(student_logits, teacher_logits), both (N, V), to N values in nats."""
+Objective = Callable[[Tensor, Tensor], Tensor]  # (student_logits, teacher_logits), both (N, V), to N values in nats
 Role = Literal["student", "teacher", "plain"]
 
+# Texts that show differences of merges and normalizers, which tokenizers of one vocabulary can have.
 PROBES = (
     "The quick brown fox's 12.5 % of 1999, isn't it? IT'S 3,141,592!",
     "  two  spaces\n\tand a tab\n\n1. One\n\n  2) Two   3\r\n",
     "naïve café – 日本語 ١٢٣ 🙂👩‍💻 Ελλάδα",
     "def f(x):\n    return {x: [0x1F, 'a_b']}  # ok\n",
 )
-"""Texts that show differences of merges and normalizers, which tokenizers of one vocabulary can have."""
 
 
 @dataclass(frozen=True)
@@ -62,22 +53,15 @@ class Pair:
         return with_entropy(cross_entropy(logits, targets, reduction="sum"), logits)
 
     def prompt_loss(
-        self,
-        prompted_hidden: Tensor,
-        student_hidden: Tensor,
-        plain_hidden: Tensor | None,
-        *,
-        weight: float = 0.0,
-        **directions: Direction,
+        self, prompted: Tensor, student: Tensor, plain: Tensor | None, *, weight: float = 0.0, **directions: Direction
     ) -> ChunkedLoss:
-        """Sum over the tokens of `objectives.prompt_loss`, with its terms "to_student" and "to_plain"."""
+        """Sum over the hidden states of `objectives.prompt_loss`, with its terms "to_student" and "to_plain"."""
         if heads := self._heads("teacher", "student", "plain"):
-            prompted, student = (prompted_hidden, heads[0]), (student_hidden, heads[1])
-            plain = None if plain_hidden is None else (plain_hidden, heads[2])
-            return chunked_prompt_loss(prompted, student, plain, weight=weight, chunk=self.chunk, **directions)
-        prompted_logits = self.logits("teacher", prompted_hidden)
-        student_logits = self.logits("student", student_hidden)
-        plain_logits = None if plain_hidden is None else self.logits("plain", plain_hidden)
+            learner, anchor = (student, heads[1]), None if plain is None else (plain, heads[2])
+            adapted, chunk = (prompted, heads[0]), self.chunk
+            return chunked_prompt_loss(adapted, learner, anchor, weight=weight, chunk=chunk, **directions)
+        prompted_logits, student_logits = self.logits("teacher", prompted), self.logits("student", student)
+        plain_logits = None if plain is None else self.logits("plain", plain)
         to_student, to_plain = prompt_loss_terms(prompted_logits, student_logits, plain_logits, **directions)
         total, metrics = to_student.sum(), {"to_student": to_student.detach().sum()}
         if to_plain is not None:
@@ -118,19 +102,17 @@ def check_same_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedT
     mine, other = student.get_vocab(), teacher.get_vocab()
     if mine != other:
         token, *more = sorted(token for token in mine.keys() | other.keys() if mine.get(token) != other.get(token))
-        raise RequestError(
-            f"Student and teacher must share one vocabulary. {1 + len(more)} tokens differ, {token!r} among them: id "
-            f"{mine.get(token)} in the student, {other.get(token)} in the teacher. Distillation compares the two "
-            "distributions id by id; distilling across tokenizers is not supported."
-        )
+        differ = f"{1 + len(more)} tokens differ, {token!r} among them"
+        ids = f"id {mine.get(token)} in the student, {other.get(token)} in the teacher"
+        reason = "Distillation compares the two distributions id by id; distilling across tokenizers is not supported."
+        raise RequestError(f"Student and teacher must share one vocabulary. {differ}: {ids}. {reason}")
     words = " ".join(sorted(student.convert_tokens_to_string([token]) for token in mine))
     for text in (*PROBES, words):
         ours, theirs = (each(text, add_special_tokens=False)["input_ids"] for each in (student, teacher))
         if ours != theirs:
-            raise RequestError(
-                f"Student and teacher share their tokens but split text differently: {text[:80]!r} is {len(ours)} "
-                f"tokens for the student, {len(theirs)} for the teacher. Use the teacher's tokenizer for the student."
-            )
+            found = f"{text[:80]!r} is {len(ours)} tokens for the student, {len(theirs)} for the teacher"
+            problem = f"Student and teacher share their tokens but split text differently: {found}"
+            raise RequestError(f"{problem}. Use the teacher's tokenizer for the student.")
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -143,7 +125,6 @@ def shared_vocabulary_size(student: nn.Module, teacher: nn.Module, tokenizer: Pr
     needed = vocabulary_size(tokenizer)
     for name, size in (("student", head_size(student)), ("teacher", head_size(teacher))):
         if size < needed:
-            raise RequestError(
-                f"The {name}'s head must have a column for each of the tokenizer's {needed} tokens. Got {size}."
-            )
+            expected = f"a column for each of the tokenizer's {needed} tokens"
+            raise RequestError(f"The {name}'s head must have {expected}. Got {size}.")
     return needed

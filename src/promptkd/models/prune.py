@@ -1,8 +1,4 @@
-"""Layer pruning: a student made of some of the teacher's layers.
-
-They are those with the highest block influence, 1 - cos(input, output) averaged over tokens (ShortGPT, Men et al. 2024,
-eq. 1), measured on training rows; or evenly spaced ones; or given by index.
-"""
+"""Layer pruning: a student made of some of the teacher's layers, by block influence, evenly spaced or by index."""
 
 import copy
 from collections.abc import Sequence
@@ -21,27 +17,18 @@ from promptkd.errors import RequestError
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """Name and list of the decoder layers; `RequestError` if the backbone does not hold them in one `ModuleList`."""
-    count = model.config.get_text_config().num_hidden_layers
-    found = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module) == count
-        and "." not in name.removeprefix(f"{model.base_model_prefix}.").removeprefix("decoder.")
-    ]
+    count, prefix = model.config.get_text_config().num_hidden_layers, f"{model.base_model_prefix}."
+    lists = [(name, each) for name, each in model.named_modules() if isinstance(each, nn.ModuleList)]
+    inside = [(name.removeprefix(prefix).removeprefix("decoder."), name, each) for name, each in lists]
+    found = [(name, each) for path, name, each in inside if len(each) == count and "." not in path]
     if len(found) != 1:
-        raise RequestError(
-            f"Expected one list of {count} decoder layers in {type(model).__name__}. Found {len(found)}: this "
-            "architecture cannot be pruned by layer."
-        )
+        expected = f"Expected one list of {count} decoder layers in {type(model).__name__}"
+        raise RequestError(f"{expected}. Found {len(found)}: this architecture cannot be pruned by layer.")
     return found[0]
 
 
 def block_influence(model: PreTrainedModel, batches: Sequence[TokenBatch]) -> list[float]:
-    """1 - cosine between each layer's input and output, averaged over the real tokens of `batches`.
-
-    Real tokens are all up to a row's last response token. A value near 0 marks a layer that hardly changes its input.
-    """
+    """1 - cosine of each layer's input and output, averaged over real tokens (ShortGPT, Men et al. 2024, eq. 1)."""
     if not batches:
         raise RequestError("Block influence needs at least one row to be measured on. Got no batch.")
     _, layers = decoder_layers(model)
@@ -81,10 +68,7 @@ def _check_count(count: int, total: int) -> None:
 
 
 def prune_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
-    """A new model of the same class with the given layers of `model`, whose weights are copied.
-
-    `RequestError` for no layers, or indices that are outside of the model, repeated or not ascending.
-    """
+    """A new model with copies of the given layers; `RequestError` for none, unknown, repeated or unordered ones."""
     name, stack = decoder_layers(model)
     last = len(stack) - 1
     if not layers:
@@ -104,20 +88,23 @@ def prune_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMod
     for new, old in enumerate(layers):
         weights |= {f"{name}.{new}.{key}": tensor for key, tensor in stack[old].state_dict().items()}
     student = student.to(device=model.device)
+    problem = RequestError(
+        f"{type(model).__name__} cannot be pruned by layer: its layers do not give the student that they make up. "
+        "Merge adapters into the weights first; models whose layers depend on their depth are not supported."
+    )
     try:
         student.load_state_dict(weights)
     except RuntimeError as error:
-        raise _cannot_be_pruned(model) from error
+        raise problem from error
     student.generation_config = copy.deepcopy(model.generation_config)
     student.tie_weights()
-    _check_student(model, student.eval(), stack, layers)
+    if not _is_part(model, student.eval(), stack, layers):
+        raise problem
     return student
 
 
-def _check_student(
-    model: PreTrainedModel, student: PreTrainedModel, stack: nn.ModuleList, layers: Sequence[int]
-) -> None:
-    """The student must compute what the teacher computes when its other layers pass their input through."""
+def _is_part(model: PreTrainedModel, student: PreTrainedModel, stack: nn.ModuleList, layers: Sequence[int]) -> bool:
+    """Whether the student computes what the teacher computes when its other layers pass their input through."""
 
     def pass_through(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         before = args[0] if args else kwargs["hidden_states"]
@@ -130,12 +117,4 @@ def _check_student(
                 hooks.enter_context(layer.register_forward_hook(pass_through, with_kwargs=True))
         expected = model.base_model(input_ids=ids, use_cache=False).last_hidden_state.float()
         got = student.base_model(input_ids=ids, use_cache=False).last_hidden_state.float()
-    if float((got - expected).abs().max()) > 1e-3 * float(expected.abs().max()):
-        raise _cannot_be_pruned(model)
-
-
-def _cannot_be_pruned(model: PreTrainedModel) -> RequestError:
-    return RequestError(
-        f"{type(model).__name__} cannot be pruned by layer: its layers do not give the student that they make up. "
-        "Merge adapters into the weights first; models whose layers depend on their depth are not supported."
-    )
+    return not float((got - expected).abs().max()) > 1e-3 * float(expected.abs().max())

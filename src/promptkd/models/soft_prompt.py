@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from promptkd.engine import unwrap_peft
-from promptkd.errors import RequestError
+from promptkd.errors import RequestError, at
 
 DEFAULT_TEXT = "Suppose you are a student."
 PromptStart = Literal["text", "padding", "random"]
@@ -46,11 +46,7 @@ class SoftPrompt(nn.Module):
         text: str = DEFAULT_TEXT,
         seed: int = 0,
     ) -> "SoftPrompt":
-        """Start from the embeddings of `text` (cut or repeated to `length`), of the padding token, or at random.
-
-        Random vectors are normal, with the mean and standard deviation of each dimension in the teacher's embedding
-        table. `text` is tokenized without special tokens.
-        """
+        """Start from the embeddings of `text` (cut or repeated to `length`), of the padding token, or at random."""
         if length < 0:
             raise RequestError(f"The soft prompt's length must be 0 or more. Got {length}.")
         embedding = unwrap_peft(teacher).get_input_embeddings()
@@ -96,17 +92,11 @@ class SoftPrompt(nn.Module):
         """Write `folder` as a PEFT prompt-tuning adapter of `teacher`."""
         inner = unwrap_peft(teacher)
         config = inner.config.get_text_config()
-        adapter = PromptTuningConfig(
-            task_type="CAUSAL_LM",
-            num_virtual_tokens=self.length,
-            token_dim=self.embeddings.shape[1],
-            num_layers=config.num_hidden_layers,
-            num_attention_heads=config.num_attention_heads,
-            num_transformer_submodules=1,
-            base_model_name_or_path=inner.name_or_path,
-            inference_mode=True,
-        )
-        folder.mkdir(parents=True, exist_ok=True)
+        length, width = self.embeddings.shape
+        sizes = {"num_virtual_tokens": length, "token_dim": width, "num_transformer_submodules": 1}
+        sizes |= {"num_layers": config.num_hidden_layers, "num_attention_heads": config.num_attention_heads}
+        task = {"task_type": "CAUSAL_LM", "base_model_name_or_path": inner.name_or_path, "inference_mode": True}
+        adapter = PromptTuningConfig(**task, **sizes)
         adapter.save_pretrained(str(folder))
         save_file({_KEY: self.embeddings.detach().cpu().contiguous()}, folder / _WEIGHTS_FILE, {"format": "pt"})
 
@@ -115,16 +105,12 @@ class SoftPrompt(nn.Module):
         """Read a PEFT prompt-tuning adapter. `RequestError` if `folder` holds none."""
         if not (folder / _CONFIG_FILE).is_file() or not (folder / _WEIGHTS_FILE).is_file():
             raise RequestError(f"Expected a PEFT adapter ({_CONFIG_FILE}, {_WEIGHTS_FILE}) in {folder}; none is there.")
-        try:
+        with at(f"{folder / _CONFIG_FILE} is no configuration that PEFT reads", (ValueError, TypeError, KeyError)):
             config = PeftConfig.from_pretrained(str(folder))
-        except (ValueError, TypeError, KeyError) as error:
-            raise RequestError(f"{folder / _CONFIG_FILE} is no configuration that PEFT reads: {error}.") from error
         if not isinstance(config, PromptTuningConfig):
             raise RequestError(f"Expected a prompt-tuning adapter in {folder}. Got one of type {config.peft_type}.")
-        try:
+        with at(f"{folder / _WEIGHTS_FILE} is damaged", SafetensorError):
             tensors = load_file(folder / _WEIGHTS_FILE)
-        except SafetensorError as error:
-            raise RequestError(f"{folder / _WEIGHTS_FILE} is damaged: {error}.") from error
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         shape = (config.num_virtual_tokens, config.token_dim)
         if found != {_KEY: shape}:

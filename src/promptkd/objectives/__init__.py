@@ -13,15 +13,5 @@ from promptkd.objectives.divergences import (
     total_variation,
 )
 
-__all__ = [
-    "adaptive_kl",
-    "forward_kl",
-    "jensen_shannon",
-    "prompt_loss",
-    "prompt_loss_terms",
-    "regularizer_weight",
-    "reverse_kl",
-    "skew_forward_kl",
-    "skew_reverse_kl",
-    "total_variation",
-]
+__all__ = ["adaptive_kl", "forward_kl", "jensen_shannon", "prompt_loss", "prompt_loss_terms", "regularizer_weight"]
+__all__ += ["reverse_kl", "skew_forward_kl", "skew_reverse_kl", "total_variation"]

@@ -1,8 +1,7 @@
 """From results records to a page and to tables. Reads `Results` and nothing else."""
 
 from promptkd.report.differences import difference_table
-from promptkd.report.exports import render_csv, render_json, render_markdown
 from promptkd.report.labels import unified
 from promptkd.report.page import render_report
 from promptkd.report.tables import comparison_table
-from promptkd.report.terminal import terminal_table
+from promptkd.report.text import render_csv, render_json, render_markdown, terminal_table

@@ -12,21 +12,16 @@ from promptkd.report.tables import model_order
 from promptkd.results import Results, RowResult
 from promptkd.visible import visible
 
-_DIGITS = 4
-_SEEDS = ("seed", "seeds")
-_Place = tuple[int, str]
-"""Row and prompt: answers are shown together only under the very prompt that they were given."""
+_Place = tuple[int, str]  # row and prompt: answers are shown together only under the very prompt that they were given
 
 
 @dataclass(slots=True)
 class View:
-    """One decoding of a data set: greedy, or one seed."""
+    """One decoding of a data set: greedy, or one seed. Views of one setting sample the same distribution."""
 
     label: str
-    setting: str
-    """The decoding without its seed: views of one setting are samples of the same distribution."""
-    answers: dict[str, dict[_Place, RowResult]] = field(default_factory=dict)
-    """By model."""
+    setting: str  # the decoding without its seed
+    answers: dict[str, dict[_Place, RowResult]] = field(default_factory=dict)  # by model
 
     def add(self, model: str, run: str, sample: RowResult) -> None:
         """Join the scores of one answer; another answer of the same model to the same request goes under its run."""
@@ -40,16 +35,12 @@ class View:
 
 @dataclass(slots=True)
 class RowSet:
-    """All recorded requests of a data set, and every answer to them."""
-
     data: str
     references: dict[_Place, list[str]] = field(default_factory=dict)
-    views: dict[str, View] = field(default_factory=dict)
-    """By label."""
+    views: dict[str, View] = field(default_factory=dict)  # by label
 
     @property
     def places(self) -> list[_Place]:
-        """The requests in the order of their rows."""
         return sorted(self.references, key=lambda place: place[0])
 
 
@@ -58,7 +49,7 @@ def row_sets(records: Sequence[Results]) -> list[RowSet]:
     found: dict[str, RowSet] = {}
     for record, run in zip(records, run_labels(records), strict=True):
         for each in record.evaluations:
-            setting = decoding_words({name: each.decoding[name] for name in each.decoding if name not in _SEEDS})
+            setting = decoding_words({key: how for key, how in each.decoding.items() if key not in ("seed", "seeds")})
             for sample in each.samples:
                 rows = found.setdefault(each.data, RowSet(each.data))
                 rows.references.setdefault((sample.row, sample.prompt), sample.references)
@@ -76,26 +67,22 @@ def answering_models(records: Sequence[Results], sets: Sequence[RowSet]) -> list
 def browser_data(records: Sequence[Results], sets: Sequence[RowSet], models: Sequence[str]) -> dict[str, Any]:
     """What the page's script browses: every prompt and reference once, answers and scores in columns by request.
 
-    Metrics, [label, unit, better, decimals, value of a yes] each, and models are named by position. Scores are in the
-    metric's unit, null where there is none.
+    Metrics, [label, unit, better, decimals, value of a yes] each, and models are named by position.
     """
     samples = [sample for record in records for each in record.evaluations for sample in each.samples]
     names = in_order(name for sample in samples for name in sample.scores)
-    metrics = []
-    for info in map(metric_info, names):
-        yes = None if info.yes is None else info.yes * info.scale
-        metrics.append([visible(info.label), info.unit, info.better, info.decimals, yes])
+    metrics = [
+        [visible(info.label), info.unit, info.better, info.decimals, info.yes and info.yes * info.scale]
+        for info in map(metric_info, names)
+    ]
     return {"metrics": metrics, "sets": [_set(rows, models, names) for rows in sets]}
 
 
 def _set(rows: RowSet, models: Sequence[str], names: list[str]) -> dict[str, Any]:
     places, views = rows.places, []
     for view in rows.views.values():
-        answers = [
-            {"model": position, **_columns([view.answers[model].get(place) for place in places], names)}
-            for position, model in enumerate(models)
-            if model in view.answers
-        ]
+        found = [(at, view.answers[model]) for at, model in enumerate(models) if model in view.answers]
+        answers = [{"model": at, **_columns([own.get(place) for place in places], names)} for at, own in found]
         views.append({"label": visible(view.label), "setting": visible(view.setting), "answers": answers})
     return {
         "data": visible(rows.data),
@@ -118,5 +105,5 @@ def _columns(samples: list[RowResult | None], names: list[str]) -> dict[str, Any
 def _shown(name: str, score: float) -> float | None:
     if not math.isfinite(score):
         return None
-    value = float(f"{score * metric_info(name).scale:.{_DIGITS}g}")
+    value = float(f"{score * metric_info(name).scale:.4g}")
     return int(value) if value.is_integer() else value

@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, get_args
 
 from promptkd.report.formatting import estimate, joined, listed, probability, typed
@@ -11,10 +11,9 @@ from promptkd.report.labels import run_labels
 from promptkd.report.metrics import MetricInfo, in_order, metric_info
 from promptkd.results import Difference, Results
 
+# tied: the interval holds zero, or a test does not rule chance out; open: no interval, so nothing can be said
 Verdict = Literal["better", "worse", "tied", "open"]
-"""tied: the interval holds zero, or a test does not rule chance out. open: no interval, so nothing can be said."""
-LEVEL = 0.05
-"""Largest adjusted p of a claimed difference, beside an interval of 1 - `LEVEL`."""
+LEVEL = 0.05  # largest adjusted p of a claimed difference, beside an interval of 1 - `LEVEL`
 _MOST_WITH_NUMBERS = 8
 
 
@@ -31,8 +30,7 @@ class DifferenceRow:
     source: Difference
     info: MetricInfo
     verdict: Verdict
-    value: str
-    """Signed, model less baseline."""
+    value: str  # signed, model less baseline
     interval: str | None
 
     @property
@@ -42,73 +40,57 @@ class DifferenceRow:
 
     @property
     def words(self) -> str:
-        """The verdict in two or three words."""
         unsettled = {"tied": "cannot be told apart", "open": "no interval"}
         return unsettled.get(self.verdict, f"{self.change}, {self.verdict}")
 
 
 def verdict(difference: Difference) -> Verdict:
-    """A claim needs an interval that lies on one side of zero, with the value.
+    """A claim needs an interval that lies, with the value, on one side of zero, and an adjusted p of at most `LEVEL`.
 
-    Where the difference was tested, its adjusted p must be at most `LEVEL` too: the interval does not account for the
-    other differences that were looked at.
+    Where it was tested, that is: the interval does not account for the other differences that were looked at.
     """
     value, low, high = difference.difference.value, difference.difference.low, difference.difference.high
     if low is None or high is None or not (math.isfinite(value) and low <= high):
         return "open"
     if difference.p_adjusted is not None and not difference.p_adjusted <= LEVEL and low <= value <= high:
         return "tied"
-    if low > 0 and value > 0:
-        return "better" if difference.better == "higher" else "worse"
-    if high < 0 and value < 0:
-        return "better" if difference.better == "lower" else "worse"
+    if (low > 0 and value > 0) or (high < 0 and value < 0):
+        return "better" if (value > 0) == (difference.better == "higher") else "worse"
     return "tied" if low <= 0 <= high else "open"
 
 
 def difference_table(records: Sequence[Results]) -> list[DifferenceRow]:
-    """One row per recorded difference of the `unified` records, in their order.
-
-    `run` is empty where no second record compares the same pair on the same data.
-    """
-    found = [
-        (run, Pair(each.data, each.model, each.baseline), each)
-        for run, record in zip(run_labels(records), records, strict=True)
-        for each in record.differences
-    ]
-    runs = Counter(pair for _, pair in {(run, pair) for run, pair, _ in found})
+    """The recorded differences of the `unified` records; `run` is empty where only one record compares a pair."""
     rows = []
-    for run, pair, each in found:
-        info = metric_info(each.metric)
-        value, interval = estimate(info, each.difference, signed=True)
-        rows.append(DifferenceRow(run if runs[pair] > 1 else "", pair, each, info, verdict(each), value, interval))
-    return rows
+    for run, record in zip(run_labels(records), records, strict=True):
+        for each in record.differences:
+            pair, info = Pair(each.data, each.model, each.baseline), metric_info(each.metric)
+            texts = estimate(info, each.difference, signed=True)
+            rows.append(DifferenceRow(run, pair, each, info, verdict(each), *texts))
+    runs = Counter(pair for pair, _ in {(row.pair, row.run) for row in rows})
+    return [row if runs[row.pair] > 1 else replace(row, run="") for row in rows]
 
 
 def paired(rows: Sequence[DifferenceRow]) -> dict[Pair, list[DifferenceRow]]:
-    """The differences of each pair on each data set, in the order of first appearance."""
     return {pair: [row for row in rows if row.pair == pair] for pair in dict.fromkeys(row.pair for row in rows)}
 
 
 def comparison_sentences(rows: Sequence[DifferenceRow]) -> dict[Pair, str]:
     """What can be said of every pair in `rows`, with numbers. The data set is named where there are several."""
-    many = len({row.pair.data for row in rows}) > 1
-    return {
-        pair: (f"On {pair.data}: " if many and pair.data else "") + _with_numbers(pair, found)
-        for pair, found in paired(rows).items()
-    }
+    pairs = paired(rows)
+    named = len({pair.data for pair in pairs}) > 1
+    where = {pair: f"On {pair.data}: " if named and pair.data else "" for pair in pairs}
+    return {pair: where[pair] + _with_numbers(pair, found) for pair, found in pairs.items()}
 
 
 def _with_numbers(pair: Pair, rows: list[DifferenceRow]) -> str:
     """What the intervals tell apart, then what they do not, then what has none."""
     told = []
-    for row in rows:
-        if row.change:
-            size, interval = estimate(row.info, row.source.difference, flip=row.change == "lower")
-            amount = joined(size, interval, row.info.difference_unit, by=" ")
-            gain = "a gain" if row.verdict == "better" else "a loss"
-            told.append(f"{row.change} {row.info.phrase} by {amount} ({gain})")
-    brief = len(rows) > _MOST_WITH_NUMBERS
-    tied = []
+    for row in (row for row in rows if row.change):
+        size, interval = estimate(row.info, row.source.difference, flip=row.change == "lower")
+        amount = joined(size, interval, row.info.difference_unit, by=" ")
+        told.append(f"{row.change} {row.info.phrase} by {amount} (a {'gain' if row.verdict == 'better' else 'loss'})")
+    brief, tied = len(rows) > _MOST_WITH_NUMBERS, []
     for row in (row for row in rows if row.verdict == "tied"):
         found, p = row.source.difference, row.source.p_adjusted
         excludes_zero = (found.low or 0) > 0 or (found.high or 0) < 0  # and yet the test says that it may be chance

@@ -17,10 +17,8 @@ _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 def number(value: float, decimals: int, *, signed: bool = False) -> str:
     """`value` with so many decimals and a true minus sign. Zero has no sign."""
-    if math.isnan(value):
-        return "NaN"
-    if math.isinf(value):
-        return "∞" if value > 0 else "−∞"
+    if not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "∞" if value > 0 else "−∞"
     written = f"{abs(value):.{decimals}f}"
     if value != 0 and float(written) == 0:
         written = power_of_ten(f"{abs(value):.1e}")
@@ -34,10 +32,7 @@ def power_of_ten(written: str) -> str:
 
 
 def estimate(info: MetricInfo, measured: Metric, *, signed: bool = False, flip: bool = False) -> tuple[str, str | None]:
-    """Value and "[low, high]" (None without an interval) in the metric's unit, as text; `flip` negates all three.
-
-    All have as many decimals as it takes that no end but zero reads as zero and two different ends read differently.
-    """
+    """Value and "[low, high]" (None without an interval) in the metric's unit, as text; `flip` negates all three."""
     factor = -info.scale if flip else info.scale
     values = [measured.value * factor]
     if measured.low is not None and measured.high is not None:
@@ -47,18 +42,13 @@ def estimate(info: MetricInfo, measured: Metric, *, signed: bool = False, flip: 
     return value, f"[{', '.join(ends)}]" if ends else None
 
 
-def deviation(info: MetricInfo, measured: Metric) -> str | None:
-    """ "± 0.4" between the seeds, in the metric's unit; None where there was one decoding."""
-    return None if measured.deviation is None else f"± {estimate(info, Metric(value=measured.deviation))[0]}"
-
-
 def _decimals(info: MetricInfo, values: list[float]) -> int:
+    """As many as it takes that no end but zero reads as zero and two different ends read differently."""
     finite = [value for value in values if math.isfinite(value)]
     for decimals in range(info.decimals, info.decimals + _MOST_EXTRA_DECIMALS):
         rounded = [round(value, decimals) for value in finite]
-        reads_as_zero = any(value != 0 and short == 0 for value, short in zip(finite, rounded, strict=True))
         ends_read_alike = len(finite) == 3 and finite[1] != finite[2] and rounded[1] == rounded[2]
-        if not reads_as_zero and not ends_read_alike:
+        if rounded.count(0) == finite.count(0) and not ends_read_alike:
             return decimals
     return info.decimals + _MOST_EXTRA_DECIMALS
 
@@ -88,17 +78,15 @@ def duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s"
 
 
 def millions(parameters: int) -> str:
     """134515008 -> "135 million"."""
-    for size, word in ((10**9, "billion"), (10**6, "million")):
-        if parameters >= size:
-            short = parameters / size
-            return f"{short:.0f} {word}" if short >= 100 else f"{short:.3g} {word}"
-    return f"{parameters:,}"
+    if parameters < 10**6:
+        return f"{parameters:,}"
+    size, word = (10**9, "billion") if parameters >= 10**9 else (10**6, "million")
+    return f"{parameters / size:{'.0f' if parameters >= 100 * size else '.3g'}} {word}"
 
 
 def listed(parts: list[str]) -> str:
@@ -114,8 +102,8 @@ def typed(text: str) -> str:
 def decoding_words(decoding: dict[str, Any]) -> str:
     """ "sampled at temperature 1, top-p 0.9, 5 seeds, up to 256 tokens"; "" where nothing was recorded.
 
-    Settings that change no answer are left out: the batch size, and of greedy decoding the seed and cut-offs. Unknown
-    settings are named as they are. A judge's metrics depend on its settings: "judged by gpt-4o, temperature 0".
+    Left out is what changes no answer: the batch size, and of greedy decoding the seed and cut-offs. A judge's metrics
+    depend on its settings: "judged by gpt-4o, temperature 0".
     """
     if "judge" in decoding:
         own = {name: value for name, value in decoding.items() if name != "judge"}
@@ -151,9 +139,9 @@ def joined(*parts: str | None, by: str = ", ") -> str:
 
 
 def _by_name(settings: dict[str, Any]) -> str:
-    """ "teacher runs/teacher, ended leave": each setting that has a value, by its name."""
-    given = {name.replace("_", " "): value for name, value in settings.items() if value is not None}
-    return joined(*(f"{name} {_plain(value)}" for name, value in given.items()))
+    """ "teacher runs/teacher, ended leave"."""
+    given = (f"{name.replace('_', ' ')} {_plain(value)}" for name, value in settings.items() if value is not None)
+    return joined(*given)
 
 
 def _plain(value: Any) -> str:

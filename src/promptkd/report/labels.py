@@ -1,7 +1,7 @@
 """One label for every model and data set, across all records that name it.
 
-The hash of a model's weights or of a data file decides what is the same; where none was recorded, the path; where there
-is no path, the label itself. Two models of one record stay two, whatever their hashes.
+The hash of the weights or the data file decides what is the same, else the path, else the label itself. Two models of
+one record stay two, whatever their hashes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,14 +13,14 @@ from promptkd.report.formatting import decoding_words, joined
 from promptkd.results import Curve, DataRecord, Difference, Evaluation, ModelRecord, Results
 
 TEACHER = "teacher"
-_TEACHER_OF = "teacher "
-"""Prefix of the label of one of several teachers, and of the teacher in a student's record."""
+_TEACHER_OF = "teacher "  # prefix of the label of one of several teachers, and of the teacher in a student's record
 _MODEL_ROLES = {"student", "model", TEACHER}
 _DATA_ROLES = {"train", "validation"}
 _MOST_NAMED = 3
 _OF_ONE_MODEL = ("prune", "sft", "distill", "generate", "evaluate", "exposure-bias")
 _Key = tuple[str, ...]
 _Fact = ModelRecord | DataRecord
+_Facts = Sequence[Mapping[str, _Fact]]  # what each record holds of its labels
 _Measured = TypeVar("_Measured", Evaluation, Curve)
 
 
@@ -32,8 +32,7 @@ def is_teacher(label: str) -> bool:
 def unified(records: Sequence[Results]) -> list[Results]:
     """The same records, with one label for a model or data set in all of them.
 
-    A difference without a data set is given the only one that its record measures. One on a data set that was decoded
-    in two ways names the decoding.
+    A difference without a data set is given the record's only one; on one decoded in two ways it names the decoding.
     """
     return list(map(_relabeled, records, _model_names(records), _data_names(records)))
 
@@ -54,23 +53,19 @@ def _relabeled(record: Results, models: dict[str, str], data: dict[str, str]) ->
         labels = {"model": models[difference.model], "baseline": models[difference.baseline], "data": name}
         return difference.model_copy(update=labels)
 
-    return record.model_copy(
-        update={
-            "models": {models[label]: value for label, value in record.models.items()},
-            "data": {data[label]: value for label, value in record.data.items()},
-            "training": {models[label]: value for label, value in record.training.items()},
-            "evaluations": renamed(record.evaluations),
-            "curves": renamed(record.curves),
-            "differences": list(map(compared, record.differences)),
-        }
-    )
+    relabeled = {
+        "models": {models[label]: value for label, value in record.models.items()},
+        "data": {data[label]: value for label, value in record.data.items()},
+        "training": {models[label]: value for label, value in record.training.items()},
+        "evaluations": renamed(record.evaluations),
+        "curves": renamed(record.curves),
+        "differences": list(map(compared, record.differences)),
+    }
+    return record.model_copy(update=relabeled)
 
 
 def run_labels(records: Sequence[Results]) -> list[str]:
-    """ "evaluate · promptkd · dolly_test" for each of the `unified` records; empty for a single one.
-
-    Equal labels are told apart by their times, and if need be by numbers.
-    """
+    """ "evaluate · promptkd · dolly_test" for each of the `unified` records, with its time where two would be equal."""
     if len(records) < 2:
         return [""] * len(records)
     words = list(map(_run_words, records))
@@ -92,27 +87,18 @@ def _run_words(record: Results) -> str:
 
 def _numbered(labels: Sequence[str], *, first: bool) -> list[str]:
     """Equal labels with their numbers, the first of them only if asked for."""
-    numbers = [labels[: at + 1].count(label) for at, label in enumerate(labels)]
-    return [
-        f"{label} ({number})" if number > 1 or (first and labels.count(label) > 1) else label
-        for label, number in zip(labels, numbers, strict=True)
-    ]
+    numbered = [(label, labels[: at + 1].count(label)) for at, label in enumerate(labels)]
+    every = {label for label in labels if first and labels.count(label) > 1}
+    return [f"{label} ({number})" if number > 1 or label in every else label for label, number in numbered]
 
 
 def _model_names(records: Sequence[Results]) -> list[dict[str, str]]:
-    """By record, the label that all records share for each of its labels of a model.
-
-    A run's own words ("student", "model") give way to the label in an evaluation, and to the name of the run's folder
-    where several models bear them. A teacher that was never a student is "teacher", or "teacher NAME" beside others.
-    """
-    labels = [
-        [*record.models]
-        + [each.model for each in record.evaluations]
-        + [each.model for each in record.curves]
-        + [label for each in record.differences for label in (each.model, each.baseline)]
-        + [*record.training]
-        for record in records
-    ]
+    """By record, the shared name of each label of a model: "student" and "model" give way, one teacher is "teacher"."""
+    labels = []
+    for record in records:
+        compared = [label for each in record.differences for label in (each.model, each.baseline)]
+        measured = [each.model for each in record.evaluations] + [each.model for each in record.curves]
+        labels.append([*record.models, *measured, *compared, *record.training])
 
     def candidates(labels: list[str], fact: _Fact | None) -> list[str]:
         own = [label.removeprefix(_TEACHER_OF) for label in labels]
@@ -129,13 +115,10 @@ def _data_names(records: Sequence[Results]) -> list[dict[str, str]]:
     most: dict[_Key, int] = {}
     for found in (found for record in records for found in record.data.values()):
         most[_key(found)[:2]] = max(found.rows, most.get(_key(found)[:2], 0))
-    labels = [
-        [*record.data]
-        + [each.data for each in record.evaluations]
-        + [each.data for each in record.curves]
-        + [each.data for each in record.differences if each.data]
-        for record in records
-    ]
+    labels = []
+    for record in records:
+        measured = [each.data for each in record.evaluations] + [each.data for each in record.curves]
+        labels.append([*record.data, *measured, *(each.data for each in record.differences if each.data)])
 
     def candidates(labels: list[str], fact: _Fact | None) -> list[str]:
         stems = {label.rsplit(", ", 1)[0] for label in labels}
@@ -165,24 +148,20 @@ def _run_folder(path: str) -> str:
 
 
 def _shared_names(
-    labels: Sequence[Sequence[str]],
-    facts: Sequence[Mapping[str, _Fact]],
-    candidates_of: Callable[[list[str], _Fact | None], list[str]],
+    labels: Sequence[Sequence[str]], facts: _Facts, candidates_of: Callable[[list[str], _Fact | None], list[str]]
 ) -> list[dict[str, str]]:
-    """By record, the shared name of each of its labels; facts are what records hold of a label."""
-    groups: dict[_Key, list[tuple[int, str]]] = {}
-    for place, key in _keys(labels, facts).items():
-        groups.setdefault(key, []).append(place)
-    candidates = []
-    for places in groups.values():
+    """By record, the shared name of each of its labels."""
+    keys = _keys(labels, facts)
+    candidates = {}
+    for key in dict.fromkeys(keys.values()):
+        places = [place for place in keys if keys[place] == key]
         fact = next((facts[at][label] for at, label in places if label in facts[at]), None)
-        candidates.append(candidates_of([label for _, label in places], fact))
-    names = zip(groups.values(), _without_clashes(candidates), strict=True)
-    named = {place: name for places, name in names for place in places}
-    return [{label: named[at, label] for label in own} for at, own in enumerate(labels)]
+        candidates[key] = candidates_of([label for _, label in places], fact)
+    names = dict(zip(candidates, _without_clashes(list(candidates.values())), strict=True))
+    return [{label: names[keys[at, label]] for label in own} for at, own in enumerate(labels)]
 
 
-def _keys(labels: Sequence[Sequence[str]], facts: Sequence[Mapping[str, _Fact]]) -> dict[tuple[int, str], _Key]:
+def _keys(labels: Sequence[Sequence[str]], facts: _Facts) -> dict[tuple[int, str], _Key]:
     """What each label of each record speaks of: equal keys mean one model or data set."""
     twins = set()  # models of one record with one hash
     keys: dict[tuple[int, str], _Key] = {}

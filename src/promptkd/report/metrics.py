@@ -9,18 +9,14 @@ from promptkd.results import Better
 @dataclass(frozen=True, slots=True)
 class MetricInfo:
     name: str
-    label: str
-    """Column heading."""
-    phrase: str
-    """The same inside a sentence."""
+    label: str  # column heading
+    phrase: str  # the same inside a sentence
     unit: str = ""
     better: Better | None = None
     decimals: int = 3
     meaning: str = ""
-    scale: float = 1
-    """The recorded value times this is in `unit`."""
-    yes: float | None = None
-    """Of a score that is yes or no for one row: the recorded value of a yes."""
+    scale: float = 1  # the recorded value times this is in `unit`
+    yes: float | None = None  # of a score that is yes or no for one row: the recorded value of a yes
 
     @property
     def difference_unit(self) -> str:

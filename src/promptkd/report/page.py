@@ -1,6 +1,7 @@
 """One self-contained HTML page from one or more records."""
 
 import base64
+import contextlib
 import hashlib
 import json
 import math
@@ -28,33 +29,32 @@ from promptkd.report.tables import ComparisonRow, by_setting, comparison_table, 
 from promptkd.results import Metric, Results
 from promptkd.visible import visible
 
+# in the order in which they stand in the page's one script
 _SCRIPTS = ("page", "unpack", "charts", "training", "bias", "distributions", "diff", "rows", "start")
-"""In the order in which they stand in the page's one script."""
-_COLORS = 8
-"""Students beyond so many share colors; the teacher's is 0."""
+_COLORS = 8  # students beyond so many share colors; the teacher's is 0
 _MOST_COLUMNS = 8
 _MOST_NAMED = 4
-_MOST_RUNS_NAMED = 2
+# metrics of an answer's form, which have a table of their own where the columns are many
 _FORM = ("eos_share", "cut_share", "length_ratio", "distinct_1", "distinct_2", "response_length")
-"""Metrics of an answer's form, which have a table of their own where the columns are many."""
 _BAR_WIDTH, _BAR_MARGIN = 156, 8
+_Table = tuple[list[MetricInfo], list[ComparisonRow]]
 
 
 def render_report(records: Sequence[Results], *, title: str | None = None) -> str:
     """The report as one HTML page that needs no other file and no network. The same records give the same page.
 
     Every text from a record is escaped by the template engine, or reaches the page's script as packed data and the page
-    from there as text. A content security policy names the page's scripts by hash: no injected script would run.
-
-    Raises `RequestError` for no record.
+    from there as text; no script but the page's own would run. Raises `RequestError` for no record.
     """
     if not records:
         raise RequestError("Expected at least one results record to report on, got none. Name a run's folder.")
     context, data = _context(records)
     draws = bool(data["charts"] or data["bias"] or data["browser"]["sets"])
-    files = "\n".join(_own_file(f"scripts/{name}.js") for name in _SCRIPTS)
+    folder = resources.files("promptkd.report")
+    files = "\n".join(folder.joinpath(f"scripts/{name}.js").read_text(encoding="utf-8") for name in _SCRIPTS)
     script = Markup(f'"use strict";\n(() => {{\n{files}}})();\n' if draws else "")
-    own = {"policy": _policy([script, get_plotlyjs()] if draws else []), "style": Markup(_own_file("style.css"))}
+    style = Markup(folder.joinpath("style.css").read_text(encoding="utf-8"))
+    own = {"policy": _policy([script, get_plotlyjs()] if draws else []), "style": style}
     packed = {"data": packed_json(data), "plotly": _packed_plotly() if draws else ""}
     context |= {"title": title or context["title"]} | own | packed
     return _environment().get_template("page.html").render(context, script=script)
@@ -88,16 +88,11 @@ def _packed(text: str) -> Markup:
 
 @cache
 def _packed_plotly() -> Markup:
-    """A third of Plotly's size."""
     return _packed(get_plotlyjs())
 
 
-def _own_file(name: str) -> str:
-    return resources.files("promptkd.report").joinpath(name).read_text(encoding="utf-8")
-
-
 def _policy(scripts: Sequence[str]) -> str:
-    """No request, no script but the page's own."""
+    """No request, no script but the page's own, which it names by hash."""
     hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
     allowed = " ".join(f"'sha256-{digest}'" for digest in hashes) or "'none'"
     styles = "style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
@@ -181,36 +176,25 @@ def _provenance(run: str, record: Results) -> dict[str, Any]:
         ],
     }
     config = json.dumps(plain["config"], indent=2, ensure_ascii=False) if plain["config"] else ""
-    told = {"created": _moment(record.created), "command": shlex.join(record.command), "config": config}
-    return {"run": run, "record": record, "facts": facts, **told}
-
-
-def _moment(created: str) -> str:
-    """ "2026-03-01 09:30 UTC"; a text that is no such time is shown as it is."""
-    try:
+    created = record.created
+    with contextlib.suppress(ValueError):  # a text that is no time is shown as it is
         moment = datetime.fromisoformat(created)
-    except ValueError:
-        return created
-    return f"{moment:%Y-%m-%d %H:%M} {moment.tzname() or ''}".strip()
+        created = f"{moment:%Y-%m-%d %H:%M} {moment.tzname() or ''}".strip()
+    told = {"created": created, "command": shlex.join(record.command), "config": config}
+    return {"run": run, "record": record, "facts": facts, **told}
 
 
 def _notes(records: Sequence[Results], runs: Sequence[str]) -> dict[str, str]:
     """Each note once, with the runs that have it; not those of a comparison that the summary says in its own words."""
-    notes: dict[str, list[str]] = {}
+    found: dict[str, list[str]] = {}
     for record, run in zip(records, runs, strict=True):
         said = compared_sentences(record)
-        for note in record.notes:
-            if note not in said:
-                notes.setdefault(note, []).append(run)
-    return {
-        note: joined(*runs, by="; ") if len(runs) <= _MOST_RUNS_NAMED else f"in {len(runs)} records"
-        for note, runs in notes.items()
-    }
+        for note in (note for note in record.notes if note not in said):
+            found.setdefault(note, []).append(run)
+    return {note: joined(*own, by="; ") if len(own) <= 2 else f"in {len(own)} records" for note, own in found.items()}
 
 
-def _tables(
-    rows: Sequence[ComparisonRow], names: Sequence[str]
-) -> dict[str, list[tuple[list[MetricInfo], list[ComparisonRow]]]]:
+def _tables(rows: Sequence[ComparisonRow], names: Sequence[str]) -> dict[str, list[_Table]]:
     """By data and decoding, one table, or two where one would be too wide to read."""
     groups = {}
     for setting, found in by_setting(rows).items():
@@ -222,10 +206,7 @@ def _tables(
 
 
 def bar_positions(measured: Metric) -> list[str]:
-    """Where lower end, value and upper end stand on a bar with zero in its middle; empty if one is not finite.
-
-    Every bar has its own scale, so that zero inside an interval is seen to be inside.
-    """
+    """Lower end, value and upper end on a bar with zero in its middle and a scale of its own; empty if not finite."""
     ends = [end for end in (measured.low, measured.value, measured.high) if end is not None]
     if not all(math.isfinite(end) for end in ends):
         return []

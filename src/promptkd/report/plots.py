@@ -1,6 +1,7 @@
 """What the page plots: the metrics that training logged, and exposure bias over lengths."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -12,17 +13,14 @@ from promptkd.results import Curve, CurvePoint, Results, Series
 from promptkd.visible import visible
 
 _GROUP_ORDER = ("Losses", "Validation", "Responses", "Other metrics", "Norms and rates", "Time")
-_TABLE_LENGTHS = 6
 
 
 class Line(NamedTuple):
     """One metric of one run."""
 
-    name: str
-    """Of the run; empty where the stage has a single one."""
+    name: str  # of the run; empty where the stage has a single one
     x: list[float]
-    y: list[float | None]
-    """In the metric's unit; None where the logged value is not finite."""
+    y: list[float | None]  # in the metric's unit; None where the logged value is not finite
 
     @property
     def span(self) -> str:
@@ -46,8 +44,7 @@ class Chart(NamedTuple):
     lines: list[Line]
 
     @property
-    def spoken(self) -> str:
-        """The chart in words, for those who cannot see it."""
+    def spoken(self) -> str:  # for those who cannot see it
         return f"{joined(self.info.label, self.info.unit, by=' ')}: {' '.join(line.spoken for line in self.lines)}"
 
 
@@ -55,15 +52,11 @@ class Stage(NamedTuple):
     """One stage of training, of one or several runs."""
 
     name: str
-    runs: list[str]
-    """Names of the runs, in the order of their colors; one empty name where there is a single one."""
+    runs: list[str]  # names of the runs, in the order of their colors; one empty name where there is a single one
     points: int
-    groups: dict[str, list[Chart]]
-    """By title."""
-    once: list[tuple[str, str]]
-    """Label and value of the metrics that were logged a single time."""
-    not_numbers: list[str]
-    """Names of what was logged, but not as numbers."""
+    groups: dict[str, list[Chart]]  # by title
+    once: list[tuple[str, str]]  # label and value of the metrics that were logged a single time
+    not_numbers: list[str]  # names of what was logged, but not as numbers
 
 
 def stages(records: Sequence[Results]) -> list[Stage]:
@@ -79,26 +72,19 @@ def stages(records: Sequence[Results]) -> list[Stage]:
 def _run_names(records: Sequence[Results]) -> list[str]:
     """The model that a run trained, where only this run trained it; else the run's label."""
     trained = [next((label for label in record.models if not is_teacher(label)), "") for record in records]
-    with_history = [label for label, record in zip(trained, records, strict=True) if record.history]
-    return [
-        label if label and with_history.count(label) == 1 else run
-        for label, run in zip(trained, run_labels(records), strict=True)
-    ]
+    counts = Counter(label for label, record in zip(trained, records, strict=True) if label and record.history)
+    return [label if counts[label] == 1 else run for label, run in zip(trained, run_labels(records), strict=True)]
 
 
 def chart_data(found: Sequence[Stage]) -> list[dict[str, Any]]:
     """What the page's script draws: numbers, units, and the names of runs, which the script escapes for Plotly."""
-    return [
-        {
-            "id": chart.id,
-            "unit": chart.info.unit,
-            "lines": [[stage.runs.index(line.name), line.x, line.y] for line in chart.lines],
-            "names": [visible(name) for name in stage.runs] if len(stage.runs) > 1 else [],
-        }
-        for stage in found
-        for group in stage.groups.values()
-        for chart in group
-    ]
+    data = []
+    for stage in found:
+        names = list(map(visible, stage.runs)) if len(stage.runs) > 1 else []
+        for chart in (chart for group in stage.groups.values() for chart in group):
+            lines = [[stage.runs.index(line.name), line.x, line.y] for line in chart.lines]
+            data.append({"id": chart.id, "unit": chart.info.unit, "lines": lines, "names": names})
+    return data
 
 
 def _stage(name: str, runs: dict[str, Series], prefix: str) -> Stage:
@@ -136,10 +122,9 @@ def _line(run: str, info: MetricInfo, points: list[dict[str, Any]]) -> Line | No
 
 
 def _as_number(value: Any) -> float | None:
-    """JSON has no NaN: a record holds such a value as one of three words."""
-    if isinstance(value, str) and value in ("NaN", "Infinity", "-Infinity"):
-        return float(value)
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    words = ("NaN", "Infinity", "-Infinity")  # JSON has no NaN: a record holds such a value as one of these
+    is_number = value in words if isinstance(value, str) else type(value) in (int, float)
+    return float(value) if is_number else None
 
 
 def _rounded(value: float | None, digits: int) -> float | None:
@@ -157,15 +142,14 @@ class BiasPlot:
 
     id: str
     data: str
-    settings: str
-    """In words."""
+    settings: str  # in words
     curves: list[Curve] = field(default_factory=list)
 
     @property
     def lengths(self) -> list[float]:
-        """A few lengths from short to long, for the table below the plot."""
+        """Up to six, for the table below the plot."""
         every = sorted({point.x for curve in self.curves for point in curve.points if point.value is not None})
-        steps = min(len(every), _TABLE_LENGTHS) - 1
+        steps = min(len(every), 6) - 1
         return [every[round(at * (len(every) - 1) / max(steps, 1))] for at in range(steps + 1)]
 
     def cells(self, curve: Curve) -> list[tuple[str, str]]:
@@ -199,5 +183,4 @@ def _interval(point: CurvePoint) -> str:
 
 
 def _percent(value: float) -> str:
-    """One decimal is enough beside intervals of this width; zero has no sign."""
     return f"{round(value, 1) + 0.0:.1f}".replace("-", "−")

@@ -15,35 +15,26 @@ _COUNTS = ("No", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight",
 
 
 class Summary(NamedTuple):
-    introduction: str
-    """Which models, on which data."""
-    lead: str
-    """What the distilled student gained or lost; empty where nothing was measured."""
-    others: list[str]
-    """On the other pairs that were compared."""
-    untold: int
-    """How many more pairs were compared."""
+    introduction: str  # which models, on which data
+    lead: str  # what the distilled student gained or lost; empty where nothing was measured
+    others: list[str]  # on the other pairs that were compared
+    untold: int  # how many more pairs were compared
 
 
 def summarize(records: Sequence[Results]) -> Summary:
-    """One summary of all `unified` records."""
     evaluations = [evaluation for record in records for evaluation in record.evaluations]
     sentences = comparison_sentences(difference_table(records))
     subject = _subject(records, evaluations, list(sentences))
     measured = list(dict.fromkeys(evaluation.model for evaluation in evaluations))
 
-    def distance(pair: Pair) -> tuple[bool, int]:
-        """The nearest earlier stage shows the effect of the last stage; the teacher comes last."""
+    def distance(pair: Pair) -> tuple[bool, int]:  # the nearest earlier stage shows the effect of the last one
         return is_teacher(pair.baseline), -measured.index(pair.baseline) if pair.baseline in measured else 0
 
     lead = min((pair for pair in sentences if pair.model == subject), key=distance, default=None)
     others = [sentence for pair, sentence in sentences.items() if pair != lead]
-    return Summary(
-        _introduction(records, evaluations, subject),
-        sentences[lead] if lead else _metrics(records, evaluations),
-        others[:_MOST_SENTENCES],
-        max(0, len(others) - _MOST_SENTENCES),
-    )
+    introduction = _introduction(records, evaluations, subject)
+    told = sentences[lead] if lead else _metrics(records, evaluations)
+    return Summary(introduction, told, others[:_MOST_SENTENCES], max(0, len(others) - _MOST_SENTENCES))
 
 
 def _subject(records: Sequence[Results], evaluations: list[Evaluation], pairs: list[Pair]) -> str | None:
@@ -76,10 +67,8 @@ def _introduction(records: Sequence[Results], evaluations: list[Evaluation], sub
     share = sizes[subject] / sizes[TEACHER]
     others = [label for label in labels if label not in (subject, TEACHER)]
     beside = f", beside {listed(others)}," if others else ""
-    return (
-        f"{with_size(subject)}, a student with {share * 100:.0f} % of the parameters of its {with_size(TEACHER)}, "
-        f"was measured{beside} on {where}."
-    )
+    size = f"a student with {share * 100:.0f} % of the parameters of its {with_size(TEACHER)}"
+    return f"{with_size(subject)}, {size}, was measured{beside} on {where}."
 
 
 def _metrics(records: Sequence[Results], evaluations: list[Evaluation]) -> str:

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from promptkd.report.differences import verdict
-from promptkd.report.formatting import DASH, decoding_words, deviation, duration, estimate, joined, millions, number
+from promptkd.report.formatting import DASH, decoding_words, duration, estimate, joined, millions, number
 from promptkd.report.labels import TEACHER, is_teacher, run_labels
 from promptkd.report.metrics import in_order, metric_info
-from promptkd.results import Difference, Metric, ModelRecord, Results, Training
+from promptkd.results import Difference, Metric, Results, Training
 
 _COST_HEADS = ("Model", "Parameters", "Share of the teacher", "Method", "Steps", "Time", "Tokens/s", "Peak memory")
 
@@ -17,33 +17,26 @@ _COST_HEADS = ("Model", "Parameters", "Share of the teacher", "Method", "Steps",
 class Cell(NamedTuple):
     value: str
     interval: str | None
-    deviation: str | None
-    """ "± 0.4": the standard deviation between the seeds."""
-    best: bool
-    """Among the students of this data set and decoding the best, or not told apart from the best (see `_best`)."""
+    deviation: str | None  # "± 0.4": the standard deviation between the seeds
+    best: bool  # see `_best`
 
 
 @dataclass(slots=True, eq=False)
 class ComparisonRow:
-    run: str
-    """Empty unless two records measured the same model in the same way with different outcomes."""
+    run: str  # empty unless two records measured the same model in the same way with different outcomes
     model: str
     data: str
     decoding: str
     metrics: dict[str, Metric] = field(default_factory=dict)
-    paired: list[Difference] = field(default_factory=list)
-    """Differences over the very rows and decoding of this row."""
-    cells: dict[str, Cell] = field(default_factory=dict)
-    """By metric name; a metric that was not measured has no cell."""
+    paired: list[Difference] = field(default_factory=list)  # differences over the very rows and decoding of this row
+    cells: dict[str, Cell] = field(default_factory=dict)  # by metric name; a metric that was not measured has no cell
 
     @property
     def setting(self) -> str:
-        """ "dolly_test, greedy, up to 256 tokens": rows of one setting can be compared."""
         return joined(self.data, self.decoding)
 
 
 def metric_columns(records: Sequence[Results]) -> list[str]:
-    """Names of every metric that an evaluation holds, in the order of the columns."""
     return in_order(name for record in records for evaluation in record.evaluations for name in evaluation.metrics)
 
 
@@ -55,10 +48,7 @@ def model_order(records: Sequence[Results]) -> list[str]:
 
 
 def comparison_table(records: Sequence[Results]) -> list[ComparisonRow]:
-    """One row per model, data set and decoding of the `unified` records, settings of the same kind together.
-
-    What several records measured of the same model in the same way stands in one row, unless they disagree.
-    """
+    """One row per model, data set and decoding of the `unified` records, or several where the records disagree."""
     rows = _rows(records)
     settings = list(dict.fromkeys((row.data, row.decoding) for row in rows))
     models = model_order(records)
@@ -66,14 +56,14 @@ def comparison_table(records: Sequence[Results]) -> list[ComparisonRow]:
     for group in by_setting(rows).values():
         best = {name: _best(name, group) for name in metric_columns(records)}
         for row in group:
-            for name, measured in row.metrics.items():
+            for name, own in row.metrics.items():
                 info = metric_info(name)
-                row.cells[name] = Cell(*estimate(info, measured), deviation(info, measured), row in best[name])
+                spread = None if own.deviation is None else f"± {estimate(info, Metric(value=own.deviation))[0]}"
+                row.cells[name] = Cell(*estimate(info, own), spread, row in best[name])
     return rows
 
 
 def by_setting(rows: Sequence[ComparisonRow]) -> dict[str, list[ComparisonRow]]:
-    """The rows that can be compared, by their setting."""
     settings = dict.fromkeys(row.setting for row in rows)
     return {setting: [row for row in rows if row.setting == setting] for setting in settings}
 
@@ -94,9 +84,8 @@ def _rows(records: Sequence[Results]) -> list[ComparisonRow]:
             names = {f"{each.data}, {words}", *([each.data] if len(decodings) == 1 else [])}
             about = [difference for difference in record.differences if difference.data in names]
             row.paired += [difference for difference in about if each.model in (difference.model, difference.baseline)]
-    for rows in found.values():
-        if len(rows) == 1:
-            rows[0].run = ""
+    for only in (rows[0] for rows in found.values() if len(rows) == 1):
+        only.run = ""
     return [row for rows in found.values() for row in rows]
 
 
@@ -106,10 +95,7 @@ def _agree(ours: dict[str, Metric], theirs: dict[str, Metric]) -> bool:
 
 
 def _best(name: str, rows: list[ComparisonRow]) -> list[ComparisonRow]:
-    """The best student, with those that cannot be told apart from it.
-
-    Empty where that says nothing: fewer than two students, a metric without an interval, or no student told apart.
-    """
+    """The best student and those not told apart from it; empty for one student, no interval, or none told apart."""
     better = metric_info(name).better
     students = [row for row in rows if name in row.metrics and not is_teacher(row.model)]
     known = all(math.isfinite(end) for row in students for end in _ends(name, row))
@@ -145,12 +131,13 @@ class Cost(NamedTuple):
 
 def costs(records: Sequence[Results]) -> list[Cost]:
     """One row per model of the `unified` records that has a size or a cost of training, teachers first."""
-    sizes: dict[str, ModelRecord] = {}
+    sizes: dict[str, int] = {}
     training: dict[str, Training] = {}
     for record in records:
-        sizes, training = {**record.models, **sizes}, {**record.training, **training}
+        sizes = {label: model.parameters for label, model in record.models.items()} | sizes
+        training = record.training | training
     labels = sorted(dict.fromkeys([*sizes, *training]), key=lambda label: not is_teacher(label))
-    return [Cost(label, sizes[label].parameters if label in sizes else None, training.get(label)) for label in labels]
+    return [Cost(label, sizes.get(label), training.get(label)) for label in labels]
 
 
 def cost_table(records: Sequence[Results]) -> tuple[list[str], list[list[str]]]:

@@ -12,7 +12,7 @@ from promptkd.evaluation.comparison import compare
 from promptkd.evaluation.pairing import Candidate
 from promptkd.report.differences import compared_sentences
 from promptkd.report.metrics import metric_info
-from promptkd.report.terminal import compared_text
+from promptkd.report.text import compared_text
 from promptkd.results import Results, Training
 
 

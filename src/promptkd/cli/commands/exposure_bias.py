@@ -18,7 +18,7 @@ from promptkd.errors import RequestError
 from promptkd.evaluation import ExposureBias, Scoring, exposure_bias, sample_continuations
 from promptkd.memory import peak_memory
 from promptkd.models import SoftPrompt, check_same_vocabulary, model_record, resolve_model, shared_vocabulary_size
-from promptkd.report.terminal import text_table
+from promptkd.report.text import text_table
 from promptkd.results import Curve, CurvePoint, Metric, Results
 from promptkd.training.checkpoint import checkpoints_in
 
