@@ -15,7 +15,6 @@ _NO_MEMORY = (
     "CUBLAS_STATUS_ALLOC_FAILED",
 )
 _UNITS = {"bytes": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
-
 _before_restarts = 0
 
 

@@ -173,7 +173,6 @@ def _out_of_memory(status: str, command: ModuleType, options: Any) -> str:
 
 
 def _report(error: BaseException, program: str, *, debug: bool) -> int:
-    """Say on standard error what stopped the command; return the exit status."""
     if isinstance(error, BrokenPipeError) and not _show("\n"):  # standard output's pipe, and not, say, a socket's
         return 1
     if debug:

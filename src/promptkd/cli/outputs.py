@@ -121,7 +121,6 @@ class RunFolder:
 
 
 def data_record(path: str, rows: int, dropped: int) -> DataRecord:
-    """Provenance of a data set: hash of the file, or of nothing for a hub name."""
     file = Path(path)
     return DataRecord(path=path, rows=rows, dropped=dropped, sha256=file_sha256(file) if file.is_file() else "")
 

@@ -79,7 +79,6 @@ class TrainingRun:
         return args
 
     def rows(self) -> int:
-        """Training rows that were read, those over a length limit among them."""
         return len(self._examples["train"][1])
 
     def tokenizer(self, name: str) -> Any:

@@ -58,7 +58,6 @@ class Method:
 
     @property
     def adapter_class(self) -> type[TeacherAdapter] | None:
-        """The class of the adapter, which tells what training it takes."""
         if self.adapter is None or (isinstance(self.adapter, type) and issubclass(self.adapter, TeacherAdapter)):
             return self.adapter
         return self.adapter.adapter_class

@@ -145,8 +145,6 @@ def _typed_lines() -> Iterator[str]:
 
 @dataclass
 class Writing:
-    """An answer on its way."""
-
     label: str
     answer: StreamedAnswer
     pieces: Iterator[str]
@@ -164,7 +162,6 @@ class Writing:
 
     @property
     def status(self) -> str:
-        """Length, speed, and why it ended if not by itself."""
         answer = self.answer
         rate = f", {answer.tokens / self.seconds:.0f}/s" if self.seconds and answer.tokens > 1 else ""
         end = "" if self.running or answer.ended else f", cut at {answer.limit}"

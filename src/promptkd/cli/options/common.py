@@ -33,8 +33,6 @@ class Sampling:
 
 @dataclass(kw_only=True)
 class Measuring(Loading):
-    """Of a command that measures a model or writes its responses."""
-
     batch_size: int | None = option(None, at_least=1)
     """Rows to decode at a time; by default 32 on CPU, 128 on a GPU."""
     limit: int | None = None
