@@ -22,7 +22,7 @@ class RequestError(PromptKDError, ValueError):
 
 
 class Stopped(SystemExit):
-    """A signal ended the command, which `reached` "after step 7 of 10". As a `SystemExit`, no `Exception`."""
+    """A signal ended the command; `reached` says how far: "after step 7 of 10". It is no `Exception`."""
 
     def __init__(self, number: int, reached: str = ""):
         super().__init__(128 + number)
@@ -34,7 +34,7 @@ class Stopped(SystemExit):
 
 
 def check_all(lead: str, checks: Iterable[tuple[bool, str]], advice: str = "") -> None:
-    """`RequestError` "lead: problem; problem. advice" of all `checks`, (is wrong, the problem), that are wrong."""
+    """Raise one `RequestError`, "lead: problem; problem. advice", of those `checks` (is wrong, problem) that are."""
     if problems := [problem for is_wrong, problem in checks if is_wrong]:
         raise RequestError(f"{lead}: {'; '.join(problems)}.{advice and f' {advice}'}")
 
@@ -50,7 +50,7 @@ def raise_together(problems: Sequence[str], of: str, advice: str = "") -> None:
 
 @contextmanager
 def writing(target: Path) -> Iterator[None]:
-    """An `OSError` of the body says that `target` cannot be written: `RequestError`, on a full disk `PromptKDError`."""
+    """Turn an `OSError` of the body into "Cannot write `target`": `RequestError`, on a full disk `PromptKDError`."""
     try:
         yield
     except OSError as error:

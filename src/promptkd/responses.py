@@ -31,7 +31,7 @@ class Responses:
         accept_old_name(cls, "figures", "metrics")
 
     def __call__(self, rows: Sequence[EncodedExample], sample: Sampler, progress: float) -> Tokens:
-        """A response per row; `progress` is k / K of the optimizer steps. Draw from torch's global generator."""
+        """A response per row; `progress` is k / K. Draw from torch's global generator, which checkpoints hold."""
         return [row.response_ids for row in rows]
 
     def on_validation(self, loss: float) -> None:

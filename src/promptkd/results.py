@@ -158,7 +158,7 @@ class Results(_Record):
 
     schema_version: Literal[1] = SCHEMA_VERSION
     kind: Kind
-    created: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    created: str = Field(default_factory=lambda: now())
     command: list[str] = Field(default_factory=lambda: ["promptkd", *without_secrets(sys.argv[1:])])
     config: dict[str, Any] = Field(default_factory=dict)
     code: dict[str, str | None] = Field(default_factory=lambda: code_version())
@@ -200,6 +200,10 @@ class Results(_Record):
             raise RequestError(f"{problem}. Write it again with the command that made it.") from error
 
 
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
 def code_version() -> dict[str, str | None]:
     """Versions of the code that ran: promptkd, its git commit (None outside a checkout), and the main libraries."""
     git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
@@ -230,7 +234,8 @@ def file_sha256(*paths: Path) -> str:
     digest = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:
-            hashlib.file_digest(file, lambda: digest)
+            while block := file.read(1 << 20):
+                digest.update(block)
     return digest.hexdigest()
 
 

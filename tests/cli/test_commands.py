@@ -540,7 +540,17 @@ def test_help_imports_no_library_that_takes_seconds(command):
     assert f"Usage: promptkd {command or 'COMMAND'}" in stdout
     imported = {line.rpartition("|")[2].strip().split(".")[0] for line in stderr.splitlines() if "|" in line}
     assert "promptkd" in imported  # so the listing was read
-    assert not imported & {"torch", "transformers", "trl", "datasets", "peft", "accelerate", "numpy", "pydantic"}
+    assert not imported & {
+        "torch",
+        "transformers",
+        "trl",
+        "datasets",
+        "peft",
+        "accelerate",
+        "numpy",
+        "pydantic",
+        "yaml",
+    }
 
 
 @pytest.mark.parametrize(

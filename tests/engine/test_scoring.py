@@ -7,10 +7,11 @@ import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from torch import nn
 
+from helpers.models import response_logits
 from helpers.standins import OnResults
 from helpers.tiny import ARCHITECTURES, END_ID, VOCABULARY, tiny_model
 from promptkd.data.batch import TokenBatch, right_pad
-from promptkd.engine import check_scoring, head_logits, head_size, linear_head, response_hidden, response_logits
+from promptkd.engine import check_scoring, head_logits, head_size, linear_head, response_hidden
 from promptkd.engine.cpu.scoring import HEAD
 from promptkd.engine.heads import HeadBackend
 from promptkd.errors import RequestError

@@ -4,9 +4,9 @@ import pytest
 import torch
 from peft import PeftModel
 
+from helpers.models import response_logits
 from helpers.tiny import ARCHITECTURES, VOCABULARY, tiny_model, tiny_tokenizer
 from promptkd.data.batch import right_pad
-from promptkd.engine import response_logits
 from promptkd.generation import SamplingParams, generate, row_seeds
 from promptkd.models import SoftPrompt
 

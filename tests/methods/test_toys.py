@@ -8,10 +8,10 @@ from itertools import pairwise
 import pytest
 import torch
 
+from helpers.models import response_logits
 from helpers.tiny import END_ID
 from helpers.trainers import FixedResponses, log, pair, rows, trainer
 from promptkd.data.batch import right_pad
-from promptkd.engine import response_logits
 from promptkd.generation import SamplingParams, generate
 from promptkd.methods import METHODS, named_method
 from promptkd.objectives import (

@@ -12,6 +12,7 @@ from tokenizers import normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers.gguf_file import write_gguf
+from helpers.models import response_logits
 from helpers.tiny import (
     CHAT_TEMPLATE,
     END,
@@ -24,7 +25,6 @@ from helpers.tiny import (
     token_id,
 )
 from promptkd.data.batch import right_pad
-from promptkd.engine import response_logits
 from promptkd.errors import RequestError
 from promptkd.models import (
     cache_folder,

@@ -7,9 +7,10 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, PromptTuningInit, get_peft_model
 
+from helpers.models import response_logits
 from helpers.tiny import ARCHITECTURES, END_ID, PAD_ID, VOCABULARY, save_model, tiny_model, tiny_tokenizer
 from promptkd.data.batch import right_pad
-from promptkd.engine import response_hidden, response_logits
+from promptkd.engine import response_hidden
 from promptkd.errors import RequestError
 from promptkd.models import SoftPrompt
 from promptkd.models.adapters import SoftPromptAdapter

@@ -30,4 +30,4 @@ def test_a_window_is_given_once_per_micro_batch_and_what_fills_none_is_left_out(
     assert given[6:9] == given[9:]
     assert len({*given}) == 6
     assert [*given[:3], *given[6:9]] == list(EpochOrder(7, 0, lambda: 0))[:6]  # windows cut the epoch's own order
-    assert list(EpochOrder(4, 0, lambda: 0, window=2, shuffles=False)) == [0, 1, 2, 3]
+    assert list(EpochOrder(4, 0, lambda: 0, window=2, shuffle=False)) == [0, 1, 2, 3]

@@ -138,7 +138,7 @@ def _run_command(name: str, command: ModuleType, arguments: Sequence[str]) -> No
         if is_out_of_memory(error):
             raise PromptKDError(_out_of_memory(memory_status(error), command, options)) from error
         keeps_nothing = vars(options).get("dry_run") or parsed.training.get("save_only_model")
-        if flags is not None and not keeps_nothing:
+        if flags is not None and not keeps_nothing and not isinstance(error, MemoryError | RuntimeError):
             error.add_note("To resume: " + resume_command(name, without_secrets(arguments), options, flags))
         raise
 

@@ -39,7 +39,7 @@ class InferenceRun:
         return load_tokenizer(name, trust_remote_code=self.options.trust_remote_code)
 
     def read_rows(self, source: str, tokenizer: Any, limit: int | None, most: int | None = None) -> EncodedData:
-        """Rows of a data set as tokens; with a limit on responses, of `most` tokens, each row must have one."""
+        """Rows of a data set as tokens. `most` limits the tokens of responses, which every row must then have."""
         options, needed = self.options, most is not None
         longest = most if needed else options.max_completion_length
         lengths = {"max_prompt_length": options.max_prompt_length, "max_response_length": longest}

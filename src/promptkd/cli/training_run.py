@@ -22,7 +22,7 @@ from promptkd.memory import gibibytes, peak_memory
 from promptkd.models import load_model, load_tokenizer, model_record
 from promptkd.report import render_report, terminal_table
 from promptkd.report.metrics import metric_info
-from promptkd.results import Evaluation, Kind, Metric, Results, Series, Training, read_history
+from promptkd.results import Evaluation, Kind, Metric, Results, Series, Training, now, read_history
 from promptkd.training.callbacks import CostMeter, MetricsFile, ProgressBar, quiet
 from promptkd.training.checkpoint import resumable_checkpoint, set_aside
 from promptkd.training.collapse import findings_as_notes
@@ -53,7 +53,7 @@ class TrainingRun:
         self._trust = bool(training.get("trust_remote_code", False))
         self._examples: dict[str, tuple[str, list[Example]]] = {}
 
-    @cached_property
+    @cached_property  # late: a study checks all of its runs, and a record asks git for the version of the code
     def results(self) -> Results:
         return Results(kind=self.kind, config=self._config)
 
@@ -112,7 +112,8 @@ class TrainingRun:
     def train(self, trainer: Any, title: str) -> None:
         """Train, or resume from the last checkpoint, until the end or a signal; then say the peak of memory."""
         checkpoint = self._checkpoint() if self.options.resume else None
-        trainer.args.eval_on_start &= checkpoint is None  # a resumed run began with it
+        if checkpoint is not None:
+            trainer.args.eval_on_start = False  # the run began with it
         quiet(trainer)
         bar, self._meter = ProgressBar(title), CostMeter(trainer.phases)
         started = time.perf_counter()
@@ -173,6 +174,7 @@ class TrainingRun:
             peak_memory_by_phase=self._meter.peak_memory_by_phase,
             tokens_per_second=median(speeds) if speeds else None,
         )
+        results.created = now()
         results.write(self.folder.results)
         write_atomic(self.folder.report, render_report([results]))
         if results.evaluations:

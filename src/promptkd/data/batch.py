@@ -81,7 +81,7 @@ class TokenBatch:
 def right_pad(
     prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], *, device: torch.device | str = "cpu"
 ) -> TokenBatch:
-    """Join each prompt with its response and pad to the longest row. Prompts of no tokens predict nothing: refused."""
+    """Join each prompt with its response and pad to the longest row. Refuses prompts without tokens."""
     if len(prompts) != len(responses) or not prompts:
         got = f"{len(prompts)} and {len(responses)}"
         raise ValueError(f"Expected as many responses as prompts, and at least one. Got {got}.")

@@ -31,13 +31,6 @@ def response_hidden(model: nn.Module, batch: TokenBatch, prompt: Tensor | None =
     return scorer.hidden(inner, batch, None if prompt is None or prompt.shape[0] == 0 else prompt)
 
 
-def response_logits(
-    model: nn.Module, batch: TokenBatch, prompt: Tensor | None = None, *, vocabulary: int | None = None
-) -> Tensor:
-    """Logits (N, V) that predict the response tokens, in float32 or wider; the first `vocabulary` columns if given."""
-    return head_logits(model, response_hidden(model, batch, prompt), vocabulary=vocabulary)
-
-
 def decoding(model: nn.Module, rows: int, *, vocabulary: int | None = None) -> AbstractContextManager[SessionFactory]:
     """Open sessions that decode with the model's current weights, which must not change while the context is open.
 

@@ -23,7 +23,7 @@ from promptkd.errors import RequestError
 
 
 def unwrap_peft(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside a PEFT wrapper, or the model itself. Others raise a TypeError."""
+    """The model itself, or that inside a PEFT wrapper; a soft prompt is a RequestError, anything else a TypeError."""
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         raise RequestError("A model with a soft prompt of its own is not read here: the prompt would be left out.")
     inner = model.get_base_model() if isinstance(model, PeftModel) else model

@@ -63,19 +63,21 @@ def chunked_prompt_loss(
     *,
     weight: float,
     chunk: int | None = None,
-    **directions: Direction,
+    student_direction: Direction = "reverse",
+    plain_direction: Direction = "reverse",
 ) -> ChunkedLoss:
     """Sum over tokens of `prompt_loss`, with its unweighted terms as metrics: "to_student" and "to_plain".
 
     Args:
         prompted: the teacher with its adapter; receives gradients. The others are constant.
         plain: the teacher without its adapter; None only with a weight of 0.
-        weight, directions: see `prompt_loss`.
+        weight, student_direction, plain_direction: see `prompt_loss`.
     """
     if plain is None and weight != 0:
         raise ValueError(f"`plain` may be left out only with a weight of 0. Got {weight}.")
     targets = [student] if plain is None else [student, plain]
     absent = any(head.has_absent_tokens for _, head in (prompted, *targets))
+    directions: dict[str, Direction] = {"student_direction": student_direction, "plain_direction": plain_direction}
     kernel = prompt_kernel(weight, _kernels(prompted), absent_tokens=absent, **directions)
     return _chunked(kernel, prompted, targets, chunk)
 

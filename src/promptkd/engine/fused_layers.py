@@ -40,7 +40,7 @@ def _wide(inputs: Tensor) -> Tensor:
 
 @_compiled_on_cuda
 def rms_norm(inputs: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """w x r with r = (mean(x²) + ε)^-½; and r, (…, 1), in float32 or wider. As in transformers, x r is rounded."""
+    """w x r with r = (mean(x²) + ε)^-½; and r, (…, 1), in float32 or wider. x r is rounded before w."""
     wide = _wide(inputs)
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(epsilon))
     return (wide * scale).to(inputs.dtype).mul_(weight), scale

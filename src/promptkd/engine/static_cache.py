@@ -155,8 +155,8 @@ class CastLinear:
     def __init__(self, layers: Sequence[nn.Linear], dtype: torch.dtype):
         weights: list[Tensor] = [each.weight for each in layers]
         biases: list[Tensor] = [each.bias for each in layers if each.bias is not None]
-        self.weight = torch.cat(weights).to(dtype)
-        self.bias = torch.cat(biases).to(dtype) if biases else None
+        self.weight = _joined(weights, dtype)
+        self.bias = _joined(biases, dtype) if biases else None
         sizes = [each.out_features for each in layers]
         self.copies = list(zip(self.weight.split(sizes), weights, strict=True))  # with what each is a copy of
         if self.bias is not None:
@@ -165,6 +165,11 @@ class CastLinear:
     def __call__(self, inputs: Tensor, plus: Tensor | None) -> Tensor:
         outputs = linear(inputs.to(self.weight.dtype), self.weight, self.bias)
         return outputs if plus is None else plus + outputs
+
+
+def _joined(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """In another precision, or a single one as it is, without a further copy."""
+    return torch.cat([each.to(dtype) for each in parts]) if len(parts) > 1 else parts[0].detach().to(dtype)
 
 
 def supports_fused_decoder(model: PreTrainedModel) -> bool:

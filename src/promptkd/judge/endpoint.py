@@ -172,7 +172,7 @@ class _Asker(Generic[K]):
                 if failure.wait > _LONGEST_RETRY_AFTER:
                     too_long = f"{failure} (and to ask again in {failure.wait:.0f} s, which is too long)"
                     raise _FailureError(too_long) from None
-                if attempt == self.endpoint.retries:
+                if attempt >= self.endpoint.retries:
                     raise
                 pause = min(self.endpoint.backoff * 2**attempt, _LONGEST_PAUSE) * random.uniform(0.5, 1.0)
                 if failure.wait:

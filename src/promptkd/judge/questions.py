@@ -1,5 +1,7 @@
-"""The answers that are judged, as `generate` and `evaluate` write them, and the questions about them: a prompt with
-{{ request }}, {{ first }} and {{ second }} filled in, in one pass, so that a placeholder inside an answer stays text.
+"""The answers that are judged, as `generate` and `evaluate` write them, and the questions about them.
+
+A question is a prompt with {{ request }}, {{ first }} and {{ second }} filled in, in one pass: a placeholder inside an
+answer stays text.
 """
 
 import hashlib
@@ -100,13 +102,13 @@ def read_models(files: Sequence[tuple[str, Path]], *, limit: int | None, data: s
 
 
 def _with_requests(answers: Answers, source: str) -> Answers:
-    """The answers with the request as a person would read it for a prompt; each must be in its prompt."""
+    """The answers, each prompt replaced by the plain request of its row in `source`, which it must contain."""
     requests = {example.row: _request_text(example.request) for example in read_examples(source)}
     count, advice = f"of {len(answers)} rows", "Give the data they were made from."
     if missing := sum(row not in requests for row in answers):
         raise RequestError(f"{missing} {count} are not in {source}. {advice}")
-    flat = lambda text: " ".join(text.split())  # noqa: E731
-    if strange := sum(flat(requests[row][1]) not in flat(answer.prompt) for row, answer in answers.items()):
+    texts = [(requests[row][1].split(), answer.prompt.split()) for row, answer in answers.items()]
+    if strange := sum(" ".join(request) not in " ".join(prompt) for request, prompt in texts):
         raise RequestError(f"{strange} {count} hold another request than their prompt in {source}. {advice}")
     return {row: replace(answer, prompt=requests[row][0]) for row, answer in answers.items()}
 

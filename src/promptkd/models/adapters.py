@@ -181,6 +181,9 @@ class _TrainedWeights(TeacherAdapter):
         self._trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         self._start = start or {name: weight.detach().clone() for name, weight in self._trained.items()}
 
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self._trained.values())
+
     def state_dict(self) -> dict[str, Tensor]:
         return {name: weight.detach() for name, weight in self._trained.items()}
 

@@ -88,13 +88,14 @@ def export_gguf(
         advice = f"llama.cpp's own converter knows more models: export to safetensors, then run {command}."
         raise RequestError(f"This model cannot be written as GGUF here: {'; '.join(problems)}. {advice}")
 
-    def read() -> ModelAndTokenizer:
-        with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.stem}-") as folder:
+    dtypes = {name: stored_type(name, weight, dtype) for name, weight in model.named_parameters()}
+    with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.stem}-") as folder:
+
+        def read() -> ModelAndTokenizer:  # weights may stay on the disk: the folder is kept until they are compared
             convert_gguf(file, Path(folder))
             return _load(Path(folder))
 
-    dtypes = {name: stored_type(name, weight, dtype) for name, weight in model.named_parameters()}
-    return _verified(model, tokenizer, dtypes, lambda: write_gguf(file, model, tokenizer, dtype, title), read)
+        return _verified(model, tokenizer, dtypes, lambda: write_gguf(file, model, tokenizer, dtype, title), read)
 
 
 def _load(folder: Path, trust_remote_code: bool = False) -> ModelAndTokenizer:

@@ -33,7 +33,7 @@ def check_model_folder(folder: Path) -> None:
         ranks += patterns.values() if isinstance(patterns, dict) else []
         rank = max((each for each in ranks if isinstance(each, int)), default=0)
         largest = max((size for shape in shapes for size in shape), default=0)
-        if shapes and rank > largest:  # PEFT allocates them before it compares the two
+        if rank > largest:  # PEFT allocates them before it compares the two
             asked = f"{folder / _ADAPTER_CONFIG} asks for a rank or length of {rank}"
             raise RequestError(f"{asked}, and no weight beside it is larger than {largest}.")
     if config is not None:

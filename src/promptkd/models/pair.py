@@ -43,7 +43,9 @@ class Pair:
             student, teacher = (student_hidden, heads[0]), (teacher_hidden.detach(), heads[1])
             return chunked_objective(objective, student, teacher, chunk=self.chunk)
         logits = self.logits("student", student_hidden)
-        return with_entropy(objective(logits, self.logits("teacher", teacher_hidden).detach()).sum(), logits)
+        with torch.no_grad():
+            target = self.logits("teacher", teacher_hidden)
+        return with_entropy(objective(logits, target).sum(), logits)
 
     def cross_entropy(self, which: Role, hidden: Tensor, targets: Tensor) -> ChunkedLoss:
         """Sum over the tokens of -log q(y), y = `targets`; the metric "entropy" is that model's."""
@@ -55,13 +57,15 @@ class Pair:
     def prompt_loss(
         self, prompted: Tensor, student: Tensor, plain: Tensor | None, *, weight: float = 0.0, **directions: Direction
     ) -> ChunkedLoss:
-        """Sum over the hidden states of `objectives.prompt_loss`, with its terms "to_student" and "to_plain"."""
+        """Sum over the tokens of `objectives.prompt_loss`, with its terms "to_student" and "to_plain"."""
         if heads := self._heads("teacher", "student", "plain"):
             learner, anchor = (student, heads[1]), None if plain is None else (plain, heads[2])
             adapted, chunk = (prompted, heads[0]), self.chunk
             return chunked_prompt_loss(adapted, learner, anchor, weight=weight, chunk=chunk, **directions)
-        prompted_logits, student_logits = self.logits("teacher", prompted), self.logits("student", student)
-        plain_logits = None if plain is None else self.logits("plain", plain)
+        prompted_logits = self.logits("teacher", prompted)
+        with torch.no_grad():
+            student_logits = self.logits("student", student)
+            plain_logits = None if plain is None else self.logits("plain", plain)
         to_student, to_plain = prompt_loss_terms(prompted_logits, student_logits, plain_logits, **directions)
         total, metrics = to_student.sum(), {"to_student": to_student.detach().sum()}
         if to_plain is not None:

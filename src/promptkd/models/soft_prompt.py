@@ -46,7 +46,7 @@ class SoftPrompt(nn.Module):
         text: str = DEFAULT_TEXT,
         seed: int = 0,
     ) -> "SoftPrompt":
-        """Start from the embeddings of `text` (cut or repeated to `length`), of the padding token, or at random."""
+        """Start from the embeddings of `text` (cut or repeated to `length`), of the padding token, or normal noise."""
         if length < 0:
             raise RequestError(f"The soft prompt's length must be 0 or more. Got {length}.")
         embedding = unwrap_peft(teacher).get_input_embeddings()

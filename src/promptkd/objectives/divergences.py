@@ -1,7 +1,7 @@
 """Divergences between a student q and a teacher p, token by token, and the loss that tunes the soft prompt by them.
 
-Every function takes two logit tensors of shape (..., V), the student's first, and returns one value per position,
-shape (...), in nats, computed in float32 or wider. Shifting, masking and averaging happen elsewhere.
+A divergence takes two logit tensors of shape (..., V), the student's first, and returns one value per position, shape
+(...), in nats, computed in float32 or wider. Shifting, masking and averaging happen elsewhere.
 
 A logit of -inf marks a column that does not exist for that model, as in a head padded to a round size. Such a column is
 removed from both distributions, as if it were sliced off.
@@ -97,7 +97,8 @@ def prompt_loss(
     plain_logits: Tensor | None,
     *,
     weight: float,
-    **directions: Direction,
+    student_direction: Direction = "reverse",
+    plain_direction: Direction = "reverse",
 ) -> Tensor:
     """KL(p_P || q) + λ KL(p_P || p): p_P prompted teacher, q student, p plain teacher, λ = `weight` (eqs. 2 and 3).
 
@@ -106,13 +107,13 @@ def prompt_loss(
 
     Args:
         weight: λ_k of the step, see `regularizer_weight`. With 0, `plain_logits` may be None.
-        directions: `student_direction` and `plain_direction`, "reverse" or "forward".
 
     Raises:
         ValueError: for a weight without `plain_logits`, differing shapes, or an unknown direction.
     """
     if plain_logits is None and weight != 0:
         raise ValueError(f"`plain_logits` may be left out only with a weight of 0. Got {weight}.")
+    directions: dict[str, Direction] = {"student_direction": student_direction, "plain_direction": plain_direction}
     to_student, to_plain = prompt_loss_terms(prompted_logits, student_logits, plain_logits, **directions)
     return to_student if to_plain is None or weight == 0 else to_student + weight * to_plain
 

@@ -45,9 +45,9 @@ class DifferenceRow:
 
 
 def verdict(difference: Difference) -> Verdict:
-    """A claim needs an interval that lies, with the value, on one side of zero, and an adjusted p of at most `LEVEL`.
+    """A claim needs an interval that lies, with the value, on one side of zero.
 
-    Where it was tested, that is: the interval does not account for the other differences that were looked at.
+    Where it was tested, its adjusted p must be at most `LEVEL` too: the interval does not account for other tests.
     """
     value, low, high = difference.difference.value, difference.difference.low, difference.difference.high
     if low is None or high is None or not (math.isfinite(value) and low <= high):

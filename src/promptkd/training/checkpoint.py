@@ -17,8 +17,7 @@ from promptkd.io.atomic import atomic, fsync, replace
 from promptkd.memory import is_out_of_memory
 from promptkd.results import file_sha256
 
-MANIFEST = "manifest.json"
-"""A checkpoint's list of files, sizes and hashes, by which a torn or altered one is known."""
+MANIFEST = "manifest.json"  # files, sizes and hashes, by which a torn or altered checkpoint is known
 _STAGING = ".partial"
 _ASIDE = "passed-over-"  # behind the number, transformers would still take the folder for a checkpoint
 _DISK_ERRORS = (OSError, RuntimeError, SafetensorError)  # torch and safetensors have words of their own for OSError

@@ -4,8 +4,7 @@ Such a model runs only where all processes run it, equally often: each layer's w
 a training step they do. Decoding does not, since rows end at different tokens on different processes, so the student,
 which is the small one, is gathered whole while it decodes or is measured. The teacher stays spread out.
 
-A teacher that was loaded with a `device_map` is another matter: one process runs it, its layers one after the other on
-the devices where they lie.
+A teacher that was loaded with a `device_map` is run by one process, its layers one after the other where they lie.
 """
 
 from collections.abc import Callable

@@ -94,10 +94,11 @@ class _Clock(TrainerCallback):
         self.seconds: list[float] = []
         self._phases = phases
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._since, self._before = time.perf_counter(), dict(self._phases.seconds)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.seconds.append(time.perf_counter() - self._since)
         self.by_phase = {name: total - self._before.get(name, 0.0) for name, total in self._phases.seconds.items()}
+        self.on_train_begin(args, state, control)  # what comes before the next step counts for it
         control.should_training_stop |= len(self.seconds) == 2

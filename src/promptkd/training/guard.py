@@ -21,8 +21,7 @@ from promptkd.training.checkpoint import told_last_checkpoint
 _LOGGER = logging.getLogger("promptkd")
 _ROWS_NAMED = 16
 
-MOST_SKIPPED = 10
-"""Steps in a row that may be skipped. A bad row spoils one step an epoch; ten in a row come from a model or a rate."""
+MOST_SKIPPED = 10  # steps in a row: a bad row spoils one per epoch, ten in a row come from a model or a rate
 
 
 class Guard:
@@ -33,9 +32,7 @@ class Guard:
         models: by name, the models whose weights may be at fault.
         rollback: undoes what a step has moved before the student's own update.
 
-    Raises:
-        PromptKDError: by `end_step`, under `on_nan` "stop", and at the `MOST_SKIPPED`-th step in a row under "skip".
-        RequestError: for "skip" under DeepSpeed.
+    `end_step` raises `PromptKDError` under `on_nan` "stop", and at the `MOST_SKIPPED`-th step in a row under "skip".
     """
 
     def __init__(

@@ -27,12 +27,7 @@ Tokens = list[list[int]]
 
 
 class Rollout:
-    """Makes a `Window` of the rows of one optimizer step.
-
-    Args:
-        student: vLLM takes its weights from it.
-        metrics: of the running step; takes response lengths and the share that was cut off.
-    """
+    """Makes a `Window` of the rows of one optimizer step; its `metrics` are response lengths and the share cut off."""
 
     def __init__(
         self,
@@ -168,19 +163,10 @@ def needs_generate(args: Any) -> bool:
 
 
 def _generation_config(args: Any, tokenizer: PreTrainedTokenizerBase, stop_ids: tuple[int, ...]) -> GenerationConfig:
-    settings = {
-        "max_new_tokens": args.max_completion_length,
-        "do_sample": True,
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": list(stop_ids) or None,
-        "temperature": args.temperature,
-        "top_p": args.top_p,
-        "top_k": args.top_k,
-        "min_p": args.min_p,
-        "repetition_penalty": args.repetition_penalty,
-        "cache_implementation": args.cache_implementation,
-    }
+    settings = {"max_new_tokens": args.max_completion_length, "do_sample": True, "eos_token_id": list(stop_ids) or None}
+    settings |= {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id}
+    settings |= {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k, "min_p": args.min_p}
+    settings |= {"repetition_penalty": args.repetition_penalty, "cache_implementation": args.cache_implementation}
     return GenerationConfig(**settings | (args.generation_kwargs or {}), disable_compile=True)
 
 

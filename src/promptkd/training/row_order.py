@@ -17,24 +17,17 @@ class EpochOrder(Sampler[int]):
     """
 
     def __init__(
-        self,
-        rows: int,
-        seed: int,
-        epoch: Callable[[], int],
-        *,
-        window: int = 1,
-        repeats: int = 1,
-        shuffles: bool = True,
+        self, rows: int, seed: int, epoch: Callable[[], int], *, window: int = 1, repeats: int = 1, shuffle: bool = True
     ):
         self._rows, self._seed, self._epoch = rows, seed, epoch
-        self._window, self._repeats, self._shuffles = window, repeats, shuffles
+        self._window, self._repeats, self._shuffle = window, repeats, shuffle
 
     def __len__(self) -> int:
         return self._rows // self._window * self._window * self._repeats
 
     def __iter__(self) -> Iterator[int]:
         order = list(range(self._rows))
-        if self._shuffles:
+        if self._shuffle:
             # A hash: with seed + epoch, a run with the next seed would repeat this one's orders.
             digest = hashlib.blake2b(f"{self._seed} {self._epoch()}".encode(), digest_size=8).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)

@@ -14,13 +14,7 @@ from promptkd.errors import RequestError
 from promptkd.methods import Method
 from promptkd.models.adapters import TeacherAdapter
 from promptkd.responses import AdaptiveReplay, TeacherMixed
-from promptkd.training.distributed import (
-    check_dispatched,
-    check_sharding,
-    is_dispatched,
-    is_sharded,
-    settle_dispatched,
-)
+from promptkd.training.distributed import check_dispatched, check_sharding, is_dispatched, is_sharded, settle_dispatched
 from promptkd.training.rollout import needs_generate
 from promptkd.training.teacher import check_teacher_options
 

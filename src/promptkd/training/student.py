@@ -56,16 +56,8 @@ def prepare_student(
     return student
 
 
-def merge_lora(trainer: Any) -> None:
-    """Merge the LoRA weights of a trainer's student into its own."""
-    student = trainer.accelerator.unwrap_model(trainer.model)
-    if not isinstance(student, PeftModel):
-        raise RequestError("Only a student that was trained with LoRA (peft_config) can be merged.")
-    trainer.model = trainer.model_wrapped = student.merge_and_unload()
-
-
 def raise_to_float32(model: nn.Module) -> torch.dtype | None:
-    """Make the model float32, below PEFT the adapter alone; return the trained weights' lower precision, if any."""
+    """Make the model (of a PeftModel what is trained) float32; return the trained weights' lower precision, if any."""
     low = [each for each in model.parameters() if each.requires_grad and each.dtype.itemsize < 4]
     if not low:
         return None

@@ -20,11 +20,7 @@ def summed(loss: ChunkedLoss, name: str) -> Tensor | float:
 
 
 class StudentLoss:
-    """The method's loss, and the language-modeling loss on plain text where that is asked for.
-
-    Args:
-        metrics: of the running step; takes the losses and the student's entropy.
-    """
+    """The method's loss, and the language-modeling loss on plain text where that is asked for."""
 
     def __init__(self, method: Method, teacher: Teacher, args: Any, accelerator: Accelerator, metrics: StepMetrics):
         self.method, self.teacher, self.metrics = method, teacher, metrics

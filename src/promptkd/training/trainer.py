@@ -40,7 +40,7 @@ from promptkd.training.rollout import Rollout
 from promptkd.training.row_order import EpochOrder
 from promptkd.training.setup import check_models, check_placement, check_responses, check_rows, encode, make_adapter
 from promptkd.training.state import ExtraState, PartialLog
-from promptkd.training.student import merge_lora, precision_notes, prepare_student, raise_to_float32
+from promptkd.training.student import precision_notes, prepare_student, raise_to_float32
 from promptkd.training.student_loss import StudentLoss
 from promptkd.training.teacher import Teacher, load_teacher
 from promptkd.training.teacher_tuner import TeacherTuner
@@ -233,9 +233,9 @@ class DistillTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochOrder:
         rows = self.train_dataset if train_dataset is None else train_dataset
-        repeats, shuffles = self.args.gradient_accumulation_steps, self.args.shuffle_dataset
+        repeats, shuffle = self.args.gradient_accumulation_steps, self.args.shuffle_dataset
         window = self.args.per_device_train_batch_size * repeats * self.accelerator.num_processes
-        settings = {"window": window, "repeats": repeats, "shuffles": shuffles}
+        settings = {"window": window, "repeats": repeats, "shuffle": shuffle}
         return EpochOrder(len(rows), self.args.seed, lambda: int(self.state.epoch or 0), **settings)
 
     def _prepare_inputs(self, inputs: Any) -> Any:
@@ -285,7 +285,11 @@ class DistillTrainer(Trainer):
 
     def merge_student(self) -> None:
         """Merge a LoRA student's weights into its own, so that it is saved as a plain model."""
-        merge_lora(self)
+        trainer: Any = self
+        student = self.accelerator.unwrap_model(trainer.model)
+        if not isinstance(student, PeftModel):
+            raise RequestError("Only a student that was trained with LoRA (peft_config) can be merged.")
+        trainer.model = trainer.model_wrapped = student.merge_and_unload()
 
     # ---- what commands and parts ask ----
 

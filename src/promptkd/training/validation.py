@@ -1,8 +1,8 @@
 """Validation: the metrics of `promptkd evaluate`, on models that may be spread over processes."""
 
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 from accelerate.utils import gather_object
 from torch import nn
@@ -15,10 +15,6 @@ from promptkd.generation import Decoding
 from promptkd.results import RowResult
 from promptkd.training.distributed import autocast, is_sharded
 from promptkd.training.out_of_memory import out_of_memory_told
-
-T = TypeVar("T")
-OnModels = Callable[[Callable[[nn.Module, nn.Module | None], T]], T]
-"""Runs `work(model, teacher)` with both models whole; the teacher is None where there is none."""
 
 
 def validation_decoding(trainer: Any) -> Decoding:

@@ -17,7 +17,7 @@ from rich.text import Text
 from promptkd.cli.inference_run import InferenceRun, sampling
 from promptkd.cli.options.chat import Options
 from promptkd.cli.outputs import label_of
-from promptkd.cli.parsing.config_file import LARGEST_INTEGER
+from promptkd.cli.parsing.fields import LARGEST_INTEGER
 from promptkd.cli.terminal import say
 from promptkd.errors import RequestError
 from promptkd.generation import Decoding

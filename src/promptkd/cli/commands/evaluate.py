@@ -29,8 +29,7 @@ def run(options: Options, training: dict[str, Any]) -> None:
 
 
 def check(options: Options) -> None:
-    begun = options.out.with_name(f"{options.out.stem}-settings.json").exists()
-    check_output(options.out, overwrite=options.overwrite or begun)
+    check_output(options.out, overwrite=options.overwrite or _settings_file(options.out).exists())
     if options.teacher_dtype is not None and options.teacher is None:
         raise RequestError("--teacher-dtype is of a --teacher. Give one, or leave it out.")
     if not options.seeds:
@@ -103,9 +102,12 @@ def _settle(options: Options, results: Results, decoding: Decoding, job: Inferen
     settings["ids that end an answer"] = list(decoding.stop_ids)
     parts = parts_of(decoding, options.seeds, greedy=options.greedy, teacher=options.teacher is not None)
     files = [_file(options.out, name, part) for name in results.data for part in parts]
-    place = options.out.with_name(f"{options.out.stem}-settings.json")
-    if held := settle_settings(place, settings, files, overwrite=options.overwrite):
+    if held := settle_settings(_settings_file(options.out), settings, files, overwrite=options.overwrite):
         say(f"Resuming from {len(held)} of {len(files)} files of answers and losses.")
+
+
+def _settings_file(out: Path) -> Path:
+    return out.with_name(f"{out.stem}-settings.json")
 
 
 def _file(out: Path, data: str, part: str) -> Path:

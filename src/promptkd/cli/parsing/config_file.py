@@ -1,7 +1,7 @@
 """YAML configuration files: read with the rules of YAML 1.2, written atomically.
 
-PyYAML follows YAML 1.1, where `2e-5` is text, `no` is false, `010` is 8 and `1:30` is 90. Here they are numbers and
-text, a duplicate key is an error, and no tag makes anything but plain data.
+PyYAML follows YAML 1.1, where `2e-5` is text, `no` is false, `010` is 8 and `1:30` is 90. Here `2e-5` is a number, only
+true and false are truth values, and numbers are decimal. A duplicate key is an error; no tag makes but plain data.
 """
 
 import math
@@ -16,7 +16,6 @@ from promptkd.errors import RequestError
 from promptkd.io.atomic import write_atomic
 from promptkd.io.files import MIB, read_regular
 
-LARGEST_INTEGER = 2**63 - 1  # counts and sizes are 64-bit integers further down
 _MOST_BYTES = MIB
 _MOST_VALUES = 10_000  # once aliases are written out: ten lines of aliases to aliases can mean billions
 _TAG = "tag:yaml.org,2002:"

@@ -16,10 +16,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from promptkd.cli.parsing.config_file import LARGEST_INTEGER, parse_yaml
 from promptkd.settings import docs_of, field_docs
 
 _MOST_CHOICES_SHOWN = 6  # longer lists of choices stand in the sentences of the help, not beside the flag
+LARGEST_INTEGER = 2**63 - 1  # counts and sizes are 64-bit integers further down
 _LONGEST_NAME = 255  # bytes of a file's name, on every common file system
 _ORDER = (bool, int, float, Literal, Enum, dict, Path, str, list, Any)  # in which members of a union are tried
 _WORDS = {  # each type in error messages, and beside its flag in the help
@@ -124,8 +124,8 @@ def _evaluated(annotation: ast.expr, names: dict[str, Any]) -> Any:
 def kinds_of(annotation: Any) -> dict[Any, Any]:
     """The members of a union, or the annotation alone, by the type that decides how each is read: `list`, `Literal`."""
     members = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
-    is_enum = lambda each: isinstance(each, type) and issubclass(each, Enum)  # noqa: E731
-    return {Enum if is_enum(each) else get_origin(each) or each: each for each in members}
+    enums = [each for each in members if isinstance(each, type) and issubclass(each, Enum)]
+    return {Enum if each in enums else get_origin(each) or each: each for each in members}
 
 
 def item_of(member: Any) -> Any:
@@ -152,7 +152,7 @@ def metavar(annotation: Any) -> str:
 
 
 def _words(annotation: Any) -> Iterator[tuple[str, str]]:
-    """What each member of a union takes, in an error message and in the help; an enumeration's texts are its names."""
+    """What each member of a union takes, in an error message and in the help; an enumeration lists its texts."""
     kinds, admitted = kinds_of(annotation), choices(annotation)
     if admitted:
         yield f"one of {', '.join(admitted)}", "|".join(admitted) if len(admitted) <= _MOST_CHOICES_SHOWN else "NAME"
@@ -208,7 +208,7 @@ def convert(value: Any, annotation: Any, *, default: Any = None) -> Any:
 
 
 def _read(value: Any, kind: Any, member: Any) -> Any:
-    """`value` as one member of a union, which raises ValueError or OverflowError if it does not take it."""
+    """`value` as one member of a union. Raises ValueError or OverflowError if that does not take it."""
     is_text = isinstance(value, str)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if kind is Any or (kind is str and is_text):
@@ -225,6 +225,8 @@ def _read(value: Any, kind: Any, member: Any) -> Any:
             if value == spelled or (type(value) is type(wanted) and value == wanted):
                 return choice
     if kind is dict:
+        from promptkd.cli.parsing.config_file import parse_yaml  # PyYAML, which no help needs
+
         mapping = parse_yaml(value, "") if is_text else value
         if isinstance(mapping, dict) and all(isinstance(key, str) for key in mapping):
             return {key: convert(part, item_of(member)) for key, part in mapping.items()}

@@ -6,8 +6,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from promptkd.cli.parsing.config_file import LARGEST_INTEGER, read_config
-from promptkd.cli.parsing.fields import Field, choices, convert, describe, nearest, own_fields, plain, training_fields
+from promptkd.cli.parsing.config_file import read_config
+from promptkd.cli.parsing.fields import (
+    LARGEST_INTEGER,
+    Field,
+    choices,
+    convert,
+    describe,
+    nearest,
+    own_fields,
+    plain,
+    training_fields,
+)
 from promptkd.errors import RequestError, raise_together
 from promptkd.io.redact import is_secret, redacted, without_secret_values
 from promptkd.settings import beyond_limits
@@ -176,7 +186,7 @@ def _hint(value: Any, expected: str, field: Field) -> str:
 
 
 def _is_utf8(value: Any) -> bool:
-    """Whether every text in `value` can be written as UTF-8, which an argument in another encoding cannot."""
+    """Whether every text in `value` can be written as UTF-8; an argument in another encoding cannot."""
     if isinstance(value, str):
         return not any("\ud800" <= character <= "\udfff" for character in value)
     if isinstance(value, dict):

@@ -39,7 +39,7 @@ def reverse_kl_kernel(logits: Tensor, target: Tensor) -> tuple[Tensor, Metrics]:
 def forward_kl_kernel(logits: Tensor, target: Tensor) -> tuple[Tensor, Metrics]:
     """KL(p || q), q of `logits`, p of `target`: d/dz = q - p. All else as in `reverse_kl_kernel`."""
     _check(logits, target=target)
-    values, entropy = logits.new_empty(2, len(logits))
+    values, entropy = _empty(logits, 2)
     _launch(_forward_kl_rows, logits, target, values, entropy, logits.stride(0), target.stride(0))
     return values, {"entropy": entropy}
 
@@ -55,7 +55,7 @@ def cross_entropy_kernel(logits: Tensor, labels: Tensor) -> tuple[Tensor, Metric
             f"`labels` must be int32 or int64 of shape (C,) = ({len(logits)},). "
             f"Got {labels.dtype} of shape {tuple(labels.shape)}."
         )
-    values, entropy = logits.new_empty(2, len(logits))
+    values, entropy = _empty(logits, 2)
     _launch(_cross_entropy_rows, logits, labels.contiguous(), values, entropy, logits.stride(0))
     return values, {"entropy": entropy}
 
@@ -77,10 +77,15 @@ def _reverse_kl(logits: Tensor, weight: float, **targets: Tensor) -> tuple[Tenso
     """KL to the first target, to the second (0 without one), and entropy, (C,) each; gradient of the weighted sum."""
     _check(logits, **targets)
     student, plain = (*targets.values(), None)[:2]
-    results = tuple(logits.new_empty(3, len(logits)))
+    results = _empty(logits, 3)
     strides = [0 if each is None else each.stride(0) for each in (logits, student, plain)]
     _launch(_reverse_kl_rows, logits, student, plain, float(weight), *results, *strides)
     return results
+
+
+def _empty(logits: Tensor, count: int) -> tuple[Tensor, ...]:
+    """Tensors (C,), each of its own: rows of one would be aligned otherwise, and Triton would compile for that anew."""
+    return tuple(logits.new_empty(len(logits)) for _ in range(count))
 
 
 def _launch(program: Any, logits: Tensor, *arguments: Any) -> None:
