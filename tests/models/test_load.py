@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
 from tokenizers import normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -37,6 +38,7 @@ from promptkd.models import (
     shared_vocabulary_size,
     vocabulary_size,
 )
+from promptkd.models.folder import check_model_folder
 
 IDS = torch.arange(VOCABULARY)[None]
 TEXT = "Suppose you are the\n student, then 12 + 30!<|end|>"
@@ -461,3 +463,15 @@ def test_the_record_changes_with_weights_and_configuration(folder):
     change_config(folder, eos_token_id=3)
     assert model_record(folder, model).sha256 == over(folder) != record.sha256
     assert model_record("owner/name", model).sha256 == ""
+
+
+@pytest.mark.parametrize("cut", [b"", b"x"], ids=["short", "long"])
+def test_an_adapters_rank_is_held_to_weights_whose_file_is_cut(tmp_path, cut):
+    """PEFT would allocate the rank before it misses the weights."""
+    settings = {"peft_type": "LORA", "r": 10**12, "base_model_name_or_path": "base"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    weights = tmp_path / "adapter_model.safetensors"
+    save_file({"a": torch.zeros(4, 4)}, weights)
+    weights.write_bytes(weights.read_bytes()[:-1] + cut * 2)
+    with pytest.raises(RequestError, match="no weight beside it is larger than 4"):
+        check_model_folder(tmp_path)

@@ -9,10 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from promptkd.errors import PromptKDError, RequestError
-from promptkd.io.files import is_plain_name, read_json_object
+from promptkd.io.files import is_plain_name, json_value, read_json_object
 
 _ADAPTER_CONFIG, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -32,8 +30,8 @@ def check_model_folder(folder: Path) -> None:
         ranks = [adapter.get("r"), adapter.get("num_virtual_tokens")]
         ranks += patterns.values() if isinstance(patterns, dict) else []
         rank = max((each for each in ranks if isinstance(each, int)), default=0)
-        largest = max((size for shape in shapes for size in shape), default=0)
-        if rank > largest:  # PEFT allocates them before it compares the two
+        largest = max((size for shape in shapes or () for size in shape if isinstance(size, int)), default=0)
+        if shapes is not None and rank > largest:  # PEFT allocates them before it compares the two
             asked = f"{folder / _ADAPTER_CONFIG} asks for a rank or length of {rank}"
             raise RequestError(f"{asked}, and no weight beside it is larger than {largest}.")
     if config is not None:
@@ -107,16 +105,20 @@ def _check_layers(folder: Path, config: dict[str, Any]) -> None:
     for name in ("num_hidden_layers", "n_layer", "num_layers"):
         layers = max((part[name] for part in parts if isinstance(part.get(name), int)), default=0)
         if layers > _MOST_LAYERS_WITHOUT_WEIGHTS:
-            weights = sum(len(_shapes(file)) for file in folder.glob("*.safetensors"))
+            weights = sum(len(_shapes(file) or ()) for file in folder.glob("*.safetensors"))
             if layers > weights:
                 file = folder / "config.json"
                 raise RequestError(f"{file} asks for {layers} layers ({name}), and the folder holds {weights} weights.")
 
 
-def _shapes(file: Path) -> list[list[int]]:
-    """Of the tensors in a safetensors file, by its header; none if it is no such file."""
-    try:
-        with safe_open(file, "pt") as tensors:
-            return [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118
-    except SafetensorError:
-        return []
+def _shapes(file: Path) -> list[list[Any]] | None:
+    """Of the tensors in a safetensors file, by its header alone, since the rest may be cut; None without a header."""
+    with file.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        try:
+            header = json_value(stream.read(size)) if size <= file.stat().st_size - 8 else None
+        except ValueError:
+            return None
+    named = header.items() if isinstance(header, dict) else ()
+    shapes = [each.get("shape") or [] for name, each in named if name != "__metadata__" and isinstance(each, dict)]
+    return shapes if header else None
