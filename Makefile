@@ -13,7 +13,7 @@ demo: $(READY) ## the main job on embedded defaults, with a report
 test: $(READY) lint ## lint, types and the whole suite, by WORKERS processes of one thread each
 	$(BIN)/python -m pytest $(PARALLEL)
 
-test-fast: $(READY) ## the inner loop, in 90 seconds: without the tests that are marked slow
+test-fast: $(READY) ## the inner loop: without the tests that are marked slow
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 test-gpu: $(READY) ## the numerical tests on this machine's CUDA device
