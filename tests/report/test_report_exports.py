@@ -55,10 +55,11 @@ def test_no_cell_of_csv_is_a_formula(text: str) -> None:
     assert line["value"] == "-1.5"  # a number stays one
 
 
-def test_json_holds_figures_differences_curves_costs_and_sources() -> None:
+def test_json_holds_metrics_differences_curves_costs_and_sources() -> None:
     found = json.loads(render_json(STUDY))
-    assert list(found) == ["figures", "differences", "curves", "costs", "sources"]
-    assert len(found["figures"]) == 108
+    assert list(found) == ["metrics", "differences", "curves", "costs", "sources", "figures"]
+    assert len(found["metrics"]) == 108
+    assert found["figures"] == found["metrics"]  # by their old name, for one version
     assert found["differences"][4]["verdict"] == "better"
     assert [curve["model"] for curve in found["curves"]] == ["sft", "kd", "gkd", "promptkd"]
     assert found["costs"][-1]["training"]["method"] == "promptkd"
@@ -69,8 +70,8 @@ def test_json_holds_figures_differences_curves_costs_and_sources() -> None:
 def test_json_writes_what_is_not_finite_as_words() -> None:
     metrics = {"loss": Metric(value=math.nan, low=-math.inf, high=math.inf)}
     broken = Results(kind="evaluate", evaluations=[Evaluation(model="m", data="d", metrics=metrics)])
-    (figure,) = json.loads(render_json([broken]))["figures"]
-    assert (figure["value"], figure["low"], figure["high"]) == ("NaN", "-Infinity", "Infinity")
+    (metric,) = json.loads(render_json([broken]))["metrics"]
+    assert (metric["value"], metric["low"], metric["high"]) == ("NaN", "-Infinity", "Infinity")
 
 
 def test_markdown_tables_are_ready_for_a_paper() -> None:
@@ -107,7 +108,7 @@ def test_hostile_labels_stay_text_in_markdown() -> None:
     [
         ("a.html", None, "<!doctype html>"),
         ("a.md", None, "promptkd (124 million parameters)"),
-        ("a.json", None, '{\n "figures"'),
+        ("a.json", None, '{\n "metrics"'),
         ("a.csv", None, "model,data,decoding"),
         ("figures.txt", "csv", "model,data,decoding"),
     ],

@@ -106,7 +106,8 @@ def stop_token_ids(
     configured = None if generation_config is None else generation_config.eos_token_id
     template = resolve_template(template, tokenizer) if isinstance(template, str) else template
     ids = [tokenizer.eos_token_id, *(configured if isinstance(configured, list | tuple) else [configured])]
-    return tuple(sorted({index for index in (*ids, template and template.end_token_id) if index is not None}))
+    ids += [] if template is None else [template.end_token_id]
+    return tuple(sorted({index for index in ids if index is not None}))
 
 
 def encode_texts(source: str | Path, tokenizer: "PreTrainedTokenizerBase", *, length: int) -> list[list[int]]:

@@ -86,7 +86,7 @@ def _column(name: str, rows: list[ComparisonRow]) -> list[str]:
     info = metric_info(name)
     cells = [f"{info.label}\n{joined(info.unit, info.better)}"]
     for cell in (row.cells.get(name) for row in rows):
-        below = cell and joined(cell.deviation, cell.interval, by=" ")
+        below = joined(cell.deviation, cell.interval, by=" ") if cell else ""
         cells.append(f"{'*' if cell.best else ''}{cell.value}\n{below}" if cell else "-\n")
     return cells
 
@@ -137,12 +137,14 @@ def render_json(records: Sequence[Results]) -> str:
     """
     story = unified(records)
     compared = differences.difference_table(story)
+    metrics = _metric_lines(story)
     value = {
-        "figures": _metric_lines(story),
+        "metrics": metrics,
         "differences": [row.source.model_dump() | {"verdict": row.verdict} for row in compared],
         "curves": [curve for record in story for curve in record.curves],
         "costs": [cost._asdict() for cost in costs(story)],
         "sources": [record.model_dump(mode="json", include=_SOURCE) for record in story],
+        "figures": metrics,  # their old name, for one version
     }
     plain = json.loads(to_json(value, inf_nan_mode="strings"))
     return json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False) + "\n"

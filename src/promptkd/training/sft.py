@@ -179,5 +179,5 @@ class FinetuneTrainer(SFTTrainer):
 def _labeled(rows: list[EncodedExample]) -> Dataset:
     """Token ids with labels on the response alone; -100 elsewhere."""
     ids = [[*row.prompt_ids, *row.response_ids] for row in rows]
-    labels = [[*([-100] * len(row.prompt_ids)), *row.response_ids] for row in rows]
-    return Dataset.from_list([{"input_ids": a, "labels": b} for a, b in zip(ids, labels, strict=True)])
+    labels = [[-100] * len(row.prompt_ids) + row.response_ids for row in rows]
+    return Dataset.from_list([{"input_ids": own, "labels": label} for own, label in zip(ids, labels, strict=True)])
