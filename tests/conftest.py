@@ -14,7 +14,7 @@ let_threads_sleep(os.environ)
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from helpers.processes import RANKS  # noqa: E402
+from helpers import RANKS  # noqa: E402
 from helpers.standins import Float64Stays  # noqa: E402
 
 

@@ -105,10 +105,12 @@ def test_imports_point_down(part):
     assert not wrong, "\n".join(wrong)
 
 
+@pytest.mark.slow
 def test_no_module_imports_itself_by_way_of_others():
     assert not circle(MODULES)
 
 
+@pytest.mark.slow
 def test_no_module_needs_a_unix_to_be_imported():
     unix = {"fcntl", "grp", "pwd", "readline", "resource", "termios"}
     for module, path in MODULES.items():

@@ -94,6 +94,7 @@ def run_quietly(*arguments: object) -> int:
     return main([str(argument) for argument in arguments])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "method.pt"])
 def test_a_planted_pickle_in_a_checkpoint_is_not_unpickled(world, stopped, tmp_path, capsys, name):
     out, planted = tmp_path / "run", tmp_path / "planted"
@@ -112,6 +113,7 @@ def test_a_checkpoint_holds_no_pickled_arguments(stopped):
     assert not [each for each in stopped.rglob("*") if each.name == "training_args.bin"]
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_one_of_the_run(world, tmp_path, capsys):
     out, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     pair = ("--student", world.student, "--teacher", world.teacher, "--data", world.train)
@@ -150,6 +152,7 @@ def with_code(tmp_path, monkeypatch) -> tuple[Path, Path]:
     return folder, planted
 
 
+@pytest.mark.slow
 def test_code_that_comes_with_a_model_runs_on_request_alone(with_code, tmp_path, capsys):
     folder, planted = with_code
     request = ("prune", "--model", folder, "--keep", 0, "--out")

@@ -16,6 +16,8 @@ from promptkd.data.batch import right_pad
 from promptkd.data.encode import EncodedExample
 from promptkd.engine import head_logits, response_hidden
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):

@@ -127,6 +127,7 @@ def fake_worker(connection, parts, device, tiny, ends, patience):
         connection.send({"kind": "end", "error": None})
 
 
+@pytest.mark.slow
 def test_a_part_that_hangs_or_dies_is_told_and_the_next_one_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(runner, "work", fake_worker)
     monkeypatch.setattr(runner, "_GRACE", 0.2)
@@ -170,6 +171,7 @@ def settings_stay(monkeypatch):
         monkeypatch.setattr(transformers.utils.logging, name, lambda: None)
 
 
+@pytest.mark.slow
 def test_a_worker_goes_on_behind_what_a_part_raises(monkeypatch, settings_stay):
     """And ends a part from within when its time is up, whatever the part catches."""
     from benchmarks.gpu import agreement, decoding, losses, machine, worker
@@ -233,6 +235,7 @@ def bench_and_checks():
     return Bench(torch.device("cpu"), True, time.monotonic() + 1000, send), checks
 
 
+@pytest.mark.slow
 def test_a_wrong_loss_is_found(monkeypatch):
     """A KL without its entropy, which is a cross-entropy, has another value and, as forward KL, the same gradient."""
     from benchmarks.gpu import losses
@@ -254,6 +257,7 @@ def test_a_wrong_loss_is_found(monkeypatch):
     assert checks["float32 gradients"]
 
 
+@pytest.mark.slow
 def test_samples_of_another_temperature_are_found(monkeypatch):
     import torch
     from benchmarks.gpu import decoding
@@ -269,6 +273,7 @@ def test_samples_of_another_temperature_are_found(monkeypatch):
     assert checks == {"samples, float32": False}
 
 
+@pytest.mark.slow
 def test_states_without_a_window_are_found(monkeypatch):
     """The engine reads a model whose window is the rows' whole length; the reference has the right one."""
     import torch

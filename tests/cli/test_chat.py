@@ -54,6 +54,7 @@ def chat(capsys, *arguments):
 # ------------------------------------------------------------------------------------------------------------ answers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decoding", [("--temperature", 0), ("--temperature", 1.2, "--top-p", 0.9, "--seed", 4)])
 def test_every_model_answers_as_generate_writes(models, tmp_path, capsys, decoding):
     request = write_rows(tmp_path / "data.jsonl", [{"instruction": "the man"}])
@@ -70,6 +71,7 @@ def test_every_model_answers_as_generate_writes(models, tmp_path, capsys, decodi
     assert len(set(expected)) == 3
 
 
+@pytest.mark.slow
 def test_lines_of_standard_input_are_requests(models, capsys, monkeypatch):
     typed(monkeypatch, "the\n\nan\n /help\n")
     found = chat(capsys, models / "other")
@@ -78,6 +80,7 @@ def test_lines_of_standard_input_are_requests(models, capsys, monkeypatch):
         assert chat(capsys, models / "other", "--prompt", request) == [answer]
 
 
+@pytest.mark.slow
 def test_a_seed_gives_the_same_answers_again(models, capsys, monkeypatch):
     sampled = (models / "other", "--temperature", 1)
     typed(monkeypatch, "the\nthe\n/reset\nthe\nthe\n/seed 11\nthe\n/reset\nthe\n")
@@ -90,6 +93,7 @@ def test_a_seed_gives_the_same_answers_again(models, capsys, monkeypatch):
     assert chat(capsys, *sampled) == chat(capsys, models / "other", "--prompt", "the")
 
 
+@pytest.mark.slow
 def test_a_chat_template_makes_a_conversation_of_it(models, capsys, monkeypatch):
     typed(monkeypatch, "the\nan\n/reset\nan\n")
     first, second, alone = chat(capsys, models / "student")

@@ -46,6 +46,8 @@ from promptkd.methods import METHODS
 from promptkd.results import Metric, Results, file_sha256
 from promptkd.training.callbacks import ProgressBar
 
+pytestmark = pytest.mark.slow
+
 STEP = {"step", "epoch", "loss", "learning_rate", "grad_norm"}
 DISTILLED = {"student_kl", "entropy", "response_length", "cut_share"}
 TIMED = {"tokens_per_second", "seconds_rollout", "seconds_prompt", "seconds_student"}

@@ -11,6 +11,8 @@ from promptkd.results import DataRecord, Evaluation, Results, RowResult
 from promptkd.training.callbacks import ProgressBar
 from promptkd.training.checkpoint import write_manifest
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:

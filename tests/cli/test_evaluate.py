@@ -30,6 +30,8 @@ from promptkd.evaluation.statistics import mean_interval, token_mean_interval
 from promptkd.io.lock import locked
 from promptkd.results import Evaluation, Results, Training
 
+pytestmark = pytest.mark.slow
+
 FIELDS = {"row", "prompt", "references", "response", "ended", "token_ids", "rouge_l", "exact_match"}
 
 
@@ -265,7 +267,6 @@ def test_whatever_bytes_a_killed_run_left_the_finished_files_are_the_same(world,
     assert 0 < len(counts) < 9
 
 
-@pytest.mark.slow
 def test_killed_in_the_middle_and_run_again_equals_undisturbed(world, tmp_path, capsys, monkeypatch):
     """SIGKILL while the sampled answers are written, then while the greedy ones are; a third run ends it."""
     data = write_rows(tmp_path / "many.jsonl", rows(24))

@@ -43,6 +43,7 @@ def in_python(world, name, *, prompt=None, samples_per_row=3, ended="leave"):
     return exposure_bias(student, teacher, prompts, mine, theirs, Scoring(prompt, VOCABULARY), ended=ended)
 
 
+@pytest.mark.slow
 def test_two_students_on_one_record(world, tmp_path, capsys):
     """A padded head among them; the curves are the library's, and one file is all that is written."""
     padded = save_model(tmp_path / "models" / "padded", tiny_model("gpt2", vocabulary=VOCABULARY + 31, seed=4))
@@ -78,6 +79,7 @@ def test_two_students_on_one_record(world, tmp_path, capsys):
     assert f"The record is in {out}." in ran.err
 
 
+@pytest.mark.slow
 def test_the_prompted_teacher_of_a_run(world, tmp_path, capsys):
     """Sampled and compared with its prompt; by the run's folder or the prompt's own; other settings taken as given."""
     prompt = SoftPrompt.create(load_model(world.teacher), tiny_tokenizer(), length=5, start="random", seed=1)
@@ -94,6 +96,7 @@ def test_the_prompted_teacher_of_a_run(world, tmp_path, capsys):
         assert curve.settings["seeds"] == [10, 11]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [False, True])
 def test_every_checkpoint_of_a_run(world, tmp_path, capsys, lora):
     """In the order of their steps, the student last; whole checkpoints and LoRA ones alike."""

@@ -24,6 +24,7 @@ def test_what_someone_says_stays(name):
     assert environment == {name: "7"}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="torch has another OpenMP there, which prints other lines")
 @pytest.mark.parametrize(
     ("said", "spins"), [({}, "1000"), ({"OMP_WAIT_POLICY": "passive"}, "0"), ({"GOMP_SPINCOUNT": "1234"}, "1234")]

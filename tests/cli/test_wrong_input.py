@@ -446,6 +446,7 @@ CASES |= {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in CASES.items()])
 def test_wrong_input(world, tmp_path, capsys, monkeypatch, case):
     loaded = []
@@ -484,6 +485,7 @@ def test_several_wrong_flags_are_told_together(world, tmp_path, capsys):
     assert ran.err.count("promptkd sft: ") == 1
 
 
+@pytest.mark.slow
 def test_a_wrong_request_leaves_the_run_that_it_would_replace(world, tmp_path, capsys):
     out = tmp_path / "run"
     done(capsys, *(placed(each, world, tmp_path) for each in distill(out=out)))

@@ -86,6 +86,7 @@ def tiny_demo(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_whole_course(tiny_demo, capsys):
     out = tiny_demo / "run"
     assert main(["demo", "--out", str(out), "--layers", "3", "--steps", "2"]) == 0

@@ -24,6 +24,8 @@ from promptkd.responses import ResponseMix
 from promptkd.results import Results
 from promptkd.training import DistillTrainer
 
+pytestmark = pytest.mark.slow
+
 PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 FILE = "# src/promptkd/methods/hellinger.py\n"

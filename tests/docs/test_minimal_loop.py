@@ -1,5 +1,6 @@
 """The flat example runs as it is written. That its steps are the trainer's is held by training/test_trainer.py."""
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -7,6 +8,7 @@ import minimal_loop
 from helpers.tiny import END_ID, save_model, tiny_model, tiny_tokenizer
 
 
+@pytest.mark.slow
 def test_it_trains_a_student_from_the_command_line(tmp_path, monkeypatch, capsys):
     save_model(tmp_path / "teacher", tiny_model("llama", hidden=24, seed=1))
     save_model(tmp_path / "small", tiny_model("llama", layers=2, seed=2))
@@ -21,6 +23,7 @@ def test_it_trains_a_student_from_the_command_line(tmp_path, monkeypatch, capsys
     assert any(moved)
 
 
+@pytest.mark.slow
 def test_a_sample_ends_with_its_eos_or_at_the_limit():
     model = tiny_model("llama")
     torch.manual_seed(0)

@@ -93,6 +93,7 @@ def test_an_unknown_key_fails_and_the_nearest_known_one_is_named(tmp_path, capsy
     assert "prompt_lenght is unknown" in ran.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_each_recipe_takes_two_steps(world, tmp_path, capsys, name):
     out = tmp_path / "run"

@@ -235,6 +235,7 @@ ANY_OBJECTIVE = st.sampled_from([forward_kl, reverse_kl, total_variation]) | st.
 )
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(objective=ANY_OBJECTIVE, shape=shapes(), seed=st.integers(0, 999))
 def test_any_objective_at_any_shape_equals_the_plain_one(objective, shape, seed, device):
@@ -254,6 +255,7 @@ def test_any_objective_at_any_shape_equals_the_plain_one(objective, shape, seed,
         torch.testing.assert_close(chunked.metrics["entropy"], entropy, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(
     shape=shapes(),
@@ -282,6 +284,7 @@ def test_the_prompt_loss_at_any_shape_equals_the_plain_one(shape, seed, weight, 
     same_gradients(0.37 * chunked.total, 0.37 * plain, prompted)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(shape=shapes(), seed=st.integers(0, 999))
 def test_the_cross_entropy_at_any_shape_equals_the_plain_one(shape, seed, device):

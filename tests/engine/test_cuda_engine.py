@@ -183,6 +183,7 @@ def test_a_model_is_let_go_with_its_store():
     assert (len(FUSED._buffers), len(ROWS._buffers)) == (before[0] - 1, before[1] - 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_generate_writes_what_the_reference_writes(architecture, as_cuda, monkeypatch):
     """Rows end at different tokens, between two looks; what they write until they leave is dropped."""
@@ -326,6 +327,7 @@ def test_the_other_losses_run_on_half_precision_heads(as_cuda):
 # ------------------------------------------------------------------------------------------- what outlives a decode
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decoder", [ROWS], ids=["rows"])
 def test_an_adapter_that_is_switched_or_merged_is_another_model(decoder):
     base = tiny_model("llama")

@@ -66,6 +66,7 @@ def assert_each_alone(got, model, embedded, tolerance):
             torch.testing.assert_close(logits[row], alone(model, whole, embedded), rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.slow
 @plain_ways
 @every_architecture
 @pytest.mark.parametrize("length", [0, 3])
@@ -253,6 +254,7 @@ def test_generate_decodes_with_it_and_finished_rows_leave(monkeypatch):
     assert len(rows) == 6
 
 
+@pytest.mark.slow
 def test_other_models_are_decoded_by_their_own_modules():
     hooked, in_float64 = tiny_model("llama"), tiny_model("llama", dtype=torch.float64)
     hooked.model.layers[1].mlp.register_forward_hook(lambda module, args, output: None)

@@ -99,6 +99,7 @@ def fast_and_reference(monkeypatch, *args, **settings):
     return fast, both_steps(*args, chunk=0, **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("tied", [True, False])
 def test_fast_equals_reference(architecture, tied, device, monkeypatch):
@@ -125,6 +126,7 @@ def joined(found, part):
     return torch.cat([gradients[part].flatten() for _, gradients in found])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("tied", [True, False])
 def test_fast_equals_reference_under_bfloat16_autocast(architecture, tied, device, monkeypatch):
@@ -138,6 +140,7 @@ def test_fast_equals_reference_under_bfloat16_autocast(architecture, tied, devic
     assert max(gap(joined(fast, part), joined(reference, part)) for part in range(2)) < 2e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("tied", [True, False])
 def test_models_in_bfloat16_are_run_as_exactly_as_the_reference_runs_them(architecture, tied, device, monkeypatch):
@@ -213,6 +216,7 @@ def test_fast_equals_reference_with_other_heads_in_float64(head, device, monkeyp
     assert max(map(gap, gradients, plain_gradients)) < 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["a logit scale, granite", "padding, a bias and a soft cap"])
 def test_ten_steps_with_other_heads_in_float64(head, tmp_path, monkeypatch, float64_inside):
     """In float32 the losses of granite part by 8e-4 within twenty steps; here it shows that rounding is the cause."""
@@ -243,6 +247,7 @@ def short_passes(monkeypatch):
     monkeypatch.setattr(teacher, "engine_for", lambda device: replace(engine_for(device), pass_tokens=12))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("own_engine", "short_passes")
 @pytest.mark.parametrize(("batch", "accumulation"), [(4, 1), (2, 2)])
 def test_ten_steps_lead_to_the_same_place_by_the_reference(batch, accumulation, tmp_path, monkeypatch):
@@ -268,6 +273,7 @@ def test_ten_steps_lead_to_the_same_place_by_the_reference(batch, accumulation, 
             assert gap(got, expected) < 1e-4, name
 
 
+@pytest.mark.slow
 def test_ten_steps_under_bfloat16_autocast_stay_with_the_reference(tmp_path, monkeypatch):
     """And the weights that are trained are float32, whatever is computed with."""
     ends = {}
@@ -281,6 +287,7 @@ def test_ten_steps_under_bfloat16_autocast_stay_with_the_reference(tmp_path, mon
     assert max(moves) < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bf16", [False, True])
 def test_a_step_on_the_device_is_the_cpus_in_float32(bf16, device, tmp_path, monkeypatch):
     """The first steps of a whole run: the loss of student and prompt, and their gradients' norms."""

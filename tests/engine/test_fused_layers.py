@@ -114,6 +114,7 @@ COMPILED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMPILED)
 def test_what_is_compiled_can_be_and_leaves_its_inputs_alone(name):
     """By the compiler's own trace, without its code generator: an operation in place must stay off the inputs."""
@@ -149,6 +150,7 @@ def states_of(pack):
     return values(1, 4, size, 8), values(1, 2, size, 8, seed=1), values(1, 2, size, 8, seed=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [False, True])
 def test_attention_of_rows(share):
     pack = pack_rows(ROWS, share=share)

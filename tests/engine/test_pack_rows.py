@@ -2,6 +2,7 @@
 
 import itertools
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,6 +20,7 @@ def test_every_row_is_found_again_at_its_places_and_positions(rows, share):
         assert path == sorted(path)
 
 
+@pytest.mark.slow
 @given(rows_of_tokens, st.booleans())
 def test_runs_are_the_places_of_a_row(rows, share):
     pack = pack_rows(rows, share=share)

@@ -75,6 +75,7 @@ def relative_gap(got, expected):
     return float((got - expected).detach().double().norm() / expected.detach().double().norm())
 
 
+@pytest.mark.slow
 @every_architecture
 @pytest.mark.parametrize("length", [0, 3])
 @pytest.mark.parametrize("seed", [0, 1])
@@ -195,6 +196,7 @@ def test_layers_with_lora_are_fused_too():
     assert relative_gap(found[0][1], found[1][1]) < 1e-4
 
 
+@pytest.mark.slow
 def test_a_model_whose_modules_must_be_called_is_not_fused():
     assert supports_fused_forward(model_of("llama"))
     hooked, behind, replaced = (model_of("llama") for _ in range(3))

@@ -89,6 +89,7 @@ def test_the_prompt_changes_the_logits(architecture):
     assert (prompted - other).abs().amax(-1).min() > 1e-3
 
 
+@pytest.mark.slow
 @every_architecture
 @with_and_without
 @pytest.mark.parametrize("engine", ["", "reference"])  # the reference computes the padding
@@ -183,6 +184,7 @@ def test_left_padding_shifts_pefts_positions_but_not_ours(architecture):
 # --------------------------------------------------------------------------------------------------- the gradient of P
 
 
+@pytest.mark.slow
 @every_architecture
 @pytest.mark.parametrize("directions", [("reverse", "reverse"), ("forward", "forward")])
 def test_the_prompts_gradient_is_a_float64_finite_difference(architecture, directions, float64_inside):

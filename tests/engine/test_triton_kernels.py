@@ -25,6 +25,7 @@ CASES = Path(__file__).parents[1] / "helpers" / "triton_kernel_cases.py"
 SECONDS = 600
 
 
+@pytest.mark.slow
 def test_every_case():
     """On the GPU where there is one, else on the CPU by Triton's interpreter."""
     interpret = "0" if torch.cuda.is_available() else "1"
@@ -70,6 +71,7 @@ def compiled(request, tmp_path_factory):
         ).asm
 
 
+@pytest.mark.slow
 def test_offsets_of_rows_have_64_bits(compiled):
     """8,192 rows of 151,936 logits, and several such, are beyond 2^31."""
     widths = re.findall(r"arith\.muli .*: (i\d+)", compiled["ttir"])

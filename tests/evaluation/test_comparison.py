@@ -86,6 +86,7 @@ def test_a_comparison_by_hand():
     assert "On test there are too few rows to tell any two models apart on rouge_l." in made.notes
 
 
+@pytest.mark.slow
 def test_the_interval_is_that_of_a_plain_bootstrap_of_rows():
     rng = np.random.default_rng(0)
     tokens = rng.integers(4, 40, (2, 2, 30))  # (models, seeds, rows)
@@ -367,12 +368,14 @@ def zero_inflated(rng):
     return {"rouge_l": scores}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draw", [rouge_like, skewed, zero_inflated])
 def test_chance_is_called_a_difference_in_5_percent_of_1000_trials(draw):
     claimed = sum(claims(draw, 1000))
     assert 32 <= claimed <= 68  # 50, 2.6 standard errors either way
 
 
+@pytest.mark.slow
 def test_of_many_metrics_any_one_is_claimed_by_chance_in_5_percent():
     def draw(rng):
         shared = rng.normal(size=(2, 30))  # metrics of one answer depend on each other
@@ -382,6 +385,7 @@ def test_of_many_metrics_any_one_is_claimed_by_chance_in_5_percent():
     assert 16 <= claimed <= 44
 
 
+@pytest.mark.slow
 def test_a_known_effect_is_found_as_often_as_computed():
     """Power of a two-sided test at 5 %: Φ(d √n - 1.96) with d = 0.28, n = 100."""
 

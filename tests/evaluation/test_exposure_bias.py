@@ -87,6 +87,7 @@ def literal_curve(student_errors, teacher_errors, ended):
     return curve
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ended", ["leave", "zero"])
 @pytest.mark.parametrize("prompted", [False, True])
 def test_it_equals_a_literal_double_loop(ended, prompted):
@@ -206,6 +207,7 @@ def test_equal_seeds_give_equal_intervals_and_resamples_in_blocks_too(monkeypatc
     assert excess_accumulated_error(*made, bootstrap=Bootstrap(500, seed=3)) == whole
 
 
+@pytest.mark.slow
 def test_intervals_hold_zero_as_often_as_they_say():
     """Simulated rows with effects of their own, both sides drawn alike, several draws that end at random."""
     generator = np.random.default_rng(1)
@@ -283,6 +285,7 @@ def enumerated():
     return student, teacher, *scored
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draws", [None, 1, 2])
 def test_it_converges_to_the_expectation_over_every_continuation(enumerated, draws):
     """Over what is still going, however many draws a row has; with zeros for ended rows of one draw and of two."""
@@ -301,6 +304,7 @@ def test_it_converges_to_the_expectation_over_every_continuation(enumerated, dra
         assert width < 0.5 * abs(exact[-1])
 
 
+@pytest.mark.slow
 def test_zero_lies_in_the_interval_when_the_sampler_is_the_teachers(enumerated):
     """The student's distribution errs as before, on contexts that come from where the teacher's come from."""
     _, _, mine, theirs, again = enumerated
@@ -349,6 +353,7 @@ def accumulated(table: torch.Tensor, error: torch.Tensor, length: int) -> torch.
     return torch.stack(means).cumsum(0)
 
 
+@pytest.mark.slow
 def test_it_grows_with_the_length_for_a_student_trained_on_the_teachers_continuations():
     """Teacher forcing never shows what is beside the ring: the student slips off it and does not find back."""
     length, prompts = 24, [[row % RING] for row in range(48)]

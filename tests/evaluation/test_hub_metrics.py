@@ -113,6 +113,7 @@ def test_without_the_library_the_message_says_how_to_get_it(monkeypatch):
         HubMetric("bleu")
 
 
+@pytest.mark.slow
 def test_evaluate_records_the_score_of_each_row(script, tmp_path, capsys):
     world = make_world(tmp_path / "world")
     request = ("evaluate", "--model", world.student, "--data", world.test, *LIMITS, "--seeds", 1, 2)

@@ -58,6 +58,7 @@ def rouge_by_hand(prediction: str, references: list[str], *, overlap=longest_com
     return best
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*ROUGE can compare")
 @given(rows=st.lists(st.tuples(texts, st.lists(texts, min_size=1, max_size=3)), min_size=1, max_size=4))
 def test_rouge_equals_a_second_implementation(rows: list[tuple[str, list[str]]]) -> None:

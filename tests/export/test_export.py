@@ -87,6 +87,7 @@ def fields_of(file: Path) -> dict:
 # --------------------------------------------------------------------------------------------------------------- GGUF
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gpt2"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_gguf_is_the_model_it_was_written_from(tmp_path, architecture, tied):
@@ -101,6 +102,7 @@ def test_a_gguf_is_the_model_it_was_written_from(tmp_path, architecture, tied):
     assert held(tmp_path) == {"m.gguf"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 @pytest.mark.parametrize(("dtype", "kind"), [(torch.float16, "F16"), (torch.bfloat16, "BF16")])
 def test_matrices_are_rounded_and_vectors_are_not(tmp_path, architecture, dtype, kind):
@@ -119,6 +121,7 @@ def test_matrices_are_rounded_and_vectors_are_not(tmp_path, architecture, dtype,
         torch.testing.assert_close(read[name], weight if exact else weight.to(dtype).float(), rtol=0, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", SPLITS)
 def test_the_tokenizer_cuts_text_as_before(tmp_path, split):
     tokenizer = byte_level(split)
@@ -137,6 +140,7 @@ def test_the_splits_are_what_the_models_ship():
         assert json.loads(backend.to_str())["pre_tokenizer"] == PRE_TOKENIZERS[name] or name == "qwen2"
 
 
+@pytest.mark.slow
 def test_what_a_serving_tool_reads(tmp_path):
     export_gguf(tmp_path / "m.gguf", byte_model(extra=2), byte_level(bos=True), torch.float16, title="my student")
     fields = fields_of(tmp_path / "m.gguf")
@@ -158,6 +162,7 @@ def test_what_a_serving_tool_reads(tmp_path):
     assert "tokenizer.ggml.eot_token_id" not in fields
 
 
+@pytest.mark.slow
 def test_the_end_of_a_turn_is_named_where_it_is_not_eos(tmp_path):
     export_gguf(tmp_path / "m.gguf", byte_model(), byte_level(end=START), torch.float16, title="m")
     fields = fields_of(tmp_path / "m.gguf")
@@ -211,6 +216,7 @@ def test_a_small_head_is_refused(tmp_path):
 # -------------------------------------------------------------------------------------------------- the comparison
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", ["rotation", "norm", "tokenizer"])
 def test_a_file_that_is_not_the_model_is_an_error_and_goes(tmp_path, source, monkeypatch, capsys, wrong):
     if wrong == "rotation":
@@ -247,6 +253,7 @@ def test_a_folder_that_is_not_the_model_is_an_error(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------------------- the command
 
 
+@pytest.mark.slow
 def test_gguf_from_a_run(tmp_path, capsys):
     save_model(tmp_path / "run" / "student", byte_model(), byte_level())
     (tmp_path / "run" / "config.yaml").write_text("{}")
@@ -261,6 +268,7 @@ def test_gguf_from_a_run(tmp_path, capsys):
     assert (logits(load_model(tmp_path / "out" / "m.gguf")) - exact).abs().max() < 0.1
 
 
+@pytest.mark.slow
 def test_safetensors_is_a_plain_folder(tmp_path, source, capsys):
     config = json.loads((source / "config.json").read_text()) | {"use_cache": False}
     (source / "config.json").write_text(json.dumps(config))
@@ -277,6 +285,7 @@ def test_safetensors_is_a_plain_folder(tmp_path, source, capsys):
     assert AutoTokenizer.from_pretrained(out)(LISTING)["input_ids"] == byte_level()(LISTING)["input_ids"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["gguf", "safetensors"])
 def test_a_lora_student_is_merged(tmp_path, source, capsys, form):
     torch.manual_seed(0)
@@ -304,6 +313,7 @@ def test_a_soft_prompt_is_no_student(tmp_path, source, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_what_exists_is_replaced_on_request_alone(tmp_path, source, capsys):
     file, folder = tmp_path / "m.gguf", tmp_path / "out"
     file.write_text("old")

@@ -59,6 +59,7 @@ def until_stop(response, stop_ids):
 # -------------------------------------------------------------------------------------------------------------- greedy
 
 
+@pytest.mark.slow
 @every_architecture
 def test_greedy_is_transformers_generate_token_by_token(architecture, device):
     model, prompts = tiny_model(architecture, tied=False).to(device), some_prompts()
@@ -69,6 +70,7 @@ def test_greedy_is_transformers_generate_token_by_token(architecture, device):
         assert greedy(model, prompts, batch_size=batch_size) == expected
 
 
+@pytest.mark.slow
 @every_architecture
 def test_rows_that_end_early_change_no_other_row(architecture, device):
     model, prompts = tiny_model(architecture, tied=False).to(device), some_prompts()
@@ -82,6 +84,7 @@ def test_rows_that_end_early_change_no_other_row(architecture, device):
     assert [transformers_greedy(model, prompt, stop_ids=stops) for prompt in prompts] == expected
 
 
+@pytest.mark.slow
 def test_a_stop_id_is_kept_and_nothing_follows_it():
     model, prompts = tiny_model("gpt2", tied=False), some_prompts()
     unlimited = greedy(model, prompts)
@@ -97,6 +100,7 @@ def test_without_stop_ids_every_response_has_the_full_length():
     assert greedy(model, some_prompts(3)) == [[END_ID] * LENGTH] * 3
 
 
+@pytest.mark.slow
 def test_a_stop_id_in_the_prompt_does_not_stop():
     """pad == EOS == a prompt's token: only what is generated counts."""
     model = tiny_model("gpt2", tied=False)
@@ -106,6 +110,7 @@ def test_a_stop_id_in_the_prompt_does_not_stop():
     assert greedy(model, prompts, stop_ids=[END_ID]) == expected
 
 
+@pytest.mark.slow
 def test_the_limit_is_exact():
     model, prompts = tiny_model("llama", tied=False), some_prompts()
     whole = greedy(model, prompts)
@@ -133,6 +138,7 @@ def test_eos_as_first_token_of_every_row():
     assert len(calls) == 1  # nothing is decoded behind the last row's end
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("own_engine")
 def test_finished_rows_leave_the_batch():
     model, prompts = tiny_model("llama", tied=False), some_prompts()
@@ -148,6 +154,7 @@ def test_finished_rows_leave_the_batch():
     assert rows == [1] + [sum(length > step for length in lengths) for step in range(1, max(lengths))]
 
 
+@pytest.mark.slow
 def test_a_peft_model_writes_with_its_adapter():
     torch.manual_seed(0)
     lora = LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights=False)
@@ -156,6 +163,7 @@ def test_a_peft_model_writes_with_its_adapter():
     assert responses == greedy(model.merge_and_unload(), prompts)
 
 
+@pytest.mark.slow
 def test_settings_of_the_models_folder_are_not_applied():
     model, prompts = tiny_model("gpt2", tied=False), some_prompts()
     plain = [transformers_greedy(model, prompt) for prompt in prompts]
@@ -176,6 +184,7 @@ def test_settings_of_the_models_folder_are_not_applied():
     assert sampled() == before
 
 
+@pytest.mark.slow
 def test_a_recurrent_model_is_refused_or_right():
     model, prompts = tiny_model("mamba"), some_prompts()
     expected = [transformers_greedy(model, prompt) for prompt in prompts]
@@ -199,6 +208,7 @@ def test_rows_of_like_length_share_a_batch():
 # ---------------------------------------------------------------------------------------- padded heads and two models
 
 
+@pytest.mark.slow
 def test_no_token_beyond_the_vocabulary_is_written():
     model, prompts = tiny_model("llama", vocabulary=VOCABULARY + 5, tied=False), some_prompts()
     exact = tiny_model("llama", vocabulary=VOCABULARY, tied=False)
@@ -225,6 +235,7 @@ def mixture(student, teacher, share, temperature, ids) -> torch.Tensor:
     return (1 - share) * (q / temperature).softmax(-1) + share * (p / temperature).softmax(-1)
 
 
+@pytest.mark.slow
 def test_a_mixture_of_two_models_has_the_exact_probabilities():
     student, teacher = tiny_model("llama", tied=False), tiny_model("llama", tied=False, layers=2, seed=1)
     counts = first_tokens(student, temperature=1.3, mixed_with=(teacher, 0.3))
@@ -235,6 +246,7 @@ def test_a_mixture_of_two_models_has_the_exact_probabilities():
         assert statistic > bound
 
 
+@pytest.mark.slow
 def test_a_mixture_is_written_token_by_token_by_both_models():
     student = tiny_model("gpt2", tied=False, dropout=0.3).train()
     teacher, prompts = tiny_model("gemma2", tied=False, seed=1), some_prompts()
@@ -255,6 +267,7 @@ def test_a_mixture_is_written_token_by_token_by_both_models():
     assert (student.training, teacher.training) == (True, False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_a_mixture_of_one_model_alone_is_that_model(share):
     models, prompts = (tiny_model("gpt2", tied=False), tiny_model("gpt2", tied=False, seed=1)), some_prompts()
@@ -267,6 +280,7 @@ def test_a_mixture_of_one_model_alone_is_that_model(share):
 # ------------------------------------------------------------------------------------------------------------ sampling
 
 
+@pytest.mark.slow
 @every_architecture
 def test_a_sampled_response_does_not_depend_on_batch_or_order(architecture, device):
     model, prompts = tiny_model(architecture, tied=False).to(device), some_prompts()
@@ -357,6 +371,7 @@ def chi_square(counts: Counter, probabilities: list[float]) -> tuple[float, floa
     return statistic, freedom * (1 - 2 / (9 * freedom) + 4 * math.sqrt(2 / (9 * freedom))) ** 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("temperature", "top_p", "top_k"),
     [
@@ -383,6 +398,7 @@ def test_sampled_tokens_have_the_exact_probabilities(temperature, top_p, top_k):
     assert statistic > bound  # there are draws enough to tell another temperature
 
 
+@pytest.mark.slow
 def test_one_token_to_choose_from_is_greedy():
     model, prompts = tiny_model("qwen2", tied=False), some_prompts()
     expected, seeds = greedy(model, prompts), row_seeds(3, 8)
@@ -408,6 +424,7 @@ def test_successive_tokens_and_rows_are_drawn_apart():
 # ---------------------------------------------------------------------------------------------- modes, progress, errors
 
 
+@pytest.mark.slow
 def test_dropout_is_off_and_training_mode_comes_back():
     model, prompts = tiny_model("gpt2", tied=False, dropout=0.5).train(), some_prompts()
     assert greedy(model, prompts) == greedy(tiny_model("gpt2", tied=False), prompts)
@@ -487,6 +504,7 @@ def test_wrong_settings(settings, message):
         Decoding(**settings)
 
 
+@pytest.mark.slow
 def test_a_limit_a_prompt_cuts_each_response_by_itself():
     model, prompts = tiny_model("llama"), some_prompts()
     settings = {"seeds": row_seeds(0, len(prompts)), "batch_size": 3}

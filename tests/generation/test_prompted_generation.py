@@ -30,6 +30,7 @@ def vectors(model, length=5):
     return SoftPrompt.create(model, tiny_tokenizer(), length=length, start="random", seed=3)
 
 
+@pytest.mark.slow
 @every_architecture
 def test_the_prompt_made_of_a_texts_embeddings_acts_as_that_text(architecture):
     """Scaling, positions, order and padding at once."""
@@ -54,6 +55,7 @@ def test_each_token_is_the_most_probable_one_of_the_scored_logits(architecture):
         assert logits.argmax(-1).tolist() == response
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 def test_it_writes_what_peft_writes_row_by_row(architecture, tmp_path):
     model = tiny_model(architecture, tied=False)
@@ -71,6 +73,7 @@ def test_it_writes_what_peft_writes_row_by_row(architecture, tmp_path):
             assert ids[-1] == token
 
 
+@pytest.mark.slow
 def test_samples_do_not_depend_on_the_batch_and_rows_that_end_change_no_other():
     model = tiny_model("llama", tied=False)
     prompt = model.get_input_embeddings()(torch.tensor(BEFORE)).detach()

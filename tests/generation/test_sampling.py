@@ -162,6 +162,7 @@ def transformers_rollout(model, folder):
     return rollout(model, folder, generation_kwargs={"renormalize_logits": True})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "warmer"),  # one block of the inverse CDF, and three; over more words the same draws tell less
     [(VOCABULARY, 1.2), (3 * 256 - 5, 1.5)],
@@ -191,6 +192,7 @@ def test_two_tokens_have_their_exact_probabilities_on_the_device(tmp_path):
     assert p_value(drawn, other) < TELLS_APART
 
 
+@pytest.mark.slow
 def test_the_engines_of_the_commands_are_one():
     """What `evaluate`, `generate` and `exposure-bias` sample is, seed by seed, what the tested loop samples."""
     model, tokenizer = tiny_model("llama", tied=False), tiny_tokenizer()

@@ -23,6 +23,7 @@ def streamed(model, *, stop_ids=(), seed=None, **settings):
     return stream(model, PROMPT, SamplingParams(max_new_tokens=20, stop_ids=stop_ids, **settings), seed=seed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("settings", [{"temperature": 0.0}, {"seed": 5}, {"seed": 6, **SAMPLED}])
 def test_a_stream_is_what_generate_writes(architecture, settings):
@@ -34,6 +35,7 @@ def test_a_stream_is_what_generate_writes(architecture, settings):
     assert cut == whole(model, stop_ids=[stop], **settings) == expected[: expected.index(stop) + 1]
 
 
+@pytest.mark.slow
 def test_streams_read_in_turns_do_not_disturb_each_other():
     models = [tiny_model("llama", seed=seed, tied=False) for seed in (0, 1)]
     expected = [whole(model, seed=3) for model in models]

@@ -17,8 +17,6 @@ from helpers import processes_worker
 from promptkd.cli import main
 
 CHECKS = ("fixed", "empty", "early", "mixed", "uneven", "resumed", "served", "heads", "sharded")
-RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""The environment of a process that trains with others."""
 SECONDS = 150  # in which processes that train together are done, or hang
 
 

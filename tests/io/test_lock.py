@@ -73,6 +73,7 @@ def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path):
     assert list(folder.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_what_a_killed_process_left_running_holds_the_lock(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "_PATIENCE", 0.5)
     with Holder(tmp_path, "inherited") as first:
@@ -86,6 +87,7 @@ def test_what_a_killed_process_left_running_holds_the_lock(tmp_path, monkeypatch
             pass
 
 
+@pytest.mark.slow
 def test_removed_lock_files_let_no_two_processes_in(tmp_path):
     command = [sys.executable, "-c", TAKE_TURNS, str(tmp_path)]
     processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) for _ in range(4)]

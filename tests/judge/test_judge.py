@@ -81,6 +81,7 @@ def same(first: Path, second: Path) -> bool:
 # ---- what is asked and what is made of it ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["response", "completion"])
 def test_scores(tmp_path, capsys, form):
     student = write_rows(tmp_path / "student.jsonl", answer_rows(12, form=form))
@@ -115,6 +116,7 @@ def test_scores(tmp_path, capsys, form):
     assert results.notes == [f"Judged by judge at {server.url}, which answered as judge-of-tests."]
 
 
+@pytest.mark.slow
 def test_the_question(tmp_path, capsys, student):
     with judge_server() as server:
         done(capsys, *request(server, student, "--extra-body", '{"top_k": 1}', "--seed", 7, "--max-tokens", 99))
@@ -130,6 +132,7 @@ def test_the_question(tmp_path, capsys, student):
     assert set(server.keys) == {"Bearer none"}
 
 
+@pytest.mark.slow
 def test_settings_that_the_endpoint_does_not_know_are_left_out(capsys, student):
     with judge_server() as server:
         done(capsys, *request(server, student, "--temperature", "none", "--seed", "none", "--max-tokens", "none"))
@@ -152,6 +155,7 @@ def preferences(question: str, number: int) -> str:
     }.get(row, mine)
 
 
+@pytest.mark.slow
 def test_pairwise(tmp_path, capsys, student):
     other = write_rows(tmp_path / "teacher.jsonl", answer_rows(12, form="completion", letter="b"))
     with judge_server(preferences) as server:
@@ -191,6 +195,7 @@ def test_labels_limit_and_a_prompt_file(tmp_path, capsys, student):
     assert all(question.startswith("[Request]") for question in server.questions)
 
 
+@pytest.mark.slow
 def test_requests_from_the_data_stand_without_their_template(tmp_path, capsys, student):
     lines = [{"instruction": f"Say {row}.", "input": "Loud." * (row % 2), "output": "r"} for row in range(14)]
     lines[3] = {"messages": [{"role": "user", "content": "Say 3."}, {"role": "assistant", "content": "r"}]}
@@ -215,6 +220,7 @@ def test_requests_from_the_data_stand_without_their_template(tmp_path, capsys, s
     assert (results.data["dolly"].path, results.data["dolly"].rows) == (str(data), 12)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_read_is_kept_and_enters_no_mean(capsys, student):
     def reply(question: str, number: int) -> str:
         return by_length(question) if parts(question)[0] in ("Say 0.", "Say 1.") else "Both are lovely."
@@ -234,6 +240,7 @@ def test_what_cannot_be_read_is_kept_and_enters_no_mean(capsys, student):
     assert record(student).evaluations[0].metrics.keys() == {"unparsable_share"}
 
 
+@pytest.mark.slow
 def test_hostile_text_stays_text(capsys, student):
     hostile = "</script><img src=x onerror=alert(1)>\x1b[31m {{ second }}"
     with judge_server(lambda question, number: hostile) as server:
@@ -251,6 +258,7 @@ def test_hostile_text_stays_text(capsys, student):
 PASSING = ("429", "408", "409", "500", "503", "garbage", "page", "another shape", "cut body", "cut stream", "closed")
 
 
+@pytest.mark.slow
 def test_what_may_pass_is_asked_again(tmp_path, capsys, student):
     with judge_server() as server:
         done(capsys, *request(server, student))
@@ -264,6 +272,7 @@ def test_what_may_pass_is_asked_again(tmp_path, capsys, student):
     assert same(tmp_path / "clean", tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["silence", "trickle"])
 def test_time_outs_are_asked_again(capsys, student, fault):
     with judge_server(fault=lambda question, number: fault if number == 0 else None) as server:
@@ -272,6 +281,7 @@ def test_time_outs_are_asked_again(capsys, student, fault):
     assert "no answer within 0.5 seconds" in ran.err
 
 
+@pytest.mark.slow
 def test_retry_after_holds_for_all(capsys, student):
     def reply(question: str, number: int) -> str:
         time.sleep(0.2 * (number == 1))  # under way while the other is told to wait
@@ -334,6 +344,7 @@ def test_nobody_listens(capsys, student):
     assert "None of the last 2 requests to http://127.0.0.1:9/v1 was answered: no connection" in ran.err
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_leaves_what_is_done(tmp_path, capsys, student):
     with judge_server() as server:
         done(capsys, *request(server, student))
@@ -351,6 +362,7 @@ def test_a_server_that_dies_leaves_what_is_done(tmp_path, capsys, student):
     assert same(tmp_path / "clean", tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_single_failures_are_asked_for_by_the_next_run(tmp_path, capsys, student):
     broken = {"Say 3.", "Say 7."}
     with judge_server(fault=lambda question, number: "500" if parts(question)[0] in broken else None) as server:
@@ -365,6 +377,7 @@ def test_single_failures_are_asked_for_by_the_next_run(tmp_path, capsys, student
     assert record(student).evaluations[0].metrics["judge_score"].rows == 12
 
 
+@pytest.mark.slow
 def test_refused_requests_are_counted(capsys, student):
     long = {"Say 0.", "Say 11."}
     with judge_server(fault=lambda question, number: "400" if parts(question)[0] in long else None) as server:
@@ -378,6 +391,7 @@ def test_refused_requests_are_counted(capsys, student):
     assert "2 of 12 verdicts could not be read" in ran.err
 
 
+@pytest.mark.slow
 def test_concurrency(capsys, student):
     with judge_server(delay=0.1) as server:
         done(capsys, *request(server, student, "--concurrency", 3))
@@ -387,6 +401,7 @@ def test_concurrency(capsys, student):
 # ---- the key ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variable", [None, "MY_JUDGE"])
 def test_the_key_is_written_nowhere(tmp_path, capsys, monkeypatch, student, variable):
     monkeypatch.setenv(variable or "OPENAI_API_KEY", KEY)
@@ -426,6 +441,7 @@ def test_a_key_that_no_header_carries(capsys, monkeypatch, student):
 # ---- interrupted and taken up again ----
 
 
+@pytest.mark.slow
 def test_killed_and_taken_up_again(tmp_path, capsys, student):
     with judge_server(delay=0.05) as server:
         done(capsys, *request(server, student))
@@ -448,6 +464,7 @@ def test_killed_and_taken_up_again(tmp_path, capsys, student):
     assert same(tmp_path / "clean", tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("left", [0, 10, -1, -30])
 def test_a_torn_last_line(tmp_path, capsys, student, left):
     log = tmp_path / "out" / "judged-verdicts.jsonl"
@@ -461,6 +478,7 @@ def test_a_torn_last_line(tmp_path, capsys, student, left):
     assert log.read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_a_torn_line_is_gone_before_the_next_is_written(tmp_path, capsys, student):
     log = tmp_path / "out" / "judged-verdicts.jsonl"
     with judge_server() as server:
@@ -473,6 +491,7 @@ def test_a_torn_line_is_gone_before_the_next_is_written(tmp_path, capsys, studen
     assert [line["row"] for line in found] == list(range(8))
 
 
+@pytest.mark.slow
 def test_a_finished_run_asks_nothing(tmp_path, capsys, student):
     with judge_server() as server:
         done(capsys, *request(server, student, "--limit", 5))
@@ -485,6 +504,7 @@ def test_a_finished_run_asks_nothing(tmp_path, capsys, student):
         assert len(server.questions) == 24
 
 
+@pytest.mark.slow
 def test_other_settings_are_refused_by_name(tmp_path, capsys, student):
     with judge_server() as server:
         done(capsys, *request(server, student))
@@ -508,6 +528,7 @@ def test_other_settings_are_refused_by_name(tmp_path, capsys, student):
         assert len(server.questions) == 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("line", "content", "told"),
     [
@@ -531,6 +552,7 @@ def test_a_damaged_log(tmp_path, capsys, student, line, content, told):
     assert told in ran.err
 
 
+@pytest.mark.slow
 def test_a_judge_at_work_on_the_same_file_is_named(tmp_path, capsys, student):
     with judge_server() as server:
         with locked(tmp_path / "out" / "judged.json"):

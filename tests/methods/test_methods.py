@@ -25,6 +25,7 @@ def fixed(name, **settings):
     return replace(named_method(name, MethodSettings(**settings)), responses=FixedResponses())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_under_bfloat16_autocast_steps_of_every_method_move_every_weight(tmp_path, name):
     """A pass without a graph before the student's must leave no cast of a weight that has none either."""
@@ -42,6 +43,7 @@ def adapter_of(ours):
     return [] if ours.adapter is None else ours.adapter.parameters()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_micro_batches_and_chunks_do_not_matter(tmp_path, name, float64_inside):
     """8 x 1 = 2 x 4, in chunks of all and 3 tokens: log, student and adapter after two float64 steps. So for 1 x 8."""
@@ -68,6 +70,7 @@ def test_micro_batches_and_chunks_do_not_matter(tmp_path, name, float64_inside):
             torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_two_seeds_differ(tmp_path, name):
     def student(seed):
@@ -79,6 +82,7 @@ def test_two_seeds_differ(tmp_path, name):
     assert not torch.equal(student(1), student(2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["promptkd-lora", "promptkd-full", "okd", "distillm"])
 def test_every_adapter_and_the_buffer_resume_bit_for_bit(tmp_path, name):
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
@@ -96,6 +100,7 @@ def test_every_adapter_and_the_buffer_resume_bit_for_bit(tmp_path, name):
             assert torch.equal(mine, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["promptkd-lora", "promptkd-full", "okd"])
 def test_the_plain_teacher_stays_what_it_was(tmp_path, name):
     student, teacher = pair()
@@ -112,6 +117,7 @@ def test_the_plain_teacher_stays_what_it_was(tmp_path, name):
     assert not torch.allclose(adapted, before, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_adapters_lower_the_divergence_to_the_student(tmp_path):
     for name in ("promptkd", "promptkd-lora", "promptkd-full", "okd"):
         ours = trainer(
@@ -128,6 +134,7 @@ def test_adapters_lower_the_divergence_to_the_student(tmp_path):
         assert divergences[-1] < divergences[0], name
 
 
+@pytest.mark.slow
 def test_trainable_shares(tmp_path):
     student, teacher = pair()
     total = sum(parameter.numel() for parameter in teacher.parameters())
@@ -149,6 +156,7 @@ class StudentAlone(Responses):
         return sample.student([row.prompt_ids for row in rows])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["imitkd", "gkd", "distillm"])
 @pytest.mark.parametrize(("share", "pure"), [(0.0, Responses()), (1.0, StudentAlone())])
 def test_mixture_shares_zero_and_one_are_the_pure_forms(tmp_path, name, share, pure):
@@ -169,6 +177,7 @@ def source_metrics(method):
     return method.responses.metrics()
 
 
+@pytest.mark.slow
 def test_a_fixed_prompt_teaches_as_a_teacher_that_carries_it(tmp_path):
     """Learning rate 0 for the prompt is distillation from that prompted teacher, step for step."""
     ours = trainer(tmp_path / "a", models=pair(), prompt_learning_rate=0.0)
@@ -184,6 +193,7 @@ def test_a_fixed_prompt_teaches_as_a_teacher_that_carries_it(tmp_path):
         assert torch.equal(mine, other)
 
 
+@pytest.mark.slow
 def test_a_cross_entropy_share_mixes_the_two_losses(tmp_path):
     def loss(**settings):
         ours = trainer(tmp_path, models=pair(torch.float64), method=fixed("kd", **settings), max_steps=1)
@@ -202,6 +212,7 @@ def test_temperature_divides_both_models_logits():
         torch.testing.assert_close(method.objective(q, p), plain(q / 2, p / 2))
 
 
+@pytest.mark.slow
 def test_plain_text_adds_its_cross_entropy(tmp_path):
     file = tmp_path / "text.jsonl"
     file.write_text('{"text": "the cat and the hat"}\n{"text": "an ant in the van"}\n')
@@ -243,6 +254,7 @@ def test_the_adaptive_share_rises_when_validation_gets_worse():
     assert source.best == 1.9
 
 
+@pytest.mark.slow
 def test_validation_in_a_run_moves_the_adaptive_share(tmp_path):
     """At a rate that ruins the student, the share of each step is what the losses logged before it say."""
     ours = trainer(
@@ -427,6 +439,7 @@ def test_a_share_that_can_never_rise_is_told(tmp_path):
         trainer(tmp_path, method=named_method("distillm"))
 
 
+@pytest.mark.slow
 def test_students_of_another_architecture_learn_from_the_teacher(tmp_path):
     student = tiny_model("gpt2", layers=2, hidden=16, seed=1)
     _, teacher = pair()
@@ -435,6 +448,7 @@ def test_students_of_another_architecture_learn_from_the_teacher(tmp_path):
     assert ours.state.global_step == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merge", [False, True])
 def test_a_lora_student_trains_its_own_weights_alone_and_can_be_merged(tmp_path, merge):
     from peft import LoraConfig

@@ -25,6 +25,8 @@ from promptkd.objectives import (
 )
 from promptkd.responses import Responses
 
+pytestmark = pytest.mark.slow
+
 OBJECTIVES = {
     "forward_kl": forward_kl,
     "reverse_kl": reverse_kl,

@@ -92,6 +92,7 @@ def test_the_home_folder_is_understood(folder, monkeypatch):
     assert resolve_model("~/model") == str(folder)
 
 
+@pytest.mark.slow
 def test_a_lora_folder_is_its_base_model_with_the_adapter(folder, tmp_path):
     torch.manual_seed(0)
     lora = LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights=False, base_model_name_or_path=str(folder))
@@ -147,6 +148,7 @@ def test_a_gguf_that_breaks_off(tmp_path):
     refused(tmp_path / "cut.gguf", "cut.gguf is not a complete GGUF file: at byte 24 it states 1 tensors and 1 fields")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [
@@ -261,6 +263,7 @@ def test_a_gguf_is_converted_once(tmp_path, cache, unreadable):
     assert (entry / "model.safetensors").stat().st_mtime_ns == written
 
 
+@pytest.mark.slow
 def test_a_changed_gguf_is_converted_anew(tmp_path, cache):
     file = write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"))
     load_model(file)
@@ -269,6 +272,7 @@ def test_a_changed_gguf_is_converted_anew(tmp_path, cache):
     assert len(entries(cache)) == 2
 
 
+@pytest.mark.slow
 def test_the_converted_model_can_be_saved(tmp_path):
     file = write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"))
     model = load_model(file, dtype="bfloat16")
@@ -277,6 +281,7 @@ def test_the_converted_model_can_be_saved(tmp_path):
     assert torch.equal(logits(load_model(tmp_path / "again", dtype="bfloat16")), logits(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fails", ["tokenizer", "saving", "interrupt"])
 def test_a_conversion_that_fails_leaves_nothing_behind(tmp_path, cache, monkeypatch, fails):
     file = write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"))
@@ -294,6 +299,7 @@ def test_a_conversion_that_fails_leaves_nothing_behind(tmp_path, cache, monkeypa
     assert torch.equal(logits(load_model(file)), logits(tiny_model("llama")))  # and the next try works
 
 
+@pytest.mark.slow
 def test_two_processes_may_convert_at_once(tmp_path, cache, monkeypatch):
     file = write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"))
     load_model(file)
@@ -318,6 +324,7 @@ def test_the_message_of_a_failed_conversion(tmp_path, cache):
     assert entries(cache) == []
 
 
+@pytest.mark.slow
 def test_a_ggufs_tokenizer_has_no_token_that_the_model_lacks(tmp_path):
     file = write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"))
     model, tokenizer = load_model(file), load_tokenizer(file)
@@ -325,6 +332,7 @@ def test_a_ggufs_tokenizer_has_no_token_that_the_model_lacks(tmp_path):
     assert shared_vocabulary_size(model, model, tokenizer) == VOCABULARY
 
 
+@pytest.mark.slow
 def test_the_suffix_may_be_written_large(tmp_path):
     file = write_gguf(tmp_path / "TINY.GGUF", tiny_model("llama"))
     assert torch.equal(logits(load_model(file)), logits(tiny_model("llama")))

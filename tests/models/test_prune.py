@@ -274,6 +274,7 @@ def test_evenly_spaced(total, count, kept):
     assert evenly_spaced(total, count) == kept
 
 
+@pytest.mark.slow
 @given(st.data())
 def test_evenly_spaced_layers_differ_and_lie_evenly(data):
     total = data.draw(st.integers(2, 200))

@@ -131,6 +131,7 @@ def test_values_equal_the_double_loop(ours: Divergence, of_row) -> None:
     torch.testing.assert_close(values, loop(of_row, student, teacher), rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.slow
 @given(
     shape=st.lists(st.integers(1, 3), max_size=2),
     columns=st.integers(1, 12),
@@ -210,6 +211,7 @@ def test_equal_inputs_give_exactly_zero_and_no_gradient(ours: Divergence, of_row
         assert gradient.abs().max() < (1e-15 if dtype == torch.float64 else 1e-6)
 
 
+@pytest.mark.slow
 @given(coefficient=st.floats(0, 1), dtype=st.sampled_from([torch.float32, torch.float64]), seed=st.integers(0, 99))
 def test_equal_inputs_give_exactly_zero_at_any_coefficient(coefficient: float, dtype: torch.dtype, seed: int) -> None:
     same = logits(2, 20, seed=seed, dtype=dtype)

@@ -198,6 +198,7 @@ def ragged(lengths, seed, columns):
 LENGTHS = st.lists(st.integers(0, 4), min_size=1, max_size=3)
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(
     lengths=LENGTHS,
@@ -222,6 +223,7 @@ def test_minillm_equals_the_double_loop_at_any_mask_and_coefficient(lengths, see
             assert float(mine[row, length:].abs().sum()) == 0
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(
     lengths=LENGTHS.flatmap(

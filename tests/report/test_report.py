@@ -115,6 +115,7 @@ def test_best_marks_do_not_cross_data_of_another_content() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_hostile_text_stays_text() -> None:
     nasty = record()
     for text in HOSTILE:
@@ -170,6 +171,7 @@ def test_page_asks_the_network_for_nothing() -> None:
     assert "url(" not in page.style
 
 
+@pytest.mark.slow
 def test_same_records_give_the_same_page() -> None:
     source = render_report([record()])
     assert source == render_report([record()])
@@ -229,6 +231,7 @@ def test_an_answer_that_starts_with_a_line_break_keeps_it() -> None:
     assert '<pre dir="auto">\n\n  indented</pre>' in render_report([changed])
 
 
+@pytest.mark.slow
 def test_an_answer_never_stands_under_a_prompt_it_was_not_given() -> None:
     changed = record()
     changed.evaluations[-1].samples[0].prompt = "Another template: explain photosynthesis."

@@ -103,6 +103,7 @@ def test_hostile_labels_stay_text_in_markdown() -> None:
     assert markdown_text("a | b\nc") == "a \\| b c"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("out", "form", "start"),
     [

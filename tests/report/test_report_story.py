@@ -1,5 +1,7 @@
 """Several records read as one story: one label a model and a data set, one row for what was measured alike."""
 
+import pytest
+
 from helpers.pages import Page
 from helpers.records import STUDENTS, biased, compared, distilled, evaluated, made_up_rows, study
 from promptkd.report import comparison_table, difference_table, render_report, unified
@@ -166,6 +168,7 @@ def test_summary_of_several_records_is_one() -> None:
     assert alone.lead.endswith("No differences were recorded, so this page claims none.")
 
 
+@pytest.mark.slow
 def test_every_answer_is_in_the_browser_and_every_prompt_once() -> None:
     story = unified(study(ROWS))
     sets = row_sets(story)

@@ -280,6 +280,7 @@ def test_the_recipe_is_a_study(world, tmp_path, capsys):
 # ---- running ----
 
 
+@pytest.mark.slow
 def test_a_page_that_the_disk_does_not_take_leaves_the_old_one(tmp_path, capsys):
     planned_run, out = Planned("kd", 1, {}), tmp_path / "out"
     folder = out / planned_run.name
@@ -404,6 +405,7 @@ def job_of(folder: Path, name: str, *commands: tuple[str, ...]) -> Job:
     return Job(name, folder / name, commands, folder / f"{name}.log", steps=10)
 
 
+@pytest.mark.slow
 def test_a_job_that_fails_ends_its_own_commands_alone(tmp_path):
     version, wrong = ("--version",), ("no-such-command",)
     jobs = [
@@ -473,6 +475,7 @@ class Endless:
         self.calls.append("close")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("deaf", "calls"), [(False, ["stop", "close"]), (True, ["stop", "kill", "close"])])
 def test_a_signal_stops_the_runs_and_a_second_one_ends_them(tmp_path, deaf, calls):
     jobs = [job_of(tmp_path, name) for name in "abc"]

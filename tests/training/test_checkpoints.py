@@ -116,6 +116,7 @@ def test_a_checkpoint_that_was_whole_but_had_no_name_yet_gets_it(tmp_path):
     assert resumable_checkpoint(tmp_path) == (tmp_path / "checkpoint-4", {})
 
 
+@pytest.mark.slow
 def test_a_torn_checkpoint_is_passed_over_and_the_run_ends_as_if_undisturbed(world, tmp_path, capsys):
     every = ("--save_steps", 1)
     done(capsys, *distill(world, tmp_path / "whole", *every))
@@ -142,6 +143,7 @@ def test_a_torn_checkpoint_is_passed_over_and_the_run_ends_as_if_undisturbed(wor
     assert held(tmp_path / "cut") == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("keep", "left"), [(("--keep", 1), {3}), ((), {2, 3}), (("--keep", 3), {1, 2, 3}), (("--keep", "none"), {1, 2, 3})]
 )
@@ -151,6 +153,7 @@ def test_so_many_checkpoints_stay(world, tmp_path, capsys, keep, left):
     assert found == left
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_stays_among_few(tmp_path, monkeypatch):
     ours = trainer(
         tmp_path,
@@ -184,6 +187,7 @@ def test_wrong_numbers_of_checkpoints_are_refused(world, tmp_path, capsys):
 # ---- a run resumes from any step ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [2, 4, 5])  # within a logged line, at the end of an epoch, within the next line
 @pytest.mark.parametrize("by_epoch", [False, True])
 def test_a_checkpoint_at_any_step_holds_the_line_and_the_validation_to_come(tmp_path, stop, by_epoch):
@@ -207,6 +211,7 @@ def test_a_checkpoint_at_any_step_holds_the_line_and_the_validation_to_come(tmp_
         assert torch.equal(mine, theirs)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_moved_keeps_its_best(world, tmp_path, capsys, monkeypatch):
     summarize, told = promptkd.training.validation.summarize, iter((1.0, 2.0, 3.0))
     monkeypatch.setattr(
@@ -239,6 +244,7 @@ def small_disk(folder: Path, size: str) -> Iterator[None]:
         subprocess.run(["umount", "-l", folder], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_earlier_checkpoints(world, tmp_path, capsys):
     """Room for one checkpoint and a half; once there is more, the run goes on from the first."""
     done(capsys, *distill(world, tmp_path / "whole", "--save_steps", 1))
@@ -269,6 +275,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_any_work(world, tm
         assert f"Cannot write {tmp_path}/disk/run" in ran.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["student", "train"])
 def test_what_was_deleted_meanwhile_is_named(world, tmp_path, capsys, file):
     ours = make_world(tmp_path / "world")
@@ -282,6 +289,7 @@ def test_what_was_deleted_meanwhile_is_named(world, tmp_path, capsys, file):
     assert held(tmp_path / "run") == before
 
 
+@pytest.mark.slow
 def test_a_best_checkpoint_that_goes_while_training_does_is_missed(tmp_path):
     ours = trainer(
         tmp_path,
@@ -328,6 +336,7 @@ def test_a_model_is_written_whole_or_the_earlier_one_stays(tmp_path):
     assert (tmp_path / "student" / "config.json").read_text() == "earlier"
 
 
+@pytest.mark.slow
 def test_the_log_is_written_anew_from_the_checkpoint(world, tmp_path, capsys):
     """Steps behind the checkpoint, a torn line and its leftover go; no step comes twice."""
     out = tmp_path / "run"

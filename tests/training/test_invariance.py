@@ -16,6 +16,8 @@ from helpers.commands import TEMPLATE, World, done, make_world, steps
 from helpers.tiny import END_ID, save_model, tiny_model
 from promptkd.methods import METHODS
 
+pytestmark = pytest.mark.slow
+
 WINDOWS = ((8, 1), (2, 4), (1, 8))
 """Micro-batch x accumulation."""
 SETTINGS = (

@@ -2,11 +2,14 @@
 
 import os
 
+import pytest
 from benchmarks.reliability.kill import PARTS, Job, Marks
 
 from helpers.commands import make_world
 from helpers.gguf_file import write_gguf
 from helpers.tiny import tiny_model
+
+pytestmark = pytest.mark.slow
 
 
 def test_a_killed_job_that_goes_on_ends_in_the_same_bits(tmp_path):

@@ -92,6 +92,7 @@ def watched_generation(monkeypatch):
     return seen
 
 
+@pytest.mark.slow
 def test_every_phase_runs_on_the_longest_rows_with_responses_at_their_limit(tmp_path, monkeypatch):
     seen = watched_generation(monkeypatch)
     method = named_method("promptkd")
@@ -111,6 +112,7 @@ def test_every_phase_runs_on_the_longest_rows_with_responses_at_their_limit(tmp_
     assert (trial.steps, trial.warm, trial.longest_row) == (40, True, longest[0] + 8)
 
 
+@pytest.mark.slow
 def test_responses_of_transformers_generate_reach_their_limit_too(tmp_path):
     method = named_method("promptkd")
     made = trainer(tmp_path, method=method, generation_kwargs={"num_beams": 1}, max_steps=2)
@@ -140,6 +142,7 @@ def files(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_a_dry_run_says_what_a_run_will_need_and_writes_nothing(world, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = files(world.folder)
@@ -162,6 +165,7 @@ def test_a_dry_run_says_what_a_run_will_need_and_writes_nothing(world, tmp_path,
     assert re.search("expected time +at most", time)
 
 
+@pytest.mark.slow
 def test_a_dry_run_without_rollouts_and_one_that_is_to_be_resumed(world, tmp_path, capsys):
     ran = done(capsys, *distill(world, tmp_path / "run", "--dry-run", "--method", "kd", "--limit", 4))
     assert "none, the data's responses serve" in ran.out
@@ -171,6 +175,7 @@ def test_a_dry_run_without_rollouts_and_one_that_is_to_be_resumed(world, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_dry_run_of_a_run_of_one_step_takes_one(world, tmp_path, capsys):
     request = list(distill(world, tmp_path / "run", "--dry-run"))
     request[request.index("--max_steps") + 1] = 1
@@ -181,6 +186,7 @@ def test_a_dry_run_of_a_run_of_one_step_takes_one(world, tmp_path, capsys):
 # ---- what a run says at its end ----
 
 
+@pytest.mark.slow
 def test_a_run_says_and_records_its_peak_by_phase(world, tmp_path, capsys):
     out = tmp_path / "run"
     ran = done(capsys, *distill(world, out, "--prompt-refresh", "stale", "--eval-data", world.valid))

@@ -25,6 +25,8 @@ from promptkd.training import DistillTrainer, FinetuneConfig, FinetuneTrainer
 from promptkd.training.callbacks import quiet
 from promptkd.training.guard import MOST_SKIPPED
 
+pytestmark = pytest.mark.slow
+
 BAD = token_id("&")  # in no row but those that are marked with it
 
 

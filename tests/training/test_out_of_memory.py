@@ -52,6 +52,7 @@ UPDATE = (accelerate.optimizer.AcceleratedOptimizer, "step")
 VALIDATION = (promptkd.training.validation, "measure_rows")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("where", "error", "told", "flags"),
     [
@@ -102,6 +103,7 @@ def test_a_phase_that_is_too_large_is_named_and_the_run_resumes(
     assert steps(out) == steps(undisturbed)
 
 
+@pytest.mark.slow
 def test_the_message_says_how_much_was_held_and_asked_for(world, tmp_path, capsys, monkeypatch):
     fail_in_second_step(monkeypatch, *STUDENT, CPU)
     said = run(capsys, *distill(world, tmp_path / "run")).err
@@ -110,6 +112,7 @@ def test_the_message_says_how_much_was_held_and_asked_for(world, tmp_path, capsy
     assert "No checkpoint was written yet." in said
 
 
+@pytest.mark.slow
 def test_fine_tuning_names_its_batch(world, tmp_path, capsys, monkeypatch):
     fail_in_second_step(monkeypatch, promptkd.training.sft.SFTTrainer, "compute_loss", CUDA)
     ran = run(capsys, *sft(world, tmp_path / "run", "--save_steps", 1))
@@ -120,6 +123,7 @@ def test_fine_tuning_names_its_batch(world, tmp_path, capsys, monkeypatch):
     done(capsys, *sft(world, tmp_path / "run", "--save_steps", 1), "--resume")
 
 
+@pytest.mark.slow
 def test_a_run_resumes_with_what_needs_less(world, tmp_path, capsys, monkeypatch):
     undisturbed, out = tmp_path / "undisturbed", tmp_path / "run"
     done(capsys, *distill(world, undisturbed))
@@ -139,6 +143,7 @@ def test_a_run_resumes_with_what_needs_less(world, tmp_path, capsys, monkeypatch
     assert "gradient_accumulation_steps was 2" in ran.err  # half of the rows would be another run
 
 
+@pytest.mark.slow
 def test_a_dry_run_that_is_too_large_says_so_and_does_not_speak_of_resuming(world, tmp_path, capsys, monkeypatch):
     fail_in_second_step(monkeypatch, *PROMPT, CUDA)
     ran = run(capsys, *distill(world, tmp_path / "run", "--dry-run"))
@@ -156,6 +161,7 @@ def test_the_rows_of_a_step_are_counted_with_the_defaults_that_the_trainers_have
     assert _OF_MEMORY - defaults.keys() <= {"chunk_tokens", "teacher_gradient_checkpointing"}
 
 
+@pytest.mark.slow
 def test_the_tensors_of_a_failed_step_are_free_again(tmp_path, monkeypatch):
     made, held = trainer(tmp_path), []
 
@@ -171,6 +177,7 @@ def test_the_tensors_of_a_failed_step_are_free_again(tmp_path, monkeypatch):
     assert held[0]() is None
 
 
+@pytest.mark.slow
 def test_a_trainer_trains_on_after_it_ran_out_of_memory(tmp_path, monkeypatch):
     made = trainer(tmp_path / "a")
     with monkeypatch.context() as patch:
@@ -185,6 +192,7 @@ def test_a_trainer_trains_on_after_it_ran_out_of_memory(tmp_path, monkeypatch):
 # ---- commands that measure ----
 
 
+@pytest.mark.slow
 def test_evaluate_names_its_batch_and_keeps_its_answers(world, tmp_path, capsys, monkeypatch):
     request = ("evaluate", "--model", world.student, "--data", world.test, *LIMITS, "--batch-size", 2, "--out")
     undisturbed, interrupted = tmp_path / "undisturbed.json", tmp_path / "interrupted.json"

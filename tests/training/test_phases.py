@@ -113,6 +113,7 @@ def allocate(mebibytes):
     np.full(mebibytes * MIB, 1, dtype=np.uint8)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(restart_peak() is None, reason="the system does not let a process restart its peak")
 def test_peaks_of_the_process_by_phase():
     phases = Phases(CPU)
@@ -137,6 +138,7 @@ def test_where_the_peak_cannot_be_restarted_phases_say_what_they_end_with(monkey
     assert phases.peak > phases.peaks["rollout"]  # the process's one peak has seen it
 
 
+@pytest.mark.slow
 def test_a_trainers_step_waits_a_handful_of_times_and_never_within_a_pass(tmp_path, device, monkeypatch):
     made = trainer(tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=4, max_steps=3)
     made.phases = made.tuner._phases = Phases(torch.device("cuda"))
@@ -166,6 +168,7 @@ def step_ends(waits, device):
     return Ends()
 
 
+@pytest.mark.slow
 def test_a_run_knows_its_phases(tmp_path):
     made = trainer(tmp_path, max_steps=2)
     made.train()

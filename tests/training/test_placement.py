@@ -50,6 +50,7 @@ def refuse_to_move(monkeypatch, model):
 # ---- a teacher with a device_map ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["promptkd", "promptkd-lora", "okd", "kd"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_dispatched_teacher_stays_and_takes_the_same_steps(tmp_path, monkeypatch, name, tied):
@@ -114,6 +115,7 @@ def test_maps_that_cannot_be_used_are_refused(devices, processes, adapter, match
         check_dispatched(model, SimpleNamespace(num_processes=processes), adapter)
 
 
+@pytest.mark.slow
 def test_the_command_takes_a_device_map(tmp_path, capsys):
     world = make_world(tmp_path)
     start = ("distill", "--student", world.student, "--teacher", world.teacher, "--data", world.train, *TRAINING)
@@ -133,6 +135,7 @@ def test_teachers_are_under_autocast_where_accelerates_does_nothing():
             assert teacher(torch.ones(1, 4)).dtype == dtype
 
 
+@pytest.mark.slow
 def test_every_pass_of_a_step_is_under_that_autocast(tmp_path, monkeypatch):
     """As under ZeRO-2: accelerate's autocast does nothing, and the teacher is in float32."""
     made = trainer(tmp_path, method=named_method("promptkd"), max_steps=1, bf16=True)

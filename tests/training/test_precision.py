@@ -114,6 +114,7 @@ def test_the_teachers_default_precision(tmp_path, units):
     assert teacher_settings(config(tmp_path, teacher_dtype="float32"), FIXED_PROMPTKD)["dtype"] == "float32"
 
 
+@pytest.mark.slow
 def test_a_student_in_lower_precision_is_raised_and_it_is_said(tmp_path, caplog):
     student, teacher = pair()
     with caplog.at_level(logging.WARNING, logger="promptkd.training.student"):  # which a command silences
@@ -184,6 +185,7 @@ def determinism_ends():
     os.environ.update(environment)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("determinism_ends")
 def test_full_determinism_on_a_cpu(tmp_path):
     logs = []
@@ -205,6 +207,7 @@ def test_batches_do_not_depend_on_the_order_of_rows():
     assert sorted(row.row for batch in row_batches(data, 8) for row in batch) == list(range(20))
 
 
+@pytest.mark.slow
 def test_validation_and_evaluate_measure_in_the_same_batches(tmp_path, monkeypatch):
     """On units for bfloat16 a product is rounded by what shares its batch; tiny models do not show that."""
     data, (student, teacher), tokenizer = rows(41).examples, pair(), tiny_tokenizer()
@@ -232,6 +235,7 @@ def test_validation_and_evaluate_measure_in_the_same_batches(tmp_path, monkeypat
     assert validation == sorted(seen, key=str)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("teacher_dtype", ["float32", "bfloat16"])
 def test_validation_is_what_evaluate_says_of_the_saved_student(world, tmp_path, capsys, dtype, teacher_dtype):
@@ -257,6 +261,7 @@ def test_validation_is_what_evaluate_says_of_the_saved_student(world, tmp_path, 
         assert recorded[name].value == pytest.approx(metric.value, abs=1e-6, rel=1e-6), name
 
 
+@pytest.mark.slow
 def test_the_precision_that_was_taken_is_said_and_recorded(world, tmp_path, capsys):
     out = tmp_path / "results.json"
     measure = ("evaluate", "--model", world.student, "--data", world.test, *LIMITS, "--no-greedy", "--out", out)
@@ -273,6 +278,7 @@ def test_the_precision_that_was_taken_is_said_and_recorded(world, tmp_path, caps
     assert "--teacher-dtype is of a --teacher" in alone.err
 
 
+@pytest.mark.slow
 def test_training_says_its_precision(world, tmp_path, capsys, caplog):
     start = ("distill", "--student", world.student, "--teacher", world.teacher, "--data", world.train, *TRAINING, *BF16)
     low = ("--model_init_kwargs", '{"dtype": "bfloat16"}')

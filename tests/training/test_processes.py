@@ -24,6 +24,8 @@ from promptkd.models import load_model
 from promptkd.models.adapters import FullTeacher, LoraTeacher, SoftPromptAdapter
 from promptkd.training.distributed import check_sharding
 
+pytestmark = pytest.mark.slow
+
 LAUNCH = Path(__file__).parents[2] / "recipes" / "launch"
 
 

@@ -155,6 +155,7 @@ def test_completions_are_kept_printed_written_and_sent(tmp_path, capsys, monkeyp
     assert sum(f"prompt {index}" in printed for index in range(5)) == 1
 
 
+@pytest.mark.slow
 def test_a_run_writes_the_responses_of_each_logged_step(tmp_path, capsys):
     asked = []
 

@@ -27,6 +27,8 @@ from promptkd.training import signals
 from promptkd.training.callbacks import ProgressBar
 from promptkd.training.checkpoint import checkpoints_in
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:

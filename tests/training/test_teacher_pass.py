@@ -65,6 +65,7 @@ def share_nothing(monkeypatch):
 # ---- the pass of before the update ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch", "accumulation"), [(4, 1), (2, 2)])
 def test_stale_steps_equal_the_flat_ones(tmp_path, monkeypatch, batch, accumulation):
     share_nothing(monkeypatch)  # Llama's norms are float32, where gradients add up otherwise
@@ -87,6 +88,7 @@ def test_stale_steps_equal_the_flat_ones(tmp_path, monkeypatch, batch, accumulat
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("refresh", "prompted"), [("fresh", 4), ("stale", 2)])
 def test_a_stale_step_spares_a_pass_of_the_teacher(tmp_path, monkeypatch, refresh, prompted):
     passes = count_passes(monkeypatch)
@@ -187,6 +189,7 @@ def held_bytes(model):
     return sum(each.untyped_storage().nbytes() for place, each in kept.items() if place not in weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["promptkd", "promptkd-lora", "promptkd-full"])
 def test_a_run_with_recomputed_activations_is_the_same_run(tmp_path, method):
     logs = []
@@ -214,6 +217,7 @@ def test_recomputing_is_refused_where_no_gradient_goes(tmp_path, method, message
 # ---- the plain teacher at a weight of 0 ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "read"),
     [
@@ -233,6 +237,7 @@ def test_without_its_weight_the_plain_teacher_is_read_in_logged_steps_alone(tmp_
     assert all((entry.get("prompt_regularizer", 0) > 0) == (read > 0) for entry in logged)
 
 
+@pytest.mark.slow
 def test_what_is_not_read_changes_nothing(tmp_path):
     runs = [
         trainer(tmp_path / str(steps), max_steps=4, logging_steps=steps, regularizer_schedule="none")

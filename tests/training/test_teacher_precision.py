@@ -33,6 +33,7 @@ def student():
     return tiny_model("llama", layers=2, hidden=16, seed=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["promptkd", "promptkd-lora", "okd"])
 def test_what_is_trained_stays_in_float32_and_the_losses_are_near(tmp_path, dtype, kind):
@@ -117,6 +118,7 @@ def test_gradients_pass_a_quantized_teacher(tmp_path, bits, tolerance):
     assert float((found[0] - found[1]).norm() / found[1].norm()) < tolerance
 
 
+@pytest.mark.slow
 def test_the_command_takes_a_precision_and_refuses_others(world, tmp_path, capsys):
     pair = ("--student", world.student, "--teacher", world.teacher, "--data", world.train)
     run_ = ("distill", *pair, *LIMITS, "--max_steps", 1, "--per_device_train_batch_size", 4, "--use_cpu")

@@ -55,6 +55,7 @@ def take(part, tuner, student_loss, made: Window, *, step, logs=True):
     return part.metrics.means(made, part.accelerator, {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pieces", [1, 2, 4])
 def test_steps_equal_a_loop_that_spells_them_out(tmp_path, float64_inside, pieces):
     student, teacher = pair(torch.float64)

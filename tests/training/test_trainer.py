@@ -18,6 +18,8 @@ from promptkd.models import SoftPrompt
 from promptkd.objectives import forward_kl, reverse_kl
 from promptkd.training import DistillTrainer
 
+pytestmark = pytest.mark.slow
+
 
 def flat_loop(steps, *, window=4, dtype=torch.float64):
     """The example's own steps on the same rows; returns losses, student and soft prompt after each step."""

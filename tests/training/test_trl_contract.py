@@ -195,6 +195,7 @@ def test_the_tables_name_all_that_is_read_of_a_trainer_from_outside():
     assert unread <= read, f"Nothing reads {sorted(unread - read)} any more: shorten the tables."
 
 
+@pytest.mark.slow
 def test_the_state_has_what_we_read():
     read = attributes_of("state", *own_files())
     assert read == STATE, f"Table and code differ by {sorted(read ^ STATE)}."
@@ -573,6 +574,7 @@ def test_the_running_loss_is_0_when_training_begins_and_ours_to_set_then(tmp_pat
     assert made.watch.logged[0][0]["loss"] == pytest.approx(expected, rel=1e-5), upgrade("A resumed sum is lost.")
 
 
+@pytest.mark.slow
 def test_the_state_tells_the_running_epoch(trained, tmp_path):
     assert list(map(int, trained.calls["epoch"])) == [0, 1], upgrade("The sampler is not iterated once per epoch.")
     assert trained.watch.epochs == [0.5, 1.0, 1.5, 2.0], upgrade("`state.epoch` counts otherwise when a step ends.")
@@ -590,6 +592,7 @@ def test_the_state_tells_the_running_epoch(trained, tmp_path):
 # ---- what the names mean: checkpoints ----
 
 
+@pytest.mark.slow
 def test_the_scheduler_is_made_before_a_checkpoint_is_loaded_and_training_begins_after_both(trained, tmp_path):
     assert trained.order == [("create_scheduler", 4), "on_train_begin"], upgrade("Schedulers are made elsewhere.")
     first = recorder(tmp_path, save_strategy="steps", save_steps=2)
@@ -682,6 +685,7 @@ def test_a_model_of_one_process_is_unwrapped_for_generation_as_it_is():
         assert unwrapped is model
 
 
+@pytest.mark.slow
 def test_vllms_generation_returns_responses_second_and_reads_its_settings_late(monkeypatch):
     prompts = [[5, 6], [7], [8, 9, 10]]
     with serving() as server:

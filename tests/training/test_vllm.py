@@ -14,7 +14,7 @@ import trl.generation.vllm_generation
 from accelerate.state import AcceleratorState
 from peft import LoraConfig
 
-from helpers.processes import RANKS
+from helpers import RANKS
 from helpers.tiny import END_ID
 from helpers.trainers import pair, rows, trainer
 from helpers.vllm_server import answer, connect, serving
@@ -22,6 +22,8 @@ from promptkd.methods import Method
 from promptkd.models.adapters import SoftPromptFactory
 from promptkd.objectives import reverse_kl
 from promptkd.responses import ResponseMix
+
+pytestmark = pytest.mark.slow
 
 STEPS, ROWS = 3, 4
 

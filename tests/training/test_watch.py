@@ -130,6 +130,7 @@ def warned(caplog):
     return [record.getMessage() for record in caplog.records if record.name == "promptkd"]
 
 
+@pytest.mark.slow
 def test_a_student_of_end_tokens_is_warned_of_once(tmp_path, caplog):
     from promptkd.methods import named_method
 
@@ -155,6 +156,7 @@ def test_a_student_of_end_tokens_is_warned_of_once(tmp_path, caplog):
     assert warned(caplog) == []  # they were told before
 
 
+@pytest.mark.slow
 def test_a_student_that_never_ends_is_in_the_record_and_on_the_page(tmp_path, capsys):
     world = make_world(tmp_path)
     student = tiny_model("llama", layers=2, hidden=16, seed=1, tied=False)
