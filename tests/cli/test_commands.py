@@ -367,13 +367,14 @@ def test_a_run_that_was_interrupted_ends_like_one_that_was_not(world, tmp_path, 
         interrupt(patch, after)
         ran = run(capsys, *longer(command(world, tmp_path / "cut")))
     assert ran.status == 130
-    request = shlex.join(map(str, [*longer(command(world, tmp_path / "cut")), "--resume"]))
-    assert ran.err.endswith(f"\npromptkd {command.__name__}: Interrupted. To resume: promptkd {request}\n")
+    request = [command.__name__, "--out", tmp_path / "cut", "--resume"]
+    shown = shlex.join(map(str, request))
+    assert ran.err.endswith(f"\npromptkd {command.__name__}: Interrupted. To resume: promptkd {shown}\n")
     assert "Traceback" not in ran.err
     assert held(tmp_path / "cut") == {"config.yaml", "metrics.jsonl", "checkpoints/checkpoint-3"}
     assert len(steps(tmp_path / "cut")) == after
 
-    ran = done(capsys, *longer(command(world, tmp_path / "cut", "--resume")))
+    ran = done(capsys, *request)
     assert "Resuming from" in ran.err
     assert held(tmp_path / "cut") == held(tmp_path / "whole")
     assert steps(tmp_path / "cut") == steps(tmp_path / "whole")
@@ -439,8 +440,41 @@ def test_resuming_with_other_settings_is_refused(world, tmp_path, capsys, monkey
     ran = run(capsys, *distill(world, out, "--resume", "--prompt_length", 3))
     assert ran.status == 2
     assert "prompt_length was None and is now 3" in ran.err
-    assert f"--config {out / 'config.yaml'} --resume" in ran.err
+    assert f"--out {out} --resume" in ran.err
+    ran = run(capsys, "distill", "--out", out, "--resume", "--prompt_length", 3)
+    assert ran.status == 2
+    assert "prompt_length was None and is now 3" in ran.err
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_the_settings_of_a_moved_run_are_found_with_it(world, tmp_path, capsys, monkeypatch):
+    out, moved = tmp_path / "run", tmp_path / "moved"
+    done(capsys, *longer(sft(world, tmp_path / "whole")))
+    with monkeypatch.context() as patch:
+        interrupt(patch, 4)
+        run(capsys, *longer(sft(world, out)))
+    out.rename(moved)
+    done(capsys, "sft", "--resume", "--keep", 3, "--out", moved)
+    assert not out.exists()
+    assert weights(moved / "model") == weights(tmp_path / "whole" / "model")
+    assert read_config(moved / "config.yaml")["keep"] == 3
+
+
+def test_resume_alone_needs_a_run_of_the_same_command(world, tmp_path, capsys):
+    done(capsys, *sft(world, tmp_path / "run"))
+    nothing = tmp_path / "nothing"
+    told = {
+        nothing: f"takes the settings of the run in --out, but {nothing / 'config.yaml'} is not there.",
+        tmp_path / "run": "holds model and no student, teacher, so another command wrote it.",
+    }
+    for out, message in told.items():
+        ran = run(capsys, "distill", "--out", out, "--resume")
+        assert (ran.status, ran.err.count("\n")) == (2, 1)
+        assert message in ran.err
+        assert not nothing.exists()
+    (tmp_path / "run" / "config.yaml").write_text("model: [")
+    assert "not readable as YAML" in run(capsys, "sft", "--out", tmp_path / "run", "--resume").err
+    assert "--model is missing" in run(capsys, "sft", "--out", tmp_path / "run").err
 
 
 # ---- configuration ----

@@ -4,6 +4,7 @@ import os
 import shlex
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -86,7 +87,7 @@ def test_a_signal_ends_the_step_with_a_checkpoint(
     assert held(tmp_path / "cut") == {"config.yaml", "metrics.jsonl", "checkpoints/checkpoint-4"}
 
     words = shlex.split(resume)
-    assert words == ["promptkd", *map(str, [*requests["cut"], *settings]), "--resume"]
+    assert words == ["promptkd", command.__name__, "--out", str(tmp_path / "cut"), "--resume"]
     done(capfd, *words[1:])
     assert held(tmp_path / "cut") >= held(tmp_path / "whole")
     assert steps(tmp_path / "cut") == steps(tmp_path / "whole")
@@ -230,15 +231,23 @@ def test_evaluate_says_how_it_resume_and_does(world, tmp_path, capfd, monkeypatc
         (["--out", "r"], False, ("--overwrite",), "--out r --overwrite"),
     ],
 )
-def test_the_command_that_resumes(monkeypatch, given, overwrite, flags, expected):
-    class Options:
-        pass
-
-    options = Options()
-    options.overwrite = overwrite
+def test_the_command_that_resumes_a_run_without_settings(monkeypatch, tmp_path, given, overwrite, flags, expected):
+    options = SimpleNamespace(overwrite=overwrite, out=tmp_path)
     assert resume_command("distill", given, options, flags) == f"promptkd distill {expected}"
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert resume_command("distill", given, options, flags).startswith("accelerate launch -m promptkd distill ")
+
+
+def test_the_command_that_resumes_a_run_with_its_own_settings(tmp_path):
+    (tmp_path / "config.yaml").touch()
+    options = SimpleNamespace(overwrite=False, out=tmp_path)
+    long = ["--student", "S", "--out", str(tmp_path)]
+    assert resume_command("distill", long, options, ("--resume",)) == f"promptkd distill --out {tmp_path} --resume"
+    with_token = resume_command("distill", [*long, "--hub_token", "hf_planted"], options, ("--resume",))
+    assert "--student S" in with_token  # the file holds no token, so that it must be given again
+    assert "hf_planted" not in with_token
+    options.overwrite = True  # the file may be that of the run that was to be replaced
+    assert "--student S" in resume_command("distill", [*long, "--overwrite"], options, ("--resume",))
 
 
 # ---- from outside ----

@@ -139,22 +139,30 @@ def _run_command(name: str, command: ModuleType, arguments: Sequence[str]) -> No
             raise PromptKDError(_out_of_memory(memory_status(error), command, options)) from error
         keeps_nothing = vars(options).get("dry_run") or parsed.training.get("save_only_model")
         if flags is not None and not keeps_nothing and not isinstance(error, MemoryError | RuntimeError):
-            error.add_note("To resume: " + resume_command(name, without_secrets(arguments), options, flags))
+            error.add_note("To resume: " + resume_command(name, arguments, options, flags))
         raise
 
 
 def resume_command(name: str, arguments: Sequence[str], options: Any, flags: Sequence[str]) -> str:
-    """The command line, for a shell, that resumes a command with these arguments; `flags` are its `RESUMED_BY`."""
+    """The command line, for a shell, that resumes a command with these arguments; `flags` are its `RESUMED_BY`.
+
+    --out and --resume suffice once a run has written its settings; secrets it does not write, and a run that is to be
+    replaced may still stand there.
+    """
+    is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    start = [*(["promptkd"] if is_alone else ["accelerate", "launch", "-m", "promptkd"]), name]
+    shown, has_run = without_secrets(arguments), "--resume" in flags and (options.out / "config.yaml").is_file()
+    if has_run and not options.overwrite and shown == [*arguments]:
+        return shlex.join([*start, "--out", str(options.out), *flags])
     kept, is_mode = [], False
-    for argument in arguments:
+    for argument in shown:
         if argument.startswith("--"):
             is_mode = re.match(r"--(no[-_])?(resume|overwrite)(=|$)", argument) is not None
         if not is_mode:
             kept.append(argument)
-    if "--overwrite" not in flags and options.overwrite and kept == list(arguments):
+    if "--overwrite" not in flags and options.overwrite and kept == shown:
         flags = [*flags, "--no-overwrite"]  # the file says to
-    launcher = ["promptkd"] if os.environ.get("WORLD_SIZE", "1") == "1" else ["accelerate", "launch", "-m", "promptkd"]
-    return shlex.join([*launcher, name, *kept, *flags])
+    return shlex.join([*start, *kept, *flags])
 
 
 def _out_of_memory(status: str, command: ModuleType, options: Any) -> str:

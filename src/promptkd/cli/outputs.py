@@ -116,7 +116,7 @@ class RunFolder:
             if before.get(key) != now.get(key)
         )
         if changed:
-            advice = f"Use its own settings (--config {self.config} --resume) or start a new run."
+            advice = f"Use its own settings (--out {self.path} --resume and no other flag) or start a new run."
             raise RequestError(f"--resume continues the run in {self.path} as it was started, but {changed}. {advice}")
 
 

@@ -68,6 +68,6 @@ class Training:
     keep: int | None = option(2, at_least=1)
     """Checkpoints to keep, the newest and the best always among them; none keeps all."""
     resume: bool = False
-    """Resume from the last checkpoint in OUT."""
+    """Resume the run in OUT from its last checkpoint; its settings are taken from there."""
     overwrite: bool = False
     """Replace the run in OUT."""

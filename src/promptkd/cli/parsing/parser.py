@@ -78,10 +78,16 @@ class _Request:
             self._config = self._config or self.values.get("config")
             self.values |= {"config": self._config} if self._config else {}
         if self._config is None or self._take_file(self._config):
-            for field in self.own.values():
-                if field.required and field.name not in self._given:
-                    spelled = field.name.upper() if field.name == self.positional else field.flag
-                    self.problems.append(f"{spelled} is missing: {field.help or describe(field.annotation)}")
+            missing = self._missing()
+            if missing and self.values.get("resume") and "out" in self.values:
+                self._take_run(self.values["out"], missing)
+                return
+            for field in missing:
+                spelled = field.name.upper() if field.name == self.positional else field.flag
+                self.problems.append(f"{spelled} is missing: {field.help or describe(field.annotation)}")
+
+    def _missing(self) -> list[Field]:
+        return [field for field in self.own.values() if field.required and field.name not in self._given]
 
     def _take_flag(self, spelled: str, values: list[str], joined: bool) -> None:
         """`joined`: the first value was written behind an equals sign."""
@@ -133,6 +139,32 @@ class _Request:
         except RequestError as error:
             self.problems.append(str(error))
             return False
+        self._take_values_of(path, values)
+        return True
+
+    def _take_run(self, run: Path, missing: list[Field]) -> None:
+        """Take from the configuration of the run that is resumed what no flag has given."""
+        path, listed = run / "config.yaml", ", ".join(field.flag for field in missing)
+        if not path.is_file():
+            problem = f"--resume without {listed} takes the settings of the run in --out, but {path} is not there"
+            self.problems.append(
+                f"{problem}. Give the folder of a run that has started, or every setting of a new run."
+            )
+            return
+        try:
+            values = read_config(path)
+        except RequestError as error:
+            self.problems.append(str(error))
+            return
+        if lacking := [field.name for field in missing if field.name not in values]:
+            foreign = [name for name in values if not self._find(name)]
+            held = f"holds {', '.join(foreign[:5])} and no" if foreign else "holds no"
+            problem = f"{path} {held} {', '.join(lacking)}, so another command wrote it"
+            self.problems.append(f"{problem}. Resume a run with the command that started it.")
+            return
+        self._take_values_of(path, values)
+
+    def _take_values_of(self, path: Path, values: dict[str, Any]) -> None:
         for name, value in values.items():
             field = None if name == "config" else self._find(name)
             if field:  # a wrong value is reported even where a flag wins over it
@@ -140,7 +172,6 @@ class _Request:
             else:
                 self.problems.append(f"{path}: the key {name} is unknown.{self._suggest(name, '', '_')}")
         self._given = dict.fromkeys(values, str(path)) | self._given
-        return True
 
     def _set(self, field: Field, value: Any, source: str, *, keep: bool = True) -> None:
         if not _is_utf8(value):
