@@ -73,6 +73,8 @@ class Evaluation(_Record):
     """Label of the data set."""
     decoding: dict[str, Any] = Field(default_factory=dict)
     """How the responses were decoded; "seeds" where several decodings are taken together."""
+    rouge_tokenizer: str = "words"
+    """The tokens by which ROUGE compared texts (`evaluation/rouge_tokenizer.py`); older records have the default."""
     metrics: dict[str, Metric]
     samples: list[RowResult] = Field(default_factory=list)
 

@@ -26,6 +26,7 @@ from helpers.commands import (
 )
 from helpers.processes import forked_command, killed
 from promptkd.evaluation import distinct, rouge_1_scores, rouge_l_scores
+from promptkd.evaluation.rouge_tokenizer import rouge_tokens
 from promptkd.evaluation.statistics import mean_interval, token_mean_interval
 from promptkd.io.lock import locked
 from promptkd.results import Evaluation, Results, Training
@@ -50,6 +51,28 @@ def files(*parts: str, stem: str = "results") -> set[str]:
 
 def of_seed(evaluation: Evaluation, seed: int | None) -> list:
     return [sample for sample in evaluation.samples if sample.seed == seed]
+
+
+# ---- the tokens of ROUGE ----
+
+
+def test_rouge_in_other_scripts_takes_tokens_of_their_own(world, tmp_path, capsys):
+    lines = [{"instruction": f"第{n}题", "output": f"答{n}"} for n in "一二三四"]
+    data, out = write_rows(tmp_path / "chinese.jsonl", lines), tmp_path / "results.json"
+    ran = done(capsys, *evaluate(world, out, "--no-greedy", data=(data,)))
+    unread = "chinese: ROUGE cannot score 4 of 4 rows by words"
+    assert unread in ran.err
+    assert any(note.startswith(unread) for note in Results.read(out).notes)
+    before = json_lines(tmp_path / "results-chinese-seed10.jsonl")
+    ran = done(capsys, *evaluate(world, out, "--no-greedy", "--rouge-tokenizer", "characters", data=(data,)))
+    assert "Resuming from 2 of 2 files" in ran.err  # the same answers, scored anew
+    assert "ROUGE cannot" not in ran.err
+    (evaluation,) = Results.read(out).evaluations
+    assert evaluation.rouge_tokenizer == "characters"
+    texts, references = [row["response"] for row in before], [row["references"] for row in before]
+    scores = [sample.scores["rouge_l"] for sample in evaluation.samples]
+    tokenize = rouge_tokens("characters").tokenize
+    assert scores == pytest.approx(rouge_l_scores(texts, references, tokenize=tokenize))
 
 
 # ---- what is written ----

@@ -86,6 +86,19 @@ def test_a_comparison_by_hand():
     assert "On test there are too few rows to tell any two models apart on rouge_l." in made.notes
 
 
+def test_rouge_of_different_tokens_is_not_mixed():
+    runs = [plain("a", [10, 20, 30, 40, 50]), plain("b", [11, 22, 36, 43, 58])]
+    runs[1].record.evaluations[0].rouge_tokenizer = "characters"
+    with pytest.raises(RequestError, match=r"differ on test in the tokens of ROUGE \(words and characters\)"):
+        compare(runs, better)
+    made = compare(runs, better, allow_different=True)
+    assert [each.rouge_tokenizer for each in made.evaluations] == ["words", "characters"]
+    for each in runs:  # of scores without ROUGE it is no difference
+        for sample in each.record.evaluations[0].samples:
+            sample.scores = {"exact_match": sample.scores["rouge_l"]}
+    assert len(compare(runs, better).differences) == 1
+
+
 @pytest.mark.slow
 def test_the_interval_is_that_of_a_plain_bootstrap_of_rows():
     rng = np.random.default_rng(0)

@@ -24,7 +24,7 @@ from promptkd.study.plan import Planned, arguments_of, plan_runs
 from promptkd.study.processes import Command, Job, Phase, shell_line
 
 # settings of training that evaluation has too, and takes over unless it is told otherwise
-_ALIKE = ("template", "max_prompt_length", "max_completion_length", "trust_remote_code")
+_ALIKE = ("template", "max_prompt_length", "max_completion_length", "trust_remote_code", "rouge_tokenizer")
 _NOT_EVALUATED = {"model": "each run's student is measured", "out": "the study names the records"}
 _FREE = {"out": None, "overwrite": None}  # options of an evaluation on which nothing in its record depends
 

@@ -41,8 +41,10 @@ def quiet_libraries() -> None:
 
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    warnings.filterwarnings("ignore", message=".*ROUGE can compare.*")  # commands say it once, in their record too
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     disable_progress_bars()
-    for name in ("accelerate", "promptkd.training.student"):  # the latter's notes, a command says itself
+    own = ("promptkd.training.student", "promptkd.training.validation")  # whose notes a command says itself
+    for name in ("accelerate", *own):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -17,6 +17,7 @@ from promptkd.data import EncodedData, Example, encode_examples, read_examples
 from promptkd.errors import PromptKDError, RequestError
 from promptkd.evaluation.dataset_evaluation import measure_rows
 from promptkd.evaluation.measure import evaluation_of
+from promptkd.evaluation.rouge_tokenizer import rouge_tokens
 from promptkd.io.atomic import write_atomic
 from promptkd.memory import gibibytes, peak_memory
 from promptkd.models import load_model, load_tokenizer, model_record
@@ -188,8 +189,11 @@ class TrainingRun:
             return []
         started, decoding, rows = time.perf_counter(), validation_decoding(trainer), trainer.validation_rows
         size = trainer.args.per_device_eval_batch_size
-        scored = measure_rows(model, trainer.processing_class, rows, decoding, teacher=teacher, batch_size=size)
-        evaluation = evaluation_of(scored, decoding, [decoding.seed], model=name, data="validation")
+        tokens = rouge_tokens(trainer.args.rouge_tokenizer, trainer.processing_class)
+        scoring: dict[str, Any] = {"batch_size": size, "rouge_tokenizer": trainer.args.rouge_tokenizer}
+        scored = measure_rows(model, trainer.processing_class, rows, decoding, teacher=teacher, **scoring)
+        labels = {"model": name, "data": "validation", "rouge_tokenizer": tokens.name}
+        evaluation = evaluation_of(scored, decoding, [decoding.seed], **labels)
         self.results.timings["evaluate"] = time.perf_counter() - started
         return [evaluation]
 

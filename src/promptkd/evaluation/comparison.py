@@ -135,7 +135,8 @@ def _evaluations(setting: Setting, columns: dict[str, dict[str, Column]], bootst
     for label, measured in setting.measured.items():
         held = {metric: by_label[label] for metric, by_label in columns.items() if label in by_label}
         metrics = {metric: statistics.token_mean_interval(*column, bootstrap) for metric, column in held.items()}
-        made.append(Evaluation(model=label, data=setting.data, decoding=measured.evaluation.decoding, metrics=metrics))
+        own = {"model": label, "data": setting.data, "metrics": metrics, "samples": []}
+        made.append(measured.evaluation.model_copy(update=own))
     return made
 
 

@@ -6,6 +6,7 @@ go into batches by the length of their prompts alone, so a resumed run ends with
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from promptkd.data.encode import EncodedExample
 from promptkd.errors import RequestError
 from promptkd.evaluation.hub_metrics import HubMetric
 from promptkd.evaluation.measure import decode_rows, evaluation_of, kl_nats, reference_nats, row_batches, row_results
+from promptkd.evaluation.rouge_tokenizer import DEFAULT, RougeTokenizer, rouge_tokens
 from promptkd.generation import Decoding
 from promptkd.io.jsonl import Line, ResumableLines
 from promptkd.models import shared_vocabulary_size, vocabulary_size
@@ -43,16 +45,19 @@ def measure_rows(
     teacher: nn.Module | None = None,
     samples_per_row: int = 1,
     batch_size: int = 8,
+    rouge_tokenizer: str = DEFAULT,
 ) -> list[RowResult]:
     """Scores of `model` row by row.
 
     With a teacher, KL(model || teacher) is taken on `samples_per_row` responses sampled at temperature 1, of seeds from
-    `decoding.seed` on: the answers themselves, unless these were decoded otherwise.
+    `decoding.seed` on: the answers themselves, unless these were decoded otherwise. `rouge_tokenizer` is a name of
+    `ROUGE_TOKENIZERS`.
     """
     if not rows:
         return []
     teacher = None if teacher is model else teacher
-    job = SetEvaluation(model, tokenizer, rows, teacher=teacher, batch_size=batch_size)
+    scoring: dict[str, Any] = {"batch_size": batch_size, "rouge_tokenizer": rouge_tokenizer}
+    job = SetEvaluation(model, tokenizer, rows, teacher=teacher, **scoring)
     losses = job.losses()
     kls = [] if teacher is None else [job.kl(decoding, decoding.seed + draw) for draw in range(samples_per_row)]
     return job.results(_GREEDY if decoding.is_greedy else f"seed{decoding.seed}", decoding, losses, kls)
@@ -70,6 +75,7 @@ class SetEvaluation:
     metrics: Sequence[HubMetric] = ()
     progress: Callable[[str, int], None] = lambda what, done: None  # what is being done, and for how many rows it is
     batch_size: int = 8  # rows that are scored at a time
+    rouge_tokenizer: str = DEFAULT  # a name of `ROUGE_TOKENIZERS`
     _files: dict[str, ResumableLines] = field(default_factory=dict, init=False)
 
     def run(
@@ -90,7 +96,12 @@ class SetEvaluation:
         if greedy or decoding.is_greedy:
             own = replace(decoding, temperature=0.0)
             found.append((own, self.results(_GREEDY, own, losses, kls if decoding.is_greedy else [])))
-        return [evaluation_of(results, how, seeds, model=model_label, data=data_label) for how, results in found]
+        labels: dict[str, Any] = {"model": model_label, "data": data_label, "rouge_tokenizer": self._rouge_tokens.name}
+        return [evaluation_of(results, how, seeds, **labels) for how, results in found]
+
+    @cached_property
+    def _rouge_tokens(self) -> RougeTokenizer:
+        return rouge_tokens(self.rouge_tokenizer, self.tokenizer)
 
     def results(
         self, part: str, decoding: Decoding, losses: Sequence[float], kls: Sequence[Sequence[tuple[float, int]]]
@@ -98,7 +109,8 @@ class SetEvaluation:
         """Answers of one decoding with their scores. Its file ends in the order of the rows, with two of the scores."""
         lines = self._answers(part, decoding, None)
         answers = [line["token_ids"] for line in lines]
-        results = row_results(self.tokenizer, self.rows, answers, decoding, losses=losses, kls=kls)
+        measured: dict[str, Any] = {"losses": losses, "kls": kls, "tokenize": self._rouge_tokens.tokenize}
+        results = row_results(self.tokenizer, self.rows, answers, decoding, **measured)
         for metric in self.metrics:
             scores = metric.scores([each.response for each in results], [each.references for each in results])
             for each, score in zip(results, scores, strict=True):

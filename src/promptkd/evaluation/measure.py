@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from promptkd.data.batch import TokenBatch, right_pad
 from promptkd.data.encode import EncodedExample
 from promptkd.engine import evaluating, head_logits, response_hidden
+from promptkd.evaluation.rouge_tokenizer import DEFAULT, Tokenize
 from promptkd.evaluation.statistics import mean_interval, token_mean_interval
 from promptkd.evaluation.text_metrics import exact_match_scores, form_scores, rouge_scores
 from promptkd.generation import Decoding, generate, row_seeds
@@ -54,14 +55,16 @@ def row_results(
     *,
     losses: Sequence[float],
     kls: Sequence[Sequence[tuple[float, int]]],
+    tokenize: Tokenize,
 ) -> list[RowResult]:
     """Each row with its answer and every score of it.
 
-    `losses` are nats of the first references, `kls` per sample (nats, tokens) of every row; empty without a teacher.
+    `tokenize` gives ROUGE's tokens, `losses` are nats of the first references, `kls` per sample (nats, tokens) of every
+    row; empty without a teacher.
     """
     texts = [tokenizer.decode(list(answer), skip_special_tokens=True).strip() for answer in answers]
     references = [row.references for row in rows]
-    rouge = rouge_scores(texts, references, kinds=("rougeL", "rouge1"))
+    rouge = rouge_scores(texts, references, kinds=("rougeL", "rouge1"), tokenize=tokenize)
     exact = exact_match_scores(texts, references)
     limit, seed, results = decoding.limits(1)[0], None if decoding.is_greedy else decoding.seed, []
     for index, row in enumerate(rows):
@@ -78,11 +81,23 @@ def row_results(
 
 
 def evaluation_of(
-    results: Sequence[RowResult], decoding: Decoding, seeds: Sequence[int], *, model: str, data: str
+    results: Sequence[RowResult],
+    decoding: Decoding,
+    seeds: Sequence[int],
+    *,
+    model: str,
+    data: str,
+    rouge_tokenizer: str = DEFAULT,
 ) -> Evaluation:
     """`results` with their metrics; `model` and `data` are labels."""
-    metrics = summarize(results)
-    return Evaluation(model=model, data=data, decoding=decoding.record(seeds), metrics=metrics, samples=list(results))
+    return Evaluation(
+        model=model,
+        data=data,
+        decoding=decoding.record(seeds),
+        rouge_tokenizer=rouge_tokenizer,
+        metrics=summarize(results),
+        samples=list(results),
+    )
 
 
 def summarize(results: Sequence[RowResult]) -> dict[str, Metric]:

@@ -43,6 +43,10 @@ class Measurement:
         return {row for row, _ in self.answers}
 
     @property
+    def has_rouge(self) -> bool:
+        return any("rouge_l" in each.scores for each in self.answers.values())
+
+    @property
     def sha256(self) -> str:
         return self.data.sha256 if self.data else ""
 
@@ -137,6 +141,9 @@ def _differing(ours: Measurement, theirs: Measurement) -> list[str]:
     mine, other = _decoding_of(ours.evaluation), _decoding_of(theirs.evaluation)
     names = [name for name in dict.fromkeys([*mine, *other]) if mine.get(name) != other.get(name)]
     differing += [f"{name} ({_written(mine.get(name))} and {_written(other.get(name))})" for name in names]
+    tokens = [each.evaluation.rouge_tokenizer for each in (ours, theirs) if each.has_rouge]
+    if len(set(tokens)) > 1:
+        differing.append(f"the tokens of ROUGE ({' and '.join(tokens)})")
     if not names and ours.rows == theirs.rows and ours.answers.keys() != theirs.answers.keys():
         both = len(ours.answers.keys() & theirs.answers.keys())
         differing.append(f"answers ({len(ours.answers)} and {len(theirs.answers)}, {both} in both)")

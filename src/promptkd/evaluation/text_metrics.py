@@ -6,20 +6,19 @@ a scale of 0 to 100. Unlike in MiniLLM's script nothing is rounded, and unequal 
 
 import string
 import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from functools import cache
 from statistics import fmean
 from types import SimpleNamespace
 from typing import Literal
 
 from rouge_score.rouge_scorer import RougeScorer
-from rouge_score.tokenizers import DefaultTokenizer
 
 from promptkd.errors import RequestError
+from promptkd.evaluation.rouge_tokenizer import Tokenize, rouge_tokens
 
 Kind = Literal["rougeL", "rouge1"]
 Texts = Sequence[str]
-Tokenize = Callable[[str], Sequence[str]]
 References = Sequence[str | Sequence[str]]  # per prediction a reference, or a list or tuple of them
 _DELETE_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -85,11 +84,12 @@ def rouge_scores(
     Raises `RequestError` for no rows, unequal lengths, a row without references, or something that is not a string.
     """
     rows = _reference_lists(predictions, references)
-    tokens = cache(tokenize or DefaultTokenizer(use_stemmer=True).tokenize)  # stemming is most of the work
+    tokens = cache(tokenize or rouge_tokens().tokenize)  # stemming is most of the work
     if mute := sum(not any(map(tokens, row)) for row in rows):
         told = f"{mute} of {len(rows)} rows have no reference with a token that ROUGE can compare, so they score 0 "
-        told += "whatever the answer. The default tokens are the letters a-z and digits; for other scripts pass "
-        warnings.warn(told + "`tokenize`, for example `tokenize=list` to compare characters.", stacklevel=3)
+        told += "whatever the answer. The default tokens are the letters a-z and digits; for other scripts give "
+        told += "rouge_tokenizer=unicode (a setting, or --rouge_tokenizer), or pass `tokenize`, for example "
+        warnings.warn(told + "`tokenize=list` to compare characters.", stacklevel=3)
     scorer = RougeScorer(list(kinds), tokenizer=SimpleNamespace(tokenize=tokens))
     found = [scorer.score_multi(row, prediction) for prediction, row in zip(predictions, rows, strict=True)]
     return {kind: [100.0 * each[kind].fmeasure for each in found] for kind in kinds}

@@ -20,7 +20,7 @@ from promptkd.errors import RequestError
 from promptkd.evaluation.comparison import Comparison
 from promptkd.evaluation.pairing import Candidate, Column, settings_of
 from promptkd.evaluation.statistics import Floats, holm
-from promptkd.results import Better, Difference, Evaluation, Metric
+from promptkd.results import Better, Difference, Metric
 
 Pooled = dict[str, dict[int, tuple[float, Floats]]]  # by metric and seed: the value, and each row's part in it
 
@@ -94,8 +94,8 @@ def compare_groups(
         first = next(iter(setting.measured.values()))
         for group, of_group in pooled.items():
             measured = {name: _pooled(held.values())[0] for name, held in of_group.items() if held}
-            decoding = first.evaluation.decoding
-            made.evaluations.append(Evaluation(model=group, data=setting.data, decoding=decoding, metrics=measured))
+            own = {"model": group, "data": setting.data, "metrics": measured, "samples": []}
+            made.evaluations.append(first.evaluation.model_copy(update=own))
             if group != baseline:
                 made.differences += _differences(setting.data, (group, of_group), (baseline, pooled[baseline]), better)
         if first.data is not None:

@@ -50,6 +50,9 @@ class BaseConfig(_Arguments):
     """Temperature of validation's responses; 0 decodes greedily."""
     eval_seed: int = option(10, at_least=0)
     """Seed of validation's sampled responses."""
+    rouge_tokenizer: Literal["words", "unicode", "characters", "model"] = "words"
+    """Tokens that ROUGE compares: words (a-z and digits, stemmed, as in the papers), unicode (words of any script),
+    characters, or those of the model. Scripts other than Latin need one of the last three."""
     generation_batch_size: int | None = option(None, at_least=1)
     """Rows that are decoded at a time: by default 32 on CPU, 128 on a GPU."""
     bf16: bool | None = None

@@ -25,7 +25,7 @@ from promptkd.training.phases import Phases
 from promptkd.training.row_order import EpochOrder
 from promptkd.training.state import ExtraState, PartialLog
 from promptkd.training.student import precision_notes, raise_to_float32
-from promptkd.training.validation import validate
+from promptkd.training.validation import rouge_notes, validate
 
 T = TypeVar("T")
 
@@ -77,7 +77,8 @@ class FinetuneTrainer(SFTTrainer):
             **kwargs,
         )
         self.notes = precision_notes(args, raise_to_float32(self.model))
-        """Sentences that a reader of the run's metrics must know, on precision and devices."""
+        self.notes += rouge_notes(args, self.validation_rows, processing_class)
+        """Sentences that a reader of the run's metrics must know, on precision, devices and ROUGE."""
         check_sharding(self.accelerator, self.model, needs_generate=False)
         self.phases = Phases(self.accelerator.device)
         self.guard = Guard(args, self.accelerator, lambda: {"model": self.model})

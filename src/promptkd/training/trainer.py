@@ -44,7 +44,7 @@ from promptkd.training.student import precision_notes, prepare_student, raise_to
 from promptkd.training.student_loss import StudentLoss
 from promptkd.training.teacher import Teacher, load_teacher
 from promptkd.training.teacher_tuner import TeacherTuner
-from promptkd.training.validation import validate
+from promptkd.training.validation import rouge_notes, validate
 from promptkd.training.window import MicroBatch, StepMetrics, Window
 
 T = TypeVar("T")
@@ -116,8 +116,8 @@ class DistillTrainer(Trainer):
     def _make_parts(self, teacher: PreTrainedModel) -> None:
         """What a step is made of, once transformers has placed the student."""
         args, accelerator, student, tokenizer = self.args, self.accelerator, self.model, self.processing_class
-        self.notes = precision_notes(args, raise_to_float32(student))
-        """Sentences that a reader of the run's metrics must know, on precision and devices."""
+        self.notes = precision_notes(args, raise_to_float32(student)) + rouge_notes(args, self.eval_dataset, tokenizer)
+        """Sentences that a reader of the run's metrics must know, on precision, devices and ROUGE."""
         check_placement(student, teacher, self.method, args, accelerator)
         check_rows(None if self.train_dataset is None else len(self.train_dataset), args)
         self.stop_ids = stop_token_ids(tokenizer, unwrap_peft(student).generation_config, args.template)

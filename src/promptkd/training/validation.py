@@ -1,20 +1,25 @@
 """Validation: the metrics of `promptkd evaluate`, on models that may be spread over processes."""
 
+import logging
 import time
 from collections.abc import Sequence
 from typing import Any
 
 from accelerate.utils import gather_object
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from promptkd.data.encode import EncodedData, EncodedExample
 from promptkd.errors import RequestError
 from promptkd.evaluation.dataset_evaluation import measure_rows
 from promptkd.evaluation.measure import summarize
+from promptkd.evaluation.rouge_tokenizer import DEFAULT, rouge_tokens
 from promptkd.generation import Decoding
 from promptkd.results import RowResult
 from promptkd.training.distributed import autocast, is_sharded
 from promptkd.training.out_of_memory import out_of_memory_told
+
+_LOGGER = logging.getLogger(__name__)
 
 
 def validation_decoding(trainer: Any) -> Decoding:
@@ -27,6 +32,21 @@ def validation_decoding(trainer: Any) -> Decoding:
         seed=args.eval_seed,
         batch_size=args.generation_batch_size,
     )
+
+
+def rouge_notes(args: Any, rows: Sequence[EncodedExample] | None, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What to say of ROUGE on these validation rows. Where it cannot score them, `args` then choose by the loss."""
+    if not rows:
+        return []
+    tokens = rouge_tokens(args.rouge_tokenizer, tokenizer)
+    notes = [unread] if (unread := tokens.told_unread([row.references for row in rows])) else []
+    chosen_by = (args.metric_for_best_model or "").removeprefix("eval_")
+    if notes and chosen_by in ("rouge_l", "rouge_1"):
+        args.metric_for_best_model, args.greater_is_better = "loss", False
+        notes.append("The checkpoint is chosen by the validation loss, since ROUGE cannot tell them apart here.")
+    for note in notes:
+        _LOGGER.warning(note)
+    return notes + ([] if tokens.name == DEFAULT else [f"ROUGE compares {tokens.name} (--rouge_tokenizer)."])
 
 
 def validate(trainer: Any, data: EncodedData | Sequence[EncodedExample] | None, *, prefix: str) -> dict[str, float]:
@@ -46,7 +66,8 @@ def validate(trainer: Any, data: EncodedData | Sequence[EncodedExample] | None, 
     def measured(model: nn.Module, teacher: nn.Module | None) -> list[RowResult]:
         own, decoding, size = rows[index::count], validation_decoding(trainer), args.per_device_eval_batch_size
         with autocast(accelerator, args):
-            return measure_rows(model, trainer.processing_class, own, decoding, teacher=teacher, batch_size=size)
+            scoring: dict[str, Any] = {"batch_size": size, "rouge_tokenizer": args.rouge_tokenizer}
+            return measure_rows(model, trainer.processing_class, own, decoding, teacher=teacher, **scoring)
 
     with out_of_memory_told(trainer), trainer.phases("validation"):
         scored = trainer.on_models(measured)

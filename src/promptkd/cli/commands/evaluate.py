@@ -14,6 +14,7 @@ from promptkd.cli.terminal import progress_lines, say
 from promptkd.errors import RequestError
 from promptkd.evaluation.dataset_evaluation import SetEvaluation, parts_of
 from promptkd.evaluation.hub_metrics import HubMetric
+from promptkd.evaluation.rouge_tokenizer import rouge_tokens
 from promptkd.generation import Decoding
 from promptkd.io.jsonl import settle_settings
 from promptkd.io.lock import locked
@@ -57,6 +58,10 @@ def _evaluate(options: Options) -> None:
         data = job.read_rows(path, tokenizer, options.limit, options.max_reference_length)
         say_rows(path, data)
         sets[name], results.data[name] = data.examples, data_record(path, len(data.examples), data.dropped)
+    for name, rows in sets.items():
+        if unread := rouge_tokens(options.rouge_tokenizer, tokenizer).told_unread([row.references for row in rows]):
+            say(f"{name}: {unread}")
+            results.notes.append(f"{name}: {unread}")
     for metric in metrics:
         metric.check(row.references for rows in sets.values() for row in rows)
     job.settle_precision()
@@ -74,7 +79,8 @@ def _evaluate(options: Options) -> None:
     for name, rows in sets.items():
         started = time.perf_counter()
         files, tell = partial(_file, options.out, name), progress_lines(name, len(rows))
-        part = SetEvaluation(model, tokenizer, rows, file_of=files, teacher=teacher, metrics=metrics, progress=tell)
+        how: dict[str, Any] = {"metrics": metrics, "progress": tell, "rouge_tokenizer": options.rouge_tokenizer}
+        part = SetEvaluation(model, tokenizer, rows, file_of=files, teacher=teacher, **how)
         labels = {"model_label": label, "data_label": name}
         with job.computing():
             results.evaluations += part.run(decoding, options.seeds, greedy=options.greedy, **labels)

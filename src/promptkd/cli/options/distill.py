@@ -44,6 +44,7 @@ class Options(Training):
     merge: bool = False
     """Merge the student's LoRA weights into OUT/student at the end; else it holds the adapter alone."""
     select: Literal["rouge_l", "loss", "kl_to_teacher", "last"] = "rouge_l"
-    """Which checkpoint to keep, by validation; last keeps the last. Without --eval-data it is the last."""
+    """Which checkpoint to keep, by validation; last keeps the last. Without --eval-data it is the last. Where ROUGE
+    cannot score the rows, loss takes the place of rouge_l (see --rouge_tokenizer)."""
     dry_run: bool = False
     """Take two real steps on the longest rows; print peak memory, seconds and expected time; write nothing."""

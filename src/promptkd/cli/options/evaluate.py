@@ -9,6 +9,7 @@ seed. Run a command again that was stopped, and it does only what is missing; se
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from promptkd.cli.options.common import LESS_MEMORY_TO_DECODE, Measuring, Sampling, TeacherPrecision
 
@@ -32,6 +33,9 @@ class Options(Sampling, Measuring, TeacherPrecision):
     """Decode greedily as well; --no-greedy leaves it out."""
     metrics: list[str] = field(default_factory=list)
     """More metrics, of Hugging Face's `evaluate`: names, or paths of metric scripts."""
+    rouge_tokenizer: Literal["words", "unicode", "characters", "model"] = "words"
+    """Tokens that ROUGE compares: words (a-z and digits, stemmed, as in the papers), unicode (words of any script),
+    characters, or those of the model."""
     max_reference_length: int = 768
     """Most tokens of a first reference; rows above it are dropped and counted."""
     overwrite: bool = False

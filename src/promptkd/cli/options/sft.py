@@ -28,4 +28,5 @@ class Options(Training):
     out: Path
     """Folder of the run; the tuned model goes into OUT/model."""
     select: Literal["rouge_l", "loss", "last"] = "rouge_l"
-    """Which checkpoint to keep, by validation; last keeps the last. Without --eval-data it is the last."""
+    """Which checkpoint to keep, by validation; last keeps the last. Without --eval-data it is the last. Where ROUGE
+    cannot score the rows, loss takes the place of rouge_l (see --rouge_tokenizer)."""
