@@ -13,14 +13,17 @@ import yaml
 
 from helpers.commands import TRAINING, World, done, make_world, rows, run, write_rows
 from helpers.hostile import ESCAPE, OVERRIDE, pickle_that_writes
+from helpers.leaks import pickles_in
 from helpers.tiny import save_model, tiny_model
 from promptkd.cli.parsing.parser import merged_config
+from promptkd.cli.terminal import say
 from promptkd.errors import RequestError
 from promptkd.io.redact import is_secret, redacted, without_secret_values, without_secrets
 from promptkd.models import SoftPrompt, load_model, load_tokenizer
 from promptkd.report import render_csv, render_markdown, render_report, terminal_table
 from promptkd.report.text import compared_text
 from promptkd.results import Difference, Evaluation, Metric, ModelRecord, Results, RowResult
+from promptkd.training import DistillConfig
 from promptkd.training.checkpoint import write_manifest
 
 MARKUP = "<script>alert(1)</script><img src=x onerror=alert(2)>"
@@ -94,23 +97,69 @@ def run_quietly(*arguments: object) -> int:
     return main([str(argument) for argument in arguments])
 
 
+PICKLED = {
+    "optimizer.pt": "optimizer",
+    "scheduler.pt": "optimizer",
+    "rng_state.pth": "rng_state",
+    "method.pt": "method",
+}
+"""Files of older versions, and what holds the same today."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "method.pt"])
+@pytest.mark.parametrize("name", PICKLED)
 def test_a_planted_pickle_in_a_checkpoint_is_not_unpickled(world, stopped, tmp_path, capsys, name):
     out, planted = tmp_path / "run", tmp_path / "planted"
+    checkpoint = out / "checkpoints" / "checkpoint-2"
     shutil.copytree(stopped, out)
-    (out / "checkpoints" / "checkpoint-2" / name).write_bytes(pickle_that_writes(planted))
+    (checkpoint / f"{PICKLED[name]}.json").unlink()
+    for each in {name, "optimizer.pt", "scheduler.pt"} if PICKLED[name] == "optimizer" else {name}:
+        (checkpoint / each).write_bytes(pickle_that_writes(planted))
     for beside in ("training_args.bin", "pytorch_model.bin"):
-        (out / "checkpoints" / "checkpoint-2" / beside).write_bytes(pickle_that_writes(planted))
-    write_manifest(out / "checkpoints" / "checkpoint-2")  # whoever plants a pickle can write a manifest
+        (checkpoint / beside).write_bytes(pickle_that_writes(planted))
+    write_manifest(checkpoint)  # whoever plants a pickle can write a manifest
     ran = run(capsys, *distill(world, out, "--resume"))
     assert not planted.exists()
     assert ran.status == 1
     assert "holds more than tensors" in ran.err
 
 
-def test_a_checkpoint_holds_no_pickled_arguments(stopped):
-    assert not [each for each in stopped.rglob("*") if each.name == "training_args.bin"]
+def test_a_run_leaves_no_pickle(stopped):
+    assert (stopped / "checkpoints" / "checkpoint-2" / "optimizer.safetensors").exists()
+    assert pickles_in(stopped) == []
+
+
+def test_a_pickle_is_known_by_its_bytes(tmp_path):
+    torch.save({"a": torch.ones(1)}, tmp_path / "new")
+    torch.save({"a": torch.ones(1)}, tmp_path / "old", _use_new_zipfile_serialization=False)
+    (tmp_path / "plain").write_bytes(pickle_that_writes(tmp_path / "planted"))
+    (tmp_path / "none").write_text("{}")
+    assert pickles_in(tmp_path) == ["new", "old", "plain"]
+
+
+@pytest.mark.parametrize("command", ["sft", "distill"])
+def test_training_uploads_nothing_and_says_what_does(world, tmp_path, capsys, command):
+    models = (
+        ("--model", world.student) if command == "sft" else ("--student", world.student, "--teacher", world.teacher)
+    )
+    secret = "hf_plantedInAFlag"
+    for flags in (["--push_to_hub", "--hub_model_id", "me/x", "--hub_token", secret], ["--hub_strategy", "end"]):
+        ran = run(capsys, command, *models, "--data", world.train, "--out", tmp_path / "run", *TRAINING, *flags)
+        assert (ran.status, secret in ran.err) == (2, False)
+        assert "promptkd publish RUN OWNER/NAME" in ran.err
+        assert not (tmp_path / "run").exists()
+
+
+def test_arguments_hold_no_token_and_tell_trackers_none(tmp_path):
+    args = DistillConfig(
+        str(tmp_path),
+        hub_token="hf_planted",
+        model_init_kwargs={"token": "hf_planted", "revision": "main"},
+        vllm_server_base_url="http://me:planted@h:1",
+    )
+    assert args.hub_token is None
+    assert args.to_dict()["model_init_kwargs"] == {"revision": "main"}
+    assert "planted" not in args.to_json_string() + str(args.to_sanitized_dict())
 
 
 @pytest.mark.slow
@@ -192,6 +241,7 @@ def test_names_of_secrets(name, secret):
 def test_addresses_and_mappings_lose_their_secrets():
     assert redacted("see http://me:pw@host:1/v1?a=1&api_key=xyz#f.") == "see http://***@host:1/v1?a=1&api_key=***#f."
     assert redacted("a@b.c, http://host/a@b") == "a@b.c, http://host/a@b"
+    assert redacted("a title hf_abcDEF0123456789xyz, hf_internal_testing/x") == "a title ***, hf_internal_testing/x"
     given = {"kwargs": {"token": "t", "eos_token": "e"}, "urls": ["https://me:pw@h"], "hub_token": "t", "limit": 3}
     assert without_secret_values(given) == {"kwargs": {"eos_token": "e"}, "urls": ["https://***@h"], "limit": 3}
     arguments = ["--model_init_kwargs", '{"token": "xyz", "a": 1}', "--hub-token=xyz", "--x", "http://me:pw@h"]
@@ -202,6 +252,14 @@ def test_addresses_and_mappings_lose_their_secrets():
         "--x",
         "http://***@h",
     ]
+
+
+def test_what_the_environment_holds_as_a_secret_is_starred(monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_API_KEY", "abcdef0123456789")
+    monkeypatch.setenv("SOME_KEY", "short")
+    assert redacted("failed with abcdef0123456789, not short") == "failed with ***, not short"
+    say("Loaded abcdef0123456789.")
+    assert capsys.readouterr().err == "Loaded ***.\n"
 
 
 def test_a_judge_keeps_no_key_in_its_fields(world, tmp_path, capsys):
@@ -330,7 +388,7 @@ def test_what_was_written_for_the_next_command_is_plain_data(hostile_run):
     out, _, _ = hostile_run
     for config in out.glob("*/config.yaml"):
         assert "hub_token" not in yaml.safe_load(config.read_text())
-    assert not [each for each in out.rglob("*") if each.suffix in (".bin", ".pkl")]
+    assert pickles_in(out) == []
 
 
 # ---------------------------------------------------------------------------------------------------- hostile records

@@ -45,6 +45,7 @@ from promptkd.data import encode_examples, read_examples
 from promptkd.methods import METHODS
 from promptkd.results import Metric, Results, file_sha256
 from promptkd.training.callbacks import ProgressBar
+from promptkd.training.state_files import read_state
 
 pytestmark = pytest.mark.slow
 
@@ -531,7 +532,7 @@ def test_the_best_checkpoint_by_validation_is_kept(world, tmp_path, capsys, monk
         checkpoint = out / "checkpoints" / f"checkpoint-{step}"
         saved = load_file(checkpoint / "model.safetensors")
         assert all(torch.equal(kept[name], tensor) for name, tensor in saved.items()) == (step == best)
-        prompt = torch.load(checkpoint / "method.pt", weights_only=True)["adapter"]["embeddings"]
+        prompt = read_state(checkpoint / "method")["adapter"]["embeddings"]
         final = load_file(out / "prompt" / "adapter_model.safetensors")["prompt_embeddings"]
         assert torch.equal(prompt, final) == (step == best)
 

@@ -122,10 +122,11 @@ def test_a_torn_checkpoint_is_passed_over_and_the_run_ends_as_if_undisturbed(wor
     done(capsys, *distill(world, tmp_path / "whole", *every))
     done(capsys, *distill(world, tmp_path / "cut", *every))
     checkpoints = tmp_path / "cut" / "checkpoints"
-    alter(checkpoints / "checkpoint-3" / "optimizer.pt")
+    alter(checkpoints / "checkpoint-3" / "optimizer.safetensors")
     ran = done(capsys, *distill(world, tmp_path / "cut", *every, "--resume"))
     assert (
-        "checkpoint-3 is passed over and stays as passed-over-checkpoint-3: optimizer.pt holds other bytes" in ran.err
+        "checkpoint-3 is passed over and stays as passed-over-checkpoint-3: optimizer.safetensors holds other"
+        in ran.err
     )
     assert f"Resuming from {checkpoints / 'checkpoint-2'}." in ran.err
     assert steps(tmp_path / "cut") == steps(tmp_path / "whole")
@@ -135,11 +136,11 @@ def test_a_torn_checkpoint_is_passed_over_and_the_run_ends_as_if_undisturbed(wor
     ]
 
     for step in (2, 3):
-        (checkpoints / f"checkpoint-{step}" / "method.pt").unlink()
+        (checkpoints / f"checkpoint-{step}" / "method.json").unlink()
     before = held(tmp_path / "cut")
     ran = run(capsys, *distill(world, tmp_path / "cut", *every, "--resume"))
     assert ran.status == 1
-    assert "checkpoint-3: method.pt is missing; checkpoint-2: method.pt is missing. Nothing was deleted." in ran.err
+    assert "checkpoint-3: method.json is missing; checkpoint-2: method.json is missing. Nothing was deleted." in ran.err
     assert held(tmp_path / "cut") == before
 
 

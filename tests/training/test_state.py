@@ -95,5 +95,5 @@ def test_only_the_process_that_writes_does(tmp_path):
     extra = make(tmp_path)[-1]
     extra.save(tmp_path, writes=False)
     assert not list(tmp_path.iterdir())
-    with pytest.raises(RequestError, match=r"Expected the method's state at .*method\.pt"):
+    with pytest.raises(RequestError, match=r"Expected the method's state at .*method\.json"):
         extra.load(tmp_path, process=0)

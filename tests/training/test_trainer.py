@@ -210,7 +210,7 @@ def test_a_checkpoint_is_whole_or_not_there(tmp_path):
         ours.train()
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("checkpoint")) == ["checkpoint-1"]
     held = {path.name for path in (tmp_path / "checkpoint-1").iterdir()}
-    assert {"model.safetensors", "optimizer.pt", "rng_state.pth", "method.pt", "trainer_state.json"} < held
+    assert {"model.safetensors", "optimizer.safetensors", "rng_state.json", "method.json", "trainer_state.json"} < held
 
 
 def test_the_student_alone_is_what_is_saved(tmp_path):

@@ -45,12 +45,17 @@ SHARED_METHODS = {
     "_get_train_sampler": ["train_dataset"],
     "_load_best_model": [],
     "_load_optimizer_and_scheduler": ["checkpoint"],
+    "_load_rng_state": ["checkpoint"],
     "_run_epoch": [  # passed on as they come
         *("model", "epoch", "train_dataloader", "steps_in_epoch", "num_update_steps_per_epoch", "trial"),
         *("ignore_keys_for_eval", "start_time", "resume_from_checkpoint", "epochs_trained"),
         "steps_trained_in_current_epoch",
     ],
+    "_save": ["output_dir", "state_dict"],
     "_save_checkpoint": ["model", "trial"],
+    "_save_optimizer_and_scheduler": ["output_dir"],
+    "_save_rng_state": ["output_dir"],
+    "_save_scaler": ["output_dir"],
     "create_model_card": [],
     "evaluate": ["eval_dataset", "ignore_keys", "metric_key_prefix"],
     "log": ["logs", "start_time"],
@@ -82,7 +87,7 @@ DISTILLATION_ATTRIBUTES = {
     *("_train_batch_size", "eval_dataset", "loss_is_scaled_for_ga", "processing_class", "train_dataset"),
 }
 FINETUNING_ATTRIBUTES = {"_metrics", "_tag_names"}
-READ_FROM_OUTSIDE = {"callback_handler", "control"}
+READ_FROM_OUTSIDE = {"callback_handler", "control", "is_deepspeed_enabled", "is_fsdp_enabled", "lr_scheduler"}
 WHILE_TRAINING = {"_globalstep_last_logged", "_tr_loss"}  # what a logged line to come is made of
 COUNTED_BY_TRL = {"_total_train_tokens"}  # by SFTTrainer, among the metrics
 

@@ -184,11 +184,11 @@ def _report(error: BaseException, program: str, *, debug: bool) -> int:
     if isinstance(error, BrokenPipeError) and not _show("\n"):  # standard output's pipe, and not, say, a socket's
         return 1
     if debug:
-        traceback.print_exception(error)
+        print(redacted("".join(traceback.format_exception(error))), end="", file=sys.stderr)
     notes = vars(error).get("__notes__", [])
     if isinstance(error, Stopped | KeyboardInterrupt):
         stop = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
-        say(redacted(" ".join([f"{program}:", str(stop), *notes])))
+        say(" ".join([f"{program}:", str(stop), *notes]))
         return stop.status
     if isinstance(error, PromptKDError):
         message = f"{program}: {error}"

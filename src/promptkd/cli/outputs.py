@@ -21,6 +21,9 @@ _OWN = {
     *("student", "model", "prompt", "teacher_lora", "teacher", "online_module", "checkpoints"),
 }
 _MAY_CHANGE = {"resume", "overwrite", "out", "keep", "on_nan"}
+_MAY_CHANGE |= {  # refused today, but in the config.yaml of older runs
+    *("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision"),
+}
 _OF_MEMORY = {  # settings that change what a run holds at a time, not what it computes: one too large resumes smaller
     *("generation_batch_size", "per_device_eval_batch_size", "chunk_tokens"),
     *("gradient_checkpointing", "teacher_gradient_checkpointing"),

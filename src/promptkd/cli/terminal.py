@@ -7,13 +7,14 @@ import time
 import warnings
 from collections.abc import Callable
 
+from promptkd.io.redact import redacted
 from promptkd.visible import shown
 
 
 def say(text: str) -> None:
-    """A line on standard error, from the first process alone; no terminal obeys what a name in it holds."""
+    """A line on standard error, from the first process alone, without secrets; no terminal obeys a name in it."""
     if is_main_process():
-        print(shown(text), file=sys.stderr, flush=True)
+        print(shown(redacted(text)), file=sys.stderr, flush=True)
 
 
 def is_main_process() -> bool:

@@ -62,6 +62,8 @@ class TrainingRun:
         """The training configuration, once settings, folder and rows are known to be sound; nothing is written."""
         quiet_libraries()
         options = self.options
+        if self.training.get("hub_token"):
+            say("--hub_token is not used: models and data are read with HF_TOKEN or the login of `hf auth login`.")
         for name in self.training.keys() & _SET_HERE.keys():
             raise RequestError(f"--{name} is set by {_SET_HERE[name]} here. Give that instead.")
         settings = {"report_to": "none", "disable_tqdm": True, "log_level_replica": "error", **self.training}

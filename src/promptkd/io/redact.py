@@ -1,5 +1,6 @@
 """Secrets out of what is written down: flags, settings, addresses and answers that carry a key or a password."""
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -12,6 +13,7 @@ _VOCABULARY = re.compile(r"(?:.*_)?(?:eos|bos|pad|unk|sep|cls|mask|image|video|a
 _USER_INFO = re.compile(r"(?<=://)[^/\s@'\"]+@")
 _QUERY = re.compile(rf"([?&]{_SECRET}=)[^&\s#'\"]+", re.IGNORECASE)
 _ENTRY = re.compile(rf"""(["']?\b{_SECRET}["']?\s*:\s*)("[^"]*"|'[^']*'|[^\s,}}\]"']+)""", re.IGNORECASE)
+_HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}\b")
 _SHORTEST_SECRET = 8  # a local server's key may be a word such as "EMPTY", which a judge may say as well
 
 
@@ -26,8 +28,14 @@ def starred(text: str, secret: str | None) -> str:
 
 
 def redacted(text: str) -> str:
-    """`text` with stars in place of the user and password of every address, and of secrets in its query."""
-    return _QUERY.sub(rf"\g<1>{STARS}", _USER_INFO.sub(f"{STARS}@", text))
+    """`text` with stars in place of the user and password of every address, of secrets in its query, and of tokens.
+
+    Tokens are those of the Hugging Face hub by their form, and all that the environment holds under a secret's name.
+    """
+    text = _QUERY.sub(rf"\g<1>{STARS}", _USER_INFO.sub(f"{STARS}@", _HUB_TOKEN.sub(STARS, text)))
+    for secret in (value for name, value in os.environ.items() if is_secret(name)):
+        text = starred(text, secret)
+    return text
 
 
 def without_secrets(arguments: Sequence[str]) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from promptkd.errors import PromptKDError, RequestError
@@ -43,7 +43,6 @@ def staged_checkpoint(trainer: Any) -> Iterator[None]:
             yield
         finally:
             trainer.checkpoint_root = None
-        (staging / name / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # nothing reads it, and it holds --hub_token
         trainer.extra_state.save(staging / name, writes=trainer.args.should_save)
         point_at_best(trainer, writing=name)  # transformers noted where it stood meanwhile
         trainer.accelerator.wait_for_everyone()
@@ -97,8 +96,6 @@ def save_model_folder(trainer: Any, folder: str | Path) -> None:
     """Write a trainer's model and tokenizer atomically, as safetensors that transformers and vLLM load."""
     with whole_folder(Path(folder), writes=trainer.args.should_save) as partial:
         trainer.save_model(str(partial), _internal_call=True)
-        if trainer.args.should_save:
-            (partial / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle has no place beside a model
 
 
 @contextmanager

@@ -1,15 +1,16 @@
 """Settings of a training run: TRL's and transformers' own, ours, and those of the methods and of their adapters."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
 from accelerate.utils import parse_flag_from_env
-from transformers import SchedulerType
+from transformers import SchedulerType, TrainingArguments
 from trl import DistillationConfig
 
 from promptkd.engine import engine_for
 from promptkd.errors import check_all
+from promptkd.io.redact import without_secret_values
 from promptkd.methods import Method, read_method, settings_classes
 from promptkd.models.adapters import ADAPTERS, PromptLossSettings
 from promptkd.precision import WeightPrecision, has_bfloat16_units
@@ -75,6 +76,7 @@ class BaseConfig(_Arguments):
     def __post_init__(self) -> None:
         self._choose_precision()
         super().__post_init__()
+        self.hub_token = None  # nothing is uploaded, so nothing needs it, and what is not held is not written down
         if self.generation_batch_size is None:
             self.generation_batch_size = engine_for(self.device).decode_rows
         use_one_gpu(self)
@@ -90,9 +92,21 @@ class BaseConfig(_Arguments):
         if self.bf16 and device.type == "cpu":
             self.use_cpu = True
 
+    def to_dict(self) -> dict[str, Any]:
+        """As transformers', which trackers and logs are given, without secrets at any depth."""
+        return without_secret_values(super().to_dict())
+
     def checks(self) -> list[tuple[bool, str]]:
         """For `check_all`: what may be wrong beyond the limits of single fields."""
+        declared = {each.name: each.default for each in fields(TrainingArguments)}
+        hub = [name for name in declared if name.startswith(("push_to_hub", "hub_"))]
+        pushed = [name for name in hub if vars(self)[name] != declared[name]]
         return [
+            (
+                bool(pushed),
+                f"{', '.join(pushed)} would upload whatever a checkpoint holds; leave out what begins with hub_ and "
+                "push_to_hub, and upload the finished student by `promptkd publish RUN OWNER/NAME`",
+            ),
             (
                 self.torch_compile,
                 "torch_compile is not supported, since a compiled model cannot be run in parts as training and "

@@ -14,6 +14,7 @@ from trl import SFTConfig, SFTTrainer
 from promptkd.data.encode import EncodedData, EncodedExample, stop_token_ids
 from promptkd.engine import unwrap_peft
 from promptkd.settings import option
+from promptkd.training import saving
 from promptkd.training.callbacks import CheckpointTiming, UpdatePhase
 from promptkd.training.checkpoint import prepare_best, save_model_folder, staged_checkpoint
 from promptkd.training.collapse import Watching
@@ -147,10 +148,12 @@ class FinetuneTrainer(SFTTrainer):
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.checkpoint_root or super()._get_output_dir(trial))
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            self.extra_state.load(checkpoint, process=self.accelerator.process_index)
+    _save = saving.save_model_files
+    _save_optimizer_and_scheduler = saving.save_optimizer
+    _save_scaler = saving.save_scaler
+    _save_rng_state = saving.save_random_states
+    _load_optimizer_and_scheduler = saving.load_states
+    _load_rng_state = saving.load_random_states
 
     def _load_best_model(self) -> None:
         prepare_best(self)

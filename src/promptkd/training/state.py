@@ -1,4 +1,4 @@
-"""All that a checkpoint of promptkd holds beyond transformers' own, in one file."""
+"""All that a checkpoint of promptkd holds beyond transformers' own: method.json and method.safetensors."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,9 +11,10 @@ from transformers import Trainer
 from promptkd.errors import RequestError
 from promptkd.responses import Responses
 from promptkd.training.guard import Guard
+from promptkd.training.state_files import has_state, read_state, write_state
 from promptkd.training.teacher_tuner import TeacherTuner
 
-_FILE = "method.pt"
+_NAME, _OLD_FILE = "method", "method.pt"  # of older versions, which torch wrote
 
 
 class PartialLog:
@@ -85,7 +86,7 @@ class ExtraState:
         """Write into a checkpoint's folder. All processes must come here together; one of them `writes`."""
         state = self.state_dict()
         if writes:
-            torch.save(state, checkpoint / _FILE)
+            write_state(checkpoint / _NAME, state)
 
     def load(self, checkpoint: str | Path, *, process: int) -> None:
         """Resume from a checkpoint's folder. Raises `RequestError` if it holds no such state."""
@@ -93,7 +94,9 @@ class ExtraState:
 
     @staticmethod
     def _read(checkpoint: str | Path) -> dict[str, Any]:
-        file = Path(checkpoint) / _FILE
-        if not file.is_file():
-            raise RequestError(f"Expected the method's state at {file}.")
-        return torch.load(file, map_location="cpu", weights_only=True)
+        state, old = Path(checkpoint) / _NAME, Path(checkpoint) / _OLD_FILE
+        if has_state(state):
+            return dict(read_state(state))
+        if not old.is_file():
+            raise RequestError(f"Expected the method's state at {state}.json.")
+        return torch.load(old, map_location="cpu", weights_only=True)

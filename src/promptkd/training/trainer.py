@@ -28,6 +28,7 @@ from promptkd.models import (
     shared_vocabulary_size,
 )
 from promptkd.objectives import forward_kl, reverse_kl
+from promptkd.training import saving
 from promptkd.training.callbacks import CheckpointTiming, CompletionLog, UpdatePhase, logs_step
 from promptkd.training.checkpoint import prepare_best, save_model_folder, staged_checkpoint, whole_folder
 from promptkd.training.collapse import Watching
@@ -260,10 +261,12 @@ class DistillTrainer(Trainer):
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.checkpoint_root or super()._get_output_dir(trial))
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            self.extra_state.load(checkpoint, process=self.accelerator.process_index)
+    _save = saving.save_model_files
+    _save_optimizer_and_scheduler = saving.save_optimizer
+    _save_scaler = saving.save_scaler
+    _save_rng_state = saving.save_random_states
+    _load_optimizer_and_scheduler = saving.load_states
+    _load_rng_state = saving.load_random_states
 
     def _load_best_model(self) -> None:
         prepare_best(self)

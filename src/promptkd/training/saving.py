@@ -1,0 +1,98 @@
+"""What transformers' Trainer saves and loads, as JSON and safetensors: our trainers take these in place of its methods.
+
+Pickles remain where FSDP2 and DeepSpeed write the shards of a checkpoint themselves: see docs/resuming.md.
+"""
+
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import Trainer
+
+from promptkd.training.state_files import has_state, read_state, write_state
+
+_OPTIMIZER = "optimizer"
+
+
+def save_model_files(trainer: Any, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+    """For `Trainer._save`: model and tokenizer, without training_args.bin, a pickle of all arguments."""
+    if trainer.args.should_save:
+        folder = output_dir or trainer.args.output_dir
+        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder, state_dict=state_dict)
+        if trainer.processing_class is not None:
+            trainer.processing_class.save_pretrained(folder)
+
+
+def save_optimizer(trainer: Any, output_dir: str) -> None:
+    """For `Trainer._save_optimizer_and_scheduler`: both, and the scale of float16's gradients."""
+    if _has_shards(trainer):
+        Trainer._save_optimizer_and_scheduler(trainer, output_dir)
+    elif trainer.args.should_save:
+        state = {"optimizer": trainer.optimizer.state_dict(), "scheduler": trainer.lr_scheduler.state_dict()}
+        scaler = trainer.accelerator.scaler
+        write_state(Path(output_dir, _OPTIMIZER), state | ({} if scaler is None else {"scaler": scaler.state_dict()}))
+
+
+def save_scaler(trainer: Any, output_dir: str) -> None:
+    """For `Trainer._save_scaler`: nothing, where `save_optimizer` has saved it."""
+    if _has_shards(trainer):
+        Trainer._save_scaler(trainer, output_dir)
+
+
+def load_states(trainer: Any, checkpoint: str | None) -> None:
+    """For `Trainer._load_optimizer_and_scheduler`: what `save_optimizer` has saved, and the trainer's `extra_state`."""
+    if checkpoint is None:
+        return
+    if not has_state(Path(checkpoint, _OPTIMIZER)):  # shards, or an older version's files
+        Trainer._load_optimizer_and_scheduler(trainer, checkpoint)
+    else:
+        state = read_state(Path(checkpoint, _OPTIMIZER))
+        trainer.optimizer.load_state_dict(state["optimizer"])
+        trainer.lr_scheduler.load_state_dict(state["scheduler"])
+        if trainer.accelerator.scaler is not None and "scaler" in state:
+            trainer.accelerator.scaler.load_state_dict(state["scaler"])
+    trainer.extra_state.load(checkpoint, process=trainer.accelerator.process_index)
+
+
+def save_random_states(trainer: Any, output_dir: str) -> None:
+    """For `Trainer._save_rng_state`: this process's generators."""
+    Path(output_dir).mkdir(parents=True, exist_ok=True)  # the first process may not have made it yet
+    write_state(Path(output_dir, _random_name(trainer)), random_states())
+
+
+def load_random_states(trainer: Any, checkpoint: str | None) -> None:
+    """For `Trainer._load_rng_state`; a process that saved none keeps its new states."""
+    if checkpoint is not None and has_state(Path(checkpoint, _random_name(trainer))):
+        set_random_states(read_state(Path(checkpoint, _random_name(trainer))))
+    else:
+        Trainer._load_rng_state(trainer, checkpoint)
+
+
+def random_states() -> dict[str, Any]:
+    """The states of all generators that training draws from: Python's, NumPy's, torch's, and the accelerator's."""
+    states = {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.get_rng_state()}
+    device = torch.accelerator.current_accelerator(check_available=True)
+    return states if device is None else states | {device.type: torch.get_device_module(device).get_rng_state()}
+
+
+def set_random_states(states: Mapping[str, Any]) -> None:
+    """Put every generator where `random_states` found it; an accelerator's only where there is one of that kind."""
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["cpu"])
+    device = torch.accelerator.current_accelerator(check_available=True)
+    if device is not None and device.type in states:
+        torch.get_device_module(device).set_rng_state(states[device.type])
+
+
+def _random_name(trainer: Any) -> str:
+    several = trainer.args.world_size > 1
+    return f"rng_state_{trainer.args.process_index}" if several else "rng_state"
+
+
+def _has_shards(trainer: Any) -> bool:
+    """Whether accelerate or DeepSpeed writes optimizer and weights of a checkpoint, a part per process."""
+    return bool(trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled)
