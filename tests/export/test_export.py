@@ -42,7 +42,7 @@ FIELDS = {"bos_token_id": 1, "eos_token_id": 0, "pad_token_id": 0, "tied": False
 
 
 def byte_level(
-    split: str = "gpt-2", *, bos: bool = False, chat: bool = True, end: str = END
+    split: str = "gpt-2", *, bos: bool = False, chat: bool = True, end: str | None = END
 ) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer, as SmolLM, GPT-2 and Qwen have them."""
     vocabulary = {token: index for index, token in enumerate(TOKENS)}
@@ -53,7 +53,7 @@ def byte_level(
     if bos:
         backend.post_processor = processors.TemplateProcessing(f"{START} $A", special_tokens=[(START, 1)])
     roles = {"bos_token": START, "eos_token": end, "pad_token": end}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=TEMPLATE, **roles)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=TEMPLATE if chat else None, **roles)
 
 
 def byte_model(architecture: str = "llama", *, extra: int = 0, **settings):
@@ -169,9 +169,47 @@ def test_the_end_of_a_turn_is_named_where_it_is_not_eos(tmp_path):
     assert (fields["tokenizer.ggml.eos_token_id"], fields["tokenizer.ggml.eot_token_id"]) == (1, 0)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("end", "configured", "ends"),
+    [
+        (END, 0, {"eos": 0}),
+        (END, [0, 5], {"eos": 0, "eom": 5}),
+        (START, [0, 1, 5], {"eos": 1, "eot": 0, "eom": 5}),
+        (None, 5, {"eos": 0, "eom": 5}),
+    ],
+)
+def test_all_that_ends_an_answer_is_named_and_read_back(tmp_path, end, configured, ends):
+    model = byte_model(eos_token_id=configured)
+    export_gguf(tmp_path / "m.gguf", model, byte_level(end=end), torch.float32, title="m")
+    fields = fields_of(tmp_path / "m.gguf")
+    keys = {name: f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")}
+    assert {name: fields[key] for name, key in keys.items() if key in fields} == ends
+    read = load_model(tmp_path / "m.gguf").generation_config.eos_token_id
+    assert {read} if isinstance(read, int) else set(read) == set(ends.values())
+
+
+@pytest.mark.slow
+def test_a_fourth_end_is_left_out_and_said(tmp_path, caplog):
+    model = byte_model(eos_token_id=[0, 1, 5, 6])
+    export_gguf(tmp_path / "m.gguf", model, byte_level(), torch.float32, title="m")
+    assert "A GGUF file names three end tokens. These are left out: " in caplog.text
+
+
+@pytest.mark.slow
+def test_rows_without_a_token_get_no_name_when_read(tmp_path):
+    export_gguf(tmp_path / "m.gguf", byte_model(extra=9), byte_level(), torch.float32, title="m")
+    assert load_tokenizer(tmp_path / "m.gguf").get_vocab() == byte_level().get_vocab()
+
+
 @pytest.mark.parametrize(
     ("model", "tokenizer", "reason"),
     [
+        (
+            lambda: byte_model(eos_token_id=None),
+            lambda: byte_level(end=None, chat=False),
+            "neither it nor its tokenizer knows an end token, and llama.cpp would end answers at token 11",
+        ),
         (lambda: tiny_model("opt"), tiny_tokenizer, "opt is none of the architectures llama, qwen2, qwen3, gpt2"),
         (lambda: tiny_model("gemma2"), tiny_tokenizer, "gemma2 is none"),
         (lambda: tiny_model("llama"), tiny_tokenizer, "splits text in none of the known ways"),

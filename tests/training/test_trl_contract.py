@@ -86,7 +86,7 @@ SHARED_ATTRIBUTES = {"accelerator", "args", "model", "model_wrapped", "optimizer
 DISTILLATION_ATTRIBUTES = {
     *("_train_batch_size", "eval_dataset", "loss_is_scaled_for_ga", "processing_class", "train_dataset"),
 }
-FINETUNING_ATTRIBUTES = {"_metrics", "_tag_names"}
+FINETUNING_ATTRIBUTES = {"_metrics", "_tag_names", "padding_free"}
 READ_FROM_OUTSIDE = {"callback_handler", "control", "is_deepspeed_enabled", "is_fsdp_enabled", "lr_scheduler"}
 WHILE_TRAINING = {"_globalstep_last_logged", "_tr_loss"}  # what a logged line to come is made of
 COUNTED_BY_TRL = {"_total_train_tokens"}  # by SFTTrainer, among the metrics

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from promptkd.errors import PromptKDError, RequestError
+from promptkd.models.end_tokens import keep_end_tokens, known_end_tokens, load_generation_config
 from promptkd.models.folder import clear_load_errors
 from promptkd.models.gguf_format import convert_gguf, gguf_problems, stored_type, write_gguf
 from promptkd.models.load import load_model, load_tokenizer, resolve_model
@@ -39,7 +40,7 @@ class Comparison:
 
 
 def plain_model(name: str, *, trust_remote_code: bool = False) -> ModelAndTokenizer:
-    """A model in float32 with LoRA merged into its weights, and its tokenizer. `RequestError` if that cannot be."""
+    """A float32 model, LoRA merged and all end tokens named, with its tokenizer. `RequestError` if that cannot be."""
     folder = Path(resolve_model(name))
     tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     if (folder / "adapter_config.json").is_file():
@@ -49,10 +50,12 @@ def plain_model(name: str, *, trust_remote_code: bool = False) -> ModelAndTokeni
                 raise RequestError(f"{name} is a soft prompt, which is no part of a model's weights. Give the student.")
             base = load_model(str(settings.base_model_name_or_path), trust_remote_code=trust_remote_code)
             model = PeftModel.from_pretrained(base, str(folder)).merge_and_unload()
+        load_generation_config(model, folder)
     else:
         model = load_model(name, trust_remote_code=trust_remote_code)
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise RequestError(f"{name} has an adapter that is merged from a local folder only. Download it and give that.")
+    keep_end_tokens(model, known_end_tokens(model, tokenizer))
     return model.eval(), tokenizer
 
 
@@ -140,7 +143,9 @@ def _compare_tokenizers(written: PreTrainedTokenizerBase, read: PreTrainedTokeni
     """The number of texts that were compared."""
     control = " ".join(written.all_special_tokens)
     texts = [*PROBES, f"{control} and {control}"]
-    checks: list[tuple[str, object, object]] = [("the end token", written.eos_token_id, read.eos_token_id)]
+    checks: list[tuple[str, object, object]] = []
+    if written.eos_token_id is not None:  # else GGUF's is the chat template's or the model's
+        checks.append(("the end token", written.eos_token_id, read.eos_token_id))
     if written.chat_template:
         messages = [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "1."}]
         here, there = (each.apply_chat_template(messages, tokenize=False) for each in (written, read))

@@ -1,9 +1,10 @@
 """GGUF files: converted once into safetensors, which load many times faster; written as llama.cpp's converter does."""
 
 import json
+import logging
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ from promptkd.data.templates import resolve_template
 from promptkd.errors import RequestError
 from promptkd.io.atomic import atomic
 from promptkd.io.lock import locked
+from promptkd.models.end_tokens import keep_end_tokens, known_end_tokens
 from promptkd.models.folder import clear_load_errors
 from promptkd.results import file_sha256
 
-GGUF_CONVERSION = 2  # raised whenever a file would be converted differently, so that older conversions are not used
+_LOGGER = logging.getLogger(__name__)
+GGUF_CONVERSION = 3  # raised whenever a file would be converted differently, so that older conversions are not used
 _ARCHITECTURES = ("llama", "qwen2", "qwen3", "gpt2")  # GGUF's names, too
 _TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
@@ -63,7 +66,10 @@ def converted_gguf(file: Path) -> Path:
 
 def convert_gguf(file: Path, folder: Path) -> None:
     """Write a GGUF file's model in float32, and its tokenizer, into `folder`. `RequestError` if it is unreadable."""
-    field = open_gguf(file).get_field("tokenizer.ggml.pre")
+    reader = open_gguf(file)
+    field = reader.get_field("tokenizer.ggml.pre")
+    ends = [reader.get_field(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    kinds = reader.get_field("tokenizer.ggml.token_type")
     with clear_load_errors(file):
         where = str(file.parent)
         model = AutoModelForCausalLM.from_pretrained(where, gguf_file=file.name, dtype=torch.float32)
@@ -72,15 +78,27 @@ def convert_gguf(file: Path, folder: Path) -> None:
     if "quantization_config" in model.config.to_dict():
         del model.config.quantization_config
     model.hf_quantizer, model.is_quantized = None, False
+    keep_end_tokens(model, [int(end.contents()) for end in ends if end is not None])  # transformers reads the first
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     # transformers adds GPT-2's <|endoftext|> to byte-level tokenizers that lack it, behind the last column, and splits
     # SmolLM's text as GPT-2's: "\n\n1" became three tokens where SmolLM was trained on two.
     state = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < model.config.vocab_size]
+    if kinds is not None:  # rows of the embedding that stand for no token, as a padded one has, are not to be named
+        unused = {index for index, kind in enumerate(kinds.contents()) if kind == TokenType.UNUSED}
+        _without(state, unused)
     if field is not None:
         state["pre_tokenizer"] = PRE_TOKENIZERS.get(str(field.contents()), state["pre_tokenizer"])
     (folder / "tokenizer.json").write_text(json.dumps(state, ensure_ascii=False), encoding="utf-8")
+
+
+def _without(state: dict[str, Any], unused: set[int]) -> None:
+    """Take tokens out of a serialized tokenizer; the others keep their ids."""
+    vocabulary = state["model"]["vocab"]
+    if isinstance(vocabulary, dict):  # the ids of a unigram model are places in a list
+        state["model"]["vocab"] = {token: index for token, index in vocabulary.items() if index not in unused}
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] not in unused]
 
 
 def open_gguf(path: Path) -> gguf.GGUFReader:
@@ -133,6 +151,8 @@ def gguf_problems(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
             (settings.get("attention_bias") or settings.get("mlp_bias"), "its attention or MLP has biases"),
             (settings.get("use_sliding_window"), "its attention has a sliding window"),
         ]
+    no_end = "neither it nor its tokenizer knows an end token, and llama.cpp would end answers at token 11"
+    checks += [(not known_end_tokens(model, tokenizer), no_end)]
     state = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else None
     if state is None:
         kind = type(tokenizer).__name__
@@ -176,7 +196,7 @@ def write_gguf(
             writer.add_layer_norm_rms_eps(config.rms_norm_eps)
         size = model.get_input_embeddings().weight.shape[0]
         writer.add_vocab_size(size)
-        _add_tokenizer(writer, tokenizer, size)
+        _add_tokenizer(writer, model, tokenizer, size)
         for name, weight in _tensors(model, dtype):
             bits = weight.view(torch.uint8).numpy()  # NumPy knows no bfloat16
             writer.add_tensor(name, bits, raw_dtype=gguf.GGMLQuantizationType[_TYPES[weight.dtype]])
@@ -216,7 +236,9 @@ def _interleaved(weight: Tensor, heads: int) -> Tensor:
     return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, size: int) -> None:
+def _add_tokenizer(
+    writer: gguf.GGUFWriter, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, size: int
+) -> None:
     """Tokens, merges, roles and chat template, for an embedding of `size` rows."""
     by_id = {index: token for token, index in tokenizer.get_vocab().items()}
     if (last := max(by_id)) >= size:
@@ -233,13 +255,12 @@ def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, 
     writer.add_token_types([types.get(index, TokenType.UNUSED) for index in range(size)])
     merges = state["model"]["merges"]
     writer.add_token_merges([each if isinstance(each, str) else " ".join(each) for each in merges])
-    bos, eos, end = tokenizer.bos_token_id, tokenizer.eos_token_id, resolve_template("auto", tokenizer).end_token_id
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     roles = {
         writer.add_bos_token_id: bos,
-        writer.add_eos_token_id: eos,
         writer.add_unk_token_id: tokenizer.unk_token_id,
         writer.add_pad_token_id: tokenizer.pad_token_id,
-        writer.add_eot_token_id: None if end == eos else end,  # a chat template may end an answer with another token
+        **_ends(writer, model, tokenizer),
     }
     for add, index in roles.items():
         if index is not None:
@@ -250,6 +271,26 @@ def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, 
     writer.add_add_space_prefix(False)
     if tokenizer.chat_template:
         writer.add_chat_template(tokenizer.chat_template)
+
+
+def _ends(
+    writer: gguf.GGUFWriter, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> dict[Callable[[int], None], int | None]:
+    """The end tokens in the three places that GGUF has for them: end of sequence, of a turn, of a message.
+
+    llama.cpp ends an answer at each. The second also says how a conversation goes on, so the chat template's is there.
+    """
+    eos, turn = tokenizer.eos_token_id, resolve_template("auto", tokenizer).end_token_id
+    rest = [index for index in known_end_tokens(model, tokenizer) if index not in (eos, turn)]
+    if eos is None:
+        eos = turn if turn is not None else rest.pop(0)
+    message = rest.pop(0) if rest else None
+    if turn == eos:
+        turn = rest.pop(0) if rest else None
+    if rest:
+        left = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(rest)))
+        _LOGGER.warning("A GGUF file names three end tokens. These are left out: %s.", left)
+    return {writer.add_eos_token_id: eos, writer.add_eot_token_id: turn, writer.add_eom_token_id: message}
 
 
 def _pre_tokenizer(state: dict[str, Any]) -> str | None:

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from promptkd.errors import RequestError, at
 from promptkd.io.files import not_regular
+from promptkd.models.end_tokens import load_generation_config
 from promptkd.models.folder import adapter_base, check_model_folder, clear_load_errors
 from promptkd.models.gguf_format import converted_gguf
 from promptkd.precision import WeightPrecision
@@ -36,6 +37,8 @@ def load_model(
     if missing := report["missing_keys"]:
         count, first = len(missing), min(missing)
         raise RequestError(f"{name} lacks {count} weights that its configuration asks for, {first} among them.")
+    if (Path(source) / "adapter_config.json").is_file():
+        load_generation_config(model, Path(source))
     keep_differentiable(model)
     return model.eval()
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from safetensors import SafetensorError
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
@@ -15,6 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from promptkd.errors import PromptKDError, RequestError
 from promptkd.io.atomic import atomic, fsync, replace
 from promptkd.memory import is_out_of_memory
+from promptkd.models.end_tokens import save_generation_config
 from promptkd.results import file_sha256
 
 MANIFEST = "manifest.json"  # files, sizes and hashes, by which a torn or altered checkpoint is known
@@ -43,6 +45,7 @@ def staged_checkpoint(trainer: Any) -> Iterator[None]:
             yield
         finally:
             trainer.checkpoint_root = None
+        _save_ends(trainer, staging / name)
         trainer.extra_state.save(staging / name, writes=trainer.args.should_save)
         point_at_best(trainer, writing=name)  # transformers noted where it stood meanwhile
         trainer.accelerator.wait_for_everyone()
@@ -96,6 +99,14 @@ def save_model_folder(trainer: Any, folder: str | Path) -> None:
     """Write a trainer's model and tokenizer atomically, as safetensors that transformers and vLLM load."""
     with whole_folder(Path(folder), writes=trainer.args.should_save) as partial:
         trainer.save_model(str(partial), _internal_call=True)
+        _save_ends(trainer, partial)
+
+
+def _save_ends(trainer: Any, folder: Path) -> None:
+    """Write what ends the responses of a model with an adapter; transformers does it for others."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if trainer.args.should_save and isinstance(model, PeftModel):
+        save_generation_config(model, folder)
 
 
 @contextmanager

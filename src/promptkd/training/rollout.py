@@ -139,9 +139,9 @@ class Rollout:
 
     def _sample_by_transformers(self, prompts: Tokens, model: nn.Module) -> Tokens:
         """By transformers' `generate`, for the settings that only it knows."""
-        device, padding = self._accelerator.device, self._generation.pad_token_id
+        device = self._accelerator.device
         held = [torch.tensor(ids) for ids in prompts]
-        ids = pad_sequence(held, batch_first=True, padding_value=padding, padding_side="left").to(device)
+        ids = pad_sequence(held, batch_first=True, padding_side="left").to(device)  # of any id: the mask tells
         ones = [torch.ones_like(each) for each in held]
         mask = pad_sequence(ones, batch_first=True, padding_side="left").to(device)
         with unwrap_model_for_generation(model, self._accelerator) as student, torch.no_grad():

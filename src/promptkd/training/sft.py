@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.utils.data import RandomSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from promptkd.data.encode import EncodedData, EncodedExample, stop_token_ids
 from promptkd.engine import unwrap_peft
+from promptkd.models.end_tokens import keep_end_tokens
 from promptkd.settings import option
 from promptkd.training import saving
 from promptkd.training.callbacks import CheckpointTiming, UpdatePhase
@@ -25,7 +27,7 @@ from promptkd.training.out_of_memory import out_of_memory_told
 from promptkd.training.phases import Phases
 from promptkd.training.row_order import EpochOrder
 from promptkd.training.state import ExtraState, PartialLog
-from promptkd.training.student import precision_notes, raise_to_float32
+from promptkd.training.student import end_notes, precision_notes, raise_to_float32
 from promptkd.training.validation import rouge_notes, validate
 
 T = TypeVar("T")
@@ -69,17 +71,22 @@ class FinetuneTrainer(SFTTrainer):
         self._training = train_data.examples
         self.validation_rows = [] if eval_data is None else eval_data.examples
         self.stop_ids = stop_token_ids(processing_class, unwrap_peft(model).generation_config, args.template)
+        keep_end_tokens(model, self.stop_ids)
+        # any id pads, since masks tell padding; TRL would ask for a padding token and make it the model's
+        collator = DataCollatorForLanguageModeling(pad_token_id=0, pad_to_multiple_of=args.pad_to_multiple_of)
         super().__init__(
             model=model,
             args=args,
             train_dataset=_labeled(train_data.examples),
             eval_dataset=None if eval_data is None else _labeled(eval_data.examples),
             processing_class=processing_class,
+            data_collator=collator,
             **kwargs,
         )
-        self.notes = precision_notes(args, raise_to_float32(self.model))
+        collator.padding_free = self.padding_free
+        self.notes = precision_notes(args, raise_to_float32(self.model)) + end_notes(self.stop_ids, args)
         self.notes += rouge_notes(args, self.validation_rows, processing_class)
-        """Sentences that a reader of the run's metrics must know, on precision, devices and ROUGE."""
+        """Sentences that a reader of the run's metrics must know, on precision, devices, ends and ROUGE."""
         check_sharding(self.accelerator, self.model, needs_generate=False)
         self.phases = Phases(self.accelerator.device)
         self.guard = Guard(args, self.accelerator, lambda: {"model": self.model})

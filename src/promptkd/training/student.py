@@ -1,6 +1,7 @@
 """The student made ready to be trained: loaded, in its LoRA wrapper, with weights in float32."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,16 @@ def raise_to_float32(model: nn.Module) -> torch.dtype | None:
     else:
         model.float()
     return before
+
+
+def end_notes(stop_ids: Sequence[int], args: Any) -> list[str]:
+    """What ends responses where no token does; it is logged."""
+    if stop_ids:
+        return []
+    limit = f"every response runs to the limit of {args.max_completion_length} tokens"
+    note = f"Neither tokenizer, model nor template knows an end token: {limit}, and rows are learned without an end."
+    _LOGGER.warning(note)
+    return [note]
 
 
 def precision_notes(args: Any, raised_from: torch.dtype | None) -> list[str]:

@@ -27,6 +27,7 @@ from promptkd.models import (
     resolve_model,
     shared_vocabulary_size,
 )
+from promptkd.models.end_tokens import keep_end_tokens
 from promptkd.objectives import forward_kl, reverse_kl
 from promptkd.training import saving
 from promptkd.training.callbacks import CheckpointTiming, CompletionLog, UpdatePhase, logs_step
@@ -41,7 +42,7 @@ from promptkd.training.rollout import Rollout
 from promptkd.training.row_order import EpochOrder
 from promptkd.training.setup import check_models, check_placement, check_responses, check_rows, encode, make_adapter
 from promptkd.training.state import ExtraState, PartialLog
-from promptkd.training.student import precision_notes, prepare_student, raise_to_float32
+from promptkd.training.student import end_notes, precision_notes, prepare_student, raise_to_float32
 from promptkd.training.student_loss import StudentLoss
 from promptkd.training.teacher import Teacher, load_teacher
 from promptkd.training.teacher_tuner import TeacherTuner
@@ -118,10 +119,12 @@ class DistillTrainer(Trainer):
         """What a step is made of, once transformers has placed the student."""
         args, accelerator, student, tokenizer = self.args, self.accelerator, self.model, self.processing_class
         self.notes = precision_notes(args, raise_to_float32(student)) + rouge_notes(args, self.eval_dataset, tokenizer)
-        """Sentences that a reader of the run's metrics must know, on precision, devices and ROUGE."""
+        """Sentences that a reader of the run's metrics must know, on precision, devices, ends and ROUGE."""
         check_placement(student, teacher, self.method, args, accelerator)
         check_rows(None if self.train_dataset is None else len(self.train_dataset), args)
         self.stop_ids = stop_token_ids(tokenizer, unwrap_peft(student).generation_config, args.template)
+        keep_end_tokens(student, self.stop_ids)
+        self.notes += end_notes(self.stop_ids, args)
         vocabulary = shared_vocabulary_size(student, teacher, tokenizer)
         self._teacher_parameters = count_parameters(teacher)  # DeepSpeed's shards do not tell
         self.adapter, adapted = make_adapter(self.method, teacher.requires_grad_(False), tokenizer, args, accelerator)

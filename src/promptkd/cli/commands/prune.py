@@ -14,6 +14,7 @@ from promptkd.engine import check_scoring
 from promptkd.errors import check_all, writing
 from promptkd.io.atomic import atomic
 from promptkd.models import count_parameters, model_record
+from promptkd.models.end_tokens import keep_end_tokens, known_end_tokens
 from promptkd.models.prune import block_influence, decoder_layers, evenly_spaced, most_influential, prune_layers
 from promptkd.results import Metric, Results
 
@@ -30,6 +31,7 @@ def run(options: Options, training: dict[str, Any]) -> None:
     kept, influence = _choose(job, teacher, rows)
     student = prune_layers(teacher, kept)
     check_scoring(student)
+    keep_end_tokens(student, known_end_tokens(teacher, tokenizer))
     before, after = count_parameters(teacher), count_parameters(student)
     with writing(options.out), atomic(options.out) as folder:
         student.save_pretrained(folder)
