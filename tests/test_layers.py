@@ -30,7 +30,7 @@ ROWS = (
     ("memory", "precision"),
     ("io",),
     ("settings",),
-    ("errors", "visible"),
+    ("errors", "visible", "recipes"),
 )
 DEPTH = {part: depth for depth, row in enumerate(ROWS) for part in row}
 FACES = {"__init__", "__main__"}  # the package's own, which stand above everything

@@ -12,7 +12,7 @@ from promptkd.errors import RequestError
 from promptkd.methods import METHODS
 from promptkd.results import Results
 
-FOLDER = Path(__file__).parents[2] / "recipes"
+FOLDER = Path(promptkd.__file__).parent / "recipes"
 RECIPES = {path.stem: path for path in sorted(FOLDER.glob("*.yaml")) if path.stem != "study"}  # see test_study
 REQUIRED = ("--student", "S", "--teacher", "T", "--data", "D", "--out", "O")
 

@@ -45,7 +45,7 @@ from promptkd.study.plan import Planned, arguments_of, plan_runs
 from promptkd.study.pooling import both_ways, compare_groups, t_quantile, t_two_sided
 from promptkd.study.processes import Job, LocalPool, Phase, shares, shell_line
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "study.yaml"
+RECIPE = Path(promptkd.__file__).parent / "recipes" / "study.yaml"
 PAIR = {"student": "s", "teacher": "t", "data": "d"}
 
 

@@ -15,6 +15,7 @@ import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DynamoBackend
 
+import promptkd
 from helpers import processes_worker
 from helpers.commands import MODEL_FILES, PROMPT_FILES, RUN_FILES, TRAINING, below, held, json_lines, make_world
 from helpers.processes import CHECKS, SECONDS, port, start
@@ -26,7 +27,7 @@ from promptkd.training.distributed import check_sharding
 
 pytestmark = pytest.mark.slow
 
-LAUNCH = Path(__file__).parents[2] / "recipes" / "launch"
+LAUNCH = Path(promptkd.__file__).parent / "recipes" / "launch"
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +180,7 @@ def test_accelerate_knows_every_key_of_the_launch_configurations(name):
     args, defaults, _ = _validate_launch_command(parser.parse_args(["--config_file", str(file), "-m", "promptkd"]))
     assert (args.use_fsdp, args.use_deepspeed) == (name == "fsdp2", name.startswith("zero"))
     assert defaults.num_processes == args.num_processes == given["num_processes"]
-    assert f"accelerate launch --config_file recipes/launch/{name}.yaml" in file.read_text()
+    assert f"accelerate launch --config_file {name}.yaml" in file.read_text()
 
 
 def launched(*, fsdp: dict | None = None, zero: dict | None = None) -> SimpleNamespace:

@@ -44,6 +44,7 @@ COMMANDS: dict[str, str] = {  # in the order of the help
     "compare": "Compare runs row by row: intervals, tests, and what each cost.",
     "report": "Make one HTML page from the results of one or several runs.",
     "chat": "Ask one or several models, their answers side by side.",
+    "recipe": "List the recipes of papers, or print one.",
     "study": "Run methods x settings x seeds, resumable, and compare the methods.",
     "export": "Write a model as serving tools load it: GGUF or safetensors.",
 }

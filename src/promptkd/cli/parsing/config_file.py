@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from promptkd.cli.recipes import recipes
 from promptkd.errors import RequestError
 from promptkd.io.atomic import write_atomic
 from promptkd.io.files import MIB, read_regular
@@ -117,11 +118,17 @@ def parse_yaml(text: str, name: str) -> Any:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The keys of a configuration file, with underscores, and their values. Raises `RequestError` if it is unsound."""
+    """The keys of a configuration file, with underscores, and their values. Raises `RequestError` if it is unsound.
+
+    A name that is no file is that of a recipe (`promptkd recipe`).
+    """
+    if path.is_dir() or not path.exists():
+        path = recipes().get(str(path), path)
     try:
         text = read_regular(path, most=_MOST_BYTES).decode("utf-8-sig")
     except OSError as error:
-        raise RequestError(f"--config expects a YAML file. {path}: {error.strerror or error}.") from error
+        expected = "--config expects a YAML file, or the name of a recipe (`promptkd recipe` lists them)"
+        raise RequestError(f"{expected}. {path}: {error.strerror or error}.") from error
     except UnicodeDecodeError as error:
         raise RequestError(f"--config expects a YAML file in UTF-8. {path}: {error}.") from error
     data = parse_yaml(text, str(path))

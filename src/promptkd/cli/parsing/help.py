@@ -11,7 +11,10 @@ from promptkd.cli.parsing.fields import Field, choices, common_fields, metavar, 
 
 _WIDTH = 100
 _EVERY_COMMAND = (
-    ("--config FILE.yaml", "Take values from a YAML file, its keys spelled as the flags. Flags win over the file."),
+    (
+        "--config FILE.yaml",
+        "Take values from a YAML file, its keys spelled as the flags, or a recipe. Flags win.",
+    ),
     ("--debug", "Show the traceback if the command fails."),
     ("--help", "Show the flags in common use."),
     ("--help-all", "Show every flag."),
