@@ -537,7 +537,7 @@ def test_a_wrong_file_names_itself_and_the_place(config, text: str, message: str
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     missing = tmp_path / "none.yaml"
-    assert f"lists them). {missing}: No such file or directory." in wrong("--config", str(missing))
+    assert f"--config expects a YAML file. {missing}: No such file or directory." in wrong("--config", str(missing))
     assert "it is a folder" in wrong("--config", str(tmp_path))
     (tmp_path / "latin.yaml").write_bytes(b"model: \xe9\n")
     assert "UTF-8" in wrong("--config", str(tmp_path / "latin.yaml"))

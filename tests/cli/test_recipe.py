@@ -45,7 +45,7 @@ def test_a_configuration_is_a_file_or_else_a_recipe(tmp_path, monkeypatch, capsy
     assert read_config(Path("kd")) == {"method": "mine"}
     ran = run(capsys, "distill", "--config", "nothing")
     assert ran.status == 2
-    assert "or the name of a recipe (`promptkd recipe` lists them). nothing: No such file" in ran.err
+    assert "nothing: No such file or directory. A recipe goes by its name; `promptkd recipe` lists them." in ran.err
 
 
 @pytest.mark.slow

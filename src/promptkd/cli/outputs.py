@@ -18,7 +18,7 @@ from promptkd.results import DataRecord, Results, Training, file_sha256
 
 _OWN = {
     *("config.yaml", "metrics.jsonl", "results.json", "report.html", "responses.jsonl"),
-    *("student", "model", "prompt", "teacher_lora", "teacher", "online_module", "checkpoints"),
+    *("student", "model", "prompt", "teacher_lora", "teacher", "online_module", "checkpoints", "tensorboard"),
 }
 _MAY_CHANGE = {"resume", "overwrite", "out", "keep", "on_nan"}
 _MAY_CHANGE |= {  # refused today, but in the config.yaml of older runs
@@ -63,6 +63,7 @@ class RunFolder:
         self.path, self._settings, self._resume, self._overwrite = path, settings, resume, overwrite
         self.config, self.checkpoints = path / "config.yaml", path / "checkpoints"
         self.metrics, self.results, self.report = path / "metrics.jsonl", path / "results.json", path / "report.html"
+        self.curves = path / "tensorboard"
 
     def check(self) -> None:
         """Refuse a folder that holds anything, unless it is this very run's to resume or some run's to replace."""

@@ -30,6 +30,7 @@ from promptkd.training.collapse import findings_as_notes
 from promptkd.training.distributed import autocast
 from promptkd.training.out_of_memory import out_of_memory_told
 from promptkd.training.signals import StopOnSignal
+from promptkd.training.trackers import LiveCurves
 from promptkd.training.validation import validation_decoding
 
 _SET_HERE = {
@@ -75,6 +76,8 @@ class TrainingRun:
             args = config_class(**settings)
         except (ValueError, TypeError) as error:
             raise RequestError(" ".join(str(error).split())) from error
+        self._shows_curves = "tensorboard" in args.report_to  # transformers would put them among the checkpoints
+        args.report_to = [name for name in args.report_to if name != "tensorboard"]
         self.folder.check()
         self._examples["train"] = options.data, self._read(options.data, limit=options.limit)
         if options.eval_data is not None:
@@ -124,6 +127,9 @@ class TrainingRun:
             with StopOnSignal(trainer.accelerator) as stop:
                 for callback in (self._meter, MetricsFile(self.folder.metrics), bar, stop):
                     trainer.add_callback(callback)
+                if self._shows_curves:
+                    trainer.add_callback(LiveCurves(self.folder.curves))
+                    say(f"Live curves: tensorboard --logdir {self.folder.curves}")
                 trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         except UnpicklingError as error:
             reason = "nothing else is unpickled: it is damaged, or no checkpoint of this run"

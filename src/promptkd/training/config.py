@@ -15,6 +15,7 @@ from promptkd.methods import Method, read_method, settings_classes
 from promptkd.models.adapters import ADAPTERS, PromptLossSettings
 from promptkd.precision import WeightPrecision, has_bfloat16_units
 from promptkd.settings import Reader, Settings, flat, limit_checks, option
+from promptkd.training.trackers import tracker_checks
 
 _Arguments: Any = object  # for the type checker, which does not see the class that comes next
 
@@ -63,7 +64,7 @@ class BaseConfig(_Arguments):
     on_nan: Literal["stop", "skip"] = "stop"
     """At a NaN or infinite loss or gradient, before the student's update: stop, or skip the step and count it."""
     report_to: str | list[str] | None = "none"
-    """Tracker, such as wandb or tensorboard."""
+    """Trackers for live curves, such as tensorboard (logs in OUT/tensorboard) or wandb."""
     logging_steps: float = 1
     """Optimizer steps between two logged lines."""
     gradient_checkpointing: bool = False
@@ -102,6 +103,7 @@ class BaseConfig(_Arguments):
         hub = [name for name in declared if name.startswith(("push_to_hub", "hub_"))]
         pushed = [name for name in hub if vars(self)[name] != declared[name]]
         return [
+            *tracker_checks(self.report_to),
             (
                 bool(pushed),
                 f"{', '.join(pushed)} would upload whatever a checkpoint holds; leave out what begins with hub_ and "

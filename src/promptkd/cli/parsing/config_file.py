@@ -127,8 +127,8 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         text = read_regular(path, most=_MOST_BYTES).decode("utf-8-sig")
     except OSError as error:
-        expected = "--config expects a YAML file, or the name of a recipe (`promptkd recipe` lists them)"
-        raise RequestError(f"{expected}. {path}: {error.strerror or error}.") from error
+        told, advice = f"{path}: {error.strerror or error}", "A recipe goes by its name; `promptkd recipe` lists them."
+        raise RequestError(f"--config expects a YAML file. {told}. {advice}") from error
     except UnicodeDecodeError as error:
         raise RequestError(f"--config expects a YAML file in UTF-8. {path}: {error}.") from error
     data = parse_yaml(text, str(path))
