@@ -15,7 +15,7 @@ ROOT = Path(promptkd.__file__).parent
 ROWS = (
     ("cli",),
     ("demo",),
-    ("study",),
+    ("study", "publish"),
     ("judge", "report"),
     ("training",),
     ("evaluation",),

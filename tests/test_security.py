@@ -326,6 +326,7 @@ def hostile_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subproc
         ("report", "report", run_at, out / "e.json", out / "b.json", out / "c.json", "--out", out / "report.html"),
         ("chat", "chat", run_at, "--prompt", f"the {ESCAPE}", "--max-completion-length", 5),
         ("export", "export", run_at, "--to", "safetensors", "--out", out / "exported"),
+        ("publish", "publish", run_at, "me/small", "--license", "mit", "--dry-run"),
         ("lost", "generate", "--model", out / f"lost{ESCAPE}{OVERRIDE}", *rows_of, "--out", out / "none.jsonl"),
     ]
     (folder / "script.py").write_text(SCRIPT)

@@ -4,7 +4,7 @@ A command NAME is two modules: `options/NAME.py` with the dataclass `Options`, w
 `commands/NAME.py` with `run(options, training)`, imported when the request is sound. The former may also name
 - `TRAINING_CONFIG = "package.module:Class"`: a dataclass, imported late, whose fields are flags of the command too;
 - `COMMON_TRAINING_FLAGS`: those that `--help` shows without that import, from the source files `SETTINGS_SOURCES`;
-- `POSITIONAL = "runs"`: the option that takes the arguments which follow no flag;
+- `POSITIONAL = "runs"`: the option, or a tuple of options, that takes the arguments which follow no flag;
 - `LESS_MEMORY = ("a smaller --batch-size (now {batch_size})",)`: what needs less memory, with its options in braces;
 - `RESUMED_BY = ("--resume",)`: the flags with which the same command resumes, if it keeps what it has done.
 
@@ -47,6 +47,7 @@ COMMANDS: dict[str, str] = {  # in the order of the help
     "recipe": "List the recipes of papers, or print one.",
     "study": "Run methods x settings x seeds, resumable, and compare the methods.",
     "export": "Write a model as serving tools load it: GGUF or safetensors.",
+    "publish": "Upload a finished run's student to the Hugging Face hub, with a model card.",
 }
 _LONGEST_MESSAGE = 4000  # characters: it may quote what a file holds
 

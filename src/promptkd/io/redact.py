@@ -33,9 +33,14 @@ def redacted(text: str) -> str:
     Tokens are those of the Hugging Face hub by their form, and all that the environment holds under a secret's name.
     """
     text = _QUERY.sub(rf"\g<1>{STARS}", _USER_INFO.sub(f"{STARS}@", _HUB_TOKEN.sub(STARS, text)))
-    for secret in (value for name, value in os.environ.items() if is_secret(name)):
+    for secret in environment_secrets():
         text = starred(text, secret)
     return text
+
+
+def environment_secrets() -> list[str]:
+    """The values of the environment's variables that are named as secrets are and long enough to be one."""
+    return [value for name, value in os.environ.items() if is_secret(name) and len(value) >= _SHORTEST_SECRET]
 
 
 def without_secrets(arguments: Sequence[str]) -> list[str]:

@@ -193,10 +193,13 @@ def render_markdown(records: Sequence[Results], *, title: str | None = None) -> 
         curves = [(curve.model, plot.cells(curve)) for curve in plot.curves]
         lines = [[markdown_text(model), *(joined(*cell, by=" ") for cell in cells)] for model, cells in curves]
         parts.append(f"## Exposure bias on {markdown_text(joined(plot.data, plot.settings))}")
-        parts += ["ExAccErr(l) in %, l in tokens.", _table(heads, lines)]
+        parts += ["ExAccErr(l) in %, l in tokens.", markdown_table(heads, lines)]
     heads, lines = cost_table(story)
     if lines:
-        parts += ["## Sizes and cost of training", _table(heads, [list(map(markdown_text, line)) for line in lines])]
+        parts += [
+            "## Sizes and cost of training",
+            markdown_table(heads, [list(map(markdown_text, line)) for line in lines]),
+        ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -210,7 +213,7 @@ def _results(rows: list[ComparisonRow], names: list[str]) -> str:
         values = {name: f"**{cell.value}**" if cell.best else cell.value for name, cell in row.cells.items()}
         cells = {name: joined(values[name], cell.deviation, cell.interval, by=" ") for name, cell in row.cells.items()}
         lines.append([label, *(cells.get(name, DASH) for name in names)])
-    return _table(heads, lines)
+    return markdown_table(heads, lines)
 
 
 def _differences(rows: list[differences.DifferenceRow]) -> str:
@@ -224,8 +227,8 @@ def _differences(rows: list[differences.DifferenceRow]) -> str:
         names = map(markdown_text, (*row.pair, row.info.label))
         lines.append([*names, amount, *p_values, effect(row.source.effect_size), row.words])
     head, *kept = ([cell for cell, show in zip(line, shown, strict=True) if show] for line in lines)
-    return _table(head, kept)
+    return markdown_table(head, kept)
 
 
-def _table(head: list[str], lines: list[list[str]]) -> str:
+def markdown_table(head: list[str], lines: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *lines))

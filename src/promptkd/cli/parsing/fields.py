@@ -64,6 +64,12 @@ def own_fields(command: ModuleType) -> dict[str, Field]:
     return {name: known[name] for name in names if name in known}
 
 
+def positional_names(command: ModuleType) -> tuple[str, ...]:
+    """The options that take the arguments which follow no flag, in their order."""
+    named: str | tuple[str, ...] = vars(command).get("POSITIONAL", ())
+    return (named,) if isinstance(named, str) else named
+
+
 def training_fields(command: ModuleType) -> dict[str, Field]:
     """The fields of the command's training configuration, which is imported now; none if the command has none."""
     module, _, name = vars(command).get("TRAINING_CONFIG", "").partition(":")

@@ -4,10 +4,19 @@ import inspect
 import json
 import re
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
 
-from promptkd.cli.parsing.fields import Field, choices, common_fields, metavar, own_fields, plain, training_fields
+from promptkd.cli.parsing.fields import (
+    Field,
+    choices,
+    common_fields,
+    metavar,
+    own_fields,
+    plain,
+    positional_names,
+    training_fields,
+)
 
 _WIDTH = 100
 _EVERY_COMMAND = (
@@ -45,10 +54,10 @@ def command_help(name: str, command: ModuleType, *, every_flag: bool = False) ->
     summary, _, rest = inspect.cleandoc(command.__doc__ or "").partition("\n")
     texts = [text for text in rest.strip("\n").split("\n\n") if text.strip()]
     own, more = own_fields(command), ""
-    loose = own.get(vars(command).get("POSITIONAL", ""))
+    loose = [own[name] for name in positional_names(command)]
     required = [field for field in own.values() if field.required]
-    words = [_loose(loose)] if loose else []
-    words += [f"{field.flag} {metavar(field.annotation)}" for field in required if field is not loose]
+    words = [*map(_loose, loose)]
+    words += [f"{field.flag} {metavar(field.annotation)}" for field in required if field not in loose]
     if every_flag:
         # --debug is the program's own; the field of that name can be set in the file alone
         fields = [each for each in training_fields(command).values() if each.name not in {*own, "debug"}]
@@ -69,10 +78,10 @@ def command_help(name: str, command: ModuleType, *, every_flag: bool = False) ->
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 
-def _entry(field: Field, loose: Field | None = None) -> tuple[str, str]:
+def _entry(field: Field, loose: Sequence[Field] = ()) -> tuple[str, str]:
     shown = metavar(field.annotation)
     head = f"{field.flag} {shown}"
-    if field is loose:
+    if field in loose:
         head = f"{_loose(field)} (or {head})"
     elif field.annotation is bool:
         head = f"{field.flag}, --no-{field.flag[2:]}"

@@ -16,6 +16,7 @@ from promptkd.cli.parsing.fields import (
     nearest,
     own_fields,
     plain,
+    positional_names,
     training_fields,
 )
 from promptkd.errors import RequestError, raise_together
@@ -50,11 +51,11 @@ def parse_options(name: str, command: ModuleType, arguments: Sequence[str]) -> P
 class _Request:
     def __init__(self, command: ModuleType) -> None:
         self.command, self.own = command, own_fields(command)
-        self.positional = vars(command).get("POSITIONAL")
+        self.positional = positional_names(command)
         self.values: dict[str, Any] = {}
         self.problems: list[str] = []
         self._given: dict[str, str] = {}  # by name: how it was spelled, its value right or wrong
-        self._loose: list[str] = []  # for the positional option
+        self._loose: list[str] = []  # for the positional options
         self._config: Path | None = None
 
     def read(self, arguments: Sequence[str]) -> None:
@@ -71,9 +72,7 @@ class _Request:
         for flag, *values in groups[1:]:
             spelled, equals, value = flag.partition("=")
             self._take_flag(spelled, [value, *values] if equals else values, joined=bool(equals))
-        if self._loose and self.positional and self._is_first(self.positional, " ".join(self._loose)):
-            loose = self._loose if len(self._loose) > 1 else self._loose[0]
-            self._set(self.own[self.positional], loose, self.positional.upper())
+        self._take_loose()
         if "config" in self.own:  # the file is what the command is about
             self._config = self._config or self.values.get("config")
             self.values |= {"config": self._config} if self._config else {}
@@ -83,11 +82,19 @@ class _Request:
                 self._take_run(self.values["out"], missing)
                 return
             for field in missing:
-                spelled = field.name.upper() if field.name == self.positional else field.flag
+                spelled = field.name.upper() if field.name in self.positional else field.flag
                 self.problems.append(f"{spelled} is missing: {field.help or describe(field.annotation)}")
 
     def _missing(self) -> list[Field]:
         return [field for field in self.own.values() if field.required and field.name not in self._given]
+
+    def _take_loose(self) -> None:
+        """Give the positional options their values, one each; the last one takes all that are left."""
+        *names, last = self.positional or ("",)
+        values = [self._loose[at : at + 1] for at in range(len(names))] + [self._loose[len(names) :]]
+        for name, given in zip([*names, last], values, strict=True):
+            if given and self._is_first(name, " ".join(given)):
+                self._set(self.own[name], given if len(given) > 1 else given[0], name.upper())
 
     def _take_flag(self, spelled: str, values: list[str], joined: bool) -> None:
         """`joined`: the first value was written behind an equals sign."""
