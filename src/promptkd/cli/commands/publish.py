@@ -15,6 +15,7 @@ from promptkd.publish.bundle import names_a_place, refuse_leaks
 from promptkd.publish.origin import is_local
 from promptkd.publish.upload import hub_token
 from promptkd.results import Results, file_sha256
+from promptkd.visible import shown
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
@@ -49,7 +50,7 @@ def run(options: Options, training: dict[str, Any]) -> None:
         refuse_leaks(bundle, [] if token is None else [token])
         _list(bundle, options)
         if options.dry_run:
-            print(f"\nREADME.md:\n\n{card}", end="")
+            print(shown(f"\nREADME.md:\n\n{card}"), end="")
         else:
             address = upload(bundle, options.repository, private=options.private, overwrite=options.overwrite)
             say(f"Uploaded: {address}")
@@ -161,6 +162,6 @@ def _list(bundle: Bundle, options: Options) -> None:
     for name in sorted(bundle.files):
         print(f"  {bundle.size(name):>15,}  {name}")
     for note in bundle.rewritten:
-        print(note)
+        print(shown(note))
     if bundle.left_out:
-        print(f"Left out: {', '.join(bundle.left_out)}.")
+        print(shown(f"Left out: {', '.join(bundle.left_out)}."))
