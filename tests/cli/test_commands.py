@@ -50,7 +50,7 @@ from promptkd.training.state_files import read_state
 pytestmark = pytest.mark.slow
 
 STEP = {"step", "epoch", "loss", "learning_rate", "grad_norm"}
-DISTILLED = {"student_kl", "entropy", "response_length", "cut_share"}
+DISTILLED = {"student_kl", "entropy", "top_overlap", "response_length", "cut_share"}
 TIMED = {"tokens_per_second", "seconds_rollout", "seconds_prompt", "seconds_student"}
 PROMPTED = {"prompt_kl", "prompt_regularizer", "lambda", "prompt_norm", "prompt_grad_norm", "prompt_learning_rate"}
 
@@ -153,6 +153,7 @@ def test_distill(world, tmp_path, capsys, method):
     lines = json_lines(out / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert all(line.keys() >= STEP | DISTILLED | TIMED for line in lines)
+    assert all(("repetition" in line) == (method != "kd") for line in lines)  # of the student's own responses
     assert all(PROMPTED & line.keys() == (PROMPTED if prompt else set()) for line in lines)
 
     config = read_config(out / "config.yaml")

@@ -250,6 +250,8 @@ def test_any_objective_at_any_shape_equals_the_plain_one(objective, shape, seed,
     same_gradients(0.37 * chunked.total, 0.37 * plain, hidden, wide.weight, wide.bias)
     if shape.tokens:
         both = (student + teacher).detach() > -math.inf
+        overlap = (student.argmax(-1) == teacher.argmax(-1)).sum()
+        assert chunked.metrics["top_overlap"] == overlap
         log_q = student.detach().masked_fill(~both, -math.inf).log_softmax(-1)
         entropy = -torch.where(both, log_q.exp() * log_q, 0.0).sum()
         torch.testing.assert_close(chunked.metrics["entropy"], entropy, rtol=1e-10, atol=1e-12)

@@ -28,12 +28,13 @@ EXAMPLES = [EncodedExample(ids, [40], ("abc",), f"prompt {index}", index) for in
 class Told(Responses):
     """Gives `RESPONSES`, and remembers what it was asked."""
 
+    given: list = field(default_factory=lambda: RESPONSES)
     asked: list = field(default_factory=list)
     needs_data = False
 
     def __call__(self, rows, sample, progress):
         self.asked.append(([row.row for row in rows], sample, progress))
-        return [RESPONSES[row.row] for row in rows]
+        return [self.given[row.row] for row in rows]
 
 
 def make(tmp_path, *, source=None, **settings):
@@ -70,6 +71,15 @@ def test_what_a_window_counts(tmp_path):
     logged = part.metrics.means(window, part.accelerator, {})
     assert logged["response_length"] == 13 / 6
     assert logged["cut_share"] == 1 / 6  # of those at the limit, one has ended
+
+
+def test_repetition_is_that_of_responses_that_a_model_writes(tmp_path):
+    loops = [[20, 21] * 5, [20, 21, 22, 23], [20], [], [20, 21, 22, 23, 24], [20] * 7]
+    part, rollout = make(tmp_path, source=Told(loops))
+    logged = part.metrics.means(rollout(EXAMPLES, part.student, step=0, total_steps=4), part.accelerator, {})
+    assert logged["repetition"] == pytest.approx((5 / 7 + 3 / 4) / 6)  # 2 of 7 4-grams and 1 of 4 are new
+    part, rollout = make(tmp_path, source=Responses())  # the data's own
+    assert "repetition" not in part.metrics.means(rollout(EXAMPLES, None, step=0, total_steps=4), part.accelerator, {})
 
 
 def test_a_loss_by_row_counts_rows(tmp_path):

@@ -4,8 +4,11 @@ import pytest
 import torch
 
 from helpers.commands import LIMITS, done, make_world
-from helpers.tiny import END_ID, save_model, tiny_model
+from helpers.tiny import END_ID, save_model, tiny_model, token_id
 from helpers.trainers import log, trainer
+from promptkd.methods import Method, named_method
+from promptkd.objectives import forward_kl
+from promptkd.responses import ResponseMix
 from promptkd.results import Results
 from promptkd.training.collapse import Limits, Watch, findings, findings_as_notes
 
@@ -23,6 +26,8 @@ def healthy(steps=120):
                 "entropy": 2.5 - 2.2 * done,
                 "response_length": rambles * 256 + (1 - rambles) * (60 + 15 * (-1) ** k),
                 "cut_share": 1.0 if k == 3 else rambles,
+                "repetition": 0.02 + 0.05 * (k % 4) + 0.03 * done,  # of lists and tables, too
+                "top_overlap": 0.6 + 0.2 * done + 0.08 * (-1) ** k,
                 "prompt_norm": 5.0 + 15 * done,
                 "prompt_distance": 15 * done,
                 "prompt_regularizer": 0.05 + done if k != 7 else 4.0,
@@ -58,12 +63,55 @@ def test_a_healthy_run_is_left_in_peace():
         ("prompt norm", {"prompt_norm": 51.0}, 84, "its norm is 51, from 5 in the first step"),
         ("prompt KL", {"prompt_regularizer": 2.5}, 84, "is 2.50 nats per token from the plain one"),
         ("endless validation", {"eval_eos_share": 0.0}, 100, "ended by itself in two validations"),
+        (
+            "repetition",
+            {"repetition": 0.4},
+            88,
+            "repeat themselves: 37% of their 4-grams are repeated, 9% in",
+        ),
+        ("repetition", {"repetition": 1.0}, 85, "repeat themselves: 65% of their 4-grams"),
+        ("overlap", {"top_overlap": 0.3}, 89, "same most probable token at 30% of the response tokens, 61% in the"),
     ],
 )
 def test_each_kind_is_found_once(kind, changed, step, text):
     (found,) = findings(planted(80, **changed))
     assert (found.kind, found.step) == (kind, step)
     assert text in found.text
+
+
+def run_of(steps=40, **metrics):
+    """A history with these metrics, each a number or a function of the step."""
+    return [
+        {"step": k} | {name: value(k) if callable(value) else value for name, value in metrics.items()}
+        for k in range(1, steps + 1)
+    ]
+
+
+def test_lengths_that_explode():
+    """To the limit, where most responses are cut that ended before; or below it, to five times the start."""
+    cut = run_of(response_length=lambda k: 200 if k > 20 else 60, cut_share=lambda k: 0.7 if k > 20 else 0.1)
+    (found,) = findings(cut)
+    assert (found.kind, found.step) == ("growth", 33)
+    assert "grown to 200 tokens, 70% of them cut at the limit, from 60 tokens and 10% in the first" in found.text
+    uncut = run_of(response_length=lambda k: 500 if k > 20 else 60, cut_share=0.0)
+    assert [(each.kind, each.step) for each in findings(uncut)] == [("growth", 30)]
+    for healthy_length in (lambda k: 60 + 4 * k, lambda k: 150 if k > 20 else 60):  # towards a teacher that says more
+        assert findings(run_of(response_length=healthy_length, cut_share=0.1)) == []
+    rambles = run_of(response_length=256, cut_share=lambda k: 0.9 if k < 20 else 0.95)
+    assert findings(rambles) == []  # it did so from the start
+    assert findings(run_of(8, response_length=lambda k: 10.0**k, cut_share=0.0)) == []  # too early to tell
+
+
+def test_repetition_from_the_start_and_in_texts_that_repeat():
+    assert [each.step for each in findings(run_of(repetition=0.6))] == [14]
+    assert findings(run_of(repetition=lambda k: 0.2 if k < 20 else 0.35)) == []  # code and tables
+    assert findings(run_of(repetition=lambda k: 0.01 if k < 20 else 0.15)) == []
+    assert findings(run_of(repetition=lambda k: 1.0 if k == 20 else 0.05)) == []  # one batch
+
+
+def test_an_overlap_that_stays_or_rises_is_healthy():
+    for overlap in (0.2, lambda k: 0.3 + 0.015 * k, lambda k: 0.6 + 0.15 * (-1) ** k):
+        assert findings(run_of(top_overlap=overlap)) == []
 
 
 def test_a_length_that_is_short_from_the_start():
@@ -130,10 +178,48 @@ def warned(caplog):
     return [record.getMessage() for record in caplog.records if record.name == "promptkd"]
 
 
+def favoring(seed=1, **logits):
+    """A random GPT-2 with these logits added to those of single tokens, END the end token."""
+    model = tiny_model("gpt2", layers=2, hidden=16, seed=seed, tied=False)
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(model.config.vocab_size))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.3)
+        for token, logit in logits.items():
+            model.lm_head.bias[END_ID if token == "END" else token_id(token)] = logit
+    return model
+
+
+SLOWLY = {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 200}
+TINY_RUNS = {
+    "healthy": ((favoring(END=3.5), favoring(2, END=3.0)), {"max_steps": 20, "learning_rate": 3e-3}),
+    "growth": ((favoring(END=6.0), favoring(2, END=-20.0)), {"max_steps": 40, "learning_rate": 0.03, **SLOWLY}),
+    "repetition": ((favoring(), favoring(2, a=20.0, END=-20.0)), {"max_steps": 16, "learning_rate": 0.05}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", TINY_RUNS)
+def test_tiny_runs_that_go_wrong_or_well(tmp_path, caplog, kind):
+    models, settings = TINY_RUNS[kind]
+    ran = trainer(tmp_path, models=models, method=named_method("promptkd"), max_completion_length=24, **settings)
+    ran.train()
+    kinds = {each.kind for each in findings(log(ran))}
+    assert kinds - {"cut", "entropy"} == ({kind} - {"healthy"})
+    assert kinds or not warned(caplog)
+
+
+@pytest.mark.slow
+def test_a_student_that_is_driven_from_its_teacher(tmp_path):
+    student, teacher = (tiny_model("gpt2", layers=3, hidden=24, seed=2) for _ in range(2))
+    away = Method(ResponseMix(1.0), lambda student, teacher: -forward_kl(student, teacher))
+    ran = trainer(tmp_path, models=(student, teacher), method=away, max_steps=18, per_device_train_batch_size=8)
+    ran.train()
+    assert log(ran)[0]["top_overlap"] == 1  # they begin alike
+    assert "overlap" in {each.kind for each in findings(log(ran))}
+
+
 @pytest.mark.slow
 def test_a_student_of_end_tokens_is_warned_of_once(tmp_path, caplog):
-    from promptkd.methods import named_method
-
     settings = {
         "models": (silent(), tiny_model("llama", layers=3, hidden=24, seed=2)),
         "method": named_method("promptkd"),

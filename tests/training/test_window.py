@@ -23,12 +23,15 @@ def test_metrics_are_means_over_tokens_rows_and_text_tokens():
     metrics.add("loss", 5.0)
     metrics.add("response_length", 10, per="row")
     metrics.add("language_loss", torch.tensor(12.0, dtype=torch.float64), per="text")
+    metrics.add("top_overlap", torch.tensor(6.0), per="compared")
+    metrics.compared += 8  # of 16 response tokens
     metrics.set("lambda", 0.25)
     step = Window([], torch.tensor(4), torch.tensor(16), torch.tensor(24))
     assert metrics.means(step, accelerator, {"rollout": 1.0, "student": 2.0, "update": 9.0}) == {
         "loss": 0.5,
         "response_length": 2.5,
         "language_loss": 0.5,
+        "top_overlap": 0.75,
         "lambda": 0.25,
         "tokens_per_second": 20.0,
         "seconds_rollout": 1.0,
@@ -38,9 +41,10 @@ def test_metrics_are_means_over_tokens_rows_and_text_tokens():
     empty = Window([], torch.tensor(0), torch.tensor(0), torch.tensor(0))
     assert metrics.rows == 0  # the next step begins
     metrics.add("loss", 0.0)
+    metrics.add("top_overlap", 0.0, per="compared")  # of a loss that compares nothing
     logged = metrics.means(empty, accelerator, {})
     assert (logged["loss"], logged["tokens_per_second"]) == (0.0, 0.0)
-    assert logged.keys().isdisjoint({"lambda", "response_length"})
+    assert logged.keys().isdisjoint({"lambda", "response_length", "top_overlap"})
 
 
 def test_sums_are_kept_in_their_precision():

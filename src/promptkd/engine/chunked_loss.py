@@ -40,7 +40,8 @@ class ChunkedLoss:
 def chunked_objective(
     objective: Objective, student: HiddenAndHead, teacher: HiddenAndHead, *, chunk: int | None = None
 ) -> ChunkedLoss:
-    """Sum over tokens of `objective(student_logits, teacher_logits)`, with the student's metric "entropy", in nats.
+    """Sum over tokens of `objective(student_logits, teacher_logits)`, with the student's metric "entropy", in nats, and
+    "top_overlap", the number of tokens at which both models have the same most probable token.
 
     Args:
         objective: any function of `promptkd.objectives` on two logit tensors, or one of your own.

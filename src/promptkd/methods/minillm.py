@@ -57,4 +57,4 @@ class MiniLLM(AdaptedMethod):
             length_normalization=self.length_normalization,
             clip_ratio=self.clip_ratio,
         )
-        return with_entropy(values.sum(), logits)
+        return with_entropy(values.sum(), logits, target)

@@ -14,6 +14,7 @@ from promptkd.engine.heads import Head, head_logits, head_size, linear_head
 from promptkd.errors import RequestError
 from promptkd.objectives import prompt_loss_terms
 from promptkd.objectives.divergences import Direction
+from promptkd.objectives.kernels import top_overlap
 
 Objective = Callable[[Tensor, Tensor], Tensor]  # (student_logits, teacher_logits), both (N, V), to N values in nats
 Role = Literal["student", "teacher", "plain"]
@@ -38,14 +39,14 @@ class Pair:
     adapted: nn.Module | None = None  # whose head reads the adapted teacher's states, where that is not the teacher
 
     def student_loss(self, objective: Objective, student_hidden: Tensor, teacher_hidden: Tensor) -> ChunkedLoss:
-        """Sum of `objective` over the tokens, for the student; the metric "entropy" is the student's."""
+        """Sum of `objective` over the tokens, for the student; its metrics are "entropy" and "top_overlap"."""
         if heads := self._heads("student", "teacher"):
             student, teacher = (student_hidden, heads[0]), (teacher_hidden.detach(), heads[1])
             return chunked_objective(objective, student, teacher, chunk=self.chunk)
         logits = self.logits("student", student_hidden)
         with torch.no_grad():
             target = self.logits("teacher", teacher_hidden)
-        return with_entropy(objective(logits, target).sum(), logits)
+        return with_entropy(objective(logits, target).sum(), logits, target)
 
     def cross_entropy(self, which: Role, hidden: Tensor, targets: Tensor) -> ChunkedLoss:
         """Sum over the tokens of -log q(y), y = `targets`; the metric "entropy" is that model's."""
@@ -90,10 +91,16 @@ class Pair:
         return heads if len(heads) == len(models) else None
 
 
-def with_entropy(total: Tensor, logits: Tensor) -> ChunkedLoss:
-    """A loss `total` summed over the tokens, with the summed entropy, in nats, of logits (N, V) as its metric."""
+def with_entropy(total: Tensor, logits: Tensor, target: Tensor | None = None) -> ChunkedLoss:
+    """A loss `total` summed over the tokens, with the summed entropy, in nats, of logits (N, V) as its metric.
+
+    With the teacher's logits as `target`, "top_overlap" counts the tokens at which both have the same top token.
+    """
     log_q = logits.detach().to(torch.promote_types(torch.float32, logits.dtype)).log_softmax(-1)
-    return ChunkedLoss(total, {"entropy": -torch.where(log_q == -torch.inf, 0.0, log_q.exp() * log_q).sum(-1).sum()})
+    metrics = {"entropy": -torch.where(log_q == -torch.inf, 0.0, log_q.exp() * log_q).sum(-1).sum()}
+    if target is not None:
+        metrics["top_overlap"] = top_overlap(logits, target).sum()
+    return ChunkedLoss(total, metrics)
 
 
 def log_probs(logits: Tensor, targets: Tensor) -> Tensor:

@@ -32,16 +32,30 @@ class Kernels:
 
 
 def objective_kernel(objective: Objective, kernels: Kernels, *, absent_tokens: bool) -> Kernel:
-    """The kernel of `objective`, with the student's metric "entropy". With `absent_tokens`, logits may be -inf."""
+    """The kernel of `objective`, with metrics "entropy" (the student's) and "top_overlap" (1 at the same top token).
+
+    With `absent_tokens`, logits may be -inf.
+    """
     written: dict[Objective, Kernel] = {reverse_kl: kernels.reverse_kl, forward_kl: kernels.forward_kl}
     if objective in written and not absent_tokens:
-        return written[objective]
+        return partial(_with_overlap, written[objective])
 
     def plain(logits: Tensor, target: Tensor) -> tuple[Tensor, Metrics]:
         log_q, _ = shared_log_probs(logits.detach(), target)
         return objective(logits, target), {"entropy": _entropy(log_q.exp(), log_q)}
 
-    return partial(_by_autograd, plain)
+    return partial(_with_overlap, partial(_by_autograd, plain))
+
+
+def top_overlap(logits: Tensor, target: Tensor) -> Tensor:
+    """(N,) 1.0 where the most probable tokens of both logits (N, V) are the same, else 0.0."""
+    return (logits.argmax(-1) == target.argmax(-1)).float()
+
+
+def _with_overlap(kernel: Kernel, logits: Tensor, target: Tensor) -> tuple[Tensor, Metrics]:
+    overlap = top_overlap(logits, target)  # before the gradient is written over them
+    values, metrics = kernel(logits, target)
+    return values, metrics | {"top_overlap": overlap}
 
 
 def prompt_kernel(weight: float, kernels: Kernels, *, absent_tokens: bool, **directions: Direction) -> Kernel:

@@ -80,6 +80,9 @@ _LOGGED = {
     ),
     "Responses": (
         ("entropy", "Entropy", "nats/token", "Entropy of the student's next-token distribution."),
+        ("top_overlap", "Top-token overlap", "%",
+         "Response tokens at which student and (prompted) teacher have the same most probable token."),
+        ("repetition", "Repetition", "%", "Share of a response's 4-grams that it has more than once."),
         ("response_length", "Response length", "tokens", "Mean length of the sampled responses."),
         ("student_share", "Student's share", "", "Share of the responses that the student writes (distillm)."),
         ("replay_size", "Replay buffer", "responses", "Responses in the replay buffer (distillm)."),

@@ -4,6 +4,7 @@ The trainers add `Watching`, which reads the log as it is written; `findings` re
 """
 
 import logging
+import math
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,19 @@ _LOGGER = logging.getLogger("promptkd")
 _END_TOKEN = (
     "The end token is not learned: see that the template's end is a stop token of the tokenizer, and that teacher and "
     "data write it."
+)
+_UNLEARNS_TO_END = (
+    "The student unlearns to end. See that the teacher ends its own answers within --max_completion_length (the lines "
+    "before training say how many it cut), lower --learning_rate, or let the data's responses take a share "
+    "(--method gkd --student_share 0.5)."
+)
+_LOOPS = (
+    "A loop is easy to predict for both models, so the loss may fall meanwhile. Lower --learning_rate, let the data's "
+    "responses take a share (--method gkd --student_share 0.5), or lower --max_completion_length."
+)
+_MOVES_AWAY = (
+    "Lower --learning_rate (and --prompt_learning_rate), or begin with a student that was tuned on the data or on the "
+    "teacher's answers (promptkd sft, --method seqkd)."
 )
 
 
@@ -31,6 +45,11 @@ class Limits:
     endless_steps: int = 50  # optimizer steps without any response that ends by itself
     prompt_growth: float = 10.0  # norm of the soft prompt over its norm in the first logged line
     prompt_kl: float = 2.0  # nats per token between the adapted and the plain teacher
+    length_growth: float = 5.0  # times the mean response length at the start
+    cut_growth: float = 0.5  # by how much the mean share of cut responses may rise since the start
+    repetition: float = 0.5  # mean share of 4-grams that are repeated, whatever it was at the start
+    repetition_rise: tuple[float, float] = (0.2, 3.0)  # or that mean, if it is so many times that at the start
+    overlap_fall: float = 0.1  # of the mean top-token overlap, since the start
 
 
 @dataclass(frozen=True)
@@ -42,6 +61,28 @@ class Finding:
     text: str
 
 
+class _Means:
+    """The means of a metric over the first logged lines and over the last ones, None before there are enough."""
+
+    def __init__(self, lines: int):
+        self._first: list[float] = []
+        self._last: deque[float] = deque(maxlen=lines)
+        self._lines = lines
+
+    def see(self, value: float, *, counts_as_start: bool = True) -> None:
+        self._last.append(value)
+        if counts_as_start and len(self._first) < self._lines:
+            self._first.append(value)
+
+    @property
+    def start(self) -> float | None:
+        return fmean(self._first) if len(self._first) == self._lines else None
+
+    @property
+    def now(self) -> float | None:
+        return fmean(self._last) if len(self._last) == self._lines else None
+
+
 class Watch:
     """Folds over the logged lines of one run."""
 
@@ -50,8 +91,8 @@ class Watch:
         self._since: dict[str, int] = {}  # by kind, the last step before it began
         self._told: set[str] = set()
         self._last_step = 0
-        self._lengths: deque[float] = deque(maxlen=self.limits.lines)
-        self._start_lengths: list[float] = []
+        lines = self.limits.lines
+        self._lengths, self._cuts, self._repetitions, self._overlaps = (_Means(lines) for _ in range(4))
         self._start_norm: float | None = None
 
     def see(self, line: Mapping[str, Any]) -> list[Finding]:
@@ -76,19 +117,25 @@ class Watch:
         limits = self.limits
         if "response_length" in metrics:
             length, cut = metrics["response_length"], metrics.get("cut_share", 0.0)
-            self._lengths.append(length)
-            if cut <= 0.5 and len(self._start_lengths) < limits.lines:  # a cut response does not tell its length
-                self._start_lengths.append(length)
-            mean = fmean(self._lengths)
-            start = fmean(self._start_lengths) if len(self._start_lengths) == limits.lines else 0.0
+            self._lengths.see(length, counts_as_start=cut <= 0.5)  # a cut response does not tell its length
+            self._cuts.see(cut)
+            mean, start = self._lengths.now or math.inf, self._lengths.start or 0.0
+            cuts, start_cuts = self._cuts.now or 0.0, self._cuts.start or 0.0
             shrunk = f", from {start:.1f} in the first steps" if mean < limits.length_share * start else ""
-            is_short = bool(shrunk) or (mean <= limits.empty_length and cut <= 0.5)
             yield (
                 "length",
-                is_short and len(self._lengths) == limits.lines,
+                bool(shrunk) or (mean <= limits.empty_length and cut <= 0.5),
                 limits.steps,
                 f"responses have collapsed to {mean:.1f} tokens{shrunk}. Go back to an earlier checkpoint with lower "
                 "learning rates.",
+            )
+            more_cut = cuts - start_cuts >= limits.cut_growth
+            yield (
+                "growth",
+                more_cut or (start > 0 and limits.length_growth * start <= mean < math.inf),
+                limits.steps,
+                f"responses have grown to {mean:.0f} tokens, {cuts:.0%} of them cut at the limit, from "
+                f"{start:.0f} tokens and {start_cuts:.0%} in the first steps. {_UNLEARNS_TO_END}",
             )
             yield (
                 "cut",
@@ -102,6 +149,27 @@ class Watch:
                 cut >= 1,
                 limits.endless_steps,
                 f"no response ended by itself in {limits.endless_steps} steps. {_END_TOKEN}",
+            )
+        if "repetition" in metrics:
+            self._repetitions.see(metrics["repetition"])
+            now, start = self._repetitions.now or 0.0, self._repetitions.start or 0.0
+            least, times = limits.repetition_rise
+            yield (
+                "repetition",
+                now >= limits.repetition or (now >= least and now >= times * start),
+                limits.steps,
+                f"responses repeat themselves: {now:.0%} of their 4-grams are repeated, {start:.0%} in the first "
+                f"steps. {_LOOPS}",
+            )
+        if "top_overlap" in metrics:
+            self._overlaps.see(metrics["top_overlap"])
+            now, start = self._overlaps.now or 0.0, self._overlaps.start or 0.0
+            yield (
+                "overlap",
+                self._overlaps.now is not None and now <= start - limits.overlap_fall,
+                limits.steps,
+                f"student and teacher have the same most probable token at {now:.0%} of the response tokens, "
+                f"{start:.0%} in the first steps: the student moves away from the teacher. {_MOVES_AWAY}",
             )
         if "eval_eos_share" in metrics:
             is_endless = metrics["eval_eos_share"] == 0

@@ -16,18 +16,21 @@ from trl.models import unwrap_model_for_generation
 from promptkd.data.batch import right_pad
 from promptkd.data.encode import EncodedExample, encode_texts
 from promptkd.errors import RequestError
+from promptkd.evaluation.text_metrics import distinct
 from promptkd.generation import SamplingParams, generate
 from promptkd.methods import Method
-from promptkd.responses import Sampler
+from promptkd.responses import Sampler, writes_responses
 from promptkd.training.distributed import autocast, is_sharded, run_whole
 from promptkd.training.teacher import Teacher
 from promptkd.training.window import MicroBatch, StepMetrics, Window
 
 Tokens = list[list[int]]
 
+REPEATED = 4  # length of the n-grams whose repetition is logged
+
 
 class Rollout:
-    """Makes a `Window` of the rows of one optimizer step; its `metrics` are response lengths and the share cut off."""
+    """Makes a `Window` of the rows of one optimizer step; its `metrics`: lengths, cuts and repetition."""
 
     def __init__(
         self,
@@ -85,6 +88,8 @@ class Rollout:
         metrics.processed_tokens += sum(lengths) + sum(len(row.prompt_ids) for row in rows)
         metrics.add("response_length", sum(lengths), per="row")
         metrics.add("cut_share", sum(cut), per="row")
+        if writes_responses(self.method.responses):
+            metrics.add("repetition", sum(1 - distinct(each, REPEATED) for each in responses), per="row")
         if self._args.log_completions:
             texts = self._tokenizer.batch_decode(responses, skip_special_tokens=True)
             self.completions.extend(gather_object([(row.prompt, text) for row, text in zip(rows, texts, strict=True)]))

@@ -67,6 +67,8 @@ class StudentLoss:
         per_token = (window.tokens.clamp(min=1) / items).double()
         self.metrics.add("student_loss", loss.total.detach().double() * per_token)
         self.metrics.add("entropy", summed(loss, "entropy"))
+        self.metrics.add("top_overlap", summed(loss, "top_overlap"), per="compared")
+        self.metrics.compared += len(hidden) if "top_overlap" in loss.metrics else 0
         total = loss.total / items
         if micro_batch.texts:
             total = total + self._language_loss(student, window, micro_batch)

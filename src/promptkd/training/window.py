@@ -56,14 +56,15 @@ class StepMetrics:
     def clear(self) -> None:
         """Begin the next step."""
         self._sums: dict[str, dict[str, Tensor | float]] = {
-            kind: defaultdict(float) for kind in ("token", "row", "text")
+            kind: defaultdict(float) for kind in ("token", "row", "text", "compared")
         }
         self._values: dict[str, float] = {}
         self.rows = 0  # rows of this process
         self.processed_tokens = 0  # tokens of this process, prompts and responses
+        self.compared = 0  # response tokens of this process at which student and teacher were compared
 
     def add(self, name: str, value: Tensor | float, *, per: str = "token") -> None:
-        """Add to a sum of this process, whose mean over tokens, rows or text tokens of all processes is logged."""
+        """Add to a sum of this process, whose mean over tokens, rows … of all processes is logged, if there are any."""
         self._sums[per][name] += value
 
     def set(self, name: str, value: float) -> None:
@@ -73,11 +74,13 @@ class StepMetrics:
     def means(self, window: Window, accelerator: Accelerator, spent: Mapping[str, float]) -> dict[str, float]:
         """What to log of the step; the next one begins. All processes must ask together."""
         names = [(per, name) for per, sums in self._sums.items() for name in sums]
-        own = [float(self._sums[per][name]) for per, name in names] + [self.rows, self.processed_tokens]
+        own = [float(self._sums[per][name]) for per, name in names]
+        own += [self.rows, self.processed_tokens, self.compared]
         sums = accelerator.reduce(torch.tensor(own, dtype=torch.float64, device=accelerator.device), reduction="sum")
-        *totals, rows, processed_tokens = sums.tolist()
-        counts = {"token": max(int(window.tokens), 1), "row": rows, "text": max(int(window.text_tokens), 1)}
-        means = {name: total / counts[per] for (per, name), total in zip(names, totals, strict=True)}
+        *totals, rows, processed_tokens, compared = sums.tolist()
+        tokens, text_tokens = max(int(window.tokens), 1), max(int(window.text_tokens), 1)
+        counts = {"token": tokens, "row": rows, "text": text_tokens, "compared": compared}
+        means = {name: total / counts[per] for (per, name), total in zip(names, totals, strict=True) if counts[per]}
         seconds = {f"seconds_{name}": spent.get(name, 0.0) for name in ("rollout", "prompt", "student")}
         speed = processed_tokens / max(sum(seconds.values()), 1e-9)
         logged = means | self._values | {"tokens_per_second": speed} | seconds
