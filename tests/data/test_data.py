@@ -110,7 +110,7 @@ def test_a_row_that_fits_several_forms_is_read_by_the_stated_order():
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"question": "Q", "answer": "A"}, r"instruction.*prompt.*messages.*Got 'question', 'answer'\."),
+        ({"ask": "Q", "reply": "A"}, r"instruction.*messages.*prompt.*--columns OLD=NEW.*Got 'ask', 'reply'\."),
         ({"instruction": None, "output": "A"}, r"Got 'output'\."),
         ("text", "expected an object.*got a string"),
         ({"instruction": " \n"}, "'instruction' is empty"),
@@ -129,7 +129,8 @@ def test_a_row_that_fits_several_forms_is_read_by_the_stated_order():
         ({"messages": [{"role": "assistant", "content": "x"}]}, "must end with a user.*Got nobody"),
         ({"messages": [{"role": "bot", "content": "x"}]}, "must be one of system.*Got 'bot'"),
         ({"messages": [{"content": "x"}]}, r"role of 'messages\[0\]'.*Got none"),
-        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, r"'messages\[0\]\.content' must be a string"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, r"content\[0\]' must be .*a string.*'text'"),
+        ({"messages": [{"role": "user", "content": 5}]}, r"'messages\[0\]\.content' must be a string"),
         ({"messages": [{"role": "user", "content": None}]}, "has no content"),
         ({"messages": ["hello"]}, r"'messages\[0\]' must be"),
     ],
@@ -219,7 +220,7 @@ GOOD = '{"instruction": "I"}\n'
         ("d.csv", 'instruction,output\n"a\nb",c\nd\n', "line 4: expected 2 cells as in the header, got 1"),
         ("d.csv", "instruction,output,output\na,b,c\n", "names a column twice"),
         ("d.csv", 'instruction,output\na,"b"c\n', "line 2: not valid CSV"),
-        ("d.csv", "question,answer\na,b\n", "line 2: .*Got 'question', 'answer'"),
+        ("d.csv", "ask,reply\na,b\n", "line 2: .*Got 'ask', 'reply'"),
         ("d.csv", b"instruction\n\xe9\n", "line 2: not valid UTF-8"),
         ("d.parquet", b"PAR1 but no more", "not a readable Parquet file"),
         ("d.parquet", b"", "not a readable Parquet file"),
@@ -386,7 +387,7 @@ def test_a_text_request_is_used_as_it_stands(name):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("alpacca", 'must be "auto", "alpaca", "chat" or a Jinja string.*\'alpacca\''),
+        ("alpacca", 'must be "auto", "alpaca", "chat", "teacher".*or a Jinja string.*\'alpacca\''),
         ("chat", "has no chat template"),
         ("{% if instruction %}", "does not compile"),
         ("{{ instruction }} {{ question }}", "Got question"),
@@ -467,12 +468,15 @@ def test_a_prompt_of_nothing_but_bos_does_not_hide_it_from_other_rows():
 
 def test_a_chat_template_writes_its_own_front_token():
     tokenizer = framing()
-    tokenizer.chat_template = "<s>{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}[a]"
+    tokenizer.chat_template = (
+        "<s>{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
     (row,) = encode(tokenizer, [{"instruction": "Hi", "output": "Ho"}], "chat").examples
-    assert tokenizer.decode(row.prompt_ids) == "<s>[user]Hi</s>[a]"
+    assert tokenizer.decode(row.prompt_ids) == "<s>[user]Hi</s>[assistant]"
     tokenizer.chat_template = tokenizer.chat_template.removeprefix("<s>")
     (row,) = encode(tokenizer, [{"instruction": "Hi", "output": "Ho"}], "chat").examples
-    assert tokenizer.decode(row.prompt_ids) == "[user]Hi</s>[a]"
+    assert tokenizer.decode(row.prompt_ids) == "[user]Hi</s>[assistant]"
 
 
 def test_a_chat_answer_ends_as_the_chat_template_ends_it():
@@ -550,7 +554,7 @@ def test_control_tokens_spelled_in_an_instruction_stay_text(name, own):
 
 
 def test_a_template_that_cuts_a_spelled_control_token_is_refused():
-    with pytest.raises(RequestError, match=r"^row 0: the request spells a control token"):
+    with pytest.raises(RequestError, match=r"^row 0: the row spells a control token"):
         encode(chatting(), [{"instruction": SPELLED, "output": "O"}], "{{ instruction[:10] }}")
 
 
@@ -625,12 +629,12 @@ def test_a_limit_shorter_than_the_template_says_how_long_the_prompts_are():
 
 
 def test_what_cannot_be_encoded_is_named():
-    with pytest.raises(RequestError, match=r"^row 1: the row has no reference"):
-        encode(plain(), [{"prompt": "a", "completion": "b"}, {"prompt": "a"}])
+    with pytest.raises(RequestError, match="None of the 2 rows has a response"):
+        encode(plain(), [{"prompt": "a"}, {"prompt": "b"}])
     with pytest.raises(RequestError, match=r"^row 0: the prompt has no tokens"):
         encode(plain(), [{"instruction": "a", "output": "b"}], "{{ input }}")
     with pytest.raises(RequestError, match=r"^row 0: .*Alpaca template renders instructions only"):
-        encode(plain(), [{"messages": list(MESSAGES)}])
+        encode(plain(), [{"messages": list(MESSAGES)}], need_response=False)
     with pytest.raises(RequestError, match="at least 1 token"):
         encode(plain(), [{"prompt": "a", "completion": "b"}], prompt=0)
     with pytest.raises(RequestError, match="'cut'"):

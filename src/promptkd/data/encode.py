@@ -1,31 +1,33 @@
 """Examples become token ids, and plain text becomes pieces of token ids. Nothing is ever cut.
 
-Prompt and response are tokenized separately, so that no token at their boundary depends on the other side. Text from
-the data never becomes a control token: "<|im_end|>" in an answer or an instruction is spelled in ordinary tokens.
-Control tokens come from the template, the tokenizer's BOS, and prompts that are text already.
+With a chat template the response is what the template writes for the answer: its text of the whole conversation less
+the prompt, up to the end token, so that prompt and response are together the template's own text. Otherwise it is the
+answer's text and the end token. Prompt and response share no token: where a tokenizer would join them across their
+boundary, they are tokenized apart, as they are when a model answers. What the data may write, tokens.py says.
 """
 
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from promptkd.data.rows import Example, Instruction, text_field
+from promptkd.data.rows import Example, each_turn, text_field
 from promptkd.data.sources import read_objects
 from promptkd.data.templates import Template, resolve_template
+from promptkd.data.tokens import Spelling, unmarked
 from promptkd.errors import RequestError, at
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-# Two code points that Unicode reserves for use within a program: they enclose control tokens that the data spells.
-_OPEN, _CLOSE = "\ufdd0", "\ufdd1"
+Turns = Literal["last", "all"]
+MOST = 0.95  # the share of rows that a length limit should leave
 
 
 @dataclass(frozen=True)
 class EncodedExample:
-    """One row as tokens."""
+    """One row, or one turn of it, as tokens."""
 
     prompt_ids: list[int]
     response_ids: list[int]  # the first reference and the end token; [] if the row has no reference
@@ -35,11 +37,30 @@ class EncodedExample:
 
 
 @dataclass(frozen=True)
+class Limits:
+    """Most tokens of a prompt and of a response; 0 where responses have no limit."""
+
+    prompt: int
+    response: int
+
+
+@dataclass(frozen=True)
 class EncodedData:
-    """The rows within the limits, in their order, and the number of those that were not."""
+    """The examples within the limits, in their order, and the number of those that were not."""
 
     examples: list[EncodedExample]
     dropped: int
+    unanswered: int = 0  # left out, for they have no response and one is needed
+    unread: Mapping[str, int] = field(default_factory=dict)  # columns that nothing reads: in how many rows they stand
+    limits: Limits | None = None
+    keeps_most: Limits | None = None  # the limits that 95 % of the examples are within, where fewer are
+    keeps_all: Limits | None = None
+    turns: Turns = "last"
+
+    @property
+    def rows(self) -> int:
+        """How many rows the examples are from."""
+        return len({example.row for example in self.examples})
 
 
 def encode_examples(
@@ -51,12 +72,13 @@ def encode_examples(
     max_response_length: int = 256,
     overlong: Literal["drop", "error"] = "drop",
     need_response: bool = True,
+    turns: Turns = "last",
 ) -> EncodedData:
-    """Render, tokenize and measure every example.
+    """Render, tokenize and measure every example; with `turns` "all", every assistant turn of each.
 
-    A row over a limit, in tokens with BOS and end token, is dropped and counted, or an "error". Without
-    `need_response`, rows need no reference and responses have no limit. `RequestError` for wrong arguments, no row
-    left, or a row without tokens or reference, with its location.
+    One over a limit, in tokens with BOS and end token, is dropped and counted, or an "error". One without a response
+    is dropped and counted; without `need_response` none is needed, and responses have no limit. `RequestError` for
+    wrong arguments, no row left, or a row that cannot be rendered or has no tokens, with its location.
     """
     if not examples:
         raise RequestError("Expected at least one row to encode. Got none.")
@@ -65,17 +87,26 @@ def encode_examples(
         raise RequestError(f"The limits on prompt and response must be at least 1 token. Got {got}.")
     if overlong not in ("drop", "error"):
         raise RequestError(f'Rows over the limit are met with "drop" or "error". Got {overlong!r}.')
+    if turns not in ("last", "all"):
+        raise RequestError(f'The turns to train are "last" or "all". Got {turns!r}.')
     template = resolve_template(template, tokenizer) if isinstance(template, str) else template
-    texts = [template.render(example) for example in examples]
-    prompts = prompt_tokens(examples, texts, tokenizer, template)
-    responses = _response_tokens(examples, tokenizer, template.end_token_id)
+    unread: dict[str, int] = {}
+    for example in examples:
+        for name in sorted(template.unread(example)):
+            unread[name] = unread.get(name, 0) + 1
+    if turns == "all":
+        examples = [turn for example in examples for turn in each_turn(example)]
+    asked = [example for example in examples if example.references or not need_response]
+    if not asked:
+        expected = "a response ('output', 'completion' or an assistant message at the end)"
+        raise RequestError(f"None of the {len(examples)} rows has {expected}, and one is needed.")
+    prompts, texts, responses, references = _encoded(asked, tokenizer, template, need_response)
+    limits = Limits(max_prompt_length, max_response_length if need_response else 0)
     kept = []
-    for example, text, prompt, response in zip(examples, texts, prompts, responses, strict=True):
+    for index, (example, prompt, response) in enumerate(zip(asked, prompts, responses, strict=True)):
         problem = excess = ""
         if not prompt:
             problem = "the prompt has no tokens. Expected at least one."
-        elif need_response and not example.references:
-            problem = "the row has no reference ('output' or 'completion'), and one is needed."
         elif need_response and not response:
             problem = "the reference has no tokens, for it is empty and the tokenizer has no EOS."
         elif len(prompt) > max_prompt_length:
@@ -87,14 +118,18 @@ def encode_examples(
         if problem:
             raise RequestError(f"{example.location}: {problem}")
         if not excess:
-            kept.append(EncodedExample(prompt, response, example.references, text, example.row))
+            kept.append(EncodedExample(prompt, response, references[index], texts[index], example.row))
     if not kept:
         and_response = f"; the shortest response has {min(map(len, responses))}, and the limit is {max_response_length}"
         limit = f"{max_prompt_length}{and_response if need_response else ''}"
         prompt_length = f"{min(map(len, prompts))} tokens, template included, and the limit is {limit}"
-        none = f"None of the {len(examples)} rows is within the limits."
+        none = f"None of the {len(asked)} rows is within the limits."
         raise RequestError(f"{none} The shortest prompt has {prompt_length}. Raise the limits.")
-    return EncodedData(kept, len(examples) - len(kept))
+    lengths = [(len(prompt), len(response)) for prompt, response in zip(prompts, responses, strict=True)]
+    dropped, most, every = len(asked) - len(kept), None, None
+    if dropped > (1 - MOST) * len(asked):
+        most, every = _that_keep(MOST, lengths, limits), _that_keep(1.0, lengths, limits)
+    return EncodedData(kept, dropped, len(examples) - len(asked), unread, limits, most, every, turns)
 
 
 def stop_token_ids(
@@ -113,6 +148,7 @@ def stop_token_ids(
 def encode_texts(source: str | Path, tokenizer: "PreTrainedTokenizerBase", *, length: int) -> list[list[int]]:
     """Rows of `source` ({"text": ...}), an EOS after each, in pieces of `length` tokens for a language-model loss."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    spelling = Spelling(tokenizer)
     stream: list[int] = []
     for location, row in read_objects(source):
         if not isinstance(row, dict) or "text" not in row:
@@ -120,7 +156,7 @@ def encode_texts(source: str | Path, tokenizer: "PreTrainedTokenizerBase", *, le
             raise RequestError(f'{location}: expected an object with a "text" field. Got {got}.')
         with at(location):
             text = text_field(row["text"], "text")
-        stream += _tokenize(tokenizer, [text], spell=True)[0] + end
+        stream += spelling.tokens([text], spell=True)[0] + end
     starts = range(0, len(stream), length)  # the last piece may be shorter; one token predicts nothing
     pieces = [piece for start in starts if len(piece := stream[start : start + length]) > 1]
     if not pieces:
@@ -136,94 +172,100 @@ def prompt_tokens(
     A chat template writes its own BOS. Every other prompt begins with what the tokenizer puts before a text, unless the
     text itself does. `RequestError` if a request spells a control token and the template takes it apart.
     """
-    encoded = _tokenize(tokenizer, texts, spell=False)
-    pattern = _control_tokens(tokenizer)
-    for index, (example, text) in enumerate(zip(examples, texts, strict=True)):
-        if (marked := _marked(example, pattern)) == example:
-            continue
-        marked_text = template.render(marked)
-        if _unmarked(marked_text) != text:
-            problem = "the request spells a control token, and the template cuts or measures the text around it"
-            advice = "Take the token out of the row, or choose a template that leaves the text as it is."
-            raise RequestError(f"{example.location}: {problem}. {advice}")
-        encoded[index] = _tokenize_marked(tokenizer, marked_text)
+    spelling = _spelling(tokenizer, template)
+    encoded = spelling.tokens(texts, spell=False)
+    for index, example in enumerate(examples):
+        if (marked := _marked_text(example, spelling, template.render)) is not None:
+            encoded[index] = spelling.tokens_of_marked(marked)
     framed = [index for index, each in enumerate(examples) if isinstance(each.request, str) or template.name != "chat"]
     probe = next((texts[index] for index in framed if encoded[index]), None)
-    front = [] if probe is None else _front(tokenizer, probe)
+    front = [] if probe is None else spelling.front(probe)
     for index in framed:
         if encoded[index][: len(front)] != front:
             encoded[index] = front + encoded[index]
     return encoded
 
 
-def _response_tokens(
-    examples: Sequence[Example], tokenizer: "PreTrainedTokenizerBase", end_token_id: int | None
-) -> list[list[int]]:
-    """The tokens of every first reference and the end token; [] for a row without a reference."""
-    texts = [example.references[0] if example.references else "" for example in examples]
-    end = [] if end_token_id is None else [end_token_id]
-    pattern = _control_tokens(tokenizer)
-    encoded = _tokenize(tokenizer, texts, spell=True)
-    for example, text, ids in zip(examples, texts, encoded, strict=True):
-        # The unknown token is excepted: a text gets it for other reasons than spelling its name.
-        control = {tokenizer.convert_tokens_to_ids(token) for token in pattern.findall(text)} - {tokenizer.unk_token_id}
-        if found := control.union(end).intersection(ids):
-            problem = f"the response spells the control token {tokenizer.convert_ids_to_tokens(min(found))!r}"
-            reason = "which this tokenizer cannot write in ordinary tokens. Take it out of the row."
-            raise RequestError(f"{example.location}: {problem}, {reason}")
-    return [ids + end if example.references else [] for example, ids in zip(examples, encoded, strict=True)]
+def _encoded(
+    examples: Sequence[Example], tokenizer: "PreTrainedTokenizerBase", template: Template, need_response: bool
+) -> tuple[list[list[int]], list[str], list[list[int]], list[tuple[str, ...]]]:
+    """By example: the tokens and the text of the prompt, the tokens of the response, and the references."""
+    spelling, end = _spelling(tokenizer, template), template.end_token_id
+    texts = [template.render(example) for example in examples]
+    prompts = prompt_tokens(examples, texts, tokenizer, template)
+    references = [example.references for example in examples]
+    responses: list[list[int]] = [[] for _ in examples]
+    has_answer = [index for index, example in enumerate(examples) if example.references]
+    written: dict[int, str] = {}  # by a chat template
+    if need_response:
+        answers = {index: template.render_answer(examples[index], texts[index]) for index in has_answer}
+        written = {index: _turn_only(text, template) for index, text in answers.items() if text is not None}
+    plain = [index for index in has_answer if index not in written]
+    locations = [examples[index].location for index in plain]
+    said = [examples[index].references[0] for index in plain]
+    for index, ids in zip(plain, spelling.response_tokens(said, end, locations), strict=True):
+        responses[index] = ids
+    wholes = spelling.tokens([texts[index] + text for index, text in written.items()], spell=False)
+    for (index, text), whole in zip(written.items(), wholes, strict=True):
+        example, prompt, chat = examples[index], prompts[index], template.chat
+        assert chat is not None
+        marked = _marked_text(example, spelling, chat.whole)
+        if marked is None and whole[: len(prompt)] == prompt:
+            ids = whole[len(prompt) :]
+        else:
+            if marked is not None:
+                start = len(_marked_text(example, spelling, template.render) or "")
+                text = _turn_only(marked[start:], template)
+            ids = spelling.tokens_of_marked(text, answer_of=example.location)
+        responses[index] = _ended(ids, spelling, chat.written_end, end)
+        if (example.answer or {}).get("tool_calls"):  # no text of the row says them
+            references[index] = (tokenizer.decode(responses[index], skip_special_tokens=True).strip(),)
+    return prompts, texts, responses, references
 
 
-def _tokenize(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], *, spell: bool) -> list[list[int]]:
-    """Tokens of the texts alone. With `spell`, control tokens are text, spelled in ordinary tokens."""
-    options = {"split_special_tokens": spell, "return_attention_mask": False, "verbose": False}
-    return tokenizer(list(texts), add_special_tokens=False, **options)["input_ids"]
+def _spelling(tokenizer: "PreTrainedTokenizerBase", template: Template) -> Spelling:
+    end = template.end_token_id
+    return Spelling(tokenizer, frozenset() if end is None else frozenset([tokenizer.convert_ids_to_tokens(end)]))
 
 
-def _front(tokenizer: "PreTrainedTokenizerBase", probe: str) -> list[int]:
-    """What the tokenizer puts before a text. What it appends (EOS) would end the prompt, and is left out."""
-    plain = _tokenize(tokenizer, [probe], spell=True)[0]
-    framed = tokenizer(probe, add_special_tokens=True, split_special_tokens=True, verbose=False)["input_ids"]
-    for start in range(len(framed)):
-        if framed[start : start + len(plain)] == plain:
-            return framed[:start]
-    problem = f"It splits {probe[:40]!r} into other tokens then. Choose another tokenizer."
-    raise RequestError(f"The tokenizer must keep the tokens of a text when it adds its BOS and EOS. {problem}")
+def _marked_text(example: Example, spelling: Spelling, render: Callable[[Example], str]) -> str | None:
+    """What `render` makes of `example` with marks around the control tokens that its data spells; None without any.
+
+    `RequestError` if the template takes such a token apart.
+    """
+    if (marked := spelling.marked(example)) == example:
+        return None
+    text = render(marked)
+    if unmarked(text) != render(example):
+        problem = "the row spells a control token, and the template cuts or measures the text around it"
+        advice = "Take the token out of the row, or choose a template that leaves the text as it is."
+        raise RequestError(f"{example.location}: {problem}. {advice}")
+    return text
 
 
-def _control_tokens(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str]:
-    """Matches the control tokens of the tokenizer, longer ones before their prefixes."""
-    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    ranked = sorted(special.union(tokenizer.all_special_tokens), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, ranked)) or "(?!)")
+def _turn_only(text: str, template: Template) -> str:
+    """What a chat template writes for an answer; where it writes no end token, without what follows the answer."""
+    if template.chat is None or template.chat.written_end is not None:
+        return text
+    return text.removesuffix(template.chat.suffix)
 
 
-def _marked(example: Example, control_tokens: re.Pattern[str]) -> Example:
-    """`example` with marks around every control token that its data spells. Most examples have none."""
-
-    def mark(value: Any) -> Any:
-        if isinstance(value, str) and control_tokens.search(value):
-            return control_tokens.sub(f"{_OPEN}\\g<0>{_CLOSE}", _unmarked(value))
-        if isinstance(value, Instruction):
-            return Instruction(mark(value.instruction), mark(value.input))
-        if isinstance(value, dict):
-            return {key: part if key == "role" else mark(part) for key, part in value.items()}
-        if isinstance(value, list | tuple):
-            return type(value)(mark(part) for part in value)
-        return value
-
-    return example if isinstance(example.request, str) else replace(example, request=mark(example.request))
+def _ended(ids: list[int], spelling: Spelling, written: int | None, end: int | None) -> list[int]:
+    """The tokens of an answer up to the end token that the template wrote, or with `end` where it wrote none."""
+    if written is not None:
+        own = {written} if written in ids else spelling.closing
+        last = max((place for place, index in enumerate(ids) if index in own), default=-1)
+        if last >= 0 and (written in ids or not spelling.tokenizer.decode(ids[last + 1 :]).strip()):
+            return ids[: last + 1]
+    return ids if end is None else [*ids, end]
 
 
-def _unmarked(text: str) -> str:
-    return text.replace(_OPEN, "").replace(_CLOSE, "")
+def _that_keep(share: float, lengths: Sequence[tuple[int, int]], limits: Limits) -> Limits:
+    """The limits, none lower than now, within which at least this share of the examples is."""
 
+    def excess(of: tuple[int, int]) -> float:
+        return max(of[0] / limits.prompt, of[1] / limits.response if limits.response else 0.0)
 
-def _tokenize_marked(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
-    """Tokenize piece by piece: text between marks is data, the rest is the template's."""
-    ids: list[int] = []
-    for index, piece in enumerate(map(_unmarked, re.split(f"{_OPEN}([^{_OPEN}{_CLOSE}]*){_CLOSE}", text))):
-        # SentencePiece puts a space before a text, but not after a line break.
-        lead, led, plain = _tokenize(tokenizer, ["\n", "\n" + piece, piece], spell=index % 2 == 1)
-        ids += led[len(lead) :] if index > 0 and led[: len(lead)] == lead else plain
-    return ids
+    within = sorted(lengths, key=excess)[: ceil(share * len(lengths))]
+    response = max(limits.response, *(of[1] for of in within)) if limits.response else 0
+    return Limits(max(limits.prompt, *(of[0] for of in within)), response)

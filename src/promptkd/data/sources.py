@@ -13,13 +13,14 @@ import gzip
 import re
 import zlib
 from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from json import JSONDecodeError
 from pathlib import Path
 from typing import IO, Any, cast
 
-from promptkd.data.rows import Example, example_from_row
+from promptkd.data.messages import without_nulls
+from promptkd.data.rows import Example, examples_from_objects
 from promptkd.errors import RequestError, at
 from promptkd.io.files import MIB, is_plain_name, json_value, not_regular, read_json_object, read_regular
 
@@ -30,14 +31,20 @@ _MOST_JSON_BYTES = 256 * MIB  # of a .json file, which is read at once; JSONL ha
 Located = tuple[str, Any]  # the place of a row, and the row
 
 
-def read_examples(source: str | Path, *, split: str = "train", limit: int | None = None) -> list[Example]:
+def read_examples(
+    source: str | Path,
+    *,
+    split: str = "train",
+    limit: int | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> list[Example]:
     """The first `limit` rows of `source`: a file, a folder or a hub name, by the rule at the top of this file.
 
-    `split` is that of a folder or a hub data set whose name does not say. `RequestError`, with the line or the row, if
-    `source` cannot be read or is empty, or a row is wrong.
+    `split` is that of a folder or a hub data set whose name does not say; `columns` maps names of columns to those that
+    a form of row knows. `RequestError`, with the line or the row, if `source` cannot be read or is empty, or a row is
+    wrong.
     """
-    located = read_objects(source, split=split, limit=limit)
-    return [example_from_row(row, location=location, row=index) for index, (location, row) in enumerate(located)]
+    return examples_from_objects(read_objects(source, split=split, limit=limit), columns, str(source))
 
 
 def read_objects(source: str | Path, *, split: str = "train", limit: int | None = None) -> list[Located]:
@@ -150,7 +157,7 @@ def _arrow_rows(batches: Iterable[Any], name: str, problem: str) -> Iterator[Loc
     index = -1
     try:
         for index, row in enumerate(row for batch in batches for row in batch.to_pylist()):
-            yield f"{name}, row {index}", row
+            yield f"{name}, row {index}", without_nulls(row)  # each struct has the fields of all others
     except RequestError:
         raise
     except (ArrowException, ValueError, OverflowError, OSError) as error:

@@ -1,28 +1,27 @@
 """Templates: how a request becomes the text of a prompt, and which token ends its answer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 from jinja2 import meta
 from jinja2.sandbox import SandboxedEnvironment
 
-from promptkd.data.rows import Example, Instruction, Unrendered
+from promptkd.data.chat import ERRORS, ChatTemplate, split_off
+from promptkd.data.messages import REASONING, content_text
+from promptkd.data.rows import Example, Instruction
 from promptkd.errors import RequestError, at
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_ALPACA = (  # in the wording of MiniLLM and PromptKD
+_PREAMBLE = (  # in the wording of MiniLLM and PromptKD
     "Below is an instruction that describes a task{more}. Write a response that appropriately completes the request."
-    "\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
 )
 _MORE = ", paired with an input that provides further context"
-_JINJA_NAMES = frozenset({"instruction", "input", "messages"})
-# What an expression of a template can raise, beside Jinja's own errors.
-_ERRORS = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError)
+_TURN = "### Instruction:\n{instruction}\n\n{input}### Response:\n"
+_JINJA_NAMES = frozenset({"instruction", "input", "system", "history", "messages", "tools"})
 
 
 @dataclass(frozen=True)
@@ -31,88 +30,109 @@ class Template:
 
     name: str  # "alpaca", "chat" or "jinja"
     end_token_id: int | None  # the token that ends every response; None if the tokenizer has none
-    render_request: Callable[[Unrendered], str]
+    render_request: Callable[[Example], str]
+    chat: ChatTemplate | None = None
+    names: frozenset[str] = frozenset()  # what a Jinja text names
 
     def render(self, example: Example) -> str:
         """The text of the prompt: a request that is text already as it is. `RequestError` if it cannot be rendered."""
         if isinstance(example.request, str):
             return example.request
         with at(example.location):
-            return self.render_request(example.request)
+            return self.render_request(example)
+
+    def render_answer(self, example: Example, prompt: str) -> str | None:
+        """What a chat template writes after the rendered `prompt` once the answer is there, to the end of the text.
+
+        None where the answer is its text alone. `RequestError` if the prompt is not how the whole begins.
+        """
+        with at(example.location):
+            if self.chat is None or isinstance(example.request, str):
+                if (example.answer or {}).get("tool_calls"):
+                    problem = "the answer is a tool call, which a chat template alone can write"
+                    raise RequestError(f'{problem}. Choose the template "chat", or take the row out.')
+                return None
+            return split_off(prompt, self.chat.whole(example))
+
+    def unread(self, example: Example) -> set[str]:
+        """The columns of the row that neither its form nor the template reads."""
+        found, request = set(example.unread), example.request
+        if isinstance(request, str):
+            return found
+        if self.chat is not None:
+            return found.union(self.chat.unread(example))
+        found.update(name for name in ("tools",) if example.tools and name not in self.names)
+        found.update(["chat_template_kwargs"] if example.template_kwargs else [])
+        if isinstance(request, Instruction):
+            given = {name for name, value in vars(request).items() if value} - {"instruction"}
+            return found | (given - self.names if self.name == "jinja" else set())
+        turns = [*request, example.answer or {}]
+        return found.union(name for name in REASONING if any(name in turn for turn in turns))
 
 
-def resolve_template(name: str, tokenizer: "PreTrainedTokenizerBase") -> Template:
+def resolve_template(
+    name: str, tokenizer: "PreTrainedTokenizerBase", kwargs: Mapping[str, Any] | None = None
+) -> Template:
     """The template "alpaca"; "chat", the tokenizer's; "auto", which is "chat" if there is one; or a Jinja string.
 
-    A Jinja string may name `instruction` and `input` ("" if there is none), or `messages` where the row holds those.
+    A Jinja string may name `instruction`, `input`, `system`, `history` ("" or empty if there is none) and `tools`, or
+    `messages` where the row holds those. `kwargs` are variables of a chat template, such as enable_thinking.
     `RequestError` for an unknown name, or a template that is absent, fails or names other variables.
     """
     if "{{" in name or "{%" in name:
-        return Template("jinja", tokenizer.eos_token_id, _jinja(name))
-    if name == "auto":
-        name = "chat" if tokenizer.chat_template else "alpaca"
-    if name == "alpaca":
-        return Template("alpaca", tokenizer.eos_token_id, _alpaca)
-    if name != "chat":
-        expected = '"auto", "alpaca", "chat" or a Jinja string with {{ instruction }}'
+        template = _jinja(name, tokenizer.eos_token_id)
+    elif name == "alpaca" or (name == "auto" and not tokenizer.chat_template):
+        template = Template("alpaca", tokenizer.eos_token_id, _alpaca)
+    elif name not in ("auto", "chat"):
+        expected = '"auto", "alpaca", "chat", "teacher" (of distill) or a Jinja string with {{ instruction }}'
         raise RequestError(f"The template must be {expected}. Got {name!r}.")
-    if not tokenizer.chat_template:
+    elif not tokenizer.chat_template:
         raise RequestError('The tokenizer has no chat template. Choose "alpaca" or give a Jinja string.')
-    return Template("chat", _chat_end_token(tokenizer), partial(_chat, tokenizer))
+    else:
+        chat = ChatTemplate(tokenizer, kwargs or {})
+        template = Template("chat", chat.end_token_id, chat.prompt, chat)
+    if kwargs and (unread := [key for key in kwargs if template.chat is None or not template.chat.names(key)]):
+        problem = f"chat_template_kwargs sets {', '.join(unread)}, which the template does not read"
+        raise RequestError(f"{problem} ({template.name}). Leave it out, or choose a chat template that does.")
+    return template
 
 
-def _alpaca(request: Unrendered) -> str:
+def _alpaca(example: Example) -> str:
+    """A system text takes the preamble's place; earlier instructions and answers stand before the last one."""
+    request = example.request
     if not isinstance(request, Instruction):
-        advice = 'Choose the template "chat" or a Jinja string that uses `messages`.'
+        advice = 'Choose the template "chat" or a Jinja string that uses `messages`; distill takes "teacher" too.'
         raise RequestError(f"the row holds messages, and the Alpaca template renders instructions only. {advice}")
-    if not request.input.strip():
-        return _ALPACA.format(more="", instruction=request.instruction, input="")
-    return _ALPACA.format(more=_MORE, instruction=request.instruction, input=f"### Input:\n{request.input}\n\n")
+    has_input = bool(request.input.strip())
+    preamble = request.system if request.system.strip() else _PREAMBLE.format(more=_MORE if has_input else "")
+    turns = [_TURN.format(instruction=asked, input="") + answered for asked, answered in request.history]
+    about = f"### Input:\n{request.input}\n\n" if has_input else ""
+    return "\n\n".join([preamble, *turns, _TURN.format(instruction=request.instruction, input=about)])
 
 
-def _chat(tokenizer: "PreTrainedTokenizerBase", request: Unrendered, *, add_generation_prompt: bool = True) -> str:
-    if isinstance(request, Instruction):
-        parts = [request.instruction, *([request.input] if request.input.strip() else [])]
-        request = ({"role": "user", "content": "\n\n".join(parts)},)
-    try:
-        return tokenizer.apply_chat_template(list(request), tokenize=False, add_generation_prompt=add_generation_prompt)
-    except _ERRORS as error:
-        problem = f"the tokenizer's chat template cannot render the messages: {error}"
-        raise RequestError(f"{problem}. Change the messages, or choose another template.") from error
-
-
-def _chat_end_token(tokenizer: "PreTrainedTokenizerBase") -> int | None:
-    """The first control token that the chat template writes after an answer, else the tokenizer's EOS."""
-    probe = "3141592653"
-    messages = ({"role": "user", "content": "Question"}, {"role": "assistant", "content": probe})
-    _, found, after = _chat(tokenizer, messages, add_generation_prompt=False).rpartition(probe)
-    if not found:
-        return tokenizer.eos_token_id
-    # Added tokens that end a turn need not be marked as special; Gemma's added line breaks end none.
-    control = {index for index, token in tokenizer.added_tokens_decoder.items() if not token.content.isspace()}
-    ids = tokenizer(after, add_special_tokens=False, split_special_tokens=False)["input_ids"]
-    return next((index for index in ids if index in control), tokenizer.eos_token_id)
-
-
-def _jinja(text: str) -> Callable[[Unrendered], str]:
+def _jinja(text: str, end_token_id: int | None) -> Template:
     environment = SandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     try:
         named = meta.find_undeclared_variables(environment.parse(text))
         template = environment.from_string(text)
-    except (*_ERRORS, SyntaxError, MemoryError) as error:  # numbers that are too long, expressions that are too deep
+    except (*ERRORS, SyntaxError, MemoryError) as error:  # numbers that are too long, expressions that are too deep
         reason = str(error).rstrip(".")
         raise RequestError(f"The Jinja template does not compile: {reason}. It reads: {text!r}.") from error
     if (unknown := sorted(named - _JINJA_NAMES - environment.globals.keys())) or not named & _JINJA_NAMES:
         got = ", ".join(unknown) or "none of them"
         raise RequestError(f"A Jinja template may name `instruction`, `input` and `messages`. Got {got}: {text!r}.")
 
-    def render(request: Unrendered) -> str:
-        messages = None if isinstance(request, Instruction) else [dict(message) for message in request]
-        variables = vars(request) if messages is None else {"messages": messages}
+    def render(example: Example) -> str:
+        request, tools = example.request, {"tools": list(example.tools)}
+        if isinstance(request, Instruction):
+            given, variables = "`instruction` and `input`", {**vars(request), **tools}
+        else:
+            assert not isinstance(request, str)
+            turns = [{**message, "content": content_text(message)} for message in request]
+            given, variables = "`messages`", {"messages": turns, **tools}
         try:
             return template.render(variables)
-        except _ERRORS as error:
-            given = " and ".join(f"`{name}`" for name in variables)
+        except ERRORS as error:
             raise RequestError(f"the Jinja template cannot render the row, which gives it {given}: {error}.") from error
 
-    return render
+    return Template("jinja", end_token_id, render, names=frozenset(named))
