@@ -152,7 +152,11 @@ class DataRecord(_Record):
     rows: int
     sha256: str
     dropped: int = 0
-    """Rows over the length limit, which were left out."""
+    """Rows over the length limit, which were left out; examples, where one row gives several."""
+    unanswered: int = 0
+    """Rows without a response, which were left out since one is needed."""
+    examples: int | None = None
+    """Examples that the rows give; None where each row is one."""
 
 
 class Results(_Record):

@@ -5,8 +5,10 @@ from typing import Any
 
 import torch
 
+from promptkd.cli.outputs import say_rows
 from promptkd.cli.terminal import quiet_libraries, say
-from promptkd.data import EncodedData, encode_examples, read_examples, stop_token_ids
+from promptkd.data import EncodedData, encode_examples, read_columns, read_examples, resolve_template, stop_token_ids
+from promptkd.data.summary import EVALUATION_FLAGS, GENERATION_FLAGS
 from promptkd.engine import check_scoring, engine_for
 from promptkd.generation import Decoding
 from promptkd.memory import gibibytes, peak_memory
@@ -34,6 +36,7 @@ class InferenceRun:
         quiet_libraries()
         self.options, self.device, self.precision = options, fastest_device(), "float32"
         self.teacher_dtype: WeightPrecision | None = None
+        self._told: dict[str, list[str]] = {}  # what was said of each data set's rows
 
     def load_tokenizer(self, name: str) -> Any:
         return load_tokenizer(name, trust_remote_code=self.options.trust_remote_code)
@@ -41,10 +44,20 @@ class InferenceRun:
     def read_rows(self, source: str, tokenizer: Any, limit: int | None, most: int | None = None) -> EncodedData:
         """Rows of a data set as tokens. `most` limits the tokens of responses, which every row must then have."""
         options, needed = self.options, most is not None
+        template = resolve_template(options.template, tokenizer, options.chat_template_kwargs)
         longest = most if needed else options.max_completion_length
         lengths = {"max_prompt_length": options.max_prompt_length, "max_response_length": longest}
-        examples = read_examples(source, limit=limit)
-        return encode_examples(examples, tokenizer, options.template, need_response=needed, **lengths)
+        flags = EVALUATION_FLAGS if needed else GENERATION_FLAGS
+        examples = read_examples(source, limit=limit, columns=read_columns(options.columns))
+        data = encode_examples(examples, tokenizer, template, need_response=needed, **lengths)
+        if source not in self._told:
+            self._told[source] = say_rows(source, data, flags)
+        return data
+
+    @property
+    def row_notes(self) -> list[str]:
+        """For the record: what a reader must know of the rows."""
+        return [note for notes in self._told.values() for note in notes]
 
     def load_model(self, name: str, dtype: WeightPrecision = "float32") -> Any:
         model = load_model(name, dtype=dtype, trust_remote_code=self.options.trust_remote_code).to(self.device)

@@ -11,6 +11,7 @@ from promptkd.cli.parsing.config_file import read_config, write_config
 from promptkd.cli.terminal import is_main_process, say
 from promptkd.data.encode import EncodedData
 from promptkd.data.sources import SUFFIXES
+from promptkd.data.summary import FLAGS, row_counts, row_notes
 from promptkd.errors import RequestError, writing
 from promptkd.io.atomic import remove
 from promptkd.io.lock import FOLDER_LOCK, locked
@@ -124,14 +125,29 @@ class RunFolder:
             raise RequestError(f"--resume continues the run in {self.path} as it was started, but {changed}. {advice}")
 
 
-def data_record(path: str, rows: int, dropped: int) -> DataRecord:
-    file = Path(path)
-    return DataRecord(path=path, rows=rows, dropped=dropped, sha256=file_sha256(file) if file.is_file() else "")
+def data_record(path: str, data: EncodedData) -> DataRecord:
+    examples = len(data.examples) if data.turns == "all" else None
+    counts: dict[str, Any] = {
+        "rows": data.rows,
+        "dropped": data.dropped,
+        "unanswered": data.unanswered,
+        "examples": examples,
+    }
+    return DataRecord(path=path, sha256=sha256_of(path), **counts)
 
 
-def say_rows(path: str, data: EncodedData) -> None:
-    dropped = f"; {data.dropped} over a length limit were dropped" if data.dropped else ""
-    say(f"{path}: {len(data.examples)} rows{dropped}.")
+def sha256_of(path: str) -> str:
+    """Hex SHA-256 of a data file; "" for a folder or a hub name."""
+    return file_sha256(Path(path)) if Path(path).is_file() else ""
+
+
+def say_rows(path: str, data: EncodedData, flags: tuple[str, str] = FLAGS) -> list[str]:
+    """Say what happened to the rows of a data set; returns what belongs into the record. `flags` set the limits."""
+    say(f"{path}: {row_counts(data)}.")
+    notes = row_notes(path, data, flags)
+    for note in notes:
+        say(note)
+    return notes
 
 
 def label_of(path: str, among: Sequence[str] = ()) -> str:

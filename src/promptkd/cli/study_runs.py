@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from promptkd.cli.commands.evaluate import check
 from promptkd.cli.options.study import Options
 from promptkd.cli.parsing.config_file import read_config
 from promptkd.cli.parsing.parser import merged_config, parse_options
-from promptkd.data import Example, read_examples
+from promptkd.data import Example, read_columns, read_examples
 from promptkd.errors import RequestError, raise_together
 from promptkd.report.text import text_table
 from promptkd.results import Results
@@ -24,7 +24,15 @@ from promptkd.study.plan import Planned, arguments_of, plan_runs
 from promptkd.study.processes import Command, Job, Phase, shell_line
 
 # settings of training that evaluation has too, and takes over unless it is told otherwise
-_ALIKE = ("template", "max_prompt_length", "max_completion_length", "trust_remote_code", "rouge_tokenizer")
+_ALIKE = (
+    "template",
+    "columns",
+    "chat_template_kwargs",
+    "max_prompt_length",
+    "max_completion_length",
+    "trust_remote_code",
+    "rouge_tokenizer",
+)
 _NOT_EVALUATED = {"model": "each run's student is measured", "out": "the study names the records"}
 _FREE = {"out": None, "overwrite": None}  # options of an evaluation on which nothing in its record depends
 
@@ -86,15 +94,16 @@ def _noting(problems: Problems, run: str, out: Path) -> Iterator[None]:
 
 def _reading_once() -> Read:
     """`read_examples` that reads each data set once, whether it is sound or not: most runs of a study share theirs."""
-    outcomes: dict[tuple[str, int | None], list[Example] | RequestError] = {}
+    outcomes: dict[tuple[str, int | None, str], list[Example] | RequestError] = {}
 
-    def read(source: str, *, limit: int | None = None) -> list[Example]:
-        if (source, limit) not in outcomes:
+    def read(source: str, *, limit: int | None = None, columns: Mapping[str, str] | None = None) -> list[Example]:
+        key = source, limit, repr(columns or {})
+        if key not in outcomes:
             try:
-                outcomes[source, limit] = read_examples(source, limit=limit)
+                outcomes[key] = read_examples(source, limit=limit, columns=columns)
             except RequestError as error:
-                outcomes[source, limit] = error
-        if isinstance(found := outcomes[source, limit], RequestError):
+                outcomes[key] = error
+        if isinstance(found := outcomes[key], RequestError):
             raise found
         return found
 
@@ -111,7 +120,7 @@ def _shared_settings(planned: list[Planned], given: dict[str, Any], problems: Pr
             continue
         if len(values) < len(planned) or any(value != values[0] for value in values):
             problems[f"The runs differ in {key}. Say in `evaluate` with which one all of them are measured."] = []
-        shared[key] = values[0]
+        shared[key] = "chat" if (key, values[0]) == ("template", "teacher") else values[0]  # the student has it by then
     return shared
 
 
@@ -137,7 +146,7 @@ def _evaluation(model: Path, settings: dict[str, Any], results: Path, read: Read
     parsed = parse_options("evaluate", promptkd.cli.options.evaluate, command[1:])
     check(parsed.options)
     for source in parsed.options.data:
-        read(source, limit=parsed.options.limit)
+        read(source, limit=parsed.options.limit, columns=read_columns(parsed.options.columns))
     record, asked = _record(results), merged_config(parsed.options, {})
     return command, record is not None and {**record.config, **_FREE} == {**asked, **_FREE}
 

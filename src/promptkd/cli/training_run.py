@@ -13,7 +13,8 @@ from accelerate.utils import broadcast_object_list
 from promptkd.cli.outputs import RunFolder, data_record, label_of, say_rows
 from promptkd.cli.parsing.parser import merged_config
 from promptkd.cli.terminal import is_main_process, quiet_libraries, say
-from promptkd.data import EncodedData, Example, encode_examples, read_examples
+from promptkd.data import EncodedData, Example, encode_examples, read_columns, read_examples, resolve_template
+from promptkd.data.summary import template_note
 from promptkd.errors import PromptKDError, RequestError
 from promptkd.evaluation.dataset_evaluation import measure_rows
 from promptkd.evaluation.measure import evaluation_of
@@ -79,9 +80,11 @@ class TrainingRun:
         self._shows_curves = "tensorboard" in args.report_to  # transformers would put them among the checkpoints
         args.report_to = [name for name in args.report_to if name != "tensorboard"]
         self.folder.check()
-        self._examples["train"] = options.data, self._read(options.data, limit=options.limit)
-        if options.eval_data is not None:
-            self._examples["validation"] = options.eval_data, self._read(options.eval_data, limit=options.eval_limit)
+        columns = read_columns(args.columns)
+        sources = {"train": (options.data, options.limit), "validation": (options.eval_data, options.eval_limit)}
+        for name, (source, limit) in sources.items():
+            if source is not None:
+                self._examples[name] = source, self._read(source, limit=limit, columns=columns)
         return args
 
     def rows(self) -> int:
@@ -90,17 +93,21 @@ class TrainingRun:
     def tokenizer(self, name: str) -> Any:
         return load_tokenizer(name, trust_remote_code=self._trust)
 
-    def encode(self, tokenizer: Any, args: Any, *, need_response: bool = True) -> tuple[Any, Any]:
-        settings = {"template": args.template, "overlong": args.overlong, "max_prompt_length": args.max_prompt_length}
+    def encode(self, tokenizer: Any, args: Any, owner: str, *, need_response: bool = True) -> tuple[Any, Any]:
+        """Training and validation rows as tokens; a chat template is said to be that of `owner`."""
+        template = resolve_template(args.template, tokenizer, args.chat_template_kwargs)
+        settings: dict[str, Any] = {"overlong": args.overlong, "max_prompt_length": args.max_prompt_length}
         settings["max_response_length"] = args.max_completion_length
         encoded: dict[str, EncodedData] = {}
         for name, (_, examples) in self._examples.items():
-            needed = need_response or name == "validation"
-            encoded[name] = encode_examples(examples, tokenizer, need_response=needed, **settings)
+            settings["need_response"] = need_response or name == "validation"
+            settings["turns"] = "last" if name == "validation" else args.turns
+            encoded[name] = encode_examples(examples, tokenizer, template, **settings)
+        self.note(template_note(template, owner, args.turns))
         for name, data in encoded.items():
             source, _ = self._examples.pop(name)
-            self.results.data[name] = data_record(source, len(data.examples), data.dropped)
-            say_rows(source, data)
+            self.results.data[name] = data_record(source, data)
+            self.results.notes += say_rows(source, data)
         return encoded["train"], encoded.get("validation")
 
     def load(self, role: str, name: str, settings: dict[str, Any] | None = None) -> Any:

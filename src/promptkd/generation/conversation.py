@@ -1,13 +1,15 @@
 """A model in a conversation: requests go in, the text of its answers comes out piece by piece."""
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from promptkd.data.encode import prompt_tokens, stop_token_ids
-from promptkd.data.rows import Example, Instruction, Message
+from promptkd.data.messages import Message
+from promptkd.data.rows import Example, Instruction
 from promptkd.data.templates import resolve_template
 from promptkd.errors import RequestError
 from promptkd.generation.decode_loop import stream
@@ -30,10 +32,11 @@ class Conversation:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     template: str = "auto"
+    chat_template_kwargs: Mapping[str, Any] | None = None
     messages: list[Message] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._template = resolve_template(self.template, self.tokenizer)
+        self._template = resolve_template(self.template, self.tokenizer, self.chat_template_kwargs)
         self._stops = stop_token_ids(self.tokenizer, self.model.generation_config, self._template)
         settings = self.model.config.get_text_config().to_dict()
         # the most tokens of prompt and answer together; "n_positions" is GPT-2's name of it

@@ -16,6 +16,7 @@ from typing import Literal
 
 from pydantic import BaseModel, StrictInt, ValidationError
 
+from promptkd.data.messages import content_text
 from promptkd.data.rows import Instruction, Request, text_field
 from promptkd.data.sources import read_examples, read_objects
 from promptkd.errors import RequestError, at, check_all
@@ -75,7 +76,13 @@ def read_answers(path: Path, *, limit: int | None = None) -> Answers:
     return dict(sorted(answers.items()))
 
 
-def read_models(files: Sequence[tuple[str, Path]], *, limit: int | None, data: str | None) -> dict[str, Answers]:
+def read_models(
+    files: Sequence[tuple[str, Path]],
+    *,
+    limit: int | None,
+    data: str | None,
+    columns: Mapping[str, str] | None = None,
+) -> dict[str, Answers]:
     """The answers of one model, or of two to the same requests, by label; of the first `limit` lines of the first file.
 
     With `data`, the data set they answer, each prompt becomes the request itself: no template around it.
@@ -86,7 +93,7 @@ def read_models(files: Sequence[tuple[str, Path]], *, limit: int | None, data: s
         rows = read_answers(against)
         models[other_label] = {row: rows[row] for row in rows if limit is None or row in models[label]}
     if data is not None:
-        models = {each: _with_requests(answers, data) for each, answers in models.items()}
+        models = {each: _with_requests(answers, data, columns) for each, answers in models.items()}
     for other_label, against in other:
         answers, others = models[label], models[other_label]
         missing, surplus = len(answers.keys() - others.keys()), len(others.keys() - answers.keys())
@@ -101,9 +108,9 @@ def read_models(files: Sequence[tuple[str, Path]], *, limit: int | None, data: s
     return models
 
 
-def _with_requests(answers: Answers, source: str) -> Answers:
+def _with_requests(answers: Answers, source: str, columns: Mapping[str, str] | None) -> Answers:
     """The answers, each prompt replaced by the plain request of its row in `source`, which it must contain."""
-    requests = {example.row: _request_text(example.request) for example in read_examples(source)}
+    requests = {example.row: _request_text(example.request) for example in read_examples(source, columns=columns)}
     count, advice = f"of {len(answers)} rows", "Give the data they were made from."
     if missing := sum(row not in requests for row in answers):
         raise RequestError(f"{missing} {count} are not in {source}. {advice}")
@@ -118,12 +125,13 @@ def _request_text(request: Request) -> tuple[str, str]:
     if isinstance(request, str):
         return request, request
     if isinstance(request, Instruction):
-        parts = [part for part in (request.instruction, request.input) if part.strip()]
+        said = [text for pair in request.history for text in pair]
+        parts = [part for part in (request.system, *said, request.instruction, request.input) if part.strip()]
         return "\n\n".join(parts), request.instruction
-    last = str(request[-1]["content"])
+    last = content_text(request[-1])
     if len(request) == 1:
         return last, last
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in request), last
+    return "\n\n".join(f"{message['role']}: {content_text(message)}" for message in request), last
 
 
 def requests_sha256(answers: Iterable[JudgedAnswer]) -> str:

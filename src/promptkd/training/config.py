@@ -41,7 +41,14 @@ class BaseConfig(_Arguments):
     max_completion_length: int = option(256, at_least=1)
     """Most tokens of a response, its end token included."""
     template: str = "auto"
-    """auto, alpaca, chat, or a Jinja text with {{ instruction }} and {{ input }}."""
+    """auto, alpaca, chat, teacher (distill: the teacher's chat template, which the student keeps), or a Jinja text with
+    {{ instruction }} and {{ input }}."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Variables of the chat template, such as {"enable_thinking": false}; a row's own column wins."""
+    columns: dict[str, str] | list[str] | None = None
+    """Columns to read under other names, as OLD=NEW, such as problem=instruction solution=output."""
+    turns: Literal["last", "all"] = "last"
+    """Assistant turns of a conversation to train on: the last one, or each with the conversation up to it."""
     overlong: Literal["drop", "error"] = "drop"
     """Rows over a length limit: drop (and count), or error."""
     eval_strategy: Literal["no", "steps", "epoch"] = "no"
@@ -203,7 +210,6 @@ class DistillConfig(_FlatSettings, BaseConfig, DistillationConfig):
         return [
             *super().checks(),
             (schedule not in known, wanted),
-            (bool(self.chat_template_kwargs), "chat_template_kwargs has no effect here; write a Jinja --template"),
             (bool(self.pad_to_multiple_of), "pad_to_multiple_of has no effect here: rows are not padded for rollouts"),
             (self.fp16, "fp16 would need a loss scale for the soft prompt's gradient; use bf16 or float32"),
         ]

@@ -1,14 +1,20 @@
 """What is checked and made before a distillation starts: rows, vocabularies, sizes, the teacher's adapter."""
 
+import logging
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
 from accelerate import Accelerator
+from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from promptkd.data import EncodedData, encode_examples, examples_from_rows
+from promptkd.data import EncodedData, encode_examples, examples_from_rows, read_columns, resolve_template
+from promptkd.data.chat import adopt
+from promptkd.data.encode import Turns
+from promptkd.data.messages import without_nulls
+from promptkd.data.summary import row_notes
 from promptkd.engine import check_scoring, unwrap_peft
 from promptkd.errors import RequestError
 from promptkd.methods import Method
@@ -18,26 +24,47 @@ from promptkd.training.distributed import check_dispatched, check_sharding, is_d
 from promptkd.training.rollout import needs_generate
 from promptkd.training.teacher import check_teacher_options
 
+_log = logging.getLogger("promptkd")
+
 
 def encode(
     rows: Sequence[dict[str, Any]] | EncodedData | None,
     tokenizer: PreTrainedTokenizerBase,
     args: Any,
     *,
+    name: str = "train_dataset",
+    turns: Turns = "last",
     need_response: bool = True,
 ) -> EncodedData | None:
-    """Rows as tokens, by the template and the limits of a `DistillConfig`."""
+    """Rows as tokens, by the template, the columns and the limits of a `DistillConfig`; warns of what is left out."""
     if rows is None or isinstance(rows, EncodedData):
         return rows
-    return encode_examples(
-        examples_from_rows(rows),
+    if isinstance(rows, Dataset):
+        rows = [without_nulls(row) for row in rows]  # each of its structs has the fields of all others
+    encoded = encode_examples(
+        examples_from_rows(rows, read_columns(args.columns)),
         tokenizer,
-        args.template,
+        resolve_template(args.template, tokenizer, args.chat_template_kwargs),
         max_prompt_length=args.max_prompt_length,
         max_response_length=args.max_completion_length or 0,
         overlong=args.overlong,
         need_response=need_response,
+        turns=turns,
     )
+    for note in row_notes(name, encoded, ("max_prompt_length =", "max_completion_length =")):
+        _log.warning(note)
+    return encoded
+
+
+def take_template(
+    args: Any, tokenizer: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase | None, name: str
+) -> None:
+    """With the template "teacher", give the student's tokenizer the chat template of the teacher `name` for good."""
+    if args.template == "teacher":
+        if teacher is None:
+            raise RequestError("--template teacher needs the teacher's tokenizer: give teacher_processing_class.")
+        adopt(tokenizer, teacher, name)
+        args.template = "chat"
 
 
 def check_responses(method: Method, args: Any, *, validates: bool) -> None:

@@ -40,7 +40,15 @@ from promptkd.training.out_of_memory import out_of_memory_told
 from promptkd.training.phases import Phases
 from promptkd.training.rollout import Rollout
 from promptkd.training.row_order import EpochOrder
-from promptkd.training.setup import check_models, check_placement, check_responses, check_rows, encode, make_adapter
+from promptkd.training.setup import (
+    check_models,
+    check_placement,
+    check_responses,
+    check_rows,
+    encode,
+    make_adapter,
+    take_template,
+)
 from promptkd.training.state import ExtraState, PartialLog
 from promptkd.training.student import end_notes, precision_notes, prepare_student, raise_to_float32
 from promptkd.training.student_loss import StudentLoss
@@ -59,7 +67,7 @@ class DistillTrainer(Trainer):
         model: the student: a hub name, folder, run folder, GGUF file or loaded model.
         teacher_model: the teacher, likewise. It is frozen.
         args: a `DistillConfig`.
-        train_dataset, eval_dataset: rows in any of the three forms, or `EncodedData`.
+        train_dataset, eval_dataset: rows in any of the forms of docs/data.md, or `EncodedData`.
         processing_class: the tokenizer; the student's own if None.
         method: a `Method` of your own in place of the one that `args.method` names.
         teacher_processing_class: the teacher's tokenizer, to compare when the teacher comes as a loaded model.
@@ -104,9 +112,11 @@ class DistillTrainer(Trainer):
         teacher, teacher_tokenizer = load_teacher(teacher_model, teacher_processing_class, args, self.method)
         if teacher_tokenizer is not None:
             check_same_vocabulary(processing_class, teacher_tokenizer)
+        take_template(args, processing_class, teacher_tokenizer, str(teacher_model))
         check_responses(self.method, args, validates=eval_dataset is not None)
-        train = encode(train_dataset, processing_class, args, need_response=self.method.responses.needs_data)
-        valid = encode(eval_dataset, processing_class, args)
+        needed = self.method.responses.needs_data
+        train = encode(train_dataset, processing_class, args, turns=args.turns, need_response=needed)
+        valid = encode(eval_dataset, processing_class, args, name="eval_dataset")
         self.dropped_rows = 0 if train is None else train.dropped
         student = prepare_student(model, args, processing_class, peft_config, quantization_config)
         train_rows, eval_rows = (None if each is None else each.examples for each in (train, valid))

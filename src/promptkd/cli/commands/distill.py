@@ -20,6 +20,7 @@ from promptkd.results import Metric
 from promptkd.training import DistillConfig, DistillTrainer
 from promptkd.training.config import chosen_method
 from promptkd.training.dry_run import Trial, at_its_most, leave_nothing, longest_rows_first, take_trial_steps
+from promptkd.training.setup import take_template
 from promptkd.training.teacher import teacher_settings
 
 
@@ -47,7 +48,9 @@ def checked(
 def _distill(options: Options, job: TrainingRun, args: DistillConfig, method: Method) -> None:
     tokenizer, teacher_tokenizer = job.tokenizer(options.student), job.tokenizer(options.teacher)
     check_same_vocabulary(tokenizer, teacher_tokenizer)
-    train, valid = job.encode(tokenizer, args, need_response=method.responses.needs_data)
+    owner = f"{options.teacher} (the teacher's)" if args.template == "teacher" else options.student
+    take_template(args, tokenizer, teacher_tokenizer, options.teacher)
+    train, valid = job.encode(tokenizer, args, owner, need_response=method.responses.needs_data)
     student = job.load("student", options.student)
     teacher = job.load("teacher", options.teacher, teacher_settings(args, method))
     if options.dry_run:

@@ -8,7 +8,7 @@ from typing import Any
 
 from promptkd.cli.inference_run import InferenceRun, sampling
 from promptkd.cli.options.evaluate import Options
-from promptkd.cli.outputs import check_output, data_record, label_of, say_rows, training_cost
+from promptkd.cli.outputs import check_output, data_record, label_of, training_cost
 from promptkd.cli.parsing.parser import merged_config
 from promptkd.cli.terminal import progress_lines, say
 from promptkd.errors import RequestError
@@ -56,8 +56,7 @@ def _evaluate(options: Options) -> None:
     for path in options.data:
         name = label_of(path, options.data)
         data = job.read_rows(path, tokenizer, options.limit, options.max_reference_length)
-        say_rows(path, data)
-        sets[name], results.data[name] = data.examples, data_record(path, len(data.examples), data.dropped)
+        sets[name], results.data[name] = data.examples, data_record(path, data)
     for name, rows in sets.items():
         if unread := rouge_tokens(options.rouge_tokenizer, tokenizer).told_unread([row.references for row in rows]):
             say(f"{name}: {unread}")
@@ -73,7 +72,7 @@ def _evaluate(options: Options) -> None:
         results.models[f"teacher {label_of(options.teacher)}"] = model_record(options.teacher, teacher)
     if cost := training_cost(options.model):
         results.training[label] = cost
-    results.notes += job.precision_notes()
+    results.notes += [*job.row_notes, *job.precision_notes()]
     decoding = job.decoding(tokenizer, model, **sampling(options))
     _settle(options, results, decoding, job)
     for name, rows in sets.items():
@@ -99,6 +98,8 @@ def _settle(options: Options, results: Results, decoding: Decoding, job: Inferen
     lengths = ("max_prompt_length", "max_completion_length", "max_reference_length")
     names = ("temperature", "top_p", "top_k", "limit", "template", *lengths)
     settings = {f"--{name.replace('_', '-')}": results.config[name] for name in names}
+    rest = {"--columns": options.columns, "--chat-template-kwargs": options.chat_template_kwargs}
+    settings |= {name: value for name, value in rest.items() if value}  # older settings have none
     roles = ("model", "teacher")
     settings |= {role: each.sha256 or each.path for role, each in zip(roles, results.models.values(), strict=False)}
     settings |= {f"data {name}": each.sha256 or each.path for name, each in results.data.items()}

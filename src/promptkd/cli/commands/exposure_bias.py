@@ -55,9 +55,11 @@ class _ExposureRun(InferenceRun):
                 advice = "Give the teacher that it was tuned before."
                 raise RequestError(f"The soft prompt in {path} has vectors of {widths}. {advice}")
         self.settle_precision()
-        self.results = Results(kind="exposure-bias", config=merged_config(options, {}), notes=self.precision_notes())
+        self.results = Results(
+            kind="exposure-bias", config=merged_config(options, {}), notes=[*self.row_notes, *self.precision_notes()]
+        )
         self.results.models[f"teacher {label_of(options.teacher)}"] = model_record(options.teacher, self.teacher)
-        self.results.data[label_of(options.data)] = data_record(options.data, len(self.rows), data.dropped)
+        self.results.data[label_of(options.data)] = data_record(options.data, data)
 
     def sample(self, title: str, model: Any, prompt: Tensor | None = None) -> list[list[list[int]]]:
         draws, started = self.options.samples_per_row, time.perf_counter()

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from promptkd.cli.options.judge import Options
-from promptkd.cli.outputs import check_writable, data_record, label_of
+from promptkd.cli.outputs import check_writable, label_of, sha256_of
 from promptkd.cli.parsing.parser import merged_config
 from promptkd.cli.terminal import progress_lines, say
+from promptkd.data import read_columns
 from promptkd.errors import PromptKDError, RequestError, check_all
 from promptkd.io.jsonl import ResumableLines
 from promptkd.io.lock import locked
@@ -35,7 +36,7 @@ def _judge(options: Options) -> None:
     task: Task = "score" if options.against is None else "pairwise"
     prompt = load_prompt(task, options.prompt_file)
     endpoint = _endpoint(options)
-    models = read_models(_files(options), limit=options.limit, data=options.data)
+    models = read_models(_files(options), limit=options.limit, data=options.data, columns=read_columns(options.columns))
     questions = questions_about(list(models.values()), prompt)
     log = _log(options, task, endpoint, prompt)
     start = time.monotonic()
@@ -50,7 +51,10 @@ def _judge(options: Options) -> None:
     answers, *_ = models.values()  # any of them: all were asked the same
     sha256 = requests_sha256(answers.values())
     results.data = {data: DataRecord(path=options.data or str(options.responses), rows=len(answers), sha256=sha256)}
-    results.data |= {f"answers of {label}": data_record(str(path), len(answers), 0) for label, path in _files(options)}
+    results.data |= {
+        f"answers of {label}": DataRecord(path=str(path), rows=len(answers), sha256=sha256_of(str(path)))
+        for label, path in _files(options)
+    }
     results.notes = judge_notes(given, judge=f"{endpoint.model} at {endpoint.url}")
     results.write(options.out)
     print(terminal_table([results]))
@@ -112,7 +116,7 @@ def _log(options: Options, task: Task, endpoint: Endpoint, prompt: str) -> Resum
         **endpoint.fields,
         "responses_sha256": file_sha256(options.responses),
         "against_sha256": None if options.against is None else file_sha256(options.against),
-        "data": None if options.data is None else data_record(options.data, 0, 0).sha256 or options.data,
+        "data": None if options.data is None else sha256_of(options.data) or options.data,
         "prompt": prompt,
     }
     return verdict_log(_log_path(options), settings, overwrite=options.overwrite)

@@ -12,7 +12,7 @@ def run(options: Options, training: dict[str, Any]) -> None:
     args = job.arguments(FinetuneConfig)
     with job.folder.locked():
         tokenizer = job.tokenizer(options.model)
-        train, valid = job.encode(tokenizer, args)
+        train, valid = job.encode(tokenizer, args, options.model)
         model = job.load("model", options.model)
         with job.folder.opened():
             trainer = FinetuneTrainer(model, args, train, valid, tokenizer)

@@ -9,6 +9,7 @@ the answers are plain text, one labeled block per model. A model's control chara
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from promptkd.cli.options.common import MOST_TOKENS, Loading, Sampling
 from promptkd.settings import option
@@ -31,5 +32,7 @@ class Options(Sampling, Loading):
     """Seed of the samples."""
     template: str = "auto"
     """auto, alpaca, chat, or a Jinja text."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Variables of the chat template, such as {"enable_thinking": false}."""
     max_completion_length: int = option(256, at_least=1, at_most=MOST_TOKENS)
     """Most tokens of an answer."""

@@ -1,8 +1,8 @@
 """Options that several commands have."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from promptkd.settings import option
 
@@ -32,13 +32,21 @@ class Sampling:
 
 
 @dataclass(kw_only=True)
-class Measuring(Loading):
+class Rows:
+    template: str = "auto"
+    """auto, alpaca, chat, or a Jinja text."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Variables of the chat template, such as {"enable_thinking": false}; a row's own column wins."""
+    columns: list[str] = field(default_factory=list)
+    """Columns to read under other names, as OLD=NEW, such as problem=instruction solution=output."""
+
+
+@dataclass(kw_only=True)
+class Measuring(Loading, Rows):
     batch_size: int | None = option(None, at_least=1)
     """Rows to decode at a time; by default 32 on CPU, 128 on a GPU."""
     limit: int | None = None
     """Use the first so many rows of each data set."""
-    template: str = "auto"
-    """auto, alpaca, chat, or a Jinja text."""
     max_prompt_length: int = 256
     """Most tokens of a prompt; rows above it are dropped and counted."""
     max_completion_length: int = option(256, at_least=1, at_most=MOST_TOKENS)

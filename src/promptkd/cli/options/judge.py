@@ -11,7 +11,7 @@ JSONL file beside --out, and the same command asks for the missing ones alone.
     promptkd judge --responses student.jsonl --endpoint http://localhost:8000/v1 --judge-model NAME --out judged.json
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ class Options:
     """Name of the other model; by default the file's."""
     data: str | None = None
     """The data the answers were made from: the judge is then shown its requests, without the template around them."""
+    columns: list[str] = field(default_factory=list)
+    """Columns of --data to read under other names, as OLD=NEW."""
     data_label: str | None = None
     """Name of the data set in tables and reports; by default that of --data, else "requests"."""
     prompt_file: Path | None = None

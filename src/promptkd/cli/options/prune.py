@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from promptkd.cli.options.common import Loading
+from promptkd.cli.options.common import Loading, Rows
 from promptkd.settings import option
 
 LESS_MEMORY = ("a smaller --max-prompt-length (now {max_prompt_length})", "--choose even, which runs no row")
 
 
 @dataclass(kw_only=True)
-class Options(Loading):
+class Options(Loading, Rows):
     model: str
     """The teacher: a hub name, folder, run folder or GGUF file."""
     out: Path
@@ -32,8 +32,6 @@ class Options(Loading):
     """Rows to measure the influence on: a file, folder or hub name."""
     rows: int = option(64, at_least=1)
     """How many rows to measure it on."""
-    template: str = "auto"
-    """auto, alpaca, chat, or a Jinja text."""
     max_prompt_length: int = 256
     """Most tokens of a prompt; rows above it are not used."""
     max_completion_length: int = 256

@@ -1,0 +1,57 @@
+"""What happened to the rows of a data set, in sentences for the terminal and the record."""
+
+from promptkd.data.encode import MOST, EncodedData, Turns
+from promptkd.data.templates import Template
+
+FLAGS = ("--max_prompt_length", "--max_completion_length")  # of training
+GENERATION_FLAGS = ("--max-prompt-length", "--max-completion-length")
+EVALUATION_FLAGS = ("--max-prompt-length", "--max-reference-length")
+
+
+def row_counts(data: EncodedData) -> str:
+    """How many rows are used, how many examples they give, and how many were dropped and why."""
+    several = f", {len(data.examples):,} examples (one per assistant turn)" if data.turns == "all" else ""
+    what = "examples " if data.turns == "all" else ""
+    dropped = f"; {data.dropped:,} {what}over a length limit were dropped" if data.dropped else ""
+    unanswered = f"; {data.unanswered:,} without a response were dropped" if data.unanswered else ""
+    return f"{data.rows:,} rows{several}{dropped}{unanswered}"
+
+
+def row_notes(source: str, data: EncodedData, flags: tuple[str, str] = FLAGS) -> list[str]:
+    """What a reader of the run must know of the rows of `source`; `flags` set the limits on prompt and response."""
+    notes = []
+    if data.unread:
+        columns = ", ".join(f"{name!r} ({rows:,} rows)" for name, rows in data.unread.items())
+        notes.append(f"{source}: not used: {columns}. --columns OLD=NEW maps a column to one that is.")
+    if data.unanswered:
+        noun = "row has" if data.unanswered == 1 else "rows have"
+        notes.append(f"{source}: {data.unanswered:,} {noun} no response, which is needed here: dropped.")
+    if data.limits is not None and data.keeps_most is not None and data.keeps_all is not None:
+        total = len(data.examples) + data.dropped
+        limits = _limits(flags, data.limits.prompt, data.limits.response)
+        most, every = (_raised(flags, data, each.prompt, each.response) for each in (data.keeps_most, data.keeps_all))
+        kept = f"{most} keeps {MOST:.0%}" + ("." if most == every else f", {every} keeps all.")
+        noun = "examples" if data.turns == "all" else "rows"
+        share = f"{data.dropped:,} of {total:,} {noun} ({data.dropped / total:.0%})"
+        notes.append(f"Warning: {source}: {share} are over {' or '.join(limits)} and were dropped. {kept}")
+    return notes
+
+
+def template_note(template: Template, owner: str, turns: Turns | None = None) -> str:
+    """Which template renders the rows (a chat template is that of `owner`), and which of their turns are trained."""
+    name = {"chat": f"the chat template of {owner}", "jinja": "the given Jinja text"}.get(template.name, template.name)
+    if turns is None:
+        return f"Template: {name}."
+    trained = {"last": "the last one of each row", "all": "all of each row"}[turns]
+    return f"Template: {name}. Assistant turns that are trained: {trained} (--turns {turns})."
+
+
+def _limits(flags: tuple[str, str], prompt: int, response: int) -> list[str]:
+    return [f"{flag} {value}" for flag, value in zip(flags, (prompt, response), strict=True) if value]
+
+
+def _raised(flags: tuple[str, str], data: EncodedData, prompt: int, response: int) -> str:
+    """The flags that differ from now."""
+    assert data.limits is not None
+    new = (prompt if prompt > data.limits.prompt else 0), (response if response > data.limits.response else 0)
+    return " ".join(_limits(flags, *new))
