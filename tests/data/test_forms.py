@@ -435,8 +435,8 @@ def test_many_dropped_rows_name_the_limits_that_keep_them():
     data = encode_examples(examples_from_rows(rows), plain(), max_prompt_length=90, max_response_length=20)
     (note,) = row_notes("rows.jsonl", data)
     assert note == (
-        "Warning: rows.jsonl: 11 of 101 rows (11%) are over --max_prompt_length 90 or --max_completion_length 20 and were "
-        "dropped. --max_prompt_length 96 keeps 95%, --max_prompt_length 100 --max_completion_length 51 keeps all."
+        "Warning: rows.jsonl: 11 of 101 rows (11%) are over --max_prompt_length 90 or --max_completion_length 20 and "
+        "were dropped. --max_prompt_length 96 keeps 95%, --max_prompt_length 100 --max_completion_length 51 keeps all."
     )
     kept = encode_examples(examples_from_rows(rows), plain(), max_prompt_length=96, max_response_length=20)
     assert len(kept.examples) >= 0.95 * len(rows)
