@@ -28,6 +28,7 @@ _MOST_BYTES = 1024 * MIB  # of a record, with every answer of an evaluation in i
 _FOREIGN_CODE = "Code that came with a model was allowed to run (--trust_remote_code)."
 Kind = Literal["prune", "sft", "distill", "generate", "evaluate", "exposure-bias", "judge", "compare", "study", "demo"]
 Better = Literal["higher", "lower"]
+BEFORE = "student before training"  # label of a run's student as it was measured before the first step
 
 
 class _Record(BaseModel):
@@ -56,6 +57,9 @@ class RowResult(_Record):
     seed: int | None = None
     """Seed of the sampled response; None where it was decoded greedily."""
     prompt: str
+    """What the model read, in the template's words."""
+    request: list[tuple[str, str]] = Field(default_factory=list)
+    """The same without the template: roles and texts; empty in older records, and where the row's prompt is a text."""
     references: list[str]
     response: str
     scores: dict[str, float] = Field(default_factory=dict)
@@ -68,7 +72,7 @@ class Evaluation(_Record):
     """One model measured on one data set."""
 
     model: str
-    """Label of the model: "teacher", "pruned", "recovered", "promptkd", or a path."""
+    """Label of the model: "teacher", "pruned", "recovered", "distilled", `BEFORE`, or a path."""
     data: str
     """Label of the data set."""
     decoding: dict[str, Any] = Field(default_factory=dict)
@@ -95,6 +99,8 @@ class Difference(_Record):
     """The same after Holm's correction over all differences of the comparison."""
     effect_size: float | None = None
     """Mean of the rows' differences over their standard deviation (Cohen's d for pairs)."""
+    ratio: Metric | None = None
+    """Metric of the model over that of a teacher, over the same rows, for a metric of which more is better."""
 
 
 class CurvePoint(_Record):
@@ -132,6 +138,28 @@ class Training(_Record):
     """Prompt and response tokens trained on per second, median over the logged steps."""
 
 
+class Inference(_Record):
+    """What a model takes to run: measured in turns with the record's other models, on the machine of the record."""
+
+    precision: str
+    """What it computed in, "float32" or "bfloat16"; followed by ", quantized" where weights are packed integers."""
+    device: str
+    rows: int
+    """Rows decoded together in `tokens_per_second`."""
+    prompt_tokens: int
+    """Length of the prompt in `first_token_seconds`, the median of the data."""
+    new_tokens: int
+    """Tokens decoded per row and round."""
+    weight_bytes: int
+    """Of the weights in that precision."""
+    tokens_per_second: list[float]
+    """Decoding `rows` rows together, without the prefill, by round. Round i of two models ran back to back."""
+    tokens_per_second_one_row: list[float]
+    """Decoding a single row, by round."""
+    first_token_seconds: list[float]
+    """From the prompt of a single row to its first token, by round."""
+
+
 class Series(_Record):
     """The logged steps of one stage of training."""
 
@@ -145,6 +173,10 @@ class ModelRecord(_Record):
     parameters: int
     sha256: str
     """Hash over config.json and every weight file, sorted by name."""
+    bytes_on_disk: int | None = None
+    """Of the weight files; None in older records, and where they are not on this machine."""
+    about: str = ""
+    """What the model is, for a reader of the page: "24 of the teacher's 30 layers, nothing trained yet"."""
 
 
 class DataRecord(_Record):
@@ -178,6 +210,8 @@ class Results(_Record):
     curves: list[Curve] = Field(default_factory=list)
     training: dict[str, Training] = Field(default_factory=dict)
     """By the model's label: what it cost to train, where the record of its run was found."""
+    inference: dict[str, Inference] = Field(default_factory=dict)
+    """By the model's label: its speed and memory, where they were measured."""
     history: list[Series] = Field(default_factory=list)
     timings: dict[str, float] = Field(default_factory=dict)
     """Seconds per part of the run."""

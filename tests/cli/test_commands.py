@@ -222,6 +222,7 @@ def test_a_lora_student_is_saved_as_an_adapter_or_merged(world, tmp_path, capsys
     files = MODEL_FILES if merged else PROMPT_FILES | {"README.md", *MODEL_FILES} - {"config.json", "model.safetensors"}
     assert {path.name for path in (out / "student").iterdir()} == files
     scored = ("--data", world.valid, "--teacher", world.teacher, "--out", tmp_path / "results.json", *LIMITS)
+    scored += ("--measure", "student")
     done(capsys, "evaluate", "--model", out, *scored)
     inside, after = record(out).evaluations[0], Results.read(tmp_path / "results.json").evaluations[0]
     assert inside.metrics == after.metrics
@@ -234,7 +235,7 @@ def test_validation_in_a_run_equals_evaluate_on_its_student(world, tmp_path, cap
     trained = ("--method", method, "--prompt_learning_rate", 0.1)
     done(capsys, *distill(world, out, "--eval-data", world.valid, "--select", "loss", *trained))
     request = ("evaluate", "--model", out, "--teacher", world.teacher, "--data", world.valid, *LIMITS)
-    done(capsys, *request, "--out", tmp_path / "results.json", "--seeds", 10)
+    done(capsys, *request, "--out", tmp_path / "results.json", "--seeds", 10, "--measure", "student")
     inside, after = record(out), Results.read(tmp_path / "results.json")
     assert inside.evaluations[0].metrics == after.evaluations[0].metrics
     assert inside.evaluations[0].samples == after.evaluations[0].samples

@@ -85,6 +85,7 @@ def test_two_runs(runs, tmp_path, capsys):
 def test_results_of_evaluate(world, runs, tmp_path, capsys):
     def evaluated(name, model, *arguments):
         request = ("evaluate", "--model", model, "--data", world.test, "--teacher", world.teacher, *LIMITS)
+        request += ("--measure", "student")
         done(capsys, *request, "--out", tmp_path / name, *arguments)
         return tmp_path / name
 

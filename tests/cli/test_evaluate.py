@@ -42,7 +42,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def evaluate(world: World, out: Path, *arguments: object, data: tuple[object, ...] = ()) -> list[object]:
-    return ["evaluate", "--model", world.student, "--data", *(data or [world.test]), "--out", out, *LIMITS, *arguments]
+    """Without the teacher's own answers (tests/cli/test_baselines.py has those)."""
+    alone = ("--measure", "student")
+    request = ["evaluate", "--model", world.student, "--data", *(data or [world.test]), "--out", out, *LIMITS]
+    return [*request, *alone, *arguments]
 
 
 def files(*parts: str, stem: str = "results") -> set[str]:
@@ -294,7 +297,7 @@ def test_killed_in_the_middle_and_run_again_equals_undisturbed(world, tmp_path, 
     """SIGKILL while the sampled answers are written, then while the greedy ones are; a third run ends it."""
     data = write_rows(tmp_path / "many.jsonl", rows(24))
     limits = ("--max_prompt_length", 40, "--max_completion_length", 30, "--template", TEMPLATE, "--batch-size", 2)
-    sets = ("--model", world.student, "--teacher", world.teacher, "--data", data, "--seeds", 1)
+    sets = ("--model", world.student, "--teacher", world.teacher, "--data", data, "--seeds", 1, "--measure", "student")
     request = ["evaluate", *map(str, (*sets, "--out", "results.json", *limits))]
     disturbed, written = tmp_path_in(tmp_path, "disturbed"), 0
     for part in ("seed1", "greedy"):

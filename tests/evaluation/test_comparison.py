@@ -173,7 +173,7 @@ def test_baseline_and_all_pairs():
 
     assert pairs() == [("b", "a"), ("c", "a")]
     assert pairs(baseline="c") == [("a", "c"), ("b", "c")]
-    assert pairs(all_pairs=True) == [("b", "a"), ("c", "a"), ("c", "b")]
+    assert pairs(pairs="all") == [("b", "a"), ("c", "a"), ("c", "b")]
 
 
 def test_what_does_not_depend_on_the_decoding_is_tested_once():

@@ -16,6 +16,7 @@ from promptkd.evaluation.statistics import (
     mean_interval,
     paired_difference,
     paired_token_difference,
+    paired_token_ratio,
     row_contributions,
     sign_flip_test,
     token_mean_interval,
@@ -317,3 +318,24 @@ def test_values_that_cannot_be_tested_are_refused(values):
 def test_no_draws_are_refused():
     with pytest.raises(RequestError, match=r"`draws` must be at least 1\. Got 0"):
         sign_flip_test(np.ones(3), draws=0)
+
+
+def test_a_ratio_is_of_means_over_the_same_rows() -> None:
+    a, b, ones = [1.0, 2.0, 3.0], [2.0, 4.0, 6.0], [1.0] * 3
+    found = paired_token_ratio(a, ones, b, ones)
+    assert found is not None
+    assert (found.value, found.low, found.high, found.rows) == pytest.approx((0.5, 0.5, 0.5, 3))  # in every draw alike
+
+
+def test_a_ratio_of_two_rows_has_the_exact_quantiles() -> None:
+    # Draws: rows 0,0 give 4/2, rows 1,1 give 0/2, mixed ones 4/4; with probabilities 1/4, 1/4, 1/2.
+    found = paired_token_ratio([4.0, 0.0], [1, 1], [2.0, 2.0], [1, 1])
+    assert found is not None
+    assert (found.value, found.low, found.high) == (1, 0, 2)
+
+
+def test_a_ratio_to_nothing_is_none_and_one_to_little_has_no_interval() -> None:
+    assert paired_token_ratio([1.0, 2.0], [1, 1], [0.0, 0.0], [1, 1]) is None
+    found = paired_token_ratio([1.0, 2.0], [1, 1], [3.0, 0.0], [1, 1])  # a draw of the second row alone has none
+    assert found is not None
+    assert (found.value, found.low, found.high) == (1, None, None)

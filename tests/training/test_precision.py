@@ -250,7 +250,20 @@ def test_validation_is_what_evaluate_says_of_the_saved_student(world, tmp_path, 
     start = ("distill", "--student", world.student, *teacher, "--data", world.train, "--eval-data", valid)
     done(capsys, *start, "--out", trained, *training)
     limits = ("--template", LIMITS[-1], "--max-prompt-length", 40, "--max-completion-length", 8)
-    measure = ("evaluate", "--model", trained, *teacher, "--data", valid, *limits, "--no-greedy", "--dtype", dtype)
+    measure = (
+        "evaluate",
+        "--model",
+        trained,
+        *teacher,
+        "--data",
+        valid,
+        *limits,
+        "--no-greedy",
+        "--measure",
+        "student",
+        "--dtype",
+        dtype,
+    )
     done(capsys, *measure, "--out", tmp_path / "results.json")
     (validation,) = [line for line in json_lines(trained / "metrics.jsonl") if "eval_loss" in line]
     found = Results.read(tmp_path / "results.json").evaluations[0].metrics

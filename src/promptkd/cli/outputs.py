@@ -18,10 +18,10 @@ from promptkd.io.lock import FOLDER_LOCK, locked
 from promptkd.results import DataRecord, Results, Training, file_sha256
 
 _OWN = {
-    *("config.yaml", "metrics.jsonl", "results.json", "report.html", "responses.jsonl"),
+    *("config.yaml", "metrics.jsonl", "baselines.json", "results.json", "report.html", "responses.jsonl"),
     *("student", "model", "prompt", "teacher_lora", "teacher", "online_module", "checkpoints", "tensorboard"),
 }
-_MAY_CHANGE = {"resume", "overwrite", "out", "keep", "on_nan"}
+_MAY_CHANGE = {"resume", "overwrite", "out", "keep", "on_nan", "measure"}
 _MAY_CHANGE |= {  # refused today, but in the config.yaml of older runs
     *("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision"),
 }
@@ -65,6 +65,7 @@ class RunFolder:
         self.config, self.checkpoints = path / "config.yaml", path / "checkpoints"
         self.metrics, self.results, self.report = path / "metrics.jsonl", path / "results.json", path / "report.html"
         self.curves = path / "tensorboard"
+        self.baselines = path / "baselines.json"
 
     def check(self) -> None:
         """Refuse a folder that holds anything, unless it is this very run's to resume or some run's to replace."""

@@ -129,7 +129,8 @@ def _training(planned: Planned, folder: Path, read: Read) -> tuple[Command, int]
     # Without config.yaml it is what a run left that was killed while it opened its folder, or no run's and refused.
     torn = folder.is_dir() and any(folder.iterdir()) and not (folder / "config.yaml").is_file()
     mode = "--overwrite" if torn else "--resume"
-    command = ("distill", *arguments_of(planned.settings), "--out", str(folder), mode)
+    settings = {"measure": "student", **planned.settings}  # runs beside each other have no speeds of their own
+    command = ("distill", *arguments_of(settings), "--out", str(folder), mode)
     parsed = parse_options("distill", promptkd.cli.options.distill, command[1:])
     job, args, _ = checked(parsed.options, parsed.training, read)  # and that its settings are the same
     if args.max_steps > 0:
@@ -141,7 +142,7 @@ def _training(planned: Planned, folder: Path, read: Read) -> tuple[Command, int]
 
 def _evaluation(model: Path, settings: dict[str, Any], results: Path, read: Read) -> tuple[Command, bool]:
     """The command, and whether there is a record of these settings."""
-    own = {key: value for key, value in settings.items() if key not in _NOT_EVALUATED}
+    own = {"measure": "student"} | {key: value for key, value in settings.items() if key not in _NOT_EVALUATED}
     command = ("evaluate", "--model", str(model), *arguments_of(own), "--out", str(results))
     parsed = parse_options("evaluate", promptkd.cli.options.evaluate, command[1:])
     check(parsed.options)

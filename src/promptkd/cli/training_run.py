@@ -10,6 +10,7 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
+from promptkd.cli.headline import compare_within, measure_speed
 from promptkd.cli.outputs import RunFolder, data_record, label_of, say_rows
 from promptkd.cli.parsing.parser import merged_config
 from promptkd.cli.terminal import is_main_process, quiet_libraries, say
@@ -21,10 +22,11 @@ from promptkd.evaluation.measure import evaluation_of
 from promptkd.evaluation.rouge_tokenizer import rouge_tokens
 from promptkd.io.atomic import write_atomic
 from promptkd.memory import gibibytes, peak_memory
-from promptkd.models import load_model, load_tokenizer, model_record
+from promptkd.models import load_model, load_tokenizer, model_record, shared_vocabulary_size
 from promptkd.report import render_report, terminal_table
 from promptkd.report.metrics import metric_info
-from promptkd.results import Evaluation, Kind, Metric, Results, Series, Training, now, read_history
+from promptkd.results import BEFORE, Evaluation, Kind, Metric, Results, Series, Training, now, read_history
+from promptkd.training.baselines import TEACHER, Baselines
 from promptkd.training.callbacks import CostMeter, MetricsFile, ProgressBar, quiet
 from promptkd.training.checkpoint import resumable_checkpoint, set_aside
 from promptkd.training.collapse import findings_as_notes
@@ -128,6 +130,8 @@ class TrainingRun:
         if checkpoint is not None:
             trainer.args.eval_on_start = False  # the run began with it
         quiet(trainer)
+        if self._has_baselines(trainer):
+            trainer.add_callback(Baselines(trainer, self.folder.baselines, say))
         bar, self._meter = ProgressBar(title), CostMeter(trainer.phases)
         started = time.perf_counter()
         try:
@@ -172,6 +176,8 @@ class TrainingRun:
             results.evaluations = trainer.on_models(lambda model, teacher: self._measure(trainer, name, model, teacher))
         if not is_main_process():
             return
+        if self._has_baselines(trainer):
+            self._add_baselines(name)
         history = read_history(self.folder.metrics)
         results.notes.append(f"Peak memory of the process {peak_memory() / 2**30:.1f} GiB.")
         steps = trainer.state.global_step
@@ -199,6 +205,8 @@ class TrainingRun:
 
     def _measure(self, trainer: Any, name: str, model: Any, teacher: Any) -> list[Evaluation]:
         if is_main_process():
+            if self._has_baselines(trainer):
+                self.results.models[BEFORE] = self.results.models[name]
             self.results.models[name] = model_record(self.folder.path / name, model)
         if not trainer.validation_rows:
             return []
@@ -210,7 +218,27 @@ class TrainingRun:
         labels = {"model": name, "data": "validation", "rouge_tokenizer": tokens.name}
         evaluation = evaluation_of(scored, decoding, [decoding.seed], **labels)
         self.results.timings["evaluate"] = time.perf_counter() - started
+        if self._has_baselines(trainer) and not trainer.is_sharded:
+            tokenizer = trainer.processing_class
+            workload = {"rows": decoding.batch_size, "vocabulary": shared_vocabulary_size(model, teacher, tokenizer)}
+            workload["new_tokens"] = min(32, trainer.args.max_completion_length)
+            measure_speed(self.results, {name: model, TEACHER: teacher}, rows, workload)
         return [evaluation]
+
+    def _has_baselines(self, trainer: Any) -> bool:
+        """Whether the student before training and the teacher are measured too."""
+        return self.kind == "distill" and self.options.measure == "all" and bool(trainer.validation_rows)
+
+    def _add_baselines(self, name: str) -> None:
+        """What was measured before the first step, and the differences from it."""
+        kept = Results.read(self.folder.baselines) if self.folder.baselines.is_file() else Results(kind="distill")
+        self.results.evaluations += kept.evaluations
+        self.results.timings |= kept.timings
+        self.results.notes += kept.notes
+        if kept.evaluations:
+            compare_within(self.results, [*(each.model for each in kept.evaluations), name])
+        if BEFORE not in [each.model for each in kept.evaluations]:
+            self.results.models.pop(BEFORE, None)
 
     def _selection(self, settings: dict[str, Any]) -> dict[str, Any]:
         """When to validate, and settings that keep the best checkpoint by it."""

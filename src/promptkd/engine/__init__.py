@@ -41,3 +41,10 @@ def decoding(model: nn.Module, rows: int, *, vocabulary: int | None = None) -> A
     """
     inner = unwrap_peft(model)
     return first_verified(engine_for(embedding_device(inner)).decoders, inner).open(inner, rows, vocabulary)
+
+
+def release(model: nn.Module) -> None:
+    """Free what decoders keep for `model` between calls (caches, graphs), where it will not decode again soon."""
+    inner = unwrap_peft(model)
+    for each in engine_for(embedding_device(inner)).decoders:
+        each.forget(inner)

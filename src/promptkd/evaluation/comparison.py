@@ -7,6 +7,7 @@ adjusted by Holm over the whole comparison, is at most 0.05 and the 95 % bootstr
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, product
+from typing import Literal
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from promptkd.evaluation.pairing import Candidate, Column, Setting, settings_of
 from promptkd.evaluation.statistics import DEFAULT, Bootstrap, Floats
 from promptkd.results import Better, DataRecord, Difference, Evaluation
 
+Pairs = Literal["baseline", "all", "last"]
 _TO_TEACHER = "kl_to_teacher"
 _LEAST_ROWS = 6  # with fewer, even the smallest p of a sign-flip test, 2 / 2^rows, lies above 0.05
 
@@ -34,15 +36,16 @@ def compare(
     better: Callable[[str], Better | None],
     *,
     baseline: str | None = None,
-    all_pairs: bool = False,
+    pairs: Pairs = "baseline",
     metrics: Sequence[str] = (),
     allow_different: bool = False,
     bootstrap: Bootstrap = DEFAULT,
     draws: int = 9999,
 ) -> Comparison:
-    """Compare every candidate with the baseline (by default the first) or every other, on the data sets they share.
+    """Compare candidates on the data sets they share.
 
     Args:
+        pairs: every candidate with the baseline (by default the first), every other, or the last with each before it.
         better: which direction of a metric is better; a metric of neither (None) is left out, and that is noted.
         metrics: by default all that rows have scores of.
         allow_different: compare what is shared although data or decoding differ, and note in what.
@@ -59,22 +62,27 @@ def compare(
     if _TO_TEACHER in names and len({each.teachers for each in ordered}) > 1:
         names.remove(_TO_TEACHER)
         made.notes.append(f"{_TO_TEACHER} was not compared: the records name different teachers.")
-    pairs = list(combinations([each.label for each in ordered], 2))  # (baseline, model)
-    pairs = pairs if all_pairs else pairs[: len(ordered) - 1]
+    every = list(combinations([each.label for each in ordered], 2))  # (baseline, model)
+    of_last = [pair for pair in every if pair[1] == ordered[-1].label]
+    compared = {"baseline": every[: len(ordered) - 1], "all": every, "last": of_last}[pairs]
     tested: list[tuple[Difference, tuple[Floats, ...]]] = []
     done: set[tuple[str, str]] = set()  # what is measured on the references of a data set, however it is decoded
     for setting in settings:
         wanted = [name for name in setting.metrics() if name in names and (setting.source, name) not in done]
         scored = ((name, setting.columns(name)) for name in wanted)
         columns = {name: held for name, held in scored if any(len(each.sums) for each in held.values())}
-        for (base, model), (name, held) in product(pairs, columns.items()):
+        for (base, model), (name, held) in product(compared, columns.items()):
             direction = better(name)
             if direction is not None and base in held and model in held:
                 both = (*held[model], *held[base])
                 found = statistics.paired_token_difference(*both, bootstrap)
+                kept = direction == "higher" and f"{base} ".startswith(
+                    "teacher "
+                )  # what a student keeps of its teacher
                 difference = Difference(
                     model=model, baseline=base, metric=name, data=setting.data, better=direction, difference=found
                 )
+                difference.ratio = statistics.paired_token_ratio(*both, bootstrap) if kept else None
                 tested.append((difference, both))
                 done |= {(setting.source, name)} if name in OF_REFERENCES else set()
         made.evaluations += _evaluations(setting, columns, bootstrap)

@@ -73,6 +73,22 @@ def paired_token_difference(
     return _interval(lambda s, c, t, d: s.sum(-1) / c.sum(-1) - t.sum(-1) / d.sum(-1), bootstrap, **columns)
 
 
+def paired_token_ratio(
+    sums_a: Values, counts_a: Values, sums_b: Values, counts_b: Values, bootstrap: Bootstrap = DEFAULT
+) -> Metric | None:
+    """Token mean of a over token mean of b over the same rows; None where the latter is not above 0.
+
+    Without an interval where so few rows carry b that a resample of them has none.
+    """
+    if not np.isfinite(sums_b).all() or float(np.sum(sums_b)) <= 0:
+        return None
+    columns = {"sums_a": sums_a, "counts_a": counts_a, "sums_b": sums_b, "counts_b": counts_b}
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = _interval(lambda s, c, t, d: s.sum(-1) / c.sum(-1) * d.sum(-1) / t.sum(-1), bootstrap, **columns)
+    ends = np.array([found.low, found.high], dtype=np.float64)
+    return found if np.isfinite(ends).all() else found.model_copy(update={"low": None, "high": None})
+
+
 def _interval(statistic: Callable[..., Floats], bootstrap: Bootstrap, **given: Values) -> Metric:
     """`statistic` maps arrays of shape (..., rows) to shape (...); the same rows are drawn from every column."""
     columns = _checked({name: np.asarray(values, dtype=np.float64) for name, values in given.items()})

@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any, get_args
 
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -114,8 +116,31 @@ def count_parameters(model: nn.Module, *, trainable: bool = False) -> int:
     return sum(each.numel() for each in model.parameters() if each.requires_grad or not trainable)
 
 
-def model_record(name: str | Path, model: nn.Module) -> ModelRecord:
-    """Provenance of a model: its path, size, and hash over configuration and weights ("" for a hub name)."""
+def model_record(name: str | Path, model: nn.Module, *, about: str = "") -> ModelRecord:
+    """Provenance of a model: path, size, hash over configuration and weights ("" for a hub name), bytes on disk."""
     folder = Path(resolve_model(name))
     files = sorted(each for each in folder.glob("*") if each.name == "config.json" or each.suffix == ".safetensors")
-    return ModelRecord(path=str(name), parameters=count_parameters(model), sha256=file_sha256(*files) if files else "")
+    return ModelRecord(
+        path=str(name),
+        parameters=count_parameters(model),
+        sha256=file_sha256(*files) if files else "",
+        bytes_on_disk=bytes_on_disk(name),
+        about=about,
+    )
+
+
+def bytes_on_disk(name: str | Path) -> int | None:
+    """Of a model's weight files, an adapter's base included; None for a hub name that this machine holds no copy of."""
+    if (file := Path(name).expanduser()).is_file():
+        return file.stat().st_size
+    folder = Path(resolve_model(name))
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(str(name), local_files_only=True, allow_patterns="*.safetensors"))
+        except LocalEntryNotFoundError:
+            return None
+    own = sum(each.stat().st_size for each in folder.glob("*.safetensors"))
+    if (base := adapter_base(folder)) is None:
+        return own
+    of_base = bytes_on_disk(base)
+    return None if of_base is None else own + of_base

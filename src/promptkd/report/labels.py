@@ -10,11 +10,11 @@ from pathlib import PurePath
 from typing import TypeVar
 
 from promptkd.report.formatting import decoding_words, joined
-from promptkd.results import Curve, DataRecord, Difference, Evaluation, ModelRecord, Results
+from promptkd.results import BEFORE, Curve, DataRecord, Difference, Evaluation, ModelRecord, Results
 
 TEACHER = "teacher"
 _TEACHER_OF = "teacher "  # prefix of the label of one of several teachers, and of the teacher in a student's record
-_MODEL_ROLES = {"student", "model", TEACHER}
+_MODEL_ROLES = {"student", "model", TEACHER, BEFORE}
 _DATA_ROLES = {"train", "validation"}
 _MOST_NAMED = 3
 _OF_ONE_MODEL = ("prune", "sft", "distill", "generate", "evaluate", "exposure-bias")
@@ -57,6 +57,7 @@ def _relabeled(record: Results, models: dict[str, str], data: dict[str, str]) ->
         "models": {models[label]: value for label, value in record.models.items()},
         "data": {data[label]: value for label, value in record.data.items()},
         "training": {models[label]: value for label, value in record.training.items()},
+        "inference": {models[label]: value for label, value in record.inference.items()},
         "evaluations": renamed(record.evaluations),
         "curves": renamed(record.curves),
         "differences": list(map(compared, record.differences)),
@@ -98,7 +99,7 @@ def _model_names(records: Sequence[Results]) -> list[dict[str, str]]:
     for record in records:
         compared = [label for each in record.differences for label in (each.model, each.baseline)]
         measured = [each.model for each in record.evaluations] + [each.model for each in record.curves]
-        labels.append([*record.models, *measured, *compared, *record.training])
+        labels.append([*record.models, *measured, *compared, *record.training, *record.inference])
 
     def candidates(labels: list[str], fact: _Fact | None) -> list[str]:
         own = [label.removeprefix(_TEACHER_OF) for label in labels]

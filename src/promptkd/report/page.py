@@ -26,6 +26,7 @@ from promptkd.report.metrics import MetricInfo, in_order, metric_info
 from promptkd.report.plots import bias_data, bias_plots, chart_data, stages
 from promptkd.report.summary import summarize
 from promptkd.report.tables import ComparisonRow, by_setting, comparison_table, cost_table, metric_columns, model_order
+from promptkd.report.verdict import running_table, verdict_of
 from promptkd.results import Metric, Results
 from promptkd.visible import visible
 
@@ -133,6 +134,8 @@ def _context(records: Sequence[Results]) -> tuple[dict[str, Any], dict[str, Any]
         "title": _title(story),
         "pooled": pooled,
         "sampled": "the seeds of training and the rows of the data" if pooled else "the rows of the data",
+        "verdict": verdict_of(story),
+        "running": running_table(story),
         "summary": summarize(story),
         "notes": _notes(records, [entry["run"] for entry in sources]),
         "groups": _tables(rows, metric_columns(story)),

@@ -8,7 +8,7 @@ from promptkd.report.formatting import estimate, joined, listed, millions
 from promptkd.report.labels import TEACHER, is_teacher
 from promptkd.report.metrics import in_order, metric_info
 from promptkd.report.tables import comparison_table, model_order
-from promptkd.results import Evaluation, Results
+from promptkd.results import BEFORE, Evaluation, Results
 
 _MOST_SENTENCES = 6
 _COUNTS = ("No", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine", "Ten")
@@ -39,7 +39,7 @@ def summarize(records: Sequence[Results]) -> Summary:
 
 def _subject(records: Sequence[Results], evaluations: list[Evaluation], pairs: list[Pair]) -> str | None:
     """The model that the summary is about: the last stage of one record, else the one that was compared most."""
-    students = [evaluation.model for evaluation in evaluations if not is_teacher(evaluation.model)]
+    students = [each.model for each in evaluations if not is_teacher(each.model) and each.model != BEFORE]
     compared = [pair.model for pair in pairs]
     if len(records) == 1 and students and (students[-1] in compared or not compared):
         return students[-1]

@@ -9,7 +9,7 @@ from promptkd.report.differences import verdict
 from promptkd.report.formatting import DASH, decoding_words, duration, estimate, joined, millions, number
 from promptkd.report.labels import TEACHER, is_teacher, run_labels
 from promptkd.report.metrics import in_order, metric_info
-from promptkd.results import Difference, Metric, Results, Training
+from promptkd.results import BEFORE, Difference, Metric, Results, Training
 
 _COST_HEADS = ("Model", "Parameters", "Share of the teacher", "Method", "Steps", "Time", "Tokens/s", "Peak memory")
 
@@ -41,10 +41,10 @@ def metric_columns(records: Sequence[Results]) -> list[str]:
 
 
 def model_order(records: Sequence[Results]) -> list[str]:
-    """Every model that was measured, teachers first, then in the order of the records."""
+    """Every model that was measured: teachers, students before training, then in the order of the records."""
     measured = [each.model for record in records for each in record.evaluations]
     measured += [each.model for record in records for each in record.curves]
-    return sorted(dict.fromkeys(measured), key=lambda label: not is_teacher(label))
+    return sorted(dict.fromkeys(measured), key=lambda label: (not is_teacher(label), label != BEFORE))
 
 
 def comparison_table(records: Sequence[Results]) -> list[ComparisonRow]:

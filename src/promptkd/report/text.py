@@ -21,6 +21,7 @@ from promptkd.report.metrics import metric_info
 from promptkd.report.plots import bias_plots
 from promptkd.report.summary import summarize
 from promptkd.report.tables import ComparisonRow, by_setting, comparison_table, cost_table, costs, metric_columns
+from promptkd.report.verdict import running_table, verdict_of
 from promptkd.results import Results
 from promptkd.visible import visible
 
@@ -51,7 +52,7 @@ def text_table(lines: Sequence[Sequence[str]], *, left: Collection[int] = (0,)) 
 def terminal_table(records: Sequence[Results], *, width: int | None = None) -> str:
     """The table of evaluations and a sentence per compared pair, in lines of `width` cells, else of the terminal's."""
     width, story = width or shutil.get_terminal_size(_WITHOUT_TERMINAL).columns, unified(records)
-    table, paragraphs = comparison_table(story), []
+    table, paragraphs = comparison_table(story), _verdict(story, width)
     groups = by_setting(table)
     for setting, rows in groups.items():
         paragraphs += [_wrapped(setting, width)] if len(groups) > 1 else []
@@ -59,6 +60,16 @@ def terminal_table(records: Sequence[Results], *, width: int | None = None) -> s
     said = [_LEGEND] if any(cell.best for row in table for cell in row.cells.values()) else []
     said += differences.comparison_sentences(differences.difference_table(story)).values()
     return "\n\n".join(paragraphs + [_wrapped(sentence, width) for sentence in said])
+
+
+def _verdict(story: Sequence[Results], width: int) -> list[str]:
+    """What the student keeps of its teacher, and what both take to run, a column per model."""
+    told, (heads, lines, how) = verdict_of(story), running_table(story)
+    paragraphs = [_wrapped(sentence, width) for sentence in ([told.lead, *told.others] if told else [])]
+    if lines:
+        columns = ["", *heads[1:]], *lines
+        paragraphs += [text_table(list(zip(*columns, strict=True))), _wrapped(how, width)]
+    return paragraphs
 
 
 def _wrapped(text: str, width: int) -> str:
@@ -142,6 +153,8 @@ def render_json(records: Sequence[Results]) -> str:
         "metrics": metrics,
         "differences": [row.source.model_dump() | {"verdict": row.verdict} for row in compared],
         "curves": [curve for record in story for curve in record.curves],
+        "verdict": verdict_of(story),
+        "inference": {label: each for record in story for label, each in record.inference.items()},
         "costs": [cost._asdict() for cost in costs(story)],
         "sources": [record.model_dump(mode="json", include=_SOURCE) for record in story],
         "figures": metrics,  # their old name, for one version
@@ -174,10 +187,14 @@ def markdown_text(text: str) -> str:
 
 
 def render_markdown(records: Sequence[Results], *, title: str | None = None) -> str:
-    """Summary, one table per data set and decoding, paired differences, exposure bias and costs."""
+    """Verdict, summary, one table per data set and decoding, paired differences, exposure bias and costs."""
     story = unified(records)
     summary, rows = summarize(story), comparison_table(story)
     parts = [f"# {markdown_text(title)}"] if title else []
+    told, (running, models, how) = verdict_of(story), running_table(story)
+    parts += [markdown_text(text) for text in ([told.lead, *told.others] if told else [])]
+    if models:
+        parts += [markdown_table(running, [list(map(markdown_text, line)) for line in models]), markdown_text(how)]
     parts += [markdown_text(text) for text in (summary.introduction, summary.lead) if text]
     for setting, group in by_setting(rows).items():
         names = [name for name in metric_columns(story) if any(name in row.cells for row in group)]

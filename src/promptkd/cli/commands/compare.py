@@ -11,9 +11,12 @@ from promptkd.errors import RequestError
 from promptkd.evaluation.comparison import compare
 from promptkd.evaluation.pairing import Candidate
 from promptkd.report.differences import compared_sentences
+from promptkd.report.labels import is_teacher
 from promptkd.report.metrics import metric_info
 from promptkd.report.text import compared_text
-from promptkd.results import Results, Training
+from promptkd.results import BEFORE, Results, Training
+
+_OF_ONE_MODEL = ("distill", "sft", "evaluate")
 
 
 def run(options: Options, training: dict[str, Any]) -> None:
@@ -24,7 +27,7 @@ def run(options: Options, training: dict[str, Any]) -> None:
         candidates,
         lambda name: metric_info(name).better,
         baseline=options.baseline,
-        all_pairs=options.all_pairs,
+        pairs="all" if options.all_pairs else "baseline",
         metrics=options.metrics,
         allow_different=options.allow_different,
     )
@@ -54,6 +57,8 @@ def _candidates(run: str) -> list[Candidate]:
     if not models:
         problem = f"{path} holds no evaluation to compare: it is the record of `{record.kind}`."
         raise RequestError(f"{problem} Measure its model by `promptkd evaluate` and compare the results.")
+    if record.kind in _OF_ONE_MODEL:  # whose other models are what theirs was held against
+        models = [each for each in models if not is_teacher(each) and each != BEFORE] or models
     if record.kind in ("distill", "sft"):
         name = name or label_of(str(file.absolute().parent))
     if name is not None and len(models) > 1:
@@ -63,6 +68,7 @@ def _candidates(run: str) -> list[Candidate]:
 
 def _cost(candidate: Candidate) -> Training | None:
     """What the model cost to train: under its label, or the only one in the record of a run of one model."""
-    known = candidate.record.training
-    alone = len(known) == 1 and len({each.model for each in candidate.record.evaluations}) == 1
+    known, record = candidate.record.training, candidate.record
+    of_one = record.kind in _OF_ONE_MODEL or len({each.model for each in record.evaluations}) == 1
+    alone = len(known) == 1 and of_one
     return known.get(candidate.model, next(iter(known.values())) if alone else None)

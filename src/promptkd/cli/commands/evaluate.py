@@ -2,15 +2,18 @@
 
 import re
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from promptkd.cli.headline import compare_within, measure_speed
 from promptkd.cli.inference_run import InferenceRun, sampling
 from promptkd.cli.options.evaluate import Options
 from promptkd.cli.outputs import check_output, data_record, label_of, training_cost
 from promptkd.cli.parsing.parser import merged_config
 from promptkd.cli.terminal import progress_lines, say
+from promptkd.data.encode import EncodedExample
 from promptkd.errors import RequestError
 from promptkd.evaluation.dataset_evaluation import SetEvaluation, parts_of
 from promptkd.evaluation.hub_metrics import HubMetric
@@ -18,7 +21,7 @@ from promptkd.evaluation.rouge_tokenizer import rouge_tokens
 from promptkd.generation import Decoding
 from promptkd.io.jsonl import settle_settings
 from promptkd.io.lock import locked
-from promptkd.models import check_same_vocabulary, model_record
+from promptkd.models import check_same_vocabulary, model_record, shared_vocabulary_size
 from promptkd.report import terminal_table
 from promptkd.results import Results
 
@@ -66,10 +69,10 @@ def _evaluate(options: Options) -> None:
     job.settle_precision()
     model = job.load_model(options.model)
     results.models[label] = model_record(options.model, model)
-    teacher = None
+    teacher, of_teacher = None, f"teacher {label_of(options.teacher or '')}"
     if options.teacher is not None:
         teacher = job.load_teacher(options.teacher)
-        results.models[f"teacher {label_of(options.teacher)}"] = model_record(options.teacher, teacher)
+        results.models[of_teacher] = model_record(options.teacher, teacher)
     if cost := training_cost(options.model):
         results.training[label] = cost
     results.notes += [*job.row_notes, *job.precision_notes()]
@@ -84,6 +87,8 @@ def _evaluate(options: Options) -> None:
         with job.computing():
             results.evaluations += part.run(decoding, options.seeds, greedy=options.greedy, **labels)
         results.timings[name] = time.perf_counter() - started
+    if teacher is not None and options.measure == "all":
+        _measure_teacher(job, results, {label: model, of_teacher: teacher}, sets, decoding, tokenizer, metrics)
     for metric in metrics:
         if failed := metric.failed_on_empty:
             results.notes.append(f"{metric.label} could not score {failed} empty answers; they count 0.")
@@ -91,6 +96,39 @@ def _evaluate(options: Options) -> None:
     print(terminal_table([results]))
     say(f"The record is in {options.out}.")
     job.say_peak()
+
+
+def _measure_teacher(
+    job: InferenceRun,
+    results: Results,
+    models: dict[str, Any],
+    sets: dict[str, list[EncodedExample]],
+    decoding: Decoding,
+    tokenizer: Any,
+    metrics: list[HubMetric],
+) -> None:
+    """The teacher's own answers to the same rows, the differences from them, and the speed and size of both."""
+    options, (model, (label, teacher)) = job.options, (next(iter(models)), list(models.items())[1])
+    say(f"Measuring the {label} on the same rows; --measure student leaves this out.")
+    started = time.perf_counter()
+    own = job.decoding(tokenizer, teacher, **sampling(options))
+    own = replace(decoding, stop_ids=tuple(sorted({*decoding.stop_ids, *own.stop_ids})))
+    for name, rows in sets.items():
+        how: dict[str, Any] = {"metrics": metrics, "rouge_tokenizer": options.rouge_tokenizer}
+        how |= {"progress": progress_lines(f"{name}, {label}", len(rows))}
+        files = partial(_teacher_file, options.out, name)
+        part = SetEvaluation(teacher, tokenizer, rows, file_of=files, **how)
+        labels = {"model_label": label, "data_label": name}
+        with job.computing():
+            results.evaluations += part.run(own, options.seeds, greedy=options.greedy, **labels)
+    results.timings[label] = time.perf_counter() - started
+    say(f"That took {results.timings[label]:.0f} s.")
+    compare_within(results, [label, model])
+    shared = shared_vocabulary_size(models[model], teacher, tokenizer)
+    tokens = min(32, options.max_completion_length)
+    workload = {"rows": decoding.batch_size, "vocabulary": shared, "new_tokens": tokens}
+    with job.computing():
+        measure_speed(results, models, next(iter(sets.values())), workload)
 
 
 def _settle(options: Options, results: Results, decoding: Decoding, job: InferenceRun) -> None:
@@ -109,6 +147,9 @@ def _settle(options: Options, results: Results, decoding: Decoding, job: Inferen
     settings["ids that end an answer"] = list(decoding.stop_ids)
     parts = parts_of(decoding, options.seeds, greedy=options.greedy, teacher=options.teacher is not None)
     files = [_file(options.out, name, part) for name in results.data for part in parts]
+    if options.teacher is not None and options.measure == "all":
+        parts = parts_of(decoding, options.seeds, greedy=options.greedy, teacher=False)
+        files += [_teacher_file(options.out, name, part) for name in results.data for part in parts]
     if held := settle_settings(_settings_file(options.out), settings, files, overwrite=options.overwrite):
         say(f"Resuming from {len(held)} of {len(files)} files of answers and losses.")
 
@@ -121,3 +162,7 @@ def _file(out: Path, data: str, part: str) -> Path:
     """Where a part of a data set's answers is kept, in letters that every file system takes."""
     safe = re.sub(r"[^\w.-]", "-", data)
     return out.with_name(f"{out.stem}-{safe}-{part}.jsonl")
+
+
+def _teacher_file(out: Path, data: str, part: str) -> Path:
+    return _file(out, data, f"teacher-{part}")

@@ -46,5 +46,8 @@ class Options(Training):
     select: Literal["rouge_l", "loss", "kl_to_teacher", "last"] = "rouge_l"
     """Which checkpoint to keep, by validation; last keeps the last. Without --eval-data it is the last. Where ROUGE
     cannot score the rows, loss takes the place of rouge_l (see --rouge_tokenizer)."""
+    measure: Literal["all", "student"] = "all"
+    """With --eval-data: all also measures the student before training, the teacher, and the speed of both; student
+    measures the trained student alone."""
     dry_run: bool = False
     """Take two real steps on the longest rows; print peak memory, seconds and expected time; write nothing."""

@@ -26,7 +26,9 @@ class Options(Sampling, Measuring, TeacherPrecision):
     out: Path
     """The results file to write; answers go beside it."""
     teacher: str | None = None
-    """A teacher, to report the KL from the model to it."""
+    """A teacher, to report the KL from the model to it, and what the model keeps of it."""
+    measure: Literal["all", "student"] = "all"
+    """With --teacher: all also scores the teacher's answers and measures speed and size of both; student does not."""
     seeds: list[int] = field(default_factory=lambda: [10], metadata={"at_least": 0})
     """Seeds of the sampled answers; each is a decoding of every row."""
     greedy: bool = True
