@@ -296,7 +296,7 @@ def test_gguf_from_a_run(tmp_path, capsys):
     save_model(tmp_path / "run" / "student", byte_model(), byte_level())
     (tmp_path / "run" / "config.yaml").write_text("{}")
     ran = done(capsys, "export", tmp_path / "run", "--to", "gguf", "--out", tmp_path / "out" / "m.gguf")
-    assert held(tmp_path / "out") == {"m.gguf"}
+    assert held(tmp_path / "out") == {"m.gguf", "m.Modelfile"}
     assert not (tmp_path / "cache").exists()  # reading back leaves nothing there
     assert "parameters in f16" in ran.err
     assert "Read back, the logits of 128 tokens differ from the model's by at most" in ran.err
@@ -338,8 +338,8 @@ def test_a_lora_student_is_merged(tmp_path, source, capsys, form):
     done(capsys, "export", tmp_path / "run", "--to", form, "--out", out, "--dtype", "f32")
     torch.testing.assert_close(logits(load_model(out)), expected, rtol=1e-4, atol=1e-4)
     assert (expected - logits(byte_model())).abs().max() > 0.1
-    names = {"m.gguf"} if form == "gguf" else {f"m/{name}" for name in MODEL_FILES | {"chat_template.jinja"}}
-    assert held(tmp_path / "out") == names
+    folder = {f"m/{name}" for name in MODEL_FILES | {"chat_template.jinja"}}
+    assert held(tmp_path / "out") == ({"m.gguf", "m.Modelfile"} if form == "gguf" else folder)
 
 
 def test_a_soft_prompt_is_no_student(tmp_path, source, capsys):

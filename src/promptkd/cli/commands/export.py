@@ -8,11 +8,13 @@ import torch
 
 from promptkd.cli.options.export import Options
 from promptkd.cli.outputs import check_output, check_writable, label_of, refuse_foreign
+from promptkd.cli.parsing.config_file import read_config
 from promptkd.cli.terminal import quiet_libraries, say
 from promptkd.errors import RequestError, writing
-from promptkd.io.atomic import atomic
+from promptkd.io.atomic import atomic, write_atomic
 from promptkd.models import count_parameters
 from promptkd.models.export import export_gguf, export_safetensors, plain_model
+from promptkd.models.modelfile import modelfile
 
 _OWN = (
     *("config.json", "generation_config.json", "chat_template.jinja", "special_tokens_map.json", "vocab.json"),
@@ -26,6 +28,9 @@ def run(options: Options, training: dict[str, Any]) -> None:
     dtype = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[options.dtype]
     trusted = options.trust_remote_code
     model, tokenizer = plain_model(options.model, trust_remote_code=trusted)
+    for_ollama = ""
+    if options.to == "gguf":
+        for_ollama = modelfile(options.out.name, model, tokenizer, *_trained_template(options.model))
     started = time.monotonic()
     with writing(options.out), atomic(options.out) as partial:
         if options.to == "gguf":
@@ -33,6 +38,8 @@ def run(options: Options, training: dict[str, Any]) -> None:
         else:
             found = export_safetensors(partial, model, tokenizer, dtype, trust_remote_code=trusted)
     seconds = time.monotonic() - started
+    if for_ollama:
+        write_atomic(_modelfile(options), for_ollama)
     files = [each for each in options.out.rglob("*") if each.is_file()] or [options.out]
     size = sum(each.stat().st_size for each in files) / 1e6
     say(f"{options.out}: {count_parameters(model):,} parameters in {options.dtype}, {size:,.1f} MB, {seconds:.1f} s.")
@@ -43,6 +50,26 @@ def run(options: Options, training: dict[str, Any]) -> None:
         moved = f"Storing the weights in {options.dtype} moved a logit by at most {found.rounding:.1g}"
         kept = f"{found.same_choices} of {found.tokens} most probable next tokens as they were"
         say(f"{moved} and left {kept}.")
+    if for_ollama:
+        has_template = "\nTEMPLATE" in for_ollama
+        template = "with the prompt's template" if has_template else "without a template (the file says why)"
+        say(f"For Ollama, {template}: ollama create {options.out.stem} -f {_modelfile(options)}")
+
+
+def _modelfile(options: Options) -> Path:
+    return options.out.with_suffix(".Modelfile")
+
+
+def _trained_template(model: str) -> tuple[str, dict[str, Any]]:
+    """The template that a run's folder says it was trained with, else "auto", and the variables of a chat template."""
+    file = Path(model).expanduser() / "config.yaml"
+    try:
+        config = read_config(file) if file.is_file() else {}
+    except RequestError:  # somebody else's file of that name
+        return "auto", {}
+    given, kwargs = config.get("template"), config.get("chat_template_kwargs")
+    own = given if isinstance(given, str) and (given in ("alpaca", "chat") or "{" in given) else "auto"
+    return own, kwargs if isinstance(kwargs, dict) else {}
 
 
 def _check(options: Options) -> None:
@@ -53,6 +80,7 @@ def _check(options: Options) -> None:
         if out.suffix != ".gguf":
             raise RequestError(f"With --to gguf, --out must be a file that ends in .gguf. Got {out}.")
         check_output(out, overwrite=options.overwrite)
+        check_output(_modelfile(options), overwrite=options.overwrite)
         return
     if out.is_file():
         raise RequestError(f"With --to safetensors, --out must be a folder. {out} is a file.")

@@ -1,7 +1,8 @@
 """Write a model as serving tools load it: one GGUF file for llama.cpp, or a safetensors folder for vLLM.
 
 A LoRA student is merged into its base. What was written is read back and compared with the model before it takes its
-place. GGUF knows Llama (SmolLM2), Qwen2, Qwen3 and GPT-2 with byte-level BPE tokenizers.
+place. A Modelfile for Ollama is written beside a GGUF file. GGUF knows Llama (SmolLM2), Qwen2, Qwen3 and GPT-2 with
+byte-level BPE tokenizers.
 
     promptkd export runs/promptkd --to gguf --out student.gguf --dtype f16
     promptkd export runs/promptkd --to safetensors --out student --dtype bf16
