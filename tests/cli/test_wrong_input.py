@@ -137,7 +137,7 @@ CASES = {
     # models
     "another vocabulary": Case(
         distill(pair=("--student", "W/student", "--teacher", "W/other")),
-        "share their tokens but split text differently",
+        "share 97 tokens but split text differently",
     ),
     "another vocabulary in evaluate": Case(evaluate("--teacher", "W/other"), "split text differently"),
     "no model": Case(generate(model="W/notes"), "W/notes is no model: expected config.json"),

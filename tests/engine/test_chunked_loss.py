@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from promptkd.engine import Head, chunked_cross_entropy, chunked_objective, chunked_prompt_loss, engine_for
+from promptkd.engine import Head, Vocabulary, chunked_cross_entropy, chunked_objective, chunked_prompt_loss, engine_for
 from promptkd.objectives import (
     adaptive_kl,
     forward_kl,
@@ -141,6 +141,33 @@ def test_padded_heads_are_sliced_and_their_columns_get_no_gradient(device):
     assert gradient.shape == (WORDS + 6, STUDENT)
     assert float(gradient[WORDS:].abs().max()) == 0
     assert float(gradient[:WORDS].abs().max()) > 0
+
+
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_masked_tokens_are_as_if_their_columns_were_not_there(name, kind, device):
+    masked = [0, 3, WORDS - 1]
+    kept = [index for index in range(WORDS) if index not in masked]
+    hidden = random(TOKENS, STUDENT, seed=0, device=device).requires_grad_()
+    teacher_hidden = random(TOKENS, TEACHER, seed=1, device=device)
+    student_head = head(STUDENT, 2, words=WORDS + 6, trained=True, **HEADS[kind], device=device)
+    teacher_head = head(TEACHER, 4, **HEADS[kind], device=device)
+
+    def narrow(whole):
+        bias = None if whole.bias is None else whole.bias[kept]
+        return Head(whole.weight[kept], bias, whole.scale, whole.softcap)
+
+    vocabulary, totals = Vocabulary(WORDS, (*masked, WORDS + 2)), []
+    limited = student_head.limited_to(vocabulary), teacher_head.limited_to(vocabulary)
+    for mine, other in (limited, (narrow(student_head), narrow(teacher_head))):
+        found = chunked_objective(OBJECTIVES[name], (hidden, mine), (teacher_hidden, other), chunk=4)
+        totals.append((found.total, found.metrics["entropy"]))
+    torch.testing.assert_close(totals[0], totals[1], rtol=1e-12, atol=0)
+    leaves = hidden, student_head.weight, student_head.bias
+    ours, theirs = (gradients(total, *leaves) for total, _ in totals)
+    assert float(ours[1][[*masked, WORDS + 2]].abs().max()) == 0
+    for one, two in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-12)
 
 
 def test_entropy_is_the_students(device):

@@ -16,7 +16,7 @@ from helpers.tiny import save_model, tiny_model, tiny_tokenizer
 from promptkd.errors import PromptKDError, RequestError
 from promptkd.models import load_model, load_tokenizer
 from promptkd.models.export import export_gguf, export_safetensors
-from promptkd.models.gguf_format import PRE_TOKENIZERS
+from promptkd.models.gguf_vocabulary import PRE_TOKENIZERS
 
 END, START, PLAIN = "<|im_end|>", "<|im_start|>", "<think>"
 MERGES = [("t", "h"), ("th", "e"), ("a", "n"), ("Ġ", "the"), ("Ġ", "Ġ"), ("Ċ", "Ċ"), ("Ġ", "1"), ("1", "2")]

@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 
 from helpers.tiny import END_ID, VOCABULARY, tiny_model, tiny_tokenizer
 from helpers.trainers import rows, trainer
+from promptkd.engine import Vocabulary
 from promptkd.evaluation.exposure_bias import sample_continuations
 from promptkd.evaluation.measure import Decoding, decode_rows
 from promptkd.generation import SamplingParams, generate, row_seeds
@@ -151,7 +152,7 @@ def rollout(model, folder, **settings):
     teacher = tiny_model("llama", layers=1, seed=2, vocabulary=model.config.vocab_size)
     run = trainer(folder, models=(model, teacher), max_completion_length=2, generation_batch_size=1000, **settings)
     run.rollout.stop_ids = ()
-    run.teacher.vocabulary = model.config.vocab_size  # the tokenizer has fewer tokens than the larger one
+    run.teacher.vocabulary = Vocabulary(model.config.vocab_size)  # the tokenizer has fewer tokens than the larger one
     run.rollout._generation.eos_token_id = None
     torch.manual_seed(5)
     return run.rollout._sample([PROMPT] * DRAWS, run.model, 0, None)

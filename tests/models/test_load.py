@@ -9,7 +9,6 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
-from tokenizers import normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers.gguf_file import write_gguf
@@ -23,20 +22,17 @@ from helpers.tiny import (
     save_model,
     tiny_model,
     tiny_tokenizer,
-    token_id,
 )
 from promptkd.data.batch import right_pad
 from promptkd.errors import RequestError
 from promptkd.models import (
     cache_folder,
-    check_same_vocabulary,
     count_parameters,
     load_model,
     load_tokenizer,
     model_record,
     resolve_model,
     shared_vocabulary_size,
-    vocabulary_size,
 )
 from promptkd.models.folder import check_model_folder
 
@@ -348,98 +344,6 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
     assert cache_folder() == tmp_path / "xdg" / "promptkd"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_folder() == tmp_path / ".cache" / "promptkd"
-
-
-# ---------------------------------------------------------------------------------------------------------- vocabulary
-
-
-def test_every_variant_of_one_tokenizer_is_the_same_vocabulary():
-    for variant in ({}, {"bos": True}, {"pad": "own"}, {"eos": False}, {"chat": True}):
-        check_same_vocabulary(tiny_tokenizer(**variant), tiny_tokenizer())
-        check_same_vocabulary(tiny_tokenizer(), tiny_tokenizer(**variant))
-
-
-def altered(change):
-    """The tiny tokenizer with its serialized form changed."""
-    tokenizer = tiny_tokenizer()
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    change(state)
-    tokenizer._tokenizer = type(tokenizer.backend_tokenizer).from_str(json.dumps(state))
-    return tokenizer
-
-
-def test_an_id_with_another_meaning_is_refused():
-    def swap(state):
-        vocabulary = state["model"]["vocab"]
-        vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
-
-    a, b = token_id("a"), token_id("b")
-    for student, teacher, ids in ((altered(swap), tiny_tokenizer(), (b, a)), (tiny_tokenizer(), altered(swap), (a, b))):
-        message = rf"2 tokens differ, 'a' among them: id {ids[0]} in the student, {ids[1]} in the teacher"
-        with pytest.raises(RequestError, match=message):
-            check_same_vocabulary(student, teacher)
-
-
-def test_a_token_that_only_one_has_is_refused():
-    extended = tiny_tokenizer()
-    extended.add_tokens(["<more>"])
-    with pytest.raises(RequestError, match=r"1 tokens differ, '<more>' .* id None in the student, 97 in the teacher"):
-        check_same_vocabulary(tiny_tokenizer(), extended)
-    with pytest.raises(RequestError, match="id 97 in the student, None in the teacher"):
-        check_same_vocabulary(extended, tiny_tokenizer())
-
-
-def test_one_vocabulary_with_another_normalizer_is_refused():
-    lower = tiny_tokenizer()
-    lower.backend_tokenizer.normalizer = normalizers.Lowercase()
-    assert lower.get_vocab() == tiny_tokenizer().get_vocab()
-    with pytest.raises(RequestError, match="share their tokens but split text differently"):
-        check_same_vocabulary(lower, tiny_tokenizer())
-
-
-@pytest.mark.parametrize(
-    "merges",
-    [
-        (("t", "h"), ("th", "e")),
-        (("a", "n"),),
-    ],
-)
-def test_one_vocabulary_with_other_merges_is_refused(merges):
-    other = tiny_tokenizer(merges=merges)
-    assert other.get_vocab() == tiny_tokenizer().get_vocab()
-    with pytest.raises(RequestError, match="share their tokens but split text differently"):
-        check_same_vocabulary(other, tiny_tokenizer())
-
-
-def test_the_padding_of_heads_is_sliced_off():
-    student, teacher = tiny_model("llama", vocabulary=VOCABULARY + 7), tiny_model("llama", vocabulary=VOCABULARY + 31)
-    exact = tiny_model("gpt2")
-    for pair in ((student, teacher), (teacher, student), (student, student), (exact, teacher), (exact, exact)):
-        assert shared_vocabulary_size(*pair, tiny_tokenizer()) == VOCABULARY
-
-
-def test_ids_may_have_gaps():
-    """A tokenizer of 98 tokens whose highest id is 120 needs 121 columns."""
-
-    def far(state):
-        state["model"]["vocab"]["far"] = 120
-
-    gapped = altered(far)
-    assert len(gapped.get_vocab()) == VOCABULARY + 1
-    assert vocabulary_size(gapped) == 121
-    assert vocabulary_size(tiny_tokenizer()) == VOCABULARY
-    model, wide = tiny_model("gpt2", vocabulary=VOCABULARY + 1), tiny_model("gpt2", vocabulary=130)
-    with pytest.raises(RequestError, match=r"student's head .* 121 tokens\. Got 98"):
-        shared_vocabulary_size(model, wide, gapped)
-    assert shared_vocabulary_size(wide, wide, gapped) == 121
-
-
-def test_a_head_smaller_than_the_tokenizer_is_refused():
-    small, right = tiny_model("llama", vocabulary=VOCABULARY - 1, eos_token_id=1, pad_token_id=1), tiny_model("llama")
-    with pytest.raises(RequestError, match=r"The student's head must have a column .* 97 tokens. Got 96"):
-        shared_vocabulary_size(small, right, tiny_tokenizer())
-    with pytest.raises(RequestError, match=r"The teacher's head .* Got 96"):
-        shared_vocabulary_size(right, small, tiny_tokenizer())
 
 
 # ---------------------------------------------------------------------------------------------------------- provenance

@@ -12,7 +12,7 @@ from promptkd.data.summary import EVALUATION_FLAGS, GENERATION_FLAGS
 from promptkd.engine import check_scoring, engine_for
 from promptkd.generation import Decoding
 from promptkd.memory import gibibytes, peak_memory
-from promptkd.models import load_model, load_tokenizer, vocabulary_size
+from promptkd.models import SharedVocabulary, load_model, load_tokenizer, shared_vocabulary, vocabulary_size
 from promptkd.precision import WeightPrecision, compute_dtype, computing, teacher_precision
 
 
@@ -58,6 +58,13 @@ class InferenceRun:
     def row_notes(self) -> list[str]:
         """For the record: what a reader must know of the rows."""
         return [note for notes in self._told.values() for note in notes]
+
+    def share(self, tokenizer: Any, teacher: Any) -> SharedVocabulary:
+        """The tokens on which a model and its teacher are compared; `RequestError` if they do not share the end."""
+        shared = shared_vocabulary(tokenizer, teacher)
+        template = resolve_template(self.options.template, tokenizer, self.options.chat_template_kwargs)
+        shared.check_end(template.end_token_id)
+        return shared
 
     def load_model(self, name: str, dtype: WeightPrecision = "float32") -> Any:
         model = load_model(name, dtype=dtype, trust_remote_code=self.options.trust_remote_code).to(self.device)

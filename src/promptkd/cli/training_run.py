@@ -22,7 +22,8 @@ from promptkd.evaluation.measure import evaluation_of
 from promptkd.evaluation.rouge_tokenizer import rouge_tokens
 from promptkd.io.atomic import write_atomic
 from promptkd.memory import gibibytes, peak_memory
-from promptkd.models import load_model, load_tokenizer, model_record, shared_vocabulary_size
+from promptkd.models import load_model, load_tokenizer, model_record
+from promptkd.models.vocabulary import vocabulary_without
 from promptkd.report import render_report, terminal_table
 from promptkd.report.metrics import metric_info
 from promptkd.results import BEFORE, Evaluation, Kind, Metric, Results, Series, Training, now, read_history
@@ -218,9 +219,10 @@ class TrainingRun:
         labels = {"model": name, "data": "validation", "rouge_tokenizer": tokens.name}
         evaluation = evaluation_of(scored, decoding, [decoding.seed], **labels)
         self.results.timings["evaluate"] = time.perf_counter() - started
-        if self._has_baselines(trainer) and not trainer.is_sharded:
+        if self._has_baselines(trainer) and teacher is not None and not trainer.is_sharded:
             tokenizer = trainer.processing_class
-            workload = {"rows": decoding.batch_size, "vocabulary": shared_vocabulary_size(model, teacher, tokenizer)}
+            size = vocabulary_without(tokenizer, decoding.masked_ids).size
+            workload = {"rows": decoding.batch_size, "vocabulary": size}
             workload["new_tokens"] = min(32, trainer.args.max_completion_length)
             measure_speed(self.results, {name: model, TEACHER: teacher}, rows, workload)
         return [evaluation]

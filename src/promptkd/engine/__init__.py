@@ -11,7 +11,7 @@ from promptkd.data.batch import TokenBatch
 from promptkd.engine.backbone import disable_dropout, embedding_device, evaluating, unwrap_peft
 from promptkd.engine.base import DecodeSession, SessionFactory
 from promptkd.engine.chunked_loss import ChunkedLoss, chunked_cross_entropy, chunked_objective, chunked_prompt_loss
-from promptkd.engine.heads import Head, head_logits, head_size, linear_head
+from promptkd.engine.heads import Head, Vocabulary, head_logits, head_size, linear_head
 from promptkd.engine.resolve import check_scoring, engine_for, first_verified
 
 

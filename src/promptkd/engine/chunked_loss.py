@@ -114,6 +114,8 @@ def _chunked(
             derivative = head.derivative(block)
             beside = [each.to(block.dtype) if each.is_floating_point() else each for each in beside]
             values, of_block = kernel(block, *beside)
+            if head.masked is not None:  # exactly, whatever the objective makes of equal logits
+                block.index_fill_(-1, head.masked, 0.0)
             if head.softcap is not None or head.scale != 1.0:
                 block.mul_(derivative)
             total += values.sum()

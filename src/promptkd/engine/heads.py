@@ -14,8 +14,20 @@ from torch.distributed.tensor import DTensor, Partial
 from torch.nn.functional import linear
 from transformers import PretrainedConfig
 
+from promptkd.data.batch import on_device
 from promptkd.engine.backbone import unwrap_peft
 from promptkd.objectives.kernels import PLAIN_KERNELS, Kernels
+
+MASKED = -1e15
+"""The logit of a masked token: its probability is 0 at any temperature, and no difference of two is NaN."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The tokens that distributions are over: ids below `size`, but for those that are masked."""
+
+    size: int
+    masked: tuple[int, ...] = ()  # tokens that models to be compared do not share; those from `size` on are cut off
 
 
 @dataclass(frozen=True)
@@ -27,6 +39,7 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
     columns: int | None = None  # V, where columns behind the first V are padding; None for all
+    masked: Tensor | None = None  # (M,) columns whose logits are `MASKED` instead
 
     @property
     def vocabulary_size(self) -> int:
@@ -41,9 +54,10 @@ class Head:
     def has_absent_tokens(self) -> bool:
         return self.bias is not None and bool((self.bias[: self.vocabulary_size] == -torch.inf).any())
 
-    def limited_to(self, vocabulary: int | None) -> "Head":
-        """With the first `vocabulary` columns; all of them for None."""
-        return self if vocabulary is None else replace(self, columns=vocabulary)
+    def limited_to(self, vocabulary: Vocabulary | int | None) -> "Head":
+        """With the columns of a vocabulary, or with the first so many; all of them for None."""
+        columns, masked = _columns(vocabulary, self.weight.device)
+        return self if columns is None else replace(self, columns=columns, masked=masked)
 
     def weights(self) -> tuple[Tensor, Tensor | None]:
         """Weight (V, H) and bias (V,) in the precision of the logits."""
@@ -54,7 +68,9 @@ class Head:
         """W h + b to logits, in place."""
         if self.scale != 1.0:
             products.mul_(self.scale)
-        return products if self.softcap is None else products.div_(self.softcap).tanh_().mul_(self.softcap)
+        if self.softcap is not None:
+            products.div_(self.softcap).tanh_().mul_(self.softcap)
+        return products if self.masked is None else products.index_fill_(-1, self.masked, MASKED)
 
     def derivative(self, logits: Tensor) -> Tensor | float:
         """Of the logits with respect to W h + b."""
@@ -100,12 +116,13 @@ class HeadBackend:
     kernels: Callable[[torch.dtype], Kernels] = lambda dtype: PLAIN_KERNELS  # for logits of this precision
 
 
-def head_logits(model: nn.Module, hidden: Tensor, *, vocabulary: int | None = None) -> Tensor:
-    """Project hidden states (…, H) to logits (…, V), in float32 or wider; the first `vocabulary` columns if given."""
+def head_logits(model: nn.Module, hidden: Tensor, *, vocabulary: Vocabulary | int | None = None) -> Tensor:
+    """Project hidden states (…, H) to logits (…, V), in float32 or wider; of a `vocabulary`, or the first so many."""
     inner, head = unwrap_peft(model), linear_head(model)
+    columns, masked = _columns(vocabulary, hidden.device)
     if head is None:  # by the head's own module, in its own precision
         scale, softcap = _logit_transform(inner.config.get_text_config())
-        products = inner.get_output_embeddings()(hidden)[..., :vocabulary]
+        products = inner.get_output_embeddings()(hidden)[..., :columns]
         products = products.to(torch.promote_types(torch.float32, products.dtype))
     else:
         head, scale, softcap = head.limited_to(vocabulary), head.scale, head.softcap
@@ -113,7 +130,16 @@ def head_logits(model: nn.Module, hidden: Tensor, *, vocabulary: int | None = No
             products = linear(hidden.to(head.logits_dtype), *head.weights())
     if scale != 1.0:  # out of place, unlike `Head.transform_`, for autograd
         products = products * scale
-    return products if softcap is None else torch.tanh(products / softcap) * softcap
+    logits = products if softcap is None else torch.tanh(products / softcap) * softcap
+    return logits if masked is None else logits.index_fill(-1, masked, MASKED)
+
+
+def _columns(vocabulary: Vocabulary | int | None, device: torch.device) -> tuple[int | None, Tensor | None]:
+    """How many columns, None for all, and which of them are masked, None for none."""
+    if not isinstance(vocabulary, Vocabulary):
+        return vocabulary, None
+    masked = [index for index in vocabulary.masked if index < vocabulary.size]
+    return vocabulary.size, on_device(masked, device) if masked else None
 
 
 def linear_head(model: nn.Module) -> Head | None:

@@ -20,7 +20,8 @@ from promptkd.evaluation.measure import decode_rows, evaluation_of, kl_nats, ref
 from promptkd.evaluation.rouge_tokenizer import DEFAULT, RougeTokenizer, rouge_tokens
 from promptkd.generation import Decoding
 from promptkd.io.jsonl import Line, ResumableLines
-from promptkd.models import shared_vocabulary_size, vocabulary_size
+from promptkd.models import vocabulary_size
+from promptkd.models.vocabulary import check_heads, vocabulary_without
 from promptkd.results import Evaluation, RowResult
 
 _REFERENCES_AT_A_TIME = 32  # rows whose references are scored together
@@ -50,7 +51,8 @@ def measure_rows(
     """Scores of `model` row by row.
 
     With a teacher, KL(model || teacher) is taken on `samples_per_row` responses sampled at temperature 1, of seeds from
-    `decoding.seed` on: the answers themselves, unless these were decoded otherwise. `rouge_tokenizer` is a name of
+    `decoding.seed` on: the answers themselves, unless these were decoded otherwise; both without `decoding.masked_ids`,
+    as `shared_vocabulary` gives them. `rouge_tokenizer` is a name of
     `ROUGE_TOKENIZERS`.
     """
     if not rows:
@@ -143,7 +145,8 @@ class SetEvaluation:
             if teacher is None or all("kl_nats" in line for line in lines):
                 return lines
             samples = [line["token_ids"] for line in lines]
-            vocabulary = shared_vocabulary_size(self.model, teacher, self.tokenizer)
+            vocabulary = vocabulary_without(self.tokenizer, decoding.masked_ids)
+            check_heads(vocabulary, student=self.model, teacher=teacher)
             nats = kl_nats(self.model, teacher, batch, samples, vocabulary=vocabulary, batch_size=self.batch_size)
             return [{**line, "kl_nats": value} for line, value in zip(lines, nats, strict=True)]
 

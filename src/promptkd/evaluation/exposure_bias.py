@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from promptkd.engine import evaluating
+from promptkd.engine import Vocabulary, evaluating
 from promptkd.errors import PromptKDError, RequestError
 from promptkd.evaluation.accumulated_error import Ended, excess_accumulated_error
 from promptkd.evaluation.measure import TokenIds, batches_by_length, token_divergences
@@ -38,7 +38,7 @@ class Scoring:
     """How continuations are scored."""
 
     prompt: Tensor | None = None  # (n, E) soft prompt before the teacher
-    vocabulary: int | None = None  # compare the first so many ids; the further columns of a padded head mean nothing
+    vocabulary: Vocabulary | int | None = None  # compare these, or the first so many ids, as heads may be padded
     batch_size: int = 8
     on_batch: Callable[[int], None] | None = None  # called with the number of continuations of both scored so far
 

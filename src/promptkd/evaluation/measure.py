@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from promptkd.data.batch import TokenBatch, right_pad
 from promptkd.data.encode import EncodedExample
-from promptkd.engine import evaluating, head_logits, response_hidden
+from promptkd.engine import Vocabulary, evaluating, head_logits, response_hidden
 from promptkd.evaluation.rouge_tokenizer import DEFAULT, Tokenize
 from promptkd.evaluation.statistics import mean_interval, token_mean_interval
 from promptkd.evaluation.text_metrics import exact_match_scores, form_scores, rouge_scores
@@ -121,7 +121,7 @@ def summarize(results: Sequence[RowResult]) -> dict[str, Metric]:
     return metrics
 
 
-def reference_nats(model: nn.Module, rows: Rows, vocabulary: int, batch_size: int) -> list[float]:
+def reference_nats(model: nn.Module, rows: Rows, vocabulary: Vocabulary | int, batch_size: int) -> list[float]:
     """-log q(first reference and its end | prompt) of each row, in nats, q over the first `vocabulary` ids."""
 
     def loss(hidden: Tensor, targets: Tensor) -> Tensor:
@@ -136,9 +136,14 @@ def reference_nats(model: nn.Module, rows: Rows, vocabulary: int, batch_size: in
 
 
 def kl_nats(
-    model: nn.Module, teacher: nn.Module, rows: Rows, samples: Sequence[TokenIds], vocabulary: int, batch_size: int
+    model: nn.Module,
+    teacher: nn.Module,
+    rows: Rows,
+    samples: Sequence[TokenIds],
+    vocabulary: Vocabulary | int,
+    batch_size: int,
 ) -> list[float]:
-    """Σ over the tokens of a row's sample of KL(model || teacher), each over the first `vocabulary` ids, in nats."""
+    """Σ over the tokens of a row's sample of KL(model || teacher), each over the `vocabulary`, in nats."""
     prompts = [row.prompt_ids for row in rows]
     with torch.no_grad(), evaluating(model), evaluating(teacher):
         return _sums_by_row(
@@ -152,7 +157,7 @@ def token_divergences(
     student: nn.Module,
     teacher: nn.Module,
     batch: TokenBatch,
-    vocabulary: int | None,
+    vocabulary: Vocabulary | int | None,
     prompt: Tensor | None = None,
 ) -> Tensor:
     """(N,) `objective` of both models' logits at each response token; the teacher's after `prompt`, (n, E)."""

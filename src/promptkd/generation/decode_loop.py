@@ -88,10 +88,13 @@ def _decoded(
     """
     check_every, stops = engine_for(device).check_every, on_device(list(params.stop_ids), device)
     last = on_device(limits, device) - 1  # (R,) the step of each row's last token
+    masked = _masked_columns(params, logits[0][0])
     written = torch.zeros(len(limits), max(limits), dtype=torch.long, device=device)
     index = torch.arange(len(limits), device=device)  # rows still decoded, in the order of the readers' rows
     going = torch.ones(len(limits), dtype=torch.bool, device=device)
     for step in range(max(limits)):
+        if masked is not None:
+            logits = [(each.index_fill_(-1, masked, -torch.inf), share) for each, share in logits]
         tokens = next_tokens(logits, params, None if drawn is None else drawn[index, step])  # (R,)
         written[index, step] = tokens
         going &= ~torch.isin(tokens, stops) & (step < last[index])
@@ -107,6 +110,12 @@ def _decoded(
         if step + 1 < max(limits):
             logits = [(reader.decode(tokens), share) for reader, share in readers]
     return written.tolist()
+
+
+def _masked_columns(params: SamplingParams, logits: Tensor) -> Tensor | None:
+    """The columns of `logits` (R, V) that are never chosen; None for none."""
+    masked = [index for index in params.masked_ids if index < logits.shape[-1]]
+    return on_device(masked, logits.device) if masked else None
 
 
 def _moved_up(going: Sequence[bool]) -> list[int]:
@@ -139,7 +148,10 @@ def _tokens(
     drawn = None if params.is_greedy or seed is None else uniforms([seed], limit)
     with evaluating(session.model):
         logits = session.prefill([prompt])
+        masked = _masked_columns(params, logits)
         for step in range(limit):
+            if masked is not None:
+                logits = logits.index_fill_(-1, masked, -torch.inf)
             token = next_tokens([(logits, 1.0)], params, None if drawn is None else drawn[:, step].to(logits.device))
             yield int(token)
             if int(token) in params.stop_ids or step + 1 == limit:

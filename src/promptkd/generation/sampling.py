@@ -23,6 +23,7 @@ class SamplingParams:
     max_new_tokens: int | Sequence[int] = 256  # length limit of every response, or one for each prompt
     stop_ids: Sequence[int] = ()  # tokens that end a response, and belong to it
     vocabulary: int | None = None  # only the first so many ids are written: a head may have padding columns
+    masked_ids: Sequence[int] = ()  # tokens that are never written
 
     def __post_init__(self) -> None:
         check_all("Cannot decode", self._checks())

@@ -27,4 +27,4 @@ class SeqKD(NamedMethod):
     name = "seqkd"
 
     def build(self, take: Reader) -> Method:
-        return Method(ResponseMix(0.0), loss=cross_entropy)
+        return Method(ResponseMix(0.0), loss=cross_entropy, reads_teacher=False)

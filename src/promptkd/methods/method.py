@@ -43,6 +43,8 @@ class Method:
     loss: StudentLoss | None = None
     per_row: bool = False  # whether the loss is a mean over rows, not over tokens
     teacher_adapter: InitVar[str | None] = None  # deprecated: the name of an adapter
+    reads_teacher: bool = True
+    """Whether anything is learned from the teacher's distribution, so that both must share a vocabulary."""
 
     def __post_init__(self, teacher_adapter: str | None) -> None:
         if (self.objective is None) == (self.loss is None):

@@ -92,8 +92,9 @@ class TokenMethod(AdaptedMethod):
         adapter, share = self.adapter(take), self.cross_entropy_share
         if share == 0:
             return Method(self.responses(), objective, adapter)
-        loss = cross_entropy if share == 1 else partial(mixed_loss, objective, share)
-        return Method(self.responses(), loss=loss, adapter=adapter)
+        if share < 1:
+            return Method(self.responses(), loss=partial(mixed_loss, objective, share), adapter=adapter)
+        return Method(self.responses(), loss=cross_entropy, adapter=adapter, reads_teacher=adapter is not None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from promptkd.models.end_tokens import keep_end_tokens, known_end_tokens, load_g
 from promptkd.models.folder import clear_load_errors
 from promptkd.models.gguf_format import convert_gguf, gguf_problems, stored_type, write_gguf
 from promptkd.models.load import load_model, load_tokenizer, resolve_model
-from promptkd.models.pair import PROBES
+from promptkd.models.vocabulary import PROBES
 
 _TOLERANCE = 1e-4  # most that logits may differ, as a share of the largest
 _SAMPLE = 128  # most tokens that logits are compared on

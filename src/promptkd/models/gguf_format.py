@@ -1,10 +1,9 @@
 """GGUF files: converted once into safetensors, which load many times faster; written as llama.cpp's converter does."""
 
 import json
-import logging
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,36 +13,18 @@ import torch
 from gguf import TokenType
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QWEN2_SPLIT
 
-from promptkd.data.templates import resolve_template
 from promptkd.errors import RequestError
 from promptkd.io.atomic import atomic
 from promptkd.io.lock import locked
 from promptkd.models.end_tokens import keep_end_tokens, known_end_tokens
 from promptkd.models.folder import clear_load_errors
+from promptkd.models.gguf_vocabulary import PRE_TOKENIZERS, add_tokenizer, drop_tokens, pre_tokenizer_name
 from promptkd.results import file_sha256
 
-_LOGGER = logging.getLogger(__name__)
 GGUF_CONVERSION = 3  # raised whenever a file would be converted differently, so that older conversions are not used
 _ARCHITECTURES = ("llama", "qwen2", "qwen3", "gpt2")  # GGUF's names, too
 _TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-_BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-_GPT2 = _BYTES | {"use_regex": True}
-
-
-def _split(regex: str) -> dict[str, Any]:
-    split = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
-    return {"type": "Sequence", "pretokenizers": [split, _BYTES]}
-
-
-# By llama.cpp's name: how a text is split before merging, as the `tokenizers` library writes it.
-PRE_TOKENIZERS: dict[str, dict[str, Any]] = {
-    "gpt-2": _GPT2,
-    "smollm": {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, _GPT2]},
-    "qwen2": _split(QWEN2_SPLIT),
-    "llama-bpe": _split(QWEN2_SPLIT.replace(r"|\p{N}|", r"|\p{N}{1,3}|")),
-}
 
 
 def cache_folder() -> Path:
@@ -87,18 +68,10 @@ def convert_gguf(file: Path, folder: Path) -> None:
     state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < model.config.vocab_size]
     if kinds is not None:  # rows of the embedding that stand for no token, as a padded one has, are not to be named
         unused = {index for index, kind in enumerate(kinds.contents()) if kind == TokenType.UNUSED}
-        _without(state, unused)
+        drop_tokens(state, unused)
     if field is not None:
         state["pre_tokenizer"] = PRE_TOKENIZERS.get(str(field.contents()), state["pre_tokenizer"])
     (folder / "tokenizer.json").write_text(json.dumps(state, ensure_ascii=False), encoding="utf-8")
-
-
-def _without(state: dict[str, Any], unused: set[int]) -> None:
-    """Take tokens out of a serialized tokenizer; the others keep their ids."""
-    vocabulary = state["model"]["vocab"]
-    if isinstance(vocabulary, dict):  # the ids of a unigram model are places in a list
-        state["model"]["vocab"] = {token: index for token, index in vocabulary.items() if index not in unused}
-    state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] not in unused]
 
 
 def open_gguf(path: Path) -> gguf.GGUFReader:
@@ -162,7 +135,7 @@ def gguf_problems(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     else:
         known, normalizer = ", ".join(PRE_TOKENIZERS), state["normalizer"] or {"type": "NFC"}
         checks += [
-            (_pre_tokenizer(state) is None, f"the tokenizer splits text in none of the known ways ({known})"),
+            (pre_tokenizer_name(state) is None, f"the tokenizer splits text in none of the known ways ({known})"),
             # llama.cpp leaves NFC out for Qwen, too
             (normalizer != {"type": "NFC"}, f"the tokenizer normalizes text ({normalizer['type']})"),
         ]
@@ -196,7 +169,7 @@ def write_gguf(
             writer.add_layer_norm_rms_eps(config.rms_norm_eps)
         size = model.get_input_embeddings().weight.shape[0]
         writer.add_vocab_size(size)
-        _add_tokenizer(writer, model, tokenizer, size)
+        add_tokenizer(writer, model, tokenizer, size)
         for name, weight in _tensors(model, dtype):
             bits = weight.view(torch.uint8).numpy()  # NumPy knows no bfloat16
             writer.add_tensor(name, bits, raw_dtype=gguf.GGMLQuantizationType[_TYPES[weight.dtype]])
@@ -234,70 +207,3 @@ def _tensors(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple[str, 
 def _interleaved(weight: Tensor, heads: int) -> Tensor:
     """Rows of each head reordered: transformers rotates dimension i with i + d/2, llama.cpp neighbors."""
     return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
-
-
-def _add_tokenizer(
-    writer: gguf.GGUFWriter, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, size: int
-) -> None:
-    """Tokens, merges, roles and chat template, for an embedding of `size` rows."""
-    by_id = {index: token for token, index in tokenizer.get_vocab().items()}
-    if (last := max(by_id)) >= size:
-        needed = f"a row for each of the tokenizer's ids, up to {last}"
-        raise RequestError(f"The model's embedding must have {needed}. It has {size}.")
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(_pre_tokenizer(state))
-    writer.add_token_list([by_id.get(index, f"[PAD{index}]") for index in range(size)])
-    added = tokenizer.added_tokens_decoder
-    control = {*tokenizer.all_special_ids, *(index for index, token in added.items() if token.special)}
-    types = dict.fromkeys(by_id, TokenType.NORMAL) | dict.fromkeys(added, TokenType.USER_DEFINED)
-    types |= dict.fromkeys(control, TokenType.CONTROL)
-    writer.add_token_types([types.get(index, TokenType.UNUSED) for index in range(size)])
-    merges = state["model"]["merges"]
-    writer.add_token_merges([each if isinstance(each, str) else " ".join(each) for each in merges])
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    roles = {
-        writer.add_bos_token_id: bos,
-        writer.add_unk_token_id: tokenizer.unk_token_id,
-        writer.add_pad_token_id: tokenizer.pad_token_id,
-        **_ends(writer, model, tokenizer),
-    }
-    for add, index in roles.items():
-        if index is not None:
-            add(index)
-    framed = tokenizer("a")["input_ids"]
-    writer.add_add_bos_token(bos is not None and framed[0] == bos)
-    writer.add_add_eos_token(eos is not None and framed[-1] == eos)
-    writer.add_add_space_prefix(False)
-    if tokenizer.chat_template:
-        writer.add_chat_template(tokenizer.chat_template)
-
-
-def _ends(
-    writer: gguf.GGUFWriter, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> dict[Callable[[int], None], int | None]:
-    """The end tokens in the three places that GGUF has for them: end of sequence, of a turn, of a message.
-
-    llama.cpp ends an answer at each. The second also says how a conversation goes on, so the chat template's is there.
-    """
-    eos, turn = tokenizer.eos_token_id, resolve_template("auto", tokenizer).end_token_id
-    rest = [index for index in known_end_tokens(model, tokenizer) if index not in (eos, turn)]
-    if eos is None:
-        eos = turn if turn is not None else rest.pop(0)
-    message = rest.pop(0) if rest else None
-    if turn == eos:
-        turn = rest.pop(0) if rest else None
-    if rest:
-        left = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(rest)))
-        _LOGGER.warning("A GGUF file names three end tokens. These are left out: %s.", left)
-    return {writer.add_eos_token_id: eos, writer.add_eot_token_id: turn, writer.add_eom_token_id: message}
-
-
-def _pre_tokenizer(state: dict[str, Any]) -> str | None:
-    """llama.cpp's name of the way a tokenizer splits text before merging; None for an unknown one."""
-
-    def comparable(part: Any) -> Any:  # without the setting that only affects the offsets of tokens
-        return json.loads(json.dumps(part), object_hook=lambda each: {**each, "trim_offsets": None})
-
-    found = comparable(state["pre_tokenizer"])
-    return next((name for name, known in PRE_TOKENIZERS.items() if comparable(known) == found), None)

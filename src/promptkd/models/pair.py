@@ -1,4 +1,4 @@
-"""Student and teacher: whether they share a vocabulary; from hidden states to summed losses, chunked or plain."""
+"""Student and teacher as a pair: from hidden states to summed losses, chunked or plain."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,25 +7,15 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedTokenizerBase
 
 from promptkd.engine.chunked_loss import ChunkedLoss, chunked_cross_entropy, chunked_objective, chunked_prompt_loss
-from promptkd.engine.heads import Head, head_logits, head_size, linear_head
-from promptkd.errors import RequestError
+from promptkd.engine.heads import Head, Vocabulary, head_logits, linear_head
 from promptkd.objectives import prompt_loss_terms
 from promptkd.objectives.divergences import Direction
 from promptkd.objectives.kernels import top_overlap
 
 Objective = Callable[[Tensor, Tensor], Tensor]  # (student_logits, teacher_logits), both (N, V), to N values in nats
 Role = Literal["student", "teacher", "plain"]
-
-# Texts that show differences of merges and normalizers, which tokenizers of one vocabulary can have.
-PROBES = (
-    "The quick brown fox's 12.5 % of 1999, isn't it? IT'S 3,141,592!",
-    "  two  spaces\n\tand a tab\n\n1. One\n\n  2) Two   3\r\n",
-    "naïve café – 日本語 ١٢٣ 🙂👩‍💻 Ελλάδα",
-    "def f(x):\n    return {x: [0x1F, 'a_b']}  # ok\n",
-)
 
 
 @dataclass(frozen=True)
@@ -34,7 +24,7 @@ class Pair:
 
     student: nn.Module
     teacher: nn.Module
-    vocabulary: int  # tokens that both heads have a column for; further columns are padding
+    vocabulary: Vocabulary | int  # the tokens that they share, or how many; further columns are padding
     chunk: int | None = None  # tokens per chunk of logits; None for the device's, 0 for all, by the plain objectives
     adapted: nn.Module | None = None  # whose head reads the adapted teacher's states, where that is not the teacher
 
@@ -106,36 +96,3 @@ def with_entropy(total: Tensor, logits: Tensor, target: Tensor | None = None) ->
 def log_probs(logits: Tensor, targets: Tensor) -> Tensor:
     """(N,) log-probabilities of the `targets` under logits (N, V), in float32 or wider."""
     return -cross_entropy(logits.to(torch.promote_types(torch.float32, logits.dtype)), targets, reduction="none")
-
-
-def check_same_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
-    """`RequestError`, naming a difference, if the tokenizers disagree on an id's meaning or split a text otherwise."""
-    mine, other = student.get_vocab(), teacher.get_vocab()
-    if mine != other:
-        token, *more = sorted(token for token in mine.keys() | other.keys() if mine.get(token) != other.get(token))
-        differ = f"{1 + len(more)} tokens differ, {token!r} among them"
-        ids = f"id {mine.get(token)} in the student, {other.get(token)} in the teacher"
-        reason = "Distillation compares the two distributions id by id; distilling across tokenizers is not supported."
-        raise RequestError(f"Student and teacher must share one vocabulary. {differ}: {ids}. {reason}")
-    words = " ".join(sorted(student.convert_tokens_to_string([token]) for token in mine))
-    for text in (*PROBES, words):
-        ours, theirs = (each(text, add_special_tokens=False)["input_ids"] for each in (student, teacher))
-        if ours != theirs:
-            found = f"{text[:80]!r} is {len(ours)} tokens for the student, {len(theirs)} for the teacher"
-            problem = f"Student and teacher share their tokens but split text differently: {found}"
-            raise RequestError(f"{problem}. Use the teacher's tokenizer for the student.")
-
-
-def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The highest token id plus one. Columns of a head beyond it are padding."""
-    return max(tokenizer.get_vocab().values()) + 1
-
-
-def shared_vocabulary_size(student: nn.Module, teacher: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The vocabulary's size, for which both heads must have columns; `RequestError` if one has too few."""
-    needed = vocabulary_size(tokenizer)
-    for name, size in (("student", head_size(student)), ("teacher", head_size(teacher))):
-        if size < needed:
-            expected = f"a column for each of the tokenizer's {needed} tokens"
-            raise RequestError(f"The {name}'s head must have {expected}. Got {size}.")
-    return needed

@@ -28,7 +28,8 @@ class Baselines(TrainerCallback):
     """Measures both when training begins, and keeps the answers in `file`, where a resumed run finds them.
 
     A run that is resumed without that file can measure the teacher alone. A teacher whose weights are spread over
-    processes is left out: rows end at different tokens, and it runs only where all processes run it.
+    processes is left out: rows end at different tokens, and it runs only where all processes run it. So is one that
+    cannot be read by the student's tokenizer.
     """
 
     def __init__(self, trainer: Any, file: Path, say: Callable[[str], None]):
@@ -38,7 +39,7 @@ class Baselines(TrainerCallback):
         kept = [self._file.is_file()]
         broadcast_object_list(kept)  # which the first process looks for
         wanted = [] if state.global_step else [BEFORE]
-        wanted += [] if is_sharded(self._trainer.accelerator) else [TEACHER]
+        wanted += [] if is_sharded(self._trainer.accelerator) or self._trainer.shared is None else [TEACHER]
         if kept[0] or not wanted:
             return
         started, rows = time.perf_counter(), self._trainer.validation_rows
@@ -77,8 +78,8 @@ class Baselines(TrainerCallback):
         count = 1 if is_sharded(accelerator) else accelerator.num_processes
         rows = trainer.validation_rows[accelerator.process_index % count :: count]
 
-        def measured(student: nn.Module, teacher: nn.Module) -> list[RowResult]:
-            if label == BEFORE:
+        def measured(student: nn.Module, teacher: nn.Module | None) -> list[RowResult]:
+            if label == BEFORE or teacher is None:
                 return measure_rows(student, tokenizer, rows, decoding, teacher=teacher, **scoring)
             ends = stop_token_ids(tokenizer, unwrap_peft(teacher).generation_config, args.template)
             own = replace(decoding, stop_ids=tuple({*decoding.stop_ids, *ends}))

@@ -49,9 +49,13 @@ class Rollout:
         self._texts: Tokens = []
         if args.language_data is not None:
             self._texts = encode_texts(args.language_data, tokenizer, length=args.max_prompt_length + self.limit)
-        self._vllm = _vllm(args, accelerator, tokenizer, student, stop_ids) if args.use_vllm else None
+        masked = teacher.vocabulary.masked
+        if masked and args.use_vllm and args.vllm_mode == "server":
+            advice = "give --vllm_mode colocate, or leave --use_vllm out"
+            raise RequestError(f"A vLLM server would sample tokens that student and teacher do not share: {advice}.")
+        self._vllm = _vllm(args, accelerator, tokenizer, student, stop_ids, masked) if args.use_vllm else None
         self._synchronized = -1  # the step whose weights vLLM has
-        self._generation = _generation_config(args, tokenizer, stop_ids)
+        self._generation = _generation_config(args, tokenizer, stop_ids, masked)
         kept = args.per_device_train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
         self.completions: deque[tuple[str, str]] = deque(maxlen=kept)
         """Prompts and responses of the last window on all processes, with `log_completions`."""
@@ -121,7 +125,8 @@ class Rollout:
             return self._sample_by_transformers(prompts, model)
         args = self._args
         sampling = args.temperature, args.top_p, args.top_k
-        params = SamplingParams(*sampling, self.limit, self.stop_ids, self.teacher.vocabulary)
+        vocabulary = self.teacher.vocabulary
+        params = SamplingParams(*sampling, self.limit, self.stop_ids, vocabulary.size, vocabulary.masked)
 
         def sampled(student: nn.Module) -> Tokens:
             seeds, rows = torch.randint(2**62, (len(prompts),)).tolist(), args.generation_batch_size
@@ -167,19 +172,30 @@ def needs_generate(args: Any) -> bool:
     return args.min_p is not None or args.repetition_penalty != 1.0 or bool(args.generation_kwargs)
 
 
-def _generation_config(args: Any, tokenizer: PreTrainedTokenizerBase, stop_ids: tuple[int, ...]) -> GenerationConfig:
+def _generation_config(
+    args: Any, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], masked: Sequence[int]
+) -> GenerationConfig:
     settings = {"max_new_tokens": args.max_completion_length, "do_sample": True, "eos_token_id": list(stop_ids) or None}
     settings |= {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id}
     settings |= {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k, "min_p": args.min_p}
     settings |= {"repetition_penalty": args.repetition_penalty, "cache_implementation": args.cache_implementation}
+    settings |= {"suppress_tokens": list(masked)} if masked else {}
     return GenerationConfig(**settings | (args.generation_kwargs or {}), disable_compile=True)
 
 
 def _vllm(
-    args: Any, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase, student: nn.Module, stop_ids: Sequence[int]
+    args: Any,
+    accelerator: Accelerator,
+    tokenizer: PreTrainedTokenizerBase,
+    student: nn.Module,
+    stop_ids: Sequence[int],
+    masked: Sequence[int],
 ) -> VLLMGeneration:
     """TRL's link to vLLM, in this process or a server. It knows the model's own end token, and not the template's."""
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    ends: dict[str, Any] = {"stop_token_ids": list(stop_ids)}
+    if masked:
+        ends["logit_bias"] = dict.fromkeys(masked, -100.0)  # the most that vLLM takes: a factor of 1e-44
     return VLLMGeneration(
         model=student,
         accelerator=accelerator,
@@ -205,5 +221,5 @@ def _vllm(
         min_p=args.min_p,
         max_completion_length=args.max_completion_length,
         logprobs=None,
-        generation_kwargs={"stop_token_ids": list(stop_ids)} | (args.generation_kwargs or {}),
+        generation_kwargs=ends | (args.generation_kwargs or {}),
     )

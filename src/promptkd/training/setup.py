@@ -18,6 +18,7 @@ from promptkd.data.summary import row_notes
 from promptkd.engine import check_scoring, unwrap_peft
 from promptkd.errors import RequestError
 from promptkd.methods import Method
+from promptkd.models import SharedVocabulary, shared_vocabulary, vocabulary_size
 from promptkd.models.adapters import TeacherAdapter
 from promptkd.responses import AdaptiveReplay, TeacherMixed
 from promptkd.training.distributed import check_dispatched, check_sharding, is_dispatched, is_sharded, settle_dispatched
@@ -65,6 +66,45 @@ def take_template(
             raise RequestError("--template teacher needs the teacher's tokenizer: give teacher_processing_class.")
         adopt(tokenizer, teacher, name)
         args.template = "chat"
+
+
+Compared = tuple[SharedVocabulary | None, list[str]]
+"""The tokens on which student and teacher are compared, None if they are not, and what to say of that."""
+
+
+def compared_vocabulary(
+    method: Method, tokenizer: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase | None, template: str
+) -> Compared:
+    """The tokens that both have, by their tokenizers; without the teacher's it is taken for the same.
+
+    `RequestError` if they share no vocabulary, or do not share the template's end, and the method reads the teacher.
+    """
+    if teacher is None:
+        return SharedVocabulary(vocabulary_size(tokenizer)), []
+    try:
+        shared = shared_vocabulary(tokenizer, teacher)
+        shared.check_end(resolve_template(template, tokenizer).end_token_id)
+    except RequestError as error:
+        return _not_compared(method, error)
+    return shared, shared.notes
+
+
+def compared_rows(method: Method, compared: Compared, *data: tuple[str, EncodedData | None]) -> Compared:
+    """`compared`, unless a row of `data`, each with what messages call it, uses a token of one side."""
+    shared, _ = compared
+    try:
+        for of, rows in data:
+            if shared is not None and rows is not None:
+                shared.check(rows.examples, of)
+    except RequestError as error:
+        return _not_compared(method, error)
+    return compared
+
+
+def _not_compared(method: Method, error: RequestError) -> Compared:
+    if method.reads_teacher:
+        raise error
+    return None, [f"The teacher, of which this method reads nothing, is not compared with the student. {error}"]
 
 
 def check_responses(method: Method, args: Any, *, validates: bool) -> None:

@@ -70,6 +70,7 @@ class FinetuneTrainer(SFTTrainer):
     ):
         self._training = train_data.examples
         self.validation_rows = [] if eval_data is None else eval_data.examples
+        self.masked_ids: tuple[int, ...] = ()
         self.stop_ids = stop_token_ids(processing_class, unwrap_peft(model).generation_config, args.template)
         keep_end_tokens(model, self.stop_ids)
         # any id pads, since masks tell padding; TRL would ask for a padding token and make it the model's

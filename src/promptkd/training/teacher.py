@@ -12,7 +12,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 from trl.models.utils import _ForwardRedirection
 
 from promptkd.data.batch import TokenBatch
-from promptkd.engine import embedding_device, engine_for, response_hidden, unwrap_peft
+from promptkd.engine import Vocabulary, embedding_device, engine_for, response_hidden, unwrap_peft
 from promptkd.engine.backbone import recomputable_layers, recomputed_layers
 from promptkd.errors import RequestError, check_all
 from promptkd.methods import Method
@@ -29,13 +29,19 @@ class Teacher:
 
     Args:
         args: a `DistillConfig`; `chunk_tokens` and `teacher_gradient_checkpointing` are read.
-        vocabulary: size V of the vocabulary that it shares with the student.
+        vocabulary: what it shares with the student, or how many ids.
     """
 
     def __init__(
-        self, model: nn.Module, adapter: TeacherAdapter | None, accelerator: Accelerator, args: Any, vocabulary: int
+        self,
+        model: nn.Module,
+        adapter: TeacherAdapter | None,
+        accelerator: Accelerator,
+        args: Any,
+        vocabulary: Vocabulary | int,
     ):
-        self.adapter, self.vocabulary = adapter, vocabulary
+        self.adapter = adapter
+        self.vocabulary = vocabulary if isinstance(vocabulary, Vocabulary) else Vocabulary(vocabulary)
         self.placed = place_teacher(model, accelerator)
         self.model: nn.Module = accelerator.unwrap_model(self.placed)
         self._chunk_tokens, self._recomputes = args.chunk_tokens, args.teacher_gradient_checkpointing

@@ -17,17 +17,12 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from promptkd.data.encode import EncodedData, stop_token_ids
-from promptkd.engine import disable_dropout, unwrap_peft
+from promptkd.engine import Vocabulary, disable_dropout, unwrap_peft
 from promptkd.errors import RequestError
 from promptkd.methods import Method
-from promptkd.models import (
-    check_same_vocabulary,
-    count_parameters,
-    load_tokenizer,
-    resolve_model,
-    shared_vocabulary_size,
-)
+from promptkd.models import count_parameters, load_tokenizer, resolve_model, vocabulary_size
 from promptkd.models.end_tokens import keep_end_tokens
+from promptkd.models.vocabulary import check_heads
 from promptkd.objectives import forward_kl, reverse_kl
 from promptkd.training import saving
 from promptkd.training.callbacks import CheckpointTiming, CompletionLog, UpdatePhase, logs_step
@@ -45,6 +40,8 @@ from promptkd.training.setup import (
     check_placement,
     check_responses,
     check_rows,
+    compared_rows,
+    compared_vocabulary,
     encode,
     make_adapter,
     take_template,
@@ -110,13 +107,16 @@ class DistillTrainer(Trainer):
         if model is teacher_model:
             raise RequestError("Student and teacher are one and the same model. Load the teacher a second time.")
         teacher, teacher_tokenizer = load_teacher(teacher_model, teacher_processing_class, args, self.method)
-        if teacher_tokenizer is not None:
-            check_same_vocabulary(processing_class, teacher_tokenizer)
         take_template(args, processing_class, teacher_tokenizer, str(teacher_model))
+        compared = compared_vocabulary(self.method, processing_class, teacher_tokenizer, args.template)
         check_responses(self.method, args, validates=eval_dataset is not None)
         needed = self.method.responses.needs_data
         train = encode(train_dataset, processing_class, args, turns=args.turns, need_response=needed)
         valid = encode(eval_dataset, processing_class, args, name="eval_dataset")
+        named = ("training rows", train), ("validation rows", valid)
+        self.shared, self.notes = compared_rows(self.method, compared, *named)
+        self.masked_ids = () if self.shared is None else self.shared.masked
+        """Tokens that validation never samples, since one of the models does not have them."""
         self.dropped_rows = 0 if train is None else train.dropped
         student = prepare_student(model, args, processing_class, peft_config, quantization_config)
         train_rows, eval_rows = (None if each is None else each.examples for each in (train, valid))
@@ -128,14 +128,17 @@ class DistillTrainer(Trainer):
     def _make_parts(self, teacher: PreTrainedModel) -> None:
         """What a step is made of, once transformers has placed the student."""
         args, accelerator, student, tokenizer = self.args, self.accelerator, self.model, self.processing_class
-        self.notes = precision_notes(args, raise_to_float32(student)) + rouge_notes(args, self.eval_dataset, tokenizer)
-        """Sentences that a reader of the run's metrics must know, on precision, devices, ends and ROUGE."""
+        self.notes += precision_notes(args, raise_to_float32(student))
+        self.notes += rouge_notes(args, self.eval_dataset, tokenizer)
         check_placement(student, teacher, self.method, args, accelerator)
         check_rows(None if self.train_dataset is None else len(self.train_dataset), args)
         self.stop_ids = stop_token_ids(tokenizer, unwrap_peft(student).generation_config, args.template)
         keep_end_tokens(student, self.stop_ids)
         self.notes += end_notes(self.stop_ids, args)
-        vocabulary = shared_vocabulary_size(student, teacher, tokenizer)
+        vocabulary: Vocabulary = Vocabulary(vocabulary_size(tokenizer))
+        if self.shared is not None:
+            check_heads(self.shared, student=student, teacher=teacher)
+            vocabulary = self.shared if self.method.reads_teacher else vocabulary
         self._teacher_parameters = count_parameters(teacher)  # DeepSpeed's shards do not tell
         self.adapter, adapted = make_adapter(self.method, teacher.requires_grad_(False), tokenizer, args, accelerator)
         check_models(student, teacher, self.adapter, args)
@@ -320,14 +323,15 @@ class DistillTrainer(Trainer):
         return is_sharded(self.accelerator)
 
     def on_models(self, work: Callable[[nn.Module, nn.Module | None], T]) -> T:
-        """`work(student, teacher)` with the student whole and the teacher without its adapter.
+        """`work(student, teacher)` with the student whole and the teacher without its adapter, or None if not compared.
 
         With sharded weights every process must come here together, and run the teacher equally often.
         """
 
         def with_teacher(student: nn.Module) -> T:
             with self.teacher.without_adapter():
-                return run_inside(lambda: work(student, self.teacher.model), self.teacher.model)
+                compared = None if self.shared is None else self.teacher.model
+                return run_inside(lambda: work(student, compared), self.teacher.model)
 
         return run_whole(with_teacher, self.model_wrapped, self.accelerator)
 

@@ -31,6 +31,7 @@ def validation_decoding(trainer: Any) -> Decoding:
         max_new_tokens=args.max_completion_length,
         seed=args.eval_seed,
         batch_size=args.generation_batch_size,
+        masked_ids=trainer.masked_ids,
     )
 
 

@@ -13,14 +13,14 @@ from promptkd.data import read_examples
 from promptkd.errors import RequestError
 from promptkd.memory import gibibytes
 from promptkd.methods import Method
-from promptkd.models import check_same_vocabulary, count_parameters
+from promptkd.models import count_parameters
 from promptkd.report.formatting import duration
 from promptkd.responses import writes_responses
 from promptkd.results import Metric
 from promptkd.training import DistillConfig, DistillTrainer
 from promptkd.training.config import chosen_method
 from promptkd.training.dry_run import Trial, at_its_most, leave_nothing, longest_rows_first, take_trial_steps
-from promptkd.training.setup import take_template
+from promptkd.training.setup import compared_rows, compared_vocabulary, take_template
 from promptkd.training.teacher import teacher_settings
 
 
@@ -47,10 +47,12 @@ def checked(
 
 def _distill(options: Options, job: TrainingRun, args: DistillConfig, method: Method) -> None:
     tokenizer, teacher_tokenizer = job.tokenizer(options.student), job.tokenizer(options.teacher)
-    check_same_vocabulary(tokenizer, teacher_tokenizer)
     owner = f"{options.teacher} (the teacher's)" if args.template == "teacher" else options.student
     take_template(args, tokenizer, teacher_tokenizer, options.teacher)
+    compared = compared_vocabulary(method, tokenizer, teacher_tokenizer, args.template)
     train, valid = job.encode(tokenizer, args, owner, need_response=method.responses.needs_data)
+    named = ("training rows", train), ("validation rows", valid)
+    compared_rows(method, compared, *named)  # before models are loaded
     student = job.load("student", options.student)
     teacher = job.load("teacher", options.teacher, teacher_settings(args, method))
     if options.dry_run:

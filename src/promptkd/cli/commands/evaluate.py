@@ -21,7 +21,8 @@ from promptkd.evaluation.rouge_tokenizer import rouge_tokens
 from promptkd.generation import Decoding
 from promptkd.io.jsonl import settle_settings
 from promptkd.io.lock import locked
-from promptkd.models import check_same_vocabulary, model_record, shared_vocabulary_size
+from promptkd.models import model_record
+from promptkd.models.vocabulary import vocabulary_without
 from promptkd.report import terminal_table
 from promptkd.results import Results
 
@@ -52,14 +53,18 @@ def _evaluate(options: Options) -> None:
     job, label = InferenceRun(options), label_of(options.model)
     metrics = [HubMetric(name) for name in options.metrics]
     tokenizer = job.load_tokenizer(options.model)
-    if options.teacher is not None:
-        check_same_vocabulary(tokenizer, job.load_tokenizer(options.teacher))
+    shared = None if options.teacher is None else job.share(tokenizer, job.load_tokenizer(options.teacher))
     results = Results(kind="evaluate", config=merged_config(options, {}))
+    for note in [] if shared is None else shared.notes:
+        say(note)
+        results.notes.append(note)
     sets = {}
     for path in options.data:
         name = label_of(path, options.data)
         data = job.read_rows(path, tokenizer, options.limit, options.max_reference_length)
         sets[name], results.data[name] = data.examples, data_record(path, data)
+        if shared is not None:
+            shared.check(data.examples, path)
     for name, rows in sets.items():
         if unread := rouge_tokens(options.rouge_tokenizer, tokenizer).told_unread([row.references for row in rows]):
             say(f"{name}: {unread}")
@@ -76,7 +81,7 @@ def _evaluate(options: Options) -> None:
     if cost := training_cost(options.model):
         results.training[label] = cost
     results.notes += [*job.row_notes, *job.precision_notes()]
-    decoding = job.decoding(tokenizer, model, **sampling(options))
+    decoding = job.decoding(tokenizer, model, masked_ids=() if shared is None else shared.masked, **sampling(options))
     _settle(options, results, decoding, job)
     for name, rows in sets.items():
         started = time.perf_counter()
@@ -124,7 +129,7 @@ def _measure_teacher(
     results.timings[label] = time.perf_counter() - started
     say(f"That took {results.timings[label]:.0f} s.")
     compare_within(results, [label, model])
-    shared = shared_vocabulary_size(models[model], teacher, tokenizer)
+    shared = vocabulary_without(tokenizer, decoding.masked_ids).size
     tokens = min(32, options.max_completion_length)
     workload = {"rows": decoding.batch_size, "vocabulary": shared, "new_tokens": tokens}
     with job.computing():
@@ -145,6 +150,8 @@ def _settle(options: Options, results: Results, decoding: Decoding, job: Inferen
     if job.teacher_dtype is not None:
         settings["--teacher-dtype"] = job.teacher_dtype
     settings["ids that end an answer"] = list(decoding.stop_ids)
+    if decoding.masked_ids:
+        settings["ids that are never written"] = list(decoding.masked_ids)
     parts = parts_of(decoding, options.seeds, greedy=options.greedy, teacher=options.teacher is not None)
     files = [_file(options.out, name, part) for name in results.data for part in parts]
     if options.teacher is not None and options.measure == "all":

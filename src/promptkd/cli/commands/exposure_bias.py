@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from promptkd.cli.outputs import check_output, data_record, label_of
 from promptkd.cli.parsing.parser import merged_config
 from promptkd.cli.terminal import progress_lines, say
 from promptkd.data import EncodedData
+from promptkd.engine import Vocabulary
 from promptkd.errors import RequestError
 from promptkd.evaluation import ExposureBias, Scoring, exposure_bias, sample_continuations
 from promptkd.memory import peak_memory
-from promptkd.models import SoftPrompt, check_same_vocabulary, model_record, resolve_model, shared_vocabulary_size
+from promptkd.models import SoftPrompt, model_record, resolve_model
+from promptkd.models.vocabulary import check_heads
 from promptkd.report.text import text_table
 from promptkd.results import Curve, CurvePoint, Metric, Results
 from promptkd.training.checkpoint import checkpoints_in
@@ -43,7 +46,7 @@ class _ExposureRun(InferenceRun):
         self.students, soft_prompt, path = _students(options), None, options.prompt
         if path is not None:
             soft_prompt = SoftPrompt.load(path / "prompt" if (path / "prompt").is_dir() else path)
-        self.tokenizer, data = _requests(self)
+        self.tokenizer, data, self.vocabulary, notes = _requests(self)
         self.rows, self.prompts = data.examples, [row.prompt_ids for row in data.examples]
         self.teacher = self.load_teacher(options.teacher)
         self.prompt: Tensor | None = None
@@ -55,9 +58,10 @@ class _ExposureRun(InferenceRun):
                 advice = "Give the teacher that it was tuned before."
                 raise RequestError(f"The soft prompt in {path} has vectors of {widths}. {advice}")
         self.settle_precision()
-        self.results = Results(
-            kind="exposure-bias", config=merged_config(options, {}), notes=[*self.row_notes, *self.precision_notes()]
-        )
+        for note in notes:
+            say(note)
+        notes += [*self.row_notes, *self.precision_notes()]
+        self.results = Results(kind="exposure-bias", config=merged_config(options, {}), notes=notes)
         self.results.models[f"teacher {label_of(options.teacher)}"] = model_record(options.teacher, self.teacher)
         self.results.data[label_of(options.data)] = data_record(options.data, data)
 
@@ -65,6 +69,7 @@ class _ExposureRun(InferenceRun):
         draws, started = self.options.samples_per_row, time.perf_counter()
         tell = partial(progress_lines(f"Sampling {title}", len(self.rows) * draws), "continuations")
         decoding, rows = self.decoding(self.tokenizer, model, seed=self.options.seed), [row.row for row in self.rows]
+        decoding = replace(decoding, vocabulary=self.vocabulary.size, masked_ids=self.vocabulary.masked)
         with self.computing():
             samples = sample_continuations(
                 model, self.prompts, decoding, samples_per_row=draws, rows=rows, prompt=prompt, on_batch=tell
@@ -77,8 +82,8 @@ class _ExposureRun(InferenceRun):
         results.models[label] = model_record(path, student)
         samples, started = self.sample(label, student), time.perf_counter()
         tell = progress_lines(f"Scoring {label}", 2 * len(self.rows) * options.samples_per_row)
-        vocabulary = shared_vocabulary_size(student, self.teacher, self.tokenizer)
-        scoring = Scoring(self.prompt, vocabulary, on_batch=partial(tell, "continuations"))
+        check_heads(self.vocabulary, student=student, teacher=self.teacher)
+        scoring = Scoring(self.prompt, self.vocabulary, on_batch=partial(tell, "continuations"))
         models = (student, self.teacher)
         with self.computing():
             measured = exposure_bias(*models, self.prompts, samples, teacher_samples, scoring, ended=options.ended)
@@ -139,12 +144,11 @@ def _students(options: Options) -> dict[str, str]:
     return found
 
 
-def _requests(job: InferenceRun) -> tuple[Any, EncodedData]:
-    """The tokenizer and the rows, which must be the same for every student."""
+def _requests(job: InferenceRun) -> tuple[Any, EncodedData, Vocabulary, list[str]]:
+    """The tokenizer and the rows, which must be the same for every student; the tokens that all share, with notes."""
     options = job.options
     teacher, *tokenizers = map(job.load_tokenizer, (options.teacher, *options.student))
-    for tokenizer in tokenizers:
-        check_same_vocabulary(tokenizer, teacher)
+    shared = [job.share(tokenizer, teacher) for tokenizer in tokenizers]
     first, *others = [job.read_rows(options.data, tokenizer, options.limit) for tokenizer in tokenizers]
     prompts = [row.prompt_ids for row in first.examples]
     for path, other in zip(options.student[1:], others, strict=True):
@@ -152,4 +156,8 @@ def _requests(job: InferenceRun) -> tuple[Any, EncodedData]:
             differing = f"{path} and {options.student[0]} render them differently"
             advice = "Give a --template, or measure them one by one."
             raise RequestError(f"The students must read the same requests: {differing}. {advice}")
-    return tokenizers[0], first
+    for each in shared:
+        each.check(first.examples, options.data)
+    masked = sorted({index for each in shared for index in each.masked})  # one rule for all, with the teacher's samples
+    notes = list(dict.fromkeys(note for each in shared for note in each.notes))
+    return tokenizers[0], first, Vocabulary(min(each.size for each in shared), tuple(masked)), notes
