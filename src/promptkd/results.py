@@ -186,7 +186,7 @@ class DataRecord(_Record):
     dropped: int = 0
     """Rows over the length limit, which were left out; examples, where one row gives several."""
     unanswered: int = 0
-    """Rows without a response, which were left out since one is needed."""
+    """Conversations that end with the user, which were left out since a response is needed."""
     examples: int | None = None
     """Examples that the rows give; None where each row is one."""
 

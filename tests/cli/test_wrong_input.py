@@ -26,7 +26,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     folder = made.folder
     (folder / "empty.jsonl").write_text("")
     (folder / "broken.jsonl").write_text(BROKEN)
-    write_rows(folder / "field.jsonl", [*rows(2), {"question": "the"}])
+    write_rows(folder / "field.jsonl", [*rows(2), {"ask": "the"}])
     write_rows(folder / "requests.jsonl", [*rows(4), {"instruction": "the"}])
     write_rows(folder / "silent.jsonl", [{"prompt": "", "completion": "an"}, {"prompt": "the", "completion": "an"}])
     (folder / "typo.yaml").write_text("learning_rat: 1e-3\n")

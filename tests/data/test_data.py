@@ -629,8 +629,8 @@ def test_a_limit_shorter_than_the_template_says_how_long_the_prompts_are():
 
 
 def test_what_cannot_be_encoded_is_named():
-    with pytest.raises(RequestError, match="None of the 2 rows has a response"):
-        encode(plain(), [{"prompt": "a"}, {"prompt": "b"}])
+    with pytest.raises(RequestError, match=r"^row 1: the row has no reference"):
+        encode(plain(), [{"prompt": "a", "completion": "b"}, {"prompt": "a"}])
     with pytest.raises(RequestError, match=r"^row 0: the prompt has no tokens"):
         encode(plain(), [{"instruction": "a", "output": "b"}], "{{ input }}")
     with pytest.raises(RequestError, match=r"^row 0: .*Alpaca template renders instructions only"):

@@ -419,11 +419,12 @@ def test_a_wrong_mapping_is_refused(columns, message):
         texts({"problem": "Add."}, plain(), columns=columns, need_response=False)
 
 
-def test_rows_without_a_response_are_used_or_dropped_with_a_count():
+def test_rows_that_end_with_the_user_are_used_or_dropped_with_a_count():
     rows = [{"messages": [USER]}, {"messages": [USER, HO]}]
     data = encode_examples(examples_from_rows(rows), chatting())
     assert (len(data.examples), data.unanswered, data.dropped) == (1, 1, 0)
-    assert row_counts(data) == "1 rows; 1 without a response were dropped"
+    assert row_counts(data) == "1 rows"
+    assert row_notes("d", data) == ["d: 1 row ends with the user and was dropped, since a response is needed."]
     assert len(encode_examples(examples_from_rows(rows), chatting(), need_response=False).examples) == 2
     with pytest.raises(RequestError, match="None of the 1 rows has a response"):
         encode_examples(examples_from_rows(rows[:1]), chatting())

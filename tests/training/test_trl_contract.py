@@ -242,7 +242,7 @@ OURS_AGAIN = {
         (
             DistillConfig,
             DistillationConfig,
-            {"disable_dropout", "max_completion_length", "save_only_model", "temperature"},
+            {"chat_template_kwargs", "disable_dropout", "max_completion_length", "save_only_model", "temperature"},
         ),
         (FinetuneConfig, SFTConfig, {"max_length"}),
     ],

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
-from re import escape, search
+from re import DOTALL, escape, search
+from re import compile as compile_pattern
 from typing import TYPE_CHECKING, Any
 
 import jinja2
@@ -29,6 +30,7 @@ _TOOL = {"type": "function", "function": {"name": "probe", "description": "", "p
 _ARGUMENTS = {"value": _PROBE}
 _CALL_ID = "abcDEF123"  # Mistral's templates take nine letters and digits
 _SET_HERE = ("conversation", "tools", "tokenize", "add_generation_prompt", "continue_final_message", "return_dict")
+_THOUGHT = compile_pattern(r"\s*<think>\n?(.*?)\n?</think>\s*", DOTALL)
 _SHOWN = 60  # characters of a text on either side of where two part
 
 
@@ -78,7 +80,7 @@ class ChatTemplate:
     @cached_property
     def suffix(self) -> str:
         """What the template writes after an answer; "" if it does not write answers."""
-        text = self._rendered([_QUESTION, {"role": "assistant", "content": _PROBE}])
+        text = self._rendered([self._taken(_QUESTION), self._taken({"role": "assistant", "content": _PROBE})])
         return text.rpartition(_PROBE)[2] if _PROBE in text else ""
 
     def _render(self, messages: list[Message], example: Example, *, add_generation_prompt: bool = False) -> str:
@@ -111,7 +113,7 @@ class ChatTemplate:
 
     def _taken(self, message: Message) -> Message:
         """The message in the form that the template takes."""
-        message = dict(message)
+        message, is_answer = dict(message), message["role"] == "assistant"
         text = content_text(message)
         if message.get("tool_calls"):
             if self._calls is None:
@@ -123,6 +125,9 @@ class ChatTemplate:
                 message["tool_calls"] = [_with_text(call) for call in message["tool_calls"]]
         elif "content" not in message:
             message["content"] = ""
+        has_reasoning = any(name in message for name in REASONING)
+        if is_answer and not has_reasoning and self._splits_reasoning and (opened := _THOUGHT.match(text)):
+            message |= {REASONING[0]: opened[1], "content": (text := text[opened.end() :])}
         for name in REASONING:
             if name in message:
                 reasoning = message.pop(name)
@@ -169,6 +174,12 @@ class ChatTemplate:
         return {name: name if name in written else other for name in REASONING}
 
     @cached_property
+    def _splits_reasoning(self) -> bool:
+        """Whether reasoning in the content would stand behind an empty one, and has a field of its own."""
+        text = self._probed({**_ANSWER, "content": f"<think>\n{_PROBE}\n</think>\n\nAnswer"})
+        return text.count("<think>") > 1 and self._reasoning[REASONING[0]] not in (None, "content")
+
+    @cached_property
     def _takes_parts(self) -> bool:
         plain, parts = ({**_QUESTION, "content": each} for each in (_PROBE, [{"type": "text", "text": _PROBE}]))
         return (written := self._probed(_ANSWER, parts)) != "" and (
@@ -198,14 +209,13 @@ def split_off(prompt: str, whole: str) -> str:
     """What `whole` has after `prompt`. `RequestError`, with both around the place, where it begins otherwise."""
     if whole.startswith(prompt):
         return whole[len(prompt) :]
-    same = next(
-        (i for i, (one, other) in enumerate(zip(prompt, whole, strict=False)) if one != other),
-        min(len(prompt), len(whole)),
-    )
+    pairs = zip(prompt, whole, strict=False)
+    same = next((place for place, (one, other) in enumerate(pairs) if one != other), min(len(prompt), len(whole)))
     before = prompt[max(0, same - _SHOWN) : same]
     shown = f"after {before!r} it has {prompt[same:][:_SHOWN]!r}, and the conversation {whole[same:][:_SHOWN]!r}"
     problem = "the prompt is not how the chat template begins the whole conversation"
-    advice = "Bring the answer into the form that the template expects, or give other chat_template_kwargs."
+    advice = "Bring the answer into the form that the template expects, give other chat_template_kwargs, or give prompt"
+    advice += " and completion as texts."
     raise RequestError(f"{problem}: {shown}. {advice}")
 
 

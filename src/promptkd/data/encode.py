@@ -12,7 +12,7 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from promptkd.data.rows import Example, each_turn, text_field
+from promptkd.data.rows import Example, Instruction, each_turn, text_field
 from promptkd.data.sources import read_objects
 from promptkd.data.templates import Template, resolve_template
 from promptkd.data.tokens import Spelling, unmarked
@@ -50,7 +50,7 @@ class EncodedData:
 
     examples: list[EncodedExample]
     dropped: int
-    unanswered: int = 0  # left out, for they have no response and one is needed
+    unanswered: int = 0  # conversations left out, for they end with the user and a response is needed
     unread: Mapping[str, int] = field(default_factory=dict)  # columns that nothing reads: in how many rows they stand
     limits: Limits | None = None
     keeps_most: Limits | None = None  # the limits that 95 % of the examples are within, where fewer are
@@ -76,9 +76,10 @@ def encode_examples(
 ) -> EncodedData:
     """Render, tokenize and measure every example; with `turns` "all", every assistant turn of each.
 
-    One over a limit, in tokens with BOS and end token, is dropped and counted, or an "error". One without a response
-    is dropped and counted; without `need_response` none is needed, and responses have no limit. `RequestError` for
-    wrong arguments, no row left, or a row that cannot be rendered or has no tokens, with its location.
+    One over a limit, in tokens with BOS and end token, is dropped and counted, or an "error". A conversation
+    that ends with the user is dropped and counted; without `need_response` it is used, and responses have no limit.
+    `RequestError` for wrong arguments, no row left, or a row that cannot be rendered, or lacks tokens or a reference,
+    with its location.
     """
     if not examples:
         raise RequestError("Expected at least one row to encode. Got none.")
@@ -96,10 +97,10 @@ def encode_examples(
             unread[name] = unread.get(name, 0) + 1
     if turns == "all":
         examples = [turn for example in examples for turn in each_turn(example)]
-    asked = [example for example in examples if example.references or not need_response]
+    asked = [example for example in examples if not (need_response and _ends_with_the_user(example))]
     if not asked:
-        expected = "a response ('output', 'completion' or an assistant message at the end)"
-        raise RequestError(f"None of the {len(examples)} rows has {expected}, and one is needed.")
+        none = f"None of the {len(examples)} rows has a response (an assistant message at the end)"
+        raise RequestError(f"{none}, and one is needed.")
     prompts, texts, responses, references = _encoded(asked, tokenizer, template, need_response)
     limits = Limits(max_prompt_length, max_response_length if need_response else 0)
     kept = []
@@ -107,6 +108,8 @@ def encode_examples(
         problem = excess = ""
         if not prompt:
             problem = "the prompt has no tokens. Expected at least one."
+        elif need_response and not example.references:
+            problem = "the row has no reference ('output' or 'completion'), and one is needed."
         elif need_response and not response:
             problem = "the reference has no tokens, for it is empty and the tokenizer has no EOS."
         elif len(prompt) > max_prompt_length:
@@ -223,6 +226,10 @@ def _encoded(
     return prompts, texts, responses, references
 
 
+def _ends_with_the_user(example: Example) -> bool:
+    return not example.references and not isinstance(example.request, str | Instruction)
+
+
 def _spelling(tokenizer: "PreTrainedTokenizerBase", template: Template) -> Spelling:
     end = template.end_token_id
     return Spelling(tokenizer, frozenset() if end is None else frozenset([tokenizer.convert_ids_to_tokens(end)]))
@@ -253,10 +260,12 @@ def _turn_only(text: str, template: Template) -> str:
 def _ended(ids: list[int], spelling: Spelling, written: int | None, end: int | None) -> list[int]:
     """The tokens of an answer up to the end token that the template wrote, or with `end` where it wrote none."""
     if written is not None:
-        own = {written} if written in ids else spelling.closing
-        last = max((place for place, index in enumerate(ids) if index in own), default=-1)
-        if last >= 0 and (written in ids or not spelling.tokenizer.decode(ids[last + 1 :]).strip()):
-            return ids[: last + 1]
+        own, decode = {written} if written in ids else spelling.closing, spelling.tokenizer.decode
+        places = [place for place, index in enumerate(ids) if index in own]
+        while len(places) > 1 and not decode(ids[places[-2] + 1 : places[-1]]).strip():
+            places.pop()  # nothing is said between the two
+        if places and (written in ids or not decode(ids[places[-1] + 1 :]).strip()):
+            return ids[: places[-1] + 1]
     return ids if end is None else [*ids, end]
 
 

@@ -9,12 +9,11 @@ EVALUATION_FLAGS = ("--max-prompt-length", "--max-reference-length")
 
 
 def row_counts(data: EncodedData) -> str:
-    """How many rows are used, how many examples they give, and how many were dropped and why."""
+    """How many rows are used, how many examples they give, and how many were too long."""
     several = f", {len(data.examples):,} examples (one per assistant turn)" if data.turns == "all" else ""
     what = "examples " if data.turns == "all" else ""
     dropped = f"; {data.dropped:,} {what}over a length limit were dropped" if data.dropped else ""
-    unanswered = f"; {data.unanswered:,} without a response were dropped" if data.unanswered else ""
-    return f"{data.rows:,} rows{several}{dropped}{unanswered}"
+    return f"{data.rows:,} rows{several}{dropped}"
 
 
 def row_notes(source: str, data: EncodedData, flags: tuple[str, str] = FLAGS) -> list[str]:
@@ -24,8 +23,8 @@ def row_notes(source: str, data: EncodedData, flags: tuple[str, str] = FLAGS) ->
         columns = ", ".join(f"{name!r} ({rows:,} rows)" for name, rows in data.unread.items())
         notes.append(f"{source}: not used: {columns}. --columns OLD=NEW maps a column to one that is.")
     if data.unanswered:
-        noun = "row has" if data.unanswered == 1 else "rows have"
-        notes.append(f"{source}: {data.unanswered:,} {noun} no response, which is needed here: dropped.")
+        rows, were = ("1 row ends", "was") if data.unanswered == 1 else (f"{data.unanswered:,} rows end", "were")
+        notes.append(f"{source}: {rows} with the user and {were} dropped, since a response is needed.")
     if data.limits is not None and data.keeps_most is not None and data.keeps_all is not None:
         total = len(data.examples) + data.dropped
         limits = _limits(flags, data.limits.prompt, data.limits.response)

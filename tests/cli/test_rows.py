@@ -1,0 +1,135 @@
+"""What commands say of their rows, and the template that a student takes from its teacher."""
+
+import datasets
+import pytest
+from transformers import AutoTokenizer
+
+from helpers.commands import done, run, write_rows
+from helpers.tiny import save_model, tiny_model, tiny_tokenizer
+from helpers.trainers import config
+from promptkd.results import Results
+from promptkd.training import DistillTrainer
+
+pytestmark = pytest.mark.slow
+
+FEW = ("--max_steps", 1, "--per_device_train_batch_size", 2, "--max_completion_length", 12, "--use_cpu")
+
+
+def ask(text):
+    return {"role": "user", "content": text}
+
+
+def say(text):
+    return {"role": "assistant", "content": text}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A base student, and a teacher with a chat template, a token of whose own ends a turn."""
+    folder = tmp_path_factory.mktemp("models")
+    save_model(folder / "student", tiny_model("llama", layers=2, hidden=16, seed=1), tiny_tokenizer())
+    save_model(folder / "teacher", tiny_model("llama", layers=3, hidden=24, seed=2), tiny_tokenizer(chat=True))
+    return folder
+
+
+def test_a_base_student_takes_the_teachers_template_for_good(models, tmp_path, capsys):
+    data = write_rows(tmp_path / "d.jsonl", [{"messages": [ask("the"), say("an"), ask("it"), say("a")], "id": 1}] * 4)
+    pair = ("--student", models / "student", "--teacher", models / "teacher", "--data", data)
+    how = ("--template", "teacher", "--turns", "all", "--method", "kd")
+    told = done(capsys, "distill", *pair, "--out", tmp_path / "run", *how, *FEW).err
+    lines = told.splitlines()
+    owner = f"{models / 'teacher'} (the teacher's)"
+    named = f"Template: the chat template of {owner}. Assistant turns that are trained: all of each row (--turns all)."
+    assert lines[0] == named
+    assert lines[1] == f"{data}: 4 rows, 8 examples (one per assistant turn)."
+    assert lines[2].startswith(f"{data}: not used: 'id' (4 rows).")
+    results = Results.read(tmp_path / "run" / "results.json")
+    assert results.notes[:2] == [lines[0], lines[2]]
+    assert (results.data["train"].rows, results.data["train"].examples) == (4, 8)
+    saved, teacher = (
+        AutoTokenizer.from_pretrained(each) for each in (tmp_path / "run" / "student", models / "teacher")
+    )
+    assert saved.chat_template == teacher.chat_template
+    out = tmp_path / "e.json"
+    told = done(
+        capsys, "evaluate", "--model", tmp_path / "run", "--data", data, "--out", out, "--max-completion-length", 4
+    )
+    assert (
+        Results.read(out).evaluations[0].samples[0].prompt == "<|user|>the<|assistant|>an<|end|><|user|>it<|assistant|>"
+    )
+
+
+def test_a_teacher_without_a_template_has_none_to_give(models, tmp_path, capsys):
+    data = write_rows(tmp_path / "d.jsonl", [{"instruction": "the", "output": "an"}] * 4)
+    pair = ("--student", models / "teacher", "--teacher", models / "student", "--data", data)
+    ran = run(capsys, "distill", *pair, "--out", tmp_path / "run", "--template", "teacher", *FEW)
+    assert ran.status == 2
+    assert "has no chat template" in ran.err
+    ran = run(
+        capsys, "sft", "--model", models / "student", "--data", data, "--out", tmp_path / "o", "--template", "teacher"
+    )
+    assert ran.status == 2
+    assert '"teacher" (of distill)' in ran.err
+
+
+@pytest.mark.parametrize("command", ["generate", "exposure-bias", "evaluate", "sft"])
+def test_columns_and_template_variables_are_flags_of_every_command_that_reads_rows(models, tmp_path, capsys, command):
+    data = write_rows(tmp_path / "d.jsonl", [{"ask": [ask("the"), say("an")]}] * 4)
+    model = models / "teacher"
+    own = {
+        "generate": ("--model", model, "--out", tmp_path / "g.jsonl"),
+        "evaluate": ("--model", model, "--out", tmp_path / "g.json"),
+        "exposure-bias": ("--student", model, "--teacher", model, "--out", tmp_path / "g.json", "--samples-per-row", 1),
+        "sft": ("--model", model, "--out", tmp_path / "g", *FEW),
+    }[command]
+    short = () if command == "sft" else ("--max-completion-length", 4)
+    told = done(capsys, command, *own, *short, "--data", data, "--columns", "ask=messages").err
+    assert f"{data}: 4 rows." in told
+    ran = run(
+        capsys,
+        command,
+        *own,
+        "--data",
+        data,
+        "--columns",
+        "ask=messages",
+        "--overwrite",
+        "--chat_template_kwargs",
+        '{"x": 1}',
+    )
+    assert ran.status == 2
+    assert "chat_template_kwargs sets x, which the template does not read" in ran.err
+    ran = run(capsys, command, *own, "--data", data, "--columns", "ask=question_text", "--overwrite")
+    assert ran.status == 2
+    assert "--columns takes OLD=NEW" in ran.err
+
+
+def test_rows_that_end_with_the_user_and_long_rows_are_said_and_recorded(models, tmp_path, capsys):
+    rows = [{"messages": [ask("the"), say("an")]}] * 4 + [
+        {"messages": [ask("the")]},
+        {"messages": [ask("it"), say("a" * 30)]},
+    ]
+    data = write_rows(tmp_path / "d.jsonl", rows)
+    told = done(capsys, "sft", "--model", models / "teacher", "--data", data, "--out", tmp_path / "r", *FEW).err
+    notes = Results.read(tmp_path / "r" / "results.json").notes
+    assert f"{data}: 1 row ends with the user and was dropped, since a response is needed." in notes
+    warning = f"Warning: {data}: 1 of 5 rows (20%) are over --max_prompt_length 256 or --max_completion_length 12"
+    assert f"{warning} and were dropped. --max_completion_length 31 keeps 95%." in notes
+    assert all(note in told for note in notes[:3])
+    pair = ("--student", models / "teacher", "--teacher", models / "teacher", "--data", data)
+    done(capsys, "distill", *pair, "--out", tmp_path / "on-policy", *FEW)  # the student writes the responses
+    assert Results.read(tmp_path / "on-policy" / "results.json").data["train"].rows == 6
+
+
+def test_the_trainer_takes_the_same_rows(tmp_path, caplog):
+    conversations = [{"from": "human", "value": "the"}, {"from": "gpt", "value": "an"}]
+    table = datasets.Dataset.from_list([{"talk": conversations, "id": 3}] * 4)
+    student, teacher = (tiny_model("llama", layers=2, hidden=16, seed=seed) for seed in (1, 2))
+    args = config(tmp_path, template="teacher", columns={"talk": "conversations"}, max_steps=1)
+    tokenizers = {"processing_class": tiny_tokenizer(), "teacher_processing_class": tiny_tokenizer(chat=True)}
+    trainer = DistillTrainer(student, teacher, args, table, **tokenizers)
+    (row, *_) = trainer.train_dataset
+    assert tokenizers["processing_class"].decode(row.prompt_ids) == "<|user|>the<|assistant|>"
+    assert tokenizers["processing_class"].decode(row.response_ids) == "an<|end|>"
+    assert "train_dataset: not used: 'id' (4 rows)." in caplog.text
+    trainer.train()
