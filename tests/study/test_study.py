@@ -1,6 +1,8 @@
 """`promptkd study`: what it plans and refuses, runs in processes of their own, and what it goes on with."""
 
+import csv
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -39,7 +41,7 @@ from promptkd.cli.study_runs import StudyRun
 from promptkd.errors import RequestError
 from promptkd.evaluation.pairing import Candidate
 from promptkd.io.lock import locked
-from promptkd.results import DataRecord, Evaluation, Results, RowResult
+from promptkd.results import DataRecord, Evaluation, Results, RowResult, Training
 from promptkd.study.loop import Table, carry_out
 from promptkd.study.plan import Planned, arguments_of, plan_runs
 from promptkd.study.pooling import both_ways, compare_groups, t_quantile, t_two_sided
@@ -274,7 +276,7 @@ def test_the_recipe_is_a_study(world, tmp_path, capsys):
     measured = ("--evaluate", yaml.safe_dump(evaluate, default_flow_style=True, width=10**6).strip())
     said = done(capsys, "study", RECIPE, *places, *measured, "--dry-run").out
     assert "36 of 36 runs to do, 18,000 steps." in said  # (4 + 2 of distillm) methods x 2 rates x 3 seeds
-    assert said.count("promptkd evaluate") == 36
+    assert said.count("promptkd evaluate") == 36 + 2  # the teacher and the untrained student, once each
 
 
 # ---- running ----
@@ -308,7 +310,8 @@ def test_a_study_runs_goes_on_and_compares(world, tmp_path, capsys, monkeypatch)
     out, late = tmp_path / "out", tmp_path / "late"
     evaluate = {"data": [world.test], "seeds": [10]}
     methods = ["promptkd", {"name": "late", "method": "kd", "student": str(late)}]
-    file = study_file(world, out, methods=methods, seeds=[1, 2], evaluate=evaluate, metrics=["loss", "rouge_l"])
+    measured = {"evaluate": evaluate, "metrics": ["loss", "rouge_l"], "references": False}
+    file = study_file(world, out, methods=methods, seeds=[1, 2], **measured)
     ran = run(capsys, "study", file, "--workers", 2)
     assert ran.status == 1
     assert "2 of 4 runs failed" in ran.err
@@ -629,6 +632,131 @@ def test_no_more_than_five_percent_of_equal_methods_are_told_apart(seed_spread, 
         by_row = table.mean(0) / 40
         claimed += both_ways(table.mean(1), by_row - by_row.mean())[1] <= 0.05
     assert claimed <= 65  # 50 expected at most; 3 standard deviations are 20
+
+
+# ---- a study's folder ----
+
+
+def made_study(folder: Path, seeds=(1, 2), shift: float = 0.0) -> Path:
+    """A finished study of two methods, with what it measured beside them, made up."""
+    settings = {"out": "elsewhere", "base": PAIR | {"config": "gone.yaml"}, "methods": ["a", "b"], "seeds": list(seeds)}
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings | {"evaluate": {"data": ["t"]}}))
+    for group, base in (("a", 1.0), ("b", 3.0 + shift)):
+        for seed in seeds:
+            record = candidate(group, seed, [base + seed, base, base + 0.5]).record
+            record.write(folder / "evaluations" / f"{group}-seed-{seed}" / "results.json")
+            cost = Training(method=group, steps=2, seconds=1.0, peak_memory_bytes=1)
+            trained = Results(kind="distill", training={f"{group}-seed-{seed}": cost}, evaluations=record.evaluations)
+            trained.write(folder / f"{group}-seed-{seed}" / "results.json")
+    for label, value in (("teacher", 9.0), ("untrained", 0.5)):
+        candidate(label, 0, [value, value, value + 1]).record.write(folder / "evaluations" / label / "results.json")
+    return folder
+
+
+def test_a_report_takes_a_studys_folder(tmp_path, capsys):
+    done(capsys, "report", made_study(tmp_path / "s"), "--out", tmp_path / "table.tex")
+    text = (tmp_path / "table.tex").read_text()
+    table = text.split("\\midrule\n")[1].split("\\bottomrule")[0]
+    rows = [line.split(" & ")[0] for line in table.splitlines()]
+    assert rows == ["teacher", "a", "b", "untrained"]
+    assert "seeds of training and rows" in text
+    done(capsys, "report", tmp_path / "s", "--out", tmp_path / "data.csv")
+    lines = list(csv.DictReader((tmp_path / "data.csv").open()))
+    known = {line["model"]: line for line in lines if line["metric"] == "rouge_l"}
+    assert float(known["a"]["value"]) == pytest.approx(np.mean([2, 1, 1.5, 3, 1, 1.5]))
+    assert known["a"]["deviation"] != ""
+    assert (float(known["teacher"]["value"]), known["teacher"]["deviation"]) == (pytest.approx(28 / 3), "")
+    assert float(known["teacher"]["low"]) < float(known["teacher"]["high"])
+
+
+def test_compare_takes_studies_and_single_runs(tmp_path, capsys):
+    one, two = made_study(tmp_path / "one"), made_study(tmp_path / "two", shift=1.0)
+    said = done(capsys, "compare", one, "--baseline", "b", "--metrics", "rouge_l", "--out", tmp_path / "c.json").out
+    record = Results.read(tmp_path / "c.json")
+    assert record.kind == "study"
+    (difference,) = record.differences
+    assert (difference.model, difference.baseline, difference.difference.value) == ("a", "b", pytest.approx(-2))
+    assert {each.model for each in record.evaluations} == {"a", "b", "teacher", "untrained"}
+    assert {name: cost.steps for name, cost in record.training.items()} == {"a": 2, "b": 2}
+    assert "a against b" in said
+    single = tmp_path / "single.json"
+    candidate("m", 0, [5, 5, 6]).record.write(single)
+    done(capsys, "compare", one, two, f"mine={single}", "--baseline", "one/a", "--out", tmp_path / "d.json")
+    record = Results.read(tmp_path / "d.json")
+    assert {each.model for each in record.differences} == {"one/b", "two/a", "two/b"}
+    assert "mine" in {each.model for each in record.evaluations}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--metrics", "bleu"), "Expected metrics that rows of two models have scores of: .*rouge_l.* Got bleu"),
+        (("--baseline", "teacher"), "The baseline must be one of a, b. Got teacher"),
+        (("--all-pairs",), "leave --all-pairs out"),
+    ],
+)
+def test_what_a_study_is_not_compared_by(tmp_path, capsys, arguments, told):
+    ran = run(capsys, "compare", made_study(tmp_path / "s"), *arguments)
+    assert ran.status == 2
+    assert re.search(told, ran.err)
+
+
+def test_a_study_of_one_seed_and_one_without_a_finished_run(tmp_path, capsys):
+    folder = made_study(tmp_path / "s", seeds=(1,))
+    done(capsys, "compare", folder, "--out", tmp_path / "c.json")
+    record = Results.read(tmp_path / "c.json")
+    assert record.kind == "compare"
+    assert {(each.model, each.baseline) for each in record.differences} == {("b", "a")}
+    assert {each.model for each in record.evaluations} == {"a", "b", "teacher", "untrained"}
+    for name in ("a-seed-1", "b-seed-1"):
+        (folder / name / "results.json").unlink()
+    for command in (("compare", folder), ("report", folder, "--out", tmp_path / "x.md")):
+        ran = run(capsys, *command)
+        assert ran.status == 2
+        assert "No run of the study in" in ran.err
+
+
+def test_metrics_that_nothing_measures_are_refused_before_any_run(world, tmp_path, capsys):
+    own = tmp_path / "mine.py"
+    own.write_text("def letters(prediction, references):\n    return 1.0\n")
+    evaluate = {"data": [world.test], "metrics": [f"{own}:letters"]}
+    file = study_file(world, tmp_path / "out", evaluate=evaluate, metrics=["bleu", "own:letters", "judge_score"])
+    ran = run(capsys, "study", file)
+    assert ran.status == 2
+    assert "metrics asks for bleu, judge_score, which nothing measures: there are loss, rouge_l" in ran.err
+    assert not (tmp_path / "out").exists()
+    evaluate["metrics"] = [f"{own}:lost"]
+    ran = run(capsys, "study", study_file(world, tmp_path / "out", evaluate=evaluate))
+    assert ran.status == 2
+    assert "has no lost, which should be a function" in ran.err
+    evaluate["metrics"] = [f"{own}:letters"]
+    file = study_file(world, tmp_path / "out", evaluate=evaluate, metrics=[f"{own}:letters", "kl_to_teacher"])
+    said = done(capsys, "study", file, "--dry-run").out
+    evaluations = said.split("promptkd evaluate ")[1:]
+    assert [f"--teacher {world.teacher}" in line for line in evaluations] == [True, False, True]
+    models = [each.split()[1] for each in evaluations]
+    assert models == [f"{tmp_path}/out/kd-seed-1", world.teacher, world.student]
+    assert "Measured beside them: teacher, untrained." in said
+
+
+def test_a_method_of_ones_own_in_a_study(world, tmp_path, capsys):
+    own = tmp_path / "mine.py"
+    own.write_text(
+        "from promptkd.methods import Method\nfrom promptkd.objectives import reverse_kl\n"
+        "from promptkd.responses import ResponseMix\n\n\ndef half(share=0.5):\n"
+        "    return Method(ResponseMix(share), reverse_kl)\n"
+    )
+    methods = ["kd", f"{own}:half", {"name": "quarter", "method": f"{own}:half", "method_settings": {"share": 0.25}}]
+    said = done(capsys, "study", study_file(world, tmp_path / "out", methods=methods), "--dry-run").out
+    assert all(f"{name}-seed-1" in said for name in ("kd", "half", "quarter"))
+    assert """--method-settings '{"share": 0.25}'""" in said
+    methods[2]["method_settings"] = {"part": 1}
+    ran = run(capsys, "study", study_file(world, tmp_path / "out", methods=[*methods, f"{own}:lost"]))
+    assert ran.status == 2
+    assert "quarter-seed-1: " in ran.err
+    assert "takes no part: its settings are share" in ran.err
+    assert "has no lost" in ran.err
 
 
 # ---- on a Ray cluster ----

@@ -17,10 +17,12 @@ from promptkd.cli.parsing.config_file import read_config
 from promptkd.cli.parsing.parser import merged_config, parse_options
 from promptkd.data import Example, read_columns, read_examples
 from promptkd.errors import RequestError, raise_together
+from promptkd.evaluation.function_metric import label_of_metric
+from promptkd.evaluation.measure import MEASURED
 from promptkd.report.text import text_table
 from promptkd.results import Results
 from promptkd.study.loop import clock
-from promptkd.study.plan import Planned, arguments_of, plan_runs
+from promptkd.study.plan import Planned, Settings, arguments_of, plan_runs, slug
 from promptkd.study.processes import Command, Job, Phase, shell_line
 
 # settings of training that evaluation has too, and takes over unless it is told otherwise
@@ -36,6 +38,8 @@ _ALIKE = (
 _NOT_EVALUATED = {"model": "each run's student is measured", "out": "the study names the records"}
 _FREE = {"out": None, "overwrite": None}  # options of an evaluation on which nothing in its record depends
 
+REFERENCES = {"teacher": "teacher", "student": "untrained"}  # models that a study measures once: by setting, the label
+
 Read = Callable[..., list[Example]]
 Problems = defaultdict[str, list[str]]  # each once, with the runs it is wrong with; without any if it is the study's
 
@@ -48,8 +52,11 @@ class StudyRun:
     trained: Results | None  # the record of its training, if that is done
 
 
-def checked_runs(options: Options) -> list[StudyRun]:
-    """Every run of the study. Raises one `RequestError` that lists everything that is wrong; nothing is written."""
+def checked_runs(options: Options) -> tuple[list[StudyRun], list[Job]]:
+    """Every run of the study, and the evaluations of its `REFERENCES`.
+
+    Raises one `RequestError` that lists everything that is wrong; nothing is written.
+    """
     planned = plan_runs(options.base, options.methods, options.seeds, options.grid, read_file=read_config)
     problems: Problems = defaultdict(list)
     read, groups = _reading_once(), list(dict.fromkeys(each.group for each in planned))
@@ -58,6 +65,7 @@ def checked_runs(options: Options) -> list[StudyRun]:
     for key in sorted(options.evaluate.keys() & _NOT_EVALUATED.keys()):
         problems[f"evaluate sets {key}, but {_NOT_EVALUATED[key]}."] = []
     shared = _shared_settings(planned, options.evaluate, problems) if options.evaluate else {}
+    options.metrics = _checked_metrics(options, problems)
     runs: list[StudyRun] = []
     for each in planned:
         folder, results = options.out / each.name, options.out / "evaluations" / each.name / "results.json"
@@ -68,19 +76,65 @@ def checked_runs(options: Options) -> list[StudyRun]:
             job.commands = () if trained else (command,)
         with _noting(problems, each.name, options.out):
             if options.evaluate:
-                command, is_done = _evaluation(folder, shared | options.evaluate, results, read)
+                settings = shared | _teacher_of(each, options) | options.evaluate
+                command, is_done = _evaluation(str(folder), settings, results, read)
                 # a student that is trained again is measured again
                 job.commands += () if trained and is_done else (command,)
         if job.commands:
             job.phase = Phase.WAITING
         runs.append(StudyRun(each, job, results if options.evaluate else folder / "results.json", trained))
+    references = [] if problems or not options.references else _references(options, planned, shared, read)
     told = []
     for text, names in problems.items():
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         which = f"all {len(names)} runs" if len(names) == len(planned) > 1 else names[0] + more if names else ""
         told.append(f"{which}: {text}" if which else text)
     raise_together(told, "study")
-    return runs
+    return runs, references
+
+
+def _checked_metrics(options: Options, problems: Problems) -> list[str]:
+    """The metrics to compare, under the names that records have for them; those that nothing will measure are wrong."""
+    more = options.evaluate.get("metrics", [])
+    own: dict[str, str] = {}
+    for name in map(str, more if isinstance(more, list) else [more]):
+        try:
+            own[name] = label_of_metric(name)
+        except RequestError as error:
+            problems[f"evaluate: {error}"] = []
+            own[name] = name
+    known = [*MEASURED, "kl_to_teacher", *own.values()]
+    asked = [own.get(name, name) for name in options.metrics]
+    if unknown := [name for name in asked if name not in known]:
+        told = f"metrics asks for {', '.join(unknown)}, which nothing measures: there are {', '.join(known)}"
+        problems[f"{told}. More are measured by `metrics` in `evaluate`."] = []
+    return asked
+
+
+def _teacher_of(planned: Planned, options: Options) -> Settings:
+    """What evaluation needs for the KL to a run's own teacher, where that is to be compared."""
+    if "kl_to_teacher" not in options.metrics:
+        return {}
+    return {name: planned.settings[name] for name in ("teacher", "teacher_dtype") if name in planned.settings}
+
+
+def _references(options: Options, planned: list[Planned], shared: Settings, read: Read) -> list[Job]:
+    """The evaluations of the teacher and of the students before training, each measured once, as the students are."""
+    jobs = []
+    for setting, label in REFERENCES.items() if options.evaluate else ():
+        models = {str(run.settings[setting]): run for run in planned if run.settings.get(setting)}
+        for name, run in models.items():
+            settings = shared | _teacher_of(run, options) | options.evaluate
+            if setting == "teacher":
+                settings = {key: value for key, value in settings.items() if key not in ("teacher", "teacher_dtype")}
+            called = label if len(models) == 1 else f"{label}.{slug(name)}"
+            results = options.out / "evaluations" / called / "results.json"
+            command, is_done = _evaluation(name, settings, results, read)
+            job = Job(called, results.parent, (command,), options.out / "logs" / f"{called}.log", phase=Phase.WAITING)
+            if is_done:
+                job.commands, job.phase = (), Phase.DONE
+            jobs.append(job)
+    return jobs
 
 
 @contextmanager
@@ -140,10 +194,10 @@ def _training(planned: Planned, folder: Path, read: Read) -> tuple[Command, int]
     return command, math.ceil(args.num_train_epochs * max(1, math.ceil(batches / args.gradient_accumulation_steps)))
 
 
-def _evaluation(model: Path, settings: dict[str, Any], results: Path, read: Read) -> tuple[Command, bool]:
+def _evaluation(model: str, settings: dict[str, Any], results: Path, read: Read) -> tuple[Command, bool]:
     """The command, and whether there is a record of these settings."""
     own = {"measure": "student"} | {key: value for key, value in settings.items() if key not in _NOT_EVALUATED}
-    command = ("evaluate", "--model", str(model), *arguments_of(own), "--out", str(results))
+    command = ("evaluate", "--model", model, *arguments_of(own), "--out", str(results))
     parsed = parse_options("evaluate", promptkd.cli.options.evaluate, command[1:])
     check(parsed.options)
     for source in parsed.options.data:
@@ -160,7 +214,7 @@ def _record(path: Path) -> Results | None:
         return None
 
 
-def plan_text(runs: Sequence[StudyRun], workers: int) -> str:
+def plan_text(runs: Sequence[StudyRun], references: Sequence[Job], workers: int) -> str:
     """A line per run, the sum, and the commands of what is not done, to be copied."""
     lines, times = [("run", "state", "steps", "about")], []
     for each in runs:
@@ -179,7 +233,10 @@ def plan_text(runs: Sequence[StudyRun], workers: int) -> str:
         total += f" About {about}; loading, validation and evaluation come on top."
     elif times:
         total += " Seconds per step are known once a run of each method is done."
-    commands = [shell_line(arguments) for run in runs for arguments in run.job.commands]
+    jobs = [*(run.job for run in runs), *references]
+    commands = [shell_line(arguments) for job in jobs for arguments in job.commands]
+    if names := [job.name for job in references if job.commands]:
+        total += f" Measured beside them: {', '.join(names)}."
     return "\n\n".join(filter(None, [text_table(lines, left=(0, 1)), total, "\n".join(commands)]))
 
 

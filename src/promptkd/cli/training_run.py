@@ -21,12 +21,13 @@ from promptkd.evaluation.dataset_evaluation import measure_rows
 from promptkd.evaluation.measure import evaluation_of
 from promptkd.evaluation.rouge_tokenizer import rouge_tokens
 from promptkd.io.atomic import write_atomic
+from promptkd.io.python_file import names_python, python_file
 from promptkd.memory import gibibytes, peak_memory
 from promptkd.models import load_model, load_tokenizer, model_record
 from promptkd.models.vocabulary import vocabulary_without
 from promptkd.report import render_report, terminal_table
 from promptkd.report.metrics import metric_info
-from promptkd.results import BEFORE, Evaluation, Kind, Metric, Results, Series, Training, now, read_history
+from promptkd.results import BEFORE, Evaluation, Kind, Metric, Results, Series, Training, file_sha256, now, read_history
 from promptkd.training.baselines import TEACHER, Baselines
 from promptkd.training.callbacks import CostMeter, MetricsFile, ProgressBar, quiet
 from promptkd.training.checkpoint import resumable_checkpoint, set_aside
@@ -55,6 +56,9 @@ class TrainingRun:
         self.kind, self.options, self.training, self._read = kind, options, training, read
         begun = ("resume", "overwrite", "dry_run")  # no settings: config.yaml must serve for resuming, too
         self._config = {k: v for k, v in merged_config(options, training).items() if k not in begun}
+        own = str(training.get("method", ""))
+        if names_python(own) and "method_sha256" not in training and python_file(own).is_file():
+            self._config["method_sha256"] = file_sha256(python_file(own))  # the record names the code that ran
         self.folder = RunFolder(options.out, self._config, resume=options.resume, overwrite=options.overwrite)
         self._trust = bool(training.get("trust_remote_code", False))
         self._examples: dict[str, tuple[str, list[Example]]] = {}

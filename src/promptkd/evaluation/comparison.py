@@ -4,7 +4,7 @@ All answers to one request (one per seed) are combined first. A difference is cl
 adjusted by Holm over the whole comparison, is at most 0.05 and the 95 % bootstrap interval over rows excludes zero.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, product
 from typing import Literal
@@ -58,13 +58,14 @@ def compare(
     ordered = _checked(candidates, baseline)
     settings, made = settings_of(ordered), Comparison()
     made.notes += _alike(settings, ordered, allow_different)
-    names = _known_metrics(settings, metrics)
-    if _TO_TEACHER in names and len({each.teachers for each in ordered}) > 1:
+    names = known_metrics(settings, metrics)
+    tested_ones = [each for each in ordered if not each.is_reference]
+    if _TO_TEACHER in names and len({each.teachers for each in tested_ones}) > 1:
         names.remove(_TO_TEACHER)
         made.notes.append(f"{_TO_TEACHER} was not compared: the records name different teachers.")
-    every = list(combinations([each.label for each in ordered], 2))  # (baseline, model)
-    of_last = [pair for pair in every if pair[1] == ordered[-1].label]
-    compared = {"baseline": every[: len(ordered) - 1], "all": every, "last": of_last}[pairs]
+    every = list(combinations([each.label for each in tested_ones], 2))  # (baseline, model)
+    of_last = [pair for pair in every if pair[1] == tested_ones[-1].label]
+    compared = {"baseline": every[: len(tested_ones) - 1], "all": every, "last": of_last}[pairs]
     tested: list[tuple[Difference, tuple[Floats, ...]]] = []
     done: set[tuple[str, str]] = set()  # what is measured on the references of a data set, however it is decoded
     for setting in settings:
@@ -85,11 +86,11 @@ def compare(
                 difference.ratio = statistics.paired_token_ratio(*both, bootstrap) if kept else None
                 tested.append((difference, both))
                 done |= {(setting.source, name)} if name in OF_REFERENCES else set()
-        made.evaluations += _evaluations(setting, columns, bootstrap)
+        made.evaluations += evaluations_of(setting, columns, setting.measured, bootstrap)
         first = next(iter(setting.measured.values()))
         if first.data is not None:
             made.data[setting.data] = first.data
-    if not tested:
+    if not tested and len(tested_ones) > 1:
         shared = f"the runs share {sum(len(each.rows()) for each in settings)} rows, with scores of"
         expected = "Expected at least one row, and a metric of which more or less is better."
         raise RequestError(f"Nothing to compare: {shared} {', '.join(names) or 'none'}. {expected}")
@@ -107,14 +108,15 @@ def compare(
 
 def _checked(candidates: Sequence[Candidate], baseline: str | None) -> list[Candidate]:
     labels = [each.label for each in candidates]
-    if len(candidates) < 2:
+    known = [each.label for each in candidates if not each.is_reference]
+    if len(candidates) < 2 or not known:
         raise RequestError(f"A comparison takes two models or more. Got {', '.join(labels) or 'none'}.")
     if duplicates := sorted({label for label in labels if labels.count(label) > 1}):
         got = f"Got {', '.join(duplicates)} twice; name a run by LABEL=RUN."
         raise RequestError(f"Each model must have a label of its own. {got}")
-    if baseline is not None and baseline not in labels:
-        raise RequestError(f"The baseline must be one of {', '.join(labels)}. Got {baseline}.")
-    return sorted(candidates, key=lambda each: each.label != (baseline or labels[0]))
+    if baseline is not None and baseline not in known:
+        raise RequestError(f"The baseline must be one of {', '.join(known)}. Got {baseline}.")
+    return sorted(candidates, key=lambda each: each.label != (baseline or known[0]))
 
 
 def _alike(settings: Sequence[Setting], candidates: Sequence[Candidate], allow_different: bool) -> list[str]:
@@ -130,7 +132,8 @@ def _alike(settings: Sequence[Setting], candidates: Sequence[Candidate], allow_d
     return [f"Compared although {sentence}" for sentence in differing]
 
 
-def _known_metrics(settings: Sequence[Setting], asked: Sequence[str]) -> list[str]:
+def known_metrics(settings: Sequence[Setting], asked: Sequence[str]) -> list[str]:
+    """The metrics that were measured, or those of them that were asked for. `RequestError` for others."""
     every = list(dict.fromkeys(metric for setting in settings for metric in setting.metrics()))
     if unknown := [metric for metric in asked if metric not in every]:
         expected = f"Expected metrics that rows of two models have scores of: {', '.join(every) or 'none'}."
@@ -138,9 +141,12 @@ def _known_metrics(settings: Sequence[Setting], asked: Sequence[str]) -> list[st
     return [metric for metric in every if metric in (asked or every)]
 
 
-def _evaluations(setting: Setting, columns: dict[str, dict[str, Column]], bootstrap: Bootstrap) -> list[Evaluation]:
+def evaluations_of(
+    setting: Setting, columns: dict[str, dict[str, Column]], labels: Iterable[str], bootstrap: Bootstrap = DEFAULT
+) -> list[Evaluation]:
+    """Of the candidates with these labels, the metrics over the rows of `columns`, without the rows themselves."""
     made = []
-    for label, measured in setting.measured.items():
+    for label, measured in ((label, setting.measured[label]) for label in labels if label in setting.measured):
         held = {metric: by_label[label] for metric, by_label in columns.items() if label in by_label}
         metrics = {metric: statistics.token_mean_interval(*column, bootstrap) for metric, column in held.items()}
         own = {"model": label, "data": setting.data, "metrics": metrics, "samples": []}

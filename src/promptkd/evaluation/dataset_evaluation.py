@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from promptkd.data.encode import EncodedExample
 from promptkd.errors import RequestError
-from promptkd.evaluation.hub_metrics import HubMetric
+from promptkd.evaluation.function_metric import Metric
 from promptkd.evaluation.measure import decode_rows, evaluation_of, kl_nats, reference_nats, row_batches, row_results
 from promptkd.evaluation.rouge_tokenizer import DEFAULT, RougeTokenizer, rouge_tokens
 from promptkd.generation import Decoding
@@ -74,7 +74,7 @@ class SetEvaluation:
     rows: Sequence[EncodedExample]
     file_of: Callable[[str], Path | None] = lambda part: None  # the JSONL file of a part of `parts_of`; None: in memory
     teacher: nn.Module | None = None
-    metrics: Sequence[HubMetric] = ()
+    metrics: Sequence[Metric] = ()
     progress: Callable[[str, int], None] = lambda what, done: None  # what is being done, and for how many rows it is
     batch_size: int = 8  # rows that are scored at a time
     rouge_tokenizer: str = DEFAULT  # a name of `ROUGE_TOKENIZERS`

@@ -26,7 +26,7 @@ class HubMetric:
     def __init__(self, name: str) -> None:
         source, _, field = name.partition(":")
         called = Path(source).stem
-        self.label = f"evaluate:{called}" + (f":{field}" if field else "")
+        self.label = f"evaluate:{called}" + (f":{field}" if field else "")  # as `label_of_metric` says
         self.failed_on_empty = 0  # empty answers that the metric failed on; they count 0
         self._name, self._metric = name, _load(source)
         features, lists = self._metric.features, (datasets.Sequence, datasets.List, list)

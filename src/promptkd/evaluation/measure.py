@@ -24,6 +24,10 @@ from promptkd.results import Evaluation, Metric, RowResult
 TokenIds = Sequence[int]
 Rows = Sequence[EncodedExample]
 OF_REFERENCES = frozenset({"loss"})  # measured on the references: the same however answers are decoded
+MEASURED = (  # of every model; with a teacher kl_to_teacher too
+    *("loss", "rouge_l", "rouge_1", "exact_match", "eos_share", "cut_share", "response_length", "length_ratio"),
+    *("distinct_1", "distinct_2"),
+)
 _TOKENS_AT_A_TIME = 256
 
 

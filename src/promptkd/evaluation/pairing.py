@@ -22,6 +22,7 @@ class Candidate:
     label: str
     record: Results
     model: str  # its name in the record
+    is_reference: bool = False  # shown beside those that are compared, and not tested
 
     @property
     def teachers(self) -> frozenset[str]:

@@ -1,7 +1,7 @@
 """A method of distillation: whose responses, which part of the teacher is trained, what the student minimizes.
 
-Each file but method.py and token_method.py holds a method or a family of them, which `METHODS` names. A method of your
-own is a `Method` with other choices, or with a loss function of its own (docs/extending.md).
+Each file but method.py, token_method.py and method_file.py holds a method or a family of them, which `METHODS` names.
+A method of your own is a `Method` with other choices, or with a loss function of its own (docs/extending.md).
 """
 
 from collections.abc import Iterable
@@ -36,7 +36,7 @@ MethodSettings: Any = flat("MethodSettings", settings_classes())  # of all metho
 def read_method(name: str, take: Reader) -> Method:
     """The method of that name. Raises `RequestError` if there is none, or settings are unread or do not go together."""
     if name not in METHODS:
-        raise RequestError(f"Expected a method of {', '.join(METHODS)}. Got {name!r}.")
+        raise RequestError(f"Expected a method of {', '.join(METHODS)}, or FILE.py:NAME. Got {name!r}.")
     known: Any = METHODS[name]
     if isinstance(known, type) and issubclass(known, NamedMethod):
         method = take(known).build(take)

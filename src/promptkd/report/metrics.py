@@ -115,10 +115,15 @@ LOGGED = {
 }
 _GROUP_OF = {name: title for title, group in _LOGGED.items() for name, *_ in group}
 _VALIDATION = "eval_"
+_OWN: dict[str, Better] = {"own:": "higher", "own-lower:": "lower"}
 
 
 def metric_info(name: str) -> MetricInfo:
-    """The metric of an evaluation; an unknown one is shown by its name."""
+    """The metric of an evaluation; an unknown one is shown by its name. The name of one's own says what is better."""
+    for prefix, better in _OWN.items():
+        if name.startswith(prefix):
+            label = name.removeprefix(prefix)
+            return MetricInfo(name, label, label, "", better, 2, "A function of one's own.")
     return METRICS.get(name) or MetricInfo(name, name, name)
 
 

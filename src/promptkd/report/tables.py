@@ -107,6 +107,36 @@ def _best(name: str, rows: list[ComparisonRow]) -> list[ComparisonRow]:
     return tied if len(tied) < len(students) else []
 
 
+def groups(name: str, rows: Sequence[ComparisonRow]) -> list[list[ComparisonRow]]:
+    """The largest groups of students of which no two are told apart in a metric, from the best down.
+
+    Empty where neither direction is better, for one student, and where an interval is missing.
+    """
+    better = metric_info(name).better
+    students = [row for row in rows if name in row.metrics and not is_teacher(row.model)]
+    known = all(math.isfinite(end) for row in students for end in _ends(name, row))
+    if better is None or len(students) < 2 or not known:
+        return []
+    students.sort(key=lambda row: row.metrics[name].value, reverse=better == "higher")
+    apart = {
+        (one, other)
+        for one in range(len(students))
+        for other in range(one + 1, len(students))
+        if _told_apart(name, students[one], students[other])
+    }
+    found: list[set[int]] = [set(range(len(students)))]
+    for one, other in sorted(apart):  # each pair splits every group that holds both
+        split = [
+            part for group in found for part in ([group - {one}, group - {other}] if {one, other} <= group else [group])
+        ]
+        found = [
+            group
+            for at, group in enumerate(split)
+            if not any(group < each for each in split) and group not in split[:at]
+        ]
+    return [[students[at] for at in sorted(group)] for group in sorted(found, key=sorted)]
+
+
 def _told_apart(name: str, lead: ComparisonRow, other: ComparisonRow) -> bool:
     """By the paired difference where a record holds one, else by intervals that do not overlap."""
     for difference in lead.paired:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from promptkd.errors import RequestError, raise_together
+from promptkd.io.python_file import names_python
 
 Settings = dict[str, Any]
 Grid = dict[str, list[Any]]
@@ -96,6 +97,8 @@ class _Reader:
     def points(self, given: Any, common: Settings, defaults: Settings, grid: Grid) -> list[tuple[str, Settings]]:
         """A method's settings at every point of the grid, with the name of each."""
         entry = {"name": given} if isinstance(given, str) else given
+        if isinstance(given, str) and names_python(given):
+            entry = {"name": given.rpartition(":")[2], "method": given}
         name = entry.get("name") if isinstance(entry, dict) else None
         if not isinstance(name, str):
             expected = "expected names, or mappings with a name such as {name: kd, beta: 0.5}"
@@ -114,7 +117,7 @@ class _Reader:
         method = {"method": own.get("method", own_defaults.get("method", name))}
         fixed = defaults | own_defaults | common | own | method
         points = [dict(zip(varied, values, strict=True)) for values in itertools.product(*varied.values())]
-        return [("-".join([name, *(f"{key}-{_slug(each[key])}" for key in each)]), fixed | each) for each in points]
+        return [("-".join([name, *(f"{key}-{slug(each[key])}" for key in each)]), fixed | each) for each in points]
 
     def settings(self, place: str, given: Mapping[str, Any]) -> tuple[Settings, Settings]:
         """The settings given in one place, and those in the file that `config` names there."""
@@ -164,7 +167,7 @@ def _text(value: Any) -> str:
     return json.dumps(value) if isinstance(value, dict | list) else str(value)
 
 
-def _slug(value: Any) -> str:
+def slug(value: Any) -> str:
     """A value as part of a folder's name; where that changes or shortens it, its hash tells it from others."""
     text = _text(value)
     safe = re.sub(r"[^A-Za-z0-9._-]+", "-", text)[-_LONGEST_VALUE:].strip("-.")

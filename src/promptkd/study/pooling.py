@@ -17,7 +17,7 @@ import numpy as np
 from scipy.special import stdtr, stdtrit
 
 from promptkd.errors import RequestError
-from promptkd.evaluation.comparison import Comparison
+from promptkd.evaluation.comparison import Comparison, evaluations_of, known_metrics
 from promptkd.evaluation.pairing import Candidate, Column, settings_of
 from promptkd.evaluation.statistics import Floats, holm
 from promptkd.results import Better, Difference, Metric
@@ -66,22 +66,26 @@ def compare_groups(
     *,
     baseline: str,
     metrics: Sequence[str] = (),
+    references: Sequence[Candidate] = (),
 ) -> Comparison:
     """Every group's metrics over its seeds, and its difference from the baseline over the seeds that both have.
 
-    `groups` holds the run of each seed of at least two groups, measured alike. A metric of which neither direction is
-    `better` is shown and not tested. `metrics` are those to be compared, by default all.
+    `groups` holds the run of each seed, all measured alike. A metric of which neither direction is `better` is shown
+    and not tested. `metrics` are those to be compared, by default all. `references` are models of which there is one,
+    such as the teacher: they are shown with intervals over rows, and not tested. Raises `RequestError` for a metric
+    that was not measured.
     """
     candidates = [each for seeds in groups.values() for each in seeds.values()]
-    settings = settings_of(candidates)
+    settings = settings_of([*candidates, *references])
     if not settings:
         raise RequestError("The runs share no data set on which they were measured.")
     if differing := [sentence for setting in settings for sentence in setting.differing()]:
         raise RequestError(" ".join(differing[:3]))
+    known = known_metrics(settings, metrics)
     left_out = {"kl_to_teacher"} if len({each.teachers for each in candidates}) > 1 else set()
     made = Comparison()
     for setting in settings:
-        names = [name for name in setting.metrics() if name in (metrics or setting.metrics()) and name not in left_out]
+        names = [name for name in setting.metrics() if name in known and name not in left_out]
         columns = {name: setting.columns(name) for name in names}
         columns = {name: held for name, held in columns.items() if any(len(each.sums) for each in held.values())}
         pooled = {
@@ -98,6 +102,7 @@ def compare_groups(
             made.evaluations.append(first.evaluation.model_copy(update=own))
             if group != baseline:
                 made.differences += _differences(setting.data, (group, of_group), (baseline, pooled[baseline]), better)
+        made.evaluations += evaluations_of(setting, columns, [each.label for each in references])
         if first.data is not None:
             made.data[setting.data] = first.data
     tested = [(found, found.p_value) for found in made.differences if found.p_value is not None]

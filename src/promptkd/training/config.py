@@ -9,11 +9,14 @@ from transformers import SchedulerType, TrainingArguments
 from trl import DistillationConfig
 
 from promptkd.engine import engine_for
-from promptkd.errors import check_all
+from promptkd.errors import RequestError, check_all
+from promptkd.io.python_file import names_python, python_file
 from promptkd.io.redact import without_secret_values
 from promptkd.methods import Method, read_method, settings_classes
+from promptkd.methods.method_file import method_of_file
 from promptkd.models.adapters import ADAPTERS, PromptLossSettings
 from promptkd.precision import WeightPrecision, has_bfloat16_units
+from promptkd.results import file_sha256
 from promptkd.settings import Reader, Settings, flat, limit_checks, option
 from promptkd.training.trackers import tracker_checks
 
@@ -177,7 +180,11 @@ class DistillConfig(_FlatSettings, BaseConfig, DistillationConfig):
     """
 
     method: str = "promptkd"
-    """Name of the method (--help lists them)."""
+    """Name of the method (--help lists them), or FILE.py:NAME, a method of your own."""
+    method_settings: dict[str, Any] | None = None
+    """Settings of a method of your own, by name."""
+    method_sha256: str | None = None
+    """SHA-256 of the file of a method of your own, which a run records; another file is refused."""
     language_data: str | None = None
     """Plain-text rows ({"text": ...}) for an extra language-modeling loss."""
     language_weight: float = 1.0
@@ -201,7 +208,8 @@ class DistillConfig(_FlatSettings, BaseConfig, DistillationConfig):
     @property
     def algorithm(self) -> str:
         """What records call it: the method's name, and how far the run is from that method."""
-        return self.method if self.prompt_refresh == "fresh" else f"{self.method}, stale prompt"
+        name = self.method.rpartition(":")[2] if names_python(self.method) else self.method
+        return name if self.prompt_refresh == "fresh" else f"{name}, stale prompt"
 
     def checks(self) -> list[tuple[bool, str]]:
         """See `BaseConfig.checks`."""
@@ -226,7 +234,13 @@ def chosen_method(args: Any, given: Method | None = None) -> Method:
     Raises `RequestError` if a setting differs from its default and nothing reads it.
     """
     take = Reader(args)
-    method = read_method(args.method, take) if given is None else given.with_settings(take)
+    is_own = given is None and names_python(args.method)
+    if args.method_settings and not names_python(args.method):
+        raise RequestError("method_settings are those of a method of your own, --method FILE.py:NAME. Leave them out.")
+    if is_own:
+        method = _method_of_file(args, take)
+    else:
+        method = read_method(args.method, take) if given is None else given.with_settings(take)
     name = args.method if given is None else "The given method"
     adapter = method.adapter_class
     if adapter is not None:
@@ -236,4 +250,18 @@ def chosen_method(args: Any, given: Method | None = None) -> Method:
     take.refuse_unread(name, (factory for factory in ADAPTERS.values() if factory is not None))
     without = " without a teacher adapter" if adapter is None else ""
     take.refuse_unread(name + without, (TunerSettings, PromptLossSettings))
+    return method
+
+
+def _method_of_file(args: Any, take: Reader) -> Method:
+    """The method in a file of the user's own. Raises `RequestError` if it is another file than the run began with."""
+    defaults = {each.name: each.default for each in fields(args)}
+    given = {name: value for name, value in vars(args).items() if name in defaults and value != defaults[name]}
+    method = method_of_file(args.method, args.method_settings or {}, given, take)
+    now = file_sha256(python_file(args.method))
+    if args.method_sha256 not in (None, now):
+        told = f"{python_file(args.method)} has changed since the run began (SHA-256 {args.method_sha256}, now {now})"
+        raise RequestError(f"{told}. Put it back, or leave method_sha256 out and start a new run.")
+    method = method.with_settings(take)
+    take.refuse_unread(args.method, settings_classes())
     return method

@@ -1,11 +1,13 @@
 """`promptkd compare`."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from promptkd.cli.options.compare import Options
 from promptkd.cli.outputs import check_output, label_of
 from promptkd.cli.parsing.parser import merged_config
+from promptkd.cli.study_comparison import compared_groups, groups_of, is_study, mean_costs, read_study
 from promptkd.cli.terminal import say
 from promptkd.errors import RequestError
 from promptkd.evaluation.comparison import compare
@@ -22,6 +24,15 @@ _OF_ONE_MODEL = ("distill", "sft", "evaluate")
 def run(options: Options, training: dict[str, Any]) -> None:
     if options.out is not None:
         check_output(options.out, overwrite=options.overwrite)
+    studies = [run for run in options.runs if is_study(_path_of(run)[1])]
+    results = _of_studies(options, studies) if studies else _of_runs(options)
+    print(compared_text(results))
+    if options.out is not None:
+        results.write(options.out)
+        say(f"The record is in {options.out}.")
+
+
+def _of_runs(options: Options) -> Results:
     candidates = [each for run in options.runs for each in _candidates(run)]
     comparison = compare(
         candidates,
@@ -41,16 +52,46 @@ def run(options: Options, training: dict[str, Any]) -> None:
         differences=comparison.differences,
     )
     results.notes = [*compared_sentences(results), *comparison.notes]
-    print(compared_text(results))
-    if options.out is not None:
-        results.write(options.out)
-        say(f"The record is in {options.out}.")
+    return results
+
+
+def _of_studies(options: Options, names: list[str]) -> Results:
+    """Studies, their runs pooled by method, and beside them single runs, which with several seeds are shown alone."""
+    refused = [("--all-pairs", options.all_pairs), ("--allow-different", options.allow_different)]
+    if given := [flag for flag, is_given in refused if is_given]:
+        told = "A study's methods are compared with one of them, over seeds and rows, measured alike"
+        raise RequestError(f"{told}: leave {' and '.join(given)} out; --baseline names another.")
+    studies = {name: read_study(_path_of(name)[1]) for name in names}
+    several = any(len({run.planned.seed for run in study.runs}) > 1 for study in studies.values())
+    groups: dict[str, dict[int, Candidate]] = {}
+    references: list[Candidate] = []
+    training: dict[str, Training] = {}
+    for name, study in studies.items():
+        prefix = "" if len(studies) == 1 else f"{_path_of(name)[0] or _path_of(name)[1].resolve().name}/"
+        for group, seeds in groups_of(study.runs, several=several).items():
+            groups[prefix + group] = {seed: replace(each, label=prefix + each.label) for seed, each in seeds.items()}
+        training |= {prefix + group: cost for group, cost in mean_costs(study.runs).items()}
+        references += [replace(each, label=f"{each.label} {prefix[:-1]}".rstrip()) for each in study.references]
+    for run in options.runs:
+        if run not in studies:
+            references += [replace(each, is_reference=several) for each in _candidates(run)]
+    baseline = options.baseline or next(iter(groups))
+    if baseline not in groups:
+        raise RequestError(f"The baseline must be one of {', '.join(groups)}. Got {baseline}.")
+    results = compared_groups(groups, references, several=several, baseline=baseline, metrics=options.metrics)
+    results.config, results.training = merged_config(options, {}), training
+    return results
+
+
+def _path_of(run: str) -> tuple[str | None, Path]:
+    """RUN or LABEL=RUN as its label, if it has one, and its path."""
+    label, _, rest = run.partition("=")
+    return (label, Path(rest)) if label and rest and not Path(run).exists() else (None, Path(run))
 
 
 def _candidates(run: str) -> list[Candidate]:
     """The models of RUN or LABEL=RUN. Its own words for its model, "student" and "model", give way to its folder's."""
-    label, _, rest = run.partition("=")
-    name, path = (label, Path(rest)) if label and rest and not Path(run).exists() else (None, Path(run))
+    name, path = _path_of(run)
     file = path / "results.json" if path.is_dir() else path
     record = Results.read(file)
     models = list(dict.fromkeys(each.model for each in record.evaluations))

@@ -16,15 +16,16 @@ from promptkd.cli.terminal import progress_lines, say
 from promptkd.data.encode import EncodedExample
 from promptkd.errors import RequestError
 from promptkd.evaluation.dataset_evaluation import SetEvaluation, parts_of
-from promptkd.evaluation.hub_metrics import HubMetric
+from promptkd.evaluation.function_metric import load_metrics
 from promptkd.evaluation.rouge_tokenizer import rouge_tokens
 from promptkd.generation import Decoding
 from promptkd.io.jsonl import settle_settings
 from promptkd.io.lock import locked
+from promptkd.io.python_file import names_python, python_file
 from promptkd.models import model_record
 from promptkd.models.vocabulary import vocabulary_without
 from promptkd.report import terminal_table
-from promptkd.results import Results
+from promptkd.results import Results, file_sha256
 
 
 def run(options: Options, training: dict[str, Any]) -> None:
@@ -51,13 +52,15 @@ def check(options: Options) -> None:
 
 def _evaluate(options: Options) -> None:
     job, label = InferenceRun(options), label_of(options.model)
-    metrics = [HubMetric(name) for name in options.metrics]
+    metrics = load_metrics(options.metrics)
     tokenizer = job.load_tokenizer(options.model)
     shared = None if options.teacher is None else job.share(tokenizer, job.load_tokenizer(options.teacher))
     results = Results(kind="evaluate", config=merged_config(options, {}))
     for note in [] if shared is None else shared.notes:
         say(note)
         results.notes.append(note)
+    own = [python_file(name) for name in options.metrics if names_python(name)]
+    results.code |= {str(file): f"sha256 {file_sha256(file)}" for file in own}
     sets = {}
     for path in options.data:
         name = label_of(path, options.data)

@@ -4,28 +4,56 @@ from pathlib import Path
 from typing import Any
 
 from promptkd.cli.options.report import Options
-from promptkd.cli.outputs import check_output
+from promptkd.cli.outputs import check_output, check_writable
+from promptkd.cli.study_comparison import is_study, study_records
 from promptkd.cli.terminal import say
 from promptkd.errors import RequestError
 from promptkd.io.atomic import write_atomic
-from promptkd.report import render_csv, render_json, render_markdown, render_report, terminal_table
+from promptkd.report import render_csv, render_json, render_latex, render_markdown, render_report, terminal_table
+from promptkd.report.figures import check_figures, write_figures
 from promptkd.results import Results
 
-_FORMS = {".html": "html", ".htm": "html", ".md": "markdown", ".json": "json", ".csv": "csv"}
+_FORMS = {".html": "html", ".htm": "html", ".md": "markdown", ".tex": "latex", ".json": "json", ".csv": "csv"}
 
 
 def run(options: Options, training: dict[str, Any]) -> None:
     form = options.format or _FORMS.get(options.out.suffix.lower())
     if form is None:
-        problem = f"The suffix of --out says the form of the report: .html, .md, .json or .csv. Got {options.out}."
-        raise RequestError(f"{problem} Name the form by --format html, markdown, json or csv.")
+        problem = (
+            f"The suffix of --out says the form of the report: .html, .md, .tex, .json or .csv. Got {options.out}."
+        )
+        raise RequestError(f"{problem} Name the form by --format html, markdown, latex, json or csv.")
     check_output(options.out, overwrite=options.overwrite)
+    if options.figures is not None:
+        _check_figures(options.figures, overwrite=options.overwrite)
     paths = [Path(name) for name in options.runs]
-    records = [Results.read(path / "results.json" if path.is_dir() else path) for path in paths]
-    if form in ("html", "markdown"):
-        text = (render_report if form == "html" else render_markdown)(records, title=options.title)
+    records = [record for path in paths for record in records_of(path)]
+    titled = {"html": render_report, "markdown": render_markdown, "latex": render_latex}
+    if form in titled:
+        text = titled[form](records, title=options.title)
     else:
         text = (render_csv if form == "csv" else render_json)(records)
     write_atomic(options.out, text)
+    if options.figures is not None:
+        written = write_figures(records, options.figures)
+        say(f"{len(written)} figures are in {options.figures}.")
     print(terminal_table(records))
     say(f"The {'page' if form == 'html' else 'report'} is {options.out}.")
+
+
+def _check_figures(folder: Path, *, overwrite: bool) -> None:
+    """Refuse, before any work, a folder of figures that holds some or cannot be written to, and a missing library."""
+    check_figures()
+    if folder.is_file():
+        raise RequestError(f"--figures must be a folder. {folder} is a file.")
+    check_writable(folder, folder)
+    held = [each.name for each in folder.iterdir() if each.suffix in (".svg", ".pdf")] if folder.is_dir() else []
+    if held and not overwrite:
+        raise RequestError(f"{folder} holds {held[0]}. Replace figures by --overwrite or give another --figures.")
+
+
+def records_of(path: Path) -> list[Results]:
+    """The record of a run's folder or a file, or those of a study's folder."""
+    if path.is_dir() and is_study(path):
+        return study_records(path)
+    return [Results.read(path / "results.json" if path.is_dir() else path)]

@@ -3,27 +3,22 @@
 import os
 import sys
 from collections.abc import Sequence
-from statistics import mean, median
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from promptkd.cli.options.study import Options
 from promptkd.cli.parsing.config_file import write_config
 from promptkd.cli.parsing.parser import merged_config
+from promptkd.cli.study_comparison import Finished, references_in, study_comparison, without_evaluations
 from promptkd.cli.study_runs import StudyRun, checked_runs, plan_text
 from promptkd.cli.terminal import quiet_libraries, say
 from promptkd.errors import PromptKDError, RequestError
-from promptkd.evaluation.comparison import compare
-from promptkd.evaluation.pairing import Candidate
 from promptkd.io.atomic import write_atomic
 from promptkd.io.lock import locked
 from promptkd.report import render_report, terminal_table
-from promptkd.report.differences import compared_sentences
-from promptkd.report.metrics import metric_info
-from promptkd.results import Results, Training
+from promptkd.results import Results
 from promptkd.study.loop import carry_out
-from promptkd.study.pooling import compare_groups
 from promptkd.study.processes import LocalPool, Phase, RayCluster, shares, shell_line
 
 
@@ -34,9 +29,9 @@ def run(options: Options, training: dict[str, Any]) -> None:
     if options.engine == "local" and options.ray_address is not None:
         raise RequestError("--ray-address goes with --engine ray.")
     quiet_libraries()
-    runs = checked_runs(options)
+    runs, references = checked_runs(options)
     if options.dry_run:
-        print(plan_text(runs, options.workers))
+        print(plan_text(runs, references, options.workers))
         return
     cluster = None
     if options.engine == "ray":
@@ -46,7 +41,8 @@ def run(options: Options, training: dict[str, Any]) -> None:
         write_config(options.out / "config.yaml", config)
         if finished := sum(not each.job.commands for each in runs):
             say(f"{finished} of {len(runs)} runs are done already.")
-        signal = carry_out([each.job for each in runs], cluster or _local_pool(options.workers, lock))
+        jobs = [*(each.job for each in runs), *references]
+        signal = carry_out(jobs, cluster or _local_pool(options.workers, lock))
         if signal is None:
             compare_and_report(options, [each for each in runs if each.job.phase is Phase.DONE])
     again = shell_line(["study", str(options.out / "config.yaml")])
@@ -55,9 +51,12 @@ def run(options: Options, training: dict[str, Any]) -> None:
         stopped = PromptKDError(f"Stopped. {left} of {len(runs)} runs are left. Resume by: {again}")
         stopped.exit_status = 128 + signal
         raise stopped
-    if failed := [each.job for each in runs if each.job.phase is Phase.FAILED]:
+    if failed := [job for job in jobs if job.phase is Phase.FAILED]:
         lines = [f"\n  - {job.name} (status {job.status}), see {job.log}: {job.last_words()}" for job in failed]
-        raise PromptKDError(f"{len(failed)} of {len(runs)} runs failed:{''.join(lines)}\nTry them again by: {again}")
+        own = sum(job not in references for job in failed)
+        besides = " (and models beside them could not be measured)" if own < len(failed) else ""
+        told = f"{own} of {len(runs)} runs failed{besides}:{''.join(lines)}"
+        raise PromptKDError(f"{told}\nTry them again by: {again}")
 
 
 def _local_pool(workers: int, lock: int) -> LocalPool:
@@ -72,10 +71,12 @@ def compare_and_report(options: Options, runs: Sequence[StudyRun]) -> None:
     if not runs:
         return
     trained = [Results.read(run.job.folder / "results.json") for run in runs]
-    # what a run measured is pooled in the comparison; its answers are on its own page
-    records, page = [each.model_copy(update={"evaluations": []}) for each in trained], options.out / "report.html"
+    records, page = list(map(without_evaluations, trained)), options.out / "report.html"
     try:
-        comparison = _comparison(options, runs, trained)
+        finished = [
+            Finished(run.planned, record, Results.read(run.results)) for run, record in zip(runs, trained, strict=True)
+        ]
+        comparison = study_comparison(options, finished, references_in(options.out))
     except RequestError as error:
         say(f"The methods were not compared: {error}")
     else:
@@ -84,43 +85,3 @@ def compare_and_report(options: Options, runs: Sequence[StudyRun]) -> None:
         records = [comparison, *records]
     write_atomic(page, render_report(records, title=f"Study {options.out.name}"))
     say(f"The page is {page}.")
-
-
-def _comparison(options: Options, runs: Sequence[StudyRun], trained: Sequence[Results]) -> Results:
-    """The record of the comparison. Raises `RequestError` if there is nothing to compare."""
-    baseline = options.baseline or runs[0].planned.group
-    if baseline not in {run.planned.group for run in runs}:
-        raise RequestError(f"no run of the baseline, {baseline}, is done.")
-    several = len({run.planned.seed for run in runs}) > 1
-    by_group: dict[str, dict[int, Candidate]] = {}
-    for planned, record in ((run.planned, Results.read(run.results)) for run in runs):
-        if not record.evaluations:
-            raise RequestError("the runs hold no measurement. Give `eval_data` in `base`, or `evaluate` with its data.")
-        candidate = Candidate(planned.name if several else planned.group, record, record.evaluations[0].model)
-        by_group.setdefault(planned.group, {})[planned.seed] = candidate
-    how: Any = {"better": lambda metric: metric_info(metric).better, "baseline": baseline, "metrics": options.metrics}
-    every = [candidate for seeds in by_group.values() for candidate in seeds.values()]
-    comparison = compare_groups(by_group, **how) if several else compare(every, **how)
-    costs: dict[str, list[Training]] = {}
-    for run, record in zip(runs, trained, strict=True):
-        costs.setdefault(run.planned.group, []).extend(record.training.values())
-    kind: Literal["study", "compare"] = "study" if several else "compare"
-    results = Results(kind=kind, config=merged_config(options, {}), data=comparison.data)
-    results.training = {group: _mean_cost(of_group) for group, of_group in costs.items()}
-    results.evaluations, results.differences = comparison.evaluations, comparison.differences
-    results.notes = [*compared_sentences(results), *comparison.notes]
-    return results
-
-
-def _mean_cost(costs: list[Training]) -> Training:
-    """What a run of a group cost: means over its seeds, and the most memory."""
-    speeds = [each.tokens_per_second for each in costs if each.tokens_per_second is not None]
-    phases = dict.fromkeys(phase for each in costs for phase in each.peak_memory_by_phase)
-    return Training(
-        method=costs[0].method,
-        steps=round(mean(each.steps for each in costs)),
-        seconds=mean(each.seconds for each in costs),
-        peak_memory_bytes=max(each.peak_memory_bytes for each in costs),
-        peak_memory_by_phase={name: max(each.peak_memory_by_phase.get(name, 0) for each in costs) for name in phases},
-        tokens_per_second=median(speeds) if speeds else None,
-    )

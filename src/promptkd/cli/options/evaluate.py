@@ -34,7 +34,8 @@ class Options(Sampling, Measuring, TeacherPrecision):
     greedy: bool = True
     """Decode greedily as well; --no-greedy leaves it out."""
     metrics: list[str] = field(default_factory=list)
-    """More metrics, of Hugging Face's `evaluate`: names, or paths of metric scripts."""
+    """More metrics: functions of your own as FILE.py:NAME, score(prediction, references) -> float; or those of Hugging
+    Face's `evaluate`, by name or by the path of a metric script."""
     rouge_tokenizer: Literal["words", "unicode", "characters", "model"] = "words"
     """Tokens that ROUGE compares: words (a-z and digits, stemmed, as in the papers), unicode (words of any script),
     characters, or those of the model."""

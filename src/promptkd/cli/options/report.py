@@ -4,6 +4,7 @@ Several records of one model (its training, its evaluations, its comparison with
 
     promptkd report runs/promptkd runs/kd promptkd-test.json kd-test.json --out report.html
     promptkd report promptkd-test.json kd-test.json --out table.md
+    promptkd report runs/study --out table.tex --figures figures
 """
 
 from dataclasses import dataclass
@@ -16,11 +17,13 @@ POSITIONAL = "runs"
 @dataclass
 class Options:
     runs: list[str]
-    """Run folders, or results files."""
+    """Run folders, results files, or the folder of a study: its runs pooled by method."""
     out: Path
     """The file to write."""
-    format: Literal["html", "markdown", "json", "csv"] | None = None
-    """html (a page), markdown (tables), json or csv (metrics); by default what the suffix of --out says."""
+    format: Literal["html", "markdown", "latex", "json", "csv"] | None = None
+    """html (a page), markdown or latex (tables), json or csv (metrics); by default what the suffix of --out says."""
+    figures: Path | None = None
+    """Folder for every plot as SVG and PDF; it is made."""
     title: str | None = None
     """Title of the page."""
     overwrite: bool = False

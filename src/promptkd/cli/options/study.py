@@ -47,6 +47,8 @@ class Options:
     """The method that the others are compared with, with its setting of the grid; by default the first."""
     metrics: list[str] = field(default_factory=list)
     """The metrics to compare, by default all. p is adjusted for their number: name those that you decide by."""
+    references: bool = True
+    """With `evaluate`, measure the teacher and the student before training too, once each, for the table."""
     workers: int = option(1, at_least=1)
     """Runs at a time on this machine, which share its cores and have a GPU each."""
     engine: Literal["local", "ray"] = "local"

@@ -1,0 +1,69 @@
+"""A method of the user's own out of a Python file: `--method FILE.py:NAME`."""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from promptkd.errors import RequestError
+from promptkd.io.python_file import load_python, own_code, python_file
+from promptkd.methods.method import METHODS, Method, NamedMethod
+from promptkd.settings import Reader
+
+_EXPECTED = "a Method, a subclass of NamedMethod, or a function that returns a Method"
+
+
+def method_of_file(spec: str, settings: Mapping[str, Any], given: Mapping[str, Any], take: Reader) -> Method:
+    """The method that FILE.py:NAME is or makes: a `Method`, a `NamedMethod` to be built, or a function to be called.
+
+    Args:
+        settings: of the method itself: the fields of a `NamedMethod`, the arguments of a function.
+        given: settings of the run that differ from their defaults, of which a `NamedMethod` takes those it has.
+        take: gives a `NamedMethod` the settings of further classes, and a method those of its adapter.
+
+    Raises `RequestError` for a file that fails, a name that is no method, and settings that it does not take.
+    """
+    known = dict(METHODS)
+    try:
+        found = load_python(spec, _EXPECTED)
+    finally:  # a name of its own does not hide a method of that name
+        METHODS.clear()
+        METHODS.update(known)
+    file = python_file(spec)
+    if isinstance(found, Method):
+        _refuse_unknown(spec, settings, ())
+        method: Any = found
+    elif isinstance(found, type) and issubclass(found, NamedMethod):
+        names = [each.name for each in fields(found)]
+        _refuse_unknown(spec, settings, names)
+        own = {name: given[name] for name in names if name in given} | dict(settings)
+        take.read.update(names)
+        with own_code(f"{spec} cannot be built", file):
+            method = found(**own).build(take)
+    elif callable(found):
+        _refuse_unknown(spec, settings, _arguments(found))
+        with own_code(f"{spec} cannot be called", file):
+            method = found(**settings)
+    else:
+        method = found
+    if not isinstance(method, Method):
+        raise RequestError(f"{spec} must be {_EXPECTED} (docs/extending.md). Got {_kind(method)}.")
+    return method
+
+
+def _arguments(function: Any) -> list[str] | None:
+    """The names of a function's arguments; None if it takes any."""
+    parameters = inspect.signature(function).parameters.values()
+    if any(each.kind is each.VAR_KEYWORD for each in parameters):
+        return None
+    return [each.name for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.POSITIONAL_ONLY)]
+
+
+def _refuse_unknown(spec: str, settings: Mapping[str, Any], known: Any) -> None:
+    if known is not None and (unknown := [name for name in settings if name not in known]):
+        told = f"{spec} takes no {', '.join(unknown)}: its settings are {', '.join(known) or 'none'}"
+        raise RequestError(f"{told}. Correct --method_settings.")
+
+
+def _kind(value: Any) -> str:
+    return f"the {type(value).__name__} {value!r:.80}"

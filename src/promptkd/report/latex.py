@@ -1,0 +1,142 @@
+"""The report as LaTeX tables with booktabs: metrics with intervals, what cannot be told apart, differences, costs."""
+
+import re
+from collections.abc import Sequence
+from string import ascii_lowercase
+
+from promptkd.report import differences
+from promptkd.report.formatting import DASH, effect, joined, probability
+from promptkd.report.labels import unified
+from promptkd.report.metrics import MetricInfo, metric_info
+from promptkd.report.plots import bias_plots
+from promptkd.report.tables import ComparisonRow, by_setting, comparison_table, cost_table, groups, metric_columns
+from promptkd.results import Results
+from promptkd.visible import shown
+
+_MOST_COLUMNS = 5  # metrics side by side, each with its interval
+_ESCAPED = {
+    **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "`": r"\textasciigrave{}"},
+    **{mark: f"\\{mark}" for mark in "&%$#_{}"},
+    **{"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': r"\textquotedbl{}"},
+    **{"[": "{[}", "]": "{]}", "*": "{*}"},  # behind a line's end they would be LaTeX's own
+    **{"−": "$-$", "–": "--", "±": r"$\pm$", "×": r"$\times$", "∞": r"$\infty$", "λ": r"$\lambda$", "‖": r"$\Vert$"},
+    **{"→": r"$\to$", "↑": r"$\uparrow$", "↓": r"$\downarrow$"},
+}
+_SUPERSCRIPTS = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
+_MARKS = {"higher": r" $\uparrow$", "lower": r" $\downarrow$", None: ""}
+_HEAD = (
+    "% Tables by promptkd. In the preamble: \\usepackage{booktabs}, \\usepackage[T1]{fontenc}.\n"
+    "% Labels beyond Latin letters need XeLaTeX or LuaLaTeX, with a font that has them."
+)
+
+
+def render_latex(records: Sequence[Results], *, title: str | None = None) -> str:
+    """Tables to be included in a paper: per data set and decoding the metrics, then differences, exposure bias, costs.
+
+    The best student of a column is bold. Students that share a letter in a column cannot be told apart: by the paired
+    differences where the records hold them, else by intervals that overlap.
+    """
+    story, parts = unified(records), [_HEAD]
+    named = f"{latex_text(title)}. " if title else ""
+    pooled = any(record.kind == "study" for record in records)
+    over = "seeds of training and rows" if pooled else "rows"
+    for setting, rows in by_setting(comparison_table(story)).items():
+        names = [name for name in metric_columns(story) if any(name in row.cells for row in rows)]
+        blocks = [names[at : at + _MOST_COLUMNS] for at in range(0, len(names), _MOST_COLUMNS)]
+        parts += [_metrics(rows, block, f"{named}{latex_text(setting)}", over) for block in blocks]
+    if compared := differences.difference_table(story):
+        parts.append(_differences(compared, named))
+    for plot in bias_plots(story):
+        heads = ["Model", *(f"$l = {length:g}$" for length in plot.lengths)]
+        lines = [
+            [latex_text(curve.model), *(latex_text(joined(*cell, by=" ")) for cell in plot.cells(curve))]
+            for curve in plot.curves
+        ]
+        about = latex_text(joined(plot.data, plot.settings))
+        parts.append(_table(heads, lines, f"{named}Exposure bias on {about}: ExAccErr$(l)$ in \\%, $l$ in tokens."))
+    heads, lines = cost_table(story)
+    if lines:
+        cells = [list(map(latex_text, line)) for line in lines]
+        parts.append(_table(list(map(latex_text, heads)), cells, f"{named}Sizes and cost of training."))
+    return "\n\n".join(parts) + "\n"
+
+
+def latex_text(text: str) -> str:
+    """One line that LaTeX sets as it is: no command, no comment, no mathematics but the signs of numbers."""
+    line = " ".join(shown(text).split())
+    escaped = "".join(_ESCAPED.get(character, character) for character in line)
+    raised = re.sub("[⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+", lambda found: f"$^{{{found[0].translate(_SUPERSCRIPTS)}}}$", escaped)
+    return raised.replace("--", "-{}-") if "--" in line else raised
+
+
+def _metrics(rows: list[ComparisonRow], names: list[str], setting: str, over: str) -> str:
+    heads = ["Model", *(_heading(metric_info(name)) for name in names)]
+    letters = {name: _letters(name, rows) for name in names}
+    best = {name: _best(name, rows) for name in names}
+    lines = []
+    for row in rows:
+        line = [latex_text(f"{row.model} ({row.run})" if row.run else row.model)]
+        for name in names:
+            cell = row.cells.get(name)
+            if cell is None:
+                line.append("--")
+                continue
+            value = latex_text(cell.value)
+            value = f"\\textbf{{{value}}}" if row in best[name] else value
+            mark = f"\\textsuperscript{{{letters[name][id(row)]}}}" if id(row) in letters[name] else ""
+            rest = joined(*(latex_text(each) for each in (cell.deviation, cell.interval) if each), by=" ")
+            line.append(f"{value}{mark}" + (f" {{\\scriptsize {rest}}}" if rest else ""))
+        lines.append(line)
+    marks = " Bold: the best student." if any(best.values()) else ""
+    marks += " Students that share a letter cannot be told apart." if any(letters.values()) else ""
+    deviations = any(row.cells[name].deviation for row in rows for name in names if name in row.cells)
+    spread = " $\\pm$: standard deviation between seeds." if deviations else ""
+    caption = f"{setting}. Brackets: 95\\,\\% interval over {over}.{spread}{marks}"
+    return _table(heads, lines, caption)
+
+
+def _heading(info: MetricInfo) -> str:
+    return latex_text(joined(info.label, f"({info.unit})" if info.unit else "", by=" ")) + _MARKS[info.better]
+
+
+def _best(name: str, rows: list[ComparisonRow]) -> list[ComparisonRow]:
+    """The row with the best value, if anything is told apart from anything in this column."""
+    marked = [row for row in rows if name in row.cells and row.cells[name].best]
+    if not marked:
+        return []
+    pick = min if metric_info(name).better == "lower" else max
+    return [pick(marked, key=lambda row: row.metrics[name].value)]
+
+
+def _letters(name: str, rows: list[ComparisonRow]) -> dict[int, str]:
+    """By row, the letters of the groups that it is in; nothing where all students are one group."""
+    found = groups(name, rows)
+    if len(found) < 2 or len(found) > len(ascii_lowercase):
+        return {}
+    letters: dict[int, str] = {}
+    for letter, group in zip(ascii_lowercase, found, strict=False):
+        for row in group:
+            letters[id(row)] = letters.get(id(row), "") + letter
+    return letters
+
+
+def _differences(rows: Sequence[differences.DifferenceRow], named: str) -> str:
+    several = len({row.pair.data for row in rows}) > 1
+    heads = [*(["Data"] if several else []), "Model", "Baseline", "Metric", "Difference", "$p$ (Holm)", "$d$", ""]
+    lines = []
+    for row in rows:
+        amount = joined(row.value, row.interval, row.info.difference_unit, by=" ")
+        cells = [*([row.pair.data] if several else []), row.pair.model, row.pair.baseline, row.info.label, amount]
+        cells += [probability(row.source.p_adjusted), effect(row.source.effect_size), row.words]
+        lines.append([latex_text(cell) if cell != DASH else "--" for cell in cells])
+    return _table(heads, lines, f"{named}Paired differences, model less baseline, with 95\\,\\% intervals.")
+
+
+def _table(heads: list[str], lines: list[list[str]], caption: str) -> str:
+    body = [" & ".join(heads), "\\midrule", *(" & ".join(line) for line in lines)]
+    rows = "\n".join(line if line == "\\midrule" else f"{line} \\\\" for line in body)
+    columns = "l" + "r" * (len(heads) - 1)
+    return (
+        f"\\begin{{table*}}\n\\centering\\small\n\\caption{{{caption}}}\n\\begin{{tabular}}{{{columns}}}\n\\toprule\n{rows}\n"
+        "\\bottomrule\n\\end{tabular}\n\\end{table*}"
+    )
