@@ -16,7 +16,7 @@ from promptkd.cli.terminal import progress_lines, say
 from promptkd.data.encode import EncodedExample
 from promptkd.errors import RequestError
 from promptkd.evaluation.dataset_evaluation import SetEvaluation, parts_of
-from promptkd.evaluation.function_metric import load_metrics
+from promptkd.evaluation.function_metric import Metric, load_metrics
 from promptkd.evaluation.rouge_tokenizer import rouge_tokens
 from promptkd.generation import Decoding
 from promptkd.io.jsonl import settle_settings
@@ -113,7 +113,7 @@ def _measure_teacher(
     sets: dict[str, list[EncodedExample]],
     decoding: Decoding,
     tokenizer: Any,
-    metrics: list[HubMetric],
+    metrics: list[Metric],
 ) -> None:
     """The teacher's own answers to the same rows, the differences from them, and the speed and size of both."""
     options, (model, (label, teacher)) = job.options, (next(iter(models)), list(models.items())[1])
