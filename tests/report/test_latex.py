@@ -127,4 +127,4 @@ def test_the_command_writes_it_by_suffix_or_format(tmp_path, capsys):
     assert (tmp_path / "table.txt").read_text() == text
     ran = run(capsys, "report", tmp_path / "compared.json", "--out", tmp_path / "table.doc")
     assert ran.status == 2
-    assert "--format html, markdown, latex, json or csv" in ran.err
+    assert "--format html, markdown, json or csv, or latex" in ran.err

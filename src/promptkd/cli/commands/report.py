@@ -22,7 +22,7 @@ def run(options: Options, training: dict[str, Any]) -> None:
         problem = (
             f"The suffix of --out says the form of the report: .html, .md, .tex, .json or .csv. Got {options.out}."
         )
-        raise RequestError(f"{problem} Name the form by --format html, markdown, latex, json or csv.")
+        raise RequestError(f"{problem} Name the form by --format html, markdown, json or csv, or latex.")
     check_output(options.out, overwrite=options.overwrite)
     if options.figures is not None:
         _check_figures(options.figures, overwrite=options.overwrite)
