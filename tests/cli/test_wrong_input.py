@@ -14,6 +14,7 @@ import pytest
 import promptkd.models
 from helpers.commands import LIMITS, World, done, make_world, rows, run, write_rows
 from helpers.hostile import make_files, make_models, make_records
+from helpers.tiny import save_model, tiny_model
 from promptkd.cli import inference_run, training_run
 
 BROKEN = "\n".join([*map(json.dumps, rows(6)), '{"instruction": "the",']) + "\n"
@@ -39,6 +40,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     (folder / "other-run" / "results.json").write_text('{"accuracy": 0.9}')
     (folder / "binary-run").mkdir()
     (folder / "binary-run" / "results.json").write_bytes(b"\xff\xfe\x00")
+    save_model(folder / "longer", tiny_model("llama", layers=2, max_position_embeddings=1024))
     shutil.copytree(made.student, folder / "damaged")
     (folder / "damaged" / "model.safetensors").write_bytes(b"none")
     shutil.copytree(made.student, folder / "weightless")
@@ -222,6 +224,30 @@ CASES = {
         distill("--gradient_accumulation_steps", 4), "One optimizer step takes 16 rows", loads=True
     ),
     "too many positions": Case(distill("--prompt_length", 500), "The teacher has 512 positions", loads=True),
+    "too many positions to generate": Case(
+        generate("--max-completion-length", 600), "The model has 512 positions, and", loads=True
+    ),
+    "too many positions to evaluate": Case(
+        evaluate("--max-completion-length", 600), "The model has 512 positions, and", loads=True
+    ),
+    "too many positions of a teacher to evaluate": Case(
+        evaluate("--max-completion-length", 600, "--teacher", "W/teacher", model="W/longer"),
+        "The teacher has 512 positions, and",
+        loads=True,
+    ),
+    "too many positions of a student in exposure-bias": Case(
+        exposure("--max-completion-length", 600, teacher="W/longer"),
+        "The student has 512 positions, and",
+        loads=True,
+    ),
+    "too many positions in exposure-bias": Case(
+        exposure("--max-completion-length", 600), "The teacher has 512 positions, and", loads=True
+    ),
+    "too many positions to validate in sft": Case(
+        ("sft", "--model", "W/student", *DATA, *VALID, "--out", "OUT", "--max_completion_length", 600, "--use_cpu"),
+        "The model has 512 positions, and",
+        loads=True,
+    ),
     "LoRA of rank 0": Case(distill("--student-lora-rank", 0), "--student-lora-rank must be at least 1. Got 0"),
     "nothing to merge": Case(distill("--merge"), "give --student-lora-rank with it"),
     "layers of the demo": Case(("demo", "--layers", 31, "--out", "OUT"), "--layers must lie in [1, 30]"),

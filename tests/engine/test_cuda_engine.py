@@ -28,8 +28,8 @@ from promptkd.objectives import reverse_kl
 from promptkd.objectives.kernels import PLAIN_KERNELS
 
 PROMPTS = ([5, 9, 11, 2, 40, 7, 7, 30, 12, 1], [3], [5, 9, 4, 60], [8, 8])
-FUSED, ROWS, _ = ENGINE.decoders
-FUSED_LAYERS, PACKED, _ = ENGINE.scorers
+FUSED, ROWS, CACHE, *_ = ENGINE.decoders
+FUSED_LAYERS, PACKED, PADDED, *_ = ENGINE.scorers
 FAMILIES = {
     "llama": {},
     "qwen2": {},
@@ -201,10 +201,10 @@ def test_the_engine_is_trusted_after_its_trial():
     """And in float16 or bfloat16 alone, soft caps and dropout excepted."""
     assert first_verified(ENGINE.scorers, tiny_model("llama")) is FUSED_LAYERS
     assert first_verified(ENGINE.scorers, tiny_model("gpt2")) is PACKED
-    assert first_verified(ENGINE.scorers, tiny_model("gemma2")) is ENGINE.scorers[-1]
+    assert first_verified(ENGINE.scorers, tiny_model("gemma2")) is PADDED
     assert first_verified(ENGINE.decoders, tiny_model("llama")) is FUSED
     assert first_verified(ENGINE.decoders, tiny_model("opt")) is ROWS
-    assert first_verified(ENGINE.decoders, tiny_model("gemma2")) is ENGINE.decoders[-1]
+    assert first_verified(ENGINE.decoders, tiny_model("gemma2")) is CACHE
     assert not PACKED.supports(tiny_model("gpt2", dropout=0.1).train())
 
 
@@ -392,7 +392,7 @@ def test_quantized_weights_are_not_cast():
 def test_a_way_that_fails_its_trial_holds_nothing(monkeypatch):
     model = tiny_model("llama")
     monkeypatch.setattr(decoding._CudaSession, "_step", lambda self, rows, span: torch.zeros(rows, 97))
-    assert first_verified(ENGINE.decoders, model) is ENGINE.decoders[-1]
+    assert first_verified(ENGINE.decoders, model) is CACHE
     assert model not in FUSED._buffers
     assert model not in ROWS._buffers
 

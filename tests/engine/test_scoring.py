@@ -337,7 +337,7 @@ def test_check_scoring_refuses_logits_computed_otherwise(change, monkeypatch):
     assert model.training  # the mode is put back after a refusal too
 
 
-def test_check_scoring_refuses_a_model_that_cannot_be_prompted():
+def test_a_model_that_cannot_be_prompted_is_scored_and_refused_with_a_soft_prompt():
     """Gemma 3n looks tokens up again in every layer; embeddings alone give other logits than the ids do."""
     per_layer = {"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 4, "laurel_rank": 4}
     sizes = {
@@ -347,8 +347,10 @@ def test_check_scoring_refuses_a_model_that_cannot_be_prompted():
         "activation_sparsity_pattern": [0.0] * 4,
     }
     model = tiny_model("gemma3n_text", layers=4, **per_layer, **sizes)
-    with pytest.raises(RequestError):
-        check_scoring(model)
+    check_scoring(model)
+    close(scored(model, batch_of(SCORED)), torch.cat([own_logits(model, row) for row in SCORED]))
+    with pytest.raises(RequestError, match="No soft prompt can stand before Gemma3nForCausalLM: "):
+        scored(model, batch_of(SCORED), torch.zeros(2, 16))
 
 
 def test_check_scoring_is_not_confused_by_dropout():

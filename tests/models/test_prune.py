@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from helpers.tiny import ARCHITECTURES, END_ID, save_model, tiny_model
 from promptkd.data.batch import TokenBatch, right_pad
@@ -342,3 +342,46 @@ def test_a_lora_model_loaded_from_its_folder_is_refused_or_cut(tmp_path):
     except RequestError:
         return
     assert student.config.num_hidden_layers == 2
+
+
+# ------------------------------------------------------------------------------------------------ wrapped text models
+
+
+def gemma3_wrapper(layers=4):
+    text = {
+        "vocab_size": 97,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"] * (layers // 2),
+    }
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    config = CONFIG_MAPPING["gemma3"](text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+@pytest.mark.slow
+def test_the_text_part_of_a_multimodal_wrapper_is_pruned(tmp_path):
+    """Also where the vision tower has as many layers."""
+    model = gemma3_wrapper()
+    student = prune_layers(model, [1, 2])
+    config = student.config.get_text_config()
+    assert config.num_hidden_layers == 2
+    assert config.layer_types == ["full_attention", "sliding_attention"]
+    assert student.config.vision_config.num_hidden_layers == 4
+    assert model.config.get_text_config().num_hidden_layers == 4
+    student.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(again), logits(student))

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from promptkd.data.batch import TokenBatch
 from promptkd.engine.backbone import disable_dropout, embedding_device, evaluating, unwrap_peft
 from promptkd.engine.base import DecodeSession, SessionFactory
+from promptkd.engine.checks import check_scoring, check_soft_prompt
 from promptkd.engine.chunked_loss import ChunkedLoss, chunked_cross_entropy, chunked_objective, chunked_prompt_loss
 from promptkd.engine.heads import Head, Vocabulary, head_logits, head_size, linear_head
-from promptkd.engine.resolve import check_scoring, engine_for, first_verified
+from promptkd.engine.resolve import engine_for, first_verified
 
 
 def response_hidden(model: nn.Module, batch: TokenBatch, prompt: Tensor | None = None) -> Tensor:
@@ -27,8 +28,10 @@ def response_hidden(model: nn.Module, batch: TokenBatch, prompt: Tensor | None =
         (N, H), one state per response token, in the order of `batch.targets`.
     """
     inner = unwrap_peft(model)
-    scorer = first_verified(engine_for(embedding_device(inner)).scorers, inner)
-    return scorer.hidden(inner, batch, None if prompt is None or prompt.shape[0] == 0 else prompt)
+    prompt = None if prompt is None or prompt.shape[0] == 0 else prompt
+    if prompt is not None:
+        check_soft_prompt(inner)
+    return first_verified(engine_for(embedding_device(inner)).scorers, inner).hidden(inner, batch, prompt)
 
 
 def decoding(model: nn.Module, rows: int, *, vocabulary: int | None = None) -> AbstractContextManager[SessionFactory]:

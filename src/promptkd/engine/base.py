@@ -1,7 +1,8 @@
 """The interface of an engine, through which promptkd runs models.
 
 An `Engine` belongs to one kind of device and lists interchangeable implementations of two jobs, the fastest first and
-the reference last. The first that supports a model and agrees with the reference in a trial (`resolve.py`) runs it.
+the model's own forward on one row at a time last. The first that supports a model and agrees with the last in a trial
+(`resolve.py`) runs it.
 
 Shapes: B rows of T tokens in a batch; N response tokens; R rows of a session; n vectors of a soft prompt; H the width
 of hidden states, E that of embeddings; V the vocabulary size.
@@ -74,8 +75,8 @@ class Engine:
     """How models are run on one kind of device."""
 
     name: str
-    scorers: tuple[Scorer, ...]  # the fastest first, the reference last
-    decoders: tuple[Decoder, ...]  # the fastest first, the reference last
+    scorers: tuple[Scorer, ...]  # the fastest first; the last is what the others are held to
+    decoders: tuple[Decoder, ...]  # the fastest first; the last is what the others are held to
     head: HeadBackend  # matrix products with the model's head, and the divergences that follow
     check_every: int = 1  # decoded tokens between two checks of which rows have ended; each waits for the device
     decode_rows: int = 32  # default number of rows that are decoded together

@@ -1,18 +1,24 @@
-"""The reference engine: plain and slow, the same on every device. The others are held to it (`resolve.py`)."""
+"""The reference engine: plain and slow, the same on every device. All others are held to it (`resolve.py`).
+
+The last scorer and the last decoder are the model's own forward on one row at a time. The others of this engine batch
+rows, and are themselves held to it: what padding does to a model depends on its architecture. Recurrent states take
+pad tokens in unless the model masks them; positions may be counted from the mask, from the ids or not at all.
+"""
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache
 
-from promptkd.data.batch import TokenBatch
+from promptkd.data.batch import TokenBatch, on_device
 from promptkd.engine.backbone import embedding_device
 from promptkd.engine.base import Decoder, DecodeSession, Engine, Scorer, SessionFactory
 from promptkd.engine.heads import HeadBackend, head_logits
-from promptkd.errors import RequestError
 
 
 class PaddedScorer(Scorer):
@@ -35,19 +41,45 @@ class PaddedScorer(Scorer):
         return hidden[rows, columns + length]
 
 
+class RowScorer(Scorer):
+    """Runs one row at a time, and leaves positions and masks to the model."""
+
+    name = "one row at a time"
+
+    def hidden(self, model: PreTrainedModel, batch: TokenBatch, prompt: Tensor | None) -> Tensor:
+        spans = zip(batch.token_ids, batch.prompt_lengths, strict=True)
+        # a row without a response is run too: where weights are sharded, each process must make as many passes
+        return torch.cat([row_states(model, ids, prompt)[start - 1 : len(ids) - 1] for ids, start in spans])
+
+
+def row_states(model: PreTrainedModel, ids: Sequence[int], prompt: Tensor | None = None) -> Tensor:
+    """Last hidden states (T, H) of one row of T tokens by the model's own forward, after (n, E) embeddings."""
+    inputs = {"input_ids": on_device([list(ids)], embedding_device(model))}
+    if prompt is None:
+        return model.base_model(**inputs, use_cache=False).last_hidden_state[0]
+    embedded = model.get_input_embeddings()(inputs["input_ids"])
+    inputs = {"inputs_embeds": torch.cat([prompt.to(embedded)[None], embedded], dim=1)}
+    return model.base_model(**inputs, use_cache=False).last_hidden_state[0, len(prompt) :]
+
+
 class DynamicCacheSession(DecodeSession):
-    """Left-padded rows on transformers' cache."""
+    """Left-padded rows on the cache that transformers gives the model."""
 
     def __init__(self, model: PreTrainedModel, vocabulary: int | None):
-        if "past_key_values" not in inspect.signature(model.base_model.forward).parameters:
-            raise RequestError(f"{type(model).__name__} keeps no key-value cache; promptkd cannot decode with it.")
         self.model, self.vocabulary = model, vocabulary
-        self.cache = DynamicCache(config=model.config)
+        self._cache_name = cache_argument(model)
+        # MiniMax, RWKV and xLSTM make one of their own in the first pass
+        makes_own = not type(model)._supports_default_dynamic_cache()
+        self.cache: Any = None if makes_own else DynamicCache(config=model.config)
 
     def prefill(self, prompts: Sequence[Sequence[int]], soft_prompt: Tensor | None = None) -> Tensor:
         length = 0 if soft_prompt is None else len(soft_prompt)
         rows = [[0] * length + list(prompt) for prompt in prompts]  # ids of 0 where the vectors go
         width, device = max(map(len, rows)), embedding_device(self.model)
+        kinds = {type(layer) for layer in self.cache.layers} if isinstance(self.cache, Cache) else set()
+        if min(map(len, rows)) < width and any(kind.__module__ != Cache.__module__ for kind in kinds):
+            # DeepSeek-V4 compresses blocks of columns, of which padding would be a part; short trials do not reach one
+            raise NotImplementedError("its cache has layers of its own, in which padding may count")
         ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)
         self.mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
         self.positions = (self.mask.cumsum(-1) - 1).clamp(min=0)
@@ -65,13 +97,89 @@ class DynamicCacheSession(DecodeSession):
 
     def select(self, rows: Sequence[int]) -> None:
         chosen = torch.tensor(rows, device=self.mask.device)
-        self.cache.batch_select_indices(chosen)
+        self.cache = _selected(self.cache, chosen)
         self.mask, self.positions = self.mask[chosen], self.positions[chosen]
 
     def _forward(self, **inputs: Tensor) -> Tensor:
-        places = {"attention_mask": self.mask, "position_ids": self.positions}
-        outputs = self.model.base_model(**inputs, **places, past_key_values=self.cache, use_cache=True)
+        # beside recurrent states alone, a mask has a column for each token of the pass, and none for those before
+        new = slice(None) if self._cache_name == "past_key_values" else slice(-self.positions.shape[1], None)
+        places = {"attention_mask": self.mask[:, new], "position_ids": self.positions, self._cache_name: self.cache}
+        outputs = self.model.base_model(**inputs, **places, use_cache=True)
+        self.cache = outputs[self._cache_name]
         return head_logits(self.model, outputs.last_hidden_state[:, -1], vocabulary=self.vocabulary)
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """What the model's class calls the cache that it takes and returns; "" for none."""
+    parameters = inspect.signature(type(model).forward).parameters
+    return next((name for name in ("past_key_values", "cache_params", "state") if name in parameters), "")
+
+
+def _selected(cache: Any, rows: Tensor) -> Any:
+    """A cache with some of its rows."""
+    if not isinstance(cache, Cache):
+        return [each[rows] for each in cache]  # RWKV's states; of other kinds this raises, and the trial ends
+    if type(cache).batch_select_indices is not Cache.batch_select_indices:  # MiniMax keeps states beside its layers
+        cache.batch_select_indices(rows)
+    else:
+        # every kind of layer can be reordered; recurrent states are selected by no other method of theirs
+        cache.reorder_cache(rows)
+    return cache
+
+
+class SplitSession(DecodeSession):
+    """Rows in several sessions, the same for rows with an equal key."""
+
+    def __init__(self, session: Callable[[], DecodeSession], key: Callable[[int, Sequence[int]], int]):
+        self._session, self._key = session, key
+        self._parts: list[tuple[DecodeSession, list[int]]] = []  # with the places of its rows among all rows
+
+    def prefill(self, prompts: Sequence[Sequence[int]], soft_prompt: Tensor | None = None) -> Tensor:
+        groups: dict[int, list[int]] = {}
+        for row, prompt in enumerate(prompts):
+            groups.setdefault(self._key(row, prompt), []).append(row)
+        self._parts = [(self._session(), rows) for rows in groups.values()]
+        return self._joined([each.prefill([prompts[row] for row in rows], soft_prompt) for each, rows in self._parts])
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        return self._joined([each.decode(tokens[rows]) for each, rows in self._parts])
+
+    def select(self, rows: Sequence[int]) -> None:
+        places, parts = {old: new for new, old in enumerate(rows)}, []
+        for session, held in self._parts:
+            kept = [index for index, row in enumerate(held) if row in places]
+            if kept:
+                if len(kept) < len(held):
+                    session.select(kept)
+                parts.append((session, [places[held[index]] for index in kept]))
+        self._parts = parts
+
+    def _joined(self, logits: list[Tensor]) -> Tensor:
+        order = torch.tensor([row for _, rows in self._parts for row in rows], device=logits[0].device)
+        return torch.cat(logits)[order.argsort()]
+
+
+class RecomputedSession(DecodeSession):
+    """Rows without any cache: each token takes a pass over its whole row."""
+
+    def __init__(self, model: PreTrainedModel, vocabulary: int | None):
+        self.model, self.vocabulary = model, vocabulary
+
+    def prefill(self, prompts: Sequence[Sequence[int]], soft_prompt: Tensor | None = None) -> Tensor:
+        self.rows, self.soft_prompt = [list(prompt) for prompt in prompts], soft_prompt
+        return self._logits()
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        for row, token in zip(self.rows, tokens.tolist(), strict=True):
+            row.append(token)
+        return self._logits()
+
+    def select(self, rows: Sequence[int]) -> None:
+        self.rows = [self.rows[row] for row in rows]
+
+    def _logits(self) -> Tensor:
+        states = torch.stack([row_states(self.model, row, self.soft_prompt)[-1] for row in self.rows])
+        return head_logits(self.model, states, vocabulary=self.vocabulary)
 
 
 class DynamicCacheDecoder(Decoder):
@@ -79,9 +187,47 @@ class DynamicCacheDecoder(Decoder):
 
     name = "transformers' cache"
 
+    def supports(self, model: PreTrainedModel) -> bool:
+        return cache_argument(model) != ""
+
     @contextmanager
     def open(self, model: PreTrainedModel, rows: int, vocabulary: int | None) -> Iterator[SessionFactory]:
-        yield lambda max_new_tokens: nullcontext(DynamicCacheSession(model, vocabulary))
+        yield lambda max_new_tokens: nullcontext(self.session(model, vocabulary))
+
+    def session(self, model: PreTrainedModel, vocabulary: int | None) -> DecodeSession:
+        return DynamicCacheSession(model, vocabulary)
 
 
-REFERENCE = Engine("reference", (PaddedScorer(),), (DynamicCacheDecoder(),), HeadBackend())
+class EqualLengthDecoder(DynamicCacheDecoder):
+    """The same without padding: prompts of one length at a time."""
+
+    name = "prompts of equal length on transformers' cache"
+
+    def session(self, model: PreTrainedModel, vocabulary: int | None) -> DecodeSession:
+        return SplitSession(lambda: DynamicCacheSession(model, vocabulary), lambda row, prompt: len(prompt))
+
+
+class RowDecoder(EqualLengthDecoder):
+    """The same for one row at a time."""
+
+    name = "single rows on transformers' cache"
+
+    def session(self, model: PreTrainedModel, vocabulary: int | None) -> DecodeSession:
+        return SplitSession(lambda: DynamicCacheSession(model, vocabulary), lambda row, prompt: row)
+
+
+class RecomputingDecoder(DynamicCacheDecoder):
+    """Decodes by the model's own forward on one row at a time, from the row's first token on for every token."""
+
+    name = "no cache"
+
+    def supports(self, model: PreTrainedModel) -> bool:
+        return True
+
+    def session(self, model: PreTrainedModel, vocabulary: int | None) -> DecodeSession:
+        return RecomputedSession(model, vocabulary)
+
+
+SCORERS = (PaddedScorer(), RowScorer())
+DECODERS = (DynamicCacheDecoder(), EqualLengthDecoder(), RowDecoder(), RecomputingDecoder())
+REFERENCE = Engine("reference", SCORERS, DECODERS, HeadBackend())

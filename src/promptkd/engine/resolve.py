@@ -7,26 +7,27 @@ what agrees in float32 on a CPU may not in bfloat16 on a GPU.
 import logging
 import os
 import weakref
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from importlib import import_module
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from promptkd.data.batch import right_pad
-from promptkd.engine.backbone import embedding_device, evaluating, model_matmul_dtype, unwrap_peft
+from promptkd.engine.backbone import embedding_device, evaluating, model_matmul_dtype
 from promptkd.engine.base import Decoder, Engine, Scorer
-from promptkd.engine.heads import head_logits
+from promptkd.engine.checks import reads_embeddings, reason_of
 from promptkd.engine.reference import REFERENCE
 from promptkd.errors import RequestError
 
 VARIABLE = "PROMPTKD_ENGINE"
 ENGINES = ("reference", "cpu", "cuda")
 
-_PROMPTS, _RESPONSES = [[0, 1, 2], [3]], [[1, 0], [2, 1, 3, 0]]
+# of different lengths, so that there is padding on both sides, and of the same, so that rows may share a cache
+_PROMPTS, _RESPONSES = [[0, 1, 2], [3], [2, 1, 0]], [[1, 0], [2, 1, 3], [3]]
 _LOGGER = logging.getLogger(__name__)
 _verdicts: weakref.WeakKeyDictionary[PreTrainedModel, dict[tuple[Any, ...], bool]] = weakref.WeakKeyDictionary()
 
@@ -53,18 +54,23 @@ def _of_kind(kind: str) -> Engine:
 
 def first_verified(candidates: Sequence[Way], model: PreTrainedModel) -> Way:
     """The first candidate that supports the model and agrees with the last one, which is the reference."""
+    reference = candidates[-1]
+    trial: Callable[[Any, PreTrainedModel], Tensor] = _decode_trial if isinstance(reference, Decoder) else _score_trial
+    expected = cache(lambda: trial(reference, model))  # for all that need a trial now
     for candidate in candidates[:-1]:
-        if candidate.supports(model) and _is_verified(candidate, candidates[-1], model):
+        if candidate.supports(model) and _is_verified(candidate, partial(trial, candidate, model), expected, model):
             return candidate
-    return candidates[-1]
+    return reference
 
 
-def _is_verified(candidate: Any, reference: Any, model: PreTrainedModel) -> bool:
+def _is_verified(
+    candidate: Way, trial: Callable[[], Tensor], expected: Callable[[], Tensor], model: PreTrainedModel
+) -> bool:
     verdicts = _verdicts.setdefault(model, {})
     weight, attention = model.get_input_embeddings().weight, str(model.config._attn_implementation)
     key = (candidate.name, weight.device, weight.dtype, model_matmul_dtype(model), attention)
     if key not in verdicts:
-        problem = _problem(candidate, reference, model)
+        problem = _problem(trial, expected, model)
         verdicts[key] = not problem
         if problem:
             names = type(model).__name__, candidate.name, weight.device.type
@@ -73,22 +79,20 @@ def _is_verified(candidate: Any, reference: Any, model: PreTrainedModel) -> bool
     return verdicts[key]
 
 
-def _problem(candidate: Any, reference: Any, model: PreTrainedModel) -> str:
-    """What keeps the candidate from running the model; "" if it agrees with the reference."""
-    trial = _decode_trial if isinstance(candidate, Decoder) else _score_trial
+def _problem(trial: Callable[[], Tensor], reference_trial: Callable[[], Tensor], model: PreTrainedModel) -> str:
+    """What keeps a candidate from running the model; "" if its trial agrees with that of the reference."""
     # Autocast's cache would keep casts made here, without a graph, for the pass that asked for this trial.
     caches = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:
         with torch.no_grad(), evaluating(model):
-            expected = trial(reference, model)
+            expected = reference_trial()
             try:
-                got = trial(candidate, model)
-            except (torch.OutOfMemoryError, torch.AcceleratorError):  # says nothing about the candidate
+                got = trial()
+            except (torch.OutOfMemoryError, torch.AcceleratorError, MemoryError):  # says nothing about the candidate
                 raise
-            # An unknown architecture may answer an unexpected call with any of these.
-            except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, NotImplementedError) as error:
-                return " ".join(str(error).split())[:200] or type(error).__name__
+            except Exception as error:  # an unknown architecture may answer an unexpected call with any
+                return reason_of(error)
     finally:
         torch.set_autocast_cache_enabled(caches)
     tolerance = max(1e-3, torch.finfo(model_matmul_dtype(model)).eps ** 0.5)
@@ -99,46 +103,26 @@ def _problem(candidate: Any, reference: Any, model: PreTrainedModel) -> str:
 
 
 def _score_trial(scorer: Scorer, model: PreTrainedModel) -> Tensor:
-    """Hidden states of two rows, with and without a soft prompt."""
+    """Hidden states of a few rows, with and without a soft prompt if the model takes one."""
     batch = right_pad(_PROMPTS, _RESPONSES, device=embedding_device(model))
-    prompted = scorer.hidden(model, batch, _soft_prompt(model))
-    return torch.cat([scorer.hidden(model, batch, None), prompted]).float()
+    prompt = _soft_prompt(model)
+    prompted = [] if prompt is None else [scorer.hidden(model, batch, prompt)]
+    return torch.cat([*prompted, scorer.hidden(model, batch, None)]).float()
 
 
 def _decode_trial(decoder: Decoder, model: PreTrainedModel) -> Tensor:
-    """Logits of two rows over two tokens, and of the second row alone over a third."""
-    tokens = torch.tensor(_RESPONSES[1], device=embedding_device(model))
-    with decoder.open(model, len(_PROMPTS), None) as sessions, sessions(3) as session:
+    """Logits of three rows over two tokens, of two of them, in another order, over a third, of one over a fourth."""
+    tokens = torch.tensor([2, 1, 3, 0, 1], device=embedding_device(model))
+    with decoder.open(model, len(_PROMPTS), None) as sessions, sessions(4) as session:
         logits = [session.prefill(_PROMPTS, _soft_prompt(model)).clone()]
-        logits += [session.decode(tokens[step : step + 2]).clone() for step in range(2)]
-        session.select([1])
-        logits.append(session.decode(tokens[2:3]).clone())
+        logits += [session.decode(tokens[step : step + 3]).clone() for step in range(2)]
+        for kept, step in (([2, 1], 3), ([1], 4)):
+            session.select(kept)
+            logits.append(session.decode(tokens[step - len(kept) + 1 : step + 1]).clone())
     return torch.cat(logits).float()
 
 
-def _soft_prompt(model: PreTrainedModel) -> Tensor:
+def _soft_prompt(model: PreTrainedModel) -> Tensor | None:
+    if not reads_embeddings(model):
+        return None
     return model.get_input_embeddings()(torch.arange(2, device=embedding_device(model)))
-
-
-def check_scoring(model: nn.Module) -> None:
-    """Refuse a model whose logits are not its head applied to its backbone's last hidden states, by trying two tokens.
-
-    Raises:
-        RequestError: if the backbone cannot be reached, or the logits differ from the model's own.
-    """
-    inner = unwrap_peft(model)
-    ids = torch.tensor([[0, 1]], device=embedding_device(inner))
-    # within autocast, the model would round its own logits
-    with torch.no_grad(), evaluating(inner), torch.autocast(ids.device.type, enabled=False):
-        expected = inner(input_ids=ids, use_cache=False).logits.float()
-        inputs = {"input_ids": ids}, {"inputs_embeds": inner.get_input_embeddings()(ids)}
-        states = [inner.base_model(**each, use_cache=False).last_hidden_state for each in inputs]
-        got = [head_logits(model, each).float() for each in states]
-    tolerance = 1e-3 if inner.dtype.itemsize > 2 else 0.05  # in half precision, the model rounds its own logits
-    limit = tolerance * float(expected.abs().max().clamp(min=1.0))
-    if any(each.shape != expected.shape or float((each - expected).abs().max()) > limit for each in got):
-        raise RequestError(
-            f"{type(inner).__name__} computes its logits in a way promptkd does not know: its head on the last hidden "
-            "state does not give the model's own logits. Supported are decoder-only models with a linear head, a "
-            "constant logit scale and a tanh soft cap."
-        )

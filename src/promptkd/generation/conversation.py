@@ -14,7 +14,7 @@ from promptkd.data.templates import resolve_template
 from promptkd.errors import RequestError
 from promptkd.generation.decode_loop import stream
 from promptkd.generation.sampling import Decoding, row_seeds
-from promptkd.models import vocabulary_size
+from promptkd.models import position_limit, vocabulary_size
 
 
 @dataclass
@@ -38,9 +38,7 @@ class Conversation:
     def __post_init__(self) -> None:
         self._template = resolve_template(self.template, self.tokenizer, self.chat_template_kwargs)
         self._stops = stop_token_ids(self.tokenizer, self.model.generation_config, self._template)
-        settings = self.model.config.get_text_config().to_dict()
-        # the most tokens of prompt and answer together; "n_positions" is GPT-2's name of it
-        self.context: int | None = settings.get("max_position_embeddings") or settings.get("n_positions")
+        self.context = position_limit(self.model)  # the most tokens of prompt and answer together
 
     @property
     def remembers(self) -> bool:

@@ -9,10 +9,19 @@ from collections.abc import Callable, Generator, Sequence
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from promptkd.data.batch import on_device
-from promptkd.engine import DecodeSession, decoding, embedding_device, engine_for, evaluating, unwrap_peft
-from promptkd.engine.reference import DynamicCacheSession
+from promptkd.engine import (
+    DecodeSession,
+    decoding,
+    embedding_device,
+    engine_for,
+    evaluating,
+    first_verified,
+    unwrap_peft,
+)
+from promptkd.engine.reference import DECODERS
 from promptkd.errors import check_all
 from promptkd.generation.sampling import SamplingParams, next_tokens, uniforms
 
@@ -137,16 +146,18 @@ def stream(
     The model stays in evaluation mode until the generator ends. Streams of several models may be read in turns.
     """
     _check([prompt], params, None if seed is None else [seed])
-    return _tokens(DynamicCacheSession(unwrap_peft(model), params.vocabulary), prompt, params, seed)
+    return _tokens(unwrap_peft(model), prompt, params, seed)
 
 
 @torch.no_grad()  # as a decorator it holds while the generator runs, and not between two of its tokens
-def _tokens(
-    session: DynamicCacheSession, prompt: Sequence[int], params: SamplingParams, seed: int | None
-) -> Generator[int]:
+def _tokens(model: PreTrainedModel, prompt: Sequence[int], params: SamplingParams, seed: int | None) -> Generator[int]:
     (limit,) = params.limits(1)
     drawn = None if params.is_greedy or seed is None else uniforms([seed], limit)
-    with evaluating(session.model):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        # by the reference, since sessions of other engines exclude each other and hold copies of the weights
+        sessions = stack.enter_context(first_verified(DECODERS, model).open(model, 1, params.vocabulary))
+        session = stack.enter_context(sessions(limit))
         logits = session.prefill([prompt])
         masked = _masked_columns(params, logits)
         for step in range(limit):

@@ -2,6 +2,7 @@
 
 from promptkd.models.gguf_format import cache_folder
 from promptkd.models.load import count_parameters, load_model, load_tokenizer, model_record, resolve_model
+from promptkd.models.positions import check_positions, check_rows_fit, position_limit
 from promptkd.models.prune import block_influence, evenly_spaced, most_influential, prune_layers
 from promptkd.models.soft_prompt import SoftPrompt
 from promptkd.models.vocabulary import SharedVocabulary, shared_vocabulary, shared_vocabulary_size, vocabulary_size
@@ -9,3 +10,4 @@ from promptkd.models.vocabulary import SharedVocabulary, shared_vocabulary, shar
 __all__ = ["SharedVocabulary", "SoftPrompt", "block_influence", "cache_folder", "count_parameters"]
 __all__ += ["evenly_spaced", "load_model", "load_tokenizer", "model_record", "most_influential", "prune_layers"]
 __all__ += ["resolve_model", "shared_vocabulary", "shared_vocabulary_size", "vocabulary_size"]
+__all__ += ["check_positions", "check_rows_fit", "position_limit"]

@@ -16,11 +16,12 @@ from promptkd.errors import RequestError
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Name and list of the decoder layers; `RequestError` if the backbone does not hold them in one `ModuleList`."""
-    count, prefix = model.config.get_text_config().num_hidden_layers, f"{model.base_model_prefix}."
-    lists = [(name, each) for name, each in model.named_modules() if isinstance(each, nn.ModuleList)]
-    inside = [(name.removeprefix(prefix).removeprefix("decoder."), name, each) for name, each in lists]
-    found = [(name, each) for path, name, each in inside if len(each) == count and "." not in path]
+    """Name and list of the decoder layers; `RequestError` if the text model does not hold them in one `ModuleList`."""
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    names = {id(each): name for name, each in model.named_modules()}
+    # `get_decoder`: of a multimodal model its text part
+    lists = [each for each in model.get_decoder().children() if isinstance(each, nn.ModuleList)]
+    found = [(names[id(each)], each) for each in lists if len(each) == count]
     if len(found) != 1:
         expected = f"Expected one list of {count} decoder layers in {type(model).__name__}"
         raise RequestError(f"{expected}. Found {len(found)}: this architecture cannot be pruned by layer.")
@@ -78,7 +79,7 @@ def prune_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMod
     if list(layers) != sorted(set(layers)):
         raise RequestError(f"Layers must be given once each, in ascending order. Got {list(layers)}.")
     config = copy.deepcopy(model.config)
-    text = config.get_text_config()
+    text = config.get_text_config(decoder=True)
     text.num_hidden_layers = len(layers)
     for key, value in text.to_dict().items():  # settings per layer: layer_types, no_rope_layers, layers_block_type, …
         if "layer" in key and isinstance(value, list) and len(value) == len(stack):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from promptkd.engine import unwrap_peft
+from promptkd.engine import check_soft_prompt, unwrap_peft
 from promptkd.errors import RequestError, at
 
 DEFAULT_TEXT = "Suppose you are a student."
@@ -52,6 +52,7 @@ class SoftPrompt(nn.Module):
         embedding = unwrap_peft(teacher).get_input_embeddings()
         if length == 0:
             return cls(torch.empty(0, embedding.weight.shape[1]))
+        check_soft_prompt(teacher)
         if start == "random":
             ids = list(range(embedding.weight.shape[0]))
         elif start == "text":

@@ -15,11 +15,12 @@ from promptkd.data.chat import adopt
 from promptkd.data.encode import Turns
 from promptkd.data.messages import without_nulls
 from promptkd.data.summary import row_notes
-from promptkd.engine import check_scoring, unwrap_peft
+from promptkd.engine import check_scoring
 from promptkd.errors import RequestError
 from promptkd.methods import Method
 from promptkd.models import SharedVocabulary, shared_vocabulary, vocabulary_size
 from promptkd.models.adapters import TeacherAdapter
+from promptkd.models.positions import position_limit
 from promptkd.responses import AdaptiveReplay, TeacherMixed
 from promptkd.training.distributed import check_dispatched, check_sharding, is_dispatched, is_sharded, settle_dispatched
 from promptkd.training.rollout import needs_generate
@@ -140,8 +141,7 @@ def check_models(student: nn.Module, teacher: PreTrainedModel, adapter: TeacherA
     longest = args.max_prompt_length + args.max_completion_length
     prompt = 0 if adapter is None else adapter.extra_positions
     for name, each, extra in (("student", student, 0), ("teacher", teacher, prompt)):
-        # an attribute, not a key: GPT-2 spells it n_positions; models without positions have none
-        limit = getattr(unwrap_peft(each).config.get_text_config(), "max_position_embeddings", None)
+        limit = position_limit(each)
         if limit is not None and longest + extra > limit:
             raise RequestError(
                 f"The {name} has {limit} positions. max_prompt_length + max_completion_length"

@@ -13,8 +13,9 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from promptkd.data.encode import EncodedData, EncodedExample, stop_token_ids
-from promptkd.engine import unwrap_peft
+from promptkd.engine import check_scoring, unwrap_peft
 from promptkd.models.end_tokens import keep_end_tokens
+from promptkd.models.positions import check_rows_fit
 from promptkd.settings import option
 from promptkd.training import saving
 from promptkd.training.callbacks import CheckpointTiming, UpdatePhase
@@ -71,6 +72,10 @@ class FinetuneTrainer(SFTTrainer):
         self._training = train_data.examples
         self.validation_rows = [] if eval_data is None else eval_data.examples
         self.masked_ids: tuple[int, ...] = ()
+        check_scoring(model)
+        check_rows_fit("model", model, self._training, 0)
+        if self.validation_rows:  # answers are written to these
+            check_rows_fit("model", model, self.validation_rows, args.max_completion_length or 0)
         self.stop_ids = stop_token_ids(processing_class, unwrap_peft(model).generation_config, args.template)
         keep_end_tokens(model, self.stop_ids)
         # any id pads, since masks tell padding; TRL would ask for a padding token and make it the model's

@@ -22,7 +22,7 @@ from promptkd.generation import Decoding
 from promptkd.io.jsonl import settle_settings
 from promptkd.io.lock import locked
 from promptkd.io.python_file import names_python, python_file
-from promptkd.models import model_record
+from promptkd.models import check_rows_fit, model_record
 from promptkd.models.vocabulary import vocabulary_without
 from promptkd.report import terminal_table
 from promptkd.results import Results, file_sha256
@@ -81,6 +81,10 @@ def _evaluate(options: Options) -> None:
     if options.teacher is not None:
         teacher = job.load_teacher(options.teacher)
         results.models[of_teacher] = model_record(options.teacher, teacher)
+    for rows in sets.values():
+        check_rows_fit("model", model, rows, options.max_completion_length)
+        if teacher is not None:
+            check_rows_fit("teacher", teacher, rows, options.max_completion_length)
     if cost := training_cost(options.model):
         results.training[label] = cost
     results.notes += [*job.row_notes, *job.precision_notes()]

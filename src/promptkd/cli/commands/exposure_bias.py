@@ -19,7 +19,7 @@ from promptkd.engine import Vocabulary
 from promptkd.errors import RequestError
 from promptkd.evaluation import ExposureBias, Scoring, exposure_bias, sample_continuations
 from promptkd.memory import peak_memory
-from promptkd.models import SoftPrompt, model_record, resolve_model
+from promptkd.models import SoftPrompt, check_positions, model_record, resolve_model
 from promptkd.models.vocabulary import check_heads
 from promptkd.report.text import text_table
 from promptkd.results import Curve, CurvePoint, Metric, Results
@@ -57,6 +57,9 @@ class _ExposureRun(InferenceRun):
                 widths = f"{self.prompt.shape[1]} numbers, the teacher's embeddings have {weight.shape[1]}"
                 advice = "Give the teacher that it was tuned before."
                 raise RequestError(f"The soft prompt in {path} has vectors of {widths}. {advice}")
+        self._longest = max(map(len, self.prompts))
+        vectors = 0 if soft_prompt is None else soft_prompt.length
+        check_positions("teacher", self.teacher, self._longest, options.max_completion_length, soft_prompt=vectors)
         self.settle_precision()
         for note in notes:
             say(note)
@@ -79,6 +82,7 @@ class _ExposureRun(InferenceRun):
 
     def measure(self, label: str, path: str, teacher_samples: list[list[list[int]]]) -> ExposureBias:
         options, results, student = self.options, self.results, self.load_model(path)
+        check_positions(f"student {label}", student, self._longest, options.max_completion_length)
         results.models[label] = model_record(path, student)
         samples, started = self.sample(label, student), time.perf_counter()
         tell = progress_lines(f"Scoring {label}", 2 * len(self.rows) * options.samples_per_row)

@@ -10,6 +10,7 @@ from promptkd.cli.terminal import progress_lines, say
 from promptkd.generation import generate, row_seeds
 from promptkd.io.atomic import write_atomic
 from promptkd.io.jsonl import encoded
+from promptkd.models import check_positions
 
 
 def run(options: Options, training: dict[str, Any]) -> None:
@@ -20,6 +21,7 @@ def run(options: Options, training: dict[str, Any]) -> None:
     rows = data.examples
     job.settle_precision()
     model = job.load_model(options.model)
+    check_positions("model", model, max(len(row.prompt_ids) for row in rows), options.max_completion_length)
     decoding = job.decoding(tokenizer, model, **sampling(options))
     seeds = row_seeds(options.seed, max(row.row for row in rows) + 1)
     prompts, seeds = [row.prompt_ids for row in rows], [seeds[row.row] for row in rows]

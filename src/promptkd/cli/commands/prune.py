@@ -13,7 +13,7 @@ from promptkd.data.batch import right_pad
 from promptkd.engine import check_scoring
 from promptkd.errors import check_all, writing
 from promptkd.io.atomic import atomic
-from promptkd.models import count_parameters, model_record
+from promptkd.models import check_rows_fit, count_parameters, model_record
 from promptkd.models.end_tokens import keep_end_tokens, known_end_tokens
 from promptkd.models.prune import block_influence, decoder_layers, evenly_spaced, most_influential, prune_layers
 from promptkd.results import Metric, Results
@@ -28,6 +28,8 @@ def run(options: Options, training: dict[str, Any]) -> None:
         rows = data.examples[: options.rows]
         job.settle_precision()
     teacher = job.load_model(options.model)
+    if rows:
+        check_rows_fit("model", teacher, rows, 0)
     kept, influence = _choose(job, teacher, rows)
     student = prune_layers(teacher, kept)
     check_scoring(student)
