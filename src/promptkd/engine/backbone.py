@@ -32,6 +32,12 @@ def unwrap_peft(model: nn.Module) -> PreTrainedModel:
     return inner
 
 
+def backbone_of(model: PreTrainedModel) -> Any:
+    """The model without its head: what its class names so, or its decoder where that is no part of it (Llama 4)."""
+    is_named = model.base_model is not model or model.get_output_embeddings() is None
+    return model.base_model if is_named else model.get_decoder()
+
+
 def embedding_device(model: PreTrainedModel) -> torch.device:
     """The device on which `model` expects token ids."""
     return model.get_input_embeddings().weight.device

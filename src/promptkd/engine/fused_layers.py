@@ -17,7 +17,7 @@ from torch.utils._triton import has_triton
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from promptkd.engine.backbone import Attention, AttentionSettings, embedding_device, is_recomputed
+from promptkd.engine.backbone import Attention, AttentionSettings, backbone_of, embedding_device, is_recomputed
 
 _FAMILY = {"llama", "mistral", "qwen2", "qwen3"}
 _WEIGHT_DTYPES = {torch.float32, torch.bfloat16}
@@ -130,7 +130,7 @@ class SwiGLU(torch.autograd.Function):
 
 def supports_fused_forward(model: PreTrainedModel) -> bool:
     """Whether a model is of the Llama family, on one device, and nothing hooks into its modules."""
-    if not _has_layers_of_family(model) or any(map(_is_hooked, model.base_model.modules())):
+    if not _has_layers_of_family(model) or any(map(_is_hooked, backbone_of(model).modules())):
         return False
     device = embedding_device(model)
     return all(
@@ -144,7 +144,7 @@ def supports_fused_forward(model: PreTrainedModel) -> bool:
 
 def _has_layers_of_family(model: PreTrainedModel) -> bool:
     """Whether every module that is replaced here is of transformers' own class."""
-    config, backbone = model.config, model.base_model
+    config, backbone = model.config, backbone_of(model)
     home = f"transformers.models.{config.model_type}.modeling_{config.model_type}"
     if config.model_type not in _FAMILY or type(backbone).__module__ != home or config.hidden_act != "silu":
         return False
@@ -171,7 +171,7 @@ def fused_forward(model: PreTrainedModel, inputs: dict[str, Tensor], attention: 
 
     The model is one that `supports_fused_forward`, in a mode without dropout; `inputs` are those of `pack_inputs`.
     """
-    backbone = model.base_model
+    backbone = backbone_of(model)
     hidden = inputs["inputs_embeds"] if "inputs_embeds" in inputs else backbone.embed_tokens(inputs["input_ids"])
     cosines, sines = (each[0] for each in rotation(backbone.rotary_emb, hidden, inputs["position_ids"]))
     hidden, last = hidden[0], backbone.layers[-1]  # (S, H)

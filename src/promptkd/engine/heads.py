@@ -186,5 +186,8 @@ def _logit_transform(config: PretrainedConfig) -> tuple[float, float | None]:
     if scale is None:
         scaling = float(settings.get("logits_scaling") or 1.0)
         scale = scaling if config.model_type == "hyperclovax" else 1.0 / scaling
-    softcap = settings.get("final_logit_softcapping")
+    scale /= float(settings.get("logits_mup_width_multiplier") or 1.0)  # Inkling
+    # Gemma's name, RecurrentGemma's and xLSTM's
+    names = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    softcap = next((settings[name] for name in names if settings.get(name) is not None), None)
     return scale, None if softcap is None else float(softcap)

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from promptkd.data.batch import TokenBatch, on_device
-from promptkd.engine.backbone import Attention, applies_dropout, embedding_device, use_attention
+from promptkd.engine.backbone import Attention, applies_dropout, backbone_of, embedding_device, use_attention
 from promptkd.engine.base import Scorer
 from promptkd.engine.fused_layers import fused_forward, supports_fused_forward
 
@@ -124,7 +124,7 @@ class PackedScorer(Scorer):
         if self.fused:
             return fused_forward(model, inputs, attention, indices)
         with use_attention(model, attention):
-            return model.base_model(**inputs, use_cache=False).last_hidden_state[0][indices]
+            return backbone_of(model)(**inputs, use_cache=False).last_hidden_state[0][indices]
 
 
 def supports_packing(model: PreTrainedModel) -> bool:

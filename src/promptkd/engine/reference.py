@@ -16,7 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from promptkd.data.batch import TokenBatch, on_device
-from promptkd.engine.backbone import embedding_device
+from promptkd.engine.backbone import backbone_of, embedding_device
 from promptkd.engine.base import Decoder, DecodeSession, Engine, Scorer, SessionFactory
 from promptkd.engine.heads import HeadBackend, head_logits
 
@@ -36,7 +36,7 @@ class PaddedScorer(Scorer):
             inputs = {"inputs_embeds": torch.cat([before, embedded], dim=1)}
             leading = torch.arange(length, device=positions.device).expand(positions.shape[0], -1)
             positions = torch.cat([leading, positions + length], dim=1)
-        hidden = model.base_model(**inputs, position_ids=positions, use_cache=False).last_hidden_state
+        hidden = backbone_of(model)(**inputs, position_ids=positions, use_cache=False).last_hidden_state
         rows, columns = (each.to(hidden.device) for each in (batch.rows, batch.columns))
         return hidden[rows, columns + length]
 
@@ -56,10 +56,10 @@ def row_states(model: PreTrainedModel, ids: Sequence[int], prompt: Tensor | None
     """Last hidden states (T, H) of one row of T tokens by the model's own forward, after (n, E) embeddings."""
     inputs = {"input_ids": on_device([list(ids)], embedding_device(model))}
     if prompt is None:
-        return model.base_model(**inputs, use_cache=False).last_hidden_state[0]
+        return backbone_of(model)(**inputs, use_cache=False).last_hidden_state[0]
     embedded = model.get_input_embeddings()(inputs["input_ids"])
     inputs = {"inputs_embeds": torch.cat([prompt.to(embedded)[None], embedded], dim=1)}
-    return model.base_model(**inputs, use_cache=False).last_hidden_state[0, len(prompt) :]
+    return backbone_of(model)(**inputs, use_cache=False).last_hidden_state[0, len(prompt) :]
 
 
 class DynamicCacheSession(DecodeSession):
@@ -104,7 +104,7 @@ class DynamicCacheSession(DecodeSession):
         # beside recurrent states alone, a mask has a column for each token of the pass, and none for those before
         new = slice(None) if self._cache_name == "past_key_values" else slice(-self.positions.shape[1], None)
         places = {"attention_mask": self.mask[:, new], "position_ids": self.positions, self._cache_name: self.cache}
-        outputs = self.model.base_model(**inputs, **places, use_cache=True)
+        outputs = backbone_of(self.model)(**inputs, **places, use_cache=True)
         self.cache = outputs[self._cache_name]
         return head_logits(self.model, outputs.last_hidden_state[:, -1], vocabulary=self.vocabulary)
 

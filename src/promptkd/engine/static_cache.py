@@ -17,7 +17,13 @@ from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention
 from transformers import PreTrainedModel
 
 from promptkd.data.batch import on_device
-from promptkd.engine.backbone import AttentionSettings, embedding_device, softcapped_attention, use_attention
+from promptkd.engine.backbone import (
+    AttentionSettings,
+    backbone_of,
+    embedding_device,
+    softcapped_attention,
+    use_attention,
+)
 from promptkd.engine.base import DecodeSession
 from promptkd.engine.fused_layers import head_norms, rotate, rotation, supports_fused_forward, swiglu
 from promptkd.engine.packed import PackedScorer, pack_inputs
@@ -109,7 +115,7 @@ class StaticCacheSession(DecodeSession):
             return attention(module, query, key, value, settings)
 
         with use_attention(self.model, attend):
-            hidden = self.model.base_model(use_cache=False, **inputs).last_hidden_state[0]
+            hidden = backbone_of(self.model)(use_cache=False, **inputs).last_hidden_state[0]
         return self.project(hidden[on_device([indices[-1] for indices in pack.row_indices], hidden.device)])
 
     def select(self, rows: Sequence[int]) -> None:
@@ -137,7 +143,7 @@ def own_layers(model: PreTrainedModel) -> DecodeBackbone:
 
     def backbone(tokens: Tensor, positions: Tensor, attend: CachedAttention) -> Tensor:
         with use_attention(model, lambda module, q, k, v, _: attend(int(module.layer_idx), q, k, v)):
-            outputs = model.base_model(input_ids=tokens[:, None], position_ids=positions[:, None], use_cache=False)
+            outputs = backbone_of(model)(input_ids=tokens[:, None], position_ids=positions[:, None], use_cache=False)
         return outputs.last_hidden_state[:, -1]
 
     return backbone
@@ -176,7 +182,7 @@ def supports_fused_decoder(model: PreTrainedModel) -> bool:
     """Whether the model has fused layers, and those to be joined are plain and have all a bias or none."""
     if not supports_fused_forward(model):
         return False
-    groups = [group for layer in model.base_model.layers for group in _groups(layer)]
+    groups = [group for layer in backbone_of(model).layers for group in _groups(layer)]
     return all(type(each) is nn.Linear for each in chain(*groups)) and all(
         len({each.bias is None for each in group}) == 1 for group in groups
     )
@@ -186,7 +192,7 @@ class FusedDecoder:
     """The backbone of a model that `supports_fused_decoder`, for one token per row; `join` joins its linear layers."""
 
     def __init__(self, model: PreTrainedModel, join: Callable[[Sequence[nn.Linear]], JoinedLinear]):
-        backbone, attention = model.base_model, model.base_model.layers[0].self_attn
+        backbone, attention = backbone_of(model), backbone_of(model).layers[0].self_attn
         self._embed, self._norm, self._rotary = backbone.embed_tokens, backbone.norm, backbone.rotary_emb
         self._head_size: int = attention.head_dim
         self._queries = attention.q_proj.out_features // self._head_size

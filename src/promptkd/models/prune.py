@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from promptkd.data.batch import TokenBatch, on_device
 from promptkd.engine import evaluating
+from promptkd.engine.backbone import backbone_of
 from promptkd.errors import RequestError
 
 
@@ -47,7 +48,7 @@ def block_influence(model: PreTrainedModel, batches: Sequence[TokenBatch]) -> li
         for batch in batches:
             is_real = batch.position_ids < on_device(batch.lengths, batch.input_ids.device)[:, None]
             tokens += sum(batch.lengths)
-            model.base_model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+            backbone_of(model)(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
     return (sums / tokens).tolist()
 
 
@@ -116,6 +117,6 @@ def _is_part(model: PreTrainedModel, student: PreTrainedModel, stack: nn.ModuleL
         for index, layer in enumerate(stack):
             if index not in layers:
                 hooks.enter_context(layer.register_forward_hook(pass_through, with_kwargs=True))
-        expected = model.base_model(input_ids=ids, use_cache=False).last_hidden_state.float()
-        got = student.base_model(input_ids=ids, use_cache=False).last_hidden_state.float()
+        expected = backbone_of(model)(input_ids=ids, use_cache=False).last_hidden_state.float()
+        got = backbone_of(student)(input_ids=ids, use_cache=False).last_hidden_state.float()
     return not float((got - expected).abs().max()) > 1e-3 * float(expected.abs().max())

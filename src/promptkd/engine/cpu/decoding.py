@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
-from promptkd.engine.backbone import matmul_dtype
+from promptkd.engine.backbone import backbone_of, matmul_dtype
 from promptkd.engine.base import Decoder, SessionFactory
 from promptkd.engine.cpu.scoring import CpuPackedScorer
 from promptkd.engine.heads import head_logits, linear_head
@@ -46,7 +46,7 @@ class CpuDecoder(Decoder):
     def open(self, model: PreTrainedModel, rows: int, vocabulary: int | None) -> Iterator[SessionFactory]:
         packed, project = CpuPackedScorer(max_tokens=0), _projection(model, rows, vocabulary)
         backbone = FusedDecoder(model, partial(_join, rows=rows)) if self.fused else own_layers(model)
-        with nullcontext() if self.fused else onednn_linears(model.base_model, rows):
+        with nullcontext() if self.fused else onednn_linears(backbone_of(model), rows):
             yield lambda max_new_tokens: nullcontext(_CpuSession(model, packed, backbone, project, max_new_tokens))
 
 

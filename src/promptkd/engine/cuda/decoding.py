@@ -19,7 +19,7 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from promptkd.data.batch import on_device
-from promptkd.engine.backbone import model_matmul_dtype
+from promptkd.engine.backbone import backbone_of, model_matmul_dtype
 from promptkd.engine.base import Decoder, DecodeSession, SessionFactory
 from promptkd.engine.cuda.graphs import Graphs
 from promptkd.engine.cuda.scoring import HEAD, CudaPackedScorer, rounded_up
@@ -122,7 +122,7 @@ class _Buffers(StaticCache):
     @outside_inference_mode
     def _cast_layers(self, model: PreTrainedModel, dtype: torch.dtype) -> DecodeBackbone:
         """The model's own layers with their matrices cast: no others, as rows are sampled from what is scored."""
-        original = model.base_model
+        original = backbone_of(model)
         tables = {id(module.weight) for module in original.modules() if isinstance(module, nn.Embedding)}
         matrices = [
             weight
