@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from collections import Counter
 
 import pytest
@@ -93,18 +94,28 @@ def test_the_whole_course(tiny_demo, capsys):
     names = {path.name for path in out.iterdir()}
     assert names == {"config.yaml", "metrics.jsonl", "results.json", "report.html", "student", "prompt"}
     results = Results.read(out / "results.json")
-    assert [each.model for each in results.evaluations] == ["teacher", "pruned", "recovered", "promptkd"]
+    assert [each.model for each in results.evaluations] == ["teacher", "pruned", "recovered", "distilled"]
     assert {"loss", "rouge_l", "eos_share", "kl_to_teacher"} <= results.evaluations[3].metrics.keys()
     assert [each.name for each in results.history] == ["tuning the teacher", "recovery", "promptkd"]
     assert all(each.difference.rows == 5 for each in results.differences)
     assert len(results.history[2].points) == 2
     first = capsys.readouterr()
-    assert "promptkd" in first.out
-    assert "cache" not in first.err
+    assert "distilled" in first.out
+    assert "from the cache" not in first.err
+    assert "The demo has 5 stages and takes about" in first.err
+    assert "Measuring distilled on 5 requests" in first.err
+    assert set(results.inference) == {"teacher", "distilled"}
+    assert results.models["pruned"].about == "3 of the teacher's 4 layers; nothing is trained yet"
+    chat, export, *_ = map(shlex.split, first.err.split("Try next:\n")[1].splitlines())
+    assert main(chat[1:]) == 0
+    assert main(export[1:]) == 2  # the tiny tokenizer splits text in no way that GGUF names
+    assert "cannot be written as GGUF here: the tokenizer" in capsys.readouterr().err
     kept = (out / "student" / "model.safetensors").read_bytes()
     assert main(["demo", "--out", str(out), "--layers", "3", "--steps", "2", "--overwrite"]) == 0
     second = capsys.readouterr()
     assert second.err.count("comes from the cache") == 2
+    assert second.err.count(": from the cache") == 2
+    assert "by the pace of this machine before" in second.err
     assert (out / "student" / "model.safetensors").read_bytes() == kept  # stages from the cache change nothing
 
 

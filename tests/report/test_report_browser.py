@@ -143,6 +143,29 @@ def test_differing_words_are_marked(browser: Any, tmp_path: Path) -> None:
     opened.close()
 
 
+def test_figures_are_files_made_in_the_page(browser: Any, tmp_path: Path) -> None:
+    opened = Opened(browser, written(tmp_path, study(made_up_rows(2))), color_scheme="dark", accept_downloads=True)
+    page, found = opened.page, {}
+    for place, button in (("#curves", 0), ("#curves", 1), ("#bias", 1), ("#distributions", 1)):
+        with page.expect_download() as download:
+            page.locator(f"{place} .figure-files button").nth(button).click()
+        found[place, button] = Path(download.value.path()).read_text(encoding="utf-8")
+        assert download.value.suggested_filename.endswith((".svg", ".csv"))
+    svg = found["#curves", 0]
+    assert svg.startswith("<svg")
+    assert "rgb(255, 255, 255)" in svg  # on white, in the light palette, also where the page is dark
+    assert "rgb(227, 231, 234)" not in svg
+    assert page.evaluate("document.documentElement.className") == "scripted"
+    lines = found["#curves", 1].splitlines()
+    assert lines[0].startswith("run,step,")
+    assert len(lines) == 1 + 4 * 100  # four runs of a hundred logged steps
+    assert found["#bias", 1].startswith('model,length,"ExAccErr, %",low,high\n')
+    assert found["#distributions", 1].startswith("model,Validation loss\n")
+    assert opened.complaints == []
+    assert len([each for each in opened.asked if not each.startswith("blob:")]) == 1
+    opened.close()
+
+
 def test_hostile_text_does_nothing(browser: Any, tmp_path: Path) -> None:
     """In answers, in prompts, in the names of models, and so in the texts that Plotly draws."""
     nasty = record()

@@ -12,7 +12,7 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from promptkd.data.rows import Example, Instruction, each_turn, text_field
+from promptkd.data.rows import Example, Instruction, each_turn, spoken, text_field
 from promptkd.data.sources import read_objects
 from promptkd.data.templates import Template, resolve_template
 from promptkd.data.tokens import Spelling, unmarked
@@ -34,6 +34,7 @@ class EncodedExample:
     references: tuple[str, ...]
     prompt: str  # the text of `prompt_ids`, without the BOS that the tokenizer adds
     row: int  # index of the row in its source, from 0
+    request: tuple[tuple[str, str], ...] = ()  # what was asked without the template, by role; () for a prompt's text
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,8 @@ def encode_examples(
         if problem:
             raise RequestError(f"{example.location}: {problem}")
         if not excess:
-            kept.append(EncodedExample(prompt, response, references[index], texts[index], example.row))
+            own = references[index], texts[index], example.row, spoken(example)
+            kept.append(EncodedExample(prompt, response, *own))
     if not kept:
         and_response = f"; the shortest response has {min(map(len, responses))}, and the limit is {max_response_length}"
         limit = f"{max_prompt_length}{and_response if need_response else ''}"

@@ -10,6 +10,7 @@ instruction, messages, prompt, question. docs/data.md lists every column; `Examp
 nothing reads.
 """
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -60,6 +61,26 @@ class Example:
     tools: tuple[Any, ...] = ()  # JSON schemas, which a chat template shows
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # the row's own, for its chat template
     unread: tuple[str, ...] = ()  # columns that nothing reads
+
+
+def spoken(example: Example) -> tuple[tuple[str, str], ...]:
+    """What a reader sees of the request: roles and texts, as no template writes them; () for a prompt's text."""
+    request = example.request
+    if isinstance(request, str):
+        return ()
+    if isinstance(request, Instruction):
+        asked = "\n\n".join(part for part in (request.instruction, request.input) if part)
+        before = [turn for asks, answer in request.history for turn in (("user", asks), ("assistant", answer))]
+        return (*([("system", request.system)] if request.system else []), *before, ("user", asked))
+    return tuple((str(message.get("role", "")), _shown(message)) for message in request)
+
+
+def _shown(message: Message) -> str:
+    """The text of a message and, as JSON, the tools that it calls."""
+    content, calls = message.get("content"), message.get("tool_calls")
+    parts = [content if isinstance(content, str) else "" if content is None else json.dumps(content)]
+    parts += [json.dumps(calls, ensure_ascii=False)] if calls else []
+    return "\n".join(part for part in parts if part)
 
 
 def examples_from_rows(rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str] | None = None) -> list[Example]:

@@ -4,11 +4,10 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import resources, util
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +16,40 @@ from transformers import PreTrainedModel
 
 from promptkd.data import encode_examples, read_examples, stop_token_ids
 from promptkd.data.batch import right_pad
+from promptkd.demo.differences import differences
+from promptkd.demo.plan import next_lines, plan_lines
 from promptkd.errors import RequestError
-from promptkd.evaluation.dataset_evaluation import measure_rows
+from promptkd.evaluation.dataset_evaluation import SetEvaluation
+from promptkd.evaluation.inference import Workload, measure_inference
 from promptkd.evaluation.measure import evaluation_of
-from promptkd.evaluation.statistics import paired_difference, paired_token_difference
 from promptkd.generation import Decoding
 from promptkd.io.atomic import atomic
 from promptkd.io.lock import locked
-from promptkd.models import cache_folder, load_model, load_tokenizer, model_record
+from promptkd.models import (
+    cache_folder,
+    count_parameters,
+    load_model,
+    load_tokenizer,
+    model_record,
+    vocabulary_size,
+)
 from promptkd.models.gguf_format import GGUF_CONVERSION
 from promptkd.models.prune import block_influence, most_influential, prune_layers
 from promptkd.precision import compute_dtype, computing
-from promptkd.results import Better, DataRecord, Difference, Evaluation, Results, Series, file_sha256
+from promptkd.results import (
+    DataRecord,
+    Evaluation,
+    Inference,
+    ModelRecord,
+    Results,
+    Series,
+    file_sha256,
+)
 from promptkd.training import DistillConfig, DistillTrainer, FinetuneConfig, FinetuneTrainer, PromptKDConfig
 from promptkd.training.callbacks import MetricsFile, ProgressBar, quiet
 
+_TEACHER_NAME = "SmolLM2-135M-Instruct"
 _TUNING_ORDER = "group_by_length"  # rows of like length share a batch, so that less padding is computed
-_PAIRS = (("recovered", "pruned"), ("promptkd", "recovered"), ("promptkd", "teacher"))
-_COMPARED: dict[str, Better] = {"loss": "lower", "kl_to_teacher": "lower", "rouge_l": "higher", "eos_share": "higher"}
 _TUNED = ("seed", "batch_size", "tuning_steps", "tuning_rate", "max_prompt_length", "max_response_length")
 _RECOVERED = ("layers", "seed", "batch_size", "recovery_steps", "recovery_rate", "influence_rows")
 
@@ -43,6 +58,11 @@ History = list[dict[str, Any]]
 # SmolLM2's chat format without its default system turn, which would cost 20 tokens a row.
 TEMPLATE = (
     "<|im_start|>user\n{{ instruction }}{% if input %}\n\n{{ input }}{% endif %}<|im_end|>\n<|im_start|>assistant\n"
+)
+
+CHAT_TEMPLATE = (  # the same for a conversation
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
@@ -98,6 +118,7 @@ class Demo:
         self.settings, self.out, self.say = settings, out, say
         self.dtype = compute_dtype("auto", "cpu")  # as the training stages compute
         self.tokenizer = load_tokenizer(teacher_file())
+        self.tokenizer.chat_template = CHAT_TEMPLATE  # which is saved with the models, for whoever serves them
         prompt, response = settings.max_prompt_length, settings.max_response_length
         encode = partial(encode_examples, max_prompt_length=prompt, max_response_length=response, overlong="error")
         splits = ("train", "validation", "test")
@@ -119,21 +140,33 @@ class Demo:
         measured["recovered"] = self.measure("recovered", recovered.model, frozen)
         trainer, history = self.promptkd(recovered.model, frozen)
         student = trainer.accelerator.unwrap_model(trainer.model)
-        measured["promptkd"] = self.measure("promptkd", student, frozen)
+        measured["distilled"] = self.measure("distilled", student, frozen)
         trainer.save_student(self.out / "student")
         trainer.save_adapter(self.out)
         shutil.rmtree(self.out / "checkpoints", ignore_errors=True)  # nothing was saved there
+        inference = self.measure_speed({"teacher": frozen, "distilled": student})
         self.timings["total"] = time.perf_counter() - started
         results = Results(kind="demo", config=asdict(self.settings), timings=self.timings)
-        results.models = {
-            "teacher": model_record(teacher.folder, teacher.model),
-            "recovered": model_record(recovered.folder, recovered.model),
-            "promptkd": model_record(self.out / "student", student),
+        layers = f"{self.settings.layers} of the teacher's {teacher.model.config.num_hidden_layers} layers"
+        about = {
+            "teacher": f"{_TEACHER_NAME}, tuned on the demo's training rows",
+            "pruned": f"{layers}; nothing is trained yet",
+            "recovered": "the pruned student after distillation (kd) on the responses of the data",
+            "distilled": "the recovered student after PromptKD, which trains on answers that it samples itself",
         }
+        results.models = {
+            "teacher": model_record(teacher.folder, teacher.model, about=about["teacher"]),
+            "pruned": ModelRecord(
+                path="not kept", parameters=count_parameters(pruned), sha256="", about=about["pruned"]
+            ),
+            "recovered": model_record(recovered.folder, recovered.model, about=about["recovered"]),
+            "distilled": model_record(self.out / "student", student, about=about["distilled"]),
+        }
+        results.inference = inference
         for split, rows in self.rows.items():
             sha256 = file_sha256(data_file(split))
             results.data[split] = DataRecord(path=f"promptkd.demo/{split}", rows=len(rows.examples), sha256=sha256)
-        results.evaluations, results.differences = list(measured.values()), list(_differences(measured))
+        results.evaluations, results.differences = list(measured.values()), list(differences(measured))
         histories = {"tuning the teacher": teacher.history, "recovery": recovered.history, "promptkd": history}
         results.history = [Series(name=name, points=points) for name, points in histories.items()]
         precision = str(self.dtype).removeprefix("torch.")
@@ -187,16 +220,27 @@ class Demo:
     def measure(self, label: str, model: PreTrainedModel, teacher: PreTrainedModel | None) -> Evaluation:
         """Greedy answers to the test requests, and the KL to the teacher on samples."""
         started = time.perf_counter()
-        self.say(f"Measuring: {label}")
+        self.say(f"Measuring {label} on {len(self.rows['test'].examples)} requests")
         seed, limit, rows = self.settings.seed, self.settings.max_response_length, self.rows["test"].examples
         greedy = Decoding(0.0, max_new_tokens=limit, stop_ids=self.stop_ids, seed=seed, batch_size=64)
         samples = 1 if label == "pruned" else self.settings.samples_per_row  # it is far from all others
         with computing("cpu", self.dtype):
-            results = measure_rows(
-                model, self.tokenizer, rows, greedy, teacher=teacher, samples_per_row=samples, batch_size=16
-            )
+            job = SetEvaluation(model, self.tokenizer, rows, teacher=teacher, batch_size=16, progress=self._tell(label))
+            losses = job.losses()
+            kls = [] if teacher is None else [job.kl(greedy, seed + draw) for draw in range(samples)]
+            results = job.results("greedy", greedy, losses, kls)
         self.timings["measuring"] = self.timings.get("measuring", 0.0) + time.perf_counter() - started
         return evaluation_of(results, greedy, [seed], model=label, data="test")
+
+    def measure_speed(self, models: dict[str, PreTrainedModel]) -> dict[str, Inference]:
+        """Speed and size of the last student and its teacher, in turns."""
+        started = time.perf_counter()
+        self.say(f"Measuring the speed of {' and '.join(models)}, in turns")
+        prompts = [row.prompt_ids for row in self.rows["test"].examples]
+        with computing("cpu", self.dtype):
+            measured = measure_inference(models, Workload(prompts, rows=32, vocabulary=vocabulary_size(self.tokenizer)))
+        self.timings["speed"] = time.perf_counter() - started
+        return measured
 
     def _training_arguments(self, stage: str, steps: int, rate: float) -> dict[str, Any]:
         return {
@@ -223,19 +267,8 @@ class Demo:
         self, name: str, part: str, what: str, keys: tuple[str, ...], more: dict[str, Any], trainer: Any, title: str
     ) -> Stage:
         """The stage `name`, from the cache if the settings `keys` and all else it depends on are the same."""
-        depends_on = {key: value for key, value in asdict(self.settings).items() if key in keys} | {
-            "template": TEMPLATE,
-            "data": file_sha256(data_file("train")),
-            "model": file_sha256(teacher_file()),
-            "conversion": GGUF_CONVERSION,
-            "order": _TUNING_ORDER,
-            "dtype": str(self.dtype),
-            **more,
-        }
-        key = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:16]
-        folder = cache_folder() / "demo" / f"{name}-{key}"
-        if (folder / "stage.json").is_file():
-            kept = json.loads((folder / "stage.json").read_text(encoding="utf-8"))
+        folder, depends_on = self._place(name, keys, more)
+        if kept := _kept(folder):
             self.say(f"The {what} comes from the cache (made in {kept['seconds']:.0f} s).")
             return Stage(load_model(folder), folder, kept["history"], kept["seconds"])
         model, history, seconds = _train(trainer(), title)
@@ -246,6 +279,50 @@ class Demo:
             (partial_folder / "stage.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
         self.timings[part] = seconds
         return Stage(model, folder, history, seconds)
+
+    def plan(self) -> list[str]:
+        """What the demo will do, of which what comes from the cache, and how long it takes: lines for people."""
+        teacher, _ = self._place("teacher", _TUNED, {})
+        recovered, _ = self._place("recovered", _RECOVERED, {"teacher": teacher.name})
+        found = {"tuning": _kept(teacher), "recovery": _kept(recovered)}
+        seconds = {stage: each["seconds"] if each else None for stage, each in found.items()}
+        return plan_lines(seconds, self.settings.steps)
+
+    def try_next(self) -> list[str]:
+        """Commands for what the demo has made."""
+        return next_lines(self.out)
+
+    def _place(self, name: str, keys: tuple[str, ...], more: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
+        """Where a stage is kept, and what it depends on, which names the folder."""
+        depends_on = {key: value for key, value in asdict(self.settings).items() if key in keys} | {
+            "template": TEMPLATE,
+            "data": file_sha256(data_file("train")),
+            "model": file_sha256(teacher_file()),
+            "conversion": GGUF_CONVERSION,
+            "order": _TUNING_ORDER,
+            "dtype": str(self.dtype),
+            **more,
+        }
+        key = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:16]
+        return cache_folder() / "demo" / f"{name}-{key}", depends_on
+
+    def _tell(self, label: str) -> Callable[[str, int], None]:
+        """Says how far a measurement is, at most every 15 seconds."""
+        last, total = time.monotonic(), len(self.rows["test"].examples)
+
+        def tell(what: str, done: int) -> None:
+            nonlocal last
+            if time.monotonic() - last >= 15:
+                self.say(f"  {label}: {done} of {total} {what}")
+                last = time.monotonic()
+
+        return tell
+
+
+def _kept(folder: Path) -> dict[str, Any] | None:
+    """What the cache says of a stage, None where it has to be run."""
+    file = folder / "stage.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 def _train(trainer: Any, title: str) -> tuple[PreTrainedModel, History, float]:
@@ -260,19 +337,3 @@ def _train(trainer: Any, title: str) -> tuple[PreTrainedModel, History, float]:
         bar.close()
     history = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
     return trainer.accelerator.unwrap_model(trainer.model).eval(), history, time.perf_counter() - started
-
-
-def _differences(measured: dict[str, Evaluation]) -> Iterator[Difference]:
-    """Paired differences, model less baseline, with 95 % intervals over rows; of what was measured of both."""
-    for (model, baseline), (metric, better) in product(_PAIRS, _COMPARED.items()):
-        ours, theirs = measured[model].samples, measured[baseline].samples
-        if metric not in ours[0].scores or metric not in theirs[0].scores:
-            continue
-        a, b = ([row.scores[metric] for row in rows] for rows in (ours, theirs))
-        if metric in ours[0].tokens:
-            n, m = ([row.tokens[metric] for row in rows] for rows in (ours, theirs))
-            a, b = ([x * count for x, count in zip(*each, strict=True)] for each in ((a, n), (b, m)))
-            difference = paired_token_difference(a, n, b, m)
-        else:
-            difference = paired_difference(a, b)
-        yield Difference(model=model, baseline=baseline, metric=metric, better=better, difference=difference)

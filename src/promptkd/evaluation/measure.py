@@ -80,6 +80,7 @@ def row_results(
         scores |= {"rouge_l": rouge["rougeL"][index], "rouge_1": rouge["rouge1"][index], "exact_match": exact[index]}
         scores |= form_scores(answers[index], wanted, stop_ids=decoding.stop_ids, max_new_tokens=limit)
         request: dict[str, Any] = {"row": row.row, "prompt": row.prompt, "references": list(row.references)}
+        request["request"] = list(row.request)
         results.append(RowResult(**request, seed=seed, response=texts[index], scores=scores, tokens=tokens))
     return results
 

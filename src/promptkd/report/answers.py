@@ -37,6 +37,7 @@ class View:
 class RowSet:
     data: str
     references: dict[_Place, list[str]] = field(default_factory=dict)
+    asked: dict[_Place, list[tuple[str, str]]] = field(default_factory=dict)  # roles and texts; one without a role
     views: dict[str, View] = field(default_factory=dict)  # by label
 
     @property
@@ -52,10 +53,18 @@ def row_sets(records: Sequence[Results]) -> list[RowSet]:
             setting = decoding_words({key: how for key, how in each.decoding.items() if key not in ("seed", "seeds")})
             for sample in each.samples:
                 rows = found.setdefault(each.data, RowSet(each.data))
-                rows.references.setdefault((sample.row, sample.prompt), sample.references)
+                place = (sample.row, sample.prompt)
+                rows.references.setdefault(place, sample.references)
+                rows.asked.setdefault(place, _asked(sample))
                 label = joined("" if sample.seed is None else f"seed {sample.seed}", setting) or "as recorded"
                 rows.views.setdefault(label, View(label, setting or label)).add(each.model, run, sample)
     return list(found.values())
+
+
+def _asked(sample: RowResult) -> list[tuple[str, str]]:
+    """The request as a reader sees it; the role of a single turn by the user goes without saying."""
+    turns = sample.request or [("", sample.prompt)]
+    return [("", turns[0][1])] if len(turns) == 1 and turns[0][0] == "user" else turns
 
 
 def answering_models(records: Sequence[Results], sets: Sequence[RowSet]) -> list[str]:
@@ -87,7 +96,7 @@ def _set(rows: RowSet, models: Sequence[str], names: list[str]) -> dict[str, Any
     return {
         "data": visible(rows.data),
         "row": [row for row, _ in places],
-        "prompt": [visible(prompt) for _, prompt in places],
+        "asked": [[[visible(role), visible(text)] for role, text in rows.asked[place]] for place in places],
         "references": [[visible(text) for text in rows.references[place]] for place in places],
         "views": views,
     }

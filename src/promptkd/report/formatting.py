@@ -10,6 +10,7 @@ from promptkd.visible import shown
 
 DASH = "–"
 _MOST_EXTRA_DECIMALS = 4
+_ROUNDING = 1e-9  # less, in a metric's unit, is what sums of floating-point numbers leave
 _NAMED = {"strategy", "temperature", "top_p", "top_k", "seeds", "seed", "max_new_tokens", "batch_size"}
 _TYPED = str.maketrans("−–", "--")
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -37,6 +38,7 @@ def estimate(info: MetricInfo, measured: Metric, *, signed: bool = False, flip: 
     values = [measured.value * factor]
     if measured.low is not None and measured.high is not None:
         values += sorted((measured.low * factor, measured.high * factor))
+    values = [0.0 if abs(each) < _ROUNDING else each for each in values]
     decimals = _decimals(info, values)
     value, *ends = (number(each, decimals, signed=signed) for each in values)
     return value, f"[{', '.join(ends)}]" if ends else None

@@ -23,6 +23,7 @@ from promptkd.report.differences import DifferenceRow, compared_sentences, diffe
 from promptkd.report.formatting import duration, effect, estimate, joined, listed, probability, score
 from promptkd.report.labels import is_teacher, run_labels, unified
 from promptkd.report.metrics import MetricInfo, in_order, metric_info
+from promptkd.report.models import PROMPTKD, is_about_promptkd, shown_models
 from promptkd.report.plots import bias_data, bias_plots, chart_data, stages
 from promptkd.report.summary import summarize
 from promptkd.report.tables import ComparisonRow, by_setting, comparison_table, cost_table, metric_columns, model_order
@@ -31,7 +32,7 @@ from promptkd.results import Metric, Results
 from promptkd.visible import visible
 
 # in the order in which they stand in the page's one script
-_SCRIPTS = ("page", "unpack", "charts", "training", "bias", "distributions", "diff", "rows", "start")
+_SCRIPTS = ("page", "unpack", "charts", "files", "training", "bias", "distributions", "diff", "rows", "start")
 _COLORS = 8  # students beyond so many share colors; the teacher's is 0
 _MOST_COLUMNS = 8
 _MOST_NAMED = 4
@@ -136,6 +137,8 @@ def _context(records: Sequence[Results]) -> tuple[dict[str, Any], dict[str, Any]
         "sampled": "the seeds of training and the rows of the data" if pooled else "the rows of the data",
         "verdict": verdict_of(story),
         "running": running_table(story),
+        "promptkd": PROMPTKD if is_about_promptkd(story) else (),
+        "shown_models": shown_models(story),
         "summary": summarize(story),
         "notes": _notes(records, [entry["run"] for entry in sources]),
         "groups": _tables(rows, metric_columns(story)),

@@ -42,6 +42,7 @@ class Chart(NamedTuple):
     id: str
     info: MetricInfo
     lines: list[Line]
+    same: list[str]  # labels of further metrics with the very same curves, which have no chart of their own
 
     @property
     def spoken(self) -> str:  # for those who cannot see it
@@ -102,10 +103,27 @@ def _stage(name: str, runs: dict[str, Series], prefix: str) -> Stage:
             labels = [f"{info.label} ({line.name})" if line.name else info.label for line in lines]
             once += [(label, f"{line.span} {info.unit}".strip()) for label, line in zip(labels, lines, strict=True)]
         else:
-            groups[logged_group(logged)].append(Chart(f"{prefix}-{position}", info, lines))
+            chart = Chart(f"{prefix}-{position}", info, lines, [])
+            twin = next((each for group in groups.values() for each in group if _are_same(each, chart)), None)
+            if twin is None:
+                groups[logged_group(logged)].append(chart)
+            else:
+                twin.same.append(info.label)
     points = max(len(series.points) for series in runs.values())
     charts = {title: group for title, group in groups.items() if group}
     return Stage(name, list(runs), points, charts, once, not_numbers)
+
+
+def _are_same(one: Chart, other: Chart) -> bool:
+    """Whether two metrics of one unit have the same values, but for rounding, at the same steps of the same runs."""
+    if one.info.unit != other.info.unit or len(one.lines) != len(other.lines):
+        return False
+    pairs = zip(one.lines, other.lines, strict=True)
+    return all(a.name == b.name and a.x == b.x and all(map(_is_close, a.y, b.y)) for a, b in pairs)
+
+
+def _is_close(a: float | None, b: float | None) -> bool:
+    return a is b if a is None or b is None else math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-9)
 
 
 def _line(run: str, info: MetricInfo, points: list[dict[str, Any]]) -> Line | None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from promptkd.report.formatting import DASH, decoding_words, estimate, joined, listed, millions, number
 from promptkd.report.labels import is_teacher
 from promptkd.report.metrics import metric_info
-from promptkd.results import BEFORE, Difference, Inference, Results
+from promptkd.results import BEFORE, Difference, Inference, Metric, Results
 
 _METRIC = "rouge_l"
 _LEAST_ROWS = 20  # a bootstrap over fewer says too little of other rows
@@ -48,14 +48,15 @@ def _sentence(record: Results, difference: Difference, takes: str) -> str:
     model, teacher, rows = difference.model, difference.baseline, difference.difference.rows or 0
     where = f" on {difference.data}" if difference.data else ""
     of_teacher = _value(record, teacher, difference.data)
-    ratio = difference.ratio
+    ratio = difference.ratio or _without_interval(record, difference, of_teacher)
     if ratio is None or (of_teacher is not None and of_teacher < _LEAST_VALUE):
         value = "0" if of_teacher is None else f"{of_teacher:.1f} of 100"
         told = f"ROUGE-L says nothing of {model}{where}: the teacher's own is {value}."
         return joined(told, _loss(record, difference), f"{model} has {takes}." if takes else "", by=" ")
     if ratio.low is None or ratio.high is None or rows < _LEAST_ROWS:
         share = f"{model} has {ratio.value * 100:.0f} % of the teacher's ROUGE-L{where}"
-        told = f"{share}, but {rows} rows are too few to say what it keeps."
+        why = f"{rows} rows are too few to say what it keeps" if rows < _LEAST_ROWS else "no interval was recorded"
+        told = f"{share}, but {why}."
         return joined(told, f"It has {takes}." if takes else "", by=" ")
     share = f"{ratio.value * 100:.0f} % [{ratio.low * 100:.0f}, {ratio.high * 100:.0f}]"
     told = joined(f"{model} keeps {share} of the teacher's ROUGE-L{where} ({rows} rows)", takes, by=" at ")
@@ -63,6 +64,14 @@ def _sentence(record: Results, difference: Difference, takes: str) -> str:
     if before is None or of_teacher is None:
         return f"{told}."
     return f"{told}. Before training it had {before / of_teacher * 100:.0f} %."
+
+
+def _without_interval(record: Results, difference: Difference, of_teacher: float | None) -> Metric | None:
+    """The ratio in a record that holds none, as older ones."""
+    ours = _value(record, difference.model, difference.data)
+    if ours is None or not of_teacher:
+        return None
+    return Metric(value=ours / of_teacher, rows=difference.difference.rows)
 
 
 def _value(record: Results, model: str, data: str) -> float | None:

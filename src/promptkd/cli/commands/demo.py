@@ -20,6 +20,8 @@ def run(options: Options, training: dict[str, Any]) -> None:
     with folder.locked():
         with folder.opened():
             demo = Demo(DemoSettings(layers=options.layers, steps=options.steps, seed=options.seed), options.out, say)
+        for line in demo.plan():
+            say(line)
         results = demo.run()
         results.notes.append(f"Peak memory {peak_memory() / 2**30:.1f} GiB.")
         results.write(folder.results)
@@ -27,3 +29,5 @@ def run(options: Options, training: dict[str, Any]) -> None:
     print(terminal_table([results]))
     say(f"The student is in {options.out / 'student'}, the soft prompt in {options.out / 'prompt'}.")
     say(f"Open {folder.report} in a browser.")
+    for line in demo.try_next():
+        say(line)

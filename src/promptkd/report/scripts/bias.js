@@ -23,6 +23,7 @@ const biasCharts = (plots, models) => {
   for (const { id, curves } of plots) {
     addChart(byId(id), () => ({
       height: 360, xTitle: "response length l, tokens", yTitle: "ExAccErr(l), %",
+      numbers: [["model", "length", "ExAccErr, %", "low", "high"], ...curves.flatMap((curve) => curve.points.map((point) => [models[curve.model].label, ...point.slice(0, 4)]))],
       y: { zeroline: true, zerolinecolor: color("--neutral"), zerolinewidth: 1 },
       traces: [
         ...curves.map((curve) => band(curve.points, modelColor(models[curve.model]))),

@@ -47,6 +47,7 @@ const watcher = new IntersectionObserver((entries) => {
 
 const addChart = (box, chart) => {
   charts.set(box, chart);
+  box.after(fileButtons(box));
   if (window.Plotly) watcher.observe(box);
 };
 
@@ -54,6 +55,7 @@ const dropChart = (box) => {
   watcher.unobserve(box);
   charts.delete(box);
   if (drawn.delete(box)) Plotly.purge(box);
+  box.nextElementSibling?.remove();
   box.remove();
 };
 

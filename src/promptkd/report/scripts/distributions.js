@@ -34,6 +34,7 @@ const distributionChart = (metric, lines, models) => {
   const medians = lines.map(({ model, sorted }) => `${models[model].label} ${written(metric, quantile(sorted, 0.5))}`);
   box.setAttribute("role", "img");
   box.setAttribute("aria-label", `Distribution of ${metric.label}. Medians: ${medians.join(", ")}.`);
+  box.dataset.name = metric.label;
   figure.append(caption, box, make("p", "small", `Medians: ${medians.join(", ")}.`));
   addChart(box, () => ({
     height: 230, xTitle: metric.unit, yTitle: "answers at or below, %", y: { range: [0, 101] },
@@ -42,6 +43,7 @@ const distributionChart = (metric, lines, models) => {
       line: { color: modelColor(models[model]), width: 1.75, shape: "hv", dash: modelDash(models[model]) },
       hovertemplate: "%{y:.0f} %",
     })),
+    numbers: [["model", metric.label], ...lines.flatMap(({ model, sorted }) => [...sorted].map((value) => [models[model].label, value]))],
     x: { hoverformat: `.${metric.decimals}f` },
   }));
   return figure;

@@ -28,9 +28,9 @@ const browseRows = (browser, models) => {
   const haystack = () => {
     const key = `${data.value} ${view.value}`;
     if (!haystacks.has(key)) {
-      const { prompt, references } = set();
-      haystacks.set(key, prompt.map((text, row) =>
-        [text, ...references[row], ...current().answers.map((each) => each.text[row] ?? "")].join("\n").toLowerCase()));
+      const { asked, references } = set();
+      haystacks.set(key, asked.map((turns, row) =>
+        [...turns.map(([, text]) => text), ...references[row], ...current().answers.map((each) => each.text[row] ?? "")].join("\n").toLowerCase()));
     }
     return haystacks.get(key);
   };
@@ -109,7 +109,8 @@ const browseRows = (browser, models) => {
     const element = byId("request-template").content.firstElementChild.cloneNode(true);
     element.querySelector(".where").textContent = `Row ${set().row[row]}`;
     element.querySelector("h3").append(verdictText(row));
-    element.querySelector(".prompt").replaceWith(text(set().prompt[row]));
+    element.querySelector(".prompt").replaceWith(
+      ...set().asked[row].flatMap(([role, content]) => (role ? [make("span", "role", role), text(content)] : [text(content)])));
     const references = set().references[row];
     element.querySelector(".references-title").textContent = references.length === 1 ? "Reference" : "References";
     element.querySelector(".reference-text").replaceWith(

@@ -16,6 +16,7 @@ const trainingCharts = (found, models) => {
         };
       }),
       x: { hoverformat: ",.0f" },
+      numbers: [["run", "step", unit || "value"], ...lines.flatMap(([run, x, y]) => x.map((step, at) => [names[run] ?? "", step, y[at]]))],
     }));
   }
 };
