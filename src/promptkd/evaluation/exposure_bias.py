@@ -53,7 +53,7 @@ def sample_continuations(
     prompt: Tensor | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[list[list[int]]]:
-    """Several continuations of each request at temperature 1, samples[row][draw].
+    """Several continuations of each request at temperature 1, `samples[row][draw]`.
 
     Draw d of a row has the seed that `promptkd evaluate` gives the row under seed `decoding.seed` + d. It is the same
     for every model: common random numbers, whose effect on both models cancels in their comparison. `decoding`'s
@@ -80,7 +80,7 @@ def exposure_bias(
     ended: Ended = "leave",
     bootstrap: Bootstrap = DEFAULT,
 ) -> ExposureBias:
-    """ExAccErr of `student` over given continuations, token ids as samples[row][draw] of `sample_continuations`.
+    """ExAccErr of `student` over given continuations, token ids as `samples[row][draw]` of `sample_continuations`.
 
     The teacher's are written under `scoring.prompt` if there is one; the same serve every student. `ended`, `bootstrap`
     and errors are those of `excess_accumulated_error`. Raises `PromptKDError` for a KL that is not finite.
@@ -103,7 +103,7 @@ def exposure_bias(
 def token_errors(
     student: nn.Module, teacher: nn.Module, prompts: Sequence[TokenIds], samples: Samples, scoring: Scoring = Scoring()
 ) -> list[list[Floats]]:
-    """KL(teacher || student) in nats as errors[row][draw][token], from that after the request alone."""
+    """KL(teacher || student) in nats as `errors[row][draw][token]`, from that after the request alone."""
     places = [(row, draw) for row, drawn in enumerate(samples) for draw in range(len(drawn))]
     flat_prompts, flat_samples = [prompts[row] for row, _ in places], [samples[row][draw] for row, draw in places]
     errors, done = [[np.empty(0)] * len(drawn) for drawn in samples], 0
