@@ -7,6 +7,7 @@ from tests.data.test_data import CHATML, END, START, STOP, byte_tokenizer, chatt
 
 from promptkd.data import encode_examples, examples_from_rows, read_columns, read_examples, resolve_template
 from promptkd.data.summary import row_counts, row_notes, template_note
+from promptkd.data.tokens import Spelling
 from promptkd.errors import RequestError
 
 ALPACA = (
@@ -434,7 +435,7 @@ def test_many_dropped_rows_name_the_limits_that_keep_them():
     rows = [{"prompt": "a" * length, "completion": "b"} for length in range(1, 101)]
     rows.append({"prompt": "a", "completion": "b" * 50})
     data = encode_examples(examples_from_rows(rows), plain(), max_prompt_length=90, max_response_length=20)
-    (note,) = row_notes("rows.jsonl", data)
+    *_, note = row_notes("rows.jsonl", data)
     assert note == (
         "Warning: rows.jsonl: 11 of 101 rows (11%) are over --max_prompt_length 90 or --max_completion_length 20 and "
         "were dropped. --max_prompt_length 96 keeps 95%, --max_prompt_length 100 --max_completion_length 51 keeps all."
@@ -493,3 +494,18 @@ def test_a_template_without_end_tokens_ends_an_answer_with_eos():
     bare += "{% if add_generation_prompt %}assistant:{% endif %}"
     row = {"messages": [USER, {"role": "assistant", "content": "Ho\n"}]}
     assert texts(row, chatting(bare))[0] == [("user: Hi\nassistant:", " Ho\n" + END)]
+
+
+def test_a_prompt_that_is_text_is_said_to_have_no_template():
+    data = encode_examples(examples_from_rows([{"prompt": "Hi", "response": "Ho"}] * 2), chatting())
+    (note,) = row_notes("d", data)
+    assert note.startswith("d: 2 prompts are texts, used as they stand, with no template.")
+    mapped = texts({"prompt": "Hi", "response": "Ho"}, chatting(), columns=["prompt=instruction"])
+    assert mapped == ([(chatml(HI), "Ho" + STOP)], [])
+
+
+def test_a_written_answer_keeps_its_marks_of_reasoning():
+    tokenizer = thinking(CHATML)
+    ids = tokenizer(f"<think>hm</think>Ho{STOP}{END}")["input_ids"]
+    assert Spelling(tokenizer).answer_text(ids) == "<think>hm</think>Ho"
+    assert Spelling(plain()).answer_text(plain()(f"Ho{END}")["input_ids"]) == "Ho"

@@ -52,6 +52,7 @@ class EncodedData:
     examples: list[EncodedExample]
     dropped: int
     unanswered: int = 0  # conversations left out, for they end with the user and a response is needed
+    as_text: int = 0  # rows whose prompt is a text, which no template renders
     unread: Mapping[str, int] = field(default_factory=dict)  # columns that nothing reads: in how many rows they stand
     limits: Limits | None = None
     keeps_most: Limits | None = None  # the limits that 95 % of the examples are within, where fewer are
@@ -134,7 +135,8 @@ def encode_examples(
     dropped, most, every = len(asked) - len(kept), None, None
     if dropped > (1 - MOST) * len(asked):
         most, every = _that_keep(MOST, lengths, limits), _that_keep(1.0, lengths, limits)
-    return EncodedData(kept, dropped, len(examples) - len(asked), unread, limits, most, every, turns)
+    as_text, unanswered = sum(isinstance(example.request, str) for example in asked), len(examples) - len(asked)
+    return EncodedData(kept, dropped, unanswered, as_text, unread, limits, most, every, turns)
 
 
 def stop_token_ids(

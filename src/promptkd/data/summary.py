@@ -22,6 +22,9 @@ def row_notes(source: str, data: EncodedData, flags: tuple[str, str] = FLAGS) ->
     if data.unread:
         columns = ", ".join(f"{name!r} ({rows:,} rows)" for name, rows in data.unread.items())
         notes.append(f"{source}: not used: {columns}. --columns OLD=NEW maps a column to one that is.")
+    if data.as_text:
+        advice = "--columns prompt=instruction has it rendered."
+        notes.append(f"{source}: {data.as_text:,} prompts are texts, used as they stand, with no template. {advice}")
     if data.unanswered:
         rows, were = ("1 row ends", "was") if data.unanswered == 1 else (f"{data.unanswered:,} rows end", "were")
         notes.append(f"{source}: {rows} with the user and {were} dropped, since a response is needed.")

@@ -105,6 +105,22 @@ class Spelling:
             reason = "which this tokenizer cannot write in ordinary tokens. Take it out of the row."
             raise RequestError(f"{location}: {problem}, {reason}")
 
+    def answer_text(self, ids: Sequence[int]) -> str:
+        """The text of a response: its marks of reasoning and of tool calls stay, other special tokens go."""
+        if self._own_marks.isdisjoint(ids):
+            return self.tokenizer.decode(ids, skip_special_tokens=True)
+        return self.tokenizer.decode([index for index in ids if index not in self._other_control])
+
+    @cached_property
+    def _own_marks(self) -> frozenset[int]:
+        """The ids of control tokens that an answer may write."""
+        own = [token for token in self._control if not self.control_of_answers.fullmatch(token)]
+        return frozenset(self.tokenizer.convert_tokens_to_ids(own))
+
+    @cached_property
+    def _other_control(self) -> frozenset[int]:
+        return frozenset(self.tokenizer.convert_tokens_to_ids(list(self._control))) - self._own_marks
+
     def front(self, probe: str) -> list[int]:
         """What the tokenizer puts before a text. What it appends (EOS) would end the prompt, and is left out."""
         plain = self.tokens([probe], spell=True)[0]

@@ -7,6 +7,7 @@ from promptkd.cli.inference_run import InferenceRun, sampling
 from promptkd.cli.options.generate import Options
 from promptkd.cli.outputs import check_output
 from promptkd.cli.terminal import progress_lines, say
+from promptkd.data.tokens import Spelling
 from promptkd.generation import generate, row_seeds
 from promptkd.io.atomic import write_atomic
 from promptkd.io.jsonl import encoded
@@ -28,11 +29,12 @@ def run(options: Options, training: dict[str, Any]) -> None:
     tell, size = partial(progress_lines("Generating", len(rows)), "responses"), decoding.batch_size
     with job.computing():
         responses = generate(model, prompts, decoding, seeds=seeds, batch_size=size, on_batch=tell)
+    spelling = Spelling(tokenizer)
     lines = [
         {
             "row": row.row,
             "prompt": row.prompt,
-            "completion": tokenizer.decode(response, skip_special_tokens=True),
+            "completion": spelling.answer_text(response),
             "references": list(row.references),
             "tokens": len(response),
             "ended": bool(response) and response[-1] in decoding.stop_ids,

@@ -1,6 +1,6 @@
 """Options that several commands have."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,7 +37,7 @@ class Rows:
     """auto, alpaca, chat, or a Jinja text."""
     chat_template_kwargs: dict[str, Any] | None = None
     """Variables of the chat template, such as {"enable_thinking": false}; a row's own column wins."""
-    columns: list[str] = field(default_factory=list)
+    columns: dict[str, str] | list[str] | None = None
     """Columns to read under other names, as OLD=NEW, such as problem=instruction solution=output."""
 
 

@@ -11,7 +11,7 @@ JSONL file beside --out, and the same command asks for the missing ones alone.
     promptkd judge --responses student.jsonl --endpoint http://localhost:8000/v1 --judge-model NAME --out judged.json
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ class Options:
     """Name of the other model; by default the file's."""
     data: str | None = None
     """The data the answers were made from: the judge is then shown its requests, without the template around them."""
-    columns: list[str] = field(default_factory=list)
+    columns: dict[str, str] | list[str] | None = None
     """Columns of --data to read under other names, as OLD=NEW."""
     data_label: str | None = None
     """Name of the data set in tables and reports; by default that of --data, else "requests"."""
