@@ -310,6 +310,11 @@ def test_reasoning_that_no_template_writes_is_named():
     assert texts(row, chatting()) == ([(chatml(HI), "Ho" + STOP)], ["reasoning"])
 
 
+def test_an_empty_reasoning_is_none():
+    row = {"messages": [USER, {"role": "assistant", "content": "Ho", "reasoning_content": ""}]}
+    assert texts(row, chatting()) == ([(chatml(HI), "Ho" + STOP)], [])
+
+
 def test_the_reference_stays_the_plain_answer():
     row = {"messages": [USER, {"role": "assistant", "content": "Ho", "reasoning": "hm"}]}
     (encoded,) = encode_examples(examples_from_rows([row]), thinking(SWITCHED)).examples

@@ -98,7 +98,7 @@ def kind(value: Any) -> str:
 def _message(each: Any, name: str) -> Message:
     if not isinstance(each, Mapping):
         raise RequestError(f"{name!r} must be {{'role', 'content'}}, got {kind(each)}.")
-    given = {key: part for key, part in each.items() if part is not None}
+    given = {key: part for key, part in each.items() if part is not None and not (key in REASONING and part == "")}
     if "role" not in given and "from" in given:
         given = {{"from": "role", "value": "content"}.get(key, key): part for key, part in given.items()}
     spelled = given.get("role")
