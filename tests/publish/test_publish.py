@@ -15,9 +15,9 @@ from helpers.hub_server import HubServer, hub
 from helpers.leaks import holding, is_pickle
 from helpers.tiny import save_model, tiny_model
 from promptkd.errors import RequestError
-from promptkd.publish import collect, hub_origin
+from promptkd.publish import Published, collect, hub_origin, model_card
 from promptkd.publish.bundle import names_a_place
-from promptkd.results import Results
+from promptkd.results import Difference, Evaluation, Metric, Results
 
 TOKEN = "hf_plantedForTheHub0123"
 STUDENT = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
@@ -322,3 +322,26 @@ def test_the_base_is_found_along_the_records(tmp_path, monkeypatch):
     assert hub_origin("gpt2") == "gpt2"
     assert hub_origin("student") == hub_origin("runs/teacher/model") == "Qwen/Qwen2.5-1.5B"
     assert hub_origin("runs/own") is hub_origin("runs/gone") is hub_origin("/none") is None
+
+
+def test_a_card_says_first_what_the_student_keeps_of_its_teacher():
+    def measured(model: str, value: float) -> Evaluation:
+        metric = Metric(value=value, low=value - 1, high=value + 1, rows=50)
+        return Evaluation(model=model, data="validation", metrics={"rouge_l": metric})
+
+    difference = Difference(
+        model="student",
+        baseline="teacher",
+        metric="rouge_l",
+        data="validation",
+        difference=Metric(value=-5, low=-6, high=-4, rows=50),
+        ratio=Metric(value=0.8, low=0.7, high=0.9),
+        better="higher",
+    )
+    record = Results(kind="distill", evaluations=[measured("student", 20), measured("teacher", 25)])
+    published = Published("me/small", "student", "mit", None, "chat")
+    assert " keeps " not in model_card(record, published)
+    card = model_card(record.model_copy(update={"differences": [difference]}), published)
+    told = card[card.index("## What was measured") :]
+    assert told.index("keeps 80 % ") < told.index("| Metric |")
+    assert "apply_chat_template" in card

@@ -14,6 +14,7 @@ from promptkd.report.formatting import decoding_words, estimate, joined, million
 from promptkd.report.labels import is_teacher, unified
 from promptkd.report.metrics import in_order, metric_info
 from promptkd.report.text import markdown_table, markdown_text
+from promptkd.report.verdict import verdict_of
 from promptkd.results import DataRecord, Evaluation, Results
 from promptkd.visible import visible
 
@@ -166,14 +167,16 @@ def _hub_data(data: DataRecord) -> str | None:
 
 
 def _measured(records: Sequence[Results]) -> str:
-    """A table per data set and decoding: a row per metric, a column per model."""
+    """What the student keeps of its teacher; then a table per data set and decoding, with a column per model."""
     groups: dict[str, list[Evaluation]] = {}
-    for record in unified(records):
+    story = unified(records)
+    for record in story:
         for each in record.evaluations:
             groups.setdefault(joined(each.data, decoding_words(each.decoding)), []).append(each)
     if not groups:
         return "Nothing was measured. `promptkd evaluate` measures it."
-    parts = []
+    verdict = verdict_of(story) if any(record.differences for record in story) else None
+    parts = [] if verdict is None else [markdown_text(joined(verdict.lead, *verdict.others, by=" "))]
     for setting, found in groups.items():
         by_model = {each.model: each for each in sorted(found, key=lambda each: is_teacher(each.model))}
         heads = ["Metric", *map(markdown_text, by_model)]
