@@ -21,7 +21,7 @@ _OWN = {
     *("config.yaml", "metrics.jsonl", "baselines.json", "results.json", "report.html", "responses.jsonl"),
     *("student", "model", "prompt", "teacher_lora", "teacher", "online_module", "checkpoints", "tensorboard"),
 }
-_MAY_CHANGE = {"resume", "overwrite", "out", "keep", "on_nan", "measure"}
+_MAY_CHANGE = {"resume", "overwrite", "out", "keep", "on_nan", "measure", "preflight"}
 _MAY_CHANGE |= {  # refused today, but in the config.yaml of older runs
     *("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision"),
 }

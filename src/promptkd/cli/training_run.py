@@ -27,6 +27,7 @@ from promptkd.models import load_model, load_tokenizer, model_record
 from promptkd.models.vocabulary import vocabulary_without
 from promptkd.report import render_report, terminal_table
 from promptkd.report.metrics import metric_info
+from promptkd.report.preflight import preflight_advice, preflight_lines
 from promptkd.results import BEFORE, Evaluation, Kind, Metric, Results, Series, Training, file_sha256, now, read_history
 from promptkd.training.baselines import TEACHER, Baselines
 from promptkd.training.callbacks import CostMeter, MetricsFile, ProgressBar, quiet
@@ -34,6 +35,7 @@ from promptkd.training.checkpoint import resumable_checkpoint, set_aside
 from promptkd.training.collapse import findings_as_notes
 from promptkd.training.distributed import autocast
 from promptkd.training.out_of_memory import out_of_memory_told
+from promptkd.training.preflight import preflight
 from promptkd.training.signals import StopOnSignal
 from promptkd.training.trackers import LiveCurves
 from promptkd.training.validation import validation_decoding
@@ -128,6 +130,18 @@ class TrainingRun:
     def note(self, text: str) -> None:
         say(text)
         self.results.notes.append(text)
+
+    def preflight(self, trainer: Any, train: EncodedData) -> None:
+        """Say and record what student and teacher look like before training, with advice."""
+        if is_main_process():
+            with out_of_memory_told(trainer):
+                seen = self.results.preflight = preflight(trainer, train)
+            say("Before training:")
+            for name, value in preflight_lines(seen):
+                say(f"  {name:<26}{value}")
+            for advice in preflight_advice(seen):
+                self.note(f"Before training: {advice}")
+        trainer.accelerator.wait_for_everyone()
 
     def train(self, trainer: Any, title: str) -> None:
         """Train, or resume from the last checkpoint, until the end or a signal; then say the peak of memory."""

@@ -25,6 +25,7 @@ from promptkd.report.labels import is_teacher, run_labels, unified
 from promptkd.report.metrics import MetricInfo, in_order, metric_info
 from promptkd.report.models import PROMPTKD, is_about_promptkd, shown_models
 from promptkd.report.plots import bias_data, bias_plots, chart_data, stages
+from promptkd.report.preflight import preflight_lines
 from promptkd.report.summary import summarize
 from promptkd.report.tables import ComparisonRow, by_setting, comparison_table, cost_table, metric_columns, model_order
 from promptkd.report.verdict import running_table, verdict_of
@@ -170,7 +171,8 @@ def _provenance(run: str, record: Results) -> dict[str, Any]:
     plain = record.model_dump(mode="json", include={"config", "machine"})
     measured = [(metric_info(name), record.metrics[name]) for name in in_order(record.metrics)]
     versions = [(name, version or "not installed") for name, version in record.code.items() if name != "git_commit"]
-    facts = {
+    facts: dict[str, list[tuple[str, Any]]] = {
+        "Before training": preflight_lines(record.preflight) if record.preflight else [],
         "Metrics of the run": [(info.label, joined(*estimate(info, own), info.unit, by=" ")) for info, own in measured],
         "Time": [(name, duration(seconds)) for name, seconds in record.timings.items()],
         "Code": [*versions, ("git commit", record.code.get("git_commit") or "not a checkout")],

@@ -80,6 +80,8 @@ def _distill(options: Options, job: TrainingRun, args: DistillConfig, method: Me
     if args.prompt_refresh == "stale":
         stale = "the student learns from the prompted teacher of before each update of the prompt"
         job.note(f"--prompt_refresh stale: {stale}. This is another algorithm than PromptKD as published.")
+    if options.preflight and not options.resume:
+        job.preflight(trainer, train)
     job.train(trainer, "Distilling")
     if options.merge:
         trainer.merge_student()

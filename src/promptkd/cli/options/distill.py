@@ -49,5 +49,7 @@ class Options(Training):
     measure: Literal["all", "student"] = "all"
     """With --eval-data: all also measures the student before training, the teacher, and the speed of both; student
     measures the trained student alone."""
+    preflight: bool = True
+    """Measure student and teacher on 8 rows before training, which takes seconds, and give advice."""
     dry_run: bool = False
     """Take two real steps on the longest rows; print peak memory, seconds and expected time; write nothing."""
