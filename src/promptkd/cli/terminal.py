@@ -46,6 +46,6 @@ def quiet_libraries() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     disable_progress_bars()
-    own = ("promptkd.training.student", "promptkd.training.validation")  # whose notes a command says itself
+    own = (f"promptkd.training.{each}" for each in ("student", "validation", "ends"))  # whose notes a command says
     for name in ("accelerate", *own):
         logging.getLogger(name).setLevel(logging.ERROR)

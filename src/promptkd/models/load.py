@@ -8,11 +8,18 @@ from typing import Any, get_args
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from promptkd.errors import RequestError, at
 from promptkd.io.files import not_regular
-from promptkd.models.end_tokens import load_generation_config
+from promptkd.models.end_tokens import GENERATION_CONFIG, load_generation_config
 from promptkd.models.folder import adapter_base, check_model_folder, clear_load_errors
 from promptkd.models.gguf_format import converted_gguf
 from promptkd.precision import WeightPrecision
@@ -53,6 +60,20 @@ def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False, **setti
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def generation_config_of(name: str | Path, *, trust_remote_code: bool = False) -> GenerationConfig:
+    """How a model decodes by its own files, without its weights: its generation configuration, or its configuration."""
+    source = resolve_model(name)
+    base = adapter_base(Path(source))
+    if base is not None and not (Path(source) / GENERATION_CONFIG).is_file():
+        return generation_config_of(base, trust_remote_code=trust_remote_code)
+    with clear_load_errors(name):
+        try:
+            return GenerationConfig.from_pretrained(source)
+        except OSError:  # there is none
+            config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+            return GenerationConfig.from_model_config(config)
 
 
 def resolve_model(name: str | Path) -> str:

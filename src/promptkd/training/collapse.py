@@ -18,10 +18,11 @@ _END_TOKEN = (
     "The end token is not learned: see that the template's end is a stop token of the tokenizer, and that teacher and "
     "data write it."
 )
+_NEVER_ENDED = "Raise --max_completion_length, or tune the models first on data whose responses end (promptkd sft)."
 _UNLEARNS_TO_END = (
-    "The student unlearns to end. See that the teacher ends its own answers within --max_completion_length (the lines "
-    "before training say how many it cut), lower --learning_rate, or let the data's responses take a share "
-    "(--method gkd --student_share 0.5)."
+    "The student unlearns to end. See that the teacher ends its own answers within --max_completion_length and with a "
+    "token that ends the rows (the lines before training say both), lower --learning_rate, or let the data's "
+    "responses take a share (--method gkd --student_share 0.5)."
 )
 _LOOPS = (
     "A loop is easy to predict for both models, so the loss may fall meanwhile. Lower --learning_rate, let the data's "
@@ -141,8 +142,8 @@ class Watch:
                 "cut",
                 cut >= 1,
                 limits.steps,
-                f"every response of {limits.steps} steps was cut at the length limit. Raise --max_completion_length, "
-                "or tune the models first on data whose responses end (promptkd sft).",
+                f"every response of {limits.steps} steps was cut at the length limit. "
+                f"{_UNLEARNS_TO_END if start > 0 else _NEVER_ENDED}",
             )
             yield (
                 "endless",

@@ -185,6 +185,8 @@ class DistillConfig(_FlatSettings, BaseConfig, DistillationConfig):
     """Settings of a method of your own, by name."""
     method_sha256: str | None = None
     """SHA-256 of the file of a method of your own, which a run records; another file is refused."""
+    end_token: Literal["teacher", "student"] = "teacher"
+    """Where the teacher does not end as the rows do: rows end with its end token, or keep the student's."""
     language_data: str | None = None
     """Plain-text rows ({"text": ...}) for an extra language-modeling loss."""
     language_weight: float = 1.0

@@ -15,12 +15,13 @@ from promptkd.data.chat import adopt
 from promptkd.data.encode import Turns
 from promptkd.data.messages import without_nulls
 from promptkd.data.summary import row_notes
-from promptkd.engine import check_scoring
+from promptkd.engine import Vocabulary, check_scoring
 from promptkd.errors import RequestError
 from promptkd.methods import Method
 from promptkd.models import SharedVocabulary, shared_vocabulary, vocabulary_size
 from promptkd.models.adapters import TeacherAdapter
 from promptkd.models.positions import position_limit
+from promptkd.models.vocabulary import check_heads
 from promptkd.responses import AdaptiveReplay, TeacherMixed
 from promptkd.training.distributed import check_dispatched, check_sharding, is_dispatched, is_sharded, settle_dispatched
 from promptkd.training.rollout import needs_generate
@@ -90,16 +91,31 @@ def compared_vocabulary(
     return shared, shared.notes
 
 
-def compared_rows(method: Method, compared: Compared, *data: tuple[str, EncodedData | None]) -> Compared:
-    """`compared`, unless a row of `data`, each with what messages call it, uses a token of one side."""
+def compared_rows(
+    method: Method, compared: Compared, train: EncodedData | None, validation: EncodedData | None
+) -> Compared:
+    """`compared`, unless a row uses a token of one side."""
     shared, _ = compared
     try:
-        for of, rows in data:
+        for of, rows in (("training rows", train), ("validation rows", validation)):
             if shared is not None and rows is not None:
                 shared.check(rows.examples, of)
     except RequestError as error:
         return _not_compared(method, error)
     return compared
+
+
+def trained_vocabulary(
+    method: Method,
+    shared: SharedVocabulary | None,
+    tokenizer: PreTrainedTokenizerBase,
+    student: nn.Module,
+    teacher: nn.Module,
+) -> Vocabulary:
+    """What the method's distributions are over; `RequestError` if a head lacks columns for it."""
+    if shared is not None:
+        check_heads(shared, student=student, teacher=teacher)
+    return shared if shared is not None and method.reads_teacher else Vocabulary(vocabulary_size(tokenizer))
 
 
 def _not_compared(method: Method, error: RequestError) -> Compared:

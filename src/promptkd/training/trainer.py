@@ -16,13 +16,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
-from promptkd.data.encode import EncodedData, stop_token_ids
-from promptkd.engine import Vocabulary, disable_dropout, unwrap_peft
+from promptkd.data import EncodedData
+from promptkd.engine import disable_dropout, unwrap_peft
 from promptkd.errors import RequestError
 from promptkd.methods import Method
-from promptkd.models import count_parameters, load_tokenizer, resolve_model, vocabulary_size
+from promptkd.models import count_parameters, load_tokenizer, resolve_model
 from promptkd.models.end_tokens import keep_end_tokens
-from promptkd.models.vocabulary import check_heads
 from promptkd.objectives import forward_kl, reverse_kl
 from promptkd.training import saving
 from promptkd.training.callbacks import CheckpointTiming, CompletionLog, UpdatePhase, logs_step
@@ -30,6 +29,7 @@ from promptkd.training.checkpoint import prepare_best, save_model_folder, staged
 from promptkd.training.collapse import Watching
 from promptkd.training.config import DistillConfig, PromptKDConfig, chosen_method
 from promptkd.training.distributed import is_sharded, run_inside, run_whole
+from promptkd.training.ends import PairEnds
 from promptkd.training.guard import Guard
 from promptkd.training.out_of_memory import out_of_memory_told
 from promptkd.training.phases import Phases
@@ -45,6 +45,7 @@ from promptkd.training.setup import (
     encode,
     make_adapter,
     take_template,
+    trained_vocabulary,
 )
 from promptkd.training.state import ExtraState, PartialLog
 from promptkd.training.student import end_notes, precision_notes, prepare_student, raise_to_float32
@@ -109,12 +110,15 @@ class DistillTrainer(Trainer):
         teacher, teacher_tokenizer = load_teacher(teacher_model, teacher_processing_class, args, self.method)
         take_template(args, processing_class, teacher_tokenizer, str(teacher_model))
         compared = compared_vocabulary(self.method, processing_class, teacher_tokenizer, args.template)
+        of_teacher = teacher_tokenizer, unwrap_peft(teacher).generation_config
+        self._ends = PairEnds(args, self.method, compared[0], processing_class, *of_teacher)
+        settled, (train_dataset, eval_dataset) = self._ends.settle_with(model, [train_dataset, eval_dataset])
         check_responses(self.method, args, validates=eval_dataset is not None)
         needed = self.method.responses.needs_data
         train = encode(train_dataset, processing_class, args, turns=args.turns, need_response=needed)
         valid = encode(eval_dataset, processing_class, args, name="eval_dataset")
-        named = ("training rows", train), ("validation rows", valid)
-        self.shared, self.notes = compared_rows(self.method, compared, *named)
+        self.shared, self.notes = compared_rows(self.method, compared, train, valid)
+        self.notes += settled
         self.masked_ids = () if self.shared is None else self.shared.masked
         """Tokens that validation never samples, since one of the models does not have them."""
         self.dropped_rows = 0 if train is None else train.dropped
@@ -132,13 +136,10 @@ class DistillTrainer(Trainer):
         self.notes += rouge_notes(args, self.eval_dataset, tokenizer)
         check_placement(student, teacher, self.method, args, accelerator)
         check_rows(None if self.train_dataset is None else len(self.train_dataset), args)
-        self.stop_ids = stop_token_ids(tokenizer, unwrap_peft(student).generation_config, args.template)
+        self.stop_ids, notes = self._ends.stops(unwrap_peft(student).generation_config)
         keep_end_tokens(student, self.stop_ids)
-        self.notes += end_notes(self.stop_ids, args)
-        vocabulary: Vocabulary = Vocabulary(vocabulary_size(tokenizer))
-        if self.shared is not None:
-            check_heads(self.shared, student=student, teacher=teacher)
-            vocabulary = self.shared if self.method.reads_teacher else vocabulary
+        self.notes += notes + end_notes(self.stop_ids, args)
+        vocabulary = trained_vocabulary(self.method, self.shared, tokenizer, student, teacher)
         self._teacher_parameters = count_parameters(teacher)  # DeepSpeed's shards do not tell
         self.adapter, adapted = make_adapter(self.method, teacher.requires_grad_(False), tokenizer, args, accelerator)
         check_models(student, teacher, self.adapter, args)

@@ -13,13 +13,14 @@ from promptkd.data import read_examples
 from promptkd.errors import RequestError
 from promptkd.memory import gibibytes
 from promptkd.methods import Method
-from promptkd.models import count_parameters
+from promptkd.models import count_parameters, generation_config_of
 from promptkd.report.formatting import duration
 from promptkd.responses import writes_responses
 from promptkd.results import Metric
 from promptkd.training import DistillConfig, DistillTrainer
 from promptkd.training.config import chosen_method
 from promptkd.training.dry_run import Trial, at_its_most, leave_nothing, longest_rows_first, take_trial_steps
+from promptkd.training.ends import PairEnds
 from promptkd.training.setup import compared_rows, compared_vocabulary, take_template
 from promptkd.training.teacher import teacher_settings
 
@@ -50,9 +51,12 @@ def _distill(options: Options, job: TrainingRun, args: DistillConfig, method: Me
     owner = f"{options.teacher} (the teacher's)" if args.template == "teacher" else options.student
     take_template(args, tokenizer, teacher_tokenizer, options.teacher)
     compared = compared_vocabulary(method, tokenizer, teacher_tokenizer, args.template)
+    config = generation_config_of(options.teacher, trust_remote_code=args.trust_remote_code)
+    ends = PairEnds(args, method, compared[0], tokenizer, teacher_tokenizer, config)
+    for note in ends.settle_with(options.student, [])[0]:
+        job.note(note)
     train, valid = job.encode(tokenizer, args, owner, need_response=method.responses.needs_data)
-    named = ("training rows", train), ("validation rows", valid)
-    compared_rows(method, compared, *named)  # before models are loaded
+    compared_rows(method, compared, train, valid)  # before models are loaded
     student = job.load("student", options.student)
     teacher = job.load("teacher", options.teacher, teacher_settings(args, method))
     if options.dry_run:
