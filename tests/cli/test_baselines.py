@@ -70,6 +70,7 @@ def test_the_record_holds_differences_speeds_and_sizes(world, measured):
     assert all(each.difference.rows == 22 and each.p_adjusted is not None for each in record.differences)
     assert set(record.models) == {"student", BEFORE, "teacher"}
     assert record.models[BEFORE].path == world.student
+    assert record.models["student"].about == "the student after 3 steps of promptkd-lora"
     assert record.models["student"].bytes_on_disk == (measured / "student" / "model.safetensors").stat().st_size
     assert set(record.inference) == {"student", "teacher"}
     assert record.inference["student"].weight_bytes == 4 * record.models["student"].parameters

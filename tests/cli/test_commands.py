@@ -332,6 +332,7 @@ def test_the_whole_way(world, tmp_path, capsys, monkeypatch):
     assert names == {
         *("runs", "student", "responses.jsonl", "report.html", "results.json", "results-settings.json"),
         *(f"results-test-{part}.jsonl" for part in ("seed10", "greedy", "references")),
+        *(f"results-test-teacher-{part}.jsonl" for part in ("seed10", "greedy", "references")),
     }
     run_record, scores = record(Path("runs/promptkd")), Results.read(Path("results.json"))
     assert scores.models["promptkd"].sha256 == run_record.models["student"].sha256

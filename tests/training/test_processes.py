@@ -159,8 +159,8 @@ def test_a_run_is_launched_from_the_command_line(tmp_path):
         timeout=SECONDS,
     )
     assert ran.returncode == 0, ran.stderr
-    written = below("student", MODEL_FILES) | below("prompt", PROMPT_FILES)
-    assert held(out) - {name for name in held(out) if name.startswith("checkpoints/")} == RUN_FILES | {"baselines.json"} | written
+    written = below("student", MODEL_FILES) | below("prompt", PROMPT_FILES) | {"baselines.json"}
+    assert held(out) - {name for name in held(out) if name.startswith("checkpoints/")} == RUN_FILES | written
     told = ran.stderr.splitlines()
     for line in (f"Loaded the teacher: {world.teacher}.", "Distilling: 3 steps", "Distilling: step 3 of 3"):
         assert sum(each.startswith(line) for each in told) == 1, ran.stderr

@@ -226,7 +226,9 @@ class TrainingRun:
         if is_main_process():
             if self._has_baselines(trainer):
                 self.results.models[BEFORE] = self.results.models[name]
-            self.results.models[name] = model_record(self.folder.path / name, model)
+            done = trainer.args.algorithm if self.kind == "distill" else self.kind
+            about = f"the {name} after {trainer.state.global_step:,} steps of {done}"
+            self.results.models[name] = model_record(self.folder.path / name, model, about=about)
         if not trainer.validation_rows:
             return []
         started, decoding, rows = time.perf_counter(), validation_decoding(trainer), trainer.validation_rows
