@@ -207,15 +207,27 @@ class Preflight(_Record):
     teacher_control_answers: int = 0
 
 
+class ModelPart(_Record):
+    """The base of a merged model, or an adapter that was merged into it."""
+
+    path: str
+    sha256: str
+    """As in `ModelRecord`; of an adapter, over its settings but for the name of its base, and its weights."""
+
+
 class ModelRecord(_Record):
     path: str
     parameters: int
     sha256: str
-    """Hash over config.json and every weight file, sorted by name."""
+    """Hash over config.json and every weight file, sorted by name; of a merged model, over the hashes of its parts."""
     bytes_on_disk: int | None = None
     """Of the weight files; None in older records, and where they are not on this machine."""
     about: str = ""
     """What the model is, for a reader of the page: "24 of the teacher's 30 layers, nothing trained yet"."""
+    base: ModelPart | None = None
+    """The model that the adapters were merged into, where there are any."""
+    adapters: list[ModelPart] = Field(default_factory=list)
+    """In the order in which they were merged."""
 
 
 class DataRecord(_Record):

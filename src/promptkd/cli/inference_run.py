@@ -12,7 +12,14 @@ from promptkd.data.summary import EVALUATION_FLAGS, GENERATION_FLAGS
 from promptkd.engine import check_scoring, engine_for
 from promptkd.generation import Decoding
 from promptkd.memory import gibibytes, peak_memory
-from promptkd.models import SharedVocabulary, load_model, load_tokenizer, shared_vocabulary, vocabulary_size
+from promptkd.models import (
+    SharedVocabulary,
+    load_model,
+    load_tokenizer,
+    merged_parts,
+    shared_vocabulary,
+    vocabulary_size,
+)
 from promptkd.precision import WeightPrecision, compute_dtype, computing, teacher_precision
 
 
@@ -37,6 +44,8 @@ class InferenceRun:
         self.options, self.device, self.precision = options, fastest_device(), "float32"
         self.teacher_dtype: WeightPrecision | None = None
         self._told: dict[str, list[str]] = {}  # what was said of each data set's rows
+        self.merged: list[str] = []
+        """Sentences on adapters that were merged into the models, which a record must hold."""
 
     def load_tokenizer(self, name: str) -> Any:
         return load_tokenizer(name, trust_remote_code=self.options.trust_remote_code)
@@ -68,6 +77,9 @@ class InferenceRun:
 
     def load_model(self, name: str, dtype: WeightPrecision = "float32") -> Any:
         model = load_model(name, dtype=dtype, trust_remote_code=self.options.trust_remote_code).to(self.device)
+        if merged := merged_parts(model):
+            self.merged.append(f"{name} is {merged.told}.")
+            say(self.merged[-1])
         check_scoring(model)
         return model
 
@@ -94,7 +106,7 @@ class InferenceRun:
 
     def precision_notes(self) -> list[str]:
         teacher = [f"The teacher's weights were loaded in {self.teacher_dtype}."] if self.teacher_dtype else []
-        return [f"Computed in {self.precision} on {self.device.type}.", *teacher]
+        return [f"Computed in {self.precision} on {self.device.type}.", *teacher, *self.merged]
 
     def say_peak(self) -> None:
         of_device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0

@@ -23,7 +23,7 @@ from promptkd.evaluation.rouge_tokenizer import rouge_tokens
 from promptkd.io.atomic import write_atomic
 from promptkd.io.python_file import names_python, python_file
 from promptkd.memory import gibibytes, peak_memory
-from promptkd.models import load_model, load_tokenizer, model_record
+from promptkd.models import load_adapted, load_model, load_tokenizer, model_record
 from promptkd.models.vocabulary import vocabulary_without
 from promptkd.report import render_report, terminal_table
 from promptkd.report.metrics import metric_info
@@ -119,10 +119,13 @@ class TrainingRun:
             self.results.notes += say_rows(source, data)
         return encoded["train"], encoded.get("validation")
 
-    def load(self, role: str, name: str, settings: dict[str, Any] | None = None) -> Any:
-        """A model; `settings` are further arguments of `load_model`, `--model_init_kwargs` if None."""
+    def load(self, role: str, name: str, settings: dict[str, Any] | None = None, *, adapted: bool = False) -> Any:
+        """A model; `settings` are further arguments of `load_model`, `--model_init_kwargs` if None.
+
+        `adapted`: a LoRA folder whose adapter will be trained on, in place of the merged model.
+        """
         settings = self.training.get("model_init_kwargs") or {} if settings is None else settings
-        model = load_model(name, trust_remote_code=self._trust, **settings)
+        model = (load_adapted if adapted else load_model)(name, trust_remote_code=self._trust, **settings)
         self.results.models[role] = model_record(name, model)
         say(f"Loaded the {role}: {name}.")
         return model

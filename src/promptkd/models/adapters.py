@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from promptkd.data.batch import TokenBatch
 from promptkd.engine import ChunkedLoss, response_hidden, unwrap_peft
 from promptkd.errors import RequestError
+from promptkd.models.adapter_files import join_saved, name_base, note_base
 from promptkd.models.pair import Pair
 from promptkd.models.soft_prompt import DEFAULT_TEXT, SoftPrompt
 from promptkd.objectives import regularizer_weight
@@ -211,6 +212,11 @@ class LoraTeacher(_TrainedWeights):
     def disabled(self) -> AbstractContextManager[None]:
         return self.module.disable_adapter()
 
+    def save(self, folder: Path, teacher: nn.Module) -> None:
+        super().save(folder, teacher)
+        join_saved(folder, self.module)
+        note_base(folder, self.module)
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoraFactory(AdapterFactory):
@@ -229,6 +235,7 @@ class LoraFactory(AdapterFactory):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             wrapped = get_peft_model(unwrap_peft(teacher), config)
+        name_base(wrapped)
         return LoraTeacher(wrapped), wrapped.eval()
 
 

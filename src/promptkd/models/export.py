@@ -10,16 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import PeftConfig, PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from promptkd.errors import PromptKDError, RequestError
-from promptkd.models.end_tokens import keep_end_tokens, known_end_tokens, load_generation_config
-from promptkd.models.folder import clear_load_errors
+from promptkd.models.end_tokens import keep_end_tokens, known_end_tokens
 from promptkd.models.gguf_format import convert_gguf, gguf_problems, stored_type, write_gguf
-from promptkd.models.load import load_model, load_tokenizer, resolve_model
+from promptkd.models.load import load_model, load_tokenizer
 from promptkd.models.vocabulary import PROBES
 
 _TOLERANCE = 1e-4  # most that logits may differ, as a share of the largest
@@ -40,23 +37,11 @@ class Comparison:
 
 
 def plain_model(name: str, *, trust_remote_code: bool = False) -> ModelAndTokenizer:
-    """A float32 model, LoRA merged and all end tokens named, with its tokenizer. `RequestError` if that cannot be."""
-    folder = Path(resolve_model(name))
+    """A float32 model, LoRA merged and all end tokens named, with its tokenizer."""
     tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
-    if (folder / "adapter_config.json").is_file():
-        with clear_load_errors(folder):
-            settings = PeftConfig.from_pretrained(str(folder))
-            if settings.is_prompt_learning:
-                raise RequestError(f"{name} is a soft prompt, which is no part of a model's weights. Give the student.")
-            base = load_model(str(settings.base_model_name_or_path), trust_remote_code=trust_remote_code)
-            model = PeftModel.from_pretrained(base, str(folder)).merge_and_unload()
-        load_generation_config(model, folder)
-    else:
-        model = load_model(name, trust_remote_code=trust_remote_code)
-    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise RequestError(f"{name} has an adapter that is merged from a local folder only. Download it and give that.")
+    model = load_model(name, trust_remote_code=trust_remote_code)
     keep_end_tokens(model, known_end_tokens(model, tokenizer))
-    return model.eval(), tokenizer
+    return model, tokenizer
 
 
 def export_safetensors(

@@ -12,7 +12,7 @@ from typing import Any
 from promptkd.errors import PromptKDError, RequestError
 from promptkd.io.files import is_plain_name, json_value, read_json_object
 
-_ADAPTER_CONFIG, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _SETTINGS = ("config.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -21,18 +21,18 @@ _MOST_LAYERS_WITHOUT_WEIGHTS = 1024
 
 def check_model_folder(folder: Path) -> None:
     """Refuse a folder that would run code, read files elsewhere, or ask for far more than its files hold."""
-    names = [name for name in (*_SETTINGS, _ADAPTER_CONFIG, _INDEX) if (folder / name).is_file()]
+    names = [name for name in (*_SETTINGS, ADAPTER_CONFIG, _INDEX) if (folder / name).is_file()]
     found = {name: read_json_object(folder / name) for name in names}
-    config, adapter = found.get("config.json"), found.get(_ADAPTER_CONFIG)
+    config, adapter = found.get("config.json"), found.get(ADAPTER_CONFIG)
     if adapter is not None:
-        _need_safetensors(folder, _ADAPTER_WEIGHTS)
-        patterns, shapes = adapter.get("rank_pattern"), _shapes(folder / _ADAPTER_WEIGHTS)
+        _need_safetensors(folder, ADAPTER_WEIGHTS)
+        patterns, shapes = adapter.get("rank_pattern"), tensor_shapes(folder / ADAPTER_WEIGHTS)
         ranks = [adapter.get("r"), adapter.get("num_virtual_tokens")]
         ranks += patterns.values() if isinstance(patterns, dict) else []
         rank = max((each for each in ranks if isinstance(each, int)), default=0)
-        largest = max((size for shape in shapes or () for size in shape if isinstance(size, int)), default=0)
+        largest = max((size for shape in (shapes or {}).values() for size in shape if isinstance(size, int)), default=0)
         if shapes is not None and rank > largest:  # PEFT allocates them before it compares the two
-            asked = f"{folder / _ADAPTER_CONFIG} asks for a rank or length of {rank}"
+            asked = f"{folder / ADAPTER_CONFIG} asks for a rank or length of {rank}"
             raise RequestError(f"{asked}, and no weight beside it is larger than {largest}.")
     if config is not None:
         _check_names_no_code(folder, config)
@@ -51,7 +51,7 @@ def check_model_folder(folder: Path) -> None:
 
 def adapter_base(folder: Path) -> str | None:
     """The model that the adapter in `folder` belongs to: a path or a hub name. None if there is no adapter."""
-    file = folder / _ADAPTER_CONFIG
+    file = folder / ADAPTER_CONFIG
     if not file.is_file():
         return None
     base = read_json_object(file).get("base_model_name_or_path")
@@ -83,7 +83,7 @@ def _need_safetensors(folder: Path, pattern: str) -> None:
         advice = "convert it where you trust it, by `save_pretrained` of transformers or PEFT"
         problem = f"holds its weights as pickle ({pickles[0]}), and unpickling can run code"
         raise RequestError(f"{folder} {problem}. Expected {pattern}: {advice}.")
-    if pattern == _ADAPTER_WEIGHTS:  # PEFT would look for it on the hub
+    if pattern == ADAPTER_WEIGHTS:  # PEFT would look for it on the hub
         raise RequestError(f"{folder} holds an adapter's configuration and no {pattern}.")
 
 
@@ -105,13 +105,13 @@ def _check_layers(folder: Path, config: dict[str, Any]) -> None:
     for name in ("num_hidden_layers", "n_layer", "num_layers"):
         layers = max((part[name] for part in parts if isinstance(part.get(name), int)), default=0)
         if layers > _MOST_LAYERS_WITHOUT_WEIGHTS:
-            weights = sum(len(_shapes(file) or ()) for file in folder.glob("*.safetensors"))
+            weights = sum(len(tensor_shapes(file) or ()) for file in folder.glob("*.safetensors"))
             if layers > weights:
                 file = folder / "config.json"
                 raise RequestError(f"{file} asks for {layers} layers ({name}), and the folder holds {weights} weights.")
 
 
-def _shapes(file: Path) -> list[list[Any]] | None:
+def tensor_shapes(file: Path) -> dict[str, list[Any]] | None:
     """Of the tensors in a safetensors file, by its header alone, since the rest may be cut; None without a header."""
     with file.open("rb") as stream:
         size = int.from_bytes(stream.read(8), "little")
@@ -120,5 +120,5 @@ def _shapes(file: Path) -> list[list[Any]] | None:
         except ValueError:
             return None
     named = header.items() if isinstance(header, dict) else ()
-    shapes = [each.get("shape") or [] for name, each in named if name != "__metadata__" and isinstance(each, dict)]
-    return shapes if header else None
+    is_tensor = {name: each for name, each in named if name != "__metadata__" and isinstance(each, dict)}
+    return {name: each.get("shape") or [] for name, each in is_tensor.items()} if header else None

@@ -1,12 +1,15 @@
-"""Models and tokenizers from a hub name, a folder, a run of promptkd, or a GGUF file."""
+"""Models and tokenizers from a hub name, a folder, a run of promptkd, or a GGUF file; adapters are merged."""
 
-import re
+import hashlib
+import json
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, get_args
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
+from peft import PeftModel
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -17,16 +20,16 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from promptkd.errors import RequestError, at
-from promptkd.io.files import not_regular
+from promptkd.errors import RequestError
 from promptkd.models.end_tokens import GENERATION_CONFIG, load_generation_config
-from promptkd.models.folder import adapter_base, check_model_folder, clear_load_errors
-from promptkd.models.gguf_format import converted_gguf
+from promptkd.models.folder import clear_load_errors
+from promptkd.models.gguf_format import cache_folder
+from promptkd.models.merge import merge_adapters, merged_parts, remember_merged, with_adapter
+from promptkd.models.source import Adapter, Source, absolute_name, model_source, resolve_model
 from promptkd.precision import WeightPrecision
-from promptkd.results import ModelRecord, file_sha256
+from promptkd.results import ModelPart, ModelRecord, file_sha256
 
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_EXPECTED = "Expected a model folder, a GGUF file or a hub name."
+_FROM_FILES = ("quantization_config", "device_map", "max_memory")  # what transformers does only while it reads a model
 
 
 def load_model(
@@ -34,29 +37,47 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a causal language model in evaluation mode: by hub name, folder, run folder (its student) or GGUF file.
 
+    A LoRA folder, or another adapter of PEFT, is its base with the adapter merged into the weights: see `merged_parts`.
     `dtype` "auto" is that of the model's files; `settings` go to `from_pretrained` of transformers (`revision`,
     `quantization_config`, …). `RequestError` if there is no such model.
     """
-    if dtype not in get_args(WeightPrecision):
-        raise RequestError(f"Expected a dtype of {', '.join(get_args(WeightPrecision))}. Got {dtype!r}.")
-    source = resolve_model(name)
-    settings |= {"dtype": dtype, "trust_remote_code": trust_remote_code, "use_safetensors": True}
-    with clear_load_errors(name):
-        model, report = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **settings)
-    if missing := report["missing_keys"]:
-        count, first = len(missing), min(missing)
-        raise RequestError(f"{name} lacks {count} weights that its configuration asks for, {first} among them.")
-    if (Path(source) / "adapter_config.json").is_file():
-        load_generation_config(model, Path(source))
-    keep_differentiable(model)
-    return model.eval()
+    _check_dtype(dtype)
+    source = model_source(name, settings.pop("revision", None))
+    settings |= {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    if not source.adapters:
+        return _whole_model(source, name, settings)
+    return _merged_model(source, name, settings)
+
+
+def load_adapted(
+    name: str | Path, *, dtype: str = "float32", trust_remote_code: bool = False, **settings: Any
+) -> PeftModel:
+    """A LoRA folder as PEFT's model, whose adapter can be trained on; adapters that its base came with are merged.
+
+    Arguments as for `load_model`. `RequestError` if `name` is no adapter.
+    """
+    _check_dtype(dtype)
+    source = model_source(name, settings.pop("revision", None))
+    if not source.adapters:
+        raise RequestError(f"{name} is no LoRA folder: there is no adapter to train on. Leave that out.")
+    *merged, last = source.adapters
+    settings |= {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    base = Source(source.base, source.revision, tuple(merged))
+    model = _merged_model(base, name, settings) if merged else _whole_model(base, name, settings)
+    load_generation_config(model, last.folder)
+    return with_adapter(model, last, trainable=True)
 
 
 def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False, **settings: Any) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model. A missing padding token becomes EOS if there is one; ids never tell padding."""
-    source = resolve_model(name)
+    """Load the tokenizer of a model, of a LoRA folder without one its base's.
+
+    A missing padding token becomes EOS if there is one; ids never tell padding.
+    """
+    source = model_source(name, settings.pop("revision", None))
+    place, revision = source.tokenizer
+    settings |= {"trust_remote_code": trust_remote_code} | _at(revision)
     with clear_load_errors(name):
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **settings)
+        tokenizer = AutoTokenizer.from_pretrained(place, **settings)
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -64,55 +85,68 @@ def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False, **setti
 
 def generation_config_of(name: str | Path, *, trust_remote_code: bool = False) -> GenerationConfig:
     """How a model decodes by its own files, without its weights: its generation configuration, or its configuration."""
-    source = resolve_model(name)
-    base = adapter_base(Path(source))
-    if base is not None and not (Path(source) / GENERATION_CONFIG).is_file():
-        return generation_config_of(base, trust_remote_code=trust_remote_code)
+    source = model_source(name)
+    own = [each.folder for each in source.adapters if (each.folder / GENERATION_CONFIG).is_file()]
     with clear_load_errors(name):
+        if own:
+            return GenerationConfig.from_pretrained(own[-1])
         try:
-            return GenerationConfig.from_pretrained(source)
+            return GenerationConfig.from_pretrained(source.base, **_at(source.revision))
         except OSError:  # there is none
-            config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-            return GenerationConfig.from_model_config(config)
+            settings = {"trust_remote_code": trust_remote_code} | _at(source.revision)
+            return GenerationConfig.from_model_config(AutoConfig.from_pretrained(source.base, **settings))
 
 
-def resolve_model(name: str | Path) -> str:
-    """Where transformers finds it: a folder (converted from GGUF if necessary) or a hub name, else `RequestError`."""
-    text, path = str(name), Path(name).expanduser()
-    is_gguf = path.suffix.lower() == ".gguf"
-    try:
-        is_folder = path.is_dir()
-    except OSError as error:  # a name that is too long, or a folder that may not be entered
-        raise RequestError(f"No such model: {text:.200}: {error.strerror}.") from error
-    if is_folder:
-        return str(_model_folder(path))
-    if path.is_file():
-        if is_gguf:
-            return str(converted_gguf(path))
-        raise RequestError(f"{_EXPECTED} Got the file {path}.")
-    if kind := not_regular(path):
-        raise RequestError(f"{_EXPECTED} {path} is {kind}.")
-    if text.startswith((".", "/", "~")) or is_gguf or not _HUB_NAME.fullmatch(text):
-        advice = "Give a folder, a GGUF file or a hub name (owner/name)."
-        raise RequestError(f"No such model: {text} does not exist. {advice}")
-    return text
+def _whole_model(source: Source, name: str | Path, settings: dict[str, Any]) -> PreTrainedModel:
+    """The base of a source, as transformers reads it."""
+    settings = {**settings, "use_safetensors": True, **_at(source.revision)}
+    with clear_load_errors(name):
+        model, report = AutoModelForCausalLM.from_pretrained(source.base, output_loading_info=True, **settings)
+    if missing := report["missing_keys"]:
+        count, first = len(missing), min(missing)
+        raise RequestError(f"{name} lacks {count} weights that its configuration asks for, {first} among them.")
+    keep_differentiable(model)
+    return model.eval()
 
 
-def _model_folder(folder: Path) -> Path:
-    for inside in ("", "student", "model"):  # the latter two are what `distill` and `sft` leave in a run's folder
-        candidate = folder / inside
-        if (candidate / "config.json").is_file() or (candidate / "adapter_config.json").is_file():
-            check_model_folder(candidate)
-            if base := adapter_base(candidate):  # PEFT and transformers look for it in the same way
-                belongs = f"The adapter in {candidate} belongs to"
-                if (Path(base).expanduser() / "adapter_config.json").is_file():
-                    raise RequestError(f"{belongs} {base}, which is an adapter itself. Merge that first.")
-                with at(f"{belongs} the model {base}"):
-                    resolve_model(base)
-            return candidate
-    found = sorted(entry.name for entry in folder.iterdir())
-    expected = "config.json (or adapter_config.json) in it, or a run's student/ folder"
-    raise RequestError(f"{folder} is no model: expected {expected}. It holds {', '.join(found[:8]) or 'nothing'}.")
+def _merged_model(source: Source, name: str | Path, settings: dict[str, Any]) -> PreTrainedModel:
+    """The base with its adapters merged in float32, or in the precision of its files if that is what is asked for.
+
+    What transformers does only while it reads files (rounding included) is done to the merged model, which is written
+    into the cache for that moment.
+    """
+    plain = {key: value for key, value in settings.items() if key not in _FROM_FILES}
+    with clear_load_errors(name):
+        trusted = {"trust_remote_code": settings["trust_remote_code"]} | _at(source.revision)
+        config = AutoConfig.from_pretrained(source.base, **trusted)
+    own = "float32" if config.dtype is None else str(config.dtype).removeprefix("torch.")
+    wanted = own if settings["dtype"] == "auto" else settings["dtype"]
+    is_quantized = "quantization_config" in vars(config)
+    plain["dtype"] = wanted if wanted == own and not is_quantized else "float32"
+    model = merge_adapters(_whole_model(source, name, plain), source, source.adapters)
+    for adapter in source.adapters:
+        load_generation_config(model, adapter.folder)
+    if plain["dtype"] == wanted and not any(settings.get(key) for key in _FROM_FILES):
+        return model
+    merged = merged_parts(model)
+    assert merged is not None
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=cache_folder(), prefix="merged-") as place, clear_load_errors(name):
+        model.save_pretrained(place)
+        del model
+        model = _whole_model(Source(place), name, {**settings, "dtype": wanted})
+    model.name_or_path = model.config.name_or_path = source.base  # where vLLM looks for the model's shape
+    remember_merged(model, merged)
+    return model
+
+
+def _at(revision: str | None) -> dict[str, str]:
+    return {} if revision is None else {"revision": revision}
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype not in get_args(WeightPrecision):
+        raise RequestError(f"Expected a dtype of {', '.join(get_args(WeightPrecision))}. Got {dtype!r}.")
 
 
 def keep_differentiable(model: nn.Module) -> None:
@@ -138,15 +172,29 @@ def count_parameters(model: nn.Module, *, trainable: bool = False) -> int:
 
 
 def model_record(name: str | Path, model: nn.Module, *, about: str = "") -> ModelRecord:
-    """Provenance of a model: path, size, hash over configuration and weights ("" for a hub name), bytes on disk."""
-    folder = Path(resolve_model(name))
-    files = sorted(each for each in folder.glob("*") if each.name == "config.json" or each.suffix == ".safetensors")
+    """Provenance of a model: path, size, hash over configuration and weights ("" for a hub name), bytes on disk.
+
+    Of a merged model also its base and adapters, each with its hash.
+    """
+    place = resolve_model(name)
+    if Path(place).is_dir():
+        source = model_source(place)
+    else:  # what the hub holds by now may be another
+        merged = merged_parts(model)
+        source = Source(place) if merged is None else merged.source
+    sha256, base, adapters = _sha256(Path(source.base)), None, []
+    if source.adapters:
+        base = ModelPart(path=absolute_name(source.base), sha256=sha256)
+        adapters = [ModelPart(path=each.name, sha256=_adapter_sha256(each)) for each in source.adapters]
+        sha256 = hashlib.sha256("".join(each.sha256 for each in (base, *adapters)).encode()).hexdigest()
     return ModelRecord(
         path=str(name),
         parameters=count_parameters(model),
-        sha256=file_sha256(*files) if files else "",
+        sha256=sha256,
         bytes_on_disk=bytes_on_disk(name),
         about=about,
+        base=base,
+        adapters=adapters,
     )
 
 
@@ -154,14 +202,24 @@ def bytes_on_disk(name: str | Path) -> int | None:
     """Of a model's weight files, an adapter's base included; None for a hub name that this machine holds no copy of."""
     if (file := Path(name).expanduser()).is_file():
         return file.stat().st_size
-    folder = Path(resolve_model(name))
+    source = model_source(name)
+    folder = Path(source.base)
     if not folder.is_dir():
         try:
-            folder = Path(snapshot_download(str(name), local_files_only=True, allow_patterns="*.safetensors"))
+            folder = Path(snapshot_download(source.base, local_files_only=True, allow_patterns="*.safetensors"))
         except LocalEntryNotFoundError:
             return None
-    own = sum(each.stat().st_size for each in folder.glob("*.safetensors"))
-    if (base := adapter_base(folder)) is None:
-        return own
-    of_base = bytes_on_disk(base)
-    return None if of_base is None else own + of_base
+    folders = (folder, *(each.folder for each in source.adapters))
+    return sum(each.stat().st_size for place in folders for each in place.glob("*.safetensors"))
+
+
+def _sha256(folder: Path) -> str:
+    files = sorted(each for each in folder.glob("*") if each.name == "config.json" or each.suffix == ".safetensors")
+    return file_sha256(*files) if files else ""
+
+
+def _adapter_sha256(adapter: Adapter) -> str:
+    """Over settings and weights; the name of the base is left out, which is another one where both were moved."""
+    settings = {key: value for key, value in adapter.config.items() if key != "base_model_name_or_path"}
+    weights = file_sha256(*sorted(adapter.folder.glob("*.safetensors")))
+    return hashlib.sha256((json.dumps(settings, sort_keys=True) + weights).encode()).hexdigest()

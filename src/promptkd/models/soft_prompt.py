@@ -16,6 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from promptkd.engine import check_soft_prompt, unwrap_peft
 from promptkd.errors import RequestError, at
+from promptkd.models.adapter_files import note_base
+from promptkd.models.merge import base_name, is_adapted
 
 DEFAULT_TEXT = "Suppose you are a student."
 PromptStart = Literal["text", "padding", "random"]
@@ -96,10 +98,12 @@ class SoftPrompt(nn.Module):
         length, width = self.embeddings.shape
         sizes = {"num_virtual_tokens": length, "token_dim": width, "num_transformer_submodules": 1}
         sizes |= {"num_layers": config.num_hidden_layers, "num_attention_heads": config.num_attention_heads}
-        task = {"task_type": "CAUSAL_LM", "base_model_name_or_path": inner.name_or_path, "inference_mode": True}
+        task = {"task_type": "CAUSAL_LM", "base_model_name_or_path": base_name(teacher) or "", "inference_mode": True}
         adapter = PromptTuningConfig(**task, **sizes)
         adapter.save_pretrained(str(folder))
         save_file({_KEY: self.embeddings.detach().cpu().contiguous()}, folder / _WEIGHTS_FILE, {"format": "pt"})
+        if is_adapted(teacher):
+            note_base(folder, teacher)
 
     @classmethod
     def load(cls, folder: Path) -> "SoftPrompt":

@@ -16,8 +16,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from promptkd.errors import PromptKDError, RequestError
 from promptkd.io.atomic import atomic, fsync, replace
 from promptkd.memory import is_out_of_memory
+from promptkd.models.adapter_files import can_join, join_saved, note_base
 from promptkd.models.end_tokens import save_generation_config
+from promptkd.models.folder import ADAPTER_CONFIG
 from promptkd.results import file_sha256
+from promptkd.training.student import merge_trained
 
 MANIFEST = "manifest.json"  # files, sizes and hashes, by which a torn or altered checkpoint is known
 _STAGING = ".partial"
@@ -45,7 +48,7 @@ def staged_checkpoint(trainer: Any) -> Iterator[None]:
             yield
         finally:
             trainer.checkpoint_root = None
-        _save_ends(trainer, staging / name)
+        _save_beside_adapter(trainer, staging / name, root / name)
         trainer.extra_state.save(staging / name, writes=trainer.args.should_save)
         point_at_best(trainer, writing=name)  # transformers noted where it stood meanwhile
         trainer.accelerator.wait_for_everyone()
@@ -97,16 +100,22 @@ def prepare_best(trainer: Any) -> None:
 
 def save_model_folder(trainer: Any, folder: str | Path) -> None:
     """Write a trainer's model and tokenizer atomically, as safetensors that transformers and vLLM load."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if isinstance(model, PeftModel) and not can_join(model) and not trainer.is_sharded:
+        merge_trained(trainer)
     with whole_folder(Path(folder), writes=trainer.args.should_save) as partial:
         trainer.save_model(str(partial), _internal_call=True)
-        _save_ends(trainer, partial)
+        if trainer.args.should_save and isinstance(model, PeftModel):
+            join_saved(partial, model)
+        _save_beside_adapter(trainer, partial)
 
 
-def _save_ends(trainer: Any, folder: Path) -> None:
-    """Write what ends the responses of a model with an adapter; transformers does it for others."""
+def _save_beside_adapter(trainer: Any, folder: Path, place: Path | None = None) -> None:
+    """Write what ends the responses of a model with an adapter, and where its base is as seen from `place`."""
     model = trainer.accelerator.unwrap_model(trainer.model)
-    if trainer.args.should_save and isinstance(model, PeftModel):
+    if trainer.args.should_save and isinstance(model, PeftModel) and (folder / ADAPTER_CONFIG).is_file():
         save_generation_config(model, folder)
+        note_base(folder, model, place=place)
 
 
 @contextmanager

@@ -144,6 +144,10 @@ def check_placement(
     student: nn.Module, teacher: PreTrainedModel, method: Method, args: Any, accelerator: Accelerator
 ) -> None:
     """Refuse models that these processes cannot train so; settle a teacher that is spread over several devices."""
+    if {id(each) for each in student.parameters()} & {id(each) for each in teacher.parameters()}:
+        raise RequestError(
+            "Student and teacher share weights: neither could be frozen. Load the teacher a second time."
+        )
     adapter, chunks = method.adapter_class, args.chunk_tokens != 0
     by_generate = needs_generate(args) and not args.use_vllm
     check_sharding(accelerator, student, teacher, adapter=adapter, needs_generate=by_generate, chunks=chunks)

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from accelerate.utils import set_seed
 from datasets import Dataset
+from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.utils.data import RandomSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,7 +30,14 @@ from promptkd.training.out_of_memory import out_of_memory_told
 from promptkd.training.phases import Phases
 from promptkd.training.row_order import EpochOrder
 from promptkd.training.state import ExtraState, PartialLog
-from promptkd.training.student import end_notes, precision_notes, raise_to_float32
+from promptkd.training.student import (
+    end_notes,
+    merge_trained,
+    merged_notes,
+    precision_notes,
+    raise_to_float32,
+    with_adapter_to_train,
+)
 from promptkd.training.validation import rouge_notes, validate
 
 T = TypeVar("T")
@@ -62,13 +71,17 @@ class FinetuneTrainer(SFTTrainer):
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | PeftModel,
         args: FinetuneConfig,
         train_data: EncodedData,
         eval_data: EncodedData | None,
         processing_class: PreTrainedTokenizerBase,
+        *,
+        peft_config: PeftConfig | None = None,
         **kwargs: Any,
     ):
+        set_seed(args.seed)  # decides the LoRA weights
+        model = with_adapter_to_train(model, args, peft_config)
         self._training = train_data.examples
         self.validation_rows = [] if eval_data is None else eval_data.examples
         self.masked_ids: tuple[int, ...] = ()
@@ -91,8 +104,8 @@ class FinetuneTrainer(SFTTrainer):
         )
         collator.padding_free = self.padding_free
         self.notes = precision_notes(args, raise_to_float32(self.model)) + end_notes(self.stop_ids, args)
-        self.notes += rouge_notes(args, self.validation_rows, processing_class)
-        """Sentences that a reader of the run's metrics must know, on precision, devices, ends and ROUGE."""
+        self.notes += merged_notes(self.model) + rouge_notes(args, self.validation_rows, processing_class)
+        """Sentences that a reader of the run's metrics must know, on precision, devices, ends, adapters and ROUGE."""
         check_sharding(self.accelerator, self.model, needs_generate=False)
         self.phases = Phases(self.accelerator.device)
         self.guard = Guard(args, self.accelerator, lambda: {"model": self.model})
@@ -176,8 +189,12 @@ class FinetuneTrainer(SFTTrainer):
         """No card: the run's record and report say what was done."""
 
     def save_student(self, folder: str | Path) -> None:
-        """Write model and tokenizer as safetensors that transformers and vLLM load."""
+        """Write model and tokenizer as safetensors that transformers and vLLM load, a LoRA model as an adapter."""
         save_model_folder(self, folder)
+
+    def merge_student(self) -> None:
+        """Merge a LoRA model's weights into its own, so that it is saved as a plain model."""
+        merge_trained(self)
 
     @property
     def is_sharded(self) -> bool:

@@ -13,13 +13,16 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from promptkd.errors import RequestError
-from promptkd.models import load_model
+from promptkd.models import load_model, merged_parts
+from promptkd.models.adapter_files import can_join, name_base
+from promptkd.models.merge import has_adapter, merge_given
+from promptkd.models.source import absolute_name
 
 _LOGGER = logging.getLogger(__name__)
 
 
 def prepare_student(
-    model: str | Path | PreTrainedModel,
+    model: str | Path | PreTrainedModel | PeftModel,
     args: Any,
     tokenizer: PreTrainedTokenizerBase,
     peft_config: PeftConfig | None = None,
@@ -27,8 +30,9 @@ def prepare_student(
 ) -> nn.Module:
     """The student as the trainer takes it; `args.seed` decides its LoRA weights.
 
-    A tokenizer without a padding token gets its end token for that. Raises `RequestError` for a LoRA configuration that
-    cannot be trained, or one beside a `PeftModel`.
+    A tokenizer without a padding token gets its end token for that. An adapter that does not train, or beside which
+    `peft_config` asks for another, is merged into its model. Raises `RequestError` for a LoRA configuration that cannot
+    be trained.
     """
     set_seed(args.seed)
     if isinstance(model, str | Path):
@@ -41,20 +45,44 @@ def prepare_student(
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     if model.generation_config is not None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
-    if peft_config is None:
-        student = model
-    elif isinstance(model, PeftModel):
-        raise RequestError("The student is a PeftModel already. Merge its adapter first, or leave peft_config out.")
-    elif peft_config.is_prompt_learning:
-        raise RequestError("The student cannot have a soft prompt of its own. Give a LoraConfig as peft_config.")
-    else:
-        student = get_peft_model(model, peft_config)
-    if isinstance(student, PeftModel):
-        if isinstance(student.get_output_embeddings(), BaseTunerLayer):
+    return with_adapter_to_train(model, args, peft_config)
+
+
+def with_adapter_to_train(model: nn.Module, args: Any, peft_config: PeftConfig | None) -> nn.Module:
+    """`model` with what `peft_config` asks for beside its weights, or as it is: see `prepare_student`."""
+    if has_adapter(model) and (peft_config is not None or not any(each.requires_grad for each in model.parameters())):
+        model = merge_given(model)
+    if peft_config is not None:
+        if peft_config.is_prompt_learning:
+            raise RequestError("The student cannot have a soft prompt of its own. Give a LoraConfig as peft_config.")
+        model = get_peft_model(model, peft_config)
+    if isinstance(model, PeftModel):
+        if isinstance(model.get_output_embeddings(), BaseTunerLayer):
             raise RequestError("The student's head cannot carry LoRA weights. Take lm_head out of target_modules.")
+        name_base(model)
         if args.gradient_checkpointing:
-            student.enable_input_require_grads()
-    return student
+            model.enable_input_require_grads()
+    return model
+
+
+def merge_trained(trainer: Any) -> None:
+    """Merge the LoRA weights that a trainer trains into the model's own. `RequestError` if there are none."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if not isinstance(model, PeftModel):
+        raise RequestError("Only a model that was trained with LoRA (peft_config) can be merged.")
+    trainer.model = trainer.model_wrapped = model.merge_and_unload()
+
+
+def merged_notes(student: nn.Module, teacher: nn.Module | None = None) -> list[str]:
+    """Sentences on adapters that were merged into the models, and on how one that is trained on top will be saved."""
+    models = {"student" if teacher is not None else "model": student, "teacher": teacher}
+    known = {role: None if each is None else merged_parts(each) for role, each in models.items()}
+    notes = [f"The {role} is {merged.told}." for role, merged in known.items() if merged is not None]
+    if isinstance(student, PeftModel) and (merged := merged_parts(student)) is not None:
+        one = f"joined with that as one adapter of {absolute_name(merged.source.base)}, whose rank is the sum of theirs"
+        whole = "merged, as a whole model, since what was merged before is more than LoRA weights"
+        notes.append(f"The adapter that is trained will be saved {one if can_join(student) else whole}.")
+    return notes
 
 
 def raise_to_float32(model: nn.Module) -> torch.dtype | None:

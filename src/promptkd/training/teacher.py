@@ -19,6 +19,7 @@ from promptkd.methods import Method
 from promptkd.models import load_model, load_tokenizer
 from promptkd.models.adapters import TeacherAdapter
 from promptkd.models.load import keep_differentiable
+from promptkd.models.merge import merge_given
 from promptkd.models.pair import Pair
 from promptkd.precision import teacher_precision
 from promptkd.training.distributed import is_sharded, place_teacher
@@ -98,10 +99,15 @@ class Teacher:
 def load_teacher(
     teacher: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, args: Any, method: Method
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """The teacher in evaluation mode, and its tokenizer, None for a loaded model that came without."""
+    """The teacher in evaluation mode, and its tokenizer, None for a loaded model that came without.
+
+    The adapter of a loaded `PeftModel` is merged in place, where the method trains weights in the teacher's layers.
+    """
     if not isinstance(teacher, str | Path):
         keep_differentiable(teacher)
-        return teacher.eval(), tokenizer
+        adapter = method.adapter_class
+        plain = merge_given(teacher) if adapter is not None and adapter.trains_layers else teacher
+        return plain.eval(), tokenizer
     loaded = load_model(teacher, trust_remote_code=args.trust_remote_code, **teacher_settings(args, method))
     return loaded, tokenizer or load_tokenizer(teacher, trust_remote_code=args.trust_remote_code)
 

@@ -48,7 +48,14 @@ from promptkd.training.setup import (
     trained_vocabulary,
 )
 from promptkd.training.state import ExtraState, PartialLog
-from promptkd.training.student import end_notes, precision_notes, prepare_student, raise_to_float32
+from promptkd.training.student import (
+    end_notes,
+    merge_trained,
+    merged_notes,
+    precision_notes,
+    prepare_student,
+    raise_to_float32,
+)
 from promptkd.training.student_loss import StudentLoss
 from promptkd.training.teacher import Teacher, load_teacher
 from promptkd.training.teacher_tuner import TeacherTuner
@@ -105,8 +112,6 @@ class DistillTrainer(Trainer):
             processing_class = processing_class or load_tokenizer(model, trust_remote_code=args.trust_remote_code)
         if processing_class is None:
             raise RequestError("Expected the tokenizer as `processing_class` beside a loaded model. Got None.")
-        if model is teacher_model:
-            raise RequestError("Student and teacher are one and the same model. Load the teacher a second time.")
         teacher, teacher_tokenizer = load_teacher(teacher_model, teacher_processing_class, args, self.method)
         take_template(args, processing_class, teacher_tokenizer, str(teacher_model))
         compared = compared_vocabulary(self.method, processing_class, teacher_tokenizer, args.template)
@@ -132,7 +137,7 @@ class DistillTrainer(Trainer):
     def _make_parts(self, teacher: PreTrainedModel) -> None:
         """What a step is made of, once transformers has placed the student."""
         args, accelerator, student, tokenizer = self.args, self.accelerator, self.model, self.processing_class
-        self.notes += precision_notes(args, raise_to_float32(student))
+        self.notes += precision_notes(args, raise_to_float32(student)) + merged_notes(student, teacher)
         self.notes += rouge_notes(args, self.eval_dataset, tokenizer)
         check_placement(student, teacher, self.method, args, accelerator)
         check_rows(None if self.train_dataset is None else len(self.train_dataset), args)
@@ -294,7 +299,7 @@ class DistillTrainer(Trainer):
         """No card: the run's record and report say what was done."""
 
     def save_student(self, folder: str | Path) -> None:
-        """Write student and tokenizer as safetensors that transformers and vLLM load."""
+        """Write student and tokenizer as transformers and vLLM load them; LoRA as an adapter if `can_join`."""
         save_model_folder(self, folder)
 
     def save_adapter(self, run: str | Path) -> None:
@@ -305,11 +310,7 @@ class DistillTrainer(Trainer):
 
     def merge_student(self) -> None:
         """Merge a LoRA student's weights into its own, so that it is saved as a plain model."""
-        trainer: Any = self
-        student = self.accelerator.unwrap_model(trainer.model)
-        if not isinstance(student, PeftModel):
-            raise RequestError("Only a student that was trained with LoRA (peft_config) can be merged.")
-        trainer.model = trainer.model_wrapped = student.merge_and_unload()
+        merge_trained(self)
 
     # ---- what commands and parts ask ----
 

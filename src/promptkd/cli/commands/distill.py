@@ -4,8 +4,7 @@ from contextlib import nullcontext
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from peft import LoraConfig
-
+from promptkd.cli.lora import LoraRequest
 from promptkd.cli.options.distill import Options
 from promptkd.cli.terminal import is_main_process, say
 from promptkd.cli.training_run import Read, TrainingRun
@@ -39,8 +38,7 @@ def checked(
     """The run, once everything that can be checked without a model is sound; nothing is written."""
     if options.dry_run and options.resume:
         raise RequestError("--dry-run looks at a run from its first step on. Leave --resume out.")
-    if options.merge and options.student_lora_rank is None:
-        raise RequestError("--merge merges the student's LoRA weights: give --student-lora-rank with it.")
+    _lora(options).check()
     job = TrainingRun("distill", options, training, read)
     args = job.arguments(DistillConfig)
     return job, args, chosen_method(args)
@@ -57,14 +55,14 @@ def _distill(options: Options, job: TrainingRun, args: DistillConfig, method: Me
         job.note(note)
     train, valid = job.encode(tokenizer, args, owner, need_response=method.responses.needs_data)
     compared_rows(method, compared, train, valid)  # before models are loaded
-    student = job.load("student", options.student)
+    lora = _lora(options)
+    lora.check_model(options.student)
+    student = job.load("student", options.student, adapted=lora.continues)
     teacher = job.load("teacher", options.teacher, teacher_settings(args, method))
     if options.dry_run:
         train, method = longest_rows_first(train, args, method), at_its_most(method)
-    lora, rank, alpha = None, options.student_lora_rank, options.student_lora_alpha
-    if rank is not None:
-        lora = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
-    rest: dict[str, Any] = {"method": method, "teacher_processing_class": teacher_tokenizer, "peft_config": lora}
+    rest: dict[str, Any] = {"method": method, "teacher_processing_class": teacher_tokenizer}
+    rest["peft_config"] = lora.config()
     with nullcontext() if options.dry_run else job.folder.opened():
         trainer = DistillTrainer(student, teacher, args, train, valid, tokenizer, **rest)
         if options.merge and trainer.is_sharded:
@@ -92,6 +90,11 @@ def _distill(options: Options, job: TrainingRun, args: DistillConfig, method: Me
     trainer.save_student(job.folder.path / "student")
     trainer.save_adapter(job.folder.path)
     job.record(trainer, "student")
+
+
+def _lora(options: Options) -> LoraRequest:
+    rank, alpha, continues = options.student_lora_rank, options.student_lora_alpha, options.student_lora_continue
+    return LoraRequest(rank, alpha, continues, options.merge, "--student-lora")
 
 
 def _forecast(trainer: Any, trial: Trial) -> str:

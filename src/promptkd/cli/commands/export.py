@@ -12,7 +12,7 @@ from promptkd.cli.parsing.config_file import read_config
 from promptkd.cli.terminal import quiet_libraries, say
 from promptkd.errors import RequestError, writing
 from promptkd.io.atomic import atomic, write_atomic
-from promptkd.models import count_parameters
+from promptkd.models import count_parameters, merged_parts
 from promptkd.models.export import export_gguf, export_safetensors, plain_model
 from promptkd.models.modelfile import modelfile
 
@@ -28,6 +28,8 @@ def run(options: Options, training: dict[str, Any]) -> None:
     dtype = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[options.dtype]
     trusted = options.trust_remote_code
     model, tokenizer = plain_model(options.model, trust_remote_code=trusted)
+    if merged := merged_parts(model):
+        say(f"{options.model} is {merged.told}.")
     for_ollama = ""
     if options.to == "gguf":
         for_ollama = modelfile(options.out.name, model, tokenizer, *_trained_template(options.model))

@@ -84,6 +84,7 @@ class _ExposureRun(InferenceRun):
         options, results, student = self.options, self.results, self.load_model(path)
         check_positions(f"student {label}", student, self._longest, options.max_completion_length)
         results.models[label] = model_record(path, student)
+        results.notes += [each for each in self.merged if each not in results.notes]
         samples, started = self.sample(label, student), time.perf_counter()
         tell = progress_lines(f"Scoring {label}", 2 * len(self.rows) * options.samples_per_row)
         check_heads(self.vocabulary, student=student, teacher=self.teacher)

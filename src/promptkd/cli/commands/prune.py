@@ -45,7 +45,7 @@ def run(options: Options, training: dict[str, Any]) -> None:
             config={**merged_config(options, {}), "kept": kept, "files": files},
             models={"teacher": model_record(options.model, teacher), "student": made},
             metrics={f"influence_{index}": Metric(value=value) for index, value in enumerate(influence)},
-            notes=job.precision_notes() if influence else [],
+            notes=job.precision_notes() if influence else job.merged,
         ).write(folder / "results.json")
     say(f"Kept layers {', '.join(map(str, kept))}.")
     say(f"{before:,} parameters before, {after:,} after ({after / before:.0%}). The student is in {options.out}.")

@@ -2,22 +2,33 @@
 
 from typing import Any
 
+from promptkd.cli.lora import LoraRequest
 from promptkd.cli.options.sft import Options
 from promptkd.cli.training_run import TrainingRun
+from promptkd.errors import RequestError
 from promptkd.training import FinetuneConfig, FinetuneTrainer
 
 
 def run(options: Options, training: dict[str, Any]) -> None:
+    lora = LoraRequest(options.lora_rank, options.lora_alpha, options.lora_continue, options.merge, "--lora")
+    lora.check()
     job = TrainingRun("sft", options, training)
     args = job.arguments(FinetuneConfig)
     with job.folder.locked():
         tokenizer = job.tokenizer(options.model)
         train, valid = job.encode(tokenizer, args, options.model)
-        model = job.load("model", options.model)
+        lora.check_model(options.model)
+        model = job.load("model", options.model, adapted=lora.continues)
         with job.folder.opened():
-            trainer = FinetuneTrainer(model, args, train, valid, tokenizer)
+            trainer = FinetuneTrainer(model, args, train, valid, tokenizer, peft_config=lora.config())
+            if options.merge and trainer.is_sharded:
+                raise RequestError(
+                    "--merge needs the model's weights whole: leave it out, and merge by promptkd export."
+                )
         for note in trainer.notes:
             job.note(note)
         job.train(trainer, "Fine-tuning")
+        if options.merge:
+            trainer.merge_student()
         trainer.save_student(job.folder.path / "model")
         job.record(trainer, "model")

@@ -41,6 +41,8 @@ class Options(Training):
     """Train LoRA weights of this rank beside the student's in place of the whole student."""
     student_lora_alpha: float = 32.0
     """Scale of the student's LoRA weights."""
+    student_lora_continue: bool = False
+    """Go on training the adapter of a student that is a LoRA folder, in place of a new one on the merged student."""
     merge: bool = False
     """Merge the student's LoRA weights into OUT/student at the end; else it holds the adapter alone."""
     select: Literal["rouge_l", "loss", "kl_to_teacher", "last"] = "rouge_l"
