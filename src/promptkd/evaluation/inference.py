@@ -91,26 +91,26 @@ def _inference(model: nn.Module, workload: Workload, tokens: int, times: list[_T
 
 
 def _round(model: nn.Module, workload: Workload, tokens: int) -> _Times:
-    one = [_decode(model, [workload.typical], 0, workload.vocabulary)[0] for _ in range(_PREFILLS - 1)]
-    first, token = _decode(model, [workload.typical], tokens, workload.vocabulary)
-    _, batch_token = _decode(model, workload.batch, tokens, workload.vocabulary)
-    return _Times(median([*one, first]), token, batch_token)
+    one = _decode(model, [workload.typical], [*[0] * (_PREFILLS - 1), tokens], workload.vocabulary)
+    ((_, batch_token),) = _decode(model, workload.batch, [tokens], workload.vocabulary)
+    return _Times(median(first for first, _ in one), one[-1][1], batch_token)
 
 
-def _decode(model: nn.Module, prompts: Sequence[Sequence[int]], tokens: int, vocabulary: int) -> tuple[float, float]:
-    """Seconds to the first token, and seconds per token behind it."""
-    device = embedding_device(unwrap_peft(model))
-    with (
-        evaluating(model),
-        decoding(model, len(prompts), vocabulary=vocabulary) as session,
-        session(max(tokens, 1)) as running,
-    ):
-        began = _now(device)
-        following = running.prefill(prompts).argmax(-1)
-        read = _now(device)
-        for _ in range(tokens):
-            following = running.decode(following).argmax(-1)
-        return read - began, (_now(device) - read) / max(tokens, 1)
+def _decode(
+    model: nn.Module, prompts: Sequence[Sequence[int]], tokens: Sequence[int], vocabulary: int
+) -> list[tuple[float, float]]:
+    """Seconds to the first token, and seconds per token behind it, of a session for each number of tokens."""
+    device, found = embedding_device(unwrap_peft(model)), []
+    with evaluating(model), decoding(model, len(prompts), vocabulary=vocabulary) as session:
+        for count in tokens:
+            with session(max(count, 1)) as running:
+                began = _now(device)
+                following = running.prefill(prompts).argmax(-1)
+                read = _now(device)
+                for _ in range(count):
+                    following = running.decode(following).argmax(-1)
+                found.append((read - began, (_now(device) - read) / max(count, 1)))
+    return found
 
 
 def _now(device: torch.device) -> float:
