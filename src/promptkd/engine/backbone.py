@@ -33,9 +33,10 @@ def unwrap_peft(model: nn.Module) -> PreTrainedModel:
 
 
 def backbone_of(model: PreTrainedModel) -> Any:
-    """The model without its head: what its class names so, or its decoder where that is no part of it (Llama 4)."""
-    is_named = model.base_model is not model or model.get_output_embeddings() is None
-    return model.base_model if is_named else model.get_decoder()
+    """The model without its head: what its class names so, or its first part where that names none (Llama 4)."""
+    if model.base_model is not model or model.get_output_embeddings() is None:
+        return model.base_model
+    return next((each for each in model.children() if isinstance(each, PreTrainedModel)), model)
 
 
 def embedding_device(model: PreTrainedModel) -> torch.device:

@@ -4,6 +4,7 @@ Weights are read only from safetensors, since unpickling can run code. No file t
 it, except the base of an adapter, which is checked as a model of its own. No code that a folder names is downloaded.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,6 +70,11 @@ def clear_load_errors(name: str | Path) -> Iterator[None]:
         raise
     except Exception as error:  # a broken file makes transformers, tokenizers and gguf raise nearly anything
         reason = " ".join(str(error).split()) or type(error).__name__
+        if found := re.search(r"Unrecognized configuration class <class '[\w.]*?(\w+)Config'>", reason):
+            kind = "an encoder-decoder model or another that writes no text token by token from left to right"
+            raise RequestError(
+                f"{name} is no causal language model: {found[1]} is {kind}. See docs/models.md."
+            ) from error
         if "ignore_mismatched_sizes" in reason:
             reason = "its weights have other sizes than its config.json asks for."
         problem = f"Could not load a causal language model from {name}: {reason[:400]}"

@@ -21,7 +21,8 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     count = model.config.get_text_config(decoder=True).num_hidden_layers
     names = {id(each): name for name, each in model.named_modules()}
     # `get_decoder`: of a multimodal model its text part
-    lists = [each for each in model.get_decoder().children() if isinstance(each, nn.ModuleList)]
+    text = model.get_decoder() if model.get_decoder() is not model else backbone_of(model)
+    lists = [each for each in text.children() if isinstance(each, nn.ModuleList)]
     found = [(names[id(each)], each) for each in lists if len(each) == count]
     if len(found) != 1:
         expected = f"Expected one list of {count} decoder layers in {type(model).__name__}"
