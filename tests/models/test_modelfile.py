@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers.byte_level import byte_level, byte_model
 from helpers.commands import done, run
 from helpers.tiny import save_model, tiny_model, tiny_tokenizer
 from promptkd.data.rows import Example, Instruction
@@ -123,8 +124,6 @@ def test_the_variables_of_the_runs_chat_template():
 
 @pytest.mark.slow
 def test_export_writes_it_beside_the_file_by_the_runs_template(tmp_path, capsys):
-    from export.test_export import byte_level, byte_model
-
     save_model(tmp_path / "run" / "student", byte_model("llama"), byte_level(chat=False))
     (tmp_path / "run" / "config.yaml").write_text('template: "Ask {{ instruction }}!"')
     request = ("export", tmp_path / "run", "--to", "gguf", "--out", tmp_path / "my.gguf")
