@@ -104,8 +104,10 @@ def test_from_a_method_of_ones_own_to_a_table_for_a_paper(place, capsys, monkeyp
     (place / "study.yaml").write_text(small, encoding="utf-8")
     walk("own_method.sh", capsys)
     table = (place / "paper/table.tex").read_text(encoding="utf-8")
-    assert r"\toprule" in table
-    assert all(each in table for each in ("hellinger", "kd", "teacher", "untrained"))
+    body = table.split("\\midrule\n")[1].split("\\bottomrule")[0]
+    assert [line.split(" & ")[0] for line in body.splitlines()] == ["teacher", "kd", "hellinger", "untrained"]
+    heads = table.split("\\toprule\n")[1].split("\\\\")[0]
+    assert [each.split(" ")[0] for each in heads.split(" & ")] == ["Model", "Validation", "KL", "ROUGE-L"]
     assert {each.suffix for each in (place / "paper/figures").iterdir()} == {".svg", ".pdf"}
     measured = Results.read(place / "results/first.json").evaluations[0].metrics
     assert "own:answers_briefly" in measured
