@@ -8,7 +8,7 @@ promptkd sft --model base --lora-rank 16 --learning_rate 1e-4 --data train.jsonl
     --out runs/teacher --max_steps $STEPS --per_device_train_batch_size $BATCH \
     --max_completion_length $TOKENS
 promptkd prune --model runs/teacher --layers $LAYERS --data train.jsonl --out runs/pruned
-promptkd distill --config kd --student runs/pruned --teacher runs/teacher --data train.jsonl --eval-data valid.jsonl \
+promptkd distill --method kd --student runs/pruned --teacher runs/teacher --data train.jsonl --eval-data valid.jsonl \
     --out runs/kd --max_steps $STEPS --per_device_train_batch_size $BATCH \
     --max_completion_length $TOKENS
 promptkd distill --config promptkd --student runs/kd --teacher runs/teacher --data train.jsonl --eval-data valid.jsonl \

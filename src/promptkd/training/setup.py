@@ -3,6 +3,8 @@
 import logging
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
@@ -15,7 +17,7 @@ from promptkd.data.chat import adopt
 from promptkd.data.encode import Turns
 from promptkd.data.messages import without_nulls
 from promptkd.data.summary import row_notes
-from promptkd.engine import Vocabulary, check_scoring
+from promptkd.engine import Vocabulary, check_scoring, unwrap_peft
 from promptkd.errors import RequestError
 from promptkd.methods import Method
 from promptkd.models import SharedVocabulary, shared_vocabulary, vocabulary_size
@@ -24,14 +26,59 @@ from promptkd.models.positions import position_limit
 from promptkd.models.vocabulary import check_heads
 from promptkd.responses import AdaptiveReplay, TeacherMixed
 from promptkd.training.distributed import check_dispatched, check_sharding, is_dispatched, is_sharded, settle_dispatched
+from promptkd.training.ends import PairEnds
 from promptkd.training.rollout import needs_generate
 from promptkd.training.teacher import check_teacher_options
 
 _log = logging.getLogger("promptkd")
 
 
+Rows = Sequence[dict[str, Any]] | EncodedData | None
+
+
+@dataclass(frozen=True)
+class PairRows:
+    """The rows of a run as tokens, and what student and teacher have in common."""
+
+    train: EncodedData | None
+    validation: EncodedData | None
+    shared: SharedVocabulary | None  # None where the two are not compared
+    ends: PairEnds
+    notes: list[str]
+
+
+def prepare_rows(
+    method: Method,
+    args: Any,
+    student: tuple[str | Path | PreTrainedModel, PreTrainedTokenizerBase],
+    teacher: tuple[PreTrainedModel, PreTrainedTokenizerBase | None, str],
+    train: Rows,
+    validation: Rows,
+) -> PairRows:
+    """Compare the vocabularies and end tokens of a pair, and encode its rows by what was found.
+
+    Args:
+        student: the model, or where it is, and its tokenizer, which takes the teacher's template or end if need be.
+        teacher: the model, its tokenizer if known, and its name.
+
+    Raises:
+        RequestError: if the method compares the two and cannot, or for rows that cannot be used.
+    """
+    tokenizer, (teacher_model, teacher_tokenizer, name) = student[1], teacher
+    take_template(args, tokenizer, teacher_tokenizer, name)
+    compared = compared_vocabulary(method, tokenizer, teacher_tokenizer, args.template)
+    config = unwrap_peft(teacher_model).generation_config
+    ends = PairEnds(args, method, compared[0], tokenizer, teacher_tokenizer, config)
+    settled, (train, validation) = ends.settle_with(student[0], [train, validation])
+    check_responses(method, args, validates=validation is not None)
+    encoded = encode(train, tokenizer, args, turns=args.turns, need_response=method.responses.needs_data)
+    of_validation = encode(validation, tokenizer, args, name="eval_dataset")
+    shared, notes = compared_rows(method, compared, encoded, of_validation)
+    return PairRows(encoded, of_validation, shared, ends, [*notes, *settled])
+
+
 def encode(
-    rows: Sequence[dict[str, Any]] | EncodedData | None,
+    rows: Rows,
     tokenizer: PreTrainedTokenizerBase,
     args: Any,
     *,
@@ -136,7 +183,7 @@ def check_responses(method: Method, args: Any, *, validates: bool) -> None:
         warnings.warn(
             "Without validation rows the student's share of the responses stays at 0: give eval rows or a "
             "student_share.",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

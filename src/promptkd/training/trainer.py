@@ -29,7 +29,6 @@ from promptkd.training.checkpoint import prepare_best, save_model_folder, staged
 from promptkd.training.collapse import Watching
 from promptkd.training.config import DistillConfig, PromptKDConfig, chosen_method
 from promptkd.training.distributed import is_sharded, run_inside, run_whole
-from promptkd.training.ends import PairEnds
 from promptkd.training.guard import Guard
 from promptkd.training.out_of_memory import out_of_memory_told
 from promptkd.training.phases import Phases
@@ -38,13 +37,9 @@ from promptkd.training.row_order import EpochOrder
 from promptkd.training.setup import (
     check_models,
     check_placement,
-    check_responses,
     check_rows,
-    compared_rows,
-    compared_vocabulary,
-    encode,
     make_adapter,
-    take_template,
+    prepare_rows,
     trained_vocabulary,
 )
 from promptkd.training.state import ExtraState, PartialLog
@@ -113,24 +108,16 @@ class DistillTrainer(Trainer):
         if processing_class is None:
             raise RequestError("Expected the tokenizer as `processing_class` beside a loaded model. Got None.")
         teacher, teacher_tokenizer = load_teacher(teacher_model, teacher_processing_class, args, self.method)
-        take_template(args, processing_class, teacher_tokenizer, str(teacher_model))
-        compared = compared_vocabulary(self.method, processing_class, teacher_tokenizer, args.template)
-        of_teacher = teacher_tokenizer, unwrap_peft(teacher).generation_config
-        self._ends = PairEnds(args, self.method, compared[0], processing_class, *of_teacher)
-        settled, (train_dataset, eval_dataset) = self._ends.settle_with(model, [train_dataset, eval_dataset])
-        check_responses(self.method, args, validates=eval_dataset is not None)
-        needed = self.method.responses.needs_data
-        train = encode(train_dataset, processing_class, args, turns=args.turns, need_response=needed)
-        valid = encode(eval_dataset, processing_class, args, name="eval_dataset")
-        self.shared, self.notes = compared_rows(self.method, compared, train, valid)
-        self.notes += settled
+        of_teacher = teacher, teacher_tokenizer, str(teacher_model)
+        rows = prepare_rows(self.method, args, (model, processing_class), of_teacher, train_dataset, eval_dataset)
+        self.shared, self.notes, self._ends = rows.shared, rows.notes, rows.ends
         self.masked_ids = () if self.shared is None else self.shared.masked
         """Tokens that validation never samples, since one of the models does not have them."""
-        self.dropped_rows = 0 if train is None else train.dropped
+        self.dropped_rows = 0 if rows.train is None else rows.train.dropped
         student = prepare_student(model, args, processing_class, peft_config, quantization_config)
-        train_rows, eval_rows = (None if each is None else each.examples for each in (train, valid))
+        train, valid = (None if each is None else each.examples for each in (rows.train, rows.validation))
         others: Any = {"callbacks": callbacks, "optimizers": optimizers}
-        super().__init__(student, args, list, train_rows, eval_rows, processing_class, **others)  # rows stay rows
+        super().__init__(student, args, list, train, valid, processing_class, **others)  # rows stay rows
         self._make_parts(teacher)
         set_seed(args.seed, device_specific=True)  # each process draws responses of its own
 
