@@ -7,11 +7,10 @@ from collections import Counter
 
 import pytest
 
-from helpers.tiny import save_model, tiny_model, tiny_tokenizer
+from helpers.tiny_demo import make_tiny_demo
 from promptkd.cli import main
 from promptkd.data import read_examples
-from promptkd.demo import pipeline
-from promptkd.demo.pipeline import DemoSettings, data_file
+from promptkd.demo.pipeline import data_file
 from promptkd.results import Results
 
 SPLITS = {"train": 300, "validation": 50, "test": 50}
@@ -67,24 +66,7 @@ def test_near_duplicates_do_not_cross_splits():
 
 @pytest.fixture
 def tiny_demo(tmp_path, monkeypatch):
-    """The demo with a tiny teacher in place of the embedded one, and few rows and steps."""
-    tokenizer = tiny_tokenizer()
-    teacher = save_model(tmp_path / "teacher", tiny_model("llama", layers=4, hidden=16, seed=1), tokenizer)
-    small = DemoSettings(
-        layers=3, steps=2, batch_size=2, tuning_steps=2, recovery_steps=2, max_response_length=8, influence_rows=4
-    )
-    for split in SPLITS:
-        lines = [json.dumps({"instruction": f"the {split} {i}", "input": "", "output": "an"}) for i in range(5)]
-        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
-    monkeypatch.setenv("PROMPTKD_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("promptkd.cli.commands.demo.teacher_file", lambda: teacher)
-    monkeypatch.setattr(pipeline, "teacher_file", lambda: teacher)
-    monkeypatch.setattr(pipeline, "data_file", lambda split: tmp_path / f"{split}.jsonl")
-    monkeypatch.setattr(pipeline, "file_sha256", lambda file: file.name)  # the tiny teacher is a folder
-    monkeypatch.setattr(
-        "promptkd.cli.commands.demo.DemoSettings", lambda **given: DemoSettings(**{**vars(small), **given})
-    )
-    return tmp_path
+    return make_tiny_demo(tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
@@ -108,8 +90,8 @@ def test_the_whole_course(tiny_demo, capsys):
     assert results.models["pruned"].about == "3 of the teacher's 4 layers; nothing is trained yet"
     chat, export, *_ = map(shlex.split, first.err.split("Try next:\n")[1].splitlines())
     assert main(chat[1:]) == 0
-    assert main(export[1:]) == 2  # the tiny tokenizer splits text in no way that GGUF names
-    assert "cannot be written as GGUF here: the tokenizer" in capsys.readouterr().err
+    assert main(export[1:]) == 0
+    capsys.readouterr()
     kept = (out / "student" / "model.safetensors").read_bytes()
     assert main(["demo", "--out", str(out), "--layers", "3", "--steps", "2", "--overwrite"]) == 0
     second = capsys.readouterr()

@@ -19,6 +19,7 @@ from helpers.leaks import pickles_in
 from helpers.processes import ForkedCommand
 from helpers.standins import StandIn
 from helpers.tiny import save_model
+from helpers.tiny_demo import make_tiny_demo
 from promptkd.cli import main
 from promptkd.models import load_model
 from promptkd.results import Results
@@ -37,10 +38,10 @@ def commands(script: str, sizes: dict[str, str] = SIZES) -> list[list[str]]:
     return [[re.sub(r"\$(\w+)", lambda name: sizes[name[1]], word) for word in words[1:]] for words in found]
 
 
-def walk(script: str, capsys: pytest.CaptureFixture[str]) -> str:
+def walk(script: str, capsys: pytest.CaptureFixture[str], sizes: dict[str, str] = SIZES) -> str:
     """Run a script's commands; return all that they printed."""
     told = ""
-    for words in commands(script):
+    for words in commands(script, sizes):
         status = main(words)
         captured = capsys.readouterr()
         assert status == 0, f"promptkd {shlex.join(words)}\n{captured.err}"
@@ -67,7 +68,7 @@ def test_a_script_is_a_script_that_stops_at_an_error(script):
     text = (HERE / script).read_text(encoding="utf-8")
     assert text.startswith("#!/bin/bash\n#")
     assert "set -euo pipefail" in text
-    assert commands(script, {**SIZES, "ROWS": "rows"})
+    assert commands(script)
 
 
 def test_from_a_lora_tuned_teacher_to_a_served_student(place, capsys):
@@ -81,9 +82,8 @@ def test_from_a_lora_tuned_teacher_to_a_served_student(place, capsys):
     with torch.no_grad():
         here, there = (model(**ids).logits for model in (student, load_model("runs/promptkd")))
     assert (here - there).abs().max() < 0.02 * there.abs().max()  # bfloat16
-    assert tokenizer.eos_token_id in student.generation_config.to_dict()["eos_token_id"] or (
-        student.generation_config.eos_token_id == tokenizer.eos_token_id
-    )
+    ends = student.generation_config.eos_token_id
+    assert tokenizer.eos_token_id in (ends if isinstance(ends, list) else [ends])
     assert load_model("serve/student.gguf").num_parameters() == student.num_parameters()
     assert "someone/student" in told
     assert not pickles_in(place)
@@ -111,3 +111,12 @@ def test_from_a_method_of_ones_own_to_a_table_for_a_paper(place, capsys, monkeyp
     assert {each.suffix for each in (place / "paper/figures").iterdir()} == {".svg", ".pdf"}
     measured = Results.read(place / "results/first.json").evaluations[0].metrics
     assert "own:answers_briefly" in measured
+
+
+def test_the_demo_and_what_it_says_to_try(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(make_tiny_demo(tmp_path, monkeypatch))
+    told = walk("demo.sh", capsys, {**SIZES, "LAYERS": "3"})
+    script = (HERE / "demo.sh").read_text(encoding="utf-8")
+    suggested = told.split("Try next:\n")[1].splitlines()
+    assert all(each.strip() in script for each in suggested[:3])
+    assert "ROUGE-L" in Path("demo.md").read_text(encoding="utf-8")

@@ -182,11 +182,7 @@ def model_record(name: str | Path, model: nn.Module, *, about: str = "") -> Mode
     else:  # what the hub holds by now may be another
         merged = merged_parts(model)
         source = Source(place) if merged is None else merged.source
-    sha256, base, adapters = _sha256(Path(source.base)), None, []
-    if source.adapters:
-        base = ModelPart(path=absolute_name(source.base), sha256=sha256)
-        adapters = [ModelPart(path=each.name, sha256=_adapter_sha256(each)) for each in source.adapters]
-        sha256 = hashlib.sha256("".join(each.sha256 for each in (base, *adapters)).encode()).hexdigest()
+    sha256, base, adapters = _hashes(source)
     return ModelRecord(
         path=str(name),
         parameters=count_parameters(model),
@@ -196,6 +192,21 @@ def model_record(name: str | Path, model: nn.Module, *, about: str = "") -> Mode
         base=base,
         adapters=adapters,
     )
+
+
+def folder_sha256(folder: Path) -> str:
+    """The hash that `model_record` gives the model in a folder, its base included where it is an adapter."""
+    return _hashes(model_source(folder))[0]
+
+
+def _hashes(source: Source) -> tuple[str, ModelPart | None, list[ModelPart]]:
+    """Of a whole model, and of its base and adapters if it is merged from those."""
+    sha256 = _sha256(Path(source.base))
+    if not source.adapters:
+        return sha256, None, []
+    base = ModelPart(path=absolute_name(source.base), sha256=sha256)
+    adapters = [ModelPart(path=each.name, sha256=_adapter_sha256(each)) for each in source.adapters]
+    return hashlib.sha256("".join(each.sha256 for each in (base, *adapters)).encode()).hexdigest(), base, adapters
 
 
 def bytes_on_disk(name: str | Path) -> int | None:

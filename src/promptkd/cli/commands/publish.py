@@ -10,11 +10,12 @@ from promptkd.cli.options.publish import Options
 from promptkd.cli.terminal import quiet_libraries, say
 from promptkd.errors import RequestError, check_all
 from promptkd.io.files import read_json_object
+from promptkd.models.load import folder_sha256
 from promptkd.publish import Bundle, Published, collect, hub_origin, model_card, upload
 from promptkd.publish.bundle import names_a_place, refuse_leaks
 from promptkd.publish.origin import is_local
 from promptkd.publish.upload import hub_token
-from promptkd.results import Results, file_sha256
+from promptkd.results import Results
 from promptkd.visible import shown
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
@@ -117,8 +118,7 @@ def _base(options: Options, record: Results, folder: Path, adapter: dict[str, An
 
 def _evaluations(options: Options, folder: Path) -> list[Results]:
     """Further records, each of which must have measured these very weights."""
-    files = sorted(each for each in folder.glob("*") if each.name == "config.json" or each.suffix == ".safetensors")
-    own, records = file_sha256(*files) if files else "", []
+    own, records = folder_sha256(folder), []
     for path in options.results:
         record = Results.read(path / "results.json" if path.is_dir() else path)
         if not record.evaluations:
