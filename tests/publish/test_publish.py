@@ -324,6 +324,30 @@ def test_the_base_is_found_along_the_records(tmp_path, monkeypatch):
     assert hub_origin("runs/own") is hub_origin("runs/gone") is hub_origin("/none") is None
 
 
+def test_a_card_names_no_folder_of_the_machine_that_a_run_came_from():
+    """Paths that are not on this machine, so that nothing but their form tells."""
+    sets = [f"/scratch/joe/{name}/test.jsonl" for name in "ab"]  # the labels of two files of one name
+    values = {"student": 27.0, "teacher": 30.0}
+    evaluations = [
+        Evaluation(model=model, data=data, decoding={"temperature": 0}, metrics={"rouge_l": Metric(value=value)})
+        for data in sets
+        for model, value in values.items()
+    ]
+    kept = Difference(
+        model="student", baseline="teacher", metric="rouge_l", better="higher", difference=Metric(value=-3, rows=40)
+    )
+    record = Results(kind="distill", evaluations=evaluations, command=[])
+    record.differences = [kept.model_copy(update={"data": data}) for data in sets]
+    record.config = {"deepspeed": {"config": "/scratch/joe/zero.json"}, "reports": ["/scratch/joe/x"], "seed": 3}
+    record.notes = ["The teacher is /scratch/joe/base with the adapter /scratch/joe/lora merged into it.", "3 rows."]
+    card = model_card(record, Published("me/small", "student", "mit", None, "chat"))
+    assert "joe" not in card
+    assert "seed: 3" in card
+    assert "- 3 rows." in card
+    assert "On test.jsonl, greedy" in card
+    assert "ROUGE-L on test.jsonl" in card
+
+
 def test_a_card_says_first_what_the_student_keeps_of_its_teacher():
     def measured(model: str, value: float) -> Evaluation:
         metric = Metric(value=value, low=value - 1, high=value + 1, rows=50)

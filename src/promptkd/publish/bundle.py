@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -105,6 +105,16 @@ def names_a_place(text: str) -> bool:
     is_path = re.fullmatch(r"(~?/|[A-Za-z]:[\\/])[^\n]*[\\/][^\n]*", text) is not None
     held = any(os.path.exists(path) for path in _ABSOLUTE.findall(text))
     return is_path or held or text in places() or any(f"{place}/" in text for place in places())
+
+
+def holds_a_path(text: str) -> bool:
+    """Whether a text names a place of this machine, or holds an absolute path of any: a run may come from another."""
+    return names_a_place(text) or _ABSOLUTE.search(text) is not None
+
+
+def without_folders(text: str) -> str:
+    """A text with the last part of every absolute path in its place, as of a label that is a file's whole path."""
+    return _ABSOLUTE.sub(lambda found: PurePath(found[0]).name, text)
 
 
 def _settings(path: Path, base: str | None, rewritten: list[str]) -> bytes:

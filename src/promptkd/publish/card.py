@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import yaml
 
-from promptkd.publish.bundle import names_a_place
+from promptkd.publish.bundle import holds_a_path, without_folders
 from promptkd.publish.origin import hub_origin, is_local
 from promptkd.report.formatting import decoding_words, estimate, joined, millions
 from promptkd.report.labels import is_teacher, unified
@@ -128,7 +128,7 @@ def _making(record: Results) -> str:
         lines.append(["Optimizer steps", f"{cost.steps:,}"])
     versions = [f"{name} {version}" for name, version in record.code.items() if version and name != "git_commit"]
     lines.append(["Versions", ", ".join(versions)])
-    notes = [f"- {markdown_text(note)}" for note in record.notes if not names_a_place(note)]
+    notes = [f"- {markdown_text(note)}" for note in record.notes if not holds_a_path(note)]
     table = markdown_table(["", ""], [list(map(markdown_text, line)) for line in lines])
     return joined(table, _settings(record.config), "\n".join(notes), by="\n\n")
 
@@ -138,7 +138,7 @@ def _settings(config: dict[str, Any]) -> str:
     told = {
         name: value
         for name, value in config.items()
-        if name not in _OF_THE_MACHINE and value not in (None, "", [], {}) and not names_a_place(str(value))
+        if name not in _OF_THE_MACHINE and value not in (None, "", [], {}) and not holds_a_path(str(value))
     }
     text = visible(yaml.safe_dump(told, sort_keys=False, allow_unicode=True))
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
@@ -176,10 +176,10 @@ def _measured(records: Sequence[Results]) -> str:
     if not groups:
         return "Nothing was measured. `promptkd evaluate` measures it."
     verdict = verdict_of(story) if any(record.differences for record in story) else None
-    parts = [] if verdict is None else [markdown_text(joined(verdict.lead, *verdict.others, by=" "))]
+    parts = [] if verdict is None else [_told(joined(verdict.lead, *verdict.others, by=" "))]
     for setting, found in groups.items():
         by_model = {each.model: each for each in sorted(found, key=lambda each: is_teacher(each.model))}
-        heads = ["Metric", *map(markdown_text, by_model)]
+        heads = ["Metric", *map(_told, by_model)]
         lines = []
         for name in in_order(metric for each in by_model.values() for metric in each.metrics):
             info, cells = metric_info(name), []
@@ -189,8 +189,13 @@ def _measured(records: Sequence[Results]) -> str:
             label = joined(info.label, f"({info.unit})" if info.unit else "", by=" ")
             lines.append([markdown_text(label), *map(markdown_text, cells)])
         rows = max((each.rows for one in by_model.values() for each in one.metrics.values() if each.rows), default=0)
-        parts += [f"On {markdown_text(setting)}, {rows:,} rows:", markdown_table(heads, lines)]
+        parts += [f"On {_told(setting)}, {rows:,} rows:", markdown_table(heads, lines)]
     return "\n\n".join([*parts, "Square brackets: 95 % interval over rows, by bootstrap."])
+
+
+def _told(text: str) -> str:
+    """Labels are paths where names would be ambiguous: of these the last part."""
+    return markdown_text(without_folders(text))
 
 
 _ALPACA = (
