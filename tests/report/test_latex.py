@@ -29,7 +29,7 @@ COMMANDS = {
     ),
     *("textsuperscript", "uparrow", "downarrow", "lambda", "Vert", "infty", "times", "to", "usepackage"),
     *("textbackslash", "textasciitilde", "textasciicircum", "textasciigrave", "textless", "textgreater", "textbar"),
-    *("textquotedbl",),
+    *("textquotedbl", "textendash"),
 }
 
 
@@ -80,6 +80,12 @@ def test_numbers_are_set_as_mathematics():
     assert latex_text("−1.5 ± 0.2") == "$-$1.5 $\\pm$ 0.2"
     assert latex_text("2.0×10⁻⁵") == "2.0$\\times$10$^{-5}$"
     assert latex_text("Regularizer weight λ") == "Regularizer weight $\\lambda$"
+
+
+def test_no_two_characters_become_a_dash_or_a_quotation_mark():
+    assert latex_text("a---b") == "a-{}-{}-b"
+    assert latex_text("1–2 --x") == "1\\textendash{}2 -{}-x"
+    assert latex_text("''a,,") == "'{}'a,{},"
 
 
 def test_the_best_is_bold_and_groups_share_letters():

@@ -19,7 +19,15 @@ _ESCAPED = {
     **{mark: f"\\{mark}" for mark in "&%$#_{}"},
     **{"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': r"\textquotedbl{}"},
     **{"[": "{[}", "]": "{]}", "*": "{*}"},  # behind a line's end they would be LaTeX's own
-    **{"−": "$-$", "–": "--", "±": r"$\pm$", "×": r"$\times$", "∞": r"$\infty$", "λ": r"$\lambda$", "‖": r"$\Vert$"},
+    **{
+        "−": "$-$",
+        "–": r"\textendash{}",
+        "±": r"$\pm$",
+        "×": r"$\times$",
+        "∞": r"$\infty$",
+        "λ": r"$\lambda$",
+        "‖": r"$\Vert$",
+    },
     **{"→": r"$\to$", "↑": r"$\uparrow$", "↓": r"$\downarrow$"},
 }
 _SUPERSCRIPTS = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
@@ -66,7 +74,7 @@ def latex_text(text: str) -> str:
     line = " ".join(shown(text).split())
     escaped = "".join(_ESCAPED.get(character, character) for character in line)
     raised = re.sub("[⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+", lambda found: f"$^{{{found[0].translate(_SUPERSCRIPTS)}}}$", escaped)
-    return raised.replace("--", "-{}-") if "--" in line else raised
+    return re.sub(r"([-',])(?=\1)", r"\1{}", raised)  # two would be set as a dash or a quotation mark
 
 
 def _metrics(rows: list[ComparisonRow], names: list[str], setting: str, over: str) -> str:
