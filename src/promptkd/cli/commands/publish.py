@@ -67,6 +67,7 @@ def _checked(options: Options) -> tuple[Results, Path]:
             f"--license must be an identifier of the hub such as apache-2.0 or other, got {options.license!r}",
         ),
         (options.prompt and (options.merge or options.dtype is not None), "--merge and --dtype are of the student"),
+        (options.prompt and bool(options.results), "--results are of a student, which --prompt does not upload"),
         (options.base is not None and not _is_hub_name(options.base), f"--base must be OWNER/NAME, got {options.base}"),
     ]
     check_all("Cannot publish", checks)
@@ -118,6 +119,8 @@ def _base(options: Options, record: Results, folder: Path, adapter: dict[str, An
 
 def _evaluations(options: Options, folder: Path) -> list[Results]:
     """Further records, each of which must have measured these very weights."""
+    if not options.results:  # a soft prompt has no such hash, nor an adapter whose base is gone
+        return []
     own, records = folder_sha256(folder), []
     for path in options.results:
         record = Results.read(path / "results.json" if path.is_dir() else path)
