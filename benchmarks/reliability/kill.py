@@ -130,7 +130,7 @@ class Job:
         saving = ["--select", "loss", "--eval_steps", 2, "--logging_steps", 3, "--seed", seed]
         self.commands = {
             "prune": ["prune", "--model", teacher, "--layers", 2, "--data", world.train, *LIMITS, "--out", student],
-            "distill": ["distill", *models, *LIMITS, *training, *saving, "--out", run],
+            "distill": ["distill", *models, *LIMITS, *training, *saving, "--measure", "student", "--out", run],
             "report": ["report", run, "--out", folder / "report.html"],
         }
 

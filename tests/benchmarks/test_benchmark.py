@@ -63,7 +63,7 @@ def test_variants_find_the_same_losses(tmp_path, world, monkeypatch, capsys, in_
     for name, each in found.items():
         assert f"| {name} |" in printed
         assert each["peak_rss"] > 2**20
-        assert each["seconds"]["total"] == pytest.approx(each["ranges"]["total"][0], rel=0.99)
+        assert 0 < each["ranges"]["total"][0] <= each["seconds"]["total"]
         assert each["tokens_per_second"] > 0
     for other in ("authors_256", "ours", "ours_reference"):
         for theirs, ours in zip(found[other]["losses"], found["ours_256"]["losses"], strict=True):

@@ -471,7 +471,7 @@ def test_resume_alone_needs_a_run_of_the_same_command(world, tmp_path, capsys):
     nothing = tmp_path / "nothing"
     told = {
         nothing: f"takes the settings of the run in --out, but {nothing / 'config.yaml'} is not there.",
-        tmp_path / "run": "holds model and no student, teacher, so another command wrote it.",
+        tmp_path / "run": "so another command wrote it. Resume a run with the command that started it.",
     }
     for out, message in told.items():
         ran = run(capsys, "distill", "--out", out, "--resume")

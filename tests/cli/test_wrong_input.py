@@ -237,7 +237,7 @@ CASES = {
     ),
     "too many positions of a student in exposure-bias": Case(
         exposure("--max-completion-length", 600, teacher="W/longer"),
-        "The student has 512 positions, and",
+        "student has 512 positions, and",
         loads=True,
     ),
     "too many positions in exposure-bias": Case(
@@ -400,7 +400,7 @@ CASES |= {
     "a pickled adapter": Case(export("W/m/adapter-bin"), "as pickle (adapter_model.bin)"),
     "an adapter of nothing": Case(export("W/m/adapter-none"), "must name the model it belongs to"),
     "an adapter of a model that is gone": Case(export("W/m/adapter-lost"), "belongs to the model W/m/nowhere: No such"),
-    "an adapter of itself": Case(export("W/m/adapter-self"), "which is an adapter itself. Merge that first"),
+    "an adapter of itself": Case(export("W/m/adapter-self"), "belong to each other, and to no model"),
     "a damaged adapter": Case(export("W/m/adapter-torn"), "W/m/adapter-torn"),
     "an adapter of rank 10^12": Case(export("W/m/adapter-rank"), "asks for a rank or length of 1000000000000"),
     "an adapter of an unknown type": Case(export("W/m/adapter-type"), "W/m/adapter-type"),

@@ -218,7 +218,7 @@ def test_a_file_that_is_not_the_model_is_an_error_and_goes(tmp_path, source, mon
     elif wrong == "norm":
         monkeypatch.setattr("promptkd.models.gguf_format.gguf.GGUFWriter.add_layer_norm_rms_eps", small_epsilon)
     else:
-        monkeypatch.setattr("promptkd.models.gguf_format._pre_tokenizer", lambda state: "qwen2")
+        monkeypatch.setattr("promptkd.models.gguf_vocabulary.pre_tokenizer_name", lambda state: "qwen2")
     ran = run(capsys, "export", source, "--to", "gguf", "--out", tmp_path / "out" / "m.gguf")
     assert ran.status == 1
     what = "tokenizer" if wrong == "tokenizer" else "model"

@@ -174,7 +174,7 @@ def test_every_answer_is_in_the_browser_and_every_prompt_once() -> None:
     sets = row_sets(story)
     data = browser_data(story, sets, answering_models(story, sets))
     (found,) = data["sets"]
-    assert found["prompt"] == [prompt for prompt, _ in ROWS]
+    assert [text for ((_, text),) in found["asked"]] == [prompt for prompt, _ in ROWS]
     assert found["references"] == [references for _, references in ROWS]
     assert [view["label"] for view in found["views"]] == [
         "seed 10, sampled at temperature 1, up to 256 tokens",

@@ -142,6 +142,7 @@ def test_every_pass_of_a_step_is_under_that_autocast(tmp_path, monkeypatch):
     monkeypatch.setattr(made.accelerator, "native_amp", False)
     monkeypatch.setattr(made.accelerator, "autocast", nullcontext)
     seen = {"student": set(), "teacher": set()}
+    made.train()  # with the trials of the engines, which are in float32
     for name, model in (("student", made.model), ("teacher", made.teacher.model)):
         for layer in model.base_model.layers:
             layer.mlp.down_proj.register_forward_hook(lambda _, __, output, name=name: seen[name].add(output.dtype))

@@ -44,7 +44,7 @@ def note_base(folder: Path, model: nn.Module, *, place: Path | None = None) -> N
     """Write beside an adapter in `folder`, which will lie at `place`, where its base is and what was merged into it."""
     name, merged = _named(folder), merged_parts(model)
     note: dict[str, Any] = {"base_model": name}
-    if Path(name).is_dir():
+    if name and Path(name).is_dir():
         note["relative_path"] = os.path.relpath(name, place or folder)
     if merged is not None:
         note["note"] = f"It was trained on a merged model: {merged.told}."

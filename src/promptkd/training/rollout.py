@@ -92,8 +92,9 @@ class Rollout:
         metrics.processed_tokens += sum(lengths) + sum(len(row.prompt_ids) for row in rows)
         metrics.add("response_length", sum(lengths), per="row")
         metrics.add("cut_share", sum(cut), per="row")
-        if writes_responses(self.method.responses):
-            metrics.add("repetition", sum(1 - distinct(each, REPEATED) for each in responses), per="row")
+        written = responses if writes_responses(self.method.responses) else []
+        metrics.written += len(written)
+        metrics.add("repetition", sum(1 - distinct(each, REPEATED) for each in written), per="written")
         if self._args.log_completions:
             texts = self._tokenizer.batch_decode(responses, skip_special_tokens=True)
             self.completions.extend(gather_object([(row.prompt, text) for row, text in zip(rows, texts, strict=True)]))
