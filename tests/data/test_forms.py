@@ -476,6 +476,8 @@ def test_unread_columns_are_named_once():
         ({"messages": [USER], "tools": "x"}, "'tools' must be a list of JSON schemas"),
         ({"messages": [USER], "chat_template_kwargs": "x"}, "'chat_template_kwargs' must be an object"),
         ({"instruction": "I", "history": [["a"]]}, "'history' must be a list of"),
+        ({"instruction": "I", "history": 5}, "'history' must be a list of"),
+        ({"instruction": "I", "history": "ab"}, "'history' must be a list of"),
         ({"prompt": "P", "completion": [{"role": "assistant", "tool_calls": [CALL]}]}, "need a prompt of messages"),
     ],
 )

@@ -233,8 +233,9 @@ def _instruction(columns: _Columns, name: str) -> _Form:
     system = _system(columns)
     history = columns.take("history") or ()
     history = from_json(history) if isinstance(history, str) else history
-    pairs = [each for each in history if isinstance(each, list | tuple) and len(each) == 2]
-    if not isinstance(history, list | tuple) or len(pairs) < len(history):
+    rounds = history if isinstance(history, list | tuple) else [history]
+    pairs = [each for each in rounds if isinstance(each, list | tuple) and len(each) == 2]
+    if len(pairs) < len(rounds):
         raise RequestError(f"'history' must be a list of [instruction, answer] pairs. Got {history!r:.80}.")
     earlier = tuple((text_field(q, "history"), text_field(a, "history")) for q, a in pairs)
     return Instruction(instruction, about, system, earlier), _references(columns, _ANSWERS), None
