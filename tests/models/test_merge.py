@@ -443,3 +443,15 @@ def test_a_folders_own_adapter_is_trained_on(base, folder):
     assert {name.split(".")[-3] for name in trained} == {"lora_A", "lora_B"}
     with pytest.raises(RequestError, match="is no LoRA folder"):
         load_adapted(base)
+
+
+@pytest.mark.parametrize("added", [0, 3])
+def test_embeddings_saved_beside_an_adapter_are_not_lost_by_joining(base, tmp_path, added):
+    first = adapted(base, lora(), rows=VOCABULARY + added)
+    with torch.no_grad():
+        first.get_input_embeddings().weight.add_(1.0)  # trained whole
+    first.save_pretrained(tmp_path / "first", save_embedding_layers=True)
+    model = trained_on(tmp_path / "first", lora())
+    assert not can_join(model)
+    loaded = load_model(saved(model, tmp_path / "second"))
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-4, atol=1e-4)

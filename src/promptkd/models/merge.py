@@ -72,8 +72,11 @@ def merge_adapters(model: PreTrainedModel, source: Source, adapters: Sequence[Ad
     if dequantized := vars(model).get("is_quantized", False):
         model = _dequantized(model, source.base)
     for adapter in adapters:
+        ends = [each.detach().clone() for each in _end_weights(model)]
         wrapped = with_adapter(model, adapter)
-        own = low_rank_updates(wrapped)
+        # embeddings that were saved whole beside the adapter are no product of low rank
+        has_same_ends = all(map(torch.equal, ends, _end_weights(wrapped)))
+        own = low_rank_updates(wrapped) if has_same_ends else None
         updates = None if updates is None or own is None else joined(updates, own)
         told.append(f"{adapter.name} ({_kind(wrapped.peft_config['default'])})")
         model = _merged(wrapped)
@@ -231,6 +234,13 @@ def _make_room(model: PreTrainedModel, adapter: Adapter) -> None:
                 rows.add(shape[0])
     if len(rows) == 1 and (count := rows.pop()) != ends[0].weight.shape[0]:
         model.resize_token_embeddings(count, mean_resizing=False)
+
+
+def _end_weights(model: nn.Module) -> list[Tensor]:
+    """The weights of embeddings and head, without what an adapter adds to them."""
+    inner = unwrap_peft(model)
+    ends = inner.get_input_embeddings(), inner.get_output_embeddings()
+    return [(end.get_base_layer() if isinstance(end, BaseTunerLayer) else end).weight for end in ends]
 
 
 def _untie(model: nn.Module) -> None:
