@@ -66,5 +66,6 @@ def test_the_screen():
 def test_models_whose_weights_are_spread_are_not_measured():
     names = {"rows", "template", "turns", "ends", "teacher_ends", "limit", "vocabulary"}
     sharded = Preflight(**HEALTHY.model_dump(include=names))
-    assert preflight_lines(sharded)[-1] == ("models", "not measured: their weights are spread over processes")
+    told = "not measured: they are spread over processes, or share no vocabulary"
+    assert preflight_lines(sharded)[-1] == ("models", told)
     assert preflight_advice(sharded) == []

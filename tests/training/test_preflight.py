@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from helpers.commands import World, distill, done, make_world, run, steps, weights, write_rows
-from helpers.tiny import END, END_ID, tiny_model
-from helpers.trainers import rows, trainer
+from helpers.tiny import END, END_ID, tiny_model, tiny_tokenizer
+from helpers.trainers import config, pair, rows, trainer
 from promptkd.methods import named_method
 from promptkd.results import Results
+from promptkd.training import DistillTrainer
 from promptkd.training.preflight import preflight
 
 
@@ -112,3 +113,11 @@ def test_rows_without_references_and_runs_that_are_resumed(world, tmp_path, caps
     again = run(capsys, "distill", "--out", tmp_path / "run", "--resume", "--no-preflight")  # it may change
     assert again.status == 0, again.err
     assert "Before training" not in again.err
+
+
+def test_models_that_are_not_compared_are_not_measured(tmp_path):
+    args = config(tmp_path, method="seqkd", max_steps=1, prompt_learning_rate=1e-3)
+    others = {"teacher_processing_class": tiny_tokenizer(merges=())}
+    made = DistillTrainer(*pair(), args, rows(), None, tiny_tokenizer(), **others)
+    found = preflight(made, rows())
+    assert (found.rows, found.measured_rows, found.kl_to_teacher) == (f"{len(rows().examples)} rows", 0, None)

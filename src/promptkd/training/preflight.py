@@ -26,8 +26,8 @@ _FIRST, _SECONDS = 2, 20.0  # the teacher answers two rows, and the others if th
 def preflight(trainer: Any, train: EncodedData) -> Preflight:
     """What a `DistillTrainer` is about to do, and its models on up to 8 rows: of the validation data, if there are any.
 
-    Nothing is drawn from the run's random generators, and nothing of the models changes. With sharded weights the
-    models are not measured. In runs of several processes, for the first one alone.
+    Nothing is drawn from the run's random generators, and nothing of the models changes. With sharded weights, and
+    where student and teacher are not compared, they are not measured. In runs of several processes, for the first one.
     """
     tokenizer, args = trainer.processing_class, trainer.args
     seen = Preflight(
@@ -39,7 +39,7 @@ def preflight(trainer: Any, train: EncodedData) -> Preflight:
         limit=args.max_completion_length,
         vocabulary=trainer.teacher.vocabulary.size,
     )
-    if trainer.is_sharded:
+    if trainer.is_sharded or trainer.shared is None:
         return seen
     rows = trainer.validation_rows or train.examples
     rows = rows[:: max(1, len(rows) // ROWS)][:ROWS]
