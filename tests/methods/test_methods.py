@@ -498,3 +498,19 @@ def test_the_online_modules_loss_by_hand():
     by_logits = p * (log_p - log_q - kl[:, None]) + p - torch.nn.functional.one_hot(targets, VOCABULARY)
     (gradient,) = torch.autograd.grad(loss.total, adapted)
     torch.testing.assert_close(gradient, by_logits.detach() @ teacher.get_output_embeddings().weight.detach())
+
+
+@pytest.mark.parametrize(
+    ("objective", "told"),
+    [
+        (lambda student, teacher: reverse_kl(student, teacher).mean(), r"Got the shape \(\)"),
+        (lambda student, teacher: (student - teacher).square(), r"Got the shape \(3, 5\)"),
+        (lambda student, teacher: reverse_kl(student, teacher).detach(), "Got one without"),
+        (lambda student, teacher: float(reverse_kl(student, teacher).sum()), "of type float"),
+        (lambda student, teacher: (student - teacher).sum(-1).log() + student.sum(-1), "finite for logits"),
+    ],
+    ids=["mean", "vocabulary", "no gradient", "number", "infinite"],
+)
+def test_an_objective_that_gives_no_value_per_token_is_refused(objective, told):
+    with pytest.raises(RequestError, match=told):
+        Method(ResponseMix(0.0), objective)
