@@ -1,5 +1,7 @@
 """A method of the user's own, out of a file: its three forms, its settings, and what is said when it is wrong."""
 
+import re
+
 import pytest
 
 from helpers.commands import World, distill, done, make_world, run
@@ -150,3 +152,88 @@ def test_a_run_trains_by_it_records_its_file_and_resumes_with_that_alone(world, 
         assert "method_sha256" in ran.err or "has changed since the run began" in ran.err
     ran = run(capsys, *distill(world, tmp_path / "wrong", "--method", f"{file}:lost"))
     assert (ran.status, (tmp_path / "wrong").exists()) == (2, False)
+
+
+WRONG = """import torch
+
+from promptkd.methods import Method
+from promptkd.models.adapters import TeacherAdapter
+from promptkd.objectives import forward_kl
+from promptkd.responses import ResponseMix
+
+
+def raises(student, teacher):
+    return student.no_such_thing
+
+
+def late(objective):  # not when the method is made, where an objective is tried on logits over 5 tokens
+    return lambda student, teacher: (forward_kl if student.shape[-1] == 5 else objective)(student, teacher)
+
+
+class Backward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.sum(-1)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        raise ArithmeticError("no way back")
+
+
+class Broken(TeacherAdapter):
+    def __init__(self, teacher):
+        raise LookupError("no layer")
+
+    def save(self, folder, teacher):
+        pass
+
+
+def at_once(step):
+    raise KeyError("no row")
+
+
+METHODS = {
+    "objective": dict(objective=late(raises)),
+    "backward": dict(objective=lambda student, teacher: Backward.apply(student - teacher)),
+    "detached": dict(objective=late(lambda student, teacher: forward_kl(student, teacher).detach())),
+    "adapter": dict(objective=forward_kl, adapter=Broken),
+    "loss": dict(loss=at_once),
+    "arguments": dict(loss=lambda: 0),
+    "nan": dict(objective=late(lambda student, teacher: forward_kl(student, teacher) * float("nan"))),
+}
+
+
+def wrong(what):
+    if what == "beside":
+        from failing import lost
+        return Method(ResponseMix(0.0), loss=lost)
+    return Method(ResponseMix(0.0), **METHODS[what])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [
+        ("objective", r"mine\.py:wrong failed in line 10 of \S*mine\.py: AttributeError: 'Tensor' object has no att"),
+        ("backward", r"failed in line 24 of \S*mine\.py: ArithmeticError: no way back"),
+        ("beside", r"failed in line 2 of \S*failing\.py: ZeroDivisionError"),
+        (
+            "detached",
+            r"The backward pass of what \S*mine\.py:wrong returned failed: RuntimeError: element 0 of tensors",
+        ),
+        ("adapter", r"failed in line 29 of \S*mine\.py: LookupError: no layer"),
+        ("loss", r"failed in line 36 of \S*mine\.py: KeyError: 'no row'"),
+        ("arguments", r"mine\.py:wrong could not be used as it is called here: TypeError: .* takes 0 positional arg"),
+        ("nan", r"NaN or infinite on rows .* Look at what \S*mine\.py:wrong computes, these rows, the models and"),
+    ],
+)
+def test_what_fails_while_it_trains_is_told_with_its_file_and_line(world, file, tmp_path, capsys, what, told):
+    file.write_text(WRONG)
+    if what == "beside":  # folders stay on sys.path, so that another test's would be found first
+        (tmp_path / "failing.py").write_text("def lost(step):\n    return 1 / 0\n")
+    settings = ("--method", f"{file}:wrong", "--method_settings", f'{{"what": "{what}"}}')
+    ran = run(capsys, *distill(world, tmp_path / "run", *settings, "--preflight", "false"))
+    assert ran.status == 1
+    assert re.search(told, ran.err), ran.err
+    assert "Run again with --debug" not in ran.err

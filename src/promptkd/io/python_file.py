@@ -60,11 +60,36 @@ def own_code(what: str, file: Path) -> Iterator[None]:
     except RequestError as error:
         raise RequestError(f"{what}: {error}") from error
     except (Exception, SystemExit) as error:
-        frames = [
-            each
-            for each in traceback.extract_tb(error.__traceback__)
-            if Path(each.filename).resolve() == file.resolve()
-        ]
-        line = error.lineno if isinstance(error, SyntaxError) else frames[-1].lineno if frames else None
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
-        raise RequestError(f"{what}{'' if line is None else f' (line {line})'}: {reason}") from error
+        line = error.lineno if isinstance(error, SyntaxError) else _line_in(file, error)
+        told = f"{what}{'' if line is None else f' (line {line})'}: {reason(error)}"
+        raise RequestError(told) from error
+
+
+def origin(error: BaseException, file: Path) -> str:
+    """ "line 7 of mine.py": where in `file`, else in a module beside it, an error arose or passed; "" if nowhere."""
+    if (line := _line_in(file, error)) is not None:
+        return f"line {line} of {file}"
+    folder, package = file.resolve().parent, Path(__file__).resolve().parent.parent
+    for each in reversed(frames(error)):
+        path = Path(each.filename).resolve()
+        is_own = path.is_relative_to(folder) and not path.is_relative_to(package)
+        if is_own and "site-packages" not in path.parts and path.is_file():
+            return f"line {each.lineno} of {path}"
+    return ""
+
+
+def frames(error: BaseException) -> list[traceback.FrameSummary]:
+    """Where an error was passed on, the errors that led to it first, each from the outermost call to the innermost."""
+    earlier = error.__cause__ or error.__context__
+    own = list(traceback.extract_tb(error.__traceback__))
+    return own if earlier is None else [*frames(earlier), *own]
+
+
+def reason(error: BaseException) -> str:
+    """The error in one line: its type and what it says."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:400]
+
+
+def _line_in(file: Path, error: BaseException) -> int | None:
+    lines = [each.lineno for each in frames(error) if Path(each.filename).resolve() == file.resolve()]
+    return lines[-1] if lines else None

@@ -1,16 +1,20 @@
 """A method of the user's own out of a Python file: `--method FILE.py:NAME`."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
-from promptkd.errors import RequestError
-from promptkd.io.python_file import load_python, own_code, python_file
+from promptkd.errors import PromptKDError, RequestError
+from promptkd.io.python_file import frames, load_python, origin, own_code, python_file, reason
+from promptkd.memory import is_out_of_memory
 from promptkd.methods.method import METHODS, Method, NamedMethod
 from promptkd.settings import Reader
 
 _EXPECTED = "a Method, a subclass of NamedMethod, or a function that returns a Method"
+_AUTOGRAD = str(Path("torch", "autograd"))
 
 
 def method_of_file(spec: str, settings: Mapping[str, Any], given: Mapping[str, Any], take: Reader) -> Method:
@@ -49,6 +53,28 @@ def method_of_file(spec: str, settings: Mapping[str, Any], given: Mapping[str, A
     if not isinstance(method, Method):
         raise RequestError(f"{spec} must be {_EXPECTED} (docs/extending.md). Got {_kind(method)}.")
     return method
+
+
+@contextmanager
+def failure_told(spec: str) -> Iterator[None]:
+    """Turn what the code of FILE.py:NAME raises in the body into a `PromptKDError` with the file and the line.
+
+    So is what torch raises in the backward pass of what it returned, where no line is known. Errors of other code, of
+    memory, and those that say what to do are left as they are.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, PromptKDError) or is_out_of_memory(error):
+            raise
+        if place := origin(error, python_file(spec)):
+            raise PromptKDError(f"{spec} failed in {place}: {reason(error)}") from error
+        if _AUTOGRAD in frames(error)[-1].filename:
+            raise PromptKDError(f"The backward pass of what {spec} returned failed: {reason(error)}") from error
+        if isinstance(error, TypeError | AttributeError):  # it could not be called, or gave something of another type
+            told = f"{spec} could not be used as it is called here: {reason(error)}"
+            raise PromptKDError(f"{told}. docs/extending.md says what is expected.") from error
+        raise
 
 
 def _arguments(function: Any) -> list[str] | None:

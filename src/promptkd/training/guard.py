@@ -16,6 +16,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from promptkd.errors import PromptKDError, RequestError
+from promptkd.io.python_file import names_python
 from promptkd.training.checkpoint import told_last_checkpoint
 
 _LOGGER = logging.getLogger("promptkd")
@@ -125,7 +126,9 @@ class Guard:
             optimizer.zero_grad()  # a parameter without a gradient is left alone, its moments too
         told, last = self._told(), told_last_checkpoint(self._args)
         hint = "" if self._args.on_nan == "skip" else ", or skip such steps by --on_nan skip"
-        advice = f"{last} Look at these rows, the models and the learning rates{hint} (docs/warnings.md)."
+        method = str(vars(self._args).get("method", ""))  # fine-tuning has none
+        own = f"what {method} computes, " if names_python(method) else ""
+        advice = f"{last} Look at {own}these rows, the models and the learning rates{hint} (docs/warnings.md)."
         if self._args.on_nan == "stop":
             raise PromptKDError(f"Step {step} was not taken: {told} {advice}")
         self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1

@@ -10,8 +10,10 @@ from promptkd.cli.terminal import is_main_process, say
 from promptkd.cli.training_run import Read, TrainingRun
 from promptkd.data import read_examples
 from promptkd.errors import RequestError
+from promptkd.io.python_file import names_python
 from promptkd.memory import gibibytes
 from promptkd.methods import Method
+from promptkd.methods.method_file import failure_told
 from promptkd.models import count_parameters, generation_config_of
 from promptkd.report.formatting import duration
 from promptkd.responses import writes_responses
@@ -29,7 +31,8 @@ def run(options: Options, training: dict[str, Any]) -> None:
     with TemporaryDirectory() if options.dry_run else job.folder.locked() as place:
         if options.dry_run:
             leave_nothing(args, str(place))
-        _distill(options, job, args, method)
+        with failure_told(args.method) if names_python(args.method) else nullcontext():
+            _distill(options, job, args, method)
 
 
 def checked(
