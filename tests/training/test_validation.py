@@ -10,6 +10,7 @@ from helpers.commands import World, distill, done, json_lines, make_world, sft, 
 from helpers.trainers import rows, trainer
 from promptkd.data.encode import EncodedData, EncodedExample
 from promptkd.results import Metric, Results
+from promptkd.training.checkpoint import kept_step
 
 CHINESE = [{"instruction": f"请回答第{n}题", "output": f"这第{n}个ab"} for n in "一二三四五六七八"]
 UNSCORED = "ROUGE cannot score 8 of 8 rows by words"
@@ -74,3 +75,71 @@ def test_a_trainer_in_python_does_the_same(tmp_path, caplog):
     assert BY_LOSS in caplog.text
     assert chosen(tmp_path, [["an answer", "答案"], ["yes"]]) == ("rouge_l", True, [])
     assert chosen(tmp_path, [["答案"]], rouge_tokenizer="unicode")[:2] == ("rouge_l", True)
+
+
+VALIDATED = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+BY_ROUGE = VALIDATED | {"load_best_model_at_end": True, "metric_for_best_model": "rouge_l"}
+
+
+def validated(folder, losses, rouge, **settings):
+    """A trainer whose validations after steps 1, 2, … give these metrics."""
+    made = trainer(folder, eval_data=rows(4, seed=5), max_steps=len(losses), **BY_ROUGE, **settings)
+
+    def metrics(**kwargs):
+        found = {"eval_loss": losses[made.state.global_step - 1], "eval_rouge_l": rouge[made.state.global_step - 1]}
+        made.log(dict(found))
+        return found
+
+    made.evaluate = metrics
+    return made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("losses", "rouge", "kept"),
+    [
+        ([3.0, 1.0, 2.0], [0.0, 0.0, 0.0], 2),
+        ([3.0, 2.0, 1.0], [0.0, 0.7, 0.7], 3),
+        ([1.0, 3.0, 2.0], [0.7, 0.7, 0.0], 1),
+        ([2.0, 1.0, 3.0], [0.5, 0.5, 0.7], 3),
+        ([2.0, 2.0, 2.0], [0.5, 0.5, 0.5], 1),
+    ],
+)
+def test_of_equal_checkpoints_the_loss_chooses(tmp_path, losses, rouge, kept):
+    made = validated(tmp_path, losses, rouge)
+    made.train()
+    assert (made.state.best_global_step, kept_step(made)) == (kept, kept)
+    assert made.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{kept}")
+
+
+@pytest.mark.slow
+def test_a_resumed_run_knows_the_loss_of_the_best(tmp_path):
+    losses, rouge = [2.0, 1.0, 3.0, 0.5], [0.0, 0.0, 0.0, 0.0]
+    validated(tmp_path, losses, rouge).train()
+    for step, kept in ((3, 4), (2, 4)):
+        made = validated(tmp_path, losses, rouge)
+        made.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert made.state.best_global_step == kept
+    made = validated(tmp_path, [2.0, 1.0, 3.0, 1.5], rouge)
+    made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert made.state.best_global_step == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [distill, sft])
+def test_the_step_that_is_kept_is_said(world, tmp_path, capsys, monkeypatch, command):
+    out, losses = tmp_path / "run", iter((3.0, 1.0, 2.0))
+    summarize = promptkd.training.validation.summarize
+
+    def summarized(scored):
+        return summarize(scored) | {"loss": Metric(value=next(losses)), "rouge_l": Metric(value=0.0)}
+
+    monkeypatch.setattr(promptkd.training.validation, "summarize", summarized)
+    ran = done(capsys, *command(world, out, "--eval-data", world.valid, "--eval_steps", 1))
+    told = "Kept step 2 of 3, by ROUGE-L 0.0, ties by loss."
+    record = Results.read(out / "results.json")
+    assert told in ran.err
+    assert told in record.notes
+    assert told in (out / "report.html").read_text()
+    (model,) = (each for name, each in record.models.items() if name in ("student", "model"))
+    assert " after 2 of 3 steps of " in model.about

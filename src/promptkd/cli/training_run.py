@@ -26,12 +26,13 @@ from promptkd.memory import gibibytes, peak_memory
 from promptkd.models import load_adapted, load_model, load_tokenizer, model_record
 from promptkd.models.vocabulary import vocabulary_without
 from promptkd.report import render_report, terminal_table
+from promptkd.report.formatting import estimate, joined
 from promptkd.report.metrics import metric_info
 from promptkd.report.preflight import preflight_advice, preflight_lines
 from promptkd.results import BEFORE, Evaluation, Kind, Metric, Results, Series, Training, file_sha256, now, read_history
 from promptkd.training.baselines import TEACHER, Baselines
 from promptkd.training.callbacks import CostMeter, MetricsFile, ProgressBar, quiet
-from promptkd.training.checkpoint import resumable_checkpoint, set_aside
+from promptkd.training.checkpoint import kept_step, resumable_checkpoint, set_aside
 from promptkd.training.collapse import findings_as_notes
 from promptkd.training.distributed import autocast
 from promptkd.training.out_of_memory import out_of_memory_told
@@ -171,10 +172,21 @@ class TrainingRun:
         finally:
             bar.close()
         self.results.timings["train"] = time.perf_counter() - started
+        self._note_kept(trainer)
         by_size = sorted(self._meter.peak_memory_by_phase.items(), key=lambda each: -each[1])
         where = "at the ends of phases: " if trainer.phases.sampled else ""
         listed = ", ".join(f"{phase} {gibibytes(size)}" for phase, size in by_size)
         say(f"Peak memory {gibibytes(self._meter.peak_memory_bytes)}{f' ({where}{listed})' if listed else ''}.")
+
+    def _note_kept(self, trainer: Any) -> None:
+        """Say which step's weights the run keeps, and why."""
+        chosen_by, value = trainer.args.metric_for_best_model, trainer.state.best_metric
+        if not trainer.args.load_best_model_at_end or value is None:
+            return
+        info = metric_info(chosen_by.removeprefix("eval_"))
+        by = joined(info.label, estimate(info, Metric(value=value))[0], by=" ")
+        ties = "" if info is metric_info("loss") else ", ties by loss"
+        self.note(f"Kept step {kept_step(trainer):,} of {trainer.state.global_step:,}, by {by}{ties}.")
 
     def _checkpoint(self) -> Path | None:
         """The checkpoint to resume from, which the first process looks for; None to start from scratch."""
@@ -230,7 +242,9 @@ class TrainingRun:
             if self._has_baselines(trainer):
                 self.results.models[BEFORE] = self.results.models[name]
             done = trainer.args.algorithm if self.kind == "distill" else self.kind
-            about = f"the {name} after {trainer.state.global_step:,} steps of {done}"
+            kept, steps = kept_step(trainer), trainer.state.global_step
+            after = "1 step" if steps == 1 else f"{steps:,} steps" if kept == steps else f"{kept:,} of {steps:,} steps"
+            about = f"the {name} after {after} of {done}"
             self.results.models[name] = model_record(self.folder.path / name, model, about=about)
         if not trainer.validation_rows:
             return []

@@ -83,6 +83,12 @@ def point_at_best(trainer: Any, writing: str = "") -> None:
             trainer.state.best_model_checkpoint = str(best)
 
 
+def kept_step(trainer: Any) -> int:
+    """The optimizer step of the weights that a finished trainer holds: of the best checkpoint, or the last one."""
+    best = trainer.state.best_global_step if trainer.args.load_best_model_at_end else None
+    return int(best or trainer.state.global_step)
+
+
 def prepare_best(trainer: Any) -> None:
     """Let the trainer load its best checkpoint from its own folder. Raises if it is missing or damaged."""
     best = Path(trainer.args.output_dir) / Path(str(trainer.state.best_model_checkpoint)).name

@@ -1,6 +1,6 @@
-"""What transformers' Trainer saves and loads, as JSON and safetensors: our trainers take these in place of its methods.
+"""What transformers' Trainer saves, loads and keeps: our trainers take these in place of its methods.
 
-Pickles remain where FSDP2 and DeepSpeed write the shards of a checkpoint themselves: see docs/resuming.md.
+States are JSON and safetensors. Pickles remain where FSDP2 and DeepSpeed write the shards of a checkpoint themselves: see docs/resuming.md.
 """
 
 import random
@@ -15,6 +15,23 @@ from transformers import Trainer
 from promptkd.training.state_files import has_state, read_state, write_state
 
 _OPTIMIZER = "optimizer"
+
+
+def determine_best(trainer: Any, metrics: dict[str, float], trial: Any) -> bool:
+    """For `Trainer._determine_best_metric`: of equals, the one with the lower validation loss is the best.
+
+    transformers keeps the first of equals. The loss of the best one is in the log, which every checkpoint holds.
+    """
+    if Trainer._determine_best_metric(trainer, metrics, trial):
+        return True
+    state, chosen_by = trainer.state, trainer.args.metric_for_best_model
+    if chosen_by is None or metrics[f"eval_{chosen_by.removeprefix('eval_')}"] != state.best_metric:
+        return False
+    of_best = [each for each in state.log_history if each["step"] == state.best_global_step and "eval_loss" in each]
+    if not of_best or not metrics.get("eval_loss", float("inf")) < of_best[-1]["eval_loss"]:
+        return False
+    state.best_global_step = state.global_step
+    return True
 
 
 def save_model_files(trainer: Any, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:

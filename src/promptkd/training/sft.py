@@ -174,6 +174,7 @@ class FinetuneTrainer(SFTTrainer):
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.checkpoint_root or super()._get_output_dir(trial))
 
+    _determine_best_metric = saving.determine_best
     _save = saving.save_model_files
     _save_optimizer_and_scheduler = saving.save_optimizer
     _save_scaler = saving.save_scaler
