@@ -52,6 +52,15 @@ def test_what_is_off_is_told_once_with_its_remedy(changed, told, remedy):
     assert remedy in sentence
 
 
+def test_an_untrained_pair_that_is_nearly_equal_gets_both_pieces_of_advice():
+    untrained = {"student_loss": 5.54, "teacher_loss": 5.53, "vocabulary": 260, "kl_to_teacher": 0.004}
+    high, equal = advice(**untrained)
+    assert "5.53 nats/token, is high" in high
+    assert "promptkd sft --model TEACHER" in high
+    assert "nearly equal already" in equal
+    assert "not below the student's" in advice(**untrained | {"teacher_loss": 5.55})[0]
+
+
 def test_the_screen():
     lines = dict(preflight_lines(HEALTHY))
     assert lines["training data"] == "990 rows"

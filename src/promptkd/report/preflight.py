@@ -42,9 +42,10 @@ def preflight_advice(seen: Preflight) -> list[str]:
     tune = "Tune the teacher on this task first: promptkd sft --model TEACHER --data DATA"
     if seen.teacher_loss is not None and seen.student_loss is not None:
         high = seen.teacher_loss > HIGH_LOSS * math.log(seen.vocabulary)
-        if seen.kl_to_teacher > ALIKE and (high or seen.teacher_loss >= seen.student_loss):
+        not_below = seen.teacher_loss >= seen.student_loss
+        if high or (not_below and seen.kl_to_teacher > ALIKE):  # of a pair that is nearly equal, losses are, too
             told = f"The teacher's loss on the references, {seen.teacher_loss:.2f} nats/token, is "
-            told += "not below the student's" if seen.teacher_loss >= seen.student_loss else "high"
+            told += "not below the student's" if not_below else "high"
             advice.append(f"{told}: it is not tuned for these rows. {tune}, or see that --template is the teacher's.")
     advice += _about_ends(seen, tune)
     if seen.kl_to_teacher <= ALIKE:
