@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import promptkd.training.validation
 from helpers.commands import (
+    DISTILL_FILES,
     LIMITS,
     METRICS,
     MODEL_FILES,
@@ -148,7 +149,7 @@ def test_distill(world, tmp_path, capsys, method):
     out = tmp_path / "run"
     done(capsys, *distill(world, out, "--method", method))
     prompt = below("prompt", PROMPT_FILES) if method == "promptkd" else set()
-    assert held(out) == RUN_FILES | below("student", MODEL_FILES) | prompt | {"checkpoints/checkpoint-3"}
+    assert held(out) == DISTILL_FILES | below("student", MODEL_FILES) | prompt | {"checkpoints/checkpoint-3"}
 
     lines = json_lines(out / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3]
@@ -207,7 +208,7 @@ def test_whatever_of_the_teacher_is_trained_has_a_folder_of_its_own(world, tmp_p
     numbers, share = (told[f"teacher_trained_{name}"].value for name in ("numbers", "share"))
     assert f"{numbers:,.0f} parameters of the teacher are trained, {share:.4%} of its parameters" in ran.err
     assert share == pytest.approx(numbers / record(out).models["teacher"].parameters)
-    student = RUN_FILES | below("student", MODEL_FILES) | {"checkpoints/checkpoint-3"}
+    student = DISTILL_FILES | below("student", MODEL_FILES) | {"checkpoints/checkpoint-3"}
     assert held(out) == student | below(folder, files)
     assert "adapter_distance" in json_lines(out / "metrics.jsonl")[-1]
     done(capsys, *distill(world, out, "--method", "kd", "--overwrite"))

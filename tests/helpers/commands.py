@@ -18,6 +18,7 @@ METRICS = {
     *("response_length", "length_ratio", "distinct_1", "distinct_2"),
 }
 RUN_FILES = {"config.yaml", "metrics.jsonl", "results.json", "report.html"}
+DISTILL_FILES = RUN_FILES | {"preflight.json"}
 
 TEMPLATE = "Q: {{ instruction }} {{ input }}\nA: "
 LIMITS = ("--max_prompt_length", 40, "--max_completion_length", 8, "--template", TEMPLATE)

@@ -9,6 +9,7 @@ from helpers.trainers import config, pair, rows, trainer
 from promptkd.methods import named_method
 from promptkd.results import Results
 from promptkd.training import DistillTrainer
+from promptkd.training.callbacks import ProgressBar
 from promptkd.training.preflight import preflight
 
 
@@ -113,6 +114,28 @@ def test_rows_without_references_and_runs_that_are_resumed(world, tmp_path, caps
     again = run(capsys, "distill", "--out", tmp_path / "run", "--resume", "--no-preflight")  # it may change
     assert again.status == 0, again.err
     assert "Before training" not in again.err
+
+
+@pytest.mark.slow
+def test_a_run_that_was_interrupted_keeps_what_it_saw(world, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "run"
+
+    def interrupted(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ProgressBar, "on_step_begin", interrupted)
+        ran = run(capsys, *distill(world, out, "--save_steps", 1))
+    assert ran.status == 130
+    advice = [line for line in ran.err.splitlines() if line.startswith("Before training: ")]
+    assert advice
+    again = done(capsys, "distill", "--out", out, "--resume")
+    assert "Before training" not in again.err  # it is not measured again
+    record = Results.read(out / "results.json")
+    assert [note for note in record.notes if note.startswith("Before training: ")] == advice
+    assert record.preflight.measured_rows == 8
+    assert "same top token" in (out / "report.html").read_text()
 
 
 def test_models_that_are_not_compared_are_not_measured(tmp_path):

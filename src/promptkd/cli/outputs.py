@@ -18,8 +18,9 @@ from promptkd.io.lock import FOLDER_LOCK, locked
 from promptkd.results import DataRecord, Results, Training, file_sha256
 
 _OWN = {
-    *("config.yaml", "metrics.jsonl", "baselines.json", "results.json", "report.html", "responses.jsonl"),
+    *("config.yaml", "metrics.jsonl", "preflight.json", "baselines.json", "results.json", "report.html"),
     *("student", "model", "prompt", "teacher_lora", "teacher", "online_module", "checkpoints", "tensorboard"),
+    "responses.jsonl",
 }
 _MAY_CHANGE = {"resume", "overwrite", "out", "keep", "on_nan", "measure", "preflight"}
 _MAY_CHANGE |= {  # refused today, but in the config.yaml of older runs
@@ -65,7 +66,7 @@ class RunFolder:
         self.config, self.checkpoints = path / "config.yaml", path / "checkpoints"
         self.metrics, self.results, self.report = path / "metrics.jsonl", path / "results.json", path / "report.html"
         self.curves = path / "tensorboard"
-        self.baselines = path / "baselines.json"
+        self.preflight, self.baselines = path / "preflight.json", path / "baselines.json"
 
     def check(self) -> None:
         """Refuse a folder that holds anything, unless it is this very run's to resume or some run's to replace."""

@@ -136,16 +136,25 @@ class TrainingRun:
         self.results.notes.append(text)
 
     def preflight(self, trainer: Any, train: EncodedData) -> None:
-        """Say and record what student and teacher look like before training, with advice."""
+        """Say and record what student and teacher look like before training, with advice, also for a resumed run."""
         if is_main_process():
             with out_of_memory_told(trainer):
                 seen = self.results.preflight = preflight(trainer, train)
             say("Before training:")
             for name, value in preflight_lines(seen):
                 say(f"  {name:<26}{value}")
-            for advice in preflight_advice(seen):
-                self.note(f"Before training: {advice}")
+            notes = [f"Before training: {advice}" for advice in preflight_advice(seen)]
+            for note in notes:
+                self.note(note)
+            Results(kind=self.kind, preflight=seen, notes=notes).write(self.folder.preflight)
         trainer.accelerator.wait_for_everyone()
+
+    def keep_preflight(self) -> None:
+        """Take over into the record what the run saw before its first step, if it looked."""
+        if is_main_process() and self.folder.preflight.is_file():
+            kept = Results.read(self.folder.preflight)
+            self.results.preflight = kept.preflight
+            self.results.notes += kept.notes
 
     def train(self, trainer: Any, title: str) -> None:
         """Train, or resume from the last checkpoint, until the end or a signal; then say the peak of memory."""

@@ -85,7 +85,9 @@ def _distill(options: Options, job: TrainingRun, args: DistillConfig, method: Me
     if args.prompt_refresh == "stale":
         stale = "the student learns from the prompted teacher of before each update of the prompt"
         job.note(f"--prompt_refresh stale: {stale}. This is another algorithm than PromptKD as published.")
-    if options.preflight and not options.resume:
+    if options.resume:
+        job.keep_preflight()
+    elif options.preflight:
         job.preflight(trainer, train)
     job.train(trainer, "Distilling")
     if options.merge:
