@@ -1,6 +1,7 @@
 """What transformers' Trainer saves, loads and keeps: our trainers take these in place of its methods.
 
-States are JSON and safetensors. Pickles remain where FSDP2 and DeepSpeed write the shards of a checkpoint themselves: see docs/resuming.md.
+States are JSON and safetensors. Pickles remain where FSDP2 and DeepSpeed write the shards of a checkpoint themselves:
+see docs/resuming.md.
 """
 
 import random
