@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tokenizers import Tokenizer, models, normalizers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from helpers.byte_level import END, MERGES, SPLITS, START, TEMPLATE, TOKENS, byte_level, byte_model
 from helpers.commands import MODEL_FILES, done, held, run
@@ -183,6 +183,16 @@ def test_rows_without_a_token_get_no_name_when_read(tmp_path):
 def test_a_model_that_cannot_be_written_is_refused_with_the_other_way(tmp_path, model, tokenizer, reason):
     with pytest.raises(RequestError, match=f"{reason}.*export to safetensors, then run `python convert_hf_to_gguf.py"):
         export_gguf(tmp_path / "m.gguf", model(), tokenizer(), torch.float16, title="m")
+    assert held(tmp_path) == set()
+
+
+def test_a_tokenizer_without_merges_is_refused(tmp_path):
+    tokenizer = byte_level()
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["model"]["merges"] = []
+    bare = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), eos_token=END)
+    with pytest.raises(RequestError, match="the tokenizer has no merges"):
+        export_gguf(tmp_path / "m.gguf", byte_model(), bare, torch.float16, title="m")
     assert held(tmp_path) == set()
 
 

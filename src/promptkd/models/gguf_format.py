@@ -136,6 +136,10 @@ def gguf_problems(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
         known, normalizer = ", ".join(PRE_TOKENIZERS), state["normalizer"] or {"type": "NFC"}
         checks += [
             (pre_tokenizer_name(state) is None, f"the tokenizer splits text in none of the known ways ({known})"),
+            (
+                not state["model"]["merges"],
+                "the tokenizer has no merges, and what reads GGUF's byte-level BPE needs them",
+            ),
             # llama.cpp leaves NFC out for Qwen, too
             (normalizer != {"type": "NFC"}, f"the tokenizer normalizes text ({normalizer['type']})"),
         ]
