@@ -83,6 +83,22 @@ def test_what_is_not_certain_is_shown_and_not_translated(name):
     assert all(line.startswith(("#", "FROM", "PARAMETER")) or not line for line in text.splitlines())
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% if tools %}<|tools|>{% for t in tools %}{{ t | tojson }}{% endfor %}\n{% endif %}" + LOOP,
+        LOOP.replace("{{ m.content }}", "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c }}{% endfor %}"),
+    ],
+)
+def test_tools_that_are_not_translated_are_said(template):
+    with_tools, plain = written(template), written(LOOP)
+    comment = [line for line in with_tools.splitlines() if line not in plain.splitlines()]
+    assert [line[0] for line in comment] == ["#", "#"]
+    assert "renders tools" in comment[0]
+    assert "TEMPLATE" in plain
+    assert as_ollama(with_tools, [{"role": "user", "content": "Hi"}], bos="") == "<|user|>\nHi<|end|>\n<|assistant|>\n"
+
+
 def test_a_bos_that_the_tokenizer_does_not_write_stays_in_the_template():
     tokenizer = tiny_tokenizer()
     tokenizer.bos_token = "<s>"

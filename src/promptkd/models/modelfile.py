@@ -51,6 +51,11 @@ def modelfile(
         source = tokenizer.chat_template if resolved.name == "chat" else template
         lines += [f"#   {line}" for line in str(source).splitlines()]
     else:
+        if resolved.name == "chat" and _renders_tools(tokenizer, kwargs or {}):
+            lines.append("# The model's chat template renders tools and their calls too. This TEMPLATE does not: it is")
+            lines.append(
+                "# for conversations without tools. For others, render the prompt by the chat template itself."
+            )
         lines.append(f'TEMPLATE """{translated.text}"""')
         lines += [f'SYSTEM """{translated.system}"""'] if translated.system else []
     lines.append("")
@@ -86,6 +91,18 @@ def _chat(tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]) -> Olla
     if start and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
         start = ""  # llama.cpp puts it there, as the tokenizer does
     return OllamaTemplate(f"{start}{{{{ range .Messages }}}}{written}{{{{ end }}}}{{{{ end }}}}{generation}", default)
+
+
+def _renders_tools(tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]) -> bool:
+    """Whether the chat template writes the functions that a model may call, or their calls."""
+    if "tool_calls" in tokenizer.chat_template:
+        return True
+    render = partial(tokenizer.apply_chat_template, _messages("u"), tokenize=False, **kwargs)
+    schema = {"name": "now", "description": "The time.", "parameters": {"type": "object", "properties": {}}}
+    try:
+        return bool(render(tools=[{"type": "function", "function": schema}]) != render())
+    except Exception:  # a template may raise nearly anything
+        return "tools" in tokenizer.chat_template
 
 
 def _read_off(render: Render, start: str) -> tuple[Around, str]:
