@@ -125,6 +125,21 @@ def test_a_hub_name_that_cannot_be_reached():
     refused("nobody-at-all/nothing", "Could not load .* from nobody-at-all/nothing: .* Check the name, or the network")
 
 
+def test_a_misspelt_folder_is_named_with_the_nearest_ones(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("base", "runs/kd/student", "runs/kd2", "runs/other"):
+        (tmp_path / name).mkdir(parents=True)
+    for load in (load_model, load_tokenizer):
+        refused("bsae", r"no folder bsae here \(similar: base\), and as a hub name: .* Check the name", load)
+        refused("runs/kdd", r"no folder runs/kdd here \(similar: runs/kd, runs/kd2\), and as a hub name", load)
+    refused("runs/kdd/student", r"runs/kdd/student does not exist \(similar: runs/kd/student\)\. Give a folder")
+    refused("./bsae", r"./bsae does not exist \(similar: base\)")
+    refused("qqq", "no folder qqq here, and as a hub name")
+    with pytest.raises(RequestError) as caught:
+        load_model("nobody-at-all/base")  # can only be the hub's
+    assert "no folder" not in str(caught.value)
+
+
 def test_a_folder_that_is_no_model(tmp_path):
     refused(tmp_path, "is no model: expected config.json .* It holds nothing")
     (tmp_path / "notes.txt").write_text("")
@@ -317,7 +332,7 @@ def test_two_processes_may_convert_at_once(tmp_path, cache, monkeypatch):
 def test_the_message_of_a_failed_conversion(tmp_path, cache):
     file = write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"))
     file.write_bytes(file.read_bytes().replace(b"general.architecture", b"general.architectura"))
-    refused(file, "Could not load a causal language model from .*tiny.gguf")
+    refused(file, "Could not load a causal language model from .*tiny.gguf: .* no network is needed")
     assert entries(cache) == []
 
 

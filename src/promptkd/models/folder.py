@@ -4,9 +4,11 @@ Weights are read only from safetensors, since unpickling can run code. No file t
 it, except the base of an adapter, which is checked as a model of its own. No code that a folder names is downloaded.
 """
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +79,32 @@ def clear_load_errors(name: str | Path) -> Iterator[None]:
             ) from error
         if "ignore_mismatched_sizes" in reason:
             reason = "its weights have other sizes than its config.json asks for."
-        problem = f"Could not load a causal language model from {name}: {reason[:400]}"
-        raise RequestError(f"{problem} Check the name, or the network if it is a hub name.") from error
+        similar = similar_here(name)
+        listed = f" (similar: {', '.join(similar)})" if similar else ""
+        missing = "" if similar is None else f"no folder {name} here{listed}, and as a hub name: "
+        problem = f"Could not load a causal language model from {name}: {missing}{reason[:400]}"
+        advice = "Check the name, or the network if it is a hub name."
+        if Path(name).exists():
+            problem, advice = (
+                problem.rstrip(".") + ".",
+                "It was found here, so look at its files; no network is needed.",
+            )
+        raise RequestError(f"{problem} {advice}") from error
+
+
+def similar_here(name: str | Path) -> list[str] | None:
+    """Existing paths that are spelled like `name`, the nearest first.
+
+    None where `name` exists, or can only mean the hub's: it is owner/name, and there is no folder of the owner's name.
+    """
+    path = Path(name).expanduser()
+    missing = next((each for each in reversed((path, *path.parents)) if not os.path.lexists(each)), None)
+    if missing is None or (len(path.parts) > 1 and missing.parent == Path()):
+        return None
+    above, rest = missing.parent, path.relative_to(missing)
+    beside = os.listdir(above) if above.is_dir() and os.access(above, os.R_OK) else []
+    found = [above / near / rest for near in get_close_matches(missing.name, beside)]
+    return [str(each) for each in found if each.exists()]
 
 
 def _need_safetensors(folder: Path, pattern: str) -> None:

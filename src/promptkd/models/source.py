@@ -12,7 +12,7 @@ from transformers.utils import find_adapter_config_file
 
 from promptkd.errors import RequestError, at
 from promptkd.io.files import not_regular, read_json_object
-from promptkd.models.folder import ADAPTER_CONFIG, adapter_base, check_model_folder, clear_load_errors
+from promptkd.models.folder import ADAPTER_CONFIG, adapter_base, check_model_folder, clear_load_errors, similar_here
 from promptkd.models.gguf_format import converted_gguf
 
 BASE_NOTE = "base_model.json"  # beside an adapter: where its base lies as seen from it, so that both may be moved
@@ -75,8 +75,9 @@ def _place(name: str | Path) -> str:
     if kind := not_regular(path):
         raise RequestError(f"{_EXPECTED} {path} is {kind}.")
     if text.startswith((".", "/", "~")) or is_gguf or not _HUB_NAME.fullmatch(text):
+        listed = f" (similar: {', '.join(similar)})" if (similar := similar_here(path)) else ""
         advice = "Give a folder, a GGUF file or a hub name (owner/name)."
-        raise RequestError(f"No such model: {text} does not exist. {advice}")
+        raise RequestError(f"No such model: {text} does not exist{listed}. {advice}")
     return text
 
 
