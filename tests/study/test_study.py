@@ -41,7 +41,7 @@ from promptkd.cli.study_runs import StudyRun
 from promptkd.errors import RequestError
 from promptkd.evaluation.pairing import Candidate
 from promptkd.io.lock import locked
-from promptkd.results import DataRecord, Evaluation, Results, RowResult, Training
+from promptkd.results import DataRecord, Evaluation, Results, RowResult, Training, file_sha256
 from promptkd.study.loop import Table, carry_out
 from promptkd.study.plan import Planned, arguments_of, plan_runs
 from promptkd.study.pooling import both_ways, compare_groups, t_quantile, t_two_sided
@@ -757,6 +757,42 @@ def test_a_method_of_ones_own_in_a_study(world, tmp_path, capsys):
     assert "quarter-seed-1: " in ran.err
     assert "takes no part: its settings are share" in ran.err
     assert "has no lost" in ran.err
+
+
+def test_a_file_of_ones_own_stays_as_it_was_when_the_study_began(world, tmp_path, capsys):
+    own, out = tmp_path / "mine.py", tmp_path / "out"
+    text = (
+        "from promptkd.methods import Method\nfrom promptkd.objectives import reverse_kl\n"
+        "from promptkd.responses import ResponseMix\n\nhalf = Method(ResponseMix(0.5), reverse_kl)\n"
+        "def letters(prediction, references):\n    return 1.0\n"
+    )
+    own.write_text(text)
+    hashes = {str(own): file_sha256(own)}
+    file = study_file(world, out, methods=["kd", f"{own}:half"], seeds=[1, 2])
+    said = done(capsys, "study", file, "--dry-run").out
+    assert said.count(f"--method-sha256 {hashes[str(own)]}") == 2
+    settings = yaml.safe_load(file.read_text())
+    (out / "half-seed-1").mkdir(parents=True)
+    for kept, run_kept in ((hashes, {}), ({}, {"method_sha256": hashes[str(own)]})):  # and of an older study
+        (out / "config.yaml").write_text(yaml.safe_dump(settings | ({"file_sha256": kept} if kept else {})))
+        (out / "half-seed-1" / "config.yaml").write_text(yaml.safe_dump({"method": f"{own}:half"} | run_kept))
+        own.write_text(text + "# changed\n")
+        ran = run(capsys, "study", file)
+        assert ran.status == 2
+        told = f"{own} has changed since this study began. Put it back, give another --out, or delete what was made"
+        assert f"{told} with the file: {out}/half-seed-1." in ran.err
+        assert "sha256" not in ran.err
+        own.write_text(text)
+    own.write_text(text + "# changed\n")
+    (out / "half-seed-1" / "config.yaml").unlink()
+    (out / "half-seed-1").rmdir()
+    (out / "config.yaml").write_text(yaml.safe_dump(settings | {"file_sha256": hashes}))
+    ran = done(capsys, "study", file, "--dry-run")
+    assert "Nothing has been made with it yet: its runs take it as it is now." in ran.err
+    assert f"--method-sha256 {file_sha256(own)}" in ran.out
+    (out / "evaluations").mkdir()
+    file = study_file(world, out, evaluate={"data": [world.test], "metrics": [f"{own}:letters"]})
+    assert f"made with the file: {out}/evaluations." in run(capsys, "study", file).err
 
 
 # ---- on a Ray cluster ----

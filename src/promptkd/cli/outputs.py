@@ -15,6 +15,7 @@ from promptkd.data.summary import FLAGS, row_counts, row_notes
 from promptkd.errors import RequestError, writing
 from promptkd.io.atomic import remove
 from promptkd.io.lock import FOLDER_LOCK, locked
+from promptkd.io.python_file import names_python, python_file
 from promptkd.results import DataRecord, Results, Training, file_sha256
 
 _OWN = {
@@ -117,6 +118,10 @@ class RunFolder:
         before, now = read_config(self.config), self._settings
         rows = [[int(each.get(name, default)) for name, default in _MICRO_BATCHES.items()] for each in (before, now)]
         free = _MAY_CHANGE | _OF_MEMORY | (_MICRO_BATCHES.keys() if prod(rows[0]) == prod(rows[1]) else set())
+        own = str(now.get("method"))
+        if names_python(own) and before.get("method") == own and before.get("method_sha256") != now["method_sha256"]:
+            told = f"{python_file(own)} has changed since the run in {self.path} began"
+            raise RequestError(f"{told}. Put it back, or start a new run with another --out.")
         changed = "; ".join(
             f"{key} was {before.get(key)!r} and is now {now.get(key)!r}"
             for key in sorted((before.keys() | now.keys()) - free)

@@ -15,6 +15,7 @@ from promptkd.cli.commands.evaluate import check
 from promptkd.cli.options.study import Options
 from promptkd.cli.parsing.config_file import read_config
 from promptkd.cli.parsing.parser import merged_config, parse_options
+from promptkd.cli.study_files import file_of, hashes_of_files
 from promptkd.data import Example, read_columns, read_examples
 from promptkd.errors import RequestError, raise_together
 from promptkd.evaluation.function_metric import label_of_metric
@@ -58,6 +59,7 @@ def checked_runs(options: Options) -> tuple[list[StudyRun], list[Job]]:
     Raises one `RequestError` that lists everything that is wrong; nothing is written.
     """
     planned = plan_runs(options.base, options.methods, options.seeds, options.grid, read_file=read_config)
+    options.file_sha256 = hashes_of_files(options, planned)
     problems: Problems = defaultdict(list)
     read, groups = _reading_once(), list(dict.fromkeys(each.group for each in planned))
     if options.baseline is not None and options.baseline not in groups:
@@ -72,7 +74,7 @@ def checked_runs(options: Options) -> tuple[list[StudyRun], list[Job]]:
         job = Job(each.name, folder, (), options.out / "logs" / f"{each.name}.log", phase=Phase.DONE)
         trained = _record(folder / "results.json")
         with _noting(problems, each.name, options.out):
-            command, job.steps = _training(each, folder, read)
+            command, job.steps = _training(each, folder, read, options.file_sha256)
             job.commands = () if trained else (command,)
         with _noting(problems, each.name, options.out):
             if options.evaluate:
@@ -178,12 +180,14 @@ def _shared_settings(planned: list[Planned], given: dict[str, Any], problems: Pr
     return shared
 
 
-def _training(planned: Planned, folder: Path, read: Read) -> tuple[Command, int]:
+def _training(planned: Planned, folder: Path, read: Read, files: Mapping[str, str]) -> tuple[Command, int]:
     """The command, and its optimizer steps; a few less if rows over a length limit are dropped."""
     # Without config.yaml it is what a run left that was killed while it opened its folder, or no run's and refused.
     torn = folder.is_dir() and any(folder.iterdir()) and not (folder / "config.yaml").is_file()
     mode = "--overwrite" if torn else "--resume"
     settings = {"measure": "student", **planned.settings}  # runs beside each other have no speeds of their own
+    if (file := file_of(settings.get("method"))) and file in files:  # that each of them trains by the same code
+        settings["method_sha256"] = files[file]
     command = ("distill", *arguments_of(settings), "--out", str(folder), mode)
     parsed = parse_options("distill", promptkd.cli.options.distill, command[1:])
     job, args, _ = checked(parsed.options, parsed.training, read)  # and that its settings are the same

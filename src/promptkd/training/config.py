@@ -262,8 +262,8 @@ def _method_of_file(args: Any, take: Reader) -> Method:
     method = method_of_file(args.method, args.method_settings or {}, given, take)
     now = file_sha256(python_file(args.method))
     if args.method_sha256 not in (None, now):
-        told = f"{python_file(args.method)} has changed since the run began (SHA-256 {args.method_sha256}, now {now})"
-        raise RequestError(f"{told}. Put it back, or leave method_sha256 out and start a new run.")
+        told = f"{python_file(args.method)} has changed since this run or its study began"
+        raise RequestError(f"{told}. Put it back, or start anew with another --out.")
     method = method.with_settings(take)
     take.refuse_unread(args.method, settings_classes())
     return method

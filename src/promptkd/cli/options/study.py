@@ -47,6 +47,8 @@ class Options:
     """The method that the others are compared with, with its setting of the grid; by default the first."""
     metrics: list[str] = field(default_factory=list)
     """The metrics to compare, by default all. p is adjusted for their number: name those that you decide by."""
+    file_sha256: dict[str, Any] = field(default_factory=dict)
+    """Kept in OUT/config.yaml at the start: the SHA-256 of each file of your own methods and metrics."""
     references: bool = True
     """With `evaluate`, measure the teacher and the student before training too, once each, for the table."""
     workers: int = option(1, at_least=1)

@@ -1,0 +1,62 @@
+"""The Python files of a study's own methods and metrics, which stay what they were when it began."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from promptkd.cli.options.study import Options
+from promptkd.cli.parsing.config_file import read_config
+from promptkd.cli.terminal import say
+from promptkd.errors import RequestError
+from promptkd.io.python_file import names_python, python_file
+from promptkd.results import file_sha256
+from promptkd.study.plan import Planned
+
+
+def hashes_of_files(options: Options, planned: Sequence[Planned]) -> dict[str, str]:
+    """SHA-256 of the study's own files by their paths, for its config.yaml.
+
+    Raises `RequestError` if one has changed since the study began and something that was made with it is there.
+    """
+    users = _users(options, planned)
+    now = {file: file_sha256(Path(file)) for file in users if Path(file).is_file()}  # a missing one is told by its run
+    kept = _kept(options.out, planned)
+    for file in now:
+        if kept.get(file, now[file]) == now[file]:
+            continue
+        made = [str(folder) for folder in users[file] if folder.is_dir()]
+        told = f"{file} has changed since this study began"
+        if made:
+            more = f" and {len(made) - 3} more" if len(made) > 3 else ""
+            advice = f"give another --out, or delete what was made with the file: {', '.join(made[:3])}{more}"
+            raise RequestError(f"{told}. Put it back, {advice}.")
+        say(f"{told}. Nothing has been made with it yet: its runs take it as it is now.")
+    return now
+
+
+def file_of(method: object) -> str | None:
+    """The file of a method or metric of one's own; None for any other."""
+    return str(python_file(method)) if isinstance(method, str) and names_python(method) else None
+
+
+def _users(options: Options, planned: Sequence[Planned]) -> dict[str, list[Path]]:
+    """By file, the folders of what is made with it."""
+    users: dict[str, list[Path]] = {}
+    for each in planned:
+        if file := file_of(each.settings.get("method")):
+            users.setdefault(file, []).append(options.out / each.name)
+    metrics = options.evaluate.get("metrics", [])
+    for metric in metrics if isinstance(metrics, list) else [metrics]:
+        if file := file_of(metric):
+            users.setdefault(file, []).append(options.out / "evaluations")
+    return users
+
+
+def _kept(out: Path, planned: Sequence[Planned]) -> dict[str, str]:
+    """What the study kept at its start, or its first run where it is of a version that kept nothing."""
+    kept: dict[str, str] = {}
+    for each in planned:
+        config, file = out / each.name / "config.yaml", file_of(each.settings.get("method"))
+        if file and config.is_file() and (known := read_config(config).get("method_sha256")):
+            kept.setdefault(file, known)
+    config = out / "config.yaml"
+    return kept | (read_config(config).get("file_sha256", {}) if config.is_file() else {})
