@@ -40,6 +40,7 @@ TRAINING = Path(promptkd.training.__file__).parent
 
 SHARED_METHODS = {
     # overridden by both trainers
+    "_determine_best_metric": ["metrics", "trial"],
     "_get_grad_norm": ["model", "grad_norm"],
     "_get_output_dir": ["trial"],
     "_get_train_sampler": ["train_dataset"],
@@ -92,8 +93,8 @@ WHILE_TRAINING = {"_globalstep_last_logged", "_tr_loss"}  # what a logged line t
 COUNTED_BY_TRL = {"_total_train_tokens"}  # by SFTTrainer, among the metrics
 
 STATE = {
-    *("best_global_step", "best_model_checkpoint", "epoch", "global_step", "is_world_process_zero", "log_history"),
-    *("logging_steps", "max_steps", "save_to_json", "stateful_callbacks"),
+    *("best_global_step", "best_metric", "best_model_checkpoint", "epoch", "global_step", "is_world_process_zero"),
+    *("log_history", "logging_steps", "max_steps", "save_to_json", "stateful_callbacks"),
 }
 
 DISTILLATION_FIELDS = {  # of TRL's DistillationConfig, beside those of transformers' arguments
