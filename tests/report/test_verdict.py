@@ -75,13 +75,22 @@ def test_few_rows_carry_no_claim(ratio: Metric) -> None:
     assert "[" not in told
 
 
-@pytest.mark.parametrize("teacher", [0.0, 0.4])
+@pytest.mark.parametrize("teacher", [0.0, 0.4, 1.9])
 def test_a_share_of_nothing_is_not_told(teacher: float) -> None:
     told = lead(record(ratio=KEPT if teacher else None, teacher=teacher, inference=SPEEDS))
     assert told.startswith(f"ROUGE-L says nothing of student on validation: the teacher's own is {teacher:.1f} of 100.")
     assert "Its validation loss is 0.30 [0.20, 0.40] nats/token above the teacher's." in told
     assert "student has 84 % of its size" in told
     assert "keeps" not in told
+
+
+@pytest.mark.parametrize("rows", [121, 8])
+def test_a_teacher_whose_interval_holds_nothing_carries_no_share(rows: int) -> None:
+    made = record(ratio=KEPT, rows=rows, teacher=5.0)
+    made.evaluations[0].metrics["rouge_l"] = Metric(value=5.0, low=0.0, high=9.0, rows=rows)
+    told = lead(made)
+    assert told.startswith("ROUGE-L says nothing of student on validation: the teacher's own is 5.0 [0.0, 9.0] of 100.")
+    assert "%" not in told.partition("student has")[0]
 
 
 def test_another_precision_of_the_teacher_is_told() -> None:

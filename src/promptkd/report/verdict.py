@@ -11,7 +11,7 @@ from promptkd.results import BEFORE, Difference, Inference, Metric, Results
 
 _METRIC = "rouge_l"
 _LEAST_ROWS = 20  # a bootstrap over fewer says too little of other rows
-_LEAST_VALUE = 1.0  # of 100: a share of less is a share of nothing
+_LEAST_VALUE = 2.0  # of 100: a share of less is a share of nothing
 _HEADS = ("Model", "Parameters", "Share of the teacher", "Weights on disk", "Weights in memory", "First token")
 _NO_TEACHER = (
     "The teacher was not measured here, so nothing is said of what the student keeps of it: "
@@ -47,10 +47,11 @@ def verdict_of(records: Sequence[Results]) -> Verdict | None:
 def _sentence(record: Results, difference: Difference, takes: str) -> str:
     model, teacher, rows = difference.model, difference.baseline, difference.difference.rows or 0
     where = f" on {difference.data}" if difference.data else ""
-    of_teacher = _value(record, teacher, difference.data)
+    measured = _measured(record, teacher, difference.data)
+    of_teacher = None if measured is None else measured.value
     ratio = difference.ratio or _without_interval(record, difference, of_teacher)
-    if ratio is None or (of_teacher is not None and of_teacher < _LEAST_VALUE):
-        value = "0" if of_teacher is None else f"{of_teacher:.1f} of 100"
+    if ratio is None or (measured is not None and _is_next_to_nothing(measured)):
+        value = "0" if measured is None else joined(*estimate(metric_info(_METRIC), measured), by=" ") + " of 100"
         told = f"ROUGE-L says nothing of {model}{where}: the teacher's own is {value}."
         return joined(told, _loss(record, difference), f"{model} has {takes}." if takes else "", by=" ")
     if ratio.low is None or ratio.high is None or rows < _LEAST_ROWS:
@@ -60,26 +61,30 @@ def _sentence(record: Results, difference: Difference, takes: str) -> str:
         return joined(told, f"It has {takes}." if takes else "", by=" ")
     share = f"{ratio.value * 100:.0f} % [{ratio.low * 100:.0f}, {ratio.high * 100:.0f}]"
     told = joined(f"{model} keeps {share} of the teacher's ROUGE-L{where} ({rows} rows)", takes, by=" at ")
-    before = _value(record, BEFORE, difference.data)
+    before = _measured(record, BEFORE, difference.data)
     if before is None or of_teacher is None:
         return f"{told}."
-    return f"{told}. Before training it had {before / of_teacher * 100:.0f} %."
+    return f"{told}. Before training it had {before.value / of_teacher * 100:.0f} %."
+
+
+def _is_next_to_nothing(of_teacher: Metric) -> bool:
+    return of_teacher.value < _LEAST_VALUE or (of_teacher.low is not None and of_teacher.low <= 0)
 
 
 def _without_interval(record: Results, difference: Difference, of_teacher: float | None) -> Metric | None:
     """The ratio in a record that holds none, as older ones."""
-    ours = _value(record, difference.model, difference.data)
+    ours = _measured(record, difference.model, difference.data)
     if ours is None or not of_teacher:
         return None
-    return Metric(value=ours / of_teacher, rows=difference.difference.rows)
+    return Metric(value=ours.value / of_teacher, rows=difference.difference.rows)
 
 
-def _value(record: Results, model: str, data: str) -> float | None:
+def _measured(record: Results, model: str, data: str) -> Metric | None:
     for each in record.evaluations:
         manner = "greedy" if each.decoding.get("temperature") == 0 else "sampled"
         names = ("", each.data, f"{each.data}, {manner}", joined(each.data, decoding_words(each.decoding)))
         if each.model == model and data in names and _METRIC in each.metrics:
-            return each.metrics[_METRIC].value
+            return each.metrics[_METRIC]
     return None
 
 
