@@ -17,6 +17,7 @@ from promptkd.data import (
     resolve_template,
     stop_token_ids,
 )
+from promptkd.data.summary import EVALUATION_FLAGS, FLAGS, limits_named
 from promptkd.errors import RequestError
 
 END, START, STOP = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -626,6 +627,18 @@ def test_a_limit_shorter_than_the_template_says_how_long_the_prompts_are():
         encode(plain(), rows, "alpaca", prompt=20)
     with pytest.raises(RequestError, match="shortest response has 2, and the limit is 1"):
         encode(plain(), rows, "alpaca", response=1)
+
+
+def test_where_no_row_fits_the_flags_that_keep_all_are_named():
+    rows = [{"prompt": "abcd", "completion": "xyz"}, {"prompt": "abcdefg", "completion": "x"}]
+    kept = [
+        ({"prompt": 3}, FLAGS, r"\. --max_prompt_length 7 keeps all\.$"),
+        ({"response": 1}, EVALUATION_FLAGS, r"limit is 1\. --max-reference-length 4 keeps all\.$"),
+        ({"prompt": 3, "response": 1}, FLAGS, "--max_prompt_length 7 --max_completion_length 4 keeps all"),
+    ]
+    for limits, flags, told in kept:
+        with pytest.raises(RequestError, match=told), limits_named(flags):
+            encode(plain(), rows, **limits)
 
 
 def test_what_cannot_be_encoded_is_named():

@@ -8,7 +8,7 @@ import torch
 from promptkd.cli.outputs import say_rows
 from promptkd.cli.terminal import quiet_libraries, say
 from promptkd.data import EncodedData, encode_examples, read_columns, read_examples, resolve_template, stop_token_ids
-from promptkd.data.summary import EVALUATION_FLAGS, GENERATION_FLAGS
+from promptkd.data.summary import EVALUATION_FLAGS, GENERATION_FLAGS, limits_named
 from promptkd.engine import check_scoring, engine_for
 from promptkd.generation import Decoding
 from promptkd.memory import gibibytes, peak_memory
@@ -58,7 +58,8 @@ class InferenceRun:
         lengths = {"max_prompt_length": options.max_prompt_length, "max_response_length": longest}
         flags = EVALUATION_FLAGS if needed else GENERATION_FLAGS
         examples = read_examples(source, limit=limit, columns=read_columns(options.columns))
-        data = encode_examples(examples, tokenizer, template, need_response=needed, **lengths)
+        with limits_named(flags):
+            data = encode_examples(examples, tokenizer, template, need_response=needed, **lengths)
         if source not in self._told:
             self._told[source] = say_rows(source, data, flags)
         return data

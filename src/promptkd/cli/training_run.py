@@ -15,7 +15,7 @@ from promptkd.cli.outputs import RunFolder, data_record, label_of, say_rows
 from promptkd.cli.parsing.parser import merged_config
 from promptkd.cli.terminal import is_main_process, quiet_libraries, say
 from promptkd.data import EncodedData, Example, encode_examples, read_columns, read_examples, resolve_template
-from promptkd.data.summary import template_note
+from promptkd.data.summary import limits_named, template_note
 from promptkd.errors import PromptKDError, RequestError
 from promptkd.evaluation.dataset_evaluation import measure_rows
 from promptkd.evaluation.measure import evaluation_of
@@ -112,7 +112,8 @@ class TrainingRun:
         for name, (_, examples) in self._examples.items():
             settings["need_response"] = need_response or name == "validation"
             settings["turns"] = "last" if name == "validation" else args.turns
-            encoded[name] = encode_examples(examples, tokenizer, template, **settings)
+            with limits_named():
+                encoded[name] = encode_examples(examples, tokenizer, template, **settings)
         self.note(template_note(template, owner, args.turns))
         for name, data in encoded.items():
             source, _ = self._examples.pop(name)

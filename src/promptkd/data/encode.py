@@ -65,6 +65,14 @@ class EncodedData:
         return len({example.row for example in self.examples})
 
 
+class NoRowFitsError(RequestError):
+    """No row is within the length limits; `keeps_all` would keep every one."""
+
+    def __init__(self, told: str, limits: Limits, keeps_all: Limits):
+        super().__init__(told)
+        self.limits, self.keeps_all = limits, keeps_all
+
+
 def encode_examples(
     examples: Sequence[Example],
     tokenizer: "PreTrainedTokenizerBase",
@@ -80,8 +88,8 @@ def encode_examples(
 
     One over a limit, in tokens with BOS and end token, is dropped and counted, or an "error". A conversation
     that ends with the user is dropped and counted; without `need_response` it is used, and responses have no limit.
-    `RequestError` for wrong arguments, no row left, or a row that cannot be rendered, or lacks tokens or a reference,
-    with its location.
+    `NoRowFitsError` where all are over a limit, `RequestError` for wrong arguments, no row left, or a row that cannot
+    be rendered, or lacks tokens or a reference, with its location.
     """
     if not examples:
         raise RequestError("Expected at least one row to encode. Got none.")
@@ -105,6 +113,7 @@ def encode_examples(
         raise RequestError(f"{none}, and one is needed.")
     prompts, texts, responses, references = _encoded(asked, tokenizer, template, need_response)
     limits = Limits(max_prompt_length, max_response_length if need_response else 0)
+    lengths = [(len(prompt), len(response)) for prompt, response in zip(prompts, responses, strict=True)]
     kept = []
     for index, (example, prompt, response) in enumerate(zip(asked, prompts, responses, strict=True)):
         problem = excess = ""
@@ -129,9 +138,8 @@ def encode_examples(
         and_response = f"; the shortest response has {min(map(len, responses))}, and the limit is {max_response_length}"
         limit = f"{max_prompt_length}{and_response if need_response else ''}"
         prompt_length = f"{min(map(len, prompts))} tokens, template included, and the limit is {limit}"
-        none = f"None of the {len(asked)} rows is within the limits."
-        raise RequestError(f"{none} The shortest prompt has {prompt_length}. Raise the limits.")
-    lengths = [(len(prompt), len(response)) for prompt, response in zip(prompts, responses, strict=True)]
+        told = f"None of the {len(asked)} rows is within the limits. The shortest prompt has {prompt_length}."
+        raise NoRowFitsError(told, limits, _that_keep(1.0, lengths, limits))
     dropped, most, every = len(asked) - len(kept), None, None
     if dropped > (1 - MOST) * len(asked):
         most, every = _that_keep(MOST, lengths, limits), _that_keep(1.0, lengths, limits)

@@ -1,7 +1,11 @@
 """What happened to the rows of a data set, in sentences for the terminal and the record."""
 
-from promptkd.data.encode import MOST, EncodedData, Turns
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from promptkd.data.encode import MOST, EncodedData, Limits, NoRowFitsError, Turns
 from promptkd.data.templates import Template
+from promptkd.errors import RequestError
 
 FLAGS = ("--max_prompt_length", "--max_completion_length")  # of training
 GENERATION_FLAGS = ("--max-prompt-length", "--max-completion-length")
@@ -31,12 +35,22 @@ def row_notes(source: str, data: EncodedData, flags: tuple[str, str] = FLAGS) ->
     if data.limits is not None and data.keeps_most is not None and data.keeps_all is not None:
         total = len(data.examples) + data.dropped
         limits = _limits(flags, data.limits.prompt, data.limits.response)
-        most, every = (_raised(flags, data, each.prompt, each.response) for each in (data.keeps_most, data.keeps_all))
+        most, every = (_raised(flags, data.limits, each) for each in (data.keeps_most, data.keeps_all))
         kept = f"{most} keeps {MOST:.0%}" + ("." if most == every else f", {every} keeps all.")
         noun = "examples" if data.turns == "all" else "rows"
         share = f"{data.dropped:,} of {total:,} {noun} ({data.dropped / total:.0%})"
         notes.append(f"Warning: {source}: {share} are over {' or '.join(limits)} and were dropped. {kept}")
     return notes
+
+
+@contextmanager
+def limits_named(flags: tuple[str, str] = FLAGS) -> Iterator[None]:
+    """Let the message that no row is within the limits end with the `flags` and values that keep all rows."""
+    try:
+        yield
+    except NoRowFitsError as error:
+        every = _raised(flags, error.limits, error.keeps_all)
+        raise RequestError(f"{error} {every} keeps all.") from error
 
 
 def template_note(template: Template, owner: str, turns: Turns | None = None) -> str:
@@ -52,8 +66,10 @@ def _limits(flags: tuple[str, str], prompt: int, response: int) -> list[str]:
     return [f"{flag} {value}" for flag, value in zip(flags, (prompt, response), strict=True) if value]
 
 
-def _raised(flags: tuple[str, str], data: EncodedData, prompt: int, response: int) -> str:
+def _raised(flags: tuple[str, str], now: Limits, new: Limits) -> str:
     """The flags that differ from now."""
-    assert data.limits is not None
-    new = (prompt if prompt > data.limits.prompt else 0), (response if response > data.limits.response else 0)
-    return " ".join(_limits(flags, *new))
+    prompt, response = (
+        (new.prompt if new.prompt > now.prompt else 0),
+        (new.response if new.response > now.response else 0),
+    )
+    return " ".join(_limits(flags, prompt, response))

@@ -16,7 +16,7 @@ from promptkd.data import EncodedData, encode_examples, examples_from_rows, read
 from promptkd.data.chat import adopt
 from promptkd.data.encode import Turns
 from promptkd.data.messages import without_nulls
-from promptkd.data.summary import row_notes
+from promptkd.data.summary import limits_named, row_notes
 from promptkd.engine import Vocabulary, check_scoring, unwrap_peft
 from promptkd.errors import RequestError
 from promptkd.methods import Method
@@ -91,17 +91,19 @@ def encode(
         return rows
     if isinstance(rows, Dataset):
         rows = [without_nulls(row) for row in rows]  # each of its structs has the fields of all others
-    encoded = encode_examples(
-        examples_from_rows(rows, read_columns(args.columns)),
-        tokenizer,
-        resolve_template(args.template, tokenizer, args.chat_template_kwargs),
-        max_prompt_length=args.max_prompt_length,
-        max_response_length=args.max_completion_length or 0,
-        overlong=args.overlong,
-        need_response=need_response,
-        turns=turns,
-    )
-    for note in row_notes(name, encoded, ("max_prompt_length =", "max_completion_length =")):
+    flags = ("max_prompt_length =", "max_completion_length =")
+    with limits_named(flags):
+        encoded = encode_examples(
+            examples_from_rows(rows, read_columns(args.columns)),
+            tokenizer,
+            resolve_template(args.template, tokenizer, args.chat_template_kwargs),
+            max_prompt_length=args.max_prompt_length,
+            max_response_length=args.max_completion_length or 0,
+            overlong=args.overlong,
+            need_response=need_response,
+            turns=turns,
+        )
+    for note in row_notes(name, encoded, flags):
         _log.warning(note)
     return encoded
 
