@@ -7,7 +7,7 @@ import pytest
 
 from promptkd.errors import RequestError
 from promptkd.io.redact import without_secrets
-from promptkd.results import Evaluation, Metric, Results, file_sha256
+from promptkd.results import Evaluation, Metric, Results, file_sha256, metric_named
 
 
 def record():
@@ -81,3 +81,11 @@ def test_hashes_are_over_all_bytes_in_order(tmp_path):
     second.write_bytes(b"two")
     assert file_sha256(first, second) == hashlib.sha256(b"onetwo").hexdigest()
     assert file_sha256(second, first) == hashlib.sha256(b"twoone").hexdigest()
+
+
+@pytest.mark.parametrize("asked", ["share", "own:share", "mine.py:share", "own-lower:share", "../my dir/mine.py:share"])
+def test_a_metric_of_ones_own_is_known_by_each_of_its_names(asked):
+    if asked != "own-lower:share":
+        assert metric_named(asked, ["loss", "own:share"]) == "own:share"
+    assert metric_named(asked, ["loss", "own-lower:share"]) == "own-lower:share"
+    assert metric_named(asked, ["loss", "evaluate:share", "shares"]) is None

@@ -10,6 +10,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Collection
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -290,6 +291,15 @@ class Results(_Record):
             where = ".".join(str(part) for part in first["loc"]) or "the whole file"
             problem = f"{path} is not a results record of schema version {SCHEMA_VERSION}: {where}: {first['msg']}"
             raise RequestError(f"{problem}. Write it again with the command that made it.") from error
+
+
+def metric_named(asked: str, known: Collection[str]) -> str | None:
+    """The one of `known` metrics that is asked for. One's own, "own:NAME", is also NAME and FILE.py:NAME."""
+    if asked in known:
+        return asked
+    file, _, name = asked.rpartition(":")
+    own = [f"{prefix}:{name}" for prefix in ("own", "own-lower")] if file in ("", "own") or file.endswith(".py") else []
+    return next((each for each in own if each in known), None)
 
 
 def now() -> str:

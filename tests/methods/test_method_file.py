@@ -238,3 +238,11 @@ def test_what_fails_while_it_trains_is_told_with_its_file_and_line(world, file, 
     assert ran.status == 1
     assert re.search(told, ran.err), ran.err
     assert "Run again with --debug" not in ran.err
+    if what == "nan":  # it took no step, so that its folder is free, with other settings and the corrected file too
+        for way in ([], ["--resume", "--seed", 5]):
+            ran = run(capsys, *distill(world, tmp_path / "run", *settings, "--preflight", "false", *way))
+            assert ran.status == 1
+            assert "took no step, so it is started anew" in ran.err
+        (tmp_path / "run" / "notes.txt").write_text("mine")
+        ran = run(capsys, *distill(world, tmp_path / "run", *settings))
+        assert (ran.status, "is not empty" in ran.err) == (2, True)

@@ -731,7 +731,7 @@ def test_metrics_that_nothing_measures_are_refused_before_any_run(world, tmp_pat
     assert ran.status == 2
     assert "has no lost, which should be a function" in ran.err
     evaluate["metrics"] = [f"{own}:letters"]
-    file = study_file(world, tmp_path / "out", evaluate=evaluate, metrics=[f"{own}:letters", "kl_to_teacher"])
+    file = study_file(world, tmp_path / "out", evaluate=evaluate, metrics=["letters", "kl_to_teacher"])
     said = done(capsys, "study", file, "--dry-run").out
     evaluations = said.split("promptkd evaluate ")[1:]
     assert [f"--teacher {world.teacher}" in line for line in evaluations] == [True, False, True]
@@ -772,7 +772,7 @@ def test_a_file_of_ones_own_stays_as_it_was_when_the_study_began(world, tmp_path
     said = done(capsys, "study", file, "--dry-run").out
     assert said.count(f"--method-sha256 {hashes[str(own)]}") == 2
     settings = yaml.safe_load(file.read_text())
-    (out / "half-seed-1").mkdir(parents=True)
+    (out / "half-seed-1" / "student").mkdir(parents=True)
     for kept, run_kept in ((hashes, {}), ({}, {"method_sha256": hashes[str(own)]})):  # and of an older study
         (out / "config.yaml").write_text(yaml.safe_dump(settings | ({"file_sha256": kept} if kept else {})))
         (out / "half-seed-1" / "config.yaml").write_text(yaml.safe_dump({"method": f"{own}:half"} | run_kept))
@@ -785,12 +785,12 @@ def test_a_file_of_ones_own_stays_as_it_was_when_the_study_began(world, tmp_path
         own.write_text(text)
     own.write_text(text + "# changed\n")
     (out / "half-seed-1" / "config.yaml").unlink()
-    (out / "half-seed-1").rmdir()
+    (out / "half-seed-1" / "student").rmdir()
     (out / "config.yaml").write_text(yaml.safe_dump(settings | {"file_sha256": hashes}))
     ran = done(capsys, "study", file, "--dry-run")
     assert "Nothing has been made with it yet: its runs take it as it is now." in ran.err
     assert f"--method-sha256 {file_sha256(own)}" in ran.out
-    (out / "evaluations").mkdir()
+    (out / "evaluations" / "half-seed-1").mkdir(parents=True)
     file = study_file(world, out, evaluate={"data": [world.test], "metrics": [f"{own}:letters"]})
     assert f"made with the file: {out}/evaluations." in run(capsys, "study", file).err
 

@@ -16,13 +16,15 @@ from promptkd.errors import RequestError, writing
 from promptkd.io.atomic import remove
 from promptkd.io.lock import FOLDER_LOCK, locked
 from promptkd.io.python_file import names_python, python_file
-from promptkd.results import DataRecord, Results, Training, file_sha256
+from promptkd.results import DataRecord, Results, Training, file_sha256, read_history
 
 _OWN = {
     *("config.yaml", "metrics.jsonl", "preflight.json", "baselines.json", "results.json", "report.html"),
     *("student", "model", "prompt", "teacher_lora", "teacher", "online_module", "checkpoints", "tensorboard"),
     "responses.jsonl",
 }
+_BEFORE_A_STEP = {"config.yaml", "metrics.jsonl", "baselines.json", "checkpoints", "tensorboard"}
+_OF_A_RUN = {"out", "data", "keep"}  # keys that are in every config.yaml of a run, and hardly in one typed by hand
 _MAY_CHANGE = {"resume", "overwrite", "out", "keep", "on_nan", "measure", "preflight"}
 _MAY_CHANGE |= {  # refused today, but in the config.yaml of older runs
     *("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision"),
@@ -78,7 +80,10 @@ class RunFolder:
         if self.path.is_file():
             raise RequestError(f"--out must be a folder. {self.path} is a file.")
         check_writable(self.path, self.path)
-        if (held := self._held()) and self._resume:
+        held = self._held()
+        if held and not self._overwrite and took_no_step(self.path):
+            return
+        if held and self._resume:
             self._check_same_settings()
         elif held and not self._overwrite:
             advice = "Resume the run in it by --resume, replace it by --overwrite, or give another --out."
@@ -95,7 +100,7 @@ class RunFolder:
         new = [place for place in places if not place.exists()] if is_main_process() else []
         try:
             if is_main_process():
-                for name in self._held() if self._overwrite else ():
+                for name in self._held() if self._overwrite or self._starts_anew() else ():
                     remove(self.path / name)
                 with writing(self.path):
                     write_config(self.config, self._settings)
@@ -111,6 +116,13 @@ class RunFolder:
 
     def _held(self) -> list[str]:
         return sorted({each.name for each in self.path.iterdir()} - {FOLDER_LOCK}) if self.path.is_dir() else []
+
+    def _starts_anew(self) -> bool:
+        """Whether a run that took no step is replaced: by a new start, or because its settings have changed."""
+        is_anew = took_no_step(self.path) and not (self._resume and read_config(self.config) == self._settings)
+        if is_anew:
+            say(f"The run in {self.path} took no step, so it is started anew.")
+        return is_anew
 
     def _check_same_settings(self) -> None:
         if not self.config.is_file():
@@ -130,6 +142,20 @@ class RunFolder:
         if changed:
             advice = f"Use its own settings (--out {self.path} --resume and no other flag) or start a new run."
             raise RequestError(f"--resume continues the run in {self.path} as it was started, but {changed}. {advice}")
+
+
+def took_no_step(folder: Path) -> bool:
+    """Whether a folder holds what a run leaves that failed before its first step: its settings, and no result."""
+    held = {each.name for each in folder.iterdir()} - {FOLDER_LOCK} if folder.is_dir() else set()
+    if (
+        "config.yaml" not in held
+        or held - _BEFORE_A_STEP
+        or not read_config(folder / "config.yaml").keys() >= _OF_A_RUN
+    ):
+        return False
+    checkpoints, metrics = folder / "checkpoints", folder / "metrics.jsonl"
+    logged = read_history(metrics) if metrics.is_file() else []
+    return not (checkpoints.is_dir() and any(checkpoints.iterdir())) and not any(each.get("step") for each in logged)
 
 
 def data_record(path: str, data: EncodedData) -> DataRecord:

@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from promptkd.cli.options.study import Options
+from promptkd.cli.outputs import took_no_step
 from promptkd.cli.parsing.config_file import read_config
 from promptkd.cli.terminal import say
 from promptkd.errors import RequestError
@@ -21,9 +23,9 @@ def hashes_of_files(options: Options, planned: Sequence[Planned]) -> dict[str, s
     now = {file: file_sha256(Path(file)) for file in users if Path(file).is_file()}  # a missing one is told by its run
     kept = _kept(options.out, planned)
     for file in now:
-        if kept.get(file, now[file]) == now[file]:
+        if kept.get(file) in (None, now[file]):
             continue
-        made = [str(folder) for folder in users[file] if folder.is_dir()]
+        made = [str(folder) for folder in users[file] if _is_made(folder)]
         told = f"{file} has changed since this study began"
         if made:
             more = f" and {len(made) - 3} more" if len(made) > 3 else ""
@@ -51,12 +53,16 @@ def _users(options: Options, planned: Sequence[Planned]) -> dict[str, list[Path]
     return users
 
 
-def _kept(out: Path, planned: Sequence[Planned]) -> dict[str, str]:
+def _kept(out: Path, planned: Sequence[Planned]) -> dict[str, Any]:
     """What the study kept at its start, or its first run where it is of a version that kept nothing."""
-    kept: dict[str, str] = {}
+    kept: dict[str, Any] = {}
     for each in planned:
-        config, file = out / each.name / "config.yaml", file_of(each.settings.get("method"))
-        if file and config.is_file() and (known := read_config(config).get("method_sha256")):
-            kept.setdefault(file, known)
+        folder, file = out / each.name, file_of(each.settings.get("method"))
+        if file and _is_made(folder) and (folder / "config.yaml").is_file():
+            kept.setdefault(file, read_config(folder / "config.yaml").get("method_sha256"))
     config = out / "config.yaml"
     return kept | (read_config(config).get("file_sha256", {}) if config.is_file() else {})
+
+
+def _is_made(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir()) and not took_no_step(folder)

@@ -21,7 +21,7 @@ from promptkd.errors import RequestError, raise_together
 from promptkd.evaluation.function_metric import label_of_metric
 from promptkd.evaluation.measure import MEASURED
 from promptkd.report.text import text_table
-from promptkd.results import Results
+from promptkd.results import Results, metric_named
 from promptkd.study.loop import clock
 from promptkd.study.plan import Planned, Settings, arguments_of, plan_runs, slug
 from promptkd.study.processes import Command, Job, Phase, shell_line
@@ -106,7 +106,7 @@ def _checked_metrics(options: Options, problems: Problems) -> list[str]:
             problems[f"evaluate: {error}"] = []
             own[name] = name
     known = [*MEASURED, "kl_to_teacher", *own.values()]
-    asked = [own.get(name, name) for name in options.metrics]
+    asked = [own.get(name) or metric_named(name, known) or name for name in options.metrics]
     if unknown := [name for name in asked if name not in known]:
         told = f"metrics asks for {', '.join(unknown)}, which nothing measures: there are {', '.join(known)}"
         problems[f"{told}. More are measured by `metrics` in `evaluate`."] = []

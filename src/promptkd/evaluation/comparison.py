@@ -16,7 +16,7 @@ from promptkd.evaluation import statistics
 from promptkd.evaluation.measure import OF_REFERENCES
 from promptkd.evaluation.pairing import Candidate, Column, Setting, settings_of
 from promptkd.evaluation.statistics import DEFAULT, Bootstrap, Floats
-from promptkd.results import Better, DataRecord, Difference, Evaluation
+from promptkd.results import Better, DataRecord, Difference, Evaluation, metric_named
 
 Pairs = Literal["baseline", "all", "last"]
 _TO_TEACHER = "kl_to_teacher"
@@ -135,10 +135,11 @@ def _alike(settings: Sequence[Setting], candidates: Sequence[Candidate], allow_d
 def known_metrics(settings: Sequence[Setting], asked: Sequence[str]) -> list[str]:
     """The metrics that were measured, or those of them that were asked for. `RequestError` for others."""
     every = list(dict.fromkeys(metric for setting in settings for metric in setting.metrics()))
-    if unknown := [metric for metric in asked if metric not in every]:
+    named = {metric: metric_named(metric, every) for metric in asked}
+    if unknown := [metric for metric, found in named.items() if found is None]:
         expected = f"Expected metrics that rows of two models have scores of: {', '.join(every) or 'none'}."
         raise RequestError(f"{expected} Got {', '.join(unknown)}.")
-    return [metric for metric in every if metric in (asked or every)]
+    return [metric for metric in every if metric in named.values() or not named]
 
 
 def evaluations_of(
