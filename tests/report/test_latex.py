@@ -28,6 +28,7 @@ COMMANDS = {
         "pm",
     ),
     *("textsuperscript", "uparrow", "downarrow", "lambda", "Vert", "infty", "times", "to", "usepackage"),
+    *("label", "multicolumn", "textit"),
     *("textbackslash", "textasciitilde", "textasciicircum", "textasciigrave", "textless", "textgreater", "textbar"),
     *("textquotedbl", "textendash"),
 }
@@ -46,6 +47,7 @@ def tables(text: str) -> list[list[list[str]]]:
     ):
         lines = [line for line in body[1].split("\n") if line != "\\midrule"]
         assert all(line.endswith(" \\\\") for line in lines)
+        lines = [line for line in lines if not line.startswith("\\multicolumn")]
         rows = [re.split(r"(?<!\\) ?& ?", line.removesuffix(" \\\\")) for line in lines]
         assert {len(row) for row in rows} == {len(body[0])}
         found.append(rows)
@@ -55,7 +57,7 @@ def tables(text: str) -> list[list[list[str]]]:
 def test_every_table_is_whole_and_uses_booktabs():
     text = render_latex(STUDY, title="A & B")
     found = tables(text)
-    assert len(found) == text.count("\\begin{table*}") == text.count("\\end{table*}") == 9
+    assert len(found) == text.count("\\begin{table*}") == text.count("\\end{table*}") == 8
     assert [row[0] for row in found[0]] == ["Model", "teacher", "sft", "kd", "gkd", "promptkd"]
     assert "A \\& B. dolly\\_test, greedy" in text
     assert "ExAccErr$(l)$" in text
@@ -134,3 +136,20 @@ def test_the_command_writes_it_by_suffix_or_format(tmp_path, capsys):
     ran = run(capsys, "report", tmp_path / "compared.json", "--out", tmp_path / "table.doc")
     assert ran.status == 2
     assert "--format html, markdown, json or csv, or latex" in ran.err
+
+
+def test_each_table_has_a_label_of_its_own_and_captions_say_what_spreads():
+    text = render_latex(STUDY)
+    labels = re.findall(r"\\label\{(tab:[a-z0-9-]+)\}", text)
+    assert len(labels) == len(set(labels)) == text.count("\\begin{table*}")
+    assert "between decoding seeds" in text
+    assert text.count("Validation loss (nats/token)") == 1  # it is the same under every decoding
+    assert "cannot be told apart \\\\" not in text
+    kept = Metric(value=3, low=-6, high=7, deviation=1.5, rows=4)
+    alone = Evaluation(model="teacher", data="d", metrics={"rouge_l": Metric(value=99.0, low=90, high=104, rows=4)})
+    pooled = Results(kind="study", evaluations=[Evaluation(model="a", data="d", metrics={"rouge_l": kept}), alone])
+    text = render_latex([pooled])
+    assert "[0.0, 7.0]" in text.replace("{[}", "[").replace("{]}", "]")
+    assert "[90.0, 100.0]" in text.replace("{[}", "[").replace("{]}", "]")
+    assert "between training seeds" in text
+    assert "over rows alone where no $\\pm$ stands" in text

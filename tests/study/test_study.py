@@ -41,7 +41,7 @@ from promptkd.cli.study_runs import StudyRun
 from promptkd.errors import RequestError
 from promptkd.evaluation.pairing import Candidate
 from promptkd.io.lock import locked
-from promptkd.results import DataRecord, Evaluation, Results, RowResult, Training, file_sha256
+from promptkd.results import DataRecord, Evaluation, Metric, Results, RowResult, Training, file_sha256
 from promptkd.study.loop import Table, carry_out
 from promptkd.study.plan import Planned, arguments_of, plan_runs
 from promptkd.study.pooling import both_ways, compare_groups, t_quantile, t_two_sided
@@ -560,7 +560,7 @@ def test_both_ways_by_hand():
     alike = np.array([2.0, 2.0])  # rows alone differ
     assert both_ways(alike, by_row)[1] == pytest.approx(t_two_sided(2 / rows**0.5, 2))
     assert both_ways(np.array([1.0]), by_row)[0].low is None
-    assert both_ways(np.zeros(3), np.zeros(4))[1] == 1
+    assert both_ways(np.zeros(3), np.zeros(4)) == (Metric(value=0, rows=4), 1)  # without an interval of no width
 
 
 def candidate(group: str, seed: int, scores, *, teacher: str = "t") -> Candidate:
@@ -660,7 +660,9 @@ def test_a_report_takes_a_studys_folder(tmp_path, capsys):
     table = text.split("\\midrule\n")[1].split("\\bottomrule")[0]
     rows = [line.split(" & ")[0] for line in table.splitlines()]
     assert rows == ["teacher", "a", "b", "untrained"]
-    assert "seeds of training and rows" in text
+    assert "training seeds and rows" in text
+    costs = text.split("Sizes and cost of training")[1].split("\\midrule\n")[1].split("\\bottomrule")[0]
+    assert [line.split(" & ")[0] for line in costs.splitlines()] == ["a", "b"]  # not their runs besides
     done(capsys, "report", tmp_path / "s", "--out", tmp_path / "data.csv")
     lines = list(csv.DictReader((tmp_path / "data.csv").open()))
     known = {line["model"]: line for line in lines if line["metric"] == "rouge_l"}

@@ -97,6 +97,11 @@ def study_comparison(options: Options, runs: Sequence[Finished], references: Seq
     results = compared_groups(groups, references, several=several, baseline=baseline, metrics=options.metrics)
     results.config = merged_config(options, {})
     results.training = mean_costs(runs)
+    for run in runs:  # the seeds of a method have students of one size
+        if size := run.trained.models.get("student"):
+            group = run.planned.group
+            about = {"path": str(options.out / f"{group}-seed-*"), "sha256": "", "about": ""}
+            results.models.setdefault(group, size.model_copy(update=about))
     return results
 
 

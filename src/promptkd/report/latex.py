@@ -1,6 +1,7 @@
 """The report as LaTeX tables with booktabs: metrics with intervals, what cannot be told apart, differences, costs."""
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from string import ascii_lowercase
 
@@ -14,6 +15,7 @@ from promptkd.results import Results
 from promptkd.visible import shown
 
 _MOST_COLUMNS = 5  # metrics side by side, each with its interval
+_OF_REFERENCES = {"loss"}  # metrics of the references, the same under every decoding of a data set
 _ESCAPED = {
     **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "`": r"\textasciigrave{}"},
     **{mark: f"\\{mark}" for mark in "&%$#_{}"},
@@ -47,11 +49,13 @@ def render_latex(records: Sequence[Results], *, title: str | None = None) -> str
     story, parts = unified(records), [_HEAD]
     named = f"{latex_text(title)}. " if title else ""
     pooled = any(record.kind == "study" for record in records)
-    over = "seeds of training and rows" if pooled else "rows"
+    seen: set[tuple[str, str]] = set()
     for setting, rows in by_setting(comparison_table(story)).items():
         names = [name for name in metric_columns(story) if any(name in row.cells for row in rows)]
+        names = [name for name in names if (rows[0].data, name) not in seen]
+        seen |= {(rows[0].data, name) for name in names if name in _OF_REFERENCES}
         blocks = [names[at : at + _MOST_COLUMNS] for at in range(0, len(names), _MOST_COLUMNS)]
-        parts += [_metrics(rows, block, f"{named}{latex_text(setting)}", over) for block in blocks]
+        parts += [_metrics(rows, block, f"{named}{latex_text(setting)}", pooled=pooled) for block in blocks]
     if compared := differences.difference_table(story):
         parts.append(_differences(compared, named))
     for plot in bias_plots(story):
@@ -61,12 +65,26 @@ def render_latex(records: Sequence[Results], *, title: str | None = None) -> str
             for curve in plot.curves
         ]
         about = latex_text(joined(plot.data, plot.settings))
-        parts.append(_table(heads, lines, f"{named}Exposure bias on {about}: ExAccErr$(l)$ in \\%, $l$ in tokens."))
+        parts.append(
+            _table(heads, lines, f"{named}Exposure bias on {about}: ExAccErr$(l)$ in \\%, $l$ in tokens.", "bias")
+        )
     heads, lines = cost_table(story)
     if lines:
         cells = [list(map(latex_text, line)) for line in lines]
-        parts.append(_table(list(map(latex_text, heads)), cells, f"{named}Sizes and cost of training."))
-    return "\n\n".join(parts) + "\n"
+        parts.append(_table(list(map(latex_text, heads)), cells, f"{named}Sizes and cost of training.", "costs"))
+    return _with_own_labels("\n\n".join(parts)) + "\n"
+
+
+def _with_own_labels(text: str) -> str:
+    """Each of several tables of a kind gets its number in its label: tab:metrics-1, tab:metrics-2."""
+    counts: Counter[str] = Counter()
+
+    def own(found: re.Match[str]) -> str:
+        counts[found[1]] += 1
+        number = f"-{counts[found[1]]}" if text.count(found[0]) > 1 else ""
+        return f"\\label{{tab:{found[1]}{number}}}"
+
+    return re.sub(r"\\label\{tab:([a-z]+)\}", own, text)
 
 
 def latex_text(text: str) -> str:
@@ -77,7 +95,7 @@ def latex_text(text: str) -> str:
     return re.sub(r"([-',])(?=\1)", r"\1{}", raised)  # two would be set as a dash or a quotation mark
 
 
-def _metrics(rows: list[ComparisonRow], names: list[str], setting: str, over: str) -> str:
+def _metrics(rows: list[ComparisonRow], names: list[str], setting: str, *, pooled: bool) -> str:
     heads = ["Model", *(_heading(metric_info(name)) for name in names)]
     letters = {name: _letters(name, rows) for name in names}
     best = {name: _best(name, rows) for name in names}
@@ -98,9 +116,13 @@ def _metrics(rows: list[ComparisonRow], names: list[str], setting: str, over: st
     marks = " Bold: the best student." if any(best.values()) else ""
     marks += " Students that share a letter cannot be told apart." if any(letters.values()) else ""
     deviations = any(row.cells[name].deviation for row in rows for name in names if name in row.cells)
-    spread = " $\\pm$: standard deviation between seeds." if deviations else ""
+    over = "rows"
+    if pooled:
+        apart = any(not row.cells[name].deviation for row in rows for name in names if name in row.cells)
+        over = "training seeds and rows" + (", over rows alone where no $\\pm$ stands (teacher, untrained)" * apart)
+    spread = f" $\\pm$: standard deviation between {'training' if pooled else 'decoding'} seeds." * deviations
     caption = f"{setting}. Brackets: 95\\,\\% interval over {over}.{spread}{marks}"
-    return _table(heads, lines, caption)
+    return _table(heads, lines, caption, "metrics")
 
 
 def _heading(info: MetricInfo) -> str:
@@ -129,22 +151,30 @@ def _letters(name: str, rows: list[ComparisonRow]) -> dict[int, str]:
 
 
 def _differences(rows: Sequence[differences.DifferenceRow], named: str) -> str:
-    several = len({row.pair.data for row in rows}) > 1
-    heads = [*(["Data"] if several else []), "Model", "Baseline", "Metric", "Difference", "$p$ (Holm)", "$d$", ""]
-    lines = []
-    for row in rows:
+    heads = ["Model", "Baseline", "Metric", "Difference", "$p$ (Holm)", "$d$", ""]
+    lines: list[list[str]] = []
+    known: list[str] = []
+    for row in sorted(rows, key=lambda row: [each.pair.data for each in rows].index(row.pair.data)):
+        if (heading := row.pair.data) and heading not in known:  # in a row of its own: it is long, and many share it
+            known.append(heading)
+            lines.append([f"\\multicolumn{{{len(heads)}}}{{l}}{{\\textit{{{latex_text(heading)}}}}}"])
         amount = joined(row.value, row.interval, row.info.difference_unit, by=" ")
-        cells = [*([row.pair.data] if several else []), row.pair.model, row.pair.baseline, row.info.label, amount]
-        cells += [probability(row.source.p_adjusted), effect(row.source.effect_size), row.words]
+        cells = [row.pair.model, row.pair.baseline, row.info.label, amount]
+        cells += [probability(row.source.p_adjusted), effect(row.source.effect_size)]
         lines.append([latex_text(cell) if cell != DASH else "--" for cell in cells])
-    return _table(heads, lines, f"{named}Paired differences, model less baseline, with 95\\,\\% intervals.")
+        lines[-1].append("" if row.verdict == "tied" else latex_text(row.words))
+    empty = (
+        " Without a word in the last column: cannot be told apart." if any(r.verdict == "tied" for r in rows) else ""
+    )
+    about = f"{named}Paired differences, model less baseline, with 95\\,\\% intervals.{empty}"
+    return _table(heads, lines, about, "differences")
 
 
-def _table(heads: list[str], lines: list[list[str]], caption: str) -> str:
+def _table(heads: list[str], lines: list[list[str]], caption: str, about: str) -> str:
     body = [" & ".join(heads), "\\midrule", *(" & ".join(line) for line in lines)]
     rows = "\n".join(line if line == "\\midrule" else f"{line} \\\\" for line in body)
     columns = "l" + "r" * (len(heads) - 1)
     return (
-        f"\\begin{{table*}}\n\\centering\\small\n\\caption{{{caption}}}\n\\begin{{tabular}}{{{columns}}}\n\\toprule\n{rows}\n"
+        f"\\begin{{table*}}\n\\centering\\small\n\\caption{{{caption}}}\\label{{tab:{about}}}\n\\begin{{tabular}}{{{columns}}}\n\\toprule\n{rows}\n"
         "\\bottomrule\n\\end{tabular}\n\\end{table*}"
     )

@@ -1,5 +1,6 @@
 """What every metric is called, its unit, and which direction is better: of evaluations, and of training's log."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -21,6 +22,15 @@ class MetricInfo:
     @property
     def difference_unit(self) -> str:
         return {"%": "percentage points", "of 100": "points"}.get(self.unit, self.unit)
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Between which recorded values it lies by its definition; infinite where nothing is known."""
+        if self.unit in ("of 100", "of 10"):
+            return (0, 100) if self.unit == "of 100" else (1, 10)
+        if self.unit == "%" and self.scale == 100:
+            return 0, 1
+        return (0 if self.name in METRICS else -math.inf), math.inf
 
 
 # fmt: off

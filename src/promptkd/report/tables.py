@@ -50,6 +50,8 @@ def model_order(records: Sequence[Results]) -> list[str]:
 def comparison_table(records: Sequence[Results]) -> list[ComparisonRow]:
     """One row per model, data set and decoding of the `unified` records, or several where the records disagree."""
     rows = _rows(records)
+    for row in rows:
+        row.metrics = {name: _within_bounds(name, own) for name, own in row.metrics.items()}
     settings = list(dict.fromkeys((row.data, row.decoding) for row in rows))
     models = model_order(records)
     rows.sort(key=lambda row: (settings.index((row.data, row.decoding)), models.index(row.model)))
@@ -61,6 +63,14 @@ def comparison_table(records: Sequence[Results]) -> list[ComparisonRow]:
                 spread = None if own.deviation is None else f"± {estimate(info, Metric(value=own.deviation))[0]}"
                 row.cells[name] = Cell(*estimate(info, own), spread, row in best[name])
     return rows
+
+
+def _within_bounds(name: str, measured: Metric) -> Metric:
+    """With its interval cut where the metric ends: Student's t over few seeds reaches beyond."""
+    least, most = metric_info(name).bounds
+    if measured.low is None or measured.high is None or not least <= measured.value <= most:
+        return measured
+    return measured.model_copy(update={"low": max(measured.low, least), "high": min(measured.high, most)})
 
 
 def by_setting(rows: Sequence[ComparisonRow]) -> dict[str, list[ComparisonRow]]:
@@ -160,7 +170,11 @@ class Cost(NamedTuple):
 
 
 def costs(records: Sequence[Results]) -> list[Cost]:
-    """One row per model of the `unified` records that has a size or a cost of training, teachers first."""
+    """One row per model of the `unified` records that has a size or a cost of training, teachers first.
+
+    Beside a study's comparison its runs have none: it holds the methods, and the models that it measured.
+    """
+    records = [record for record in records if record.kind == "study" and record.training] or records
     sizes: dict[str, int] = {}
     training: dict[str, Training] = {}
     for record in records:

@@ -49,8 +49,8 @@ def both_ways(by_seed: Floats, by_row: Floats) -> tuple[Metric, float | None]:
     seed_part = deviation**2 / seeds
     row_part = rows / (rows - 1) * float(((by_row - by_row.mean()) ** 2).sum())
     error = np.sqrt(seed_part + row_part)
-    if error <= 1e-12 * max(1.0, abs(value)):  # every run and row says the same
-        return Metric(value=value, low=value, high=value, rows=rows, deviation=deviation), None if value else 1.0
+    if error <= 1e-12 * max(1.0, abs(value)):  # every run and row says the same, which says nothing of others
+        return Metric(value=value, rows=rows), None if value else 1.0
     degrees = error**4 / (seed_part**2 / (seeds - 1) + row_part**2 / (rows - 1))
     reach, p = t_quantile(degrees) * error, t_two_sided(value / error, degrees)
     if seed_part > 0:
