@@ -93,6 +93,41 @@ def test_a_teacher_whose_interval_holds_nothing_carries_no_share(rows: int) -> N
     assert "%" not in told.partition("student has")[0]
 
 
+def evaluated(value: float, temperature: float) -> Results:
+    """A record of the pair on one data set in one decoding: the student's ROUGE-L is `value`, the teacher's 40."""
+    decoding = {"temperature": temperature, "seeds": [10]}
+    each = [
+        Evaluation(model=name, data="valid", decoding=decoding, metrics={"rouge_l": Metric(value=of, rows=121)})
+        for name, of in (("student", value), ("teacher", 40.0))
+    ]
+    names = {"model": "student", "baseline": "teacher", "metric": "rouge_l", "better": "higher", "data": "valid"}
+    difference = Metric(value=value - 40, low=value - 44, high=value - 36, rows=121)
+    ratio = Metric(value=value / 40, low=value / 40 - 0.1, high=value / 40 + 0.1, rows=121)
+    return Results(
+        kind="evaluate", evaluations=each, differences=[Difference(**names, difference=difference, ratio=ratio)]
+    )
+
+
+def test_what_a_run_and_its_evaluation_measured_alike_is_told_once() -> None:
+    text = render_markdown([evaluated(31.0, 1.0), evaluated(31.0, 1.0)])
+    assert text.count("student keeps 78 %") == 1
+    assert text.count("student has lower ROUGE-L by 9.0") == 1
+
+
+def test_sampled_and_greedy_differences_of_two_records_are_told_apart() -> None:
+    told = terminal_table([evaluated(31.0, 1.0), evaluated(35.0, 0.0)], width=400)
+    assert "student keeps 78 % [68, 88] of the teacher's ROUGE-L on valid, sampled (121 rows)" in told
+    assert "student keeps 88 % [78, 98] of the teacher's ROUGE-L on valid, greedy (121 rows)" in told
+    assert "On valid, sampled: Compared with teacher, student has lower ROUGE-L by 9.0" in told
+    assert "On valid, greedy: Compared with teacher, student has lower ROUGE-L by 5.0" in told
+
+
+def test_two_seeds_of_one_pair_are_not_joined_in_one_sentence() -> None:
+    told = terminal_table([evaluated(31.0, 1.0), evaluated(35.0, 1.0)], width=400)
+    assert "by 9.0 [5.0, 13.0] points (a loss) and lower" not in told
+    assert told.count("Compared with teacher, student has lower ROUGE-L by") == 2
+
+
 def test_another_precision_of_the_teacher_is_told() -> None:
     quantized = inference(150_000_000, 100, 10, precision="float32, quantized")
     assert "; the teacher in float32, quantized)" in lead(record(ratio=KEPT, inference=SPEEDS | {"teacher": quantized}))

@@ -76,11 +76,21 @@ def paired(rows: Sequence[DifferenceRow]) -> dict[Pair, list[DifferenceRow]]:
 
 
 def comparison_sentences(rows: Sequence[DifferenceRow]) -> dict[Pair, str]:
-    """What can be said of every pair in `rows`, with numbers. The data set is named where there are several."""
+    """What can be said of every pair in `rows`, with numbers. The data set is named where there are several.
+
+    What several runs measured of a pair is told once where it is the same, else run by run.
+    """
     pairs = paired(rows)
     named = len({pair.data for pair in pairs}) > 1
     where = {pair: f"On {pair.data}: " if named and pair.data else "" for pair in pairs}
-    return {pair: where[pair] + _with_numbers(pair, found) for pair, found in pairs.items()}
+    return {pair: where[pair] + _of_each_run(pair, found) for pair, found in pairs.items()}
+
+
+def _of_each_run(pair: Pair, rows: list[DifferenceRow]) -> str:
+    by_run = {run: _with_numbers(pair, [row for row in rows if row.run == run]) for run in {row.run: 0 for row in rows}}
+    if len(set(by_run.values())) == 1:
+        return next(iter(by_run.values()))
+    return " ".join(f"In {run}: {told}" for run, told in by_run.items())
 
 
 def _with_numbers(pair: Pair, rows: list[DifferenceRow]) -> str:

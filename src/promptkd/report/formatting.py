@@ -126,6 +126,12 @@ def decoding_words(decoding: dict[str, Any]) -> str:
     return joined(*words, "" if limit is None else f"up to {_plain(limit)} tokens", _by_name(others))
 
 
+def manner(decoding: dict[str, Any]) -> str:
+    """ "greedy" or "sampled"; "" where the settings do not tell."""
+    temperature = decoding.get("temperature")
+    return "" if temperature is None else "greedy" if temperature == 0 else "sampled"
+
+
 def curve_words(settings: dict[str, Any]) -> str:
     """The settings of a curve: "ended leave, sampled at temperature 1, 4 seeds, up to 256 tokens"."""
     # each student's prompted teacher has a prompt of its own, so of a prompt only its presence is told

@@ -9,7 +9,7 @@ from operator import add
 from pathlib import PurePath
 from typing import TypeVar
 
-from promptkd.report.formatting import decoding_words, joined
+from promptkd.report.formatting import decoding_words, joined, manner
 from promptkd.results import BEFORE, Curve, DataRecord, Difference, Evaluation, ModelRecord, Results
 
 TEACHER = "teacher"
@@ -32,9 +32,33 @@ def is_teacher(label: str) -> bool:
 def unified(records: Sequence[Results]) -> list[Results]:
     """The same records, with one label for a model or data set in all of them.
 
-    A difference without a data set is given the record's only one; on one decoded in two ways it names the decoding.
+    A difference without a data set is given the record's only one; on one decoded in two ways, by one record or by
+    several, it names the decoding.
     """
-    return list(map(_relabeled, records, _model_names(records), _data_names(records)))
+    return _with_manners(list(map(_relabeled, records, _model_names(records), _data_names(records))))
+
+
+def _with_manners(records: list[Results]) -> list[Results]:
+    """Let differences on "test" say "test, sampled" or "test, greedy" where the records decode that data both ways."""
+
+    def manners(record: Results, data: str) -> set[str]:
+        return {manner(each.decoding) for each in record.evaluations if each.data == data} - {""}
+
+    pairs = [(record, each.data) for record in records for each in record.differences]
+    names = {data for _, data in pairs}
+    split = {
+        name
+        for name in names
+        if len({own for record, data in pairs if data == name for own in manners(record, data)}) > 1
+        or not names.isdisjoint((f"{name}, sampled", f"{name}, greedy"))
+    }
+
+    def named(record: Results, difference: Difference) -> Difference:
+        own = manners(record, difference.data) if difference.data in split else set()
+        data = f"{difference.data}, {own.pop()}" if len(own) == 1 else difference.data
+        return difference.model_copy(update={"data": data})
+
+    return [each.model_copy(update={"differences": [named(each, one) for one in each.differences]}) for each in records]
 
 
 def _relabeled(record: Results, models: dict[str, str], data: dict[str, str]) -> Results:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from promptkd.report.differences import verdict
-from promptkd.report.formatting import DASH, decoding_words, duration, estimate, joined, millions, number
+from promptkd.report.formatting import DASH, decoding_words, duration, estimate, joined, manner, millions, number
 from promptkd.report.labels import TEACHER, is_teacher, run_labels
 from promptkd.report.metrics import in_order, metric_info
 from promptkd.results import BEFORE, Difference, Metric, Results, Training
@@ -82,7 +82,7 @@ def _rows(records: Sequence[Results]) -> list[ComparisonRow]:
     found: dict[tuple[str, str, str], list[ComparisonRow]] = {}
     for record, run in zip(records, run_labels(records), strict=True):
         for each in record.evaluations:
-            words = decoding_words(each.decoding)
+            words, own_manner = decoding_words(each.decoding), manner(each.decoding)
             same = found.setdefault((each.data, words, each.model), [])
             row = next((row for row in same if _agree(row.metrics, each.metrics)), None)
             if row is None:
@@ -92,6 +92,9 @@ def _rows(records: Sequence[Results]) -> list[ComparisonRow]:
             # a difference on the data alone is about this decoding where the record has no other
             decodings = {decoding_words(other.decoding) for other in record.evaluations if other.data == each.data}
             names = {f"{each.data}, {words}", *([each.data] if len(decodings) == 1 else [])}
+            alike = [one.decoding for one in record.evaluations if one.data == each.data]
+            alike = [one for one in alike if manner(one) == own_manner]
+            names |= {f"{each.data}, {own_manner}"} if len(set(map(decoding_words, alike))) == 1 else set()
             about = [difference for difference in record.differences if difference.data in names]
             row.paired += [difference for difference in about if each.model in (difference.model, difference.baseline)]
     for only in (rows[0] for rows in found.values() if len(rows) == 1):

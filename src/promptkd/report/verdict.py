@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from statistics import median
 from typing import NamedTuple
 
-from promptkd.report.formatting import DASH, decoding_words, estimate, joined, listed, millions, number
+from promptkd.report.formatting import DASH, decoding_words, estimate, joined, listed, manner, millions, number
 from promptkd.report.labels import is_teacher
 from promptkd.report.metrics import metric_info
 from promptkd.results import BEFORE, Difference, Inference, Metric, Results
@@ -36,8 +36,12 @@ def verdict_of(records: Sequence[Results]) -> Verdict | None:
         is_distilled = len(records) == 1 and records[0].kind == "distill"
         return Verdict(_NO_TEACHER, []) if is_distilled else None
     told: dict[tuple[str, str], list[str]] = {}  # by student and teacher: its size and speed are told once
+    plain = set()
     for record, each in found:
         pair = (each.model, each.baseline)
+        if (sentence := _sentence(record, each, "")) in plain:  # a run and its evaluation may measure the same
+            continue
+        plain.add(sentence)
         takes = "" if pair in told else _takes(records, *pair)
         told.setdefault(pair, []).append(_sentence(record, each, takes))
     lead, *others = [sentence for sentences in told.values() for sentence in sentences]
@@ -81,8 +85,12 @@ def _without_interval(record: Results, difference: Difference, of_teacher: float
 
 def _measured(record: Results, model: str, data: str) -> Metric | None:
     for each in record.evaluations:
-        manner = "greedy" if each.decoding.get("temperature") == 0 else "sampled"
-        names = ("", each.data, f"{each.data}, {manner}", joined(each.data, decoding_words(each.decoding)))
+        names = (
+            "",
+            each.data,
+            joined(each.data, manner(each.decoding)),
+            joined(each.data, decoding_words(each.decoding)),
+        )
         if each.model == model and data in names and _METRIC in each.metrics:
             return each.metrics[_METRIC]
     return None

@@ -60,7 +60,8 @@ class ProgressBar(TrainerCallback):
             self._task = self._bar.add_task(self._title, total=state.max_steps, completed=state.global_step, loss="")
             self._bar.start()
         else:
-            self._console.print(f"{self._title}: {state.max_steps} steps", highlight=False)
+            steps = "1 step" if state.max_steps == 1 else f"{state.max_steps} steps"
+            self._console.print(f"{self._title}: {steps}", highlight=False)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._bar is not None:
