@@ -14,9 +14,11 @@ from helpers.commands import LIMITS, World, distill, done, make_world, run
 from helpers.hub_server import HubServer, hub
 from helpers.leaks import holding, is_pickle
 from helpers.tiny import save_model, tiny_model
+from promptkd.cli.commands.publish import _defaults
 from promptkd.errors import RequestError
 from promptkd.publish import Published, collect, hub_origin, model_card
 from promptkd.publish.bundle import names_a_place
+from promptkd.report.text import markdown_text
 from promptkd.results import Difference, Evaluation, Metric, Results
 
 TOKEN = "hf_plantedForTheHub0123"
@@ -347,6 +349,28 @@ def test_a_card_names_no_folder_of_the_machine_that_a_run_came_from():
     assert "- 3 rows." in card
     assert "On test.jsonl, greedy" in card
     assert "ROUGE-L on test.jsonl" in card
+
+
+def test_a_card_names_the_recipe_and_what_was_given_and_no_chatter_of_the_run():
+    record = Results(kind="distill", command=["promptkd", "distill", "--config", "gkd", "--seed", "3"])
+    record.config = {"seed": 3, "measure": "all", "preflight": True, "student_lora_alpha": 32.0, "student_lora_rank": 4}
+    told = ["ROUGE compares characters (--rouge_tokenizer).", "Kept step 2 of 3, by ROUGE-L 0.7, ties by loss."]
+    chatter = [
+        "Before training: tune it.",
+        "Speed: 5 rounds, on 1 threads of a CPU.",
+        "Peak memory of the process 1 GiB.",
+    ]
+    record.notes = told + chatter
+    published = Published("me/small", "student", "mit", None, "chat", defaults=_defaults("distill"))
+    card = model_card(record, published)
+    assert all(markdown_text(note) in card for note in told)
+    assert not any(markdown_text(note) in card for note in chatter)
+    assert "| Recipe | gkd |" in card
+    assert "seed: 3" in card
+    assert "student_lora_rank: 4" in card
+    assert not any(name in card for name in ("measure:", "preflight:", "student_lora_alpha:"))
+    record.command = ["promptkd", "distill", "--config=/scratch/joe/mine.yaml"]
+    assert "| Recipe | mine.yaml |" in model_card(record, published)
 
 
 def test_a_card_says_first_what_the_student_keeps_of_its_teacher():

@@ -1,7 +1,7 @@
 """The model card, README.md, from the record of a run and those of its evaluations."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +33,7 @@ _OF_THE_MACHINE = {  # settings that say where and how a run ran, not what it co
         "disable_tqdm",
     ),
 }
+_CHATTER = ("Before training:", "Speed:", "Peak memory")  # notes on the run that say nothing of the model
 _DONE = {"distill": "distilled", "sft": "tuned on the responses of a data set", "prune": "pruned"}
 
 
@@ -51,6 +52,8 @@ class Published:
     """How prompts were written."""
     evaluations: Sequence[Results] = field(default_factory=list)
     """Further records in which the model was measured."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Of the options of the command that made the model: no setting that was given."""
 
 
 def model_card(record: Results, published: Published) -> str:
@@ -71,7 +74,7 @@ def model_card(record: Results, published: Published) -> str:
         f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---",
         f"# {markdown_text(published.repository.split('/')[-1])}",
         _lead(record, published),
-        "## How it was made\n\n" + _making(record),
+        "## How it was made\n\n" + _making(record, published.defaults),
         "## Data\n\n" + _data(record),
         "## What was measured\n\n" + _measured([record, *published.evaluations]),
         "## How to load it\n\n" + _loading(published),
@@ -115,7 +118,7 @@ def _method(record: Results) -> str:
     return known[0].method if known else record.kind
 
 
-def _making(record: Results) -> str:
+def _making(record: Results, defaults: Mapping[str, Any]) -> str:
     start = record.config.get("student") or record.config.get("model")
     lines = [["Started from", shown_name(str(start))]] if start else []
     if teacher := record.config.get("teacher"):
@@ -124,21 +127,32 @@ def _making(record: Results) -> str:
         if label in record.models:
             lines.append([f"Parameters of the {label}", millions(record.models[label].parameters)])
     lines.append(["Method", _method(record)])
+    if recipe := _recipe(record.command):
+        lines.append(["Recipe", recipe])
     if cost := next(iter(record.training.values()), None):
         lines.append(["Optimizer steps", f"{cost.steps:,}"])
     versions = [f"{name} {version}" for name, version in record.code.items() if version and name != "git_commit"]
     lines.append(["Versions", ", ".join(versions)])
-    notes = [f"- {markdown_text(note)}" for note in record.notes if not holds_a_path(note)]
+    notes = [
+        f"- {markdown_text(note)}" for note in record.notes if not (holds_a_path(note) or note.startswith(_CHATTER))
+    ]
     table = markdown_table(["", ""], [list(map(markdown_text, line)) for line in lines])
-    return joined(table, _settings(record.config), "\n".join(notes), by="\n\n")
+    return joined(table, _settings(record.config, defaults), "\n".join(notes), by="\n\n")
 
 
-def _settings(config: dict[str, Any]) -> str:
+def _recipe(command: Sequence[str]) -> str:
+    """The recipe or file that --config named, without its folder; "" without one."""
+    words = [word for each in command for word in (each.split("=", 1) if each.startswith("--config=") else [each])]
+    return Path(words[words.index("--config") + 1]).name if "--config" in words[:-1] else ""
+
+
+def _settings(config: dict[str, Any], defaults: Mapping[str, Any]) -> str:
     """The settings that were given, as YAML, but for those of the machine and those that name a folder of it."""
     told = {
         name: value
         for name, value in config.items()
         if name not in _OF_THE_MACHINE and value not in (None, "", [], {}) and not holds_a_path(str(value))
+        if name not in defaults or value != defaults[name]
     }
     text = visible(yaml.safe_dump(told, sort_keys=False, allow_unicode=True))
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))

@@ -2,11 +2,14 @@
 
 import re
 from contextlib import ExitStack
+from dataclasses import MISSING, fields
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from promptkd.cli.options.publish import Options
+from promptkd.cli.parsing.fields import plain
 from promptkd.cli.terminal import quiet_libraries, say
 from promptkd.errors import RequestError, check_all
 from promptkd.io.files import read_json_object
@@ -43,6 +46,7 @@ def run(options: Options, training: dict[str, Any]) -> None:
             base=base,
             template=_template(record, folder),
             evaluations=evaluations,
+            defaults=_defaults(record.kind),
         )
         card = model_card(record, published)
         if names_a_place(card):
@@ -89,6 +93,12 @@ def _checked(options: Options) -> tuple[Results, Path]:
     if options.dtype is not None and _adapter(folder) is not None and not options.merge:
         raise RequestError("--dtype stores the weights of a whole student. Give --merge with it.")
     return record, folder
+
+
+def _defaults(command: str) -> dict[str, Any]:
+    """Of a command's own options; of the training's, a record holds only those that were given."""
+    options = import_module(f"promptkd.cli.options.{command}").Options
+    return {each.name: plain(each.default) for each in fields(options) if each.default is not MISSING}
 
 
 def _adapter(folder: Path) -> dict[str, Any] | None:
