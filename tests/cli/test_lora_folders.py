@@ -61,10 +61,17 @@ def test_a_student_of_an_earlier_stage_goes_through_every_later_one(world, first
     assert told in record.notes
     config = json.loads((tmp_path / "new" / "student" / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["r"]) == (f"{world.folder}/student", 6)
-    done(capsys, *distilled, tmp_path / "on", "--student-lora-continue", "--student-lora-rank", 4)
+    trained = r"[\d,]+ of [\d,]+ parameters are trained\."
+    assert re.search(rf"New LoRA weights beside first: rank 2, {trained}", ran.err)
+    assert "rollout" not in ran.err  # kd samples nothing
+    assert "rollout" not in record.training["new"].peak_memory_by_phase
+    ran = done(capsys, *distilled, tmp_path / "on", "--student-lora-continue", "--student-lora-rank", 4)
+    assert re.search(rf"Training goes on with the adapter of first: rank 4, {trained}", ran.err)
     assert json.loads((tmp_path / "on" / "student" / "adapter_config.json").read_text())["r"] == 4
     done(capsys, *distilled, tmp_path / "whole")
     done(capsys, *tuned, tmp_path / "sft", "--lora-rank", 2)
+    ran = done(capsys, *tuned, tmp_path / "goes on", "--lora-continue")
+    assert re.search(rf"Training goes on with the adapter of first: rank 4, {trained}", ran.err)
     done(capsys, *tuned, tmp_path / "merged", "--lora-rank", 2, "--merge")
     for name in ("new", "on", "whole", "sft", "merged"):
         close(load_model(tmp_path / name), start)

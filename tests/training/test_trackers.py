@@ -1,9 +1,12 @@
 """Live curves beside a run, and trackers that are refused before anything is loaded."""
 
 import importlib.util
+import io
 
 import pytest
+from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import TrainerState
 
 from helpers.commands import distill, done, make_world, run, sft
 from promptkd.errors import RequestError
@@ -67,3 +70,11 @@ def test_what_is_installed_is_taken(tmp_path):
     assert importlib.util.find_spec("tensorboard")
     for names in ("none", "tensorboard", ["tensorboard"], "all"):
         DistillConfig(output_dir=str(tmp_path), report_to=names, use_cpu=True)
+
+
+@pytest.mark.parametrize(("steps", "told"), [(1, "Distilling: 1 step\n"), (3, "Distilling: 3 steps\n")])
+def test_where_there_is_no_terminal_the_number_of_steps_is_said(steps, told):
+    console = Console(file=io.StringIO())
+    state = TrainerState(max_steps=steps, is_world_process_zero=True)
+    ProgressBar("Distilling", console).on_train_begin(None, state, None)
+    assert console.file.getvalue() == told

@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 
 from promptkd.errors import RequestError
+from promptkd.models import count_parameters
 from promptkd.models.source import model_source
 
 _DEFAULT_ALPHA = 32.0
@@ -44,3 +45,12 @@ class LoraRequest:
         if self.rank is None or self.continues:
             return None
         return LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+
+    def told(self, name: str, model: Any) -> str:
+        """What is trained of `model`, which was loaded from `name`; "" where that is not LoRA weights."""
+        if not isinstance(model, PeftModel):
+            return ""
+        rank = model.peft_config[model.active_adapter].r
+        numbers = f"{count_parameters(model, trainable=True):,} of {count_parameters(model):,} parameters"
+        which = f"Training goes on with the adapter of {name}" if self.continues else f"New LoRA weights beside {name}"
+        return f"{which}: rank {rank}, {numbers} are trained."

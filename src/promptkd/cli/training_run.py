@@ -29,6 +29,7 @@ from promptkd.report import render_report, terminal_table
 from promptkd.report.formatting import estimate, joined
 from promptkd.report.metrics import metric_info
 from promptkd.report.preflight import preflight_advice, preflight_lines
+from promptkd.responses import writes_responses
 from promptkd.results import BEFORE, Evaluation, Kind, Metric, Results, Series, Training, file_sha256, now, read_history
 from promptkd.training.baselines import TEACHER, Baselines
 from promptkd.training.callbacks import CostMeter, MetricsFile, ProgressBar, quiet
@@ -165,7 +166,9 @@ class TrainingRun:
         quiet(trainer)
         if self._has_baselines(trainer):
             trainer.add_callback(Baselines(trainer, self.folder.baselines, say))
-        bar, self._meter = ProgressBar(title), CostMeter(trainer.phases)
+        samples = self.kind != "distill" or writes_responses(trainer.method.responses)
+        unused = () if samples else ("rollout",)  # it passes on the data's responses
+        bar, self._meter = ProgressBar(title), CostMeter(trainer.phases, without=unused)
         started = time.perf_counter()
         try:
             with StopOnSignal(trainer.accelerator) as stop:

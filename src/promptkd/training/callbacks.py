@@ -60,8 +60,8 @@ class ProgressBar(TrainerCallback):
             self._task = self._bar.add_task(self._title, total=state.max_steps, completed=state.global_step, loss="")
             self._bar.start()
         else:
-            steps = "1 step" if state.max_steps == 1 else f"{state.max_steps} steps"
-            self._console.print(f"{self._title}: {steps}", highlight=False)
+            counted = "1 step" if state.max_steps == 1 else f"{state.max_steps} steps"
+            self._console.print(f"{self._title}: {counted}", highlight=False)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._bar is not None:
@@ -94,8 +94,9 @@ class CostMeter(TrainerCallback):
 
     _KEY = "promptkd_cost"
 
-    def __init__(self, phases: Phases):
-        self._phases = phases
+    def __init__(self, phases: Phases, *, without: Collection[str] = ()):
+        """`without`: phases that are not listed, since nothing is done in them."""
+        self._phases, self._without = phases, without
         self.seconds = 0.0
         self.peak_memory_bytes = 0
         self.peak_memory_by_phase: dict[str, int] = {}
@@ -119,6 +120,8 @@ class CostMeter(TrainerCallback):
         """Put the cost so far where transformers writes it into every checkpoint, and reads it back."""
         self.peak_memory_bytes = max(self.peak_memory_bytes, self._phases.peak)
         for name, size in self._phases.peaks.items():
+            if name in self._without:
+                continue
             self.peak_memory_by_phase[name] = max(self.peak_memory_by_phase.get(name, 0), size)
         state.stateful_callbacks[self._KEY] = {
             "seconds": self.seconds,

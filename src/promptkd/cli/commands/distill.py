@@ -77,6 +77,8 @@ def _distill(options: Options, job: TrainingRun, args: DistillConfig, method: Me
             if is_main_process():
                 print(_forecast(trainer, trial))
             return
+    if not trainer.is_sharded and (told := lora.told(options.student, trainer.model)):
+        job.note(told)
     numbers, share = trainer.trainable_share()
     if numbers:
         say(f"{numbers:,} parameters of the teacher are trained, {share:.4%} of its parameters.")
@@ -118,7 +120,7 @@ def _forecast(trainer: Any, trial: Trial) -> str:
         ("optimizer steps", f"{trial.steps:,} of {window} rows"),
         ("rollouts per step", f"up to {window}" if writes else "none, the data's responses serve"),
         (f"memory, measured on the longest rows, of up to {trial.longest_row:,} tokens; {memory}", ""),
-        *((f"  {name}", gibibytes(size)) for name, size in by_size),
+        *((f"  {name}", gibibytes(size)) for name, size in by_size if writes or name != "rollout"),
         ("  peak", f"{gibibytes(trial.peak_memory_bytes)}, loading included"),
         ("seconds per step", f"{trial.seconds:.2f}, measured {how} with the longest rows"),
         *((f"  {name}", f"{seconds:.2f}") for name, seconds in trial.seconds_by_phase.items()),

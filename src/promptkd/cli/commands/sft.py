@@ -27,6 +27,8 @@ def run(options: Options, training: dict[str, Any]) -> None:
                 )
         for note in trainer.notes:
             job.note(note)
+        if not trainer.is_sharded and (told := lora.told(options.model, trainer.model)):
+            job.note(told)
         job.train(trainer, "Fine-tuning")
         if options.merge:
             trainer.merge_student()
