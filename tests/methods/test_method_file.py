@@ -131,6 +131,18 @@ def test_settings_of_a_named_method_are_flags(tmp_path):
         method(tmp_path, "kd", method_settings={"beta": 1})
 
 
+def test_a_setting_given_as_a_flag_is_shown_where_it_goes(capsys):
+    for own in (["--method", "mine.py:made"], ["--method=mine.py:made"]):
+        told = run(capsys, "distill", *own, "--weight", "0.3").err
+        assert (
+            """--weight is unknown. A setting of your own method is given as --method_settings '{"weight": VALUE}'."""
+            in told
+        )
+    assert (
+        "method_settings" not in run(capsys, "distill", "--method", "kd", "--weight", "0.3").err.split("weight is")[1]
+    )
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return make_world(tmp_path_factory.mktemp("world"))

@@ -133,6 +133,12 @@ def test_the_command_writes_it_by_suffix_or_format(tmp_path, capsys):
     assert tables(text)
     done(capsys, "report", tmp_path / "compared.json", "--out", tmp_path / "table.txt", "--format", "latex")
     assert (tmp_path / "table.txt").read_text() == text
+    done(capsys, "report", tmp_path / "compared.json", "--out", tmp_path / "one.tex", "--metrics", "rouge_l")
+    assert "ROUGE-L" in (one := (tmp_path / "one.tex").read_text())
+    assert "Validation loss" in text
+    assert "Validation loss" not in one
+    ran = run(capsys, "report", tmp_path / "compared.json", "--out", tmp_path / "no.tex", "--metrics", "bleu")
+    assert (ran.status, "Got bleu" in ran.err) == (2, True)
     ran = run(capsys, "report", tmp_path / "compared.json", "--out", tmp_path / "table.doc")
     assert ran.status == 2
     assert "--format html, markdown, json or csv, or latex" in ran.err

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from promptkd.errors import RequestError
@@ -45,16 +46,16 @@ def write_figures(records: Sequence[Results], folder: Path) -> list[Path]:
 
     folder.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
-    with rc_context(_SETTINGS):
+    with TemporaryDirectory(prefix=".figures-", dir=folder) as partial, rc_context(_SETTINGS):
         for name, draw in _plots(unified(records)):
             figure = Figure(figsize=_SIZE, layout="constrained")
             draw(figure.subplots())
             stem = name if not any(path.stem == name for path in written) else f"{name}-{len(written)}"
             for suffix, metadata in _UNDATED.items():
-                path = folder / f"{stem}.{suffix}"
+                path = Path(partial, f"{stem}.{suffix}")
                 figure.savefig(path, metadata=metadata)
                 written.append(path)
-    return written
+        return [path.replace(folder / path.name) for path in written]  # all of them or none
 
 
 def _plots(story: Sequence[Results]) -> Iterator[tuple[str, Draw]]:

@@ -11,7 +11,7 @@ from promptkd.errors import RequestError
 from promptkd.io.atomic import write_atomic
 from promptkd.report import render_csv, render_json, render_latex, render_markdown, render_report, terminal_table
 from promptkd.report.figures import check_figures, write_figures
-from promptkd.results import Results
+from promptkd.results import Evaluation, Results, metric_named
 
 _FORMS = {".html": "html", ".htm": "html", ".md": "markdown", ".tex": "latex", ".json": "json", ".csv": "csv"}
 
@@ -28,6 +28,8 @@ def run(options: Options, training: dict[str, Any]) -> None:
         _check_figures(options.figures, overwrite=options.overwrite)
     paths = [Path(name) for name in options.runs]
     records = [record for path in paths for record in records_of(path)]
+    if options.metrics:
+        records = _with_metrics(records, options.metrics)
     titled = {"html": render_report, "markdown": render_markdown, "latex": render_latex}
     if form in titled:
         text = titled[form](records, title=options.title)
@@ -39,6 +41,29 @@ def run(options: Options, training: dict[str, Any]) -> None:
         say(f"{len(written)} figures are in {options.figures}.")
     print(terminal_table(records))
     say(f"The {'page' if form == 'html' else 'report'} is {options.out}.")
+
+
+def _with_metrics(records: list[Results], asked: list[str]) -> list[Results]:
+    """The records with the metrics that are `asked` for alone. Raises `RequestError` for one that no record holds."""
+    measured = [name for record in records for each in record.evaluations for name in each.metrics]
+    known = list(dict.fromkeys([*measured, *(each.metric for record in records for each in record.differences)]))
+    if unknown := [name for name in asked if metric_named(name, known) is None]:
+        raise RequestError(f"--metrics must be of {', '.join(known) or 'a record, which has none'}. Got {unknown[0]}.")
+    kept = {metric_named(name, known) for name in asked}
+
+    def limited(evaluation: Evaluation) -> Evaluation:
+        metrics = {name: metric for name, metric in evaluation.metrics.items() if name in kept}
+        return evaluation.model_copy(update={"metrics": metrics})
+
+    return [
+        record.model_copy(
+            update={
+                "evaluations": list(map(limited, record.evaluations)),
+                "differences": [each for each in record.differences if each.metric in kept],
+            }
+        )
+        for record in records
+    ]
 
 
 def _check_figures(folder: Path, *, overwrite: bool) -> None:

@@ -7,7 +7,7 @@ Several records of one model (its training, its evaluations, its comparison with
     promptkd report runs/study --out table.tex --figures figures
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +22,8 @@ class Options:
     """The file to write."""
     format: Literal["html", "markdown", "latex", "json", "csv"] | None = None
     """html (a page), markdown or latex (tables), json or csv (metrics); by default what the suffix of --out says."""
+    metrics: list[str] = field(default_factory=list)
+    """The metrics to show, by default all that were recorded, or a study's own `metrics`."""
     figures: Path | None = None
     """Folder for every plot as SVG and PDF; it is made."""
     title: str | None = None

@@ -20,6 +20,7 @@ from promptkd.cli.parsing.fields import (
     training_fields,
 )
 from promptkd.errors import RequestError, raise_together
+from promptkd.io.python_file import names_python
 from promptkd.io.redact import is_secret, redacted, without_secret_values
 from promptkd.settings import beyond_limits
 
@@ -57,8 +58,10 @@ class _Request:
         self._given: dict[str, str] = {}  # by name: how it was spelled, its value right or wrong
         self._loose: list[str] = []  # for the positional options
         self._config: Path | None = None
+        self._has_own_method = False
 
     def read(self, arguments: Sequence[str]) -> None:
+        self._has_own_method = any(names_python(each.partition("method=")[2] or each) for each in arguments)
         groups: list[list[str]] = [[]]  # each flag with all that follows it up to the next one
         for argument in arguments:
             if argument.startswith("--") and len(argument) > 2:
@@ -209,6 +212,8 @@ class _Request:
         return self.own.get(name) or training_fields(self.command).get(name)
 
     def _suggest(self, name: str, prefix: str, dash: str) -> str:
+        if prefix and self._has_own_method and "method_settings" in training_fields(self.command):
+            return f""" A setting of your own method is given as --method_settings '{{"{name}": VALUE}}'."""
         guess = nearest(name, [*self.own, *training_fields(self.command), *(_PROGRAM_FLAGS if prefix else ())])
         return f" Did you mean {prefix}{guess.replace('_', dash)}?" if guess else " --help-all lists every name."
 
