@@ -27,6 +27,8 @@ def test_every_plot_is_a_file_of_both_kinds(tmp_path):
     assert {path.name for path in written} == {f"{stem}.{kind}" for stem in stems for kind in ("svg", "pdf")}
     assert {path.name for path in (tmp_path / "one").iterdir()} == {path.name for path in written}
     assert all(path.read_bytes().startswith(b"%PDF") for path in written if path.suffix == ".pdf")
+    more = write_figures(trained[:1], tmp_path / "all", every=True)
+    assert {path.stem for path in more} == {"distill-loss", "distill-grad-norm"}
     again = write_figures(trained, tmp_path / "two")
     write_figures(trained, tmp_path / "three")
     assert {"kd", "gkd", "Training loss (nats/token)"} <= set(words(tmp_path / "two" / "distill-loss.svg"))
@@ -35,9 +37,12 @@ def test_every_plot_is_a_file_of_both_kinds(tmp_path):
 
 
 def short(record: Results) -> Results:
-    """A run's record with its loss alone."""
+    """A run's record with its loss, and a norm."""
     (series,) = record.history
-    points = [{name: point[name] for name in ("step", "loss")} for point in series.points[:9]]
+    points = [
+        {name: point[name] for name in ("step", "loss")} | {"grad_norm": 1.0 + at}
+        for at, point in enumerate(series.points[:9])
+    ]
     return record.model_copy(update={"history": [series.model_copy(update={"points": points})]})
 
 

@@ -26,6 +26,7 @@ _SETTINGS = {
 }
 _UNDATED: dict[str, dict[str, Any]] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
 _LONGEST_NAME = 80
+_SHOWN = ("Losses", "Validation")  # groups of what training logs
 Draw = Callable[[Any], None]
 
 
@@ -38,8 +39,11 @@ def check_figures() -> None:
         raise RequestError(told) from error
 
 
-def write_figures(records: Sequence[Results], folder: Path) -> list[Path]:
-    """Write every plot of the records into `folder`, as NAME.svg and NAME.pdf. Errors as for `check_figures`."""
+def write_figures(records: Sequence[Results], folder: Path, *, every: bool = False) -> list[Path]:
+    """Write the plots of the records into `folder`, as NAME.svg and NAME.pdf. Errors as for `check_figures`.
+
+    Of training's log its losses and validations, and with `every` all else that it holds.
+    """
     check_figures()
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -47,7 +51,7 @@ def write_figures(records: Sequence[Results], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
     with TemporaryDirectory(prefix=".figures-", dir=folder) as partial, rc_context(_SETTINGS):
-        for name, draw in _plots(unified(records)):
+        for name, draw in _plots(unified(records), every=every):
             figure = Figure(figsize=_SIZE, layout="constrained")
             draw(figure.subplots())
             stem = name if not any(path.stem == name for path in written) else f"{name}-{len(written)}"
@@ -58,10 +62,10 @@ def write_figures(records: Sequence[Results], folder: Path) -> list[Path]:
         return [path.replace(folder / path.name) for path in written]  # all of them or none
 
 
-def _plots(story: Sequence[Results]) -> Iterator[tuple[str, Draw]]:
+def _plots(story: Sequence[Results], *, every: bool) -> Iterator[tuple[str, Draw]]:
     """The name of each file, and what draws it."""
     for stage in stages(story):
-        for chart in (chart for group in stage.groups.values() for chart in group):
+        for chart in (chart for title, group in stage.groups.items() if every or title in _SHOWN for chart in group):
             yield (
                 _name(stage.name, chart.info.name),
                 _lines(chart.info, [(each.name, each.x, each.y) for each in chart.lines]),

@@ -37,7 +37,8 @@ def run(options: Options, training: dict[str, Any]) -> None:
         text = (render_csv if form == "csv" else render_json)(records)
     write_atomic(options.out, text)
     if options.figures is not None:
-        written = write_figures(records, options.figures)
+        say(f"Drawing figures into {options.figures}.")
+        written = write_figures(records, options.figures, every=options.figures_all)
         say(f"{len(written)} figures are in {options.figures}.")
     print(terminal_table(records))
     say(f"The {'page' if form == 'html' else 'report'} is {options.out}.")

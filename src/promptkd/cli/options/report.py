@@ -25,7 +25,9 @@ class Options:
     metrics: list[str] = field(default_factory=list)
     """The metrics to show, by default all that were recorded, or a study's own `metrics`."""
     figures: Path | None = None
-    """Folder for every plot as SVG and PDF; it is made."""
+    """Folder for the plots as SVG and PDF, of training its losses and validations; it is made."""
+    figures_all: bool = False
+    """Draw everything else that training logged, too: rates, norms, times."""
     title: str | None = None
     """Title of the page."""
     overwrite: bool = False
