@@ -34,6 +34,18 @@ def made(share=0.5, *, beta=0.5):
     return Method(ResponseMix(halved(share)), partial(jensen_shannon, beta=beta))
 
 
+def mean():
+    return Method(ResponseMix(0.5), lambda student, teacher: reverse_kl(student, teacher).mean())
+
+
+def constant():
+    return Method(ResponseMix(0.5), lambda student, teacher: reverse_kl(student, teacher).detach())
+
+
+def failing():
+    return Method(ResponseMix(0.5), lambda student, teacher: student.no_such_thing)
+
+
 def broken(share=0.5):
     return Method(ResponseMix(share), undefined_name)
 
@@ -108,7 +120,10 @@ def test_a_named_method_keeps_its_own_defaults_and_takes_the_runs_settings(file,
         ("none.py:made", r"none\.py\. There is no such file"),
         ("mine.py:number", r"must be a Method.* Got the int 3"),
         ("mine.py:nothing", r"must be a Method.* Got the str 'no method'"),
-        ("mine.py:broken", r"broken cannot be called \(line 23\): NameError: name 'undefined_name'"),
+        ("mine.py:mean", r"mean cannot be used: An objective gives one value per token.* Got the shape \(\)"),
+        ("mine.py:constant", r"constant cannot be used: An objective gives finite values with a gradient"),
+        ("mine.py:failing", r"failing cannot be used \(line 31\): AttributeError"),
+        ("mine.py:broken", r"broken cannot be called \(line 35\): NameError: name 'undefined_name'"),
         ("syntax.py:x", r"syntax\.py cannot be run \(line 2\): SyntaxError"),
         ("raises.py:x", r"raises\.py cannot be run \(line 3\): ZeroDivisionError"),
         ("leaves.py:x", r"leaves\.py cannot be run \(line 1\): SystemExit"),
@@ -179,7 +194,7 @@ def raises(student, teacher):
     return student.no_such_thing
 
 
-def late(objective):  # not when the method is made, where an objective is tried on logits over 5 tokens
+def late(objective):  # not when the file is read, where an objective is tried on logits over 5 tokens
     return lambda student, teacher: (forward_kl if student.shape[-1] == 5 else objective)(student, teacher)
 
 
@@ -246,7 +261,7 @@ def test_what_fails_while_it_trains_is_told_with_its_file_and_line(world, file, 
     if what == "beside":  # folders stay on sys.path, so that another test's would be found first
         (tmp_path / "failing.py").write_text("def lost(step):\n    return 1 / 0\n")
     settings = ("--method", f"{file}:wrong", "--method_settings", f'{{"what": "{what}"}}')
-    ran = run(capsys, *distill(world, tmp_path / "run", *settings, "--preflight", "false"))
+    ran = run(capsys, *distill(world, tmp_path / "run", *settings))
     assert ran.status == 1
     assert re.search(told, ran.err), ran.err
     assert "Run again with --debug" not in ran.err

@@ -500,17 +500,17 @@ def test_the_online_modules_loss_by_hand():
     torch.testing.assert_close(gradient, by_logits.detach() @ teacher.get_output_embeddings().weight.detach())
 
 
+@pytest.mark.parametrize("chunk", [None, 0])
 @pytest.mark.parametrize(
-    ("objective", "told"),
+    ("objective", "got"),
     [
-        (lambda student, teacher: reverse_kl(student, teacher).mean(), r"Got the shape \(\)"),
-        (lambda student, teacher: (student - teacher).square(), r"Got the shape \(3, 5\)"),
-        (lambda student, teacher: reverse_kl(student, teacher).detach(), "Got one without"),
-        (lambda student, teacher: float(reverse_kl(student, teacher).sum()), "of type float"),
-        (lambda student, teacher: (student - teacher).sum(-1).log() + student.sum(-1), "finite for logits"),
+        (lambda student, teacher: reverse_kl(student, teacher).mean(), r"the shape \(\)"),
+        (lambda student, teacher: (student - teacher).square(), r"the shape \(\d+, \d+\)"),
+        (lambda student, teacher: reverse_kl(student, teacher).sum().item(), "a float"),
     ],
-    ids=["mean", "vocabulary", "no gradient", "number", "infinite"],
+    ids=["mean", "vocabulary", "number"],
 )
-def test_an_objective_that_gives_no_value_per_token_is_refused(objective, told):
-    with pytest.raises(RequestError, match=told):
-        Method(ResponseMix(0.0), objective)
+def test_an_objective_that_gives_no_value_per_token_is_refused(tmp_path, objective, got, chunk):
+    run = trainer(tmp_path, method=Method(FixedResponses(), objective), chunk_tokens=chunk)
+    with pytest.raises(RequestError, match=f"one value per token, here .* Got {got}"):
+        run.train()

@@ -84,7 +84,8 @@ def test_a_signal_ends_the_step_with_a_checkpoint(
     message = f"promptkd {command.__name__}: {words} after step 4 of 7, with a checkpoint. To resume: "
     said, resume = ran.err.split(message)
     assert "Traceback" not in said
-    assert held(tmp_path / "cut") == {"config.yaml", "metrics.jsonl", "checkpoints/checkpoint-4"}
+    seen = {"preflight.json"} if command is distill else set()
+    assert held(tmp_path / "cut") == {"config.yaml", "metrics.jsonl", "checkpoints/checkpoint-4"} | seen
 
     words = shlex.split(resume)
     assert words == ["promptkd", command.__name__, "--out", str(tmp_path / "cut"), "--resume"]
@@ -115,7 +116,12 @@ def test_a_signal_in_the_last_step_leaves_the_finish_to_the_resumed_run(world, t
     with monkeypatch.context() as patch:
         signalled(patch, signal.SIGTERM, 6)
         assert run(capfd, *longer(distill(world, out))).status == 143
-    assert held(out) == {"config.yaml", "metrics.jsonl", "checkpoints/checkpoint-7"}  # in the middle of an epoch
+    assert held(out) == {
+        "config.yaml",
+        "metrics.jsonl",
+        "preflight.json",
+        "checkpoints/checkpoint-7",
+    }  # in the middle of an epoch
     done(capfd, *longer(distill(world, out)), "--resume")
     done(capfd, *longer(distill(world, tmp_path / "whole")))
     assert held(out) == held(tmp_path / "whole")
@@ -130,7 +136,7 @@ def test_a_second_signal_ends_at_once(world, tmp_path, capfd, monkeypatch):
     ran = run(capfd, *distill(world, tmp_path / "run"))
     assert ran.status == 143
     assert "Stopped by SIGTERM before a checkpoint was written. To resume: promptkd distill" in ran.err
-    assert held(tmp_path / "run") == {"config.yaml", "metrics.jsonl"}
+    assert held(tmp_path / "run") == {"config.yaml", "metrics.jsonl", "preflight.json"}
 
 
 def test_a_signal_that_a_launcher_repeats_counts_once(world, tmp_path, capfd, monkeypatch):

@@ -23,7 +23,7 @@ _OWN = {
     *("student", "model", "prompt", "teacher_lora", "teacher", "online_module", "checkpoints", "tensorboard"),
     "responses.jsonl",
 }
-_BEFORE_A_STEP = {"config.yaml", "metrics.jsonl", "baselines.json", "checkpoints", "tensorboard"}
+_BEFORE_A_STEP = {"config.yaml", "metrics.jsonl", "preflight.json", "baselines.json", "checkpoints", "tensorboard"}
 _OF_A_RUN = {"out", "data", "keep"}  # keys that are in every config.yaml of a run, and hardly in one typed by hand
 _MAY_CHANGE = {"resume", "overwrite", "out", "keep", "on_nan", "measure", "preflight"}
 _MAY_CHANGE |= {  # refused today, but in the config.yaml of older runs

@@ -5,13 +5,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import InitVar, dataclass, replace
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from promptkd.data.batch import TokenBatch
 from promptkd.data.encode import EncodedExample
 from promptkd.engine import ChunkedLoss
-from promptkd.errors import RequestError
 from promptkd.models.adapters import ADAPTERS, AdapterFactory, AdapterName, SoftPromptFactory, TeacherAdapter
 from promptkd.models.pair import Objective, Pair
 from promptkd.responses import Responses
@@ -51,8 +49,6 @@ class Method:
     def __post_init__(self, teacher_adapter: str | None) -> None:
         if (self.objective is None) == (self.loss is None):
             raise ValueError("A method needs either an objective or a loss.")
-        if self.objective is not None:
-            _try_objective(self.objective)
         adapter: Any = self.adapter if teacher_adapter is None else teacher_adapter
         if isinstance(adapter, str):
             name, adapter = adapter, ADAPTERS[adapter]
@@ -81,27 +77,6 @@ class Method:
             return self.loss(step)
         assert self.objective is not None
         return step.pair.student_loss(self.objective, step.student_hidden, step.teacher_hidden(step.batch))
-
-
-def _try_objective(objective: Objective) -> None:
-    """Refuse an objective that gives anything but a finite value with a gradient for each token of a made-up pair.
-
-    A mean over the tokens, or a value for each of the vocabulary, would train as well, but on another scale.
-    """
-    tokens, vocabulary = 3, 5
-    logits = torch.linspace(-1, 1, tokens * vocabulary).view(tokens, vocabulary).requires_grad_()
-    with torch.enable_grad():
-        values: Any = objective(logits, logits.detach().flip(-1))
-    expected = f"An objective must give one value per token: a tensor of shape ({tokens},) for {tokens} tokens"
-    if not isinstance(values, Tensor):
-        raise RequestError(f"{expected}. Got a value of type {type(values).__name__}.")
-    if values.shape != (tokens,):
-        advice = "Sum over the vocabulary, the last dimension, and leave the mean over tokens to the trainer."
-        raise RequestError(f"{expected}. Got the shape {tuple(values.shape)}. {advice}")
-    if not values.requires_grad:
-        raise RequestError(f"{expected}, with a gradient to the student's logits. Got one without.")
-    if not values.isfinite().all():
-        raise RequestError(f"{expected}, finite for logits between -1 and 1. Got {values.tolist()}.")
 
 
 METHODS: dict[str, "type[NamedMethod] | Callable[[Any], Method]"] = {}  # those that the command line knows

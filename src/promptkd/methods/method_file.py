@@ -7,10 +7,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from promptkd.errors import PromptKDError, RequestError
 from promptkd.io.python_file import frames, load_python, origin, own_code, python_file, reason
 from promptkd.memory import is_out_of_memory
 from promptkd.methods.method import METHODS, Method, NamedMethod
+from promptkd.objectives.kernels import Objective, token_values
 from promptkd.settings import Reader
 
 _EXPECTED = "a Method, a subclass of NamedMethod, or a function that returns a Method"
@@ -52,6 +55,9 @@ def method_of_file(spec: str, settings: Mapping[str, Any], given: Mapping[str, A
         method = found
     if not isinstance(method, Method):
         raise RequestError(f"{spec} must be {_EXPECTED} (docs/extending.md). Got {_kind(method)}.")
+    if method.objective is not None:
+        with own_code(f"{spec} cannot be used", file):
+            _try_objective(method.objective)
     return method
 
 
@@ -75,6 +81,16 @@ def failure_told(spec: str) -> Iterator[None]:
             told = f"{spec} could not be used as it is called here: {reason(error)}"
             raise PromptKDError(f"{told}. docs/extending.md says what is expected.") from error
         raise
+
+
+def _try_objective(objective: Objective) -> None:
+    """Compute an objective for made-up logits of three tokens, before any model is loaded."""
+    logits = torch.linspace(-1, 1, 15).view(3, 5).requires_grad_()
+    with torch.enable_grad():
+        values = token_values(objective, logits, logits.detach().flip(-1))
+    if not values.requires_grad or not values.isfinite().all():
+        expected = "An objective gives finite values with a gradient to the student's logits"
+        raise RequestError(f"{expected}. Got {values!r} for logits between -1 and 1.")
 
 
 def _arguments(function: Any) -> list[str] | None:

@@ -12,7 +12,7 @@ from promptkd.engine.chunked_loss import ChunkedLoss, chunked_cross_entropy, chu
 from promptkd.engine.heads import Head, Vocabulary, head_logits, linear_head
 from promptkd.objectives import prompt_loss_terms
 from promptkd.objectives.divergences import Direction
-from promptkd.objectives.kernels import top_overlap
+from promptkd.objectives.kernels import token_values, top_overlap
 
 Objective = Callable[[Tensor, Tensor], Tensor]  # (student_logits, teacher_logits), both (N, V), to N values in nats
 Role = Literal["student", "teacher", "plain"]
@@ -36,7 +36,7 @@ class Pair:
         logits = self.logits("student", student_hidden)
         with torch.no_grad():
             target = self.logits("teacher", teacher_hidden)
-        return with_entropy(objective(logits, target).sum(), logits, target)
+        return with_entropy(token_values(objective, logits, target).sum(), logits, target)
 
     def cross_entropy(self, which: Role, hidden: Tensor, targets: Tensor) -> ChunkedLoss:
         """Sum over the tokens of -log q(y), y = `targets`; the metric "entropy" is that model's."""

@@ -6,10 +6,12 @@ The CUDA engine has its own (`engine/cuda/triton_kernels.py`).
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from promptkd.errors import RequestError
 from promptkd.objectives.divergences import Direction, forward_kl, prompt_loss_terms, reverse_kl, shared_log_probs
 
 Objective = Callable[[Tensor, Tensor], Tensor]
@@ -42,9 +44,22 @@ def objective_kernel(objective: Objective, kernels: Kernels, *, absent_tokens: b
 
     def plain(logits: Tensor, target: Tensor) -> tuple[Tensor, Metrics]:
         log_q, _ = shared_log_probs(logits.detach(), target)
-        return objective(logits, target), {"entropy": _entropy(log_q.exp(), log_q)}
+        return token_values(objective, logits, target), {"entropy": _entropy(log_q.exp(), log_q)}
 
     return partial(_with_overlap, partial(_by_autograd, plain))
+
+
+def token_values(objective: Objective, logits: Tensor, target: Tensor) -> Tensor:
+    """The values (N,) of `objective` for logits (N, V).
+
+    Raises `RequestError` for anything else: a mean, or values for each of the V, would train as well, on another scale.
+    """
+    values: Any = objective(logits, target)
+    if not isinstance(values, Tensor) or values.shape != logits.shape[:1]:
+        got = f"the shape {tuple(values.shape)}" if isinstance(values, Tensor) else f"a {type(values).__name__}"
+        expected = f"An objective gives one value per token, here {len(logits)} in a tensor. Got {got}"
+        raise RequestError(f"{expected}. Sum over the vocabulary, and leave means over tokens to the trainer.")
+    return values
 
 
 def top_overlap(logits: Tensor, target: Tensor) -> Tensor:
