@@ -8,10 +8,11 @@ import torch
 
 from helpers.parts import parts, window
 from helpers.tiny import tiny_model
-from helpers.trainers import FIXED_PROMPTKD, FixedResponses, pair, rows
+from helpers.trainers import FIXED_PROMPTKD, FixedResponses, pair, rows, trainer
 from minimal_loop import kl, response_log_probs
 from promptkd.engine import engine_for
-from promptkd.methods import MethodSettings, named_method
+from promptkd.methods import Method, MethodSettings, named_method
+from promptkd.objectives import reverse_kl
 
 
 def gradients(model):
@@ -106,6 +107,18 @@ def test_a_loss_by_row_is_a_mean_over_rows_and_logged_per_token(tmp_path):
     made.items = torch.tensor(4)
     student_loss(part.student, made, micro_batch)
     assert part.metrics.means(made, part.accelerator, {})["student_loss"] == pytest.approx(loss, rel=1e-6)
+
+
+def test_a_loss_is_told_how_much_of_the_training_is_done(tmp_path):
+    told = []
+
+    def loss(step):
+        told.append(step.progress)
+        return step.pair.student_loss(reverse_kl, step.student_hidden, step.teacher_hidden(step.batch))
+
+    method = Method(FixedResponses(), loss=loss)
+    trainer(tmp_path, method=method, max_steps=4, per_device_train_batch_size=1, gradient_accumulation_steps=2).train()
+    assert told == [0.0, 0.0, 0.25, 0.25, 0.5, 0.5, 0.75, 0.75]
 
 
 def test_plain_text_adds_its_cross_entropy(tmp_path, float64_inside):

@@ -26,6 +26,7 @@ class Step:
     student_hidden: Tensor  # (N, H_s) states that predict `batch.targets`, with the student's graph
     teacher_hidden: Callable[[TokenBatch], Tensor]  # (N, H_t) of the (adapted) teacher for any batch, without a graph
     hidden_of_student: Callable[[TokenBatch], Tensor]  # (N, H_s) for any batch, with the student's graph
+    progress: float  # k / K, of the k optimizer steps that are done and the K of the training
 
 
 StudentLoss = Callable[[Step], ChunkedLoss]  # summed over tokens, or over rows (`Method.per_row`)

@@ -72,9 +72,10 @@ class Rollout:
 
         together = self._accelerator.num_processes > 1 and (self._vllm is not None or is_sharded(self._accelerator))
         sampler = Sampler(student=sample, mixed=sample_mixed, together=together)
-        responses = self.method.responses(rows, sampler, step / total_steps)
+        progress = step / total_steps
+        responses = self.method.responses(rows, sampler, progress)
         self._count(rows, responses)
-        return self._cut(rows, responses)
+        return self._cut(rows, responses, progress)
 
     def write_to_the_limit(self) -> None:
         """Let every response that a model writes have `limit` tokens, as a trial of the cost needs."""
@@ -99,7 +100,7 @@ class Rollout:
             texts = self._tokenizer.batch_decode(responses, skip_special_tokens=True)
             self.completions.extend(gather_object([(row.prompt, text) for row, text in zip(rows, texts, strict=True)]))
 
-    def _cut(self, rows: Sequence[EncodedExample], responses: Tokens) -> Window:
+    def _cut(self, rows: Sequence[EncodedExample], responses: Tokens, progress: float) -> Window:
         """The window: its counts over all processes, and its micro-batches, shuffled."""
         device = self._accelerator.device
         drawn = torch.randint(len(self._texts), (len(rows),)).tolist() if self._texts else []
@@ -115,7 +116,8 @@ class Rollout:
             own_rows, own_texts = [rows[each] for each in chosen], [texts[each] for each in chosen if texts]
             batch = right_pad([row.prompt_ids for row in own_rows], [responses[each] for each in chosen], device=device)
             micro_batches.append(MicroBatch(index, own_rows, batch, own_texts))
-        return Window(micro_batches, all_rows if self.method.per_row else tokens, tokens, text_tokens)
+        items = all_rows if self.method.per_row else tokens
+        return Window(micro_batches, items, tokens, text_tokens, progress)
 
     def _sample(
         self, prompts: Tokens, model: nn.Module, step: int, mixed_with: tuple[nn.Module, float] | None

@@ -62,6 +62,7 @@ class StudentLoss:
                     student_hidden=hidden,
                     teacher_hidden=self._target(micro_batch),
                     hidden_of_student=lambda other: response_hidden(student, other),
+                    progress=window.progress,
                 )
             )
         per_token = (window.tokens.clamp(min=1) / items).double()

@@ -34,6 +34,7 @@ class Window:
     items: Tensor  # what the student's loss is a mean over: response tokens, or rows
     tokens: Tensor  # response tokens
     text_tokens: Tensor  # predicted tokens of the plain texts
+    progress: float = 0.0  # k / K, of the k optimizer steps that are done and the K of the training
     taken: int = 0  # micro-batches that `next` has given
 
     def next(self) -> MicroBatch:
