@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from helpers.loops import Row, extreme_logits, gradients, log, logits, loop, loop_kl
 from promptkd.objectives import (
     adaptive_kl,
     forward_kl,
@@ -22,27 +23,11 @@ from promptkd.objectives import (
     total_variation,
 )
 
-Row = list[float]
 Divergence = Callable[[Tensor, Tensor], Tensor]
 INF = math.inf
 
 
-# The literal reference: one position at a time, one token at a time, in Python floats. ------------------------------
-
-
-def loop_softmax(logits: Row) -> Row:
-    top = max(logits)
-    weights = [math.exp(z - top) for z in logits]
-    total = math.fsum(weights)
-    return [weight / total for weight in weights]
-
-
-def loop_kl(a: Row, b: Row) -> float:
-    total = 0.0
-    for v in range(len(a)):
-        if a[v] > 0:
-            total += a[v] * math.log(a[v] / b[v])
-    return total
+# The literal reference (helpers/loops.py) ---------------------------------------------------------------------------
 
 
 def loop_mixture(a: Row, b: Row, share: float) -> Row:
@@ -74,18 +59,6 @@ def loop_adaptive_kl(q: Row, p: Row, mu: float) -> float:
     return weight * loop_kl(p, q) + (1 - weight) * loop_kl(q, p)
 
 
-def loop(of_row: Callable[[Row, Row], float], student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """`of_row(q, p)` at every position; columns that are -inf for either model are sliced off first."""
-    columns = student_logits.shape[-1]
-    values = []
-    for s, t in zip(
-        student_logits.double().reshape(-1, columns), teacher_logits.double().reshape(-1, columns), strict=True
-    ):
-        kept = [v for v in range(columns) if s[v] > -INF and t[v] > -INF]
-        values.append(of_row(loop_softmax([float(s[v]) for v in kept]), loop_softmax([float(t[v]) for v in kept])))
-    return torch.tensor(values, dtype=torch.float64).reshape(student_logits.shape[:-1])
-
-
 CASES: dict[str, tuple[Divergence, Callable[[Row, Row], float]]] = {
     "forward_kl": (forward_kl, lambda q, p: loop_kl(p, q)),
     "reverse_kl": (reverse_kl, lambda q, p: loop_kl(q, p)),
@@ -104,19 +77,6 @@ for c in (0.0, 0.01, 0.1, 0.5, 0.9, 1.0):
         lambda q, p, c=c: loop_kl(q, loop_mixture(q, p, c)),
     )
 every_case = pytest.mark.parametrize(("ours", "of_row"), CASES.values(), ids=CASES.keys())
-
-
-def logits(*shape: int, seed: int = 0, scale: float = 2.0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale).to(dtype)
-
-
-def log(*probabilities: float) -> Tensor:
-    return torch.tensor(probabilities, dtype=torch.float64).log()
-
-
-def gradients(f: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
-    leaves = [each.detach().clone().requires_grad_() for each in inputs]
-    return torch.autograd.grad(f(*leaves).sum(), leaves, materialize_grads=True)
 
 
 # Values ------------------------------------------------------------------------------------------------------------
@@ -317,12 +277,6 @@ def test_padded_positions_change_nothing(ours: Divergence, of_row) -> None:
 def reaches_its_end_by_rounding(ours: Divergence) -> bool:
     """μ = 1 asks for a sum of exactly 1, which rounding gives before the whole tail is in."""
     return isinstance(ours, partial) and ours.keywords.get("mu") == 1
-
-
-def extreme_logits(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    student = torch.tensor([[80.0, -80, 0, 1], [-80, 80, 0, 1], [80, 80, -80, -80], [0, 0, 0, 0]], dtype=dtype)
-    teacher = torch.tensor([[-80.0, 80, 0, 1], [-80, 80, 0, 1], [-80, 80, 80, -80], [80, -80, -80, -80]], dtype=dtype)
-    return student, teacher
 
 
 @every_case

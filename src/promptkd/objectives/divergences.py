@@ -39,7 +39,7 @@ def jensen_shannon(student_logits: Tensor, teacher_logits: Tensor, *, beta: floa
     The generalized Jensen-Shannon divergence of GKD (Agarwal et al. 2024, eq. 1) with TRL's meaning of β. The formula
     itself is 0 at both ends; as in TRL, the ends give the KL to which it is proportional nearby.
     """
-    _check_unit_interval("beta", beta)
+    check_unit_interval("beta", beta)
     if beta == 0:
         return forward_kl(student_logits, teacher_logits)
     if beta == 1:
@@ -51,7 +51,7 @@ def jensen_shannon(student_logits: Tensor, teacher_logits: Tensor, *, beta: floa
 
 def skew_forward_kl(student_logits: Tensor, teacher_logits: Tensor, *, alpha: float) -> Tensor:
     """KL(p || α p + (1 - α) q): forward KL at α = 0, 0 at α = 1 (DistiLLM, Ko et al. 2024, eq. 4)."""
-    _check_unit_interval("alpha", alpha)
+    check_unit_interval("alpha", alpha)
     log_q, log_p = shared_log_probs(student_logits, teacher_logits)
     if alpha == 1:
         return 0.0 * log_q.exp().sum(-1)  # a zero with the student's graph, for backward
@@ -60,7 +60,7 @@ def skew_forward_kl(student_logits: Tensor, teacher_logits: Tensor, *, alpha: fl
 
 def skew_reverse_kl(student_logits: Tensor, teacher_logits: Tensor, *, alpha: float) -> Tensor:
     """KL(q || (1 - α) p + α q): reverse KL at α = 0, 0 at α = 1 (DistiLLM, Ko et al. 2024, section 3.1)."""
-    _check_unit_interval("alpha", alpha)
+    check_unit_interval("alpha", alpha)
     log_q, log_p = shared_log_probs(student_logits, teacher_logits)
     return kl_from_log_probs(log_q, _log_mixture(log_q, log_p, alpha))
 
@@ -78,7 +78,7 @@ def adaptive_kl(student_logits: Tensor, teacher_logits: Tensor, *, mu: float = 0
     included; the tail is the rest. Among equal probabilities the lower token id counts as more probable. g sums
     |p - q| over its part. The weights are constants for the gradient. w is ½ where p equals q, and 1 at μ = 1.
     """
-    _check_unit_interval("mu", mu)
+    check_unit_interval("mu", mu)
     log_q, log_p = shared_log_probs(student_logits, teacher_logits)
     with torch.no_grad():
         p, q = log_p.exp(), log_q.exp()
@@ -194,6 +194,6 @@ def _log_mixture(log_a: Tensor, log_b: Tensor, share: float) -> Tensor:
     return larger + torch.log(of_larger + of_smaller * gap.exp())
 
 
-def _check_unit_interval(name: str, value: float) -> None:
+def check_unit_interval(name: str, value: float) -> None:
     if not 0 <= value <= 1:
         raise ValueError(f"`{name}` must lie in [0, 1]. Got {value}.")
