@@ -11,7 +11,13 @@ from promptkd.data.batch import TokenBatch
 from promptkd.engine.backbone import disable_dropout, embedding_device, evaluating, unwrap_peft
 from promptkd.engine.base import DecodeSession, SessionFactory
 from promptkd.engine.checks import check_scoring, check_soft_prompt
-from promptkd.engine.chunked_loss import ChunkedLoss, chunked_cross_entropy, chunked_objective, chunked_prompt_loss
+from promptkd.engine.chunked_loss import (
+    ChunkedLoss,
+    chunked_coarse,
+    chunked_cross_entropy,
+    chunked_objective,
+    chunked_prompt_loss,
+)
 from promptkd.engine.heads import Head, Vocabulary, head_logits, head_size, linear_head
 from promptkd.engine.resolve import engine_for, first_verified
 

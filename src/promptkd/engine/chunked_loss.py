@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from promptkd.engine.backbone import matmul_dtype
 from promptkd.engine.heads import Head, Projection
 from promptkd.engine.resolve import engine_for
+from promptkd.objectives.coarse import coarse_kernel
 from promptkd.objectives.divergences import Direction
 from promptkd.objectives.kernels import Kernel, Kernels, Metrics, Objective, objective_kernel, prompt_kernel
 
@@ -50,6 +51,14 @@ def chunked_objective(
     """
     absent = student[1].has_absent_tokens or teacher[1].has_absent_tokens
     return _chunked(objective_kernel(objective, _kernels(student), absent_tokens=absent), student, [teacher], chunk)
+
+
+def chunked_coarse(
+    objective: Objective, student: HiddenAndHead, ids: Tensor, log_probs: Tensor, *, chunk: int | None = None
+) -> ChunkedLoss:
+    """`chunked_objective` on K + 1 outcomes: the teacher is its `log_probs` (N, K + 1) of the tokens `ids` (N, K) and,
+    last, of all others together (`objectives.coarse`)."""
+    return _chunked(coarse_kernel(objective), student, [ids, log_probs], chunk)
 
 
 def chunked_cross_entropy(student: HiddenAndHead, labels: Tensor, *, chunk: int | None = None) -> ChunkedLoss:

@@ -58,6 +58,11 @@ class PairEnds:
             )
         self._first = next((index for index in (*first, *self.of_teacher) if index in self.of_teacher), None)
 
+    @property
+    def in_order(self) -> list[int]:
+        """The teacher's ends, the one that it writes first."""
+        return sorted(self.of_teacher, key=lambda index: index != self._first)
+
     def settle(self, student_config: GenerationConfig | None) -> list[str]:
         """Let rows end as the teacher's answers do, where the EOS of the tokenizer decides; what to say of it.
 
