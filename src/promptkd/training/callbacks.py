@@ -193,12 +193,13 @@ def ends_epoch(state: Any) -> bool:
     return state.global_step >= state.max_steps or float(state.epoch).is_integer()
 
 
-def logs_step(args: Any, state: Any) -> bool:
-    """Whether transformers' Trainer will log at the end of the running step, by `logging_steps`."""
-    step = state.global_step + 1
-    if step == 1 and args.logging_first_step:
+def logs_step(args: Any, state: Any, steps: int = 1) -> bool:
+    """Whether transformers' Trainer will log at the end of one of `steps` steps, the running one first."""
+    first = state.global_step + 1
+    if first == 1 and args.logging_first_step:
         return True
-    return args.logging_strategy == IntervalStrategy.STEPS and step % state.logging_steps == 0
+    by_step = args.logging_strategy == IntervalStrategy.STEPS
+    return by_step and any(step % state.logging_steps == 0 for step in range(first, first + steps))
 
 
 def quiet(trainer: Any) -> None:

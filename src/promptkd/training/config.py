@@ -153,13 +153,16 @@ class TunerSettings(Settings):
     prompt_learning_rate: float = option(1e-3, at_least=0)
     """Learning rate of the soft prompt."""
     prompt_warmup_steps: int = 0
-    """Optimizer steps over which the prompt's learning rate rises."""
+    """Steps of the prompt over which its learning rate rises."""
     prompt_lr_scheduler_type: str = "constant_with_warmup"
     """Schedule of the prompt's learning rate."""
     prompt_weight_decay: float = 0.0
     """Weight decay of the soft prompt."""
     prompt_max_grad_norm: float = 1.0
     """Gradient norm at which the prompt's gradient is clipped; 0 never clips."""
+    prompt_every: int = option(1, at_least=1)
+    """N: train the prompt in the first of every N optimizer steps alone. In the others the student learns from the
+    teacher with the prompt as it stands, which above 1 is not PromptKD as published."""
     prompt_refresh: Literal["fresh", "stale"] = "fresh"
     """stale: the student learns from the prompted pass of before the prompt's update, which saves a pass of the teacher
     and is not PromptKD as published."""
@@ -211,7 +214,8 @@ class DistillConfig(_FlatSettings, BaseConfig, DistillationConfig):
     def algorithm(self) -> str:
         """What records call it: the method's name, and how far the run is from that method."""
         name = self.method.rpartition(":")[2] if names_python(self.method) else self.method
-        return name if self.prompt_refresh == "fresh" else f"{name}, stale prompt"
+        every = "" if self.prompt_every == 1 else f", prompt every {self.prompt_every} steps"
+        return f"{name}{'' if self.prompt_refresh == 'fresh' else ', stale prompt'}{every}"
 
     def checks(self) -> list[tuple[bool, str]]:
         """See `BaseConfig.checks`."""

@@ -20,13 +20,22 @@ class Trial:
     """What the steps of a trial cost."""
 
     steps: int  # optimizer steps that the whole run would take
-    seconds: float  # of the last of the trial's steps
+    seconds: float  # of its second step, if there is one, else of its first
     seconds_by_phase: Mapping[str, float]  # of the same step
+    seconds_between: float | None  # of a step in which the teacher's adapter rests; None where it moves in each
+    prompt_every: int
     warm: bool  # whether a step came before it, which takes longer than all others
     longest_row: int  # tokens of the trial's longest row, its response included
     peak_memory_bytes: int  # since the process began, loading included
     peak_memory_by_phase: Mapping[str, int]
     sampled: bool  # whether the peaks by phase are what was held at the ends of phases
+
+    @property
+    def expected_seconds(self) -> float:
+        """Of the whole run, if all of its rows were as long."""
+        moves = -(-self.steps // self.prompt_every)
+        between = self.seconds if self.seconds_between is None else self.seconds_between
+        return moves * self.seconds + (self.steps - moves) * between
 
 
 def leave_nothing(args: Any, folder: str | Path) -> None:
@@ -46,14 +55,19 @@ def at_its_most(method: Method) -> Method:
 
 
 def longest_rows_first(data: EncodedData, args: Any, method: Method) -> EncodedData:
-    """As many rows as before, with the longest in each of the first two steps; `args` no longer shuffle.
+    """As many rows as before, with the longest in each step of the trial; `args` no longer shuffle.
 
     The second step counts: it is warm, and holds the optimizer's states beside the longest rows.
     """
     args.shuffle_dataset = False
     ranked = sorted(data.examples, key=lambda row: _tokens(row, args, method), reverse=True)
     window = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    return EncodedData((ranked[:window] * 2 + ranked[window:])[: len(ranked)], data.dropped)
+    return EncodedData((ranked[:window] * _steps(args) + ranked[window:])[: len(ranked)], data.dropped)
+
+
+def _steps(args: Any) -> int:
+    """Of a trial: the third one is without a move of the teacher's adapter."""
+    return 2 if args.prompt_every == 1 else 3
 
 
 def _tokens(row: EncodedExample, args: Any, method: Method) -> int:
@@ -64,7 +78,9 @@ def _tokens(row: EncodedExample, args: Any, method: Method) -> int:
 
 
 def take_trial_steps(trainer: Any) -> Trial:
-    """Two optimizer steps, one if the run has no more, with responses up to their limit; the models are spent then.
+    """Two or three optimizer steps, one if the run has no more, with responses up to their limit; it spends the models.
+
+    The teacher's adapter moves in the first two, whatever `prompt_every` is, and rests in the third.
 
     Args:
         trainer: a `DistillTrainer` on `longest_rows_first` whose arguments went through `leave_nothing`.
@@ -72,13 +88,18 @@ def take_trial_steps(trainer: Any) -> Trial:
     quiet(trainer)
     trainer.is_trial = True
     trainer.rollout.write_to_the_limit()
-    clock = _Clock(trainer.phases)
+    if trainer.tuner is not None:
+        trainer.tuner.is_due = lambda step: step < 2
+    clock = _Clock(trainer.phases, _steps(trainer.args))
     trainer.add_callback(clock)
     trainer.train()
+    counted = min(len(clock.seconds), 2) - 1
     return Trial(
         steps=trainer.state.max_steps,
-        seconds=clock.seconds[-1],
-        seconds_by_phase=clock.by_phase,
+        seconds=clock.seconds[counted],
+        seconds_by_phase=clock.by_phase[counted],
+        seconds_between=clock.seconds[2] if len(clock.seconds) > 2 else None,
+        prompt_every=trainer.args.prompt_every,
         warm=len(clock.seconds) > 1,
         longest_row=_tokens(trainer.train_dataset[0], trainer.args, trainer.method),
         peak_memory_bytes=trainer.phases.peak,
@@ -88,17 +109,19 @@ def take_trial_steps(trainer: Any) -> Trial:
 
 
 class _Clock(TrainerCallback):
-    """Seconds of every step, those of the last one by phase, and the end of training after the second."""
+    """Seconds of every step, in all and by phase, and the end of training after so many steps."""
 
-    def __init__(self, phases: Any) -> None:
+    def __init__(self, phases: Any, steps: int) -> None:
         self.seconds: list[float] = []
-        self._phases = phases
+        self.by_phase: list[dict[str, float]] = []
+        self._phases, self._steps = phases, steps
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._since, self._before = time.perf_counter(), dict(self._phases.seconds)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.seconds.append(time.perf_counter() - self._since)
-        self.by_phase = {name: total - self._before.get(name, 0.0) for name, total in self._phases.seconds.items()}
+        spent = self._phases.seconds.items()
+        self.by_phase.append({name: total - self._before.get(name, 0.0) for name, total in spent})
         self.on_train_begin(args, state, control)  # what comes before the next step counts for it
-        control.should_training_stop |= len(self.seconds) == 2
+        control.should_training_stop |= len(self.seconds) == self._steps

@@ -79,9 +79,10 @@ class StudentLoss:
     def _target(self, micro_batch: MicroBatch) -> Any:
         """The states to learn from: a new pass of the moved teacher, or that of before its step if "stale"."""
         stale, micro_batch.teacher_hidden = micro_batch.teacher_hidden, None
+        if self._args.prompt_refresh == "stale":
+            self.metrics.set("prompt_lag", int(stale is not None))
         if stale is None:
             return self.teacher.adapted_hidden
-        self.metrics.set("prompt_lag", 1)
         return lambda batch: stale  # only methods whose loss reads this one batch are let through
 
     def _language_loss(self, student: nn.Module, window: Window, micro_batch: MicroBatch) -> Tensor:

@@ -22,7 +22,7 @@ from promptkd.training.window import MicroBatch, StepMetrics, Window
 
 
 class TeacherTuner:
-    """Trains the teacher's adapter, with an AdamW and a schedule of its own, by one step per window.
+    """Trains the teacher's adapter, with an AdamW and a schedule of its own, by one step in each window that `is_due`.
 
     Guard and metrics of the running step hear of its loss's terms, λ, the gradient's norm and the learning rate.
     """
@@ -35,9 +35,14 @@ class TeacherTuner:
         self._args, self._accelerator, self._guard, self._phases = args, accelerator, guard, phases
         self._settings, self._loss_settings = Reader(args)(TunerSettings), Reader(args)(PromptLossSettings)
         self._before: tuple[dict[str, Tensor], dict[str, Any]] | None = None
+        every = self._settings.prompt_every
+        self.is_due: Callable[[int], bool] = lambda step: step % every == 0  # of k = 0, N, 2N …
 
     def start(self, total_steps: int) -> None:
-        """Make a new optimizer and schedule, for a training of `total_steps` optimizer steps."""
+        """Make a new optimizer and schedule, for a training of `total_steps` optimizer steps of the student.
+
+        The schedule counts the adapter's own steps, ⌈K / N⌉ of them with `prompt_every` N.
+        """
         settings = self._settings
         self.optimizer = torch.optim.AdamW(
             self.adapter.parameters(), lr=settings.prompt_learning_rate, weight_decay=settings.prompt_weight_decay
@@ -46,7 +51,7 @@ class TeacherTuner:
             settings.prompt_lr_scheduler_type,
             self.optimizer,
             num_warmup_steps=settings.prompt_warmup_steps,
-            num_training_steps=total_steps,
+            num_training_steps=-(-total_steps // settings.prompt_every),
         )
         self.optimizer.zero_grad(set_to_none=True)  # of a training that ended within a step
         self._total_steps = total_steps
@@ -60,13 +65,16 @@ class TeacherTuner:
         step: int,
         logs: bool,
     ) -> None:
-        """One step of the adapter on all response tokens of the window.
+        """One step of the adapter on all response tokens of the window, if `step` is due; else no model is run.
 
         Args:
             student_hidden: (N, H) states of the student for a micro-batch, without a graph and without dropout.
-            step: optimizer steps that are done, k.
+            step: optimizer steps that are done, k. λ follows k / K, whether or not the adapter moves in each step.
             logs: whether the step will be logged, so that the KL to the plain teacher is wanted even at λ = 0.
         """
+        self._before = None  # what a step does not move is not rolled back; and two copies of a teacher are too many
+        if not self.is_due(step):
+            return
         args, teacher = self._args, self.teacher
         regularizes = self.adapter.has_regularizer
         weight = self._loss_settings.weight(step, self._total_steps) if regularizes else 0.0
@@ -112,7 +120,6 @@ class TeacherTuner:
         self.metrics.set("prompt_grad_norm", norm)
         self.metrics.set("prompt_learning_rate", self.scheduler.get_last_lr()[0])
         if self._args.on_nan == "skip":
-            self._before = None  # two copies of a whole teacher would be too many
             self._before = copy.deepcopy((self.adapter.state_dict(), self.optimizer.state_dict()))
         if not math.isfinite(norm):
             self.optimizer.zero_grad(set_to_none=True)  # the student's part of the step runs without a move
@@ -121,7 +128,7 @@ class TeacherTuner:
         self.optimizer.zero_grad(set_to_none=True)
 
     def rollback(self) -> None:
-        """Restore the adapter and its optimizer of before the last `step`; the schedule keeps its place."""
+        """Undo what the last `step` moved of the adapter and its optimizer; the schedule keeps its place."""
         if self._before is None:
             return
         adapter, optimizer = self._before

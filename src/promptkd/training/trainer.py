@@ -171,7 +171,7 @@ class DistillTrainer(Trainer):
             if self.tuner is not None:
                 with self.phases("prompt"):
                     student_hidden = self.student_loss.hidden_for_tuner
-                    logs = logs_step(self.args, self.state)
+                    logs = logs_step(self.args, self.state, self.args.prompt_every)
                     self.tuner.step(self.window, model, student_hidden, step=done, logs=logs)
         micro_batch = self.window.next()
         with self.phases("student", synchronize=self.window.is_done):

@@ -87,6 +87,11 @@ def _distill(options: Options, job: TrainingRun, args: DistillConfig, method: Me
     if args.prompt_refresh == "stale":
         stale = "the student learns from the prompted teacher of before each update of the prompt"
         job.note(f"--prompt_refresh stale: {stale}. This is another algorithm than PromptKD as published.")
+    if args.prompt_every > 1:
+        trained = f"what is trained of the teacher moves in the first of every {args.prompt_every} steps alone"
+        job.note(
+            f"--prompt_every {args.prompt_every}: {trained}. This is a variant of our own, not PromptKD as published."
+        )
     if options.resume:
         job.keep_preflight()
     elif options.preflight:
@@ -112,7 +117,18 @@ def _forecast(trainer: Any, trial: Trial) -> str:
     memory = "held at the ends of phases" if trial.sampled else "the most held in each phase"
     by_size = sorted(trial.peak_memory_by_phase.items(), key=lambda each: -each[1])
     how = "on one step after one to warm up" if trial.warm else "on the run's only step"
-    at_most = duration(trial.seconds * trial.steps)
+    every, at_most = args.prompt_every, duration(trial.expected_seconds)
+    between = (
+        []
+        if trial.seconds_between is None
+        else [
+            ("  without the prompt's part", f"{trial.seconds_between:.2f}, measured on one step more"),
+            (
+                "  on average",
+                f"{trial.expected_seconds / trial.steps:.2f}, one step in {every} having the prompt's part",
+            ),
+        ]
+    )
     lines = [
         ("student", f"{count_parameters(student, trainable=True):,} of {count_parameters(student):,} trained"),
         ("teacher", f"{trained:,} trained, {count_parameters(teacher):,} parameters"),
@@ -124,6 +140,7 @@ def _forecast(trainer: Any, trial: Trial) -> str:
         ("  peak", f"{gibibytes(trial.peak_memory_bytes)}, loading included"),
         ("seconds per step", f"{trial.seconds:.2f}, measured {how} with the longest rows"),
         *((f"  {name}", f"{seconds:.2f}") for name, seconds in trial.seconds_by_phase.items()),
+        *between,
         ("expected time", f"at most {at_most}; loading, validation and checkpoints apart"),
     ]
     return "\n".join(f"{name:<34}{value}".rstrip() for name, value in lines)

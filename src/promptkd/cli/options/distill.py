@@ -26,7 +26,14 @@ COMMON_TRAINING_FLAGS = (
     *("gradient_accumulation_steps", "prompt_length", "prompt_learning_rate", "prompt_start", "prompt_kl"),
     *("regularizer_kl", "regularizer_schedule", "regularizer_coefficient", "student_share", "beta"),
     *("max_prompt_length", "max_completion_length", "template", "overlong", "eval_strategy", "eval_steps"),
-    *("prompt_refresh", "teacher_dtype", "bf16", "teacher_quantization", "teacher_gradient_checkpointing"),
+    *(
+        "prompt_every",
+        "prompt_refresh",
+        "teacher_dtype",
+        "bf16",
+        "teacher_quantization",
+        "teacher_gradient_checkpointing",
+    ),
     *("seed", "on_nan", "report_to"),
 )
 
@@ -54,4 +61,5 @@ class Options(Training):
     preflight: bool = True
     """Measure student and teacher on 8 rows before training, which takes seconds, and give advice."""
     dry_run: bool = False
-    """Take two real steps on the longest rows; print peak memory, seconds and expected time; write nothing."""
+    """Take two real steps on the longest rows, with --prompt_every above 1 a third one without the prompt's part; print
+    peak memory, seconds and expected time; write nothing."""
