@@ -115,17 +115,20 @@ def todi(student: Row, teacher: Row, frozen: Row) -> float:
     return total
 
 
-def concrete_score_pairs(student: Row, teacher: Row, frozen: Row) -> float:
-    """½ Σ_y Σ_x sg q_y sg q_x (z_q[x] - z_q[y] - z_p[x] + z_p[y])²: CSD (2509.25837), Eq. 8, both weights (S, S).
+def concrete_score(student: Row, teacher: Row, frozen: Row, *, weights: str = "student") -> float:
+    """½ Σ_y Σ_x sg[w(y) q(x)] (z_q[x] - z_q[y] - z_p[x] + z_p[y])²: CSD (2509.25837), Eq. 8, w = q, p or 1/V.
 
-    The authors' `csd` has half of this gradient (`concrete_score_gradient`).
+    The authors' `csd` and `csd_weighting_function` have half of this gradient. For w = q that half is the gradient of
+    the reverse KL, to the letter.
     """
-    weight, total = softmax(frozen), 0.0
+    q, p = softmax(frozen), softmax(teacher)
+    uniform = [float(chance > 0) / sum(chance > 0 for chance in p) for chance in p]
+    w = {"student": q, "teacher": p, "uniform": uniform}[weights]
+    total = 0.0
     for y in range(len(student)):
         for x in range(len(student)):
-            if weight[x] > 0 and weight[y] > 0:
-                gap = student[x] - student[y] - teacher[x] + teacher[y]
-                total += 0.5 * weight[y] * weight[x] * gap**2
+            if w[y] > 0 and q[x] > 0:
+                total += 0.5 * w[y] * q[x] * (student[x] - student[y] - teacher[x] + teacher[y]) ** 2
     return total
 
 
