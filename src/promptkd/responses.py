@@ -17,7 +17,9 @@ class Sampler:
     """Samples responses to prompts, both as token ids."""
 
     student: Callable[[Tokens], Tokens]
-    mixed: Callable[[Tokens, float], Tokens]  # (prompts, s): from (1 - s) q + s p, of student q and plain teacher p
+    mixed: Callable[..., Tokens]
+    """(prompts, s): from (1 - s) q + s p, of student q and plain teacher p; (prompts, s, prompts of the teacher) where
+    it reads others."""
     together: bool = False  # whether every process must sample whenever one does (sharded weights, vLLM)
 
 
@@ -69,8 +71,10 @@ class TeacherMixed(Responses):
         self.teacher_share = _share("The teacher's share of the sampler", teacher_share)
 
     def __call__(self, rows: Sequence[EncodedExample], sample: Sampler, progress: float) -> Tokens:
-        prompts = [row.prompt_ids for row in rows]
-        return sample.mixed(prompts, self.teacher_share) if self.teacher_share > 0 else sample.student(prompts)
+        prompts, read = ([row.prompt_ids for row in each] for each in (rows, [row.for_teacher() for row in rows]))
+        if self.teacher_share == 0:
+            return sample.student(prompts)
+        return sample.mixed(prompts, self.teacher_share, *([] if read == prompts else [read]))
 
 
 @dataclass

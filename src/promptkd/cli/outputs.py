@@ -11,7 +11,7 @@ from promptkd.cli.parsing.config_file import read_config, write_config
 from promptkd.cli.terminal import is_main_process, say
 from promptkd.data.encode import EncodedData
 from promptkd.data.sources import SUFFIXES
-from promptkd.data.summary import FLAGS, row_counts, row_notes
+from promptkd.data.summary import FLAGS, Flags, row_counts, row_notes
 from promptkd.errors import RequestError, writing
 from promptkd.io.atomic import remove
 from promptkd.io.lock import FOLDER_LOCK, locked
@@ -174,7 +174,7 @@ def sha256_of(path: str) -> str:
     return file_sha256(Path(path)) if Path(path).is_file() else ""
 
 
-def say_rows(path: str, data: EncodedData, flags: tuple[str, str] = FLAGS) -> list[str]:
+def say_rows(path: str, data: EncodedData, flags: Flags = FLAGS) -> list[str]:
     """Say what happened to the rows of a data set; returns what belongs into the record. `flags` set the limits."""
     say(f"{path}: {row_counts(data)}.")
     notes = row_notes(path, data, flags)

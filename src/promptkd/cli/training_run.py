@@ -16,6 +16,7 @@ from promptkd.cli.parsing.parser import merged_config
 from promptkd.cli.terminal import is_main_process, quiet_libraries, say
 from promptkd.data import EncodedData, Example, encode_examples, read_columns, read_examples, resolve_template
 from promptkd.data.summary import limits_named, template_note
+from promptkd.data.teacher_prompt import TeacherPrompts
 from promptkd.errors import PromptKDError, RequestError
 from promptkd.evaluation.dataset_evaluation import measure_rows
 from promptkd.evaluation.measure import evaluation_of
@@ -104,9 +105,17 @@ class TrainingRun:
     def tokenizer(self, name: str) -> Any:
         return load_tokenizer(name, trust_remote_code=self._trust)
 
-    def encode(self, tokenizer: Any, args: Any, owner: str, *, need_response: bool = True) -> tuple[Any, Any]:
+    def encode(
+        self,
+        tokenizer: Any,
+        args: Any,
+        owner: str,
+        *,
+        need_response: bool = True,
+        teacher: TeacherPrompts | None = None,
+    ) -> tuple[Any, Any]:
         """Training and validation rows as tokens; a chat template is said to be that of `owner`."""
-        template = resolve_template(args.template, tokenizer, args.chat_template_kwargs)
+        template = resolve_template(args.template, tokenizer, args.chat_template_kwargs, teacher)
         settings: dict[str, Any] = {"overlong": args.overlong, "max_prompt_length": args.max_prompt_length}
         settings["max_response_length"] = args.max_completion_length
         encoded: dict[str, EncodedData] = {}

@@ -71,6 +71,18 @@ class TokenBatch:
         scored = self.rows[first:last] - start, self.columns[first:last], self.targets[first:last]
         return TokenBatch(input_ids, *scored, self.token_ids[start:end], self.prompt_lengths[start:end])
 
+    def with_prompts(self, prompts: Sequence[Sequence[int] | None]) -> "TokenBatch":
+        """The same responses after other prompts, one per row; None keeps the row's own. Itself where all do."""
+        if len(prompts) != len(self.token_ids):
+            raise ValueError(
+                f"Expected a prompt, or None, for each of the {len(self.token_ids)} rows. Got {len(prompts)}."
+            )
+        if all(prompt is None for prompt in prompts):
+            return self
+        rows = list(zip(prompts, self.token_ids, self.prompt_lengths, strict=True))
+        exchanged = [ids[:length] if prompt is None else prompt for prompt, ids, length in rows]
+        return right_pad(exchanged, [ids[length:] for _, ids, length in rows], device=self.input_ids.device)
+
     def by_row(self, values: Tensor) -> Tensor:
         """Values of the response tokens, (N,), as (B, longest response), 0 behind the end of a response."""
         place = self.columns + 1 - on_device(self.prompt_lengths, self.rows.device)[self.rows]

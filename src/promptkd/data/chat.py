@@ -101,15 +101,7 @@ class ChatTemplate:
 
     def _messages(self, request: Unrendered | str) -> list[Message]:
         assert not isinstance(request, str)
-        if not isinstance(request, Instruction):
-            return [self._taken(message) for message in request]
-        parts = [request.instruction, *([request.input] if request.input.strip() else [])]
-        turns = [
-            (role, text) for pair in request.history for role, text in zip(("user", "assistant"), pair, strict=True)
-        ]
-        turns = [*([("system", request.system)] if request.system.strip() else []), *turns]
-        turns.append(("user", "\n\n".join(parts)))
-        return [self._taken({"role": role, "content": text}) for role, text in turns]
+        return [self._taken(message) for message in as_messages(request)]
 
     def _taken(self, message: Message) -> Message:
         """The message in the form that the template takes."""
@@ -147,6 +139,16 @@ class ChatTemplate:
             return self._rendered([question, answer], [_TOOL] if "tool_calls" in answer else None)
         except RequestError:
             return ""
+
+    @cached_property
+    def writes_system(self) -> bool:
+        """Whether the template writes a system message."""
+        try:
+            return _PROBE in self._rendered(
+                [self._taken({"role": "system", "content": _PROBE}), self._taken(_QUESTION)]
+            )
+        except RequestError:
+            return False
 
     @cached_property
     def _calls(self) -> tuple[Message, bool] | None:
@@ -203,6 +205,17 @@ class ChatTemplate:
 
 
 _ANSWER = {"role": "assistant", "content": "Answer"}
+
+
+def as_messages(request: Unrendered) -> list[Message]:
+    """A request as a conversation; of an instruction with its input below it."""
+    if not isinstance(request, Instruction):
+        return list(request)
+    parts = [request.instruction, *([request.input] if request.input.strip() else [])]
+    turns = [(role, text) for pair in request.history for role, text in zip(("user", "assistant"), pair, strict=True)]
+    turns = [*([("system", request.system)] if request.system.strip() else []), *turns]
+    turns.append(("user", "\n\n".join(parts)))
+    return [{"role": role, "content": text} for role, text in turns]
 
 
 def split_off(prompt: str, whole: str) -> str:
@@ -269,7 +282,8 @@ def with_marks(example: Example, mark: Any, mark_answer: Any) -> Example:
         request = tuple(turn(message) for message in request)
     answer = None if example.answer is None else turn(example.answer)
     references = tuple(mark_answer(each) for each in example.references)
-    return replace(example, request=request, references=references, answer=answer, tools=changed(example.tools, mark))
+    changes: dict[str, Any] = {"references": references, "answer": answer, "tools": changed(example.tools, mark)}
+    return replace(example, request=request, context=mark(example.context), **changes)
 
 
 def _with_text(call: dict[str, Any]) -> dict[str, Any]:

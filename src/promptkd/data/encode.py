@@ -7,13 +7,14 @@ boundary, they are tokenized apart, as they are when a model answers. What the d
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from promptkd.data.rows import Example, Instruction, each_turn, spoken, text_field
 from promptkd.data.sources import read_objects
+from promptkd.data.teacher_prompt import holds_reference
 from promptkd.data.templates import Template, resolve_template
 from promptkd.data.tokens import Spelling, unmarked
 from promptkd.errors import RequestError, at
@@ -35,14 +36,22 @@ class EncodedExample:
     prompt: str  # the text of `prompt_ids`, without the BOS that the tokenizer adds
     row: int  # index of the row in its source, from 0
     request: tuple[tuple[str, str], ...] = ()  # what was asked without the template, by role; () for a prompt's text
+    teacher_prompt_ids: list[int] | None = None  # the prompt with the context that only the teacher reads; None without
+
+    def for_teacher(self) -> "EncodedExample":
+        """The row as the teacher reads it, under the same text: itself without a context."""
+        if self.teacher_prompt_ids is None:
+            return self
+        return replace(self, prompt_ids=self.teacher_prompt_ids, teacher_prompt_ids=None)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Most tokens of a prompt and of a response; 0 where responses have no limit."""
+    """Most tokens of a prompt, of a response, and of a teacher's prompt with its context; 0 for no limit."""
 
     prompt: int
     response: int
+    teacher_prompt: int = 0
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,12 @@ class EncodedData:
     keeps_most: Limits | None = None  # the limits that 95 % of the examples are within, where fewer are
     keeps_all: Limits | None = None
     turns: Turns = "last"
+    informed: int = 0  # examples whose teacher reads a reference of theirs in its context
+
+    @property
+    def contexts(self) -> int:
+        """How many examples have a context that only the teacher reads."""
+        return sum(example.teacher_prompt_ids is not None for example in self.examples)
 
     @property
     def rows(self) -> int:
@@ -112,11 +127,14 @@ def encode_examples(
         none = f"None of the {len(examples)} rows has a response (an assistant message at the end)"
         raise RequestError(f"{none}, and one is needed.")
     prompts, texts, responses, references = _encoded(asked, tokenizer, template, need_response)
-    limits = Limits(max_prompt_length, max_response_length if need_response else 0)
-    lengths = [(len(prompt), len(response)) for prompt, response in zip(prompts, responses, strict=True)]
-    kept = []
+    of_teacher, informed = _for_teacher(asked, references, tokenizer, template)
+    longest = 0 if template.teacher is None else template.teacher.most
+    limits = Limits(max_prompt_length, max_response_length if need_response else 0, longest)
+    lengths = [tuple(map(len, each)) for each in zip(prompts, responses, of_teacher, strict=True)]
+    kept, kept_informed = [], 0
     for index, (example, prompt, response) in enumerate(zip(asked, prompts, responses, strict=True)):
         problem = excess = ""
+        read = of_teacher[index]
         if not prompt:
             problem = "the prompt has no tokens. Expected at least one."
         elif need_response and not example.references:
@@ -127,16 +145,22 @@ def encode_examples(
             excess = f"the prompt has {len(prompt)} tokens, and the limit is {max_prompt_length}"
         elif need_response and len(response) > max_response_length:
             excess = f"the response has {len(response)} tokens with its end, and the limit is {max_response_length}"
+        elif len(read) > longest:
+            excess = f"the teacher's prompt has {len(read)} tokens with its context, and the limit is {longest}"
         if excess and overlong == "error":
             problem = f"{excess}. Raise the limit, shorten the row, or drop such rows."
         if problem:
             raise RequestError(f"{example.location}: {problem}")
         if not excess:
             own = references[index], texts[index], example.row, spoken(example)
-            kept.append(EncodedExample(prompt, response, *own))
+            kept.append(EncodedExample(prompt, response, *own, read or None))
+            kept_informed += informed[index]
     if not kept:
         and_response = f"; the shortest response has {min(map(len, responses))}, and the limit is {max_response_length}"
         limit = f"{max_prompt_length}{and_response if need_response else ''}"
+        if any(of_teacher):
+            shortest = min(len(ids) for ids in of_teacher if ids)
+            limit += f"; the shortest of the teacher's prompts has {shortest}, and the limit is {longest}"
         prompt_length = f"{min(map(len, prompts))} tokens, template included, and the limit is {limit}"
         told = f"None of the {len(asked)} rows is within the limits. The shortest prompt has {prompt_length}."
         raise NoRowFitsError(told, limits, _that_keep(1.0, lengths, limits))
@@ -144,7 +168,7 @@ def encode_examples(
     if dropped > (1 - MOST) * len(asked):
         most, every = _that_keep(MOST, lengths, limits), _that_keep(1.0, lengths, limits)
     as_text, unanswered = sum(isinstance(example.request, str) for example in asked), len(examples) - len(asked)
-    return EncodedData(kept, dropped, unanswered, as_text, unread, limits, most, every, turns)
+    return EncodedData(kept, dropped, unanswered, as_text, unread, limits, most, every, turns, kept_informed)
 
 
 def stop_token_ids(
@@ -238,6 +262,23 @@ def _encoded(
     return prompts, texts, responses, references
 
 
+def _for_teacher(
+    examples: Sequence[Example],
+    references: Sequence[tuple[str, ...]],
+    tokenizer: "PreTrainedTokenizerBase",
+    template: Template,
+) -> tuple[list[list[int]], list[bool]]:
+    """By example: the tokens of the teacher's prompt, [] without a context; whether the context holds a reference."""
+    contexts = [template.context(example) for example in examples]
+    has_context = [index for index, context in enumerate(contexts) if context]
+    read = [template.for_teacher(examples[index], contexts[index]) for index in has_context]
+    encoded = prompt_tokens(read, [template.render(example) for example in read], tokenizer, template)
+    prompts: list[list[int]] = [[] for _ in examples]
+    for index, ids in zip(has_context, encoded, strict=True):
+        prompts[index] = ids
+    return prompts, [bool(c) and holds_reference(c, said) for c, said in zip(contexts, references, strict=True)]
+
+
 def _ends_with_the_user(example: Example) -> bool:
     return not example.references and not isinstance(example.request, str | Instruction)
 
@@ -281,12 +322,14 @@ def _ended(ids: list[int], spelling: Spelling, written: int | None, end: int | N
     return ids if end is None else [*ids, end]
 
 
-def _that_keep(share: float, lengths: Sequence[tuple[int, int]], limits: Limits) -> Limits:
+def _that_keep(share: float, lengths: Sequence[tuple[int, ...]], limits: Limits) -> Limits:
     """The limits, none lower than now, within which at least this share of the examples is."""
+    now = (limits.prompt, limits.response, limits.teacher_prompt)
 
-    def excess(of: tuple[int, int]) -> float:
-        return max(of[0] / limits.prompt, of[1] / limits.response if limits.response else 0.0)
+    def excess(of: tuple[int, ...]) -> float:
+        return max(length / limit for length, limit in zip(of, now, strict=True) if limit)
 
     within = sorted(lengths, key=excess)[: ceil(share * len(lengths))]
-    response = max(limits.response, *(of[1] for of in within)) if limits.response else 0
-    return Limits(max(limits.prompt, *(of[0] for of in within)), response)
+    return Limits(
+        *(max(limit, *most) if limit else 0 for limit, most in zip(now, zip(*within, strict=True), strict=True))
+    )

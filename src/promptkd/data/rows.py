@@ -12,11 +12,20 @@ nothing reads.
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
-from promptkd.data.messages import Message, check_characters, content_text, from_json, kind, read_messages, read_tools
+from promptkd.data.messages import (
+    Message,
+    check_characters,
+    content_text,
+    from_json,
+    kind,
+    read_messages,
+    read_tools,
+    without_nulls,
+)
 from promptkd.errors import RequestError, at
 
 _INSTRUCTIONS = ("instruction", "question", "query", "input")
@@ -28,7 +37,7 @@ _SYSTEMS = ("system", "system_prompt")
 _TOOLS = ("tools", "functions")
 _MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 _COLUMNS = {*_INSTRUCTIONS, *_CONVERSATIONS, *_INPUTS, *_ANSWERS, *_SYSTEMS, *_TOOLS, "prompt", "history"}
-_COLUMNS |= {"chat_template_kwargs"}
+_COLUMNS |= {"chat_template_kwargs", "teacher_prompt"}
 _FORMS = (
     '{"instruction", "input", "output"}, {"messages": [...]}, {"conversations": [...]}, {"prompt", "completion"} or '
     '{"question", "answer"}'
@@ -47,6 +56,7 @@ class Instruction:
 
 Unrendered = Instruction | tuple[Message, ...]  # what a template renders
 Request = Unrendered | str
+Context = str | tuple[Message, ...]  # what only the teacher reads (teacher_prompt.py)
 
 
 @dataclass(frozen=True)
@@ -61,6 +71,18 @@ class Example:
     tools: tuple[Any, ...] = ()  # JSON schemas, which a chat template shows
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # the row's own, for its chat template
     unread: tuple[str, ...] = ()  # columns that nothing reads
+    teacher_prompt: Context | None = None  # the column of that name; None without one
+    context: str = ""  # a text before the rendered request, for the teacher alone
+    fields: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)  # the row's columns
+
+
+def asked_text(request: Request) -> str:
+    """What is asked, as a text: an instruction with its input, the last message of a conversation, a prompt's text."""
+    if isinstance(request, str):
+        return request
+    if isinstance(request, Instruction):
+        return "\n\n".join(part for part in (request.instruction, request.input) if part)
+    return content_text(request[-1])
 
 
 def spoken(example: Example) -> tuple[tuple[str, str], ...]:
@@ -69,9 +91,8 @@ def spoken(example: Example) -> tuple[tuple[str, str], ...]:
     if isinstance(request, str):
         return ()
     if isinstance(request, Instruction):
-        asked = "\n\n".join(part for part in (request.instruction, request.input) if part)
         before = [turn for asks, answer in request.history for turn in (("user", asks), ("assistant", answer))]
-        return (*([("system", request.system)] if request.system else []), *before, ("user", asked))
+        return (*([("system", request.system)] if request.system else []), *before, ("user", asked_text(request)))
     return tuple((str(message.get("role", "")), _shown(message)) for message in request)
 
 
@@ -103,10 +124,14 @@ def examples_from_objects(
             fields = located[0][1]
             names = ", ".join(map(repr, fields)) if isinstance(fields, Mapping) else "none"
             raise RequestError(f"{source} has no column {old!r}, which --columns maps. The first row has: {names}.")
-    return [
+    examples = [
         example_from_row(_renamed(fields, columns), location=location, row=index)
         for index, (location, fields) in enumerate(located)
     ]
+    if not columns:
+        return examples
+    both = zip(located, examples, strict=True)  # a text for the teacher may name a column by its old name, too
+    return [replace(example, fields={**without_nulls(fields), **example.fields}) for (_, fields), example in both]
 
 
 def read_columns(given: Sequence[str] | Mapping[str, str] | None) -> dict[str, str]:
@@ -116,6 +141,11 @@ def read_columns(given: Sequence[str] | Mapping[str, str] | None) -> dict[str, s
         if not old or new not in _COLUMNS:
             known = ", ".join(sorted(_COLUMNS))
             raise RequestError(f"--columns takes OLD=NEW, where NEW is one of {known}. Got {f'{old}={new}'!r:.100}.")
+        if old == "teacher_prompt" != new:
+            told = (
+                "the column 'teacher_prompt' is what the teacher alone reads. Rename it in the data to use it otherwise"
+            )
+            raise RequestError(f"--columns teacher_prompt={new}: {told}.")
     names = dict(pairs)
     if len(names) < len(pairs) or len(set(names.values())) < len(names):
         told = " ".join(f"{old}={new}" for old, new in pairs)
@@ -148,7 +178,21 @@ def example_from_row(fields: Mapping[str, Any], *, location: str, row: int) -> E
             kwargs = from_json(kwargs) if isinstance(kwargs, str) else kwargs
             if not isinstance(kwargs, Mapping):
                 raise RequestError(f"'chat_template_kwargs' must be an object, or its JSON, got {kind(kwargs)}.")
-        return Example(request, references, location, row, answer, tools, dict(kwargs), columns.unread())
+        own = _context(columns.take("teacher_prompt"))
+        rest = columns.unread(), own, "", columns.present
+        return Example(request, references, location, row, answer, tools, dict(kwargs), *rest)
+
+
+def _context(value: Any) -> Context | None:
+    """A column `teacher_prompt`: a text, or messages (also as JSON); null counts as missing, no message as no text."""
+    found = from_json(value) if isinstance(value, str) and value.lstrip().startswith("[{") else value
+    if isinstance(found, list | tuple) and all(isinstance(each, Mapping) for each in found):
+        return tuple(read_messages(found, "teacher_prompt")) if found else ""
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise RequestError(f"'teacher_prompt' must be a text or a list of messages, got {kind(value)}.")
+    return text_field(value, "teacher_prompt")
 
 
 def text_field(value: Any, field: str, *, may_be_empty: bool = True) -> str:
@@ -177,8 +221,10 @@ def each_turn(example: Example) -> list[Example]:
 
 def _turn_of(example: Example, request: Unrendered, answer: Message) -> Example:
     found = answer if not isinstance(request, Instruction) else None
-    rest = (found, example.tools, example.template_kwargs, example.unread)
-    return Example(request, (content_text(answer),), example.location, example.row, *rest)
+    if isinstance(own := example.teacher_prompt, tuple) and own[-1]["role"] in ("user", "tool"):
+        problem = "'teacher_prompt' is a whole conversation, and --turns all trains several turns of the row"
+        raise RequestError(f"{example.location}: {problem}. Give a text, or --turns last.")
+    return replace(example, request=request, references=(content_text(answer),), answer=found)
 
 
 class _Columns:

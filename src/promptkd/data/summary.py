@@ -2,14 +2,16 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import astuple, replace
 
 from promptkd.data.encode import MOST, EncodedData, Limits, NoRowFitsError, Turns
 from promptkd.data.templates import Template
 from promptkd.errors import RequestError
 
-FLAGS = ("--max_prompt_length", "--max_completion_length")  # of training
-GENERATION_FLAGS = ("--max-prompt-length", "--max-completion-length")
-EVALUATION_FLAGS = ("--max-prompt-length", "--max-reference-length")
+Flags = tuple[str, str, str]  # those that limit a prompt, a response, and the teacher's prompt
+FLAGS: Flags = ("--max_prompt_length", "--max_completion_length", "--max_teacher_prompt_length")  # of training
+GENERATION_FLAGS: Flags = ("--max-prompt-length", "--max-completion-length", "")  # which reads no teacher
+EVALUATION_FLAGS: Flags = ("--max-prompt-length", "--max-reference-length", "--max-teacher-prompt-length")
 
 
 def row_counts(data: EncodedData) -> str:
@@ -20,12 +22,16 @@ def row_counts(data: EncodedData) -> str:
     return f"{data.rows:,} rows{several}{dropped}"
 
 
-def row_notes(source: str, data: EncodedData, flags: tuple[str, str] = FLAGS) -> list[str]:
+def row_notes(source: str, data: EncodedData, flags: Flags = FLAGS) -> list[str]:
     """What a reader of the run must know of the rows of `source`; `flags` set the limits on prompt and response."""
     notes = []
     if data.unread:
         columns = ", ".join(f"{name!r} ({rows:,} rows)" for name, rows in data.unread.items())
         notes.append(f"{source}: not used: {columns}. --columns OLD=NEW maps a column to one that is.")
+    if data.contexts:
+        told = f"in {data.informed:,} of them it holds the row's reference: the teacher sees the answer there"
+        rest = f"; {told}." if data.informed else "."
+        notes.append(f"{source}: {data.contexts:,} rows have a context that only the teacher reads{rest}")
     if data.as_text:
         advice = "--columns prompt=instruction has it rendered."
         notes.append(f"{source}: {data.as_text:,} prompts are texts, used as they stand, with no template. {advice}")
@@ -34,7 +40,9 @@ def row_notes(source: str, data: EncodedData, flags: tuple[str, str] = FLAGS) ->
         notes.append(f"{source}: {rows} with the user and {were} dropped, since a response is needed.")
     if data.limits is not None and data.keeps_most is not None and data.keeps_all is not None:
         total = len(data.examples) + data.dropped
-        limits = _limits(flags, data.limits.prompt, data.limits.response)
+        has_contexts = data.contexts > 0 or data.keeps_all.teacher_prompt > data.limits.teacher_prompt
+        now = data.limits if has_contexts else replace(data.limits, teacher_prompt=0)
+        limits = _limits(flags, (now.prompt, now.response, now.teacher_prompt))
         most, every = (_raised(flags, data.limits, each) for each in (data.keeps_most, data.keeps_all))
         kept = f"{most} keeps {MOST:.0%}" + ("." if most == every else f", {every} keeps all.")
         noun = "examples" if data.turns == "all" else "rows"
@@ -44,7 +52,7 @@ def row_notes(source: str, data: EncodedData, flags: tuple[str, str] = FLAGS) ->
 
 
 @contextmanager
-def limits_named(flags: tuple[str, str] = FLAGS) -> Iterator[None]:
+def limits_named(flags: Flags = FLAGS) -> Iterator[None]:
     """Let the message that no row is within the limits end with the `flags` and values that keep all rows."""
     try:
         yield
@@ -62,14 +70,13 @@ def template_note(template: Template, owner: str, turns: Turns | None = None) ->
     return f"Template: {name}. Assistant turns that are trained: {trained} (--turns {turns})."
 
 
-def _limits(flags: tuple[str, str], prompt: int, response: int) -> list[str]:
-    return [f"{flag} {value}" for flag, value in zip(flags, (prompt, response), strict=True) if value]
+def _limits(flags: Flags, values: tuple[int, int, int]) -> list[str]:
+    return [f"{flag} {value}" for flag, value in zip(flags, values, strict=True) if value]
 
 
-def _raised(flags: tuple[str, str], now: Limits, new: Limits) -> str:
+def _raised(flags: Flags, now: Limits, new: Limits) -> str:
     """The flags that differ from now."""
-    prompt, response = (
-        (new.prompt if new.prompt > now.prompt else 0),
-        (new.response if new.response > now.response else 0),
+    prompt, response, teacher_prompt = (
+        (after if after > before else 0) for before, after in zip(astuple(now), astuple(new), strict=True)
     )
-    return " ".join(_limits(flags, prompt, response))
+    return " ".join(_limits(flags, (prompt, response, teacher_prompt)))

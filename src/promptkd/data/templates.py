@@ -1,7 +1,7 @@
 """Templates: how a request becomes the text of a prompt, and which token ends its answer."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import jinja2
@@ -10,7 +10,8 @@ from jinja2.sandbox import SandboxedEnvironment
 
 from promptkd.data.chat import ERRORS, ChatTemplate, split_off
 from promptkd.data.messages import REASONING, content_text
-from promptkd.data.rows import Example, Instruction
+from promptkd.data.rows import Context, Example, Instruction
+from promptkd.data.teacher_prompt import TeacherPrompts, for_teacher
 from promptkd.errors import RequestError, at
 
 if TYPE_CHECKING:
@@ -33,13 +34,28 @@ class Template:
     render_request: Callable[[Example], str]
     chat: ChatTemplate | None = None
     names: frozenset[str] = frozenset()  # what a Jinja text names
+    bos: str = ""  # what the tokenizer may put before a text
+    teacher: TeacherPrompts | None = None  # what the teacher alone reads; None where no teacher reads the rows
 
     def render(self, example: Example) -> str:
         """The text of the prompt: a request that is text already as it is. `RequestError` if it cannot be rendered."""
-        if isinstance(example.request, str):
-            return example.request
         with at(example.location):
-            return self.render_request(example)
+            text = example.request if isinstance(example.request, str) else self.render_request(example)
+        return f"{example.context}\n\n{text.removeprefix(self.bos)}" if example.context else text
+
+    def context(self, example: Example) -> Context:
+        """What the teacher alone reads of the row; "" for nothing."""
+        if self.teacher is None:
+            return ""
+        with at(example.location):
+            return self.teacher.context(example)
+
+    def for_teacher(self, example: Example, context: Context) -> Example:
+        """The example as the teacher reads it, with a `context` that is not empty."""
+        with at(example.location):
+            return for_teacher(
+                example, context, self.chat, reads_messages=self.chat is not None or "messages" in self.names
+            )
 
     def render_answer(self, example: Example, prompt: str) -> str | None:
         """What a chat template writes after the rendered `prompt` once the answer is there, to the end of the text.
@@ -56,7 +72,9 @@ class Template:
 
     def unread(self, example: Example) -> set[str]:
         """The columns of the row that neither its form nor the template reads."""
-        found, request = set(example.unread), example.request
+        found, request = set(example.unread) - (self.teacher.names if self.teacher else frozenset()), example.request
+        if self.teacher is None and example.teacher_prompt is not None:
+            found.add("teacher_prompt")
         if isinstance(request, str):
             return found
         if self.chat is not None:
@@ -71,12 +89,16 @@ class Template:
 
 
 def resolve_template(
-    name: str, tokenizer: "PreTrainedTokenizerBase", kwargs: Mapping[str, Any] | None = None
+    name: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    kwargs: Mapping[str, Any] | None = None,
+    teacher: TeacherPrompts | None = None,
 ) -> Template:
     """The template "alpaca"; "chat", the tokenizer's; "auto", which is "chat" if there is one; or a Jinja string.
 
     A Jinja string may name `instruction`, `input`, `system`, `history` ("" or empty if there is none) and `tools`, or
-    `messages` where the row holds those. `kwargs` are variables of a chat template, such as enable_thinking.
+    `messages` where the row holds those. `kwargs` are variables of a chat template, such as enable_thinking; `teacher`
+    says what the teacher alone reads.
     `RequestError` for an unknown name, or a template that is absent, fails or names other variables.
     """
     if "{{" in name or "{%" in name:
@@ -94,7 +116,7 @@ def resolve_template(
     if kwargs and (unread := [key for key in kwargs if template.chat is None or not template.chat.names(key)]):
         problem = f"chat_template_kwargs sets {', '.join(unread)}, which the template does not read"
         raise RequestError(f"{problem} ({template.name}). Leave it out, or choose a chat template that does.")
-    return template
+    return replace(template, bos=tokenizer.bos_token or "", teacher=teacher)
 
 
 def _alpaca(example: Example) -> str:

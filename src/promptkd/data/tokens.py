@@ -7,7 +7,7 @@ calls: "<think>" or "[TOOL_CALLS]" in an answer is the token of that name where 
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -57,7 +57,7 @@ class Spelling:
     def marked(self, example: Example) -> Example:
         """`example` with marks around every control token that its data spells. Most examples have none."""
         if isinstance(example.request, str):
-            return example
+            return replace(example, context=_mark(example.context, self.control))
         return with_marks(example, lambda text: _mark(text, self.control), self.mark_answer)
 
     def mark_answer(self, text: str) -> str:

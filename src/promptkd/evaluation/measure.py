@@ -148,13 +148,18 @@ def kl_nats(
     vocabulary: Vocabulary | int,
     batch_size: int,
 ) -> list[float]:
-    """Σ over the tokens of a row's sample of KL(model || teacher), each over the `vocabulary`, in nats."""
-    prompts = [row.prompt_ids for row in rows]
+    """Σ over the tokens of a row's sample of KL(model || teacher), each over the `vocabulary`, in nats.
+
+    The teacher reads the context that a row has for it.
+    """
+    prompts, contexts = [row.prompt_ids for row in rows], [row.teacher_prompt_ids for row in rows]
     with torch.no_grad(), evaluating(model), evaluating(teacher):
-        return _sums_by_row(
-            (indices, batch, token_divergences(reverse_kl, model, teacher, batch, vocabulary))
-            for indices, batch in batches_by_length(prompts, samples, batch_size, model)
-        )
+        scored = []
+        for indices, batch in batches_by_length(prompts, samples, batch_size, model):
+            read = batch.with_prompts([contexts[index] for index in indices])
+            values = token_divergences(reverse_kl, model, teacher, batch, vocabulary, read=read)
+            scored.append((indices, batch, values))
+        return _sums_by_row(scored)
 
 
 def token_divergences(
@@ -164,14 +169,19 @@ def token_divergences(
     batch: TokenBatch,
     vocabulary: Vocabulary | int | None,
     prompt: Tensor | None = None,
+    *,
+    read: TokenBatch | None = None,
 ) -> Tensor:
-    """(N,) `objective` of both models' logits at each response token; the teacher's after `prompt`, (n, E)."""
+    """(N,) `objective` of both models' logits at each response token.
+
+    The teacher reads `read` in place of the student's `batch`, after `prompt`, (n, E).
+    """
 
     def divergences(*hidden: Tensor) -> Tensor:
         models = zip((student, teacher), hidden, strict=True)
         return objective(*(head_logits(model, states, vocabulary=vocabulary) for model, states in models))
 
-    return _in_chunks(divergences, response_hidden(student, batch), response_hidden(teacher, batch, prompt))
+    return _in_chunks(divergences, response_hidden(student, batch), response_hidden(teacher, read or batch, prompt))
 
 
 def batches_by_length(

@@ -6,6 +6,7 @@ penalty, a top-p) are not applied.
 
 import contextlib
 from collections.abc import Callable, Generator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,16 @@ from promptkd.errors import check_all
 from promptkd.generation.sampling import SamplingParams, next_tokens, uniforms
 
 Prompts = Sequence[Sequence[int]]  # token ids
+
+
+class Mixture(NamedTuple):
+    """Another model that writes along."""
+
+    model: nn.Module
+    share: float  # α: tokens come from (1 - α) q + α p
+    prompts: Sequence[Sequence[int]] | None = None  # what it reads in place of the first model's prompts
+
+
 Seeds = Sequence[int] | None
 
 
@@ -36,7 +47,7 @@ def generate(
     *,
     seeds: Seeds = None,
     batch_size: int = 32,
-    mixed_with: tuple[nn.Module, float] | None = None,
+    mixed_with: Mixture | tuple[nn.Module, float] | None = None,
     prompt: Tensor | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
@@ -45,7 +56,7 @@ def generate(
     Args:
         model: a causal model of transformers or a PeftModel of one; it runs in evaluation mode.
         prompts, seeds: at least one token id per prompt, and one seed unless greedy.
-        mixed_with: another model and its share α; tokens come from (1 - α) q + α p, both at `params.temperature`.
+        mixed_with: another model p and its share α; tokens come from (1 - α) q + α p, both at `params.temperature`.
         prompt: (n, E) embeddings put before each request, at positions 0 … n - 1; not together with `mixed_with`.
         on_batch: called with the number of rows finished so far.
 
@@ -57,7 +68,9 @@ def generate(
     prompt = None if prompt is None or len(prompt) == 0 else prompt
     order = sorted(range(len(prompts)), key=lambda row: (-len(prompts[row]), row))
     responses: list[list[int]] = [[] for _ in prompts]
-    models = [(model, 1.0)] if mixed_with is None else [(model, 1 - mixed_with[1]), mixed_with]
+    other = None if mixed_with is None else Mixture(*mixed_with)
+    models = [(model, 1.0)] if other is None else [(model, 1 - other.share), (other.model, other.share)]
+    read = [prompts, prompts if other is None or other.prompts is None else other.prompts]  # by each of the models
     device = embedding_device(unwrap_peft(model))
     with torch.no_grad(), contextlib.ExitStack() as stack:
         for each, _ in models:
@@ -72,7 +85,10 @@ def generate(
             drawn = None if params.is_greedy or seeds is None else uniforms([seeds[row] for row in rows], max(ends))
             with contextlib.ExitStack() as running:
                 readers = [(running.enter_context(each(max(ends))), share) for each, share in sessions]
-                logits = [(each.prefill([prompts[row] for row in rows], prompt), share) for each, share in readers]
+                logits = [
+                    (each.prefill([own[row] for row in rows], prompt), share)
+                    for (each, share), own in zip(readers, read, strict=False)
+                ]
                 tokens = _decoded(readers, logits, params, ends, None if drawn is None else drawn.to(device), device)
             for row, limit, response in zip(rows, ends, tokens, strict=True):
                 stops = [response.index(stop) + 1 for stop in params.stop_ids if stop in response[:limit]]

@@ -51,6 +51,7 @@ class SharedVocabulary(Vocabulary):
             for part, ids, text in (
                 ("prompt", row.prompt_ids, row.prompt),
                 ("response", row.response_ids, "".join(row.references[:1])),
+                ("teacher's prompt", row.teacher_prompt_ids or (), ""),
             ):
                 if found := masked.intersection(ids):
                     self._refuse(min(found), f"Row {row.row} of the {of}: the {part}")

@@ -82,9 +82,12 @@ class Baselines(TrainerCallback):
             if label == BEFORE or teacher is None:
                 return measure_rows(student, tokenizer, rows, decoding, teacher=teacher, **scoring)
             ends = stop_token_ids(tokenizer, unwrap_peft(teacher).generation_config, args.template)
-            own = replace(decoding, stop_ids=tuple({*decoding.stop_ids, *ends}))
+            own, read = (
+                replace(decoding, stop_ids=tuple({*decoding.stop_ids, *ends})),
+                [row.for_teacher() for row in rows],
+            )
             try:
-                return measure_rows(teacher, tokenizer, rows, own, **scoring)
+                return measure_rows(teacher, tokenizer, read, own, **scoring)
             finally:
                 release(teacher)  # training decodes with the student alone
 

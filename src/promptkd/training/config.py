@@ -8,6 +8,7 @@ from accelerate.utils import parse_flag_from_env
 from transformers import SchedulerType, TrainingArguments
 from trl import DistillationConfig
 
+from promptkd.data.teacher_prompt import TeacherPrompts, context_text
 from promptkd.engine import engine_for
 from promptkd.errors import RequestError, check_all
 from promptkd.io.python_file import names_python, python_file
@@ -190,6 +191,11 @@ class DistillConfig(_FlatSettings, BaseConfig, DistillationConfig):
     """SHA-256 of the file of a method of your own, which a run records; another file is refused."""
     end_token: Literal["teacher", "student"] = "teacher"
     """Where the teacher does not end as the rows do: rows end with its end token, or keep the student's."""
+    teacher_prompt: str | None = None
+    """What only the teacher reads before each request: a text, or a file that holds it, with the row's fields as Jinja
+    ({{ reference }}). A row's column teacher_prompt takes its place. See docs/context-teachers.md."""
+    max_teacher_prompt_length: int = option(1024, at_least=1)
+    """Most tokens of the teacher's prompt with its context; see --overlong."""
     language_data: str | None = None
     """Plain-text rows ({"text": ...}) for an extra language-modeling loss."""
     language_weight: float = 1.0
@@ -209,6 +215,12 @@ class DistillConfig(_FlatSettings, BaseConfig, DistillationConfig):
     """Train the student without dropout."""
     save_only_model: bool = False
     """Leave optimizer, prompt and random states out of checkpoints (no resuming)."""
+
+    def __post_init__(self) -> None:
+        if self.teacher_prompt is not None:
+            self.teacher_prompt, _ = context_text(self.teacher_prompt)
+            TeacherPrompts(self.teacher_prompt)  # which refuses what is no template
+        super().__post_init__()
 
     @property
     def algorithm(self) -> str:
@@ -256,6 +268,8 @@ def chosen_method(args: Any, given: Method | None = None) -> Method:
     take.refuse_unread(name, (factory for factory in ADAPTERS.values() if factory is not None))
     without = " without a teacher adapter" if adapter is None else ""
     take.refuse_unread(name + without, (TunerSettings, PromptLossSettings))
+    if args.teacher_prompt is not None and not method.reads_teacher:
+        raise RequestError(f"{name} reads no teacher, and teacher_prompt is what a teacher reads. Leave it out.")
     return method
 
 

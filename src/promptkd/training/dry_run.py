@@ -72,7 +72,7 @@ def _steps(args: Any) -> int:
 
 def _tokens(row: EncodedExample, args: Any, method: Method) -> int:
     """Tokens of prompt and response; a response that a model writes counts as the longest that it may write."""
-    return len(row.prompt_ids) + (
+    return max(len(row.prompt_ids), len(row.for_teacher().prompt_ids)) + (
         args.max_completion_length if writes_responses(method.responses) else len(row.response_ids)
     )
 

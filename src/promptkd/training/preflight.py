@@ -61,16 +61,18 @@ def _measure(
         tokens = sum(len(row.response_ids) for row in referenced)
         seen.reference_length = tokens / len(referenced)
         seen.student_loss, seen.teacher_loss = (
-            sum(reference_nats(model, referenced, vocabulary, size)) / tokens for model in (student, teacher)
+            sum(reference_nats(model, read, vocabulary, size)) / tokens
+            for model, read in ((student, referenced), (teacher, [row.for_teacher() for row in referenced]))
         )
     samples = decode_rows(student, tokenizer, rows, decoding)
     kl, overlap = _compared(student, teacher, rows, samples, vocabulary, size)
     tokens = sum(map(len, samples))
     seen.kl_to_teacher, seen.kl_per_response, seen.top_overlap = kl / tokens, kl / len(rows), overlap / tokens
     seen.response_length = tokens / len(rows)
-    started, answers = time.perf_counter(), decode_rows(teacher, tokenizer, rows[:_FIRST], decoding)
-    if rows[_FIRST:] and time.perf_counter() - started < _SECONDS:
-        answers += decode_rows(teacher, tokenizer, rows[_FIRST:], decoding)
+    read = [row.for_teacher() for row in rows]
+    started, answers = time.perf_counter(), decode_rows(teacher, tokenizer, read[:_FIRST], decoding)
+    if read[_FIRST:] and time.perf_counter() - started < _SECONDS:
+        answers += decode_rows(teacher, tokenizer, read[_FIRST:], decoding)
     ended = [answer[-1] in trainer.stop_ids for answer in answers]
     seen.teacher_answers, seen.teacher_cut = len(answers), ended.count(False)
     seen.teacher_length = sum(map(len, answers)) / len(answers)
@@ -98,8 +100,9 @@ def _compared(
 
     prompts, sums = [row.prompt_ids for row in rows], torch.zeros(2, dtype=torch.float64)
     with torch.no_grad(), evaluating(student), evaluating(teacher):
-        for _, batch in batches_by_length(prompts, samples, size, student):
-            sums += token_divergences(both, student, teacher, batch, vocabulary).double().sum(0).cpu()
+        for indices, batch in batches_by_length(prompts, samples, size, student):
+            read = batch.with_prompts([rows[index].teacher_prompt_ids for index in indices])
+            sums += token_divergences(both, student, teacher, batch, vocabulary, read=read).double().sum(0).cpu()
     return float(sums[0]), float(sums[1])
 
 

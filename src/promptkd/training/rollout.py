@@ -17,7 +17,7 @@ from promptkd.data.batch import right_pad
 from promptkd.data.encode import EncodedExample, encode_texts
 from promptkd.errors import RequestError
 from promptkd.evaluation.text_metrics import distinct
-from promptkd.generation import SamplingParams, generate
+from promptkd.generation import Mixture, SamplingParams, generate
 from promptkd.methods import Method
 from promptkd.responses import Sampler, writes_responses
 from promptkd.training.distributed import autocast, is_sharded, run_whole
@@ -63,12 +63,17 @@ class Rollout:
     def __call__(self, rows: Sequence[EncodedExample], model: nn.Module, *, step: int, total_steps: int) -> Window:
         """Responses to the rows of this process, in random micro-batches. All processes must call it together."""
 
-        def sample(prompts: Tokens, mixed_with: tuple[nn.Module, float] | None = None) -> Tokens:
+        def sample(prompts: Tokens, mixed_with: Mixture | None = None) -> Tokens:
             return self._sample(prompts, model, step, mixed_with)
 
-        def sample_mixed(prompts: Tokens, teacher_share: float) -> Tokens:
+        def sample_mixed(prompts: Tokens, teacher_share: float, read: Tokens | None = None) -> Tokens:
             self._check_mixing()
-            return sample(prompts, (self.teacher.model, teacher_share))
+            if read is None and any(row.teacher_prompt_ids is not None for row in rows):
+                raise RequestError(
+                    "The rows have a context for the teacher: give `sample.mixed` its prompts as a third argument, "
+                    "[row.for_teacher().prompt_ids for row in rows]."
+                )
+            return sample(prompts, Mixture(self.teacher.model, teacher_share, read))
 
         together = self._accelerator.num_processes > 1 and (self._vllm is not None or is_sharded(self._accelerator))
         sampler = Sampler(student=sample, mixed=sample_mixed, together=together)
@@ -119,9 +124,7 @@ class Rollout:
         items = all_rows if self.method.per_row else tokens
         return Window(micro_batches, items, tokens, text_tokens, progress)
 
-    def _sample(
-        self, prompts: Tokens, model: nn.Module, step: int, mixed_with: tuple[nn.Module, float] | None
-    ) -> Tokens:
+    def _sample(self, prompts: Tokens, model: nn.Module, step: int, mixed_with: Mixture | None) -> Tokens:
         if self._vllm is not None:
             return self._sample_by_vllm(prompts, step)
         if needs_generate(self._args):

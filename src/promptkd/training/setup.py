@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from promptkd.data import EncodedData, encode_examples, examples_from_rows, read_columns, resolve_template
 from promptkd.data.chat import adopt
-from promptkd.data.encode import Turns
+from promptkd.data.encode import EncodedExample, Turns
 from promptkd.data.messages import without_nulls
 from promptkd.data.summary import limits_named, row_notes
+from promptkd.data.teacher_prompt import TeacherPrompts
 from promptkd.engine import Vocabulary, check_scoring, unwrap_peft
 from promptkd.errors import RequestError
 from promptkd.methods import Method
@@ -71,8 +72,10 @@ def prepare_rows(
     ends = PairEnds(args, method, compared[0], tokenizer, teacher_tokenizer, config)
     settled, (train, validation) = ends.settle_with(student[0], [train, validation])
     check_responses(method, args, validates=validation is not None)
-    encoded = encode(train, tokenizer, args, turns=args.turns, need_response=method.responses.needs_data)
-    of_validation = encode(validation, tokenizer, args, name="eval_dataset")
+    teacher_prompts = read_teacher_prompts(method, args)
+    needed: dict[str, Any] = {"need_response": method.responses.needs_data, "teacher": teacher_prompts}
+    encoded = encode(train, tokenizer, args, turns=args.turns, **needed)
+    of_validation = encode(validation, tokenizer, args, name="eval_dataset", teacher=teacher_prompts)
     shared, notes = compared_rows(method, compared, encoded, of_validation)
     return PairRows(encoded, of_validation, shared, ends, [*notes, *settled])
 
@@ -85,18 +88,19 @@ def encode(
     name: str = "train_dataset",
     turns: Turns = "last",
     need_response: bool = True,
+    teacher: TeacherPrompts | None = None,
 ) -> EncodedData | None:
     """Rows as tokens, by the template, the columns and the limits of a `DistillConfig`; warns of what is left out."""
     if rows is None or isinstance(rows, EncodedData):
         return rows
     if isinstance(rows, Dataset):
         rows = [without_nulls(row) for row in rows]  # each of its structs has the fields of all others
-    flags = ("max_prompt_length =", "max_completion_length =")
+    flags = ("max_prompt_length =", "max_completion_length =", "max_teacher_prompt_length =")
     with limits_named(flags):
         encoded = encode_examples(
             examples_from_rows(rows, read_columns(args.columns)),
             tokenizer,
-            resolve_template(args.template, tokenizer, args.chat_template_kwargs),
+            resolve_template(args.template, tokenizer, args.chat_template_kwargs, teacher),
             max_prompt_length=args.max_prompt_length,
             max_response_length=args.max_completion_length or 0,
             overlong=args.overlong,
@@ -106,6 +110,11 @@ def encode(
     for note in row_notes(name, encoded, flags):
         _log.warning(note)
     return encoded
+
+
+def read_teacher_prompts(method: Method, args: Any) -> TeacherPrompts | None:
+    """What the teacher reads beside the student's prompts, by a `DistillConfig`; None if the method reads none."""
+    return TeacherPrompts(args.teacher_prompt, args.max_teacher_prompt_length) if method.reads_teacher else None
 
 
 def take_template(
@@ -205,8 +214,17 @@ def check_placement(
         settle_dispatched(teacher, accelerator.device)
 
 
-def check_models(student: nn.Module, teacher: PreTrainedModel, adapter: TeacherAdapter | None, args: Any) -> None:
-    """Refuse models with too few positions, or that cannot be scored at given positions."""
+def check_models(
+    student: nn.Module,
+    teacher: PreTrainedModel,
+    adapter: TeacherAdapter | None,
+    args: Any,
+    rows: Iterable[EncodedExample] = (),
+) -> None:
+    """Refuse models with too few positions, or that cannot be scored at given positions.
+
+    The teacher needs them for the contexts that it reads of `rows`, too.
+    """
     longest = args.max_prompt_length + args.max_completion_length
     prompt = 0 if adapter is None else adapter.extra_positions
     for name, each, extra in (("student", student, 0), ("teacher", teacher, prompt)):
@@ -217,6 +235,14 @@ def check_models(student: nn.Module, teacher: PreTrainedModel, adapter: TeacherA
                 f"{' + prompt_length' if extra else ''} is {longest + extra}; lower one of them."
             )
         check_scoring(each)
+    limit, others = position_limit(teacher), args.max_completion_length + prompt
+    context = max((len(row.teacher_prompt_ids or ()) for row in rows), default=0)
+    if limit is not None and context + others > limit:
+        raise RequestError(
+            f"The teacher has {limit} positions. Its longest prompt, context included, + max_completion_length"
+            f"{' + prompt_length' if prompt else ''} is {context + others}. Shorten the context, or leave such rows "
+            f"out: --max_teacher_prompt_length {limit - others}."
+        )
 
 
 def check_rows(rows: int | None, args: Any) -> None:

@@ -82,7 +82,7 @@ class StudentLoss:
         if self._args.prompt_refresh == "stale":
             self.metrics.set("prompt_lag", int(stale is not None))
         if stale is None:
-            return self.teacher.adapted_hidden
+            return lambda batch: self.teacher.adapted_hidden(micro_batch.for_teacher(batch))
         return lambda batch: stale  # only methods whose loss reads this one batch are let through
 
     def _language_loss(self, student: nn.Module, window: Window, micro_batch: MicroBatch) -> Tensor:

@@ -83,7 +83,7 @@ class TeacherTuner:
         scale = window.tokens.clamp(min=1) if teacher.backbone.dtype == torch.float16 else 1
         pair = teacher.pair(self._accelerator.unwrap_model(student))
         for micro_batch in window.micro_batches:
-            batch = micro_batch.batch
+            batch = micro_batch.teacher_batch
             self._phases.works_on(batch.lengths)
             target = student_hidden(student, micro_batch)
             with autocast(self._accelerator, args):

@@ -134,7 +134,7 @@ class DistillTrainer(Trainer):
         vocabulary = trained_vocabulary(self.method, self.shared, tokenizer, student, teacher)
         self._teacher_parameters = count_parameters(teacher)  # DeepSpeed's shards do not tell
         self.adapter, adapted = make_adapter(self.method, teacher.requires_grad_(False), tokenizer, args, accelerator)
-        check_models(student, teacher, self.adapter, args)
+        check_models(student, teacher, self.adapter, args, [*(self.train_dataset or ()), *(self.eval_dataset or ())])
         student.add_model_tags(["promptkd", "distillation"])
         if args.disable_dropout:
             disable_dropout(student)

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from accelerate import Accelerator
@@ -18,12 +19,29 @@ class MicroBatch:
 
     index: int  # its place in the window
     rows: Sequence[EncodedExample]
-    batch: TokenBatch
+    batch: TokenBatch  # as the student reads it
     texts: Sequence[Sequence[int]]  # plain texts for the language-modeling loss, one per row; empty without one
     student_hidden: Tensor | None = None
     """(N, H) states of the student with their graph, where the teacher's tuner has computed them already."""
     teacher_hidden: Tensor | None = None
     """(N, H) states of the adapted teacher of before its last step, with `prompt_refresh` "stale"."""
+
+    @cached_property
+    def teacher_batch(self) -> TokenBatch:
+        """`batch` as the teacher reads it: the same responses, after prompts with the context that only it sees."""
+        return self.batch.with_prompts([row.teacher_prompt_ids for row in self.rows])
+
+    def for_teacher(self, batch: TokenBatch) -> TokenBatch:
+        """Another batch of the same rows, in their order, as the teacher reads it."""
+        if batch is self.batch:
+            return self.teacher_batch
+        contexts = [row.teacher_prompt_ids for row in self.rows]
+        if all(context is None for context in contexts):
+            return batch
+        prompts = [ids[:length] for ids, length in zip(batch.token_ids, batch.prompt_lengths, strict=True)]
+        if prompts != [row.prompt_ids for row in self.rows]:
+            raise ValueError("`teacher_hidden` takes one row for each of `Step.rows`, in their order, with its prompt.")
+        return batch.with_prompts(contexts)
 
 
 @dataclass

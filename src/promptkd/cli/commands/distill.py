@@ -9,6 +9,7 @@ from promptkd.cli.options.distill import Options
 from promptkd.cli.terminal import is_main_process, say
 from promptkd.cli.training_run import Read, TrainingRun
 from promptkd.data import read_examples
+from promptkd.data.teacher_prompt import context_text
 from promptkd.errors import RequestError
 from promptkd.io.python_file import names_python
 from promptkd.memory import gibibytes
@@ -22,7 +23,7 @@ from promptkd.training import DistillConfig, DistillTrainer
 from promptkd.training.config import chosen_method
 from promptkd.training.dry_run import Trial, at_its_most, leave_nothing, longest_rows_first, take_trial_steps
 from promptkd.training.ends import PairEnds
-from promptkd.training.setup import compared_rows, compared_vocabulary, take_template
+from promptkd.training.setup import compared_rows, compared_vocabulary, read_teacher_prompts, take_template
 from promptkd.training.teacher import teacher_settings
 
 
@@ -32,7 +33,7 @@ def run(options: Options, training: dict[str, Any]) -> None:
         if options.dry_run:
             leave_nothing(args, str(place))
         with failure_told(args.method) if names_python(args.method) else nullcontext():
-            _distill(options, job, args, method)
+            _distill(options, job, args, method, context_note(training.get("teacher_prompt")))
 
 
 def checked(
@@ -42,12 +43,25 @@ def checked(
     if options.dry_run and options.resume:
         raise RequestError("--dry-run looks at a run from its first step on. Leave --resume out.")
     _lora(options).check()
+    if isinstance(given := training.get("teacher_prompt"), str):
+        training = {**training, "teacher_prompt": context_text(given)[0]}  # which the run then keeps, not the file
     job = TrainingRun("distill", options, training, read)
     args = job.arguments(DistillConfig)
     return job, args, chosen_method(args)
 
 
-def _distill(options: Options, job: TrainingRun, args: DistillConfig, method: Method) -> None:
+def context_note(given: str | None) -> str:
+    """Whether `--teacher_prompt` is a file or the text itself; "" without one."""
+    if given is None:
+        return ""
+    text, file = context_text(given)
+    what = f"the text of {file}" if file else "the given text, which is no file's name"
+    return f"The teacher reads a context that the student does not see: {what} ({len(text):,} characters)."
+
+
+def _distill(options: Options, job: TrainingRun, args: DistillConfig, method: Method, context: str) -> None:
+    if context:
+        job.note(context)
     tokenizer, teacher_tokenizer = job.tokenizer(options.student), job.tokenizer(options.teacher)
     owner = f"{options.teacher} (the teacher's)" if args.template == "teacher" else options.student
     take_template(args, tokenizer, teacher_tokenizer, options.teacher)
@@ -56,7 +70,8 @@ def _distill(options: Options, job: TrainingRun, args: DistillConfig, method: Me
     ends = PairEnds(args, method, compared[0], tokenizer, teacher_tokenizer, config)
     for note in ends.settle_with(options.student, [])[0]:
         job.note(note)
-    train, valid = job.encode(tokenizer, args, owner, need_response=method.responses.needs_data)
+    needed: dict[str, Any] = {"need_response": method.responses.needs_data}
+    train, valid = job.encode(tokenizer, args, owner, **needed, teacher=read_teacher_prompts(method, args))
     compared_rows(method, compared, train, valid)  # before models are loaded
     lora = _lora(options)
     lora.check_model(options.student)
