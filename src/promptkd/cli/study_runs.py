@@ -25,6 +25,7 @@ from promptkd.results import Results, metric_named
 from promptkd.study.loop import clock
 from promptkd.study.plan import Planned, Settings, arguments_of, plan_runs, slug
 from promptkd.study.processes import Command, Job, Phase, shell_line
+from promptkd.training.own_teacher import EMA, SELF, is_own
 
 # settings of training that evaluation has too, and takes over unless it is told otherwise
 _ALIKE = (
@@ -117,14 +118,21 @@ def _teacher_of(planned: Planned, options: Options) -> Settings:
     """What evaluation needs for the KL to a run's own teacher, where that is to be compared."""
     if "kl_to_teacher" not in options.metrics:
         return {}
-    return {name: planned.settings[name] for name in ("teacher", "teacher_dtype") if name in planned.settings}
+    given = {name: planned.settings[name] for name in ("teacher", "teacher_dtype") if name in planned.settings}
+    if given.get("teacher") == EMA:
+        raise RequestError(
+            "kl_to_teacher cannot be measured after a run whose teacher was the moving average of its student: no "
+            "folder holds it. Leave kl_to_teacher out of metrics."
+        )
+    return given | ({"teacher": planned.settings["student"]} if given.get("teacher") == SELF else {})
 
 
 def _references(options: Options, planned: list[Planned], shared: Settings, read: Read) -> list[Job]:
     """The evaluations of the teacher and of the students before training, each measured once, as the students are."""
     jobs = []
     for setting, label in REFERENCES.items() if options.evaluate else ():
-        models = {str(run.settings[setting]): run for run in planned if run.settings.get(setting)}
+        named = [run for run in planned if run.settings.get(setting) and not is_own(run.settings[setting])]
+        models = {str(run.settings[setting]): run for run in named}
         for name, run in models.items():
             settings = shared | _teacher_of(run, options) | options.evaluate
             if setting == "teacher":

@@ -38,6 +38,7 @@ from promptkd.training.checkpoint import kept_step, resumable_checkpoint, set_as
 from promptkd.training.collapse import findings_as_notes
 from promptkd.training.distributed import autocast
 from promptkd.training.out_of_memory import out_of_memory_told
+from promptkd.training.own_teacher import SELF, is_own
 from promptkd.training.preflight import preflight
 from promptkd.training.signals import StopOnSignal
 from promptkd.training.trackers import LiveCurves
@@ -142,6 +143,14 @@ class TrainingRun:
         say(f"Loaded the {role}: {name}.")
         return model
 
+    def own_teacher(self, trainer: Any, told: str) -> None:
+        """Record a teacher that is made of the student; `told` says how."""
+        record = model_record(self.options.student, trainer.teacher.model, about=told)
+        self.note(f"Teacher: {told}.")
+        of_no_file: dict[str, Any] = {"sha256": "", "bytes_on_disk": None, "base": None, "adapters": []}
+        is_start = self.options.teacher == SELF
+        self.results.models[TEACHER] = record if is_start else record.model_copy(update=of_no_file)
+
     def note(self, text: str) -> None:
         say(text)
         self.results.notes.append(text)
@@ -174,7 +183,9 @@ class TrainingRun:
             trainer.args.eval_on_start = False  # the run began with it
         quiet(trainer)
         if self._has_baselines(trainer):
-            trainer.add_callback(Baselines(trainer, self.folder.baselines, say))
+            reads_more = any(row.teacher_prompt_ids is not None for row in trainer.validation_rows)
+            apart = reads_more or not is_own(self.options.teacher)  # else it is the student before training
+            trainer.add_callback(Baselines(trainer, self.folder.baselines, say, with_teacher=apart))
         samples = self.kind != "distill" or writes_responses(trainer.method.responses)
         unused = () if samples else ("rollout",)  # it passes on the data's responses
         bar, self._meter = ProgressBar(title), CostMeter(trainer.phases, without=unused)
@@ -278,7 +289,8 @@ class TrainingRun:
         labels = {"model": name, "data": "validation", "rouge_tokenizer": tokens.name}
         evaluation = evaluation_of(scored, decoding, [decoding.seed], **labels)
         self.results.timings["evaluate"] = time.perf_counter() - started
-        if self._has_baselines(trainer) and teacher is not None and not trainer.is_sharded:
+        own = self.kind == "distill" and is_own(self.options.teacher)  # as fast as the student
+        if self._has_baselines(trainer) and not own and teacher is not None and not trainer.is_sharded:
             tokenizer = trainer.processing_class
             size = vocabulary_without(tokenizer, decoding.masked_ids).size
             workload = {"rows": decoding.batch_size, "vocabulary": size}

@@ -95,12 +95,12 @@ def _bases(record: Results, published: Published) -> list[str]:
     """Models of the hub that it was made from; of an adapter the one that it belongs to."""
     if published.base is not None:
         return [published.base]
-    names = [record.config.get(key) for key in ("student", "teacher", "model")]
+    names = [record.config.get("student"), _named_teacher(record), record.config.get("model")]
     return list(dict.fromkeys(found for name in names if isinstance(name, str) and (found := hub_origin(name))))
 
 
 def _lead(record: Results, published: Published) -> str:
-    method, teacher = _method(record), record.config.get("teacher")
+    method, teacher = _method(record), _named_teacher(record)
     of_teacher = f" of the teacher {markdown_text(shown_name(str(teacher)))}" if teacher else ""
     if published.kind == "prompt":
         return (
@@ -113,6 +113,12 @@ def _lead(record: Results, published: Published) -> str:
     return f"{what}, {_DONE.get(record.kind, 'made')}{source}{by}."
 
 
+def _named_teacher(record: Results) -> str | None:
+    """The teacher that a run was given; None for one that was made of the student."""
+    teacher = record.config.get("teacher")
+    return None if teacher in (None, "self", "ema") else str(teacher)
+
+
 def _method(record: Results) -> str:
     known = list(record.training.values())
     return known[0].method if known else record.kind
@@ -121,8 +127,10 @@ def _method(record: Results) -> str:
 def _making(record: Results, defaults: Mapping[str, Any]) -> str:
     start = record.config.get("student") or record.config.get("model")
     lines = [["Started from", shown_name(str(start))]] if start else []
-    if teacher := record.config.get("teacher"):
-        lines.append(["Teacher", shown_name(str(teacher))])
+    if teacher := _named_teacher(record):
+        lines.append(["Teacher", shown_name(teacher)])
+    elif "teacher" in record.models:
+        lines.append(["Teacher", record.models["teacher"].about])
     for label in ("student", "model", "teacher"):
         if label in record.models:
             lines.append([f"Parameters of the {label}", millions(record.models[label].parameters)])

@@ -29,17 +29,18 @@ class Baselines(TrainerCallback):
 
     A run that is resumed without that file can measure the teacher alone. A teacher whose weights are spread over
     processes is left out: rows end at different tokens, and it runs only where all processes run it. So is one that
-    cannot be read by the student's tokenizer.
+    cannot be read by the student's tokenizer, and one that is the student itself (`with_teacher` False).
     """
 
-    def __init__(self, trainer: Any, file: Path, say: Callable[[str], None]):
-        self._trainer, self._file, self._say = trainer, file, say
+    def __init__(self, trainer: Any, file: Path, say: Callable[[str], None], *, with_teacher: bool = True):
+        self._trainer, self._file, self._say, self._with_teacher = trainer, file, say, with_teacher
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         kept = [self._file.is_file()]
         broadcast_object_list(kept)  # which the first process looks for
         wanted = [] if state.global_step else [BEFORE]
-        wanted += [] if is_sharded(self._trainer.accelerator) or self._trainer.shared is None else [TEACHER]
+        spread = is_sharded(self._trainer.accelerator)
+        wanted += [TEACHER] if self._with_teacher and not spread and self._trainer.shared is not None else []
         if kept[0] or not wanted:
             return
         started, rows = time.perf_counter(), self._trainer.validation_rows

@@ -86,10 +86,7 @@ class PairEnds:
 
     def settle_with(self, student: str | Path | PreTrainedModel, data: Sequence[Any]) -> tuple[list[str], list[Any]]:
         """`settle` by the student's own settings; and `data`, of which rows that are encoded end the same way."""
-        if isinstance(student, str | Path):
-            config = generation_config_of(student, trust_remote_code=self._args.trust_remote_code)
-        else:
-            config = unwrap_peft(student).generation_config
+        config = generation_config(student, self._args)
         before = resolve_template(self._args.template, self.tokenizer).end_token_id
         notes, after = self.settle(config), self.tokenizer.eos_token_id
         if not notes:
@@ -116,6 +113,13 @@ class PairEnds:
 
     def _name(self, index: int) -> str:
         return f"{self.tokenizer.convert_ids_to_tokens(index)!r} (id {index})"
+
+
+def generation_config(model: str | Path | PreTrainedModel, args: Any) -> GenerationConfig | None:
+    """How a model, or the one of that name, decodes by its own settings."""
+    if isinstance(model, str | Path):
+        return generation_config_of(model, trust_remote_code=args.trust_remote_code)
+    return unwrap_peft(model).generation_config
 
 
 def with_end(data: EncodedData, before: int | None, after: int | None) -> EncodedData:

@@ -18,7 +18,7 @@ from promptkd.data.encode import EncodedExample, Turns
 from promptkd.data.messages import without_nulls
 from promptkd.data.summary import limits_named, row_notes
 from promptkd.data.teacher_prompt import TeacherPrompts
-from promptkd.engine import Vocabulary, check_scoring, unwrap_peft
+from promptkd.engine import Vocabulary, check_scoring
 from promptkd.errors import RequestError
 from promptkd.methods import Method
 from promptkd.models import SharedVocabulary, shared_vocabulary, vocabulary_size
@@ -27,7 +27,7 @@ from promptkd.models.positions import position_limit
 from promptkd.models.vocabulary import check_heads
 from promptkd.responses import AdaptiveReplay, TeacherMixed
 from promptkd.training.distributed import check_dispatched, check_sharding, is_dispatched, is_sharded, settle_dispatched
-from promptkd.training.ends import PairEnds
+from promptkd.training.ends import PairEnds, generation_config
 from promptkd.training.rollout import needs_generate
 from promptkd.training.teacher import check_teacher_options
 
@@ -52,7 +52,7 @@ def prepare_rows(
     method: Method,
     args: Any,
     student: tuple[str | Path | PreTrainedModel, PreTrainedTokenizerBase],
-    teacher: tuple[PreTrainedModel, PreTrainedTokenizerBase | None, str],
+    teacher: tuple[PreTrainedModel | None, PreTrainedTokenizerBase | None, str],
     train: Rows,
     validation: Rows,
 ) -> PairRows:
@@ -60,7 +60,7 @@ def prepare_rows(
 
     Args:
         student: the model, or where it is, and its tokenizer, which takes the teacher's template or end if need be.
-        teacher: the model, its tokenizer if known, and its name.
+        teacher: the model, None for one made of the student, its tokenizer if known, and its name.
 
     Raises:
         RequestError: if the method compares the two and cannot, or for rows that cannot be used.
@@ -68,7 +68,7 @@ def prepare_rows(
     tokenizer, (teacher_model, teacher_tokenizer, name) = student[1], teacher
     take_template(args, tokenizer, teacher_tokenizer, name)
     compared = compared_vocabulary(method, tokenizer, teacher_tokenizer, args.template)
-    config = unwrap_peft(teacher_model).generation_config
+    config = generation_config(student[0] if teacher_model is None else teacher_model, args)
     ends = PairEnds(args, method, compared[0], tokenizer, teacher_tokenizer, config)
     settled, (train, validation) = ends.settle_with(student[0], [train, validation])
     check_responses(method, args, validates=validation is not None)

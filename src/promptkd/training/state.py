@@ -11,6 +11,7 @@ from transformers import Trainer
 from promptkd.errors import RequestError
 from promptkd.responses import Responses
 from promptkd.training.guard import Guard
+from promptkd.training.own_teacher import MovingAverage
 from promptkd.training.state_files import has_state, read_state, write_state
 from promptkd.training.teacher_tuner import TeacherTuner
 
@@ -53,18 +54,29 @@ class PartialLog:
 
 
 class ExtraState:
-    """Adapter, its optimizer and schedule, the source of responses, the guard and the line to be logged."""
+    """Adapter, its optimizer and schedule, the source of responses, the guard and the line to be logged.
+
+    With a teacher that is the student's moving average, that too.
+    """
 
     def __init__(
-        self, log: PartialLog, guard: Guard, *, responses: Responses | None = None, tuner: TeacherTuner | None = None
+        self,
+        log: PartialLog,
+        guard: Guard,
+        *,
+        responses: Responses | None = None,
+        tuner: TeacherTuner | None = None,
+        average: MovingAverage | None = None,
     ):
-        self._log, self._guard, self._responses, self._tuner = log, guard, responses, tuner
+        self._log, self._guard, self._responses, self._tuner, self._average = log, guard, responses, tuner, average
 
     def state_dict(self) -> dict[str, Any]:
         """The states of all parts; of the source of responses, one per process. All processes must ask together."""
         state: dict[str, Any] = {"log": self._log.state_dict(), "guard": self._guard.state_dict()}
         if self._responses is not None:
             state["responses"] = gather_object([self._responses.state_dict()])
+        if self._average is not None:
+            state["average"] = self._average.state_dict()
         return state | ({} if self._tuner is None else self._tuner.state_dict())
 
     def load_state_dict(self, state: Mapping[str, Any], *, process: int = 0) -> None:
@@ -76,11 +88,16 @@ class ExtraState:
             self._responses.load_state_dict(responses[process % len(responses)])
         if self._tuner is not None:
             self._tuner.load_state_dict(state)
+        if self._average is not None:
+            self._average.load_state_dict(state["average"])
 
     def load_adapter(self, checkpoint: str | Path) -> None:
-        """Take the adapter alone from a checkpoint, as for the best model at the end of training."""
+        """Take the teacher's part alone from a checkpoint, as for the best model at the end of training."""
+        state = {} if self._tuner is None and self._average is None else self._read(checkpoint)
         if self._tuner is not None:
-            self._tuner.adapter.load_state_dict(self._read(checkpoint)["adapter"])
+            self._tuner.adapter.load_state_dict(state["adapter"])
+        if self._average is not None:
+            self._average.load_state_dict(state["average"])
 
     def save(self, checkpoint: Path, *, writes: bool) -> None:
         """Write into a checkpoint's folder. All processes must come here together; one of them `writes`."""

@@ -23,6 +23,7 @@ from promptkd.models.merge import merge_given
 from promptkd.models.pair import Pair
 from promptkd.precision import teacher_precision
 from promptkd.training.distributed import is_sharded, place_teacher
+from promptkd.training.own_teacher import EMA, check_own_teacher, is_own, start_of
 
 
 class Teacher:
@@ -31,6 +32,7 @@ class Teacher:
     Args:
         args: a `DistillConfig`; `chunk_tokens` and `teacher_gradient_checkpointing` are read.
         vocabulary: what it shares with the student, or how many ids.
+        averages: whether it is a moving average of the student.
     """
 
     def __init__(
@@ -40,13 +42,15 @@ class Teacher:
         accelerator: Accelerator,
         args: Any,
         vocabulary: Vocabulary | int,
+        *,
+        averages: bool = False,
     ):
         self.adapter = adapter
         self.vocabulary = vocabulary if isinstance(vocabulary, Vocabulary) else Vocabulary(vocabulary)
         self.placed = place_teacher(model, accelerator)
         self.model: nn.Module = accelerator.unwrap_model(self.placed)
         self._chunk_tokens, self._recomputes = args.chunk_tokens, args.teacher_gradient_checkpointing
-        self._is_sharded = is_sharded(accelerator)
+        self._is_sharded, self._averages = is_sharded(accelerator), averages
 
     @property
     def backbone(self) -> PreTrainedModel:
@@ -82,6 +86,13 @@ class Teacher:
         """While it is entered, `model` is the plain teacher."""
         return nullcontext() if self.adapter is None else self.adapter.disabled()
 
+    def savings(self) -> dict[str, bool]:
+        """Which of its settings would still save memory, for `out_of_memory.advice`."""
+        adapter, in_float32 = self.adapter, all(each.dtype.itemsize >= 4 for each in self.model.parameters())
+        fixed = self._averages or (adapter is not None and adapter.copies_teacher)  # in float32
+        keeps_activations = bool(adapter and adapter.backpropagates) and not self._recomputes
+        return {"recompute_teacher": keeps_activations, "lower_teacher": in_float32 and not fixed}
+
     def _hidden(self, batch: TokenBatch, *, adapted: bool) -> Tensor:
         def run() -> Tensor:
             if self.adapter is None:
@@ -97,12 +108,23 @@ class Teacher:
 
 
 def load_teacher(
-    teacher: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, args: Any, method: Method
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    teacher: str | Path | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    args: Any,
+    method: Method,
+    student: tuple[str | Path | PreTrainedModel, PreTrainedTokenizerBase],
+) -> tuple[PreTrainedModel | None, PreTrainedTokenizerBase | None]:
     """The teacher in evaluation mode, and its tokenizer, None for a loaded model that came without.
 
+    No model for the moving average of the `student`, a model with its tokenizer: that is made when the student is.
     The adapter of a loaded `PeftModel` is merged in place, where the method trains weights in the teacher's layers.
     """
+    check_own_teacher(teacher, args, method, loaded=not isinstance(student[0], str | Path))
+    if is_own(teacher):
+        if teacher == EMA:
+            return None, student[1]
+        own, tokenizer = student
+        teacher = own if isinstance(own, str | Path) else start_of(own)
     if not isinstance(teacher, str | Path):
         keep_differentiable(teacher)
         adapter = method.adapter_class

@@ -31,6 +31,7 @@ from promptkd.training.config import DistillConfig, PromptKDConfig, chosen_metho
 from promptkd.training.distributed import is_sharded, run_inside, run_whole
 from promptkd.training.guard import Guard
 from promptkd.training.out_of_memory import out_of_memory_told
+from promptkd.training.own_teacher import MovingAverage, no_context_notes
 from promptkd.training.phases import Phases
 from promptkd.training.rollout import Rollout
 from promptkd.training.row_order import EpochOrder
@@ -65,7 +66,7 @@ class DistillTrainer(Trainer):
 
     Args:
         model: the student: a hub name, folder, run folder, GGUF file or loaded model.
-        teacher_model: the teacher, likewise. It is frozen.
+        teacher_model: the teacher, likewise. It is frozen. "self" is the student's start, "ema" its moving average.
         args: a `DistillConfig`.
         train_dataset, eval_dataset: rows in any of the forms of docs/data.md, or `EncodedData`.
         processing_class: the tokenizer; the student's own if None.
@@ -107,10 +108,12 @@ class DistillTrainer(Trainer):
             processing_class = processing_class or load_tokenizer(model, trust_remote_code=args.trust_remote_code)
         if processing_class is None:
             raise RequestError("Expected the tokenizer as `processing_class` beside a loaded model. Got None.")
-        teacher, teacher_tokenizer = load_teacher(teacher_model, teacher_processing_class, args, self.method)
+        own = model, processing_class
+        teacher, teacher_tokenizer = load_teacher(teacher_model, teacher_processing_class, args, self.method, own)
         of_teacher = teacher, teacher_tokenizer, str(teacher_model)
-        rows = prepare_rows(self.method, args, (model, processing_class), of_teacher, train_dataset, eval_dataset)
+        rows = prepare_rows(self.method, args, own, of_teacher, train_dataset, eval_dataset)
         self.shared, self.notes, self._ends = rows.shared, rows.notes, rows.ends
+        self.notes += no_context_notes(teacher_model, args, self.method, rows.train)
         self.masked_ids = () if self.shared is None else self.shared.masked
         """Tokens that validation never samples, since one of the models does not have them."""
         self.dropped_rows = 0 if rows.train is None else rows.train.dropped
@@ -121,10 +124,14 @@ class DistillTrainer(Trainer):
         self._make_parts(teacher)
         set_seed(args.seed, device_specific=True)  # each process draws responses of its own
 
-    def _make_parts(self, teacher: PreTrainedModel) -> None:
-        """What a step is made of, once transformers has placed the student."""
+    def _make_parts(self, teacher: Any) -> None:
+        """What a step is made of, once transformers has placed the student; without a teacher, its moving average."""
         args, accelerator, student, tokenizer = self.args, self.accelerator, self.model, self.processing_class
-        self.notes += precision_notes(args, raise_to_float32(student)) + merged_notes(student, teacher)
+        raised = raise_to_float32(student)
+        self.guard = Guard(args, accelerator, lambda: {"student": self.model, "teacher": self.teacher.model})
+        average = MovingAverage(student, args.teacher_ema_decay, accelerator, self.guard) if teacher is None else None
+        teacher = teacher if average is None else average.model
+        self.notes += precision_notes(args, raised) + merged_notes(student, teacher)
         self.notes += rouge_notes(args, self.eval_dataset, tokenizer)
         check_placement(student, teacher, self.method, args, accelerator)
         check_rows(None if self.train_dataset is None else len(self.train_dataset), args)
@@ -138,21 +145,21 @@ class DistillTrainer(Trainer):
         student.add_model_tags(["promptkd", "distillation"])
         if args.disable_dropout:
             disable_dropout(student)
-        self.teacher = Teacher(adapted, self.adapter, accelerator, args, vocabulary)
+        self.teacher = Teacher(adapted, self.adapter, accelerator, args, vocabulary, averages=average is not None)
         self.phases = Phases(accelerator.device)
         self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list)}  # since the last logged line
         self.window: Window | None = None
         metrics = self.step_metrics = StepMetrics()
         self.rollout = Rollout(self.method, self.teacher, student, tokenizer, self.stop_ids, args, accelerator, metrics)
-        self.guard = Guard(args, accelerator, lambda: {"student": self.model, "teacher": self.teacher.model})
         self.tuner: TeacherTuner | None = None
         if self.adapter is not None:
             self.tuner = TeacherTuner(self.teacher, args, accelerator, self.guard, self.phases, metrics)
             self.guard.rollback = self.tuner.rollback
         self.student_loss = StudentLoss(self.method, self.teacher, args, accelerator, metrics)
         log = PartialLog(self)
-        self.extra_state = ExtraState(log, self.guard, responses=self.method.responses, tuner=self.tuner)
-        for callback in (CheckpointTiming(self, log), UpdatePhase(self.phases), Watching()):
+        held: Any = {"responses": self.method.responses, "tuner": self.tuner, "average": average}
+        self.extra_state = ExtraState(log, self.guard, **held)
+        for callback in filter(None, (CheckpointTiming(self, log), UpdatePhase(self.phases), Watching(), average)):
             self.add_callback(callback)
         if args.log_completions:
             self.add_callback(CompletionLog(self.rollout.completions))
@@ -332,13 +339,8 @@ class DistillTrainer(Trainer):
 
     def savings(self) -> dict[str, bool]:
         """Which settings of the models would still save memory, for `out_of_memory.advice`."""
-        adapter, in_float32 = self.adapter, all(each.dtype.itemsize >= 4 for each in self.teacher.model.parameters())
-        keeps_activations = bool(adapter and adapter.backpropagates) and not self.args.teacher_gradient_checkpointing
-        return {
-            "recompute_teacher": keeps_activations,
-            "lower_teacher": in_float32 and not (adapter and adapter.copies_teacher),
-            "lora_student": not isinstance(self.accelerator.unwrap_model(self.model), PeftModel),
-        }
+        lora = isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
+        return self.teacher.savings() | {"lora_student": not lora}
 
 
 class PromptKDTrainer(DistillTrainer):

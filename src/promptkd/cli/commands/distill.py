@@ -23,6 +23,7 @@ from promptkd.training import DistillConfig, DistillTrainer
 from promptkd.training.config import chosen_method
 from promptkd.training.dry_run import Trial, at_its_most, leave_nothing, longest_rows_first, take_trial_steps
 from promptkd.training.ends import PairEnds
+from promptkd.training.own_teacher import EMA, SELF, check_own_teacher, is_own, no_context_notes, told_teacher
 from promptkd.training.setup import compared_rows, compared_vocabulary, read_teacher_prompts, take_template
 from promptkd.training.teacher import teacher_settings
 
@@ -47,7 +48,9 @@ def checked(
         training = {**training, "teacher_prompt": context_text(given)[0]}  # which the run then keeps, not the file
     job = TrainingRun("distill", options, training, read)
     args = job.arguments(DistillConfig)
-    return job, args, chosen_method(args)
+    method = chosen_method(args)
+    check_own_teacher(options.teacher, args, method)
+    return job, args, method
 
 
 def context_note(given: str | None) -> str:
@@ -62,21 +65,26 @@ def context_note(given: str | None) -> str:
 def _distill(options: Options, job: TrainingRun, args: DistillConfig, method: Method, context: str) -> None:
     if context:
         job.note(context)
-    tokenizer, teacher_tokenizer = job.tokenizer(options.student), job.tokenizer(options.teacher)
+    own = is_own(options.teacher)
+    name = options.student if own else options.teacher
+    tokenizer = job.tokenizer(options.student)
+    teacher_tokenizer = tokenizer if own else job.tokenizer(name)
     owner = f"{options.teacher} (the teacher's)" if args.template == "teacher" else options.student
     take_template(args, tokenizer, teacher_tokenizer, options.teacher)
     compared = compared_vocabulary(method, tokenizer, teacher_tokenizer, args.template)
-    config = generation_config_of(options.teacher, trust_remote_code=args.trust_remote_code)
+    config = generation_config_of(name, trust_remote_code=args.trust_remote_code)
     ends = PairEnds(args, method, compared[0], tokenizer, teacher_tokenizer, config)
     for note in ends.settle_with(options.student, [])[0]:
         job.note(note)
     needed: dict[str, Any] = {"need_response": method.responses.needs_data}
     train, valid = job.encode(tokenizer, args, owner, **needed, teacher=read_teacher_prompts(method, args))
     compared_rows(method, compared, train, valid)  # before models are loaded
+    for note in no_context_notes(SELF, args, method, train) if options.teacher == SELF else ():
+        job.note(note)
     lora = _lora(options)
     lora.check_model(options.student)
     student = job.load("student", options.student, adapted=lora.continues)
-    teacher = job.load("teacher", options.teacher, teacher_settings(args, method))
+    teacher = EMA if options.teacher == EMA else job.load("teacher", name, teacher_settings(args, method))
     if options.dry_run:
         train, method = longest_rows_first(train, args, method), at_its_most(method)
     rest: dict[str, Any] = {"method": method, "teacher_processing_class": teacher_tokenizer}
@@ -87,6 +95,8 @@ def _distill(options: Options, job: TrainingRun, args: DistillConfig, method: Me
             raise RequestError("--merge needs the student's weights whole: leave it out, and merge by promptkd export.")
         for note in trainer.notes:
             job.note(note)
+        if own:
+            job.own_teacher(trainer, told_teacher(options.teacher, args))
         if options.dry_run:
             trial = take_trial_steps(trainer)
             if is_main_process():

@@ -43,7 +43,8 @@ class Options(Training):
     student: str
     """The student: a hub name, folder, run folder or GGUF file."""
     teacher: str
-    """The teacher, likewise. It must share the student's vocabulary."""
+    """The teacher, likewise. It must share the student's vocabulary. For self-distillation: self, the student's start,
+    or ema, its moving average (--teacher_ema_decay); a folder of such a name is ./self."""
     student_lora_rank: int | None = option(None, at_least=1)
     """Train LoRA weights of this rank beside the student's in place of the whole student."""
     student_lora_alpha: float = 32.0
