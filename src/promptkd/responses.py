@@ -27,6 +27,7 @@ class Responses:
     """A source of responses. This one gives the data's; others override what they need."""
 
     needs_data = True  # whether every row must have a response of its own
+    needs_exact_samples = False  # whether the loss takes the responses for samples of the models' own distributions
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -66,6 +67,7 @@ class TeacherMixed(Responses):
     """Sampled token by token from (1 - α) q + α p, of student q and teacher p (MiniLLM, Gu et al. 2024)."""
 
     needs_data = False
+    needs_exact_samples = True
 
     def __init__(self, teacher_share: float):
         self.teacher_share = _share("The teacher's share of the sampler", teacher_share)

@@ -10,7 +10,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from promptkd.engine import Head, Vocabulary, chunked_cross_entropy, chunked_objective, chunked_prompt_loss, engine_for
+from promptkd.engine import (
+    Head,
+    Vocabulary,
+    chunked_cross_entropy,
+    chunked_log_probs,
+    chunked_objective,
+    chunked_on_policy_gradient,
+    chunked_prompt_loss,
+    chunked_skew_kl,
+    engine_for,
+)
 from promptkd.objectives import (
     adaptive_kl,
     forward_kl,
@@ -21,6 +31,7 @@ from promptkd.objectives import (
     skew_reverse_kl,
     total_variation,
 )
+from promptkd.objectives.sequence import on_policy_gradient
 
 TOKENS, STUDENT, TEACHER, WORDS = 13, 5, 7, 29
 OBJECTIVES = {
@@ -282,6 +293,61 @@ def test_any_objective_at_any_shape_equals_the_plain_one(objective, shape, seed,
         log_q = student.detach().masked_fill(~both, -math.inf).log_softmax(-1)
         entropy = -torch.where(both, log_q.exp() * log_q, 0.0).sum()
         torch.testing.assert_close(chunked.metrics["entropy"], entropy, rtol=1e-10, atol=1e-12)
+
+
+def label_log_probs(logits, labels):
+    return logits.log_softmax(-1).gather(-1, labels[:, None])[:, 0]
+
+
+def both_models(shape, seed, device):
+    """What a chunked loss takes, its leaves, and the plain logits over the columns that both have."""
+    hidden = random(shape.tokens, shape.widths[0], seed=seed, device=device).requires_grad_()
+    target_hidden = random(shape.tokens, shape.widths[1], seed=seed + 1, device=device)
+    wide, target = heads_of(shape, seed + 2, device)
+    learner = wide.limited_to(shape.words)
+    student, teacher = logits(learner, hidden), logits(target, target_hidden)
+    missing = (student.detach() == -math.inf) | (teacher == -math.inf)
+    plain = [each.masked_fill(missing, -math.inf) for each in (student, teacher)]
+    return ((hidden, learner), (target_hidden, target)), (hidden, wide.weight, wide.bias), plain
+
+
+@pytest.mark.slow
+@settings(deadline=None, max_examples=60)
+@given(shape=shapes(), seed=st.integers(0, 999))
+def test_the_on_policy_gradient_at_any_shape_equals_the_plain_one(shape, seed, device):
+    models, leaves, (student, teacher) = both_models(shape, seed, device)
+    there = [each for each in range(shape.words) if each not in shape.absent[0] | shape.absent[1]]
+    labels = torch.tensor([there[each % len(there)] for each in range(shape.tokens)], dtype=torch.long, device=device)
+    log_q, log_p = label_log_probs(student, labels), label_log_probs(teacher, labels)
+    found = chunked_log_probs(*models, labels, chunk=shape.chunk)
+    for mine, other in zip(found, (log_q.detach(), log_p), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-12)
+    chunked = chunked_on_policy_gradient(*models, labels, chunk=shape.chunk)
+    plain = on_policy_gradient(log_q, log_p).sum()
+    torch.testing.assert_close(chunked.total, plain, rtol=1e-10, atol=1e-12)
+    same_gradients(0.37 * chunked.total, 0.37 * plain, *leaves)
+    if shape.tokens:
+        expected = chunked_objective(reverse_kl, *models, chunk=shape.chunk).metrics
+        expected["sampled_kl"] = (log_q - log_p).detach().sum()
+        assert chunked.metrics.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(chunked.metrics[name], value, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.slow
+@settings(deadline=None, max_examples=60)
+@given(shape=shapes(), seed=st.integers(0, 999), skew=st.sampled_from(["forward", "reverse"]))
+def test_skew_kls_with_coefficients_of_each_token_at_any_shape_equal_the_plain_ones(shape, seed, skew, device):
+    models, leaves, both = both_models(shape, seed, device)
+    alpha, weight = (random(shape.tokens, seed=seed + n, device=device).sigmoid() for n in (7, 8))
+    chunked = chunked_skew_kl(skew, *models, alpha=alpha, weight=weight, chunk=shape.chunk)
+    if skew == "forward":
+        values = skew_forward_kl(*both, alpha=alpha)
+    else:
+        values = skew_reverse_kl(*both, alpha=alpha, constant_mixture=True)
+    plain = (weight * values).sum()
+    torch.testing.assert_close(chunked.total, plain, rtol=1e-10, atol=1e-12)
+    same_gradients(0.37 * chunked.total, 0.37 * plain, *leaves)
 
 
 @pytest.mark.slow

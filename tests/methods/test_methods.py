@@ -83,10 +83,15 @@ def test_two_seeds_differ(tmp_path, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["promptkd-lora", "promptkd-full", "okd", "distillm"])
-def test_every_adapter_and_the_buffer_resume_bit_for_bit(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "made"),
+    [
+        *(("promptkd-lora", {}), ("promptkd-full", {}), ("okd", {}), ("distillm", {"student_share": 0.5})),
+        ("opd", {"teacher_adapter": "prompt"}),
+    ],
+)
+def test_every_adapter_and_the_buffer_resume_bit_for_bit(tmp_path, name, made):
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
-    made = {"student_share": 0.5} if name == "distillm" else {}
     whole = trainer(tmp_path / "whole", method=named_method(name, MethodSettings(**made)), **settings)
     whole.train()
     resumed = trainer(tmp_path / "resumed", method=named_method(name, MethodSettings(**made)), **settings)
@@ -307,8 +312,6 @@ def test_wrong_choices_are_told(tmp_path):
         Method(ResponseMix(0.0))
     with pytest.raises(RequestError, match="mu must lie in"):
         config(tmp_path, mu=1.5)
-    with pytest.raises(RequestError, match=r"needs both models whole|Sampling from a mixture"):
-        trainer(tmp_path, method=named_method("minillm"), repetition_penalty=1.2).train()
 
 
 @pytest.mark.parametrize(
@@ -323,6 +326,7 @@ def test_wrong_choices_are_told(tmp_path):
         ("akl", {"objective": "jensen_shannon", "mu": 0.2}),
         ("gkd", {"clip_ratio": None}),
         ("imitkd", {"replay_step": 0.2}),
+        ("opd", {"objective": "forward_kl"}),
     ],
 )
 def test_settings_without_effect_are_refused(name, settings):
@@ -414,6 +418,7 @@ def test_old_names_of_what_a_class_defines_warn_and_work():
         ("distillm", {"alpha": 0.2, "replay_step": 0.2, "replay_capacity": 9, "teacher_adapter": "prompt"}),
         ("minillm", {"teacher_mix": 0.0, "importance": "none", "length_normalization": False, "clip_ratio": None}),
         ("dpkd", {"dpkd_beta": 0.2, "dpkd_level": "token", "length_normalization": False}),
+        ("opd", {"teacher_adapter": "prompt", "prompt_length": 3}),
         ("kd", {"cross_entropy_share": 1.0}),
     ],
 )
@@ -423,20 +428,44 @@ def test_settings_that_a_method_takes(name, settings):
 
 def test_which_methods_need_the_datas_responses():
     assert {name for name in METHODS if not named_method(name).responses.needs_data} == {
-        *("promptkd", "promptkd-lora", "promptkd-full", "gkd", "minillm"),
+        *("promptkd", "promptkd-lora", "promptkd-full", "gkd", "minillm", "opd"),
     }
     assert named_method("gkd", MethodSettings(student_share=0.9)).responses.needs_data
 
 
-def test_a_mixed_sampler_keeps_to_the_whole_distribution(tmp_path):
-    for setting in ({"temperature": 0.7}, {"top_p": 0.9}, {"top_k": 5}):
+@pytest.mark.parametrize("name", ["minillm", "opd"])
+def test_a_method_that_weighs_samples_keeps_to_the_whole_distribution(tmp_path, name):
+    settings = {"temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.2}
+    for setting, value in settings.items():
         with pytest.raises(RequestError, match="temperature 1 of the whole distribution"):
-            trainer(tmp_path, method=named_method("minillm"), **setting)
+            trainer(tmp_path, method=named_method(name), **{setting: value})
 
 
 def test_a_share_that_can_never_rise_is_told(tmp_path):
     with pytest.warns(UserWarning, match="stays at 0"):
         trainer(tmp_path, method=named_method("distillm"))
+
+
+@pytest.mark.slow
+def test_on_policy_distillation_follows_the_prompted_teacher_and_tells_the_sampled_kl(tmp_path):
+    """The log's estimate is the mean of log q - log p over the tokens, p with the prompt as its own step left it."""
+    given = MethodSettings(teacher_adapter="prompt", prompt_length=3)
+    method = replace(named_method("opd", given), responses=FixedResponses())
+    ours = trainer(tmp_path, method=method, data=rows(4), max_steps=1, learning_rate=0.0)
+    ours.train()
+    batch = right_pad(*zip(*((row.prompt_ids, row.response_ids) for row in rows(4).examples), strict=True))
+    with torch.no_grad():
+        hidden, pair_of = response_hidden(ours.model, batch), ours.teacher.pair(ours.model)
+        sides = [
+            pair_of.log_probs(hidden, each(batch), batch.targets)
+            for each in (ours.teacher.adapted_hidden, ours.teacher.plain_hidden)
+        ]
+    (adapted, plain) = (float((log_q - log_p).mean()) for log_q, log_p in sides)
+    (entry,) = log(ours)
+    assert entry["sampled_kl"] == pytest.approx(adapted, rel=1e-5)
+    assert adapted != pytest.approx(plain, rel=1e-3)
+    log_q, log_p = sides[0]
+    assert entry["loss"] == pytest.approx(float(((log_q - log_p) * log_q).mean()), rel=1e-5)
 
 
 @pytest.mark.slow

@@ -141,7 +141,11 @@ class OthersResponses(Responses):
         return [rows[index - 1].response_ids for index in range(len(rows))]
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "minillm"])
+POLICY_GRADIENTS = ("minillm", "opd")
+"""Their surrogates have the gradient of a KL, not its value, and want the student's own samples."""
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in POLICY_GRADIENTS])
 def test_every_method_lowers_its_own_loss(tmp_path, name):
     """On the same four rows for 15 steps; sampling is taken out, so that what falls is the loss."""
     responses = OthersResponses() if name == "dpkd" else FixedResponses()
@@ -172,16 +176,16 @@ def sequence_kl(student, teacher, data, samples=64):
     return float(values.sum()) / len(prompts)
 
 
-def test_minillm_lowers_the_kl_of_its_own_samples(tmp_path):
-    """MiniLLM's surrogate has the gradient of the KL of whole responses, not its value, and wants its own samples."""
+@pytest.mark.parametrize(("name", "steps"), [("minillm", 15), ("opd", 40)])  # the latter learns from single tokens
+def test_policy_gradients_lower_the_kl_of_their_own_samples(tmp_path, name, steps):
     data, (student, teacher) = rows(4), pair()
     before = sequence_kl(student, teacher, data)
     ours = trainer(
         tmp_path,
-        method=named_method("minillm"),
+        method=named_method(name),
         models=(student, teacher),
         data=data,
-        max_steps=15,
+        max_steps=steps,
         max_completion_length=4,
         learning_rate=3e-3,
     )

@@ -1,4 +1,5 @@
-"""MiniLLM's surrogate and DPKD's preference against sums over every response of a toy language."""
+"""MiniLLM's and on-policy distillation's surrogates and DPKD's preference against sums over every response of a toy
+language; DistiLLM-2's coefficients."""
 
 import itertools
 import math
@@ -8,9 +9,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.paper_loops import distillm2_beta, distillm2_skew
 from promptkd.data.batch import right_pad
 from promptkd.objectives import reverse_kl
-from promptkd.objectives.sequence import ResponseLogProbs, dpkd, minillm, return_to_go
+from promptkd.objectives.sequence import (
+    ResponseLogProbs,
+    contrast_weight,
+    dpkd,
+    minillm,
+    on_policy_gradient,
+    return_to_go,
+    skew_coefficients,
+)
 
 WORDS, END, LONGEST = 3, 0, 3
 
@@ -341,3 +351,78 @@ def test_unknown_choices_are_refused():
         minillm(zeros, zeros, zeros, mask, importance="tokens")
     with pytest.raises(ValueError, match="`level`"):
         dpkd(*[ResponseLogProbs(zeros, zeros, mask)] * 2, level="word")
+
+
+# On-policy distillation ----------------------------------------------------------------------------------------------
+
+
+def test_on_policy_the_expected_gradient_is_that_of_each_tokens_reverse_kl():
+    """Over all responses by their probabilities: the exact gradient, less what a token does to those that follow."""
+    student, teacher = Toy(0), Toy(1)
+    sampled, exact = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    for y in responses():
+        probability = student.log_probs(y).sum().exp().detach()
+        values = on_policy_gradient(student.log_probs(y), teacher.log_probs(y).detach())
+        sampled = sampled + probability * values.sum()
+        exact = exact + probability * reverse_kl(student.table(y), teacher.table(y).detach()).sum()
+    tables = list(student.logits.values())
+    ours, one_step = torch.autograd.grad(sampled, tables), torch.autograd.grad(exact, tables)
+    for mine, other in zip(ours, one_step, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-12)
+    whole = exact_gradient(student, teacher)
+    assert max(float((mine - other).abs().max()) for mine, other in zip(ours, whole, strict=True)) > 1e-3
+
+
+def test_on_policy_gradient_by_hand():
+    """A token twice as likely under the student: A = -log 2, so that its log-probability falls."""
+    log_q = torch.tensor([0.5, 0.25], dtype=torch.float64).log().requires_grad_()
+    log_p = torch.tensor([0.25, 0.25], dtype=torch.float64).log().requires_grad_()
+    values = on_policy_gradient(log_q, log_p)
+    torch.testing.assert_close(values.detach(), torch.tensor([-(math.log(2) ** 2), 0.0], dtype=torch.float64))
+    mine, teachers = torch.autograd.grad(values.sum(), (log_q, log_p), allow_unused=True)
+    torch.testing.assert_close(mine, torch.tensor([math.log(2), 0.0], dtype=torch.float64))
+    assert teachers is None
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.floats(-1e4, 0), st.floats(-1e4, 0)), max_size=6))
+def test_on_policy_gradient_equals_a_loop(tokens):
+    log_q = torch.tensor([q for q, _ in tokens], dtype=torch.float64, requires_grad=True)
+    values = on_policy_gradient(log_q, torch.tensor([p for _, p in tokens], dtype=torch.float64))
+    assert values.tolist() == pytest.approx([-(p - q) * q for q, p in tokens])
+    (gradient,) = torch.autograd.grad(values.sum(), log_q)
+    assert gradient.tolist() == pytest.approx([q - p for q, p in tokens])
+
+
+# DistiLLM-2's coefficients -------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(
+    sides=st.lists(st.tuples(st.floats(-8, 0), st.floats(-8, 0)), min_size=1, max_size=5),
+    base=st.floats(0.02, 1),
+    mean=st.floats(-0.5, 0.5),
+)
+def test_skew_coefficients_equal_the_loop(sides, base, mean):
+    gap = torch.tensor([math.exp(p) - math.exp(q) for p, q in sides], dtype=torch.float64)
+    expected = [distillm2_skew([p], [q], base=base, mean=mean) for p, q in sides]
+    assert skew_coefficients(gap, mean, alpha=base).tolist() == pytest.approx(expected, rel=1e-9)
+
+
+def test_skew_coefficients_by_hand():
+    """The mean is 0.2: as far apart as that or further keeps α0, nearer falls at once to the least."""
+    gap = torch.tensor([0.5, 0.2, 0.19, 0.1, 0.0, -0.1], dtype=torch.float64)
+    found = skew_coefficients(gap, 0.2, alpha=0.1).tolist()
+    assert found == pytest.approx([0.1, 0.1, 1 - 0.9 * 0.2 / 0.19001, 0.01, 0.01, 0.1], rel=1e-3)
+    assert skew_coefficients(gap, 0.0, alpha=0.1).tolist() == [0.1] * 6  # no mean yet, or equal models
+    assert skew_coefficients(gap, 0.2, alpha=0.001).tolist() == [0.001] * 6  # below the least, α0 alone
+
+
+def test_the_weight_of_the_students_side_rises_in_the_first_half():
+    steps = 8
+    weights = [contrast_weight(step / steps) for step in range(steps)]
+    assert weights == [1.0, 1.125, 1.25, 1.375, 1.5, 1.5, 1.5, 1.5]
+    assert weights == [distillm2_beta(step, steps) for step in range(steps)]
+    for wrong in (-0.1, 1.1):
+        with pytest.raises(ValueError, match="progress"):
+            contrast_weight(wrong)

@@ -15,8 +15,11 @@ from promptkd.engine.chunked_loss import (
     ChunkedLoss,
     chunked_coarse,
     chunked_cross_entropy,
+    chunked_log_probs,
     chunked_objective,
+    chunked_on_policy_gradient,
     chunked_prompt_loss,
+    chunked_skew_kl,
 )
 from promptkd.engine.heads import Head, Vocabulary, head_logits, head_size, linear_head
 from promptkd.engine.resolve import engine_for, first_verified

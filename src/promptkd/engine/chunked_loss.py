@@ -5,7 +5,7 @@ Logits, divergences and sums are float32 or wider, also under autocast.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +14,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from promptkd.engine.backbone import matmul_dtype
-from promptkd.engine.heads import Head, Projection
+from promptkd.engine.heads import Head, HeadBackend, Projection
 from promptkd.engine.resolve import engine_for
 from promptkd.objectives.coarse import coarse_kernel
-from promptkd.objectives.divergences import Direction
+from promptkd.objectives.divergences import Direction, shared_log_probs
 from promptkd.objectives.kernels import Kernel, Kernels, Metrics, Objective, objective_kernel, prompt_kernel
+from promptkd.objectives.response_kernels import Skew, on_policy_kernel, skew_kernel
 
 HiddenAndHead = tuple[Tensor, Head]
 """Hidden states (N, H) of N tokens, and the head that projects them to logits (N, V)."""
@@ -49,7 +50,7 @@ def chunked_objective(
         student: receives gradients. The teacher is constant.
         chunk: most tokens at a time; None for what suits the device, here and below.
     """
-    absent = student[1].has_absent_tokens or teacher[1].has_absent_tokens
+    absent = _have_absent(student, teacher)
     return _chunked(objective_kernel(objective, _kernels(student), absent_tokens=absent), student, [teacher], chunk)
 
 
@@ -64,6 +65,55 @@ def chunked_coarse(
 def chunked_cross_entropy(student: HiddenAndHead, labels: Tensor, *, chunk: int | None = None) -> ChunkedLoss:
     """Sum over tokens of -log q(y) for the tokens y in `labels`, (N,). All else as in `chunked_objective`."""
     return _chunked(_kernels(student).cross_entropy, student, [labels], chunk)
+
+
+def chunked_on_policy_gradient(
+    student: HiddenAndHead, teacher: HiddenAndHead, labels: Tensor, *, chunk: int | None = None
+) -> ChunkedLoss:
+    """Sum over tokens of `on_policy_gradient` for the sampled tokens in `labels`, (N,).
+
+    Of the teacher, only log-sum-exps are computed. Beside the metrics of `chunked_objective`, "sampled_kl" is the sum
+    of log q - log p of the sampled tokens. All else as in `chunked_objective`.
+    """
+    kernel = on_policy_kernel(_kernels(student), absent_tokens=_have_absent(student, teacher))
+    return _chunked(kernel, student, [labels, teacher], chunk)
+
+
+def chunked_skew_kl(
+    skew: Skew,
+    student: HiddenAndHead,
+    teacher: HiddenAndHead,
+    *,
+    alpha: Tensor,
+    weight: Tensor,
+    chunk: int | None = None,
+) -> ChunkedLoss:
+    """Sum over tokens of weight · `skew_forward_kl`, or of `skew_reverse_kl` with a constant mixture.
+
+    Args:
+        alpha, weight: constants of each token, (N,). All else as in `chunked_objective`; the metrics are not weighted.
+    """
+    kernel = skew_kernel(skew, absent_tokens=_have_absent(student, teacher))
+    return _chunked(kernel, student, [teacher, alpha, weight], chunk)
+
+
+@torch.no_grad()
+def chunked_log_probs(
+    student: HiddenAndHead, teacher: HiddenAndHead, labels: Tensor, *, chunk: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the tokens in `labels`, (N,), under student and teacher, (N,) each, without a graph."""
+    backend = engine_for(labels.device).head
+    projections = [backend.projection(head, matmul_dtype(head.weight)) for _, head in (student, teacher)]
+    found = [torch.zeros(2, 0, dtype=student[1].logits_dtype, device=labels.device)]
+    with torch.autocast(labels.device.type, enabled=False):
+        for start in range(0, len(labels), chunk or backend.chunk):
+            part = slice(start, start + (chunk or backend.chunk))
+            models = zip(projections, (student, teacher), strict=True)
+            logits = [projection.logits(hidden[part]) for projection, (hidden, _) in models]
+            for *block, places in _blocks(backend, *logits, labels[part, None]):
+                found.append(torch.cat([each.gather(-1, places) for each in shared_log_probs(*block)], dim=-1).T)
+    log_q, log_p = torch.cat(found, dim=-1)
+    return log_q, log_p
 
 
 def chunked_prompt_loss(
@@ -86,10 +136,14 @@ def chunked_prompt_loss(
     if plain is None and weight != 0:
         raise ValueError(f"`plain` may be left out only with a weight of 0. Got {weight}.")
     targets = [student] if plain is None else [student, plain]
-    absent = any(head.has_absent_tokens for _, head in (prompted, *targets))
+    absent = _have_absent(prompted, *targets)
     directions: dict[str, Direction] = {"student_direction": student_direction, "plain_direction": plain_direction}
     kernel = prompt_kernel(weight, _kernels(prompted), absent_tokens=absent, **directions)
     return _chunked(kernel, prompted, targets, chunk)
+
+
+def _have_absent(*models: HiddenAndHead) -> bool:
+    return any(head.has_absent_tokens for _, head in models)
 
 
 def _kernels(trained: HiddenAndHead) -> Kernels:
@@ -99,7 +153,7 @@ def _kernels(trained: HiddenAndHead) -> Kernels:
 def _chunked(
     kernel: Kernel, trained: HiddenAndHead, targets: Sequence[HiddenAndHead | Tensor], chunk: int | None
 ) -> ChunkedLoss:
-    """`targets`: constant models, or labels (N,)."""
+    """`targets`: constant models, or labels or coefficients (N,)."""
     hidden, head = trained
     backend = engine_for(hidden.device).head
     counts = [len(hidden), *(len(each if isinstance(each, Tensor) else each[0]) for each in targets)]
@@ -117,9 +171,8 @@ def _chunked(
     def chunk_loss(part: slice, logits: Tensor) -> Tensor:
         """The sum of the kernel's values over a chunk. Its gradient with respect to W h + b overwrites `logits`."""
         total = logits.new_zeros(())
-        rows = len(logits) if backend.block is None else max(1, backend.block // logits.shape[1])
         others = (each[part] if isinstance(each, Tensor) else each[1].logits(each[0][part]) for each in sources)
-        for block, *beside in zip(*(each.split(rows) for each in (logits, *others)), strict=True):
+        for block, *beside in _blocks(backend, logits, *others):
             derivative = head.derivative(block)
             beside = [each.to(block.dtype) if each.is_floating_point() else each for each in beside]
             values, of_block = kernel(block, *beside)
@@ -134,6 +187,12 @@ def _chunked(
 
     total = _ChunkedSum.apply(hidden, head.weight, head.bias, projection, chunk_loss, chunk or backend.chunk)
     return ChunkedLoss(total, metrics)
+
+
+def _blocks(backend: HeadBackend, logits: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Logits (C, V) and what belongs to the same tokens, as many tokens at a time as suits the device."""
+    rows = len(logits) if backend.block is None else max(1, backend.block // logits.shape[1])
+    return zip(*(each.split(rows) for each in (logits, *others)), strict=True)
 
 
 class _ChunkedSum(torch.autograd.Function):

@@ -43,6 +43,7 @@ class Method:
     adapter class of your own, which is called with the teacher; None trains nothing."""
     loss: StudentLoss | None = None
     per_row: bool = False  # whether the loss is a mean over rows, not over tokens
+    own_metrics: tuple[str, ...] = ()  # of `loss`, logged as means over rows or tokens, beside "entropy" and the like
     teacher_adapter: InitVar[str | None] = None  # deprecated: the name of an adapter
     reads_teacher: bool = True
     """Whether anything is learned from the teacher's distribution, so that both must share a vocabulary."""

@@ -8,11 +8,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from promptkd.engine.chunked_loss import ChunkedLoss, chunked_cross_entropy, chunked_objective, chunked_prompt_loss
+from promptkd.engine.chunked_loss import (
+    ChunkedLoss,
+    chunked_cross_entropy,
+    chunked_log_probs,
+    chunked_objective,
+    chunked_on_policy_gradient,
+    chunked_prompt_loss,
+    chunked_skew_kl,
+)
 from promptkd.engine.heads import Head, Vocabulary, head_logits, linear_head
-from promptkd.objectives import prompt_loss_terms
+from promptkd.objectives import prompt_loss_terms, skew_forward_kl, skew_reverse_kl
 from promptkd.objectives.divergences import Direction
 from promptkd.objectives.kernels import token_values, top_overlap
+from promptkd.objectives.response_kernels import Skew
+from promptkd.objectives.sequence import on_policy_gradient
 
 Objective = Callable[[Tensor, Tensor], Tensor]  # (student_logits, teacher_logits), both (N, V), to N values in nats
 Role = Literal["student", "teacher", "plain"]
@@ -33,10 +43,47 @@ class Pair:
         if heads := self._heads("student", "teacher"):
             student, teacher = (student_hidden, heads[0]), (teacher_hidden.detach(), heads[1])
             return chunked_objective(objective, student, teacher, chunk=self.chunk)
-        logits = self.logits("student", student_hidden)
-        with torch.no_grad():
-            target = self.logits("teacher", teacher_hidden)
+        logits, target = self._both_logits(student_hidden, teacher_hidden)
         return with_entropy(token_values(objective, logits, target).sum(), logits, target)
+
+    def on_policy_gradient(self, student_hidden: Tensor, teacher_hidden: Tensor, targets: Tensor) -> ChunkedLoss:
+        """Sum over the sampled tokens `targets` of `objectives.sequence.on_policy_gradient`.
+
+        Its metrics are those of `student_loss`, and "sampled_kl", the sum of log q - log p.
+        """
+        if heads := self._heads("student", "teacher"):
+            student, teacher = (student_hidden, heads[0]), (teacher_hidden.detach(), heads[1])
+            return chunked_on_policy_gradient(student, teacher, targets, chunk=self.chunk)
+        logits, target = self._both_logits(student_hidden, teacher_hidden)
+        log_q, log_p = log_probs(logits, targets), log_probs(target, targets)
+        loss = with_entropy(on_policy_gradient(log_q, log_p).sum(), logits, target)
+        return ChunkedLoss(loss.total, loss.metrics | {"sampled_kl": (log_q.detach() - log_p).sum()})
+
+    def skew_kl(
+        self, skew: Skew, student_hidden: Tensor, teacher_hidden: Tensor, *, alpha: Tensor, weight: Tensor
+    ) -> ChunkedLoss:
+        """Sum over the tokens of weight · `skew_forward_kl`, or of `skew_reverse_kl` with a constant mixture.
+
+        `alpha` and `weight` are constants of each token, (N,). The metrics are those of `student_loss`.
+        """
+        if heads := self._heads("student", "teacher"):
+            student, teacher = (student_hidden, heads[0]), (teacher_hidden.detach(), heads[1])
+            return chunked_skew_kl(skew, student, teacher, alpha=alpha, weight=weight, chunk=self.chunk)
+        logits, target = self._both_logits(student_hidden, teacher_hidden)
+        if skew == "forward":
+            values = skew_forward_kl(logits, target, alpha=alpha)
+        else:
+            values = skew_reverse_kl(logits, target, alpha=alpha, constant_mixture=True)
+        return with_entropy((weight * values).sum(), logits, target)
+
+    def log_probs(self, student_hidden: Tensor, teacher_hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of the tokens `targets` under student and teacher, (N,) each, without a graph."""
+        if heads := self._heads("student", "teacher"):
+            student, teacher = (student_hidden, heads[0]), (teacher_hidden, heads[1])
+            return chunked_log_probs(student, teacher, targets, chunk=self.chunk)
+        with torch.no_grad():
+            logits, target = self._both_logits(student_hidden, teacher_hidden)
+            return log_probs(logits, targets), log_probs(target, targets)
 
     def cross_entropy(self, which: Role, hidden: Tensor, targets: Tensor) -> ChunkedLoss:
         """Sum over the tokens of -log q(y), y = `targets`; the metric "entropy" is that model's."""
@@ -67,6 +114,12 @@ class Pair:
     def logits(self, which: Role, hidden: Tensor) -> Tensor:
         """Logits (N, V) over the shared tokens, all at once; "teacher" is the adapted one, "plain" as it came."""
         return head_logits(self._model(which), hidden, vocabulary=self.vocabulary)
+
+    def _both_logits(self, student_hidden: Tensor, teacher_hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (N, V) of the student, and of the adapted teacher without a graph."""
+        logits = self.logits("student", student_hidden)
+        with torch.no_grad():
+            return logits, self.logits("teacher", teacher_hidden)
 
     def _model(self, which: Role) -> nn.Module:
         return {"student": self.student, "teacher": self.adapted or self.teacher, "plain": self.teacher}[which]

@@ -45,24 +45,35 @@ def jensen_shannon(student_logits: Tensor, teacher_logits: Tensor, *, beta: floa
     if beta == 1:
         return reverse_kl(student_logits, teacher_logits)
     log_q, log_p = shared_log_probs(student_logits, teacher_logits)
-    log_m = _log_mixture(log_p, log_q, beta)
+    log_m = log_mixture(log_p, log_q, beta)
     return beta * kl_from_log_probs(log_p, log_m) + (1 - beta) * kl_from_log_probs(log_q, log_m)
 
 
-def skew_forward_kl(student_logits: Tensor, teacher_logits: Tensor, *, alpha: float) -> Tensor:
-    """KL(p || α p + (1 - α) q): forward KL at α = 0, 0 at α = 1 (DistiLLM, Ko et al. 2024, eq. 4)."""
+def skew_forward_kl(student_logits: Tensor, teacher_logits: Tensor, *, alpha: float | Tensor) -> Tensor:
+    """KL(p || α p + (1 - α) q): forward KL at α = 0, 0 at α = 1 (DistiLLM, Ko et al. 2024, eq. 4).
+
+    `alpha` is one number, or one for each position, (...).
+    """
     check_unit_interval("alpha", alpha)
     log_q, log_p = shared_log_probs(student_logits, teacher_logits)
-    if alpha == 1:
+    if not isinstance(alpha, Tensor) and alpha == 1:
         return 0.0 * log_q.exp().sum(-1)  # a zero with the student's graph, for backward
-    return kl_from_log_probs(log_p, _log_mixture(log_p, log_q, alpha))
+    return kl_from_log_probs(log_p, log_mixture(log_p, log_q, alpha))
 
 
-def skew_reverse_kl(student_logits: Tensor, teacher_logits: Tensor, *, alpha: float) -> Tensor:
-    """KL(q || (1 - α) p + α q): reverse KL at α = 0, 0 at α = 1 (DistiLLM, Ko et al. 2024, section 3.1)."""
+def skew_reverse_kl(
+    student_logits: Tensor, teacher_logits: Tensor, *, alpha: float | Tensor, constant_mixture: bool = False
+) -> Tensor:
+    """KL(q || (1 - α) p + α q): reverse KL at α = 0, 0 at α = 1 (DistiLLM, Ko et al. 2024, section 3.1).
+
+    Args:
+        alpha: one number, or one for each position, (...).
+        constant_mixture: no gradient through the mixture's q, as in DistiLLM-2's code. The value is the same.
+    """
     check_unit_interval("alpha", alpha)
     log_q, log_p = shared_log_probs(student_logits, teacher_logits)
-    return kl_from_log_probs(log_q, _log_mixture(log_q, log_p, alpha))
+    mixed = log_q.detach() if constant_mixture else log_q
+    return kl_from_log_probs(log_q, log_mixture(mixed, log_p, alpha))
 
 
 def total_variation(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -183,17 +194,21 @@ def kl_from_log_probs(log_a: Tensor, log_b: Tensor) -> Tensor:
     return (log_a.exp() * difference).sum(-1)
 
 
-def _log_mixture(log_a: Tensor, log_b: Tensor, share: float) -> Tensor:
-    """log(share a + (1 - share) b), exactly log a where a equals b."""
-    if share in (0, 1):
+def log_mixture(log_a: Tensor, log_b: Tensor, share: float | Tensor) -> Tensor:
+    """log(share a + (1 - share) b), exactly log a where a equals b; a tensor has one share for each position, (...)."""
+    if isinstance(share, Tensor):
+        of_a, of_b = share[..., None].to(log_a.dtype), 1 - share[..., None].to(log_a.dtype)
+    elif share in (0, 1):
         return log_a if share else log_b
-    a_is_larger, of_a, of_b = log_a >= log_b, log_a.new_tensor(share), log_a.new_tensor(1 - share)
+    else:
+        of_a, of_b = log_a.new_tensor(share), log_a.new_tensor(1 - share)
+    a_is_larger = log_a >= log_b
     larger, smaller = torch.where(a_is_larger, log_a, log_b), torch.where(a_is_larger, log_b, log_a)
     of_larger, of_smaller = torch.where(a_is_larger, of_a, of_b), torch.where(a_is_larger, of_b, of_a)
     gap = torch.where(larger == -math.inf, 0.0, smaller - larger)
     return larger + torch.log(of_larger + of_smaller * gap.exp())
 
 
-def check_unit_interval(name: str, value: float) -> None:
-    if not 0 <= value <= 1:
+def check_unit_interval(name: str, value: float | Tensor) -> None:
+    if not (bool(((value >= 0) & (value <= 1)).all()) if isinstance(value, Tensor) else 0 <= value <= 1):
         raise ValueError(f"`{name}` must lie in [0, 1]. Got {value}.")

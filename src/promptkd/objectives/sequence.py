@@ -1,6 +1,8 @@
-"""Sequence-level objectives: MiniLLM's policy gradient and DPKD's preference.
+"""Objectives on the tokens of responses: the policy gradients of MiniLLM and of on-policy distillation, DPKD's
+preference, the coefficients of DistiLLM-2.
 
-Tensors are (B, T): B responses padded on the right to T tokens, `mask` True where a response has one. Padding gives 0.
+Where a `mask` is asked for, tensors are (B, T): B responses padded on the right to T tokens, the mask True where a
+response has one. Padding gives 0.
 """
 
 from typing import Literal, NamedTuple
@@ -110,3 +112,43 @@ def dpkd(
     losses = -logsigmoid(beta * (better[:, :width] - worse[:, :width]))
     total = torch.where(both, losses, 0.0).sum(-1)
     return total / both.sum(-1).clamp(min=1) if length_normalization else total
+
+
+def on_policy_gradient(log_q: Tensor, log_p: Tensor) -> Tensor:
+    """-A log q(y), A = sg[log p(y) - log q(y)], for tokens y ~ q: the sampled form of the reverse KL's gradient.
+
+    A surrogate of the shape of its arguments, (...): its expected gradient is that of KL(q || p), since a constant in A
+    has none. Its value means nothing; log q - log p is the unbiased estimate of the KL (on-policy distillation,
+    Thinking Machines 2025).
+
+    Args:
+        log_q, log_p: log-probability of each sampled token under the student, and under the teacher, a constant.
+    """
+    return (log_q - log_p).detach() * log_q
+
+
+def skew_coefficients(gap: Tensor, mean_gap: float | Tensor, *, alpha: float) -> Tensor:
+    """α = clip(1 - (1 - α0) m / (gap + 1e-5), 0.01, α0) of each response, in the shape of `gap` (DistiLLM-2's code).
+
+    A response on which the two models are further apart than the mean keeps α0; the nearer they are, the smaller α.
+
+    Args:
+        gap: e^{mean log p} - e^{mean log q} of the tokens of a teacher's response, and with p and q exchanged of a
+            student's (Ko et al. 2025).
+        mean_gap: m, what `gap` is on the mean.
+        alpha: α0, the largest.
+    """
+    return (1 - (1 - alpha) * mean_gap / (gap + 1e-5)).clamp(min(0.01, alpha), alpha)
+
+
+def contrast_weight(progress: float) -> float:
+    """β = 1 + ½ min(1, 2 k / K): 1 at first, 3/2 from the middle of the training on (DistiLLM-2's code).
+
+    The loss on the student's responses is weighted by β, that on the teacher's by 2 - β.
+
+    Raises:
+        ValueError: if `progress`, k / K, lies outside of [0, 1].
+    """
+    if not 0 <= progress <= 1:
+        raise ValueError(f"`progress` must lie in [0, 1]. Got {progress}.")
+    return 1 + 0.5 * min(1.0, 2 * progress)

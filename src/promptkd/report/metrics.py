@@ -82,6 +82,8 @@ _LOGGED = {
         ("student_kl", "Student KL", "nats/token",
          "KL between student and (prompted) teacher on the training responses, in the method's direction."),
         ("student_loss", "Student loss", "nats/token", "The method's loss of the student, per token."),
+        ("sampled_kl", "Sampled KL", "nats/token",
+         "Reverse KL of student and teacher, estimated by the sampled tokens alone (opd)."),
         ("language_loss", "Language modeling", "nats/token", "Cross-entropy on the plain text."),
         ("prompt_kl", "Prompt KL", "nats/token", "KL between the prompted teacher and the student."),
         ("prompt_regularizer", "Prompt regularizer", "nats/token", "KL between the prompted and the plain teacher."),

@@ -25,7 +25,7 @@ from promptkd.models import SharedVocabulary, shared_vocabulary, vocabulary_size
 from promptkd.models.adapters import TeacherAdapter
 from promptkd.models.positions import position_limit
 from promptkd.models.vocabulary import check_heads
-from promptkd.responses import AdaptiveReplay, TeacherMixed
+from promptkd.responses import AdaptiveReplay
 from promptkd.training.distributed import check_dispatched, check_sharding, is_dispatched, is_sharded, settle_dispatched
 from promptkd.training.ends import PairEnds, generation_config
 from promptkd.training.rollout import needs_generate
@@ -185,10 +185,11 @@ def _not_compared(method: Method, error: RequestError) -> Compared:
 def check_responses(method: Method, args: Any, *, validates: bool) -> None:
     """Refuse sampling that a source of responses cannot weigh; warn of a schedule that nothing would move."""
     source = method.responses
-    if isinstance(source, TeacherMixed) and (args.temperature != 1 or args.top_p < 1 or args.top_k > 0):
+    is_cut = args.temperature != 1 or args.top_p < 1 or args.top_k > 0
+    if source.needs_exact_samples and (is_cut or needs_generate(args)):
         raise RequestError(
-            "Responses from a mixture of student and teacher are weighed as samples at temperature 1 of the whole "
-            "distribution. Leave --temperature, --top_p and --top_k as they are."
+            "This method weighs the responses as samples at temperature 1 of the whole distribution. Leave "
+            "--temperature, --top_p, --top_k, --min_p, --repetition_penalty and --generation_kwargs as they are."
         )
     if isinstance(source, AdaptiveReplay) and source.start == 0 and not validates:
         warnings.warn(

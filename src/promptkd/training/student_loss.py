@@ -70,6 +70,8 @@ class StudentLoss:
         self.metrics.add("entropy", summed(loss, "entropy"))
         self.metrics.add("top_overlap", summed(loss, "top_overlap"), per="compared")
         self.metrics.compared += len(hidden) if "top_overlap" in loss.metrics else 0
+        for name in self.method.own_metrics:
+            self.metrics.add(name, summed(loss, name), per="row" if self.method.per_row else "token")
         total = loss.total / items
         if micro_batch.texts:
             total = total + self._language_loss(student, window, micro_batch)

@@ -1,0 +1,83 @@
+"""Kernels, as in kernels.py, of losses that need more than two models' logits: the tokens that were sampled, or
+coefficients of each token."""
+
+import math
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from promptkd.objectives.divergences import log_mixture
+from promptkd.objectives.kernels import Kernel, Kernels, Metrics, top_overlap
+
+Skew = Literal["forward", "reverse"]
+
+_ABSENT = -1e15  # of probability 0, and no difference of two is NaN
+
+
+def on_policy_kernel(kernels: Kernels, *, absent_tokens: bool) -> Kernel:
+    """The kernel of `on_policy_gradient`; its targets are the sampled tokens (C,) and the teacher's logits (C, V).
+
+    The gradient is that of a cross-entropy times A, so any device's `cross_entropy` serves. The metric "sampled_kl" is
+    log q(y) - log p(y); "entropy" and "top_overlap" are as in `objective_kernel`.
+    """
+
+    def kernel(logits: Tensor, labels: Tensor, target: Tensor) -> tuple[Tensor, Metrics]:
+        overlap = top_overlap(logits, target)
+        if absent_tokens:
+            target = _without_absent(logits, target)
+        log_p = target.gather(-1, labels[:, None])[:, 0] - target.logsumexp(-1)
+        costs, metrics = kernels.cross_entropy(logits, labels)  # -log q(y)
+        advantages = log_p + costs
+        logits.mul_(advantages[:, None])
+        return advantages * costs, {"entropy": metrics["entropy"], "sampled_kl": -advantages, "top_overlap": overlap}
+
+    return kernel
+
+
+def skew_kernel(skew: Skew, *, absent_tokens: bool) -> Kernel:
+    """The kernel of weight · `skew_forward_kl`, or of `skew_reverse_kl` with a constant mixture.
+
+    Its targets are the teacher's logits (C, V), α and the weight of each token, both (C,). Metrics are those of
+    `objective_kernel`.
+    """
+    return partial(_weighted_skew, skew, absent_tokens)
+
+
+def _weighted_skew(
+    skew: Skew, absent_tokens: bool, logits: Tensor, target: Tensor, alpha: Tensor, weight: Tensor
+) -> tuple[Tensor, Metrics]:
+    overlap = top_overlap(logits, target)
+    if absent_tokens:
+        target = _without_absent(logits, target)
+    log_q, log_p = logits.log_softmax(-1), target.log_softmax(-1)
+    q = torch.exp(log_q, out=logits)
+    entropy = -(q * log_q).sum(-1)
+    values = (_skew_forward if skew == "forward" else _skew_reverse)(q, log_q, log_p, alpha)
+    q.mul_(weight[:, None])
+    return values * weight, {"entropy": entropy, "top_overlap": overlap}
+
+
+def _skew_forward(q: Tensor, log_q: Tensor, log_p: Tensor, alpha: Tensor) -> Tensor:
+    """KL(p || m), m = α p + (1 - α) q: d/dz = (1 - α) (q Σ r - r), r = p q / m, written over `q`."""
+    log_ratio = log_p - log_mixture(log_p, log_q, alpha)  # of p to m
+    values = (log_p.exp_() * log_ratio).sum(-1)
+    r = log_ratio.add_(log_q).exp_()
+    q.mul_(r.sum(-1, keepdim=True)).sub_(r).mul_(1 - alpha[:, None])
+    return values
+
+
+def _skew_reverse(q: Tensor, log_q: Tensor, log_p: Tensor, alpha: Tensor) -> Tensor:
+    """KL(q || m), m = (1 - α) p + α q constant: d/dz = q (log q - log m - KL), written over `q`."""
+    log_ratio = log_q - log_mixture(log_q, log_p, alpha)
+    values = (q * log_ratio).sum(-1)
+    q.mul_(log_ratio.sub_(values[:, None]))
+    return values
+
+
+def _without_absent(logits: Tensor, target: Tensor) -> Tensor:
+    """Mark the tokens that one of the models does not have in `logits`, in place, and in what is returned."""
+    missing = (logits == -math.inf) | (target == -math.inf)
+    logits.masked_fill_(missing, _ABSENT)
+    return target.masked_fill(missing, _ABSENT)
