@@ -72,14 +72,17 @@ def test_each_block_trains_the_student(ran, block):
     assert all(not torch.equal(new, old) for new, old in zip(trainer.model.parameters(), before, strict=True))
 
 
-def test_the_page_shows_five_things(ran):
-    """An objective, a named method, a loss, a source of responses and a teacher adapter, each in use."""
-    objective, named, loss, source, adapter = (each.trainer for each in ran)
+def test_the_page_shows_six_things(ran):
+    """An objective, a named method, a loss, a moving coefficient, a source of responses and an adapter, each in use."""
+    objective, named, loss, moving, source, adapter = (each.trainer for each in ran)
     assert objective.method.objective.__name__ == "hellinger"
     assert objective.adapter.module.distance() > 0
     assert named.method.objective.func.__name__ == "squared_hellinger"
     assert named.adapter.module.length == 4
     assert loss.method.per_row
+    betas = [entry["beta"] for entry in log(moving)]
+    assert betas[:2] == [0.0, 0.1]
+    assert sorted(betas) == betas
     assert [entry["student_share"] for entry in log(source)] == pytest.approx([k / 15 for k in range(15)])
     distances = [entry["adapter_distance"] for entry in log(adapter)]
     assert 0 < distances[0] < distances[-1]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from promptkd.methods import METHODS, AdaptedMethod, MethodSettings, TokenMethod
-from promptkd.methods.token_method import OBJECTIVES
+from promptkd.methods.token_objectives import OBJECTIVES
 from promptkd.models.adapters import ADAPTERS, PromptLossSettings
 from promptkd.settings import Reader
 from promptkd.training.config import TunerSettings

@@ -22,13 +22,19 @@ from promptkd.engine import (
     engine_for,
 )
 from promptkd.objectives import (
+    Taid,
+    Veto,
     adaptive_kl,
+    alpha_beta,
+    concrete_score,
+    entropy_aware_kl,
     forward_kl,
     jensen_shannon,
     prompt_loss,
     reverse_kl,
     skew_forward_kl,
     skew_reverse_kl,
+    todi,
     total_variation,
 )
 from promptkd.objectives.sequence import on_policy_gradient
@@ -42,7 +48,15 @@ OBJECTIVES = {
     "skew_reverse_kl": partial(skew_reverse_kl, alpha=0.1),
     "total_variation": total_variation,
     "adaptive_kl": adaptive_kl,
+    "taid": Taid(start=0.6),
+    "veto": Veto(beta=0.7),
+    "veto reverse": Veto(beta=0.7, direction="reverse"),
+    "alpha_beta": partial(alpha_beta, alpha=0.2, beta=0.7),
+    "entropy_aware_kl": partial(entropy_aware_kl, threshold=2.5),
+    "todi": todi,
+    "concrete_score": concrete_score,
 }
+WITH_CONSTANTS = ("adaptive_kl", "taid", "veto", "veto reverse", "todi", "concrete_score")  # for the gradient
 HEADS = {
     "plain": {},
     "bias": {"bias": True},
@@ -406,7 +420,7 @@ def same_gradients(ours, theirs, *tensors):
 
 
 @pytest.mark.parametrize("kind", ["plain", "softcap"])
-@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "adaptive_kl"])
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name not in WITH_CONSTANTS])
 def test_gradients_equal_finite_differences(name, kind, device):
     """Not of the adaptive KL, whose weights are constants for its gradient alone: it is held to the plain one above."""
     hidden, target_hidden = random(3, 2, seed=0, device=device).requires_grad_(), random(3, 4, seed=1, device=device)

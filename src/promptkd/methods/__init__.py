@@ -1,6 +1,6 @@
 """A method of distillation: whose responses, which part of the teacher is trained, what the student minimizes.
 
-Each file but method.py, token_method.py and method_file.py holds a method or a family of them, which `METHODS` names.
+Each file holds a method or a family of them, which `METHODS` names, but method.py, method_file.py and token_*.py.
 A method of your own is a `Method` with other choices, or with a loss function of its own (docs/extending.md).
 """
 
@@ -11,7 +11,8 @@ from typing import Any
 
 from promptkd.errors import RequestError
 from promptkd.methods.method import METHODS, AdaptedMethod, Method, NamedMethod, Step, StudentLoss
-from promptkd.methods.token_method import OBJECTIVES, MixedMethod, TokenMethod
+from promptkd.methods.token_method import MixedMethod, TokenMethod
+from promptkd.methods.token_objectives import OBJECTIVES
 from promptkd.models.adapters import ADAPTERS
 from promptkd.models.pair import Objective, Pair
 from promptkd.settings import Reader, flat, warn_of_old_name

@@ -12,6 +12,7 @@ from promptkd.data.encode import EncodedExample
 from promptkd.engine import ChunkedLoss
 from promptkd.models.adapters import ADAPTERS, AdapterFactory, AdapterName, SoftPromptFactory, TeacherAdapter
 from promptkd.models.pair import Objective, Pair
+from promptkd.objectives.moving import Moving
 from promptkd.responses import Responses
 from promptkd.settings import Reader, Settings, warn_of_old_name
 
@@ -32,6 +33,9 @@ class Step:
 StudentLoss = Callable[[Step], ChunkedLoss]  # summed over tokens, or over rows (`Method.per_row`)
 
 
+_STILL = Moving()
+
+
 @dataclass(frozen=True)
 class Method:
     """What makes a method of distillation."""
@@ -47,6 +51,8 @@ class Method:
     teacher_adapter: InitVar[str | None] = None  # deprecated: the name of an adapter
     reads_teacher: bool = True
     """Whether anything is learned from the teacher's distribution, so that both must share a vocabulary."""
+    moving: Moving = _STILL
+    """What a training tells of its steps, as for a coefficient that moves: the objective, if it is a `Moving`."""
 
     def __post_init__(self, teacher_adapter: str | None) -> None:
         if (self.objective is None) == (self.loss is None):
@@ -59,6 +65,8 @@ class Method:
         if isinstance(adapter, SoftPromptFactory) and adapter.prompt_length == 0:
             adapter = None
         object.__setattr__(self, "adapter", adapter)
+        if self.moving is _STILL and isinstance(self.objective, Moving):
+            object.__setattr__(self, "moving", self.objective)
 
     @property
     def adapter_class(self) -> type[TeacherAdapter] | None:

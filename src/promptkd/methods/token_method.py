@@ -1,52 +1,19 @@
-"""Methods whose student minimizes one value per response token: their objectives by name, and what they share."""
+"""Methods whose student minimizes one value per response token, and what they share."""
 
 from abc import abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from torch import Tensor
 
-from promptkd import objectives
 from promptkd.engine import ChunkedLoss
 from promptkd.methods.method import AdaptedMethod, Method, Step
+from promptkd.methods.token_objectives import OBJECTIVES, ObjectiveName
 from promptkd.models.pair import Objective
+from promptkd.objectives import Moving
 from promptkd.responses import ResponseMix, Responses
-from promptkd.settings import Reader, Settings, option
-
-ObjectiveName = Literal[
-    "forward_kl", "reverse_kl", "jensen_shannon", "skew_forward_kl", "skew_reverse_kl", "total_variation", "adaptive_kl"
-]
-
-
-@dataclass(frozen=True, kw_only=True)
-class JensenShannon(Settings):
-    beta: float = option(1.0, at_least=0, at_most=1)
-    """jensen_shannon: 0 forward KL, 1 reverse KL, between them Jensen-Shannon (TRL's meaning)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SkewKL(Settings):
-    alpha: float = option(0.1, at_least=0, at_most=1)
-    """skew_forward_kl, skew_reverse_kl: 0 the plain KL, 1 no divergence at all."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdaptiveKL(Settings):
-    mu: float = option(0.5, at_least=0, at_most=1)
-    """adaptive_kl: the teacher's probability mass that makes the head."""
-
-
-OBJECTIVES: dict[ObjectiveName, tuple[Callable[..., Tensor], type[Settings] | None]] = {
-    "forward_kl": (objectives.forward_kl, None),
-    "reverse_kl": (objectives.reverse_kl, None),
-    "jensen_shannon": (objectives.jensen_shannon, JensenShannon),
-    "skew_forward_kl": (objectives.skew_forward_kl, SkewKL),
-    "skew_reverse_kl": (objectives.skew_reverse_kl, SkewKL),
-    "total_variation": (objectives.total_variation, None),
-    "adaptive_kl": (objectives.adaptive_kl, AdaptiveKL),
-}  # each with the class of its coefficients, whose fields are its keyword arguments
+from promptkd.settings import Reader, option
 
 
 def at_temperature(objective: Objective, temperature: float, student: Tensor, teacher: Tensor) -> Tensor:
@@ -83,17 +50,15 @@ class TokenMethod(AdaptedMethod):
     def build(self, take: Reader) -> Method:
         objective, coefficients = OBJECTIVES[self.objective or self.own_objective]
         if coefficients is not None:
-            chosen = take(coefficients)
-            objective = partial(objective, **vars(chosen))
-            if isinstance(chosen, JensenShannon) and chosen.beta in (0, 1):  # by their own names: faster kernels
-                objective = objectives.reverse_kl if chosen.beta else objectives.forward_kl
+            objective = take(coefficients).of(objective)
+        moving = objective if isinstance(objective, Moving) else Moving()
         if self.distillation_temperature != 1:
             objective = partial(at_temperature, objective, self.distillation_temperature)
         adapter, share = self.adapter(take), self.cross_entropy_share
         if share == 0:
-            return Method(self.responses(), objective, adapter)
+            return Method(self.responses(), objective, adapter, moving=moving)
         if share < 1:
-            return Method(self.responses(), loss=partial(mixed_loss, objective, share), adapter=adapter)
+            return Method(self.responses(), loss=partial(mixed_loss, objective, share), adapter=adapter, moving=moving)
         return Method(self.responses(), loss=cross_entropy, adapter=adapter, reads_teacher=adapter is not None)
 
 

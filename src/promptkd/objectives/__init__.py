@@ -1,4 +1,4 @@
-"""Training objectives of the student and of the soft prompt: pure functions of tensors."""
+"""Training objectives of the student and of the soft prompt: functions of tensors; moving coefficients."""
 
 from promptkd.objectives.divergences import (
     adaptive_kl,
@@ -12,9 +12,11 @@ from promptkd.objectives.divergences import (
     skew_reverse_kl,
     total_variation,
 )
+from promptkd.objectives.moving import Moving, MovingTarget, Taid, Veto
 from promptkd.objectives.targets import taid, veto
 from promptkd.objectives.weighted import alpha_beta, concrete_score, entropy_aware_kl, todi
 
 __all__ = ["adaptive_kl", "forward_kl", "jensen_shannon", "prompt_loss", "prompt_loss_terms", "regularizer_weight"]
 __all__ += ["reverse_kl", "skew_forward_kl", "skew_reverse_kl", "total_variation"]
+__all__ += ["Moving", "MovingTarget", "Taid", "Veto"]
 __all__ += ["alpha_beta", "concrete_score", "entropy_aware_kl", "taid", "todi", "veto"]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from promptkd.errors import RequestError
 from promptkd.objectives.divergences import Direction, forward_kl, prompt_loss_terms, reverse_kl, shared_log_probs
+from promptkd.objectives.moving import MovingTarget
 
 Objective = Callable[[Tensor, Tensor], Tensor]
 """Student and teacher logits (N, V) to values (N,)."""
@@ -41,6 +42,9 @@ def objective_kernel(objective: Objective, kernels: Kernels, *, absent_tokens: b
     written: dict[Objective, Kernel] = {reverse_kl: kernels.reverse_kl, forward_kl: kernels.forward_kl}
     if objective in written and not absent_tokens:
         return partial(_with_overlap, written[objective])
+    if isinstance(objective, MovingTarget) and not absent_tokens:
+        of_target = kernels.forward_kl if objective.direction == "forward" else kernels.reverse_kl
+        return partial(_with_overlap, partial(_to_target, of_target, objective))
 
     def plain(logits: Tensor, target: Tensor) -> tuple[Tensor, Metrics]:
         log_q, _ = shared_log_probs(logits.detach(), target)
@@ -71,6 +75,10 @@ def _with_overlap(kernel: Kernel, logits: Tensor, target: Tensor) -> tuple[Tenso
     overlap = top_overlap(logits, target)  # before the gradient is written over them
     values, metrics = kernel(logits, target)
     return values, metrics | {"top_overlap": overlap}
+
+
+def _to_target(kernel: Kernel, objective: MovingTarget, logits: Tensor, target: Tensor) -> tuple[Tensor, Metrics]:
+    return kernel(logits, objective.target(logits.detach(), target))
 
 
 def prompt_kernel(weight: float, kernels: Kernels, *, absent_tokens: bool, **directions: Direction) -> Kernel:

@@ -88,6 +88,8 @@ _LOGGED = {
         ("prompt_kl", "Prompt KL", "nats/token", "KL between the prompted teacher and the student."),
         ("prompt_regularizer", "Prompt regularizer", "nats/token", "KL between the prompted and the plain teacher."),
         ("lambda", "Regularizer weight λ", "", "Weight of the regularizer; it falls to c/K."),
+        ("taid_t", "TAID's t", "", "Teacher's share of the target's logits, the student's being 1 - t (taid)."),
+        ("veto_beta", "Veto's β", "", "Exponent of the student in the target p q^β (veto)."),
         ("prompt_lag", "Prompt staleness", "steps", "Updates since the prompt that the student learns from."),
     ),
     "Responses": (

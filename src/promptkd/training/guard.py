@@ -72,8 +72,8 @@ class Guard:
 
     def end_step(
         self, norm: Any, step: int, optimizer: Any, *, running_loss: Tensor, metrics: dict[str, list[Any]]
-    ) -> None:
-        """Decide, before the student's optimizer moves, whether it may. All processes must ask together.
+    ) -> bool:
+        """Decide, before the student's optimizer moves, whether it may, and say so. All processes must ask together.
 
         Args:
             norm: of the student's gradient; None where nothing computed it.
@@ -97,6 +97,7 @@ class Guard:
                 if not metrics[name]:
                     del metrics[name]
         self.restart()
+        return not broken
 
     def adjust(self, logs: dict[str, float]) -> None:
         """Make a logged line's loss the mean over the steps that were taken, and count the others."""

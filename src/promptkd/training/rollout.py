@@ -75,6 +75,7 @@ class Rollout:
                 )
             return sample(prompts, Mixture(self.teacher.model, teacher_share, read))
 
+        self.method.moving.before_step(step / total_steps)
         together = self._accelerator.num_processes > 1 and (self._vllm is not None or is_sharded(self._accelerator))
         sampler = Sampler(student=sample, mixed=sample_mixed, together=together)
         progress = step / total_steps

@@ -9,6 +9,7 @@ from accelerate.utils import gather_object
 from transformers import Trainer
 
 from promptkd.errors import RequestError
+from promptkd.objectives import Moving
 from promptkd.responses import Responses
 from promptkd.training.guard import Guard
 from promptkd.training.own_teacher import MovingAverage
@@ -56,7 +57,7 @@ class PartialLog:
 class ExtraState:
     """Adapter, its optimizer and schedule, the source of responses, the guard and the line to be logged.
 
-    With a teacher that is the student's moving average, that too.
+    With a teacher that is the student's moving average, that too; and what moves of the method's objective.
     """
 
     def __init__(
@@ -67,8 +68,10 @@ class ExtraState:
         responses: Responses | None = None,
         tuner: TeacherTuner | None = None,
         average: MovingAverage | None = None,
+        moving: Moving | None = None,
     ):
-        self._log, self._guard, self._responses, self._tuner, self._average = log, guard, responses, tuner, average
+        self._log, self._guard, self._responses, self._tuner = log, guard, responses, tuner
+        self._average, self._moving = average, moving
 
     def state_dict(self) -> dict[str, Any]:
         """The states of all parts; of the source of responses, one per process. All processes must ask together."""
@@ -77,6 +80,8 @@ class ExtraState:
             state["responses"] = gather_object([self._responses.state_dict()])
         if self._average is not None:
             state["average"] = self._average.state_dict()
+        if self._moving is not None and (moving := self._moving.state_dict()):
+            state["moving"] = moving
         return state | ({} if self._tuner is None else self._tuner.state_dict())
 
     def load_state_dict(self, state: Mapping[str, Any], *, process: int = 0) -> None:
@@ -86,6 +91,8 @@ class ExtraState:
         if self._responses is not None:
             responses = state["responses"]  # with fewer processes than before, what the last ones kept is lost
             self._responses.load_state_dict(responses[process % len(responses)])
+        if self._moving is not None and "moving" in state:
+            self._moving.load_state_dict(state["moving"])
         if self._tuner is not None:
             self._tuner.load_state_dict(state)
         if self._average is not None:

@@ -157,8 +157,8 @@ class DistillTrainer(Trainer):
             self.guard.rollback = self.tuner.rollback
         self.student_loss = StudentLoss(self.method, self.teacher, args, accelerator, metrics)
         log = PartialLog(self)
-        held: Any = {"responses": self.method.responses, "tuner": self.tuner, "average": average}
-        self.extra_state = ExtraState(log, self.guard, **held)
+        held: Any = {"responses": self.method.responses, "moving": self.method.moving, "average": average}
+        self.extra_state = ExtraState(log, self.guard, tuner=self.tuner, **held)
         for callback in filter(None, (CheckpointTiming(self, log), UpdatePhase(self.phases), Watching(), average)):
             self.add_callback(callback)
         if args.log_completions:
@@ -201,16 +201,17 @@ class DistillTrainer(Trainer):
         """After a step's last backward: the guard decides whether the student's optimizer may move."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         step, sums = self.state.global_step + 1, self._metrics["train"]
-        self.guard.end_step(norm, step, self.optimizer, running_loss=self._tr_loss, metrics=sums)
+        if self.guard.end_step(norm, step, self.optimizer, running_loss=self._tr_loss, metrics=sums):
+            self.method.moving.after_step(self._mean_loss)
         return norm
 
     def _keep_metrics(self, window: Window) -> None:
         """Keep a step's metrics for the next logged line."""
         metrics = self.step_metrics.means(window, self.accelerator, self.phases.lap())
+        self._mean_loss = metrics["student_loss"]
         if self.method.objective in (forward_kl, reverse_kl):
             metrics["student_kl"] = metrics.pop("student_loss")
-        if self.adapter is not None:
-            metrics |= self.adapter.metrics()
+        metrics |= self.method.moving.metrics() | ({} if self.adapter is None else self.adapter.metrics())
         for name, value in (metrics | self.method.responses.metrics()).items():
             self._metrics["train"][name].append(value)
 
