@@ -27,6 +27,7 @@ ROWS = (
     ("data",),
     ("objectives",),
     ("results",),
+    ("record_parts",),
     ("memory", "precision"),
     ("io",),
     ("settings",),
@@ -35,7 +36,7 @@ ROWS = (
 DEPTH = {part: depth for depth, row in enumerate(ROWS) for part in row}
 FACES = {"__init__", "__main__"}  # the package's own, which stand above everything
 NARROWER = {
-    "report": {"results", "errors", "visible"},
+    "report": {"results", "record_parts", "errors", "visible"},
     "engine": {"data", "objectives", "errors"},
     "objectives": {"errors"},
 }

@@ -17,23 +17,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 import psutil
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from promptkd.errors import RequestError
 from promptkd.io.atomic import write_atomic
 from promptkd.io.files import MIB, read_regular
 from promptkd.io.redact import without_secrets
+from promptkd.record_parts import PromptExplanation
+from promptkd.record_parts import Record as _Record
 
 SCHEMA_VERSION: Literal[1] = 1
 _MOST_BYTES = 1024 * MIB  # of a record, with every answer of an evaluation in it
 _FOREIGN_CODE = "Code that came with a model was allowed to run (--trust_remote_code)."
-Kind = Literal["prune", "sft", "distill", "generate", "evaluate", "exposure-bias", "judge", "compare", "study", "demo"]
+_Measured = Literal["evaluate", "exposure-bias", "explain-prompt", "judge", "compare"]
+Kind = Literal["prune", "sft", "distill", "generate", "study", "demo", _Measured]
 Better = Literal["higher", "lower"]
 BEFORE = "student before training"  # label of a run's student as it was measured before the first step
-
-
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings", val_json_bytes="utf8")
 
 
 class Metric(_Record):
@@ -265,6 +264,8 @@ class Results(_Record):
     """By the model's label: what it cost to train, where the record of its run was found."""
     inference: dict[str, Inference] = Field(default_factory=dict)
     """By the model's label: its speed and memory, where they were measured."""
+    prompts: list[PromptExplanation] = Field(default_factory=list)
+    """What trained soft prompts are made of, one per teacher of the run."""
     history: list[Series] = Field(default_factory=list)
     timings: dict[str, float] = Field(default_factory=dict)
     """Seconds per part of the run."""

@@ -57,7 +57,8 @@ def test_no_cell_of_csv_is_a_formula(text: str) -> None:
 
 def test_json_holds_metrics_differences_curves_costs_and_sources() -> None:
     found = json.loads(render_json(STUDY))
-    assert list(found) == ["metrics", "differences", "curves", "verdict", "inference", "costs", "sources", "figures"]
+    measured = ["metrics", "differences", "curves", "prompts", "verdict", "inference", "costs"]
+    assert list(found) == [*measured, "sources", "figures"]
     assert len(found["metrics"]) == 108
     assert found["figures"] == found["metrics"]  # by their old name, for one version
     assert found["differences"][4]["verdict"] == "better"

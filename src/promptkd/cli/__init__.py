@@ -40,6 +40,7 @@ COMMANDS: dict[str, str] = {  # in the order of the help
     "generate": "Write a model's responses to a data set.",
     "evaluate": "Score a model's responses over several seeds.",
     "exposure-bias": "Measure how errors accumulate on a student's own continuations.",
+    "explain-prompt": "Show what a trained soft prompt is made of, and what it changes.",
     "judge": "Let a language model score answers, or compare two models' answers.",
     "compare": "Compare runs row by row: intervals, tests, and what each cost.",
     "report": "Make one HTML page from the results of one or several runs.",

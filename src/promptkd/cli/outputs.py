@@ -22,6 +22,7 @@ _OWN = {
     *("config.yaml", "metrics.jsonl", "preflight.json", "baselines.json", "results.json", "report.html"),
     *("student", "model", "prompt", "teacher_lora", "teacher", "online_module", "checkpoints", "tensorboard"),
     "responses.jsonl",
+    "explain-prompt",
 }
 _BEFORE_A_STEP = {"config.yaml", "metrics.jsonl", "preflight.json", "baselines.json", "checkpoints", "tensorboard"}
 _OF_A_RUN = {"out", "data", "keep"}  # keys that are in every config.yaml of a run, and hardly in one typed by hand

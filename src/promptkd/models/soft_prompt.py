@@ -55,22 +55,12 @@ class SoftPrompt(nn.Module):
         if length == 0:
             return cls(torch.empty(0, embedding.weight.shape[1]))
         check_soft_prompt(teacher)
-        if start == "random":
-            ids = list(range(embedding.weight.shape[0]))
-        elif start == "text":
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-            problem = f"The soft prompt's initial text must have at least one token. Got {text!r}."
-        elif start == "padding":
-            ids = [] if tokenizer.pad_token_id is None else [tokenizer.pad_token_id]
-            problem = "A soft prompt can start from padding only if the tokenizer has a padding token; it has none."
-        else:
-            raise RequestError(f"A soft prompt starts from {', '.join(get_args(PromptStart))}. Got {start!r}.")
-        if not ids:
-            raise RequestError(problem)
+        ids = start_tokens(tokenizer, length=length, start=start, text=text)
+        own = ids or list(range(embedding.weight.shape[0]))
         with torch.no_grad():
-            vectors = embedding(torch.tensor(ids, device=embedding.weight.device))  # the layer may scale its table
-        if start != "random":
-            return cls(vectors.repeat(-(-length // len(ids)), 1)[:length])
+            vectors = embedding(torch.tensor(own, device=embedding.weight.device))  # the layer may scale its table
+        if ids:
+            return cls(vectors)
         mean, deviation = vectors.float().mean(0).cpu(), vectors.float().std(0).cpu()
         generator = torch.Generator().manual_seed(seed)
         return cls(mean + deviation * torch.randn(length, mean.shape[0], generator=generator))
@@ -121,3 +111,22 @@ class SoftPrompt(nn.Module):
         if found != {_KEY: shape}:
             raise RequestError(f"Expected one tensor {_KEY!r} of shape {shape} in {folder}. Got {found}.")
         return cls(tensors[_KEY])
+
+
+def start_tokens(
+    tokenizer: PreTrainedTokenizerBase, *, length: int, start: PromptStart = "text", text: str = DEFAULT_TEXT
+) -> list[int]:
+    """The `length` tokens whose embeddings a prompt starts from; [] for a random start. `RequestError` for none."""
+    if start == "random":
+        return []
+    if start == "text":
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        problem = f"The soft prompt's initial text must have at least one token. Got {text!r}."
+    elif start == "padding":
+        ids = [] if tokenizer.pad_token_id is None else [tokenizer.pad_token_id]
+        problem = "A soft prompt can start from padding only if the tokenizer has a padding token; it has none."
+    else:
+        raise RequestError(f"A soft prompt starts from {', '.join(get_args(PromptStart))}. Got {start!r}.")
+    if not ids:
+        raise RequestError(problem)
+    return [ids[at % len(ids)] for at in range(length)]

@@ -2,16 +2,18 @@
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from promptkd.errors import RequestError
+from promptkd.record_parts import PositionCurve
 from promptkd.report.formatting import joined
 from promptkd.report.labels import is_teacher, unified
 from promptkd.report.metrics import MetricInfo, metric_info
 from promptkd.report.plots import bias_plots, stages
+from promptkd.report.prompts import COLORS, CURVES
 from promptkd.report.tables import ComparisonRow, by_setting, comparison_table, metric_columns
 from promptkd.results import CurvePoint, Results
 from promptkd.visible import shown
@@ -75,6 +77,9 @@ def _plots(story: Sequence[Results], *, every: bool) -> Iterator[tuple[str, Draw
             _name("exposure-bias", plot.data, plot.settings if len(bias_plots(story)) > 1 else ""),
             _curves(plot.curves),
         )
+    for at, each in enumerate(prompts := [prompt for record in story for prompt in record.prompts]):
+        if each.kl:
+            yield (_name("prompt-kl", str(at) if len(prompts) > 1 else ""), _by_position(each.kl))
     for rows in by_setting(comparison_table(story)).values():
         for name in metric_columns(story):
             held = [row for row in rows if name in row.metrics and math.isfinite(row.metrics[name].value)]
@@ -126,6 +131,22 @@ def _curves(curves: Sequence[Any]) -> Draw:
             axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
         axes.axhline(0, color="0.6", linewidth=0.5)
         axes.set(xlabel="length l (tokens)", ylabel="ExAccErr(l) (%)")
+        axes.legend(frameon=False)
+
+    return draw
+
+
+def _by_position(kl: Mapping[str, PositionCurve]) -> Draw:
+    def draw(axes: Any) -> None:
+        for name in (each for each in CURVES if each in kl):
+            points, style = kl[name].positions, _style(COLORS[CURVES[name]])
+            x = [(each.first + each.last) / 2 for each in points]
+            axes.plot(x, [each.value for each in points], label=_text(CURVES[name]), **style)
+            ends = [(at, each.low, each.high) for at, each in zip(x, points, strict=True) if each.low is not None]
+            if ends:
+                axes.fill_between(*zip(*ends, strict=True), color=style["color"], alpha=0.15, linewidth=0)
+        axes.set_xscale("log", base=2)
+        axes.set(xlabel="position in the response (tokens)", ylabel="KL (nats per token)")
         axes.legend(frameon=False)
 
     return draw

@@ -26,6 +26,7 @@ from promptkd.report.metrics import MetricInfo, in_order, metric_info
 from promptkd.report.models import PROMPTKD, is_about_promptkd, shown_models
 from promptkd.report.plots import bias_data, bias_plots, chart_data, stages
 from promptkd.report.preflight import preflight_lines
+from promptkd.report.prompts import COLORS, prompt_data, prompt_views
 from promptkd.report.summary import summarize
 from promptkd.report.tables import ComparisonRow, by_setting, comparison_table, cost_table, metric_columns, model_order
 from promptkd.report.verdict import running_table, verdict_of
@@ -33,7 +34,19 @@ from promptkd.results import Metric, Results
 from promptkd.visible import visible
 
 # in the order in which they stand in the page's one script
-_SCRIPTS = ("page", "unpack", "charts", "files", "training", "bias", "distributions", "diff", "rows", "start")
+_SCRIPTS = (
+    "page",
+    "unpack",
+    "charts",
+    "files",
+    "training",
+    "bias",
+    "prompts",
+    "distributions",
+    "diff",
+    "rows",
+    "start",
+)
 _COLORS = 8  # students beyond so many share colors; the teacher's is 0
 _MOST_COLUMNS = 8
 _MOST_NAMED = 4
@@ -52,7 +65,7 @@ def render_report(records: Sequence[Results], *, title: str | None = None) -> st
     if not records:
         raise RequestError("Expected at least one results record to report on, got none. Name a run's folder.")
     context, data = _context(records)
-    draws = bool(data["charts"] or data["bias"] or data["browser"]["sets"])
+    draws = bool(data["charts"] or data["bias"] or data["prompts"] or data["browser"]["sets"])
     folder = resources.files("promptkd.report")
     files = "\n".join(folder.joinpath(f"scripts/{name}.js").read_text(encoding="utf-8") for name in _SCRIPTS)
     script = Markup(f'"use strict";\n(() => {{\n{files}}})();\n' if draws else "")
@@ -103,8 +116,9 @@ def _policy(scripts: Sequence[str]) -> str:
 
 
 def _title(story: Sequence[Results]) -> str:
-    if len(story) == 1:
-        return f"{story[0].kind.capitalize()} report"
+    runs = [record for record in story if record.kind != "explain-prompt"] or story
+    if len(runs) == 1:
+        return f"{runs[0].kind.capitalize()} report"
     measured = model_order(story)
     students = [model for model in measured if not is_teacher(model)] or measured
     named = listed(students) if 0 < len(students) <= _MOST_NAMED else f"{len(students)} models"
@@ -125,6 +139,7 @@ def _context(records: Sequence[Results]) -> tuple[dict[str, Any], dict[str, Any]
         "models": [{"label": visible(model), "teacher": is_teacher(model), "color": colors[model]} for model in models],
         "charts": chart_data(found),
         "bias": bias_data(bias, models),
+        "prompts": prompt_data(story),
         "browser": browser_data(story, sets, models),
     }
     views = [view for each in sets for view in each.views.values()]
@@ -148,6 +163,8 @@ def _context(records: Sequence[Results]) -> tuple[dict[str, Any], dict[str, Any]
         "differences": pairs,
         "tested": any(row.source.p_adjusted is not None for row in differences),
         "bias": bias,
+        "prompts": prompt_views(story),
+        "prompt_colors": COLORS,
         "distributions": bool(data["browser"]["metrics"]),
         "answered": [model for model in models if any(model in view.answers for view in views)],
         "models": models,

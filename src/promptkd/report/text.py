@@ -55,24 +55,25 @@ def terminal_table(records: Sequence[Results], *, width: int | None = None) -> s
     table, paragraphs = comparison_table(story), _verdict(story, width)
     groups = by_setting(table)
     for setting, rows in groups.items():
-        paragraphs += [_wrapped(setting, width)] if len(groups) > 1 else []
+        paragraphs += [wrapped(setting, width)] if len(groups) > 1 else []
         paragraphs += _blocks(rows, metric_columns(story), width)
     said = [_LEGEND] if any(cell.best for row in table for cell in row.cells.values()) else []
     said += differences.comparison_sentences(differences.difference_table(story)).values()
-    return "\n\n".join(paragraphs + [_wrapped(sentence, width) for sentence in said])
+    return "\n\n".join(paragraphs + [wrapped(sentence, width) for sentence in said])
 
 
 def _verdict(story: Sequence[Results], width: int) -> list[str]:
     """What the student keeps of its teacher, and what both take to run, a column per model."""
     told, (heads, lines, how) = verdict_of(story), running_table(story)
-    paragraphs = [_wrapped(sentence, width) for sentence in ([told.lead, *told.others] if told else [])]
+    paragraphs = [wrapped(sentence, width) for sentence in ([told.lead, *told.others] if told else [])]
     if lines:
         columns = ["", *heads[1:]], *lines
-        paragraphs += [text_table(list(zip(*columns, strict=True))), _wrapped(how, width)]
+        paragraphs += [text_table(list(zip(*columns, strict=True))), wrapped(how, width)]
     return paragraphs
 
 
-def _wrapped(text: str, width: int) -> str:
+def wrapped(text: str, width: int) -> str:
+    """Text in lines of at most `width` cells, as a terminal shows it."""
     return textwrap.fill(typed(text), width, break_on_hyphens=False, break_long_words=False)
 
 
@@ -153,6 +154,7 @@ def render_json(records: Sequence[Results]) -> str:
         "metrics": metrics,
         "differences": [row.source.model_dump() | {"verdict": row.verdict} for row in compared],
         "curves": [curve for record in story for curve in record.curves],
+        "prompts": [prompt for record in story for prompt in record.prompts],
         "verdict": verdict_of(story),
         "inference": {label: each for record in story for label, each in record.inference.items()},
         "costs": [cost._asdict() for cost in costs(story)],

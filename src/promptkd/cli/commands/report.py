@@ -79,7 +79,9 @@ def _check_figures(folder: Path, *, overwrite: bool) -> None:
 
 
 def records_of(path: Path) -> list[Results]:
-    """The record of a run's folder or a file, or those of a study's folder."""
+    """The record of a run's folder, with that of its explained prompt, or of a file, or those of a study's folder."""
     if path.is_dir() and is_study(path):
         return study_records(path)
-    return [Results.read(path / "results.json" if path.is_dir() else path)]
+    files = [path / "results.json" if path.is_dir() else path]
+    explained = path / "explain-prompt" / "results.json"
+    return [Results.read(each) for each in [*files, *([explained] if explained.is_file() else [])]]

@@ -1,0 +1,159 @@
+"""`promptkd explain-prompt`."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+from torch import Tensor
+
+from promptkd.cli.inference_run import InferenceRun
+from promptkd.cli.options.explain_prompt import Options
+from promptkd.cli.outputs import check_output, data_record, label_of
+from promptkd.cli.parsing.parser import merged_config
+from promptkd.cli.prompt_run import PromptRun
+from promptkd.cli.terminal import progress_lines, say
+from promptkd.errors import RequestError
+from promptkd.evaluation import Scoring
+from promptkd.evaluation.prompt_explanation import Start, explained_vectors, kl_by_position
+from promptkd.generation import generate, row_seeds
+from promptkd.models import SoftPrompt, check_positions, model_record, vocabulary_size
+from promptkd.models.soft_prompt import start_tokens
+from promptkd.models.vocabulary import check_heads
+from promptkd.record_parts import PromptAnswer, PromptExplanation
+from promptkd.report.prompts import explanation_text
+from promptkd.results import Results
+
+
+def run(options: Options, training: dict[str, Any]) -> None:
+    explained = PromptRun(options.run)
+    out = (options.out or options.run / "explain-prompt") / "results.json"
+    check_output(out, overwrite=options.overwrite)
+    job = _ExplainRun(options, explained)
+    for name in explained.prompts:
+        job.results.prompts.append(job.explain(name))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    job.results.write(out)
+    for each in job.results.prompts:
+        print(explanation_text(each))
+    say(f"The record is {out}. `promptkd report {options.run} --out report.html` shows it on the run's page.")
+    job.say_peak()
+
+
+class _ExplainRun(InferenceRun):
+    """The student and its requests, as the run read them; then one teacher after the other."""
+
+    def __init__(self, options: Options, explained: PromptRun):
+        self.run, of_run = explained, explained.setting
+        template = of_run("template", "auto")
+        settings = {
+            "template": "chat" if template == "teacher" else template,  # which the student's tokenizer was given
+            "chat_template_kwargs": of_run("chat_template_kwargs", None),
+            "columns": of_run("columns", None) if options.data is None else None,
+            "max_prompt_length": of_run("max_prompt_length", 256),
+            "max_completion_length": of_run("max_completion_length", of_run("max_response_length", 256)),
+            "teacher_dtype": options.teacher_dtype or of_run("teacher_dtype", None),
+        }
+        super().__init__(SimpleNamespace(**(vars(options) | settings)))
+        teachers = [explained.teacher(options.teacher, name) for name in explained.prompts]
+        source = explained.data(options.data)
+        self.tokenizer = self.load_tokenizer(str(options.run))
+        for teacher in teachers:
+            self.share(self.tokenizer, self.load_tokenizer(teacher))
+        most = options.limit if options.data else min(options.limit, of_run("eval_limit", options.limit))
+        data = self.read_rows(source, self.tokenizer, max(most, options.rows))
+        self.rows, self.shown = data.examples[:most], data.examples[: options.rows]
+        self.settle_precision()
+        self.student = self.load_model(str(options.run))
+        notes = [
+            f"KL by position is measured on what the student itself writes for {len(self.rows)} requests, sampled at "
+            f"temperature 1 (seed {options.seed}); the answers side by side are greedy.",
+            *self.row_notes,
+        ]
+        self.results = Results(kind="explain-prompt", config=merged_config(options, {}), notes=notes)
+        self.results.models["student"] = model_record(options.run, self.student)
+        self.results.data[label_of(source)] = data_record(source, data)
+
+    def explain(self, name: str) -> PromptExplanation:
+        folder, options = self.run.prompts[name], self.options
+        place = self.run.teacher(options.teacher, name)
+        tokenizer = self.load_tokenizer(place)
+        shared = self.share(self.tokenizer, tokenizer)
+        shared.check(self.rows, "requests")
+        teacher, vectors = self.load_teacher(place), SoftPrompt.load(folder)().detach()
+        width = teacher.get_input_embeddings().weight.shape[1]
+        if vectors.shape[1] != width:
+            widths = f"{vectors.shape[1]} numbers, and the teacher's embeddings {width}"
+            raise RequestError(f"The vectors in {folder} have {widths}. Give the teacher that they were trained for.")
+        check_heads(shared, student=self.student, teacher=teacher)
+        longest = max(len(row.prompt_ids) for row in (*self.rows, *self.shown))
+        for role, model, extra in (("student", self.student, 0), ("teacher", teacher, len(vectors))):
+            check_positions(role, model, longest, options.max_completion_length, soft_prompt=extra)
+        self.results.models[f"teacher {name}" if name else "teacher"] = model_record(place, teacher)
+        known = self.results.notes
+        known += [note for note in (*shared.notes, *self.precision_notes()) if note not in known]
+        prompt = vectors.to(teacher.get_input_embeddings().weight.device)
+        own = explained_vectors(
+            vectors,
+            teacher,
+            tokenizer,
+            vocabulary_size(tokenizer),
+            folder=folder.relative_to(self.run.folder).as_posix(),
+            start=self._start(teacher, tokenizer, len(vectors)),
+        )
+        limits = {"vocabulary": shared.size, "masked_ids": shared.masked}
+        with self.computing():
+            own.answers = self._answers(teacher, prompt, limits)
+            samples = self._samples(limits)
+            with self._timed("KL by position"):
+                prompts, scoring = [row.prompt_ids for row in self.rows], Scoring(prompt, shared)
+                own.kl = kl_by_position(self.student, teacher, prompts, samples, scoring)
+        return own
+
+    def _start(self, teacher: Any, tokenizer: Any, length: int) -> Start | None:
+        how = self.run.start()
+        if how is None:
+            return None
+        made = SoftPrompt.create(teacher, tokenizer, length=length, **how)
+        ids = start_tokens(tokenizer, length=length, start=how["start"], text=how["text"])
+        return Start(made.start.cpu(), ids)
+
+    def _answers(self, teacher: Any, prompt: Tensor, limits: dict[str, Any]) -> list[PromptAnswer]:
+        """Greedy answers of the teacher without and with the prompt, and of the student, in texts."""
+        if not self.shown:
+            return []
+        texts = {}
+        asked = {"plain": (teacher, None), "prompted": (teacher, prompt), "student": (self.student, None)}
+        for who, (model, vectors) in asked.items():
+            with self._timed(f"answers, {who}"):
+                decoding = replace(self.decoding(self.tokenizer, model, temperature=0.0), **limits)
+                size, requests = decoding.batch_size, [row.prompt_ids for row in self.shown]
+                written = generate(model, requests, decoding, prompt=vectors, batch_size=size)
+            texts[who] = [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in written]
+        return [
+            PromptAnswer(
+                row=row.row,
+                prompt=row.prompt,
+                request=list(row.request),
+                **{who: answers[at] for who, answers in texts.items()},
+            )
+            for at, row in enumerate(self.shown)
+        ]
+
+    def _samples(self, limits: dict[str, Any]) -> list[list[int]]:
+        """What the student writes at temperature 1, a response per row."""
+        seeds = row_seeds(self.options.seed, max(row.row for row in self.rows) + 1)
+        decoding = replace(self.decoding(self.tokenizer, self.student, temperature=1.0), **limits)
+        tell = partial(progress_lines("Sampling the student", len(self.rows)), "responses")
+        prompts, own = [row.prompt_ids for row in self.rows], [seeds[row.row] for row in self.rows]
+        with self._timed("sampling the student"):
+            return generate(self.student, prompts, decoding, seeds=own, batch_size=decoding.batch_size, on_batch=tell)
+
+    @contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.results.timings[what] = time.perf_counter() - started
