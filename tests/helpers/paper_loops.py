@@ -34,21 +34,21 @@ def taid(student: Row, teacher: Row, frozen: Row, *, t: float) -> float:
     return kl(target, softmax(student))
 
 
-def taid_schedule(losses: Row, *, steps: int, start: float, end: float, rate: float, momentum: float) -> Row:
-    """t of each step, given each step's loss: `update_t` of the authors' `taid.py`, which runs behind a step's loss.
+def taid_schedule(
+    losses: Row, *, steps: int, start: float, end: float, rate: float, momentum: float, late: int = 0
+) -> Row:
+    """t of each step, given each step's loss: TAID's adaptive update, run behind a step's loss.
 
-    Step k = 0 only remembers its loss. The linear floor is that of the steps done before: t_{k+1} is at least
-    start + (end - start) k / steps.
+    The first step only remembers its loss. No later t is below the line from `start` to `end`. In the authors'
+    `update_t` that line is one step `late`, and the loss is the cross-entropy, not the KL.
     """
-    t, before, speed, used = start, math.inf, 0.0, []
+    t, before, trend, used = start, math.inf, 0.0, []
     for k, loss in enumerate(losses):
+        t = min(end, max(start + (end - start) * max(k - late, 0) / steps, t))
         used.append(t)
-        if math.isinf(before):
-            before = loss
-            continue
-        speed = momentum * speed + (1 - momentum) * (before - loss) / (before + 1e-15)
-        step = rate / (1 + math.exp(-speed)) * (1 - t)
-        t = min(end, max(start + (end - start) * k / steps, t + step))
+        if not math.isinf(before):
+            trend = momentum * trend + (1 - momentum) * (before - loss) / (before + 1e-15)
+            t += rate / (1 + math.exp(-trend)) * (1 - t)
         before = loss
     return used
 

@@ -7,9 +7,21 @@ import pytest
 import torch
 
 from helpers import paper_loops as paper
-from promptkd.objectives import alpha_beta, concrete_score, entropy_aware_kl, reverse_kl, taid, todi, veto
+from promptkd.objectives import (
+    alpha_beta,
+    concrete_score,
+    entropy_aware_kl,
+    reverse_kl,
+    skew_forward_kl,
+    skew_reverse_kl,
+    taid,
+    todi,
+    veto,
+)
+from promptkd.objectives.sequence import contrast_weight, on_policy_gradient, skew_coefficients
 
 ABSENT = -math.inf
+TOKEN = 4  # the one that was sampled
 
 # An objective of (student, teacher), and its loop of (student, teacher, frozen student).
 CASES = {
@@ -40,6 +52,18 @@ CASES = {
         for tau in (0.0, 0.8, 1.2, 9.0)
     },
     "todi": (todi, paper.todi),
+    "distillm2, teacher's response": (
+        partial(skew_forward_kl, alpha=0.1),
+        lambda z, w, _: paper.distillm2_teacher(z, w, alpha=0.1),
+    ),
+    "distillm2, student's response": (
+        partial(skew_reverse_kl, alpha=0.1, constant_mixture=True),
+        partial(paper.distillm2_student, alpha=0.1),
+    ),
+    "on_policy_gradient": (
+        lambda student, teacher: on_policy_gradient(*(each.log_softmax(-1)[:, TOKEN] for each in (student, teacher))),
+        partial(paper.on_policy_gradient, token=TOKEN),
+    ),
     **{
         f"concrete_score {of}": (partial(concrete_score, weights=of), partial(paper.concrete_score, weights=of))
         for of in ("student", "teacher", "uniform")
@@ -109,3 +133,20 @@ def test_the_authors_of_csd_descend_the_reverse_kl():
     (of_ours,) = torch.autograd.grad(concrete_score(student, teacher).sum(), student)
     close(of_reverse_kl, torch.tensor(wanted, dtype=torch.float64))
     close(of_ours, 2 * torch.tensor(wanted, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("base", [0.1, 0.3, 0.005])
+def test_skew_coefficients_of_distillm2(base):
+    """Of responses on which the teacher is far surer than the student, a little surer, as sure, and less sure."""
+    student = [[-3.0, -2.0, -4.0], [-1.0, -1.4], [-0.7], [-0.2, -0.3, -0.1]]
+    teacher = [[-0.1, -0.3, -0.2], [-0.9, -1.1], [-0.7], [-1.0, -2.0, -0.5]]
+    for mean in (0.05, 0.4, 0.9):
+        wanted = [paper.distillm2_skew(p, q, base=base, mean=mean) for p, q in zip(teacher, student, strict=True)]
+        sure = [[torch.tensor(row, dtype=torch.float64).mean().exp() for row in rows] for rows in (teacher, student)]
+        got = skew_coefficients(torch.stack(sure[0]) - torch.stack(sure[1]), mean, alpha=base)
+        close(got, torch.tensor(wanted, dtype=torch.float64))
+
+
+def test_distillm2_weighs_the_students_responses_more_until_the_middle():
+    for step in range(9):
+        assert contrast_weight(step / 8) == paper.distillm2_beta(step, 8)
