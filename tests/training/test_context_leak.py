@@ -1,0 +1,70 @@
+"""What only the teacher reads never reaches the student: whatever a run embeds is watched, by each of its models."""
+
+import pytest
+from torch import nn
+
+from helpers.commands import distill, done, make_world, sft, write_rows
+from helpers.commands import rows as text_rows
+from helpers.leaks import holding
+from helpers.tiny import tiny_tokenizer
+
+pytestmark = pytest.mark.slow
+
+SECRET = "Zq-Xj9"  # in no row and in no template, and nothing that random models write by chance
+WIDTHS = {16: "student", 24: "teacher"}
+
+
+class Read:
+    """Every text that each model embeds, told apart by the width of the embeddings."""
+
+    def __init__(self, monkeypatch):
+        self.texts = {name: [] for name in WIDTHS.values()}
+        tokenizer, embed = tiny_tokenizer(), nn.Embedding.forward
+
+        def spied(module, ids):
+            for row in ids.reshape(-1, ids.shape[-1]) if ids.dim() else ids.reshape(1, 1):
+                self.texts[WIDTHS[module.embedding_dim]].append(tokenizer.decode(row.tolist()))
+            return embed(module, ids)
+
+        monkeypatch.setattr(nn.Embedding, "forward", spied)
+
+    def has(self, model, text):
+        return any(text in each for each in self.texts[model])
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Rows whose teacher is told the secret and, behind it, the answer."""
+    made = make_world(tmp_path_factory.mktemp("world"))
+    for name, count, first in (("train", 12, 0), ("valid", 4, 20)):
+        rows = text_rows(count, first=first)
+        told = [row | {"teacher_prompt": f"{SECRET} say {row['output']}"} for row in rows]
+        made = made._replace(**{name: str(write_rows(made.folder / f"told-{name}.jsonl", told))})
+    return made
+
+
+@pytest.mark.parametrize("method", ["promptkd", "minillm"])
+def test_a_context_reaches_the_teacher_alone(world, tmp_path, capsys, monkeypatch, method):
+    """Through preflight, rollouts of the student or of both, the steps of both, and validation."""
+    run, read = tmp_path / "run", Read(monkeypatch)
+    measured = () if method == "promptkd" else ("--no-preflight",)
+    validated = ("--eval-data", world.valid, "--eval_strategy", "steps", "--eval_steps", 3)
+    shown = done(capsys, *distill(world, run, "--method", method, *validated, *measured)).err
+    assert "in 12 of them it holds the row's reference" in shown  # of the training rows
+    assert "in 4 of them it holds the row's reference" in shown  # of those that are evaluated
+    assert read.has("teacher", SECRET)
+    assert read.has("student", "Q: the 2")
+    assert not read.has("student", SECRET)
+    assert not holding(run / "student", SECRET)
+
+
+def test_where_no_teacher_reads_nobody_reads_a_context(world, tmp_path, capsys, monkeypatch):
+    read = Read(monkeypatch)
+    limits = ("--template", "Q: {{ instruction }} {{ input }}\nA: ", "--max-completion-length", 4)
+    done(capsys, *sft(world, tmp_path / "tuned"))
+    done(capsys, "evaluate", "--model", world.student, "--data", world.valid, "--out", tmp_path / "e.json", *limits)
+    done(capsys, "generate", "--model", world.teacher, "--data", world.valid, "--out", tmp_path / "g.jsonl", *limits)
+    assert read.has("student", "Q: the ")
+    assert read.has("teacher", "Q: the ")
+    assert not read.has("student", SECRET)
+    assert not read.has("teacher", SECRET)
