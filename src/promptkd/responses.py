@@ -1,4 +1,5 @@
-"""Where the responses of an optimizer step come from: the data, the student, a mixture, a replay buffer."""
+"""Where the responses of an optimizer step come from: the data, the student, a mixture, a replay buffer, or the student
+corrected by the teacher."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -7,9 +8,29 @@ from typing import Any
 import torch
 
 from promptkd.data.encode import EncodedExample
+from promptkd.errors import check_all
 from promptkd.settings import accept_old_name
 
 Tokens = list[list[int]]
+
+
+@dataclass(frozen=True)
+class Speculation:
+    """How the plain teacher corrects what the student proposes. Raises `RequestError` with all that is wrong."""
+
+    top_k: int = 25  # a proposed token stays if it is among so many most probable ones of the teacher
+    block: int = 5  # tokens that the student proposes per pass of the teacher: a matter of speed alone
+    temperature: float = 1.0  # of the teacher, from whose whole distribution a rejected token is drawn anew; 0: greedy
+    top_p: float = 1.0  # share of that distribution's mass to draw from
+
+    def __post_init__(self) -> None:
+        checks = [
+            (self.top_k < 1, f"top_k must be at least 1, got {self.top_k}"),
+            (self.block < 1, f"block must be at least 1, got {self.block}"),
+            (self.temperature < 0, f"temperature must be 0 (greedy) or more, got {self.temperature}"),
+            (not 0 < self.top_p <= 1, f"top_p must lie in (0, 1], got {self.top_p}"),
+        ]
+        check_all("Cannot correct the student's tokens", checks)
 
 
 @dataclass(frozen=True)
@@ -20,6 +41,8 @@ class Sampler:
     mixed: Callable[..., Tokens]
     """(prompts, s): from (1 - s) q + s p, of student q and plain teacher p; (prompts, s, prompts of the teacher) where
     it reads others."""
+    speculative: Callable[[Tokens, Tokens, Speculation], Tokens]
+    """(prompts, prompts of the teacher, how): the student's tokens but for those that the plain teacher replaces."""
     together: bool = False  # whether every process must sample whenever one does (sharded weights, vLLM)
 
 
@@ -60,7 +83,22 @@ class ResponseMix(Responses):
         self.needs_data = student_share < 1
 
     def __call__(self, rows: Sequence[EncodedExample], sample: Sampler, progress: float) -> Tokens:
-        return _fill(rows, _chosen(len(rows), self.student_share), sample)
+        return _fill(rows, _chosen(len(rows), self.student_share), self.write, sample)
+
+    def write(self, rows: Sequence[EncodedExample], sample: Sampler) -> Tokens:
+        return _by_student(rows, sample)
+
+
+class Speculative(ResponseMix):
+    """The same, but the teacher corrects the student token by token (speculative KD, Xu et al. 2025)."""
+
+    def __init__(self, student_share: float, speculation: Speculation):
+        super().__init__(student_share)
+        self.speculation = speculation
+
+    def write(self, rows: Sequence[EncodedExample], sample: Sampler) -> Tokens:
+        prompts, read = ([row.prompt_ids for row in each] for each in (rows, [row.for_teacher() for row in rows]))
+        return sample.speculative(prompts, read, self.speculation)
 
 
 class TeacherMixed(Responses):
@@ -104,7 +142,7 @@ class AdaptiveReplay(Responses):
         renewed = _chosen(len(rows), 1 - progress)
         draws = zip(rows, own, renewed, strict=True)
         fresh = [mine and (new or row.row not in self.buffer) for row, mine, new in draws]
-        responses = _fill(rows, fresh, sample)
+        responses = _fill(rows, fresh, _by_student, sample)
         for index, row in enumerate(rows):
             if fresh[index]:
                 self.buffer.pop(row.row, None)  # now the newest
@@ -146,10 +184,19 @@ def _chosen(rows: int, share: float) -> list[bool]:
     return [share == 1] * rows if share in (0, 1) else (torch.rand(rows) < share).tolist()
 
 
-def _fill(rows: Sequence[EncodedExample], chosen: Sequence[bool], sample: Sampler) -> Tokens:
-    """A response of the student's for each chosen row, the data's for the others."""
-    prompts = [row.prompt_ids for row, own in zip(rows, chosen, strict=True) if own]
-    if not prompts and sample.together:
-        sample.student([rows[0].prompt_ids])  # thrown away: another process may have rows to sample
-    sampled = iter(sample.student(prompts) if prompts else [])
+def _by_student(rows: Sequence[EncodedExample], sample: Sampler) -> Tokens:
+    return sample.student([row.prompt_ids for row in rows])
+
+
+def _fill(
+    rows: Sequence[EncodedExample],
+    chosen: Sequence[bool],
+    write: Callable[[Sequence[EncodedExample], Sampler], Tokens],
+    sample: Sampler,
+) -> Tokens:
+    """A written response for each chosen row, the data's for the others."""
+    written = [row for row, own in zip(rows, chosen, strict=True) if own]
+    if not written and sample.together:
+        write(rows[:1], sample)  # thrown away: another process may have rows to sample
+    sampled = iter(write(written, sample) if written else [])
     return [next(sampled) if own else row.response_ids for row, own in zip(rows, chosen, strict=True)]

@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.attention import varlen
 from torch.nn.functional import scaled_dot_product_attention
 
+from helpers.rollback import assert_rows_as_each_alone
 from helpers.standins import StandIn
 from helpers.tiny import tiny_model
 from promptkd.data.batch import right_pad
@@ -22,7 +23,7 @@ from promptkd.engine.backbone import model_matmul_dtype
 from promptkd.engine.chunked_loss import chunked_cross_entropy
 from promptkd.engine.cuda import ENGINE, decoding, scoring
 from promptkd.engine.reference import DynamicCacheDecoder, PaddedScorer
-from promptkd.engine.resolve import first_verified
+from promptkd.engine.resolve import first_verified, rolls_back
 from promptkd.generation import SamplingParams, generate
 from promptkd.objectives import reverse_kl
 from promptkd.objectives.kernels import PLAIN_KERNELS
@@ -132,6 +133,32 @@ def test_decoding_equals_the_reference(architecture, length, decoder, monkeypatc
         expected = decoded(DynamicCacheDecoder(), model, soft_prompt, vocabulary=90)
         assert got.shape == expected.shape == (4 * 4 + 3 * 3, 90)
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "opt"])
+@pytest.mark.parametrize("decoder", [FUSED, ROWS], ids=["fused", "rows"])
+def test_rows_grow_and_shrink_as_each_alone(architecture, decoder, monkeypatch):
+    monkeypatch.setattr(decoding, "_SPAN", 8)
+    monkeypatch.setattr(decoding, "_PROMPT_COLUMNS", 4)
+    monkeypatch.setattr(decoding, "_ROWS", (4, 8))  # rows that only fill the bucket
+    model = models(architecture)
+    if decoder.supports(model):
+        assert rolls_back(ENGINE.decoders, model)
+        for _ in range(2):
+            assert_rows_as_each_alone(decoder, model, length=3)
+
+
+def test_rows_that_have_left_stay_within_the_table_of_positions(monkeypatch):
+    """They are still run where they fill a bucket, and on the device a position behind the table is fatal."""
+    monkeypatch.setattr(decoding, "_ROWS", (4,))
+    model = models("opt")
+    with torch.no_grad(), ROWS.open(model, 2, None) as sessions, sessions(20) as session:
+        session.prefill([[1] * 500, [2]])
+        session.extend(torch.ones(2, 12, dtype=torch.long))  # up to the last of 512 positions
+        session.rollback([0, 12])
+        session.select([1])
+        assert session.extend(torch.ones(1, 12, dtype=torch.long)).isfinite().all()
 
 
 @pytest.mark.parametrize("decoder", [FUSED, ROWS], ids=["fused", "rows"])

@@ -16,7 +16,7 @@ from promptkd.methods.okd import OnlineModule, OnlineTeacher
 from promptkd.models.adapters import LoraFactory, PromptLossSettings, TunerStep
 from promptkd.models.pair import Pair
 from promptkd.objectives import forward_kl, reverse_kl
-from promptkd.responses import AdaptiveReplay, ResponseMix, Responses, Sampler, TeacherMixed
+from promptkd.responses import AdaptiveReplay, ResponseMix, Responses, Sampler, Speculation, Speculative, TeacherMixed
 from promptkd.training import DistillConfig
 from promptkd.training.config import chosen_method
 
@@ -235,6 +235,9 @@ def sampler():
     return Sampler(
         student=lambda prompts: [[1] * len(prompt) for prompt in prompts],
         mixed=lambda prompts, share: [[2] for _ in prompts],
+        speculative=lambda prompts, read, how: [
+            [3, len(own), len(other), how.top_k] for own, other in zip(prompts, read, strict=True)
+        ],
     )
 
 
@@ -248,6 +251,11 @@ def test_sources_of_responses():
     students = sum(set(response) == {1} for response in mixed)
     assert 40 <= students <= 80  # 60 expected, 6.5 the deviation
     assert TeacherMixed(0.2)(data, sampler(), 0.0) == [[2]] * 200
+    corrected = Speculative(1.0, Speculation(top_k=7))
+    assert corrected(data, sampler(), 0.0) == [[3, len(row.prompt_ids), len(row.prompt_ids), 7] for row in data]
+    informed = [replace(row, teacher_prompt_ids=[9, *row.prompt_ids]) for row in data]
+    assert corrected(informed, sampler(), 0.0) == [[3, len(row.prompt_ids), len(row.prompt_ids) + 1, 7] for row in data]
+    assert Speculative(0.0, Speculation())(data, sampler(), 0.0) == own
     assert TeacherMixed(0.0)(data, sampler(), 0.0) == [[1] * len(row.prompt_ids) for row in data]
 
 
@@ -293,7 +301,7 @@ def test_the_replay_buffer_gives_old_samples_again_and_forgets_the_oldest():
         counted.append(len(prompts))
         return [[50 + len(counted)] for _ in prompts]
 
-    fresh = Sampler(student=student, mixed=lambda prompts, share: [])
+    fresh = replace(sampler(), student=student)
     first = source(data, fresh, 0.0)  # all new
     assert first == [[51]] * 4
     assert set(source.buffer) == {1, 2, 3}

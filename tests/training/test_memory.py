@@ -13,7 +13,15 @@ from helpers.trainers import config, rows, trainer
 from promptkd.data.encode import EncodedData, EncodedExample
 from promptkd.generation import generate
 from promptkd.methods import named_method
-from promptkd.responses import AdaptiveReplay, ResponseMix, Responses, TeacherMixed, writes_responses
+from promptkd.responses import (
+    AdaptiveReplay,
+    ResponseMix,
+    Responses,
+    Speculation,
+    Speculative,
+    TeacherMixed,
+    writes_responses,
+)
 from promptkd.results import Results, Training
 from promptkd.training.dry_run import at_its_most, longest_rows_first, take_trial_steps
 
@@ -68,6 +76,8 @@ def test_rows_of_less_than_two_steps_stay_as_many(tmp_path):
         (ResponseMix(0.3), True, ResponseMix),
         (AdaptiveReplay(), True, ResponseMix),
         (TeacherMixed(0.2), True, TeacherMixed),
+        (Speculative(0.0, Speculation()), False, Speculative),
+        (Speculative(0.3, Speculation()), True, Speculative),
     ],
 )
 def test_a_trial_lets_the_student_write_whatever_it_may_write(source, writes, most):
@@ -121,9 +131,9 @@ def test_responses_of_transformers_generate_reach_their_limit_too(tmp_path):
     lengths = []
     cut = made.rollout._cut
 
-    def watched(inputs, responses):
+    def watched(inputs, responses, progress):
         lengths.extend(map(len, responses))
-        return cut(inputs, responses)
+        return cut(inputs, responses, progress)
 
     made.rollout._cut = watched
     take_trial_steps(made)

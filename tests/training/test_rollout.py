@@ -15,7 +15,7 @@ from helpers.tiny import END_ID, tiny_tokenizer
 from helpers.trainers import FIXED_PROMPTKD, rows, trainer
 from promptkd.data.encode import EncodedData, EncodedExample, encode_texts
 from promptkd.errors import RequestError
-from promptkd.responses import Responses
+from promptkd.responses import Responses, Speculation, Speculative
 from promptkd.training.callbacks import CompletionLog
 
 LIMIT = 4
@@ -117,7 +117,7 @@ class Mixed(Responses):
         return sample.mixed([row.prompt_ids for row in rows], 0.5)
 
 
-@pytest.mark.parametrize("source", [Sampled(), Mixed()])
+@pytest.mark.parametrize("source", [Sampled(), Mixed(), Speculative(1.0, Speculation(top_k=40, block=3))])
 def test_samples_repeat_by_torchs_generator_and_end_at_the_limit(tmp_path, source):
     part, rollout = make(tmp_path, source=source)
     windows = []
@@ -132,10 +132,35 @@ def test_samples_repeat_by_torchs_generator_and_end_at_the_limit(tmp_path, sourc
     assert {length for each in window.micro_batches for length in each.batch.response_lengths} == {LIMIT}
 
 
-def test_a_mixture_needs_both_models_in_the_process(tmp_path):
-    part, rollout = make(tmp_path, source=Mixed(), repetition_penalty=1.5)
-    with pytest.raises(RequestError, match="leave vLLM, FSDP, DeepSpeed ZeRO-3 and generation_kwargs out"):
+@pytest.mark.parametrize(
+    ("source", "doing", "other"),
+    [
+        (Mixed(), "Sampling from a mixture of student and teacher", "--teacher_mix 0"),
+        (Speculative(1.0, Speculation()), "Letting the teacher correct the student's tokens", "--student_share 0"),
+    ],
+)
+@pytest.mark.parametrize("settings", [{"repetition_penalty": 1.5}, {"generation_kwargs": {"num_beams": 2}}])
+def test_two_models_that_write_together_are_both_in_the_process(tmp_path, source, doing, other, settings):
+    part, rollout = make(tmp_path, source=source, **settings)
+    told = f"^{doing} needs .*leave vLLM, FSDP, DeepSpeed ZeRO-3 and generation_kwargs out, or set {other}"
+    with pytest.raises(RequestError, match=told):
         rollout(EXAMPLES, part.student, step=0, total_steps=4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("top_k", "least", "most"), [(97, 0, 0), (1, 0.5, 1)])
+def test_the_share_of_replaced_tokens_is_that_of_the_tokens_that_the_teacher_has_read(tmp_path, top_k, least, most):
+    """Responses of the data are no part of it, and a step without others logs none."""
+    for share, logged in ((1.0, True), (0.5, True), (0.0, False)):
+        source = Speculative(share, Speculation(top_k=top_k, block=2))
+        part, rollout = make(tmp_path / str(share), source=source)
+        torch.manual_seed(1)
+        window = rollout(EXAMPLES, part.student, step=0, total_steps=4)
+        corrected = rollout.metrics.corrected
+        assert (0 < corrected < int(window.tokens)) == (share == 0.5)
+        means = rollout.metrics.means(window, part.accelerator, {})
+        assert ("replaced_share" in means) == logged
+        assert not logged or least <= means["replaced_share"] <= most
 
 
 def test_completions_are_kept_printed_written_and_sent(tmp_path, capsys, monkeypatch):

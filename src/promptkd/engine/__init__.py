@@ -22,7 +22,7 @@ from promptkd.engine.chunked_loss import (
     chunked_skew_kl,
 )
 from promptkd.engine.heads import Head, Vocabulary, head_logits, head_size, linear_head
-from promptkd.engine.resolve import engine_for, first_verified
+from promptkd.engine.resolve import engine_for, first_verified, rolls_back
 
 
 def response_hidden(model: nn.Module, batch: TokenBatch, prompt: Tensor | None = None) -> Tensor:
@@ -53,6 +53,12 @@ def decoding(model: nn.Module, rows: int, *, vocabulary: int | None = None) -> A
     """
     inner = unwrap_peft(model)
     return first_verified(engine_for(embedding_device(inner)).decoders, inner).open(inner, rows, vocabulary)
+
+
+def can_roll_back(model: nn.Module) -> bool:
+    """Whether sessions of `decoding` may `extend` and `rollback`; the log says once why a model's may not."""
+    inner = unwrap_peft(model)
+    return rolls_back(engine_for(embedding_device(inner)).decoders, inner)
 
 
 def release(model: nn.Module) -> None:

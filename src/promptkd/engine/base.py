@@ -53,6 +53,18 @@ class DecodeSession(ABC):
     def decode(self, tokens: Tensor) -> Tensor:
         """Append one token to each row, (R,), and return the logits (R, V) of the next. Valid until the next call."""
 
+    def extend(self, tokens: Tensor) -> Tensor:
+        """Append g tokens to each row, (R, g): the logits (R, g, V) of what follows each. Valid until the next call.
+
+        `rollback` may remove them, so that rows come to differ in length; `decode` is not called after it. A session
+        that does not know how to raises NotImplementedError.
+        """
+        raise NotImplementedError("its sessions remove no tokens")
+
+    def rollback(self, counts: Sequence[int]) -> None:
+        """Remove the last `counts[row]` tokens of each row, all of which `extend` has appended since the last call."""
+        raise NotImplementedError("its sessions remove no tokens")
+
     @abstractmethod
     def select(self, rows: Sequence[int]) -> None:
         """Keep the rows with these indices, in ascending order; row i becomes what row `rows[i]` was."""

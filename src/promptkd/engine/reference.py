@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicLayer
 
 from promptkd.data.batch import TokenBatch, on_device
 from promptkd.engine.backbone import backbone_of, embedding_device
@@ -84,29 +84,51 @@ class DynamicCacheSession(DecodeSession):
         self.mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
         self.positions = (self.mask.cumsum(-1) - 1).clamp(min=0)
         if soft_prompt is None:
-            return self._forward(input_ids=ids)
+            return self._last_logits(input_ids=ids)
         embedded = self.model.get_input_embeddings()(ids)  # scaled where the model scales
         columns = (self.mask == 0).sum(-1, keepdim=True) + torch.arange(length, device=device)  # (R, n)
         indices = torch.arange(len(ids), device=device)[:, None], columns
-        return self._forward(inputs_embeds=embedded.index_put(indices, soft_prompt.to(embedded)))
+        return self._last_logits(inputs_embeds=embedded.index_put(indices, soft_prompt.to(embedded)))
 
     def decode(self, tokens: Tensor) -> Tensor:
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
-        self.positions = self.positions[:, -1:] + 1
-        return self._forward(input_ids=tokens[:, None])
+        return self._last_logits(input_ids=self._appended(tokens[:, None]))
+
+    def extend(self, tokens: Tensor) -> Tensor:
+        return head_logits(self.model, self._states(input_ids=self._appended(tokens)), vocabulary=self.vocabulary)
+
+    def rollback(self, counts: Sequence[int]) -> None:
+        kinds = {type(layer) for layer in self.cache.layers} if isinstance(self.cache, Cache) else {type(self.cache)}
+        if kinds != {DynamicLayer}:  # a window or a recurrent state has forgotten what came before
+            raise NotImplementedError(f"its cache ({', '.join(sorted(each.__name__ for each in kinds))}) keeps no past")
+        removed, shared = torch.tensor(counts, device=self.mask.device)[:, None], min(counts)
+        if shared:
+            self.cache.crop(-shared)
+            self.mask = self.mask[:, : self.mask.shape[1] - shared]
+        columns = torch.arange(self.mask.shape[1], device=self.mask.device)
+        self.mask = self.mask * (columns < len(columns) + shared - removed)  # the rows' own columns stay, as padding
+        self.positions = self.positions[:, -1:] - removed
 
     def select(self, rows: Sequence[int]) -> None:
         chosen = torch.tensor(rows, device=self.mask.device)
         self.cache = _selected(self.cache, chosen)
         self.mask, self.positions = self.mask[chosen], self.positions[chosen]
 
-    def _forward(self, **inputs: Tensor) -> Tensor:
+    def _appended(self, tokens: Tensor) -> Tensor:
+        """The tokens (R, g), for which mask and positions are made."""
+        self.mask = torch.cat([self.mask, self.mask.new_ones(tokens.shape)], dim=1)
+        self.positions = self.positions[:, -1:] + torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
+        return tokens
+
+    def _last_logits(self, **inputs: Tensor) -> Tensor:
+        return head_logits(self.model, self._states(**inputs)[:, -1], vocabulary=self.vocabulary)
+
+    def _states(self, **inputs: Tensor) -> Tensor:
         # beside recurrent states alone, a mask has a column for each token of the pass, and none for those before
         new = slice(None) if self._cache_name == "past_key_values" else slice(-self.positions.shape[1], None)
         places = {"attention_mask": self.mask[:, new], "position_ids": self.positions, self._cache_name: self.cache}
         outputs = backbone_of(self.model)(**inputs, **places, use_cache=True)
         self.cache = outputs[self._cache_name]
-        return head_logits(self.model, outputs.last_hidden_state[:, -1], vocabulary=self.vocabulary)
+        return outputs.last_hidden_state
 
 
 def cache_argument(model: PreTrainedModel) -> str:
@@ -144,6 +166,13 @@ class SplitSession(DecodeSession):
     def decode(self, tokens: Tensor) -> Tensor:
         return self._joined([each.decode(tokens[rows]) for each, rows in self._parts])
 
+    def extend(self, tokens: Tensor) -> Tensor:
+        return self._joined([each.extend(tokens[rows]) for each, rows in self._parts])
+
+    def rollback(self, counts: Sequence[int]) -> None:
+        for each, rows in self._parts:
+            each.rollback([counts[row] for row in rows])
+
     def select(self, rows: Sequence[int]) -> None:
         places, parts = {old: new for new, old in enumerate(rows)}, []
         for session, held in self._parts:
@@ -167,19 +196,26 @@ class RecomputedSession(DecodeSession):
 
     def prefill(self, prompts: Sequence[Sequence[int]], soft_prompt: Tensor | None = None) -> Tensor:
         self.rows, self.soft_prompt = [list(prompt) for prompt in prompts], soft_prompt
-        return self._logits()
+        return self._logits(1)[:, 0]
 
     def decode(self, tokens: Tensor) -> Tensor:
-        for row, token in zip(self.rows, tokens.tolist(), strict=True):
-            row.append(token)
-        return self._logits()
+        return self.extend(tokens[:, None])[:, 0]
+
+    def extend(self, tokens: Tensor) -> Tensor:
+        for row, further in zip(self.rows, tokens.tolist(), strict=True):
+            row.extend(further)
+        return self._logits(tokens.shape[1])
+
+    def rollback(self, counts: Sequence[int]) -> None:
+        self.rows = [row[: len(row) - count] for row, count in zip(self.rows, counts, strict=True)]
 
     def select(self, rows: Sequence[int]) -> None:
         self.rows = [self.rows[row] for row in rows]
 
-    def _logits(self) -> Tensor:
-        states = torch.stack([row_states(self.model, row, self.soft_prompt)[-1] for row in self.rows])
-        return head_logits(self.model, states, vocabulary=self.vocabulary)
+    def _logits(self, last: int) -> Tensor:
+        """(R, last, V) behind the last tokens of each row."""
+        states = torch.cat([row_states(self.model, row, self.soft_prompt)[-last:] for row in self.rows])
+        return head_logits(self.model, states, vocabulary=self.vocabulary).unflatten(0, (-1, last))
 
 
 class DynamicCacheDecoder(Decoder):

@@ -63,19 +63,37 @@ def first_verified(candidates: Sequence[Way], model: PreTrainedModel) -> Way:
     return reference
 
 
+def rolls_back(candidates: Sequence[Decoder], model: PreTrainedModel) -> bool:
+    """Whether the decoder that `first_verified` takes extends and rolls back rows as the last candidate does."""
+    decoder, reference = first_verified(candidates, model), candidates[-1]
+    if decoder is reference:
+        return True
+    trials = partial(_rollback_trial, decoder, model), partial(_rollback_trial, reference, model)
+    told = "%s is not rolled back by %s on %s, so that a teacher checks one proposed token per pass: %s"
+    return not _problem_told(decoder, *trials, model, told)
+
+
 def _is_verified(
     candidate: Way, trial: Callable[[], Tensor], expected: Callable[[], Tensor], model: PreTrainedModel
 ) -> bool:
+    problem = _problem_told(candidate, trial, expected, model, "%s is not run by %s on %s: %s")
+    if problem:
+        candidate.forget(model)
+    return not problem
+
+
+def _problem_told(
+    candidate: Way, trial: Callable[[], Tensor], expected: Callable[[], Tensor], model: PreTrainedModel, told: str
+) -> bool:
+    """Whether the trial differs from what is expected; the first time, it is run, and the log is `told` a problem."""
     verdicts = _verdicts.setdefault(model, {})
     weight, attention = model.get_input_embeddings().weight, str(model.config._attn_implementation)
-    key = (candidate.name, weight.device, weight.dtype, model_matmul_dtype(model), attention)
+    key = (told, candidate.name, weight.device, weight.dtype, model_matmul_dtype(model), attention)
     if key not in verdicts:
         problem = _problem(trial, expected, model)
-        verdicts[key] = not problem
+        verdicts[key] = bool(problem)
         if problem:
-            names = type(model).__name__, candidate.name, weight.device.type
-            _LOGGER.warning("%s is not run by %s on %s: %s", *names, problem)
-            candidate.forget(model)
+            _LOGGER.warning(told, type(model).__name__, candidate.name, weight.device.type, problem)
     return verdicts[key]
 
 
@@ -120,6 +138,20 @@ def _decode_trial(decoder: Decoder, model: PreTrainedModel) -> Tensor:
             session.select(kept)
             logits.append(session.decode(tokens[step - len(kept) + 1 : step + 1]).clone())
     return torch.cat(logits).float()
+
+
+def _rollback_trial(decoder: Decoder, model: PreTrainedModel) -> Tensor:
+    """Logits of rows that are extended and rolled back, each by another number of tokens, twice; then rows leave."""
+    tokens = torch.tensor([[2, 1, 3], [0, 1, 2], [3, 0, 1]], device=embedding_device(model))
+    with decoder.open(model, len(_PROMPTS), None) as sessions, sessions(9) as session:
+        logits = [session.prefill(_PROMPTS, _soft_prompt(model))[:, None].clone()]
+        for extended, kept in ((tokens, [0, 1, 2]), (tokens[:, :2], [2, 1, 0])):
+            logits.append(session.extend(extended).clone())
+            session.rollback([extended.shape[1] - each for each in kept])
+        session.select([2, 1])
+        for extended in (tokens[:2, 2:], tokens[1:]):
+            logits.append(session.extend(extended).clone())
+    return torch.cat([each.flatten(0, 1) for each in logits]).float()
 
 
 def _soft_prompt(model: PreTrainedModel) -> Tensor | None:

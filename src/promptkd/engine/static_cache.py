@@ -53,16 +53,18 @@ class LayerCache:
     settings: AttentionSettings
 
     def attend(self, query: Tensor, columns: slice, mask: Tensor) -> Tensor:
-        """(R, 1, heads, D) attention of `query` (R, heads, 1, D) to some columns, where `mask` (R, 1, 1, columns)."""
-        rows, settings = query.shape[0], self.settings
+        """(R, g, heads, D) attention of `query` (R, heads, g, D) to some columns, where `mask` (R, 1, g, columns)."""
+        (rows, heads, length, _), settings = query.shape, self.settings
         keys, values = self.keys[:rows, :, columns], self.values[:rows, :, columns]
         # heads that share keys, side by side
         grouped = query.reshape(rows, keys.shape[1], -1, query.shape[-1]).to(keys.dtype)
+        if length > 1:
+            mask = mask.repeat(1, 1, heads // keys.shape[1], 1)
         if settings.softcap is None:
             attended = scaled_dot_product_attention(grouped, keys, values, mask, scale=settings.scaling)
         else:
             attended = softcapped_attention(grouped, keys, values, mask, settings)
-        return attended.reshape(rows, 1, -1, values.shape[-1])
+        return attended.reshape(rows, heads, length, values.shape[-1]).transpose(1, 2)
 
 
 @dataclass(eq=False)
@@ -98,13 +100,15 @@ class StaticCacheSession(DecodeSession):
     backbone: DecodeBackbone
     project: Callable[[Tensor], Tensor]  # hidden states (R, H) to logits (R, V)
     max_new_tokens: int  # most tokens that may follow a prompt
-    width: int = field(init=False)  # filled columns
+    width: int = field(init=False)  # filled columns, at least those of the longest row
+    ends: list[int] = field(init=False)  # filled columns of each row, after the first call of `extend`
 
     def prefill(self, prompts: Sequence[Sequence[int]], soft_prompt: Tensor | None = None) -> Tensor:
         device = embedding_device(self.model)
         pack, inputs = pack_inputs(self.model, prompts, soft_prompt, share=self.packed.shares_prefixes(self.model))
         lengths = [len(indices) for indices in pack.row_indices]
         self.rows, self.cache = len(lengths), self.allocate(lengths, device)
+        self.ends = [self.width] * self.rows
         rows = [row for row, length in enumerate(lengths) for _ in range(length)]
         columns = [column for length in lengths for column in range(self.width - length, self.width)]
         places = on_device([rows, columns, [*chain(*pack.row_indices)]], device)
@@ -127,7 +131,46 @@ class StaticCacheSession(DecodeSession):
                     each[to, :, : self.width] = each[source, :, : self.width]
             for numbers in (self.cache.positions, self.cache.first):
                 numbers[to] = numbers[source]
-        self.rows = len(rows)
+        self.rows, self.ends = len(rows), [self.ends[row] for row in rows]
+
+    def extend(self, tokens: Tensor) -> Tensor:
+        self.ends = [end + tokens.shape[1] for end in self.ends]
+        self.width = max(self.ends)
+        logits = self.extended(tokens)
+        self.cache.positions[: self.rows] += tokens.shape[1]
+        return logits
+
+    def rollback(self, counts: Sequence[int]) -> None:
+        # what they left behind is no longer seen, and the next tokens of the row overwrite it
+        self.ends = [end - count for end, count in zip(self.ends, counts, strict=True)]
+        self.cache.positions[: self.rows] -= on_device(list(counts), self.cache.positions.device)
+
+    def extended(self, tokens: Tensor) -> Tensor:
+        """Logits (R, g, V) of `extend`."""
+        return self.run_block(tokens, self.width)
+
+    def run_block(self, tokens: Tensor, span: int) -> Tensor:
+        """Logits (R, g, V) of tokens (R, g), each row's behind its last, over the first `span` columns.
+
+        Each row writes into columns of its own, behind its last one. Nothing is advanced.
+        """
+        (rows, length), cache, device = tokens.shape, self.cache, tokens.device
+        index, first = torch.arange(rows, device=device)[:, None], cache.first[:rows, None]
+        positions = cache.positions[:rows, None] + torch.arange(length, device=device)
+        columns, seen = first + positions, torch.arange(span, device=device)
+        mask = ((seen >= first[..., None]) & (seen <= columns[..., None]))[:, None]  # (R, 1, g, span)
+
+        def attend(layer_index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            """A `CachedAttention` of R · g rows of one token, (R g, heads, 1, D)."""
+            layer = cache.layers[layer_index]
+            for each, states in ((layer.keys, key), (layer.values, value)):
+                each[index, :, columns] = states[:, :, 0].unflatten(0, (rows, length)).to(each.dtype)
+            window = layer.settings.sliding_window
+            visible = mask if window is None else mask & (seen > columns[:, None, :, None] - window)
+            query = query[:, :, 0].unflatten(0, (rows, length)).transpose(1, 2)  # (R, heads, g, D)
+            return layer.attend(query, slice(span), visible).flatten(0, 1)[:, None]
+
+        return self.project(self.backbone(tokens.flatten(), positions.flatten(), attend)).unflatten(0, tokens.shape)
 
     @abstractmethod
     def allocate(self, lengths: Sequence[int], device: torch.device) -> StaticCache:

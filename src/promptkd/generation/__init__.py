@@ -2,5 +2,6 @@
 
 from promptkd.generation.decode_loop import Mixture, generate
 from promptkd.generation.sampling import Decoding, SamplingParams, row_seeds
+from promptkd.generation.speculative import Corrected, generate_corrected
 
-__all__ = ["Decoding", "Mixture", "SamplingParams", "generate", "row_seeds"]
+__all__ = ["Corrected", "Decoding", "Mixture", "SamplingParams", "generate", "generate_corrected", "row_seeds"]

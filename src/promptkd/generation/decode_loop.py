@@ -64,7 +64,7 @@ def generate(
     is wrong with the request.
     """
     limits = params.limits(len(prompts))
-    _check(prompts, params, seeds, batch_size, mixes=mixed_with is not None and prompt is not None)
+    check_request(prompts, params, seeds, batch_size, mixes=mixed_with is not None and prompt is not None)
     prompt = None if prompt is None or len(prompt) == 0 else prompt
     order = sorted(range(len(prompts)), key=lambda row: (-len(prompts[row]), row))
     responses: list[list[int]] = [[] for _ in prompts]
@@ -113,7 +113,7 @@ def _decoded(
     """
     check_every, stops = engine_for(device).check_every, on_device(list(params.stop_ids), device)
     last = on_device(limits, device) - 1  # (R,) the step of each row's last token
-    masked = _masked_columns(params, logits[0][0])
+    masked = masked_columns(params, logits[0][0])
     written = torch.zeros(len(limits), max(limits), dtype=torch.long, device=device)
     index = torch.arange(len(limits), device=device)  # rows still decoded, in the order of the readers' rows
     going = torch.ones(len(limits), dtype=torch.bool, device=device)
@@ -124,7 +124,7 @@ def _decoded(
         written[index, step] = tokens
         going &= ~torch.isin(tokens, stops) & (step < last[index])
         if (step + 1) % check_every == 0 or step + 1 in limits:
-            slots = _moved_up(going.tolist())
+            slots = moved_up(going.tolist())
             if not slots:
                 break
             if len(slots) < len(going):
@@ -137,13 +137,13 @@ def _decoded(
     return written.tolist()
 
 
-def _masked_columns(params: SamplingParams, logits: Tensor) -> Tensor | None:
+def masked_columns(params: SamplingParams, logits: Tensor) -> Tensor | None:
     """The columns of `logits` (R, V) that are never chosen; None for none."""
     masked = [index for index in params.masked_ids if index < logits.shape[-1]]
     return on_device(masked, logits.device) if masked else None
 
 
-def _moved_up(going: Sequence[bool]) -> list[int]:
+def moved_up(going: Sequence[bool]) -> list[int]:
     """Slots of the rows that go on, with rows from the end in the places of those that do not: few rows move."""
     slots = list(range(len(going)))
     for slot in reversed(range(len(going))):
@@ -161,7 +161,7 @@ def stream(
 
     The model stays in evaluation mode until the generator ends. Streams of several models may be read in turns.
     """
-    _check([prompt], params, None if seed is None else [seed])
+    check_request([prompt], params, None if seed is None else [seed])
     return _tokens(unwrap_peft(model), prompt, params, seed)
 
 
@@ -175,7 +175,7 @@ def _tokens(model: PreTrainedModel, prompt: Sequence[int], params: SamplingParam
         sessions = stack.enter_context(first_verified(DECODERS, model).open(model, 1, params.vocabulary))
         session = stack.enter_context(sessions(limit))
         logits = session.prefill([prompt])
-        masked = _masked_columns(params, logits)
+        masked = masked_columns(params, logits)
         for step in range(limit):
             if masked is not None:
                 logits = logits.index_fill_(-1, masked, -torch.inf)
@@ -186,7 +186,9 @@ def _tokens(model: PreTrainedModel, prompt: Sequence[int], params: SamplingParam
             logits = session.decode(token)
 
 
-def _check(prompts: Prompts, params: SamplingParams, seeds: Seeds, batch_size: int = 1, mixes: bool = False) -> None:
+def check_request(
+    prompts: Prompts, params: SamplingParams, seeds: Seeds, batch_size: int = 1, mixes: bool = False
+) -> None:
     """Refuse what cannot be decoded, all at once. `mixes`: a soft prompt and a second model."""
     count, limits, given = len(prompts), len(params.limits(len(prompts))), None if seeds is None else len(seeds)
     unseeded = not params.is_greedy and given != count

@@ -11,7 +11,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from promptkd.data.encode import EncodedData, EncodedExample
 from promptkd.methods import Method
-from promptkd.responses import AdaptiveReplay, ResponseMix, writes_responses
+from promptkd.responses import AdaptiveReplay, ResponseMix, Speculative, writes_responses
 from promptkd.training.callbacks import quiet
 
 
@@ -49,6 +49,8 @@ def leave_nothing(args: Any, folder: str | Path) -> None:
 def at_its_most(method: Method) -> Method:
     """The method with the responses that cost most: where student and data share in writing them, all the student's."""
     source = method.responses
+    if isinstance(source, Speculative):
+        return replace(method, responses=Speculative(1.0, source.speculation)) if source.student_share > 0 else method
     if isinstance(source, AdaptiveReplay) or (isinstance(source, ResponseMix) and source.student_share > 0):
         return replace(method, responses=ResponseMix(1.0))
     return method

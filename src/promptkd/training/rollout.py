@@ -17,9 +17,9 @@ from promptkd.data.batch import right_pad
 from promptkd.data.encode import EncodedExample, encode_texts
 from promptkd.errors import RequestError
 from promptkd.evaluation.text_metrics import distinct
-from promptkd.generation import Mixture, SamplingParams, generate
+from promptkd.generation import Corrected, Mixture, SamplingParams, generate, generate_corrected
 from promptkd.methods import Method
-from promptkd.responses import Sampler, writes_responses
+from promptkd.responses import Sampler, Speculation, writes_responses
 from promptkd.training.distributed import autocast, is_sharded, run_whole
 from promptkd.training.teacher import Teacher
 from promptkd.training.window import MicroBatch, StepMetrics, Window
@@ -67,7 +67,7 @@ class Rollout:
             return self._sample(prompts, model, step, mixed_with)
 
         def sample_mixed(prompts: Tokens, teacher_share: float, read: Tokens | None = None) -> Tokens:
-            self._check_mixing()
+            self._check_both_whole("Sampling from a mixture of student and teacher", "--teacher_mix 0")
             if read is None and any(row.teacher_prompt_ids is not None for row in rows):
                 raise RequestError(
                     "The rows have a context for the teacher: give `sample.mixed` its prompts as a third argument, "
@@ -75,9 +75,13 @@ class Rollout:
                 )
             return sample(prompts, Mixture(self.teacher.model, teacher_share, read))
 
+        def speculative(prompts: Tokens, teacher_prompts: Tokens, speculation: Speculation) -> Tokens:
+            self._check_both_whole("Letting the teacher correct the student's tokens", "--student_share 0")
+            return self._sample_corrected(prompts, teacher_prompts, speculation, model)
+
         self.method.moving.before_step(step / total_steps)
         together = self._accelerator.num_processes > 1 and (self._vllm is not None or is_sharded(self._accelerator))
-        sampler = Sampler(student=sample, mixed=sample_mixed, together=together)
+        sampler = Sampler(student=sample, mixed=sample_mixed, speculative=speculative, together=together)
         progress = step / total_steps
         responses = self.method.responses(rows, sampler, progress)
         self._count(rows, responses)
@@ -130,17 +134,36 @@ class Rollout:
             return self._sample_by_vllm(prompts, step)
         if needs_generate(self._args):
             return self._sample_by_transformers(prompts, model)
-        args = self._args
-        sampling = args.temperature, args.top_p, args.top_k
-        vocabulary = self.teacher.vocabulary
-        params = SamplingParams(*sampling, self.limit, self.stop_ids, vocabulary.size, vocabulary.masked)
+        params = self._sampling_params()
 
         def sampled(student: nn.Module) -> Tokens:
-            seeds, rows = torch.randint(2**62, (len(prompts),)).tolist(), args.generation_batch_size
-            with autocast(self._accelerator, args):
+            seeds, rows = torch.randint(2**62, (len(prompts),)).tolist(), self._args.generation_batch_size
+            with autocast(self._accelerator, self._args):
                 return generate(student, prompts, params, seeds=seeds, batch_size=rows, mixed_with=mixed_with)
 
         return run_whole(sampled, model, self._accelerator)
+
+    def _sample_corrected(
+        self, prompts: Tokens, teacher_prompts: Tokens, speculation: Speculation, model: nn.Module
+    ) -> Tokens:
+        """By the student, corrected by the plain teacher; how many tokens are the teacher's is counted."""
+        params, rows, teacher = self._sampling_params(), self._args.generation_batch_size, self.teacher.model
+        read: dict[str, Any] = {"teacher_prompts": teacher_prompts, "batch_size": rows}
+
+        def sampled(student: nn.Module) -> list[Corrected]:
+            seeds = torch.randint(2**62, (len(prompts),)).tolist()
+            with autocast(self._accelerator, self._args), self.teacher.without_adapter():
+                return generate_corrected(student, teacher, prompts, params, speculation, seeds=seeds, **read)
+
+        corrected = run_whole(sampled, model, self._accelerator)
+        self.metrics.corrected += sum(len(each.token_ids) for each in corrected)
+        self.metrics.add("replaced_share", sum(each.replaced for each in corrected), per="corrected")
+        return [each.token_ids for each in corrected]
+
+    def _sampling_params(self) -> SamplingParams:
+        args, vocabulary = self._args, self.teacher.vocabulary
+        sampling = args.temperature, args.top_p, args.top_k
+        return SamplingParams(*sampling, self.limit, self.stop_ids, vocabulary.size, vocabulary.masked)
 
     def _sample_by_vllm(self, prompts: Tokens, step: int) -> Tokens:
         """TRL deals vLLM's answers out evenly, so all processes ask equally often: the first prompt fills up."""
@@ -166,11 +189,11 @@ class Rollout:
         rows = written[:, ids.shape[1] :].tolist()
         return [row[: next((n + 1 for n, token in enumerate(row) if token in self.stop_ids), len(row))] for row in rows]
 
-    def _check_mixing(self) -> None:
+    def _check_both_whole(self, doing: str, other: str) -> None:
         if self._vllm is not None or needs_generate(self._args) or is_sharded(self._accelerator):
             raise RequestError(
-                "Sampling from a mixture of student and teacher needs both models whole in one process: leave vLLM, "
-                "FSDP, DeepSpeed ZeRO-3 and generation_kwargs out, or set --teacher_mix 0."
+                f"{doing} needs both models whole in one process: leave vLLM, FSDP, DeepSpeed ZeRO-3 and "
+                f"generation_kwargs out, or set {other}."
             )
 
 

@@ -75,12 +75,15 @@ class StepMetrics:
     def clear(self) -> None:
         """Begin the next step."""
         self._sums: dict[str, dict[str, Tensor | float]] = {
-            kind: defaultdict(float) for kind in ("token", "row", "text", "compared", "written")
+            kind: defaultdict(float) for kind in ("token", "row", "text", "compared", "written", "corrected")
         }
         self._values: dict[str, float] = {}
         self.rows = 0  # rows of this process
         self.processed_tokens = 0  # tokens of this process, prompts and responses
         self.written = 0  # rows of this process whose responses a model may have written
+        self.corrected = (
+            0  # response tokens of this process that the student proposed and the teacher let be or replaced
+        )
         self.compared = 0  # response tokens of this process at which student and teacher were compared
 
     def add(self, name: str, value: Tensor | float, *, per: str = "token") -> None:
@@ -95,11 +98,12 @@ class StepMetrics:
         """What to log of the step; the next one begins. All processes must ask together."""
         names = [(per, name) for per, sums in self._sums.items() for name in sums]
         own = [float(self._sums[per][name]) for per, name in names]
-        own += [self.rows, self.processed_tokens, self.compared, self.written]
+        own += [self.rows, self.processed_tokens, self.compared, self.written, self.corrected]
         sums = accelerator.reduce(torch.tensor(own, dtype=torch.float64, device=accelerator.device), reduction="sum")
-        *totals, rows, processed_tokens, compared, written = sums.tolist()
+        *totals, rows, processed_tokens, compared, written, corrected = sums.tolist()
         tokens, text_tokens = max(int(window.tokens), 1), max(int(window.text_tokens), 1)
-        counts = {"token": tokens, "row": rows, "text": text_tokens, "compared": compared, "written": written}
+        counts = {"token": tokens, "row": rows, "text": text_tokens}
+        counts |= {"compared": compared, "written": written, "corrected": corrected}
         means = {name: total / counts[per] for (per, name), total in zip(names, totals, strict=True) if counts[per]}
         seconds = {f"seconds_{name}": spent.get(name, 0.0) for name in ("rollout", "prompt", "student")}
         speed = processed_tokens / max(sum(seconds.values()), 1e-9)

@@ -107,7 +107,8 @@ class _Buffers(StaticCache):
         self.signature = _signature(model)
         self.graphs = Graphs()
         self.in_use = False  # by a session
-        self._logits: dict[int, Tensor] = {}  # by vocabulary
+        self._logits: dict[tuple[int, int], Tensor] = {}  # by vocabulary and tokens of a row
+        self._blocks: dict[int, Tensor] = {}  # by tokens of a row
         self._copies: list[tuple[Tensor, Tensor]] = []  # of weights, with the weight
         join = partial(self._join, dtype)
         self.backbone: DecodeBackbone = FusedDecoder(model, join) if fused else self._cast_layers(model, dtype)
@@ -140,12 +141,21 @@ class _Buffers(StaticCache):
             mine.copy_(weight)
 
     @outside_inference_mode
-    def keep(self, logits: Tensor) -> Tensor:
-        """Copy logits (R, V) to a buffer that all graphs share: an output for each would fill gigabytes."""
-        size = logits.shape[1]
+    def keep(self, logits: Tensor, length: int = 1) -> Tensor:
+        """Copy logits (R · length, V) to a buffer that graphs share: an output for each would fill gigabytes."""
+        size = logits.shape[1], length
         if size not in self._logits:
-            self._logits[size] = torch.empty(len(self.first), size, dtype=logits.dtype, device=logits.device)
+            shape = len(self.first) * length, logits.shape[1]
+            self._logits[size] = torch.empty(shape, dtype=logits.dtype, device=logits.device)
         return self._logits[size][: len(logits)].copy_(logits)
+
+    @outside_inference_mode
+    def block(self, length: int) -> Tensor:
+        """(R, length) where graphs find the tokens that are appended together."""
+        if length not in self._blocks:
+            shape = len(self.first), length
+            self._blocks[length] = torch.zeros(shape, dtype=torch.long, device=self.first.device)
+        return self._blocks[length]
 
     @outside_inference_mode
     def allocate(self, lengths: Sequence[int], device: torch.device, width: int, columns: int) -> None:
@@ -156,6 +166,7 @@ class _Buffers(StaticCache):
             self.layers.clear()
             self.graphs.clear()
             self._logits.clear()
+            self._blocks.clear()
             self.tokens, self.positions, self.first = torch.zeros(3, rows, dtype=torch.long, device=device)
             self.column = torch.zeros(1, dtype=torch.long, device=device)
         for layer in self.layers.values():  # a NaN of an earlier session would pass through a weight of 0
@@ -198,6 +209,11 @@ class _CudaSession(StaticCacheSession):
         self.buffers.allocate(lengths, device, self.width, self.width + self.max_new_tokens)
         return self.buffers
 
+    def select(self, rows: Sequence[int]) -> None:
+        super().select(rows)
+        # rows that have left may still fill a bucket: from 0 on, they stay within a table of positions
+        self.buffers.positions[self.rows :].zero_()
+
     def decode(self, tokens: Tensor) -> Tensor:
         buffers = self.buffers
         self.width += 1
@@ -207,6 +223,19 @@ class _CudaSession(StaticCacheSession):
         buffers.positions[: self.rows].add_(1)  # no further, or rows that have left would exceed the position table
         buffers.column.add_(1)
         return logits[: self.rows]
+
+    def extended(self, tokens: Tensor) -> Tensor:
+        buffers, length = self.buffers, tokens.shape[1]
+        block = buffers.block(length)
+        block[: self.rows].copy_(tokens)
+        rows, span = _row_bucket(self.rows), min(rounded_up(self.width, _SPAN), buffers.columns)
+
+        def run() -> Tensor:
+            with torch.autocast(block.device.type, enabled=False):
+                return buffers.keep(self.run_block(block[:rows], span).flatten(0, 1), length)
+
+        logits = buffers.graphs.run((rows, span, self.head, length), block.device, run)
+        return logits.unflatten(0, (rows, length))[: self.rows]
 
     def _step(self, rows: int, span: int) -> Tensor:
         """Logits of the first `rows` rows over `span` columns. It advances nothing, since it may run twice."""
