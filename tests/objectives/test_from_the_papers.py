@@ -8,6 +8,8 @@ import torch
 
 from helpers import paper_loops as paper
 from promptkd.objectives import (
+    Taid,
+    Veto,
     alpha_beta,
     concrete_score,
     entropy_aware_kl,
@@ -150,3 +152,25 @@ def test_skew_coefficients_of_distillm2(base):
 def test_distillm2_weighs_the_students_responses_more_until_the_middle():
     for step in range(9):
         assert contrast_weight(step / 8) == paper.distillm2_beta(step, 8)
+
+
+@pytest.mark.parametrize("rate", [5e-4, 0.2, 0.0])
+def test_the_schedule_of_taid(rate):
+    losses = [2.0, 1.9, 1.5, 1.6, 0.7, 3.0, 0.2, 0.1]
+    settings = {"start": 0.4, "end": 1.0, "momentum": 0.9}
+    objective, used = Taid(alpha=rate, **settings), []
+    for k, loss in enumerate(losses):
+        objective.before_step(k / 8)
+        used.append(objective.metrics()["taid_t"])
+        objective.after_step(loss)
+    wanted = paper.taid_schedule(losses, steps=8, rate=rate, **settings)
+    assert used == pytest.approx(wanted, rel=1e-12)
+    lagging = paper.taid_schedule(losses, steps=8, rate=rate, late=1, **settings)
+    assert all(0 <= mine - theirs < 0.6 / 8 + 1e-12 for mine, theirs in zip(used, lagging, strict=True))
+
+
+def test_the_decay_of_veto():
+    objective = Veto(beta=0.8)
+    for k in range(8):
+        objective.before_step(k / 8)
+        assert objective.metrics()["veto_beta"] == pytest.approx(paper.veto_decay(0.8, k, 8), rel=1e-12)
