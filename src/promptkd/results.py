@@ -193,6 +193,7 @@ class Preflight(_Record):
     kl_to_teacher: float | None = None
     """KL(student || teacher) in nats per token of the student's samples; None where nothing was measured."""
     kl_per_response: float | None = None
+    contexts: int = 0  # measured rows whose teacher reads a context that the student does not
     top_overlap: float | None = None
     """Share of these tokens at which both models have the same most probable token."""
     response_length: float | None = None
@@ -228,6 +229,8 @@ class ModelRecord(_Record):
     """The model that the adapters were merged into, where there are any."""
     adapters: list[ModelPart] = Field(default_factory=list)
     """In the order in which they were merged."""
+    context: str = ""
+    """What a teacher reads that its student does not; `kl_to_teacher` is then to the teacher with it."""
 
 
 class DataRecord(_Record):

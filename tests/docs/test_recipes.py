@@ -45,7 +45,7 @@ def merged(path: Path, *flags: str) -> dict:
 
 def test_there_is_a_recipe_for_each_method_and_each_published_setting():
     assert RECIPES.keys() >= METHODS.keys()
-    others = {f"promptkd-{name}" for name in (*PUBLISHED, "every", "qwen", "smollm2", "taid", "veto")}
+    others = {f"promptkd-{name}" for name in (*PUBLISHED, "context", "every", "qwen", "smollm2", "taid", "veto")}
     assert RECIPES.keys() - METHODS.keys() == others | {"summarization-promptkd", "dialogue-promptkd"}
 
 

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import astuple, replace
 
 from promptkd.data.encode import MOST, EncodedData, Limits, NoRowFitsError, Turns
+from promptkd.data.teacher_prompt import TeacherPrompts
 from promptkd.data.templates import Template
 from promptkd.errors import RequestError
 
@@ -48,6 +49,36 @@ def row_notes(source: str, data: EncodedData, flags: Flags = FLAGS) -> list[str]
         noun = "examples" if data.turns == "all" else "rows"
         share = f"{data.dropped:,} of {total:,} {noun} ({data.dropped / total:.0%})"
         notes.append(f"Warning: {source}: {share} are over {' or '.join(limits)} and were dropped. {kept}")
+    return notes
+
+
+def context_notes(
+    train: EncodedData | None, validation: EncodedData | None, teacher: TeacherPrompts | None
+) -> list[str]:
+    """What a context of the teacher means for what is trained and measured."""
+    trained, notes = 0 if train is None else train.contexts, []
+    if teacher is not None and trained and (named := teacher.names_of_answers):
+        told = f"--teacher_prompt names {', '.join(named)}: in training the teacher sees each row's answer"
+        notes.append(f"{told}, and the student does not.")
+    if validation is None or not (trained or validation.contexts):
+        return notes
+    seen, rows = validation.contexts, len(validation.examples)
+    if not seen:
+        return [
+            *notes,
+            "The validation rows have no context: there the KL to the teacher is to the teacher without one.",
+        ]
+    of = "" if seen == rows else f" in {seen:,} of the {rows:,} validation rows, and without one in the others"
+    is_bound = "they bound what a student can reach that does not see it"
+    notes.append(
+        f"The KL to the teacher is to the teacher with its context{of}. Its own answers have it, too: {is_bound}."
+    )
+    if validation.informed:
+        told = f"in {validation.informed:,} of {rows:,} validation rows the teacher's context holds the row's reference"
+        what = "The teacher's answers and loss, and the KL to it, are then those of a teacher that has seen the answer"
+        notes.append(
+            f"Warning: {told}. {what}. Leave it out of the validation rows to measure what the student can know."
+        )
     return notes
 
 

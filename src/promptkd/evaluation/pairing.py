@@ -26,9 +26,9 @@ class Candidate:
 
     @property
     def teachers(self) -> frozenset[str]:
-        """The teachers that the record names: their hashes, or paths where there is none."""
-        models = self.record.models.items()
-        return frozenset(each.sha256 or each.path for label, each in models if (label + " ").startswith("teacher "))
+        """The teachers that the record names: their hashes (or paths), and the contexts that they read."""
+        models = [each for label, each in self.record.models.items() if (label + " ").startswith("teacher ")]
+        return frozenset((each.sha256 or each.path) + each.context for each in models)
 
 
 @dataclass(frozen=True)

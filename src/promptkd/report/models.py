@@ -37,10 +37,19 @@ def shown_models(records: Sequence[Results]) -> list[tuple[str, str]]:
             words = model.about or (_OF_DEMO.get(label, "") if record.kind == "demo" else "")
             if words or record.kind in ("distill", "evaluate"):
                 size = f"{millions(model.parameters)} parameters"
-                told.setdefault(label, f"{words or _role(label, model.path)}; {size}")
+                context = ", which reads a context that the student does not see" if model.context else ""
+                told.setdefault(label, f"{words or _role(label, model.path)}{context}; {size}")
         if record.kind == "demo":
             told |= {label: _OF_DEMO[label] for label in _OF_DEMO if label not in record.models and label not in told}
     return [(label, told[label]) for label in model_order(records) if label in told]
+
+
+def context_sentence(records: Sequence[Results]) -> str:
+    """That a teacher was measured with a context of its own; "" if none was."""
+    if not any(model.context for record in records for model in record.models.values()):
+        return ""
+    what = "its own answers and the KL to it are those with that context"
+    return f"The teacher reads a context that the student does not see: {what}."
 
 
 def _role(label: str, path: str) -> str:

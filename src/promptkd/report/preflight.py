@@ -24,10 +24,16 @@ def preflight_lines(seen: Preflight) -> list[tuple[str, str]]:
     if seen.student_loss is not None and seen.teacher_loss is not None:
         losses = f"student {seen.student_loss:.2f}, teacher {seen.teacher_loss:.2f} nats/token"
         lines.append(("loss on the references", losses))
+    context = (
+        f"; the teacher reads its context in {seen.contexts} of {seen.measured_rows} rows" if seen.contexts else ""
+    )
     answers = f"{seen.teacher_cut} of {seen.teacher_answers} cut at {seen.limit} tokens"
     lines += [
         ("the teacher's answers", f"{answers}, {seen.teacher_length:.0f} tokens on average"),
-        ("KL(student || teacher)", f"{seen.kl_to_teacher:.2f} nats/token, {seen.kl_per_response:.1f} nats a response"),
+        (
+            "KL(student || teacher)",
+            f"{seen.kl_to_teacher:.2f} nats/token, {seen.kl_per_response:.1f} nats a response{context}",
+        ),
         ("same top token", f"at {seen.top_overlap:.0%} of the tokens that the student writes"),
         ("measured on", f"{seen.measured_rows} rows in {duration(seen.seconds)} (--no-preflight leaves it out)"),
     ]

@@ -18,6 +18,7 @@ from promptkd.report import differences
 from promptkd.report.formatting import DASH, effect, estimate, joined, probability, typed
 from promptkd.report.labels import unified
 from promptkd.report.metrics import metric_info
+from promptkd.report.models import context_sentence
 from promptkd.report.plots import bias_plots
 from promptkd.report.summary import summarize
 from promptkd.report.tables import ComparisonRow, by_setting, comparison_table, cost_table, costs, metric_columns
@@ -58,6 +59,7 @@ def terminal_table(records: Sequence[Results], *, width: int | None = None) -> s
         paragraphs += [wrapped(setting, width)] if len(groups) > 1 else []
         paragraphs += _blocks(rows, metric_columns(story), width)
     said = [_LEGEND] if any(cell.best for row in table for cell in row.cells.values()) else []
+    said += [sentence] if (sentence := context_sentence(story)) else []
     said += differences.comparison_sentences(differences.difference_table(story)).values()
     return "\n\n".join(paragraphs + [wrapped(sentence, width) for sentence in said])
 

@@ -57,6 +57,7 @@ def _measure(
     vocabulary = trainer.teacher.vocabulary
     decoding = validation_decoding(trainer).plain(trainer.args.eval_seed)
     seen.measured_rows = len(rows)
+    seen.contexts = sum(row.teacher_prompt_ids is not None for row in rows)
     if referenced := [row for row in rows if row.response_ids]:
         tokens = sum(len(row.response_ids) for row in referenced)
         seen.reference_length = tokens / len(referenced)

@@ -16,7 +16,7 @@ from promptkd.data import EncodedData, encode_examples, examples_from_rows, read
 from promptkd.data.chat import adopt
 from promptkd.data.encode import EncodedExample, Turns
 from promptkd.data.messages import without_nulls
-from promptkd.data.summary import limits_named, row_notes
+from promptkd.data.summary import context_notes, limits_named, row_notes
 from promptkd.data.teacher_prompt import TeacherPrompts
 from promptkd.engine import Vocabulary, check_scoring
 from promptkd.errors import RequestError
@@ -77,7 +77,13 @@ def prepare_rows(
     encoded = encode(train, tokenizer, args, turns=args.turns, **needed)
     of_validation = encode(validation, tokenizer, args, name="eval_dataset", teacher=teacher_prompts)
     shared, notes = compared_rows(method, compared, encoded, of_validation)
-    return PairRows(encoded, of_validation, shared, ends, [*notes, *settled])
+    of_contexts = context_notes(encoded, of_validation, teacher_prompts)
+    if args.method == "opcd" and not any(each and each.contexts for each in (encoded, of_validation)):
+        advice = "Give --teacher_prompt, or rows with a column teacher_prompt"
+        of_contexts.append(f"No row has a context for the teacher: without one, opcd is gkd with reverse KL. {advice}.")
+    for note in of_contexts:
+        _log.warning(note)
+    return PairRows(encoded, of_validation, shared, ends, [*notes, *settled, *of_contexts])
 
 
 def encode(

@@ -1,6 +1,7 @@
 """`promptkd distill`, and what its --dry-run prints."""
 
 from contextlib import nullcontext
+from hashlib import sha256
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -8,7 +9,7 @@ from promptkd.cli.lora import LoraRequest
 from promptkd.cli.options.distill import Options
 from promptkd.cli.terminal import is_main_process, say
 from promptkd.cli.training_run import Read, TrainingRun
-from promptkd.data import read_examples
+from promptkd.data import EncodedData, read_examples
 from promptkd.data.teacher_prompt import context_text
 from promptkd.errors import RequestError
 from promptkd.io.python_file import names_python
@@ -97,6 +98,7 @@ def _distill(options: Options, job: TrainingRun, args: DistillConfig, method: Me
             job.note(note)
         if own:
             job.own_teacher(trainer, told_teacher(options.teacher, args))
+        job.results.models["teacher"].context = teacher_context(args, train, valid)
         if options.dry_run:
             trial = take_trial_steps(trainer)
             if is_main_process():
@@ -127,6 +129,16 @@ def _distill(options: Options, job: TrainingRun, args: DistillConfig, method: Me
     trainer.save_student(job.folder.path / "student")
     trainer.save_adapter(job.folder.path)
     job.record(trainer, "student")
+
+
+def teacher_context(args: DistillConfig, *data: EncodedData | None) -> str:
+    """Which context the teacher reads of these rows, for the record; "" for none."""
+    if not any(each is not None and each.contexts for each in data):
+        return ""
+    text = args.teacher_prompt
+    if text is None:
+        return "the rows' column teacher_prompt"
+    return text if len(text) <= 200 else f"{text[:160]}… (sha256 {sha256(text.encode()).hexdigest()[:12]})"
 
 
 def _lora(options: Options) -> LoraRequest:
