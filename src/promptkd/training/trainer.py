@@ -177,9 +177,8 @@ class DistillTrainer(Trainer):
                 self.window = self.rollout(inputs, model, step=done, total_steps=total)
             if self.tuner is not None:
                 with self.phases("prompt"):
-                    student_hidden = self.student_loss.hidden_for_tuner
                     logs = logs_step(self.args, self.state, self.args.prompt_every)
-                    self.tuner.step(self.window, model, student_hidden, step=done, logs=logs)
+                    self.tuner.step(self.window, model, self.student_loss.hidden_for_tuner, step=done, logs=logs)
         micro_batch = self.window.next()
         with self.phases("student", synchronize=self.window.is_done):
             self.phases.works_on(micro_batch.batch.lengths)
