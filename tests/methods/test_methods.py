@@ -6,6 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from helpers.models import response_logits
+from helpers.paper_loops import distillm2_skew, distillm2_student, distillm2_teacher, softmax
 from helpers.tiny import VOCABULARY, tiny_model
 from helpers.trainers import FixedResponses, config, log, pair, rows, trainer
 from promptkd.data.batch import right_pad
@@ -87,7 +89,7 @@ def test_two_seeds_differ(tmp_path, name):
     ("name", "made"),
     [
         *(("promptkd-lora", {}), ("promptkd-full", {}), ("okd", {}), ("distillm", {"student_share": 0.5})),
-        ("opd", {"teacher_adapter": "prompt"}),
+        *(("opd", {"teacher_adapter": "prompt"}), ("distillm2", {"teacher_adapter": "prompt"})),
     ],
 )
 def test_every_adapter_and_the_buffer_resume_bit_for_bit(tmp_path, name, made):
@@ -335,6 +337,8 @@ def test_wrong_choices_are_told(tmp_path):
         ("gkd", {"clip_ratio": None}),
         ("imitkd", {"replay_step": 0.2}),
         ("opd", {"objective": "forward_kl"}),
+        ("distillm2", {"student_share": 0.5}),
+        ("distillm", {"adaptive_alpha": False}),
     ],
 )
 def test_settings_without_effect_are_refused(name, settings):
@@ -427,6 +431,7 @@ def test_old_names_of_what_a_class_defines_warn_and_work():
         ("minillm", {"teacher_mix": 0.0, "importance": "none", "length_normalization": False, "clip_ratio": None}),
         ("dpkd", {"dpkd_beta": 0.2, "dpkd_level": "token", "length_normalization": False}),
         ("opd", {"teacher_adapter": "prompt", "prompt_length": 3}),
+        ("distillm2", {"alpha": 0.2, "adaptive_alpha": False, "gradual_beta": False, "teacher_adapter": "lora"}),
         ("kd", {"cross_entropy_share": 1.0}),
     ],
 )
@@ -474,6 +479,58 @@ def test_on_policy_distillation_follows_the_prompted_teacher_and_tells_the_sampl
     assert adapted != pytest.approx(plain, rel=1e-3)
     log_q, log_p = sides[0]
     assert entry["loss"] == pytest.approx(float(((log_q - log_p) * log_q).mean()), rel=1e-5)
+
+
+def distillm2_by_loops(student, teacher, examples, responses, means, beta):
+    """Per row: the loss, each side's α and each side's gap, of DistiLLM-2's code, one token at a time."""
+    found = []
+    for row, own in zip(examples, responses, strict=True):
+        sides = []
+        for response, loop in ((row.response_ids, distillm2_teacher), (own, distillm2_student)):
+            batch = right_pad([row.prompt_ids], [response])
+            q, p = ([each.tolist() for each in response_logits(model, batch)] for model in (student, teacher))
+            log_q, log_p = ([math.log(softmax(z)[y]) for z, y in zip(side, response, strict=True)] for side in (q, p))
+            logs = (log_p, log_q) if loop is distillm2_teacher else (log_q, log_p)
+            alpha = distillm2_skew(*logs, base=0.1, mean=means[len(sides)])
+            gap = math.exp(sum(logs[0]) / len(response)) - math.exp(sum(logs[1]) / len(response))
+            frozen = [{"frozen": z} if loop is distillm2_student else {} for z in q]
+            values = [loop(z, t, alpha=alpha, **more) for z, t, more in zip(q, p, frozen, strict=True)]
+            sides.append((sum(values) / len(values), alpha, gap))
+        (of_teacher, *first), (of_student, *second) = sides
+        found.append([(2 - beta) * of_teacher + beta * of_student, *first, *second])
+    return [sum(column) / len(found) for column in zip(*found, strict=True)]
+
+
+@pytest.mark.slow
+def test_distillm2_equals_loops_written_from_its_code_with_alpha_and_beta_that_move(tmp_path, float64_inside):
+    """Two steps that move nothing: the mean gap of the first is m in the second, where β has risen to 3/2."""
+    student, teacher = pair(torch.float64)
+    examples = rows(4).examples
+    others = [examples[index - 1].response_ids for index in range(4)]
+
+    class Others(ResponseMix):
+        def __call__(self, rows, sample, progress):
+            return [others[row.row] for row in rows]
+
+    method = replace(named_method("distillm2"), responses=Others(1.0))
+    settings = {
+        "max_steps": 2,
+        "learning_rate": 0.0,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+    }
+    ours = trainer(tmp_path, method=method, models=(student, teacher), data=rows(4), **settings)
+    ours.train()
+    first, second = log(ours)
+    names = ("loss", "alpha_teacher", "gap_teacher", "alpha_student", "gap_student")
+    with torch.no_grad():
+        expected = distillm2_by_loops(student, teacher, examples, others, (0.0, 0.0), 1.0)
+        assert [first[name] for name in names] == pytest.approx(expected, rel=1e-6)
+        expected = distillm2_by_loops(student, teacher, examples, others, (expected[2], expected[4]), 1.5)
+    assert [second[name] for name in names] == pytest.approx(expected, rel=1e-6)
+    assert [first["contrast_beta"], second["contrast_beta"]] == [1.0, 1.5]
+    assert first["alpha_teacher"] == pytest.approx(0.1)
+    assert second["alpha_teacher"] < 0.1 or second["alpha_student"] < 0.1
 
 
 @pytest.mark.slow

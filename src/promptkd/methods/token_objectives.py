@@ -48,7 +48,7 @@ class JensenShannon(Coefficients):
 @dataclass(frozen=True, kw_only=True)
 class SkewKL(Coefficients):
     alpha: float = option(0.1, at_least=0, at_most=1)
-    """skew_forward_kl, skew_reverse_kl: 0 the plain KL, 1 no divergence at all."""
+    """skew_forward_kl, skew_reverse_kl: 0 the plain KL, 1 no divergence. distillm2: the largest of a response."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,6 +32,7 @@ class Kernels:
     forward_kl: Kernel
     cross_entropy: Kernel  # its target is labels
     prompt: Callable[[float], Kernel]  # from λ to the prompt loss with both KLs reverse
+    on_policy: Kernel  # its targets are labels and the teacher's logits
 
 
 def objective_kernel(objective: Objective, kernels: Kernels, *, absent_tokens: bool) -> Kernel:
@@ -117,6 +118,19 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Metrics]:
     return values, {"entropy": entropy}
 
 
+def _on_policy(logits: Tensor, labels: Tensor, target: Tensor) -> tuple[Tensor, Metrics]:
+    """-A log q(y), A = log p(y) - log q(y) constant: d/dz = A (q - [y])."""
+    places = labels[:, None]
+    log_p = target.log_softmax(-1).gather(-1, places)[:, 0]
+    log_q = logits.log_softmax(-1)
+    costs = -log_q.gather(-1, places)[:, 0]
+    advantages = log_p + costs
+    q = torch.exp(log_q, out=logits)
+    entropy = -log_q.mul_(q).sum(-1)
+    q.mul_(advantages[:, None]).scatter_add_(-1, places, -advantages[:, None])
+    return advantages * costs, {"entropy": entropy, "sampled_kl": -advantages}
+
+
 def _reverse_kl(logits: Tensor, target: Tensor) -> tuple[Tensor, Metrics]:
     """KL(q || p): d/dz = q (log q - log p - KL)."""
     log_q, difference = logits.log_softmax(-1), target.log_softmax(-1)
@@ -158,5 +172,7 @@ def _entropy(q: Tensor, log_q: Tensor) -> Tensor:
     return -torch.where(log_q == -torch.inf, 0.0, q * log_q).sum(-1)
 
 
-PLAIN_KERNELS = Kernels(_reverse_kl, _forward_kl, _cross_entropy, lambda weight: partial(_reverse_prompt_kl, weight))
+PLAIN_KERNELS = Kernels(
+    _reverse_kl, _forward_kl, _cross_entropy, lambda weight: partial(_reverse_prompt_kl, weight), _on_policy
+)
 """In a few operations of torch, on any device."""

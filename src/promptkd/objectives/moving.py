@@ -23,6 +23,10 @@ class Moving:
     def after_step(self, loss: float) -> None:
         """Called after each optimizer step that was taken, with the student's mean loss over the whole of it."""
 
+    def end_step(self, means: Mapping[str, float]) -> None:
+        """Called after each optimizer step that was taken, with the means that are logged of it; calls `after_step`."""
+        self.after_step(means["student_loss"])
+
     def metrics(self) -> dict[str, float]:
         """What to log of a step: the coefficients that it had."""
         return {}

@@ -201,13 +201,13 @@ class DistillTrainer(Trainer):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         step, sums = self.state.global_step + 1, self._metrics["train"]
         if self.guard.end_step(norm, step, self.optimizer, running_loss=self._tr_loss, metrics=sums):
-            self.method.moving.after_step(self._mean_loss)
+            self.method.moving.end_step(self._means)
         return norm
 
     def _keep_metrics(self, window: Window) -> None:
         """Keep a step's metrics for the next logged line."""
         metrics = self.step_metrics.means(window, self.accelerator, self.phases.lap())
-        self._mean_loss = metrics["student_loss"]
+        self._means = dict(metrics)
         if self.method.objective in (forward_kl, reverse_kl):
             metrics["student_kl"] = metrics.pop("student_loss")
         metrics |= self.method.moving.metrics() | ({} if self.adapter is None else self.adapter.metrics())

@@ -73,6 +73,18 @@ def prompt_kernel(weight: float) -> Kernel:
     return kernel
 
 
+def on_policy_kernel(logits: Tensor, labels: Tensor, target: Tensor) -> tuple[Tensor, Metrics]:
+    """-A log q(y), A = log p(y) - log q(y), p of `target`: d/dz = A (q - [y]), that of the cross-entropy times A.
+
+    "sampled_kl" is -A. All else as in `cross_entropy_kernel`.
+    """
+    _check(logits, target=target)
+    costs, metrics = cross_entropy_kernel(logits, labels)
+    advantages = target.gather(-1, labels[:, None])[:, 0] - target.logsumexp(-1) + costs
+    logits.mul_(advantages[:, None])
+    return advantages * costs, metrics | {"sampled_kl": -advantages}
+
+
 def _reverse_kl(logits: Tensor, weight: float, **targets: Tensor) -> tuple[Tensor, ...]:
     """KL to the first target, to the second (0 without one), and entropy, (C,) each; gradient of the weighted sum."""
     _check(logits, **targets)
@@ -107,7 +119,7 @@ def _check(logits: Tensor, **targets: Tensor) -> None:
             )
 
 
-KERNELS = Kernels(reverse_kl_kernel, forward_kl_kernel, cross_entropy_kernel, prompt_kernel)
+KERNELS = Kernels(reverse_kl_kernel, forward_kl_kernel, cross_entropy_kernel, prompt_kernel, on_policy_kernel)
 """For float32 on CUDA."""
 
 
