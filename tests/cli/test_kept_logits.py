@@ -7,10 +7,24 @@ import torch
 from safetensors.torch import load_file
 
 import promptkd.data.kept_writing
-from helpers.commands import LIMITS, TEMPLATE, World, done, held, make_world, run
+from helpers.commands import (
+    DISTILL_FILES,
+    LIMITS,
+    MODEL_FILES,
+    TEMPLATE,
+    TRAINING,
+    World,
+    below,
+    done,
+    held,
+    make_world,
+    run,
+    write_rows,
+)
 from helpers.tiny import VOCABULARY
 from promptkd.data.kept_logits import KeptIndex
 from promptkd.evaluation import kept_scoring
+from promptkd.results import Results
 
 pytestmark = pytest.mark.slow
 
@@ -155,3 +169,61 @@ def test_a_full_disk_is_told_before_anything_is_scored(world, tmp_path, capsys, 
     assert ran.status == 2
     assert "The logits take 0.00 GiB, and the disk" in ran.err
     assert not (tmp_path / "logits").exists()
+
+
+def learning(world, logits, out, *arguments):
+    given = ("--student", world.student, "--kept_logits", logits, "--data", world.train, "--out", out)
+    return ["distill", "--method", "kd", *given, *TRAINING, *arguments]
+
+
+def test_distill_needs_no_teacher(world, tmp_path, capsys):
+    logits, out = tmp_path / "logits", tmp_path / "run"
+    done(capsys, *scoring(world, logits))
+    ran = done(capsys, *learning(world, logits, out, "--dry-run"))
+    assert f"none in memory, its logits in {logits}" in ran.out
+    assert not out.exists()
+    ran = done(capsys, *learning(world, logits, out, "--eval-data", world.valid))
+    assert DISTILL_FILES | {"baselines.json"} | below("student", MODEL_FILES) <= held(out)
+    assert "No teacher is loaded, so neither it nor the KL to it is measured here" in ran.err
+    record = Results.read(out / "results.json")
+    assert (record.models["teacher"].path, record.models["teacher"].parameters > 0) == (world.teacher, True)
+    assert {each.model for each in record.evaluations} == {"student before training", "student"}
+    assert "kl_to_teacher" not in record.evaluations[0].metrics
+    assert any("8 of 97 tokens" in note for note in record.notes)
+    done(capsys, "distill", "--out", out, "--resume")
+    done(capsys, *learning(world, logits, tmp_path / "named", "--teacher", world.teacher))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--teacher", "{other}"), "is another model"),
+        (("--teacher", "self"), "is another model"),
+        (("--eval-data", "{valid}", "--select", "kl_to_teacher"), "--select kl_to_teacher needs the teacher"),
+        (("--teacher_prompt", "Be brief."), "give the teacher a context of its own"),
+        (("--student_share", 0.5), "asks the teacher about tokens that a model writes"),
+        (("--max_prompt_length", 50, "--data", "{long}"), "max_prompt_length 40 (now 50)"),
+    ],
+)
+def test_distill_refuses_what_kept_logits_cannot_serve(world, tmp_path, capsys, arguments, told):
+    logits, out = tmp_path / "logits", tmp_path / "run"
+    done(capsys, *scoring(world, logits))
+    long = write_rows(tmp_path / "long.jsonl", [{"instruction": "a" * 40, "input": "", "output": "ab"}] * 8)
+    asked = [str(each).format(**world._asdict(), long=long) for each in arguments]
+    given = [str(each) for each in learning(world, logits, out)]
+    for flag in set(asked) & {"--max_prompt_length", "--data"}:
+        at = given.index(flag)
+        del given[at : at + 2]
+    ran = run(capsys, *given, *asked)
+    assert ran.status == 2
+    assert told in ran.err
+    assert not out.exists()
+
+
+def test_distill_without_either_says_so(world, tmp_path, capsys):
+    ran = run(
+        capsys, "distill", "--student", world.student, "--data", world.train, "--out", tmp_path / "run", *TRAINING
+    )
+    assert ran.status == 2
+    assert "--teacher is missing" in ran.err
+    assert "--kept_logits" in ran.err

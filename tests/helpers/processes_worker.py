@@ -15,11 +15,12 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from helpers.kept import keep
 from helpers.tiny import VOCABULARY, tiny_model
 from helpers.trainers import log, pair, rows, trainer
 from helpers.vllm_server import answer, connect, serving
 from promptkd.engine import Head, chunked_objective, linear_head
-from promptkd.methods import Method
+from promptkd.methods import Method, named_method
 from promptkd.models.adapters import SoftPromptFactory
 from promptkd.objectives import reverse_kl
 from promptkd.responses import AdaptiveReplay, ResponseMix, Responses
@@ -76,6 +77,15 @@ class NothingHere(Responses):
 class Nothing(Responses):
     def __call__(self, rows, sample, progress):
         return [[] for _ in rows]
+
+
+def kept(folder: Path) -> dict:
+    """Losses and student after three steps on kept logits, of which each process reads its own rows'."""
+    data, (student, teacher) = rows(48), pair()
+    logits = keep(folder / f"logits-{rank()}", teacher, data, 8)
+    run = made(folder, data=data, models=(student, logits), method=named_method("kd"))
+    run.train()
+    return {"log": log(run), "student": run.accelerator.get_state_dict(run.model_wrapped)}
 
 
 def empty(folder: Path) -> dict:
@@ -136,9 +146,9 @@ def served(folder: Path) -> dict:
         )
         cut, seen = run.rollout._cut, []
 
-        def watched(inputs, responses):
+        def watched(inputs, responses, progress):
             seen.extend(zip(inputs, responses, strict=True))
-            return cut(inputs, responses)
+            return cut(inputs, responses, progress)
 
         run.rollout._cut = watched
         run.train()
@@ -260,7 +270,7 @@ def zero3(folder: Path) -> dict:
 
 CHECKS = {
     check.__name__: check
-    for check in (fixed, empty, early, mixed, uneven, resumed, served, heads, sharded, zero2, zero3)
+    for check in (fixed, empty, early, mixed, uneven, resumed, served, heads, sharded, kept, zero2, zero3)
 }
 
 

@@ -75,6 +75,6 @@ def test_the_screen():
 def test_models_whose_weights_are_spread_are_not_measured():
     names = {"rows", "template", "turns", "ends", "teacher_ends", "limit", "vocabulary"}
     sharded = Preflight(**HEALTHY.model_dump(include=names))
-    told = "not measured: they are spread over processes, or share no vocabulary"
+    told = "not measured: spread over processes, of no shared vocabulary, or no teacher"
     assert preflight_lines(sharded)[-1] == ("models", told)
     assert preflight_advice(sharded) == []

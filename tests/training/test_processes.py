@@ -44,7 +44,7 @@ def two(tmp_path_factory):
 def one(tmp_path_factory):
     """What this process sees alone."""
     folder = tmp_path_factory.mktemp("one")
-    return {name: processes_worker.CHECKS[name](folder / name) for name in ("fixed", "uneven")}
+    return {name: processes_worker.CHECKS[name](folder / name) for name in ("fixed", "uneven", "kept")}
 
 
 def assert_same(ours: dict, theirs: dict, tolerance: float = 1e-5) -> None:
@@ -64,6 +64,15 @@ def assert_same_prompt(outcomes: list[dict]) -> None:
     for each in outcomes:
         assert torch.equal(each["prompt"], outcomes[0]["prompt"])
         assert each["prompt"].isfinite().all()
+
+
+def test_kept_logits_are_read_by_each_process(one, two):
+    _, seen = two
+    for ours in seen["kept"]:
+        for mine, other in zip(ours["log"], one["kept"]["log"], strict=True):
+            assert mine["student_kl"] == pytest.approx(other["student_kl"], rel=1e-5)
+        for name, weight in ours["student"].items():
+            torch.testing.assert_close(weight, one["kept"]["student"][name], rtol=1e-5, atol=1e-5)
 
 
 def test_one_process_of_four_micro_batches_is_two_of_two(one, two):

@@ -104,6 +104,7 @@ class LogitsRequest:
         settings = KeptSettings(
             teacher=options.model,
             teacher_sha256=record.sha256,
+            teacher_parameters=record.parameters,
             precision=job.precision,
             kept=min(wanted, shared.size),
             dtype=options.logits_dtype,

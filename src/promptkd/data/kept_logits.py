@@ -50,6 +50,7 @@ class KeptSettings(_Part):
     """Where the teacher came from."""
     teacher_sha256: str
     """Its hash, as records have it; "" for a hub name."""
+    teacher_parameters: int
     precision: str
     """What it computed in."""
     kept: int

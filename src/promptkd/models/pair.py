@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from promptkd.data.kept_logits import CoarseTarget
 from promptkd.engine.chunked_loss import (
     ChunkedLoss,
+    chunked_coarse,
     chunked_cross_entropy,
     chunked_log_probs,
     chunked_objective,
@@ -19,6 +21,7 @@ from promptkd.engine.chunked_loss import (
 )
 from promptkd.engine.heads import Head, Vocabulary, head_logits, linear_head
 from promptkd.objectives import prompt_loss_terms, skew_forward_kl, skew_reverse_kl
+from promptkd.objectives.coarse import check_coarse, coarse_log_probs
 from promptkd.objectives.divergences import Direction
 from promptkd.objectives.kernels import token_values, top_overlap
 from promptkd.objectives.response_kernels import Skew
@@ -38,13 +41,29 @@ class Pair:
     chunk: int | None = None  # tokens per chunk of logits; None for the device's, 0 for all, by the plain objectives
     adapted: nn.Module | None = None  # whose head reads the adapted teacher's states, where that is not the teacher
 
-    def student_loss(self, objective: Objective, student_hidden: Tensor, teacher_hidden: Tensor) -> ChunkedLoss:
-        """Sum of `objective` over the tokens, for the student; its metrics are "entropy" and "top_overlap"."""
+    def student_loss(
+        self, objective: Objective, student_hidden: Tensor, teacher_hidden: Tensor | CoarseTarget
+    ) -> ChunkedLoss:
+        """Sum of `objective` over the tokens, for the student; its metrics are "entropy" and "top_overlap".
+
+        Of kept logits, in the place of the teacher's states, over their K + 1 outcomes.
+        """
+        if isinstance(teacher_hidden, CoarseTarget):
+            return self._coarse_loss(objective, student_hidden, teacher_hidden)
         if heads := self._heads("student", "teacher"):
             student, teacher = (student_hidden, heads[0]), (teacher_hidden.detach(), heads[1])
             return chunked_objective(objective, student, teacher, chunk=self.chunk)
         logits, target = self._both_logits(student_hidden, teacher_hidden)
         return with_entropy(token_values(objective, logits, target).sum(), logits, target)
+
+    def _coarse_loss(self, objective: Objective, hidden: Tensor, kept: CoarseTarget) -> ChunkedLoss:
+        check_coarse(objective, is_whole=kept.is_whole)
+        if heads := self._heads("student"):
+            return chunked_coarse(objective, (hidden, heads[0]), kept.ids, kept.log_probs, chunk=self.chunk)
+        logits = self.logits("student", hidden)
+        values = token_values(objective, coarse_log_probs(logits, kept.ids), kept.log_probs)
+        loss, overlap = with_entropy(values.sum(), logits), (logits.argmax(-1) == kept.ids[:, 0]).float().sum()
+        return ChunkedLoss(loss.total, loss.metrics | {"top_overlap": overlap})
 
     def on_policy_gradient(self, student_hidden: Tensor, teacher_hidden: Tensor, targets: Tensor) -> ChunkedLoss:
         """Sum over the sampled tokens `targets` of `objectives.sequence.on_policy_gradient`.

@@ -20,7 +20,10 @@ def preflight_lines(seen: Preflight) -> list[tuple[str, str]]:
         ("a response ends with", f"{_listed(seen.ends)}{teacher}"),
     ]
     if seen.kl_to_teacher is None:
-        return [*lines, ("models", "not measured: they are spread over processes, or share no vocabulary")]
+        return [
+            *lines,
+            ("models", "not measured: spread over processes, of no shared vocabulary, or no teacher"),
+        ]
     if seen.student_loss is not None and seen.teacher_loss is not None:
         losses = f"student {seen.student_loss:.2f}, teacher {seen.teacher_loss:.2f} nats/token"
         lines.append(("loss on the references", losses))

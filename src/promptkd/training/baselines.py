@@ -29,7 +29,8 @@ class Baselines(TrainerCallback):
 
     A run that is resumed without that file can measure the teacher alone. A teacher whose weights are spread over
     processes is left out: rows end at different tokens, and it runs only where all processes run it. So is one that
-    cannot be read by the student's tokenizer, and one that is the student itself (`with_teacher` False).
+    cannot be read by the student's tokenizer, one of which there are kept logits alone, and one that is the student
+    itself (`with_teacher` False).
     """
 
     def __init__(self, trainer: Any, file: Path, say: Callable[[str], None], *, with_teacher: bool = True):
@@ -40,7 +41,7 @@ class Baselines(TrainerCallback):
         broadcast_object_list(kept)  # which the first process looks for
         wanted = [] if state.global_step else [BEFORE]
         spread = is_sharded(self._trainer.accelerator)
-        wanted += [TEACHER] if self._with_teacher and not spread and self._trainer.shared is not None else []
+        wanted += [TEACHER] if self._with_teacher and not spread and self._trainer.compares else []
         if kept[0] or not wanted:
             return
         started, rows = time.perf_counter(), self._trainer.validation_rows

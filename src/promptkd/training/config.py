@@ -205,6 +205,9 @@ class DistillConfig(_FlatSettings, BaseConfig, DistillationConfig):
     teacher_dtype: WeightPrecision | None = None
     """Precision of the teacher's weights; by default bfloat16 where the device has units for it, else float32; auto is
     that of its files."""
+    kept_logits: str | None = None
+    """Folder of kept teacher logits (promptkd generate --keep-logits), from which the student learns without a teacher.
+    """
     teacher_ema_decay: float = option(0.99, at_least=0, at_most=1)
     """Teacher ema, the student's moving average: its share of itself after each optimizer step. 0 is the student as it
     stands, 1 its start."""

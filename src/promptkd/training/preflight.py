@@ -39,7 +39,7 @@ def preflight(trainer: Any, train: EncodedData) -> Preflight:
         limit=args.max_completion_length,
         vocabulary=trainer.teacher.vocabulary.size,
     )
-    if trainer.is_sharded or trainer.shared is None:
+    if trainer.is_sharded or not trainer.compares:
         return seen
     rows = trainer.validation_rows or train.examples
     rows = rows[:: max(1, len(rows) // ROWS)][:ROWS]
@@ -109,7 +109,7 @@ def _compared(
 
 def _teacher_ends(trainer: Any) -> set[int]:
     """The ids that the teacher's own generation configuration ends with."""
-    config = trainer.teacher.backbone.generation_config
+    config = trainer.teacher.generation_config
     ends = None if config is None else config.eos_token_id
     return set() if ends is None else set(ends) if isinstance(ends, list | tuple) else {ends}
 

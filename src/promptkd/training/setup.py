@@ -15,21 +15,23 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from promptkd.data import EncodedData, encode_examples, examples_from_rows, read_columns, resolve_template
 from promptkd.data.chat import adopt
 from promptkd.data.encode import EncodedExample, Turns
+from promptkd.data.kept_logits import KeptLogits
 from promptkd.data.messages import without_nulls
 from promptkd.data.summary import context_notes, limits_named, row_notes
 from promptkd.data.teacher_prompt import TeacherPrompts
 from promptkd.engine import Vocabulary, check_scoring
 from promptkd.errors import RequestError
 from promptkd.methods import Method
-from promptkd.models import SharedVocabulary, shared_vocabulary, vocabulary_size
+from promptkd.models import SharedVocabulary, count_parameters, shared_vocabulary, vocabulary_size
 from promptkd.models.adapters import TeacherAdapter
 from promptkd.models.positions import position_limit
 from promptkd.models.vocabulary import check_heads
 from promptkd.responses import AdaptiveReplay
 from promptkd.training.distributed import check_dispatched, check_sharding, is_dispatched, is_sharded, settle_dispatched
 from promptkd.training.ends import PairEnds, generation_config
+from promptkd.training.kept_teacher import KeptTeacher, check_kept_rows, check_kept_use, ends_config, kept_vocabulary
 from promptkd.training.rollout import needs_generate
-from promptkd.training.teacher import check_teacher_options
+from promptkd.training.teacher import Teacher, check_teacher_options
 
 _log = logging.getLogger("promptkd")
 
@@ -52,7 +54,7 @@ def prepare_rows(
     method: Method,
     args: Any,
     student: tuple[str | Path | PreTrainedModel, PreTrainedTokenizerBase],
-    teacher: tuple[PreTrainedModel | None, PreTrainedTokenizerBase | None, str],
+    teacher: tuple[PreTrainedModel | KeptLogits | None, PreTrainedTokenizerBase | None, str],
     train: Rows,
     validation: Rows,
 ) -> PairRows:
@@ -60,15 +62,20 @@ def prepare_rows(
 
     Args:
         student: the model, or where it is, and its tokenizer, which takes the teacher's template or end if need be.
-        teacher: the model, None for one made of the student, its tokenizer if known, and its name.
+        teacher: the model, None for one made of the student, or its kept logits, its tokenizer if known, and its name.
 
     Raises:
         RequestError: if the method compares the two and cannot, or for rows that cannot be used.
     """
     tokenizer, (teacher_model, teacher_tokenizer, name) = student[1], teacher
-    take_template(args, tokenizer, teacher_tokenizer, name)
-    compared = compared_vocabulary(method, tokenizer, teacher_tokenizer, args.template)
-    config = generation_config(student[0] if teacher_model is None else teacher_model, args)
+    if isinstance(teacher_model, KeptLogits):
+        check_kept_use(teacher_model, method, args)
+        compared: Compared = kept_vocabulary(teacher_model, tokenizer)
+        config: Any = ends_config(teacher_model)
+    else:
+        take_template(args, tokenizer, teacher_tokenizer, name)
+        compared = compared_vocabulary(method, tokenizer, teacher_tokenizer, args.template)
+        config = generation_config(student[0] if teacher_model is None else teacher_model, args)
     ends = PairEnds(args, method, compared[0], tokenizer, teacher_tokenizer, config)
     settled, (train, validation) = ends.settle_with(student[0], [train, validation])
     check_responses(method, args, validates=validation is not None)
@@ -77,6 +84,8 @@ def prepare_rows(
     encoded = encode(train, tokenizer, args, turns=args.turns, **needed)
     of_validation = encode(validation, tokenizer, args, name="eval_dataset", teacher=teacher_prompts)
     shared, notes = compared_rows(method, compared, encoded, of_validation)
+    if isinstance(teacher_model, KeptLogits):
+        check_kept_rows(teacher_model, encoded, args)
     of_contexts = context_notes(encoded, of_validation, teacher_prompts)
     if args.method == "opcd" and not any(each and each.contexts for each in (encoded, of_validation)):
         advice = "Give --teacher_prompt, or rows with a column teacher_prompt"
@@ -206,9 +215,12 @@ def check_responses(method: Method, args: Any, *, validates: bool) -> None:
 
 
 def check_placement(
-    student: nn.Module, teacher: PreTrainedModel, method: Method, args: Any, accelerator: Accelerator
+    student: nn.Module, teacher: PreTrainedModel | KeptLogits, method: Method, args: Any, accelerator: Accelerator
 ) -> None:
     """Refuse models that these processes cannot train so; settle a teacher that is spread over several devices."""
+    if isinstance(teacher, KeptLogits):
+        check_sharding(accelerator, student, needs_generate=False, chunks=args.chunk_tokens != 0)
+        return
     if {id(each) for each in student.parameters()} & {id(each) for each in teacher.parameters()}:
         raise RequestError(
             "Student and teacher share weights: neither could be frozen. Load the teacher a second time."
@@ -221,9 +233,27 @@ def check_placement(
         settle_dispatched(teacher, accelerator.device)
 
 
+def make_teacher(trainer: Any, teacher: Any, *, averages: bool) -> Teacher:
+    """The teacher of a `DistillTrainer`: with the adapter of its method and on its devices, or what is kept of it.
+
+    `RequestError` if a model has too few positions or columns, or cannot be run so.
+    """
+    method, args, accelerator, student = trainer.method, trainer.args, trainer.accelerator, trainer.model
+    if isinstance(teacher, KeptLogits):
+        check_heads(trainer.shared, student=student)
+        check_models(student, None, None, args)
+        return KeptTeacher(teacher, args, trainer.shared)
+    rows, tokenizer = [*(trainer.train_dataset or ()), *(trainer.eval_dataset or ())], trainer.processing_class
+    vocabulary = trained_vocabulary(method, trainer.shared, tokenizer, student, teacher)
+    parameters = count_parameters(teacher)
+    adapter, adapted = make_adapter(method, teacher.requires_grad_(False), tokenizer, args, accelerator)
+    check_models(student, teacher, adapter, args, rows)
+    return Teacher(adapted, adapter, accelerator, args, vocabulary, parameters, averages=averages)
+
+
 def check_models(
     student: nn.Module,
-    teacher: PreTrainedModel,
+    teacher: nn.Module | None,
     adapter: TeacherAdapter | None,
     args: Any,
     rows: Iterable[EncodedExample] = (),
@@ -235,6 +265,8 @@ def check_models(
     longest = args.max_prompt_length + args.max_completion_length
     prompt = 0 if adapter is None else adapter.extra_positions
     for name, each, extra in (("student", student, 0), ("teacher", teacher, prompt)):
+        if each is None:
+            continue
         limit = position_limit(each)
         if limit is not None and longest + extra > limit:
             raise RequestError(
@@ -242,7 +274,8 @@ def check_models(
                 f"{' + prompt_length' if extra else ''} is {longest + extra}; lower one of them."
             )
         check_scoring(each)
-    limit, others = position_limit(teacher), args.max_completion_length + prompt
+    limit = None if teacher is None else position_limit(teacher)
+    others = args.max_completion_length + prompt
     context = max((len(row.teacher_prompt_ids or ()) for row in rows), default=0)
     if limit is not None and context + others > limit:
         raise RequestError(

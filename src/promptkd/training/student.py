@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from promptkd.data.kept_logits import KeptLogits
 from promptkd.errors import RequestError
 from promptkd.models import load_model, merged_parts
 from promptkd.models.adapter_files import can_join, name_base
@@ -73,10 +74,10 @@ def merge_trained(trainer: Any) -> None:
     trainer.model = trainer.model_wrapped = model.merge_and_unload()
 
 
-def merged_notes(student: nn.Module, teacher: nn.Module | None = None) -> list[str]:
+def merged_notes(student: nn.Module, teacher: nn.Module | KeptLogits | None = None) -> list[str]:
     """Sentences on adapters that were merged into the models, and on how one that is trained on top will be saved."""
     models = {"student" if teacher is not None else "model": student, "teacher": teacher}
-    known = {role: None if each is None else merged_parts(each) for role, each in models.items()}
+    known = {role: merged_parts(each) if isinstance(each, nn.Module) else None for role, each in models.items()}
     notes = [f"The {role} is {merged.told}." for role, merged in known.items() if merged is not None]
     if isinstance(student, PeftModel) and (merged := merged_parts(student)) is not None:
         one = f"joined with that as one adapter of {absolute_name(merged.source.base)}, whose rank is the sum of theirs"

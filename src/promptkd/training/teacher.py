@@ -12,6 +12,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 from trl.models.utils import _ForwardRedirection
 
 from promptkd.data.batch import TokenBatch
+from promptkd.data.kept_logits import KeptLogits
 from promptkd.engine import Vocabulary, embedding_device, engine_for, response_hidden, unwrap_peft
 from promptkd.engine.backbone import recomputable_layers, recomputed_layers
 from promptkd.errors import RequestError, check_all
@@ -33,6 +34,7 @@ class Teacher:
         args: a `DistillConfig`; `chunk_tokens` and `teacher_gradient_checkpointing` are read.
         vocabulary: what it shares with the student, or how many ids.
         averages: whether it is a moving average of the student.
+        parameters: how many it had before its adapter was made, which DeepSpeed's shards do not tell.
     """
 
     def __init__(
@@ -42,20 +44,28 @@ class Teacher:
         accelerator: Accelerator,
         args: Any,
         vocabulary: Vocabulary | int,
+        parameters: int = 0,
         *,
         averages: bool = False,
     ):
-        self.adapter = adapter
+        self.adapter, self.parameters = adapter, parameters
         self.vocabulary = vocabulary if isinstance(vocabulary, Vocabulary) else Vocabulary(vocabulary)
         self.placed = place_teacher(model, accelerator)
         self.model: nn.Module = accelerator.unwrap_model(self.placed)
         self._chunk_tokens, self._recomputes = args.chunk_tokens, args.teacher_gradient_checkpointing
         self._is_sharded, self._averages = is_sharded(accelerator), averages
 
+        self.generation_config = self.backbone.generation_config
+
     @property
     def backbone(self) -> PreTrainedModel:
         """The transformers model itself."""
         return unwrap_peft(self.model)
+
+    @property
+    def measurable(self) -> nn.Module | None:
+        """The model, where there is one that can be measured beside the student."""
+        return self.model
 
     def plain_hidden(self, batch: TokenBatch) -> Tensor:
         """(N, H) states of the teacher as it came, at the positions that predict response tokens; without a graph."""
@@ -108,17 +118,24 @@ class Teacher:
 
 
 def load_teacher(
-    teacher: str | Path | PreTrainedModel,
+    teacher: str | Path | PreTrainedModel | KeptLogits | None,
     tokenizer: PreTrainedTokenizerBase | None,
     args: Any,
     method: Method,
     student: tuple[str | Path | PreTrainedModel, PreTrainedTokenizerBase],
-) -> tuple[PreTrainedModel | None, PreTrainedTokenizerBase | None]:
+) -> tuple[PreTrainedModel | KeptLogits | None, PreTrainedTokenizerBase | None]:
     """The teacher in evaluation mode, and its tokenizer, None for a loaded model that came without.
 
     No model for the moving average of the `student`, a model with its tokenizer: that is made when the student is.
     The adapter of a loaded `PeftModel` is merged in place, where the method trains weights in the teacher's layers.
+    With `args.kept_logits`, the kept logits, and nothing is loaded.
     """
+    if isinstance(teacher, KeptLogits):
+        return teacher, None
+    if args.kept_logits is not None:
+        return KeptLogits(args.kept_logits), None
+    if teacher is None:
+        raise RequestError("Expected a teacher as `teacher_model`, or its logits as `kept_logits`. Got None.")
     check_own_teacher(teacher, args, method, loaded=not isinstance(student[0], str | Path))
     if is_own(teacher):
         if teacher == EMA:

@@ -17,10 +17,11 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from promptkd.data import EncodedData
+from promptkd.data.kept_logits import KeptLogits
 from promptkd.engine import disable_dropout, unwrap_peft
 from promptkd.errors import RequestError
 from promptkd.methods import Method
-from promptkd.models import count_parameters, load_tokenizer, resolve_model
+from promptkd.models import load_tokenizer, resolve_model
 from promptkd.models.end_tokens import keep_end_tokens
 from promptkd.objectives import forward_kl, reverse_kl
 from promptkd.training import saving
@@ -35,14 +36,7 @@ from promptkd.training.own_teacher import MovingAverage, no_context_notes
 from promptkd.training.phases import Phases
 from promptkd.training.rollout import Rollout
 from promptkd.training.row_order import EpochOrder
-from promptkd.training.setup import (
-    check_models,
-    check_placement,
-    check_rows,
-    make_adapter,
-    prepare_rows,
-    trained_vocabulary,
-)
+from promptkd.training.setup import check_placement, check_rows, make_teacher, prepare_rows
 from promptkd.training.state import ExtraState, PartialLog
 from promptkd.training.student import (
     end_notes,
@@ -53,7 +47,7 @@ from promptkd.training.student import (
     raise_to_float32,
 )
 from promptkd.training.student_loss import StudentLoss
-from promptkd.training.teacher import Teacher, load_teacher
+from promptkd.training.teacher import load_teacher
 from promptkd.training.teacher_tuner import TeacherTuner
 from promptkd.training.validation import rouge_notes, validate
 from promptkd.training.window import MicroBatch, StepMetrics, Window
@@ -66,7 +60,8 @@ class DistillTrainer(Trainer):
 
     Args:
         model: the student: a hub name, folder, run folder, GGUF file or loaded model.
-        teacher_model: the teacher, likewise. It is frozen. "self" is the student's start, "ema" its moving average.
+        teacher_model: the teacher, likewise, frozen; "self" is the student's start, "ema" its moving average; or
+            `KeptLogits`. None with `args.kept_logits`.
         args: a `DistillConfig`.
         train_dataset, eval_dataset: rows in any of the forms of docs/data.md, or `EncodedData`.
         processing_class: the tokenizer; the student's own if None.
@@ -88,7 +83,7 @@ class DistillTrainer(Trainer):
     def __init__(
         self,
         model: str | Path | PreTrainedModel,
-        teacher_model: str | Path | PreTrainedModel,
+        teacher_model: str | Path | PreTrainedModel | KeptLogits | None,
         args: DistillConfig | None = None,
         train_dataset: Sequence[dict[str, Any]] | EncodedData | None = None,
         eval_dataset: Sequence[dict[str, Any]] | EncodedData | None = None,
@@ -138,14 +133,11 @@ class DistillTrainer(Trainer):
         self.stop_ids, notes = self._ends.stops(unwrap_peft(student).generation_config)
         keep_end_tokens(student, self.stop_ids)
         self.notes += notes + end_notes(self.stop_ids, args)
-        vocabulary = trained_vocabulary(self.method, self.shared, tokenizer, student, teacher)
-        self._teacher_parameters = count_parameters(teacher)  # DeepSpeed's shards do not tell
-        self.adapter, adapted = make_adapter(self.method, teacher.requires_grad_(False), tokenizer, args, accelerator)
-        check_models(student, teacher, self.adapter, args, [*(self.train_dataset or ()), *(self.eval_dataset or ())])
+        self.teacher = make_teacher(self, teacher, averages=average is not None)
+        self.adapter = self.teacher.adapter
         student.add_model_tags(["promptkd", "distillation"])
         if args.disable_dropout:
             disable_dropout(student)
-        self.teacher = Teacher(adapted, self.adapter, accelerator, args, vocabulary, averages=average is not None)
         self.phases = Phases(accelerator.device)
         self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list)}  # since the last logged line
         self.window: Window | None = None
@@ -319,6 +311,11 @@ class DistillTrainer(Trainer):
         """Whether validation needs all processes, since none has all weights."""
         return is_sharded(self.accelerator)
 
+    @property
+    def compares(self) -> bool:
+        """Whether student and teacher can be measured side by side."""
+        return self.shared is not None and self.teacher.measurable is not None
+
     def on_models(self, work: Callable[[nn.Module, nn.Module | None], T]) -> T:
         """`work(student, teacher)` with the student whole and the teacher without its adapter, or None if not compared.
 
@@ -327,7 +324,7 @@ class DistillTrainer(Trainer):
 
         def with_teacher(student: nn.Module) -> T:
             with self.teacher.without_adapter():
-                compared = None if self.shared is None else self.teacher.model
+                compared = self.teacher.measurable if self.compares else None
                 return run_inside(lambda: work(student, compared), self.teacher.model)
 
         return run_whole(with_teacher, self.model_wrapped, self.accelerator)
@@ -335,7 +332,7 @@ class DistillTrainer(Trainer):
     def trainable_share(self) -> tuple[int, float]:
         """Trainable parameters of the teacher, and their share of all that it has."""
         numbers = 0 if self.adapter is None else sum(each.numel() for each in self.adapter.parameters())
-        return numbers, numbers / self._teacher_parameters
+        return numbers, numbers / max(self.teacher.parameters, 1)
 
     def savings(self) -> dict[str, bool]:
         """Which settings of the models would still save memory, for `out_of_memory.advice`."""

@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from hashlib import sha256
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -10,6 +11,7 @@ from promptkd.cli.options.distill import Options
 from promptkd.cli.terminal import is_main_process, say
 from promptkd.cli.training_run import Read, TrainingRun
 from promptkd.data import EncodedData, read_examples
+from promptkd.data.kept_logits import KeptLogits
 from promptkd.data.teacher_prompt import context_text
 from promptkd.errors import RequestError
 from promptkd.io.python_file import names_python
@@ -17,15 +19,17 @@ from promptkd.memory import gibibytes
 from promptkd.methods import Method
 from promptkd.methods.method_file import failure_told
 from promptkd.models import count_parameters, generation_config_of
+from promptkd.models.load import folder_sha256
 from promptkd.report.formatting import duration
 from promptkd.responses import writes_responses
-from promptkd.results import Metric
+from promptkd.results import Metric, ModelRecord
 from promptkd.training import DistillConfig, DistillTrainer
 from promptkd.training.config import chosen_method
 from promptkd.training.dry_run import Trial, at_its_most, leave_nothing, longest_rows_first, take_trial_steps
 from promptkd.training.ends import PairEnds
+from promptkd.training.kept_teacher import check_kept_rows, check_kept_use, ends_config, kept_vocabulary
 from promptkd.training.own_teacher import EMA, SELF, check_own_teacher, is_own, no_context_notes, told_teacher
-from promptkd.training.setup import compared_rows, compared_vocabulary, read_teacher_prompts, take_template
+from promptkd.training.setup import Compared, compared_rows, compared_vocabulary, read_teacher_prompts, take_template
 from promptkd.training.teacher import teacher_settings
 
 
@@ -49,6 +53,11 @@ def checked(
         training = {**training, "teacher_prompt": context_text(given)[0]}  # which the run then keeps, not the file
     job = TrainingRun("distill", options, training, read)
     args = job.arguments(DistillConfig)
+    if args.kept_logits is None and options.teacher is None:
+        missing = "--teacher is missing: the teacher, a hub name, folder, run folder or GGUF file"
+        raise RequestError(f"{missing}; or give its kept logits as --kept_logits.")
+    if args.kept_logits is not None and options.eval_data and options.select == "kl_to_teacher":
+        raise RequestError("--select kl_to_teacher needs the teacher, and with --kept_logits there is none. Give loss.")
     method = chosen_method(args)
     check_own_teacher(options.teacher, args, method)
     return job, args, method
@@ -66,26 +75,37 @@ def context_note(given: str | None) -> str:
 def _distill(options: Options, job: TrainingRun, args: DistillConfig, method: Method, context: str) -> None:
     if context:
         job.note(context)
-    own = is_own(options.teacher)
-    name = options.student if own else options.teacher
+    kept = None if args.kept_logits is None else KeptLogits(args.kept_logits)
+    own = kept is None and is_own(options.teacher)
+    name = options.student if own else options.teacher or ""
     tokenizer = job.tokenizer(options.student)
-    teacher_tokenizer = tokenizer if own else job.tokenizer(name)
-    owner = f"{options.teacher} (the teacher's)" if args.template == "teacher" else options.student
-    take_template(args, tokenizer, teacher_tokenizer, options.teacher)
-    compared = compared_vocabulary(method, tokenizer, teacher_tokenizer, args.template)
-    config = generation_config_of(name, trust_remote_code=args.trust_remote_code)
+    teacher_tokenizer = None if kept else tokenizer if own else job.tokenizer(name)
+    owner = f"{name} (the teacher's)" if args.template == "teacher" else options.student
+    if kept is not None:
+        check_kept_use(kept, method, args)
+        compared: Compared = kept_vocabulary(kept, tokenizer)
+        config = ends_config(kept)
+    else:
+        take_template(args, tokenizer, teacher_tokenizer, options.teacher or "")
+        compared = compared_vocabulary(method, tokenizer, teacher_tokenizer, args.template)
+        config = generation_config_of(name, trust_remote_code=args.trust_remote_code)
     ends = PairEnds(args, method, compared[0], tokenizer, teacher_tokenizer, config)
     for note in ends.settle_with(options.student, [])[0]:
         job.note(note)
     needed: dict[str, Any] = {"need_response": method.responses.needs_data}
     train, valid = job.encode(tokenizer, args, owner, **needed, teacher=read_teacher_prompts(method, args))
     compared_rows(method, compared, train, valid)  # before models are loaded
+    if kept is not None:
+        check_kept_rows(kept, train, args)
+        _take_kept(job, kept, options.teacher)
     for note in no_context_notes(SELF, args, method, train) if options.teacher == SELF else ():
         job.note(note)
     lora = _lora(options)
     lora.check_model(options.student)
     student = job.load("student", options.student, adapted=lora.continues)
-    teacher = EMA if options.teacher == EMA else job.load("teacher", name, teacher_settings(args, method))
+    teacher: Any = kept or EMA
+    if kept is None and options.teacher != EMA:
+        teacher = job.load("teacher", name, teacher_settings(args, method))
     if options.dry_run:
         train, method = longest_rows_first(train, args, method), at_its_most(method)
     rest: dict[str, Any] = {"method": method, "teacher_processing_class": teacher_tokenizer}
@@ -97,7 +117,7 @@ def _distill(options: Options, job: TrainingRun, args: DistillConfig, method: Me
         for note in trainer.notes:
             job.note(note)
         if own:
-            job.own_teacher(trainer, told_teacher(options.teacher, args))
+            job.own_teacher(trainer, told_teacher(str(options.teacher), args))
         job.results.models["teacher"].context = teacher_context(args, train, valid)
         if options.dry_run:
             trial = take_trial_steps(trainer)
@@ -141,13 +161,30 @@ def teacher_context(args: DistillConfig, *data: EncodedData | None) -> str:
     return text if len(text) <= 200 else f"{text[:160]}… (sha256 {sha256(text.encode()).hexdigest()[:12]})"
 
 
+def _take_kept(job: TrainingRun, kept: KeptLogits, given: str | None) -> None:
+    """Record whose logits take a teacher's place. `RequestError` if a teacher is `given` too and is another."""
+    settings, folder = kept.settings, Path(given or "")
+    is_another = given is not None and folder.is_dir() and folder_sha256(folder) != settings.teacher_sha256
+    if is_own(given) or is_another:
+        told = f"The logits in {kept.folder} are those of {settings.teacher}; --teacher {given} is another model"
+        raise RequestError(f"{told}. Leave --teacher out, or keep the logits of this one.")
+    job.results.models["teacher"] = ModelRecord(
+        path=settings.teacher,
+        parameters=settings.teacher_parameters,
+        sha256=settings.teacher_sha256,
+        about=f"read by its kept logits in {kept.folder}, {settings.kept} tokens of {settings.vocabulary:,} each",
+    )
+    told = "No teacher is loaded, so neither it nor the KL to it is measured here"
+    job.note(f"{told}; promptkd evaluate --teacher measures both.")
+
+
 def _lora(options: Options) -> LoraRequest:
     rank, alpha, continues = options.student_lora_rank, options.student_lora_alpha, options.student_lora_continue
     return LoraRequest(rank, alpha, continues, options.merge, "--student-lora")
 
 
 def _forecast(trainer: Any, trial: Trial) -> str:
-    student, teacher = trainer.accelerator.unwrap_model(trainer.model), trainer.teacher.model
+    student, kept = trainer.accelerator.unwrap_model(trainer.model), trainer.args.kept_logits
     args, (trained, _) = trainer.args, trainer.trainable_share()
     window = args.per_device_train_batch_size * args.gradient_accumulation_steps * trainer.accelerator.num_processes
     writes = writes_responses(trainer.method.responses)
@@ -168,7 +205,9 @@ def _forecast(trainer: Any, trial: Trial) -> str:
     )
     lines = [
         ("student", f"{count_parameters(student, trainable=True):,} of {count_parameters(student):,} trained"),
-        ("teacher", f"{trained:,} trained, {count_parameters(teacher):,} parameters"),
+        ("teacher", f"{trained:,} trained, {trainer.teacher.parameters:,} parameters")
+        if kept is None
+        else ("teacher", f"none in memory, its logits in {kept}"),
         ("rows", f"{len(trainer.train_dataset):,}"),
         ("optimizer steps", f"{trial.steps:,} of {window} rows"),
         ("rollouts per step", f"up to {window}" if writes else "none, the data's responses serve"),

@@ -34,7 +34,7 @@ COMMON_TRAINING_FLAGS = (
         "teacher_quantization",
         "teacher_gradient_checkpointing",
     ),
-    *("seed", "on_nan", "report_to"),
+    *("kept_logits", "seed", "on_nan", "report_to"),
 )
 
 
@@ -42,9 +42,10 @@ COMMON_TRAINING_FLAGS = (
 class Options(Training):
     student: str
     """The student: a hub name, folder, run folder or GGUF file."""
-    teacher: str
+    teacher: str | None = None
     """The teacher, likewise. It must share the student's vocabulary. For self-distillation: self, the student's start,
-    or ema, its moving average (--teacher_ema_decay); a folder of such a name is ./self."""
+    or ema, its moving average (--teacher_ema_decay); a folder of such a name is ./self. Needed unless
+    --kept_logits takes its place."""
     student_lora_rank: int | None = option(None, at_least=1)
     """Train LoRA weights of this rank beside the student's in place of the whole student."""
     student_lora_alpha: float = 32.0
