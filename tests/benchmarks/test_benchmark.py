@@ -9,7 +9,7 @@ from benchmarks.floor import step_flops
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
 
-from benchmarks import rollout, step, variants
+from benchmarks import prompt_every, rollout, step, variants
 from helpers.commands import rows, write_rows
 from helpers.tiny import save_model, tiny_model
 from promptkd.data.batch import right_pad
@@ -131,3 +131,11 @@ def test_rollouts_of_both_write_the_lengths_of_the_data(tmp_path, world, monkeyp
     for ours, other, padded in zip(fused, unfused, written["generate"], strict=True):
         assert ours == other
         assert max(ours) == max(padded)  # `generate` pads the others to it
+
+
+def test_the_steps_of_a_prompt_that_rests_are_measured_in_turn(world, capsys):
+    options = [part for name, path in world.items() for part in (f"--{name}", path)]
+    prompt_every.main([*options, "--rounds", "1", "--rows", "2", "--prompt-tokens", "200", "--response-tokens", "4"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("|")[1].strip() for line in lines] == ["`--prompt_every`", "---", "1", "2", "4"]
+    assert [prompt_every.block_of(step) for step in range(14)] == [1, 1, *[1] * 4, *[2] * 4, *[4] * 4]

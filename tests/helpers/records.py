@@ -256,3 +256,38 @@ def compared(rows: int) -> Results:
             for at, label in enumerate(STUDENTS)
         },
     )
+
+
+def explained(*, token: str = " the", answer: str = "An answer.", kl: bool = True) -> Results:
+    """A record of `explain-prompt`: two vectors, curves to the 40th token, and one request."""
+    nearest = [{"id": at, "token": token, "cosine": 0.9 - at / 5} for at in range(5)]
+    vector = {"norm": 1.5, "nearest": nearest, "start": token, "distance": 0.25, "cosine_with_start": 0.97}
+
+    def curve(level: float) -> dict[str, Any]:
+        spans = [(at, at) for at in range(1, 33)] + [(33, 40)]
+        means = [
+            {"first": first, "last": last, "value": level + first / 50, "low": level, "high": level + 1, "rows": 8}
+            for first, last in spans
+        ]
+        return {"whole": {"first": 1, "last": 40, "value": level, "rows": 8}, "positions": means}
+
+    names = ("prompted_to_plain", "prompted_to_student", "plain_to_student")
+    return Results.model_validate(
+        {
+            "kind": "explain-prompt",
+            "prompts": [
+                {
+                    "folder": "prompt",
+                    "vectors": [vector, vector | {"start": None, "distance": None, "cosine_with_start": None}],
+                    "norm": 2.1,
+                    "distance": 0.3,
+                    "tokens": 50_000,
+                    "random_cosine": 0.4,
+                    "kl": {name: curve(0.5 + at) for at, name in enumerate(names)} if kl else {},
+                    "answers": [
+                        {"row": 3, "prompt": answer, "plain": answer, "prompted": "Another.", "student": ""},
+                    ],
+                }
+            ],
+        }
+    )

@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 import pytest
 
 from helpers.commands import done, run
-from helpers.records import biased, distilled
+from helpers.records import biased, distilled, explained
 from promptkd.report.figures import write_figures
 from promptkd.results import Evaluation, Metric, Results
 
@@ -48,6 +48,13 @@ def short(record: Results) -> Results:
 
 def measured(label: str, data: str = "d", **metrics: Metric) -> Results:
     return Results(kind="evaluate", evaluations=[Evaluation(model=label, data=data, metrics=metrics)])
+
+
+@pytest.mark.slow
+def test_kls_of_an_explained_prompt_are_a_figure(tmp_path):
+    written = write_figures([explained(), explained(kl=False)], tmp_path)
+    assert {path.name for path in written} == {"prompt-kl-0.svg", "prompt-kl-0.pdf"}
+    assert {"prompted || plain", "plain || student", "KL (nats per token)"} <= set(words(tmp_path / "prompt-kl-0.svg"))
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import pytest
 
 from helpers.demo_record import HOSTILE, record
 from helpers.pages import browser
-from helpers.records import answered_by, biased, made_up_rows, study
+from helpers.records import answered_by, biased, explained, made_up_rows, study
 from promptkd.report import render_report
 from promptkd.results import Results
 
@@ -191,6 +191,26 @@ def test_hostile_text_does_nothing(browser: Any, tmp_path: Path) -> None:
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     assert opened.complaints == []
     assert len(opened.asked) == 1
+    opened.close()
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (1440, "light")])
+def test_an_explained_prompt_has_a_section(browser: Any, tmp_path: Path, width: int, scheme: Any) -> None:
+    file = written(tmp_path, [record(), explained(token=HOSTILE_LABEL, answer=HOSTILE[0])])
+    opened = Opened(browser, file, viewport={"width": width, "height": 900}, color_scheme=scheme)
+    page = opened.page
+    section = page.locator("#prompt")
+    section.locator(".chart").scroll_into_view_if_needed()
+    section.locator(".chart .main-svg .scatterlayer").first.wait_for()
+    assert section.locator(".scatterlayer .trace").count() == 2 * 3  # a band and a line each
+    assert "</script>" in section.locator("code").first.text_content()
+    assert section.locator(".near .none").count() == 2 * 2  # two of each vector's five are as near as random ones
+    assert section.locator(".answer .label").all_text_contents() == ["teacher", "teacher with the prompt", "student"]
+    assert section.locator(".answer .empty").text_content() == "empty answer"
+    assert page.locator("nav a[href='#prompt']").is_visible()
+    assert page.evaluate("window.owned") is None
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert opened.complaints == []
     opened.close()
 
 
