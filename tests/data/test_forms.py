@@ -162,7 +162,8 @@ CONVERSATIONS = [
         [],
     ),
     ({"prompt": [USER], "chosen": [HO], "rejected": []}, [HI], "Ho", ["rejected"]),
-    ({"prompt": "Hi", "chosen": [USER, HO], "rejected": []}, [HI], "Ho", ["prompt", "rejected"]),
+    ({"prompt": "Hi", "chosen": [USER, HO], "rejected": []}, [HI], "Ho", ["rejected"]),
+    ({"prompt": "Another", "chosen": [USER, HO]}, [HI], "Ho", ["prompt"]),
     ({"chosen": [USER, HO], "rejected": []}, [HI], "Ho", ["rejected"]),
     (
         {"instruction": "Hi", "output": "Ho", "system": "S", "history": [["a", "b"]]},

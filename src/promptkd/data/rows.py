@@ -142,9 +142,7 @@ def read_columns(given: Sequence[str] | Mapping[str, str] | None) -> dict[str, s
             known = ", ".join(sorted(_COLUMNS))
             raise RequestError(f"--columns takes OLD=NEW, where NEW is one of {known}. Got {f'{old}={new}'!r:.100}.")
         if old == "teacher_prompt" != new:
-            told = (
-                "the column 'teacher_prompt' is what the teacher alone reads. Rename it in the data to use it otherwise"
-            )
+            told = "'teacher_prompt' is what the teacher alone reads. Rename it in the data to use it otherwise"
             raise RequestError(f"--columns teacher_prompt={new}: {told}.")
     names = dict(pairs)
     if len(names) < len(pairs) or len(set(names.values())) < len(names):
@@ -259,7 +257,10 @@ def _read_form(columns: _Columns) -> _Form:
         return _conversation(columns, name, read_messages(columns.take(name), name))
     if isinstance(columns.present.get("prompt"), str):
         if isinstance(chosen := columns.present.get("chosen"), list) and len(chosen) > 1:
-            return _conversation(columns, "chosen", read_messages(columns.take("chosen"), "chosen"))
+            messages = read_messages(columns.take("chosen"), "chosen")
+            if columns.present["prompt"] in map(content_text, messages):  # so it is read, as a message
+                columns.take("prompt")
+            return _conversation(columns, "chosen", messages)
         prompt = text_field(columns.take("prompt"), "prompt", may_be_empty=False)
         return prompt, _references(columns, _COMPLETIONS), None
     if "prompt" in columns.present:
