@@ -654,6 +654,13 @@ def made_study(folder: Path, seeds=(1, 2), shift: float = 0.0) -> Path:
     return folder
 
 
+def test_the_costs_of_a_study_of_one_seed_are_those_of_its_methods(tmp_path, capsys):
+    done(capsys, "report", made_study(tmp_path / "s", seeds=(1,)), "--out", tmp_path / "table.tex")
+    text = (tmp_path / "table.tex").read_text()
+    costs = text.split("Sizes and cost of training")[1].split("\\midrule\n")[1].split("\\bottomrule")[0]
+    assert [line.split(" & ")[0] for line in costs.splitlines()] == ["a", "b"]
+
+
 def test_a_report_takes_a_studys_folder(tmp_path, capsys):
     done(capsys, "report", made_study(tmp_path / "s"), "--out", tmp_path / "table.tex")
     text = (tmp_path / "table.tex").read_text()

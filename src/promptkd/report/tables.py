@@ -177,7 +177,7 @@ def costs(records: Sequence[Results]) -> list[Cost]:
 
     Beside a study's comparison its runs have none: it holds the methods, and the models that it measured.
     """
-    records = [record for record in records if record.kind == "study" and record.training] or records
+    records = [record for record in records if _is_of_study(record) and record.training] or records
     sizes: dict[str, int] = {}
     training: dict[str, Training] = {}
     for record in records:
@@ -185,6 +185,11 @@ def costs(records: Sequence[Results]) -> list[Cost]:
         training = record.training | training
     labels = sorted(dict.fromkeys([*sizes, *training]), key=lambda label: not is_teacher(label))
     return [Cost(label, sizes.get(label), training.get(label)) for label in labels]
+
+
+def _is_of_study(record: Results) -> bool:
+    """Whether it is the comparison of a study, which is of kind "compare" where there is a single seed."""
+    return record.kind == "study" or (record.kind == "compare" and "methods" in record.config)
 
 
 def cost_table(records: Sequence[Results]) -> tuple[list[str], list[list[str]]]:
