@@ -7,7 +7,7 @@ import pytest
 
 from helpers.commands import done, run
 from helpers.records import biased, distilled, explained
-from promptkd.report.figures import write_figures
+from promptkd.report.figures import count_plots, write_figures
 from promptkd.results import Evaluation, Metric, Results
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'promptkd[figures]'")
@@ -52,7 +52,9 @@ def measured(label: str, data: str = "d", **metrics: Metric) -> Results:
 
 @pytest.mark.slow
 def test_kls_of_an_explained_prompt_are_a_figure(tmp_path):
-    written = write_figures([explained(), explained(kl=False)], tmp_path)
+    drawn: list[int] = []
+    written = write_figures([explained(), explained(kl=False)], tmp_path, on_plot=drawn.append)
+    assert drawn == [1] == [count_plots([explained()])]
     assert {path.name for path in written} == {"prompt-kl-0.svg", "prompt-kl-0.pdf"}
     assert {"prompted || plain", "plain || student", "KL (nats per token)"} <= set(words(tmp_path / "prompt-kl-0.svg"))
 

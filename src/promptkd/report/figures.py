@@ -41,10 +41,13 @@ def check_figures() -> None:
         raise RequestError(told) from error
 
 
-def write_figures(records: Sequence[Results], folder: Path, *, every: bool = False) -> list[Path]:
+def write_figures(
+    records: Sequence[Results], folder: Path, *, every: bool = False, on_plot: Callable[[int], None] | None = None
+) -> list[Path]:
     """Write the plots of the records into `folder`, as NAME.svg and NAME.pdf. Errors as for `check_figures`.
 
-    Of training's log its losses and validations, and with `every` all else that it holds.
+    Of training's log its losses and validations, and with `every` all else that it holds. `on_plot` is called with
+    the number of plots drawn so far.
     """
     check_figures()
     from matplotlib import rc_context
@@ -53,7 +56,7 @@ def write_figures(records: Sequence[Results], folder: Path, *, every: bool = Fal
     folder.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
     with TemporaryDirectory(prefix=".figures-", dir=folder) as partial, rc_context(_SETTINGS):
-        for name, draw in _plots(unified(records), every=every):
+        for done, (name, draw) in enumerate(_plots(unified(records), every=every), start=1):
             figure = Figure(figsize=_SIZE, layout="constrained")
             draw(figure.subplots())
             stem = name if not any(path.stem == name for path in written) else f"{name}-{len(written)}"
@@ -61,7 +64,14 @@ def write_figures(records: Sequence[Results], folder: Path, *, every: bool = Fal
                 path = Path(partial, f"{stem}.{suffix}")
                 figure.savefig(path, metadata=metadata)
                 written.append(path)
+            if on_plot is not None:
+                on_plot(done)
         return [path.replace(folder / path.name) for path in written]  # all of them or none
+
+
+def count_plots(records: Sequence[Results], *, every: bool = False) -> int:
+    """How many plots `write_figures` draws."""
+    return sum(1 for _ in _plots(unified(records), every=every))
 
 
 def _plots(story: Sequence[Results], *, every: bool) -> Iterator[tuple[str, Draw]]:

@@ -1,16 +1,17 @@
 """`promptkd report`."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from promptkd.cli.options.report import Options
 from promptkd.cli.outputs import check_output, check_writable
 from promptkd.cli.study_comparison import is_study, study_records
-from promptkd.cli.terminal import say
+from promptkd.cli.terminal import progress_lines, say
 from promptkd.errors import RequestError
 from promptkd.io.atomic import write_atomic
 from promptkd.report import render_csv, render_json, render_latex, render_markdown, render_report, terminal_table
-from promptkd.report.figures import check_figures, write_figures
+from promptkd.report.figures import check_figures, count_plots, write_figures
 from promptkd.results import Evaluation, Results, metric_named
 
 _FORMS = {".html": "html", ".htm": "html", ".md": "markdown", ".tex": "latex", ".json": "json", ".csv": "csv"}
@@ -37,8 +38,10 @@ def run(options: Options, training: dict[str, Any]) -> None:
         text = (render_csv if form == "csv" else render_json)(records)
     write_atomic(options.out, text)
     if options.figures is not None:
-        say(f"Drawing figures into {options.figures}.")
-        written = write_figures(records, options.figures, every=options.figures_all)
+        plots = count_plots(records, every=options.figures_all)
+        say(f"Drawing {'1 plot' if plots == 1 else f'{plots} plots'} into {options.figures}, as SVG and PDF each.")
+        tell = partial(progress_lines("Drawing", plots), "plots")
+        written = write_figures(records, options.figures, every=options.figures_all, on_plot=tell)
         say(f"{len(written)} figures are in {options.figures}.")
     print(terminal_table(records))
     say(f"The {'page' if form == 'html' else 'report'} is {options.out}.")
