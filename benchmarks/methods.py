@@ -17,7 +17,7 @@ from pathlib import Path
 
 METHODS = (
     *("promptkd", "promptkd-lora", "promptkd-full", "kd", "seqkd", "imitkd"),
-    *("gkd", "minillm", "distillm", "akl", "dpkd", "okd"),
+    *("gkd", "minillm", "distillm", "akl", "dpkd", "okd", "skd"),
 )
 TEMPLATE = (
     "<|im_start|>user\n{{ instruction }}{% if input %}\n\n{{ input }}{% endif %}<|im_end|>\n<|im_start|>assistant\n"

@@ -45,7 +45,8 @@ def merged(path: Path, *flags: str) -> dict:
 
 def test_there_is_a_recipe_for_each_method_and_each_published_setting():
     assert RECIPES.keys() >= METHODS.keys()
-    others = {f"promptkd-{name}" for name in (*PUBLISHED, "context", "every", "qwen", "smollm2", "taid", "veto")}
+    names = (*PUBLISHED, "context", "every", "qwen", "skd", "smollm2", "taid", "veto")
+    others = {f"promptkd-{name}" for name in names}
     assert RECIPES.keys() - METHODS.keys() == others | {"summarization-promptkd", "dialogue-promptkd"}
 
 
@@ -53,7 +54,7 @@ def test_there_is_a_recipe_for_each_method_and_each_published_setting():
 def test_the_command_reads_each_recipe_whole(name):
     ours, given = merged(RECIPES[name]), read_config(RECIPES[name])
     assert {key: ours[key] for key in given} == given
-    assert ours["method"] == (name if name in METHODS else "promptkd")
+    assert ours["method"] == (name if name in METHODS else "skd" if name == "promptkd-skd" else "promptkd")
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -90,6 +90,7 @@ def test_two_seeds_differ(tmp_path, name):
     [
         *(("promptkd-lora", {}), ("promptkd-full", {}), ("okd", {}), ("distillm", {"student_share": 0.5})),
         *(("opd", {"teacher_adapter": "prompt"}), ("distillm2", {"teacher_adapter": "prompt"})),
+        ("skd", {"teacher_adapter": "prompt", "student_share": 0.5, "skd_top_k": 40, "objective": "reverse_kl"}),
     ],
 )
 def test_every_adapter_and_the_buffer_resume_bit_for_bit(tmp_path, name, made):
@@ -441,7 +442,7 @@ def test_settings_that_a_method_takes(name, settings):
 
 def test_which_methods_need_the_datas_responses():
     assert {name for name in METHODS if not named_method(name).responses.needs_data} == {
-        *("promptkd", "promptkd-lora", "promptkd-full", "gkd", "minillm", "opd"),
+        *("promptkd", "promptkd-lora", "promptkd-full", "gkd", "minillm", "opd", "veto", "eopd", "skd"),
     }
     assert named_method("gkd", MethodSettings(student_share=0.9)).responses.needs_data
 

@@ -13,7 +13,7 @@ from promptkd.data.batch import right_pad
 from promptkd.data.encode import EncodedData
 from promptkd.engine import response_hidden
 from promptkd.errors import RequestError
-from promptkd.generation import Mixture, SamplingParams, generate
+from promptkd.generation import Mixture, SamplingParams, generate, generate_corrected
 from promptkd.methods import METHODS, MethodSettings, named_method
 from promptkd.responses import Sampler, TeacherMixed
 from promptkd.training.teacher import Teacher
@@ -116,9 +116,15 @@ def test_with_every_method_the_teacher_reads_contexts_and_the_student_does_not(n
         written.append((prompts, mixed_with))
         return generate(model, prompts, *arguments, mixed_with=mixed_with, **options)
 
+    def corrected(student, teacher, prompts, *arguments, teacher_prompts, **options):
+        written.append((prompts, None))
+        assert teacher_prompts == [row.teacher_prompt_ids for row in examples]
+        return generate_corrected(student, teacher, prompts, *arguments, teacher_prompts=teacher_prompts, **options)
+
     monkeypatch.setattr(Teacher, "_hidden", noted(Teacher._hidden, read))
     monkeypatch.setattr("promptkd.training.student_loss.response_hidden", noted(response_hidden, learned))
     monkeypatch.setattr("promptkd.training.rollout.generate", sampled)
+    monkeypatch.setattr("promptkd.training.rollout.generate_corrected", corrected)
     made, loss = part.rollout()(examples, part.student, step=0, total_steps=2), part.student_loss()
     if part.teacher.adapter is not None:
         tuner = part.tuner()

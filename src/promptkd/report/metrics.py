@@ -106,6 +106,8 @@ _LOGGED = {
         ("repetition", "Repetition", "%", "Share of a response's 4-grams that it has more than once."),
         ("response_length", "Response length", "tokens", "Mean length of the sampled responses."),
         ("student_share", "Student's share", "", "Share of the responses that the student writes (distillm)."),
+        ("replaced_share", "Replaced tokens", "%",
+         "Tokens that the teacher has put in the place of the student's, of the responses that it corrects (skd)."),
         ("replay_size", "Replay buffer", "responses", "Responses in the replay buffer (distillm)."),
         ("cut_share", "Cut at the limit", "%", "Responses that reach the length limit without an end."),
     ),
