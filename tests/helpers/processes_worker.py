@@ -6,6 +6,7 @@ processes.py starts it once per process. Each check writes what it saw into the 
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,10 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from helpers.kept import keep
 from helpers.tiny import VOCABULARY, tiny_model
-from helpers.trainers import log, pair, rows, trainer
+from helpers.trainers import FixedResponses, log, pair, rows, trainer
 from helpers.vllm_server import answer, connect, serving
 from promptkd.engine import Head, chunked_objective, linear_head
-from promptkd.methods import Method, named_method
+from promptkd.methods import Method, MethodSettings, named_method
 from promptkd.models.adapters import SoftPromptFactory
 from promptkd.objectives import reverse_kl
 from promptkd.responses import AdaptiveReplay, ResponseMix, Responses
@@ -66,6 +67,14 @@ def fixed(folder: Path) -> dict:
     return outcome(run)
 
 
+def contrast(folder: Path) -> dict:
+    """DistiLLM-2 with a prompted teacher: its α follow from gaps that are averaged over all processes."""
+    method = named_method("distillm2", MethodSettings(teacher_adapter="prompt"))
+    run = made(folder, method=replace(method, responses=FixedResponses()))
+    run.train()
+    return outcome(run)
+
+
 class NothingHere(Responses):
     """The data's responses, but none at all on the last process."""
 
@@ -92,6 +101,8 @@ def empty(folder: Path) -> dict:
     """Rows without responses on one process, then on all."""
     one = made(folder / "one", method=Method(NothingHere(), reverse_kl, SoftPromptFactory))
     one.train()
+    method = replace(named_method("distillm2", MethodSettings(teacher_adapter="prompt")), responses=NothingHere())
+    made(folder / "contrast", method=method, max_steps=2).train()
     none = made(folder / "none", method=Method(Nothing(), reverse_kl, SoftPromptFactory), max_steps=1)
     none.train()
     return {"one": outcome(one), "none": outcome(none)}
@@ -270,7 +281,7 @@ def zero3(folder: Path) -> dict:
 
 CHECKS = {
     check.__name__: check
-    for check in (fixed, empty, early, mixed, uneven, resumed, served, heads, sharded, kept, zero2, zero3)
+    for check in (fixed, contrast, empty, early, mixed, uneven, resumed, served, heads, sharded, kept, zero2, zero3)
 }
 
 

@@ -125,6 +125,22 @@ def test_vocabularies_of_real_models(name, rows, size):
     assert_right(CASES[name], *inputs(CASES[name], rows, size))
 
 
+@pytest.mark.parametrize(("size", "offset"), [(1, 0.0), (97, 0.0), (1024, 15.0), (2049, -15.0)])
+def test_the_policy_gradient_of_sampled_tokens_equals_float64(size, offset):
+    logits, (target,) = inputs(CASES["reverse_kl"], 3, size, offset=offset)
+    labels, kept = torch.tensor([0, size // 2, size - 1], device=DEVICE), target.clone()
+    wide = logits.double().requires_grad_()
+    cost, advantage = cross_entropy(wide, labels), cross_entropy(wide.detach(), labels)
+    advantage = advantage - cross_entropy(target.double(), labels)
+    (gradient,) = torch.autograd.grad((advantage * cost).sum(), wide)
+    values, figures = kernels.on_policy_kernel(logits, labels, target)
+    torch.testing.assert_close(values.double(), (advantage * cost).detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(figures["sampled_kl"].double(), -advantage, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(figures["entropy"].double(), entropy(wide.detach()), rtol=1e-6, atol=1e-6)
+    assert (logits - gradient).abs().sum(-1).max() < 5e-5
+    assert torch.equal(target, kept)
+
+
 @pytest.mark.parametrize("offset", [-15.0, 15.0])
 @pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "prompt"])
 def test_models_whose_logits_lie_apart(name, offset):

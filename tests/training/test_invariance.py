@@ -31,6 +31,8 @@ OF_METHOD = {
     "distillm": ("--student_share", 1),  # twelve rows, so that the second window replays some of the first
     "promptkd-lora": ("--adapter_rank", 2),
     "okd": ("--adapter_rank", 2),
+    "opd": ("--teacher_adapter", "prompt"),
+    "distillm2": ("--teacher_adapter", "prompt", "--alpha", 0.2),
     "promptkd-full": ("--prompt_learning_rate", 1e-5),
 }
 RELATIVE, ABSOLUTE = 1e-5, 1e-6

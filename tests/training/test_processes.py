@@ -44,7 +44,7 @@ def two(tmp_path_factory):
 def one(tmp_path_factory):
     """What this process sees alone."""
     folder = tmp_path_factory.mktemp("one")
-    return {name: processes_worker.CHECKS[name](folder / name) for name in ("fixed", "uneven", "kept")}
+    return {name: processes_worker.CHECKS[name](folder / name) for name in ("fixed", "contrast", "uneven", "kept")}
 
 
 def assert_same(ours: dict, theirs: dict, tolerance: float = 1e-5) -> None:
@@ -80,6 +80,12 @@ def test_one_process_of_four_micro_batches_is_two_of_two(one, two):
     assert_same(seen["fixed"][0], one["fixed"])
     assert_same_prompt(seen["fixed"])
     assert any("eval_kl_to_teacher" in entry for entry in one["fixed"]["log"])  # validation is compared as well
+
+
+def test_the_mean_gaps_of_distillm2_are_those_of_all_processes(one, two):
+    _, seen = two
+    assert_same(seen["contrast"][0], one["contrast"])
+    assert len({entry["alpha_teacher"] for entry in one["contrast"]["log"]}) > 1  # it follows the gaps
 
 
 def test_what_is_left_of_an_epoch_is_left_on_every_process(one, two):

@@ -98,11 +98,11 @@ def distilled(folder, *, mode, url=None, share=1.0, **settings):
     )
     seen, before, cut = [], [], made.rollout._cut
 
-    def watched(inputs, responses):
+    def watched(inputs, responses, progress):
         student = made.accelerator.unwrap_model(made.model)
         before.append({name: weight.detach().clone() for name, weight in student.named_parameters()})
         seen.append(list(zip(inputs, responses, strict=True)))
-        return cut(inputs, responses)
+        return cut(inputs, responses, progress)
 
     made.rollout._cut = watched
     made.train()
