@@ -81,9 +81,12 @@ def test_it_writes_a_record_that_the_report_shows(finished, tmp_path, capsys):
 
 
 def test_other_rows_another_folder_and_no_answers(finished, world, tmp_path, capsys):
-    rows = write_rows(tmp_path / "asked.jsonl", [{"prompt": "the an"}, {"prompt": "a"}, {"prompt": "b"}])
+    rows = write_rows(
+        tmp_path / "asked.jsonl", [{"prompt": "the an", "teacher_prompt": "b"}, {"prompt": "a"}, {"prompt": "b"}]
+    )
     out = tmp_path / "explained"
-    done(capsys, "explain-prompt", finished, "--data", rows, "--rows", 0, "--limit", 2, "--out", out)
+    ran = done(capsys, "explain-prompt", finished, "--data", rows, "--rows", 0, "--limit", 2, "--out", out)
+    assert "In training the teacher read a context of its own (teacher_prompt)" in ran.err
     assert held(out) == {"results.json"}
     (explained,) = Results.read(out / "results.json").prompts
     assert explained.answers == []

@@ -27,6 +27,11 @@ from promptkd.record_parts import PromptAnswer, PromptExplanation
 from promptkd.report.prompts import explanation_text
 from promptkd.results import Results
 
+_WITHOUT_CONTEXT = (
+    "In training the teacher read a context of its own (teacher_prompt). Here it reads the requests alone, so its "
+    "answers and KLs are not those of training."
+)
+
 
 def run(options: Options, training: dict[str, Any]) -> None:
     explained = PromptRun(options.run)
@@ -73,6 +78,9 @@ class _ExplainRun(InferenceRun):
             f"temperature 1 (seed {options.seed}); the answers side by side are greedy.",
             *self.row_notes,
         ]
+        if explained.setting("teacher_prompt", None) or any("'teacher_prompt'" in note for note in self.row_notes):
+            notes.append(_WITHOUT_CONTEXT)
+            say(_WITHOUT_CONTEXT)
         self.results = Results(kind="explain-prompt", config=merged_config(options, {}), notes=notes)
         self.results.models["student"] = model_record(options.run, self.student)
         self.results.data[label_of(source)] = data_record(source, data)
