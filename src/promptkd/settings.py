@@ -97,7 +97,9 @@ class Reader:
         unread = [name for name in declared if name not in self.read and self._values[name] != declared[name]]
         if unread:
             it = "it" if len(unread) == 1 else "them"
-            raise RequestError(f"{reader} takes no {', '.join(unread)}. Leave {it} out.")
+            own = sorted(read for read in self.read for name in unread if read.endswith(f"_{name}"))
+            meant = f", or do you mean {' and '.join(own)}?" if own else "."
+            raise RequestError(f"{reader} takes no {', '.join(unread)}. Leave {it} out{meant}")
 
 
 def warn_of_old_name(old: str, new: str, stacklevel: int = 2) -> None:

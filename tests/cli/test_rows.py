@@ -1,5 +1,7 @@
 """What commands say of their rows, and the template that a student takes from its teacher."""
 
+import logging
+
 import datasets
 import pytest
 from transformers import AutoTokenizer
@@ -127,7 +129,8 @@ def test_the_trainer_takes_the_same_rows(tmp_path, caplog):
     student, teacher = (tiny_model("llama", layers=2, hidden=16, seed=seed) for seed in (1, 2))
     args = config(tmp_path, template="teacher", columns={"talk": "conversations"}, max_steps=1)
     tokenizers = {"processing_class": tiny_tokenizer(), "teacher_processing_class": tiny_tokenizer(chat=True)}
-    trainer = DistillTrainer(student, teacher, args, table, **tokenizers)
+    with caplog.at_level(logging.WARNING, logger="promptkd.training.setup"):  # which a command silences
+        trainer = DistillTrainer(student, teacher, args, table, **tokenizers)
     (row, *_) = trainer.train_dataset
     assert tokenizers["processing_class"].decode(row.prompt_ids) == "<|user|>the<|assistant|>"
     assert tokenizers["processing_class"].decode(row.response_ids) == "an<|end|>"

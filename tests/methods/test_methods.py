@@ -347,6 +347,15 @@ def test_settings_without_effect_are_refused(name, settings):
         named_method(name, MethodSettings(**settings))
 
 
+def test_a_refused_setting_is_told_with_the_one_that_may_be_meant():
+    with pytest.raises(
+        RequestError, match=r"takes no alpha, beta\. Leave them out, or do you mean ab_alpha and ab_beta\?"
+    ):
+        named_method("abkd", MethodSettings(alpha=0.2, beta=0.7))
+    with pytest.raises(RequestError, match=r"kd takes no alpha\. Leave it out\.$"):
+        named_method("kd", MethodSettings(alpha=0.2))
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [

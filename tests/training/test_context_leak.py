@@ -44,7 +44,7 @@ def world(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("method", "teacher"), [("promptkd", None), ("minillm", None), ("opcd", "ema")])
-def test_a_context_reaches_the_teacher_alone(world, tmp_path, capsys, monkeypatch, method, teacher):
+def test_a_context_reaches_the_teacher_alone(world, tmp_path, capsys, caplog, monkeypatch, method, teacher):
     """Through preflight, rollouts of the student or of both, the steps of both, and validation."""
     run, read = tmp_path / "run", Read(monkeypatch)
     world = world._replace(teacher=teacher or world.teacher)
@@ -53,6 +53,7 @@ def test_a_context_reaches_the_teacher_alone(world, tmp_path, capsys, monkeypatc
     shown = done(capsys, *distill(world, run, "--method", method, *validated, *measured)).err
     assert "in 12 of them it holds the row's reference" in shown  # of the training rows
     assert "Warning: in 4 of 4 validation rows the teacher's context holds the row's reference" in shown
+    assert "context" not in caplog.text  # the command's own lines are enough
     assert read.has("teacher", SECRET)
     assert read.has("student", "Q: the 2")
     assert not read.has("student", SECRET)

@@ -33,7 +33,7 @@ from promptkd.training.kept_teacher import KeptTeacher, check_kept_rows, check_k
 from promptkd.training.rollout import needs_generate
 from promptkd.training.teacher import Teacher, check_teacher_options
 
-_log = logging.getLogger("promptkd")
+_log = logging.getLogger(__name__)
 
 
 Rows = Sequence[dict[str, Any]] | EncodedData | None
