@@ -16,7 +16,20 @@ from accelerate.state import AcceleratorState
 from helpers import processes_worker
 from promptkd.cli import main
 
-CHECKS = ("fixed", "contrast", "empty", "early", "mixed", "uneven", "resumed", "served", "heads", "sharded", "kept")
+CHECKS = (
+    "fixed",
+    "contrast",
+    "empty",
+    "early",
+    "mixed",
+    "moving",
+    "uneven",
+    "resumed",
+    "served",
+    "heads",
+    "sharded",
+    "kept",
+)
 SECONDS = 150  # in which processes that train together are done, or hang
 
 

@@ -23,7 +23,7 @@ from helpers.vllm_server import answer, connect, serving
 from promptkd.engine import Head, chunked_objective, linear_head
 from promptkd.methods import Method, MethodSettings, named_method
 from promptkd.models.adapters import SoftPromptFactory
-from promptkd.objectives import reverse_kl
+from promptkd.objectives import Taid, reverse_kl
 from promptkd.responses import AdaptiveReplay, ResponseMix, Responses
 
 ON_POLICY = Method(ResponseMix(1.0), reverse_kl, SoftPromptFactory)
@@ -83,6 +83,15 @@ class NothingHere(Responses):
         return [[] if nothing else row.response_ids for row in rows]
 
 
+class Unlike(Responses):
+    """The data's responses, cut to one token in every second row, so that the processes' losses and tokens differ."""
+
+    needs_data = False
+
+    def __call__(self, rows, sample, progress):
+        return [row.response_ids[: None if row.row % 2 else 1] for row in rows]
+
+
 class Nothing(Responses):
     def __call__(self, rows, sample, progress):
         return [[] for _ in rows]
@@ -122,6 +131,18 @@ def mixed(folder: Path) -> dict:
     run = made(folder, method=Method(ResponseMix(float(rank() == 0)), reverse_kl, SoftPromptFactory), max_steps=2)
     run.train()
     return outcome(run)
+
+
+def moving(folder: Path) -> dict:
+    """TAID's coefficient in a run that goes on from its second step, and in the undisturbed one."""
+    runs = [
+        made(folder / name, method=Method(Unlike(), Taid(alpha=1.0), SoftPromptFactory), max_steps=4, **saved)
+        for name, saved in (("whole", {"save_strategy": "steps", "save_steps": 2}), ("again", {}))
+    ]
+    runs[0].train()
+    runs[1].train(resume_from_checkpoint=str(folder / "whole" / "checkpoint-2"))
+    states = [run.method.moving.state_dict() for run in runs]
+    return {"states": states, "t": [entry["taid_t"] for entry in log(runs[0])]}
 
 
 def uneven(folder: Path) -> dict:
@@ -281,7 +302,22 @@ def zero3(folder: Path) -> dict:
 
 CHECKS = {
     check.__name__: check
-    for check in (fixed, contrast, empty, early, mixed, uneven, resumed, served, heads, sharded, kept, zero2, zero3)
+    for check in (
+        fixed,
+        contrast,
+        empty,
+        early,
+        mixed,
+        moving,
+        uneven,
+        resumed,
+        served,
+        heads,
+        sharded,
+        kept,
+        zero2,
+        zero3,
+    )
 }
 
 

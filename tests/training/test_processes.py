@@ -44,7 +44,9 @@ def two(tmp_path_factory):
 def one(tmp_path_factory):
     """What this process sees alone."""
     folder = tmp_path_factory.mktemp("one")
-    return {name: processes_worker.CHECKS[name](folder / name) for name in ("fixed", "contrast", "uneven", "kept")}
+    return {
+        name: processes_worker.CHECKS[name](folder / name) for name in ("fixed", "contrast", "moving", "uneven", "kept")
+    }
 
 
 def assert_same(ours: dict, theirs: dict, tolerance: float = 1e-5) -> None:
@@ -105,6 +107,15 @@ def test_a_process_whose_rows_end_at_once_holds_nobody_up(two):
     _, seen = two
     for name in ("early", "mixed"):
         assert_same_prompt(seen[name])
+
+
+def test_a_coefficient_that_moves_is_one_on_all_processes_and_survives_a_resumed_run(one, two):
+    _, seen = two
+    first, second = seen["moving"]
+    assert first["states"] == second["states"]
+    assert first["states"][0] == first["states"][1]
+    assert first["t"] == pytest.approx(one["moving"]["t"], rel=1e-6)  # by the loss of all processes
+    assert len(set(first["t"])) == 4
 
 
 def test_the_replay_buffer_of_every_process_survives_a_resumed_run(two):
