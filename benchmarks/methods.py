@@ -18,7 +18,9 @@ from pathlib import Path
 METHODS = (
     *("promptkd", "promptkd-lora", "promptkd-full", "kd", "seqkd", "imitkd"),
     *("gkd", "minillm", "distillm", "akl", "dpkd", "okd", "skd"),
+    *("taid", "veto", "abkd", "eopd", "promptkd-taid", "promptkd-veto"),
 )
+VARIANTS = {"promptkd-taid": "promptkd", "promptkd-veto": "promptkd"}  # by the method that they are of
 TEMPLATE = (
     "<|im_start|>user\n{{ instruction }}{% if input %}\n\n{{ input }}{% endif %}<|im_end|>\n<|im_start|>assistant\n"
 )
@@ -28,6 +30,8 @@ EXTRA = {
     "distillm": ["--student_share", "0.5"],
     "promptkd": PROMPT,
     "okd": PROMPT,
+    "promptkd-taid": [*PROMPT, "--objective", "taid"],
+    "promptkd-veto": [*PROMPT, "--objective", "veto", "--veto_direction", "reverse"],
     "promptkd-full": ["--prompt_learning_rate", "1e-5"],
     "promptkd-lora": ["--prompt_learning_rate", "1e-4"],
 }
@@ -70,9 +74,10 @@ def validation_loss_before(given: argparse.Namespace) -> float:
 
 def distill(given: argparse.Namespace, method: str, folder: Path) -> None:
     promptkd(
-        *("distill", "--method", method, "--student", given.student, "--teacher", given.teacher, "--data", given.data),
-        *("--eval-data", given.eval_data, "--out", str(folder), "--overwrite", "--select", "last"),
-        *("--eval_strategy", "no", "--save_strategy", "no", "--limit", given.rows, "--eval-limit", given.eval_rows),
+        *("distill", "--method", VARIANTS.get(method, method), "--student", given.student, "--teacher", given.teacher),
+        *("--data", given.data, "--eval-data", given.eval_data, "--out", str(folder), "--overwrite"),
+        *("--select", "last", "--eval_strategy", "no", "--save_strategy", "no"),
+        *("--limit", given.rows, "--eval-limit", given.eval_rows),
         *("--max_steps", given.steps, "--per_device_train_batch_size", given.batch_size),
         *("--learning_rate", given.rate, "--template", given.template, *LIMITS, *EXTRA.get(method, [])),
     )
