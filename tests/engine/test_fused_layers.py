@@ -1,5 +1,6 @@
 """Fused operations and attention of rows: against finite differences and plain formulas, in float64."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -150,10 +151,15 @@ def states_of(pack):
     return values(1, 4, size, 8), values(1, 2, size, 8, seed=1), values(1, 2, size, 8, seed=2)
 
 
+def skipping():
+    """Rows 1 and 4 share half of their tokens or more, and attend from their own alone."""
+    return replace(pack_rows(ROWS, share=True), skips_shared=True)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("share", [False, True, "skip"])
 def test_attention_of_rows(share):
-    pack = pack_rows(ROWS, share=share)
+    pack = skipping() if share == "skip" else pack_rows(ROWS, share=share)
     states, attention = states_of(pack), partial(varlen_attention, pack)
     assert gradcheck(lambda *each: attention(None, *each, AttentionSettings()), states)
     whole = attention(None, *states, AttentionSettings())
@@ -173,10 +179,10 @@ def test_windows_and_soft_caps_of_rows(asked, share):
         torch.testing.assert_close(whole[:, path], expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("share", [False, True, "skip"])
 def test_attention_of_rows_in_bfloat16(share):
     """Queries and keys come wider than values under autocast; gradients of shared places are summed in float32."""
-    pack = pack_rows(ROWS, share=share)
+    pack = skipping() if share == "skip" else pack_rows(ROWS, share=share)
     exact = [each.detach().bfloat16().double().requires_grad_() for each in states_of(pack)]
     types = (torch.float32, torch.float32, torch.bfloat16)
     query, key, value = (each.detach().to(dtype).requires_grad_() for each, dtype in zip(exact, types, strict=True))

@@ -174,10 +174,10 @@ def test_fused_layers_equal_the_models_own(architecture, monkeypatch):
     prompt, run = vectors(model, 3), []
     monkeypatch.setattr(packed, "fused_forward", lambda *args: run.append(args) or fused_forward(*args))
     response_hidden(model, batch, prompt)
-    assert len(run) == 3  # the trial, without a soft prompt and with one, and the pack
+    assert len(run) == 4  # the trial, without a soft prompt, with one and after a context, and the pack
     ours, our_gradient = states_and_gradients(fused_way.hidden, model, batch, prompt)
     theirs, their_gradient = states_and_gradients(packed_way.hidden, model, batch, prompt)
-    assert len(run) == 4
+    assert len(run) == 5
     assert relative_gap(ours, theirs) < 1e-6
     assert relative_gap(our_gradient, their_gradient) < 1e-5
 

@@ -11,7 +11,7 @@ from helpers.trainers import FIXED_PROMPTKD, FixedResponses, pair, rows, trainer
 from minimal_loop import kl, response_log_probs
 from promptkd.data.batch import right_pad
 from promptkd.data.encode import EncodedData
-from promptkd.engine import response_hidden
+from promptkd.engine import engine_for, response_hidden
 from promptkd.errors import RequestError
 from promptkd.generation import Mixture, SamplingParams, generate, generate_corrected
 from promptkd.methods import METHODS, MethodSettings, named_method
@@ -39,6 +39,41 @@ def test_a_batch_with_other_prompts_has_the_same_responses():
     assert batch.with_prompts([None, None]) is batch
     with pytest.raises(ValueError, match=r"for each of the 2 rows\. Got 1"):
         batch.with_prompts([[1]])
+
+
+def test_a_context_that_all_rows_share_is_counted_once_in_a_pass_that_shares_it():
+    made = right_pad([[1], [2], [3]], [[4], [5], [6]]).with_prompts([[*CONTEXT, each] for each in (1, 2, 3)])
+    assert made.shared_prefix == len(CONTEXT) == 5
+    assert [len(part.token_ids) for part in made.split(9, shares=True)] == [2, 1]
+    assert [len(part.token_ids) for part in made.split(14)] == [2, 1]
+    assert {part.shared_prefix for part in made.split(9, shares=True)} == {5}
+    assert right_pad([[1, 2], [1, 3]], [[4], [5]]).shared_prefix == 0  # rows as they come are run as ever
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [0, 3])
+def test_a_shared_context_changes_no_state_and_no_gradient_of_the_soft_prompt(dtype, width):
+    """By the engine's own scorers, in float32 and bfloat16, against one row at a time."""
+    model = tiny_model("llama", hidden=32, seed=3, dtype=dtype)
+    made = rows(6).examples
+    read = right_pad([row.prompt_ids for row in made], [row.response_ids for row in made])
+    read = read.with_prompts([[*CONTEXT * 6, *row.prompt_ids] for row in made])
+    start = torch.randn(width, 32, generator=torch.Generator().manual_seed(4))
+
+    def states_and_gradient(scorer):
+        prompt = start.clone().requires_grad_()
+        hidden = scorer.hidden(model, read, prompt if width else None).float()
+        weights = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(5))
+        (hidden * weights).sum().backward()
+        return hidden.detach(), prompt.grad
+
+    scorers = engine_for(torch.device("cpu")).scorers
+    expected, gradient = states_and_gradient(scorers[-1])
+    close = 1e-5 if dtype == torch.float32 else 0.1  # of rounding alone; a wrong place would give 1
+    for scorer in scorers[:2]:
+        hidden, found = states_and_gradient(scorer)
+        assert float((hidden - expected).norm() / expected.norm()) < close
+        assert not width or float((found - gradient).norm() / gradient.norm()) < close
 
 
 def test_a_loss_may_ask_for_other_batches_of_the_same_rows_alone():
@@ -161,7 +196,7 @@ def test_a_mixture_samples_after_the_prompts_that_each_model_reads():
 
 def test_a_source_must_give_the_teachers_prompts(tmp_path):
     taken = []
-    sampler = Sampler(student=lambda prompts: [], mixed=lambda *arguments: taken.append(arguments) or [])
+    sampler = Sampler(lambda prompts: [], lambda *arguments: taken.append(arguments) or [], lambda *arguments: [])
     examples = informed(2, every=2).examples
     TeacherMixed(0.5)(examples, sampler, 0.0)
     TeacherMixed(0.5)(rows(2).examples, sampler, 0.0)

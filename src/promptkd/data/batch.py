@@ -1,9 +1,9 @@
 """Prompts and responses as one right-padded batch of tokens."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ class TokenBatch:
     targets: Tensor  # (N,) the response tokens
     token_ids: tuple[list[int], ...]  # each row without padding, on the host
     prompt_lengths: tuple[int, ...]  # tokens of each row's prompt
+    shared_prefix: int = 0  # first tokens that all rows have alike, where `with_prompts` put them there
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -55,21 +56,26 @@ class TokenBatch:
         """(B, T) 0 … T - 1 in each row."""
         return torch.arange(self.input_ids.shape[1], device=self.input_ids.device).expand(self.input_ids.shape)
 
-    def split(self, max_tokens: int) -> list["TokenBatch"]:
-        """The batch in parts of consecutive rows, each of at most `max_tokens` tokens (padding aside) or one row."""
-        bounds, total = [0], 0
+    def split(self, max_tokens: int, *, shares: bool = False) -> list["TokenBatch"]:
+        """The batch in parts of consecutive rows, each of at most `max_tokens` tokens (padding aside) or one row.
+
+        `shares`: whether a part computes `shared_prefix` once, and so counts it once.
+        """
+        once = self.shared_prefix if shares else 0
+        bounds, total = [0], once
         for row, tokens in enumerate(self.lengths):
-            if total and total + tokens > max_tokens:
+            if total > once and total + tokens - once > max_tokens:
                 bounds.append(row)
-                total = 0
-            total += tokens
+                total = once
+            total += tokens - once
         return [self] if len(bounds) == 1 else [self._part(*each) for each in pairwise([*bounds, len(self.lengths)])]
 
     def _part(self, start: int, end: int) -> "TokenBatch":
         first, last = sum(self.response_lengths[:start]), sum(self.response_lengths[:end])
         input_ids = self.input_ids[start:end, : max(self.lengths[start:end])]
         scored = self.rows[first:last] - start, self.columns[first:last], self.targets[first:last]
-        return TokenBatch(input_ids, *scored, self.token_ids[start:end], self.prompt_lengths[start:end])
+        rows = self.token_ids[start:end], self.prompt_lengths[start:end]
+        return TokenBatch(input_ids, *scored, *rows, self.shared_prefix)
 
     def with_prompts(self, prompts: Sequence[Sequence[int] | None]) -> "TokenBatch":
         """The same responses after other prompts, one per row; None keeps the row's own. Itself where all do."""
@@ -81,7 +87,9 @@ class TokenBatch:
             return self
         rows = list(zip(prompts, self.token_ids, self.prompt_lengths, strict=True))
         exchanged = [ids[:length] if prompt is None else prompt for prompt, ids, length in rows]
-        return right_pad(exchanged, [ids[length:] for _, ids, length in rows], device=self.input_ids.device)
+        made = right_pad(exchanged, [ids[length:] for _, ids, length in rows], device=self.input_ids.device)
+        alike = zip(min(map(list, exchanged)), max(map(list, exchanged)), strict=False)  # what these two share, all do
+        return replace(made, shared_prefix=sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], alike)))
 
     def by_row(self, values: Tensor) -> Tensor:
         """Values of the response tokens, (N,), as (B, longest response), 0 behind the end of a response."""

@@ -7,7 +7,7 @@ to one request): a causal model gives its tokens the same states in each of them
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -29,6 +29,7 @@ class PackedRows:
     positions: list[int]  # (S,) positions, counted within each row
     row_indices: list[list[int]]  # for each row, the indices of its tokens in the sequence, ascending
     own_lengths: list[int]  # for each row, how many tokens at its end are its own, not shared with an earlier row
+    skips_shared: bool = False  # whether rows that share most of their tokens attend from their own alone
 
     @cached_property
     def row_slices(self) -> list[list[slice]]:
@@ -66,12 +67,12 @@ def pack_rows(rows: Sequence[Sequence[int]], *, share: bool) -> PackedRows:
 
 
 def pack_inputs(
-    model: PreTrainedModel, rows: Sequence[Sequence[int]], prompt: Tensor | None, *, share: bool
+    model: PreTrainedModel, rows: Sequence[Sequence[int]], prompt: Tensor | None, *, share: bool, skip: bool = False
 ) -> tuple[PackedRows, dict[str, Tensor]]:
     """The rows packed, after the soft prompt (n, E) if there is one, and the arguments to call a backbone with."""
     device = embedding_device(model)
     before = [] if prompt is None else list(range(-prompt.shape[0], 0))  # the vectors, as negative ids
-    pack = pack_rows([[*before, *row] for row in rows], share=share)
+    pack = replace(pack_rows([[*before, *row] for row in rows], share=share), skips_shared=share and skip)
     ids, positions = on_device([pack.tokens, pack.positions], device)
     if prompt is None:
         inputs = {"input_ids": ids[None]}
@@ -104,7 +105,8 @@ class PackedScorer(Scorer):
 
     def hidden(self, model: PreTrainedModel, batch: TokenBatch, prompt: Tensor | None) -> Tensor:
         # where weights are gathered from all processes, each process must call the model the same number of times
-        parts = [batch] if is_sharded(model) else batch.split(self.max_tokens)
+        shares = self.shares_prefixes(model)
+        parts = [batch] if is_sharded(model) else batch.split(self.max_tokens, shares=shares)
         return torch.cat([self._part(model, part, prompt) for part in parts])
 
     def _part(self, model: PreTrainedModel, batch: TokenBatch, prompt: Tensor | None) -> Tensor:
@@ -113,7 +115,8 @@ class PackedScorer(Scorer):
         for row, column in places:
             ends[row] = max(ends[row], column + 1)
         read = [ids[:end] for ids, end in zip(batch.token_ids, ends, strict=True)]
-        pack, inputs = pack_inputs(model, read, prompt, share=self.shares_prefixes(model))
+        kinds = {"share": self.shares_prefixes(model), "skip": batch.shared_prefix > 0}
+        pack, inputs = pack_inputs(model, read, prompt, **kinds)
         before = 0 if prompt is None else prompt.shape[0]
         indices = [pack.row_indices[row][before + column] for row, column in places]
         return self.states_at(model, pack, inputs, on_device(indices, batch.input_ids.device))

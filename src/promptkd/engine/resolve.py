@@ -28,6 +28,7 @@ ENGINES = ("reference", "cpu", "cuda")
 
 # of different lengths, so that there is padding on both sides, and of the same, so that rows may share a cache
 _PROMPTS, _RESPONSES = [[0, 1, 2], [3], [2, 1, 0]], [[1, 0], [2, 1, 3], [3]]
+_CONTEXT = [3, 0, 2, 1, 3, 0]  # of more tokens than what follows it, so that rows share most of theirs
 _LOGGER = logging.getLogger(__name__)
 _verdicts: weakref.WeakKeyDictionary[PreTrainedModel, dict[tuple[Any, ...], bool]] = weakref.WeakKeyDictionary()
 
@@ -121,11 +122,11 @@ def _problem(trial: Callable[[], Tensor], reference_trial: Callable[[], Tensor],
 
 
 def _score_trial(scorer: Scorer, model: PreTrainedModel) -> Tensor:
-    """Hidden states of a few rows, with and without a soft prompt if the model takes one."""
+    """Hidden states of a few rows, with and without a soft prompt if the model takes one, and after one context."""
     batch = right_pad(_PROMPTS, _RESPONSES, device=embedding_device(model))
-    prompt = _soft_prompt(model)
+    prompt, after = _soft_prompt(model), batch.with_prompts([[*_CONTEXT, *each] for each in _PROMPTS])
     prompted = [] if prompt is None else [scorer.hidden(model, batch, prompt)]
-    return torch.cat([*prompted, scorer.hidden(model, batch, None)]).float()
+    return torch.cat([*prompted, scorer.hidden(model, batch, None), scorer.hidden(model, after, prompt)]).float()
 
 
 def _decode_trial(decoder: Decoder, model: PreTrainedModel) -> Tensor:

@@ -34,7 +34,8 @@ def varlen_attention(
     """An `Attention` within each row of a pack.
 
     Each row is attended to completely. At shared tokens the output of the first row is taken, since all are equal.
-    (Skipping these tokens by a mask would cost more: they are few.)
+    Skipping these tokens by a mask would cost more where they are few; where a pack `skips_shared`, that is done for
+    the rows of which they are half or more.
     """
     scale, window, softcap = settings.scale(query), settings.sliding_window, settings.softcap
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, rotary positions are float32
@@ -68,8 +69,8 @@ class _CausalAttention(torch.autograd.Function):
         outputs = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)  # (1, S, heads, D)
         log_sum_exps = []
         for slices, own in _rows(pack):
-            row = (_gather(each, slices) for each in (query, key, value))
-            output, log_sum_exp = _flash(*row, 0.0, True, scale=scale)
+            row, causal = _read(pack, slices, own, query, key, value)
+            output, log_sum_exp = _flash(*row, 0.0, scale=scale, **causal)
             outputs[:, slices[-1].stop - own : slices[-1].stop] = output[:, :, -own:].transpose(1, 2)
             log_sum_exps.append(log_sum_exp)
         ctx.save_for_backward(query, key, value, outputs, *log_sum_exps)
@@ -84,15 +85,17 @@ class _CausalAttention(torch.autograd.Function):
         # over the rows that share a token
         sums = [torch.zeros_like(each, dtype=wide, memory_format=torch.contiguous_format) for each in inputs]
         for (slices, own), log_sum_exp in zip(_rows(ctx.pack), log_sum_exps, strict=True):
-            row = [_gather(each, slices) for each in (*inputs, outputs.transpose(1, 2))]
-            upstream = gradient[:, slices[-1].stop - own : slices[-1].stop].transpose(1, 2)
-            shared = row[0].shape[2] - own
-            if shared > 0:  # the outputs of shared tokens are those of an earlier row
-                upstream = pad(upstream, (0, 0, shared, 0))
-            parts = _flash_backward(upstream, *row, log_sum_exp, 0.0, True, scale=ctx.scale)
-            lengths = [each.stop - each.start for each in slices]
-            for total, part in zip(sums, parts, strict=True):
-                for place, piece in zip(slices, part.split(lengths, dim=2), strict=True):
+            row, causal = _read(ctx.pack, slices, own, *inputs)
+            length, last = row[0].shape[2], slice(slices[-1].stop - own, slices[-1].stop)
+            upstream = gradient[:, last].transpose(1, 2)
+            if length > own:  # the outputs of shared tokens are those of an earlier row
+                upstream = pad(upstream, (0, 0, length - own, 0))
+            read = slices if length == row[1].shape[2] else [last]  # the queries
+            output = _gather(outputs.transpose(1, 2), read)
+            parts = _flash_backward(upstream, *row, output, log_sum_exp, 0.0, scale=ctx.scale, **causal)
+            for total, part, places in zip(sums, parts, (read, slices, slices), strict=True):
+                lengths = [each.stop - each.start for each in places]
+                for place, piece in zip(places, part.split(lengths, dim=2), strict=True):
                     total[:, :, place] += piece
         return *(each.to(query.dtype) for each in sums), None, None
 
@@ -100,6 +103,19 @@ class _CausalAttention(torch.autograd.Function):
 def _rows(pack: PackedRows) -> Iterator[tuple[list[slice], int]]:
     """The slices of each row that has tokens of its own, and their number."""
     return ((slices, own) for slices, own in zip(pack.row_slices, pack.own_lengths, strict=True) if own > 0)
+
+
+def _read(
+    pack: PackedRows, slices: Sequence[slice], own: int, query: Tensor, key: Tensor, value: Tensor
+) -> tuple[list[Tensor], dict[str, Any]]:
+    """Query, key and value of a row, and how it is attended to: by its own queries alone where others are skipped."""
+    keys = [_gather(each, slices) for each in (key, value)]
+    length = keys[0].shape[2]
+    if not pack.skips_shared or 2 * own > length:
+        return [_gather(query, slices), *keys], {"is_causal": True}
+    unseen = torch.ones(own, length, dtype=torch.bool, device=query.device).triu(length - own + 1)
+    mask = torch.zeros(own, length, dtype=query.dtype, device=query.device).masked_fill(unseen, -torch.inf)
+    return [query[:, :, slices[-1].stop - own : slices[-1].stop], *keys], {"is_causal": False, "attn_mask": mask}
 
 
 def _gather(states: Tensor, slices: Sequence[slice]) -> Tensor:
