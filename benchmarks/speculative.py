@@ -77,7 +77,7 @@ def compare(student, teacher, size: int, given: argparse.Namespace) -> tuple[dic
     params = SamplingParams(max_new_tokens=given.response)
     ways = ["student", *map(str, given.blocks)]
     speeds: dict[str, list[float]] = {name: [] for name in ways}
-    replaced, written = 0, []
+    replaced = 0
     for turn in range(-1, given.repeats):  # the first turn of each is not counted
         generator = torch.Generator().manual_seed(turn + 1)
         prompts = torch.randint(49152, (size, given.prompt), generator=generator).tolist()
@@ -90,7 +90,6 @@ def compare(student, teacher, size: int, given: argparse.Namespace) -> tuple[dic
             else:
                 speculation = Speculation(given.top_k, int(name))
                 found = generate_corrected(student, teacher, prompts[rows], params, speculation, seeds=seeds[rows])
-                written.append([each.token_ids for each in found])
                 replaced += sum(each.replaced for each in found) * (turn >= 0)
             if turn >= 0:
                 speeds[name].append(size * given.response / (time.process_time() - started))

@@ -9,7 +9,7 @@ from benchmarks.floor import step_flops
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
 
-from benchmarks import prompt_every, rollout, step, variants
+from benchmarks import prompt_every, rollout, speculative, step, variants
 from helpers.commands import rows, write_rows
 from helpers.tiny import save_model, tiny_model
 from promptkd.data.batch import right_pad
@@ -139,3 +139,17 @@ def test_the_steps_of_a_prompt_that_rests_are_measured_in_turn(world, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("|")[1].strip() for line in lines] == ["`--prompt_every`", "---", "1", "2", "4"]
     assert [prompt_every.block_of(step) for step in range(14)] == [1, 1, *[1] * 4, *[2] * 4, *[4] * 4]
+
+
+def test_the_speculative_sampler_is_measured_by_its_blocks(tmp_path, monkeypatch, capsys):
+    models = [tiny_model("llama", layers=layers, vocabulary=49152, hidden=8, seed=1) for layers in (1, 2)]
+    monkeypatch.setattr(speculative, "pair", lambda distance: models)
+    out = tmp_path / "record.json"
+    flags = ["--blocks", "1", "3", "--batch-sizes", "2", "--distances", "0.1", "--prompt", "4", "--response", "5"]
+    monkeypatch.setattr(sys, "argv", ["speculative", *flags, "--repeats", "2", "--json", str(out)])
+    speculative.main()
+    (record,) = json.loads(out.read_text(encoding="utf-8"))
+    assert record["tokens_per_second"].keys() == {"student", "1", "3"}
+    assert {len(each) for each in record["tokens_per_second"].values()} == {2}
+    assert 0 < record["replaced"] <= 1
+    assert len(capsys.readouterr().out.splitlines()) == 5
