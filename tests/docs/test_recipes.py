@@ -47,14 +47,15 @@ def test_there_is_a_recipe_for_each_method_and_each_published_setting():
     assert RECIPES.keys() >= METHODS.keys()
     names = (*PUBLISHED, "context", "every", "qwen", "skd", "smollm2", "taid", "veto")
     others = {f"promptkd-{name}" for name in names}
-    assert RECIPES.keys() - METHODS.keys() == others | {"summarization-promptkd", "dialogue-promptkd"}
+    assert RECIPES.keys() - METHODS.keys() == others | {"summarization-promptkd", "dialogue-promptkd", "kd-kept"}
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_command_reads_each_recipe_whole(name):
     ours, given = merged(RECIPES[name]), read_config(RECIPES[name])
     assert {key: ours[key] for key in given} == given
-    assert ours["method"] == (name if name in METHODS else "skd" if name == "promptkd-skd" else "promptkd")
+    others = {"promptkd-skd": "skd", "kd-kept": "kd"}
+    assert ours["method"] == (name if name in METHODS else others.get(name, "promptkd"))
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -96,8 +97,12 @@ def test_an_unknown_key_fails_and_the_nearest_known_one_is_named(tmp_path, capsy
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
-def test_each_recipe_takes_two_steps(world, tmp_path, capsys, name):
+def test_each_recipe_takes_two_steps(world, tmp_path, capsys, name, monkeypatch):
     out = tmp_path / "run"
+    if name == "kd-kept":
+        monkeypatch.chdir(tmp_path)  # where its kept_logits lie
+        scored = ("--model", world.teacher, "--data", world.train, "--out", "train.logits", "--score")
+        done(capsys, "generate", *scored, "--keep-logits", 8, *SMALL[-6:])
     pair = ("--student", world.student, "--teacher", world.teacher, "--data", world.train, "--out", out)
     done(capsys, "distill", "--config", RECIPES[name], *pair, *SMALL)
     record = Results.read(out / "results.json")

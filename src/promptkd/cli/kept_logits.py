@@ -1,5 +1,6 @@
 """`promptkd generate --keep-logits`: what is asked for, checked; the logits written, and what is said of them."""
 
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -136,13 +137,15 @@ class LogitsRequest:
             done = sum(shard.rows for shard in index.shards)
             say(f"{done:,} of {rows:,} rows are kept already; going on with the others.")
         writer.begin()
-        batch_size = settled_rows(self.options.batch_size)
+        batch_size, left = settled_rows(self.options.batch_size), [row for part in writer.left for row in part]
+        started = time.perf_counter()
         write_logits(teacher, writer, batch_size=batch_size, progress=progress_lines("Scoring", rows))
+        speed = sum(len(row.response_ids) for row in left) / (time.perf_counter() - started)
         scored: dict[str, Any] = {"batch_size": batch_size, "student": student}
         error = measured_error(teacher, data.examples, index.settings, **scored)
         writer.finish(error)
         written = sum(shard.bytes for shard in index.shards)
-        say(f"{rows:,} rows in {self.folder}, {_size(written)}.")
+        say(f"{rows:,} rows in {self.folder}, {_size(written)}, scored at {speed:.0f} response tokens per second.")
         for line in error_lines(error, index.settings):
             say(line)
 
