@@ -43,7 +43,7 @@ def world(tmp_path_factory):
     return made
 
 
-@pytest.mark.parametrize(("method", "teacher"), [("promptkd", None), ("minillm", None), ("opcd", "ema")])
+@pytest.mark.parametrize(("method", "teacher"), [("promptkd", None), ("minillm", None), ("skd", None), ("opcd", "ema")])
 def test_a_context_reaches_the_teacher_alone(world, tmp_path, capsys, caplog, monkeypatch, method, teacher):
     """Through preflight, rollouts of the student or of both, the steps of both, and validation."""
     run, read = tmp_path / "run", Read(monkeypatch)
