@@ -119,6 +119,9 @@ def _teacher_of(planned: Planned, options: Options) -> Settings:
     if "kl_to_teacher" not in options.metrics:
         return {}
     given = {name: planned.settings[name] for name in ("teacher", "teacher_dtype") if name in planned.settings}
+    if isinstance(given.get("teacher"), list):
+        told = "kl_to_teacher is measured against one teacher, and the run has several"
+        raise RequestError(f"{told}. Leave it out of metrics.")
     if given.get("teacher") == EMA:
         raise RequestError(
             "kl_to_teacher cannot be measured after a run whose teacher was the moving average of its student: no "
@@ -132,6 +135,7 @@ def _references(options: Options, planned: list[Planned], shared: Settings, read
     jobs = []
     for setting, label in REFERENCES.items() if options.evaluate else ():
         named = [run for run in planned if run.settings.get(setting) and not is_own(run.settings[setting])]
+        named = [run for run in named if not isinstance(run.settings[setting], list)]
         models = {str(run.settings[setting]): run for run in named}
         for name, run in models.items():
             settings = shared | _teacher_of(run, options) | options.evaluate

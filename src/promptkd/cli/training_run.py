@@ -1,7 +1,7 @@
 """What `sft` and `distill` have in common, from the checked folder to the record and the page."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from pickle import UnpicklingError
@@ -40,9 +40,10 @@ from promptkd.training.distributed import autocast
 from promptkd.training.out_of_memory import out_of_memory_told
 from promptkd.training.own_teacher import SELF, is_own
 from promptkd.training.preflight import preflight
+from promptkd.training.setup import rows_of_teachers
 from promptkd.training.signals import StopOnSignal
 from promptkd.training.trackers import LiveCurves
-from promptkd.training.validation import validation_decoding
+from promptkd.training.validation import kl_by_teacher, measure_student, validation_decoding
 
 _SET_HERE = {
     "output_dir": "--out",
@@ -114,6 +115,7 @@ class TrainingRun:
         *,
         need_response: bool = True,
         teacher: TeacherPrompts | None = None,
+        teacher_names: Sequence[str] = ("",),
     ) -> tuple[Any, Any]:
         """Training and validation rows as tokens; a chat template is said to be that of `owner`."""
         template = resolve_template(args.template, tokenizer, args.chat_template_kwargs, teacher)
@@ -124,7 +126,9 @@ class TrainingRun:
             settings["need_response"] = need_response or name == "validation"
             settings["turns"] = "last" if name == "validation" else args.turns
             with limits_named():
-                encoded[name] = encode_examples(examples, tokenizer, template, **settings)
+                made = encode_examples(examples, tokenizer, template, **settings)
+            is_train = name == "train"
+            encoded[name] = rows_of_teachers(made, teacher_names, f"the {name} data", all_used=is_train)
         self.note(template_note(template, owner, args.turns))
         for name, data in encoded.items():
             source, _ = self._examples.pop(name)
@@ -160,6 +164,10 @@ class TrainingRun:
         if is_main_process():
             with out_of_memory_told(trainer):
                 seen = self.results.preflight = preflight(trainer, train)
+            if trainer.teacher_names:
+                self.note(
+                    f"Before training, of the teachers only {trainer.teacher.name} was measured, on its own rows."
+                )
             say("Before training:")
             for name, value in preflight_lines(seen):
                 say(f"  {name:<26}{value}")
@@ -282,15 +290,19 @@ class TrainingRun:
         if not trainer.validation_rows:
             return []
         started, decoding, rows = time.perf_counter(), validation_decoding(trainer), trainer.validation_rows
-        size = trainer.args.per_device_eval_batch_size
         tokens = rouge_tokens(trainer.args.rouge_tokenizer, trainer.processing_class)
+        size = trainer.args.per_device_eval_batch_size
         scoring: dict[str, Any] = {"batch_size": size, "rouge_tokenizer": trainer.args.rouge_tokenizer}
-        scored = measure_rows(model, trainer.processing_class, rows, decoding, teacher=teacher, **scoring)
+        if trainer.teacher_names:
+            scored = measure_student(trainer, rows)
+            self.results.metrics |= kl_by_teacher(trainer, scored, rows)
+        else:
+            scored = measure_rows(model, trainer.processing_class, rows, decoding, teacher=teacher, **scoring)
         labels = {"model": name, "data": "validation", "rouge_tokenizer": tokens.name}
         evaluation = evaluation_of(scored, decoding, [decoding.seed], **labels)
         self.results.timings["evaluate"] = time.perf_counter() - started
-        own = self.kind == "distill" and is_own(self.options.teacher)  # as fast as the student
-        if self._has_baselines(trainer) and not own and teacher is not None and not trainer.is_sharded:
+        skipped = bool(trainer.teacher_names) or (self.kind == "distill" and is_own(self.options.teacher))
+        if self._has_baselines(trainer) and not skipped and teacher is not None and not trainer.is_sharded:
             tokenizer = trainer.processing_class
             size = vocabulary_without(tokenizer, decoding.masked_ids).size
             workload = {"rows": decoding.batch_size, "vocabulary": size}

@@ -37,6 +37,7 @@ class EncodedExample:
     row: int  # index of the row in its source, from 0
     request: tuple[tuple[str, str], ...] = ()  # what was asked without the template, by role; () for a prompt's text
     teacher_prompt_ids: list[int] | None = None  # the prompt with the context that only the teacher reads; None without
+    teacher: str = ""  # the name of the teacher whose row it is, of several; "" where the row has none
 
     def for_teacher(self) -> "EncodedExample":
         """The row as the teacher reads it, under the same text: itself without a context."""
@@ -86,6 +87,12 @@ class NoRowFitsError(RequestError):
     def __init__(self, told: str, limits: Limits, keeps_all: Limits):
         super().__init__(told)
         self.limits, self.keeps_all = limits, keeps_all
+
+
+def teacher_of(example: Example) -> str:
+    """What the column `teacher` says, by which several teachers share the rows."""
+    named = example.fields.get("teacher")
+    return "" if named is None else str(named)
 
 
 def encode_examples(
@@ -153,7 +160,7 @@ def encode_examples(
             raise RequestError(f"{example.location}: {problem}")
         if not excess:
             own = references[index], texts[index], example.row, spoken(example)
-            kept.append(EncodedExample(prompt, response, *own, read or None))
+            kept.append(EncodedExample(prompt, response, *own, read or None, teacher_of(example)))
             kept_informed += informed[index]
     if not kept:
         and_response = f"; the shortest response has {min(map(len, responses))}, and the limit is {max_response_length}"

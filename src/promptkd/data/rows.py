@@ -37,7 +37,7 @@ _SYSTEMS = ("system", "system_prompt")
 _TOOLS = ("tools", "functions")
 _MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 _COLUMNS = {*_INSTRUCTIONS, *_CONVERSATIONS, *_INPUTS, *_ANSWERS, *_SYSTEMS, *_TOOLS, "prompt", "history"}
-_COLUMNS |= {"chat_template_kwargs", "teacher_prompt"}
+_COLUMNS |= {"teacher", "chat_template_kwargs", "teacher_prompt"}
 _FORMS = (
     '{"instruction", "input", "output"}, {"messages": [...]}, {"conversations": [...]}, {"prompt", "completion"} or '
     '{"question", "answer"}'

@@ -116,7 +116,9 @@ def _lead(record: Results, published: Published) -> str:
 def _named_teacher(record: Results) -> str | None:
     """The teacher that a run was given; None for one that was made of the student."""
     teacher = record.config.get("teacher")
-    return None if teacher in (None, "self", "ema") else str(teacher)
+    named = [teacher] if isinstance(teacher, str) else teacher or []  # of several, each as NAME=PATH or a path
+    names = [str(each).partition("=")[2] or str(each) for each in named if each not in ("self", "ema")]
+    return ", ".join(names) or None
 
 
 def _method(record: Results) -> str:

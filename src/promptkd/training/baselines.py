@@ -2,7 +2,7 @@
 
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 from transformers import TrainerCallback
 
-from promptkd.data import stop_token_ids
+from promptkd.data import EncodedExample, stop_token_ids
 from promptkd.engine import release, unwrap_peft
 from promptkd.evaluation.dataset_evaluation import measure_rows
 from promptkd.evaluation.measure import evaluation_of
@@ -80,7 +80,7 @@ class Baselines(TrainerCallback):
         count = 1 if is_sharded(accelerator) else accelerator.num_processes
         rows = trainer.validation_rows[accelerator.process_index % count :: count]
 
-        def measured(student: nn.Module, teacher: nn.Module | None) -> list[RowResult]:
+        def measured(student: nn.Module, teacher: nn.Module | None, rows: Sequence[EncodedExample]) -> list[RowResult]:
             if label == BEFORE or teacher is None:
                 return measure_rows(student, tokenizer, rows, decoding, teacher=teacher, **scoring)
             ends = stop_token_ids(tokenizer, unwrap_peft(teacher).generation_config, args.template)
@@ -94,6 +94,6 @@ class Baselines(TrainerCallback):
                 release(teacher)  # training decodes with the student alone
 
         with trainer.phases("validation"), autocast(accelerator, args):
-            scored = trainer.on_models(measured)
+            scored = trainer.on_rows(measured, rows)
         scored = gather_object(scored) if count > 1 else scored
         return sorted(scored, key=lambda each: each.row)

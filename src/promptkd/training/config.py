@@ -208,6 +208,9 @@ class DistillConfig(_FlatSettings, BaseConfig, DistillationConfig):
     kept_logits: str | None = None
     """Folder of kept teacher logits (promptkd generate --keep-logits), from which the student learns without a teacher.
     """
+    teachers_resident: Literal["all", "one"] = "all"
+    """Several teachers: all stay on the device, or one at a time; the others wait in host memory (on CPU, in files of
+    the cache)."""
     teacher_ema_decay: float = option(0.99, at_least=0, at_most=1)
     """Teacher ema, the student's moving average: its share of itself after each optimizer step. 0 is the student as it
     stands, 1 its start."""

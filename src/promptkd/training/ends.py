@@ -5,7 +5,7 @@ asks for another token. So the teacher's ends end responses, too, and rows end a
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,9 +43,10 @@ class PairEnds:
         teacher: PreTrainedTokenizerBase | None,
         teacher_config: GenerationConfig | None,
     ):
-        self._args, self.tokenizer = args, tokenizer
+        self.args, self.tokenizer = args, tokenizer
         self.of_teacher: list[int] = []
-        self._first: int | None = None  # of the teacher's ends, the one that it writes
+        self.first: int | None = None
+        """Of the teacher's ends, the one that it writes."""
         if shared is None or not method.reads_teacher:
             return
         first, known = _ends_of(teacher, teacher_config, args.template)
@@ -56,38 +57,43 @@ class PairEnds:
                 f"The teacher ends its answers with {names}, which the student does not have, so the student would "
                 f"unlearn to end. Give the student the teacher's tokenizer, or use {_OTHER_WAY}."
             )
-        self._first = next((index for index in (*first, *self.of_teacher) if index in self.of_teacher), None)
+        self.first = next((index for index in (*first, *self.of_teacher) if index in self.of_teacher), None)
 
     @property
     def in_order(self) -> list[int]:
         """The teacher's ends, the one that it writes first."""
-        return sorted(self.of_teacher, key=lambda index: index != self._first)
+        return sorted(self.of_teacher, key=lambda index: index != self.first)
 
     def settle(self, student_config: GenerationConfig | None) -> list[str]:
         """Let rows end as the teacher's answers do, where the EOS of the tokenizer decides; what to say of it.
 
         With `end_token` "student", and where a chat template writes the end, nothing is changed.
         """
-        template = resolve_template(self._args.template, self.tokenizer)
-        own, known = template.end_token_id, stop_token_ids(self.tokenizer, student_config, template)
-        is_written = template.chat is not None and template.chat.written_end is not None
-        agree = own in self.of_teacher or (own is None and not set(known).isdisjoint(self.of_teacher))
-        if self._first is None or agree or is_written or self._args.end_token == "student":
+        if self.first is None or not self.must_settle(student_config):
             return []
-        self.tokenizer.eos_token = self.tokenizer.convert_ids_to_tokens(self._first)
+        own = resolve_template(self.args.template, self.tokenizer).end_token_id
+        self.tokenizer.eos_token = self.tokenizer.convert_ids_to_tokens(self.first)
         of_rows = "nothing" if own is None else self._name(own)
         note = (
             f"End tokens differ: the student's rows would end with {of_rows}, the teacher ends with "
-            f"{self._name(self._first)}. The rows end as the teacher does, with what is now the EOS of the student's "
+            f"{self._name(self.first)}. The rows end as the teacher does, with what is now the EOS of the student's "
             "tokenizer, and responses end at either (--end_token student keeps the student's)."
         )
         _LOGGER.warning(note)
         return [note]
 
+    def must_settle(self, student_config: GenerationConfig | None) -> bool:
+        """Whether rows would end as the teacher never does, and can end as it does instead."""
+        template = resolve_template(self.args.template, self.tokenizer)
+        own, known = template.end_token_id, stop_token_ids(self.tokenizer, student_config, template)
+        is_written = template.chat is not None and template.chat.written_end is not None
+        agree = own in self.of_teacher or (own is None and not set(known).isdisjoint(self.of_teacher))
+        return not (self.first is None or agree or is_written or self.args.end_token == "student")
+
     def settle_with(self, student: str | Path | PreTrainedModel, data: Sequence[Any]) -> tuple[list[str], list[Any]]:
         """`settle` by the student's own settings; and `data`, of which rows that are encoded end the same way."""
-        config = generation_config(student, self._args)
-        before = resolve_template(self._args.template, self.tokenizer).end_token_id
+        config = generation_config(student, self.args)
+        before = resolve_template(self.args.template, self.tokenizer).end_token_id
         notes, after = self.settle(config), self.tokenizer.eos_token_id
         if not notes:
             return [], list(data)
@@ -95,14 +101,14 @@ class PairEnds:
 
     def stops(self, student_config: GenerationConfig | None) -> tuple[tuple[int, ...], list[str]]:
         """All ids that end a response, and what to say of the teacher's among them."""
-        template = resolve_template(self._args.template, self.tokenizer)
+        template = resolve_template(self.args.template, self.tokenizer)
         own = stop_token_ids(self.tokenizer, student_config, template)
         found, end = tuple(sorted({*own, *self.of_teacher})), template.end_token_id
-        if self._first is not None and end is not None and end not in self.of_teacher:
-            keeps = "the chat template writes" if self._args.end_token == "teacher" else "--end_token student keeps"
+        if self.first is not None and end is not None and end not in self.of_teacher:
+            keeps = "the chat template writes" if self.args.end_token == "teacher" else "--end_token student keeps"
             note = (
                 f"End tokens differ: {keeps} {self._name(end)} at the end of the rows, and the teacher ends with "
-                f"{self._name(self._first)}. Responses end at either, and the student learns to write the teacher's. "
+                f"{self._name(self.first)}. Responses end at either, and the student learns to write the teacher's. "
                 "To keep the rows' own, tune the teacher on them first (promptkd sft)."
             )
             _LOGGER.warning(note)
@@ -111,8 +117,46 @@ class PairEnds:
             return found, [f"Responses also end at {', '.join(map(self._name, more))}, as the teacher's do."]
         return found, []
 
+    @property
+    def named_first(self) -> str:
+        """The end token that the teacher writes, by name."""
+        return "nothing" if self.first is None else self._name(self.first)
+
     def _name(self, index: int) -> str:
         return f"{self.tokenizer.convert_ids_to_tokens(index)!r} (id {index})"
+
+
+class SeveralEnds:
+    """The end tokens of a student and of several teachers; with one teacher, those of the pair.
+
+    Raises:
+        RequestError: if the teachers end their answers differently and the rows would have to end as one does.
+    """
+
+    def __init__(self, pairs: Mapping[str, PairEnds]):
+        self.pairs = pairs
+
+    def settle_with(self, student: str | Path | PreTrainedModel, data: Sequence[Any]) -> tuple[list[str], list[Any]]:
+        """See `PairEnds.settle_with`."""
+        (one, *_), firsts = self.pairs.values(), {pair.first for pair in self.pairs.values()}
+        config = generation_config(student, one.args)
+        if len(firsts) > 1 and any(pair.must_settle(config) for pair in self.pairs.values()):
+            names = ", ".join(f"{name} with {pair.named_first}" for name, pair in self.pairs.items())
+            raise RequestError(
+                f"The teachers end their answers differently ({names}), and rows can end in one way only. Give "
+                "--end_token student, or teachers that end alike."
+            )
+        notes, settled = [], list(data)
+        for pair in self.pairs.values():  # what the first one settles, the others find
+            more, settled = pair.settle_with(student, settled)
+            notes += more
+        return notes, settled
+
+    def stops(self, student_config: GenerationConfig | None) -> tuple[tuple[int, ...], list[str]]:
+        """All ids that end a response, and what to say of the teachers' among them."""
+        found = {name: pair.stops(student_config) for name, pair in self.pairs.items()}
+        notes = [f"Teacher {name}: {note}" if name else note for name, (_, told) in found.items() for note in told]
+        return tuple(sorted({index for ids, _ in found.values() for index in ids})), notes
 
 
 def generation_config(model: str | Path | PreTrainedModel, args: Any) -> GenerationConfig | None:

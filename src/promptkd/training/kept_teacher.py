@@ -27,7 +27,7 @@ class KeptTeacher(Teacher):
     """A teacher of which only its distributions at fixed responses are known; nothing of it is in memory."""
 
     def __init__(self, kept: KeptLogits, args: Any, vocabulary: Vocabulary):
-        self.kept, self.vocabulary, self.adapter = kept, vocabulary, None
+        self.kept, self.vocabulary, self.adapter, self.name = kept, vocabulary, None, ""
         self.placed = self.model = nn.Module()  # without weights
         self.parameters, self.generation_config = 0, ends_config(kept)
         self._chunk_tokens = args.chunk_tokens

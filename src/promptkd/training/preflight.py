@@ -41,7 +41,9 @@ def preflight(trainer: Any, train: EncodedData) -> Preflight:
     )
     if trainer.is_sharded or not trainer.compares:
         return seen
-    rows = trainer.validation_rows or train.examples
+    name = trainer.teacher.name  # of several, the first
+    rows = [row for row in trainer.validation_rows or train.examples if name in ("", row.teacher)]
+    rows = rows or [row for row in train.examples if row.teacher == name]
     rows = rows[:: max(1, len(rows) // ROWS)][:ROWS]
     started = time.perf_counter()
     with autocast(trainer.accelerator, args):

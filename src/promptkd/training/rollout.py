@@ -59,6 +59,7 @@ class Rollout:
         kept = args.per_device_train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
         self.completions: deque[tuple[str, str]] = deque(maxlen=kept)
         """Prompts and responses of the last window on all processes, with `log_completions`."""
+        self.teacher_names: tuple[str, ...] = ()  # of several teachers, whose response tokens are counted each
 
     def __call__(self, rows: Sequence[EncodedExample], model: nn.Module, *, step: int, total_steps: int) -> Window:
         """Responses to the rows of this process, in random micro-batches. All processes must call it together."""
@@ -116,8 +117,11 @@ class Rollout:
         drawn = torch.randint(len(self._texts), (len(rows),)).tolist() if self._texts else []
         texts = [self._texts[index] for index in drawn]
         own = [sum(map(len, responses)), len(rows), sum(len(ids) - 1 for ids in texts)]
+        lengths = [(row.teacher, len(ids)) for row, ids in zip(rows, responses, strict=True)]
+        own += [sum(length for teacher, length in lengths if teacher == name) for name in self.teacher_names]
         counts: Tensor = self._accelerator.reduce(torch.tensor(own, device=device), reduction="sum")
-        tokens, all_rows, text_tokens = counts.unbind()
+        tokens, all_rows, text_tokens, *by_teacher = counts.unbind()
+        of_each = dict(zip(self.teacher_names, by_teacher, strict=True))
         order = torch.randperm(len(rows)).tolist()
         size = len(rows) // self._args.gradient_accumulation_steps
         micro_batches = []
@@ -127,7 +131,7 @@ class Rollout:
             batch = right_pad([row.prompt_ids for row in own_rows], [responses[each] for each in chosen], device=device)
             micro_batches.append(MicroBatch(index, own_rows, batch, own_texts))
         items = all_rows if self.method.per_row else tokens
-        return Window(micro_batches, items, tokens, text_tokens, progress)
+        return Window(micro_batches, items, tokens, text_tokens, progress, tokens_by_teacher=of_each)
 
     def _sample(self, prompts: Tokens, model: nn.Module, step: int, mixed_with: Mixture | None) -> Tokens:
         if self._vllm is not None:
@@ -190,6 +194,8 @@ class Rollout:
         return [row[: next((n + 1 for n, token in enumerate(row) if token in self.stop_ids), len(row))] for row in rows]
 
     def _check_both_whole(self, doing: str, other: str) -> None:
+        if self.teacher_names:
+            raise RequestError(f"{doing} is done with one teacher only: give one --teacher, or set {other}.")
         if self._vllm is not None or needs_generate(self._args) or is_sharded(self._accelerator):
             raise RequestError(
                 f"{doing} needs both models whole in one process: leave vLLM, FSDP, DeepSpeed ZeRO-3 and "

@@ -3,8 +3,7 @@
 import logging
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 from accelerate import Accelerator
@@ -17,7 +16,7 @@ from promptkd.data.chat import adopt
 from promptkd.data.encode import EncodedExample, Turns
 from promptkd.data.kept_logits import KeptLogits
 from promptkd.data.messages import without_nulls
-from promptkd.data.summary import context_notes, limits_named, row_notes
+from promptkd.data.summary import limits_named, row_notes
 from promptkd.data.teacher_prompt import TeacherPrompts
 from promptkd.engine import Vocabulary, check_scoring
 from promptkd.errors import RequestError
@@ -28,8 +27,7 @@ from promptkd.models.positions import position_limit
 from promptkd.models.vocabulary import check_heads
 from promptkd.responses import AdaptiveReplay
 from promptkd.training.distributed import check_dispatched, check_sharding, is_dispatched, is_sharded, settle_dispatched
-from promptkd.training.ends import PairEnds, generation_config
-from promptkd.training.kept_teacher import KeptTeacher, check_kept_rows, check_kept_use, ends_config, kept_vocabulary
+from promptkd.training.kept_teacher import KeptTeacher
 from promptkd.training.rollout import needs_generate
 from promptkd.training.teacher import Teacher, check_teacher_options
 
@@ -37,62 +35,6 @@ _log = logging.getLogger(__name__)
 
 
 Rows = Sequence[dict[str, Any]] | EncodedData | None
-
-
-@dataclass(frozen=True)
-class PairRows:
-    """The rows of a run as tokens, and what student and teacher have in common."""
-
-    train: EncodedData | None
-    validation: EncodedData | None
-    shared: SharedVocabulary | None  # None where the two are not compared
-    ends: PairEnds
-    notes: list[str]
-
-
-def prepare_rows(
-    method: Method,
-    args: Any,
-    student: tuple[str | Path | PreTrainedModel, PreTrainedTokenizerBase],
-    teacher: tuple[PreTrainedModel | KeptLogits | None, PreTrainedTokenizerBase | None, str],
-    train: Rows,
-    validation: Rows,
-) -> PairRows:
-    """Compare the vocabularies and end tokens of a pair, and encode its rows by what was found.
-
-    Args:
-        student: the model, or where it is, and its tokenizer, which takes the teacher's template or end if need be.
-        teacher: the model, None for one made of the student, or its kept logits, its tokenizer if known, and its name.
-
-    Raises:
-        RequestError: if the method compares the two and cannot, or for rows that cannot be used.
-    """
-    tokenizer, (teacher_model, teacher_tokenizer, name) = student[1], teacher
-    if isinstance(teacher_model, KeptLogits):
-        check_kept_use(teacher_model, method, args)
-        compared: Compared = kept_vocabulary(teacher_model, tokenizer)
-        config: Any = ends_config(teacher_model)
-    else:
-        take_template(args, tokenizer, teacher_tokenizer, name)
-        compared = compared_vocabulary(method, tokenizer, teacher_tokenizer, args.template)
-        config = generation_config(student[0] if teacher_model is None else teacher_model, args)
-    ends = PairEnds(args, method, compared[0], tokenizer, teacher_tokenizer, config)
-    settled, (train, validation) = ends.settle_with(student[0], [train, validation])
-    check_responses(method, args, validates=validation is not None)
-    teacher_prompts = read_teacher_prompts(method, args)
-    needed: dict[str, Any] = {"need_response": method.responses.needs_data, "teacher": teacher_prompts}
-    encoded = encode(train, tokenizer, args, turns=args.turns, **needed)
-    of_validation = encode(validation, tokenizer, args, name="eval_dataset", teacher=teacher_prompts)
-    shared, notes = compared_rows(method, compared, encoded, of_validation)
-    if isinstance(teacher_model, KeptLogits):
-        check_kept_rows(teacher_model, encoded, args)
-    of_contexts = context_notes(encoded, of_validation, teacher_prompts)
-    if args.method == "opcd" and not any(each and each.contexts for each in (encoded, of_validation)):
-        advice = "Give --teacher_prompt, or rows with a column teacher_prompt"
-        of_contexts.append(f"No row has a context for the teacher: without one, opcd is gkd with reverse KL. {advice}.")
-    for note in of_contexts:
-        _log.warning(note)
-    return PairRows(encoded, of_validation, shared, ends, [*notes, *settled, *of_contexts])
 
 
 def encode(
@@ -104,10 +46,11 @@ def encode(
     turns: Turns = "last",
     need_response: bool = True,
     teacher: TeacherPrompts | None = None,
+    teacher_names: Sequence[str] = ("",),
 ) -> EncodedData | None:
     """Rows as tokens, by the template, the columns and the limits of a `DistillConfig`; warns of what is left out."""
     if rows is None or isinstance(rows, EncodedData):
-        return rows
+        return rows_of_teachers(rows, teacher_names, name, all_used=name != "eval_dataset")
     if isinstance(rows, Dataset):
         rows = [without_nulls(row) for row in rows]  # each of its structs has the fields of all others
     flags = ("max_prompt_length =", "max_completion_length =", "max_teacher_prompt_length =")
@@ -122,9 +65,31 @@ def encode(
             need_response=need_response,
             turns=turns,
         )
+    encoded = rows_of_teachers(encoded, teacher_names, name, all_used=name != "eval_dataset")
     for note in row_notes(name, encoded, flags):
         _log.warning(note)
     return encoded
+
+
+def rows_of_teachers(data: Any, names: Sequence[str], of: str, *, all_used: bool) -> Any:
+    """`EncodedData` whose rows each name their teacher in the column `teacher`; as they are for a single teacher.
+
+    `RequestError` for a row without a name or of an unknown one, and where `all_used`, for a teacher without rows.
+    """
+    if data is None or len(names) == 1:
+        return data
+    listed = ", ".join(names)
+    for row in data.examples:
+        if row.teacher not in names:
+            got = f"the unknown teacher {row.teacher!r}" if row.teacher else "a row without the column 'teacher'"
+            raise RequestError(
+                f"With several teachers each row names its own in the column 'teacher', one of {listed}. Got {got} in "
+                f"row {row.row} of {of}. --columns OLD=teacher takes it from another column."
+            )
+    unused = [name for name in names if all_used and not any(row.teacher == name for row in data.examples)]
+    if unused:
+        raise RequestError(f"No row of {of} is of the teacher {', '.join(unused)}. Leave it out, or give it rows.")
+    return replace(data, unread={name: rows for name, rows in data.unread.items() if name != "teacher"})
 
 
 def read_teacher_prompts(method: Method, args: Any) -> TeacherPrompts | None:
@@ -233,8 +198,8 @@ def check_placement(
         settle_dispatched(teacher, accelerator.device)
 
 
-def make_teacher(trainer: Any, teacher: Any, *, averages: bool) -> Teacher:
-    """The teacher of a `DistillTrainer`: with the adapter of its method and on its devices, or what is kept of it.
+def make_teacher(trainer: Any, teacher: Any, *, averages: bool = False, name: str = "") -> Teacher:
+    """A teacher of a `DistillTrainer`: with the adapter of its method and on its devices, or what is kept of it.
 
     `RequestError` if a model has too few positions or columns, or cannot be run so.
     """
@@ -244,11 +209,12 @@ def make_teacher(trainer: Any, teacher: Any, *, averages: bool) -> Teacher:
         check_models(student, None, None, args)
         return KeptTeacher(teacher, args, trainer.shared)
     rows, tokenizer = [*(trainer.train_dataset or ()), *(trainer.eval_dataset or ())], trainer.processing_class
+    rows = [row for row in rows if row.teacher == name] if name else rows
     vocabulary = trained_vocabulary(method, trainer.shared, tokenizer, student, teacher)
     parameters = count_parameters(teacher)
     adapter, adapted = make_adapter(method, teacher.requires_grad_(False), tokenizer, args, accelerator)
     check_models(student, teacher, adapter, args, rows)
-    return Teacher(adapted, adapter, accelerator, args, vocabulary, parameters, averages=averages)
+    return Teacher(adapted, adapter, accelerator, args, vocabulary, parameters, averages=averages, name=name)
 
 
 def check_models(

@@ -1,6 +1,6 @@
 """Supervised fine-tuning on the responses of the data, by TRL's `SFTTrainer`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -66,6 +66,7 @@ class FinetuneTrainer(SFTTrainer):
 
     _tag_names = ("promptkd", "sft")
     is_trial = False
+    teacher_names = ()
     checkpoint_root: Path | None = None
     """Where a checkpoint is being written, before it takes its place."""
 
@@ -205,6 +206,10 @@ class FinetuneTrainer(SFTTrainer):
     def on_models(self, work: Callable[[nn.Module, nn.Module | None], T]) -> T:
         """`work(model, None)` with all of the model's weights on this process."""
         return run_whole(lambda model: work(model, None), self.model_wrapped, self.accelerator)
+
+    def on_rows(self, work: Callable[..., list[Any]], rows: Sequence[EncodedExample]) -> list[Any]:
+        """`work(model, None, rows)` likewise."""
+        return self.on_models(lambda model, teacher: work(model, teacher, rows))
 
     def savings(self) -> dict[str, bool]:
         """No settings of the models but those that every training has would save memory."""

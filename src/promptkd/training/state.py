@@ -14,7 +14,7 @@ from promptkd.responses import Responses
 from promptkd.training.guard import Guard
 from promptkd.training.own_teacher import MovingAverage
 from promptkd.training.state_files import has_state, read_state, write_state
-from promptkd.training.teacher_tuner import TeacherTuner
+from promptkd.training.teacher_tuner import TeacherTuner, TeacherTuners
 
 _NAME, _OLD_FILE = "method", "method.pt"  # of older versions, which torch wrote
 
@@ -66,7 +66,7 @@ class ExtraState:
         guard: Guard,
         *,
         responses: Responses | None = None,
-        tuner: TeacherTuner | None = None,
+        tuner: TeacherTuner | TeacherTuners | None = None,
         average: MovingAverage | None = None,
         moving: Moving | None = None,
     ):
@@ -102,7 +102,7 @@ class ExtraState:
         """Take the teacher's part alone from a checkpoint, as for the best model at the end of training."""
         state = {} if self._tuner is None and self._average is None else self._read(checkpoint)
         if self._tuner is not None:
-            self._tuner.adapter.load_state_dict(state["adapter"])
+            self._tuner.load_adapter(state)
         if self._average is not None:
             self._average.load_state_dict(state["average"])
 

@@ -74,11 +74,11 @@ def merge_trained(trainer: Any) -> None:
     trainer.model = trainer.model_wrapped = model.merge_and_unload()
 
 
-def merged_notes(student: nn.Module, teacher: nn.Module | KeptLogits | None = None) -> list[str]:
+def merged_notes(student: nn.Module, *teachers: nn.Module | KeptLogits) -> list[str]:
     """Sentences on adapters that were merged into the models, and on how one that is trained on top will be saved."""
-    models = {"student" if teacher is not None else "model": student, "teacher": teacher}
-    known = {role: merged_parts(each) if isinstance(each, nn.Module) else None for role, each in models.items()}
-    notes = [f"The {role} is {merged.told}." for role, merged in known.items() if merged is not None]
+    models = [("student" if teachers else "model", student), *(("teacher", each) for each in teachers)]
+    known = [(role, merged_parts(each)) for role, each in models if isinstance(each, nn.Module)]
+    notes = [f"The {role} is {merged.told}." for role, merged in known if merged is not None]
     if isinstance(student, PeftModel) and (merged := merged_parts(student)) is not None:
         one = f"joined with that as one adapter of {absolute_name(merged.source.base)}, whose rank is the sum of theirs"
         whole = "merged, as a whole model, since what was merged before is more than LoRA weights"

@@ -25,6 +25,7 @@ from promptkd.models.pair import Pair
 from promptkd.precision import teacher_precision
 from promptkd.training.distributed import is_sharded, place_teacher
 from promptkd.training.own_teacher import EMA, check_own_teacher, is_own, start_of
+from promptkd.training.residence import bring
 
 
 class Teacher:
@@ -35,6 +36,7 @@ class Teacher:
         vocabulary: what it shares with the student, or how many ids.
         averages: whether it is a moving average of the student.
         parameters: how many it had before its adapter was made, which DeepSpeed's shards do not tell.
+        name: that of one of several, by which rows are its own; "" for the only one.
     """
 
     def __init__(
@@ -47,15 +49,21 @@ class Teacher:
         parameters: int = 0,
         *,
         averages: bool = False,
+        name: str = "",
     ):
-        self.adapter, self.parameters = adapter, parameters
+        self.adapter, self.parameters, self.name = adapter, parameters, name
         self.vocabulary = vocabulary if isinstance(vocabulary, Vocabulary) else Vocabulary(vocabulary)
         self.placed = place_teacher(model, accelerator)
         self.model: nn.Module = accelerator.unwrap_model(self.placed)
         self._chunk_tokens, self._recomputes = args.chunk_tokens, args.teacher_gradient_checkpointing
-        self._is_sharded, self._averages = is_sharded(accelerator), averages
-
+        self._is_sharded = is_sharded(accelerator)
+        self.averages = averages
         self.generation_config = self.backbone.generation_config
+
+    def bring(self) -> None:
+        """Have its weights on the device, where several teachers take turns there."""
+        if self.name:
+            bring(self.model)
 
     @property
     def backbone(self) -> PreTrainedModel:
@@ -99,7 +107,7 @@ class Teacher:
     def savings(self) -> dict[str, bool]:
         """Which of its settings would still save memory, for `out_of_memory.advice`."""
         adapter, in_float32 = self.adapter, all(each.dtype.itemsize >= 4 for each in self.model.parameters())
-        fixed = self._averages or (adapter is not None and adapter.copies_teacher)  # in float32
+        fixed = self.averages or (adapter is not None and adapter.copies_teacher)  # in float32
         keeps_activations = bool(adapter and adapter.backpropagates) and not self._recomputes
         return {"recompute_teacher": keeps_activations, "lower_teacher": in_float32 and not fixed}
 

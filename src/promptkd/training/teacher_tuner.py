@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import get_scheduler
 
+from promptkd.errors import RequestError
 from promptkd.models.adapters import PromptLossSettings, TunerStep
 from promptkd.settings import Reader
 from promptkd.training.config import TunerSettings
@@ -18,7 +19,7 @@ from promptkd.training.guard import Guard
 from promptkd.training.phases import Phases
 from promptkd.training.student_loss import summed
 from promptkd.training.teacher import Teacher
-from promptkd.training.window import MicroBatch, StepMetrics, Window
+from promptkd.training.window import MicroBatch, StepMetrics, Window, labeled, per_token
 
 
 class TeacherTuner:
@@ -76,13 +77,19 @@ class TeacherTuner:
         if not self.is_due(step):
             return
         args, teacher = self._args, self.teacher
+        tokens = window.tokens_of(teacher.name).clamp(min=1)
         regularizes = self.adapter.has_regularizer
         weight = self._loss_settings.weight(step, self._total_steps) if regularizes else 0.0
         reads_plain = regularizes and (weight != 0 or logs)
         # In float16 the gradient of a sum survives, that of a mean does not.
-        scale = window.tokens.clamp(min=1) if teacher.backbone.dtype == torch.float16 else 1
+        scale = tokens if teacher.backbone.dtype == torch.float16 else 1
+        own = [its for each in window.micro_batches if (its := each.of(teacher.name)) is not None]
+        if own:
+            teacher.bring()
         pair = teacher.pair(self._accelerator.unwrap_model(student))
-        for micro_batch in window.micro_batches:
+        for metric in ("prompt_kl", *(["prompt_regularizer"] if reads_plain else [])) if teacher.name else ():
+            self.metrics.add(labeled(metric, teacher.name), 0.0, per=per_token(teacher.name))  # of all processes alike
+        for micro_batch in own:
             batch = micro_batch.teacher_batch
             self._phases.works_on(batch.lengths)
             target = student_hidden(student, micro_batch)
@@ -97,27 +104,39 @@ class TeacherTuner:
                     adapted = teacher.trained_hidden(part)
                     seen = TunerStep(pair, part, adapted, part_target, part_plain, weight, self._loss_settings)
                     loss = self.adapter.loss(seen)
-                self.metrics.add("prompt_kl", summed(loss, "to_student"))
+                self._add("prompt_kl", summed(loss, "to_student"))
                 if reads_plain:
-                    self.metrics.add("prompt_regularizer", summed(loss, "to_plain"))
+                    self._add("prompt_regularizer", summed(loss, "to_plain"))
                 self._guard.note("prompt loss", loss.total, micro_batch.index)
-                (loss.total * scale / window.tokens.clamp(min=1)).backward()
+                (loss.total * scale / tokens).backward()
                 read.append(adapted.detach())
             if self._settings.prompt_refresh == "stale":
                 micro_batch.teacher_hidden = torch.cat(read)
         if regularizes:
             self.metrics.set("lambda", weight)
-        self._update(scale)
+        if teacher.name and not int(window.tokens_of(teacher.name)):
+            self.optimizer.step()  # no process has a row of its own, so there is no gradient and nothing moves
+            self.scheduler.step()
+            return
+        self._update(scale, had_rows=bool(own))
 
-    def _update(self, scale: Tensor | int) -> None:
+    def _add(self, metric: str, value: Tensor | float) -> None:
+        """Add to a metric of all teachers, and to that of this one."""
+        self.metrics.add(metric, value)
+        if self.teacher.name:
+            self.metrics.add(labeled(metric, self.teacher.name), value, per=per_token(self.teacher.name))
+
+    def _update(self, scale: Tensor | int, *, had_rows: bool = True) -> None:
         """Sum the gradients of all processes, clip them and step; a gradient that is not finite moves nothing."""
-        parameters = self.adapter.parameters()
+        parameters, name = self.adapter.parameters(), self.teacher.name
         for parameter in parameters:
+            if parameter.grad is None and not had_rows:
+                parameter.grad = torch.zeros_like(parameter)  # other processes wait for it
             if parameter.grad is not None:
                 parameter.grad = self._accelerator.reduce(parameter.grad, reduction="sum") / scale
         norm = float(nn.utils.clip_grad_norm_(parameters, self._settings.prompt_max_grad_norm or math.inf))
         self._guard.note("prompt gradient", torch.tensor(norm))
-        self.metrics.set("prompt_grad_norm", norm)
+        self.metrics.set(labeled("prompt_grad_norm", name), norm)
         self.metrics.set("prompt_learning_rate", self.scheduler.get_last_lr()[0])
         if self._args.on_nan == "skip":
             self._before = copy.deepcopy((self.adapter.state_dict(), self.optimizer.state_dict()))
@@ -151,3 +170,75 @@ class TeacherTuner:
         self.adapter.load_state_dict(state["adapter"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
+
+    def load_adapter(self, state: Mapping[str, Any]) -> None:
+        """Take the adapter alone from a `state_dict`."""
+        self.adapter.load_state_dict(state["adapter"])
+
+
+class TeacherTuners:
+    """The tuners of several teachers, each with an adapter, an optimizer and a schedule of its own.
+
+    An adapter's loss is a mean over the response tokens of its teacher's own rows. Every process walks the teachers in
+    the same order, since each update waits for the others.
+    """
+
+    def __init__(self, tuners: Sequence[TeacherTuner]):
+        self.each = {tuner.teacher.name: tuner for tuner in tuners}
+
+    @property
+    def is_due(self) -> Callable[[int], bool]:
+        return next(iter(self.each.values())).is_due
+
+    @is_due.setter
+    def is_due(self, decides: Callable[[int], bool]) -> None:
+        for tuner in self.each.values():
+            tuner.is_due = decides
+
+    def start(self, total_steps: int) -> None:
+        for tuner in self.each.values():
+            tuner.start(total_steps)
+
+    def step(self, *window: Any, **settings: Any) -> None:
+        """See `TeacherTuner.step`."""
+        for tuner in self.each.values():
+            tuner.step(*window, **settings)
+
+    def rollback(self) -> None:
+        for tuner in self.each.values():
+            tuner.rollback()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"teachers": {name: tuner.state_dict() for name, tuner in self.each.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name, tuner in self.each.items():
+            tuner.load_state_dict(self._held(state, name))
+
+    def load_adapter(self, state: Mapping[str, Any]) -> None:
+        for name, tuner in self.each.items():
+            tuner.load_adapter(self._held(state, name))
+
+    def _held(self, saved: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+        held = saved.get("teachers", {})
+        if name not in held:
+            known = ", ".join(held) or "one without a name"
+            raise RequestError(f"The checkpoint holds no teacher {name}, but {known}. Give the teachers of the run.")
+        return held[name]
+
+
+def make_tuner(
+    teachers: Sequence[Teacher],
+    args: Any,
+    accelerator: Accelerator,
+    guard: Guard,
+    phases: Phases,
+    metrics: StepMetrics,
+) -> TeacherTuner | TeacherTuners | None:
+    """What trains the adapters of one or of several teachers, whose moves the guard can undo; None without adapters."""
+    if teachers[0].adapter is None:
+        return None
+    tuners = [TeacherTuner(each, args, accelerator, guard, phases, metrics) for each in teachers]
+    tuner = TeacherTuners(tuners) if teachers[0].name else tuners[0]
+    guard.rollback = tuner.rollback
+    return tuner

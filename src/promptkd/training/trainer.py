@@ -6,7 +6,8 @@ devices and processes are transformers'.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
-from promptkd.data import EncodedData
+from promptkd.data import EncodedData, EncodedExample
 from promptkd.data.kept_logits import KeptLogits
 from promptkd.engine import disable_dropout, unwrap_peft
 from promptkd.errors import RequestError
@@ -24,9 +25,9 @@ from promptkd.methods import Method
 from promptkd.models import load_tokenizer, resolve_model
 from promptkd.models.end_tokens import keep_end_tokens
 from promptkd.objectives import forward_kl, reverse_kl
-from promptkd.training import saving
+from promptkd.training import saving, teachers
 from promptkd.training.callbacks import CheckpointTiming, CompletionLog, UpdatePhase, logs_step
-from promptkd.training.checkpoint import prepare_best, save_model_folder, staged_checkpoint, whole_folder
+from promptkd.training.checkpoint import prepare_best, save_model_folder, staged_checkpoint
 from promptkd.training.collapse import Watching
 from promptkd.training.config import DistillConfig, PromptKDConfig, chosen_method
 from promptkd.training.distributed import is_sharded, run_inside, run_whole
@@ -36,7 +37,7 @@ from promptkd.training.own_teacher import MovingAverage, no_context_notes
 from promptkd.training.phases import Phases
 from promptkd.training.rollout import Rollout
 from promptkd.training.row_order import EpochOrder
-from promptkd.training.setup import check_placement, check_rows, make_teacher, prepare_rows
+from promptkd.training.setup import check_rows
 from promptkd.training.state import ExtraState, PartialLog
 from promptkd.training.student import (
     end_notes,
@@ -47,8 +48,8 @@ from promptkd.training.student import (
     raise_to_float32,
 )
 from promptkd.training.student_loss import StudentLoss
-from promptkd.training.teacher import load_teacher
-from promptkd.training.teacher_tuner import TeacherTuner
+from promptkd.training.teacher import Teacher
+from promptkd.training.teacher_tuner import make_tuner
 from promptkd.training.validation import rouge_notes, validate
 from promptkd.training.window import MicroBatch, StepMetrics, Window
 
@@ -61,7 +62,7 @@ class DistillTrainer(Trainer):
     Args:
         model: the student: a hub name, folder, run folder, GGUF file or loaded model.
         teacher_model: the teacher, likewise, frozen; "self" is the student's start, "ema" its moving average; or
-            `KeptLogits`. None with `args.kept_logits`.
+            `KeptLogits`. None with `args.kept_logits`. Several are a mapping of names, which rows have in a column.
         args: a `DistillConfig`.
         train_dataset, eval_dataset: rows in any of the forms of docs/data.md, or `EncodedData`.
         processing_class: the tokenizer; the student's own if None.
@@ -83,14 +84,14 @@ class DistillTrainer(Trainer):
     def __init__(
         self,
         model: str | Path | PreTrainedModel,
-        teacher_model: str | Path | PreTrainedModel | KeptLogits | None,
+        teacher_model: str | Path | PreTrainedModel | KeptLogits | Mapping[str, Any] | None,
         args: DistillConfig | None = None,
         train_dataset: Sequence[dict[str, Any]] | EncodedData | None = None,
         eval_dataset: Sequence[dict[str, Any]] | EncodedData | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         *,
         method: Method | None = None,
-        teacher_processing_class: PreTrainedTokenizerBase | None = None,
+        teacher_processing_class: PreTrainedTokenizerBase | Mapping[str, PreTrainedTokenizerBase] | None = None,
         peft_config: PeftConfig | None = None,
         quantization_config: Any = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -104,9 +105,8 @@ class DistillTrainer(Trainer):
         if processing_class is None:
             raise RequestError("Expected the tokenizer as `processing_class` beside a loaded model. Got None.")
         own = model, processing_class
-        teacher, teacher_tokenizer = load_teacher(teacher_model, teacher_processing_class, args, self.method, own)
-        of_teacher = teacher, teacher_tokenizer, str(teacher_model)
-        rows = prepare_rows(self.method, args, own, of_teacher, train_dataset, eval_dataset)
+        loaded = teachers.load_teachers(teacher_model, teacher_processing_class, args, self.method, own)
+        rows = teachers.prepare_rows(self.method, args, own, loaded, train_dataset, eval_dataset)
         self.shared, self.notes, self._ends = rows.shared, rows.notes, rows.ends
         self.notes += no_context_notes(teacher_model, args, self.method, rows.train)
         self.masked_ids = () if self.shared is None else self.shared.masked
@@ -116,25 +116,25 @@ class DistillTrainer(Trainer):
         train, valid = (None if each is None else each.examples for each in (rows.train, rows.validation))
         others: Any = {"callbacks": callbacks, "optimizers": optimizers}
         super().__init__(student, args, list, train, valid, processing_class, **others)  # rows stay rows
-        self._make_parts(teacher)
+        self._make_parts({name: model for name, (model, _, _) in loaded.items()})
         set_seed(args.seed, device_specific=True)  # each process draws responses of its own
 
-    def _make_parts(self, teacher: Any) -> None:
+    def _make_parts(self, models: dict[str, Any]) -> None:
         """What a step is made of, once transformers has placed the student; without a teacher, its moving average."""
         args, accelerator, student, tokenizer = self.args, self.accelerator, self.model, self.processing_class
         raised = raise_to_float32(student)
-        self.guard = Guard(args, accelerator, lambda: {"student": self.model, "teacher": self.teacher.model})
-        average = MovingAverage(student, args.teacher_ema_decay, accelerator, self.guard) if teacher is None else None
-        teacher = teacher if average is None else average.model
-        self.notes += precision_notes(args, raised) + merged_notes(student, teacher)
+        self.guard = Guard(args, accelerator, lambda: {"student": self.model, **teachers.teacher_models(self.teachers)})
+        own = models.get("", student) is None
+        average = MovingAverage(student, args.teacher_ema_decay, accelerator, self.guard) if own else None
+        models = models if average is None else {"": average.model}
+        self.notes += precision_notes(args, raised) + merged_notes(student, *models.values())
         self.notes += rouge_notes(args, self.eval_dataset, tokenizer)
-        check_placement(student, teacher, self.method, args, accelerator)
         check_rows(None if self.train_dataset is None else len(self.train_dataset), args)
         self.stop_ids, notes = self._ends.stops(unwrap_peft(student).generation_config)
         keep_end_tokens(student, self.stop_ids)
         self.notes += notes + end_notes(self.stop_ids, args)
-        self.teacher = make_teacher(self, teacher, averages=average is not None)
-        self.adapter = self.teacher.adapter
+        self.teachers = teachers.make_teachers(self, models, averages=own)
+        self.teacher, self.adapter = self.teachers[0], self.teachers[0].adapter
         student.add_model_tags(["promptkd", "distillation"])
         if args.disable_dropout:
             disable_dropout(student)
@@ -143,11 +143,9 @@ class DistillTrainer(Trainer):
         self.window: Window | None = None
         metrics = self.step_metrics = StepMetrics()
         self.rollout = Rollout(self.method, self.teacher, student, tokenizer, self.stop_ids, args, accelerator, metrics)
-        self.tuner: TeacherTuner | None = None
-        if self.adapter is not None:
-            self.tuner = TeacherTuner(self.teacher, args, accelerator, self.guard, self.phases, metrics)
-            self.guard.rollback = self.tuner.rollback
-        self.student_loss = StudentLoss(self.method, self.teacher, args, accelerator, metrics)
+        self.teacher_names = self.rollout.teacher_names = tuple(each.name for each in self.teachers if each.name)
+        self.tuner = make_tuner(self.teachers, args, accelerator, self.guard, self.phases, metrics)
+        self.student_loss = StudentLoss(self.method, self.teachers, args, accelerator, metrics)
         log = PartialLog(self)
         held: Any = {"responses": self.method.responses, "moving": self.method.moving, "average": average}
         self.extra_state = ExtraState(log, self.guard, tuner=self.tuner, **held)
@@ -201,8 +199,8 @@ class DistillTrainer(Trainer):
         metrics = self.step_metrics.means(window, self.accelerator, self.phases.lap())
         self._means = dict(metrics)
         if self.method.objective in (forward_kl, reverse_kl):
-            metrics["student_kl"] = metrics.pop("student_loss")
-        metrics |= self.method.moving.metrics() | ({} if self.adapter is None else self.adapter.metrics())
+            metrics = {name.replace("student_loss", "student_kl"): value for name, value in metrics.items()}
+        metrics |= self.method.moving.metrics() | teachers.adapter_metrics(self.teachers)
         for name, value in (metrics | self.method.responses.metrics()).items():
             self._metrics["train"][name].append(value)
 
@@ -291,9 +289,8 @@ class DistillTrainer(Trainer):
 
     def save_adapter(self, run: str | Path) -> None:
         """Write what was trained of the teacher, if anything, into `run`: a soft prompt into `prompt`, as PEFT does."""
-        if self.adapter is not None and self.args.should_save:
-            with whole_folder(Path(run) / self.adapter.folder, writes=True) as partial:
-                self.adapter.save(partial, self.teacher.model)
+        if self.args.should_save:
+            teachers.save_adapters(self.teachers, Path(run))
 
     def merge_student(self) -> None:
         """Merge a LoRA student's weights into its own, so that it is saved as a plain model."""
@@ -316,23 +313,29 @@ class DistillTrainer(Trainer):
         """Whether student and teacher can be measured side by side."""
         return self.shared is not None and self.teacher.measurable is not None
 
-    def on_models(self, work: Callable[[nn.Module, nn.Module | None], T]) -> T:
-        """`work(student, teacher)` with the student whole and the teacher without its adapter, or None if not compared.
+    def on_rows(self, work: Callable[..., list[Any]], rows: Sequence[EncodedExample]) -> list[Any]:
+        """`work(student, teacher, rows)` for each teacher's rows, as `on_models` does it; what it gives of all rows."""
+        turns = teachers.with_rows(self.teachers, rows)
+        return [found for each, own in turns for found in self.on_models(partial(work, rows=own), each)]
+
+    def on_models(self, work: Callable[[nn.Module, nn.Module | None], T], teacher: Teacher | None = None) -> T:
+        """`work(student, teacher)`: the student whole, the teacher (or the first) plain; None if not compared.
 
         With sharded weights every process must come here together, and run the teacher equally often.
         """
+        chosen = teacher or self.teacher
+        chosen.bring()
 
         def with_teacher(student: nn.Module) -> T:
-            with self.teacher.without_adapter():
-                compared = self.teacher.measurable if self.compares else None
-                return run_inside(lambda: work(student, compared), self.teacher.model)
+            with chosen.without_adapter():
+                compared = chosen.measurable if self.compares else None
+                return run_inside(lambda: work(student, compared), chosen.model)
 
         return run_whole(with_teacher, self.model_wrapped, self.accelerator)
 
     def trainable_share(self) -> tuple[int, float]:
-        """Trainable parameters of the teacher, and their share of all that it has."""
-        numbers = 0 if self.adapter is None else sum(each.numel() for each in self.adapter.parameters())
-        return numbers, numbers / max(self.teacher.parameters, 1)
+        """Trainable parameters of all teachers, and their share of all that these have."""
+        return teachers.trainable_share(self.teachers)
 
     def savings(self) -> dict[str, bool]:
         """Which settings of the models would still save memory, for `out_of_memory.advice`."""

@@ -15,9 +15,10 @@ from promptkd.evaluation.dataset_evaluation import measure_rows
 from promptkd.evaluation.measure import summarize
 from promptkd.evaluation.rouge_tokenizer import DEFAULT, rouge_tokens
 from promptkd.generation import Decoding
-from promptkd.results import RowResult
+from promptkd.results import Metric, RowResult
 from promptkd.training.distributed import autocast, is_sharded
 from promptkd.training.out_of_memory import out_of_memory_told
+from promptkd.training.window import labeled
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -50,6 +51,26 @@ def rouge_notes(args: Any, rows: Sequence[EncodedExample] | None, tokenizer: Pre
     return notes + ([] if tokens.name == DEFAULT else [f"ROUGE compares {tokens.name} (--rouge_tokenizer)."])
 
 
+def measure_student(trainer: Any, rows: Sequence[EncodedExample]) -> list[RowResult]:
+    """A trainer's student on `rows`, in their order, each with the KL to its own teacher."""
+    args, decoding = trainer.args, validation_decoding(trainer)
+    scoring = {"batch_size": args.per_device_eval_batch_size, "rouge_tokenizer": args.rouge_tokenizer}
+
+    def measured(student: nn.Module, teacher: nn.Module | None, rows: Sequence[EncodedExample]) -> list[RowResult]:
+        with autocast(trainer.accelerator, args):
+            return measure_rows(student, trainer.processing_class, rows, decoding, teacher=teacher, **scoring)
+
+    scored, places = trainer.on_rows(measured, rows), {row.row: place for place, row in enumerate(rows)}
+    return sorted(scored, key=lambda each: places[each.row])
+
+
+def kl_by_teacher(trainer: Any, scored: Sequence[RowResult], rows: Sequence[EncodedExample]) -> dict[str, Metric]:
+    """The student's KL to each of several teachers on the rows that are its own, as metrics; none for a single one."""
+    teacher_of, metric = {row.row: row.teacher for row in rows}, "kl_to_teacher"
+    own = {name: [each for each in scored if teacher_of[each.row] == name] for name in trainer.teacher_names}
+    return {labeled(metric, name): summarize(each)[metric] for name, each in own.items() if each}
+
+
 def validate(trainer: Any, data: EncodedData | Sequence[EncodedExample] | None, *, prefix: str) -> dict[str, float]:
     """Validation loss, ROUGE-L, KL to the teacher and more, decoded as `promptkd evaluate` decodes.
 
@@ -64,16 +85,11 @@ def validate(trainer: Any, data: EncodedData | Sequence[EncodedExample] | None, 
     if is_sharded(accelerator):
         index, count = 0, 1  # a sharded teacher runs on all processes together, so each measures all rows
 
-    def measured(model: nn.Module, teacher: nn.Module | None) -> list[RowResult]:
-        own, decoding, size = rows[index::count], validation_decoding(trainer), args.per_device_eval_batch_size
-        with autocast(accelerator, args):
-            scoring: dict[str, Any] = {"batch_size": size, "rouge_tokenizer": args.rouge_tokenizer}
-            return measure_rows(model, trainer.processing_class, own, decoding, teacher=teacher, **scoring)
-
     with out_of_memory_told(trainer), trainer.phases("validation"):
-        scored = trainer.on_models(measured)
+        scored = measure_student(trainer, rows[index::count])
     scored = gather_object(scored) if count > 1 else scored
     metrics = {f"{prefix}_{name}": metric.value for name, metric in summarize(scored).items()}
+    metrics |= {f"{prefix}_{name}": kl.value for name, kl in kl_by_teacher(trainer, scored, rows).items()}
     metrics[f"{prefix}_seconds"] = time.perf_counter() - started
     trainer.model.eval()  # what is logged in training mode is a training step's
     trainer.log(dict(metrics))

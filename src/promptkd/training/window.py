@@ -2,14 +2,14 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from promptkd.data.batch import TokenBatch
+from promptkd.data.batch import TokenBatch, right_pad
 from promptkd.data.encode import EncodedExample
 
 
@@ -25,6 +25,23 @@ class MicroBatch:
     """(N, H) states of the student with their graph, where the teacher's tuner has computed them already."""
     teacher_hidden: Tensor | None = None
     """(N, H) states of the adapted teacher of before its last step, with `prompt_refresh` "stale"."""
+
+    _parts: dict[str, "MicroBatch | None"] = field(default_factory=dict, repr=False)
+
+    def of(self, teacher: str) -> "MicroBatch | None":
+        """The rows of one of several teachers, None without any; all of them for the only one, whose name is ""."""
+        if teacher == "":
+            return self
+        if teacher not in self._parts:
+            rows = [index for index, row in enumerate(self.rows) if row.teacher == teacher]
+            self._parts[teacher] = self._part(rows) if rows else None
+        return self._parts[teacher]
+
+    def _part(self, rows: Sequence[int]) -> "MicroBatch":
+        ids, prompts = self.batch.token_ids, self.batch.prompt_lengths
+        cut = [(ids[row][: prompts[row]], ids[row][prompts[row] :]) for row in rows]
+        batch = right_pad(*zip(*cut, strict=True), device=self.batch.input_ids.device)
+        return MicroBatch(self.index, [self.rows[row] for row in rows], batch, [])
 
     @cached_property
     def teacher_batch(self) -> TokenBatch:
@@ -54,6 +71,11 @@ class Window:
     text_tokens: Tensor  # predicted tokens of the plain texts
     progress: float = 0.0  # k / K, of the k optimizer steps that are done and the K of the training
     taken: int = 0  # micro-batches that `next` has given
+    tokens_by_teacher: Mapping[str, Tensor] = field(default_factory=dict)  # response tokens of each of several teachers
+
+    def tokens_of(self, teacher: str) -> Tensor:
+        """Response tokens of a teacher's rows; of all rows for the only one, whose name is ""."""
+        return self.tokens_by_teacher[teacher] if teacher else self.tokens
 
     def next(self) -> MicroBatch:
         """The next micro-batch."""
@@ -66,6 +88,16 @@ class Window:
         return self.taken == len(self.micro_batches)
 
 
+def labeled(metric: str, teacher: str) -> str:
+    """The name of a metric of one of several teachers."""
+    return f"{metric}[{teacher}]" if teacher else metric
+
+
+def per_token(teacher: str) -> str:
+    """What `StepMetrics.add` takes as `per` for a mean over the response tokens of a teacher's rows."""
+    return labeled("token", teacher)
+
+
 class StepMetrics:
     """Metrics of one optimizer step: sums on the device, so that nothing waits for it before the step is done."""
 
@@ -76,7 +108,7 @@ class StepMetrics:
         """Begin the next step."""
         self._sums: dict[str, dict[str, Tensor | float]] = {
             kind: defaultdict(float) for kind in ("token", "row", "text", "compared", "written", "corrected")
-        }
+        }  # and those per response token of a teacher's rows
         self._values: dict[str, float] = {}
         self.rows = 0  # rows of this process
         self.processed_tokens = 0  # tokens of this process, prompts and responses
@@ -88,7 +120,7 @@ class StepMetrics:
 
     def add(self, name: str, value: Tensor | float, *, per: str = "token") -> None:
         """Add to a sum of this process, whose mean over tokens, rows … of all processes is logged, if there are any."""
-        self._sums[per][name] += value
+        self._sums.setdefault(per, defaultdict(float))[name] += value
 
     def set(self, name: str, value: float) -> None:
         """Log a value as it is, the same on every process."""
@@ -104,6 +136,7 @@ class StepMetrics:
         tokens, text_tokens = max(int(window.tokens), 1), max(int(window.text_tokens), 1)
         counts = {"token": tokens, "row": rows, "text": text_tokens}
         counts |= {"compared": compared, "written": written, "corrected": corrected}
+        counts |= {per_token(name): int(count) for name, count in window.tokens_by_teacher.items()}
         means = {name: total / counts[per] for (per, name), total in zip(names, totals, strict=True) if counts[per]}
         seconds = {f"seconds_{name}": spent.get(name, 0.0) for name in ("rollout", "prompt", "student")}
         speed = processed_tokens / max(sum(seconds.values()), 1e-9)

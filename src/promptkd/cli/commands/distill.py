@@ -26,11 +26,12 @@ from promptkd.results import Metric, ModelRecord
 from promptkd.training import DistillConfig, DistillTrainer
 from promptkd.training.config import chosen_method
 from promptkd.training.dry_run import Trial, at_its_most, leave_nothing, longest_rows_first, take_trial_steps
-from promptkd.training.ends import PairEnds
+from promptkd.training.ends import PairEnds, SeveralEnds
 from promptkd.training.kept_teacher import check_kept_rows, check_kept_use, ends_config, kept_vocabulary
-from promptkd.training.own_teacher import EMA, SELF, check_own_teacher, is_own, no_context_notes, told_teacher
-from promptkd.training.setup import Compared, compared_rows, compared_vocabulary, read_teacher_prompts, take_template
+from promptkd.training.own_teacher import EMA, check_own_teacher, is_own, no_context_notes, told_teacher
+from promptkd.training.setup import Compared, compared_rows, read_teacher_prompts, take_template
 from promptkd.training.teacher import teacher_settings
+from promptkd.training.teachers import Side, check_several, compare_sides, named_teachers, role_of, take_turns
 
 
 def run(options: Options, training: dict[str, Any]) -> None:
@@ -58,8 +59,11 @@ def checked(
         raise RequestError(f"{missing}; or give its kept logits as --kept_logits.")
     if args.kept_logits is not None and options.eval_data and options.select == "kl_to_teacher":
         raise RequestError("--select kl_to_teacher needs the teacher, and with --kept_logits there is none. Give loss.")
+    if args.kept_logits is not None and isinstance(options.teacher, list):
+        raise RequestError("--kept_logits are those of one teacher. Leave --teacher out.")
     method = chosen_method(args)
     check_own_teacher(options.teacher, args, method)
+    check_several(tuple(named_teachers(options.teacher or "")), args, method)
     return job, args, method
 
 
@@ -76,49 +80,53 @@ def _distill(options: Options, job: TrainingRun, args: DistillConfig, method: Me
     if context:
         job.note(context)
     kept = None if args.kept_logits is None else KeptLogits(args.kept_logits)
-    own = kept is None and is_own(options.teacher)
-    name = options.student if own else options.teacher or ""
-    tokenizer = job.tokenizer(options.student)
-    teacher_tokenizer = None if kept else tokenizer if own else job.tokenizer(name)
-    owner = f"{name} (the teacher's)" if args.template == "teacher" else options.student
+    own, tokenizer, sides = kept is None and is_own(options.teacher), job.tokenizer(options.student), {}
+    given = options.student if own else options.teacher or ""
+    places = {"": ""} if kept else named_teachers(given)
+    owner = f"{given} (the teacher's)" if args.template == "teacher" else options.student
     if kept is not None:
         check_kept_use(kept, method, args)
         compared: Compared = kept_vocabulary(kept, tokenizer)
-        config = ends_config(kept)
+        sides[""] = Side(None, ends_config(kept))
+        ends = SeveralEnds({"": PairEnds(args, method, compared[0], tokenizer, None, sides[""].config)})
     else:
-        take_template(args, tokenizer, teacher_tokenizer, options.teacher or "")
-        compared = compared_vocabulary(method, tokenizer, teacher_tokenizer, args.template)
-        config = generation_config_of(name, trust_remote_code=args.trust_remote_code)
-    ends = PairEnds(args, method, compared[0], tokenizer, teacher_tokenizer, config)
+        for name, place in places.items():
+            of_teacher = tokenizer if own else job.tokenizer(place)
+            take_template(args, tokenizer, of_teacher, place)
+            sides[name] = Side(of_teacher, generation_config_of(place, trust_remote_code=args.trust_remote_code))
+        compared, ends = compare_sides(method, args, tokenizer, sides)
     for note in ends.settle_with(options.student, [])[0]:
         job.note(note)
-    needed: dict[str, Any] = {"need_response": method.responses.needs_data}
+    needed: dict[str, Any] = {"need_response": method.responses.needs_data, "teacher_names": tuple(places)}
     train, valid = job.encode(tokenizer, args, owner, **needed, teacher=read_teacher_prompts(method, args))
     compared_rows(method, compared, train, valid)  # before models are loaded
     if kept is not None:
         check_kept_rows(kept, train, args)
         _take_kept(job, kept, options.teacher)
-    for note in no_context_notes(SELF, args, method, train) if options.teacher == SELF else ():
+    for note in no_context_notes(options.teacher, args, method, train):
         job.note(note)
     lora = _lora(options)
     lora.check_model(options.student)
     student = job.load("student", options.student, adapted=lora.continues)
-    teacher: Any = kept or EMA
-    if kept is None and options.teacher != EMA:
-        teacher = job.load("teacher", name, teacher_settings(args, method))
+    teachers: dict[str, Any] = {"": kept or EMA} if kept or options.teacher == EMA else {}
+    for name, place in () if teachers else places.items():
+        teachers[name] = job.load(role_of(name), place, teacher_settings(args, method))
+        take_turns(teachers[name], args)
     if options.dry_run:
         train, method = longest_rows_first(train, args, method), at_its_most(method)
-    rest: dict[str, Any] = {"method": method, "teacher_processing_class": teacher_tokenizer}
+    of_teachers = {name: side.tokenizer for name, side in sides.items()}
+    rest: dict[str, Any] = {"method": method, "teacher_processing_class": of_teachers}
     rest["peft_config"] = lora.config()
     with nullcontext() if options.dry_run else job.folder.opened():
-        trainer = DistillTrainer(student, teacher, args, train, valid, tokenizer, **rest)
+        trainer = DistillTrainer(student, teachers, args, train, valid, tokenizer, **rest)
         if options.merge and trainer.is_sharded:
             raise RequestError("--merge needs the student's weights whole: leave it out, and merge by promptkd export.")
         for note in trainer.notes:
             job.note(note)
         if own:
             job.own_teacher(trainer, told_teacher(str(options.teacher), args))
-        job.results.models["teacher"].context = teacher_context(args, train, valid)
+        for name in places:
+            job.results.models[role_of(name)].context = teacher_context(args, train, valid)
         if options.dry_run:
             trial = take_trial_steps(trainer)
             if is_main_process():
@@ -161,7 +169,7 @@ def teacher_context(args: DistillConfig, *data: EncodedData | None) -> str:
     return text if len(text) <= 200 else f"{text[:160]}… (sha256 {sha256(text.encode()).hexdigest()[:12]})"
 
 
-def _take_kept(job: TrainingRun, kept: KeptLogits, given: str | None) -> None:
+def _take_kept(job: TrainingRun, kept: KeptLogits, given: Any) -> None:
     """Record whose logits take a teacher's place. `RequestError` if a teacher is `given` too and is another."""
     settings, folder = kept.settings, Path(given or "")
     is_another = given is not None and folder.is_dir() and folder_sha256(folder) != settings.teacher_sha256

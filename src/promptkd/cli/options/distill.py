@@ -17,6 +17,7 @@ from typing import Literal
 from promptkd.cli.options.common import Training
 from promptkd.settings import option
 
+REPEATABLE = ("teacher",)
 RESUMED_BY = ("--resume",)
 LESS_MEMORY = ("--teacher_dtype bfloat16", "--teacher_quantization 8bit")  # to load; training tells of its phases
 TRAINING_CONFIG = "promptkd.training:DistillConfig"
@@ -42,9 +43,10 @@ COMMON_TRAINING_FLAGS = (
 class Options(Training):
     student: str
     """The student: a hub name, folder, run folder or GGUF file."""
-    teacher: str | None = None
+    teacher: str | list[str] | None = None
     """The teacher, likewise. It must share the student's vocabulary. For self-distillation: self, the student's start,
-    or ema, its moving average (--teacher_ema_decay); a folder of such a name is ./self. Needed unless
+    or ema, its moving average (--teacher_ema_decay); a folder of such a name is ./self. Several, as --teacher A
+    --teacher NAME=B: each row names its own in the column teacher (docs/several-teachers.md). Needed unless
     --kept_logits takes its place."""
     student_lora_rank: int | None = option(None, at_least=1)
     """Train LoRA weights of this rank beside the student's in place of the whole student."""

@@ -113,7 +113,11 @@ class _Request:
                 self._surplus(values[1:], "--config takes one file")
         elif field := self._find(name):
             advice = "Give the values together: --flag A B." if field.takes_several else "Give it once."
-            if self._is_first(name, spelled, advice):
+            before = self.values.get(name) if name in self._given else None
+            if before is not None and name in vars(self.command).get("REPEATABLE", ()):
+                known = before if isinstance(before, list) else [before]
+                self._take_values(field, spelled, [*known, *values], False)
+            elif self._is_first(name, spelled, advice):
                 self._take_values(field, spelled, values, joined)
         elif not (name.startswith("no_") and (field := self._find(name[3:]))):
             self.problems.append(f"{spelled} is unknown.{self._suggest(name, '--', '-')}")
