@@ -451,7 +451,7 @@ def test_settings_that_a_method_takes(name, settings):
 
 def test_which_methods_need_the_datas_responses():
     assert {name for name in METHODS if not named_method(name).responses.needs_data} == {
-        *("promptkd", "promptkd-lora", "promptkd-full", "gkd", "minillm", "opd", "opcd", "veto", "eopd", "skd"),
+        *("promptkd", "promptkd-lora", "promptkd-full", "gkd", "minillm", "opd", "opcd", "opsd", "veto", "eopd", "skd"),
     }
     assert named_method("gkd", MethodSettings(student_share=0.9)).responses.needs_data
 

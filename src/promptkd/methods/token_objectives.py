@@ -24,6 +24,7 @@ ObjectiveName = Literal[
     "entropy_aware_kl",
     "todi",
     "concrete_score",
+    "clipped_forward_kl",
 ]
 
 
@@ -122,6 +123,15 @@ class ConcreteScore(Coefficients):
         return partial(objective, weights=self.csd_weights)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ClippedKL(Coefficients):
+    kl_clip: float = option(0.05, above=0)
+    """clipped_forward_kl: nats that one token of the vocabulary can add at a position."""
+
+    def of(self, objective: Callable[..., Any]) -> Objective:
+        return partial(objective, clip=self.kl_clip)
+
+
 OBJECTIVES: dict[ObjectiveName, tuple[Callable[..., Any], type[Coefficients] | None]] = {
     "forward_kl": (objectives.forward_kl, None),
     "reverse_kl": (objectives.reverse_kl, None),
@@ -136,4 +146,5 @@ OBJECTIVES: dict[ObjectiveName, tuple[Callable[..., Any], type[Coefficients] | N
     "entropy_aware_kl": (objectives.entropy_aware_kl, EntropyAware),
     "todi": (objectives.todi, None),
     "concrete_score": (objectives.concrete_score, ConcreteScore),
+    "clipped_forward_kl": (objectives.clipped_forward_kl, ClippedKL),
 }  # each with the class of its coefficients

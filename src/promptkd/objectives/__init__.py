@@ -1,5 +1,6 @@
 """Training objectives of the student and of the soft prompt: functions of tensors; moving coefficients."""
 
+from promptkd.objectives.clipped import clipped_forward_kl
 from promptkd.objectives.divergences import (
     adaptive_kl,
     forward_kl,
@@ -19,4 +20,4 @@ from promptkd.objectives.weighted import alpha_beta, concrete_score, entropy_awa
 __all__ = ["adaptive_kl", "forward_kl", "jensen_shannon", "prompt_loss", "prompt_loss_terms", "regularizer_weight"]
 __all__ += ["reverse_kl", "skew_forward_kl", "skew_reverse_kl", "total_variation"]
 __all__ += ["Moving", "MovingTarget", "Taid", "Veto"]
-__all__ += ["alpha_beta", "concrete_score", "entropy_aware_kl", "taid", "todi", "veto"]
+__all__ += ["alpha_beta", "clipped_forward_kl", "concrete_score", "entropy_aware_kl", "taid", "todi", "veto"]
