@@ -118,7 +118,9 @@ class TeacherTuner:
             self.optimizer.step()  # no process has a row of its own, so there is no gradient and nothing moves
             self.scheduler.step()
             return
-        self._update(scale, had_rows=bool(own))
+        for parameter in () if own else self.adapter.parameters():
+            parameter.grad = torch.zeros_like(parameter)  # other processes have rows, and wait for it
+        self._update(scale)
 
     def _add(self, metric: str, value: Tensor | float) -> None:
         """Add to a metric of all teachers, and to that of this one."""
@@ -126,12 +128,10 @@ class TeacherTuner:
         if self.teacher.name:
             self.metrics.add(labeled(metric, self.teacher.name), value, per=per_token(self.teacher.name))
 
-    def _update(self, scale: Tensor | int, *, had_rows: bool = True) -> None:
+    def _update(self, scale: Tensor | int) -> None:
         """Sum the gradients of all processes, clip them and step; a gradient that is not finite moves nothing."""
         parameters, name = self.adapter.parameters(), self.teacher.name
         for parameter in parameters:
-            if parameter.grad is None and not had_rows:
-                parameter.grad = torch.zeros_like(parameter)  # other processes wait for it
             if parameter.grad is not None:
                 parameter.grad = self._accelerator.reduce(parameter.grad, reduction="sum") / scale
         norm = float(nn.utils.clip_grad_norm_(parameters, self._settings.prompt_max_grad_norm or math.inf))
