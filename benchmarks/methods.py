@@ -18,7 +18,7 @@ from pathlib import Path
 METHODS = (
     *("promptkd", "promptkd-lora", "promptkd-full", "kd", "seqkd", "imitkd"),
     *("gkd", "minillm", "distillm", "akl", "dpkd", "okd", "skd"),
-    *("taid", "veto", "abkd", "eopd", "promptkd-taid", "promptkd-veto"),
+    *("opd", "distillm2", "taid", "veto", "abkd", "eopd", "opcd", "opsd", "promptkd-taid", "promptkd-veto"),
 )
 VARIANTS = {"promptkd-taid": "promptkd", "promptkd-veto": "promptkd"}  # by the method that they are of
 TEMPLATE = (
@@ -26,7 +26,10 @@ TEMPLATE = (
 )
 LIMITS = ["--max_prompt_length", "96", "--max_completion_length", "40"]
 PROMPT = ["--prompt_learning_rate", "5e-3"]
+CONTEXT = ["--teacher_prompt", "A good answer to the request below is: {{ output }}"]
 EXTRA = {
+    "opcd": ["--teacher_prompt", "Answer in few words, with the facts that were asked for and nothing else."],
+    "opsd": CONTEXT,
     "distillm": ["--student_share", "0.5"],
     "promptkd": PROMPT,
     "okd": PROMPT,
@@ -73,10 +76,21 @@ def validation_loss_before(given: argparse.Namespace) -> float:
 
 
 def distill(given: argparse.Namespace, method: str, folder: Path) -> None:
+    teacher = "self" if method == "opsd" else given.teacher
     promptkd(
-        *("distill", "--method", VARIANTS.get(method, method), "--student", given.student, "--teacher", given.teacher),
+        *("distill", "--method", VARIANTS.get(method, method), "--student", given.student, "--teacher", teacher),
         *("--data", given.data, "--eval-data", given.eval_data, "--out", str(folder), "--overwrite"),
-        *("--select", "last", "--eval_strategy", "no", "--save_strategy", "no"),
+        *(
+            "--select",
+            "last",
+            "--eval_strategy",
+            "no",
+            "--save_strategy",
+            "no",
+            "--measure",
+            "student",
+            "--no-preflight",
+        ),
         *("--limit", given.rows, "--eval-limit", given.eval_rows),
         *("--max_steps", given.steps, "--per_device_train_batch_size", given.batch_size),
         *("--learning_rate", given.rate, "--template", given.template, *LIMITS, *EXTRA.get(method, [])),
