@@ -22,6 +22,7 @@ from helpers.commands import (
     write_rows,
 )
 from helpers.tiny import VOCABULARY
+from promptkd.cli.commands import generate as command
 from promptkd.data.kept_logits import KeptIndex
 from promptkd.evaluation import kept_scoring
 from promptkd.results import Results
@@ -109,6 +110,61 @@ def test_responses_are_written_and_their_logits_kept(world, tmp_path, capsys):
     ran = run(capsys, "generate", *asked, "--seed", 4)
     assert ran.status == 2
     assert "sampling was" in ran.err
+
+
+@pytest.mark.parametrize("keeps", [(), ("--keep-logits", 5)])
+def test_killed_decoding_goes_on_where_it_was(world, tmp_path, capsys, monkeypatch, keeps):
+    def asked(folder, *arguments):
+        lengths = ("--max_prompt_length", 40, "--max_completion_length", 120, "--template", TEMPLATE, "--limit", 6)
+        given = ("--model", world.teacher, "--data", world.train, "--out", tmp_path / folder / "responses.jsonl")
+        return ["generate", *given, *lengths, *keeps, "--batch-size", 2, *arguments]
+
+    done(capsys, *asked("whole"))
+    decode, decoded = command.generate, []
+
+    def counted(model, prompts, *arguments, **settings):
+        if len(decoded) == 4:
+            raise KeyboardInterrupt
+        written = decode(model, prompts, *arguments, **settings)
+        decoded.extend(prompts)
+        return written
+
+    unfinished = "responses.jsonl.unfinished"
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "generate", counted)
+        ran = run(capsys, *asked("killed"))
+        assert ran.status == 130
+        assert "To resume: promptkd generate" in ran.err
+        assert held(tmp_path / "killed") == {unfinished}
+        ran = run(capsys, *asked("killed", "--seed", 3))
+        assert ran.status == 2
+        assert "seed was 10 and is now 3" in ran.err
+        decoded.clear()
+        assert "4 of 6 responses are written already" in done(capsys, *asked("killed")).err
+    assert len(decoded) == 2
+    whole = held(tmp_path / "whole")
+    assert unfinished not in whole
+    assert held(tmp_path / "killed") == whole
+    for name in whole - {"responses.logits/index.json"}:  # which names the file of the responses
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_overwriting_starts_from_scratch_and_resumes_without_the_flag(world, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "responses.jsonl"
+    asked = ["generate", "--model", world.teacher, "--data", world.train, "--out", out, *LIMITS]
+    done(capsys, *asked, "--seed", 3)
+    before = out.read_bytes()
+
+    def killed(*arguments, **settings):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "generate", killed)
+        assert run(capsys, *asked, "--overwrite").status == 130
+    assert out.read_bytes() == before
+    done(capsys, *asked)
+    assert out.read_bytes() != before
+    assert held(tmp_path) == {"responses.jsonl"}
 
 
 def test_with_a_student_the_error_is_that_of_its_divergences(world, tmp_path, capsys):

@@ -198,7 +198,8 @@ def test_other_commands_leave_nothing_that_looks_whole(world, tmp_path, capfd, m
             patch.setattr(place, told)
             ran = run(capfd, *arguments)
         assert ran.status == 143, arguments
-        assert ran.err.splitlines()[-1] == f"promptkd {arguments[0]}: Stopped by SIGTERM."
+        resume = f" To resume: {shlex.join(map(str, ('promptkd', *arguments)))}" if arguments[0] == "generate" else ""
+        assert ran.err.splitlines()[-1] == f"promptkd {arguments[0]}: Stopped by SIGTERM.{resume}"
         assert {each.name for each in tmp_path.iterdir()} == before, arguments
 
 

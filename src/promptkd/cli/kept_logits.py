@@ -17,9 +17,10 @@ from promptkd.errors import check_all
 from promptkd.evaluation.kept_scoring import measured_error, write_logits
 from promptkd.io.lock import locked
 from promptkd.methods import named_method
-from promptkd.models import SharedVocabulary, model_record, vocabulary_size
+from promptkd.models import SharedVocabulary, vocabulary_size
 from promptkd.models.positions import check_rows_fit
 from promptkd.models.vocabulary import check_heads
+from promptkd.results import ModelRecord
 from promptkd.training.ends import PairEnds
 from promptkd.training.setup import take_template
 
@@ -32,6 +33,8 @@ class LogitsRequest:
     def __init__(self, options: Options):
         self.options = options
         self.folder = options.out if options.score else options.out.with_suffix(".logits")
+        self.unfinished = options.out.with_name(f"{options.out.name}.unfinished")
+        """The responses of a call that is not through, by which the next one resumes."""
 
     def check(self) -> None:
         """Refuse flags that do not go together, and a folder that holds something else; nothing is written."""
@@ -64,7 +67,7 @@ class LogitsRequest:
     def has_responses(self) -> bool:
         """Whether the responses are there: in the data, or written by the call that this one resumes."""
         options = self.options
-        if options.score or options.keep_logits is None or options.overwrite:
+        if options.score or options.keep_logits is None or options.overwrite or self.unfinished.exists():
             return options.score
         if not options.out.is_file() or not (self.folder / INDEX).is_file():
             return False
@@ -82,10 +85,9 @@ class LogitsRequest:
             most = _size(predicted_bytes(rows, rows * options.max_completion_length, kept))
             say(f"The logits of {rows:,} responses will take up to {most} in {self.folder}.")
 
-    def keep(self, job: InferenceRun, teacher_tokenizer: Any, teacher: Any) -> None:
+    def keep(self, job: InferenceRun, teacher_tokenizer: Any, teacher: Any, record: ModelRecord) -> None:
         """Write, or go on writing, the teacher's logits at the responses; measure and say what is lost by them."""
         options = self.options
-        record = model_record(options.model, teacher)
         tokenizer = job.load_tokenizer(options.student) if options.student else teacher_tokenizer
         args: Any = SimpleNamespace(
             template=options.template, end_token="teacher", trust_remote_code=options.trust_remote_code

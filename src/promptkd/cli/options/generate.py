@@ -2,7 +2,8 @@
 
 Each line holds row, prompt, completion, references, tokens and whether the response ended by itself. The file is data
 for `promptkd distill` too: a teacher's responses for --method seqkd or dpkd. Responses that were cut at the limit are
-left out of it by --ended-only.
+left out of it by --ended-only. The same command resumes after a kill: until it is through, OUT.unfinished holds what
+is decoded.
 
     promptkd generate --model runs/promptkd --data test.jsonl --out responses.jsonl --seed 10
 
@@ -21,6 +22,7 @@ from promptkd.cli.options.common import LESS_MEMORY_TO_DECODE, Measuring, Sampli
 from promptkd.settings import option
 
 LESS_MEMORY = LESS_MEMORY_TO_DECODE
+RESUMED_BY: tuple[str, ...] = ()
 
 
 @dataclass(kw_only=True)
