@@ -133,6 +133,10 @@ CASES = {
     "flag of another method": Case(distill("--method", "kd", "--beta", 0.3), "kd takes no beta. Leave it out"),
     "no suffix": Case(sft(data=("--data", "W/file")), "must be a data file that ends in one of"),
     "the same data twice": Case(evaluate(data=("--data", "W/test.jsonl", "W/test.jsonl")), "must be given once"),
+    "tempered samples of minillm": Case(
+        distill("--method", "minillm", "--temperature", 0.5), "minillm weighs the responses as samples at temperature 1"
+    ),
+    "cut samples of opd": Case(distill("--method", "opd", "--min_p", 0.1), "opd weighs the responses as samples"),
     "limit 0": Case(distill("--limit", 0), "must be at least 1. Got 0"),
     "negative limit": Case(evaluate("--limit=-3"), "must be at least 1. Got -3"),
     "validation limit 0": Case(sft(*VALID, "--eval-limit", 0), "must be at least 1. Got 0"),

@@ -258,7 +258,8 @@ class PromptKDConfig(DistillConfig):
 def chosen_method(args: Any, given: Method | None = None) -> Method:
     """The method that `args.method` names, or the one `given`, with its adapter's settings.
 
-    Raises `RequestError` if a setting differs from its default and nothing reads it.
+    Raises `RequestError` if a setting differs from its default and nothing reads it, and for a way of sampling that the
+    method cannot weigh.
     """
     take = Reader(args)
     is_own = given is None and names_python(args.method)
@@ -279,7 +280,18 @@ def chosen_method(args: Any, given: Method | None = None) -> Method:
     take.refuse_unread(name + without, (TunerSettings, PromptLossSettings))
     if args.teacher_prompt is not None and not method.reads_teacher:
         raise RequestError(f"{name} reads no teacher, and teacher_prompt is what a teacher reads. Leave it out.")
+    is_cut = args.temperature != 1 or args.top_p < 1 or args.top_k > 0
+    if method.responses.needs_exact_samples and (is_cut or needs_generate(args)):
+        raise RequestError(
+            f"{name} weighs the responses as samples at temperature 1 of the whole distribution. Leave --temperature, "
+            "--top_p, --top_k, --min_p, --repetition_penalty and --generation_kwargs as they are."
+        )
     return method
+
+
+def needs_generate(args: Any) -> bool:
+    """Whether sampling is asked for as only transformers' `generate` (or vLLM) does it."""
+    return args.min_p is not None or args.repetition_penalty != 1.0 or bool(args.generation_kwargs)
 
 
 def _method_of_file(args: Any, take: Reader) -> Method:

@@ -20,6 +20,7 @@ from promptkd.evaluation.text_metrics import distinct
 from promptkd.generation import Corrected, Mixture, SamplingParams, generate, generate_corrected
 from promptkd.methods import Method
 from promptkd.responses import Sampler, Speculation, writes_responses
+from promptkd.training.config import needs_generate
 from promptkd.training.distributed import autocast, is_sharded, run_whole
 from promptkd.training.teacher import Teacher
 from promptkd.training.window import MicroBatch, StepMetrics, Window
@@ -201,11 +202,6 @@ class Rollout:
                 f"{doing} needs both models whole in one process: leave vLLM, FSDP, DeepSpeed ZeRO-3 and "
                 f"generation_kwargs out, or set {other}."
             )
-
-
-def needs_generate(args: Any) -> bool:
-    """Whether sampling is asked for as only transformers' `generate` (or vLLM) does it."""
-    return args.min_p is not None or args.repetition_penalty != 1.0 or bool(args.generation_kwargs)
 
 
 def _generation_config(

@@ -26,9 +26,9 @@ from promptkd.models.adapters import TeacherAdapter
 from promptkd.models.positions import position_limit
 from promptkd.models.vocabulary import check_heads
 from promptkd.responses import AdaptiveReplay
+from promptkd.training.config import needs_generate
 from promptkd.training.distributed import check_dispatched, check_sharding, is_dispatched, is_sharded, settle_dispatched
 from promptkd.training.kept_teacher import KeptTeacher
-from promptkd.training.rollout import needs_generate
 from promptkd.training.teacher import Teacher, check_teacher_options
 
 _log = logging.getLogger(__name__)
@@ -162,15 +162,9 @@ def _not_compared(method: Method, error: RequestError) -> Compared:
     return None, [f"The teacher, of which this method reads nothing, is not compared with the student. {error}"]
 
 
-def check_responses(method: Method, args: Any, *, validates: bool) -> None:
-    """Refuse sampling that a source of responses cannot weigh; warn of a schedule that nothing would move."""
+def warn_of_still_schedule(method: Method, *, validates: bool) -> None:
+    """Warn of a schedule of responses that nothing would move."""
     source = method.responses
-    is_cut = args.temperature != 1 or args.top_p < 1 or args.top_k > 0
-    if source.needs_exact_samples and (is_cut or needs_generate(args)):
-        raise RequestError(
-            "This method weighs the responses as samples at temperature 1 of the whole distribution. Leave "
-            "--temperature, --top_p, --top_k, --min_p, --repetition_penalty and --generation_kwargs as they are."
-        )
     if isinstance(source, AdaptiveReplay) and source.start == 0 and not validates:
         warnings.warn(
             "Without validation rows the student's share of the responses stays at 0: give eval rows or a "

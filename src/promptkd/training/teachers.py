@@ -26,13 +26,13 @@ from promptkd.training.setup import (
     Compared,
     Rows,
     check_placement,
-    check_responses,
     compared_rows,
     compared_vocabulary,
     encode,
     make_teacher,
     read_teacher_prompts,
     take_template,
+    warn_of_still_schedule,
 )
 from promptkd.training.teacher import Teacher, load_teacher
 from promptkd.training.window import labeled
@@ -199,7 +199,7 @@ def prepare_rows(
             sides[name] = Side(of_teacher, generation_config(student[0] if model is None else model, args))
         compared, ends = compare_sides(method, args, tokenizer, sides)
     settled, (train, validation) = ends.settle_with(student[0], [train, validation])
-    check_responses(method, args, validates=validation is not None)
+    warn_of_still_schedule(method, validates=validation is not None)
     teacher_prompts = read_teacher_prompts(method, args)
     shown: dict[str, Any] = {"teacher": teacher_prompts, "teacher_names": names}
     encoded = encode(train, tokenizer, args, turns=args.turns, need_response=method.responses.needs_data, **shown)
