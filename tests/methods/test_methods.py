@@ -91,6 +91,7 @@ def test_two_seeds_differ(tmp_path, name):
         *(("promptkd-lora", {}), ("promptkd-full", {}), ("okd", {}), ("distillm", {"student_share": 0.5})),
         *(("opd", {"teacher_adapter": "prompt"}), ("distillm2", {"teacher_adapter": "prompt"})),
         ("skd", {"teacher_adapter": "prompt", "student_share": 0.5, "skd_top_k": 40, "objective": "reverse_kl"}),
+        *(("opcd", {}), ("opsd", {"kl_clip": 0.01}), ("abkd", {"student_share": 0.5}), ("eopd", {})),
     ],
 )
 def test_every_adapter_and_the_buffer_resume_bit_for_bit(tmp_path, name, made):
