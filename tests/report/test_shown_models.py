@@ -93,6 +93,22 @@ def test_identical_curves_are_drawn_once() -> None:
     assert charts[0].same == ["Student KL"]
 
 
+def test_a_metric_of_one_of_several_teachers_stands_behind_that_of_all() -> None:
+    names = ["own[0]", "prompt_norm[math]", "prompt_kl[code]", "prompt_kl[math]", "entropy", "eval_kl_to_teacher[math]"]
+    points = [{"step": step} | {name: step + at for at, name in enumerate(names)} for step in (1, 2)]
+    points = [point | {"prompt_kl": point["step"] + 0.5} for point in points]
+    (stage,) = stages([Results(kind="distill", history=[Series(name="distill", points=points)])])
+    shown = {title: [(each.info.label, each.info.unit) for each in group] for title, group in stage.groups.items()}
+    of_each = [("Prompt KL, code", "nats/token"), ("Prompt KL, math", "nats/token")]
+    assert shown == {
+        "Losses": [("Prompt KL", "nats/token"), *of_each],
+        "Validation": [("Validation KL to the teacher, math", "nats/token")],
+        "Responses": [("Entropy", "nats/token")],
+        "Other metrics": [("own[0]", "")],
+        "Norms and rates": [("Prompt norm, math", "")],
+    }
+
+
 def test_what_rounding_leaves_is_zero() -> None:
     info = metric_info("rouge_l")
     assert estimate(info, Metric(value=5e-16)) == ("0.0", None)

@@ -157,7 +157,14 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 
 def logged_info(name: str) -> MetricInfo:
-    """The metric that training logs as `name`; "eval_" before a metric is that metric on the validation rows."""
+    """The metric that training logs as `name`; "eval_" before a metric is that metric on the validation rows.
+
+    "[NAME]" behind one is that metric of a teacher's rows or of its prompt, where there are several teachers.
+    """
+    metric, teacher = _of_teacher(name)
+    if teacher:
+        info = logged_info(metric)
+        return replace(info, name=name, label=f"{info.label}, {teacher}", phrase=f"{info.phrase}, {teacher}")
     measured = METRICS.get(name.removeprefix(_VALIDATION)) if name.startswith(_VALIDATION) else None
     if name in LOGGED or measured is None:
         return LOGGED.get(name) or MetricInfo(name, name, name)
@@ -167,4 +174,23 @@ def logged_info(name: str) -> MetricInfo:
 
 def logged_group(name: str) -> str:
     """The group of plots that a logged metric belongs to."""
-    return _GROUP_OF.get(name) or ("Validation" if name.startswith(_VALIDATION) else "Other metrics")
+    metric, _ = _of_teacher(name)
+    return _GROUP_OF.get(metric) or ("Validation" if name.startswith(_VALIDATION) else "Other metrics")
+
+
+def in_log_order(names: Iterable[str]) -> list[str]:
+    """Known metrics in the order of `LOGGED`, each with those of single teachers behind it; then the others."""
+    places = {name: at for at, name in enumerate(LOGGED)}
+
+    def place(name: str) -> tuple[int, bool]:
+        metric, teacher = _of_teacher(name)
+        return places.get(metric, len(places)), metric in places and bool(teacher)
+
+    return sorted(dict.fromkeys(names), key=place)
+
+
+def _of_teacher(name: str) -> tuple[str, str]:
+    """ "prompt_kl[math]" -> "prompt_kl", "math"; a name that ends otherwise is whole."""
+    metric, found, teacher = name.removesuffix("]").partition("[")
+    is_known = metric in LOGGED or metric.removeprefix(_VALIDATION) in METRICS
+    return (metric, teacher) if found and name.endswith("]") and is_known else (name, "")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from promptkd.report.formatting import DASH, curve_words, joined, power_of_ten
 from promptkd.report.labels import is_teacher, run_labels
-from promptkd.report.metrics import LOGGED, MetricInfo, logged_group, logged_info
+from promptkd.report.metrics import MetricInfo, in_log_order, logged_group, logged_info
 from promptkd.results import Curve, CurvePoint, Results, Series
 from promptkd.visible import visible
 
@@ -93,8 +93,7 @@ def _stage(name: str, runs: dict[str, Series], prefix: str) -> Stage:
     names = dict.fromkeys(name for series in runs.values() for point in series.points for name in point)
     groups: dict[str, list[Chart]] = {title: [] for title in _GROUP_ORDER}
     once, not_numbers = [], []
-    ordered = [name for name in LOGGED if name in names] + [name for name in names if name not in {*LOGGED, "step"}]
-    for position, logged in enumerate(ordered):
+    for position, logged in enumerate(in_log_order(name for name in names if name != "step")):
         info = logged_info(logged)
         lines = [line for run, series in runs.items() if (line := _line(run, info, series.points)) and line.x]
         if not lines:
