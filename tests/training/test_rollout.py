@@ -163,6 +163,19 @@ def test_the_share_of_replaced_tokens_is_that_of_the_tokens_that_the_teacher_has
         assert not logged or least <= means["replaced_share"] <= most
 
 
+@pytest.mark.slow
+def test_a_process_without_rows_to_correct_sums_as_many_metrics_as_the_others(tmp_path):
+    """They are reduced as one tensor."""
+    sizes = []
+    for share in (0.0, 1.0):
+        part, rollout = make(tmp_path / str(share), source=Speculative(share, Speculation(block=2)))
+        window = rollout(EXAMPLES, part.student, step=0, total_steps=4)
+        device = part.accelerator.device
+        counting = SimpleNamespace(reduce=lambda own, reduction: sizes.append(len(own)) or own, device=device)
+        rollout.metrics.means(window, counting, {})
+    assert sizes[0] == sizes[1]
+
+
 def test_completions_are_kept_printed_written_and_sent(tmp_path, capsys, monkeypatch):
     sent = []
     tracker = SimpleNamespace(Table=lambda dataframe: dataframe, log=sent.append)

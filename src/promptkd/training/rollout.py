@@ -105,6 +105,7 @@ class Rollout:
         metrics.processed_tokens += sum(lengths) + sum(len(row.prompt_ids) for row in rows)
         metrics.add("response_length", sum(lengths), per="row")
         metrics.add("cut_share", sum(cut), per="row")
+        metrics.add("replaced_share", 0.0, per="corrected")  # of all processes alike, whichever had rows to correct
         written = responses if writes_responses(self.method.responses) else []
         metrics.written += len(written)
         metrics.add("repetition", sum(1 - distinct(each, REPEATED) for each in written), per="written")
