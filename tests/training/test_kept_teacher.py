@@ -12,7 +12,8 @@ from helpers.kept import keep
 from helpers.tiny import VOCABULARY, tiny_model, tiny_tokenizer
 from helpers.trainers import config, log, pair, rows, trainer
 from promptkd.data.batch import right_pad
-from promptkd.data.kept_logits import KeptLogits
+from promptkd.data.kept_logits import INDEX, KeptLogits
+from promptkd.data.kept_writing import held_index
 from promptkd.engine import head_logits, response_hidden
 from promptkd.errors import RequestError
 from promptkd.methods import Method, named_method
@@ -41,6 +42,14 @@ def train(folder, kept, *, method=KD, student=None, **settings):
 
 def weights(made):
     return torch.cat([each.detach().flatten() for each in made.model.parameters()])
+
+
+def test_an_index_that_a_killed_process_was_writing_does_not_keep_the_next_one_out(tmp_path):
+    (tmp_path / f"{INDEX}.partial").write_text("{")
+    assert held_index(tmp_path, overwrite=False) is None
+    kept = keep(tmp_path, pair()[1], rows(), 8)
+    (tmp_path / f"{INDEX}.partial").write_text("{")
+    assert held_index(tmp_path, overwrite=False) == kept.index
 
 
 SKEWED = partial(skew_forward_kl, alpha=0.1)

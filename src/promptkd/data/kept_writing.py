@@ -149,7 +149,8 @@ def held_index(folder: Path, *, overwrite: bool) -> KeptIndex | None:
 
 
 def _held(folder: Path) -> list[str]:
-    return sorted({each.name for each in folder.iterdir()} - {FOLDER_LOCK}) if folder.is_dir() else []
+    passing = {FOLDER_LOCK, f"{INDEX}.partial"}  # what a process killed in `write_atomic` leaves goes with the next
+    return sorted({each.name for each in folder.iterdir()} - passing) if folder.is_dir() else []
 
 
 def rounded(log_probs: Tensor, dtype: LogitsDtype) -> Tensor:
