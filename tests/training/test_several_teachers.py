@@ -21,6 +21,7 @@ from promptkd.objectives import reverse_kl
 from promptkd.results import Results
 from promptkd.training import DistillTrainer
 from promptkd.training.callbacks import quiet
+from promptkd.training.dry_run import longest_rows_first
 from promptkd.training.residence import bring, send_away
 from promptkd.training.teachers import named_teachers
 
@@ -37,6 +38,16 @@ def named(data: EncodedData, names=NAMES) -> EncodedData:
 def teachers(*, alike=False):
     first = pair()[1]
     return {"a": first, "b": copy.deepcopy(first) if alike else tiny_model("llama", layers=2, hidden=12, seed=7)}
+
+
+def test_a_dry_run_has_a_row_of_each_teacher_however_short(tmp_path):
+    data = rows()
+    short = min(data.examples, key=lambda row: len(row.prompt_ids + row.response_ids))
+    dealt = [replace(row, teacher="b" if row is short else "a") for row in data.examples]
+    method = named_method("kd")
+    ordered = longest_rows_first(replace(data, examples=dealt), config(tmp_path), method).examples
+    assert {row.teacher for row in ordered[:2]} == set(NAMES)
+    assert len(ordered) == len(dealt)
 
 
 def several(folder, *, models=None, data=None, eval_data=None, method=FIXED_PROMPTKD, peft_config=None, **settings):

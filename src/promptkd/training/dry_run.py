@@ -59,10 +59,13 @@ def at_its_most(method: Method) -> Method:
 def longest_rows_first(data: EncodedData, args: Any, method: Method) -> EncodedData:
     """As many rows as before, with the longest in each step of the trial; `args` no longer shuffle.
 
-    The second step counts: it is warm, and holds the optimizer's states beside the longest rows.
+    The second step counts: it is warm, and holds the optimizer's states beside the longest rows. Of several teachers,
+    each has its longest row in it.
     """
     args.shuffle_dataset = False
     ranked = sorted(data.examples, key=lambda row: _tokens(row, args, method), reverse=True)
+    first = {row.teacher: row for row in reversed(ranked)}
+    ranked.sort(key=lambda row: row is not first[row.teacher])
     window = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     return EncodedData((ranked[:window] * _steps(args) + ranked[window:])[: len(ranked)], data.dropped)
 

@@ -213,7 +213,7 @@ def _forecast(trainer: Any, trial: Trial) -> str:
     )
     lines = [
         ("student", f"{count_parameters(student, trainable=True):,} of {count_parameters(student):,} trained"),
-        ("teacher", f"{trained:,} trained, {trainer.teacher.parameters:,} parameters")
+        ("teacher", f"{trained:,} trained, {sum(each.parameters for each in trainer.teachers):,} parameters")
         if kept is None
         else ("teacher", f"none in memory, its logits in {kept}"),
         ("rows", f"{len(trainer.train_dataset):,}"),
