@@ -151,6 +151,14 @@ def test_the_start_of_a_method_of_ones_own_is_not_guessed(finished, tmp_path):
     assert explained.start() is None
 
 
+def test_a_prompt_of_a_moving_average_is_not_read_with_another_model(finished):
+    explained = PromptRun(finished)
+    explained.record.config["teacher"] = "ema"
+    for given in (None, str(finished)):
+        with pytest.raises(RequestError, match="was a moving average of its student, whose weights a run does not"):
+            explained.teacher(given)
+
+
 def test_prompts_of_several_teachers_are_found_by_name(finished, tmp_path):
     folder = copied(finished, tmp_path)
     (folder / "prompt").rename(folder / "kept")

@@ -13,6 +13,7 @@ from promptkd.models.adapters import SoftPromptFactory
 from promptkd.models.folder import ADAPTER_CONFIG
 from promptkd.models.load import folder_sha256
 from promptkd.results import ModelRecord, Results
+from promptkd.training.own_teacher import EMA
 
 _OTHERS = {
     "teacher_lora": "LoRA weights in its teacher",
@@ -65,6 +66,9 @@ class PromptRun:
         """Where the teacher is, which must be the one that the run trained the prompt for."""
         label = f"teacher {name}" if name else "teacher"
         known = self.record.models.get(label)
+        if self.setting("teacher", None) == EMA:
+            told = f"The teacher of the run in {self.folder} was a moving average of its student"
+            raise RequestError(f"{told}, whose weights a run does not keep, and its prompt fits no other model.")
         if known is None:
             raise RequestError(f"The record of {self.folder} names no {label}. Give it by --teacher.")
         try:
