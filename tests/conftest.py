@@ -2,6 +2,7 @@
 
 import gc
 import os
+import threading
 
 from promptkd.cli import let_threads_sleep
 
@@ -13,6 +14,7 @@ let_threads_sleep(os.environ)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 from helpers import RANKS  # noqa: E402
 from helpers.standins import Float64Stays  # noqa: E402
@@ -22,6 +24,7 @@ def pytest_collection_finish():
     """What is imported by now stays. Every training ends with a collection of garbage, which need not look at it."""
     gc.collect()
     gc.freeze()
+    tqdm.set_lock(threading.RLock())  # its own is shared with forked processes, and one that is killed may hold it
 
 
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -46,7 +46,7 @@ def quiet_libraries() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     disable_progress_bars()
-    noting = ("student", "validation", "ends", "setup", "own_teacher")  # whose notes a command says
+    noting = ("student", "validation", "ends", "setup", "own_teacher", "teachers")  # whose notes a command says
     own = (f"promptkd.training.{each}" for each in noting)
     for name in ("accelerate", *own):
         logging.getLogger(name).setLevel(logging.ERROR)

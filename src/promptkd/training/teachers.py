@@ -37,7 +37,7 @@ from promptkd.training.setup import (
 from promptkd.training.teacher import Teacher, load_teacher
 from promptkd.training.window import labeled
 
-_LOGGER = logging.getLogger("promptkd")
+_LOGGER = logging.getLogger(__name__)
 _NAME = re.compile(r"[\w.-]+")
 
 
