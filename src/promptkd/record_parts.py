@@ -1,4 +1,4 @@
-"""What all parts of a record (`results.py`) are, and the part that explains a trained soft prompt."""
+"""What all parts of a record (`results.py`) are; what was seen before training; what explains a trained soft prompt."""
 
 from pydantic import BaseModel, ConfigDict
 
@@ -7,6 +7,50 @@ class Record(BaseModel):
     """Part of a record: validated, and without keys that nobody knows."""
 
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings", val_json_bytes="utf8")
+
+
+class Preflight(Record):
+    """What a distillation looked like before its first step; of a few rows, where the models were measured."""
+
+    rows: str
+    """How many training rows are used and how many were dropped, and why."""
+    template: str
+    turns: str
+    """Which assistant turns train: "last" or "all"."""
+    ends: list[str]
+    """The tokens that end a response in this run."""
+    teacher_ends: list[str]
+    """Those that the teacher's own generation configuration names."""
+    limit: int
+    """Most tokens of a response."""
+    vocabulary: int
+    measured_rows: int = 0
+    seconds: float = 0.0
+    reference_length: float | None = None
+    """Mean tokens of a reference; None where rows have none."""
+    student_loss: float | None = None
+    """Nats per token of the references."""
+    teacher_loss: float | None = None
+    unmeasured: str = ""
+    """Why the models were not measured; empty in older records, too."""
+    own_teacher: bool = False
+    """Whether the teacher is made of the student."""
+    kl_to_teacher: float | None = None
+    """KL(student || teacher) in nats per token of the student's samples; None where nothing was measured."""
+    kl_per_response: float | None = None
+    contexts: int = 0  # measured rows whose teacher reads a context that the student does not
+    top_overlap: float | None = None
+    """Share of these tokens at which both models have the same most probable token."""
+    response_length: float | None = None
+    """Mean tokens of the student's samples."""
+    teacher_answers: int = 0
+    """Rows that the teacher answered."""
+    teacher_cut: int = 0
+    """Those of its answers that had no end within the limit."""
+    teacher_length: float | None = None
+    teacher_control: str = ""
+    """The control token of the template that most of its cut answers hold; empty if there is none."""
+    teacher_control_answers: int = 0
 
 
 class TokenCosine(Record):

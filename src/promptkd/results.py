@@ -23,7 +23,7 @@ from promptkd.errors import RequestError
 from promptkd.io.atomic import write_atomic
 from promptkd.io.files import MIB, read_regular
 from promptkd.io.redact import without_secrets
-from promptkd.record_parts import PromptExplanation
+from promptkd.record_parts import Preflight, PromptExplanation
 from promptkd.record_parts import Record as _Record
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -166,46 +166,6 @@ class Series(_Record):
     name: str
     points: list[dict[str, Any]]
     """One mapping per logged step: "step" and every logged metric."""
-
-
-class Preflight(_Record):
-    """What a distillation looked like before its first step; of a few rows, where the models were measured."""
-
-    rows: str
-    """How many training rows are used and how many were dropped, and why."""
-    template: str
-    turns: str
-    """Which assistant turns train: "last" or "all"."""
-    ends: list[str]
-    """The tokens that end a response in this run."""
-    teacher_ends: list[str]
-    """Those that the teacher's own generation configuration names."""
-    limit: int
-    """Most tokens of a response."""
-    vocabulary: int
-    measured_rows: int = 0
-    seconds: float = 0.0
-    reference_length: float | None = None
-    """Mean tokens of a reference; None where rows have none."""
-    student_loss: float | None = None
-    """Nats per token of the references."""
-    teacher_loss: float | None = None
-    kl_to_teacher: float | None = None
-    """KL(student || teacher) in nats per token of the student's samples; None where nothing was measured."""
-    kl_per_response: float | None = None
-    contexts: int = 0  # measured rows whose teacher reads a context that the student does not
-    top_overlap: float | None = None
-    """Share of these tokens at which both models have the same most probable token."""
-    response_length: float | None = None
-    """Mean tokens of the student's samples."""
-    teacher_answers: int = 0
-    """Rows that the teacher answered."""
-    teacher_cut: int = 0
-    """Those of its answers that had no end within the limit."""
-    teacher_length: float | None = None
-    teacher_control: str = ""
-    """The control token of the template that most of its cut answers hold; empty if there is none."""
-    teacher_control_answers: int = 0
 
 
 class ModelPart(_Record):

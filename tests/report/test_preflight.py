@@ -2,8 +2,8 @@
 
 import pytest
 
+from promptkd.record_parts import Preflight
 from promptkd.report.preflight import preflight_advice, preflight_lines
-from promptkd.results import Preflight
 
 HEALTHY = Preflight(
     **{"rows": "990 rows", "template": "chat", "turns": "last", "ends": ["<|im_end|>"], "teacher_ends": ["<|im_end|>"]},
@@ -75,6 +75,14 @@ def test_the_screen():
 def test_models_whose_weights_are_spread_are_not_measured():
     names = {"rows", "template", "turns", "ends", "teacher_ends", "limit", "vocabulary"}
     sharded = Preflight(**HEALTHY.model_dump(include=names))
-    told = "not measured: spread over processes, of no shared vocabulary, or no teacher"
-    assert preflight_lines(sharded)[-1] == ("models", told)
+    assert preflight_lines(sharded)[-1] == ("models", "not measured: spread over processes, or of no shared vocabulary")
+    told = sharded.model_copy(update={"unmeasured": "no teacher is in memory"})
+    assert preflight_lines(told)[-1] == ("models", "not measured: no teacher is in memory")
     assert preflight_advice(sharded) == []
+
+
+def test_a_teacher_that_is_the_student_is_not_to_be_tuned_apart_from_it():
+    own = {"own_teacher": True, "student_loss": 3.0, "teacher_loss": 3.1}
+    assert advice(**own) == []
+    (told,) = advice(**own | {"teacher_loss": 8.0})
+    assert "promptkd sft --model STUDENT" in told

@@ -159,11 +159,11 @@ class TrainingRun:
         say(text)
         self.results.notes.append(text)
 
-    def preflight(self, trainer: Any, train: EncodedData) -> None:
+    def preflight(self, trainer: Any, train: EncodedData, *, own_teacher: bool) -> None:
         """Say and record what student and teacher look like before training, with advice, also for a resumed run."""
         if is_main_process():
             with out_of_memory_told(trainer):
-                seen = self.results.preflight = preflight(trainer, train)
+                seen = self.results.preflight = preflight(trainer, train, own_teacher=own_teacher)
             if trainer.teacher_names:
                 self.note(
                     f"Before training, of the teachers only {trainer.teacher.name} was measured, on its own rows."

@@ -2,8 +2,8 @@
 
 import math
 
+from promptkd.record_parts import Preflight
 from promptkd.report.formatting import duration
-from promptkd.results import Preflight
 
 CUT = 0.25  # share of the teacher's answers
 ALIKE = 0.02  # nats per token between student and teacher
@@ -22,7 +22,7 @@ def preflight_lines(seen: Preflight) -> list[tuple[str, str]]:
     if seen.kl_to_teacher is None:
         return [
             *lines,
-            ("models", "not measured: spread over processes, of no shared vocabulary, or no teacher"),
+            ("models", f"not measured: {seen.unmeasured or 'spread over processes, or of no shared vocabulary'}"),
         ]
     if seen.student_loss is not None and seen.teacher_loss is not None:
         losses = f"student {seen.student_loss:.2f}, teacher {seen.teacher_loss:.2f} nats/token"
@@ -49,9 +49,11 @@ def preflight_advice(seen: Preflight) -> list[str]:
     if seen.kl_to_teacher is None:
         return advice
     tune = "Tune the teacher on this task first: promptkd sft --model TEACHER --data DATA"
+    if seen.own_teacher:
+        tune = "The teacher is the student itself. Tune that first: promptkd sft --model STUDENT --data DATA"
     if seen.teacher_loss is not None and seen.student_loss is not None:
         high = seen.teacher_loss > HIGH_LOSS * math.log(seen.vocabulary)
-        not_below = seen.teacher_loss >= seen.student_loss
+        not_below = not seen.own_teacher and seen.teacher_loss >= seen.student_loss
         if high or (not_below and seen.kl_to_teacher > ALIKE):  # of a pair that is nearly equal, losses are, too
             told = f"The teacher's loss on the references, {seen.teacher_loss:.2f} nats/token, is "
             told += "not below the student's" if not_below else "high"

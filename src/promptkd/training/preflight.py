@@ -15,7 +15,7 @@ from promptkd.engine import Vocabulary, evaluating
 from promptkd.evaluation.measure import batches_by_length, decode_rows, reference_nats, token_divergences
 from promptkd.objectives import reverse_kl
 from promptkd.objectives.kernels import top_overlap
-from promptkd.results import Preflight
+from promptkd.record_parts import Preflight
 from promptkd.training.distributed import autocast
 from promptkd.training.validation import validation_decoding
 
@@ -23,7 +23,7 @@ ROWS = 8
 _FIRST, _SECONDS = 2, 20.0  # the teacher answers two rows, and the others if that took less than so many seconds
 
 
-def preflight(trainer: Any, train: EncodedData) -> Preflight:
+def preflight(trainer: Any, train: EncodedData, *, own_teacher: bool = False) -> Preflight:
     """What a `DistillTrainer` is about to do, and its models on up to 8 rows: of the validation data, if there are any.
 
     Nothing is drawn from the run's random generators, and nothing of the models changes. With sharded weights, and
@@ -38,8 +38,13 @@ def preflight(trainer: Any, train: EncodedData) -> Preflight:
         teacher_ends=_named(tokenizer, _teacher_ends(trainer)),
         limit=args.max_completion_length,
         vocabulary=trainer.teacher.vocabulary.size,
+        own_teacher=own_teacher,
     )
     if trainer.is_sharded or not trainer.compares:
+        if trainer.is_sharded:
+            seen.unmeasured = "their weights are spread over processes"
+        else:
+            seen.unmeasured = "they share no vocabulary" if trainer.shared is None else "no teacher is in memory"
         return seen
     name = trainer.teacher.name  # of several, the first
     rows = [row for row in trainer.validation_rows or train.examples if name in ("", row.teacher)]

@@ -150,7 +150,7 @@ def _distill(options: Options, job: TrainingRun, args: DistillConfig, method: Me
     if options.resume:
         job.keep_preflight()
     elif options.preflight:
-        job.preflight(trainer, train)
+        job.preflight(trainer, train, own_teacher=own)
     job.train(trainer, "Distilling")
     if options.merge:
         trainer.merge_student()
