@@ -2,9 +2,11 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from peft import LoraConfig
 
 from helpers.commands import distill, done, make_world, run, weights
@@ -19,6 +21,7 @@ from promptkd.objectives import forward_kl
 from promptkd.results import Results
 from promptkd.training import DistillTrainer
 from promptkd.training.callbacks import quiet
+from promptkd.training.own_teacher import MovingAverage
 
 MOVING = Method(FixedResponses(), loss=lambda step: mixed_loss(forward_kl, 0.5, step))  # the rows' tokens move it
 LORA = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -129,6 +132,22 @@ def test_a_step_that_is_skipped_leaves_the_average_as_it_is(tmp_path):
         kept.append(torch.allclose(held[name], start[name] + 0.01 * (student - start[name]), rtol=0, atol=1e-7))
     assert ours.guard.skipped == 1
     assert all(kept)
+
+
+def test_a_step_that_overflows_at_the_loss_scale_leaves_the_average_as_it_is():
+    student, accelerator = torch.nn.Linear(2, 1, bias=False), Accelerator(cpu=True)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)  # as in float16 on a GPU
+    optimizer = accelerator.prepare(torch.optim.SGD(student.parameters(), lr=0.1))
+    average = MovingAverage(student, 0.5, accelerator, SimpleNamespace(skipped_in_a_row=0))
+    (mean,), start = average.model.parameters(), student.weight.detach().clone()
+    for size, moves in ((1.0, True), (math.inf, False), (1.0, True)):
+        before = mean.clone()
+        accelerator.scaler.scale(student(torch.full((2,), size)).sum()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        average.on_step_end(None, None, None)
+        assert torch.equal(mean, before) != moves
+    assert not torch.equal(student.weight, start)
 
 
 @pytest.mark.slow

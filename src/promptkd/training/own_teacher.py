@@ -97,7 +97,7 @@ class MovingAverage(TrainerCallback):
                 )
             ],
         )
-        self._decay, self._guard = decay, guard
+        self._decay, self._guard, self._accelerator = decay, guard, accelerator
         twins = {id(weight): _twin(weight) for weight in student.parameters()}
         self.model = copy.deepcopy(student, dict(twins)).eval()
         self._trained = {
@@ -105,7 +105,8 @@ class MovingAverage(TrainerCallback):
         }
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._guard.skipped_in_a_row:  # the step was not taken
+        # Not taken: a step that the guard refused, and in float16 one that overflowed at the scale of the loss.
+        if self._guard.skipped_in_a_row or self._accelerator.optimizer_step_was_skipped:
             return
         with torch.no_grad():
             for average, weight in self._trained.values():
