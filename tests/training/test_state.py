@@ -9,8 +9,12 @@ import torch
 from helpers.parts import parts, window
 from helpers.trainers import rows
 from promptkd.errors import RequestError
+from promptkd.methods.distillm2 import Contrast
+from promptkd.objectives import Moving, Taid, Veto
 from promptkd.responses import AdaptiveReplay, Responses
+from promptkd.training.own_teacher import MovingAverage
 from promptkd.training.state import ExtraState, PartialLog
+from promptkd.training.teacher_tuner import TeacherTuners
 
 
 def running(part, **sums):
@@ -64,6 +68,57 @@ def test_the_adapter_alone_is_taken_from_the_best_checkpoint(tmp_path):
     resumed.load_adapter(tmp_path)
     assert torch.equal(other.adapter.module.embeddings, tuner.adapter.module.embeddings)
     assert part.guard.skipped == 2
+
+
+def of_kind(folder, *, average=False, adapter=False, moving=None):
+    part = parts(folder)
+    tuner = part.tuner() if adapter else None
+    if tuner is not None:
+        tuner.start(4)
+    mean = MovingAverage(part.student, 0.5, part.accelerator, part.guard) if average else None
+    return ExtraState(PartialLog(running(part)), part.guard, tuner=tuner, average=mean, moving=moving)
+
+
+PLAIN: dict = {}
+AVERAGE, ADAPTER = {"average": True}, {"adapter": True}
+
+
+@pytest.mark.parametrize(
+    ("written", "read", "told"),
+    [
+        (PLAIN, AVERAGE, "holds no moving average of the student .*and this run has a moving average"),
+        (AVERAGE, PLAIN, "holds a moving average of the student .*and this run has none"),
+        (PLAIN, ADAPTER, "holds no trained part of the teacher"),
+        (ADAPTER, PLAIN, "holds a trained part of the teacher, and this run has none"),
+        (PLAIN, {"moving": Taid()}, "holds no coefficients of a moving objective"),
+        ({"moving": Taid()}, {"moving": Veto()}, "holds coefficients of a moving objective .*and this run has none"),
+        ({"moving": Taid()}, {"moving": Contrast(rises=True)}, "has kept t, trend, loss, and .*needs 'steps'"),
+    ],
+)
+def test_a_checkpoint_of_another_kind_of_run_is_refused(tmp_path, written, read, told):
+    of_kind(tmp_path, **written).save(tmp_path, writes=True)
+    resumed = of_kind(tmp_path, **read)
+    with pytest.raises(RequestError, match=told) as caught:
+        resumed.load(tmp_path, process=0)
+    assert "Resume with the method and the teacher of the run that wrote it" in str(caught.value)
+    if read in (AVERAGE, ADAPTER):
+        with pytest.raises(RequestError, match=told):
+            resumed.load_adapter(tmp_path)
+
+
+def test_a_checkpoint_of_several_teachers_is_not_one_of_a_single(tmp_path):
+    several = of_kind(tmp_path, **ADAPTER)
+    several._tuner = TeacherTuners([several._tuner])
+    several.save(tmp_path, writes=True)
+    with pytest.raises(RequestError, match=r"holds the teachers .*this run has one without a name"):
+        of_kind(tmp_path, **ADAPTER).load(tmp_path, process=0)
+
+
+@pytest.mark.parametrize("moving", [None, Moving(), Veto()])
+def test_a_state_without_parts_serves_runs_that_need_none(tmp_path, moving):
+    of_kind(tmp_path).save(tmp_path, writes=True)
+    of_kind(tmp_path, moving=moving).load(tmp_path, process=0)
+    assert "moving" not in of_kind(tmp_path, moving=moving).state_dict()
 
 
 def test_fewer_processes_share_what_more_have_kept(tmp_path):

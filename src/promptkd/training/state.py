@@ -8,7 +8,7 @@ import torch
 from accelerate.utils import gather_object
 from transformers import Trainer
 
-from promptkd.errors import RequestError
+from promptkd.errors import RequestError, check_all
 from promptkd.objectives import Moving
 from promptkd.responses import Responses
 from promptkd.training.guard import Guard
@@ -17,6 +17,8 @@ from promptkd.training.state_files import has_state, read_state, write_state
 from promptkd.training.teacher_tuner import TeacherTuner, TeacherTuners
 
 _NAME, _OLD_FILE = "method", "method.pt"  # of older versions, which torch wrote
+_OTHER_RUN = "Cannot take up this checkpoint, which is of another kind of run"
+_ADVICE = "Resume with the method and the teacher of the run that wrote it, or start a new run."
 
 
 class PartialLog:
@@ -71,7 +73,9 @@ class ExtraState:
         moving: Moving | None = None,
     ):
         self._log, self._guard, self._responses, self._tuner = log, guard, responses, tuner
-        self._average, self._moving = average, moving
+        self._average = average
+        keeps = moving is not None and type(moving).state_dict is not Moving.state_dict
+        self._moving = moving if keeps else None  # others have nothing to keep
 
     def state_dict(self) -> dict[str, Any]:
         """The states of all parts; of the source of responses, one per process. All processes must ask together."""
@@ -80,19 +84,26 @@ class ExtraState:
             state["responses"] = gather_object([self._responses.state_dict()])
         if self._average is not None:
             state["average"] = self._average.state_dict()
-        if self._moving is not None and (moving := self._moving.state_dict()):
-            state["moving"] = moving
+        if self._moving is not None:
+            state["moving"] = self._moving.state_dict()
         return state | ({} if self._tuner is None else self._tuner.state_dict())
 
     def load_state_dict(self, state: Mapping[str, Any], *, process: int = 0) -> None:
-        """Resume from `state` on process number `process`."""
+        """Resume from `state` on process number `process`. Raises `RequestError` for that of another kind of run."""
+        moves = "moving" in state, self._moving is not None, "coefficients of a moving objective (TAID, DistiLLM-2)"
+        self._check(state, moves)
         self._log.load_state_dict(state["log"])
         self._guard.load_state_dict(state["guard"])
         if self._responses is not None:
             responses = state["responses"]  # with fewer processes than before, what the last ones kept is lost
             self._responses.load_state_dict(responses[process % len(responses)])
-        if self._moving is not None and "moving" in state:
-            self._moving.load_state_dict(state["moving"])
+        if self._moving is not None:
+            try:
+                self._moving.load_state_dict(state["moving"])
+            except KeyError as error:
+                held = ", ".join(state["moving"])
+                problem = f"its objective has kept {held}, and that of this run needs {error}"
+                raise RequestError(f"{_OTHER_RUN}: {problem}. {_ADVICE}") from error
         if self._tuner is not None:
             self._tuner.load_state_dict(state)
         if self._average is not None:
@@ -100,11 +111,35 @@ class ExtraState:
 
     def load_adapter(self, checkpoint: str | Path) -> None:
         """Take the teacher's part alone from a checkpoint, as for the best model at the end of training."""
-        state = {} if self._tuner is None and self._average is None else self._read(checkpoint)
+        if self._tuner is None and self._average is None:
+            return
+        state = self._read(checkpoint)
+        self._check(state)
         if self._tuner is not None:
             self._tuner.load_adapter(state)
         if self._average is not None:
             self._average.load_state_dict(state["average"])
+
+    def _check(self, state: Mapping[str, Any], *others: tuple[bool, bool, str]) -> None:
+        """Refuse a state that has a part which this run lacks, or lacks one which it has; `others` are such parts."""
+        parts = [
+            ("average" in state, self._average is not None, "a moving average of the student (the teacher ema)"),
+            ("adapter" in state or "teachers" in state, self._tuner is not None, "a trained part of the teacher"),
+            *others,
+        ]
+        of_one = isinstance(self._tuner, TeacherTuner) and "teachers" in state
+        checks = [
+            *((held and not wanted, f"it holds {told}, and this run has none") for held, wanted, told in parts),
+            *(
+                (wanted and not held, f"it holds no {told.removeprefix('a ')}, and this run has {told}")
+                for held, wanted, told in parts
+            ),
+            (
+                of_one,
+                f"it holds the teachers {', '.join(state.get('teachers', ()))}, and this run has one without a name",
+            ),
+        ]
+        check_all(_OTHER_RUN, checks, _ADVICE)
 
     def save(self, checkpoint: Path, *, writes: bool) -> None:
         """Write into a checkpoint's folder. All processes must come here together; one of them `writes`."""
