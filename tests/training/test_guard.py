@@ -8,8 +8,10 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from helpers.tiny import tiny_model
 from promptkd.errors import PromptKDError, RequestError
 from promptkd.training.guard import MOST_SKIPPED, Guard
+from promptkd.training.residence import bring, send_away
 
 
 @pytest.fixture
@@ -75,6 +77,20 @@ def test_weights_that_are_not_finite_are_named(make, student):
         student.bias.fill_(math.inf)
     with pytest.raises(PromptKDError, match="The weights of the student hold NaN or infinite numbers themselves"):
         take(make(), student, norm=math.nan)
+
+
+def test_weights_that_wait_off_the_device_are_looked_at(make, student, tmp_path, monkeypatch):
+    monkeypatch.setenv("PROMPTKD_CACHE", str(tmp_path))
+    teachers = {f"teacher {name}": tiny_model(seed=seed) for seed, name in enumerate("abc")}
+    with torch.no_grad():
+        next(teachers["teacher b"].parameters()).fill_(math.nan)
+    for each in teachers.values():
+        send_away(each, torch.device("cpu"))
+    bring(teachers["teacher a"])
+    guard = make()
+    guard._models = lambda: {"student": student, **teachers}
+    with pytest.raises(PromptKDError, match="The weights of the teacher b hold NaN"):
+        take(guard, student, norm=math.nan)
 
 
 def test_a_step_without_a_norm_is_judged_by_its_losses(make, student):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from promptkd.errors import PromptKDError, RequestError
 from promptkd.io.python_file import names_python
 from promptkd.training.checkpoint import told_last_checkpoint
+from promptkd.training.residence import bring
 
 _LOGGER = logging.getLogger("promptkd")
 _ROWS_NAMED = 16
@@ -150,11 +151,7 @@ class Guard:
             "what": {what for what, _ in broken},
             "rows": {row for index, batch in enumerate(rows) if index in named for row in batch},
             "window": {row for batch in rows for row in batch},
-            "weights": {
-                name
-                for name, model in self._models().items()
-                if not all(bool(weight.detach().isfinite().all()) for weight in model.parameters())
-            },
+            "weights": {name for name, model in self._models().items() if not _is_finite(model)},
         }
         everyone = gather_object([own]) if self._accelerator.num_processes > 1 else [own]
         found = {key: sorted({item for each in everyone for item in each[key]}) for key in own}
@@ -166,6 +163,11 @@ class Guard:
         if found["weights"]:
             text += f" The weights of the {_listed(found['weights'])} hold NaN or infinite numbers themselves."
         return text
+
+
+def _is_finite(model: nn.Module) -> bool:
+    bring(model)  # one of several teachers may wait off the device, and its weights are empty meanwhile
+    return all(bool(weight.detach().isfinite().all()) for weight in model.parameters())
 
 
 def _listed(names: list[str]) -> str:

@@ -60,7 +60,8 @@ def send_away(model: nn.Module, device: torch.device) -> None:
 
 def bring(model: nn.Module) -> None:
     """Put a model's weights where they are computed with; the model that was there leaves. Others are left alone."""
-    waiting = _WAITING.get(unwrap_peft(model))
+    modules = model.modules() if _WAITING else ()
+    waiting = next((_WAITING[each] for each in modules if each in _WAITING), None)
     if waiting is None or waiting in _there:
         return
     for other in list(_there):
