@@ -158,7 +158,7 @@ def test_a_dry_run_that_is_too_large_says_so_and_does_not_speak_of_resuming(worl
 def test_the_rows_of_a_step_are_counted_with_the_defaults_that_the_trainers_have(settings):
     defaults = {each.name: each.default for each in fields(settings)}
     assert {name: defaults[name] for name in _MICRO_BATCHES} == _MICRO_BATCHES
-    assert _OF_MEMORY - defaults.keys() <= {"chunk_tokens", "teacher_gradient_checkpointing"}
+    assert _OF_MEMORY - defaults.keys() <= {"chunk_tokens", "teacher_gradient_checkpointing", "teachers_resident"}
 
 
 @pytest.mark.slow
@@ -256,6 +256,8 @@ def settings(**changed):
         ),
         (settings(), "validation", {}, ["--generation_batch_size 4"], []),
         (settings(), "update", {}, [], ["--optim adafactor"]),
+        (settings(), "update", {"take_turns": True}, ["--teachers_resident one"], ["--optim adafactor"]),
+        (settings(), "rollout", {"take_turns": True}, ["--teachers_resident one", "--generation_batch_size 4"], []),
         (settings(), "", {"lower_teacher": True}, [], ["--teacher_dtype bfloat16"]),
     ],
 )

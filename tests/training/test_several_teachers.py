@@ -183,6 +183,31 @@ def test_a_resumed_run_has_the_bits_of_an_undisturbed_one(tmp_path, peft_config)
 
 
 @pytest.mark.slow
+def test_what_would_save_memory_is_asked_of_all_teachers(tmp_path, monkeypatch):
+    monkeypatch.setenv("PROMPTKD_CACHE", str(tmp_path / "cache"))
+    for rounded, lower in ((("a",), True), (("a", "b"), False)):
+        models = teachers()
+        for name in rounded:
+            models[name].to(torch.bfloat16)
+        found = several(tmp_path, models=models).savings()
+        assert (found["lower_teacher"], found["take_turns"]) == (lower, True)
+    assert not several(tmp_path, teachers_resident="one").savings()["take_turns"]
+    assert not several(tmp_path, method=named_method("promptkd-full")).savings()["take_turns"]  # they cannot
+    assert not trainer(tmp_path).savings()["take_turns"]
+
+
+@pytest.mark.slow
+def test_a_run_that_was_too_large_resumes_with_one_teacher_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setenv("PROMPTKD_CACHE", str(tmp_path / "cache"))
+    whole = several(tmp_path, save_strategy="steps", save_steps=1)
+    whole.train()
+    again = several(tmp_path, teachers_resident="one")
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert all(torch.equal(*each) for each in zip(student(again), student(whole), strict=True))
+    assert all(torch.equal(*each) for each in zip(prompts(again), prompts(whole), strict=True))
+
+
+@pytest.mark.slow
 def test_validation_measures_each_row_against_its_own_teacher(tmp_path):
     data = rows(6, seed=3)
     ours = several(tmp_path, eval_data=named(data))

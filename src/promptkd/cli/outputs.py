@@ -32,7 +32,7 @@ _MAY_CHANGE |= {  # refused today, but in the config.yaml of older runs
 }
 _OF_MEMORY = {  # settings that change what a run holds at a time, not what it computes: one too large resumes smaller
     *("generation_batch_size", "per_device_eval_batch_size", "chunk_tokens"),
-    *("gradient_checkpointing", "teacher_gradient_checkpointing"),
+    *("gradient_checkpointing", "teacher_gradient_checkpointing", "teachers_resident"),
 }
 # Defaults of what an optimizer step's rows per process are a product of. They may change together.
 _MICRO_BATCHES = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}

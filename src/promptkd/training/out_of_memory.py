@@ -45,7 +45,13 @@ def _message(trainer: Any, error: BaseException) -> str:
 
 
 def advice(
-    args: Any, phase: str, *, recompute_teacher: bool = False, lower_teacher: bool = False, lora_student: bool = False
+    args: Any,
+    phase: str,
+    *,
+    recompute_teacher: bool = False,
+    lower_teacher: bool = False,
+    lora_student: bool = False,
+    take_turns: bool = False,
 ) -> tuple[list[str], list[str]]:
     """Settings that need less memory in a phase: those that a resumed run may change, and those of a new run.
 
@@ -75,4 +81,5 @@ def advice(
         "update": ([], [*lora, "--optim adafactor", *teacher]),
         "validation": ([*half("per_device_eval_batch_size"), *decoded], teacher),
     }
-    return by_phase.get(phase, ([], [*teacher, *lora]))
+    resumed, fresh = by_phase.get(phase, ([], [*teacher, *lora]))
+    return (["--teachers_resident one"] if take_turns else []) + resumed, fresh  # first what helps most

@@ -260,6 +260,15 @@ def teacher_models(teachers: Sequence[Teacher]) -> dict[str, nn.Module]:
     return {role_of(each.name): each.model for each in teachers}
 
 
+def savings(teachers: Sequence[Teacher], args: Any) -> dict[str, bool]:
+    """Which settings of any of the teachers would still save memory, for `out_of_memory.advice`."""
+    found = [each.savings() for each in teachers]
+    copied = any(each.adapter is not None and each.adapter.copies_teacher for each in teachers)
+    stay = len(teachers) > 1 and args.teachers_resident == "all"
+    turns = stay and args.teacher_quantization is None and not copied  # as `check_several` lets them
+    return {name: any(each[name] for each in found) for name in found[0]} | {"take_turns": turns}
+
+
 def trainable_share(teachers: Sequence[Teacher]) -> tuple[int, float]:
     """Trainable parameters of all teachers, and their share of all that these have."""
     numbers = sum(part.numel() for each in teachers if each.adapter for part in each.adapter.parameters())

@@ -340,7 +340,7 @@ class DistillTrainer(Trainer):
     def savings(self) -> dict[str, bool]:
         """Which settings of the models would still save memory, for `out_of_memory.advice`."""
         lora = isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
-        return self.teacher.savings() | {"lora_student": not lora}
+        return teachers.savings(self.teachers, self.args) | {"lora_student": not lora}
 
 
 class PromptKDTrainer(DistillTrainer):
