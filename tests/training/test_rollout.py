@@ -73,6 +73,34 @@ def test_what_a_window_counts(tmp_path):
     assert logged["cut_share"] == 1 / 6  # of those at the limit, one has ended
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_tokens_of_teachers_are_counted_on_the_host(tmp_path, processes):
+    _, rollout = make(tmp_path)
+    rollout.teacher_names, reads = ("a", "b", "c"), []
+
+    class OnDevice(torch.Tensor):
+        """Sums of alike processes on a device; what is asked of one there waits for it."""
+
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            if function in (torch.Tensor.cpu, torch.Tensor.__int__, torch.Tensor.item, torch.Tensor.tolist):
+                reads.append(function)
+                with torch._C.DisableTorchFunctionSubclass():
+                    return function(args[0].as_subclass(torch.Tensor))
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    def reduce(own, reduction):
+        return (own * processes).as_subclass(OnDevice)
+
+    rollout._accelerator = SimpleNamespace(device=torch.device("cpu"), num_processes=processes, reduce=reduce)
+    named = [replace(row, teacher="ab"[row.row % 2]) for row in EXAMPLES]
+    window = rollout._cut(named, RESPONSES, 0.0)
+    counted = {name: int(window.tokens_of(name)) for name in rollout.teacher_names}
+    assert counted == {"a": 6 * processes, "b": 7 * processes, "c": 0}
+    assert len(reads) == (0 if processes == 1 else 1)
+    assert isinstance(window.tokens, OnDevice)
+
+
 def test_repetition_is_that_of_responses_that_a_model_writes(tmp_path):
     loops = [[20, 21] * 5, [20, 21, 22, 23], [20], [], [20, 21, 22, 23, 24], [20] * 7]
     part, rollout = make(tmp_path, source=Told(loops))

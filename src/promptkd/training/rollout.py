@@ -122,8 +122,11 @@ class Rollout:
         lengths = [(row.teacher, len(ids)) for row, ids in zip(rows, responses, strict=True)]
         own += [sum(length for teacher, length in lengths if teacher == name) for name in self.teacher_names]
         counts: Tensor = self._accelerator.reduce(torch.tensor(own, device=device), reduction="sum")
-        tokens, all_rows, text_tokens, *by_teacher = counts.unbind()
-        of_each = dict(zip(self.teacher_names, by_teacher, strict=True))
+        tokens, all_rows, text_tokens, *_ = counts.unbind()
+        of_each: dict[str, Tensor] = {}
+        if self.teacher_names:  # one process knows the sums without a look at the device
+            sums = torch.tensor(own) if self._accelerator.num_processes == 1 else counts.cpu()
+            of_each = dict(zip(self.teacher_names, sums[-len(self.teacher_names) :], strict=True))
         order = torch.randperm(len(rows)).tolist()
         size = len(rows) // self._args.gradient_accumulation_steps
         micro_batches = []

@@ -199,10 +199,18 @@ class TeacherTuners:
         for tuner in self.each.values():
             tuner.start(total_steps)
 
-    def step(self, *window: Any, **settings: Any) -> None:
+    def step(
+        self,
+        window: Window,
+        student: nn.Module,
+        student_hidden: Callable[[nn.Module, MicroBatch], Tensor],
+        *,
+        step: int,
+        logs: bool,
+    ) -> None:
         """See `TeacherTuner.step`."""
         for tuner in self.each.values():
-            tuner.step(*window, **settings)
+            tuner.step(window, student, student_hidden, step=step, logs=logs)
 
     def rollback(self) -> None:
         for tuner in self.each.values():

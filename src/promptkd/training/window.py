@@ -71,7 +71,8 @@ class Window:
     text_tokens: Tensor  # predicted tokens of the plain texts
     progress: float = 0.0  # k / K, of the k optimizer steps that are done and the K of the training
     taken: int = 0  # micro-batches that `next` has given
-    tokens_by_teacher: Mapping[str, Tensor] = field(default_factory=dict)  # response tokens of each of several teachers
+    tokens_by_teacher: Mapping[str, Tensor] = field(default_factory=dict)
+    """Response tokens of each of several teachers, on the host: to look at them waits for no device."""
 
     def tokens_of(self, teacher: str) -> Tensor:
         """Response tokens of a teacher's rows; of all rows for the only one, whose name is ""."""
