@@ -13,7 +13,7 @@ from helpers.tiny import VOCABULARY, tiny_model, tiny_tokenizer
 from helpers.trainers import config, log, pair, rows, trainer
 from promptkd.data.batch import right_pad
 from promptkd.data.kept_logits import INDEX, KeptLogits
-from promptkd.data.kept_writing import held_index
+from promptkd.data.kept_writing import KeptWriter, held_index
 from promptkd.engine import head_logits, response_hidden
 from promptkd.errors import RequestError
 from promptkd.methods import Method, named_method
@@ -50,6 +50,19 @@ def test_an_index_that_a_killed_process_was_writing_does_not_keep_the_next_one_o
     kept = keep(tmp_path, pair()[1], rows(), 8)
     (tmp_path / f"{INDEX}.partial").write_text("{")
     assert held_index(tmp_path, overwrite=False) == kept.index
+
+
+def test_shards_that_a_killed_overwriting_left_are_replaced_by_the_next(tmp_path):
+    kept = keep(tmp_path, pair()[1], rows(), 8)
+    (tmp_path / INDEX).unlink()
+    with pytest.raises(RequestError, match=r"holds logits-00000\.safetensors, .* or replace them by --overwrite"):
+        held_index(tmp_path, overwrite=False)
+    assert held_index(tmp_path, overwrite=True) is None
+    KeptWriter(tmp_path, kept.settings, rows().examples, overwrite=True)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "logits-mine.txt").write_text("mine")
+    with pytest.raises(RequestError, match=r"holds logits-mine\.txt"):
+        held_index(tmp_path, overwrite=True)
 
 
 SKEWED = partial(skew_forward_kl, alpha=0.1)

@@ -1,5 +1,6 @@
 """Writing kept logits (`kept_logits.py`): shard by shard, so that a killed process loses at most one of them."""
 
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from promptkd.memory import gibibytes
 from promptkd.results import file_sha256
 
 SHARD_TOKENS, SHARD_BYTES = 32_768, 64 * MIB  # the most of a shard, of which a killed process loses one
+_SHARD = re.compile(r"logits-\d{5,}\.safetensors(\.partial)?")  # what a killed process was writing, too
 _PER_ROW, _PER_SHARD = 24, 1024  # bytes: a key and an offset; the names and places of the tensors
 
 
@@ -141,10 +143,11 @@ def held_index(folder: Path, *, overwrite: bool) -> KeptIndex | None:
     if folder.exists() and not folder.is_dir():
         raise RequestError(f"Logits are kept in a folder. {folder} is a file.")
     held = _held(folder)
-    foreign = [name for name in held if name != INDEX and not name.startswith("logits-")]
-    if foreign or (held and INDEX not in held):
+    foreign = [name for name in held if name != INDEX and not _SHARD.fullmatch(name)]
+    if foreign or (held and INDEX not in held and not overwrite):
         told = f"{folder} holds {', '.join((foreign or held)[:5])}, which are no kept logits that could be resumed"
-        raise RequestError(f"{told}. Move it away or give another --out.")
+        replaced = "" if foreign else ", or replace them by --overwrite"
+        raise RequestError(f"{told}. Move it away or give another --out{replaced}.")
     return KeptIndex.read(folder) if held and not overwrite else None
 
 
