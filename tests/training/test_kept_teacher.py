@@ -11,6 +11,7 @@ import torch
 from helpers.kept import keep
 from helpers.tiny import VOCABULARY, tiny_model, tiny_tokenizer
 from helpers.trainers import config, log, pair, rows, trainer
+from promptkd.data import kept_logits, kept_writing
 from promptkd.data.batch import right_pad
 from promptkd.data.kept_logits import INDEX, KeptLogits
 from promptkd.data.kept_writing import KeptWriter, held_index
@@ -93,6 +94,24 @@ def test_kept_targets_are_the_teachers_log_probabilities(logits):
     torch.testing.assert_close(target.log_probs[:, :-1], top.values, rtol=2**-11, atol=1e-7)
     rest = log_p.scatter(-1, top.indices, -torch.inf).logsumexp(-1)
     torch.testing.assert_close(target.log_probs[:, -1], rest, rtol=2**-11, atol=1e-7)
+
+
+def test_a_batch_opens_each_shard_once_and_has_its_rows_in_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(kept_writing, "SHARD_TOKENS", 24)
+    kept = keep(tmp_path / "logits", pair()[1], rows(), 8)
+    shards = len(kept.index.shards)
+    assert 1 < shards < 8
+    mixed = [rows().examples[5 * index % 16] for index in range(16)]  # from one shard to another and back
+
+    def target(of):
+        return kept.target(right_pad([row.prompt_ids for row in of], [row.response_ids for row in of]))
+
+    alone, opened, open_shard = [target([row]) for row in mixed], [], kept_logits.safe_open
+    monkeypatch.setattr(kept_logits, "safe_open", lambda path, *how: opened.append(path) or open_shard(path, *how))
+    together = target(mixed)
+    assert len(opened) == len(set(opened)) == shards
+    assert torch.equal(together.ids, torch.cat([each.ids for each in alone]))
+    assert torch.equal(together.log_probs, torch.cat([each.log_probs for each in alone]))
 
 
 def test_the_loss_is_a_lower_bound_and_mixes_with_cross_entropy(tmp_path, logits):

@@ -155,16 +155,21 @@ class KeptLogits:
 
     def target(self, batch: TokenBatch) -> CoarseTarget:
         """The teacher's distributions at the response tokens of a batch, on its device. `RequestError` if one lacks."""
-        ids, log_probs = [], []
-        for tokens, prompt in zip(batch.token_ids, batch.prompt_lengths, strict=True):
+        by_shard: dict[str, list[tuple[int, int, int]]] = {}  # opened once each: row, first token and end
+        for row, (tokens, prompt) in enumerate(zip(batch.token_ids, batch.prompt_lengths, strict=True)):
             place = self._places.get(row_key(tokens[:prompt], tokens[prompt:]))
             if place is None:
                 raise RequestError(f"{self.folder} holds no logits of a row that the method asks for.")
-            file, first, end = place
+            by_shard.setdefault(place[0], []).append((row, *place[1:]))
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        for file, wanted in by_shard.items():
             with safe_open(self.folder / file, "pt") as shard:
-                of_kept, of_rest = shard.get_slice("log_probs"), shard.get_slice("rest_log_mass")
-                ids.append(shard.get_slice("token_ids")[first:end].long())
-                log_probs.append(torch.cat([of_kept[first:end], of_rest[first:end, None]], -1).float())
+                names = ("token_ids", "log_probs", "rest_log_mass")
+                of_ids, of_kept, of_rest = (shard.get_slice(name) for name in names)
+                for row, first, end in wanted:
+                    values = torch.cat([of_kept[first:end], of_rest[first:end, None]], -1).float()
+                    found[row] = of_ids[first:end].long(), values
+        ids, log_probs = zip(*(found[row] for row in range(len(found))), strict=True)
         device = batch.targets.device
         return CoarseTarget(moved(torch.cat(ids), device), moved(torch.cat(log_probs), device), self.is_whole)
 
