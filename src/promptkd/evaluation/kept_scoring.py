@@ -16,7 +16,7 @@ from promptkd.objectives.coarse import coarse_log_probs
 _TOKENS_AT_A_TIME = 256
 SAMPLE = 32  # rows that the error is measured on
 
-Chunk = tuple[list[int], Tensor, tuple[Tensor, ...]]  # rows of a batch, the row of each token, logits of each model
+Chunk = tuple[list[int], tuple[Tensor, ...]]  # the row of each token, on the host; logits of each model
 
 
 def write_logits(
@@ -34,16 +34,17 @@ def top_log_probs(
     teacher: nn.Module, rows: Sequence[EncodedExample], settings: KeptSettings, *, batch_size: int
 ) -> TopLogProbs:
     """The teacher's top K log-probabilities at each response token of the rows, in their order."""
-    found: list[list[tuple[Tensor, ...]]] = [[] for _ in rows]
-    for indices, of_token, (logits,) in _chunks([teacher], rows, settings, batch_size):
-        top = _top(logits, settings.kept)
-        for place, index in enumerate(indices):
-            mine = of_token == place
-            if mine.any():
-                found[index].append(tuple(each[mine].cpu() for each in top))
-    in_order = [each for of_row in found for each in of_row]
-    ids, log_probs, rest = (torch.cat(parts) for parts in zip(*in_order, strict=True))
-    return TopLogProbs(ids.int(), log_probs, rest)
+    found: list[list[Tensor]] = [[] for _ in rows]
+    for of_token, (logits,) in _chunks([teacher], rows, settings, batch_size):
+        ids, log_probs, rest = _top(logits, settings.kept)
+        bits = torch.cat([log_probs, rest[:, None]], -1).float().view(torch.int32)
+        chunk = torch.cat([ids.int(), bits], -1).cpu()  # one wait for the device
+        lengths = {row: of_token.count(row) for row in dict.fromkeys(of_token)}
+        for row, part in zip(lengths, chunk.split(list(lengths.values())), strict=True):
+            found[row].append(part)
+    whole = torch.cat([each for of_row in found for each in of_row])
+    values = whole[:, settings.kept :].contiguous().view(torch.float32)
+    return TopLogProbs(whole[:, : settings.kept], values[:, :-1], values[:, -1])
 
 
 def measured_error(
@@ -69,7 +70,7 @@ def measured_error(
         values.setdefault(name, []).append(value.double().cpu())
 
     models = [teacher] if student is None else [teacher, student]
-    for _, _, (logits, *others) in _chunks(models, sample, settings, batch_size):
+    for _, (logits, *others) in _chunks(models, sample, settings, batch_size):
         ids, log_probs, rest = _top(logits, settings.kept)
         exact = torch.cat([log_probs, rest[:, None]], -1)
         kept = rounded(exact, settings.dtype).float()
@@ -101,9 +102,11 @@ def _chunks(
     with torch.no_grad(), evaluating(models[0]), evaluating(models[-1]):
         for indices, batch in batches_by_length(prompts, responses, batch_size, models[0]):
             states = [response_hidden(model, batch).split(_TOKENS_AT_A_TIME) for model in models]
-            for of_token, *hidden in zip(batch.rows.split(_TOKENS_AT_A_TIME), *states, strict=True):
-                pairs = zip(models, hidden, strict=True)
-                yield indices, of_token, tuple(head_logits(m, each, vocabulary=vocabulary) for m, each in pairs)
+            of_token = [indices[place] for place in batch.scored_places[0]]
+            for part, hidden in enumerate(zip(*states, strict=True)):
+                pairs, first = zip(models, hidden, strict=True), part * _TOKENS_AT_A_TIME
+                logits = tuple(head_logits(model, each, vocabulary=vocabulary) for model, each in pairs)
+                yield of_token[first : first + _TOKENS_AT_A_TIME], logits
 
 
 def _top(logits: Tensor, kept: int) -> tuple[Tensor, Tensor, Tensor]:
