@@ -121,6 +121,13 @@ def compare_sides(method: Method, args: Any, tokenizer: Any, sides: Mapping[str,
     return compared, SeveralEnds(pairs)
 
 
+def compare_kept(kept: KeptLogits, method: Method, args: Any, tokenizer: Any) -> tuple[Compared, SeveralEnds]:
+    """`compare_sides` for kept logits in the place of a teacher; `RequestError` for what they cannot tell."""
+    check_kept_use(kept, method, args)
+    compared = kept_vocabulary(kept, tokenizer)
+    return compared, SeveralEnds({"": PairEnds(args, method, compared[0], tokenizer, None, ends_config(kept))})
+
+
 def _count(shared: SharedVocabulary | None) -> str:
     return "none" if shared is None else f"{shared.size - len(shared.masked)} of {shared.size} ids"
 
@@ -189,9 +196,7 @@ def prepare_rows(
     tokenizer, names = student[1], tuple(teachers)
     kept, _, _ = next(iter(teachers.values()))
     if isinstance(kept, KeptLogits):
-        check_kept_use(kept, method, args)
-        compared: Compared = kept_vocabulary(kept, tokenizer)
-        ends = SeveralEnds({"": PairEnds(args, method, compared[0], tokenizer, None, ends_config(kept))})
+        compared, ends = compare_kept(kept, method, args, tokenizer)
     else:
         sides = {}
         for name, (model, of_teacher, label) in teachers.items():

@@ -26,12 +26,19 @@ from promptkd.results import Metric, ModelRecord
 from promptkd.training import DistillConfig, DistillTrainer
 from promptkd.training.config import chosen_method
 from promptkd.training.dry_run import Trial, at_its_most, leave_nothing, longest_rows_first, take_trial_steps
-from promptkd.training.ends import PairEnds, SeveralEnds
-from promptkd.training.kept_teacher import check_kept_rows, check_kept_use, ends_config, kept_vocabulary
+from promptkd.training.kept_teacher import check_kept_rows
 from promptkd.training.own_teacher import EMA, check_own_teacher, is_own, no_context_notes, told_teacher
-from promptkd.training.setup import Compared, compared_rows, read_teacher_prompts, take_template
+from promptkd.training.setup import compared_rows, read_teacher_prompts, take_template
 from promptkd.training.teacher import teacher_settings
-from promptkd.training.teachers import Side, check_several, compare_sides, named_teachers, role_of, take_turns
+from promptkd.training.teachers import (
+    Side,
+    check_several,
+    compare_kept,
+    compare_sides,
+    named_teachers,
+    role_of,
+    take_turns,
+)
 
 
 def run(options: Options, training: dict[str, Any]) -> None:
@@ -80,15 +87,13 @@ def _distill(options: Options, job: TrainingRun, args: DistillConfig, method: Me
     if context:
         job.note(context)
     kept = None if args.kept_logits is None else KeptLogits(args.kept_logits)
-    own, tokenizer, sides = kept is None and is_own(options.teacher), job.tokenizer(options.student), {}
+    own, tokenizer = kept is None and is_own(options.teacher), job.tokenizer(options.student)
+    sides: dict[str, Side] = {}
     given = options.student if own else options.teacher or ""
     places = {"": ""} if kept else named_teachers(given)
     owner = f"{given} (the teacher's)" if args.template == "teacher" else options.student
     if kept is not None:
-        check_kept_use(kept, method, args)
-        compared: Compared = kept_vocabulary(kept, tokenizer)
-        sides[""] = Side(None, ends_config(kept))
-        ends = SeveralEnds({"": PairEnds(args, method, compared[0], tokenizer, None, sides[""].config)})
+        compared, ends = compare_kept(kept, method, args, tokenizer)
     else:
         for name, place in places.items():
             of_teacher = tokenizer if own else job.tokenizer(place)
