@@ -11,6 +11,7 @@ from promptkd.cli import main
 from promptkd.cli.prompt_run import PromptRun
 from promptkd.errors import RequestError
 from promptkd.io.atomic import remove
+from promptkd.models import load_model, model_record
 from promptkd.results import Results
 
 pytestmark = pytest.mark.slow
@@ -124,7 +125,7 @@ def test_a_teacher_or_rows_that_are_gone_or_changed_are_told(finished, world, tm
         explained.teacher(world.other)
     record = explained.record
     record.models["teacher"].path = str(tmp_path / "moved")
-    with pytest.raises(RequestError, match=r"moved, cannot be read: .* If it was moved, give it by --teacher"):
+    with pytest.raises(RequestError, match=r"moved, cannot be read: .* If it was moved, give it by --teacher PATH"):
         explained.teacher(None)
     assert explained.teacher(world.teacher) == world.teacher
 
@@ -159,11 +160,45 @@ def test_a_prompt_of_a_moving_average_is_not_read_with_another_model(finished):
             explained.teacher(given)
 
 
-def test_prompts_of_several_teachers_are_found_by_name(finished, tmp_path):
+@pytest.fixture
+def several(finished, tmp_path):
+    """The run with its prompt as that of two teachers, of which its record says nothing."""
     folder = copied(finished, tmp_path)
     (folder / "prompt").rename(folder / "kept")
     for name in ("big", "small"):
         shutil.copytree(folder / "kept", folder / "prompt" / name)
-    found = PromptRun(folder).prompts
+    return PromptRun(folder)
+
+
+def test_each_of_several_teachers_is_given_by_its_name(several, world):
+    record = several.record
+    for name, place in (("big", world.teacher), ("small", world.other)):
+        record.models[f"teacher {name}"] = model_record(place, load_model(place))
+    assert several.teachers(None) == {"big": world.teacher, "small": world.other}
+    record.models["teacher small"].path = str(several.folder / "moved")
+    with pytest.raises(RequestError, match=r"teacher small .* If it was moved, give it by --teacher small=PATH"):
+        several.teachers(None)
+    assert several.teachers([f"small={world.other}"]) == {"big": world.teacher, "small": world.other}
+    assert several.teachers(f"small={world.other}") == {"big": world.teacher, "small": world.other}
+    with pytest.raises(RequestError, match=r"than the teacher small .* fits that one alone: .* --teacher small=PATH"):
+        several.teachers(f"small={world.teacher}")
+    with pytest.raises(RequestError, match=r"has no teacher 'teacher', but big, small\. .* --teacher NAME=PATH"):
+        several.teachers(world.teacher)
+    with pytest.raises(RequestError, match="small is given twice"):
+        several.teachers([f"small={world.other}"] * 2)
+
+
+def test_a_teacher_that_the_record_does_not_name_may_be_given(several, finished, world):
+    with pytest.raises(RequestError, match=r"names no teacher big\. Give it by --teacher big=PATH"):
+        several.teachers(None)
+    both = {"big": world.teacher, "small": world.other}
+    assert several.teachers([f"{name}={place}" for name, place in both.items()]) == both
+    with pytest.raises(RequestError, match=r"has one teacher\. Give one --teacher PATH"):
+        PromptRun(finished).teachers([world.teacher, world.other])
+    assert PromptRun(finished).teachers(world.teacher) == {"": world.teacher}
+
+
+def test_prompts_of_several_teachers_are_found_by_name(several):
+    folder, found = several.folder, several.prompts
     assert found == {name: folder / "prompt" / name for name in ("big", "small")}
     assert {each.name for each in found["big"].iterdir()} == PROMPT_FILES

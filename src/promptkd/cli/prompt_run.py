@@ -1,5 +1,6 @@
 """A finished run with a soft prompt, as `explain-prompt` reads it: its record, prompts, teacher and validation rows."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,7 @@ from promptkd.models.folder import ADAPTER_CONFIG
 from promptkd.models.load import folder_sha256
 from promptkd.results import ModelRecord, Results
 from promptkd.training.own_teacher import EMA
+from promptkd.training.teachers import role_of, teacher_and_place
 
 _OTHERS = {
     "teacher_lora": "LoRA weights in its teacher",
@@ -62,33 +64,61 @@ class PromptRun:
         own = {each.name: self.setting(each.name, each.default) for each in fields(SoftPromptFactory)}
         return {"start": own["prompt_start"], "text": own["prompt_text"], "seed": self.setting("seed", 42)}
 
+    def teachers(self, given: str | Sequence[str] | None) -> dict[str, str]:
+        """Where each teacher is, by its name: `given` as `--teacher` takes it, or under the path of the record."""
+        moved = self._moved([] if given is None else [given] if isinstance(given, str) else given)
+        return {name: self.teacher(moved.get(name), name) for name in self.prompts}
+
+    def _moved(self, given: Sequence[str]) -> dict[str, str]:
+        if "" in self.prompts:
+            if len(given) > 1:
+                raise RequestError(f"The run in {self.folder} has one teacher. Give one --teacher PATH.")
+            return dict.fromkeys([""], given[0]) if given else {}
+        moved: dict[str, str] = {}
+        for name, path in map(teacher_and_place, given):
+            if name not in self.prompts:
+                told = f"The run in {self.folder} has no teacher {name!r}, but {', '.join(self.prompts)}"
+                raise RequestError(f"{told}. Say whose place {path} is: {self._flag('NAME')}.")
+            if name in moved:
+                raise RequestError(f"The teacher {name} is given twice: {moved[name]} and {path}. Give one.")
+            moved[name] = path
+        return moved
+
+    @staticmethod
+    def _flag(name: str) -> str:
+        return f"--teacher {name}=PATH" if name else "--teacher PATH"
+
     def teacher(self, given: str | None, name: str = "") -> str:
-        """Where the teacher is, which must be the one that the run trained the prompt for."""
-        label = f"teacher {name}" if name else "teacher"
+        """Where the teacher is, which must be the one that the run trained the prompt for, if its record says which."""
+        label = role_of(name)
         known = self.record.models.get(label)
         if self.setting("teacher", None) == EMA:
             told = f"The teacher of the run in {self.folder} was a moving average of its student"
             raise RequestError(f"{told}, whose weights a run does not keep, and its prompt fits no other model.")
+        if given is not None:
+            place = resolve_model(given)
+            if known is not None:
+                self._check_same(known, place, given, name)
+            return given
         if known is None:
-            raise RequestError(f"The record of {self.folder} names no {label}. Give it by --teacher.")
+            raise RequestError(f"The record of {self.folder} names no {label}. Give it by {self._flag(name)}.")
         try:
-            place = resolve_model(given or known.path)
+            place = resolve_model(known.path)
         except RequestError as error:
-            if given is not None:
-                raise
-            told = f"The teacher of the run in {self.folder}, {known.path}, cannot be read: {error}"
-            raise RequestError(f"{told} If it was moved, give it by --teacher.") from error
-        self._check_same(known, place, given or known.path)
-        return given or known.path
+            told = f"The {label} of the run in {self.folder}, {known.path}, cannot be read: {error}"
+            raise RequestError(f"{told} If it was moved, give it by {self._flag(name)}.") from error
+        self._check_same(known, place, known.path, name)
+        return known.path
 
-    def _check_same(self, known: ModelRecord, place: str, name: str) -> None:
+    def _check_same(self, known: ModelRecord, place: str, path: str, name: str) -> None:
         now = folder_sha256(Path(place)) if Path(place).is_dir() else ""
         if known.sha256 and now and now != known.sha256:
             told = (
-                f"{name} is another model than the teacher of the run in {self.folder}: SHA-256 {now[:12]}, and the run"
+                f"{path} is another model than the {role_of(name)} of the run in {self.folder}: SHA-256 {now[:12]}, "
+                "and the run"
             )
             raise RequestError(
-                f"{told} recorded {known.sha256[:12]}. The prompt fits that one alone: give it by --teacher."
+                f"{told} recorded {known.sha256[:12]}. The prompt fits that one alone: give it by {self._flag(name)}."
             )
 
     def data(self, given: str | None) -> str:

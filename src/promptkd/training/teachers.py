@@ -59,9 +59,7 @@ def named_teachers(given: str | Sequence[str]) -> dict[str, str]:
         return {"": teachers[0]}
     named: dict[str, str] = {}
     for each in teachers:
-        name, equals, path = each.partition("=")
-        if not equals or "/" in name or not path:
-            name, path = Path(each).name, each
+        name, path = teacher_and_place(each)
         if is_own(each) or is_own(path):
             raise RequestError(f"The teacher {path} is made of the student, and can only be alone. Give one --teacher.")
         if not _NAME.fullmatch(name) or name in (".", ".."):
@@ -71,6 +69,12 @@ def named_teachers(given: str | Sequence[str]) -> dict[str, str]:
             raise RequestError(f"Two teachers are called {name}: {named[name]} and {path}. {advice}.")
         named[name] = path
     return named
+
+
+def teacher_and_place(given: str) -> tuple[str, str]:
+    """The name and the path of one of several teachers: NAME=PATH, or a path whose last part is the name."""
+    name, equals, path = given.partition("=")
+    return (name, path) if equals and "/" not in name and path else (Path(given).name, given)
 
 
 def role_of(name: str) -> str:

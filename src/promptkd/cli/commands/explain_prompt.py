@@ -26,6 +26,7 @@ from promptkd.models.vocabulary import check_heads
 from promptkd.record_parts import PromptAnswer, PromptExplanation
 from promptkd.report.prompts import explanation_text
 from promptkd.results import Results
+from promptkd.training.teachers import role_of
 
 _WITHOUT_CONTEXT = (
     "In training the teacher read a context of its own (teacher_prompt). Here it reads the requests alone, so its "
@@ -63,10 +64,10 @@ class _ExplainRun(InferenceRun):
             "teacher_dtype": options.teacher_dtype or of_run("teacher_dtype", None),
         }
         super().__init__(SimpleNamespace(**(vars(options) | settings)))
-        teachers = [explained.teacher(options.teacher, name) for name in explained.prompts]
+        self.teachers = explained.teachers(options.teacher)
         source = explained.data(options.data)
         self.tokenizer = self.load_tokenizer(str(options.run))
-        for teacher in teachers:
+        for teacher in self.teachers.values():
             self.share(self.tokenizer, self.load_tokenizer(teacher))
         most = options.limit if options.data else min(options.limit, of_run("eval_limit", options.limit))
         data = self.read_rows(source, self.tokenizer, max(most, options.rows))
@@ -87,7 +88,7 @@ class _ExplainRun(InferenceRun):
 
     def explain(self, name: str) -> PromptExplanation:
         folder, options = self.run.prompts[name], self.options
-        place = self.run.teacher(options.teacher, name)
+        place = self.teachers[name]
         tokenizer = self.load_tokenizer(place)
         shared = self.share(self.tokenizer, tokenizer)
         shared.check(self.rows, "requests")
@@ -100,7 +101,7 @@ class _ExplainRun(InferenceRun):
         longest = max(len(row.prompt_ids) for row in (*self.rows, *self.shown))
         for role, model, extra in (("student", self.student, 0), ("teacher", teacher, len(vectors))):
             check_positions(role, model, longest, options.max_completion_length, soft_prompt=extra)
-        self.results.models[f"teacher {name}" if name else "teacher"] = model_record(place, teacher)
+        self.results.models[role_of(name)] = model_record(place, teacher)
         known = self.results.notes
         known += [note for note in (*shared.notes, *self.precision_notes()) if note not in known]
         prompt = vectors.to(teacher.get_input_embeddings().weight.device)

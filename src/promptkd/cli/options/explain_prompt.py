@@ -15,6 +15,7 @@ from promptkd.cli.options.common import Loading, TeacherPrecision
 from promptkd.settings import option
 
 POSITIONAL = "run"
+REPEATABLE = ("teacher",)
 LESS_MEMORY = ("a smaller --batch-size", "a smaller --limit (now {limit})")
 
 
@@ -30,8 +31,9 @@ class Options(Loading, TeacherPrecision):
     """Requests over which the KL by position is a mean, the first so many."""
     seed: int = option(10, at_least=0)
     """Seed of the student's samples, on which the KL is measured."""
-    teacher: str | None = None
-    """The run's teacher, where it is no longer found under the name that the run recorded."""
+    teacher: str | list[str] | None = None
+    """The run's teacher, where it is no longer found under the name that the run recorded; of a run with several
+    teachers NAME=PATH, once for each that was moved."""
     out: Path | None = None
     """Folder for results.json; by default RUN/explain-prompt."""
     batch_size: int | None = option(None, at_least=1)
