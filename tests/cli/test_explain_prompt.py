@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.commands import PROMPT_FILES, World, distill, done, held, make_world, run, write_rows
+from helpers.commands import PROMPT_FILES, World, distill, done, held, json_lines, make_world, run, write_rows
 from helpers.pages import Page
 from promptkd.cli import main
 from promptkd.cli.prompt_run import PromptRun
@@ -82,17 +82,46 @@ def test_it_writes_a_record_that_the_report_shows(finished, tmp_path, capsys):
 
 
 def test_other_rows_another_folder_and_no_answers(finished, world, tmp_path, capsys):
-    rows = write_rows(
-        tmp_path / "asked.jsonl", [{"prompt": "the an", "teacher_prompt": "b"}, {"prompt": "a"}, {"prompt": "b"}]
-    )
+    rows = write_rows(tmp_path / "asked.jsonl", [{"prompt": "the an", "note": "b"}, {"prompt": "a"}, {"prompt": "b"}])
     out = tmp_path / "explained"
     ran = done(capsys, "explain-prompt", finished, "--data", rows, "--rows", 0, "--limit", 2, "--out", out)
-    assert "In training the teacher read a context of its own (teacher_prompt)" in ran.err
+    assert "context" not in ran.err
     assert held(out) == {"results.json"}
     (explained,) = Results.read(out / "results.json").prompts
     assert explained.answers == []
     assert explained.kl["plain_to_student"].whole.rows == 2
     assert not (finished / "explain-prompt").exists()
+
+
+def test_the_teacher_reads_its_context_as_in_training(world, tmp_path, capsys):
+    folder, text = tmp_path / "run", "the {{ input }}an"
+    request = distill(world, folder, "--eval-data", world.valid, "--prompt_length", 3, "--no-preflight")
+    done(capsys, *request, "--teacher_prompt", text)
+
+    def explained(name, *arguments):
+        ran = done(capsys, "explain-prompt", folder, "--out", tmp_path / name, *arguments)
+        return ran.err, Results.read(tmp_path / name / "results.json")
+
+    told, read = explained("read")
+    assert "4 rows have a context that only the teacher reads" in told
+    assert read.models["teacher"].context == text
+    assert any("with the prompt and without, reads the rows' context" in note for note in read.notes)
+    columns = [{**row, "teacher_prompt": f"the {row['input']}an"} for row in json_lines(Path(world.valid))]
+    _, of_column = explained("column", "--data", write_rows(tmp_path / "column.jsonl", columns))
+    assert of_column.prompts == read.prompts
+    lacking = write_rows(tmp_path / "lacking.jsonl", [{"prompt": "the an"}])
+    told, without = explained("without", "--data", lacking)
+    assert "the context is left out, since not every row has what it is made of" in told
+    assert "In training the teacher read a context of its own (teacher_prompt)" in "\n".join(without.notes)
+    assert without.models["teacher"].context == ""
+    record = Results.read(folder / "results.json")
+    record.config["teacher_prompt"] = None
+    record.write(folder / "results.json")
+    _, plain = explained("plain")
+    for name in ("prompted_to_plain", "plain_to_student"):
+        assert plain.prompts[0].kl[name] != read.prompts[0].kl[name]
+    assert [each.student for each in plain.prompts[0].answers] == [each.student for each in read.prompts[0].answers]
+    assert [each.plain for each in plain.prompts[0].answers] != [each.plain for each in read.prompts[0].answers]
 
 
 def test_runs_without_a_soft_prompt_are_refused_in_a_sentence(finished, tmp_path):

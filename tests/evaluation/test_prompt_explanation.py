@@ -122,18 +122,22 @@ def test_positions_are_means_over_the_rows_that_reach_them():
     assert curve.positions[-1].low is None  # of one row
 
 
-def test_kl_by_position_equals_a_loop_in_float64(float64_inside):
+@pytest.mark.parametrize("with_contexts", [False, True])
+def test_kl_by_position_equals_a_loop_in_float64(float64_inside, with_contexts):
     student = tiny_model("llama", layers=2, hidden=16, seed=1, dtype=torch.float64)
     teacher = tiny_model("llama", layers=3, hidden=24, seed=2, dtype=torch.float64)
     examples = rows(5).examples
     soft_prompt = torch.randn(3, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     prompts, samples = [row.prompt_ids for row in examples], [row.response_ids for row in examples]
-    found = kl_by_position(student, teacher, prompts, samples, Scoring(soft_prompt, VOCABULARY))
+    contexts = [[9, 8, 7, *prompt] if with_contexts and at != 2 else None for at, prompt in enumerate(prompts)]
+    scoring = Scoring(soft_prompt, VOCABULARY, contexts=contexts if with_contexts else None)
+    found = kl_by_position(student, teacher, prompts, samples, scoring)
     sums: dict[tuple[str, int], list[float]] = {}
     with torch.no_grad():
-        for prompt, sample in zip(prompts, samples, strict=True):
-            prompted = response_log_probs(teacher, prompt, sample, soft_prompt)
-            plain, own = (response_log_probs(model, prompt, sample) for model in (teacher, student))
+        for prompt, context, sample in zip(prompts, contexts, samples, strict=True):
+            prompted = response_log_probs(teacher, context or prompt, sample, soft_prompt)
+            plain = response_log_probs(teacher, context or prompt, sample)
+            own = response_log_probs(student, prompt, sample)
             pairs = {
                 "prompted_to_plain": (prompted, plain),
                 "prompted_to_student": (prompted, own),

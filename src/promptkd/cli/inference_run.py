@@ -8,7 +8,8 @@ import torch
 from promptkd.cli.outputs import say_rows
 from promptkd.cli.terminal import quiet_libraries, say
 from promptkd.data import EncodedData, encode_examples, read_columns, read_examples, resolve_template, stop_token_ids
-from promptkd.data.summary import EVALUATION_FLAGS, GENERATION_FLAGS, limits_named
+from promptkd.data.summary import EVALUATION_FLAGS, FLAGS, GENERATION_FLAGS, limits_named
+from promptkd.data.teacher_prompt import TeacherPrompts
 from promptkd.engine import check_scoring, engine_for
 from promptkd.generation import Decoding
 from promptkd.memory import gibibytes, peak_memory
@@ -50,13 +51,23 @@ class InferenceRun:
     def load_tokenizer(self, name: str) -> Any:
         return load_tokenizer(name, trust_remote_code=self.options.trust_remote_code)
 
-    def read_rows(self, source: str, tokenizer: Any, limit: int | None, most: int | None = None) -> EncodedData:
-        """Rows of a data set as tokens. `most` limits the tokens of responses, which every row must then have."""
+    def read_rows(
+        self,
+        source: str,
+        tokenizer: Any,
+        limit: int | None,
+        most: int | None = None,
+        teacher: TeacherPrompts | None = None,
+    ) -> EncodedData:
+        """Rows of a data set as tokens. `most` limits the tokens of responses, which every row must then have.
+
+        `teacher`: what a teacher alone reads of them.
+        """
         options, needed = self.options, most is not None
-        template = resolve_template(options.template, tokenizer, options.chat_template_kwargs)
+        template = resolve_template(options.template, tokenizer, options.chat_template_kwargs, teacher)
         longest = most if needed else options.max_completion_length
         lengths = {"max_prompt_length": options.max_prompt_length, "max_response_length": longest}
-        flags = EVALUATION_FLAGS if needed else GENERATION_FLAGS
+        flags = FLAGS if teacher else EVALUATION_FLAGS if needed else GENERATION_FLAGS
         examples = read_examples(source, limit=limit, columns=read_columns(options.columns))
         with limits_named(flags):
             data = encode_examples(examples, tokenizer, template, need_response=needed, **lengths)

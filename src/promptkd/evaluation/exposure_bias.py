@@ -41,6 +41,7 @@ class Scoring:
     vocabulary: Vocabulary | int | None = None  # compare these, or the first so many ids, as heads may be padded
     batch_size: int = 8
     on_batch: Callable[[int], None] | None = None  # called with the number of continuations of both scored so far
+    contexts: Sequence[TokenIds | None] | None = None  # of each request, what the teacher reads in its place
 
 
 def sample_continuations(
@@ -105,11 +106,14 @@ def token_errors(
 ) -> list[list[Floats]]:
     """KL(teacher || student) in nats as `errors[row][draw][token]`, from that after the request alone."""
     places = [(row, draw) for row, drawn in enumerate(samples) for draw in range(len(drawn))]
+    contexts = [None] * len(prompts) if scoring.contexts is None else scoring.contexts
     flat_prompts, flat_samples = [prompts[row] for row, _ in places], [samples[row][draw] for row, draw in places]
     errors, done = [[np.empty(0)] * len(drawn) for drawn in samples], 0
     with torch.no_grad(), evaluating(student), evaluating(teacher):
         for indices, batch in batches_by_length(flat_prompts, flat_samples, scoring.batch_size, student):
-            divergences = token_divergences(forward_kl, student, teacher, batch, scoring.vocabulary, scoring.prompt)
+            read = batch.with_prompts([contexts[places[index][0]] for index in indices])
+            vocabulary, prompt = scoring.vocabulary, scoring.prompt
+            divergences = token_divergences(forward_kl, student, teacher, batch, vocabulary, prompt, read=read)
             for index, values in zip(indices, divergences.split(batch.response_lengths), strict=True):
                 row, draw = places[index]
                 errors[row][draw] = values.double().cpu().numpy()

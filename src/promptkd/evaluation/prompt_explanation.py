@@ -106,17 +106,21 @@ def kl_by_position(
     samples: Sequence[TokenIds],
     scoring: Scoring,
 ) -> dict[str, PositionCurve]:
-    """KL(p_P || p), KL(p_P || q) and KL(p || q) by position in `samples`, one per request; P is `scoring.prompt`."""
+    """KL(p_P || p), KL(p_P || q) and KL(p || q) by position in `samples`, one per request; P is `scoring.prompt`.
+
+    p_P and p read `scoring.contexts` in place of the requests, where there are any.
+    """
     drawn = [[sample] for sample in samples]
-    plain = replace(scoring, prompt=None)
+    plain, contexts = replace(scoring, prompt=None), scoring.contexts or [None] * len(prompts)
+    read = [prompt if context is None else context for prompt, context in zip(prompts, contexts, strict=True)]
     pairs = {
-        "prompted_to_plain": (teacher, scoring),
-        "prompted_to_student": (student, scoring),
-        "plain_to_student": (student, plain),
+        "prompted_to_plain": (teacher, read, replace(scoring, contexts=None)),
+        "prompted_to_student": (student, prompts, scoring),
+        "plain_to_student": (student, prompts, plain),
     }
     return {
-        name: position_curve([row[0] for row in token_errors(learner, teacher, prompts, drawn, how)])
-        for name, (learner, how) in pairs.items()
+        name: position_curve([row[0] for row in token_errors(learner, teacher, asked, drawn, how)])
+        for name, (learner, asked, how) in pairs.items()
     }
 
 

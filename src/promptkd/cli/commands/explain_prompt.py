@@ -16,6 +16,8 @@ from promptkd.cli.outputs import check_output, data_record, label_of
 from promptkd.cli.parsing.parser import merged_config
 from promptkd.cli.prompt_run import PromptRun
 from promptkd.cli.terminal import progress_lines, say
+from promptkd.data import read_columns, read_examples
+from promptkd.data.teacher_prompt import TeacherPrompts
 from promptkd.errors import RequestError
 from promptkd.evaluation import Scoring
 from promptkd.evaluation.prompt_explanation import Start, explained_vectors, kl_by_position
@@ -28,6 +30,10 @@ from promptkd.report.prompts import explanation_text
 from promptkd.results import Results
 from promptkd.training.teachers import role_of
 
+_WITH_CONTEXT = (
+    "The teacher, with the prompt and without, reads the rows' context (teacher_prompt) before the requests, as in "
+    "training; the student reads the requests alone."
+)
 _WITHOUT_CONTEXT = (
     "In training the teacher read a context of its own (teacher_prompt). Here it reads the requests alone, so its "
     "answers and KLs are not those of training."
@@ -70,7 +76,9 @@ class _ExplainRun(InferenceRun):
         for teacher in self.teachers.values():
             self.share(self.tokenizer, self.load_tokenizer(teacher))
         most = options.limit if options.data else min(options.limit, of_run("eval_limit", options.limit))
-        data = self.read_rows(source, self.tokenizer, max(most, options.rows))
+        most_read = max(most, options.rows)
+        data = self.read_rows(source, self.tokenizer, most_read, teacher=self._contexts(source, most_read))
+        self.has_contexts = data.contexts > 0
         self.rows, self.shown = data.examples[:most], data.examples[: options.rows]
         self.settle_precision()
         self.student = self.load_model(str(options.run))
@@ -79,12 +87,27 @@ class _ExplainRun(InferenceRun):
             f"temperature 1 (seed {options.seed}); the answers side by side are greedy.",
             *self.row_notes,
         ]
-        if explained.setting("teacher_prompt", None) or any("'teacher_prompt'" in note for note in self.row_notes):
+        if self.has_contexts:
+            notes.append(_WITH_CONTEXT)
+        elif any(model.context for model in explained.record.models.values()):
             notes.append(_WITHOUT_CONTEXT)
             say(_WITHOUT_CONTEXT)
         self.results = Results(kind="explain-prompt", config=merged_config(options, {}), notes=notes)
         self.results.models["student"] = model_record(options.run, self.student)
         self.results.data[label_of(source)] = data_record(source, data)
+
+    def _contexts(self, source: str, most: int) -> TeacherPrompts | None:
+        """What the teacher reads beside the rows, as in training; None if they lack what the run's text names."""
+        prompts = TeacherPrompts(
+            self.run.setting("teacher_prompt", None), self.run.setting("max_teacher_prompt_length", 1024)
+        )
+        for example in read_examples(source, limit=most, columns=read_columns(self.options.columns)):
+            try:
+                prompts.context(example)
+            except RequestError as error:
+                say(f"{source}: the context is left out, since not every row has what it is made of. {error}")
+                return None
+        return prompts
 
     def explain(self, name: str) -> PromptExplanation:
         folder, options = self.run.prompts[name], self.options
@@ -98,14 +121,19 @@ class _ExplainRun(InferenceRun):
             widths = f"{vectors.shape[1]} numbers, and the teacher's embeddings {width}"
             raise RequestError(f"The vectors in {folder} have {widths}. Give the teacher that they were trained for.")
         check_heads(shared, student=self.student, teacher=teacher)
-        longest = max(len(row.prompt_ids) for row in (*self.rows, *self.shown))
-        for role, model, extra in (("student", self.student, 0), ("teacher", teacher, len(vectors))):
+        rows = [*self.rows, *self.shown]
+        read = [row.for_teacher() for row in rows]
+        for role, model, own, extra in (("student", self.student, rows, 0), ("teacher", teacher, read, len(vectors))):
+            longest = max(len(row.prompt_ids) for row in own)
             check_positions(role, model, longest, options.max_completion_length, soft_prompt=extra)
-        self.results.models[role_of(name)] = model_record(place, teacher)
+        record = self.results.models[role_of(name)] = model_record(place, teacher)
+        if self.has_contexts:
+            known_teacher = self.run.record.models.get(role_of(name))
+            record.context = (known_teacher.context if known_teacher else "") or "the rows' column teacher_prompt"
         known = self.results.notes
         known += [note for note in (*shared.notes, *self.precision_notes()) if note not in known]
         prompt = vectors.to(teacher.get_input_embeddings().weight.device)
-        own = explained_vectors(
+        explained = explained_vectors(
             vectors,
             teacher,
             tokenizer,
@@ -115,12 +143,13 @@ class _ExplainRun(InferenceRun):
         )
         limits = {"vocabulary": shared.size, "masked_ids": shared.masked}
         with self.computing():
-            own.answers = self._answers(teacher, prompt, limits)
+            explained.answers = self._answers(teacher, prompt, limits)
             samples = self._samples(limits)
             with self._timed("KL by position"):
-                prompts, scoring = [row.prompt_ids for row in self.rows], Scoring(prompt, shared)
-                own.kl = kl_by_position(self.student, teacher, prompts, samples, scoring)
-        return own
+                prompts, contexts = zip(*((row.prompt_ids, row.teacher_prompt_ids) for row in self.rows), strict=True)
+                scoring = Scoring(prompt, shared, contexts=contexts)
+                explained.kl = kl_by_position(self.student, teacher, prompts, samples, scoring)
+        return explained
 
     def _start(self, teacher: Any, tokenizer: Any, length: int) -> Start | None:
         how = self.run.start()
@@ -139,7 +168,8 @@ class _ExplainRun(InferenceRun):
         for who, (model, vectors) in asked.items():
             with self._timed(f"answers, {who}"):
                 decoding = replace(self.decoding(self.tokenizer, model, temperature=0.0), **limits)
-                size, requests = decoding.batch_size, [row.prompt_ids for row in self.shown]
+                rows = self.shown if who == "student" else [row.for_teacher() for row in self.shown]
+                size, requests = decoding.batch_size, [row.prompt_ids for row in rows]
                 written = generate(model, requests, decoding, prompt=vectors, batch_size=size)
             texts[who] = [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in written]
         return [
