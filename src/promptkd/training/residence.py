@@ -46,7 +46,7 @@ class _Waiting:
 
 
 _WAITING: "WeakKeyDictionary[nn.Module, _Waiting]" = WeakKeyDictionary()
-_there: WeakSet[_Waiting] = WeakSet()  # the one whose weights are on the device
+_THERE: WeakSet[_Waiting] = WeakSet()  # the one whose weights are on the device
 
 
 def send_away(model: nn.Module, device: torch.device) -> None:
@@ -62,10 +62,10 @@ def bring(model: nn.Module) -> None:
     """Put a model's weights where they are computed with; the model that was there leaves. Others are left alone."""
     modules = model.modules() if _WAITING else ()
     waiting = next((_WAITING[each] for each in modules if each in _WAITING), None)
-    if waiting is None or waiting in _there:
+    if waiting is None or waiting in _THERE:
         return
-    for other in list(_there):
+    for other in list(_THERE):
         other.leave()
-    _there.clear()
+    _THERE.clear()
     waiting.enter()
-    _there.add(waiting)
+    _THERE.add(waiting)
