@@ -120,14 +120,14 @@ class ExtraState:
         if self._average is not None:
             self._average.load_state_dict(state["average"])
 
-    def _check(self, state: Mapping[str, Any], *others: tuple[bool, bool, str]) -> None:
+    def _check(self, saved: Mapping[str, Any], *others: tuple[bool, bool, str]) -> None:
         """Refuse a state that has a part which this run lacks, or lacks one which it has; `others` are such parts."""
         parts = [
-            ("average" in state, self._average is not None, "a moving average of the student (the teacher ema)"),
-            ("adapter" in state or "teachers" in state, self._tuner is not None, "a trained part of the teacher"),
+            ("average" in saved, self._average is not None, "a moving average of the student (the teacher ema)"),
+            ("adapter" in saved or "teachers" in saved, self._tuner is not None, "a trained part of the teacher"),
             *others,
         ]
-        of_one = isinstance(self._tuner, TeacherTuner) and "teachers" in state
+        of_one = isinstance(self._tuner, TeacherTuner) and "teachers" in saved
         checks = [
             *((held and not wanted, f"it holds {told}, and this run has none") for held, wanted, told in parts),
             *(
@@ -136,7 +136,7 @@ class ExtraState:
             ),
             (
                 of_one,
-                f"it holds the teachers {', '.join(state.get('teachers', ()))}, and this run has one without a name",
+                f"it holds the teachers {', '.join(saved.get('teachers', ()))}, and this run has one without a name",
             ),
         ]
         check_all(_OTHER_RUN, checks, _ADVICE)
