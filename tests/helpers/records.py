@@ -291,3 +291,26 @@ def explained(*, token: str = " the", answer: str = "An answer.", kl: bool = Tru
             ],
         }
     )
+
+
+def run_cost(method: str) -> Training:
+    return Training(method=method, steps=2, seconds=60, peak_memory_bytes=2**30)
+
+
+def trained_under(method: str, seed: int, losses: list[object]) -> Results:
+    run = f"{method}-seed-{seed}"
+    points = [{"step": step, "loss": loss} for step, loss in enumerate(losses, start=1)]
+    models = {"student": ModelRecord(path=f"out/{run}/student", parameters=9, sha256=run)}
+    return Results(
+        kind="distill",
+        models=models,
+        training={run: run_cost(method)},
+        history=[Series(name="distill", points=points)],
+    )
+
+
+def runs_of_two_methods() -> list[Results]:
+    """A study of kd and gkd under two seeds; a loss of kd's second is not finite."""
+    study = Results(kind="study", training={"kd": run_cost("kd"), "gkd": run_cost("gkd")})
+    kd = [trained_under("kd", 1, [4.0, 1.0]), trained_under("kd", 2, [2.0, "NaN"])]
+    return [study, *kd, trained_under("gkd", 1, [5.0, 3.0]), trained_under("gkd", 2, [7.0, 3.0])]

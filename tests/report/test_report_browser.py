@@ -8,7 +8,7 @@ import pytest
 
 from helpers.demo_record import HOSTILE, record
 from helpers.pages import browser
-from helpers.records import answered_by, biased, explained, made_up_rows, study
+from helpers.records import answered_by, biased, explained, made_up_rows, runs_of_two_methods, study
 from promptkd.report import render_report
 from promptkd.results import Results
 
@@ -164,6 +164,20 @@ def test_figures_are_files_made_in_the_page(browser: Any, tmp_path: Path) -> Non
     assert opened.complaints == []
     assert len([each for each in opened.asked if not each.startswith("blob:")]) == 1
     opened.close()
+
+
+def test_methods_of_a_study_are_chosen_in_the_legend(browser: Any, tmp_path: Path) -> None:
+    file = tmp_path / "study.html"
+    file.write_text(render_report(runs_of_two_methods()), encoding="utf-8")
+    opened = Opened(browser, file)
+    assert opened.draw_every_chart() == 1
+    drawn = "document.querySelector('.chart').data.filter((trace) => trace.name).map((trace) => trace.name).join()"
+    assert opened.page.evaluate(drawn) == "kd,gkd"
+    opened.page.locator(".choice", has_text="gkd").click()
+    assert opened.page.evaluate(drawn) == "gkd"
+    opened.page.locator(".choice", has_text="gkd").click()
+    assert opened.page.evaluate(drawn) == "kd,gkd"
+    assert opened.complaints == []
 
 
 def test_hostile_text_does_nothing(browser: Any, tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ _SCRIPTS = (
     "rows",
     "start",
 )
-_COLORS = 8  # students beyond so many share colors; the teacher's is 0
+_COLORS = 16  # 9 to 16 are 1 to 8 with hollow marks and dashed lines; students beyond share colors; the teacher's is 0
 _MOST_COLUMNS = 8
 _MOST_NAMED = 4
 # metrics of an answer's form, which have a table of their own where the columns are many

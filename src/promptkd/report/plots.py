@@ -2,8 +2,9 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from promptkd.report.formatting import DASH, curve_words, joined, power_of_ten
@@ -16,11 +17,13 @@ _GROUP_ORDER = ("Losses", "Validation", "Responses", "Other metrics", "Norms and
 
 
 class Line(NamedTuple):
-    """One metric of one run."""
+    """One metric of one run, or its mean over the seeds of a study's method."""
 
-    name: str  # of the run; empty where the stage has a single one
+    name: str  # of the run or method; empty where the stage has a single one
     x: list[float]
     y: list[float | None]  # in the metric's unit; None where the logged value is not finite
+    low: Sequence[float | None] = ()  # the least and the largest of the seeds, as long as `x`; empty for a single run
+    high: Sequence[float | None] = ()
 
     @property
     def span(self) -> str:
@@ -43,6 +46,7 @@ class Chart(NamedTuple):
     info: MetricInfo
     lines: list[Line]
     same: list[str]  # labels of further metrics with the very same curves, which have no chart of their own
+    not_finite: list[tuple[str, int, int]]  # of each run with such values: its name, how many, and of how many
 
     @property
     def spoken(self) -> str:  # for those who cannot see it
@@ -53,7 +57,8 @@ class Stage(NamedTuple):
     """One stage of training, of one or several runs."""
 
     name: str
-    runs: list[str]  # names of the runs, in the order of their colors; one empty name where there is a single one
+    runs: list[str]  # names of the lines, in the order of their colors; one empty name where there is a single one
+    seeds: int  # the most that one line is the mean of; 0 where each line is a run
     points: int
     groups: dict[str, list[Chart]]  # by title
     once: list[tuple[str, str]]  # label and value of the metrics that were logged a single time
@@ -61,13 +66,17 @@ class Stage(NamedTuple):
 
 
 def stages(records: Sequence[Results]) -> list[Stage]:
-    """Every stage of the `unified` records, one chart per logged metric; stages of one name are plotted together."""
+    """Every stage of the `unified` records, one chart per logged metric; stages of one name are plotted together.
+
+    The runs of a study are plotted by method, as the mean over its seeds.
+    """
     found: dict[str, dict[str, Series]] = {}
+    methods = {label for record in records if record.kind == "study" for label in record.training}
     for run, record in zip(_run_names(records), records, strict=True):
         for series in record.history:
             runs = found.setdefault(series.name, {})
             runs[f"{run} ({len(runs) + 1})" if run in runs else run] = series
-    return [_stage(name, runs, f"chart-{at}") for at, (name, runs) in enumerate(found.items())]
+    return [_stage(name, runs, f"chart-{at}", methods) for at, (name, runs) in enumerate(found.items())]
 
 
 def _run_names(records: Sequence[Results]) -> list[str]:
@@ -83,13 +92,15 @@ def chart_data(found: Sequence[Stage]) -> list[dict[str, Any]]:
     for stage in found:
         names = list(map(visible, stage.runs)) if len(stage.runs) > 1 else []
         for chart in (chart for group in stage.groups.values() for chart in group):
-            lines = [[stage.runs.index(line.name), line.x, line.y] for line in chart.lines]
+            lines = [[stage.runs.index(line.name), line.x, line.y, line.low, line.high] for line in chart.lines]
             data.append({"id": chart.id, "unit": chart.info.unit, "lines": lines, "names": names})
     return data
 
 
-def _stage(name: str, runs: dict[str, Series], prefix: str) -> Stage:
+def _stage(name: str, runs: dict[str, Series], prefix: str, methods: Collection[str]) -> Stage:
     runs = runs if len(runs) > 1 else {"": next(iter(runs.values()))}
+    groups_of = {run: method if (method := run.rpartition("-seed-")[0]) in methods else run for run in runs}
+    seeds = max(Counter(groups_of.values()).values())
     names = dict.fromkeys(name for series in runs.values() for point in series.points for name in point)
     groups: dict[str, list[Chart]] = {title: [] for title in _GROUP_ORDER}
     once, not_numbers = [], []
@@ -102,7 +113,9 @@ def _stage(name: str, runs: dict[str, Series], prefix: str) -> Stage:
             labels = [f"{info.label} ({line.name})" if line.name else info.label for line in lines]
             once += [(label, f"{line.span} {info.unit}".strip()) for label, line in zip(labels, lines, strict=True)]
         else:
-            chart = Chart(f"{prefix}-{position}", info, lines, [])
+            not_finite = [(line.name, line.y.count(None), len(line.y)) for line in lines if None in line.y]
+            shown = _by_method(lines, groups_of) if seeds > 1 else lines
+            chart = Chart(f"{prefix}-{position}", info, shown, [], not_finite)
             twin = next((each for group in groups.values() for each in group if _are_same(each, chart)), None)
             if twin is None:
                 groups[logged_group(logged)].append(chart)
@@ -110,7 +123,23 @@ def _stage(name: str, runs: dict[str, Series], prefix: str) -> Stage:
                 twin.same.append(info.label)
     points = max(len(series.points) for series in runs.values())
     charts = {title: group for title, group in groups.items() if group}
-    return Stage(name, list(runs), points, charts, once, not_numbers)
+    names_of_lines = list(dict.fromkeys(groups_of.values()))
+    return Stage(name, names_of_lines, seeds if seeds > 1 else 0, points, charts, once, not_numbers)
+
+
+def _by_method(lines: list[Line], methods: Mapping[str, str]) -> list[Line]:
+    """The runs of one method as one line: mean, least and largest of the seeds that logged a finite value at a step."""
+    found = []
+    for method in dict.fromkeys(methods[line.name] for line in lines):
+        at: dict[float, list[float]] = {}
+        for line in (line for line in lines if methods[line.name] == method):
+            for step, value in zip(line.x, line.y, strict=True):
+                at.setdefault(step, []).extend([] if value is None else [value])
+        steps = sorted(at)
+        picks = (fmean, min, max)
+        means, low, high = ([_rounded(pick(at[x]), 6) if at[x] else None for x in steps] for pick in picks)
+        found.append(Line(method, steps, means, low, high))
+    return found
 
 
 def _are_same(one: Chart, other: Chart) -> bool:

@@ -7,8 +7,8 @@ const drawn = new Set();
 const DASHES = ["solid", "dash", "dot", "dashdot"];
 
 const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-const modelColor = (model) => color(`--model-${model.color}`);
-const modelDash = (model) => DASHES[model.color % DASHES.length];
+const modelColor = (model) => color(`--model-${model.color > 8 ? model.color - 8 : model.color}`);
+const modelDash = (model) => DASHES[(model.color + (model.color > 8 ? 1 : 0)) % DASHES.length];
 
 const layout = ({ height, xTitle, yTitle, x = {}, y = {} }) => {
   const axis = {
