@@ -1,0 +1,196 @@
+"""docs/evidence.md and its plots, built of the committed records and of page.md, which holds the prose.
+
+page.md is a Jinja template. What it may call are the public methods of `Page`; a study, group, data set or metric that
+the records do not hold is an error, so that no number on the page can be without a record.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path, PurePath
+from typing import Any
+
+import yaml
+from jinja2 import Environment, StrictUndefined
+
+from benchmarks.evidence import tables
+from benchmarks.evidence.studies import Committed, Point, committed
+from benchmarks.evidence.svg import Axis, Line, chart
+from promptkd.errors import RequestError
+from promptkd.report.formatting import duration, listed
+from promptkd.report.metrics import logged_info, metric_info
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+PLOTS = "evidence"  # folder of the plots, beside the page
+
+
+class Page:
+    """What the template may ask for. `groups` are names or patterns such as "promptkd*"; without any, all."""
+
+    def __init__(self, records: Path):
+        self._records = records
+        self._studies: dict[str, Committed] = {}
+        self.plots: dict[str, str] = {}  # by file name
+
+    def has(self, study: str) -> bool:
+        """Whether there are records of a study."""
+        return (self._records / study / "config.yaml").is_file()
+
+    def table(self, study: str, data: str, metrics: Sequence[str] = (), groups: Sequence[str] = ()) -> str:
+        """Groups by metrics on one data set, such as "dolly, sampled"; by default the metrics that the study tests."""
+        held = self._study(study)
+        asked = metrics or held.study.options.metrics
+        return self._with_source(held, tables.metrics_table(held, data, held.named(groups), asked))
+
+    def costs(self, study: str, groups: Sequence[str] = ()) -> str:
+        """What a run of each group took."""
+        held = self._study(study)
+        return self._with_source(held, tables.costs_table(held, held.named(groups)))
+
+    def reached(self, study: str, target: float, metric: str = "eval_kl_to_teacher", groups: Sequence[str] = ()) -> str:
+        """What each group took until a logged metric was at most `target`."""
+        held = self._study(study)
+        return self._with_source(held, tables.reached_table(held, metric, target, held.named(groups)))
+
+    def value(self, study: str, group: str, metric: str, data: str) -> str:
+        return tables.row_of(self._study(study), group, metric, data).cells[metric].value
+
+    def interval(self, study: str, group: str, metric: str, data: str) -> str:
+        return tables.row_of(self._study(study), group, metric, data).cells[metric].interval or "no interval"
+
+    def difference(self, study: str, group: str, metric: str, data: str) -> str:
+        """From the baseline, with its interval and p."""
+        return tables.difference_text(self._study(study), group, metric, data)
+
+    def leaders(self, study: str, metric: str, data: str) -> str:
+        """ "a, b and c": the best and those not told apart from it; "all" where nothing is."""
+        found = self._study(study).leaders(metric, data)
+        return listed(found) if found else "all"
+
+    def steps(self, study: str, group: str) -> str:
+        return f"{self._study(study).cost(group).steps:,}"
+
+    def seconds(self, study: str, group: str) -> str:
+        """Of one run, the mean over seeds: "6 min 12 s"."""
+        return duration(self._study(study).cost(group).seconds)
+
+    def seeds(self, study: str) -> int:
+        return len({run.planned.seed for run in self._study(study).study.runs})
+
+    def plot_over(
+        self,
+        study: str,
+        setting: str,
+        metric: str,
+        data: str,
+        *,
+        groups: Sequence[str] = (),
+        levels: Sequence[str] = (),
+        label: str = "",
+    ) -> str:
+        """A metric over a setting that the study varies; groups of `levels`, without it, are horizontal lines."""
+        held, info = self._study(study), metric_info(metric)
+        found = {group: held.runs(group)[0].planned.settings for group in held.named(groups)}
+        varied = {group: each[setting] for group, each in found.items() if setting in each and group not in levels}
+        if not varied:
+            raise RequestError(f"No group of study {study} sets {setting}.")
+        is_number = all(isinstance(each, int | float) and not isinstance(each, bool) for each in varied.values())
+        names = [] if is_number else list(dict.fromkeys(map(_short, varied.values())))
+        series: dict[str, list[Point]] = {}
+        for group, at in varied.items():
+            x = float(at) if is_number else float(names.index(_short(at)))
+            family = group.split(f"-{setting}-")[0]
+            series.setdefault(family, []).append(self._point(held, group, metric, data, x))
+        lines = [Line(family, sorted(points), "whiskers") for family, points in series.items()]
+        for group in held.named(levels) if levels else ():
+            lines.append(Line(group, [self._point(held, group, metric, data, 0.0)], "level"))
+        xs = [point.x for points in series.values() for point in points]
+        is_log = is_number and min(xs) > 0 and max(xs) / min(xs) > 10
+        axis = Axis(label or setting.replace("_", " "), is_log, names)
+        about = f"{info.label} on {data} over {axis.label}; bars are 95 % intervals over seeds and rows."
+        return self._plot(held, f"{study}-{metric}-over-{setting}-{data}", about, lines, axis, _axis(info))
+
+    def plot_history(
+        self, study: str, metric: str, *, groups: Sequence[str] = (), by_time: bool = False, stem: str = ""
+    ) -> str:
+        """A logged metric, such as eval_kl_to_teacher, over steps or over seconds of training."""
+        held, info, lines = self._study(study), logged_info(metric), []
+        for group in held.named(groups):
+            cost = held.cost(group)
+            pace = cost.seconds / max(1, cost.steps) if by_time else 1.0
+            points = [Point(x * pace, *(each * info.scale for each in y)) for x, *y in held.history(group, metric)]
+            lines += [Line(group, points)] if points else []
+        if not lines:
+            raise RequestError(f"No run of study {study} logged {metric}.")
+        axis = Axis("seconds of training" if by_time else "optimizer step")
+        about = f"{info.label} over {axis.label}; bands are one standard deviation between seeds to either side."
+        return self._plot(held, f"{study}-{stem or metric}-over-{axis.label}", about, lines, axis, _axis(info))
+
+    def plot_bias(self, study: str, *, groups: Sequence[str] = (), stem: str = "") -> str:
+        """ExAccErr over lengths."""
+        held = self._study(study)
+        lines = [Line(group, points) for group in held.named(groups) if (points := held.bias(group))]
+        if not lines:
+            raise RequestError(f"Study {study} has no record of exposure bias.")
+        about = "ExAccErr over lengths; bands are 95 % intervals over seeds and rows."
+        axes = Axis("length l (tokens)"), Axis("ExAccErr(l) (%)")
+        return self._plot(held, f"{study}-{stem or 'exposure-bias'}", about, lines, *axes)
+
+    def not_run(self) -> str:
+        """What is planned and has no records yet, with its cost."""
+        planned = yaml.safe_load((HERE / "planned.yaml").read_text(encoding="utf-8"))
+        lines = [
+            f"| {each['what']} | {each['runs']} | {each['steps']} | {each['runs'] * each['minutes'] / 60:.0f} h |"
+            for each in planned
+            if not self.has(each["study"])
+        ]
+        heads = "| what | runs | steps of each | about |\n| --- | ---: | ---: | ---: |"
+        return "\n".join([heads, *lines]) if lines else "Everything that was planned has been run."
+
+    def _study(self, name: str) -> Committed:
+        if not self.has(name):
+            raise RequestError(f"The page asks for study {name}, of which {self._records} has no records.")
+        if name not in self._studies:
+            self._studies[name] = committed(self._records / name)
+        return self._studies[name]
+
+    def _point(self, study: Committed, group: str, metric: str, data: str, x: float) -> Point:
+        own, scale = tables.row_of(study, group, metric, data).metrics[metric], metric_info(metric).scale
+        low, high = (own.value if end is None else end for end in (own.low, own.high))
+        return Point(x, own.value * scale, low * scale, high * scale)
+
+    def _plot(self, study: Committed, stem: str, about: str, lines: Sequence[Line], x: Axis, y: Axis) -> str:
+        file = f"{'-'.join(stem.lower().replace(',', ' ').replace('_', ' ').split())}.svg"
+        if file in self.plots:
+            raise RequestError(f"The page draws {file} twice. Give one of them another `stem`.")
+        self.plots[file] = chart(about, lines, x, y)
+        return self._with_source(study, f"![{about}]({PLOTS}/{file})\n\n{about}")
+
+    def _with_source(self, study: Committed, made: str) -> str:
+        """The command that makes it, and what it took."""
+        file = Path("benchmarks/evidence/studies") / f"{study.name}.yaml"
+        file = file if (ROOT / file).is_file() else Path("benchmarks/evidence/records") / study.name / "config.yaml"
+        trained, measured = map(duration, study.seconds())
+        runs = f"{len(study.study.runs)} of {study.planned} runs"
+        collected = f"python -m benchmarks.evidence collect runs/evidence/{study.name}"
+        took = f"{runs}: {trained} of training, {measured} of measuring"
+        return f"{made}\n\n`promptkd study {file}` ({took}), then `{collected}`."
+
+
+def build(records: Path, template: Path = HERE / "page.md") -> dict[PurePath, str]:
+    """By its path in docs/, the text of the page and of every plot."""
+    page = Page(records)
+    environment = Environment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    asked: dict[str, Any] = {name: getattr(page, name) for name in dir(page) if name[0] != "_" and name != "plots"}
+    text = environment.from_string(template.read_text(encoding="utf-8")).render(asked)
+    return {PurePath("evidence.md"): text} | {PurePath(PLOTS, file): made for file, made in page.plots.items()}
+
+
+def _axis(info: Any) -> Axis:
+    return Axis(f"{info.label} ({info.unit})" if info.unit else info.label)
+
+
+def _short(value: Any) -> str:
+    """The last part of a path; of a file its name alone."""
+    return PurePath(str(value)).name

@@ -1,0 +1,150 @@
+"""A study's finished runs as compact records for git: what was measured of every row, without any text, and back.
+
+RECORDS/STUDY holds the study's config.yaml, and by run, teacher and untrained student one NAME.json.gz: a mapping from
+a file's path in the study's folder to the record in it. The answers of a row, one per decoding seed, are one row here:
+the mean of their scores, for a mean over tokens weighted by these. This is the first thing that the pooling over
+training seeds does, so what it makes of these records is what it makes of the originals, but for rounding.
+"""
+
+import gzip
+import json
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from promptkd.cli.parsing.config_file import read_config
+from promptkd.cli.study_comparison import REFERENCES, read_study
+from promptkd.errors import RequestError
+from promptkd.io.atomic import write_atomic
+from promptkd.results import Results
+
+Plain = dict[str, Any]  # a record, or a part of one, as JSON has it
+
+_FILE = "results.json"
+_PARTS = ("", "evaluations", "exposure-bias")  # folders in a study's, each with a folder per run
+_DIGITS = 6  # significant digits of every number
+_MOST_STEPS = 60  # logged steps that are kept of a run; its validations are kept all
+_KINDS = ("scores", "tokens")
+_OF_TEXT = {"prompts"}  # fields of a record that hold texts of the data
+_ABSOLUTE = re.compile(r"(?<![\w./:])(?:~|[A-Za-z]:)?/(?:[^/\s\"']+/)+")
+
+
+def collect(folder: Path, records: Path) -> list[Path]:
+    """Write the records of a study's finished runs into `records`, and return the files that are new or changed.
+
+    Raises `RequestError` where `folder` holds no finished run, or a study whose settings name absolute paths.
+    """
+    study = read_study(folder)
+    config = read_config(folder / "config.yaml")
+    if absolute := sorted({text for text in _texts(config) if _ABSOLUTE.match(text)}):
+        told = f"The paths of a study whose records are kept must be relative. Got {', '.join(absolute)}"
+        raise RequestError(f"{told} in {folder / 'config.yaml'}. Run it from the folder that they all lie in.")
+    files = {records / "config.yaml": (folder / "config.yaml").read_bytes()}
+    beside = [file.parent.name for part in _PARTS[1:] for file in sorted(folder.glob(f"{part}/*/{_FILE}"))]
+    references = [name for name in beside if name.partition(".")[0] in REFERENCES.values()]
+    for name in dict.fromkeys([*(run.planned.name for run in study.runs), *references]):
+        places = [folder / part / name / _FILE for part in _PARTS]
+        found = {file.relative_to(folder).as_posix(): file for file in places if file.is_file()}
+        is_measured_apart = f"evaluations/{name}/{_FILE}" in found
+        held = {
+            place: _compact(Results.read(file), rows=not (is_measured_apart and place == f"{name}/{_FILE}"))
+            for place, file in found.items()
+        }
+        files[records / f"{name}.json.gz"] = json.dumps(held, ensure_ascii=False, separators=(",", ":")).encode()
+    return [file for file, content in files.items() if _replaced(file, content)]
+
+
+def unpack(records: Path, folder: Path) -> Path:
+    """Write a study's folder as `promptkd.cli.study_comparison.read_study` reads it, and return it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_bytes((records / "config.yaml").read_bytes())
+    for file in sorted(records.glob("*.json.gz")):
+        for place, record in json.loads(gzip.decompress(file.read_bytes())).items():
+            for evaluation in record["evaluations"]:
+                evaluation["samples"] = _samples(evaluation.pop("columns", {}))
+            target = folder / place
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(json.dumps(record), encoding="utf-8")
+    return folder
+
+
+def _compact(record: Results, *, rows: bool) -> Plain:
+    """With the rows of its evaluations as columns, or without them."""
+    plain = json.loads(record.model_dump_json(exclude=_OF_TEXT))
+    for evaluation in plain["evaluations"]:
+        samples = evaluation.pop("samples")
+        if rows and samples:
+            evaluation["columns"] = _columns(samples, f"{evaluation['model']} on {evaluation['data']}")
+    for series in plain["history"]:
+        steps = [point for point in series["points"] if not _is_validation(point)]
+        kept = {id(point) for point in steps[:: -(-len(steps) // _MOST_STEPS) or 1]}
+        series["points"] = [point for point in series["points"] if _is_validation(point) or id(point) in kept]
+    made: Plain = _rounded(plain)
+    return made
+
+
+def _is_validation(point: Plain) -> bool:
+    return any(name.startswith("eval_") for name in point)
+
+
+def _columns(samples: list[Plain], where: str) -> Plain:
+    """The rows' indices, and by metric a score per row and, of a mean over tokens, its tokens over all seeds."""
+    by_row: defaultdict[int, list[Plain]] = defaultdict(list)
+    for sample in samples:
+        by_row[sample["row"]].append(sample)
+    made: Plain = {"row": list(by_row), "scores": {}, "tokens": {}}
+    for name in samples[0]["scores"]:
+        if not all(name in sample["scores"] for sample in samples):
+            raise RequestError(f"Expected a score of {name} for every answer of {where}. Some have none.")
+        weights = {row: [each["tokens"].get(name, 1) for each in answers] for row, answers in by_row.items()}
+        made["scores"][name] = [
+            _mean([float(each["scores"][name]) for each in answers], weights[row]) for row, answers in by_row.items()
+        ]
+        if name in samples[0]["tokens"]:
+            made["tokens"][name] = list(map(sum, weights.values()))
+    return made
+
+
+def _mean(values: list[float], weights: list[int]) -> float:
+    total = sum(weights)
+    return sum(value * weight for value, weight in zip(values, weights, strict=True)) / total if total else values[0]
+
+
+def _samples(columns: Plain) -> list[Plain]:
+    texts: Plain = {"prompt": "", "references": [], "response": ""}
+
+    def of_row(kind: str, at: int) -> Plain:
+        return {name: held[at] for name, held in columns[kind].items()}
+
+    rows = columns.get("row", [])
+    return [{"row": row, **texts, **{kind: of_row(kind, at) for kind in _KINDS}} for at, row in enumerate(rows)]
+
+
+def _rounded(value: Any) -> Any:
+    """The same with every number cut to `_DIGITS`, and no path of this machine in any text."""
+    if isinstance(value, dict):
+        return {name: _rounded(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_rounded(each) for each in value]
+    if isinstance(value, float):
+        short = float(f"{value:.{_DIGITS}g}")
+        return int(short) if short.is_integer() and abs(short) < 1e9 else short
+    return _ABSOLUTE.sub("", value.replace(f"{Path.cwd()}/", "")) if isinstance(value, str) else value
+
+
+def _texts(value: Any) -> list[str]:
+    if isinstance(value, dict | list):
+        return [text for each in (value.values() if isinstance(value, dict) else value) for text in _texts(each)]
+    return [value] if isinstance(value, str) else []
+
+
+def _replaced(file: Path, content: bytes) -> bool:
+    """Write `content`, compressed where the name says so; False where the file already holds it."""
+    is_packed = file.suffix == ".gz"
+    held = file.read_bytes() if file.is_file() else None
+    if held is not None and (gzip.decompress(held) if is_packed else held) == content:
+        return False  # another zlib would compress it into other bytes
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(file, gzip.compress(content, mtime=0) if is_packed else content)
+    return True

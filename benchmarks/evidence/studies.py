@@ -1,0 +1,140 @@
+"""The committed records of every study, and what promptkd's own pooling makes of them."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from functools import cache
+from pathlib import Path
+from statistics import mean, stdev
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+from benchmarks.evidence.records import unpack
+from promptkd.cli.study_comparison import Finished, Study, mean_costs, read_study, study_comparison
+from promptkd.errors import RequestError
+from promptkd.evaluation.statistics import holm
+from promptkd.report.differences import verdict
+from promptkd.report.metrics import metric_info
+from promptkd.results import Difference, Results, Training
+from promptkd.study.plan import plan_runs
+
+
+class Point(NamedTuple):
+    """A mean over seeds of training."""
+
+    x: float
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, eq=False)
+class Committed:
+    """A study as its committed records hold it."""
+
+    name: str
+    study: Study
+    planned: int  # runs, whether finished or not
+
+    @property
+    def groups(self) -> list[str]:
+        return list(dict.fromkeys(run.planned.group for run in self.study.runs))
+
+    @property
+    def baseline(self) -> str:
+        return self.study.options.baseline or self.groups[0]
+
+    def named(self, patterns: Iterable[str]) -> list[str]:
+        """The groups whose names match one of the patterns, in the order of these; without any, all of them."""
+        asked = list(patterns)
+        if missing := [each for each in asked if not any(fnmatchcase(group, each) for group in self.groups)]:
+            raise RequestError(f"Study {self.name} has {', '.join(self.groups)}. Got {missing[0]}.")
+        found = [group for each in asked for group in self.groups if fnmatchcase(group, each)]
+        return list(dict.fromkeys(found)) if asked else self.groups
+
+    def runs(self, group: str) -> list[Finished]:
+        return [run for run in self.study.runs if run.planned.group == group]
+
+    def cost(self, group: str) -> Training:
+        """The mean over seeds."""
+        return mean_costs(self.runs(group))[group]
+
+    def seconds(self) -> tuple[float, float]:
+        """Of training, and of measuring, over all finished runs."""
+        trained = sum(cost.seconds for run in self.study.runs for cost in run.trained.training.values())
+        apart = [run.measured for run in self.study.runs if self.study.options.evaluate]
+        measured = [*apart, *(each.record for each in self.study.references)]
+        return trained, sum(sum(record.timings.values()) for record in measured)
+
+    @cache  # noqa: B019 - as many as there are studies, for one run of the command
+    def comparison(self, baseline: str, metrics: tuple[str, ...]) -> Results:
+        """Of `metrics`, by default all, as `promptkd study` makes it."""
+        options = replace(self.study.options, baseline=baseline, metrics=list(metrics))
+        return study_comparison(options, self.study.runs, self.study.references)
+
+    def tested(self) -> Results:
+        """With the study's own metrics and baseline: its differences are those that p is adjusted over."""
+        return self.comparison(self.baseline, tuple(self.study.options.metrics))
+
+    def shown(self, metrics: Iterable[str]) -> Results:
+        """The values of metrics that the study need not test."""
+        own = tuple(self.study.options.metrics)
+        return self.comparison(self.baseline, own if set(metrics) <= set(own) else tuple(metrics))
+
+    def difference(self, group: str, metric: str, data: str) -> Difference | None:
+        """From the baseline; None of the baseline itself, and where the study does not test the metric."""
+        found = [d for d in self.tested().differences if (d.model, d.metric, d.data) == (group, metric, data)]
+        return found[0] if found else None
+
+    def leaders(self, metric: str, data: str) -> list[str]:
+        """The best group, and those that its paired difference does not tell apart from it.
+
+        p is adjusted with Holm's method over the differences of one metric on one data set from its best. Empty where
+        neither direction is better, and where none is told apart.
+        """
+        info = metric_info(metric)
+        measured = [e for e in self.shown([metric]).evaluations if e.data == data and metric in e.metrics]
+        values = {each.model: each.metrics[metric].value for each in measured}
+        values = {group: values[group] for group in self.groups if group in values}
+        if info.better is None or len(values) < 2:
+            return []
+        best = (max if info.better == "higher" else min)(values, key=lambda group: values[group])
+        found = self.comparison(best, (metric,)).differences
+        differences = [each for each in found if each.data == data and each.p_value is not None]
+        adjusted = holm([each.p_value for each in differences if each.p_value is not None])
+        behind = {
+            each.model
+            for each, p in zip(differences, adjusted, strict=True)
+            if verdict(each.model_copy(update={"p_adjusted": p})) == "worse"
+        }
+        return [group for group in values if group not in behind] if behind else []
+
+    def history(self, group: str, metric: str) -> list[Point]:
+        """A logged metric over steps: its mean over seeds, and one standard deviation between them to either side."""
+        held: dict[float, list[float]] = {}
+        for run in self.runs(group):
+            for point in (point for series in run.trained.history for point in series.points):
+                if isinstance(value := point.get(metric), int | float) and math.isfinite(value):
+                    held.setdefault(float(point["step"]), []).append(float(value))
+        return [_point(x, values) for x, values in sorted(held.items())]
+
+    def bias(self, group: str) -> list[Point]:
+        """ExAccErr in % over lengths, as `promptkd study` pools it."""
+        curves = [each for each in self.tested().curves if (each.name, each.model) == ("exposure_bias", group)]
+        points = [point for curve in curves[:1] for point in curve.points if point.value is not None]
+        return [Point(p.x, *(p.value if each is None else each for each in (p.value, p.low, p.high))) for p in points]
+
+
+def committed(records: Path) -> Committed:
+    """The study whose compact records lie in a folder."""
+    with TemporaryDirectory() as scratch:
+        study = read_study(unpack(records, Path(scratch, records.name)))
+    options = study.options
+    planned = plan_runs(options.base, options.methods, options.seeds, options.grid, read_file=lambda path: {})
+    return Committed(records.name, study, len(planned))
+
+
+def _point(x: float, values: list[float]) -> Point:
+    value, deviation = mean(values), stdev(values) if len(values) > 1 else 0.0
+    return Point(x, value, value - deviation, value + deviation)

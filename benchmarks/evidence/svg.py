@@ -1,0 +1,152 @@
+"""Line charts as SVG: text stays text, the same numbers give the same bytes, and colors are readable on light and dark.
+
+A page shows them as images, which see neither its style sheet nor its choice of a dark scheme. So the background is
+transparent, and every color has a contrast of 3 or more, text of 4 or more, with both white and near black.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from html import escape
+from typing import Literal
+
+from benchmarks.evidence.studies import Point
+from promptkd.report.formatting import number
+
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 400, 250, 52, 10, 12, 40  # of the plot with its axes
+_LINE = 17  # height of a line of the legend
+_CHARACTER = 6.4  # mean width of one at this size of text
+_GRAY = "#7b7f87"
+_COLORS = ("#3a83c9", "#d3622b", "#2b9a68", "#b56bb8", "#a98a1d", "#d5496b", "#2795a5", "#8a7a5c")
+_DASHES = ("", "6 3", "2 3", "8 3 2 3")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One series; a `level` is a horizontal line at its only point, for what the axis does not vary."""
+
+    name: str
+    points: Sequence[Point]
+    kind: Literal["band", "whiskers", "level"] = "band"
+
+
+@dataclass(frozen=True)
+class Axis:
+    label: str
+    log: bool = False
+    names: Sequence[str] = field(default_factory=tuple)  # of categories at 0, 1, 2, …
+
+
+def chart(title: str, lines: Sequence[Line], x: Axis, y: Axis) -> str:
+    """An image of the lines, with a legend below them where there are several."""
+    ranged = [line for line in lines if line.kind != "level"] or lines
+    left, right, at_x = _scale([p.x for line in ranged for p in line.points], x, _LEFT, _WIDTH - _RIGHT)
+    ends = [end for line in lines for p in line.points for end in (p.low, p.value, p.high)]
+    _, _, at_y = _scale(ends, y, _HEIGHT - _BOTTOM, _TOP)
+    parts = _axes(at_x, at_y, x, y)
+    parts += [_drawn(line, at, at_x, at_y, (left, right)) for at, line in enumerate(lines)]
+    legend, height = _legend(lines) if len(lines) > 1 else ("", _HEIGHT)
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" width="560" role="img" '
+        f'font-family="system-ui, sans-serif" font-size="12" fill="{_GRAY}"><title>{escape(title)}</title>'
+    )
+    return "\n".join([head, *parts, *([legend] if legend else []), "</svg>"]) + "\n"
+
+
+class _Place:
+    """From a value on an axis to the image's units, and back to the axis's round values."""
+
+    def __init__(self, low: float, high: float, axis: Axis, first: float, last: float):
+        self._log, self._names = axis.log, axis.names
+        self._low, self._high = (math.log10(low), math.log10(high)) if axis.log else (low, high)
+        self._first, self._last = first, last
+
+    def __call__(self, value: float) -> float:
+        share = ((math.log10(value) if self._log else value) - self._low) / (self._high - self._low)
+        return round(self._first + share * (self._last - self._first), 1)
+
+    def ticks(self) -> list[tuple[float, str]]:
+        if self._names:
+            return [(float(at), name) for at, name in enumerate(self._names)]
+        if self._log:
+            powers = range(math.floor(self._low), math.ceil(self._high) + 1)
+            steps = (1,) if self._high - self._low > 2 else (1, 3)
+            values = [step * 10.0**power for power in powers for step in steps]
+            return [(v, f"{v:g}") for v in values if self._low - 1e-9 <= math.log10(v) <= self._high + 1e-9]
+        step = _round_step((self._high - self._low) / 4)
+        decimals = max(0, -math.floor(math.log10(step) + 1e-9))
+        count = math.floor((self._high + step * 1e-6) / step)
+        values = [at * step for at in range(math.ceil((self._low - step * 1e-6) / step), count + 1)]
+        return [(value, number(round(value, decimals), decimals)) for value in values]
+
+
+def _scale(values: Sequence[float], axis: Axis, first: float, last: float) -> tuple[float, float, _Place]:
+    low, high = min(values), max(values)
+    if axis.names:
+        low, high = -0.4, len(axis.names) - 0.6
+    elif axis.log:
+        low, high = low / 1.15, high * 1.15
+    else:
+        margin = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
+        low, high = low - margin, high + margin
+    return low, high, _Place(low, high, axis, first, last)
+
+
+def _round_step(step: float) -> float:
+    power = 10.0 ** math.floor(math.log10(step))
+    return next(m * power for m in (1, 2, 5, 10) if m * power >= step * (1 - 1e-9))
+
+
+def _axes(at_x: _Place, at_y: _Place, x: Axis, y: Axis) -> list[str]:
+    foot = _HEIGHT - _BOTTOM
+    parts = [f'<path d="M{_LEFT} {_TOP}V{foot}H{_WIDTH - _RIGHT}" fill="none" stroke="{_GRAY}"/>']
+    for value, text in at_x.ticks():
+        parts.append(f'<text x="{at_x(value)}" y="{foot + 15}" text-anchor="middle">{escape(text)}</text>')
+    for value, text in at_y.ticks():
+        level = at_y(value)
+        parts.append(f'<path d="M{_LEFT} {level}H{_WIDTH - _RIGHT}" stroke="{_GRAY}" stroke-opacity=".25"/>')
+        parts.append(f'<text x="{_LEFT - 5}" y="{level + 4}" text-anchor="end">{escape(text)}</text>')
+    middle = (_LEFT + _WIDTH - _RIGHT) / 2
+    parts.append(f'<text x="{middle}" y="{foot + 32}" text-anchor="middle">{escape(x.label)}</text>')
+    turned = f'transform="rotate(-90 11 {(foot + _TOP) / 2})"'
+    parts.append(f'<text x="11" y="{(foot + _TOP) / 2}" text-anchor="middle" {turned}>{escape(y.label)}</text>')
+    return parts
+
+
+def _stroke(at: int) -> str:
+    dashes = _DASHES[(at + at // len(_COLORS)) % len(_DASHES)]
+    dash = f' stroke-dasharray="{dashes}"' if dashes else ""
+    return f'stroke="{_COLORS[at % len(_COLORS)]}" stroke-width="2"{dash}'
+
+
+def _drawn(line: Line, at: int, at_x: _Place, at_y: _Place, span: tuple[float, float]) -> str:
+    """The mean as a line, and its interval as a band or as whiskers."""
+    color, stroke = _COLORS[at % len(_COLORS)], _stroke(at)
+    points = line.points
+    if line.kind == "level":
+        points = [points[0]._replace(x=end) for end in span]
+    parts = []
+    if line.kind == "whiskers":
+        for point in points:
+            x, value = at_x(point.x), at_y(point.value)
+            parts.append(f'<path d="M{x} {at_y(point.low)}V{at_y(point.high)}" stroke="{color}"/>')
+            parts.append(f'<circle cx="{x}" cy="{value}" r="3" fill="{color}"/>')
+    elif any(point.low < point.high for point in points):
+        edge = [(p.x, p.high) for p in points] + [(p.x, p.low) for p in reversed(points)]
+        path = "L".join(f"{at_x(x)} {at_y(y)}" for x, y in edge)
+        parts.append(f'<path d="M{path}Z" fill="{color}" fill-opacity=".15"/>')
+    path = "L".join(f"{at_x(p.x)} {at_y(p.value)}" for p in points)
+    return "\n".join([*parts, f'<path d="M{path}" fill="none" {stroke}/>'])
+
+
+def _legend(lines: Sequence[Line]) -> tuple[str, int]:
+    """The names, as many side by side as fit, and the height of the image with them."""
+    parts, x, y = [], 4.0, _HEIGHT + 10
+    for at, line in enumerate(lines):
+        width = 34 + _CHARACTER * len(line.name)
+        if x > 4 and x + width > _WIDTH:
+            x, y = 4.0, y + _LINE
+        parts.append(f'<path d="M{x:.0f} {y - 4}h20" {_stroke(at)}/>')
+        parts.append(f'<text x="{x + 25:.0f}" y="{y}">{escape(line.name)}</text>')
+        x += width + 8
+    return "\n".join(parts), y + 8

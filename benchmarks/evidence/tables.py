@@ -1,0 +1,132 @@
+"""Tables of a study in Markdown: groups of runs by metrics, what they cost, and what it takes to reach a value."""
+
+from collections.abc import Sequence
+from functools import cache
+
+from benchmarks.evidence.studies import Committed
+from promptkd.errors import RequestError
+from promptkd.report.differences import difference_table
+from promptkd.report.formatting import DASH, duration, number, probability
+from promptkd.report.metrics import logged_info, metric_info
+from promptkd.report.tables import ComparisonRow, comparison_table
+from promptkd.results import Results
+
+_ARROWS = {"higher": " ↑", "lower": " ↓", None: ""}
+_BASELINE = "baseline"
+
+
+def row_of(study: Committed, group: str, metric: str, data: str) -> ComparisonRow:
+    """What was measured of a group, or of the teacher or the untrained student, with its cells as text."""
+    rows = {row.model: row for row in rows_on(study, data, [metric])}
+    if group not in rows:
+        raise RequestError(f"On {data} study {study.name} has {', '.join(rows)}. Got {group}.")
+    if metric not in rows[group].cells:
+        raise RequestError(f"On {data} {group} of study {study.name} has no {metric}.")
+    return rows[group]
+
+
+def rows_on(study: Committed, data: str, metrics: Sequence[str]) -> list[ComparisonRow]:
+    """What was measured on one data set, which has the decoding in its name where it was decoded in two ways."""
+    rows = _rows(study, tuple(metrics))
+    if not (found := [row for row in rows if row.data == data]):
+        known = "; ".join(dict.fromkeys(row.data for row in rows))
+        raise RequestError(f"Study {study.name} was measured on {known}. Got {data}.")
+    return found
+
+
+@cache
+def _rows(study: Committed, metrics: tuple[str, ...]) -> list[ComparisonRow]:
+    return comparison_table([study.shown(metrics)])
+
+
+def difference_text(study: Committed, group: str, metric: str, data: str) -> str:
+    """ "+0.7 [−1.7, 2.9], p 0.410", and "better" or "worse" before it where the difference is claimed."""
+    if group == study.baseline:
+        return _BASELINE
+    if (found := study.difference(group, metric, data)) is None:
+        return DASH
+    (row,) = difference_table([Results(kind="compare", differences=[found])])
+    claimed = f"**{row.verdict}** " if row.change else ""
+    interval = f" {row.interval}" if row.interval else ""
+    return f"{claimed}{row.value}{interval}, p {probability(found.p_adjusted)}"
+
+
+def metrics_table(study: Committed, data: str, groups: Sequence[str], metrics: Sequence[str]) -> str:
+    """A line per group; by metric its value, interval and ±, and its difference from the baseline.
+
+    A metric that was not measured there, such as the KL on greedy answers, has no column.
+    """
+    rows = {row.model: row for row in rows_on(study, data, metrics)}
+    shown = [name for name in metrics if any(name in row.cells for row in rows.values())]
+    leaders = {name: study.leaders(name, data) for name in shown}
+    tested = {name for name in shown for group in groups if study.difference(group, name, data) is not None}
+    heads = ["", "seeds"]
+    for name in shown:
+        info = metric_info(name)
+        unit = f", {info.unit}" if info.unit else ""
+        heads += [f"{info.label}{unit}{_ARROWS[info.better]}"]
+        heads += [f"less {study.baseline}"] if name in tested else []
+    lines = []
+    for group in [*(each.label for each in study.study.references), *groups]:
+        own = group in study.groups
+        cells = [group, str(len(study.runs(group))) if own else DASH]
+        for name in shown:
+            cells.append(_cell(rows[group], name, is_leader=group in leaders[name]))
+            cells += [difference_text(study, group, name, data) if own else DASH] if name in tested else []
+        lines.append(cells)
+    return _markdown(heads, lines)
+
+
+def _cell(row: ComparisonRow, metric: str, *, is_leader: bool) -> str:
+    if (cell := row.cells.get(metric)) is None:
+        return DASH
+    return " ".join(filter(None, [f"**{cell.value}**" if is_leader else cell.value, cell.interval, cell.deviation]))
+
+
+def costs_table(study: Committed, groups: Sequence[str]) -> str:
+    """What a run of each group took: means over seeds, and the most memory."""
+    heads = ["", "steps", "time", "seconds per step", "tokens per second", "peak memory"]
+    lines = []
+    for group in groups:
+        cost = study.cost(group)
+        speed = DASH if cost.tokens_per_second is None else number(cost.tokens_per_second, 0)
+        memory = f"{cost.peak_memory_bytes / 2**30:.1f} GiB"
+        pace = number(cost.seconds / max(1, cost.steps), 2)
+        lines.append([group, f"{cost.steps:,}", duration(cost.seconds), pace, speed, memory])
+    return _markdown(heads, lines)
+
+
+def reached_table(study: Committed, metric: str, target: float, groups: Sequence[str]) -> str:
+    """Steps, seconds and tokens until the mean over seeds of a logged metric is at most `target`, between two logs."""
+    info = logged_info(metric)
+    heads = ["", f"steps to {info.label} {target:g}", "time", "tokens", "peak memory", "its lowest"]
+    lines = []
+    for group in groups:
+        points, cost = study.history(group, metric), study.cost(group)
+        if not points:
+            raise RequestError(f"No run of {group} in study {study.name} logged {metric}.")
+        lowest = number(min(point.value for point in points) * info.scale, info.decimals)
+        steps = _first_at_most(target, [(point.x, point.value * info.scale) for point in points])
+        memory = f"{cost.peak_memory_bytes / 2**30:.1f} GiB"
+        if steps is None:
+            lines.append([group, "not reached", DASH, DASH, memory, lowest])
+            continue
+        seconds = cost.seconds / max(1, cost.steps) * steps
+        tokens = DASH if cost.tokens_per_second is None else f"{round(cost.tokens_per_second * seconds, -3):,.0f}"
+        lines.append([group, number(steps, 0), duration(seconds), tokens, memory, lowest])
+    return _markdown(heads, lines)
+
+
+def _first_at_most(target: float, points: Sequence[tuple[float, float]]) -> float | None:
+    """Where the line through the points first is at most `target`."""
+    for at, (x, y) in enumerate(points):
+        if y <= target:
+            before_x, before_y = points[max(0, at - 1)]
+            return x if before_y <= target else before_x + (x - before_x) * (before_y - target) / (before_y - y)
+    return None
+
+
+def _markdown(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """With numbers aligned to the right."""
+    rule = ["---", *["---:"] * (len(heads) - 1)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, rule, *lines))

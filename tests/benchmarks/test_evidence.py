@@ -1,0 +1,209 @@
+"""The evidence's records and page: a study is kept without texts, pools as before, and the page is made of it."""
+
+import gzip
+import itertools
+import json
+import re
+import xml.etree.ElementTree
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from benchmarks.evidence.__main__ import DOCS, RECORDS, outdated
+from benchmarks.evidence.page import build
+from benchmarks.evidence.records import collect
+from benchmarks.evidence.studies import Committed, committed
+from benchmarks.evidence.tables import metrics_table
+
+from helpers.records import stamped
+from promptkd.cli.study_comparison import read_study
+from promptkd.errors import RequestError
+from promptkd.results import DataRecord, Evaluation, ModelRecord, RowResult, Series, Training
+
+pytestmark = pytest.mark.slow
+
+SECRET = "a text of the data"
+COMMITTED = sorted(each.parent for each in RECORDS.glob("*/config.yaml"))
+ROWS, SEEDS = 12, (10, 20, 30)
+QUALITY = {"gkd": 20.0, "promptkd-prompt_learning_rate-0.001": 30.0, "promptkd-prompt_learning_rate-0.005": 21.0}
+
+
+def evaluation(quality: float, draw: np.random.Generator, *, greedy: bool) -> Evaluation:
+    samples = []
+    for row, seed in itertools.product(range(ROWS), [None] if greedy else SEEDS):
+        scores = {"loss": 2 + row / 7, "rouge_l": quality + draw.normal(), "kl_to_teacher": abs(draw.normal())}
+        tokens = {"loss": row + 1, "kl_to_teacher": int(draw.integers(1, 9))}
+        texts = {"prompt": SECRET, "references": [SECRET], "response": SECRET, "request": [("user", SECRET)]}
+        samples.append(RowResult(row=row, seed=seed, **texts, scores=scores, tokens=tokens))
+    decoding = {"temperature": 0.0 if greedy else 1.0, "max_new_tokens": 8, "seeds": [] if greedy else list(SEEDS)}
+    return Evaluation(model="m", data="test", decoding=decoding, metrics={}, samples=samples)
+
+
+def made_study(folder: Path, seeds: list[int]) -> Path:
+    """A study's folder as `promptkd study` leaves it, of made-up runs."""
+    methods = ["gkd", {"name": "promptkd", "grid": {"prompt_learning_rate": [0.001, 0.005]}}]
+    base = {"student": "s", "teacher": "t", "data": "d"}
+    settings = {"out": "runs/s", "base": base, "methods": methods, "seeds": seeds, "evaluate": {"data": ["test"]}}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings | {"metrics": ["rouge_l", "kl_to_teacher"]}))
+    data = {"test": DataRecord(path=f"{folder.absolute()}/test.jsonl", rows=ROWS, sha256="ab")}
+    models = {"teacher": ModelRecord(path="/home/someone/teacher", parameters=9, sha256="cd")}
+    names = [(f"{group}-seed-{seed}", QUALITY[group]) for group in QUALITY for seed in seeds]
+    for name, quality in [*names, ("teacher", 40.0)]:
+        draw = np.random.default_rng(zlib.crc32(name.encode()))
+        both = [evaluation(quality + draw.normal() / 4, draw, greedy=greedy) for greedy in (False, True)]
+        measured = {"evaluations": both, "data": data, "models": models}
+        record = stamped("evaluate", **measured, timings={"measuring": 2.0})
+        record.write(folder / "evaluations" / name / "results.json")
+        if name == "teacher":
+            continue
+        steps = [{"step": step, "loss": 3 - step / 100 + draw.normal() / 9} for step in range(1, 201)]
+        steps += [{"step": step, "eval_kl_to_teacher": 1 - step / 400, "eval_loss": 2.5} for step in (50, 100, 200)]
+        cost = Training(method="m", steps=200, seconds=80.0, peak_memory_bytes=2**30, tokens_per_second=50.0)
+        trained = stamped("distill", **measured, training={name: cost})
+        trained.history = [Series(name=name, points=steps)]
+        trained.write(folder / name / "results.json")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a study in runs/prompt and its records in records/prompt."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("world"))
+        collect(made_study(Path("runs", "prompt"), [1, 2, 3]), Path("records", "prompt"))
+        return Path.cwd()
+
+
+@pytest.fixture
+def study(world, monkeypatch) -> Path:
+    monkeypatch.chdir(world)
+    return Path("runs", "prompt")
+
+
+@pytest.fixture(scope="module")
+def made(world) -> Committed:
+    return committed(world / "records" / "prompt")
+
+
+def test_records_hold_no_text_and_no_path_and_are_written_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    records = Path("records", "prompt")
+    written = {file.name for file in collect(made_study(Path("runs", "prompt"), [1, 2]), records)}
+    runs = {f"{group}-seed-{seed}.json.gz" for group in QUALITY for seed in (1, 2)}
+    assert written == runs | {"teacher.json.gz", "config.yaml"}
+    text = gzip.decompress((records / "gkd-seed-1.json.gz").read_bytes()).decode()
+    assert not any(part in text for part in (SECRET, str(tmp_path), "/home"))
+    held = json.loads(text)
+    assert held.keys() == {"gkd-seed-1/results.json", "evaluations/gkd-seed-1/results.json"}
+    trained = held["gkd-seed-1/results.json"]
+    assert "columns" not in trained["evaluations"][0]  # its test rows are those of the evaluation
+    points = trained["history"][0]["points"]
+    assert [point["step"] for point in points if "eval_loss" in point] == [50, 100, 200]
+    assert 40 <= len(points) <= 63
+    new = {file.name for file in collect(made_study(Path("runs", "prompt"), [1, 2, 3]), records)}
+    assert new == {*(f"{group}-seed-3.json.gz" for group in QUALITY), "config.yaml"}
+
+
+def test_what_is_pooled_of_the_records_is_what_is_pooled_of_the_study(study, made):
+    """Values, intervals, deviations and p, of means over rows and over tokens, over seeds of decoding and greedy."""
+    of_study, of_records = Committed("prompt", read_study(study), 9).tested(), made.tested()
+    for ours, theirs in zip(of_records.evaluations, of_study.evaluations, strict=True):
+        assert (ours.model, ours.data) == (theirs.model, theirs.data)
+        for name, metric in theirs.metrics.items():
+            expected = metric.model_dump(exclude_none=True)
+            assert ours.metrics[name].model_dump(exclude_none=True) == pytest.approx(expected, rel=1e-5, abs=3e-5)
+    assert len(of_study.differences) == 8
+    for mine, other in zip(of_records.differences, of_study.differences, strict=True):
+        assert (mine.model, mine.metric, mine.data) == (other.model, other.metric, other.data)
+        expected = other.difference.model_dump(exclude_none=True)
+        assert mine.difference.model_dump(exclude_none=True) == pytest.approx(expected, rel=1e-5, abs=3e-5)
+        assert mine.p_adjusted == pytest.approx(other.p_adjusted, rel=1e-3)
+
+
+def test_absolute_paths_in_a_studys_settings_are_refused(study, tmp_path):
+    settings = (study / "config.yaml").read_text()
+    for each in study.iterdir():
+        if each.is_dir():
+            (tmp_path / each.name).symlink_to(each.absolute())
+    (tmp_path / "config.yaml").write_text(settings.replace("teacher: t", "teacher: /data/teacher"))
+    with pytest.raises(RequestError, match=r"must be relative. Got /data/teacher in "):
+        collect(tmp_path, tmp_path / "records")
+
+
+def test_the_table_marks_the_best_and_claims_by_p_after_holm(made):
+    table = metrics_table(made, "test, sampled", made.groups, ["rouge_l"])
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    assert lines[0] == ["", "seeds", "ROUGE-L, of 100 ↑", "less gkd"]
+    assert [line[:2] for line in lines[2:]] == [["teacher", "–"], *([group, "3"] for group in QUALITY)]
+    best = lines[4]
+    assert re.fullmatch(r"\*\*[\d.]+\*\* \[[\d.]+, [\d.]+\] ± [\d.]+", best[2])
+    assert re.fullmatch(r"\*\*better\*\* \+[\d.]+ \[[+\d.]+, [+\d.]+\], p [<\d. ]+", best[3])
+    assert [line[3] for line in lines[2:4]] == ["–", "baseline"]
+    assert "**" not in lines[3][2]
+    assert made.leaders("rouge_l", "test, sampled") == ["promptkd-prompt_learning_rate-0.001"]
+    assert made.leaders("loss", "test, sampled") == []  # the same for all
+    with pytest.raises(RequestError, match=r"Study prompt was measured on test, sampled; test, greedy. Got dolly."):
+        metrics_table(made, "dolly", made.groups, ["rouge_l"])
+
+
+PAGE = """
+{% if has("gone") %}{{ table("gone", "x") }}{% endif %}
+{{ table("prompt", "test, sampled") }}
+{{ costs("prompt", groups=["promptkd*"]) }}
+{{ reached("prompt", 0.8) }}
+{{ plot_over("prompt", "prompt_learning_rate", "rouge_l", "test, greedy", levels=["gkd"]) }}
+{{ plot_history("prompt", "eval_kl_to_teacher", by_time=True) }}
+value {{ value("prompt", "gkd", "rouge_l", "test, greedy") }} {{ interval("prompt", "gkd", "rouge_l", "test, greedy") }}
+best {{ leaders("prompt", "rouge_l", "test, sampled") }} of {{ seeds("prompt") }} seeds
+after {{ seconds("prompt", "gkd") }} and {{ steps("prompt", "gkd") }} steps
+"""
+
+
+def test_a_page_is_made_of_a_template_and_records(world, tmp_path):
+    (tmp_path / "page.md").write_text(PAGE)
+    made = {str(place): text for place, text in build(world / "records", tmp_path / "page.md").items()}
+    page = made.pop("evidence.md")
+    source = r"`promptkd study benchmarks/evidence/\S+` \(9 of 9 runs: 12 min 0 s of training, 20.0 s of measuring\)"
+    assert len(re.findall(source, page)) == 5
+    assert "| gkd | 80 | 32.0 s | 2,000 | 1.0 GiB | 0.500 |" in page
+    assert "best promptkd-prompt_learning_rate-0.001 of 3 seeds" in page
+    assert "after 1 min 20 s and 200 steps" in page
+    assert re.search(r"value [\d.]+ \[[\d.]+, [\d.]+\]", page)
+    assert re.findall(r"\]\((\S+)\)", page) == list(made)
+    assert list(made) == [
+        "evidence/prompt-rouge-l-over-prompt-learning-rate-test-greedy.svg",
+        "evidence/prompt-eval-kl-to-teacher-over-seconds-of-training.svg",
+    ]
+    over = xml.etree.ElementTree.fromstring(next(iter(made.values())))
+    texts = [each.text for each in over.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"promptkd", "gkd", "ROUGE-L (of 100)", "prompt learning rate", "0.002"} <= set(texts)
+
+
+def test_a_page_that_asks_for_what_no_record_holds_is_refused(world, tmp_path):
+    for asked, told in {
+        'value("gone", "gkd", "rouge_l", "test")': "asks for study gone",
+        'value("prompt", "kd", "rouge_l", "test, greedy")': "Got kd.",
+        'costs("prompt", ["kd"])': "has gkd, promptkd-prompt_learning_rate-0.001",
+        'plot_bias("prompt")': "no record of exposure bias",
+        'plot_over("prompt", "beta", "rouge_l", "test, greedy")': "sets beta",
+    }.items():
+        (tmp_path / "page.md").write_text("{{ " + asked + " }}")
+        with pytest.raises(RequestError, match=told):
+            build(world / "records", tmp_path / "page.md")
+
+
+@pytest.mark.parametrize("records", COMMITTED, ids=lambda each: each.name)
+def test_committed_records_give_a_table_and_are_small(records):
+    sizes = [file.stat().st_size for file in records.iterdir()]
+    assert max(sizes) < 200_000
+    made = committed(records)
+    data = made.tested().evaluations[0].data
+    table = metrics_table(made, data, made.groups, made.study.options.metrics[:1] or ["loss"])
+    assert len(table.splitlines()) == 2 + len(made.groups) + len(made.study.references)
+
+
+def test_the_page_is_up_to_date_with_its_records():
+    assert not outdated(DOCS, RECORDS), "Run: python -m benchmarks.evidence"
