@@ -178,6 +178,23 @@ def test_the_kl_is_taken_on_the_models_own_distribution_however_answers_are_samp
         assert [line["completion"] for line in json_lines(answers)] == [each.response for each in evaluation.samples]
 
 
+def test_the_kl_of_the_first_seeds_alone(world, tmp_path, capsys):
+    teacher = ("--teacher", world.teacher, "--no-greedy")
+    done(capsys, *evaluate(world, tmp_path / "all.json", *teacher, "--seeds", 1, 2))
+    done(capsys, *evaluate(world, tmp_path / "first.json", *teacher, "--seeds", 1, 2, "--kl-seeds", 1))
+    done(capsys, *evaluate(world, tmp_path / "one.json", *teacher, "--seeds", 1))
+    (every,), (first,), (one,) = (
+        Results.read(tmp_path / f"{each}.json").evaluations for each in ("all", "first", "one")
+    )
+    assert first.metrics["kl_to_teacher"] == one.metrics["kl_to_teacher"] != every.metrics["kl_to_teacher"]
+    others = METRICS - {"kl_to_teacher"}
+    assert {name: first.metrics[name] for name in others} == {name: every.metrics[name] for name in others}
+    assert ["kl_to_teacher" in each.scores for each in first.samples] == [each.seed == 1 for each in first.samples]
+    done(capsys, "compare", f"a={tmp_path}/all.json", f"b={tmp_path}/first.json", "--out", tmp_path / "both.json")
+    found = {each.metric: each.difference.value for each in Results.read(tmp_path / "both.json").differences}
+    assert found["kl_to_teacher"] == found["rouge_l"] == 0  # over the samples that both have
+
+
 def test_a_model_keeps_its_name_and_alike_data_sets_are_told_apart(world, tmp_path, capsys):
     model = tmp_path / "Tiny2.5-0.5B"
     model.symlink_to(world.student)

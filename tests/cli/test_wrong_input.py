@@ -217,6 +217,11 @@ CASES = {
     "no rows at a time": Case(generate("--batch-size", 0), "--batch-size must be at least 1. Got 0."),
     "a negative seed": Case(evaluate("--seeds", 1, -1), "--seeds must be 0 or more. Got 1 -1."),
     "a seed twice": Case(evaluate("--seeds", 1, 2, 1), "Each seed must be given once. Got --seeds 1 2 1."),
+    "KL of no teacher": Case(evaluate("--kl-seeds", 1), "--kl-seeds is of a --teacher. Give one, or leave it out."),
+    "KL of more seeds": Case(
+        evaluate("--teacher", "W/teacher", "--kl-seeds", 2),
+        "--kl-seeds must be at most the number of --seeds, 1. Got 2.",
+    ),
     "validation without rows": Case(distill("--eval_strategy", "epoch"), "Validation needs rows: give --eval-data"),
     "steps of validation without rows": Case(sft("--eval_steps", 2), "Validation needs rows: give --eval-data"),
     "validation by unsaid steps": Case(distill(*VALID, "--eval_strategy", "steps"), "needs --eval_steps"),

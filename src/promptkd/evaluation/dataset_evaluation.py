@@ -29,11 +29,11 @@ _GREEDY, _REFERENCES = "greedy", "references"
 _Measured = Callable[[list[EncodedExample], list[Line]], list[Line]]  # a batch and what is held of it to its lines
 
 
-def parts_of(decoding: Decoding, seeds: Sequence[int], *, greedy: bool, teacher: bool) -> list[str]:
+def parts_of(decoding: Decoding, seeds: Sequence[int], *, greedy: bool, kl_seeds: Sequence[int] = ()) -> list[str]:
     """What is kept, in a file each: "seed10", "greedy", "seed10-kl" (samples for the KL), "references" (losses)."""
     parts = [] if decoding.is_greedy else [f"seed{seed}" for seed in seeds]
     parts += [_GREEDY] if greedy or decoding.is_greedy else []
-    parts += [f"seed{seed}-kl" for seed in seeds] if teacher and not decoding.is_plain else []
+    parts += [] if decoding.is_plain else [f"seed{seed}-kl" for seed in kl_seeds]
     return [*parts, _REFERENCES]
 
 
@@ -78,6 +78,7 @@ class SetEvaluation:
     progress: Callable[[str, int], None] = lambda what, done: None  # what is being done, and for how many rows it is
     batch_size: int = 8  # rows that are scored at a time
     rouge_tokenizer: str = DEFAULT  # a name of `ROUGE_TOKENIZERS`
+    kl_seeds: int | None = None  # the KL is taken on the samples of the first so many seeds; None: of all
     _files: dict[str, ResumableLines] = field(default_factory=dict, init=False)
 
     def run(
@@ -88,7 +89,7 @@ class SetEvaluation:
         At temperature 0 there are the greedy ones alone; `seeds` are then those of the samples for the KL.
         """
         losses = self.losses()
-        kls = [self.kl(decoding, seed) for seed in seeds] if self.teacher is not None else []
+        kls = [self.kl(decoding, seed) for seed in seeds[: self.kl_seeds]] if self.teacher is not None else []
         found: list[tuple[Decoding, list[RowResult]]] = []
         if not decoding.is_greedy:
             sampled = []

@@ -109,11 +109,13 @@ def summarize(results: Sequence[RowResult]) -> dict[str, Metric]:
     """Means with 95 % intervals by bootstrap over rows, which are the same, in the same order, under every seed.
 
     A row with answers under several seeds is averaged first; a score that is a mean over tokens weighs all tokens of
-    all seeds equally. `Metric.deviation` is the standard deviation (over n - 1) between the seeds' metrics.
+    all seeds equally. `Metric.deviation` is the standard deviation (over n - 1) between the seeds' metrics. A score
+    that some seeds lack, as the KL with `kl_seeds`, is summarized over the others.
     """
-    by_seed = [[each for each in results if each.seed == seed] for seed in dict.fromkeys(each.seed for each in results)]
+    every = [[each for each in results if each.seed == seed] for seed in dict.fromkeys(each.seed for each in results)]
     metrics = {}
-    for name in results[0].scores:
+    for name in dict.fromkeys(name for own in every for name in own[0].scores):
+        by_seed = [own for own in every if name in own[0].scores]
         scores = np.array([[each.scores[name] for each in own] for own in by_seed])  # (seeds, rows)
         if name in results[0].tokens:
             tokens = np.array([[each.tokens[name] for each in own] for own in by_seed])

@@ -36,8 +36,13 @@ def run(options: Options, training: dict[str, Any]) -> None:
 
 def check(options: Options) -> None:
     check_output(options.out, overwrite=options.overwrite or _settings_file(options.out).exists())
-    if options.teacher_dtype is not None and options.teacher is None:
-        raise RequestError("--teacher-dtype is of a --teacher. Give one, or leave it out.")
+    for flag, value in (("--teacher-dtype", options.teacher_dtype), ("--kl-seeds", options.kl_seeds)):
+        if value is not None and options.teacher is None:
+            raise RequestError(f"{flag} is of a --teacher. Give one, or leave it out.")
+    if options.kl_seeds is not None and options.kl_seeds > len(options.seeds):
+        raise RequestError(
+            f"--kl-seeds must be at most the number of --seeds, {len(options.seeds)}. Got {options.kl_seeds}."
+        )
     if not options.seeds:
         raise RequestError("Expected at least one seed. Got none; --temperature 0 decodes greedily alone.")
     if options.temperature == 0 and not options.greedy:
@@ -94,7 +99,7 @@ def _evaluate(options: Options) -> None:
         started = time.perf_counter()
         files, tell = partial(_file, options.out, name), progress_lines(name, len(rows))
         how: dict[str, Any] = {"metrics": metrics, "progress": tell, "rouge_tokenizer": options.rouge_tokenizer}
-        part = SetEvaluation(model, tokenizer, rows, file_of=files, teacher=teacher, **how)
+        part = SetEvaluation(model, tokenizer, rows, file_of=files, teacher=teacher, kl_seeds=options.kl_seeds, **how)
         labels = {"model_label": label, "data_label": name}
         with job.computing():
             results.evaluations += part.run(decoding, options.seeds, greedy=options.greedy, **labels)
@@ -159,10 +164,11 @@ def _settle(options: Options, results: Results, decoding: Decoding, job: Inferen
     settings["ids that end an answer"] = list(decoding.stop_ids)
     if decoding.masked_ids:
         settings["ids that are never written"] = list(decoding.masked_ids)
-    parts = parts_of(decoding, options.seeds, greedy=options.greedy, teacher=options.teacher is not None)
+    kl_seeds = [] if options.teacher is None else options.seeds[: options.kl_seeds]
+    parts = parts_of(decoding, options.seeds, greedy=options.greedy, kl_seeds=kl_seeds)
     files = [_file(options.out, name, part) for name in results.data for part in parts]
     if options.teacher is not None and options.measure == "all":
-        parts = parts_of(decoding, options.seeds, greedy=options.greedy, teacher=False)
+        parts = parts_of(decoding, options.seeds, greedy=options.greedy)
         files += [_teacher_file(options.out, name, part) for name in results.data for part in parts]
     if held := settle_settings(_settings_file(options.out), settings, files, overwrite=options.overwrite):
         say(f"Resuming from {len(held)} of {len(files)} files of answers and losses.")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from promptkd.cli.options.common import LESS_MEMORY_TO_DECODE, Measuring, Sampling, TeacherPrecision
+from promptkd.settings import option
 
 RESUMED_BY: tuple[str, ...] = ()
 LESS_MEMORY = LESS_MEMORY_TO_DECODE
@@ -31,6 +32,8 @@ class Options(Sampling, Measuring, TeacherPrecision):
     """With --teacher: all also scores the teacher's answers and measures speed and size of both; student does not."""
     seeds: list[int] = field(default_factory=lambda: [10], metadata={"at_least": 0})
     """Seeds of the sampled answers; each is a decoding of every row."""
+    kl_seeds: int | None = option(None, at_least=1)
+    """Take the KL to the teacher on the samples of the first so many seeds; none takes all. It is the dearest score."""
     greedy: bool = True
     """Decode greedily as well; --no-greedy leaves it out."""
     metrics: list[str] = field(default_factory=list)
