@@ -18,6 +18,10 @@ from tqdm import tqdm  # noqa: E402
 
 from helpers import RANKS  # noqa: E402
 from helpers.standins import Float64Stays  # noqa: E402
+from helpers.trials import share_trials, shared_in  # noqa: E402
+
+share_trials()
+os.fsync = lambda handle: None  # what a test writes need not outlive a power failure
 
 
 def pytest_collection_finish():
@@ -25,6 +29,20 @@ def pytest_collection_finish():
     gc.collect()
     gc.freeze()
     tqdm.set_lock(threading.RLock())  # its own is shared with forked processes, and one that is killed may hold it
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    shared_in(item.path)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item, nextitem):
+    """What a file has imported stays as well."""
+    yield
+    if nextitem is not None and nextitem.path != item.path:
+        gc.collect()
+        gc.freeze()
 
 
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

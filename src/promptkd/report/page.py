@@ -76,6 +76,7 @@ def render_report(records: Sequence[Results], *, title: str | None = None) -> st
     return _environment().get_template("page.html").render(context, script=script)
 
 
+@cache
 def _environment() -> Environment:
     """Escapes by default, refuses undefined names, and shows control characters instead of emitting them."""
     environment = Environment(
