@@ -4,7 +4,7 @@ READY := .venv/.ready
 DOCS_READY := .venv/.docs-ready
 
 WORKERS ?= 2
-PARALLEL := -n $(WORKERS) --dist worksteal
+PARALLEL := -n $(WORKERS) --dist loadfile
 
 .PHONY: demo test test-fast test-gpu lint fix docs notebook bench bench-gpu soak clean
 

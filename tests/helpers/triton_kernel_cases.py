@@ -116,13 +116,12 @@ SIZES = [1, 97, 1000, 1024, 2049, 3 * 1024 + 1]  # below, at and above whole blo
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", CASES)
 def test_values_figures_and_gradients_equal_float64(name, size):
-    assert_right(CASES[name], *inputs(CASES[name], 3, size))
+    assert_right(CASES[name], *inputs(CASES[name], 2, size))
 
 
-@pytest.mark.parametrize(("rows", "size"), [(2, 49_152), (1, 151_665)])
-@pytest.mark.parametrize("name", ["forward_kl", "cross_entropy", "prompt"])
-def test_vocabularies_of_real_models(name, rows, size):
-    assert_right(CASES[name], *inputs(CASES[name], rows, size))
+@pytest.mark.parametrize(("name", "size"), [("forward_kl", 49_152), ("cross_entropy", 151_665), ("prompt", 49_152)])
+def test_vocabularies_of_real_models(name, size):
+    assert_right(CASES[name], *inputs(CASES[name], 1, size))
 
 
 @pytest.mark.parametrize(("size", "offset"), [(1, 0.0), (97, 0.0), (1024, 15.0), (2049, -15.0)])
@@ -145,7 +144,7 @@ def test_the_policy_gradient_of_sampled_tokens_equals_float64(size, offset):
 @pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "prompt"])
 def test_models_whose_logits_lie_apart(name, offset):
     """Only differences within a model count; a log-sum-exp as one number of 40 would be off by 2e-6."""
-    assert_right(CASES[name], *inputs(CASES[name], 4, 4099, offset=offset))
+    assert_right(CASES[name], *inputs(CASES[name], 2, 4099, offset=offset))
 
 
 @pytest.mark.parametrize("stride", [1024, 1001])
@@ -153,7 +152,7 @@ def test_models_whose_logits_lie_apart(name, offset):
 def test_rows_of_padded_heads(name, stride):
     """The padding is neither read nor written, be the rows aligned or not."""
     case = CASES[name]
-    logits, targets = inputs(case, 5, 1000)
+    logits, targets = inputs(case, 3, 1000)
     logits = padded(logits, stride)
     targets = [padded(each, stride + 64) if each.is_floating_point() else each for each in targets]
     assert_right(case, logits, targets)
@@ -216,7 +215,7 @@ def test_by_hand():
 @pytest.mark.parametrize("scale", [3.0, 1e4])
 @pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "prompt"])
 def test_equal_inputs_give_zero(name, scale):
-    logits = scale * random(4, 3000, seed=0)
+    logits = scale * random(2, 3000, seed=0)
     targets = [logits.clone() for _ in range(CASES[name].targets)]
     values, _ = CASES[name].kernel(logits, *targets)
     torch.testing.assert_close(values, torch.zeros_like(values), rtol=0, atol=1e-7)
