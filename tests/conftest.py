@@ -28,6 +28,7 @@ def pytest_collection_finish():
     """What is imported by now stays. Every training ends with a collection of garbage, which need not look at it."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(200_000, 10, 10)  # by itself, garbage is looked for seldom
     tqdm.set_lock(threading.RLock())  # its own is shared with forked processes, and one that is killed may hold it
 
 

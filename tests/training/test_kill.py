@@ -24,12 +24,10 @@ def test_a_killed_job_that_goes_on_ends_in_the_same_bits(tmp_path):
     expected = whole.outcome()
     whole.folder.rename(tmp_path / "whole")
     killed = Job(tmp_path / "job", world, teacher, seed=1)  # the same place: records hold paths
-    points = {"prune": ("conversion",), "distill": ("checkpoint", "validation", "checkpoint", "record and page")}
+    points = {"prune": ("conversion",), "distill": ("checkpoint", "record and page")}
     for command in killed.commands:
         for target in points.get(command, ()):
-            status = killed.attempt(
-                command, marks, target, 2 if target in ("checkpoint", "validation") else 1, usual[target] / 2
-            )
+            status = killed.attempt(command, marks, target, 2 if target == "checkpoint" else 1, usual[target] / 2)
             assert os.WIFSIGNALED(status), (target, (killed.folder / "log.txt").read_text())
         assert killed.attempt(command, marks, "", 0, 0.0) == 0, (killed.folder / "log.txt").read_text()
     found = killed.outcome()

@@ -3,6 +3,7 @@
 import re
 import weakref
 from dataclasses import fields
+from pathlib import Path
 from types import SimpleNamespace
 
 import accelerate.optimizer
@@ -16,6 +17,7 @@ import promptkd.training.teacher_tuner
 import promptkd.training.validation
 from helpers.commands import LIMITS, World, distill, done, make_world, run, sft, steps, weights
 from helpers.trainers import log, trainer
+from promptkd.cli import main
 from promptkd.cli.outputs import _MICRO_BATCHES, _OF_MEMORY
 from promptkd.errors import PromptKDError
 from promptkd.results import Results
@@ -24,12 +26,20 @@ from promptkd.training.out_of_memory import advice
 
 CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ...")
 CPU = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1073741824 bytes.")
-EACH_STEP = ("--eval_strategy", "steps", "--eval_steps", 1, "--select", "last", "--save_steps", 1)
+EACH_STEP = ("--eval_strategy", "steps", "--eval_steps", 1, "--select", "last", "--save_steps", 1, "--no-preflight")
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that is validated after each step."""
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert main([str(each) for each in distill(world, out, "--eval-data", world.valid, *EACH_STEP)]) == 0
+    return out
 
 
 def fail_in_second_step(patch, owner, name, error):
@@ -82,11 +92,9 @@ VALIDATION = (promptkd.training.validation, "measure_rows")
     ids=lambda value: value[1] if isinstance(value, tuple) else "",
 )
 def test_a_phase_that_is_too_large_is_named_and_the_run_resumes(
-    world, tmp_path, capsys, monkeypatch, where, error, told, flags
+    world, undisturbed, tmp_path, capsys, monkeypatch, where, error, told, flags
 ):
-    undisturbed, out = tmp_path / "undisturbed", tmp_path / "run"
-    settings = ("--eval-data", world.valid, *EACH_STEP)
-    done(capsys, *distill(world, undisturbed, *settings))
+    out, settings = tmp_path / "run", ("--eval-data", world.valid, *EACH_STEP)
     with monkeypatch.context() as patch:
         fail_in_second_step(patch, *where, error)
         ran = run(capsys, *distill(world, out, *settings))

@@ -236,8 +236,7 @@ def test_validation_and_evaluate_measure_in_the_same_batches(tmp_path, monkeypat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("teacher_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("dtype", "teacher_dtype"), [("float32", "bfloat16"), ("bfloat16", "float32")])
 def test_validation_is_what_evaluate_says_of_the_saved_student(world, tmp_path, capsys, dtype, teacher_dtype):
     lines = [
         {"instruction": "the " * (1 + index * 7 % 5), "input": "an" * (index % 6), "output": "ab" * (1 + index % 3)}

@@ -96,19 +96,19 @@ def test_a_signal_ends_the_step_with_a_checkpoint(
     assert weights(tmp_path / "cut" / name) == weights(tmp_path / "whole" / name)
 
 
-@pytest.mark.parametrize("event", ["on_step_begin", "on_evaluate", "on_log"])
-def test_an_epochs_validation_comes_before_the_checkpoint_it_belongs_to(world, tmp_path, capfd, monkeypatch, event):
+def test_an_epochs_validation_comes_before_the_checkpoint_it_belongs_to(world, tmp_path, capfd, monkeypatch):
     """Three steps are an epoch. A signal in its last step, or in its validation, loses neither of the two."""
     settings = ("--eval-data", world.valid, "--select", "last", "--save_strategy", "steps", "--save_steps", 3)
-    requests = {name: [*longer(distill(world, tmp_path / name)), *settings] for name in ("whole", "cut")}
-    done(capfd, *requests["whole"])
-    with monkeypatch.context() as patch:
-        signalled(patch, signal.SIGTERM, 2 if event == "on_step_begin" else 3, event)
-        assert run(capfd, *requests["cut"]).status == 143
-    assert checkpoints_in(tmp_path / "cut" / "checkpoints").keys() == {3}
-    assert "eval_loss" in json_lines(tmp_path / "cut" / "metrics.jsonl")[-1]
-    done(capfd, *requests["cut"], "--resume")
-    assert steps(tmp_path / "cut") == steps(tmp_path / "whole")
+    done(capfd, *longer(distill(world, tmp_path / "whole")), *settings)
+    for event in ("on_step_begin", "on_evaluate", "on_log"):
+        cut = tmp_path / event
+        with monkeypatch.context() as patch:
+            signalled(patch, signal.SIGTERM, 2 if event == "on_step_begin" else 3, event)
+            assert run(capfd, *longer(distill(world, cut)), *settings).status == 143
+        assert checkpoints_in(cut / "checkpoints").keys() == {3}
+        assert "eval_loss" in json_lines(cut / "metrics.jsonl")[-1]
+        done(capfd, *longer(distill(world, cut)), *settings, "--resume")
+        assert steps(cut) == steps(tmp_path / "whole")
 
 
 def test_a_signal_in_the_last_step_leaves_the_finish_to_the_resumed_run(world, tmp_path, capfd, monkeypatch):
@@ -139,17 +139,14 @@ def test_a_second_signal_ends_at_once(world, tmp_path, capfd, monkeypatch):
     assert held(tmp_path / "run") == {"config.yaml", "metrics.jsonl", "preflight.json"}
 
 
-def test_a_signal_that_a_launcher_repeats_counts_once(world, tmp_path, capfd, monkeypatch):
+def test_a_signal_that_a_launcher_repeats_counts_once_and_the_handlers_are_those_of_before(
+    world, tmp_path, capfd, monkeypatch
+):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     signalled(monkeypatch, signal.SIGTERM, 1)
     signalled(monkeypatch, signal.SIGTERM, 1)
     assert run(capfd, *distill(world, tmp_path / "run")).status == 143
     assert checkpoints_in(tmp_path / "run" / "checkpoints").keys() == {2}
-
-
-def test_the_handlers_are_those_of_before_afterwards(world, tmp_path, capfd, monkeypatch):
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    signalled(monkeypatch, signal.SIGTERM, 1)
-    run(capfd, *distill(world, tmp_path / "run"))
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 

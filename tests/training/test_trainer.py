@@ -36,7 +36,7 @@ def flat_loop(steps, *, window=4, dtype=torch.float64):
     return losses, student, soft_prompt
 
 
-@pytest.mark.parametrize(("batch", "accumulation"), [(4, 1), (1, 4), (2, 2)])
+@pytest.mark.parametrize(("batch", "accumulation"), [(4, 1), (2, 2)])
 def test_steps_equal_the_flat_example(tmp_path, batch, accumulation, float64_inside):
     losses, student, soft_prompt = flat_loop(3)  # in steps 2 and 3 the prompt has moved already
     ours = trainer(
