@@ -110,12 +110,14 @@ class CurvePoint(_Record):
     low: float | None = None
     high: float | None = None
     rows: int | None = None
+    row_parts: list[float] = Field(default_factory=list)
+    """Each row's part in the value, 0 in sum, by which a study pools seeds; empty in older and in pooled records."""
 
 
 class Curve(_Record):
-    """A metric over lengths, of one model on one data set."""
+    """A metric over lengths, of one model on one data set; over the steps of training at one length; a difference."""
 
-    name: Literal["exposure_bias"]
+    name: Literal["exposure_bias", "exposure_bias_by_step", "exposure_bias_difference"]
     model: str
     data: str
     settings: dict[str, Any] = Field(default_factory=dict)

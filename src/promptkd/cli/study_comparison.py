@@ -10,13 +10,14 @@ import promptkd.cli.options.study
 from promptkd.cli.options.study import Options
 from promptkd.cli.parsing.config_file import read_config
 from promptkd.cli.parsing.parser import merged_config, parse_options
-from promptkd.cli.study_runs import REFERENCES
+from promptkd.cli.study_measurements import EVALUATION, EXPOSURE_BIAS, REFERENCES
 from promptkd.errors import RequestError
 from promptkd.evaluation.comparison import compare
 from promptkd.evaluation.pairing import Candidate
 from promptkd.report.differences import compared_sentences
 from promptkd.report.metrics import metric_info
 from promptkd.results import Results, Training
+from promptkd.study.bias_pooling import METRIC, PooledBias, pool_bias
 from promptkd.study.plan import Planned, plan_runs
 from promptkd.study.pooling import compare_groups
 
@@ -29,6 +30,17 @@ class Finished(NamedTuple):
     planned: Planned
     trained: Results  # the record of its training
     measured: Results  # that in which its student is measured, which may be the same
+    exposure: Results | None = None  # that of its exposure bias, where the study has measured it
+
+
+class Groups(NamedTuple):
+    """What is compared: the runs by their group and seed, and beside them models of which there is one."""
+
+    runs: dict[str, dict[int, Candidate]]
+    exposure: dict[str, dict[int, Results]]  # the records of exposure bias of those that have one
+    references: list[Candidate]
+    started: dict[str, Results]  # of exposure bias, those of the students before training by their labels
+    several: bool  # whether there are several seeds
 
 
 class Study(NamedTuple):
@@ -37,6 +49,7 @@ class Study(NamedTuple):
     options: Options
     runs: list[Finished]
     references: list[Candidate]  # the teacher and the students before training, where the study measured them
+    started: dict[str, Results]  # the records of exposure bias of the latter
 
 
 def is_study(folder: Path) -> bool:
@@ -52,13 +65,26 @@ def read_study(folder: Path) -> Study:
     runs = []
     # the files that `config` names decide no run's name
     for each in plan_runs(options.base, options.methods, options.seeds, options.grid, read_file=lambda path: {}):
-        places = [folder / each.name, folder / "evaluations" / each.name if options.evaluate else folder / each.name]
-        files = [place / "results.json" for place in places]
+        measured = folder / EVALUATION.folder if options.evaluate else folder
+        files = [place / each.name / "results.json" for place in (folder, measured)]
         if all(file.is_file() for file in files):
-            runs.append(Finished(each, *map(Results.read, files)))
+            trained, own = map(Results.read, files)
+            runs.append(Finished(each, trained, own, exposure_of(folder, each.name)))
     if not runs:
         raise RequestError(f"No run of the study in {folder} is done. Run it: promptkd study {folder}/config.yaml")
-    return Study(options, runs, references_in(folder))
+    return Study(options, runs, references_in(folder), started_in(folder))
+
+
+def exposure_of(folder: Path, name: str) -> Results | None:
+    """The record of the exposure bias of a run or reference of a study; None if it is not measured."""
+    file = folder / EXPOSURE_BIAS.folder / name / "results.json"
+    return Results.read(file) if file.is_file() else None
+
+
+def started_in(folder: Path) -> dict[str, Results]:
+    """The records of exposure bias of the students before training, by their labels."""
+    found = sorted((folder / EXPOSURE_BIAS.folder).glob(f"{REFERENCES['student']}*/results.json"))
+    return {file.parent.name.replace(".", " "): Results.read(file) for file in found}
 
 
 def references_in(folder: Path) -> list[Candidate]:
@@ -75,10 +101,11 @@ def references_in(folder: Path) -> list[Candidate]:
 
 def study_records(folder: Path) -> list[Results]:
     """What a report on a study reads: the comparison, and the records of its runs without what they measured."""
-    options, runs, references = read_study(folder)
+    study = read_study(folder)
+    has_more = len(study.runs) > 1 or study.references or study.runs[0].exposure is not None
     return [
-        *([] if len(runs) < 2 and not references else [study_comparison(options, runs, references)]),
-        *map(without_evaluations, (run.trained for run in runs)),
+        *([study_comparison(study)] if has_more else []),
+        *map(without_evaluations, (run.trained for run in study.runs)),
     ]
 
 
@@ -87,14 +114,13 @@ def without_evaluations(record: Results) -> Results:
     return record.model_copy(update={"evaluations": []})
 
 
-def study_comparison(options: Options, runs: Sequence[Finished], references: Sequence[Candidate]) -> Results:
+def study_comparison(study: Study) -> Results:
     """The record of the comparison. Raises `RequestError` if there is nothing to compare."""
+    options, runs = study.options, study.runs
     baseline = options.baseline or runs[0].planned.group
     if baseline not in {run.planned.group for run in runs}:
         raise RequestError(f"no run of the baseline, {baseline}, is done.")
-    several = len({run.planned.seed for run in runs}) > 1
-    groups = groups_of(runs, several=several)
-    results = compared_groups(groups, references, several=several, baseline=baseline, metrics=options.metrics)
+    results = compared_groups(groups_of(study), baseline=baseline, metrics=options.metrics)
     results.config = merged_config(options, {})
     results.training = mean_costs(runs)
     for run in runs:  # the seeds of a method have students of one size
@@ -113,42 +139,66 @@ def mean_costs(runs: Sequence[Finished]) -> dict[str, Training]:
     return {group: _mean_cost(of_group) for group, of_group in costs.items() if of_group}
 
 
-def groups_of(runs: Sequence[Finished], *, several: bool) -> dict[str, dict[int, Candidate]]:
-    """The runs by their group and seed, as candidates; `several` seeds are told apart by the runs' own names."""
-    groups: dict[str, dict[int, Candidate]] = {}
-    for planned, _, record in runs:
-        if not record.evaluations:
-            raise RequestError("the runs hold no measurement. Give `eval_data` in `base`, or `evaluate` with its data.")
-        label = planned.name if several else planned.group
-        groups.setdefault(planned.group, {})[planned.seed] = Candidate(label, record, _student_in(record))
+def groups_of(study: Study, *, several: bool | None = None, prefix: str = "") -> Groups:
+    """The runs of a study by their group and seed; `several` seeds are told apart by the runs' own names."""
+    if several is None:
+        several = len({run.planned.seed for run in study.runs}) > 1
+    groups = Groups({}, {}, study.references, study.started, several)
+    for planned, _, record, exposure in study.runs:
+        if exposure is not None:
+            groups.exposure.setdefault(prefix + planned.group, {})[planned.seed] = exposure
+        if record.evaluations:
+            label = prefix + (planned.name if several else planned.group)
+            candidate = Candidate(label, record, _student_in(record))
+            groups.runs.setdefault(prefix + planned.group, {})[planned.seed] = candidate
+        elif exposure is None:
+            told = "Give `eval_data` in `base`, or `evaluate` with its data, or `exposure_bias`"
+            raise RequestError(f"the runs hold no measurement. {told}.")
     return groups
 
 
-def compared_groups(
-    groups: dict[str, dict[int, Candidate]],
-    references: Sequence[Candidate],
-    *,
-    several: bool,
-    baseline: str,
-    metrics: Sequence[str],
-) -> Results:
+def compared_groups(groups: Groups, *, baseline: str, metrics: Sequence[str]) -> Results:
     """The record of groups of runs, pooled over their seeds where there are several, beside the references."""
 
     def better(name: str) -> Literal["higher", "lower"] | None:
         return metric_info(name).better
 
-    every = [*(candidate for seeds in groups.values() for candidate in seeds.values()), *references]
-    if several:
-        found = compare_groups(groups, better, baseline=baseline, metrics=metrics, references=references)
+    every = [*(candidate for seeds in groups.runs.values() for candidate in seeds.values()), *groups.references]
+    bias = _bias(groups, baseline, metrics)
+    if groups.several:
+        beside = bias if bias.curves else None
+        found = compare_groups(
+            groups.runs, better, baseline=baseline, metrics=metrics, references=groups.references, beside=beside
+        )
+    elif bias.curves and (len(every) < 2 or list(metrics) == [METRIC]):
+        found = bias
     else:
-        found = compare(every, better, baseline=baseline, metrics=metrics)
-    results = Results(kind="study" if several else "compare", data=found.data)
+        asked = [name for name in metrics if name != METRIC or not bias.curves]
+        found = compare(every, better, baseline=baseline, metrics=asked)
+        found.evaluations += bias.evaluations
+        found.data |= bias.data
+    results = Results(kind="study" if groups.several else "compare", data=found.data, curves=bias.curves)
     results.models = {
-        each.label: size for each in references if (size := each.record.models.get(each.model)) is not None
+        each.label: size for each in groups.references if (size := each.record.models.get(each.model)) is not None
     }
+    for label, record in groups.started.items():
+        results.models.setdefault(label, record.models[record.curves[0].model])
     results.evaluations, results.differences = found.evaluations, found.differences
     results.notes = [*compared_sentences(results), *found.notes]
     return results
+
+
+def _bias(groups: Groups, baseline: str, metrics: Sequence[str]) -> PooledBias:
+    """The exposure bias of the groups; only its curves where other `metrics` are asked for."""
+    taken = {each.data for seeds in groups.runs.values() for run in seeds.values() for each in run.record.evaluations}
+
+    def label(data: str) -> str:
+        return f"{data}, exposure bias" if data in taken else data
+
+    bias = pool_bias(groups.exposure, groups.started, baseline=baseline, label=label)
+    if metrics and METRIC not in metrics:
+        bias.evaluations, bias.differences = [], []
+    return bias
 
 
 def _student_in(record: Results) -> str:

@@ -6,44 +6,24 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import promptkd.cli.options.distill
-import promptkd.cli.options.evaluate
 from promptkd.cli.commands.distill import checked
-from promptkd.cli.commands.evaluate import check
 from promptkd.cli.options.study import Options
 from promptkd.cli.parsing.config_file import read_config
-from promptkd.cli.parsing.parser import merged_config, parse_options
+from promptkd.cli.parsing.parser import parse_options
+from promptkd.cli.study_disk import models_in, models_needed_in, size_of
 from promptkd.cli.study_files import file_of, hashes_of_files
-from promptkd.data import Example, read_columns, read_examples
+from promptkd.cli.study_measurements import EVALUATION, EXPOSURE_BIAS, Measuring, Problems, Read, record_at
+from promptkd.data import Example, read_examples
 from promptkd.errors import RequestError, raise_together
 from promptkd.evaluation.function_metric import label_of_metric
 from promptkd.evaluation.measure import MEASURED
 from promptkd.report.text import text_table
 from promptkd.results import Results, metric_named
 from promptkd.study.loop import clock
-from promptkd.study.plan import Planned, Settings, arguments_of, plan_runs, slug
+from promptkd.study.plan import Planned, arguments_of, plan_runs
 from promptkd.study.processes import Command, Job, Phase, shell_line
-from promptkd.training.own_teacher import EMA, SELF, is_own
-
-# settings of training that evaluation has too, and takes over unless it is told otherwise
-_ALIKE = (
-    "template",
-    "columns",
-    "chat_template_kwargs",
-    "max_prompt_length",
-    "max_completion_length",
-    "trust_remote_code",
-    "rouge_tokenizer",
-)
-_NOT_EVALUATED = {"model": "each run's student is measured", "out": "the study names the records"}
-_FREE = {"out": None, "overwrite": None}  # options of an evaluation on which nothing in its record depends
-
-REFERENCES = {"teacher": "teacher", "student": "untrained"}  # models that a study measures once: by setting, the label
-
-Read = Callable[..., list[Example]]
-Problems = defaultdict[str, list[str]]  # each once, with the runs it is wrong with; without any if it is the study's
 
 
 @dataclass
@@ -52,10 +32,11 @@ class StudyRun:
     job: Job  # without commands if the run is done
     results: Path  # the record in which its student is measured
     trained: Results | None  # the record of its training, if that is done
+    exposure: Path | None = None  # the record of its exposure bias, if the study measures it
 
 
 def checked_runs(options: Options) -> tuple[list[StudyRun], list[Job]]:
-    """Every run of the study, and the evaluations of its `REFERENCES`.
+    """Every run of the study, and the measurements of its `REFERENCES`.
 
     Raises one `RequestError` that lists everything that is wrong; nothing is written.
     """
@@ -65,28 +46,28 @@ def checked_runs(options: Options) -> tuple[list[StudyRun], list[Job]]:
     read, groups = _reading_once(), list(dict.fromkeys(each.group for each in planned))
     if options.baseline is not None and options.baseline not in groups:
         problems[f"--baseline must be one of {', '.join(groups)}. Got {options.baseline}."] = []
-    for key in sorted(options.evaluate.keys() & _NOT_EVALUATED.keys()):
-        problems[f"evaluate sets {key}, but {_NOT_EVALUATED[key]}."] = []
-    shared = _shared_settings(planned, options.evaluate, problems) if options.evaluate else {}
+    measuring = Measuring(options, planned, problems)
     options.metrics = _checked_metrics(options, problems)
     runs: list[StudyRun] = []
     for each in planned:
-        folder, results = options.out / each.name, options.out / "evaluations" / each.name / "results.json"
+        folder = options.out / each.name
         job = Job(each.name, folder, (), options.out / "logs" / f"{each.name}.log", phase=Phase.DONE)
-        trained = _record(folder / "results.json")
+        trained = record_at(folder / "results.json")
         with _noting(problems, each.name, options.out):
             command, job.steps = _training(each, folder, read, options.file_sha256)
             job.commands = () if trained else (command,)
         with _noting(problems, each.name, options.out):
-            if options.evaluate:
-                settings = shared | _teacher_of(each, options) | options.evaluate
-                command, is_done = _evaluation(str(folder), settings, results, read)
-                # a student that is trained again is measured again
-                job.commands += () if trained and is_done else (command,)
+            job.commands += tuple(measuring.of_run(each, read, is_trained=trained is not None))
         if job.commands:
             job.phase = Phase.WAITING
-        runs.append(StudyRun(each, job, results if options.evaluate else folder / "results.json", trained))
-    references = [] if problems or not options.references else _references(options, planned, shared, read)
+        results = measuring.results(EVALUATION, each.name) if options.evaluate else folder / "results.json"
+        exposure = measuring.results(EXPOSURE_BIAS, each.name) if options.exposure_bias else None
+        runs.append(StudyRun(each, job, results, trained, exposure))
+    if not options.keep_models:
+        problems |= {
+            text: [] for text in models_needed_in(options.out, planned, [options.exposure_bias.get("teacher")])
+        }
+    references = [] if problems or not options.references else measuring.of_references(planned, read)
     told = []
     for text, names in problems.items():
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
@@ -106,49 +87,12 @@ def _checked_metrics(options: Options, problems: Problems) -> list[str]:
         except RequestError as error:
             problems[f"evaluate: {error}"] = []
             own[name] = name
-    known = [*MEASURED, "kl_to_teacher", *own.values()]
+    known = [*MEASURED, "kl_to_teacher", *own.values(), *(["exposure_bias"] if options.exposure_bias else [])]
     asked = [own.get(name) or metric_named(name, known) or name for name in options.metrics]
     if unknown := [name for name in asked if name not in known]:
         told = f"metrics asks for {', '.join(unknown)}, which nothing measures: there are {', '.join(known)}"
         problems[f"{told}. More are measured by `metrics` in `evaluate`."] = []
     return asked
-
-
-def _teacher_of(planned: Planned, options: Options) -> Settings:
-    """What evaluation needs for the KL to a run's own teacher, where that is to be compared."""
-    if "kl_to_teacher" not in options.metrics:
-        return {}
-    given = {name: planned.settings[name] for name in ("teacher", "teacher_dtype") if name in planned.settings}
-    if isinstance(given.get("teacher"), list):
-        told = "kl_to_teacher is measured against one teacher, and the run has several"
-        raise RequestError(f"{told}. Leave it out of metrics.")
-    if given.get("teacher") == EMA:
-        raise RequestError(
-            "kl_to_teacher cannot be measured after a run whose teacher was the moving average of its student: no "
-            "folder holds it. Leave kl_to_teacher out of metrics."
-        )
-    return given | ({"teacher": planned.settings["student"]} if given.get("teacher") == SELF else {})
-
-
-def _references(options: Options, planned: list[Planned], shared: Settings, read: Read) -> list[Job]:
-    """The evaluations of the teacher and of the students before training, each measured once, as the students are."""
-    jobs = []
-    for setting, label in REFERENCES.items() if options.evaluate else ():
-        named = [run for run in planned if run.settings.get(setting) and not is_own(run.settings[setting])]
-        named = [run for run in named if not isinstance(run.settings[setting], list)]
-        models = {str(run.settings[setting]): run for run in named}
-        for name, run in models.items():
-            settings = shared | _teacher_of(run, options) | options.evaluate
-            if setting == "teacher":
-                settings = {key: value for key, value in settings.items() if key not in ("teacher", "teacher_dtype")}
-            called = label if len(models) == 1 else f"{label}.{slug(name)}"
-            results = options.out / "evaluations" / called / "results.json"
-            command, is_done = _evaluation(name, settings, results, read)
-            job = Job(called, results.parent, (command,), options.out / "logs" / f"{called}.log", phase=Phase.WAITING)
-            if is_done:
-                job.commands, job.phase = (), Phase.DONE
-            jobs.append(job)
-    return jobs
 
 
 @contextmanager
@@ -178,20 +122,6 @@ def _reading_once() -> Read:
     return read
 
 
-def _shared_settings(planned: list[Planned], given: dict[str, Any], problems: Problems) -> dict[str, Any]:
-    """What evaluation takes over from training. It must be the same in all runs, or they are not measured alike."""
-    named = {key.replace("-", "_") for key in given}
-    shared = {}
-    for key in _ALIKE:
-        values = [run.settings[key] for run in planned if key in run.settings]
-        if key in named or not values:
-            continue
-        if len(values) < len(planned) or any(value != values[0] for value in values):
-            problems[f"The runs differ in {key}. Say in `evaluate` with which one all of them are measured."] = []
-        shared[key] = "chat" if (key, values[0]) == ("template", "teacher") else values[0]  # the student has it by then
-    return shared
-
-
 def _training(planned: Planned, folder: Path, read: Read, files: Mapping[str, str]) -> tuple[Command, int]:
     """The command, and its optimizer steps; a few less if rows over a length limit are dropped."""
     # Without config.yaml it is what a run left that was killed while it opened its folder, or no run's and refused.
@@ -210,32 +140,12 @@ def _training(planned: Planned, folder: Path, read: Read, files: Mapping[str, st
     return command, math.ceil(args.num_train_epochs * max(1, math.ceil(batches / args.gradient_accumulation_steps)))
 
 
-def _evaluation(model: str, settings: dict[str, Any], results: Path, read: Read) -> tuple[Command, bool]:
-    """The command, and whether there is a record of these settings."""
-    own = {"measure": "student"} | {key: value for key, value in settings.items() if key not in _NOT_EVALUATED}
-    command = ("evaluate", "--model", model, *arguments_of(own), "--out", str(results))
-    parsed = parse_options("evaluate", promptkd.cli.options.evaluate, command[1:])
-    check(parsed.options)
-    for source in parsed.options.data:
-        read(source, limit=parsed.options.limit, columns=read_columns(parsed.options.columns))
-    record, asked = _record(results), merged_config(parsed.options, {})
-    return command, record is not None and {**record.config, **_FREE} == {**asked, **_FREE}
-
-
-def _record(path: Path) -> Results | None:
-    """The record at `path`; None if there is none, or one that this version does not read."""
-    try:
-        return Results.read(path)
-    except RequestError:
-        return None
-
-
-def plan_text(runs: Sequence[StudyRun], references: Sequence[Job], workers: int) -> str:
+def plan_text(runs: Sequence[StudyRun], references: Sequence[Job], workers: int, *, keep_models: bool) -> str:
     """A line per run, the sum, and the commands of what is not done, to be copied."""
     lines, times = [("run", "state", "steps", "about")], []
     for each in runs:
         step, _ = each.job.progress()
-        state = "to evaluate" if each.trained else f"begun, step {step}" if step else "new"
+        state = "to measure" if each.trained else f"begun, step {step}" if step else "new"
         pace, left = _pace(each, runs), 0 if each.trained else each.job.steps
         about = clock(pace * left) if pace is not None and left else ""
         lines.append((each.job.name, state if each.job.commands else "done", f"{each.job.steps:,}", about))
@@ -253,6 +163,9 @@ def plan_text(runs: Sequence[StudyRun], references: Sequence[Job], workers: int)
     commands = [shell_line(arguments) for job in jobs for arguments in job.commands]
     if names := [job.name for job in references if job.commands]:
         total += f" Measured beside them: {', '.join(names)}."
+    if held := [size for each in runs if not each.job.commands and (size := size_of(models_in(each.job.folder)))]:
+        then = "keep_models: false deletes them at once" if not keep_models else "keep_models: false would delete them"
+        total += f" The models and checkpoints of {len(held)} finished runs take {sum(held) / 1e9:.2f} GB; {then}."
     return "\n\n".join(filter(None, [text_table(lines, left=(0, 1)), total, "\n".join(commands)]))
 
 

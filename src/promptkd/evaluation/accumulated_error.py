@@ -32,7 +32,8 @@ def excess_accumulated_error(
     Both hold the errors of the same rows, with any number of continuations each. A row is drawn with all of them; the
     same seed draws the same rows for every student. Where no continuation reaches l in more than 1 - `level` of the
     resamples, the point has no interval. A value is None where none of the one or the other reaches l (never with
-    "zero"), and where l ε(l) is 0. `rows` counts the rows in which continuations of both reach token l.
+    "zero"), and where l ε(l) is 0. `rows` counts the rows in which continuations of both reach token l, and `row_parts`
+    is each row's part in the value, linearized as for the delta method and 0 in sum.
     Raises `RequestError` for no rows, unequal numbers of rows, a row without a continuation, or a wrong `ended`.
     """
     _check(on_student, on_teacher, ended)
@@ -44,9 +45,12 @@ def excess_accumulated_error(
     values = _percent(np.ones((1, len(on_student))), student, teacher)
     table = np.concatenate([values, _interval(values[0], student, teacher, bootstrap)]).T  # (L, 3)
     found = [[None if np.isnan(number) else float(number) for number in line] for line in table]
+    parts = [
+        [] if np.isnan(each).any() else [float(f"{part:.4g}") for part in each] for each in _parts(student, teacher)
+    ]
     return [
-        CurvePoint(x=length, value=value, low=low, high=high, rows=rows)
-        for length, ((value, low, high), rows) in enumerate(zip(found, reaching, strict=True), start=1)
+        CurvePoint(x=length, value=value, low=low, high=high, rows=rows, row_parts=own)
+        for length, ((value, low, high), rows, own) in enumerate(zip(found, reaching, parts, strict=True), start=1)
     ]
 
 
@@ -69,6 +73,12 @@ class _Table(NamedTuple):
         """One error per row and token: the mean over the continuations that reach it, 0 where none does."""
         return _Table(self.sums / np.maximum(self.counts, 1), np.ones_like(self.counts))
 
+    def parts(self) -> Floats:
+        """(rows, L) each row's part in `accumulated` of all rows: Σ over tokens of (s_it - r_t c_it) / C_t."""
+        with np.errstate(invalid="ignore"):
+            means, totals = self.sums.sum(0) / self.counts.sum(0), self.counts.sum(0)
+            return np.cumsum((self.sums - means * self.counts) / totals, axis=1)
+
     def accumulated(self, weights: Floats) -> Floats:
         """(B, L) sums over tokens of the mean error; NaN from the first token that nothing reaches."""
         with np.errstate(invalid="ignore"):
@@ -80,6 +90,15 @@ def _percent(weights: Floats, student: _Table, teacher: _Table) -> Floats:
     own, given = student.accumulated(weights), teacher.accumulated(weights)
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(given > 0, 100 * (own - given) / given, np.nan)
+
+
+def _parts(student: _Table, teacher: _Table) -> Floats:
+    """(L, rows) the derivative of the excess by each row's weight: 100 (R_i - R E_i / E) / E; NaN as the excess."""
+    every = np.ones((1, len(student.sums)))
+    own, given = student.accumulated(every), teacher.accumulated(every)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        parts = 100 * (student.parts() - own / given * teacher.parts()) / given
+    return np.where(given > 0, parts, np.nan).T
 
 
 def _interval(values: Floats, student: _Table, teacher: _Table, bootstrap: Bootstrap) -> Floats:

@@ -30,6 +30,10 @@ class Comparison:
     data: dict[str, DataRecord] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def metrics(self) -> set[str]:
+        return {name for each in self.evaluations for name in each.metrics}
+
 
 def compare(
     candidates: Sequence[Candidate],

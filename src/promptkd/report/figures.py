@@ -12,7 +12,7 @@ from promptkd.record_parts import PositionCurve
 from promptkd.report.formatting import joined
 from promptkd.report.labels import is_teacher, unified
 from promptkd.report.metrics import MetricInfo, metric_info
-from promptkd.report.plots import bias_plots, stages
+from promptkd.report.plots import BiasKind, bias_plots, stages
 from promptkd.report.prompts import COLORS, CURVES
 from promptkd.report.tables import ComparisonRow, by_setting, comparison_table, metric_columns
 from promptkd.results import CurvePoint, Results
@@ -83,9 +83,10 @@ def _plots(story: Sequence[Results], *, every: bool) -> Iterator[tuple[str, Draw
                 _lines(chart.info, [(each.name, each.x, each.y) for each in chart.lines]),
             )
     for plot in bias_plots(story):
+        several = sum(each.kind is plot.kind for each in bias_plots(story)) > 1
         yield (
-            _name("exposure-bias", plot.data, plot.settings if len(bias_plots(story)) > 1 else ""),
-            _curves(plot.curves),
+            _name("exposure-bias", plot.kind.told, plot.data, plot.settings if several else ""),
+            _curves(plot.curves, plot.kind),
         )
     for at, each in enumerate(prompts := [prompt for record in story for prompt in record.prompts]):
         if each.kl:
@@ -130,7 +131,7 @@ def _lines(info: MetricInfo, lines: Sequence[tuple[str, list[float], list[float 
     return draw
 
 
-def _curves(curves: Sequence[Any]) -> Draw:
+def _curves(curves: Sequence[Any], kind: BiasKind) -> Draw:
     def draw(axes: Any) -> None:
         for at, curve in enumerate(curves):
             points = [each for each in curve.points if each.value is not None]
@@ -140,7 +141,7 @@ def _curves(curves: Sequence[Any]) -> Draw:
             x, low, high = ([vars(each)[end] for each in band] for end in ("x", "low", "high"))
             axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
         axes.axhline(0, color="0.6", linewidth=0.5)
-        axes.set(xlabel="length l (tokens)", ylabel="ExAccErr(l) (%)")
+        axes.set(xlabel=kind.x, ylabel=kind.y)
         axes.legend(frameon=False)
 
     return draw

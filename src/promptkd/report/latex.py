@@ -59,15 +59,15 @@ def render_latex(records: Sequence[Results], *, title: str | None = None) -> str
     if compared := differences.difference_table(story):
         parts.append(_differences(compared, named))
     for plot in bias_plots(story):
-        heads = ["Model", *(f"$l = {length:g}$" for length in plot.lengths)]
+        symbol = plot.kind.symbol if plot.kind.symbol == "l" else f"\\mathrm{{{plot.kind.symbol}}}"
+        heads = ["Model", *(f"${symbol} = {length:g}$" for length in plot.lengths)]
         lines = [
             [latex_text(curve.model), *(latex_text(joined(*cell, by=" ")) for cell in plot.cells(curve))]
             for curve in plot.curves
         ]
-        about = latex_text(joined(plot.data, plot.settings))
-        parts.append(
-            _table(heads, lines, f"{named}Exposure bias on {about}: ExAccErr$(l)$ in \\%, $l$ in tokens.", "bias")
-        )
+        about = latex_text(joined(plot.title, plot.settings))
+        told = latex_text(plot.kind.sentence).replace("(l)", "$(l)$").replace(", l in", ", $l$ in")
+        parts.append(_table(heads, lines, f"{named}Exposure bias on {about}: {told}", "bias"))
     heads, lines = cost_table(story)
     if lines:
         cells = [list(map(latex_text, line)) for line in lines]

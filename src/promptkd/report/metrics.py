@@ -17,6 +17,7 @@ class MetricInfo:
     decimals: int = 3
     meaning: str = ""
     scale: float = 1  # the recorded value times this is in `unit`
+    signed: bool = False  # it may lie below 0
     yes: float | None = None  # of a score that is yes or no for one row: the recorded value of a yes
 
     @property
@@ -30,7 +31,7 @@ class MetricInfo:
             return (0, 100) if self.unit == "of 100" else (1, 10)
         if self.unit == "%" and self.scale == 100:
             return 0, 1
-        return (0 if self.name in METRICS else -math.inf), math.inf
+        return (0 if self.name in METRICS and not self.signed else -math.inf), math.inf
 
 
 # fmt: off
@@ -58,6 +59,9 @@ _MEASURED = (
     MetricInfo("distinct_2", "Distinct-2", "share of distinct token pairs", "%", None, 0,
                "Distinct pairs of adjacent tokens over all pairs of an answer: low where it repeats itself.",
                scale=100),
+    MetricInfo("exposure_bias", "ExAccErr", "exposure bias", "%", "lower", 1,
+               "Excess of the errors accumulated on the student's own text over those on the teacher's, at one length.",
+               signed=True),
     MetricInfo("judge_ratio", "Judge's ratio", "ratio of the judge's scores to the reference's", "%", "higher", 1,
                "Sum of the judge's scores of the answers over that of the references, both from 1 to 10."),
     MetricInfo("judge_score", "Judge's score", "judge's score", "of 10", "higher", 2,

@@ -182,14 +182,47 @@ def _short(value: float) -> str:
     return ("−" if value < 0 else "") + power_of_ten(written)
 
 
+class BiasKind(NamedTuple):
+    """What the curves of a plot of exposure bias show."""
+
+    x: str
+    y: str
+    at: str  # of what the table below the plot has a column for each
+    symbol: str
+    sentence: str
+    told: str = ""  # what the plot shows, where it is not the value over lengths
+
+
+_LENGTH = "response length l, tokens"
+_KINDS = {
+    "exposure_bias": BiasKind(_LENGTH, "ExAccErr(l), %", "at length", "l", "ExAccErr(l) in %, l in tokens."),
+    "exposure_bias_difference": BiasKind(
+        _LENGTH,
+        "difference in ExAccErr(l), percentage points",
+        "at length",
+        "l",
+        "Difference in ExAccErr(l) in percentage points, l in tokens.",
+        "differences",
+    ),
+    "exposure_bias_by_step": BiasKind(
+        "optimizer step", "ExAccErr(l), %", "after step", "step", "ExAccErr(l) in %, by optimizer step.", "by step"
+    ),
+}
+
+
 @dataclass(slots=True)
 class BiasPlot:
-    """Curves that can be compared: the same data and settings."""
+    """Curves that can be compared: of one kind, data set and settings."""
 
     id: str
     data: str
     settings: str  # in words
+    kind: BiasKind = _KINDS["exposure_bias"]
     curves: list[Curve] = field(default_factory=list)
+
+    @property
+    def title(self) -> str:
+        return joined(self.data, self.kind.told)
 
     @property
     def lengths(self) -> list[float]:
@@ -205,11 +238,13 @@ class BiasPlot:
 
 
 def bias_plots(records: Sequence[Results]) -> list[BiasPlot]:
-    """One plot per data set and setting of the `unified` records."""
-    plots: dict[tuple[str, str], BiasPlot] = {}
-    for curve in (curve for record in records for curve in record.curves):
-        words = curve_words(curve.settings)
-        plot = plots.setdefault((curve.data, words), BiasPlot(f"bias-{len(plots)}", curve.data, words))
+    """One plot per kind, data set and setting of the `unified` records."""
+    plots: dict[tuple[str, str, str], BiasPlot] = {}
+    curves = [curve for record in records for curve in record.curves]
+    for curve in sorted(curves, key=lambda curve: list(_KINDS).index(curve.name)):
+        words, kind = curve_words(curve.settings), _KINDS[curve.name]
+        plot = BiasPlot(f"bias-{len(plots)}", curve.data, words, kind)
+        plot = plots.setdefault((curve.name, curve.data, words), plot)
         plot.curves = sorted([*plot.curves, curve], key=lambda curve: not is_teacher(curve.model))
     return list(plots.values())
 
@@ -221,7 +256,9 @@ def bias_data(plots: Sequence[BiasPlot], models: Sequence[str]) -> list[dict[str
         points = [[each.x, *(_rounded(end, 5) for end in (each.value, each.low, each.high))] for each in curve.points]
         return {"model": models.index(curve.model), "points": points}
 
-    return [{"id": plot.id, "curves": list(map(drawn, plot.curves))} for plot in plots]
+    return [
+        {"id": each.id, "x": each.kind.x, "y": each.kind.y, "curves": list(map(drawn, each.curves))} for each in plots
+    ]
 
 
 def _interval(point: CurvePoint) -> str:

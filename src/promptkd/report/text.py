@@ -155,7 +155,11 @@ def render_json(records: Sequence[Results]) -> str:
     value = {
         "metrics": metrics,
         "differences": [row.source.model_dump() | {"verdict": row.verdict} for row in compared],
-        "curves": [curve for record in story for curve in record.curves],
+        "curves": [
+            curve.model_dump(exclude={"points": {"__all__": {"row_parts"}}})
+            for record in story
+            for curve in record.curves
+        ],
         "prompts": [prompt for record in story for prompt in record.prompts],
         "verdict": verdict_of(story),
         "inference": {label: each for record in story for label, each in record.inference.items()},
@@ -210,11 +214,11 @@ def render_markdown(records: Sequence[Results], *, title: str | None = None) -> 
     if compared := differences.difference_table(story):
         parts += ["## Paired differences", _differences(compared)]
     for plot in bias_plots(story):
-        heads = ["Model", *(f"l = {length:g}" for length in plot.lengths)]
+        heads = ["Model", *(f"{plot.kind.symbol} = {length:g}" for length in plot.lengths)]
         curves = [(curve.model, plot.cells(curve)) for curve in plot.curves]
         lines = [[markdown_text(model), *(joined(*cell, by=" ") for cell in cells)] for model, cells in curves]
-        parts.append(f"## Exposure bias on {markdown_text(joined(plot.data, plot.settings))}")
-        parts += ["ExAccErr(l) in %, l in tokens.", markdown_table(heads, lines)]
+        parts.append(f"## Exposure bias on {markdown_text(joined(plot.title, plot.settings))}")
+        parts += [plot.kind.sentence, markdown_table(heads, lines)]
     heads, lines = cost_table(story)
     if lines:
         parts += [

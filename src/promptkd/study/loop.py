@@ -3,7 +3,7 @@
 import signal
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 from rich.console import Console
@@ -19,10 +19,17 @@ _EVERY = 1.0  # seconds between two drawings, each of which reads the logs of th
 _COUNTED = (Phase.DONE, Phase.FAILED, Phase.STOPPED, Phase.RUNNING, Phase.QUEUED, Phase.WAITING)
 
 
-def carry_out(jobs: Sequence[Job], pool: LocalPool | RayCluster, console: Console | None = None) -> int | None:
+def carry_out(
+    jobs: Sequence[Job],
+    pool: LocalPool | RayCluster,
+    console: Console | None = None,
+    *,
+    on_done: Callable[[Job], str] = lambda job: "",
+) -> int | None:
     """Run every job that is not done; return the signal that stopped the study, if one did.
 
-    SIGINT and SIGTERM ask the running jobs to stop, and no further one is started; a second one ends them at once.
+    `on_done` is called with each job that succeeds, and what it returns is said. SIGINT and SIGTERM ask the running
+    jobs to stop, and no further one is started; a second one ends them at once.
     """
     table, heard = Table(jobs, console or Console(stderr=True)), 0
     waiting, active = deque(job for job in jobs if job.phase is Phase.WAITING), dict[str, Job]()
@@ -44,7 +51,10 @@ def carry_out(jobs: Sequence[Job], pool: LocalPool | RayCluster, console: Consol
                     if job.phase is Phase.QUEUED and pool.has_begun(job):
                         table.begun(job)
                 for name, status in pool.finished().items():
-                    table.ended(active.pop(name), status, stopped=heard > 0)
+                    job = active.pop(name)
+                    table.ended(job, status, stopped=heard > 0)
+                    if job.phase is Phase.DONE and (told := on_done(job)):
+                        table.console.print(told, highlight=False, markup=False, soft_wrap=True)
                 table.refresh()
                 if waiting or active:
                     time.sleep(_PAUSE)

@@ -67,27 +67,32 @@ def compare_groups(
     baseline: str,
     metrics: Sequence[str] = (),
     references: Sequence[Candidate] = (),
+    beside: Comparison | None = None,
 ) -> Comparison:
     """Every group's metrics over its seeds, and its difference from the baseline over the seeds that both have.
 
     `groups` holds the run of each seed, all measured alike. A metric of which neither direction is `better` is shown
     and not tested. `metrics` are those to be compared, by default all. `references` are models of which there is one,
-    such as the teacher: they are shown with intervals over rows, and not tested. Raises `RequestError` for a metric
-    that was not measured.
+    such as the teacher: they are shown with intervals over rows, and not tested. `beside` was measured elsewhere of the
+    same groups: its differences are tested together with the others. Raises `RequestError` for a metric that was not
+    measured.
     """
     candidates = [each for seeds in groups.values() for each in seeds.values()]
     settings = settings_of([*candidates, *references])
-    if not settings:
+    if not settings and beside is None:
         raise RequestError("The runs share no data set on which they were measured.")
     if differing := [sentence for setting in settings for sentence in setting.differing()]:
         raise RequestError(" ".join(differing[:3]))
-    known = known_metrics(settings, metrics)
+    asked = [name for name in metrics if beside is None or name not in beside.metrics]
+    known = known_metrics(settings, asked) if asked or not metrics else []
     left_out = {"kl_to_teacher"} if len({each.teachers for each in candidates}) > 1 else set()
     made = Comparison()
     for setting in settings:
         names = [name for name in setting.metrics() if name in known and name not in left_out]
         columns = {name: setting.columns(name) for name in names}
         columns = {name: held for name, held in columns.items() if any(len(each.sums) for each in held.values())}
+        if not columns:
+            continue
         pooled = {
             group: {
                 name: {seed: _value_and_parts(held[run.label]) for seed, run in seeds.items() if run.label in held}
@@ -105,6 +110,10 @@ def compare_groups(
         made.evaluations += evaluations_of(setting, columns, [each.label for each in references])
         if first.data is not None:
             made.data[setting.data] = first.data
+    if beside is not None:
+        made.evaluations += beside.evaluations
+        made.differences += beside.differences
+        made.data |= beside.data
     tested = [(found, found.p_value) for found in made.differences if found.p_value is not None]
     for (found, _), adjusted in zip(tested, holm([p for _, p in tested]), strict=True):
         found.p_adjusted = adjusted

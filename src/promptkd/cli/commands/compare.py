@@ -7,7 +7,7 @@ from typing import Any
 from promptkd.cli.options.compare import Options
 from promptkd.cli.outputs import check_output, label_of
 from promptkd.cli.parsing.parser import merged_config
-from promptkd.cli.study_comparison import compared_groups, groups_of, is_study, mean_costs, read_study
+from promptkd.cli.study_comparison import Groups, compared_groups, groups_of, is_study, mean_costs, read_study
 from promptkd.cli.terminal import say
 from promptkd.errors import RequestError
 from promptkd.evaluation.comparison import compare
@@ -63,22 +63,24 @@ def _of_studies(options: Options, names: list[str]) -> Results:
         raise RequestError(f"{told}: leave {' and '.join(given)} out; --baseline names another.")
     studies = {name: read_study(_path_of(name)[1]) for name in names}
     several = any(len({run.planned.seed for run in study.runs}) > 1 for study in studies.values())
-    groups: dict[str, dict[int, Candidate]] = {}
-    references: list[Candidate] = []
-    training: dict[str, Training] = {}
+    groups, training = Groups({}, {}, [], {}, several), dict[str, Training]()
     for name, study in studies.items():
         prefix = "" if len(studies) == 1 else f"{_path_of(name)[0] or _path_of(name)[1].resolve().name}/"
-        for group, seeds in groups_of(study.runs, several=several).items():
-            groups[prefix + group] = {seed: replace(each, label=prefix + each.label) for seed, each in seeds.items()}
+        own = groups_of(study, several=several, prefix=prefix)
+        groups.runs.update(own.runs)
+        groups.exposure.update(own.exposure)
         training |= {prefix + group: cost for group, cost in mean_costs(study.runs).items()}
-        references += [replace(each, label=f"{each.label} {prefix[:-1]}".rstrip()) for each in study.references]
+        named = f" {prefix[:-1]}".rstrip()
+        groups.references.extend(replace(each, label=each.label + named) for each in study.references)
+        groups.started.update({label + named: record for label, record in study.started.items()})
     for run in options.runs:
         if run not in studies:
-            references += [replace(each, is_reference=several) for each in _candidates(run)]
-    baseline = options.baseline or next(iter(groups))
-    if baseline not in groups:
-        raise RequestError(f"The baseline must be one of {', '.join(groups)}. Got {baseline}.")
-    results = compared_groups(groups, references, several=several, baseline=baseline, metrics=options.metrics)
+            groups.references.extend(replace(each, is_reference=several) for each in _candidates(run))
+    known = [*dict.fromkeys([*groups.runs, *groups.exposure])]
+    baseline = options.baseline or known[0]
+    if baseline not in known:
+        raise RequestError(f"The baseline must be one of {', '.join(known)}. Got {baseline}.")
+    results = compared_groups(groups, baseline=baseline, metrics=options.metrics)
     results.config, results.training = merged_config(options, {}), training
     return results
 

@@ -10,7 +10,16 @@ import torch
 from promptkd.cli.options.study import Options
 from promptkd.cli.parsing.config_file import write_config
 from promptkd.cli.parsing.parser import merged_config
-from promptkd.cli.study_comparison import Finished, references_in, study_comparison, without_evaluations
+from promptkd.cli.study_comparison import (
+    Finished,
+    Study,
+    exposure_of,
+    references_in,
+    started_in,
+    study_comparison,
+    without_evaluations,
+)
+from promptkd.cli.study_disk import delete_models
 from promptkd.cli.study_runs import StudyRun, checked_runs, plan_text
 from promptkd.cli.terminal import quiet_libraries, say
 from promptkd.errors import PromptKDError, RequestError
@@ -19,7 +28,7 @@ from promptkd.io.lock import locked
 from promptkd.report import render_report, terminal_table
 from promptkd.results import Results
 from promptkd.study.loop import carry_out
-from promptkd.study.processes import LocalPool, Phase, RayCluster, shares, shell_line
+from promptkd.study.processes import Job, LocalPool, Phase, RayCluster, shares, shell_line
 
 
 def run(options: Options, training: dict[str, Any]) -> None:
@@ -31,7 +40,7 @@ def run(options: Options, training: dict[str, Any]) -> None:
     quiet_libraries()
     runs, references = checked_runs(options)
     if options.dry_run:
-        print(plan_text(runs, references, options.workers))
+        print(plan_text(runs, references, options.workers, keep_models=options.keep_models))
         return
     cluster = None
     if options.engine == "ray":
@@ -41,14 +50,25 @@ def run(options: Options, training: dict[str, Any]) -> None:
         write_config(options.out / "config.yaml", config)
         if finished := sum(not each.job.commands for each in runs):
             say(f"{finished} of {len(runs)} runs are done already.")
-        jobs = [*(each.job for each in runs), *references]
-        signal = carry_out(jobs, cluster or _local_pool(options.workers, lock))
+        jobs, of_runs = [*(each.job for each in runs), *references], {each.job.name for each in runs}
+
+        def clear(job: Job) -> str:
+            return "" if options.keep_models or job.name not in of_runs else delete_models(job.folder)
+
+        for told in (clear(job) for job in jobs if job.phase is Phase.DONE):
+            if told:
+                say(told)
+        signal = carry_out(jobs, cluster or _local_pool(options.workers, lock), on_done=clear)
         if signal is None:
             compare_and_report(options, [each for each in runs if each.job.phase is Phase.DONE])
     again = shell_line(["study", str(options.out / "config.yaml")])
     if signal is not None:
         left = sum(each.job.phase is not Phase.DONE for each in runs)
-        stopped = PromptKDError(f"Stopped. {left} of {len(runs)} runs are left. Resume by: {again}")
+        told = f"Stopped. {left} of {len(runs)} runs are left. Resume by: {again}"
+        if left < len(runs):
+            page = shell_line(["report", str(options.out), "--out", f"{options.out.name}.html"])
+            told += f"\nThe finished runs are compared by: {page}"
+        stopped = PromptKDError(told)
         stopped.exit_status = 128 + signal
         raise stopped
     if failed := [job for job in jobs if job.phase is Phase.FAILED]:
@@ -74,9 +94,11 @@ def compare_and_report(options: Options, runs: Sequence[StudyRun]) -> None:
     records, page = list(map(without_evaluations, trained)), options.out / "report.html"
     try:
         finished = [
-            Finished(run.planned, record, Results.read(run.results)) for run, record in zip(runs, trained, strict=True)
+            Finished(run.planned, record, Results.read(run.results), exposure_of(options.out, run.planned.name))
+            for run, record in zip(runs, trained, strict=True)
         ]
-        comparison = study_comparison(options, finished, references_in(options.out))
+        study = Study(options, finished, references_in(options.out), started_in(options.out))
+        comparison = study_comparison(study)
     except RequestError as error:
         say(f"The methods were not compared: {error}")
     else:

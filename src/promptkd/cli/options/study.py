@@ -43,6 +43,8 @@ class Options:
     """Settings to vary, each with its values; every combination is run."""
     evaluate: dict[str, Any] = field(default_factory=dict)
     """Flags of `promptkd evaluate`, to measure each student after its training; else validation is compared."""
+    exposure_bias: dict[str, Any] = field(default_factory=dict)
+    """Flags of `promptkd exposure-bias`, to measure it of each student after its training, over seeds too."""
     baseline: str | None = None
     """The method that the others are compared with, with its setting of the grid; by default the first."""
     metrics: list[str] = field(default_factory=list)
@@ -50,7 +52,9 @@ class Options:
     file_sha256: dict[str, Any] = field(default_factory=dict)
     """Kept in OUT/config.yaml at the start: the SHA-256 of each file of your own methods and metrics."""
     references: bool = True
-    """With `evaluate`, measure the teacher and the student before training too, once each, for the table."""
+    """Measure the teacher and the student before training too, once each, for the table."""
+    keep_models: bool = True
+    """Keep each run's student and checkpoints; false deletes them, not the records, once all of a run is measured."""
     workers: int = option(1, at_least=1)
     """Runs at a time on this machine, which share its cores and have a GPU each."""
     engine: Literal["local", "ray"] = "local"

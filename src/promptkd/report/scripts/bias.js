@@ -1,4 +1,4 @@
-/* Exposure bias over lengths: per model a line, its interval as a band, gaps where it is not defined. */
+/* Exposure bias over lengths or steps: per model a line, its interval as a band, gaps where it is not defined. */
 
 const stretches = (points) => {
   const found = [[]];
@@ -20,10 +20,10 @@ const band = (points, shade) => {
 };
 
 const biasCharts = (plots, models) => {
-  for (const { id, curves } of plots) {
+  for (const { id, x, y, curves } of plots) {
     addChart(byId(id), () => ({
-      height: 360, xTitle: "response length l, tokens", yTitle: "ExAccErr(l), %",
-      numbers: [["model", "length", "ExAccErr, %", "low", "high"], ...curves.flatMap((curve) => curve.points.map((point) => [models[curve.model].label, ...point.slice(0, 4)]))],
+      height: 360, xTitle: x, yTitle: y,
+      numbers: [["model", x === "optimizer step" ? "step" : "length", y.replace("(l)", ""), "low", "high"], ...curves.flatMap((curve) => curve.points.map((point) => [models[curve.model].label, ...point.slice(0, 4)]))],
       y: { zeroline: true, zerolinecolor: color("--neutral"), zerolinewidth: 1 },
       traces: [
         ...curves.map((curve) => band(curve.points, modelColor(models[curve.model]))),

@@ -1,0 +1,164 @@
+"""What a study measures of its students besides: exposure bias, from the commands to the page; and what it deletes."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from helpers.bias_records import biased_runs, curve_of, record
+from helpers.commands import LIMITS, World, done, make_world, run
+from helpers.processes import ForkedCommand
+from helpers.standins import StandIn
+from promptkd.cli.study_disk import delete_models, models_needed_in
+from promptkd.results import ModelRecord, Results
+from promptkd.study.plan import Planned
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def study_file(world: World, out: Path, /, base=None, **changes) -> Path:
+    limits = {str(flag).removeprefix("--"): value for flag, value in zip(LIMITS[::2], LIMITS[1::2], strict=True)}
+    own = {
+        **{"student": world.student, "teacher": world.teacher, "data": world.train, "use_cpu": True, "max_steps": 2},
+        **{"per_device_train_batch_size": 4, "preflight": False, **limits},
+    }
+    settings = {"out": str(out), "base": own | (base or {}), "methods": ["kd"], "seeds": [1], "references": False}
+    file = out.with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(settings | changes))
+    return file
+
+
+def test_exposure_bias_is_measured_after_each_training_against_the_runs_teacher(world, tmp_path, capsys):
+    measured = {"exposure_bias": {"data": [world.test], "every-checkpoint": True}, "references": True}
+    file = study_file(world, tmp_path / "out", {"keep": None}, seeds=[1, 2], **measured)
+    said = done(capsys, "study", file, "--dry-run").out.replace("\nA: ", "")
+    lines = [line for line in said.splitlines() if line.startswith("promptkd ")]
+    assert [line.split()[1] for line in lines] == [*["distill", "exposure-bias"] * 2, "exposure-bias"]
+    first, untrained = lines[1], lines[-1]
+    out = tmp_path / "out"
+    assert f"--student {out}/kd-seed-1 " in first
+    assert f"--teacher {world.teacher} " in first
+    assert "--max-completion-length 8 " in first
+    assert first.endswith(f"--every-checkpoint true --out {out}/exposure-bias/kd-seed-1/results.json")
+    assert "--every-checkpoint" not in untrained
+    assert f"--student {world.student} " in untrained
+    assert untrained.endswith(f"--out {out}/exposure-bias/untrained/results.json")
+
+
+@pytest.mark.parametrize(
+    ("base", "changes", "message"),
+    [
+        ({}, {"exposure_bias": {"student": "s"}}, "exposure_bias sets student, but each run's student is measured"),
+        ({}, {"exposure_bias": {"overwrite": True}}, "exposure_bias sets overwrite, but a study measures again"),
+        ({}, {"exposure_bias": {"every_checkpoint": True}}, "Say in `base` how many: keep: none keeps all."),
+        ({"teacher": "ema"}, {}, "exposure_bias cannot be measured after a run whose teacher was the moving average"),
+        ({}, {"exposure_bias": {"samples_per_row": 0}}, "samples-per-row must be at least 1"),
+        ({}, {"exposure_bias": {"seeds": [1]}}, "--seeds is unknown. Did you mean --seed?"),
+        ({}, {"exposure_bias": {}, "metrics": ["exposure_bias"]}, "metrics asks for exposure_bias, which nothing"),
+    ],
+)
+def test_a_wrong_measurement(world, tmp_path, capsys, base, changes, message):
+    measured = {"data": [world.test], **changes.get("exposure_bias", {})} if changes.get("exposure_bias", 1) else {}
+    file = study_file(world, tmp_path / "out", base, **(changes | {"exposure_bias": measured}))
+    ran = run(capsys, "study", file)
+    assert ran.status == 2
+    assert message in ran.err
+    assert not (tmp_path / "out").exists()
+
+
+def made_study(folder: Path) -> Path:
+    """A study of exposure bias alone, two methods x three seeds, as it lies on the disk."""
+    settings = {"out": "elsewhere", "base": {"student": "s", "teacher": "t", "data": "d"}, "methods": ["a", "b"]}
+    folder.mkdir()
+    settings |= {"seeds": [1, 2, 3], "exposure_bias": {"data": ["t"]}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    for group, seeds in biased_runs({"a": 0.1, "b": 0.5}).items():
+        for seed, measured in seeds.items():
+            name = f"{group}-seed-{seed}"
+            measured.curves.insert(0, curve_of(f"{name} step 10", seed, 0.05))
+            measured.write(folder / "exposure-bias" / name / "results.json")
+            Results(kind="distill").write(folder / name / "results.json")
+    start = record(curve_of("student", 9, 0))
+    start.models["student"] = ModelRecord(path="s", parameters=1, sha256="")
+    start.write(folder / "exposure-bias" / "untrained" / "results.json")
+    return folder
+
+
+def test_a_studys_exposure_bias_is_compared_and_reported(tmp_path, capsys):
+    study = made_study(tmp_path / "s")
+    said = done(capsys, "compare", study, "--baseline", "b", "--out", tmp_path / "c.json").out
+    compared = Results.read(tmp_path / "c.json")
+    (difference,) = compared.differences
+    assert (difference.model, difference.baseline, difference.metric) == ("a", "b", "exposure_bias")
+    assert difference.difference.value < 0
+    assert "a is better on exposure bias than b." in said
+    kinds = [(curve.name, curve.model) for curve in compared.curves]
+    assert kinds == [
+        *(("exposure_bias", group) for group in "ab"),
+        *(("exposure_bias_by_step", group) for group in "ab"),
+        ("exposure_bias", "untrained"),
+        ("exposure_bias_difference", "a"),
+    ]
+    for name in ("page.html", "table.tex", "table.md", "data.csv"):
+        done(capsys, "report", study, "--out", tmp_path / name)
+    page, text = (tmp_path / "page.html").read_text(), (tmp_path / "table.tex").read_text()
+    assert page.count('class="chart tall only-script" id="bias-') == 3
+    assert "Bands are 95 % intervals over the seeds of training and the rows of the data" in page
+    assert "Difference in ExAccErr$(l)$ in percentage points, $l$ in tokens." in text
+    assert "$\\mathrm{step} = 10$" in text
+    assert "exposure_bias,%," in (tmp_path / "data.csv").read_text()
+    assert "ExAccErr(l) in %, by optimizer step." in (tmp_path / "table.md").read_text()
+
+
+def test_other_metrics_leave_the_curves_alone(tmp_path, capsys):
+    study = made_study(tmp_path / "s")
+    assert "Expected metrics that rows" in run(capsys, "compare", study, "--metrics", "rouge_l").err
+    done(capsys, "compare", study, "--metrics", "exposure_bias", "--out", tmp_path / "c.json")
+    assert len(Results.read(tmp_path / "c.json").differences) == 1
+
+
+# ---- what is deleted ----
+
+
+def test_models_that_runs_need_are_not_deleted(tmp_path):
+    runs = [Planned("a", 1, {"student": f"{tmp_path}/out/kd/student", "teacher": ["t", f"x={tmp_path}/out/t"]})]
+    first, second = models_needed_in(tmp_path / "out", runs, [None])
+    assert f"{tmp_path}/out/kd/student is one that runs need" in first
+    assert "x=" in second
+    assert not models_needed_in(tmp_path / "other", runs)
+
+
+def test_deleting_keeps_all_but_weights_and_checkpoints(tmp_path):
+    folder = tmp_path / "kd-seed-1"
+    for name in ("student/model.safetensors", "checkpoints/checkpoint-1/a", "prompt/b", "results.json"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("x" * 1000)
+    told = delete_models(folder)
+    assert told == "kd-seed-1: deleted checkpoints, student (0.00 GB), as keep_models is false; its records stay."
+    assert {each.name for each in folder.iterdir()} == {"prompt", "results.json"}
+    assert delete_models(folder) == ""
+
+
+@pytest.mark.slow
+def test_a_study_that_keeps_no_models(world, tmp_path, capsys, monkeypatch):
+    """Every checkpoint is measured before it goes, the run stays done, and what would need its student is refused."""
+    monkeypatch.setattr("promptkd.study.processes.subprocess", StandIn(subprocess, Popen=ForkedCommand))
+    out, measured = tmp_path / "out", {"data": [world.test], "every_checkpoint": True, "samples_per_row": 1}
+    base = {"keep": None, "save_steps": 1}
+    file = study_file(world, out, base, exposure_bias=measured, keep_models=False)
+    ran = done(capsys, "study", file)
+    assert "kd-seed-1: deleted checkpoints, student (" in ran.err
+    assert not (out / "kd-seed-1" / "checkpoints").exists()
+    curves = Results.read(out / "exposure-bias" / "kd-seed-1" / "results.json").curves
+    assert [curve.model for curve in curves] == ["kd-seed-1 step 1", "kd-seed-1 step 2", "kd-seed-1"]
+    kept = {path.relative_to(out) for path in out.rglob("*")}
+    assert "1 of 1 runs are done already" in done(capsys, "study", file).err
+    assert {path.relative_to(out) for path in out.rglob("*")} == kept
+    file = study_file(world, out, base, exposure_bias=measured | {"limit": 3}, keep_models=False)
+    said = run(capsys, "study", file).err
+    assert "kd-seed-1: its student was deleted once it was measured" in said
+    assert "of exposure_bias limit was None and is now 3" in said
