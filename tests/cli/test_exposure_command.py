@@ -12,6 +12,7 @@ from helpers.commands import LIMITS, TEMPLATE, TRAINING, World, done, held, make
 from helpers.tiny import END_ID, VOCABULARY, save_model, tiny_model, tiny_tokenizer
 from promptkd.cli.commands.exposure_bias import exposure_table
 from promptkd.data import encode_examples, read_examples
+from promptkd.errors import PromptKDError
 from promptkd.evaluation import Decoding, ExposureBias, Scoring, exposure_bias, sample_continuations
 from promptkd.models import SoftPrompt, load_model, load_tokenizer
 from promptkd.results import CurvePoint, Metric, Results
@@ -114,6 +115,36 @@ def test_every_checkpoint_of_a_run(world, tmp_path, capsys, lora):
     assert curves["run"] == curves["run step 3"]
     assert curves["run step 1"] == in_python(world, run_folder / "checkpoints" / "checkpoint-1").points
     assert results.models["run step 1"].path == str(run_folder / "checkpoints" / "checkpoint-1")
+
+
+@pytest.mark.slow
+def test_a_stopped_command_measures_what_is_missing(world, tmp_path, capsys, monkeypatch):
+    """Two students on two data sets, stopped before the last curve; the record is that of one go."""
+    calls = []
+
+    def counted(*arguments, **settings):
+        calls.append(1)
+        if len(calls) == 4:
+            raise PromptKDError("stopped")
+        return exposure_bias(*arguments, **settings)
+
+    monkeypatch.setattr("promptkd.cli.commands.exposure_bias.exposure_bias", counted)
+    students, data = [world.student, world.teacher], ("--data", world.test, world.valid)
+    whole, out = tmp_path / "whole.json", tmp_path / "out" / "e.json"
+    given = [each for each in request(world, out, students=students) if each != world.test]
+    given[given.index("--data") : given.index("--data") + 1] = data
+    assert "stopped" in run(capsys, *given).err
+    assert held(tmp_path / "out") == {"e.unfinished.jsonl"}
+    assert "was begun with other settings: samples_per_row was 3" in run(capsys, *given, "--samples-per-row", 1).err
+    assert "3 curves are measured already" in done(capsys, *given).err
+    assert len(calls) == 5
+    assert held(tmp_path / "out") == {"e.json"}
+    done(capsys, *(whole if each is out else each for each in given))
+    assert Results.read(out).curves == Results.read(whole).curves
+    assert Results.read(out).metrics == Results.read(whole).metrics
+    assert [(each.model, each.data) for each in Results.read(out).curves] == [
+        (model, rows) for model in ("student", "teacher") for rows in ("test", "valid")
+    ]
 
 
 def test_the_table():

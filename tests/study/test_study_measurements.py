@@ -1,15 +1,18 @@
 """What a study measures of its students besides: exposure bias, from the commands to the page; and what it deletes."""
 
+import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
 
+import promptkd.cli.options.evaluate
 from helpers.bias_records import biased_runs, curve_of, record
 from helpers.commands import LIMITS, World, done, make_world, run
 from helpers.processes import ForkedCommand
 from helpers.standins import StandIn
+from promptkd.cli.parsing.parser import merged_config, parse_options
 from promptkd.cli.study_disk import delete_models, models_needed_in
 from promptkd.results import ModelRecord, Results
 from promptkd.study.plan import Planned
@@ -37,8 +40,8 @@ def test_exposure_bias_is_measured_after_each_training_against_the_runs_teacher(
     file = study_file(world, tmp_path / "out", {"keep": None}, seeds=[1, 2], **measured)
     said = done(capsys, "study", file, "--dry-run").out.replace("\nA: ", "")
     lines = [line for line in said.splitlines() if line.startswith("promptkd ")]
-    assert [line.split()[1] for line in lines] == [*["distill", "exposure-bias"] * 2, "exposure-bias"]
-    first, untrained = lines[1], lines[-1]
+    assert [line.split()[1] for line in lines] == ["exposure-bias", *["distill", "exposure-bias"] * 2]
+    untrained, _, first, *_ = lines
     out = tmp_path / "out"
     assert f"--student {out}/kd-seed-1 " in first
     assert f"--teacher {world.teacher} " in first
@@ -68,6 +71,25 @@ def test_a_wrong_measurement(world, tmp_path, capsys, base, changes, message):
     assert ran.status == 2
     assert message in ran.err
     assert not (tmp_path / "out").exists()
+
+
+def test_answers_that_another_setting_cannot_use_are_told_before_anything_runs(world, tmp_path, capsys):
+    file = study_file(world, tmp_path / "out", evaluate={"data": [world.test], "seeds": [10]})
+    command = next(
+        line for line in done(capsys, "study", file, "--dry-run").out.split("promptkd ") if "--model" in line
+    )
+    config = merged_config(
+        parse_options("evaluate", promptkd.cli.options.evaluate, shlex.split(command)[1:]).options, {}
+    )
+    Results(kind="evaluate", config=config).write(tmp_path / "out/evaluations/kd-seed-1/results.json")
+    (tmp_path / "out/evaluations/kd-seed-1/results-settings.json").write_text("{}")
+    file = study_file(world, tmp_path / "out", evaluate={"data": [world.test, world.valid], "seeds": [10, 20]})
+    assert "1 of 1 runs to do" in done(capsys, "study", file, "--dry-run").out
+    file = study_file(world, tmp_path / "out", evaluate={"data": [world.test], "limit": 2})
+    assert (
+        "the answers of before were made with other settings: limit was None and is now 2."
+        in run(capsys, "study", file, "--dry-run").err
+    )
 
 
 def made_study(folder: Path) -> Path:

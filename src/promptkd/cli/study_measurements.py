@@ -8,7 +8,7 @@ from types import ModuleType
 
 import promptkd.cli.options.evaluate
 import promptkd.cli.options.exposure_bias
-from promptkd.cli.commands.evaluate import check
+from promptkd.cli.commands.evaluate import SETTLED, check
 from promptkd.cli.options.study import Options
 from promptkd.cli.parsing.parser import merged_config, parse_options
 from promptkd.data import Example, read_columns
@@ -166,7 +166,11 @@ class Measuring:
             return command, "there is no record"
         before = record.config
         changed = [name for name in sorted({*before, *asked} - _FREE) if before.get(name) != asked.get(name)]
-        return command, "; ".join(f"{name} was {before.get(name)!r} and is now {asked.get(name)!r}" for name in changed)
+        told = "; ".join(f"{name} was {before.get(name)!r} and is now {asked.get(name)!r}" for name in changed)
+        if measurement is EVALUATION and set(SETTLED).intersection(changed):
+            advice = f"Put it back, or delete {results.parent.parent} to measure all again."
+            raise RequestError(f"evaluate: the answers of before were made with other settings: {told}. {advice}")
+        return command, told
 
 
 def record_at(path: Path) -> Results | None:

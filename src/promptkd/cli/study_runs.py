@@ -159,10 +159,10 @@ def plan_text(runs: Sequence[StudyRun], references: Sequence[Job], workers: int,
         total += f" About {about}; loading, validation and evaluation come on top."
     elif times:
         total += " Seconds per step are known once a run of each method is done."
-    jobs = [*(run.job for run in runs), *references]
+    jobs = [*references, *(run.job for run in runs)]
     commands = [shell_line(arguments) for job in jobs for arguments in job.commands]
     if names := [job.name for job in references if job.commands]:
-        total += f" Measured beside them: {', '.join(names)}."
+        total += f" Measured before them: {', '.join(names)}."
     if held := [size for each in runs if not each.job.commands and (size := size_of(models_in(each.job.folder)))]:
         then = "keep_models: false deletes them at once" if not keep_models else "keep_models: false would delete them"
         total += f" The models and checkpoints of {len(held)} finished runs take {sum(held) / 1e9:.2f} GB; {then}."

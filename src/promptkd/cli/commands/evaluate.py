@@ -27,6 +27,12 @@ from promptkd.models.vocabulary import vocabulary_without
 from promptkd.report import terminal_table
 from promptkd.results import Results, file_sha256
 
+# settings on which answers depend: those that are there are of no use under others
+SETTLED = (
+    *("temperature", "top_p", "top_k", "limit", "template"),
+    *("max_prompt_length", "max_completion_length", "max_reference_length"),
+)
+
 
 def run(options: Options, training: dict[str, Any]) -> None:
     check(options)
@@ -150,9 +156,7 @@ def _measure_teacher(
 
 def _settle(options: Options, results: Results, decoding: Decoding, job: InferenceRun) -> None:
     """Make sure that answers which are there already were made as this command would make them."""
-    lengths = ("max_prompt_length", "max_completion_length", "max_reference_length")
-    names = ("temperature", "top_p", "top_k", "limit", "template", *lengths)
-    settings = {f"--{name.replace('_', '-')}": results.config[name] for name in names}
+    settings = {f"--{name.replace('_', '-')}": results.config[name] for name in SETTLED}
     rest = {"--columns": options.columns, "--chat-template-kwargs": options.chat_template_kwargs}
     settings |= {name: value for name, value in rest.items() if value}  # older settings have none
     roles = ("model", "teacher")

@@ -4,6 +4,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from promptkd.data import EncodedData
 from promptkd.engine import Vocabulary
 from promptkd.errors import RequestError
 from promptkd.evaluation import ExposureBias, Scoring, exposure_bias, sample_continuations
+from promptkd.io.atomic import remove
+from promptkd.io.jsonl import ResumableLines
+from promptkd.io.lock import locked
 from promptkd.memory import peak_memory
 from promptkd.models import SoftPrompt, check_positions, model_record, resolve_model
 from promptkd.models.vocabulary import check_heads
@@ -25,19 +29,40 @@ from promptkd.report.text import text_table
 from promptkd.results import Curve, CurvePoint, Metric, Results
 from promptkd.training.checkpoint import checkpoints_in
 
+_SETTINGS = ("limit", "template", "max_prompt_length", "max_completion_length", "samples_per_row", "seed", "ended")
+Samples = list[list[list[int]]]
+
 
 def run(options: Options, training: dict[str, Any]) -> None:
+    unfinished = options.out.with_name(f"{options.out.stem}.unfinished.jsonl")
     check_output(options.out, overwrite=options.overwrite)
-    if len(set(options.student)) < len(options.student):
-        raise RequestError(f"Each student must be given once. Got {' '.join(options.student)}.")
-    job = _ExposureRun(options)
-    samples = job.sample("the teacher", job.teacher, job.prompt)
-    measured = {label: job.measure(label, path, samples) for label, path in job.students.items()}
-    job.results.notes.append(f"Peak memory {peak_memory() / 2**30:.1f} GiB.")
-    job.results.write(options.out)
+    for what, given in (("student", options.student), ("data set", options.data)):
+        if len(set(given)) < len(given):
+            raise RequestError(f"Each {what} must be given once. Got {' '.join(given)}.")
+    with locked(options.out):
+        job = _ExposureRun(options)
+        kept = ResumableLines(
+            unfinished, ("student", "data"), settings=job.settings(), check=_kept, overwrite=options.overwrite
+        )
+        if kept.lines:
+            say(f"{len(kept.lines)} curves are measured already; going on with the others.")
+        measured: dict[str, ExposureBias] = {}
+        for label, path in job.students.items():
+            measured |= job.measure(label, path, kept)
+        job.results.notes.append(f"Peak memory {peak_memory() / 2**30:.1f} GiB.")
+        job.results.write(options.out)
+        remove(unfinished)
     print(exposure_table(measured))
     say(f"The record is in {options.out}.")
     job.say_peak()
+
+
+def _kept(line: Mapping[str, Any]) -> ExposureBias:
+    """The curve in a line of what a killed call has measured. Raises ValueError for another line."""
+    if not isinstance(line.get("sha256"), str) or not isinstance(line.get("points"), list):
+        raise ValueError("expected a curve")
+    points = [CurvePoint.model_validate(point) for point in line["points"]]
+    return ExposureBias(points, *(Metric.model_validate(line.get(name)) for name in ("on_student", "on_teacher")))
 
 
 class _ExposureRun(InferenceRun):
@@ -46,8 +71,7 @@ class _ExposureRun(InferenceRun):
         self.students, soft_prompt, path = _students(options), None, options.prompt
         if path is not None:
             soft_prompt = SoftPrompt.load(path / "prompt" if (path / "prompt").is_dir() else path)
-        self.tokenizer, data, self.vocabulary, notes = _requests(self)
-        self.rows, self.prompts = data.examples, [row.prompt_ids for row in data.examples]
+        self.tokenizer, self.sets, self.vocabulary, notes = _requests(self)
         self.teacher = self.load_teacher(options.teacher)
         self.prompt: Tensor | None = None
         if soft_prompt is not None:
@@ -57,7 +81,7 @@ class _ExposureRun(InferenceRun):
                 widths = f"{self.prompt.shape[1]} numbers, the teacher's embeddings have {weight.shape[1]}"
                 advice = "Give the teacher that it was tuned before."
                 raise RequestError(f"The soft prompt in {path} has vectors of {widths}. {advice}")
-        self._longest = max(map(len, self.prompts))
+        self._longest = max(len(row.prompt_ids) for data in self.sets.values() for row in data.examples)
         vectors = 0 if soft_prompt is None else soft_prompt.length
         check_positions("teacher", self.teacher, self._longest, options.max_completion_length, soft_prompt=vectors)
         self.settle_precision()
@@ -65,48 +89,90 @@ class _ExposureRun(InferenceRun):
             say(note)
         notes += [*self.row_notes, *self.precision_notes()]
         self.results = Results(kind="exposure-bias", config=merged_config(options, {}), notes=notes)
-        self.results.models[f"teacher {label_of(options.teacher)}"] = model_record(options.teacher, self.teacher)
-        self.results.data[label_of(options.data)] = data_record(options.data, data)
+        self._of_teacher = model_record(options.teacher, self.teacher)
+        self.results.models[f"teacher {label_of(options.teacher)}"] = self._of_teacher
+        for source, (label, data) in zip(options.data, self.sets.items(), strict=True):
+            self.results.data[label] = data_record(source, data)
+        self._by_teacher: dict[str, Samples] = {}
 
-    def sample(self, title: str, model: Any, prompt: Tensor | None = None) -> list[list[list[int]]]:
-        draws, started = self.options.samples_per_row, time.perf_counter()
-        tell = partial(progress_lines(f"Sampling {title}", len(self.rows) * draws), "continuations")
-        decoding, rows = self.decoding(self.tokenizer, model, seed=self.options.seed), [row.row for row in self.rows]
+    def settings(self) -> dict[str, Any]:
+        """What the curves depend on, apart from the students themselves."""
+        prompts = {label: [row.prompt_ids for row in data.examples] for label, data in self.sets.items()}
+        prompt = None if self.prompt is None else self.prompt.tolist()
+        return {
+            **{name: vars(self.options)[name] for name in _SETTINGS},
+            "teacher_sha256": self._of_teacher.sha256 or self._of_teacher.path,
+            "prompt_sha256": sha256(repr(prompt).encode()).hexdigest(),
+            "rows_sha256": {label: sha256(repr(ids).encode()).hexdigest() for label, ids in prompts.items()},
+            "precision": self.precision,
+            "teacher_dtype": self.teacher_dtype,
+            "vocabulary": [self.vocabulary.size, *self.vocabulary.masked],
+        }
+
+    def on(self, text: str, data: str) -> str:
+        return f"{text} on {data}" if len(self.sets) > 1 else text
+
+    def sample(self, title: str, data: str, model: Any, prompt: Tensor | None = None) -> Samples:
+        draws, started, title = self.options.samples_per_row, time.perf_counter(), self.on(title, data)
+        rows = self.sets[data].examples
+        tell = partial(progress_lines(f"Sampling {title}", len(rows) * draws), "continuations")
+        decoding = self.decoding(self.tokenizer, model, seed=self.options.seed)
         decoding = replace(decoding, vocabulary=self.vocabulary.size, masked_ids=self.vocabulary.masked)
+        where: dict[str, Any] = {"rows": [row.row for row in rows], "prompt": prompt, "on_batch": tell}
         with self.computing():
             samples = sample_continuations(
-                model, self.prompts, decoding, samples_per_row=draws, rows=rows, prompt=prompt, on_batch=tell
+                model, [row.prompt_ids for row in rows], decoding, samples_per_row=draws, **where
             )
         self.results.timings[f"sampling {title}"] = time.perf_counter() - started
         return samples
 
-    def measure(self, label: str, path: str, teacher_samples: list[list[list[int]]]) -> ExposureBias:
+    def by_teacher(self, data: str) -> Samples:
+        if data not in self._by_teacher:
+            self._by_teacher[data] = self.sample("the teacher", data, self.teacher, self.prompt)
+        return self._by_teacher[data]
+
+    def measure(self, label: str, path: str, kept: ResumableLines) -> dict[str, ExposureBias]:
+        """A student on every data set; what `kept` holds of its very weights is not measured again."""
         options, results, student = self.options, self.results, self.load_model(path)
         check_positions(f"student {label}", student, self._longest, options.max_completion_length)
-        results.models[label] = model_record(path, student)
+        record = results.models[label] = model_record(path, student)
         results.notes += [each for each in self.merged if each not in results.notes]
-        samples, started = self.sample(label, student), time.perf_counter()
-        tell = progress_lines(f"Scoring {label}", 2 * len(self.rows) * options.samples_per_row)
+        found = {}
+        for data in self.sets:
+            line = kept.lines.get((label, data))
+            if line is None or not record.sha256 or line["sha256"] != record.sha256:
+                measured = self._measure(label, data, student)
+                line = {"student": label, "data": data, "sha256": record.sha256}
+                line |= {"points": [point.model_dump() for point in measured.points]}
+                line |= {name: getattr(measured, name).model_dump() for name in ("on_student", "on_teacher")}
+                kept.append([line])
+            found[self.on(label, data)] = measured = _kept(line)
+            kl = f"{label}: KL(teacher || student) on"
+            results.metrics[self.on(f"{kl} its own continuations, nats/token", data)] = measured.on_student
+            results.metrics[self.on(f"{kl} the teacher's, nats/token", data)] = measured.on_teacher
+            settings = {
+                "teacher": options.teacher,
+                "prompt": None if options.prompt is None else str(options.prompt),
+                "ended": options.ended,
+                "temperature": 1.0,
+                "max_new_tokens": options.max_completion_length,
+                "seeds": [options.seed + draw for draw in range(options.samples_per_row)],
+            }
+            curve = Curve(name="exposure_bias", model=label, data=data, settings=settings, points=measured.points)
+            results.curves.append(curve)
+        return found
+
+    def _measure(self, label: str, data: str, student: Any) -> ExposureBias:
+        options, rows = self.options, self.sets[data].examples
+        theirs, mine = self.by_teacher(data), self.sample(label, data, student)
+        title, started = self.on(label, data), time.perf_counter()
+        tell = progress_lines(f"Scoring {title}", 2 * len(rows) * options.samples_per_row)
         check_heads(self.vocabulary, student=student, teacher=self.teacher)
         scoring = Scoring(self.prompt, self.vocabulary, on_batch=partial(tell, "continuations"))
-        models = (student, self.teacher)
+        prompts = [row.prompt_ids for row in rows]
         with self.computing():
-            measured = exposure_bias(*models, self.prompts, samples, teacher_samples, scoring, ended=options.ended)
-        results.timings[f"scoring {label}"] = time.perf_counter() - started
-        kl = f"{label}: KL(teacher || student) on"
-        results.metrics[f"{kl} its own continuations, nats/token"] = measured.on_student
-        results.metrics[f"{kl} the teacher's, nats/token"] = measured.on_teacher
-        settings = {
-            "teacher": options.teacher,
-            "prompt": None if options.prompt is None else str(options.prompt),
-            "ended": options.ended,
-            "temperature": 1.0,
-            "max_new_tokens": options.max_completion_length,
-            "seeds": [options.seed + draw for draw in range(options.samples_per_row)],
-        }
-        data, points = label_of(options.data), measured.points
-        curve = Curve(name="exposure_bias", model=label, data=data, settings=settings, points=points)
-        results.curves.append(curve)
+            measured = exposure_bias(student, self.teacher, prompts, mine, theirs, scoring, ended=options.ended)
+        self.results.timings[f"scoring {title}"] = time.perf_counter() - started
         return measured
 
 
@@ -149,20 +215,23 @@ def _students(options: Options) -> dict[str, str]:
     return found
 
 
-def _requests(job: InferenceRun) -> tuple[Any, EncodedData, Vocabulary, list[str]]:
+def _requests(job: InferenceRun) -> tuple[Any, dict[str, EncodedData], Vocabulary, list[str]]:
     """The tokenizer and the rows, which must be the same for every student; the tokens that all share, with notes."""
     options = job.options
     teacher, *tokenizers = map(job.load_tokenizer, (options.teacher, *options.student))
     shared = [job.share(tokenizer, teacher) for tokenizer in tokenizers]
-    first, *others = [job.read_rows(options.data, tokenizer, options.limit) for tokenizer in tokenizers]
-    prompts = [row.prompt_ids for row in first.examples]
-    for path, other in zip(options.student[1:], others, strict=True):
-        if [row.prompt_ids for row in other.examples] != prompts:
-            differing = f"{path} and {options.student[0]} render them differently"
-            advice = "Give a --template, or measure them one by one."
-            raise RequestError(f"The students must read the same requests: {differing}. {advice}")
-    for each in shared:
-        each.check(first.examples, options.data)
+    sets = {}
+    for source in options.data:
+        first, *others = [job.read_rows(source, tokenizer, options.limit) for tokenizer in tokenizers]
+        prompts = [row.prompt_ids for row in first.examples]
+        for path, other in zip(options.student[1:], others, strict=True):
+            if [row.prompt_ids for row in other.examples] != prompts:
+                differing = f"{path} and {options.student[0]} render them differently"
+                advice = "Give a --template, or measure them one by one."
+                raise RequestError(f"The students must read the same requests: {differing}. {advice}")
+        for each in shared:
+            each.check(first.examples, source)
+        sets[label_of(source, options.data)] = first
     masked = sorted({index for each in shared for index in each.masked})  # one rule for all, with the teacher's samples
     notes = list(dict.fromkeys(note for each in shared for note in each.notes))
-    return tokenizers[0], first, Vocabulary(min(each.size for each in shared), tuple(masked)), notes
+    return tokenizers[0], sets, Vocabulary(min(each.size for each in shared), tuple(masked)), notes

@@ -50,7 +50,8 @@ def run(options: Options, training: dict[str, Any]) -> None:
         write_config(options.out / "config.yaml", config)
         if finished := sum(not each.job.commands for each in runs):
             say(f"{finished} of {len(runs)} runs are done already.")
-        jobs, of_runs = [*(each.job for each in runs), *references], {each.job.name for each in runs}
+        # references first: what is wrong with a measurement shows before hours of training
+        jobs, of_runs = [*references, *(each.job for each in runs)], {each.job.name for each in runs}
 
         def clear(job: Job) -> str:
             return "" if options.keep_models or job.name not in of_runs else delete_models(job.folder)

@@ -2,7 +2,8 @@
 
 ExAccErr(l) in %: by how much the KL(teacher || student), added up over the first l tokens, is larger on what the
 student writes than on what the teacher writes (Arora et al. 2022). Both write several continuations of every request
-at temperature 1; intervals are 95 %, by bootstrap over rows. The data need no responses.
+at temperature 1; intervals are 95 %, by bootstrap over rows. The data need no responses. Run a command again that was
+stopped, and it does only what is missing.
 
     promptkd exposure-bias --student runs/promptkd runs/kd --teacher T --data test.jsonl --out exposure.json
 """
@@ -23,8 +24,8 @@ class Options(Measuring, TeacherPrecision):
     """The students: hub names, folders, run folders or GGUF files."""
     teacher: str
     """The teacher that all of them are compared with."""
-    data: str
-    """Requests: a file, a folder, or a hub data set."""
+    data: list[str]
+    """Requests: files, folders or hub data sets."""
     out: Path
     """The results file to write."""
     prompt: Path | None = None
