@@ -24,7 +24,7 @@ from promptkd.report.formatting import duration, effect, estimate, joined, liste
 from promptkd.report.labels import is_teacher, run_labels, unified
 from promptkd.report.metrics import MetricInfo, in_order, metric_info
 from promptkd.report.models import PROMPTKD, is_about_promptkd, shown_models
-from promptkd.report.plots import bias_data, bias_plots, chart_data, stages
+from promptkd.report.plots import MOST_BANDS, bias_data, bias_plots, chart_data, stages
 from promptkd.report.preflight import preflight_lines
 from promptkd.report.prompts import COLORS, prompt_data, prompt_views
 from promptkd.report.summary import summarize
@@ -164,6 +164,7 @@ def _context(records: Sequence[Results]) -> tuple[dict[str, Any], dict[str, Any]
         "differences": pairs,
         "tested": any(row.source.p_adjusted is not None for row in differences),
         "bias": bias,
+        "most_bands": MOST_BANDS,
         "prompts": prompt_views(story),
         "prompt_colors": COLORS,
         "distributions": bool(data["browser"]["metrics"]),

@@ -182,6 +182,9 @@ def _short(value: float) -> str:
     return ("−" if value < 0 else "") + power_of_ten(written)
 
 
+MOST_BANDS = 4  # intervals of more curves, one over the other, show nothing: the page draws those that are chosen
+
+
 class BiasKind(NamedTuple):
     """What the curves of a plot of exposure bias show."""
 

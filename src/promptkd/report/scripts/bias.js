@@ -20,14 +20,18 @@ const band = (points, shade) => {
 };
 
 const biasCharts = (plots, models) => {
+  const chosen = new Map();
   for (const { id, x, y, curves } of plots) {
+    const hasChooser = byId(id).closest(".stage").querySelector(".chooser") !== null;
+    const picked = chosenLines(byId(id), chosen);
+    const shown = () => curves.filter((_, at) => !picked.size || picked.has(at));
     addChart(byId(id), () => ({
       height: 360, xTitle: x, yTitle: y,
       numbers: [["model", x === "optimizer step" ? "step" : "length", y.replace("(l)", ""), "low", "high"], ...curves.flatMap((curve) => curve.points.map((point) => [models[curve.model].label, ...point.slice(0, 4)]))],
       y: { zeroline: true, zerolinecolor: color("--neutral"), zerolinewidth: 1 },
       traces: [
-        ...curves.map((curve) => band(curve.points, modelColor(models[curve.model]))),
-        ...curves.map((curve) => ({
+        ...(hasChooser && !picked.size ? [] : shown()).map((curve) => band(curve.points, modelColor(models[curve.model]))),
+        ...shown().map((curve) => ({
           type: "scatter", mode: curve.points.length > 40 ? "lines" : "lines+markers", name: plotText(models[curve.model].label),
           x: curve.points.map((point) => point[0]), y: curve.points.map((point) => point[1]), connectgaps: false,
           customdata: curve.points.map((point) => point[2] === null || point[3] === null ? "" : ` [${minus(point[2].toFixed(1))}, ${minus(point[3].toFixed(1))}]`),
