@@ -14,8 +14,10 @@ from helpers.processes import ForkedCommand
 from helpers.standins import StandIn
 from promptkd.cli.parsing.parser import merged_config, parse_options
 from promptkd.cli.study_disk import delete_models, models_needed_in
-from promptkd.results import ModelRecord, Results
+from promptkd.cli.study_runs import StudyRun, plan_text
+from promptkd.results import ModelRecord, Results, Training
 from promptkd.study.plan import Planned
+from promptkd.study.processes import Job
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +143,29 @@ def test_other_metrics_leave_the_curves_alone(tmp_path, capsys):
     assert "Expected metrics that rows" in run(capsys, "compare", study, "--metrics", "rouge_l").err
     done(capsys, "compare", study, "--metrics", "exposure_bias", "--out", tmp_path / "c.json")
     assert len(Results.read(tmp_path / "c.json").differences) == 1
+
+
+def test_the_plan_ends_with_the_time_of_training_and_measuring(tmp_path):
+    cost = Training(method="kd", steps=10, seconds=600.0, peak_memory_bytes=1)
+    trained, runs = Results(kind="distill", training={"student": cost}), []
+    for seed in (1, 2, 3):
+        name = f"kd-seed-{seed}"
+        files = [tmp_path / folder / name / "results.json" for folder in ("evaluations", "exposure-bias")]
+        job = Job(
+            name, tmp_path / name, () if seed == 1 else (("distill", "--seed", str(seed)),), tmp_path / "log", steps=10
+        )
+        runs.append(
+            StudyRun(Planned("kd", seed, {"method": "kd"}), job, files[0], trained if seed == 1 else None, files[1])
+        )
+        if seed == 1:
+            for file, seconds in zip(files, (40.0, 20.0), strict=True):
+                Results(kind="evaluate", timings={"test": seconds}).write(file)
+    *commands, last = plan_text(runs, [], 1, keep_models=True).splitlines()
+    assert commands[0] == "promptkd distill --seed 2"
+    assert last == (
+        "2 of 3 runs to do, 20 steps. About 20:00 of training and 2:00 of measuring, by the finished runs; "
+        "loading and validation come on top."
+    )
 
 
 # ---- what is deleted ----

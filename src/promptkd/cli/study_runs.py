@@ -141,7 +141,7 @@ def _training(planned: Planned, folder: Path, read: Read, files: Mapping[str, st
 
 
 def plan_text(runs: Sequence[StudyRun], references: Sequence[Job], workers: int, *, keep_models: bool) -> str:
-    """A line per run, the sum, and the commands of what is not done, to be copied."""
+    """The commands of what is not done, to be copied, a line per run, and the sum."""
     lines, times = [("run", "state", "steps", "about")], []
     for each in runs:
         step, _ = each.job.progress()
@@ -155,8 +155,12 @@ def plan_text(runs: Sequence[StudyRun], references: Sequence[Job], workers: int,
     seconds = [left * pace for left, pace in times if pace is not None]
     if times and len(seconds) == len(times):
         with_workers = f" with {workers} workers" if workers > 1 else ""
-        about = f"{clock(sum(seconds) / min(workers, len(times)))} of training{with_workers}, by the finished runs"
-        total += f" About {about}; loading, validation and evaluation come on top."
+        beside = min(workers, len(times))
+        about = f"{clock(sum(seconds) / beside)} of training{with_workers}"
+        if measuring := _seconds_of_measuring(runs):
+            about += f" and {clock(measuring * len(times) / beside)} of measuring"
+        more = "loading" if measuring else "loading, measuring"
+        total += f" About {about}, by the finished runs; {more} and validation come on top."
     elif times:
         total += " Seconds per step are known once a run of each method is done."
     jobs = [*references, *(run.job for run in runs)]
@@ -166,7 +170,15 @@ def plan_text(runs: Sequence[StudyRun], references: Sequence[Job], workers: int,
     if held := [size for each in runs if not each.job.commands and (size := size_of(models_in(each.job.folder)))]:
         then = "keep_models: false deletes them at once" if not keep_models else "keep_models: false would delete them"
         total += f" The models and checkpoints of {len(held)} finished runs take {sum(held) / 1e9:.2f} GB; {then}."
-    return "\n\n".join(filter(None, [text_table(lines, left=(0, 1)), total, "\n".join(commands)]))
+    return "\n\n".join(filter(None, ["\n".join(commands), text_table(lines, left=(0, 1)), total]))
+
+
+def _seconds_of_measuring(runs: Sequence[StudyRun]) -> float:
+    """What measuring a finished run took on average; 0 if none is measured by itself."""
+    done = [run for run in runs if not run.job.commands]
+    places = [(run.job.folder, [run.results, *([run.exposure] if run.exposure else [])]) for run in done]
+    each = [sum(sum(Results.read(f).timings.values()) for f in files if f.parent != own) for own, files in places]
+    return sum(each) / len(each) if each else 0.0
 
 
 def _pace(run: StudyRun, runs: Sequence[StudyRun]) -> float | None:
