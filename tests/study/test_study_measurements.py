@@ -77,9 +77,8 @@ def test_a_wrong_measurement(world, tmp_path, capsys, base, changes, message):
 
 def test_answers_that_another_setting_cannot_use_are_told_before_anything_runs(world, tmp_path, capsys):
     file = study_file(world, tmp_path / "out", evaluate={"data": [world.test], "seeds": [10]})
-    command = next(
-        line for line in done(capsys, "study", file, "--dry-run").out.split("promptkd ") if "--model" in line
-    )
+    said = done(capsys, "study", file, "--dry-run").out.split("\n\n")[0]
+    command = next(line for line in said.split("promptkd ") if "--model" in line)
     config = merged_config(
         parse_options("evaluate", promptkd.cli.options.evaluate, shlex.split(command)[1:]).options, {}
     )
