@@ -743,10 +743,10 @@ def test_metrics_that_nothing_measures_are_refused_before_any_run(world, tmp_pat
     file = study_file(world, tmp_path / "out", evaluate=evaluate, metrics=["letters", "kl_to_teacher"])
     said = done(capsys, "study", file, "--dry-run").out
     evaluations = said.split("promptkd evaluate ")[1:]
-    assert [f"--teacher {world.teacher}" in line for line in evaluations] == [True, False, True]
     models = [each.split()[1] for each in evaluations]
-    assert models == [f"{tmp_path}/out/kd-seed-1", world.teacher, world.student]
-    assert "Measured beside them: teacher, untrained." in said
+    assert models == [world.teacher, world.student, f"{tmp_path}/out/kd-seed-1"]
+    assert [f"--teacher {world.teacher}" in line for line in evaluations] == [False, True, True]
+    assert "Measured before them: teacher, untrained." in said
 
 
 def test_a_method_of_ones_own_in_a_study(world, tmp_path, capsys):
