@@ -23,6 +23,7 @@ def test_written_and_read_back_equal(tmp_path):
     read = Results.read(tmp_path / "deep" / "results.json")
     assert read.evaluations[0].metrics["loss"] == Metric(value=1.5, low=1.0, high=2.0, rows=3)
     assert read.machine["cores"] >= 1
+    assert isinstance(read.machine["processor"], str)
     assert read.code["promptkd"]
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["results.json"]
 

@@ -125,15 +125,19 @@ class Page:
         about = f"{info.label} over {axis.label}; bands are one standard deviation between seeds to either side."
         return self._plot(held, f"{study}-{stem or metric}-over-{axis.label}", about, lines, axis, _axis(info))
 
-    def plot_bias(self, study: str, *, groups: Sequence[str] = (), stem: str = "") -> str:
-        """ExAccErr over lengths."""
+    def plot_bias(
+        self, study: str, *, groups: Sequence[str] = (), by_step: bool = False, stem: str = "exposure-bias"
+    ) -> str:
+        """ExAccErr over lengths, with the students before training; or at the study's length over steps."""
         held = self._study(study)
-        lines = [Line(group, points) for group in held.named(groups) if (points := held.bias(group))]
+        models = [*([] if by_step else held.study.started), *held.named(groups)]
+        lines = [Line(model, points) for model in models if (points := held.bias(model, by_step=by_step))]
         if not lines:
             raise RequestError(f"Study {study} has no record of exposure bias.")
-        about = "ExAccErr over lengths; bands are 95 % intervals over seeds and rows."
-        axes = Axis("length l (tokens)"), Axis("ExAccErr(l) (%)")
-        return self._plot(held, f"{study}-{stem or 'exposure-bias'}", about, lines, *axes)
+        axis = Axis("optimizer step" if by_step else "length l (tokens)")
+        about = f"ExAccErr over {axis.label}; bands are 95 % intervals over seeds and rows."
+        where = f"{study}-{stem}{'-over-steps' if by_step else ''}"
+        return self._plot(held, where, about, lines, axis, Axis("ExAccErr (%)" if by_step else "ExAccErr(l) (%)"))
 
     def not_run(self) -> str:
         """What is planned and has no records yet, with its cost."""

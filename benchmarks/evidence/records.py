@@ -24,6 +24,7 @@ Plain = dict[str, Any]  # a record, or a part of one, as JSON has it
 _FILE = "results.json"
 _PARTS = ("", "evaluations", "exposure-bias")  # folders in a study's, each with a folder per run
 _DIGITS = 6  # significant digits of every number
+_FEWER = {"row_parts": 3}  # by field: a row's part in a curve's point, of which only the spread is used
 _MOST_STEPS = 60  # logged steps that are kept of a run; its validations are kept all
 _KINDS = ("scores", "tokens")
 _OF_TEXT = {"prompts"}  # fields of a record that hold texts of the data
@@ -121,14 +122,14 @@ def _samples(columns: Plain) -> list[Plain]:
     return [{"row": row, **texts, **{kind: of_row(kind, at) for kind in _KINDS}} for at, row in enumerate(rows)]
 
 
-def _rounded(value: Any) -> Any:
-    """The same with every number cut to `_DIGITS`, and no path of this machine in any text."""
+def _rounded(value: Any, digits: int = _DIGITS) -> Any:
+    """The same with every number cut to so many digits, and no path of this machine in any text."""
     if isinstance(value, dict):
-        return {name: _rounded(each) for name, each in value.items()}
+        return {name: _rounded(each, _FEWER.get(name, digits)) for name, each in value.items()}
     if isinstance(value, list):
-        return [_rounded(each) for each in value]
+        return [_rounded(each, digits) for each in value]
     if isinstance(value, float):
-        short = float(f"{value:.{_DIGITS}g}")
+        short = float(f"{value:.{digits}g}")
         return int(short) if short.is_integer() and abs(short) < 1e9 else short
     return _ABSOLUTE.sub("", value.replace(f"{Path.cwd()}/", "")) if isinstance(value, str) else value
 

@@ -64,14 +64,15 @@ class Committed:
         """Of training, and of measuring, over all finished runs."""
         trained = sum(cost.seconds for run in self.study.runs for cost in run.trained.training.values())
         apart = [run.measured for run in self.study.runs if self.study.options.evaluate]
-        measured = [*apart, *(each.record for each in self.study.references)]
+        apart += [run.exposure for run in self.study.runs if run.exposure is not None]
+        measured = [*apart, *(each.record for each in self.study.references), *self.study.started.values()]
         return trained, sum(sum(record.timings.values()) for record in measured)
 
     @cache  # noqa: B019 - as many as there are studies, for one run of the command
     def comparison(self, baseline: str, metrics: tuple[str, ...]) -> Results:
         """Of `metrics`, by default all, as `promptkd study` makes it."""
         options = replace(self.study.options, baseline=baseline, metrics=list(metrics))
-        return study_comparison(options, self.study.runs, self.study.references)
+        return study_comparison(self.study._replace(options=options))
 
     def tested(self) -> Results:
         """With the study's own metrics and baseline: its differences are those that p is adjusted over."""
@@ -119,9 +120,10 @@ class Committed:
                     held.setdefault(float(point["step"]), []).append(float(value))
         return [_point(x, values) for x, values in sorted(held.items())]
 
-    def bias(self, group: str) -> list[Point]:
-        """ExAccErr in % over lengths, as `promptkd study` pools it."""
-        curves = [each for each in self.tested().curves if (each.name, each.model) == ("exposure_bias", group)]
+    def bias(self, model: str, *, by_step: bool) -> list[Point]:
+        """ExAccErr in % over lengths, or at one length over steps of training, as `promptkd study` pools it."""
+        name = "exposure_bias_by_step" if by_step else "exposure_bias"
+        curves = [each for each in self.tested().curves if (each.name, each.model) == (name, model)]
         points = [point for curve in curves[:1] for point in curve.points if point.value is not None]
         return [Point(p.x, *(p.value if each is None else each for each in (p.value, p.low, p.high))) for p in points]
 

@@ -13,7 +13,7 @@ from typing import Literal
 from benchmarks.evidence.studies import Point
 from promptkd.report.formatting import number
 
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 400, 250, 52, 10, 12, 40  # of the plot with its axes
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 400, 256, 44, 10, 26, 40  # of the plot with its axes
 _LINE = 17  # height of a line of the legend
 _CHARACTER = 6.4  # mean width of one at this size of text
 _GRAY = "#7b7f87"
@@ -73,7 +73,7 @@ class _Place:
             steps = (1,) if self._high - self._low > 2 else (1, 3)
             values = [step * 10.0**power for power in powers for step in steps]
             return [(v, f"{v:g}") for v in values if self._low - 1e-9 <= math.log10(v) <= self._high + 1e-9]
-        step = _round_step((self._high - self._low) / 4)
+        step = _round_step((self._high - self._low) / 6)
         decimals = max(0, -math.floor(math.log10(step) + 1e-9))
         count = math.floor((self._high + step * 1e-6) / step)
         values = [at * step for at in range(math.ceil((self._low - step * 1e-6) / step), count + 1)]
@@ -108,8 +108,7 @@ def _axes(at_x: _Place, at_y: _Place, x: Axis, y: Axis) -> list[str]:
         parts.append(f'<text x="{_LEFT - 5}" y="{level + 4}" text-anchor="end">{escape(text)}</text>')
     middle = (_LEFT + _WIDTH - _RIGHT) / 2
     parts.append(f'<text x="{middle}" y="{foot + 32}" text-anchor="middle">{escape(x.label)}</text>')
-    turned = f'transform="rotate(-90 11 {(foot + _TOP) / 2})"'
-    parts.append(f'<text x="11" y="{(foot + _TOP) / 2}" text-anchor="middle" {turned}>{escape(y.label)}</text>')
+    parts.append(f'<text x="4" y="13">{escape(y.label)}</text>')
     return parts
 
 

@@ -16,6 +16,7 @@ from benchmarks.evidence.page import build
 from benchmarks.evidence.records import collect
 from benchmarks.evidence.studies import Committed, committed
 from benchmarks.evidence.tables import metrics_table
+from helpers.bias_records import curve_of
 
 from helpers.records import stamped
 from promptkd.cli.study_comparison import read_study
@@ -57,6 +58,10 @@ def made_study(folder: Path, seeds: list[int]) -> Path:
         measured = {"evaluations": both, "data": data, "models": models}
         record = stamped("evaluate", **measured, timings={"measuring": 2.0})
         record.write(folder / "evaluations" / name / "results.json")
+        curves = [curve_of(model, draw, quality / 40) for model in (name, f"{name} step 20")]
+        biased = stamped("exposure-bias", data=data, curves=curves, timings={"measuring": 1.0})
+        if quality < 40:
+            biased.write(folder / "exposure-bias" / name / "results.json")
         if name == "teacher":
             continue
         steps = [{"step": step, "loss": 3 - step / 100 + draw.normal() / 9} for step in range(1, 201)]
@@ -97,7 +102,8 @@ def test_records_hold_no_text_and_no_path_and_are_written_once(tmp_path, monkeyp
     text = gzip.decompress((records / "gkd-seed-1.json.gz").read_bytes()).decode()
     assert not any(part in text for part in (SECRET, str(tmp_path), "/home"))
     held = json.loads(text)
-    assert held.keys() == {"gkd-seed-1/results.json", "evaluations/gkd-seed-1/results.json"}
+    places = ("", "evaluations/", "exposure-bias/")
+    assert held.keys() == {f"{place}gkd-seed-1/results.json" for place in places}
     trained = held["gkd-seed-1/results.json"]
     assert "columns" not in trained["evaluations"][0]  # its test rows are those of the evaluation
     points = trained["history"][0]["points"]
@@ -156,6 +162,8 @@ PAGE = """
 {{ reached("prompt", 0.8) }}
 {{ plot_over("prompt", "prompt_learning_rate", "rouge_l", "test, greedy", levels=["gkd"]) }}
 {{ plot_history("prompt", "eval_kl_to_teacher", by_time=True) }}
+{{ plot_bias("prompt") }}
+{{ plot_bias("prompt", by_step=True) }}
 value {{ value("prompt", "gkd", "rouge_l", "test, greedy") }} {{ interval("prompt", "gkd", "rouge_l", "test, greedy") }}
 best {{ leaders("prompt", "rouge_l", "test, sampled") }} of {{ seeds("prompt") }} seeds
 after {{ seconds("prompt", "gkd") }} and {{ steps("prompt", "gkd") }} steps
@@ -166,8 +174,8 @@ def test_a_page_is_made_of_a_template_and_records(world, tmp_path):
     (tmp_path / "page.md").write_text(PAGE)
     made = {str(place): text for place, text in build(world / "records", tmp_path / "page.md").items()}
     page = made.pop("evidence.md")
-    source = r"`promptkd study benchmarks/evidence/\S+` \(9 of 9 runs: 12 min 0 s of training, 20.0 s of measuring\)"
-    assert len(re.findall(source, page)) == 5
+    source = r"`promptkd study benchmarks/evidence/\S+` \(9 of 9 runs: 12 min 0 s of training, 29.0 s of measuring\)"
+    assert len(re.findall(source, page)) == 7
     assert "| gkd | 80 | 32.0 s | 2,000 | 1.0 GiB | 0.500 |" in page
     assert "best promptkd-prompt_learning_rate-0.001 of 3 seeds" in page
     assert "after 1 min 20 s and 200 steps" in page
@@ -176,6 +184,8 @@ def test_a_page_is_made_of_a_template_and_records(world, tmp_path):
     assert list(made) == [
         "evidence/prompt-rouge-l-over-prompt-learning-rate-test-greedy.svg",
         "evidence/prompt-eval-kl-to-teacher-over-seconds-of-training.svg",
+        "evidence/prompt-exposure-bias.svg",
+        "evidence/prompt-exposure-bias-over-steps.svg",
     ]
     over = xml.etree.ElementTree.fromstring(next(iter(made.values())))
     texts = [each.text for each in over.iter("{http://www.w3.org/2000/svg}text")]
@@ -187,7 +197,7 @@ def test_a_page_that_asks_for_what_no_record_holds_is_refused(world, tmp_path):
         'value("gone", "gkd", "rouge_l", "test")': "asks for study gone",
         'value("prompt", "kd", "rouge_l", "test, greedy")': "Got kd.",
         'costs("prompt", ["kd"])': "has gkd, promptkd-prompt_learning_rate-0.001",
-        'plot_bias("prompt")': "no record of exposure bias",
+        'plot_bias("prompt", groups=["kd"])': "Got kd",
         'plot_over("prompt", "beta", "rouge_l", "test, greedy")': "sets beta",
     }.items():
         (tmp_path / "page.md").write_text("{{ " + asked + " }}")
