@@ -23,7 +23,7 @@ Plain = dict[str, Any]  # a record, or a part of one, as JSON has it
 
 _FILE = "results.json"
 _PARTS = ("", "evaluations", "exposure-bias")  # folders in a study's, each with a folder per run
-_DIGITS = 6  # significant digits of every number
+_DIGITS = 7  # significant digits of every number
 _FEWER = {"row_parts": 3}  # by field: a row's part in a curve's point, of which only the spread is used
 _MOST_STEPS = 60  # logged steps that are kept of a run; its validations are kept all
 _KINDS = ("scores", "tokens")
@@ -76,7 +76,7 @@ def _compact(record: Results, *, rows: bool) -> Plain:
     for evaluation in plain["evaluations"]:
         samples = evaluation.pop("samples")
         if rows and samples:
-            evaluation["columns"] = _columns(samples, f"{evaluation['model']} on {evaluation['data']}")
+            evaluation["columns"] = _columns(samples)
     for series in plain["history"]:
         steps = [point for point in series["points"] if not _is_validation(point)]
         kept = {id(point) for point in steps[:: -(-len(steps) // _MOST_STEPS) or 1]}
@@ -89,25 +89,28 @@ def _is_validation(point: Plain) -> bool:
     return any(name.startswith("eval_") for name in point)
 
 
-def _columns(samples: list[Plain], where: str) -> Plain:
-    """The rows' indices, and by metric a score per row and, of a mean over tokens, its tokens over all seeds."""
+def _columns(samples: list[Plain]) -> Plain:
+    """The rows' indices, and by metric a score per row and, of a mean over tokens, its tokens over all seeds.
+
+    An answer without the metric, such as the KL of a seed that it was not taken on, is left out; None if all are.
+    """
     by_row: defaultdict[int, list[Plain]] = defaultdict(list)
     for sample in samples:
         by_row[sample["row"]].append(sample)
     made: Plain = {"row": list(by_row), "scores": {}, "tokens": {}}
-    for name in samples[0]["scores"]:
-        if not all(name in sample["scores"] for sample in samples):
-            raise RequestError(f"Expected a score of {name} for every answer of {where}. Some have none.")
-        weights = {row: [each["tokens"].get(name, 1) for each in answers] for row, answers in by_row.items()}
-        made["scores"][name] = [
-            _mean([float(each["scores"][name]) for each in answers], weights[row]) for row, answers in by_row.items()
-        ]
-        if name in samples[0]["tokens"]:
-            made["tokens"][name] = list(map(sum, weights.values()))
+    for name in dict.fromkeys(name for sample in samples for name in sample["scores"]):
+        scored = [[each for each in answers if name in each["scores"]] for answers in by_row.values()]
+        weights = [[each["tokens"].get(name, 1) for each in answers] for answers in scored]
+        values = [[float(each["scores"][name]) for each in answers] for answers in scored]
+        made["scores"][name] = list(map(_mean, values, weights))
+        if any(name in sample["tokens"] for sample in samples):
+            made["tokens"][name] = [sum(each) if each else None for each in weights]
     return made
 
 
-def _mean(values: list[float], weights: list[int]) -> float:
+def _mean(values: list[float], weights: list[int]) -> float | None:
+    if not values:
+        return None
     total = sum(weights)
     return sum(value * weight for value, weight in zip(values, weights, strict=True)) / total if total else values[0]
 
@@ -116,7 +119,7 @@ def _samples(columns: Plain) -> list[Plain]:
     texts: Plain = {"prompt": "", "references": [], "response": ""}
 
     def of_row(kind: str, at: int) -> Plain:
-        return {name: held[at] for name, held in columns[kind].items()}
+        return {name: held[at] for name, held in columns[kind].items() if held[at] is not None}
 
     rows = columns.get("row", [])
     return [{"row": row, **texts, **{kind: of_row(kind, at) for kind in _KINDS}} for at, row in enumerate(rows)]
