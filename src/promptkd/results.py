@@ -103,6 +103,21 @@ class Difference(_Record):
     """Metric of the model over that of a teacher, over the same rows, for a metric of which more is better."""
 
 
+class ToldApart(_Record):
+    """Which of a study's methods differ in a metric: every pair was tested, and is listed here or cannot be told apart.
+
+    p is adjusted by Holm over the pairs of this metric on this data, unlike that of a `Difference`, which stands for
+    all of the comparison.
+    """
+
+    metric: str
+    data: str
+    models: list[str]
+    """All that were tested against each other."""
+    pairs: list[tuple[str, str]]
+    """The better one first."""
+
+
 class CurvePoint(_Record):
     x: float
     value: float | None
@@ -224,6 +239,8 @@ class Results(_Record):
     """Metrics of the whole run."""
     evaluations: list[Evaluation] = Field(default_factory=list)
     differences: list[Difference] = Field(default_factory=list)
+    told_apart: list[ToldApart] = Field(default_factory=list)
+    """Of a study with several seeds, by metric and data set; empty in older records."""
     curves: list[Curve] = Field(default_factory=list)
     training: dict[str, Training] = Field(default_factory=dict)
     """By the model's label: what it cost to train, where the record of its run was found."""

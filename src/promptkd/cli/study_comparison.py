@@ -16,6 +16,7 @@ from promptkd.evaluation.comparison import compare
 from promptkd.evaluation.pairing import Candidate
 from promptkd.report.differences import compared_sentences
 from promptkd.report.metrics import metric_info
+from promptkd.report.overview import INTERIM
 from promptkd.results import Results, Training
 from promptkd.study.bias_pooling import METRIC, PooledBias, pool_bias
 from promptkd.study.plan import Planned, plan_runs
@@ -123,12 +124,32 @@ def study_comparison(study: Study) -> Results:
     results = compared_groups(groups_of(study), baseline=baseline, metrics=options.metrics)
     results.config = merged_config(options, {})
     results.training = mean_costs(runs)
+    results.notes = [*_interim(options, runs), *results.notes]
     for run in runs:  # the seeds of a method have students of one size
         if size := run.trained.models.get("student"):
             group = run.planned.group
             about = {"path": str(options.out / f"{group}-seed-*"), "sha256": "", "about": ""}
             results.models.setdefault(group, size.model_copy(update=about))
     return results
+
+
+def _interim(options: Options, runs: Sequence[Finished]) -> list[str]:
+    """What of the study is not done yet, if anything."""
+    every = plan_runs(options.base, options.methods, options.seeds, options.grid, read_file=lambda path: {})
+    done = {run.planned.name for run in runs}
+    left = [each for each in every if each.name not in done]
+    if not left:
+        return []
+    begun = {run.planned.group for run in runs}
+    seeds: dict[str, int] = {}
+    for each in every:
+        seeds[each.group] = seeds.get(each.group, 0) + (each.name in done)
+    fewer = [f"{group} ({count})" for group, count in seeds.items() if group in begun and count < len(options.seeds)]
+    none = [group for group in seeds if group not in begun]
+    told = [f"{len(done)} of {len(every)} runs are done."]
+    told += [f"Methods with fewer than {len(options.seeds)} seeds: {', '.join(fewer)}."] if fewer else []
+    told += [f"Without a run: {', '.join(none)}."] if none else []
+    return [INTERIM + " ".join(told)]
 
 
 def mean_costs(runs: Sequence[Finished]) -> dict[str, Training]:
@@ -184,6 +205,7 @@ def compared_groups(groups: Groups, *, baseline: str, metrics: Sequence[str]) ->
     for label, record in groups.started.items():
         results.models.setdefault(label, record.models[record.curves[0].model])
     results.evaluations, results.differences = found.evaluations, found.differences
+    results.told_apart = found.told_apart
     results.notes = [*compared_sentences(results), *found.notes]
     return results
 

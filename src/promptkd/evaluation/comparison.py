@@ -16,7 +16,7 @@ from promptkd.evaluation import statistics
 from promptkd.evaluation.measure import OF_REFERENCES
 from promptkd.evaluation.pairing import Candidate, Column, Setting, settings_of
 from promptkd.evaluation.statistics import DEFAULT, Bootstrap, Floats
-from promptkd.results import Better, DataRecord, Difference, Evaluation, metric_named
+from promptkd.results import Better, DataRecord, Difference, Evaluation, ToldApart, metric_named
 
 Pairs = Literal["baseline", "all", "last"]
 _TO_TEACHER = "kl_to_teacher"
@@ -27,6 +27,7 @@ _LEAST_ROWS = 6  # with fewer, even the smallest p of a sign-flip test, 2 / 2^ro
 class Comparison:
     differences: list[Difference] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)  # over the rows that were compared, without these rows
+    told_apart: list[ToldApart] = field(default_factory=list)  # of all pairs of a study's methods
     data: dict[str, DataRecord] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 

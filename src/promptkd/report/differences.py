@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, get_args
 
@@ -15,6 +15,7 @@ from promptkd.results import Difference, Results
 Verdict = Literal["better", "worse", "tied", "open"]
 LEVEL = 0.05  # largest adjusted p of a claimed difference, beside an interval of 1 - `LEVEL`
 _MOST_WITH_NUMBERS = 8
+_MODELS_OF_A_TABLE = 5  # so many, compared with one baseline, are lines of one table rather than a table each
 
 
 class Pair(NamedTuple):
@@ -73,6 +74,29 @@ def difference_table(records: Sequence[Results]) -> list[DifferenceRow]:
 
 def paired(rows: Sequence[DifferenceRow]) -> dict[Pair, list[DifferenceRow]]:
     return {pair: [row for row in rows if row.pair == pair] for pair in dict.fromkeys(row.pair for row in rows)}
+
+
+class DifferenceColumns(NamedTuple):
+    """The models that were compared with one baseline on one data set, a line each, and a column per metric."""
+
+    baseline: str
+    run: str
+    infos: list[MetricInfo]
+    lines: list[tuple[str, dict[str, DifferenceRow]]]
+
+
+def difference_columns(found: Mapping[tuple[str, str, str], Sequence[DifferenceRow]]) -> list[DifferenceColumns]:
+    """Tables for the pairs of one data set (model, baseline and run), empty where none of them has enough models."""
+    tables: dict[tuple[str, str], list[tuple[str, dict[str, DifferenceRow]]]] = {}
+    for (model, baseline, run), rows in found.items():
+        tables.setdefault((baseline, run), []).append((model, {row.source.metric: row for row in rows}))
+    if all(len(lines) < _MODELS_OF_A_TABLE for lines in tables.values()):
+        return []
+    made = []
+    for (baseline, run), lines in tables.items():
+        infos = list(map(metric_info, in_order(name for _, held in lines for name in held)))
+        made.append(DifferenceColumns(baseline, run, infos, lines))
+    return made
 
 
 def comparison_sentences(rows: Sequence[DifferenceRow]) -> dict[Pair, str]:

@@ -10,7 +10,7 @@ from pathlib import PurePath
 from typing import TypeVar
 
 from promptkd.report.formatting import decoding_words, joined, manner
-from promptkd.results import BEFORE, Curve, DataRecord, Difference, Evaluation, ModelRecord, Results
+from promptkd.results import BEFORE, Curve, DataRecord, Difference, Evaluation, ModelRecord, Results, ToldApart
 
 TEACHER = "teacher"
 _TEACHER_OF = "teacher "  # prefix of the label of one of several teachers, and of the teacher in a student's record
@@ -68,14 +68,21 @@ def _relabeled(record: Results, models: dict[str, str], data: dict[str, str]) ->
     def renamed(measured: list[_Measured]) -> list[_Measured]:
         return [each.model_copy(update={"model": models[each.model], "data": data[each.data]}) for each in measured]
 
-    def compared(difference: Difference) -> Difference:
-        label = difference.data or only
+    def named(label: str) -> str:
         name = data.get(label, "")
         decodings = {decoding_words(each.decoding) for each in record.evaluations if each.data == label}
         if list(data.values()).count(name) > 1 and len(decodings) == 1:  # the record has a label for each decoding
             name = f"{name}, {decodings.pop()}"
-        labels = {"model": models[difference.model], "baseline": models[difference.baseline], "data": name}
-        return difference.model_copy(update=labels)
+        return name
+
+    def compared(difference: Difference) -> Difference:
+        labels = {"model": models[difference.model], "baseline": models[difference.baseline]}
+        return difference.model_copy(update=labels | {"data": named(difference.data or only)})
+
+    def told_apart(found: ToldApart) -> ToldApart:
+        pairs = [(models[better], models[worse]) for better, worse in found.pairs]
+        own = {"models": [models[label] for label in found.models], "pairs": pairs, "data": named(found.data)}
+        return found.model_copy(update=own)
 
     relabeled = {
         "models": {models[label]: value for label, value in record.models.items()},
@@ -85,6 +92,7 @@ def _relabeled(record: Results, models: dict[str, str], data: dict[str, str]) ->
         "evaluations": renamed(record.evaluations),
         "curves": renamed(record.curves),
         "differences": list(map(compared, record.differences)),
+        "told_apart": list(map(told_apart, record.told_apart)),
     }
     return record.model_copy(update=relabeled)
 

@@ -19,11 +19,12 @@ from plotly.offline import get_plotlyjs
 
 from promptkd.errors import RequestError
 from promptkd.report.answers import answering_models, browser_data, row_sets
-from promptkd.report.differences import DifferenceRow, compared_sentences, difference_table
+from promptkd.report.differences import DifferenceRow, compared_sentences, difference_columns, difference_table
 from promptkd.report.formatting import duration, effect, estimate, joined, listed, probability, score
 from promptkd.report.labels import is_teacher, run_labels, unified
 from promptkd.report.metrics import MetricInfo, in_order, metric_info
 from promptkd.report.models import PROMPTKD, is_about_promptkd, shown_models
+from promptkd.report.overview import overview_of
 from promptkd.report.plots import MOST_BANDS, bias_data, bias_plots, chart_data, stages
 from promptkd.report.preflight import preflight_lines
 from promptkd.report.prompts import COLORS, prompt_data, prompt_views
@@ -50,6 +51,7 @@ _SCRIPTS = (
 _COLORS = 16  # 9 to 16 are 1 to 8 with hollow marks and dashed lines; students beyond share colors; the teacher's is 0
 _MOST_COLUMNS = 8
 _MOST_NAMED = 4
+_MOST_NOTES, _FEW = 12, 5
 # metrics of an answer's form, which have a table of their own where the columns are many
 _FORM = ("eos_share", "cut_share", "length_ratio", "distinct_1", "distinct_2", "response_length")
 _BAR_WIDTH, _BAR_MARGIN = 156, 8
@@ -120,6 +122,8 @@ def _title(story: Sequence[Results]) -> str:
     runs = [record for record in story if record.kind != "explain-prompt"] or story
     if len(runs) == 1:
         return f"{runs[0].kind.capitalize()} report"
+    if methods := max((len(each.training) for each in story if each.kind == "study"), default=0):
+        return f"Study of {methods} methods"
     measured = model_order(story)
     students = [model for model in measured if not is_teacher(model)] or measured
     named = listed(students) if 0 < len(students) <= _MOST_NAMED else f"{len(students)} models"
@@ -156,12 +160,14 @@ def _context(records: Sequence[Results]) -> tuple[dict[str, Any], dict[str, Any]
         "running": running_table(story),
         "promptkd": PROMPTKD if is_about_promptkd(story) else (),
         "shown_models": shown_models(story),
+        "overview": overview_of(story),
         "summary": summarize(story),
         "notes": _notes(records, [entry["run"] for entry in sources]),
         "groups": _tables(rows, metric_columns(story)),
         "explained": [info for info in map(metric_info, metric_columns(story)) if info.meaning],
         "deviations": any(cell.deviation for row in rows for cell in row.cells.values()),
         "differences": pairs,
+        "difference_tables": {data: difference_columns(found) for data, found in pairs.items()},
         "tested": any(row.source.p_adjusted is not None for row in differences),
         "bias": bias,
         "most_bands": MOST_BANDS,
@@ -211,14 +217,25 @@ def _provenance(run: str, record: Results) -> dict[str, Any]:
     return {"run": run, "record": record, "facts": facts, **told}
 
 
-def _notes(records: Sequence[Results], runs: Sequence[str]) -> dict[str, str]:
-    """Each note once, with the runs that have it; not those of a comparison that the summary says in its own words."""
+def _notes(records: Sequence[Results], runs: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Each note once, with the runs that have it; not those of a comparison that the summary says in its own words.
+
+    The first ones are shown. The others wait folded: where there are many, those of few runs, unless they warn.
+    """
     found: dict[str, list[str]] = {}
     for record, run in zip(records, runs, strict=True):
         said = compared_sentences(record)
         for note in (note for note in record.notes if note not in said):
             found.setdefault(note, []).append(run)
-    return {note: joined(*own, by="; ") if len(own) <= 2 else f"in {len(own)} records" for note, own in found.items()}
+    told = {note: joined(*own, by="; ") if len(own) <= 2 else f"in {len(own)} records" for note, own in found.items()}
+    kept_of_study = {note for record in records if record.kind == "study" for note in record.notes}
+    kept = kept_of_study | {note for note, own in found.items() if len(own) > _FEW or note.startswith("Warning")}
+    others = (
+        {note: run for note, run in told.items() if note not in kept}
+        if kept_of_study and len(told) > _MOST_NOTES
+        else {}
+    )
+    return {"first": {note: run for note, run in told.items() if note not in others}, "others": others}
 
 
 def _tables(rows: Sequence[ComparisonRow], names: Sequence[str]) -> dict[str, list[_Table]]:

@@ -7,6 +7,7 @@ from promptkd.report.differences import Pair, comparison_sentences, difference_t
 from promptkd.report.formatting import estimate, joined, listed, millions
 from promptkd.report.labels import TEACHER, is_teacher
 from promptkd.report.metrics import in_order, metric_info
+from promptkd.report.overview import overview_of
 from promptkd.report.tables import comparison_table, model_order
 from promptkd.results import BEFORE, Evaluation, Results
 
@@ -24,6 +25,8 @@ class Summary(NamedTuple):
 def summarize(records: Sequence[Results]) -> Summary:
     evaluations = [evaluation for record in records for evaluation in record.evaluations]
     sentences = comparison_sentences(difference_table(records))
+    if len(sentences) > _MOST_SENTENCES and overview_of(records) is not None:  # a table says more than so many
+        return Summary(_introduction(records, evaluations, None), "", [], 0)
     subject = _subject(records, evaluations, list(sentences))
     measured = list(dict.fromkeys(evaluation.model for evaluation in evaluations))
 

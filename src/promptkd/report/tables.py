@@ -9,7 +9,7 @@ from promptkd.report.differences import verdict
 from promptkd.report.formatting import DASH, decoding_words, duration, estimate, joined, manner, millions, number
 from promptkd.report.labels import TEACHER, is_teacher, run_labels
 from promptkd.report.metrics import in_order, metric_info
-from promptkd.results import BEFORE, Difference, Metric, Results, Training
+from promptkd.results import BEFORE, Difference, Metric, Results, ToldApart, Training
 
 _COST_HEADS = ("Model", "Parameters", "Share of the teacher", "Method", "Steps", "Time", "Tokens/s", "Peak memory")
 
@@ -29,6 +29,7 @@ class ComparisonRow:
     decoding: str
     metrics: dict[str, Metric] = field(default_factory=dict)
     paired: list[Difference] = field(default_factory=list)  # differences over the very rows and decoding of this row
+    apart: dict[str, ToldApart] = field(default_factory=dict)  # by metric, the same of all pairs of a study's methods
     cells: dict[str, Cell] = field(default_factory=dict)  # by metric name; a metric that was not measured has no cell
 
     @property
@@ -97,6 +98,9 @@ def _rows(records: Sequence[Results]) -> list[ComparisonRow]:
             names |= {f"{each.data}, {own_manner}"} if len(set(map(decoding_words, alike))) == 1 else set()
             about = [difference for difference in record.differences if difference.data in names]
             row.paired += [difference for difference in about if each.model in (difference.model, difference.baseline)]
+            row.apart |= {
+                one.metric: one for one in record.told_apart if one.data in names and each.model in one.models
+            }
     for only in (rows[0] for rows in found.values() if len(rows) == 1):
         only.run = ""
     return [row for rows in found.values() for row in rows]
@@ -109,10 +113,8 @@ def _agree(ours: dict[str, Metric], theirs: dict[str, Metric]) -> bool:
 
 def _best(name: str, rows: list[ComparisonRow]) -> list[ComparisonRow]:
     """The best student and those not told apart from it; empty for one student, no interval, or none told apart."""
-    better = metric_info(name).better
-    students = [row for row in rows if name in row.metrics and not is_teacher(row.model)]
-    known = all(math.isfinite(end) for row in students for end in _ends(name, row))
-    if better is None or len(students) < 2 or not known:
+    better, students = metric_info(name).better, _students(name, rows)
+    if better is None or len(students) < 2:
         return []
     pick = min if better == "lower" else max
     lead = pick(students, key=lambda row: row.metrics[name].value)
@@ -125,10 +127,8 @@ def groups(name: str, rows: Sequence[ComparisonRow]) -> list[list[ComparisonRow]
 
     Empty where neither direction is better, for one student, and where an interval is missing.
     """
-    better = metric_info(name).better
-    students = [row for row in rows if name in row.metrics and not is_teacher(row.model)]
-    known = all(math.isfinite(end) for row in students for end in _ends(name, row))
-    if better is None or len(students) < 2 or not known:
+    better, students = metric_info(name).better, _students(name, rows)
+    if better is None or len(students) < 2:
         return []
     students.sort(key=lambda row: row.metrics[name].value, reverse=better == "higher")
     apart = {
@@ -150,8 +150,20 @@ def groups(name: str, rows: Sequence[ComparisonRow]) -> list[list[ComparisonRow]
     return [[students[at] for at in sorted(group)] for group in sorted(found, key=sorted)]
 
 
+def _students(name: str, rows: Sequence[ComparisonRow]) -> list[ComparisonRow]:
+    """Those that compete: of a study its methods; else all but teachers, if each has an interval."""
+    methods = [row for row in rows if name in row.apart and math.isfinite(row.metrics[name].value)]
+    if methods:
+        return methods
+    students = [row for row in rows if name in row.metrics and not is_teacher(row.model)]
+    return students if all(math.isfinite(end) for row in students for end in _ends(name, row)) else []
+
+
 def _told_apart(name: str, lead: ComparisonRow, other: ComparisonRow) -> bool:
-    """By the paired difference where a record holds one, else by intervals that do not overlap."""
+    """By the test of all pairs or the paired difference where a record holds it, else by intervals without overlap."""
+    if name in lead.apart and name in other.apart:
+        pair = (lead.model, other.model)
+        return pair in lead.apart[name].pairs or pair[::-1] in lead.apart[name].pairs
     for difference in lead.paired:
         if difference.metric == name and {difference.model, difference.baseline} == {lead.model, other.model}:
             return verdict(difference) == ("better" if difference.model == lead.model else "worse")

@@ -19,6 +19,7 @@ from promptkd.report.formatting import DASH, effect, estimate, joined, probabili
 from promptkd.report.labels import unified
 from promptkd.report.metrics import metric_info
 from promptkd.report.models import context_sentence
+from promptkd.report.overview import overview_of
 from promptkd.report.plots import bias_plots
 from promptkd.report.summary import summarize
 from promptkd.report.tables import ComparisonRow, by_setting, comparison_table, cost_table, costs, metric_columns
@@ -27,6 +28,7 @@ from promptkd.results import Results
 from promptkd.visible import visible
 
 _WITHOUT_TERMINAL = (100, 24)
+_MOST_PAIRS = 12  # that are told in sentences where a study's methods are told in fewer
 _LEGEND = "* the best student, and every student that cannot be told apart from it"
 _COMPARED = ["", "model", "baseline", "difference", "95 % interval", "p adj.", "effect", ""]
 _VERDICTS = {"tied": "cannot tell them apart", "open": "no interval"}
@@ -60,7 +62,11 @@ def terminal_table(records: Sequence[Results], *, width: int | None = None) -> s
         paragraphs += _blocks(rows, metric_columns(story), width)
     said = [_LEGEND] if any(cell.best for row in table for cell in row.cells.values()) else []
     said += [sentence] if (sentence := context_sentence(story)) else []
-    said += differences.comparison_sentences(differences.difference_table(story)).values()
+    compared, overview = differences.comparison_sentences(differences.difference_table(story)), overview_of(story)
+    if overview is None or len(compared) <= _MOST_PAIRS:
+        said += compared.values()
+    if overview is not None:
+        said += overview.sentences
     return "\n\n".join(paragraphs + [wrapped(sentence, width) for sentence in said])
 
 

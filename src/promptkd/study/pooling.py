@@ -12,16 +12,19 @@ small by chance, so the seeds' own t-test, S - 1 degrees, must agree: p is the l
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from itertools import combinations
 
 import numpy as np
 from scipy.special import stdtr, stdtrit
 
 from promptkd.errors import RequestError
 from promptkd.evaluation.comparison import Comparison, evaluations_of, known_metrics
+from promptkd.evaluation.measure import OF_REFERENCES
 from promptkd.evaluation.pairing import Candidate, Column, settings_of
 from promptkd.evaluation.statistics import Floats, holm
-from promptkd.results import Better, Difference, Metric
+from promptkd.results import Better, Difference, Metric, ToldApart
 
+_LEVEL = 0.05  # largest adjusted p of methods that are told apart
 Pooled = dict[str, dict[int, tuple[float, Floats]]]  # by metric and seed: the value, and each row's part in it
 
 
@@ -87,7 +90,10 @@ def compare_groups(
     known = known_metrics(settings, asked) if asked or not metrics else []
     left_out = {"kl_to_teacher"} if len({each.teachers for each in candidates}) > 1 else set()
     made = Comparison()
+    done: set[tuple[str, str]] = set()  # what is measured on the references of a data set, however it is decoded
     for setting in settings:
+        again = {name for source, name in done if source == setting.source}
+        done |= {(setting.source, name) for name in OF_REFERENCES}
         names = [name for name in setting.metrics() if name in known and name not in left_out]
         columns = {name: setting.columns(name) for name in names}
         columns = {name: held for name, held in columns.items() if any(len(each.sums) for each in held.values())}
@@ -106,7 +112,9 @@ def compare_groups(
             own = {"model": group, "data": setting.data, "metrics": measured, "samples": []}
             made.evaluations.append(first.evaluation.model_copy(update=own))
             if group != baseline:
-                made.differences += _differences(setting.data, (group, of_group), (baseline, pooled[baseline]), better)
+                mine = {name: held for name, held in of_group.items() if name not in again}
+                made.differences += _differences(setting.data, (group, mine), (baseline, pooled[baseline]), better)
+        made.told_apart += _told_apart(setting.data, pooled, better)
         made.evaluations += evaluations_of(setting, columns, [each.label for each in references])
         if first.data is not None:
             made.data[setting.data] = first.data
@@ -134,6 +142,27 @@ def _differences(
             yield Difference(
                 model=model, baseline=baseline, metric=name, difference=found, better=way, data=data, p_value=p
             )
+
+
+def _told_apart(data: str, pooled: Mapping[str, Pooled], better: Callable[[str], Better | None]) -> Iterator[ToldApart]:
+    """Of each metric with a better direction, all pairs of groups over the seeds that both have, by Holm among them."""
+    for name in dict.fromkeys(name for of_group in pooled.values() for name in of_group):
+        way, held = better(name), dict[str, dict[int, tuple[float, Floats]]]()
+        for group, of_group in pooled.items():  # of an unfinished study, the groups that share two seeds
+            own = of_group.get(name, {})
+            if len(own) > 1 and all(len(own.keys() & other.keys()) > 1 for other in held.values()):
+                held[group] = own
+        if way is None or len(held) < 2:
+            continue
+        tested: list[tuple[tuple[str, str], float]] = []  # the better first, and p
+        for one, other in combinations(held, 2):
+            pairs = [(held[one][seed], held[other][seed]) for seed in held[one] if seed in held[other]]
+            found, p = _pooled([(value - against, part - rest) for (value, part), (against, rest) in pairs])
+            is_better = (found.value > 0) == (way == "higher")
+            tested.append(((one, other) if is_better else (other, one), 1.0 if p is None else p))
+        adjusted = holm([p for _, p in tested])
+        apart = [pair for (pair, _), p in zip(tested, adjusted, strict=True) if p <= _LEVEL]
+        yield ToldApart(metric=name, data=data, models=list(held), pairs=apart)
 
 
 def _value_and_parts(column: Column) -> tuple[float, Floats]:
