@@ -11,6 +11,7 @@ from promptkd.cli import let_threads_sleep
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 let_threads_sleep(os.environ)
+gc.disable()  # while all is imported, none of which goes
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -28,6 +29,7 @@ def pytest_collection_finish():
     """What is imported by now stays. Every training ends with a collection of garbage, which need not look at it."""
     gc.collect()
     gc.freeze()
+    gc.enable()
     gc.set_threshold(200_000, 10, 10)  # by itself, garbage is looked for seldom
     tqdm.set_lock(threading.RLock())  # its own is shared with forked processes, and one that is killed may hold it
 

@@ -291,9 +291,13 @@ socket.socket.connect = refuse
 socket.socket.connect_ex = refuse
 from promptkd.cli import main
 status = {}
-for name, arguments in json.load(open(sys.argv[1])):
+_, commands, found = sys.argv
+for name, arguments in json.load(open(commands)):
+    print(f"== {name}", flush=True)
+    print(f"== {name}", file=sys.stderr, flush=True)
+    sys.argv = ["promptkd", *arguments]  # which records keep
     status[name] = main(arguments)
-json.dump({"status": status, "asked": asked}, open(sys.argv[2], "w"))
+json.dump({"status": status, "asked": asked}, open(found, "w"))
 """
 
 
@@ -360,6 +364,18 @@ def test_every_command_runs_without_network(hostile_run):
     _, process, found = hostile_run
     assert found["status"] == dict.fromkeys(found["status"], 0) | {"lost": 2}, process.stderr
     assert found["asked"] == []
+
+
+@pytest.mark.slow
+def test_the_first_command_of_a_process_says_its_own_lines_alone(hostile_run):
+    """Libraries that are imported for it have nothing to say."""
+    out, process, _ = hostile_run
+    first, second = (text.split("== sft\n")[0].splitlines() for text in (process.stderr, process.stdout))
+    assert second == ["== prune"]
+    assert first[:2] == ["== prune", "Kept layers 0, 1."]
+    assert first[3].startswith("Peak memory ")
+    assert len(first) == 4
+    assert json.loads((out / "pruned" / "results.json").read_text())["command"][1:3] == ["prune", "--model"]
 
 
 @pytest.mark.slow

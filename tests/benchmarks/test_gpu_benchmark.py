@@ -1,16 +1,18 @@
 """`python -m benchmarks.gpu` on a CPU with tiny shapes: all parts run, and what is wrong or not in time is told."""
 
+import io
 import json
 import os
 import re
-import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from benchmarks.gpu import runner
+from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.parts import PARTS, Part, chosen_parts
 from benchmarks.gpu.targets import TARGETS, verdicts
 
@@ -20,20 +22,15 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
     """The record of one whole run, and what it printed."""
-    folder = tmp_path_factory.mktemp("gpu")
-    paths = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
-    environment = os.environ | {
-        "PYTHONPATH": paths,
-        "OUT": str(folder),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONWARNINGS": "ignore",
-    }
-    environment.pop("PROMPTKD_ENGINE", None)
-    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--tiny"]
-    command += ["--patience", "10", "--seconds", "3000"]  # the suite may share its cores
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads((folder / "gpu.json").read_text()), done.stdout
+    folder, printed = tmp_path_factory.mktemp("gpu"), io.StringIO()
+    limits = ["--patience", "10", "--seconds", "3000"]  # the suite may share its cores
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
+        patch.setenv("OUT", str(folder))
+        patch.setenv("PYTHONWARNINGS", "ignore")
+        patch.delenv("PROMPTKD_ENGINE", raising=False)
+        patch.setattr(sys, "argv", ["benchmarks.gpu", "--device", "cpu", "--tiny", *limits])
+        assert main() == 0, printed.getvalue()
+    return json.loads((folder / "gpu.json").read_text()), printed.getvalue()
 
 
 @pytest.mark.slow

@@ -312,14 +312,14 @@ def test_whatever_bytes_a_killed_run_left_the_finished_files_are_the_same(world,
 
 def test_killed_in_the_middle_and_run_again_equals_undisturbed(world, tmp_path, capsys, monkeypatch):
     """SIGKILL while the sampled answers are written, then while the greedy ones are; a third run ends it."""
-    data = write_rows(tmp_path / "many.jsonl", rows(24))
+    data = write_rows(tmp_path / "many.jsonl", rows(12))
     limits = ("--max_prompt_length", 40, "--max_completion_length", 30, "--template", TEMPLATE, "--batch-size", 2)
     sets = ("--model", world.student, "--teacher", world.teacher, "--data", data, "--seeds", 1, "--measure", "student")
     request = ["evaluate", *map(str, (*sets, "--out", "results.json", *limits))]
     disturbed, written = tmp_path_in(tmp_path, "disturbed"), 0
     for part in ("seed1", "greedy"):
         lines = killed_at(disturbed / f"results-many-{part}.jsonl", request, cwd=disturbed)
-        assert written < lines < 3 * 24
+        assert written < lines < 3 * 12
         assert not (disturbed / "results.json").exists()
         written = lines
     monkeypatch.chdir(disturbed)

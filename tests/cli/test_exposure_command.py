@@ -106,14 +106,15 @@ def test_every_checkpoint_of_a_run(world, tmp_path, capsys, lora):
     settings = (*TRAINING, "--save_steps", 1, "--keep", 9, *(("--student-lora-rank", 2) if lora else ()))
     done(capsys, "distill", "--method", "kd", *pair, *settings)
     shutil.copytree(run_folder / "checkpoints" / "checkpoint-2", run_folder / "checkpoints" / "checkpoint-10")
-    done(capsys, *request(world, out, "--every-checkpoint", students=[run_folder]))
+    done(capsys, *request(world, out, "--every-checkpoint", "--samples-per-row", 1, students=[run_folder]))
     results = Results.read(out)
     curves = {curve.model: curve.points for curve in results.curves}
     assert list(curves) == [*(f"run step {step}" for step in (1, 2, 3, 10)), "run"]
     assert set(results.models) == {"teacher teacher", *curves}
     assert curves["run step 10"] == curves["run step 2"] != curves["run step 1"]
     assert curves["run"] == curves["run step 3"]
-    assert curves["run step 1"] == in_python(world, run_folder / "checkpoints" / "checkpoint-1").points
+    first = in_python(world, run_folder / "checkpoints" / "checkpoint-1", samples_per_row=1)
+    assert curves["run step 1"] == first.points
     assert results.models["run step 1"].path == str(run_folder / "checkpoints" / "checkpoint-1")
 
 

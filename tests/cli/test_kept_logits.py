@@ -115,7 +115,7 @@ def test_responses_are_written_and_their_logits_kept(world, tmp_path, capsys):
 @pytest.mark.parametrize("keeps", [(), ("--keep-logits", 5)])
 def test_killed_decoding_goes_on_where_it_was(world, tmp_path, capsys, monkeypatch, keeps):
     def asked(folder, *arguments):
-        lengths = ("--max_prompt_length", 40, "--max_completion_length", 120, "--template", TEMPLATE, "--limit", 6)
+        lengths = ("--max_prompt_length", 40, "--max_completion_length", 60, "--template", TEMPLATE, "--limit", 6)
         given = ("--model", world.teacher, "--data", world.train, "--out", tmp_path / folder / "responses.jsonl")
         return ["generate", *given, *lengths, *keeps, "--batch-size", 2, *arguments]
 

@@ -1,10 +1,9 @@
 """The code of docs/extending.md runs, trains, and writes what the page says."""
 
+import importlib
 import math
-import os
 import re
 import shutil
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 
 import promptkd.training
 from helpers.commands import TEMPLATE, TRAINING, done, make_world, rows
+from helpers.processes import exit_code, forked
 from helpers.tiny import tiny_tokenizer
 from helpers.trainers import log, pair
 from promptkd.methods import METHODS, Method, named_method
@@ -104,16 +104,25 @@ def test_one_file_is_a_method_with_flags_and_help(tmp_path):
     world = make_world(tmp_path)
 
     def distill(*arguments):
-        command = [sys.executable, "-m", "promptkd", "distill", *map(str, arguments)]
-        environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+        said = tmp_path / "said"
+        return exit_code(forked(lambda: main_of_the_copy(tmp_path, arguments), said)), said.read_text()
 
-    assert "gkd, hellinger, kd" in distill("--help").stdout
+    assert "gkd, hellinger, kd" in distill("--help")[1]
     pair = ("--student", world.student, "--teacher", world.teacher, "--data", world.train, "--out", tmp_path / "run")
-    trained = distill("--method", "hellinger", "--sharpness", 2, *pair, *TRAINING)
-    assert trained.returncode == 0, trained.stderr
+    status, said = distill("--method", "hellinger", "--sharpness", 2, *pair, *TRAINING)
+    assert status == 0, said
     record = Results.read(tmp_path / "run" / "results.json")
     assert record.config["sharpness"] == 2
+
+
+def main_of_the_copy(folder: Path, arguments: tuple[object, ...]) -> int:
+    """`promptkd distill` of the package in `folder`, in a forked process that has imported the other one."""
+    for name in [each for each in sys.modules if each.partition(".")[0] == "promptkd"]:
+        del sys.modules[name]
+    sys.path.insert(0, str(folder))
+    cli = importlib.import_module("promptkd.cli")
+    assert Path(cli.__file__).is_relative_to(folder)
+    return cli.main(["distill", *map(str, arguments)])
 
 
 def test_the_old_form_of_a_named_method_warns_and_works(tmp_path, capsys, monkeypatch):

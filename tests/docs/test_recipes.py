@@ -28,6 +28,7 @@ PUBLISHED = {
 }
 
 SMALL = (
+    "--no-preflight",
     *("--max_steps", 2, "--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2, "--use_cpu"),
     *("--max_prompt_length", 32, "--max_completion_length", 4, "--template", "Q: {{ instruction }} {{ input }}\nA: "),
 )
@@ -95,8 +96,12 @@ def test_an_unknown_key_fails_and_the_nearest_known_one_is_named(tmp_path, capsy
     assert "prompt_lenght is unknown" in ran.err
 
 
+# of the published settings, which differ in numbers alone, one
+TRAINED = [name for name in RECIPES if name == "promptkd-gpt2-base" or name.removeprefix("promptkd-") not in PUBLISHED]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", TRAINED)
 def test_each_recipe_takes_two_steps(world, tmp_path, capsys, name, monkeypatch):
     out = tmp_path / "run"
     if name == "kd-kept":

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from helpers.commands import DISTILL_FILES, MODEL_FILES, PROMPT_FILES, below, done, held, make_world, run
+from helpers.processes import forked_command, killed
 from promptkd.errors import RequestError
 from promptkd.io import lock
 from promptkd.io.lock import locked
@@ -143,22 +144,19 @@ def test_a_run_that_is_being_written_is_refused_and_resumed_right_after_a_kill(t
     limits = ("--max_prompt_length", 40, "--max_completion_length", 4, "--template", "{{ instruction }}")
     steps = ("--max_steps", 8, "--save_steps", 2, "--per_device_train_batch_size", 2, "--use_cpu")
     request = [str(each) for each in ("distill", *models, *limits, *steps, "--out", out)]
-    with (tmp_path / "log").open("w") as log:
-        first = subprocess.Popen([sys.executable, "-m", "promptkd", *request], stderr=log, env=ENVIRONMENT)
+    first = forked_command(request, tmp_path / "log")
     try:
         deadline = time.monotonic() + 120
         while not any(out.glob("checkpoints/checkpoint-*")):
-            assert first.poll() is None, (tmp_path / "log").read_text()
-            assert time.monotonic() < deadline
+            assert time.monotonic() < deadline, (tmp_path / "log").read_text()
             time.sleep(0.01)
-        first.send_signal(signal.SIGSTOP)  # it writes the run until it is killed
+        os.kill(first, signal.SIGSTOP)  # it writes the run until it is killed
         for mode in ("--resume", "--overwrite"):
             ran = run(capsys, *request, mode)
             assert ran.status == 2
-            assert f"process {first.pid} on " in ran.err.splitlines()[-1]
+            assert f"process {first} on " in ran.err.splitlines()[-1]
     finally:
-        first.kill()
-        first.wait()
+        killed(first)
     done(capsys, *request, "--resume")
     assert held(out) == DISTILL_FILES | below("student", MODEL_FILES) | below("prompt", PROMPT_FILES) | below(
         "checkpoints", {"checkpoint-6", "checkpoint-8"}
