@@ -146,7 +146,7 @@ def test_the_loss_of_sft_counts_response_tokens_alone(world, tmp_path, capsys):
 @pytest.mark.parametrize("method", ["promptkd", "kd", "gkd"])
 def test_distill(world, tmp_path, capsys, method):
     out = tmp_path / "run"
-    done(capsys, *distill(world, out, "--method", method))
+    done(capsys, *distill(world, out, "--method", method, "--preflight"))
     prompt = below("prompt", PROMPT_FILES) if method == "promptkd" else set()
     assert held(out) == DISTILL_FILES | below("student", MODEL_FILES) | prompt | {"checkpoints/checkpoint-3"}
 
@@ -211,7 +211,7 @@ def test_whatever_of_the_teacher_is_trained_has_a_folder_of_its_own_and_validati
     numbers, share = (told[f"teacher_trained_{name}"].value for name in ("numbers", "share"))
     assert f"{numbers:,.0f} parameters of the teacher are trained, {share:.4%} of its parameters" in ran.err
     assert share == pytest.approx(numbers / record(out).models["teacher"].parameters)
-    student = DISTILL_FILES | below("student", MODEL_FILES) | {"checkpoints/checkpoint-3"}
+    student = RUN_FILES | below("student", MODEL_FILES) | {"checkpoints/checkpoint-3"}
     assert held(out) == student | below(folder, files)
     lines = json_lines(out / "metrics.jsonl")
     moved = "prompt_norm" if method == "promptkd" else "adapter_distance"
@@ -228,8 +228,8 @@ def test_whatever_of_the_teacher_is_trained_has_a_folder_of_its_own_and_validati
         assert last[f"eval_{name}"] == pytest.approx(inside.evaluations[0].metrics[name].value, rel=1e-6)
 
     shorter = [1 if each == 3 else each for each in distill(world, out, "--method", "kd", "--overwrite")]
-    done(capsys, *shorter, "--no-preflight")
-    assert held(out) == student - {"preflight.json", "checkpoints/checkpoint-3"} | {"checkpoints/checkpoint-1"}
+    done(capsys, *shorter)
+    assert held(out) == student - {"checkpoints/checkpoint-3"} | {"checkpoints/checkpoint-1"}
 
 
 @pytest.mark.parametrize("merged", [False, True])
@@ -377,8 +377,7 @@ def test_a_run_that_was_interrupted_ends_like_one_that_was_not(world, tmp_path, 
     shown = shlex.join(map(str, request))
     assert ran.err.endswith(f"\npromptkd {command.__name__}: Interrupted. To resume: promptkd {shown}\n")
     assert "Traceback" not in ran.err
-    seen = {"preflight.json"} if command is distill else set()
-    assert held(tmp_path / "cut") == {"config.yaml", "metrics.jsonl", "checkpoints/checkpoint-3"} | seen
+    assert held(tmp_path / "cut") == {"config.yaml", "metrics.jsonl", "checkpoints/checkpoint-3"}
     assert len(steps(tmp_path / "cut")) == after
 
     ran = done(capsys, *request)

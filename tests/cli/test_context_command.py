@@ -42,7 +42,7 @@ def same_run(one: Path, other: Path) -> None:
 def test_a_run_from_its_first_line_to_its_page(world, tmp_path, capsys, no_speed):
     file, out = tmp_path / "context.txt", tmp_path / "run"
     file.write_text("Say {{ reference }} now.", encoding="utf-8")
-    measured = ("--eval-data", world.valid, "--measure", "all", "--select", "loss")
+    measured = ("--eval-data", world.valid, "--measure", "all", "--select", "loss", "--preflight")
     ran = done(capsys, *distill(world, out, "--method", "promptkd", "--teacher_prompt", file, *TWO_PARTS, *measured))
     first, *_ = (line for line in ran.err.splitlines() if "context" in line)
     assert f"context that the student does not see: the text of {file} (24 characters)." in first

@@ -26,7 +26,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 def finished(world: World) -> Path:
     """A run with a soft prompt and validation rows."""
     out = world.folder / "run"
-    request = distill(world, out, "--eval-data", world.valid, "--prompt_length", 3, "--no-preflight")
+    request = distill(world, out, "--eval-data", world.valid, "--prompt_length", 3)
     assert main([str(each) for each in request]) == 0
     return out
 
@@ -95,7 +95,7 @@ def test_other_rows_another_folder_and_no_answers(finished, world, tmp_path, cap
 
 def test_the_teacher_reads_its_context_as_in_training(world, tmp_path, capsys):
     folder, text = tmp_path / "run", "the {{ input }}an"
-    request = distill(world, folder, "--eval-data", world.valid, "--prompt_length", 3, "--no-preflight")
+    request = distill(world, folder, "--eval-data", world.valid, "--prompt_length", 3)
     done(capsys, *request, "--teacher_prompt", text)
 
     def explained(name, *arguments):

@@ -69,9 +69,10 @@ def rows(count: int, *, first: int = 0) -> list[dict]:
 
 
 def distill(world: World, out: Path, *arguments: object) -> list[object]:
-    """Without a measurement of teacher and untrained student, which takes longer than three steps, unless asked for."""
+    """Without measurements of the models before training, which take longer than three steps, unless asked for."""
     pair = ("--student", world.student, "--teacher", world.teacher)
     measured = () if "--measure" in arguments else ("--measure", "student")
+    measured += () if {"--preflight", "--no-preflight"} & set(map(str, arguments)) else ("--no-preflight",)
     return ["distill", *pair, "--data", world.train, "--out", out, *TRAINING, *measured, *arguments]
 
 

@@ -6,8 +6,10 @@
 import sys
 import warnings
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
@@ -15,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging
 
 from promptkd.data.batch import right_pad
-from promptkd.engine import check_scoring, engine_for, first_verified, head_logits
+from promptkd.engine import check_scoring, engine_for, first_verified, head_logits, resolve
 from promptkd.engine.checks import reads_embeddings
 from promptkd.engine.reference import DECODERS, SCORERS
 from promptkd.errors import RequestError
@@ -184,7 +186,13 @@ def _fields(family: str) -> dict[str, Any]:
 
 def outcome(family: str) -> Outcome:
     """What promptkd does with a family; AssertionError where that differs from the model's own forward."""
-    model = family_model(family)
+    with pytest.MonkeyPatch.context() as patch:  # each way is held to the reference, whose trial is run once
+        for name in ("_score_trial", "_decode_trial"):
+            patch.setattr(resolve, name, cache(vars(resolve)[name]))
+        return _outcome(family, family_model(family))
+
+
+def _outcome(family: str, model: PreTrainedModel) -> Outcome:
     name = type(model).__name__
     try:
         check_scoring(model)

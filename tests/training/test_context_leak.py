@@ -48,7 +48,7 @@ def test_a_context_reaches_the_teacher_alone(world, tmp_path, capsys, caplog, mo
     """Through preflight, rollouts of the student or of both, the steps of both, and validation."""
     run, read = tmp_path / "run", Read(monkeypatch)
     world = world._replace(teacher=teacher or world.teacher)
-    measured = () if method == "promptkd" else ("--no-preflight",)
+    measured = ("--preflight",) if method == "promptkd" else ()
     validated = ("--eval-data", world.valid, "--eval_strategy", "steps", "--eval_steps", 3)
     shown = done(capsys, *distill(world, run, "--method", method, *validated, *measured)).err
     assert "in 12 of them it holds the row's reference" in shown  # of the training rows

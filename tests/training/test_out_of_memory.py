@@ -26,7 +26,7 @@ from promptkd.training.out_of_memory import advice
 
 CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ...")
 CPU = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1073741824 bytes.")
-EACH_STEP = ("--eval_strategy", "steps", "--eval_steps", 1, "--select", "last", "--save_steps", 1, "--no-preflight")
+EACH_STEP = ("--eval_strategy", "steps", "--eval_steps", 1, "--select", "last", "--save_steps", 1)
 
 
 @pytest.fixture(scope="module")

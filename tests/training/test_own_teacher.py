@@ -204,7 +204,7 @@ def test_a_student_learns_of_its_own_start_that_sees_more(tmp_path):
 def test_a_run_of_the_command_line_names_its_teacher_and_resumes(tmp_path, capsys, teacher):
     world = make_world(tmp_path / "world")._replace(teacher=teacher)
     settings = ("--method", "kd", "--cross_entropy_share", 0.5, "--save_strategy", "steps", "--save_steps", 2)
-    measured = ("--eval-data", world.valid, "--measure", "all", "--select", "last")
+    measured = ("--eval-data", world.valid, "--measure", "all", "--select", "last", "--preflight")
     request = distill(world, tmp_path / "run", *settings, *measured)
     said = done(capsys, *request).err
     assert "nothing is learned from it but rounding" in said

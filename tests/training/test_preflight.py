@@ -87,7 +87,7 @@ def test_nothing_is_drawn_and_nothing_changes(tmp_path):
 @pytest.mark.slow
 def test_the_screen_is_on_terminal_record_and_page_and_the_run_is_the_same(world, tmp_path, capsys):
     with_it, without = tmp_path / "with", tmp_path / "without"
-    ran = done(capsys, *distill(world, with_it, "--eval-data", world.valid))
+    ran = done(capsys, *distill(world, with_it, "--eval-data", world.valid, "--preflight"))
     silent = done(capsys, *distill(world, without, "--eval-data", world.valid, "--no-preflight"))
     record = Results.read(with_it / "results.json")
     assert record.preflight.measured_rows == 4  # of the validation data
@@ -107,7 +107,7 @@ def test_the_screen_is_on_terminal_record_and_page_and_the_run_is_the_same(world
 @pytest.mark.slow
 def test_rows_without_references_and_runs_that_are_resumed(world, tmp_path, capsys):
     prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": f"the {index}"} for index in range(12)])
-    done(capsys, *distill(world._replace(train=str(prompts)), tmp_path / "run"))
+    done(capsys, *distill(world._replace(train=str(prompts)), tmp_path / "run", "--preflight"))
     found = Results.read(tmp_path / "run" / "results.json").preflight
     assert found.student_loss is None
     assert found.kl_to_teacher > 0
@@ -126,7 +126,7 @@ def test_a_run_that_was_interrupted_keeps_what_it_saw(world, tmp_path, capsys, m
 
     with monkeypatch.context() as patch:
         patch.setattr(ProgressBar, "on_step_begin", interrupted)
-        ran = run(capsys, *distill(world, out, "--save_steps", 1))
+        ran = run(capsys, *distill(world, out, "--save_steps", 1, "--preflight"))
     assert ran.status == 130
     advice = [line for line in ran.err.splitlines() if line.startswith("Before training: ")]
     assert advice

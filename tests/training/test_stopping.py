@@ -84,8 +84,7 @@ def test_a_signal_ends_the_step_with_a_checkpoint(
     message = f"promptkd {command.__name__}: {words} after step 4 of 7, with a checkpoint. To resume: "
     said, resume = ran.err.split(message)
     assert "Traceback" not in said
-    seen = {"preflight.json"} if command is distill else set()
-    assert held(tmp_path / "cut") == {"config.yaml", "metrics.jsonl", "checkpoints/checkpoint-4"} | seen
+    assert held(tmp_path / "cut") == {"config.yaml", "metrics.jsonl", "checkpoints/checkpoint-4"}
 
     words = shlex.split(resume)
     assert words == ["promptkd", command.__name__, "--out", str(tmp_path / "cut"), "--resume"]
@@ -119,7 +118,6 @@ def test_a_signal_in_the_last_step_leaves_the_finish_to_the_resumed_run(world, t
     assert held(out) == {
         "config.yaml",
         "metrics.jsonl",
-        "preflight.json",
         "checkpoints/checkpoint-7",
     }  # in the middle of an epoch
     done(capfd, *longer(distill(world, out)), "--resume")
@@ -136,7 +134,7 @@ def test_a_second_signal_ends_at_once(world, tmp_path, capfd, monkeypatch):
     ran = run(capfd, *distill(world, tmp_path / "run"))
     assert ran.status == 143
     assert "Stopped by SIGTERM before a checkpoint was written. To resume: promptkd distill" in ran.err
-    assert held(tmp_path / "run") == {"config.yaml", "metrics.jsonl", "preflight.json"}
+    assert held(tmp_path / "run") == {"config.yaml", "metrics.jsonl"}
 
 
 def test_a_signal_that_a_launcher_repeats_counts_once_and_the_handlers_are_those_of_before(
@@ -260,7 +258,7 @@ def test_the_command_that_resumes_a_run_with_its_own_settings(tmp_path):
 def test_a_process_told_by_one_signal_stops_all_at_the_same_step(world, tmp_path, capfd):
     """Two processes; the second hears of it alone. One process goes on with the run."""
     out, logs = tmp_path / "run", [tmp_path / "first", tmp_path / "second"]
-    request = [60 if each == 3 else 2 if each == 4 else each for each in distill(world, out)]
+    request = [30 if each == 3 else 2 if each == 4 else each for each in distill(world, out)]
     children = [forked_command(request, log, **own) for log, own in zip(logs, group(2), strict=True)]
     deadline = time.monotonic() + 100
     while not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_text().splitlines()) < 5:
@@ -275,11 +273,11 @@ def test_a_process_told_by_one_signal_stops_all_at_the_same_step(world, tmp_path
     assert statuses == [143, 143], first + second
     assert "Traceback" not in first + second
     (step,) = checkpoints_in(out / "checkpoints")
-    assert 5 <= step < 60
-    message = f"promptkd distill: Stopped by SIGTERM after step {step} of 60, with a checkpoint. To resume: accelerate"
+    assert 5 <= step < 30
+    message = f"promptkd distill: Stopped by SIGTERM after step {step} of 30, with a checkpoint. To resume: accelerate"
     assert message in first
     assert "To resume" not in second
     assert len(json_lines(out / "metrics.jsonl")) == step
     ran = done(capfd, *request, "--resume")
     assert f"Resuming from {out / 'checkpoints' / f'checkpoint-{step}'}." in ran.err
-    assert [line["step"] for line in json_lines(out / "metrics.jsonl")] == list(range(1, 61))
+    assert [line["step"] for line in json_lines(out / "metrics.jsonl")] == list(range(1, 31))
