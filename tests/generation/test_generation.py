@@ -17,7 +17,7 @@ from promptkd.errors import RequestError
 from promptkd.generation import Decoding, SamplingParams, generate, row_seeds
 
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
-LENGTH = 20  # past Gemma 2's window of 8
+LENGTH = 14  # past Gemma 2's window of 8
 
 
 def is_tried(model) -> bool:
