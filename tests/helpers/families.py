@@ -239,18 +239,21 @@ def _close(got: Tensor, expected: Tensor, what: str) -> None:
 
 
 def _scoring(model: PreTrainedModel, takes_prompt: bool) -> str:
-    """How rows are scored, once every way that passes its trial gives the model's own logits, and gradients."""
+    """How rows are scored, once every way that passes its trial gives the model's own logits, and gradients.
+
+    After a soft prompt where the model takes one; without it, each way is held to the reference by its trial.
+    """
     batch, ways = right_pad(*zip(*ROWS, strict=True)), engine_for(torch.device("cpu")).scorers
-    for prompt in [None, *([_prompt(model)] if takes_prompt else [])]:
-        rows = [own_logits(model, [*ids, *answer], prompt)[len(ids) - 1 : -1] for ids, answer in ROWS]
-        expected = torch.cat(rows).float()
-        weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
-        gradient = None if prompt is None else torch.autograd.grad((expected * weights).sum(), prompt)[0]
-        for way in _verified(model, ways):
-            got = head_logits(model, way.hidden(model, batch, prompt))
-            _close(got, expected, f"scoring by {way.name}")
-            if prompt is not None:
-                _close(torch.autograd.grad((got * weights).sum(), prompt)[0], gradient, f"the gradient by {way.name}")
+    prompt = _prompt(model) if takes_prompt else None
+    rows = [own_logits(model, [*ids, *answer], prompt)[len(ids) - 1 : -1] for ids, answer in ROWS]
+    expected = torch.cat(rows).float()
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    gradient = None if prompt is None else torch.autograd.grad((expected * weights).sum(), prompt)[0]
+    for way in _verified(model, ways):
+        got = head_logits(model, way.hidden(model, batch, prompt))
+        _close(got, expected, f"scoring by {way.name}")
+        if prompt is not None:
+            _close(torch.autograd.grad((got * weights).sum(), prompt)[0], gradient, f"the gradient by {way.name}")
     return first_verified(ways, model).name
 
 
