@@ -53,6 +53,8 @@ def test_curves_and_differences_are_means_over_seeds_with_the_intervals_of_seeds
     values = {each.model: each.metrics["exposure_bias"].value for each in made.evaluations}
     assert values == {group: curves["exposure_bias", group].points[int(length) - 1].value for group in "ab"}
     assert made.evaluations[0].decoding["exposure bias at length"] == length
+    (apart,) = made.told_apart
+    assert (apart.metric, apart.data, apart.pairs) == ("exposure_bias", "t, bias", [("a", "b")])
     assert made.data.keys() == {"t, bias"}
 
 

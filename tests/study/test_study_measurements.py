@@ -137,7 +137,7 @@ def test_a_studys_exposure_bias_is_compared_and_reported(tmp_path, capsys):
     assert "ExAccErr(l) in %, by optimizer step." in (tmp_path / "table.md").read_text()
 
 
-def test_other_metrics_leave_the_curves_alone(tmp_path, capsys):
+def test_exposure_bias_is_compared_by_its_name_where_nothing_else_is_measured(tmp_path, capsys):
     study = made_study(tmp_path / "s")
     assert "Expected metrics that rows" in run(capsys, "compare", study, "--metrics", "rouge_l").err
     done(capsys, "compare", study, "--metrics", "exposure_bias", "--out", tmp_path / "c.json")
@@ -176,6 +176,14 @@ def test_models_that_runs_need_are_not_deleted(tmp_path):
     assert f"{tmp_path}/out/kd/student is one that runs need" in first
     assert "x=" in second
     assert not models_needed_in(tmp_path / "other", runs)
+
+
+@pytest.mark.parametrize("measurement", ["evaluate", "exposure_bias"])
+def test_the_teacher_of_a_measurement_is_not_deleted(world, tmp_path, capsys, measurement):
+    teacher = tmp_path / "out" / "kd-seed-1"
+    measured = {measurement: {"data": [world.test], "teacher": str(teacher)}}
+    said = run(capsys, "study", study_file(world, tmp_path / "out", keep_models=False, **measured)).err
+    assert f"{teacher} is one that runs need" in said
 
 
 def test_deleting_keeps_all_but_weights_and_checkpoints(tmp_path):

@@ -219,7 +219,7 @@ def _bias(groups: Groups, baseline: str, metrics: Sequence[str]) -> PooledBias:
 
     bias = pool_bias(groups.exposure, groups.started, baseline=baseline, label=label)
     if metrics and METRIC not in metrics:
-        bias.evaluations, bias.differences = [], []
+        bias.evaluations, bias.differences, bias.told_apart = [], [], []
     return bias
 
 

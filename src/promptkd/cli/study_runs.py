@@ -64,9 +64,8 @@ def checked_runs(options: Options) -> tuple[list[StudyRun], list[Job]]:
         exposure = measuring.results(EXPOSURE_BIAS, each.name) if options.exposure_bias else None
         runs.append(StudyRun(each, job, results, trained, exposure))
     if not options.keep_models:
-        problems |= {
-            text: [] for text in models_needed_in(options.out, planned, [options.exposure_bias.get("teacher")])
-        }
+        teachers = [each.get("teacher") for each in (options.evaluate, options.exposure_bias)]
+        problems |= {text: [] for text in models_needed_in(options.out, planned, teachers)}
     references = [] if problems or not options.references else measuring.of_references(planned, read)
     told = []
     for text, names in problems.items():

@@ -18,7 +18,7 @@ import numpy as np
 
 from promptkd.evaluation.comparison import Comparison
 from promptkd.results import Curve, CurvePoint, Difference, Evaluation, Metric, Results
-from promptkd.study.pooling import both_ways
+from promptkd.study.pooling import Pooled, both_ways, told_apart
 
 METRIC = "exposure_bias"
 _STEP = re.compile(r" step (\d+)$")  # behind a run's name, of the curve of a checkpoint
@@ -59,16 +59,21 @@ def pool_bias(
         made.data |= {label(data): facts for data, facts in record.data.items() if label(data) not in made.data}
     for (data, _), setting in _settings(groups, references).items():
         name, length = label(data), _supported_length(setting)
+        tested: dict[str, Pooled] = {}
         for group, seeds in setting.students.items():
             first = next(iter(seeds.values()))
             points = _mean(list(seeds.values()))
             made.curves.append(
                 Curve(name="exposure_bias", model=group, data=name, settings=first.settings, points=points)
             )
-            if at_length := _pooled([_at(curve, length) for curve in seeds.values()]):
+            at = {seed: _at(curve, length) for seed, curve in seeds.items()}
+            if at_length := _pooled(list(at.values())):
+                own = {seed: (p.value, np.array(p.row_parts)) for seed, p in at.items() if p.value is not None}
+                tested[group] = {METRIC: own}
                 metrics = {METRIC: at_length[0]}
                 decoding = {**first.settings, "exposure bias at length": length}
                 made.evaluations.append(Evaluation(model=group, data=name, decoding=decoding, metrics=metrics))
+        made.told_apart += told_apart(name, tested, lambda metric: "lower")
         made.curves += _over_steps(setting, name, length)
         made.curves += [curve.model_copy(update={"model": model, "data": name, "points": _mean([curve])})
                         for model, curve in setting.references.items()]  # fmt: skip

@@ -114,13 +114,14 @@ def compare_groups(
             if group != baseline:
                 mine = {name: held for name, held in of_group.items() if name not in again}
                 made.differences += _differences(setting.data, (group, mine), (baseline, pooled[baseline]), better)
-        made.told_apart += _told_apart(setting.data, pooled, better)
+        made.told_apart += told_apart(setting.data, pooled, better)
         made.evaluations += evaluations_of(setting, columns, [each.label for each in references])
         if first.data is not None:
             made.data[setting.data] = first.data
     if beside is not None:
         made.evaluations += beside.evaluations
         made.differences += beside.differences
+        made.told_apart += beside.told_apart
         made.data |= beside.data
     tested = [(found, found.p_value) for found in made.differences if found.p_value is not None]
     for (found, _), adjusted in zip(tested, holm([p for _, p in tested]), strict=True):
@@ -144,7 +145,7 @@ def _differences(
             )
 
 
-def _told_apart(data: str, pooled: Mapping[str, Pooled], better: Callable[[str], Better | None]) -> Iterator[ToldApart]:
+def told_apart(data: str, pooled: Mapping[str, Pooled], better: Callable[[str], Better | None]) -> Iterator[ToldApart]:
     """Of each metric with a better direction, all pairs of groups over the seeds that both have, by Holm among them."""
     for name in dict.fromkeys(name for of_group in pooled.values() for name in of_group):
         way, held = better(name), dict[str, dict[int, tuple[float, Floats]]]()
