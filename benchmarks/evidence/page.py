@@ -17,6 +17,7 @@ from benchmarks.evidence.svg import Axis, Line, chart
 from promptkd.errors import RequestError
 from promptkd.report.formatting import duration, listed
 from promptkd.report.metrics import logged_info, metric_info
+from promptkd.results import Curve
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -63,7 +64,7 @@ class Page:
 
     def leaders(self, study: str, metric: str, data: str) -> str:
         """ "a, b and c": the best and those not told apart from it; "all" where nothing is."""
-        found = self._study(study).leaders(metric, data)
+        found = tables.leaders(self._study(study), metric, data)
         return listed(found) if found else "all"
 
     def steps(self, study: str, group: str) -> str:
@@ -126,29 +127,33 @@ class Page:
         return self._plot(held, f"{study}-{stem or metric}-over-{axis.label}", about, lines, axis, _axis(info))
 
     def plot_bias(
-        self, study: str, *, groups: Sequence[str] = (), by_step: bool = False, stem: str = "exposure-bias"
+        self, study: str, data: str, *, groups: Sequence[str] = (), by_step: bool = False, stem: str = "exposure-bias"
     ) -> str:
         """ExAccErr over lengths, with the students before training; or at the study's length over steps."""
         held = self._study(study)
         models = [*([] if by_step else held.study.started), *held.named(groups)]
-        lines = [Line(model, points) for model in models if (points := held.bias(model, by_step=by_step))]
-        if not lines:
-            raise RequestError(f"Study {study} has no record of exposure bias.")
-        axis = Axis("optimizer step" if by_step else "length l (tokens)")
-        about = f"ExAccErr over {axis.label}; bands are 95 % intervals over seeds and rows."
-        where = f"{study}-{stem}{'-over-steps' if by_step else ''}"
-        return self._plot(held, where, about, lines, axis, Axis("ExAccErr (%)" if by_step else "ExAccErr(l) (%)"))
+        curves = [curve for model in models if (curve := held.bias(model, data, by_step=by_step))]
+        if not curves:
+            raise RequestError(f"Study {study} has no exposure bias on {data}.")
+        x, y = Axis("optimizer step"), Axis("ExAccErr(l) (%)")
+        if by_step:
+            y = Axis(f"ExAccErr({curves[0].settings['length']}) (%)")
+        else:
+            x = Axis("length l (tokens)")
+        about = f"{y.label.removesuffix(' (%)')} on {data.removesuffix(', exposure bias')} over {x.label}; "
+        about += "bands are 95 % intervals over seeds and rows."
+        lines = [Line(curve.model, points) for curve in curves if (points := _points(curve))]
+        return self._plot(held, f"{study}-{stem}{'-over-steps' if by_step else ''}", about, lines, x, y)
 
     def not_run(self) -> str:
-        """What is planned and has no records yet, with its cost."""
-        planned = yaml.safe_load((HERE / "planned.yaml").read_text(encoding="utf-8"))
-        lines = [
-            f"| {each['what']} | {each['runs']} | {each['steps']} | {each['runs'] * each['minutes'] / 60:.0f} h |"
-            for each in planned
-            if not self.has(each["study"])
-        ]
-        heads = "| what | runs | steps of each | about |\n| --- | ---: | ---: | ---: |"
-        return "\n".join([heads, *lines]) if lines else "Everything that was planned has been run."
+        """The planned runs of which there are no records yet, with their cost."""
+        lines = ["| what | runs | steps of each | about |", "| --- | ---: | ---: | ---: |"]
+        for each in yaml.safe_load((HERE / "planned.yaml").read_text(encoding="utf-8")):
+            held = self._study(each["study"]) if self.has(each["study"]) else None
+            if left := each["runs"] if held is None else held.planned - len(held.study.runs):
+                hours = f"{left * each['minutes'] / 60:.0f} h"
+                lines.append(f"| {each['what']} | {left} | {each['steps']} | {hours} |")
+        return "\n".join(lines) if len(lines) > 2 else "Everything that was planned has been run."
 
     def _study(self, name: str) -> Committed:
         if not self.has(name):
@@ -198,3 +203,9 @@ def _axis(info: Any) -> Axis:
 def _short(value: Any) -> str:
     """The last part of a path; of a file its name alone."""
     return PurePath(str(value)).name
+
+
+def _points(curve: Curve) -> list[Point]:
+    """Those with a value; its ends are the value where there is no interval."""
+    found = [(p.x, p.value, p.low, p.high) for p in curve.points if p.value is not None]
+    return [Point(x, y, y if low is None else low, y if high is None else high) for x, y, low, high in found]

@@ -13,10 +13,7 @@ from typing import NamedTuple
 from benchmarks.evidence.records import unpack
 from promptkd.cli.study_comparison import Finished, Study, mean_costs, read_study, study_comparison
 from promptkd.errors import RequestError
-from promptkd.evaluation.statistics import holm
-from promptkd.report.differences import verdict
-from promptkd.report.metrics import metric_info
-from promptkd.results import Difference, Results, Training
+from promptkd.results import Curve, Difference, Results, Training
 from promptkd.study.plan import plan_runs
 
 
@@ -69,47 +66,24 @@ class Committed:
         return trained, sum(sum(record.timings.values()) for record in measured)
 
     @cache  # noqa: B019 - as many as there are studies, for one run of the command
-    def comparison(self, baseline: str, metrics: tuple[str, ...]) -> Results:
+    def comparison(self, metrics: tuple[str, ...]) -> Results:
         """Of `metrics`, by default all, as `promptkd study` makes it."""
-        options = replace(self.study.options, baseline=baseline, metrics=list(metrics))
+        options = replace(self.study.options, metrics=list(metrics))
         return study_comparison(self.study._replace(options=options))
 
     def tested(self) -> Results:
         """With the study's own metrics and baseline: its differences are those that p is adjusted over."""
-        return self.comparison(self.baseline, tuple(self.study.options.metrics))
+        return self.comparison(tuple(self.study.options.metrics))
 
     def shown(self, metrics: Iterable[str]) -> Results:
         """The values of metrics that the study need not test."""
         own = tuple(self.study.options.metrics)
-        return self.comparison(self.baseline, own if set(metrics) <= set(own) else tuple(metrics))
+        return self.comparison(own if set(metrics) <= set(own) else tuple(metrics))
 
     def difference(self, group: str, metric: str, data: str) -> Difference | None:
         """From the baseline; None of the baseline itself, and where the study does not test the metric."""
         found = [d for d in self.tested().differences if (d.model, d.metric, d.data) == (group, metric, data)]
         return found[0] if found else None
-
-    def leaders(self, metric: str, data: str) -> list[str]:
-        """The best group, and those that its paired difference does not tell apart from it.
-
-        p is adjusted with Holm's method over the differences of one metric on one data set from its best. Empty where
-        neither direction is better, and where none is told apart.
-        """
-        info = metric_info(metric)
-        measured = [e for e in self.shown([metric]).evaluations if e.data == data and metric in e.metrics]
-        values = {each.model: each.metrics[metric].value for each in measured}
-        values = {group: values[group] for group in self.groups if group in values}
-        if info.better is None or len(values) < 2:
-            return []
-        best = (max if info.better == "higher" else min)(values, key=lambda group: values[group])
-        found = self.comparison(best, (metric,)).differences
-        differences = [each for each in found if each.data == data and each.p_value is not None]
-        adjusted = holm([each.p_value for each in differences if each.p_value is not None])
-        behind = {
-            each.model
-            for each, p in zip(differences, adjusted, strict=True)
-            if verdict(each.model_copy(update={"p_adjusted": p})) == "worse"
-        }
-        return [group for group in values if group not in behind] if behind else []
 
     def history(self, group: str, metric: str) -> list[Point]:
         """A logged metric over steps: its mean over seeds, and one standard deviation between them to either side."""
@@ -120,12 +94,10 @@ class Committed:
                     held.setdefault(float(point["step"]), []).append(float(value))
         return [_point(x, values) for x, values in sorted(held.items())]
 
-    def bias(self, model: str, *, by_step: bool) -> list[Point]:
+    def bias(self, model: str, data: str, *, by_step: bool) -> Curve | None:
         """ExAccErr in % over lengths, or at one length over steps of training, as `promptkd study` pools it."""
-        name = "exposure_bias_by_step" if by_step else "exposure_bias"
-        curves = [each for each in self.tested().curves if (each.name, each.model) == (name, model)]
-        points = [point for curve in curves[:1] for point in curve.points if point.value is not None]
-        return [Point(p.x, *(p.value if each is None else each for each in (p.value, p.low, p.high))) for p in points]
+        wanted = ("exposure_bias_by_step" if by_step else "exposure_bias", model, data)
+        return next((each for each in self.tested().curves if (each.name, each.model, each.data) == wanted), None)
 
 
 def committed(records: Path) -> Committed:

@@ -39,6 +39,11 @@ def _rows(study: Committed, metrics: tuple[str, ...]) -> list[ComparisonRow]:
     return comparison_table([study.shown(metrics)])
 
 
+def leaders(study: Committed, metric: str, data: str) -> list[str]:
+    """The best group and those not told apart from it, as promptkd's report marks them; empty where all are tied."""
+    return [row.model for row in rows_on(study, data, [metric]) if metric in row.cells and row.cells[metric].best]
+
+
 def difference_text(study: Committed, group: str, metric: str, data: str) -> str:
     """ "+0.7 [−1.7, 2.9], p 0.410", and "better" or "worse" before it where the difference is claimed."""
     if group == study.baseline:
@@ -58,7 +63,6 @@ def metrics_table(study: Committed, data: str, groups: Sequence[str], metrics: S
     """
     rows = {row.model: row for row in rows_on(study, data, metrics)}
     shown = [name for name in metrics if any(name in row.cells for row in rows.values())]
-    leaders = {name: study.leaders(name, data) for name in shown}
     tested = {name for name in shown for group in groups if study.difference(group, name, data) is not None}
     heads = ["", "seeds"]
     for name in shown:
@@ -67,20 +71,21 @@ def metrics_table(study: Committed, data: str, groups: Sequence[str], metrics: S
         heads += [f"{info.label}{unit}{_ARROWS[info.better]}"]
         heads += [f"less {study.baseline}"] if name in tested else []
     lines = []
-    for group in [*(each.label for each in study.study.references), *groups]:
+    references = [each.label for each in study.study.references if each.label in rows]
+    for group in [*references, *groups]:
         own = group in study.groups
         cells = [group, str(len(study.runs(group))) if own else DASH]
         for name in shown:
-            cells.append(_cell(rows[group], name, is_leader=group in leaders[name]))
+            cells.append(_cell(rows[group], name))
             cells += [difference_text(study, group, name, data) if own else DASH] if name in tested else []
         lines.append(cells)
     return _markdown(heads, lines)
 
 
-def _cell(row: ComparisonRow, metric: str, *, is_leader: bool) -> str:
+def _cell(row: ComparisonRow, metric: str) -> str:
     if (cell := row.cells.get(metric)) is None:
         return DASH
-    return " ".join(filter(None, [f"**{cell.value}**" if is_leader else cell.value, cell.interval, cell.deviation]))
+    return " ".join(filter(None, [f"**{cell.value}**" if cell.best else cell.value, cell.interval, cell.deviation]))
 
 
 def costs_table(study: Committed, groups: Sequence[str]) -> str:

@@ -6,41 +6,45 @@ import json
 import re
 import xml.etree.ElementTree
 import zlib
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import get_args
 
 import numpy as np
 import pytest
 import yaml
 from benchmarks.evidence.__main__ import DOCS, RECORDS, outdated
-from benchmarks.evidence.page import build
+from benchmarks.evidence.page import HERE, build
 from benchmarks.evidence.records import collect
 from benchmarks.evidence.studies import Committed, committed
-from benchmarks.evidence.tables import metrics_table
+from benchmarks.evidence.tables import leaders, metrics_table
 
 from helpers.bias_records import curve_of
 from helpers.records import stamped
+from promptkd.cli.parsing.config_file import read_config
 from promptkd.cli.study_comparison import read_study
 from promptkd.errors import RequestError
-from promptkd.results import DataRecord, Evaluation, ModelRecord, RowResult, Series, Training
+from promptkd.results import Curve, DataRecord, Evaluation, ModelRecord, RowResult, Series, Training
+from promptkd.study.plan import plan_runs
 
 pytestmark = pytest.mark.slow
 
 SECRET = "a text of the data"
+PLANNED = ("base", "methods", "seeds", "grid")
 COMMITTED = sorted(each.parent for each in RECORDS.glob("*/config.yaml"))
 ROWS, SEEDS = 12, (10, 20, 30)
 QUALITY = {"gkd": 20.0, "promptkd-prompt_learning_rate-0.001": 30.0, "promptkd-prompt_learning_rate-0.005": 21.0}
 
 
-def evaluation(quality: float, draw: np.random.Generator, *, greedy: bool) -> Evaluation:
+def evaluation(quality: float, draw: np.random.Generator, data: str = "test", *, greedy: bool) -> Evaluation:
     samples = []
     for row, seed in itertools.product(range(ROWS), [None] if greedy else SEEDS):
-        scores, tokens = {"loss": 2 + row / 7, "rouge_l": quality + draw.normal()}, {"loss": row + 1}
+        scores, tokens = {"loss": 2 + row / 7, "rouge_l": quality + draw.normal(), "eos_share": 1.0}, {"loss": row + 1}
         if seed != SEEDS[-1]:  # as with `evaluate --kl-seeds 2`
             scores["kl_to_teacher"], tokens["kl_to_teacher"] = abs(draw.normal()), int(draw.integers(1, 9))
         texts = {"prompt": SECRET, "references": [SECRET], "response": SECRET, "request": [("user", SECRET)]}
         samples.append(RowResult(row=row, seed=seed, **texts, scores=scores, tokens=tokens))
     decoding = {"temperature": 0.0 if greedy else 1.0, "max_new_tokens": 8, "seeds": [] if greedy else list(SEEDS)}
-    return Evaluation(model="m", data="test", decoding=decoding, metrics={}, samples=samples)
+    return Evaluation(model="m", data=data, decoding=decoding, metrics={}, samples=samples)
 
 
 def made_study(folder: Path, seeds: list[int]) -> Path:
@@ -48,23 +52,33 @@ def made_study(folder: Path, seeds: list[int]) -> Path:
     methods = ["gkd", {"name": "promptkd", "grid": {"prompt_learning_rate": [0.001, 0.005]}}]
     base = {"student": "s", "teacher": "t", "data": "d"}
     settings = {"out": "runs/s", "base": base, "methods": methods, "seeds": seeds, "evaluate": {"data": ["test"]}}
+    settings |= {"metrics": ["rouge_l", "kl_to_teacher"], "exposure_bias": {"data": ["t"]}}
+    names = {f"{group}-seed-{seed}": QUALITY[group] for group in QUALITY for seed in seeds}
+    return made_runs(folder, settings, names)
+
+
+def made_runs(folder: Path, settings: dict, names: dict[str, float]) -> Path:
+    """Of each name its records by the study's settings, with numbers about its quality."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(settings | {"metrics": ["rouge_l", "kl_to_teacher"]}))
-    data = {"test": DataRecord(path=f"{folder.absolute()}/test.jsonl", rows=ROWS, sha256="ab")}
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     models = {"teacher": ModelRecord(path="/home/someone/teacher", parameters=9, sha256="cd")}
-    names = [(f"{group}-seed-{seed}", QUALITY[group]) for group in QUALITY for seed in seeds]
-    for name, quality in [*names, ("teacher", 40.0)]:
+    sets = [Path(file).stem for file in settings.get("evaluate", {}).get("data", [])]
+    for name, quality in [*names.items(), *([("teacher", 40.0)] if sets else [])]:
         draw = np.random.default_rng(zlib.crc32(name.encode()))
-        both = [evaluation(quality + draw.normal() / 4, draw, greedy=greedy) for greedy in (False, True)]
-        measured = {"evaluations": both, "data": data, "models": models}
-        record = stamped("evaluate", **measured, timings={"measuring": 2.0})
-        record.write(folder / "evaluations" / name / "results.json")
-        curves = [curve_of(model, draw, quality / 40) for model in (name, f"{name} step 20")]
-        biased = stamped("exposure-bias", data=data, curves=curves, timings={"measuring": 1.0})
-        if quality < 40:
-            biased.write(folder / "exposure-bias" / name / "results.json")
+        asked = [(each, greedy) for each in sets for greedy in (False, True)] or [("validation", False)]
+        found = [evaluation(quality + draw.normal() / 4, draw, each, greedy=greedy) for each, greedy in asked]
+        data = {each: DataRecord(path=f"{folder.absolute()}/test.jsonl", rows=ROWS, sha256="ab") for each, _ in asked}
+        measured = {"evaluations": found, "data": data, "models": models}
+        if sets:
+            record = stamped("evaluate", **measured, timings={"measuring": 2.0})
+            record.write(folder / "evaluations" / name / "results.json")
         if name == "teacher":
             continue
+        if biased := [Path(file).stem for file in settings.get("exposure_bias", {}).get("data", [])]:
+            curves = [curve_of(model, draw, quality / 40) for model in (name, f"{name} step 20")]
+            curves = [curve.model_copy(update={"data": biased[0]}) for curve in curves]
+            record = stamped("exposure-bias", data=data, curves=curves, timings={"measuring": 1.0})
+            record.write(folder / "exposure-bias" / name / "results.json")
         steps = [{"step": step, "loss": 3 - step / 100 + draw.normal() / 9} for step in range(1, 201)]
         steps += [{"step": step, "eval_kl_to_teacher": 1 - step / 400, "eval_loss": 2.5} for step in (50, 100, 200)]
         cost = Training(method="m", steps=200, seconds=80.0, peak_memory_bytes=2**30, tokens_per_second=50.0)
@@ -128,6 +142,13 @@ def test_what_is_pooled_of_the_records_is_what_is_pooled_of_the_study(study, mad
         expected = other.difference.model_dump(exclude_none=True)
         assert mine.difference.model_dump(exclude_none=True) == pytest.approx(expected, rel=1e-5, abs=3e-5)
         assert mine.p_adjusted == pytest.approx(other.p_adjusted, rel=1e-3)
+    assert of_records.told_apart == of_study.told_apart
+    assert {curve.name for curve in of_study.curves} == set(get_args(Curve.model_fields["name"].annotation))
+    for curve, whole in zip(of_records.curves, of_study.curves, strict=True):
+        for own, other in zip(curve.points, whole.points, strict=True):
+            expected = other.model_dump(exclude={"row_parts"}, exclude_none=True)
+            found = own.model_dump(exclude={"row_parts"}, exclude_none=True)
+            assert found == pytest.approx(expected, rel=2e-3, abs=0.1)  # a row's part has three digits
 
 
 def test_absolute_paths_in_a_studys_settings_are_refused(study, tmp_path):
@@ -150,8 +171,8 @@ def test_the_table_marks_the_best_and_claims_by_p_after_holm(made):
     assert re.fullmatch(r"\*\*better\*\* \+[\d.]+ \[[+\d.]+, [+\d.]+\], p [<\d. ]+", best[3])
     assert [line[3] for line in lines[2:4]] == ["–", "baseline"]
     assert "**" not in lines[3][2]
-    assert made.leaders("rouge_l", "test, sampled") == ["promptkd-prompt_learning_rate-0.001"]
-    assert made.leaders("loss", "test, sampled") == []  # the same for all
+    assert leaders(made, "rouge_l", "test, sampled") == ["promptkd-prompt_learning_rate-0.001"]
+    assert leaders(made, "loss", "test, sampled") == []  # the same for all
     with pytest.raises(RequestError, match=r"Study prompt was measured on test, sampled; test, greedy. Got dolly."):
         metrics_table(made, "dolly", made.groups, ["rouge_l"])
 
@@ -163,8 +184,9 @@ PAGE = """
 {{ reached("prompt", 0.8) }}
 {{ plot_over("prompt", "prompt_learning_rate", "rouge_l", "test, greedy", levels=["gkd"]) }}
 {{ plot_history("prompt", "eval_kl_to_teacher", by_time=True) }}
-{{ plot_bias("prompt") }}
-{{ plot_bias("prompt", by_step=True) }}
+{{ plot_bias("prompt", "t") }}
+{{ plot_bias("prompt", "t", by_step=True) }}
+{{ table("prompt", "t", ["exposure_bias"]) }}
 value {{ value("prompt", "gkd", "rouge_l", "test, greedy") }} {{ interval("prompt", "gkd", "rouge_l", "test, greedy") }}
 best {{ leaders("prompt", "rouge_l", "test, sampled") }} of {{ seeds("prompt") }} seeds
 after {{ seconds("prompt", "gkd") }} and {{ steps("prompt", "gkd") }} steps
@@ -176,7 +198,9 @@ def test_a_page_is_made_of_a_template_and_records(world, tmp_path):
     made = {str(place): text for place, text in build(world / "records", tmp_path / "page.md").items()}
     page = made.pop("evidence.md")
     source = r"`promptkd study benchmarks/evidence/\S+` \(9 of 9 runs: 12 min 0 s of training, 29.0 s of measuring\)"
-    assert len(re.findall(source, page)) == 7
+    assert len(re.findall(source, page)) == 8
+    assert re.search(r"ExAccErr\([2-6]\) on t over optimizer step;", page)  # the length at which it is shown
+    assert "| gkd | 3 | " in page.split("ExAccErr, % ↓ |")[1]  # without the teacher, of which it is not measured
     assert "| gkd | 80 | 32.0 s | 2,000 | 1.0 GiB | 0.500 |" in page
     assert "best promptkd-prompt_learning_rate-0.001 of 3 seeds" in page
     assert "after 1 min 20 s and 200 steps" in page
@@ -193,12 +217,36 @@ def test_a_page_is_made_of_a_template_and_records(world, tmp_path):
     assert {"promptkd", "gkd", "ROUGE-L (of 100)", "prompt learning rate", "0.002"} <= set(texts)
 
 
+def test_the_page_asks_its_studies_for_what_they_measure(tmp_path, monkeypatch):
+    """With made-up records of three methods, on the data sets on which each study measures them; one run is missing."""
+    monkeypatch.chdir(tmp_path)
+    studies = sorted((HERE / "studies").glob("*.yaml"))
+    for file in studies:
+        settings = read_config(file)
+        settings |= {"seeds": [1, 2], "methods": settings["methods"][:3]}
+        runs = plan_runs(*(settings.get(key, {}) for key in PLANNED), read_file=lambda path: {})
+        names = [each.name for each in runs][: -1 if file.stem == "adapters" else None]
+        made_runs(Path("runs", file.stem), settings, dict.fromkeys(names, 20.0))
+        collect(Path("runs", file.stem), Path("records", file.stem))
+    page = build(Path("records"))[PurePath("evidence.md")]
+    assert "| ExAccErr, % ↓ | less gkd |" in page
+    assert all(f"`promptkd study benchmarks/evidence/studies/{file.name}`" in page for file in studies)
+    lines = [line.split(" | ") for line in page.split("| about |")[1].splitlines()[2:] if line.startswith("| ")]
+    planned = yaml.safe_load((HERE / "planned.yaml").read_text())
+    left = {each["study"] for each in planned} - {file.stem for file in studies}
+    expected = [[f"| {p['what']}", str(p["runs"] if p["study"] in left else 1)] for p in planned]
+    assert [line[:2] for line in lines] == [
+        each for each, p in zip(expected, planned, strict=True) if p["study"] in left | {"adapters"}
+    ]
+
+
 def test_a_page_that_asks_for_what_no_record_holds_is_refused(world, tmp_path):
     for asked, told in {
         'value("gone", "gkd", "rouge_l", "test")': "asks for study gone",
         'value("prompt", "kd", "rouge_l", "test, greedy")': "Got kd.",
         'costs("prompt", ["kd"])': "has gkd, promptkd-prompt_learning_rate-0.001",
-        'plot_bias("prompt", groups=["kd"])': "Got kd",
+        'plot_bias("prompt", "t", groups=["kd"])': "Got kd",
+        'plot_bias("prompt", "test")': "has no exposure bias on test",
         'plot_over("prompt", "beta", "rouge_l", "test, greedy")': "sets beta",
     }.items():
         (tmp_path / "page.md").write_text("{{ " + asked + " }}")
