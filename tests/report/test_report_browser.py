@@ -56,9 +56,7 @@ class Opened:
         boxes = self.page.locator(".chart").all()
         for box in boxes:
             box.scroll_into_view_if_needed()
-        self.page.wait_for_function(
-            f"document.querySelectorAll('.chart .main-svg .scatterlayer').length >= {len(boxes)}"
-        )
+        self.until(f"document.querySelectorAll('.chart .main-svg .scatterlayer').length >= {len(boxes)}")
         return len(boxes)
 
     def close(self) -> None:
