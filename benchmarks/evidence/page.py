@@ -17,6 +17,7 @@ from benchmarks.evidence.svg import Axis, Line, chart
 from promptkd.errors import RequestError
 from promptkd.report.formatting import duration, listed
 from promptkd.report.metrics import logged_info, metric_info
+from promptkd.report.tables import metric_columns
 from promptkd.results import Curve
 
 HERE = Path(__file__).parent
@@ -39,7 +40,7 @@ class Page:
     def table(self, study: str, data: str, metrics: Sequence[str] = (), groups: Sequence[str] = ()) -> str:
         """Groups by metrics on one data set, such as "dolly, sampled"; by default the metrics that the study tests."""
         held = self._study(study)
-        asked = metrics or held.study.options.metrics
+        asked = metrics or held.study.options.metrics or metric_columns([held.tested()])
         return self._with_source(held, tables.metrics_table(held, data, held.named(groups), asked))
 
     def costs(self, study: str, groups: Sequence[str] = ()) -> str:
@@ -151,7 +152,7 @@ class Page:
         for each in yaml.safe_load((HERE / "planned.yaml").read_text(encoding="utf-8")):
             held = self._study(each["study"]) if self.has(each["study"]) else None
             if left := each["runs"] if held is None else held.planned - len(held.study.runs):
-                hours = f"{left * each['minutes'] / 60:.0f} h"
+                hours = f"{left * each['minutes'] / 60:.1f} h"
                 lines.append(f"| {each['what']} | {left} | {each['steps']} | {hours} |")
         return "\n".join(lines) if len(lines) > 2 else "Everything that was planned has been run."
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from benchmarks.evidence.records import unpack
 from promptkd.cli.study_comparison import Finished, Study, mean_costs, read_study, study_comparison
 from promptkd.errors import RequestError
-from promptkd.results import Curve, Difference, Results, Training
+from promptkd.results import Curve, Results, Training
 from promptkd.study.plan import plan_runs
 
 
@@ -58,12 +58,12 @@ class Committed:
         return mean_costs(self.runs(group))[group]
 
     def seconds(self) -> tuple[float, float]:
-        """Of training, and of measuring, over all finished runs."""
+        """Of training and of measuring, over all finished runs; validation during training is in neither."""
         trained = sum(cost.seconds for run in self.study.runs for cost in run.trained.training.values())
-        apart = [run.measured for run in self.study.runs if self.study.options.evaluate]
-        apart += [run.exposure for run in self.study.runs if run.exposure is not None]
-        measured = [*apart, *(each.record for each in self.study.references), *self.study.started.values()]
-        return trained, sum(sum(record.timings.values()) for record in measured)
+        records = [run.measured for run in self.study.runs] + [run.exposure for run in self.study.runs if run.exposure]
+        records += [*(each.record for each in self.study.references), *self.study.started.values()]
+        spent = [(what, seconds) for record in records for what, seconds in record.timings.items()]
+        return trained, sum(seconds for what, seconds in spent if what != "train")
 
     @cache  # noqa: B019 - as many as there are studies, for one run of the command
     def comparison(self, metrics: tuple[str, ...]) -> Results:
@@ -79,11 +79,6 @@ class Committed:
         """The values of metrics that the study need not test."""
         own = tuple(self.study.options.metrics)
         return self.comparison(own if set(metrics) <= set(own) else tuple(metrics))
-
-    def difference(self, group: str, metric: str, data: str) -> Difference | None:
-        """From the baseline; None of the baseline itself, and where the study does not test the metric."""
-        found = [d for d in self.tested().differences if (d.model, d.metric, d.data) == (group, metric, data)]
-        return found[0] if found else None
 
     def history(self, group: str, metric: str) -> list[Point]:
         """A logged metric over steps: its mean over seeds, and one standard deviation between them to either side."""

@@ -5,11 +5,10 @@ from functools import cache
 
 from benchmarks.evidence.studies import Committed
 from promptkd.errors import RequestError
-from promptkd.report.differences import difference_table
+from promptkd.report.differences import DifferenceRow, difference_table
 from promptkd.report.formatting import DASH, duration, number, probability
 from promptkd.report.metrics import logged_info, metric_info
 from promptkd.report.tables import ComparisonRow, comparison_table
-from promptkd.results import Results
 
 _ARROWS = {"higher": " ↑", "lower": " ↓", None: ""}
 _BASELINE = "baseline"
@@ -48,12 +47,18 @@ def difference_text(study: Committed, group: str, metric: str, data: str) -> str
     """ "+0.7 [−1.7, 2.9], p 0.410", and "better" or "worse" before it where the difference is claimed."""
     if group == study.baseline:
         return _BASELINE
-    if (found := study.difference(group, metric, data)) is None:
-        return DASH
-    (row,) = difference_table([Results(kind="compare", differences=[found])])
+    if (row := _differences(study).get((group, metric, data))) is None:
+        return DASH  # the study does not test the metric, or not there
     claimed = f"**{row.verdict}** " if row.change else ""
     interval = f" {row.interval}" if row.interval else ""
-    return f"{claimed}{row.value}{interval}, p {probability(found.p_adjusted)}"
+    return f"{claimed}{row.value}{interval}, p {probability(row.source.p_adjusted)}"
+
+
+@cache
+def _differences(study: Committed) -> dict[tuple[str, str, str], DifferenceRow]:
+    """From the baseline, by group, metric and data set."""
+    rows = difference_table([study.tested()])
+    return {(row.pair.model, row.source.metric, row.pair.data): row for row in rows}
 
 
 def metrics_table(study: Committed, data: str, groups: Sequence[str], metrics: Sequence[str]) -> str:
@@ -63,7 +68,7 @@ def metrics_table(study: Committed, data: str, groups: Sequence[str], metrics: S
     """
     rows = {row.model: row for row in rows_on(study, data, metrics)}
     shown = [name for name in metrics if any(name in row.cells for row in rows.values())]
-    tested = {name for name in shown for group in groups if study.difference(group, name, data) is not None}
+    tested = {name for name in shown for group in groups if (group, name, data) in _differences(study)}
     heads = ["", "seeds"]
     for name in shown:
         info = metric_info(name)

@@ -23,6 +23,7 @@ from helpers.records import stamped
 from promptkd.cli.parsing.config_file import read_config
 from promptkd.cli.study_comparison import read_study
 from promptkd.errors import RequestError
+from promptkd.report.formatting import duration
 from promptkd.results import Curve, DataRecord, Evaluation, ModelRecord, RowResult, Series, Training
 from promptkd.study.plan import plan_runs
 
@@ -82,7 +83,7 @@ def made_runs(folder: Path, settings: dict, names: dict[str, float]) -> Path:
         steps = [{"step": step, "loss": 3 - step / 100 + draw.normal() / 9} for step in range(1, 201)]
         steps += [{"step": step, "eval_kl_to_teacher": 1 - step / 400, "eval_loss": 2.5} for step in (50, 100, 200)]
         cost = Training(method="m", steps=200, seconds=80.0, peak_memory_bytes=2**30, tokens_per_second=50.0)
-        trained = stamped("distill", **measured, training={name: cost})
+        trained = stamped("distill", **measured, training={name: cost}, timings={"train": 99.0, "evaluate": 2.0})
         trained.history = [Series(name=name, points=steps)]
         trained.write(folder / name / "results.json")
     return folder
@@ -218,18 +219,26 @@ def test_a_page_is_made_of_a_template_and_records(world, tmp_path):
 
 
 def test_the_page_asks_its_studies_for_what_they_measure(tmp_path, monkeypatch):
-    """With made-up records of three methods, on the data sets on which each study measures them; one run is missing."""
+    """With made-up records of three methods, on the data sets on which each study measures them.
+
+    One run of one study is missing, and another names no metrics.
+    """
     monkeypatch.chdir(tmp_path)
-    studies = sorted((HERE / "studies").glob("*.yaml"))
+    studies, made = sorted((HERE / "studies").glob("*.yaml")), dict[str, int]()
     for file in studies:
         settings = read_config(file)
         settings |= {"seeds": [1, 2], "methods": settings["methods"][:3]}
+        settings |= {"metrics": []} if file.stem == "rates" else {}
         runs = plan_runs(*(settings.get(key, {}) for key in PLANNED), read_file=lambda path: {})
         names = [each.name for each in runs][: -1 if file.stem == "adapters" else None]
         made_runs(Path("runs", file.stem), settings, dict.fromkeys(names, 20.0))
         collect(Path("runs", file.stem), Path("records", file.stem))
+        made[file.stem] = len(names)
     page = build(Path("records"))[PurePath("evidence.md")]
     assert "| ExAccErr, % ↓ | less gkd |" in page
+    rates = page.split("## The learning rates")[1].split("## ")[0]
+    assert "| Validation loss, nats/token ↓ |" in rates
+    assert f"{duration(2.0 * made['rates'])} of measuring" in rates
     assert all(f"`promptkd study benchmarks/evidence/studies/{file.name}`" in page for file in studies)
     lines = [line.split(" | ") for line in page.split("| about |")[1].splitlines()[2:] if line.startswith("| ")]
     planned = yaml.safe_load((HERE / "planned.yaml").read_text())
