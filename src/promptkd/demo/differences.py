@@ -1,4 +1,4 @@
-"""What each stage of the demo gained over the one before, and what the last student keeps of its teacher."""
+"""What distillation gained in all and by stage, and what the last student keeps of its teacher."""
 
 from collections.abc import Iterator
 from itertools import product
@@ -6,7 +6,7 @@ from itertools import product
 from promptkd.evaluation.statistics import paired_difference, paired_token_difference, paired_token_ratio
 from promptkd.results import Better, Difference, Evaluation
 
-_PAIRS = (("recovered", "pruned"), ("distilled", "recovered"), ("distilled", "teacher"))
+_PAIRS = (("distilled", "pruned"), ("recovered", "pruned"), ("distilled", "recovered"), ("distilled", "teacher"))
 _COMPARED: dict[str, Better] = {"loss": "lower", "kl_to_teacher": "lower", "rouge_l": "higher", "eos_share": "higher"}
 
 

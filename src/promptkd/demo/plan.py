@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 # Seconds of a run on two cores with AVX2, in float32 (docs/demo.md); PromptKD's are per step.
-_SECONDS = {"tuning": 275.0, "recovery": 120.0, "pruning": 15.0, "PromptKD": 13.1, "measuring": 500.0}
+_SECONDS = {"tuning": 95.0, "recovery": 95.0, "pruning": 15.0, "PromptKD": 12.1, "measuring": 180.0}
 _STAGES = (
     ("tuning", "tune the teacher on the training rows"),
     ("pruning", "take layers away: the student"),

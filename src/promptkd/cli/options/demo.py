@@ -21,7 +21,7 @@ class Options:
     """Folder of the run."""
     layers: int = option(24, at_least=1, at_most=30)
     """Layers of the student, of the teacher's 30."""
-    steps: int = option(40, at_least=1)
+    steps: int = option(6, at_least=1)
     """Optimizer steps of PromptKD."""
     seed: int = option(0, at_least=0)
     """Seed of everything random."""
