@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, get_args
 
+from promptkd.evaluation.statistics import LEVEL
 from promptkd.report.formatting import estimate, joined, listed, probability, typed
 from promptkd.report.labels import run_labels
 from promptkd.report.metrics import MetricInfo, in_order, metric_info
@@ -13,7 +14,6 @@ from promptkd.results import Difference, Results
 
 # tied: the interval holds zero, or a test does not rule chance out; open: no interval, so nothing can be said
 Verdict = Literal["better", "worse", "tied", "open"]
-LEVEL = 0.05  # largest adjusted p of a claimed difference, beside an interval of 1 - `LEVEL`
 _MOST_WITH_NUMBERS = 8
 _MODELS_OF_A_TABLE = 5  # so many, compared with one baseline, are lines of one table rather than a table each
 

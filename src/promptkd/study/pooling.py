@@ -21,10 +21,9 @@ from promptkd.errors import RequestError
 from promptkd.evaluation.comparison import Comparison, evaluations_of, known_metrics
 from promptkd.evaluation.measure import OF_REFERENCES
 from promptkd.evaluation.pairing import Candidate, Column, settings_of
-from promptkd.evaluation.statistics import Floats, holm
+from promptkd.evaluation.statistics import LEVEL, Floats, holm
 from promptkd.results import Better, Difference, Metric, ToldApart
 
-_LEVEL = 0.05  # largest adjusted p of methods that are told apart
 Pooled = dict[str, dict[int, tuple[float, Floats]]]  # by metric and seed: the value, and each row's part in it
 
 
@@ -162,7 +161,7 @@ def told_apart(data: str, pooled: Mapping[str, Pooled], better: Callable[[str], 
             is_better = (found.value > 0) == (way == "higher")
             tested.append(((one, other) if is_better else (other, one), 1.0 if p is None else p))
         adjusted = holm([p for _, p in tested])
-        apart = [pair for (pair, _), p in zip(tested, adjusted, strict=True) if p <= _LEVEL]
+        apart = [pair for (pair, _), p in zip(tested, adjusted, strict=True) if p <= LEVEL]
         yield ToldApart(metric=name, data=data, models=list(held), pairs=apart)
 
 
