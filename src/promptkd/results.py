@@ -32,6 +32,7 @@ _FOREIGN_CODE = "Code that came with a model was allowed to run (--trust_remote_
 _Measured = Literal["evaluate", "exposure-bias", "explain-prompt", "judge", "compare"]
 Kind = Literal["prune", "sft", "distill", "generate", "study", "demo", _Measured]
 Better = Literal["higher", "lower"]
+LEVEL = 0.05  # largest adjusted p of a claimed difference, beside an interval of 1 - `LEVEL`
 BEFORE = "student before training"  # label of a run's student as it was measured before the first step
 
 

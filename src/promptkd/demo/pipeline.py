@@ -241,7 +241,7 @@ class Demo:
         self.say(f"Measuring the speed of {' and '.join(models)}, in turns")
         prompts = [row.prompt_ids for row in self.rows["test"].examples]
         with computing("cpu", self.dtype):
-            measured = measure_inference(models, Workload(prompts, rows=32, vocabulary=vocabulary_size(self.tokenizer)))
+            measured = measure_inference(models, Workload(prompts, rows=16, vocabulary=vocabulary_size(self.tokenizer)))
         self.timings["speed"] = time.perf_counter() - started
         return measured
 

@@ -16,7 +16,6 @@ from promptkd.results import Metric
 
 Floats = NDArray[np.float64]
 Values = Sequence[float] | Floats
-LEVEL = 0.05  # largest adjusted p of a claimed difference, beside an interval of 1 - `LEVEL`
 _BLOCK = 1 << 21  # resampled rows held at a time, over all resamples of a block: about 32 MB
 
 

@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, get_args
 
-from promptkd.evaluation.statistics import LEVEL
 from promptkd.report.formatting import estimate, joined, listed, probability, typed
 from promptkd.report.labels import run_labels
 from promptkd.report.metrics import MetricInfo, in_order, metric_info
-from promptkd.results import Difference, Results
+from promptkd.results import LEVEL, Difference, Results
 
 # tied: the interval holds zero, or a test does not rule chance out; open: no interval, so nothing can be said
 Verdict = Literal["better", "worse", "tied", "open"]

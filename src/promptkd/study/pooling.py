@@ -21,8 +21,8 @@ from promptkd.errors import RequestError
 from promptkd.evaluation.comparison import Comparison, evaluations_of, known_metrics
 from promptkd.evaluation.measure import OF_REFERENCES
 from promptkd.evaluation.pairing import Candidate, Column, settings_of
-from promptkd.evaluation.statistics import LEVEL, Floats, holm
-from promptkd.results import Better, Difference, Metric, ToldApart
+from promptkd.evaluation.statistics import Floats, holm
+from promptkd.results import LEVEL, Better, Difference, Metric, ToldApart
 
 Pooled = dict[str, dict[int, tuple[float, Floats]]]  # by metric and seed: the value, and each row's part in it
 
