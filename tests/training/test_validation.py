@@ -9,7 +9,7 @@ import promptkd.training.validation
 from helpers.commands import World, distill, done, json_lines, make_world, sft, write_rows
 from helpers.trainers import rows, trainer
 from promptkd.data.encode import EncodedData, EncodedExample
-from promptkd.results import Metric, Results
+from promptkd.results import Metric, Results, RowResult
 from promptkd.training.checkpoint import kept_step
 
 CHINESE = [{"instruction": f"请回答第{n}题", "output": f"这第{n}个ab"} for n in "一二三四五六七八"]
@@ -143,3 +143,36 @@ def test_the_step_that_is_kept_is_said(world, tmp_path, capsys, monkeypatch, com
     assert told in (out / "report.html").read_text()
     (model,) = (each for name, each in record.models.items() if name in ("student", "model"))
     assert " after 2 of 3 steps of " in model.about
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("more", "recorded", "measured"),
+    [
+        (("--eval_steps", 1), 1, 3),
+        (("--eval_steps", 1, "--select", "last"), 2, 3),
+        (("--eval_steps", 2, "--select", "last"), 1, 2),  # the last step was not validated
+        (("--eval_steps", 1, "--lora-rank", 2, "--merge"), 3, 4),  # merging rounds
+    ],
+)
+def test_what_validation_measured_of_the_kept_step_is_not_measured_again(
+    world, tmp_path, capsys, monkeypatch, more, recorded, measured
+):
+    summarize, measure_rows = promptkd.training.validation.summarize, promptkd.training.validation.measure_rows
+    passes: list[list[RowResult]] = []
+    losses = iter((3.0, 1.0, 2.0))
+    monkeypatch.setattr(
+        promptkd.training.validation,
+        "summarize",
+        lambda scored: summarize(scored) | {"loss": Metric(value=next(losses)), "rouge_l": Metric(value=0.0)},
+    )
+    monkeypatch.setattr(
+        promptkd.training.validation,
+        "measure_rows",
+        lambda *args, **kwargs: passes.append(measure_rows(*args, **kwargs)) or passes[-1],
+    )
+    out = tmp_path / "run"
+    done(capsys, *sft(world, out, "--eval-data", world.valid, *more))
+    (evaluation,) = Results.read(out / "results.json").evaluations
+    assert len(passes) == measured
+    assert evaluation.samples == passes[recorded]

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from pickle import UnpicklingError
 from statistics import median
@@ -18,7 +18,6 @@ from promptkd.data import EncodedData, Example, encode_examples, read_columns, r
 from promptkd.data.summary import limits_named, template_note
 from promptkd.data.teacher_prompt import TeacherPrompts
 from promptkd.errors import PromptKDError, RequestError
-from promptkd.evaluation.dataset_evaluation import measure_rows
 from promptkd.evaluation.measure import evaluation_of
 from promptkd.evaluation.rouge_tokenizer import rouge_tokens
 from promptkd.io.atomic import write_atomic
@@ -43,7 +42,7 @@ from promptkd.training.preflight import preflight
 from promptkd.training.setup import rows_of_teachers
 from promptkd.training.signals import StopOnSignal
 from promptkd.training.trackers import LiveCurves
-from promptkd.training.validation import kl_by_teacher, measure_student, validation_decoding
+from promptkd.training.validation import Validated, kl_by_teacher, measure_kept, validation_decoding
 
 _SET_HERE = {
     "output_dir": "--out",
@@ -248,7 +247,9 @@ class TrainingRun:
             return
         results = self.results
         with out_of_memory_told(trainer), trainer.phases("validation"), autocast(trainer.accelerator, trainer.args):
-            results.evaluations = trainer.on_models(lambda model, teacher: self._measure(trainer, name, model, teacher))
+            kept = measure_kept(trainer) if trainer.validation_rows else None
+            measure = partial(self._measure, trainer, name, kept)
+            results.evaluations = trainer.on_models(measure)
         if not is_main_process():
             return
         if self._has_baselines(trainer):
@@ -278,29 +279,23 @@ class TrainingRun:
             print(terminal_table([results]))
         say(f"The model is in {self.folder.path / name}, the page in {self.folder.report}.")
 
-    def _measure(self, trainer: Any, name: str, model: Any, teacher: Any) -> list[Evaluation]:
+    def _measure(self, trainer: Any, name: str, kept: Validated | None, model: Any, teacher: Any) -> list[Evaluation]:
         if is_main_process():
             if self._has_baselines(trainer):
                 self.results.models[BEFORE] = self.results.models[name]
             done = trainer.args.algorithm if self.kind == "distill" else self.kind
-            kept, steps = kept_step(trainer), trainer.state.global_step
-            after = "1 step" if steps == 1 else f"{steps:,} steps" if kept == steps else f"{kept:,} of {steps:,} steps"
+            of, steps = kept_step(trainer), trainer.state.global_step
+            after = "1 step" if steps == 1 else f"{steps:,} steps" if of == steps else f"{of:,} of {steps:,} steps"
             about = f"the {name} after {after} of {done}"
             self.results.models[name] = model_record(self.folder.path / name, model, about=about)
-        if not trainer.validation_rows:
+        if kept is None:
             return []
-        started, decoding, rows = time.perf_counter(), validation_decoding(trainer), trainer.validation_rows
+        decoding, rows = validation_decoding(trainer), trainer.validation_rows
+        scored, self.results.timings["evaluate"] = kept
+        self.results.metrics |= kl_by_teacher(trainer, scored, rows)
         tokens = rouge_tokens(trainer.args.rouge_tokenizer, trainer.processing_class)
-        size = trainer.args.per_device_eval_batch_size
-        scoring: dict[str, Any] = {"batch_size": size, "rouge_tokenizer": trainer.args.rouge_tokenizer}
-        if trainer.teacher_names:
-            scored = measure_student(trainer, rows)
-            self.results.metrics |= kl_by_teacher(trainer, scored, rows)
-        else:
-            scored = measure_rows(model, trainer.processing_class, rows, decoding, teacher=teacher, **scoring)
         labels = {"model": name, "data": "validation", "rouge_tokenizer": tokens.name}
         evaluation = evaluation_of(scored, decoding, [decoding.seed], **labels)
-        self.results.timings["evaluate"] = time.perf_counter() - started
         skipped = bool(trainer.teacher_names) or (self.kind == "distill" and is_own(self.options.teacher))
         if self._has_baselines(trainer) and not skipped and teacher is not None and not trainer.is_sharded:
             tokenizer = trainer.processing_class

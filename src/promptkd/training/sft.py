@@ -38,7 +38,7 @@ from promptkd.training.student import (
     raise_to_float32,
     with_adapter_to_train,
 )
-from promptkd.training.validation import rouge_notes, validate
+from promptkd.training.validation import Validated, rouge_notes, validate
 
 T = TypeVar("T")
 
@@ -86,6 +86,7 @@ class FinetuneTrainer(SFTTrainer):
         self._training = train_data.examples
         self.validation_rows = [] if eval_data is None else eval_data.examples
         self.masked_ids: tuple[int, ...] = ()
+        self.validated: dict[int, Validated] = {}
         check_scoring(model)
         check_rows_fit("model", model, self._training, 0)
         if self.validation_rows:  # answers are written to these

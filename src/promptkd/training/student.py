@@ -72,6 +72,7 @@ def merge_trained(trainer: Any) -> None:
     if not isinstance(model, PeftModel):
         raise RequestError("Only a model that was trained with LoRA (peft_config) can be merged.")
     trainer.model = trainer.model_wrapped = model.merge_and_unload()
+    trainer.validated = {}  # sums of rounded weights: no longer the model that was measured
 
 
 def merged_notes(student: nn.Module, *teachers: nn.Module | KeptLogits) -> list[str]:

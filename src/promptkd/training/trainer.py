@@ -50,7 +50,7 @@ from promptkd.training.student import (
 from promptkd.training.student_loss import StudentLoss
 from promptkd.training.teacher import Teacher
 from promptkd.training.teacher_tuner import make_tuner
-from promptkd.training.validation import rouge_notes, validate
+from promptkd.training.validation import Validated, rouge_notes, validate
 from promptkd.training.window import MicroBatch, StepMetrics, Window
 
 T = TypeVar("T")
@@ -141,6 +141,7 @@ class DistillTrainer(Trainer):
         self.phases = Phases(accelerator.device)
         self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list)}  # since the last logged line
         self.window: Window | None = None
+        self.validated: dict[int, Validated] = {}
         metrics = self.step_metrics = StepMetrics()
         self.rollout = Rollout(self.method, self.teacher, student, tokenizer, self.stop_ids, args, accelerator, metrics)
         self.teacher_names = self.rollout.teacher_names = tuple(each.name for each in self.teachers if each.name)
@@ -226,8 +227,7 @@ class DistillTrainer(Trainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """See `validate`; the source of responses hears of the loss."""
-        rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        metrics = validate(self, rows, prefix=metric_key_prefix)
+        metrics = validate(self, self.eval_dataset if eval_dataset is None else eval_dataset, prefix=metric_key_prefix)
         self.method.responses.on_validation(metrics[f"{metric_key_prefix}_loss"])
         return metrics
 

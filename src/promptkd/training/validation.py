@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from accelerate.utils import gather_object
 from torch import nn
@@ -16,11 +16,20 @@ from promptkd.evaluation.measure import summarize
 from promptkd.evaluation.rouge_tokenizer import DEFAULT, rouge_tokens
 from promptkd.generation import Decoding
 from promptkd.results import Metric, RowResult
+from promptkd.training.checkpoint import kept_step
 from promptkd.training.distributed import autocast, is_sharded
 from promptkd.training.out_of_memory import out_of_memory_told
 from promptkd.training.window import labeled
 
 _LOGGER = logging.getLogger(__name__)
+
+
+class Validated(NamedTuple):
+    """What a trainer's validation rows showed after a step."""
+
+    rows: list[RowResult]
+    """Of all processes, in the order of the rows."""
+    seconds: float
 
 
 def validation_decoding(trainer: Any) -> Decoding:
@@ -60,8 +69,24 @@ def measure_student(trainer: Any, rows: Sequence[EncodedExample]) -> list[RowRes
         with autocast(trainer.accelerator, args):
             return measure_rows(student, trainer.processing_class, rows, decoding, teacher=teacher, **scoring)
 
-    scored, places = trainer.on_rows(measured, rows), {row.row: place for place, row in enumerate(rows)}
+    return _in_order(trainer.on_rows(measured, rows), rows)
+
+
+def _in_order(scored: Sequence[RowResult], rows: Sequence[EncodedExample]) -> list[RowResult]:
+    places = {row.row: place for place, row in enumerate(rows)}
     return sorted(scored, key=lambda each: places[each.row])
+
+
+def measure_kept(trainer: Any) -> Validated:
+    """The validation rows under the weights that a finished trainer holds.
+
+    They are measured now only where the last validation and the best one were of other weights. With sharded weights
+    every process must come here together.
+    """
+    if (found := trainer.validated.get(kept_step(trainer))) is not None:
+        return found
+    started = time.perf_counter()
+    return Validated(measure_student(trainer, trainer.validation_rows), time.perf_counter() - started)
 
 
 def kl_by_teacher(trainer: Any, scored: Sequence[RowResult], rows: Sequence[EncodedExample]) -> dict[str, Metric]:
@@ -87,10 +112,15 @@ def validate(trainer: Any, data: EncodedData | Sequence[EncodedExample] | None, 
 
     with out_of_memory_told(trainer), trainer.phases("validation"):
         scored = measure_student(trainer, rows[index::count])
-    scored = gather_object(scored) if count > 1 else scored
+    scored = _in_order(gather_object(scored), rows) if count > 1 else scored
+    seconds = time.perf_counter() - started
+    if rows is trainer.validation_rows:
+        best = trainer.state.best_global_step
+        others = {step: found for step, found in trainer.validated.items() if step == best}
+        trainer.validated = others | {trainer.state.global_step: Validated(scored, seconds)}
     metrics = {f"{prefix}_{name}": metric.value for name, metric in summarize(scored).items()}
     metrics |= {f"{prefix}_{name}": kl.value for name, kl in kl_by_teacher(trainer, scored, rows).items()}
-    metrics[f"{prefix}_seconds"] = time.perf_counter() - started
+    metrics[f"{prefix}_seconds"] = seconds
     trainer.model.eval()  # what is logged in training mode is a training step's
     trainer.log(dict(metrics))
     trainer.model.train()
