@@ -1,17 +1,20 @@
 """Where the responses of an optimizer step come from: the data, the student, a mixture, a replay buffer, or the student
 corrected by the teacher."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
 from promptkd.data.encode import EncodedExample
-from promptkd.errors import check_all
+from promptkd.errors import RequestError, check_all
 from promptkd.settings import accept_old_name
 
 Tokens = list[list[int]]
+Answered = tuple[EncodedExample, list[int]]
+"""A row and a response to it."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,10 @@ class Responses:
     def __call__(self, rows: Sequence[EncodedExample], sample: Sampler, progress: float) -> Tokens:
         """A response per row; `progress` is k / K. Draw from torch's global generator, which checkpoints hold."""
         return [row.response_ids for row in rows]
+
+    def answered(self, rows: Sequence[EncodedExample], sample: Sampler, progress: float) -> list[Answered]:
+        """What a step trains on, as many as `rows`: each with its response, unless a source brings other rows."""
+        return list(zip(rows, self(rows, sample, progress), strict=True))
 
     def on_validation(self, loss: float) -> None:
         """Called with the loss after each validation."""
@@ -119,11 +126,12 @@ class TeacherMixed(Responses):
 
 @dataclass
 class AdaptiveReplay(Responses):
-    """DistiLLM's schedule (Ko et al. 2024, section 3.2, but a buffered response answers its own row).
+    """DistiLLM's schedule (Ko et al. 2024, section 3.2, but each row draws for itself).
 
-    A row takes a student's response with probability φ, else the data's. It is newly sampled with probability
-    1 - k / K, or if the buffer has none for this row; else it is the student's last one for the row. φ begins at
-    `start` and rises by `step`, up to 1, whenever the validation loss exceeds the lowest so far by `tolerance`.
+    A row takes a student's response with probability φ, else the data's. It is newly sampled, and buffered, with
+    probability 1 - k / K or while the buffer is empty; else any buffered response takes the row's place in the step,
+    with the row that it answers. φ begins at `start` and rises by `step`, up to 1, whenever the validation loss exceeds
+    the lowest so far by `tolerance`.
     """
 
     start: float = 0.0
@@ -132,26 +140,30 @@ class AdaptiveReplay(Responses):
     capacity: int = 1000
     share: float = field(init=False)
     best: float | None = field(init=False, default=None)
-    buffer: dict[int, list[int]] = field(init=False, default_factory=dict)
+    buffer: deque[Answered] = field(init=False)
+    """The newest samples of the student's, at most `capacity`."""
+    replayed: float = field(init=False, default=0.0)
+    """Share of the last step's rows that are from the buffer."""
 
     def __post_init__(self) -> None:
         self.share = _share("The student's first share", self.start)
+        self.buffer = deque(maxlen=self.capacity)
 
     def __call__(self, rows: Sequence[EncodedExample], sample: Sampler, progress: float) -> Tokens:
+        raise TypeError("AdaptiveReplay also answers other rows than those of the step: call its `answered`.")
+
+    def answered(self, rows: Sequence[EncodedExample], sample: Sampler, progress: float) -> list[Answered]:
         own = _chosen(len(rows), self.share)
         renewed = _chosen(len(rows), 1 - progress)
-        draws = zip(rows, own, renewed, strict=True)
-        fresh = [mine and (new or row.row not in self.buffer) for row, mine, new in draws]
-        responses = _fill(rows, fresh, _by_student, sample)
-        for index, row in enumerate(rows):
-            if fresh[index]:
-                self.buffer.pop(row.row, None)  # now the newest
-                self.buffer[row.row] = responses[index]
-                if len(self.buffer) > self.capacity:
-                    del self.buffer[next(iter(self.buffer))]  # the oldest
-            elif own[index]:
-                responses[index] = self.buffer[row.row]
-        return responses
+        fresh = [mine and (new or not self.buffer) for mine, new in zip(own, renewed, strict=True)]
+        step = list(zip(rows, _fill(rows, fresh, _by_student, sample), strict=True))
+        new = [each for each, is_new in zip(step, fresh, strict=True) if is_new]
+        for index, (mine, is_new) in enumerate(zip(own, fresh, strict=True)):
+            if mine and not is_new:
+                step[index] = self.buffer[int(torch.randint(len(self.buffer), ()))]
+        self.replayed = (sum(own) - len(new)) / len(rows)
+        self.buffer.extend(new)
+        return step
 
     def on_validation(self, loss: float) -> None:
         if self.best is not None and loss > self.best + self.tolerance:
@@ -159,13 +171,20 @@ class AdaptiveReplay(Responses):
         self.best = loss if self.best is None else min(self.best, loss)
 
     def metrics(self) -> dict[str, float]:
-        return {"student_share": self.share, "replay_size": float(len(self.buffer))}
+        size = float(len(self.buffer))
+        return {"student_share": self.share, "replay_size": size, "replayed_share": self.replayed}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"share": self.share, "best": self.best, "buffer": dict(self.buffer)}
+        buffer = [(asdict(row), response) for row, response in self.buffer]
+        return {"share": self.share, "best": self.best, "replayed": self.replayed, "buffer": buffer}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.share, self.best, self.buffer = state["share"], state["best"], dict(state["buffer"])
+        if isinstance(state["buffer"], Mapping) and state["buffer"]:
+            advice = "Resume it with the version that wrote it, or start a new run."
+            raise RequestError(f"The checkpoint's replay buffer is of an older version, without requests. {advice}")
+        self.share, self.best, self.replayed = state["share"], state["best"], state.get("replayed", 0.0)
+        self.buffer.clear()
+        self.buffer.extend((EncodedExample(**row), response) for row, response in state["buffer"])
 
 
 def writes_responses(source: Responses) -> bool:

@@ -154,6 +154,8 @@ class Training(_Record):
     """Read in records of older versions, which estimated the peak before the start; no longer written."""
     tokens_per_second: float | None = None
     """Prompt and response tokens trained on per second, median over the logged steps."""
+    chosen_from: int = 1
+    """Validations out of which the kept step was chosen, by the rows that the run then measures it on."""
 
 
 class Inference(_Record):

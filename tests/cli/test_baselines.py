@@ -19,6 +19,7 @@ from helpers.commands import (
     write_rows,
 )
 from helpers.commands import rows as made_rows
+from promptkd.cli.headline import compare_within
 from promptkd.results import BEFORE, Results
 from promptkd.training.callbacks import ProgressBar
 
@@ -122,6 +123,20 @@ def test_a_run_resumed_without_them_measures_the_teacher_alone(world, tmp_path, 
     ran = done(capsys, *again, "--resume")
     assert "Measuring the teacher on 22 rows" in ran.err
     assert [each.model for each in Results.read(out / "results.json").evaluations] == ["student", "teacher"]
+
+
+def test_the_p_of_a_checkpoint_that_its_rows_chose_holds_for_all_of_them(world, tmp_path, capsys, no_speed):
+    out = tmp_path / "run"
+    done(capsys, *distill(world, out, "--eval-data", world.valid, "--eval_steps", 1, *MEASURED))
+    record = Results.read(out / "results.json")
+    assert [each.chosen_from for each in record.training.values()] == [3]
+    assert "student is measured on the rows that chose it out of 3 validations." in " ".join(record.notes)
+    once = record.model_copy(deep=True)
+    compare_within(once, [BEFORE, "teacher", "student"])
+    found, of_one = ([each.p_adjusted for each in made.differences] for made in (record, once))
+    assert found == [min(1, 3 * p) for p in of_one]
+    assert min(found) < 1
+    assert [each.difference for each in record.differences] == [each.difference for each in once.differences]
 
 
 def test_evaluate_with_a_teacher_tells_what_is_kept(world, tmp_path, capsys, monkeypatch):

@@ -160,7 +160,7 @@ def resumed(folder: Path) -> dict:
     whole.train()
     again = made(folder / "again", method=method(), data=rows(16), **settings)
     again.train(resume_from_checkpoint=str(folder / "whole" / "checkpoint-2"))
-    buffers = [dict(each.method.responses.buffer) for each in (whole, again)]
+    buffers = [list(each.method.responses.buffer) for each in (whole, again)]
     return {"whole": outcome(whole), "again": outcome(again), "buffers": buffers}
 
 

@@ -296,25 +296,54 @@ def test_validation_in_a_run_moves_the_adaptive_share(tmp_path):
     assert shares[-1] > 0
 
 
-def test_the_replay_buffer_gives_old_samples_again_and_forgets_the_oldest():
-    source = AdaptiveReplay(start=1.0, capacity=3)
-    data = rows(4).examples
-    counted = []
+def replaying(start, capacity, count, **settings):
+    """A source, `count` rows, and a sampler whose responses name the prompt and how often it was called."""
+    calls = []
 
     def student(prompts):
-        counted.append(len(prompts))
-        return [[50 + len(counted)] for _ in prompts]
+        calls.append(len(prompts))
+        return [[*prompt, 50 + len(calls)] for prompt in prompts]
 
-    fresh = replace(sampler(), student=student)
-    first = source(data, fresh, 0.0)  # all new
-    assert first == [[51]] * 4
-    assert set(source.buffer) == {1, 2, 3}
-    assert source(data[1:], fresh, 1.0) == [[51]] * 3  # all from the buffer
-    assert counted == [4]
-    assert source(data[:1], fresh, 1.0) == [[52]]  # forgotten, so sampled anew
+    data = [replace(row, row=0) for row in rows(count).examples]  # as turns of one conversation have one number
+    return AdaptiveReplay(start=start, capacity=capacity, **settings), data, replace(sampler(), student=student), calls
+
+
+def test_the_replay_buffer_brings_rows_with_their_answers_and_forgets_the_oldest():
+    source, data, sampled, calls = replaying(1.0, 3, 4)
+    first = source.answered(data, sampled, 0.0)  # all new
+    assert first == [(row, [*row.prompt_ids, 51]) for row in data]
+    assert list(source.buffer) == first[1:]
+    assert source.metrics() == {"student_share": 1.0, "replay_size": 3.0, "replayed_share": 0.0}
+    torch.manual_seed(0)
+    second = source.answered(data[:1] * 30, sampled, 1.0)  # all from the buffer, the first row not among them
+    assert {first.index(each) for each in second} == {1, 2, 3}
+    assert source.metrics()["replayed_share"] == 1.0
+    assert calls == [4]
     again = AdaptiveReplay()
     again.load_state_dict(source.state_dict())
     assert again.state_dict() == source.state_dict()
+    assert list(again.buffer) == list(source.buffer)
+
+
+def test_replayed_answers_are_their_own_rows_while_the_buffer_is_full():
+    """New samples push old ones out of the buffer in the very step that replays some."""
+    source, data, sampled, _ = replaying(0.7, 5, 8)
+    replayed = []
+    for step in range(40):
+        answered = source.answered(data, sampled, step / 40)
+        assert len(answered) == len(data)
+        for row, response in answered:
+            assert response == row.response_ids or response[:-1] == row.prompt_ids
+        replayed.append(source.replayed)
+    assert replayed[0] == 0
+    assert sum(replayed[30:]) / 10 == pytest.approx(0.7 * 0.875, abs=0.15)  # φ times the mean of k / K
+
+
+def test_a_replay_buffer_of_an_older_version_is_refused():
+    source = AdaptiveReplay()
+    source.load_state_dict({"share": 0.1, "best": 2.0, "buffer": {}})
+    with pytest.raises(RequestError, match="replay buffer is of an older version"):
+        source.load_state_dict({"share": 0.1, "best": 2.0, "buffer": {4: [5, 6]}})
 
 
 def test_wrong_choices_are_told(tmp_path):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from helpers.loops import Objective, OfRow, Row, gradients, log, logits, loop, loop_kl
 from helpers.objective_laws import ObjectiveCase, every_law
+from promptkd.engine.heads import MASKED
 from promptkd.objectives import alpha_beta, concrete_score, entropy_aware_kl, forward_kl, reverse_kl, todi
 
 
@@ -182,6 +183,24 @@ def test_the_threshold_itself_is_not_above_it() -> None:
     entropy = float(-(teacher.log_softmax(-1).exp() * teacher.log_softmax(-1)).sum())
     student = log(0.25, 0.75).float()[None]
     assert torch.equal(entropy_aware_kl(student, teacher, threshold=entropy), reverse_kl(student, teacher))
+
+
+@pytest.mark.parametrize("never", [-math.inf, MASKED])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "ours",
+    [
+        *(partial(concrete_score, weights=weights) for weights in ("student", "teacher", "uniform")),
+        *(partial(alpha_beta, alpha=a, beta=b) for a, b in ((0.0, 0.0), (0.5, 0.5), (0.0, 1.0))),
+        todi,
+        partial(entropy_aware_kl, threshold=0.5),
+    ],
+)
+def test_columns_that_one_side_lacks_change_nothing(ours: Objective, dtype: torch.dtype, never: float) -> None:
+    """Nor does it matter where the zero of the logits is."""
+    student, teacher = (logits(3, 9, seed=seed).to(dtype) for seed in (1, 2))
+    wider = [torch.cat([each, torch.full((3, 4), never, dtype=dtype)], -1) for each in (student + 5, teacher)]
+    torch.testing.assert_close(ours(*wider), ours(student, teacher), rtol=1e-4, atol=1e-5)
 
 
 def test_settings_that_are_none_are_refused() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from promptkd.report import render_json, render_markdown, render_report, terminal_table, unified
 from promptkd.report.verdict import running_table, verdict_of
-from promptkd.results import BEFORE, Difference, Evaluation, Inference, Metric, ModelRecord, Results
+from promptkd.results import BEFORE, Difference, Evaluation, Inference, Metric, ModelRecord, Results, Training
 
 
 def inference(bytes_: int, speed: float, one: float, **more: Any) -> Inference:
@@ -66,6 +66,13 @@ def test_what_is_kept_stands_with_size_and_speed() -> None:
 
 def test_without_speeds_the_size_is_that_of_the_parameters() -> None:
     assert "(121 rows) at 84 % of its size. Before" in lead(record(ratio=KEPT))
+
+
+@pytest.mark.parametrize(("chosen_from", "told"), [(1, False), (5, True)])
+def test_rows_that_chose_the_checkpoint_are_said_to_flatter_it(chosen_from: int, told: bool) -> None:
+    cost = Training(method="kd", steps=9, seconds=1.0, peak_memory_bytes=1, chosen_from=chosen_from)
+    made = record(ratio=KEPT, training={"run": cost})
+    assert ("The same rows chose it out of 5 validations" in lead(made)) == told
 
 
 @pytest.mark.parametrize("ratio", [KEPT, Metric(value=0.765, rows=19)])

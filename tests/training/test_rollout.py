@@ -11,8 +11,8 @@ import torch
 from transformers import TrainerControl, TrainerState
 
 from helpers.parts import parts
-from helpers.tiny import END_ID, tiny_tokenizer
-from helpers.trainers import FIXED_PROMPTKD, rows, trainer
+from helpers.tiny import END_ID, VOCABULARY, tiny_model, tiny_tokenizer
+from helpers.trainers import FIXED_PROMPTKD, pair, rows, trainer
 from promptkd.data.encode import EncodedData, EncodedExample, encode_texts
 from promptkd.errors import RequestError
 from promptkd.responses import Responses, Speculation, Speculative
@@ -202,6 +202,28 @@ def test_a_process_without_rows_to_correct_sums_as_many_metrics_as_the_others(tm
         counting = SimpleNamespace(reduce=lambda own, reduction: sizes.append(len(own)) or own, device=device)
         rollout.metrics.means(window, counting, {})
     assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize("settings", [{}, {"min_p": 0.0}, {"generation_kwargs": {"no_repeat_ngram_size": 9}}])
+def test_what_pads_the_head_is_never_sampled(tmp_path, settings):
+    student = tiny_model("llama", layers=2, hidden=16, vocabulary=VOCABULARY + 400, seed=1)
+    made = trainer(tmp_path, models=(student, pair()[1]), max_completion_length=30, **settings)
+    torch.manual_seed(0)
+    sampled = made.rollout._sample([row.prompt_ids for row in rows(12).examples], student, 0, None)
+    assert sum(map(len, sampled)) > 20
+    assert max(map(max, sampled)) < VOCABULARY
+
+
+def test_padding_that_a_server_samples_is_refused(tmp_path):
+    _, rollout = make(tmp_path)
+    written = [[5, 6], [7, VOCABULARY]]
+    rollout._vllm = SimpleNamespace(sync_weights=lambda: None, generate=lambda **_: (None, written, None, None))
+    with pytest.raises(
+        RequestError, match=rf"token {VOCABULARY}, of the head's padding: the tokenizer has {VOCABULARY}"
+    ):
+        rollout._sample_by_vllm([[5], [6]], 0)
+    written.pop()
+    assert rollout._sample_by_vllm([[5]], 0) == [[5, 6]]
 
 
 def test_completions_are_kept_printed_written_and_sent(tmp_path, capsys, monkeypatch):

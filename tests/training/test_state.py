@@ -38,7 +38,8 @@ def test_all_parts_resume_from_a_file(tmp_path):
     with part.phases("prompt"):
         tuner.step(window(rows(4).examples), part.student, part.student_loss().hidden_for_tuner, step=0, logs=True)
     part.guard.skipped, part.guard.since_log = 3, {"taken": 2, "skipped": 1}
-    responses.share, responses.best, responses.buffer = 0.75, 1.5, {4: [5, 6]}
+    responses.share, responses.best = 0.75, 1.5
+    responses.buffer.append((rows(1).examples[0], [5, 6]))
     extra.save(tmp_path, writes=True)
 
     part, trainer, other, replay, log, resumed = make(tmp_path)
@@ -48,7 +49,7 @@ def test_all_parts_resume_from_a_file(tmp_path):
         assert all(torch.equal(mine[name], theirs[name]) for name in ("step", "exp_avg", "exp_avg_sq"))
     assert other.scheduler.state_dict() == tuner.scheduler.state_dict()
     assert (part.guard.skipped, part.guard.since_log) == (3, {"taken": 2, "skipped": 1})
-    assert (replay.share, replay.best, replay.buffer) == (0.75, 1.5, {4: [5, 6]})
+    assert (replay.share, replay.best, list(replay.buffer)) == (0.75, 1.5, [(rows(1).examples[0], [5, 6])])
     assert float(trainer._tr_loss) == 0.0  # transformers sets it to 0 behind the loading
     log.begin()
     assert (float(trainer._tr_loss), trainer._globalstep_last_logged, trainer._total_train_tokens) == (1.25, 6, 80)

@@ -176,3 +176,12 @@ def test_what_validation_measured_of_the_kept_step_is_not_measured_again(
     (evaluation,) = Results.read(out / "results.json").evaluations
     assert len(passes) == measured
     assert evaluation.samples == passes[recorded]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("more", "written"), [((), {1, 2, 3}), (("--save_steps", 2), {2, 3})])
+def test_without_a_choice_checkpoints_come_with_validations_too(world, tmp_path, capsys, more, written):
+    out = tmp_path / "run"
+    last = ("--eval_steps", 1, "--select", "last", "--keep", "none")
+    done(capsys, *sft(world, out, "--eval-data", world.valid, *last, *more))
+    assert {int(each.name.removeprefix("checkpoint-")) for each in (out / "checkpoints").iterdir()} == written

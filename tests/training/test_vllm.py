@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from peft import LoraConfig
 
 from helpers import RANKS
-from helpers.tiny import END_ID
+from helpers.tiny import END_ID, VOCABULARY, tiny_model
 from helpers.trainers import pair, rows, trainer
 from helpers.vllm_server import answer, connect, serving
 from promptkd.methods import Method
@@ -146,6 +146,13 @@ def test_an_engine_in_the_process_gets_the_same(tmp_path, engine):
         sent = made.loaded[step * len(before[0]) : (step + 1) * len(before[0])]
         assert [name for name, _ in sent] == list(before[step])
         assert all(torch.equal(weight, before[step][name]) for name, weight in sent)
+
+
+def test_an_engine_in_the_process_never_samples_what_pads_the_head(tmp_path, engine):
+    student = tiny_model("llama", layers=2, hidden=16, vocabulary=VOCABULARY + 3, seed=1)
+    distilled(tmp_path, mode="colocate", models=(student, pair()[1]))
+    (made,) = Engine.made
+    assert made.asked[0][1]["logit_bias"] == dict.fromkeys(range(VOCABULARY, VOCABULARY + 3), -100.0)
 
 
 def test_a_lora_student_arrives_merged_and_goes_on_unmerged(tmp_path, server):

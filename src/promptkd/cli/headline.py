@@ -17,14 +17,27 @@ from promptkd.results import Results
 _COMPARED = ("loss", "kl_to_teacher", "rouge_l", "eos_share")
 
 
-def compare_within(results: Results, labels: Sequence[str]) -> None:
-    """Add the paired differences of the last of `labels` from each of the others, all models of one record."""
+def compare_within(results: Results, labels: Sequence[str], *, chosen_from: int = 1) -> None:
+    """Add the paired differences of the last of `labels` from each of the others, all models of one record.
+
+    The last may be the best by these rows out of `chosen_from` checkpoints. Then p holds for all of them together, by
+    Bonferroni's correction; intervals are those of the one.
+    """
     held = [{name for each in results.evaluations if each.model == label for name in each.metrics} for label in labels]
     shared = [name for name in _COMPARED if sum(name in names for names in held) > 1]
     candidates = [Candidate(label, results, label) for label in labels]
     found = compare(candidates, lambda name: metric_info(name).better, pairs="last", metrics=shared)
     results.differences = found.differences
     results.notes += found.notes
+    tested = [each for each in found.differences if each.p_adjusted is not None]
+    if chosen_from > 1:
+        for each in tested:
+            each.p_adjusted = min(1.0, chosen_from * (each.p_adjusted or 0.0))
+        corrected = (
+            f" p is {chosen_from} times what it would be otherwise; intervals are as they are." if tested else ""
+        )
+        chosen = f"{labels[-1]} is measured on the rows that chose it out of {chosen_from} validations."
+        results.notes.append(chosen + corrected)
 
 
 def measure_speed(

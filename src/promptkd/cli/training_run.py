@@ -33,7 +33,7 @@ from promptkd.responses import writes_responses
 from promptkd.results import BEFORE, Evaluation, Kind, Metric, Results, Series, Training, file_sha256, now, read_history
 from promptkd.training.baselines import TEACHER, Baselines
 from promptkd.training.callbacks import CostMeter, MetricsFile, ProgressBar, quiet
-from promptkd.training.checkpoint import kept_step, resumable_checkpoint, set_aside
+from promptkd.training.checkpoint import chosen_from, kept_step, resumable_checkpoint, set_aside
 from promptkd.training.collapse import findings_as_notes
 from promptkd.training.distributed import autocast
 from promptkd.training.out_of_memory import out_of_memory_told
@@ -253,7 +253,7 @@ class TrainingRun:
         if not is_main_process():
             return
         if self._has_baselines(trainer):
-            self._add_baselines(name)
+            self._add_baselines(name, chosen_from(trainer))
         history = read_history(self.folder.metrics)
         results.notes.append(f"Peak memory of the process {peak_memory() / 2**30:.1f} GiB.")
         steps = trainer.state.global_step
@@ -271,6 +271,7 @@ class TrainingRun:
             peak_memory_bytes=self._meter.peak_memory_bytes,
             peak_memory_by_phase=self._meter.peak_memory_by_phase,
             tokens_per_second=median(speeds) if speeds else None,
+            chosen_from=chosen_from(trainer),
         )
         results.created = now()
         results.write(self.folder.results)
@@ -309,14 +310,15 @@ class TrainingRun:
         """Whether the student before training and the teacher are measured too."""
         return self.kind == "distill" and self.options.measure == "all" and bool(trainer.validation_rows)
 
-    def _add_baselines(self, name: str) -> None:
+    def _add_baselines(self, name: str, validations: int) -> None:
         """What was measured before the first step, and the differences from it."""
         kept = Results.read(self.folder.baselines) if self.folder.baselines.is_file() else Results(kind="distill")
         self.results.evaluations += kept.evaluations
         self.results.timings |= kept.timings
         self.results.notes += kept.notes
         if kept.evaluations:
-            compare_within(self.results, [*(each.model for each in kept.evaluations), name])
+            labels = [*(each.model for each in kept.evaluations), name]
+            compare_within(self.results, labels, chosen_from=validations)
         if BEFORE not in [each.model for each in kept.evaluations]:
             self.results.models.pop(BEFORE, None)
 
@@ -330,10 +332,12 @@ class TrainingRun:
         strategy = settings.get("eval_strategy", "steps" if has_steps else "epoch")
         if strategy == "steps" and not has_steps:
             raise RequestError("--eval_strategy steps needs --eval_steps, the optimizer steps between validations.")
-        if select == "last" or strategy == "no":
+        if strategy == "no":
             return {"eval_strategy": strategy}
-        # The best model can come at any validation, and transformers finds it only where a checkpoint was written.
         saving = {"save_strategy": strategy} | ({"save_steps": settings["eval_steps"]} if strategy == "steps" else {})
+        if select == "last":
+            return {"eval_strategy": strategy} | ({} if {"save_strategy", "save_steps"} & {*settings} else saving)
+        # The best model can come at any validation, and transformers finds it only where a checkpoint was written.
         for name in ("save_strategy", "save_steps"):
             if name in settings and settings[name] != saving.get(name):
                 reason = "keeps the best of the checkpoints, so one is written at each validation"

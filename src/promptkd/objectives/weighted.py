@@ -14,6 +14,7 @@ from promptkd.objectives.divergences import kl_from_log_probs, shared_log_probs
 PairWeights = Literal["student", "teacher", "uniform"]
 
 _NO_COEFFICIENT = 1e-8  # two coefficients this near to 0 count as 0: the value changes by as little
+_NEVER = -1e14  # a log probability of an absent column (-inf), or of one that the engine masks (about -1e15)
 _SMALL_COEFFICIENT = 0.1  # below it the terms cancel so far that the sum is taken in float64
 
 
@@ -33,7 +34,7 @@ def alpha_beta(student_logits: Tensor, teacher_logits: Tensor, *, alpha: float, 
     if not (math.isfinite(alpha) and math.isfinite(beta)):
         raise ValueError(f"`alpha` and `beta` must be finite. Got {alpha} and {beta}.")
     log_q, log_p = shared_log_probs(student_logits, teacher_logits)
-    absent = log_q == -math.inf
+    absent = log_q <= _NEVER
     log_q, log_p = log_q.masked_fill(absent, 0.0), log_p.masked_fill(absent, 0.0)  # equal: their terms are 0
     dtype, size = log_q.dtype, max(abs(alpha), abs(beta))
     if size < _SMALL_COEFFICIENT:
@@ -87,12 +88,12 @@ def concrete_score(student_logits: Tensor, teacher_logits: Tensor, *, weights: P
     """½ Σ_y Σ_x sg[w(y) q(x)] (Δ(x) - Δ(y))², Δ = z_q - z_p: the loss of concrete scores (CSD, Kim et al. 2025, eq. 8).
 
     All pairs of tokens y, x in time linear in V, since the sum is ½ (Var_w Δ + Var_q Δ + (E_w Δ - E_q Δ)²). `weights`
-    is w: q of the "student", the paper's main choice (S, S); p of the "teacher" (T, S); "uniform" (U, S). Nothing
-    bounds it. With the student's weights it is the variance of log(q / p) under q, and its gradient is twice that of
-    the reverse KL.
+    is w: q of the "student", the paper's main choice (S, S); p of the "teacher" (T, S); "uniform" (U, S), over the
+    columns that both models have. Nothing bounds it. With the student's weights it is the variance of log(q / p) under
+    q, and its gradient is twice that of the reverse KL.
     """
     log_q, log_p = shared_log_probs(student_logits, teacher_logits)
-    present = log_q != -math.inf
+    present = log_q > _NEVER
     gap = torch.where(present, log_q - log_p, 0.0)  # Δ up to a constant, which cancels
     q = log_q.detach().exp()
     if weights == "student":

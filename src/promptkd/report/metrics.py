@@ -113,6 +113,7 @@ _LOGGED = {
         ("replaced_share", "Replaced tokens", "%",
          "Tokens that the teacher has put in the place of the student's, of the responses that it corrects (skd)."),
         ("replay_size", "Replay buffer", "responses", "Responses in the replay buffer (distillm)."),
+        ("replayed_share", "Replayed rows", "%", "Rows of the step that came from the replay buffer (distillm)."),
         ("cut_share", "Cut at the limit", "%", "Responses that reach the length limit without an end."),
     ),
     "Norms and rates": (

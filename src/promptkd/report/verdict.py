@@ -66,9 +66,19 @@ def _sentence(record: Results, difference: Difference, takes: str) -> str:
     share = f"{ratio.value * 100:.0f} % [{ratio.low * 100:.0f}, {ratio.high * 100:.0f}]"
     told = joined(f"{model} keeps {share} of the teacher's ROUGE-L{where} ({rows} rows)", takes, by=" at ")
     before = _measured(record, BEFORE, difference.data)
-    if before is None or of_teacher is None:
-        return f"{told}."
-    return f"{told}. Before training it had {before.value / of_teacher * 100:.0f} %."
+    if before is not None and of_teacher is not None:
+        told += f". Before training it had {before.value / of_teacher * 100:.0f} %"
+    return f"{told}.{_chosen(record)}"
+
+
+def _chosen(record: Results) -> str:
+    """A warning where a run's rows have chosen the checkpoint that they measure."""
+    most = max((each.chosen_from for each in record.training.values()), default=1) if record.kind == "distill" else 1
+    if most == 1:
+        return ""
+    return (
+        f" The same rows chose it out of {most} validations, which flatters it: promptkd evaluate on others does not."
+    )
 
 
 def _is_next_to_nothing(of_teacher: Metric) -> bool:

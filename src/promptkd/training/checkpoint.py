@@ -89,6 +89,12 @@ def kept_step(trainer: Any) -> int:
     return int(best or trainer.state.global_step)
 
 
+def chosen_from(trainer: Any) -> int:
+    """Validations out of which a finished trainer's weights were chosen; 1 where they are simply the last."""
+    validations = sum("eval_loss" in each and each["step"] > 0 for each in trainer.state.log_history)
+    return max(1, validations) if trainer.args.load_best_model_at_end else 1
+
+
 def prepare_best(trainer: Any) -> None:
     """Let the trainer load its best checkpoint from its own folder. Raises if it is missing or damaged."""
     best = Path(trainer.args.output_dir) / Path(str(trainer.state.best_model_checkpoint)).name

@@ -15,6 +15,7 @@ from trl.models import unwrap_model_for_generation
 
 from promptkd.data.batch import right_pad
 from promptkd.data.encode import EncodedExample, encode_texts
+from promptkd.engine import head_size
 from promptkd.errors import RequestError
 from promptkd.evaluation.text_metrics import distinct
 from promptkd.generation import Corrected, Mixture, SamplingParams, generate, generate_corrected
@@ -54,9 +55,10 @@ class Rollout:
         if masked and args.use_vllm and args.vllm_mode == "server":
             advice = "give --vllm_mode colocate, or leave --use_vllm out"
             raise RequestError(f"A vLLM server would sample tokens that student and teacher do not share: {advice}.")
-        self._vllm = _vllm(args, accelerator, tokenizer, student, stop_ids, masked) if args.use_vllm else None
+        silent = [*masked, *range(teacher.vocabulary.size, head_size(student))]  # what a padded head adds has no text
+        self._vllm = _vllm(args, accelerator, tokenizer, student, stop_ids, silent) if args.use_vllm else None
         self._synchronized = -1  # the step whose weights vLLM has
-        self._generation = _generation_config(args, tokenizer, stop_ids, masked)
+        self._generation = _generation_config(args, tokenizer, stop_ids, silent)
         kept = args.per_device_train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
         self.completions: deque[tuple[str, str]] = deque(maxlen=kept)
         """Prompts and responses of the last window on all processes, with `log_completions`."""
@@ -85,9 +87,10 @@ class Rollout:
         together = self._accelerator.num_processes > 1 and (self._vllm is not None or is_sharded(self._accelerator))
         sampler = Sampler(student=sample, mixed=sample_mixed, speculative=speculative, together=together)
         progress = step / total_steps
-        responses = self.method.responses(rows, sampler, progress)
-        self._count(rows, responses)
-        return self._cut(rows, responses, progress)
+        answered = self.method.responses.answered(rows, sampler, progress)
+        taken, responses = [row for row, _ in answered], [response for _, response in answered]
+        self._count(taken, responses)
+        return self._cut(taken, responses, progress)
 
     def write_to_the_limit(self) -> None:
         """Let every response that a model writes have `limit` tokens, as a trial of the cost needs."""
@@ -184,6 +187,12 @@ class Rollout:
         missing = int(self._accelerator.gather(count).max()) - len(prompts)
         padded = prompts + prompts[:1] * missing
         _, responses, _, _ = self._vllm.generate(prompts=padded, images=None, num_generations=1)
+        size, most = self.teacher.vocabulary.size, max((max(each, default=0) for each in responses), default=0)
+        if most >= size:  # by a server, which TRL tells no bias
+            raise RequestError(
+                f"vLLM sampled token {most:,}, of the head's padding: the tokenizer has {size:,}. Give --vllm_mode "
+                "colocate, which never does, or cut the student's head by resize_token_embeddings."
+            )
         return responses[: len(prompts)]
 
     def _sample_by_transformers(self, prompts: Tokens, model: nn.Module) -> Tokens:
