@@ -698,6 +698,25 @@ def test_compare_takes_studies_and_single_runs(tmp_path, capsys):
     assert "mine" in {each.model for each in record.evaluations}
 
 
+@pytest.mark.slow
+def test_studies_and_runs_of_one_name_are_told_apart(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        Path(name).mkdir()
+        made_study(Path(name, "s"), shift=float(name == "b"))
+        candidate("m", 0, [5, 5, 6]).record.write(Path(name, "run.json"))
+    asked = ("--metrics", "rouge_l", "--out", "c.json", "--overwrite")
+    done(capsys, "compare", "a/s", "b/s", *asked)
+    found = {(each.model, each.baseline): each.difference.value for each in Results.read(Path("c.json")).differences}
+    assert found == {("a/s/b", "a/s/a"): pytest.approx(2), ("b/s/a", "a/s/a"): 0, ("b/s/b", "a/s/a"): pytest.approx(3)}
+    done(capsys, "compare", "s=a/s", "b/s", *asked)
+    assert {each.model for each in Results.read(Path("c.json")).differences} == {"s/b", "b/s/a", "b/s/b"}
+    for same in (("a/s", "a/s"), ("a/s", "./a/s"), ("s=a/s", "s=b/s"), ("a/s", "a/run.json", "b/run.json")):
+        ran = run(capsys, "compare", *same)
+        assert ran.status == 2
+        assert re.search("must have a label of its own. Got .* twice; name a .* by LABEL=", ran.err)
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

@@ -80,6 +80,10 @@ def compare_groups(
     measured.
     """
     candidates = [each for seeds in groups.values() for each in seeds.values()]
+    taken, beside_them = {*groups, *(each.label for each in candidates)}, [each.label for each in references]
+    if twice := [label for label in beside_them if label in taken or beside_them.count(label) > 1]:
+        told = f"Got {twice[0]} twice; name a run by LABEL=RUN."
+        raise RequestError(f"Each method and model must have a label of its own. {told}")
     settings = settings_of([*candidates, *references])
     if not settings and beside is None:
         raise RequestError("The runs share no data set on which they were measured.")

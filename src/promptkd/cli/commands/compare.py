@@ -61,11 +61,12 @@ def _of_studies(options: Options, names: list[str]) -> Results:
     if given := [flag for flag, is_given in refused if is_given]:
         told = "A study's methods are compared with one of them, over seeds and rows, measured alike"
         raise RequestError(f"{told}: leave {' and '.join(given)} out; --baseline names another.")
+    labels = _study_labels(names)
     studies = {name: read_study(_path_of(name)[1]) for name in names}
     several = any(len({run.planned.seed for run in study.runs}) > 1 for study in studies.values())
     groups, training = Groups({}, {}, [], {}, several), dict[str, Training]()
     for name, study in studies.items():
-        prefix = "" if len(studies) == 1 else f"{_path_of(name)[0] or _path_of(name)[1].resolve().name}/"
+        prefix = f"{labels[name]}/" if labels[name] else ""
         own = groups_of(study, several=several, prefix=prefix)
         groups.runs.update(own.runs)
         groups.exposure.update(own.exposure)
@@ -83,6 +84,23 @@ def _of_studies(options: Options, names: list[str]) -> Results:
     results = compared_groups(groups, baseline=baseline, metrics=options.metrics)
     results.config, results.training = merged_config(options, {}), training
     return results
+
+
+def _study_labels(names: list[str]) -> dict[str, str]:
+    """What the methods of each study are named after: nothing for a single one, whole paths where folders are alike."""
+    if len(names) == 1:
+        return {names[0]: ""}
+    places = {name: _path_of(name) for name in names}
+    short = {name: label or path.resolve().name for name, (label, path) in places.items()}
+    alike = [label for label in short.values() if list(short.values()).count(label) > 1]
+    labels = {
+        name: str(path) if short[name] in alike and not own else short[name] for name, (own, path) in places.items()
+    }
+    known = [labels[name] for name in names]
+    if twice := [label for label in known if known.count(label) > 1]:
+        advice = f"Got {twice[0]} twice; name a study by LABEL=FOLDER."
+        raise RequestError(f"Each study must have a label of its own. {advice}")
+    return labels
 
 
 def _path_of(run: str) -> tuple[str | None, Path]:
