@@ -37,6 +37,7 @@ from promptkd.cli import study_runs
 from promptkd.cli.commands.study import compare_and_report
 from promptkd.cli.options.study import Options
 from promptkd.cli.parsing.parser import merged_config, parse_options
+from promptkd.cli.study_comparison import study_records
 from promptkd.cli.study_runs import StudyRun
 from promptkd.errors import RequestError
 from promptkd.evaluation.pairing import Candidate
@@ -696,6 +697,38 @@ def test_compare_takes_studies_and_single_runs(tmp_path, capsys):
     record = Results.read(tmp_path / "d.json")
     assert {each.model for each in record.differences} == {"one/b", "two/a", "two/b"}
     assert "mine" in {each.model for each in record.evaluations}
+
+
+def rewritten(folder: Path, **changes) -> None:
+    file = folder / "config.yaml"
+    file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | changes))
+
+
+@pytest.mark.slow
+def test_a_study_whose_baseline_has_no_run_yet_is_shown_against_another(tmp_path):
+    folder = made_study(tmp_path / "s")
+    rewritten(folder, baseline="late", methods=["a", "late", "b"])
+    study, *_ = study_records(folder)
+    assert {(each.model, each.baseline) for each in study.differences} == {("b", "a")}
+    told = "Interim: The baseline, late, has no finished run: until then, differences are from a."
+    assert told in study.notes
+
+
+@pytest.mark.slow
+def test_what_a_study_cannot_compare_stands_on_its_page_all_the_same(tmp_path, capsys):
+    folder = made_study(tmp_path / "one")
+    for name in ("a-seed-2", "b-seed-1", "b-seed-2"):
+        (folder / name / "results.json").unlink()
+    for reference in ("teacher", "untrained"):
+        (folder / "evaluations" / reference / "results.json").unlink()
+    trained, measured = study_records(folder)
+    assert [record.evaluations[0].samples[0].scores["rouge_l"] for record in (trained, measured)] == [2, 2]
+    told = "The methods were not compared: A comparison takes two models or more. Got a."
+    assert told in capsys.readouterr().err
+    assert trained.notes[:2] == [
+        "Interim: 1 of 4 runs are done. Methods with fewer than 2 seeds: a (1). Without a run: b.",
+        told,
+    ]
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from promptkd.cli.options.study import Options
 from promptkd.cli.parsing.config_file import read_config
 from promptkd.cli.parsing.parser import merged_config, parse_options
 from promptkd.cli.study_measurements import EVALUATION, EXPOSURE_BIAS, REFERENCES
+from promptkd.cli.terminal import say
 from promptkd.errors import RequestError
 from promptkd.evaluation.comparison import compare
 from promptkd.evaluation.pairing import Candidate
@@ -101,13 +102,28 @@ def references_in(folder: Path) -> list[Candidate]:
 
 
 def study_records(folder: Path) -> list[Results]:
-    """What a report on a study reads: the comparison, and the records of its runs without what they measured."""
-    study = read_study(folder)
-    has_more = len(study.runs) > 1 or study.references or study.runs[0].exposure is not None
-    return [
-        *([study_comparison(study)] if has_more else []),
-        *map(without_evaluations, (run.trained for run in study.runs)),
-    ]
+    """What a report on a study's folder reads."""
+    records, told = page_records(read_study(folder))
+    if told:
+        say(told)
+    return records
+
+
+def page_records(study: Study) -> tuple[list[Results], str]:
+    """What a study's page is made of: the comparison, first, and the training of the runs.
+
+    Where there is nothing to compare, the runs with all that was measured of them; the text then says why.
+    """
+    trained = [run.trained for run in study.runs]
+    try:
+        return [study_comparison(study), *map(without_evaluations, trained)], ""
+    except RequestError as error:
+        told = f"The methods were not compared: {error}"
+    measured = [run.measured for run in study.runs if run.measured != run.trained]  # else by its training alone
+    measured += [run.exposure for run in study.runs if run.exposure is not None]
+    measured += [*(each.record for each in study.references), *study.started.values()]
+    notes = [*_interim(study.options, study.runs), told, *trained[0].notes]
+    return [trained[0].model_copy(update={"notes": notes}), *trained[1:], *measured], told
 
 
 def without_evaluations(record: Results) -> Results:
@@ -118,12 +134,14 @@ def without_evaluations(record: Results) -> Results:
 def study_comparison(study: Study) -> Results:
     """The record of the comparison. Raises `RequestError` if there is nothing to compare."""
     options, runs = study.options, study.runs
-    baseline = options.baseline or runs[0].planned.group
-    if baseline not in {run.planned.group for run in runs}:
-        raise RequestError(f"no run of the baseline, {baseline}, is done.")
+    done = list(dict.fromkeys(run.planned.group for run in runs))
+    baseline = options.baseline if options.baseline in done else done[0]
     results = compared_groups(groups_of(study), baseline=baseline, metrics=options.metrics)
     results.config = merged_config(options, {})
     results.training = mean_costs(runs)
+    if options.baseline not in (None, baseline):
+        told = f"The baseline, {options.baseline}, has no finished run: until then, differences are from {baseline}."
+        results.notes.insert(0, INTERIM + told)
     results.notes = [*_interim(options, runs), *results.notes]
     for run in runs:  # the seeds of a method have students of one size
         if size := run.trained.models.get("student"):

@@ -14,10 +14,9 @@ from promptkd.cli.study_comparison import (
     Finished,
     Study,
     exposure_of,
+    page_records,
     references_in,
     started_in,
-    study_comparison,
-    without_evaluations,
 )
 from promptkd.cli.study_disk import delete_models
 from promptkd.cli.study_runs import StudyRun, checked_runs, plan_text
@@ -91,20 +90,22 @@ def compare_and_report(options: Options, runs: Sequence[StudyRun]) -> None:
     """Compare the finished runs, write the record and the page, and print the table."""
     if not runs:
         return
-    trained = [Results.read(run.job.folder / "results.json") for run in runs]
-    records, page = list(map(without_evaluations, trained)), options.out / "report.html"
-    try:
-        finished = [
-            Finished(run.planned, record, Results.read(run.results), exposure_of(options.out, run.planned.name))
-            for run, record in zip(runs, trained, strict=True)
-        ]
-        study = Study(options, finished, references_in(options.out), started_in(options.out))
-        comparison = study_comparison(study)
-    except RequestError as error:
-        say(f"The methods were not compared: {error}")
+    finished = [
+        Finished(
+            run.planned,
+            Results.read(run.job.folder / "results.json"),
+            Results.read(run.results),
+            exposure_of(options.out, run.planned.name),
+        )
+        for run in runs
+    ]
+    study = Study(options, finished, references_in(options.out), started_in(options.out))
+    records, told = page_records(study)
+    if told:
+        say(told)
     else:
-        comparison.write(options.out / "comparison.json")
-        print(terminal_table([comparison]))
-        records = [comparison, *records]
+        records[0].write(options.out / "comparison.json")
+        print(terminal_table(records[:1]))
+    page = options.out / "report.html"
     write_atomic(page, render_report(records, title=f"Study {options.out.name}"))
     say(f"The page is {page}.")
