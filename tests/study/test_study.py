@@ -4,6 +4,7 @@ import csv
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -37,12 +38,12 @@ from promptkd.cli import study_runs
 from promptkd.cli.commands.study import compare_and_report
 from promptkd.cli.options.study import Options
 from promptkd.cli.parsing.parser import merged_config, parse_options
-from promptkd.cli.study_comparison import study_records
+from promptkd.cli.study_comparison import read_study, study_comparison, study_records
 from promptkd.cli.study_runs import StudyRun
 from promptkd.errors import RequestError
 from promptkd.evaluation.pairing import Candidate
 from promptkd.io.lock import locked
-from promptkd.results import DataRecord, Evaluation, Metric, Results, RowResult, Training, file_sha256
+from promptkd.results import DataRecord, Evaluation, Metric, ModelRecord, Results, RowResult, Training, file_sha256
 from promptkd.study.loop import Table, carry_out
 from promptkd.study.plan import Planned, arguments_of, plan_runs
 from promptkd.study.pooling import both_ways, compare_groups, t_quantile, t_two_sided
@@ -578,8 +579,6 @@ def candidate(group: str, seed: int, scores, *, teacher: str = "t") -> Candidate
     decoding = {"temperature": 1.0, "max_new_tokens": 8, "seeds": [10]}
     made = Evaluation(model="m", data="test", decoding=decoding, metrics={}, samples=samples)
     record = Results(kind="evaluate", evaluations=[made], data={"test": DataRecord(path="t", rows=3, sha256="ab")})
-    from promptkd.results import ModelRecord
-
     record.models["teacher"] = ModelRecord(path=teacher, parameters=1, sha256="")
     return Candidate(f"{group}-{seed}", record, "m")
 
@@ -855,6 +854,45 @@ def test_a_file_of_ones_own_stays_as_it_was_when_the_study_began(world, tmp_path
     (out / "evaluations" / "half-seed-1").mkdir(parents=True)
     file = study_file(world, out, evaluate={"data": [world.test], "metrics": [f"{own}:letters"]})
     assert f"made with the file: {out}/evaluations." in run(capsys, "study", file).err
+
+
+@pytest.mark.parametrize("is_older", [False, True])
+def test_data_stay_as_they_were_when_the_study_began(world, tmp_path, capsys, is_older):
+    out, data = tmp_path / "out", tmp_path / "train.jsonl"
+    shutil.copy(world.train, data)
+    file = study_file(world, out, base={"data": str(data)}, seeds=[1, 2])
+    made, known = out / "kd-seed-1", {str(data): file_sha256(data)}
+    made.mkdir(parents=True)
+    if is_older:  # a study that kept no hashes of data: its records have them
+        train = DataRecord(path=str(data), rows=8, sha256=known[str(data)])
+        Results(kind="distill", data={"train": train}).write(made / "results.json")
+    (made / "student").mkdir()
+    (out / "config.yaml").write_text(yaml.safe_dump({} if is_older else {"file_sha256": known}))
+    data.write_text(data.read_text().splitlines()[0])
+    ran = run(capsys, "study", file)
+    assert ran.status == 2
+    told = f"{data} has changed since this study began. Put it back, give another --out, or delete what was made"
+    assert f"{told} with the file: {made}." in ran.err
+    shutil.copy(world.train, data)
+    assert "has changed" not in run(capsys, "study", file, "--dry-run").err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["data", "models"])
+def test_seeds_trained_on_other_data_or_models_are_not_pooled(tmp_path, what):
+    folder = made_study(tmp_path / "s")
+    for name, sha256 in (("a-seed-1", "aaa"), ("a-seed-2", "bbb"), ("b-seed-1", "bbb"), ("b-seed-2", "bbb")):
+        record = Results.read(folder / name / "results.json")
+        record.data["train"] = DataRecord(path="d", rows=1, sha256=sha256 if what == "data" else "d")
+        of_teacher = {"path": "t", "parameters": 1, "sha256": sha256 if what == "models" else "t"}
+        record.models |= {"teacher": ModelRecord(**of_teacher), "student": ModelRecord(**of_teacher | {"sha256": name})}
+        record.write(folder / name / "results.json")
+    changed = "train data" if what == "data" else "teacher"
+    told = f"a-seed-1 and a-seed-2 were not trained alike: the {changed} changed between them .sha256 aaa and bbb."
+    with pytest.raises(RequestError, match=told):
+        study_comparison(read_study(folder))
+    shutil.copy(folder / "a-seed-1" / "results.json", folder / "a-seed-2")
+    assert study_comparison(read_study(folder)).differences  # methods may differ
 
 
 # ---- on a Ray cluster ----

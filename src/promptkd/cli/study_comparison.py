@@ -180,6 +180,7 @@ def mean_costs(runs: Sequence[Finished]) -> dict[str, Training]:
 
 def groups_of(study: Study, *, several: bool | None = None, prefix: str = "") -> Groups:
     """The runs of a study by their group and seed; `several` seeds are told apart by the runs' own names."""
+    _check_trained_alike(study.runs)
     if several is None:
         several = len({run.planned.seed for run in study.runs}) > 1
     groups = Groups({}, {}, study.references, study.started, several)
@@ -194,6 +195,24 @@ def groups_of(study: Study, *, several: bool | None = None, prefix: str = "") ->
             told = "Give `eval_data` in `base`, or `evaluate` with its data, or `exposure_bias`"
             raise RequestError(f"the runs hold no measurement. {told}.")
     return groups
+
+
+def _check_trained_alike(runs: Sequence[Finished]) -> None:
+    """Refuse to pool the seeds of a method if the records of their training name other data, teachers or starts."""
+    first: dict[tuple[str, str], tuple[str, str]] = {}
+    for run in runs:
+        held = {f"{label} data": each.sha256 for label, each in run.trained.data.items()}
+        held |= {label: each.sha256 for label, each in run.trained.models.items() if label != "student"}
+        for what, sha256 in held.items():
+            if not sha256:  # of a folder of data, or the hub's
+                continue
+            name, known = first.setdefault((run.planned.group, what), (run.planned.name, sha256))
+            if sha256 != known:
+                both = f"{name} and {run.planned.name} were not trained alike: the {what} changed between them"
+                told = f"{both} (sha256 {known[:8]} and {sha256[:8]})"
+                raise RequestError(
+                    f"{told}. Train one of them again: delete its folder, and those of what it measured."
+                )
 
 
 def compared_groups(groups: Groups, *, baseline: str, metrics: Sequence[str]) -> Results:

@@ -1,4 +1,4 @@
-"""The Python files of a study's own methods and metrics, which stay what they were when it began."""
+"""The files that stay as they were when a study began: Python of its own methods and metrics, and its runs' data."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Any
 from promptkd.cli.options.study import Options
 from promptkd.cli.outputs import took_no_step
 from promptkd.cli.parsing.config_file import read_config
+from promptkd.cli.study_measurements import record_at
 from promptkd.cli.terminal import say
 from promptkd.errors import RequestError
 from promptkd.io.python_file import names_python, python_file
@@ -15,7 +16,7 @@ from promptkd.study.plan import Planned
 
 
 def hashes_of_files(options: Options, planned: Sequence[Planned]) -> dict[str, str]:
-    """SHA-256 of the study's own files by their paths, for its config.yaml.
+    """SHA-256 of those files by their paths, for the study's config.yaml.
 
     Raises `RequestError` if one has changed since the study began and something that was made with it is there.
     """
@@ -46,6 +47,9 @@ def _users(options: Options, planned: Sequence[Planned]) -> dict[str, list[Path]
     for each in planned:
         if file := file_of(each.settings.get("method")):
             users.setdefault(file, []).append(options.out / each.name)
+        for source in (each.settings.get("data"), each.settings.get("eval_data")):
+            if isinstance(source, str):  # no hash of a folder, or of the hub's
+                users.setdefault(source, []).append(options.out / each.name)
     metrics = options.evaluate.get("metrics", [])
     for metric in metrics if isinstance(metrics, list) else [metrics]:
         if file := file_of(metric):
@@ -60,6 +64,9 @@ def _kept(out: Path, planned: Sequence[Planned]) -> dict[str, Any]:
         folder, file = out / each.name, file_of(each.settings.get("method"))
         if file and _is_made(folder) and (folder / "config.yaml").is_file():
             kept.setdefault(file, read_config(folder / "config.yaml").get("method_sha256"))
+        if (record := record_at(folder / "results.json")) is not None:
+            for data in record.data.values():
+                kept.setdefault(data.path, data.sha256 or None)
     config = out / "config.yaml"
     return kept | (read_config(config).get("file_sha256", {}) if config.is_file() else {})
 
