@@ -619,6 +619,11 @@ def test_a_kl_to_different_teachers_is_not_compared():
     groups = {group: {seed: candidate(group, seed, [1, 2, 3], teacher=group) for seed in (1, 2)} for group in "ab"}
     made = compare_groups(groups, BETTER, baseline="a")
     assert {each.metric for each in made.differences} == {"rouge_l", "loss"}
+    told = "kl_to_teacher was not compared: the records name different teachers, or contexts that these read."
+    assert told in made.notes
+    assert told not in compare_groups(groups, BETTER, baseline="a", metrics=["loss"]).notes
+    with pytest.raises(RequestError, match=f"Nothing to compare: kl_to_teacher. {told}"):
+        compare_groups(groups, BETTER, baseline="a", metrics=["kl_to_teacher"])
 
 
 @pytest.mark.parametrize(("seed_spread", "row_spread"), [(1.0, 0.1), (0.1, 1.0), (1.0, 1.0)])

@@ -19,7 +19,8 @@ from promptkd.evaluation.statistics import DEFAULT, Bootstrap, Floats
 from promptkd.results import Better, DataRecord, Difference, Evaluation, ToldApart, metric_named
 
 Pairs = Literal["baseline", "all", "last"]
-_TO_TEACHER = "kl_to_teacher"
+TO_TEACHER = "kl_to_teacher"
+OTHER_TEACHERS = f"{TO_TEACHER} was not compared: the records name different teachers, or contexts that these read."
 _LEAST_ROWS = 6  # with fewer, even the smallest p of a sign-flip test, 2 / 2^rows, lies above 0.05
 
 
@@ -65,9 +66,9 @@ def compare(
     made.notes += _alike(settings, ordered, allow_different)
     names = known_metrics(settings, metrics)
     tested_ones = [each for each in ordered if not each.is_reference]
-    if _TO_TEACHER in names and len({each.teachers for each in tested_ones}) > 1:
-        names.remove(_TO_TEACHER)
-        made.notes.append(f"{_TO_TEACHER} was not compared: the records name different teachers.")
+    if TO_TEACHER in names and len({each.teachers for each in tested_ones}) > 1:
+        names.remove(TO_TEACHER)
+        made.notes.append(OTHER_TEACHERS)
     every = list(combinations([each.label for each in tested_ones], 2))  # (baseline, model)
     of_last = [pair for pair in every if pair[1] == tested_ones[-1].label]
     compared = {"baseline": every[: len(tested_ones) - 1], "all": every, "last": of_last}[pairs]

@@ -18,7 +18,7 @@ import numpy as np
 from scipy.special import stdtr, stdtrit
 
 from promptkd.errors import RequestError
-from promptkd.evaluation.comparison import Comparison, evaluations_of, known_metrics
+from promptkd.evaluation.comparison import OTHER_TEACHERS, TO_TEACHER, Comparison, evaluations_of, known_metrics
 from promptkd.evaluation.measure import OF_REFERENCES
 from promptkd.evaluation.pairing import Candidate, Column, settings_of
 from promptkd.evaluation.statistics import Floats, holm
@@ -77,7 +77,7 @@ def compare_groups(
     and not tested. `metrics` are those to be compared, by default all. `references` are models of which there is one,
     such as the teacher: they are shown with intervals over rows, and not tested. `beside` was measured elsewhere of the
     same groups: its differences are tested together with the others. Raises `RequestError` for a metric that was not
-    measured.
+    measured, and where nothing is left to compare.
     """
     candidates = [each for seeds in groups.values() for each in seeds.values()]
     taken, beside_them = {*groups, *(each.label for each in candidates)}, [each.label for each in references]
@@ -91,7 +91,7 @@ def compare_groups(
         raise RequestError(" ".join(differing[:3]))
     asked = [name for name in metrics if beside is None or name not in beside.metrics]
     known = known_metrics(settings, asked) if asked or not metrics else []
-    left_out = {"kl_to_teacher"} if len({each.teachers for each in candidates}) > 1 else set()
+    left_out = {TO_TEACHER}.intersection(known) if len({each.teachers for each in candidates}) > 1 else set()
     made = Comparison()
     done: set[tuple[str, str]] = set()  # what is measured on the references of a data set, however it is decoded
     for setting in settings:
@@ -121,6 +121,9 @@ def compare_groups(
         made.evaluations += evaluations_of(setting, columns, [each.label for each in references])
         if first.data is not None:
             made.data[setting.data] = first.data
+    if beside is None and not made.evaluations:
+        reason = OTHER_TEACHERS if left_out else "The runs share no row that has the metrics."
+        raise RequestError(f"Nothing to compare: {', '.join(metrics) or 'all metrics'}. {reason}")
     if beside is not None:
         made.evaluations += beside.evaluations
         made.differences += beside.differences
@@ -129,7 +132,7 @@ def compare_groups(
     tested = [(found, found.p_value) for found in made.differences if found.p_value is not None]
     for (found, _), adjusted in zip(tested, holm([p for _, p in tested]), strict=True):
         found.p_adjusted = adjusted
-    made.notes = _notes(groups, baseline, len(made.differences))
+    made.notes = [*_notes(groups, baseline, len(made.differences)), *([OTHER_TEACHERS] if left_out else [])]
     return made
 
 

@@ -50,7 +50,7 @@ class Options:
     metrics: list[str] = field(default_factory=list)
     """The metrics to compare, by default all. p is adjusted for their number: name those that you decide by."""
     file_sha256: dict[str, Any] = field(default_factory=dict)
-    """Kept in OUT/config.yaml at the start: the SHA-256 of the data and of each file of your own methods and metrics."""
+    """Kept in OUT/config.yaml at the start: the SHA-256 of the data and the files of your own methods and metrics."""
     references: bool = True
     """Measure the teacher and the student before training too, once each, for the table."""
     keep_models: bool = True
