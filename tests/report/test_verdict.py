@@ -91,6 +91,18 @@ def test_a_share_of_nothing_is_not_told(teacher: float) -> None:
     assert "keeps" not in told
 
 
+def test_the_loss_is_that_of_the_same_data_whatever_decoding_its_difference_names() -> None:
+    made = record(teacher=0.4)
+    of_score, of_loss = made.differences[1], made.differences[0].model_copy(update={"data": "validation, sampled"})
+    easy = of_loss.model_copy(update={"data": "easy", "difference": Metric(value=-2.5)})
+    of_score = of_score.model_copy(update={"data": "validation, greedy"})
+    decoded = [each.model_copy(update={"decoding": {"temperature": t}}) for t in (0, 1) for each in made.evaluations]
+    others = [each.model_copy(update={"data": "easy"}) for each in made.evaluations]
+    held = {"differences": [easy, of_loss, of_score], "evaluations": [*others, *decoded]}
+    assert "Its validation loss is 0.30 [0.20, 0.40] nats/token above" in lead(made.model_copy(update=held))
+    assert "validation loss" not in lead(made.model_copy(update=held | {"differences": [easy, of_score]}))
+
+
 @pytest.mark.parametrize("rows", [121, 8])
 def test_a_teacher_whose_interval_holds_nothing_carries_no_share(rows: int) -> None:
     made = record(ratio=KEPT, rows=rows, teacher=5.0)
@@ -143,6 +155,9 @@ def test_another_precision_of_the_teacher_is_told() -> None:
 def test_without_a_teacher_the_way_to_one_is_told() -> None:
     assert "promptkd evaluate --model STUDENT --teacher TEACHER" in lead(Results(kind="distill"))
     assert verdict_of([Results(kind="sft")]) is None
+    measured = record()  # a teacher whose ROUGE-L is not asked for
+    measured.differences = measured.differences[:1]
+    assert verdict_of([measured]) is None
 
 
 def test_speeds_are_medians_with_their_range_and_follow_the_models_new_names() -> None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from promptkd.report.formatting import DASH, decoding_words, estimate, joined, listed, manner, millions, number
 from promptkd.report.labels import is_teacher
 from promptkd.report.metrics import metric_info
-from promptkd.results import BEFORE, Difference, Inference, Metric, Results
+from promptkd.results import BEFORE, Difference, Evaluation, Inference, Metric, Results
 
 _METRIC = "rouge_l"
 _LEAST_ROWS = 20  # a bootstrap over fewer says too little of other rows
@@ -34,7 +34,8 @@ def verdict_of(records: Sequence[Results]) -> Verdict | None:
     ]
     if not found:
         is_distilled = len(records) == 1 and records[0].kind == "distill"
-        return Verdict(_NO_TEACHER, []) if is_distilled else None
+        has_teacher = any(is_teacher(each.model) for record in records for each in record.evaluations)
+        return Verdict(_NO_TEACHER, []) if is_distilled and not has_teacher else None
     told: dict[tuple[str, str], list[str]] = {}  # by student and teacher: its size and speed are told once
     plain = set()
     for record, each in found:
@@ -95,22 +96,27 @@ def _without_interval(record: Results, difference: Difference, of_teacher: float
 
 def _measured(record: Results, model: str, data: str) -> Metric | None:
     for each in record.evaluations:
-        names = (
-            "",
-            each.data,
-            joined(each.data, manner(each.decoding)),
-            joined(each.data, decoding_words(each.decoding)),
-        )
-        if each.model == model and data in names and _METRIC in each.metrics:
+        if each.model == model and data in _names(each) and _METRIC in each.metrics:
             return each.metrics[_METRIC]
     return None
 
 
+def _names(evaluation: Evaluation) -> tuple[str, ...]:
+    """How differences may name the data of an evaluation: alone, or with its decoding."""
+    data, decoding = evaluation.data, evaluation.decoding
+    return "", data, joined(data, manner(decoding)), joined(data, decoding_words(decoding))
+
+
+def _source(record: Results, data: str) -> str:
+    """The data set of a difference, without the decoding that its label may name."""
+    return next((each.data for each in record.evaluations if data in _names(each)), data)
+
+
 def _loss(record: Results, difference: Difference) -> str:
     """By how much the student's loss exceeds the teacher's, where ROUGE cannot tell."""
-    pair = (difference.model, difference.baseline)
+    wanted = (difference.model, difference.baseline, _source(record, difference.data))
     for each in record.differences:
-        if each.metric == "loss" and (each.model, each.baseline) == pair:
+        if each.metric == "loss" and (each.model, each.baseline, _source(record, each.data)) == wanted:
             above = each.difference.value >= 0
             size, interval = estimate(metric_info("loss"), each.difference, flip=not above)
             amount = joined(size, interval, "nats/token", by=" ")
