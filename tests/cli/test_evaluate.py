@@ -3,12 +3,14 @@
 import contextlib
 import json
 import os
+import shutil
 import statistics
 import time
 from pathlib import Path
 
 import pytest
 
+import promptkd.cli.options.evaluate
 import promptkd.evaluation.dataset_evaluation
 from helpers.commands import (
     LIMITS,
@@ -25,6 +27,9 @@ from helpers.commands import (
     write_rows,
 )
 from helpers.processes import forked_command, killed
+from helpers.tiny import token_id
+from promptkd.cli.commands.evaluate import check
+from promptkd.cli.parsing.parser import parse_options
 from promptkd.evaluation import distinct, rouge_1_scores, rouge_l_scores
 from promptkd.evaluation.rouge_tokenizer import rouge_tokens
 from promptkd.evaluation.statistics import mean_interval, token_mean_interval
@@ -360,6 +365,42 @@ def test_other_settings_are_refused_by_name_and_overwriting_begins_anew(world, t
     done(capsys, *evaluate(world, out, *changed, "--overwrite", "--seeds", 2, data=(data,)))
     assert held(tmp_path) == files("data-seed2", "data-greedy", "data-references") | {"data.jsonl"}
     assert Results.read(out).evaluations[0].decoding["temperature"] == 0.5
+
+
+def test_answers_in_which_another_token_could_stand_are_refused(world, tmp_path, capsys):
+    """A teacher whose vocabulary differs in one token, which from then on is never written."""
+    teacher, out = tmp_path / "teacher", tmp_path / "results.json"
+    shutil.copytree(world.teacher, teacher)
+    tokenizer = teacher / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace("<spare1>", "<other1>"))
+    done(capsys, *evaluate(world, out))
+    settings = tmp_path / "results-settings.json"
+    job = json.loads(settings.read_text())
+    assert job["settings"].pop("ids that are never written") == []
+    for older in (False, True):
+        if older:
+            settings.write_text(json.dumps(job))
+        ran = run(capsys, *evaluate(world, out, "--teacher", teacher))
+        assert ran.status == 2
+        assert f"ids that are never written was [] and is now [{token_id('<spare1>')}]" in ran.err
+        assert "start from scratch with --overwrite" in ran.err
+    done(capsys, *evaluate(world, out, "--teacher", teacher, "--overwrite"))
+    assert run(capsys, *evaluate(world, out)).status == 2
+
+
+def test_the_teachers_answers_need_a_file_of_their_own(world, tmp_path, capsys):
+    data = [tmp_path / "test.jsonl", tmp_path / "test-teacher.jsonl"]
+    for each in data:
+        shutil.copy(world.test, each)
+    request = ["evaluate", "--model", world.student, "--data", *data, "--out", tmp_path / "r.json", *LIMITS]
+    ran = run(capsys, *request, "--teacher", world.teacher)
+    assert ran.status == 2
+    assert (
+        "two names are alike but for punctuation, or for the -teacher of the teacher's answers; rename a file"
+        in ran.err
+    )
+    assert held(tmp_path) == {"test.jsonl", "test-teacher.jsonl"}
+    check(parse_options("evaluate", promptkd.cli.options.evaluate, [*map(str, request[1:])]).options)
 
 
 def test_answers_of_unknown_settings_are_refused(world, tmp_path, capsys):

@@ -90,6 +90,18 @@ def test_settings_and_files_may_be_added_and_what_is_there_is_told(tmp_path):
     }
 
 
+def test_a_setting_that_an_older_file_lacks_does_not_join_what_was_made_without_it(tmp_path):
+    def grown(masked):
+        settings, files = {"temperature": 1.0, "masked": masked}, [tmp_path / "a.jsonl"]
+        return settle_settings(tmp_path / "settings.json", settings, files, overwrite=False, absent={"masked": []})
+
+    settle(tmp_path, {"temperature": 1.0}, "a.jsonl")
+    with pytest.raises(RequestError, match=r"masked was \[\] and is now \[5\]"):
+        grown([5])
+    assert grown([]) == []
+    assert json.loads((tmp_path / "settings.json").read_text())["settings"] == {"temperature": 1.0, "masked": []}
+
+
 def test_every_setting_that_differs_is_named_and_nothing_changes(tmp_path):
     settle(tmp_path, {"temperature": 1.0, "model": "x", "limit": None}, "a.jsonl")
     before = (tmp_path / "settings.json").read_bytes()

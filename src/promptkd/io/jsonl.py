@@ -87,17 +87,26 @@ def encoded(lines: Iterable[Line]) -> bytes:
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
 
 
-def settle_settings(path: Path, settings: Mapping[str, Any], files: Sequence[Path], *, overwrite: bool) -> list[Path]:
+def settle_settings(
+    path: Path,
+    settings: Mapping[str, Any],
+    files: Sequence[Path],
+    *,
+    overwrite: bool,
+    absent: Mapping[str, Any] | None = None,
+) -> list[Path]:
     """Hold all of a job's `files`, which stand beside `path`, to the settings that `path` keeps.
 
-    A job may grow: settings and files that `path` does not know yet join those it holds. With `overwrite` everything
-    that an earlier run wrote is deleted first. Returns those of `files` that an earlier run has begun. A setting that
-    differs, or a file not made under those settings, is a `RequestError`.
+    A job may grow: settings and files that `path` does not know yet join those it holds, but for settings that are in
+    `absent`: where `path` lacks one, its files were made as `absent` says. With `overwrite` everything that an earlier
+    run wrote is deleted first. Returns those of `files` that an earlier run has begun. A setting that differs, or a
+    file not made under those settings, is a `RequestError`.
     """
     before, names = dict[str, Any](), list[str]()
     if path.exists():
         wrong = f"{path} does not hold the settings of a job. Move it away or give another --out."
         before, names = _parsed(_content(path), lambda job: _job(job, path.name.removesuffix("settings.json")), wrong)
+        before |= {name: value for name, value in (absent or {}).items() if name not in before}
     if overwrite:
         for file in [*(path.with_name(name) for name in names), *files, path]:
             file.unlink(missing_ok=True)

@@ -32,6 +32,8 @@ SETTLED = (
     *("temperature", "top_p", "top_k", "limit", "template"),
     *("max_prompt_length", "max_completion_length", "max_reference_length"),
 )
+# what older files of settings left out if it was so
+_ABSENT: dict[str, Any] = {"--columns": None, "--chat-template-kwargs": None, "ids that are never written": []}
 
 
 def run(options: Options, training: dict[str, Any]) -> None:
@@ -56,8 +58,11 @@ def check(options: Options) -> None:
     for what, flag, given in (("seed", "--seeds", options.seeds), ("data set", "--data", options.data)):
         if len(set(given)) < len(given):
             raise RequestError(f"Each {what} must be given once. Got {flag} {' '.join(map(str, given))}.")
-    if len({_file(options.out, label_of(path, options.data), "") for path in options.data}) < len(options.data):
+    kinds = [_file, _teacher_file] if _measures_teacher(options) else [_file]
+    files = [kind(options.out, label_of(path, options.data), "") for kind in kinds for path in options.data]
+    if len(set(files)) < len(files):
         alike = f"Got --data {' '.join(options.data)}, of which two names are alike but for punctuation"
+        alike += ", or for the -teacher of the teacher's answers" if len(kinds) > 1 else ""
         raise RequestError(f"The answers of each data set need a file of their own. {alike}; rename a file.")
 
 
@@ -110,7 +115,7 @@ def _evaluate(options: Options) -> None:
         with job.computing():
             results.evaluations += part.run(decoding, options.seeds, greedy=options.greedy, **labels)
         results.timings[name] = time.perf_counter() - started
-    if teacher is not None and options.measure == "all":
+    if teacher is not None and _measures_teacher(options):
         _measure_teacher(job, results, {label: model, of_teacher: teacher}, sets, decoding, tokenizer, metrics)
     for metric in metrics:
         if failed := metric.failed_on_empty:
@@ -157,8 +162,7 @@ def _measure_teacher(
 def _settle(options: Options, results: Results, decoding: Decoding, job: InferenceRun) -> None:
     """Make sure that answers which are there already were made as this command would make them."""
     settings = {f"--{name.replace('_', '-')}": results.config[name] for name in SETTLED}
-    rest = {"--columns": options.columns, "--chat-template-kwargs": options.chat_template_kwargs}
-    settings |= {name: value for name, value in rest.items() if value}  # older settings have none
+    settings |= {"--columns": options.columns or None, "--chat-template-kwargs": options.chat_template_kwargs or None}
     roles = ("model", "teacher")
     settings |= {role: each.sha256 or each.path for role, each in zip(roles, results.models.values(), strict=False)}
     settings |= {f"data {name}": each.sha256 or each.path for name, each in results.data.items()}
@@ -166,16 +170,20 @@ def _settle(options: Options, results: Results, decoding: Decoding, job: Inferen
     if job.teacher_dtype is not None:
         settings["--teacher-dtype"] = job.teacher_dtype
     settings["ids that end an answer"] = list(decoding.stop_ids)
-    if decoding.masked_ids:
-        settings["ids that are never written"] = list(decoding.masked_ids)
+    settings["ids that are never written"] = list(decoding.masked_ids)
     kl_seeds = [] if options.teacher is None else options.seeds[: options.kl_seeds]
     parts = parts_of(decoding, options.seeds, greedy=options.greedy, kl_seeds=kl_seeds)
     files = [_file(options.out, name, part) for name in results.data for part in parts]
-    if options.teacher is not None and options.measure == "all":
+    if _measures_teacher(options):
         parts = parts_of(decoding, options.seeds, greedy=options.greedy)
         files += [_teacher_file(options.out, name, part) for name in results.data for part in parts]
-    if held := settle_settings(_settings_file(options.out), settings, files, overwrite=options.overwrite):
+    place = _settings_file(options.out)
+    if held := settle_settings(place, settings, files, overwrite=options.overwrite, absent=_ABSENT):
         say(f"Resuming from {len(held)} of {len(files)} files of answers and losses.")
+
+
+def _measures_teacher(options: Options) -> bool:
+    return options.teacher is not None and options.measure == "all"
 
 
 def _settings_file(out: Path) -> Path:
