@@ -104,3 +104,10 @@ def test_wrong_requests(tmp_path, capsys, flags, told):
     assert main(["demo", "--out", str(tmp_path / "run"), *flags]) == 2
     assert told in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_what_an_interrupted_demo_left_is_taken_up_by_a_flag_that_it_has(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("layers: 3\n")
+    assert main(["demo", "--out", str(tmp_path)]) == 2
+    told = "is not empty. Start it again by --overwrite (finished stages come from the cache) or give another --out."
+    assert told in capsys.readouterr().err

@@ -212,10 +212,14 @@ def test_an_upload_needs_a_token_that_is_valid_and_a_hub(world, server, capsys, 
         ("none", (), "Expected the folder of a run"),
         ("", (), "holds no results.json"),
         ("lora", ("--merge", "--results", "TEST"), "measured other models"),
+        ("whole", ("--results", "JUDGED"), "is of `judge` and names no weights, so it does not say"),
     ],
 )
 def test_wrong_requests_are_told(world, tmp_path, capsys, name, arguments, told):
-    given = [world.folder / "test.json" if each == "TEST" else each for each in arguments]
+    judged = Evaluation(model="student", data="test", metrics={"judge_score": Metric(value=50.0)})
+    Results(kind="judge", evaluations=[judged]).write(tmp_path / "judged.json")
+    files = {"TEST": world.folder / "test.json", "JUDGED": tmp_path / "judged.json"}
+    given = [files.get(each, each) for each in arguments]
     ran = run(capsys, *publish(world, name, *given, "--dry-run"))
     assert ran.status == 2
     assert told in ran.err

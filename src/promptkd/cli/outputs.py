@@ -63,9 +63,12 @@ def refuse_foreign(folder: Path, foreign: Sequence[str], what: str, aside: str =
 
 
 class RunFolder:
-    """The folder of a run with these settings: opened empty, to be replaced, or to be resumed."""
+    """The folder of a run with these settings: opened empty, to be replaced, or to be resumed.
 
-    def __init__(self, path: Path, settings: dict[str, Any], *, resume: bool, overwrite: bool):
+    `resume` is None for a command that has no --resume, whose finished stages come from a cache.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any], *, resume: bool | None, overwrite: bool):
         self.path, self._settings, self._resume, self._overwrite = path, settings, resume, overwrite
         self.config, self.checkpoints = path / "config.yaml", path / "checkpoints"
         self.metrics, self.results, self.report = path / "metrics.jsonl", path / "results.json", path / "report.html"
@@ -88,6 +91,8 @@ class RunFolder:
             self._check_same_settings()
         elif held and not self._overwrite:
             advice = "Resume the run in it by --resume, replace it by --overwrite, or give another --out."
+            if self._resume is None:
+                advice = "Start it again by --overwrite (finished stages come from the cache) or give another --out."
             raise RequestError(f"{self.path} is not empty. {advice}")
         if self._overwrite:
             foreign = [name for name in held if name.partition(".partial")[0] not in _OWN]

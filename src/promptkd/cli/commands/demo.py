@@ -15,7 +15,7 @@ from promptkd.report import render_report, terminal_table
 def run(options: Options, training: dict[str, Any]) -> None:
     quiet_libraries()
     teacher_file()
-    folder = RunFolder(options.out, merged_config(options, {}), resume=False, overwrite=options.overwrite)
+    folder = RunFolder(options.out, merged_config(options, {}), resume=None, overwrite=options.overwrite)
     folder.check()
     with folder.locked():
         with folder.opened():

@@ -136,6 +136,9 @@ def _evaluations(options: Options, folder: Path) -> list[Results]:
         record = Results.read(path / "results.json" if path.is_dir() else path)
         if not record.evaluations:
             raise RequestError(f"{path} holds no evaluation.")
+        if not record.models:  # of judge, which reads answers alone
+            told = f"{path} is of `{record.kind}` and names no weights, so it does not say whether it is of this model"
+            raise RequestError(f"{told}. Give a record of evaluate or compare.")
         if own not in {each.sha256 for each in record.models.values()}:
             raise RequestError(
                 f"{path} measured other models than the one in {folder}: leave it out, or measure again."

@@ -33,7 +33,7 @@ class Options:
     base: str | None = None
     """The hub's name of the model that an adapter or soft prompt belongs to, where the run had it in a local folder."""
     results: list[Path] = field(default_factory=list)
-    """Further records of the student for the card: of evaluate, judge or compare."""
+    """Further records of the student for the card: of evaluate or compare."""
     private: bool = False
     """Make a private repository."""
     dry_run: bool = False
