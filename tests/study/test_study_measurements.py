@@ -54,6 +54,20 @@ def test_exposure_bias_is_measured_after_each_training_against_the_runs_teacher(
     assert untrained.endswith(f"--out {out}/exposure-bias/untrained/results.json")
 
 
+def test_what_is_said_of_the_teachers_pass_is_not_asked_of_the_teacher_itself(world, tmp_path, capsys):
+    asked = {"data": [world.test], "seeds": [10, 20], "kl_seeds": 1, "teacher_dtype": "float32"}
+    file = study_file(world, tmp_path / "out", evaluate=asked, references=True, metrics=["loss", "kl_to_teacher"])
+    lines = done(capsys, "study", file, "--dry-run").out.replace("\nA: ", "").splitlines()
+    teacher, untrained, trained = (line for line in lines if line.startswith("promptkd evaluate"))
+    for line in (untrained, trained):
+        assert "--kl-seeds 1" in line
+        assert "--teacher-dtype float32" in line
+    assert f"--model {world.teacher} " in teacher
+    assert "--kl-seeds" not in teacher
+    assert "--teacher" not in teacher
+    done(capsys, *shlex.split(teacher)[1:])
+
+
 @pytest.mark.parametrize(
     ("base", "changes", "message"),
     [

@@ -129,7 +129,7 @@ class Measuring:
         commands = []
         for each in asked:
             settings = self._settings(each, run)
-            left_out = ("teacher", "teacher_dtype") if setting == "teacher" else ("every_checkpoint",)
+            left_out = ("teacher", "teacher_dtype", "kl_seeds") if setting == "teacher" else ("every_checkpoint",)
             settings = {key: value for key, value in settings.items() if key not in left_out}
             command, missing = self._command(each, name, settings, self.results(each, called), read)
             commands += [command] if missing else []
