@@ -517,3 +517,58 @@ def test_a_written_answer_keeps_its_marks_of_reasoning():
     ids = tokenizer(f"<think>hm</think>Ho{STOP}{END}")["input_ids"]
     assert Spelling(tokenizer).answer_text(ids) == "<think>hm</think>Ho"
     assert Spelling(plain()).answer_text(plain()(f"Ho{END}")["input_ids"]) == "Ho"
+
+
+def csv_file(folder, row):
+    import csv
+
+    with (folder / "rows.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, row)
+        writer.writeheader()
+        writer.writerow({key: value if isinstance(value, str) else json.dumps(value) for key, value in row.items()})
+    return folder / "rows.csv"
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        ({"prompt": [USER], "completion": [HO]}, {}),
+        ({"asked": [USER], "said": [HO]}, {"asked": "prompt", "said": "completion"}),
+        ({"prompt": [USER], "completion": "Ho"}, {}),
+        ({"prompt": "Hi", "chosen": [USER, HO]}, {}),
+        ({"chosen": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}, {}),
+        ({"messages": [USER, HO]}, {}),
+        ({"question": "Hi", "answers": {"text": ["Ho", "Hu"], "answer_start": [0, 1]}}, {}),
+        ({"question": "Hi", "answers": ["Ho", "Hu"]}, {}),
+        ({"question": "Hi", "said": {"text": ["Ho"]}}, {"said": "output"}),
+        ({"prompt": "[1, 2] {", "completion": '["a"]'}, {}),
+        ({"instruction": "Hi", "output": '{"role": "x", "text": "y"}'}, {}),
+        ({"instruction": '[{"role": "user"}]', "output": '["a", "b"]'}, {}),
+    ],
+)
+def test_a_csv_file_gives_the_same_rows_as_the_data(tmp_path, row, columns):
+    (found,), (expected,) = read_examples(csv_file(tmp_path, row), columns=columns), examples_from_rows([row], columns)
+    assert (found.request, found.references, found.answer) == (
+        expected.request,
+        expected.references,
+        expected.answer,
+    )
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": str([USER]), "completion": "Ho"},
+        {"prompt": "Hi", "completion": str([HO])},
+        {"question": "Hi", "answers": "{'text': array(['Ho'], dtype=object)}"},
+    ],
+)
+def test_what_python_writes_for_a_list_in_a_csv_cell_is_refused(tmp_path, row):
+    with pytest.raises(RequestError, match=r"line 2: '\w+' holds a list or an object that is not valid JSON.*JSONL"):
+        read_examples(csv_file(tmp_path, row))
+
+
+def test_a_response_that_was_cut_is_refused_in_a_csv_file_too(tmp_path):
+    with pytest.raises(RequestError, match="cut at the length limit"):
+        read_examples(csv_file(tmp_path, {"prompt": "Hi", "completion": "Ho", "ended": "False"}))
+    assert read_examples(csv_file(tmp_path, {"prompt": "Hi", "completion": "Ho", "ended": "True"}))

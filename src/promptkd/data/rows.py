@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
+from promptkd.data.cells import cell_value
 from promptkd.data.messages import (
     Message,
     check_characters,
@@ -229,7 +230,7 @@ class _Columns:
     """The columns of a row that are not null, and which of them were read."""
 
     def __init__(self, fields: Mapping[str, Any]):
-        self.present = {key: value for key, value in fields.items() if value is not None}
+        self.present = {key: cell_value(key, value) for key, value in fields.items() if value is not None}
         self._read: set[str] = set()
 
     def first(self, names: Sequence[str]) -> str | None:
@@ -314,8 +315,7 @@ def _conversation(columns: _Columns, name: str, messages: list[Message]) -> _For
 
 
 def _system(columns: _Columns) -> str:
-    name = columns.first(_SYSTEMS)
-    return "" if name is None else text_field(columns.take(name), name)
+    return "" if (name := columns.first(_SYSTEMS)) is None else text_field(columns.take(name), name)
 
 
 def _references(columns: _Columns, names: Sequence[str]) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from json import JSONDecodeError
 from pathlib import Path
 from typing import IO, Any, cast
 
+from promptkd.data.cells import Cell
 from promptkd.data.messages import without_nulls
 from promptkd.data.rows import Example, examples_from_objects
 from promptkd.errors import RequestError, at
@@ -224,7 +225,7 @@ def _parsed(text: str, location: str) -> Any:
 
 
 def _csv(path: Path) -> Iterator[Located]:
-    """Cells are text, as they are; an empty one is a missing field."""
+    """Cells are text, of which cells.py reads some as JSON; an empty one is a missing field."""
     reader = csv.reader((line for _, line in _lines(path)), strict=True)
     try:
         names = next(reader, [])
@@ -237,7 +238,7 @@ def _csv(path: Path) -> Iterator[Located]:
                 problem = f"expected {len(names)} cells as in the header, got {len(cells)}"
                 raise RequestError(f"{location}: {problem}. A cell with a comma or a line break needs quotes.")
             if cells:
-                yield location, {name: cell for name, cell in zip(names, cells, strict=True) if cell}
+                yield location, {name: Cell(cell) for name, cell in zip(names, cells, strict=True) if cell}
     except csv.Error as error:
         raise RequestError(f"{path}, line {reader.line_num}: not valid CSV: {error}.") from error
 
