@@ -386,3 +386,13 @@ def test_a_conversation_on_a_terminal(tmp_path):
         terminal.process.kill()
         terminal.process.wait()
         os.close(terminal.end)
+
+
+def test_tokens_beyond_the_embedding_are_refused_before_the_model_reads_them():
+    short = tiny_model("llama", vocabulary=80, pad_token_id=0)
+    with pytest.raises(RequestError, match=r"Answers end with the token id \d+.*resize_token_embeddings"):
+        Conversation(tokenizer=tiny_tokenizer(), model=short)
+    short.generation_config.eos_token_id = 1
+    conversation = Conversation(tokenizer=tiny_tokenizer(), model=short)
+    with pytest.raises(RequestError, match=r"The prompt has the token id \d+.*resize_token_embeddings"):
+        conversation.ask("the", GREEDY)

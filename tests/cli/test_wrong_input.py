@@ -40,6 +40,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     (folder / "other-run" / "results.json").write_text('{"accuracy": 0.9}')
     (folder / "binary-run").mkdir()
     (folder / "binary-run" / "results.json").write_bytes(b"\xff\xfe\x00")
+    save_model(folder / "short", tiny_model("llama", layers=2, vocabulary=80, pad_token_id=0))  # its tokenizer has 97
     save_model(folder / "longer", tiny_model("llama", layers=2, max_position_embeddings=1024))
     shutil.copytree(made.student, folder / "damaged")
     (folder / "damaged" / "model.safetensors").write_bytes(b"none")
@@ -109,8 +110,16 @@ def export(model="W/student", *arguments, to="safetensors", out="OUT"):
     return ("export", model, "--to", to, "--out", out, *arguments)
 
 
+BEYOND = "call model.resize_token_embeddings(len(tokenizer))"
 CASES = {
     # data
+    "sft with tokens beyond the embedding": Case(
+        ("sft", "--model", "W/short", *DATA, "--out", "OUT", *TRAINING), BEYOND, loads=True
+    ),
+    "generate with tokens beyond the embedding": Case(generate(model="W/short"), BEYOND, loads=True),
+    "evaluate with tokens beyond the embedding": Case(evaluate(model="W/short"), BEYOND, loads=True),
+    "prune with tokens beyond the embedding": Case(prune("--layers", 1, *DATA, model="W/short"), BEYOND, loads=True),
+    "exposure-bias with tokens beyond the embedding": Case(exposure(student="W/short"), BEYOND, loads=True),
     "missing file": Case(distill(data=("--data", "W/none.jsonl")), "No such file or folder: W/none.jsonl"),
     "missing validation file": Case(sft("--eval-data", "W/none.jsonl"), "No such file or folder: W/none.jsonl"),
     "missing file to evaluate on": Case(evaluate(data=("--data", "W/none.jsonl")), "No such file or folder"),

@@ -1,12 +1,15 @@
 """A model's positions are counted before anything runs, soft prompt and responses included."""
 
+from dataclasses import replace
+
 import pytest
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from helpers.tiny import tiny_model
+from helpers.tiny import VOCABULARY, tiny_model
 from promptkd.data import EncodedExample
 from promptkd.errors import RequestError
 from promptkd.models import check_positions, check_rows_fit, position_limit
+from promptkd.models.vocabulary import check_row_ids, check_stop_ids
 
 
 def row(prompt: int, response: int) -> EncodedExample:
@@ -66,3 +69,17 @@ def test_the_longest_row_decides_by_its_reference_or_by_what_may_be_written():
         check_rows_fit("model", model, [row(500, 1), row(12, 501)], 12)
     with pytest.raises(RequestError, match="of 500 tokens and a response of up to 13"):
         check_rows_fit("model", model, [row(500, 1), row(12, 400)], 13)
+
+
+def test_tokens_that_a_tokenizer_alone_was_given_are_refused_where_a_row_uses_them():
+    model = tiny_model("llama")
+    unused, used = row(3, 3), EncodedExample([1], [VOCABULARY], ("",), "", 7)
+    check_rows_fit("model", model, [unused], 0)
+    with pytest.raises(RequestError, match=r"response of row 7 has the token id 97.*resize_token_embeddings"):
+        check_rows_fit("model", model, [unused, used], 0)
+    with pytest.raises(RequestError, match=r"prompt of row 7 has the token id 97"):
+        check_rows_fit("model", model, [replace(used, prompt_ids=[VOCABULARY], response_ids=[1])], 0)
+    check_row_ids("model", model, [used], responses=False)
+    check_stop_ids("model", model, [VOCABULARY, 5])
+    with pytest.raises(RequestError, match="Answers end with the token id 97, and the model has 97 tokens"):
+        check_stop_ids("model", model, [VOCABULARY])

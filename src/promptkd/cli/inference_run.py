@@ -21,6 +21,7 @@ from promptkd.models import (
     shared_vocabulary,
     vocabulary_size,
 )
+from promptkd.models.vocabulary import check_stop_ids
 from promptkd.precision import WeightPrecision, compute_dtype, computing, teacher_precision
 
 
@@ -100,9 +101,11 @@ class InferenceRun:
         return self.load_model(name, self.teacher_dtype)
 
     def decoding(self, tokenizer: Any, model: Any, **settings: Any) -> Decoding:
+        stop_ids = stop_token_ids(tokenizer, model.generation_config, self.options.template)
+        check_stop_ids("model", model, stop_ids)
         return Decoding(
             max_new_tokens=self.options.max_completion_length,
-            stop_ids=stop_token_ids(tokenizer, model.generation_config, self.options.template),
+            stop_ids=stop_ids,
             vocabulary=vocabulary_size(tokenizer),
             batch_size=settled_rows(self.options.batch_size),
             **settings,

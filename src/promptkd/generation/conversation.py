@@ -15,6 +15,7 @@ from promptkd.errors import RequestError
 from promptkd.generation.decode_loop import stream
 from promptkd.generation.sampling import Decoding, row_seeds
 from promptkd.models import position_limit, vocabulary_size
+from promptkd.models.vocabulary import check_ids, check_stop_ids
 
 
 @dataclass
@@ -38,6 +39,7 @@ class Conversation:
     def __post_init__(self) -> None:
         self._template = resolve_template(self.template, self.tokenizer, self.chat_template_kwargs)
         self._stops = stop_token_ids(self.tokenizer, self.model.generation_config, self._template)
+        check_stop_ids("model", self.model, self._stops)
         self.context = position_limit(self.model)  # the most tokens of prompt and answer together
 
     @property
@@ -70,6 +72,7 @@ class Conversation:
         example = Example(said if self.remembers else Instruction(request, ""), (), "the request", 0)
         text = self._template.render(example)
         (prompt,) = prompt_tokens([example], [text], self.tokenizer, self._template)
+        check_ids("model", self.model, prompt, "The prompt")
         if self.context is not None and len(prompt) >= self.context:
             told = f"The prompt has {len(prompt)} tokens, what was said before included"
             most = f"the model reads and writes {self.context} at most"

@@ -7,6 +7,7 @@ from torch import nn
 from promptkd.data.encode import EncodedExample
 from promptkd.engine import unwrap_peft
 from promptkd.errors import RequestError
+from promptkd.models.vocabulary import check_row_ids
 
 # What configurations call it: most; GPT-2 and its kin; MPT; Whisper
 _NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
@@ -41,7 +42,11 @@ def check_positions(role: str, model: nn.Module, prompt: int, response: int, *, 
 def check_rows_fit(
     role: str, model: nn.Module, rows: Sequence[EncodedExample], max_new_tokens: int, *, soft_prompt: int = 0
 ) -> None:
-    """`check_positions` for the longest row: its prompt with its response, or with as many tokens as may be written."""
+    """`check_positions` for the longest row: its prompt with its response, or with as many tokens as may be written.
+
+    `RequestError` also for a row with a token that the model does not have.
+    """
+    check_row_ids(role, model, rows)
     longest = max(rows, key=lambda row: len(row.prompt_ids) + max(len(row.response_ids), max_new_tokens))
     response = max(len(longest.response_ids), max_new_tokens)
     check_positions(role, model, len(longest.prompt_ids), response, soft_prompt=soft_prompt)

@@ -137,6 +137,32 @@ def check_heads(vocabulary: Vocabulary, **models: nn.Module) -> None:
             raise RequestError(f"The {name}'s head must have {expected}. Got {size}.")
 
 
+def check_row_ids(role: str, model: nn.Module, rows: Iterable[EncodedExample], *, responses: bool = True) -> None:
+    """`check_ids` for the prompts of rows and, with `responses`, for their responses."""
+    for row in rows:
+        check_ids(role, model, row.prompt_ids, f"The prompt of row {row.row}")
+        if responses:
+            check_ids(role, model, row.response_ids, f"The response of row {row.row}")
+
+
+def check_ids(role: str, model: nn.Module, ids: Sequence[int], used_by: str) -> None:
+    """`RequestError` if a token is beyond a model's embedding, as those are that a tokenizer alone was given."""
+    if (most := max(ids, default=0)) >= (size := head_size(model)):
+        _refuse_beyond(role, size, f"{used_by} has the token id {most}")
+
+
+def check_stop_ids(role: str, model: nn.Module, stop_ids: Sequence[int]) -> None:
+    """`RequestError` if a model can write none of the tokens that end its answers."""
+    if stop_ids and min(stop_ids) >= (size := head_size(model)):
+        _refuse_beyond(role, size, f"Answers end with the token id {min(stop_ids)}")
+
+
+def _refuse_beyond(role: str, size: int, problem: str) -> None:
+    advice = "After adding tokens to a tokenizer, call model.resize_token_embeddings(len(tokenizer)) and save both"
+    told = f"{problem}, and the {role} has {size:,} tokens (ids 0 to {size - 1})"
+    raise RequestError(f"{told}. {advice}; or give the tokenizer that belongs to the {role}.")
+
+
 def shared_vocabulary_size(student: nn.Module, teacher: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
     """The size of one tokenizer's vocabulary, for which both heads must have columns; `RequestError` otherwise."""
     vocabulary = Vocabulary(vocabulary_size(tokenizer))

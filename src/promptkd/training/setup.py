@@ -24,7 +24,7 @@ from promptkd.methods import Method
 from promptkd.models import SharedVocabulary, count_parameters, shared_vocabulary, vocabulary_size
 from promptkd.models.adapters import TeacherAdapter
 from promptkd.models.positions import position_limit
-from promptkd.models.vocabulary import check_heads
+from promptkd.models.vocabulary import check_heads, check_row_ids
 from promptkd.responses import AdaptiveReplay
 from promptkd.training.config import needs_generate
 from promptkd.training.distributed import check_dispatched, check_sharding, is_dispatched, is_sharded, settle_dispatched
@@ -204,6 +204,7 @@ def make_teacher(trainer: Any, teacher: Any, *, averages: bool = False, name: st
         return KeptTeacher(teacher, args, trainer.shared)
     rows, tokenizer = [*(trainer.train_dataset or ()), *(trainer.eval_dataset or ())], trainer.processing_class
     rows = [row for row in rows if row.teacher == name] if name else rows
+    check_row_ids("student", student, rows)
     vocabulary = trained_vocabulary(method, trainer.shared, tokenizer, student, teacher)
     parameters = count_parameters(teacher)
     adapter, adapted = make_adapter(method, teacher.requires_grad_(False), tokenizer, args, accelerator)

@@ -24,7 +24,7 @@ from promptkd.io.jsonl import ResumableLines
 from promptkd.io.lock import locked
 from promptkd.memory import peak_memory
 from promptkd.models import SoftPrompt, check_positions, model_record, resolve_model
-from promptkd.models.vocabulary import check_heads
+from promptkd.models.vocabulary import check_heads, check_row_ids
 from promptkd.report.text import text_table
 from promptkd.results import Curve, CurvePoint, Metric, Results
 from promptkd.training.checkpoint import checkpoints_in
@@ -83,6 +83,7 @@ class _ExposureRun(InferenceRun):
                 raise RequestError(f"The soft prompt in {path} has vectors of {widths}. {advice}")
         self._longest = max(len(row.prompt_ids) for data in self.sets.values() for row in data.examples)
         vectors = 0 if soft_prompt is None else soft_prompt.length
+        self._check_rows("teacher", self.teacher)
         check_positions("teacher", self.teacher, self._longest, options.max_completion_length, soft_prompt=vectors)
         self.settle_precision()
         for note in notes:
@@ -94,6 +95,10 @@ class _ExposureRun(InferenceRun):
         for source, (label, data) in zip(options.data, self.sets.items(), strict=True):
             self.results.data[label] = data_record(source, data)
         self._by_teacher: dict[str, Samples] = {}
+
+    def _check_rows(self, role: str, model: Any) -> None:
+        for data in self.sets.values():
+            check_row_ids(role, model, data.examples, responses=False)
 
     def settings(self) -> dict[str, Any]:
         """What the curves depend on, apart from the students themselves."""
@@ -134,6 +139,7 @@ class _ExposureRun(InferenceRun):
     def measure(self, label: str, path: str, kept: ResumableLines) -> dict[str, ExposureBias]:
         """A student on every data set; what `kept` holds of its very weights is not measured again."""
         options, results, student = self.options, self.results, self.load_model(path)
+        self._check_rows(f"student {label}", student)
         check_positions(f"student {label}", student, self._longest, options.max_completion_length)
         record = results.models[label] = model_record(path, student)
         results.notes += [each for each in self.merged if each not in results.notes]

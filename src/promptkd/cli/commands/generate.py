@@ -18,6 +18,7 @@ from promptkd.io.atomic import remove, write_atomic
 from promptkd.io.jsonl import Line, ResumableLines, encoded
 from promptkd.io.lock import locked
 from promptkd.models import check_positions, model_record
+from promptkd.models.vocabulary import check_row_ids
 from promptkd.results import ModelRecord
 
 _SETTINGS = ("model", "data", "limit", "template", "max_prompt_length", "max_completion_length", "seed")
@@ -103,6 +104,7 @@ def _write(
 ) -> None:
     """The responses, and what to say of them."""
     (model, record), rows = loaded, data.examples
+    check_row_ids("model", model, rows, responses=False)
     check_positions("model", model, max(len(row.prompt_ids) for row in rows), options.max_completion_length)
     decoding = job.decoding(tokenizer, model, **sampling(options))
     responses = _decode(job, model, record, data, decoding, wanted)
