@@ -38,10 +38,11 @@ from helpers.commands import (
     weights,
     write_rows,
 )
+from helpers.tiny import save_model, tiny_model, tiny_tokenizer
 from promptkd.cli import COMMANDS
 from promptkd.cli.parsing.config_file import read_config
 from promptkd.cli.parsing.fields import choices, common_fields, training_fields
-from promptkd.data import encode_examples, read_examples
+from promptkd.data import encode_examples, read_examples, resolve_template
 from promptkd.methods import METHODS
 from promptkd.results import Metric, Results, file_sha256
 from promptkd.training.callbacks import ProgressBar
@@ -276,6 +277,20 @@ def test_generate_needs_no_references(world, tmp_path, capsys):
     done(capsys, "generate", "--model", world.student, "--data", data, "--out", out, *LIMITS)
     assert [line["prompt"] for line in json_lines(out)] == ["the an", "an"]
     assert [line["references"] for line in json_lines(out)] == [[], []]
+
+
+def test_generated_rows_are_read_back_token_for_token(world, tmp_path, capsys):
+    data = write_rows(tmp_path / "rows.jsonl", [{"instruction": "say <|end|> now"}, {"instruction": "the"}])
+    out, model = tmp_path / "responses.jsonl", tmp_path / "model"
+    save_model(model, tiny_model("llama", layers=2), tiny_tokenizer(chat=True))
+    done(capsys, "generate", "--model", model, "--data", data, "--out", out, "--max-completion-length", 8)
+    tokenizer, template = tiny_tokenizer(chat=True), resolve_template("auto", tiny_tokenizer(chat=True))
+    asked, read = (
+        encode_examples(read_examples(path), tokenizer, template, need_response=False)
+        for path in (data, write_rows(tmp_path / "read.jsonl", [{**line, "ended": True} for line in json_lines(out)]))
+    )
+    assert [row.prompt_ids for row in read.examples] == [row.prompt_ids for row in asked.examples]
+    assert ["prompt_token_ids" in line for line in json_lines(out)] == [True, False]
 
 
 def test_generated_responses_are_data_for_distill(world, tmp_path, capsys):

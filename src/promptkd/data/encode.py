@@ -6,17 +6,18 @@ answer's text and the end token. Prompt and response share no token: where a tok
 boundary, they are tokenized apart, as they are when a model answers. What the data may write, tokens.py says.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from promptkd.data.prompt_tokens import marked_text, prompt_tokens, spelling_of
 from promptkd.data.rows import Example, Instruction, each_turn, spoken, text_field
 from promptkd.data.sources import read_objects
 from promptkd.data.teacher_prompt import holds_reference
 from promptkd.data.templates import Template, resolve_template
-from promptkd.data.tokens import Spelling, unmarked
+from promptkd.data.tokens import Spelling
 from promptkd.errors import RequestError, at
 
 if TYPE_CHECKING:
@@ -210,33 +211,11 @@ def encode_texts(source: str | Path, tokenizer: "PreTrainedTokenizerBase", *, le
     return pieces
 
 
-def prompt_tokens(
-    examples: Sequence[Example], texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", template: Template
-) -> list[list[int]]:
-    """The tokens of every prompt, of which `texts` are the renderings by `template`.
-
-    A chat template writes its own BOS. Every other prompt begins with what the tokenizer puts before a text, unless the
-    text itself does. `RequestError` if a request spells a control token and the template takes it apart.
-    """
-    spelling = _spelling(tokenizer, template)
-    encoded = spelling.tokens(texts, spell=False)
-    for index, example in enumerate(examples):
-        if (marked := _marked_text(example, spelling, template.render)) is not None:
-            encoded[index] = spelling.tokens_of_marked(marked)
-    framed = [index for index, each in enumerate(examples) if isinstance(each.request, str) or template.name != "chat"]
-    probe = next((texts[index] for index in framed if encoded[index]), None)
-    front = [] if probe is None else spelling.front(probe)
-    for index in framed:
-        if encoded[index][: len(front)] != front:
-            encoded[index] = front + encoded[index]
-    return encoded
-
-
 def _encoded(
     examples: Sequence[Example], tokenizer: "PreTrainedTokenizerBase", template: Template, need_response: bool
 ) -> tuple[list[list[int]], list[str], list[list[int]], list[tuple[str, ...]]]:
     """By example: the tokens and the text of the prompt, the tokens of the response, and the references."""
-    spelling, end = _spelling(tokenizer, template), template.end_token_id
+    spelling, end = spelling_of(tokenizer, template), template.end_token_id
     texts = [template.render(example) for example in examples]
     prompts = prompt_tokens(examples, texts, tokenizer, template)
     references = [example.references for example in examples]
@@ -255,12 +234,12 @@ def _encoded(
     for (index, text), whole in zip(written.items(), wholes, strict=True):
         example, prompt, chat = examples[index], prompts[index], template.chat
         assert chat is not None
-        marked = _marked_text(example, spelling, chat.whole)
+        marked = marked_text(example, spelling, chat.whole)
         if marked is None and whole[: len(prompt)] == prompt:
             ids = whole[len(prompt) :]
         else:
             if marked is not None:
-                start = len(_marked_text(example, spelling, template.render) or "")
+                start = len(marked_text(example, spelling, template.render) or "")
                 text = _turn_only(marked[start:], template)
             ids = spelling.tokens_of_marked(text, answer_of=example.location)
         responses[index] = _ended(ids, spelling, chat.written_end, end)
@@ -288,26 +267,6 @@ def _for_teacher(
 
 def _ends_with_the_user(example: Example) -> bool:
     return not example.references and not isinstance(example.request, str | Instruction)
-
-
-def _spelling(tokenizer: "PreTrainedTokenizerBase", template: Template) -> Spelling:
-    end = template.end_token_id
-    return Spelling(tokenizer, frozenset() if end is None else frozenset([tokenizer.convert_ids_to_tokens(end)]))
-
-
-def _marked_text(example: Example, spelling: Spelling, render: Callable[[Example], str]) -> str | None:
-    """What `render` makes of `example` with marks around the control tokens that its data spells; None without any.
-
-    `RequestError` if the template takes such a token apart.
-    """
-    if (marked := spelling.marked(example)) == example:
-        return None
-    text = render(marked)
-    if unmarked(text) != render(example):
-        problem = "the row spells a control token, and the template cuts or measures the text around it"
-        advice = "Take the token out of the row, or choose a template that leaves the text as it is."
-        raise RequestError(f"{example.location}: {problem}. {advice}")
-    return text
 
 
 def _turn_only(text: str, template: Template) -> str:

@@ -187,11 +187,9 @@ def _context(value: Any) -> Context | None:
     found = from_json(value) if isinstance(value, str) and value.lstrip().startswith("[{") else value
     if isinstance(found, list | tuple) and all(isinstance(each, Mapping) for each in found):
         return tuple(read_messages(found, "teacher_prompt")) if found else ""
-    if value is None:
-        return None
-    if not isinstance(value, str):
+    if value is not None and not isinstance(value, str):
         raise RequestError(f"'teacher_prompt' must be a text or a list of messages, got {kind(value)}.")
-    return text_field(value, "teacher_prompt")
+    return None if value is None else text_field(value, "teacher_prompt")
 
 
 def text_field(value: Any, field: str, *, may_be_empty: bool = True) -> str:
@@ -263,6 +261,7 @@ def _read_form(columns: _Columns) -> _Form:
                 columns.take("prompt")
             return _conversation(columns, "chosen", messages)
         prompt = text_field(columns.take("prompt"), "prompt", may_be_empty=False)
+        columns.take("prompt_token_ids")  # tokens.py reads them
         return prompt, _references(columns, _COMPLETIONS), None
     if "prompt" in columns.present:
         return _conversation(columns, "prompt", read_messages(columns.take("prompt"), "prompt"))
@@ -320,9 +319,9 @@ def _system(columns: _Columns) -> str:
 
 def _references(columns: _Columns, names: Sequence[str]) -> tuple[str, ...]:
     """Of the first of `names`: a text, a list of texts, SQuAD's {"text": [...]}, or one assistant message."""
-    if (name := columns.first(names)) is None:
+    name, found = columns.first(names), columns.take(*names)
+    if name is None:
         return ()
-    found = columns.take(name)
     if isinstance(found, Mapping) and isinstance(found.get("text"), list | tuple):
         return tuple(text_field(each, f"{name}.text") for each in found["text"])
     if isinstance(found, str):

@@ -9,9 +9,10 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from promptkd.data.chat import with_marks
+from promptkd.data.messages import from_json
 from promptkd.data.rows import Example
 from promptkd.errors import RequestError
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 # Two code points that Unicode reserves for use within a program: they enclose control tokens that the data spells.
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
+KEPT = "prompt_token_ids"  # the column of a prompt's tokens, where its text alone would be read as others
 _OF_ANSWERS = re.compile(r"think|thought|reason|tool.?call|function.?call|python_tag|answer|solution", re.IGNORECASE)
 
 
@@ -120,6 +122,20 @@ class Spelling:
     @cached_property
     def _other_control(self) -> frozenset[int]:
         return frozenset(self.tokenizer.convert_tokens_to_ids(list(self._control))) - self._own_marks
+
+    def kept_ids(self, text: str, held: Any) -> list[int] | None:
+        """The tokens `held` that a row keeps of its prompt's `text`; None where this tokenizer reads them otherwise.
+
+        `RequestError` for what is no list of ids.
+        """
+        ids = from_json(held) if isinstance(held, str) else held
+        if not isinstance(ids, list | tuple) or not all(type(each) is int and each >= 0 for each in ids):
+            raise RequestError(f"{KEPT!r} must be a list of token ids. Got {held!r:.80}.")
+        if not ids or max(ids) >= len(self.tokenizer):
+            return None
+        bos = self.tokenizer.bos_token or ""  # tokenizers may move the white space of a text
+        read, said = ("".join(each.removeprefix(bos).split()) for each in (self.tokenizer.decode(ids), text))
+        return list(ids) if read == said else None
 
     def front(self, probe: str) -> list[int]:
         """What the tokenizer puts before a text. What it appends (EOS) would end the prompt, and is left out."""

@@ -7,8 +7,9 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from promptkd.data.encode import prompt_tokens, stop_token_ids
+from promptkd.data.encode import stop_token_ids
 from promptkd.data.messages import Message
+from promptkd.data.prompt_tokens import prompt_tokens
 from promptkd.data.rows import Example, Instruction
 from promptkd.data.templates import resolve_template
 from promptkd.errors import RequestError

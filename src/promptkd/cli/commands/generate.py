@@ -10,7 +10,8 @@ from promptkd.cli.options.generate import Options
 from promptkd.cli.outputs import check_output, sha256_of
 from promptkd.cli.terminal import progress_lines, say
 from promptkd.data import EncodedData
-from promptkd.data.tokens import Spelling
+from promptkd.data.prompt_tokens import tokens_as_read
+from promptkd.data.tokens import KEPT, Spelling
 from promptkd.errors import PromptKDError, writing
 from promptkd.evaluation.measure import row_batches
 from promptkd.generation import Decoding, generate, row_seeds
@@ -109,6 +110,7 @@ def _write(
     decoding = job.decoding(tokenizer, model, **sampling(options))
     responses = _decode(job, model, record, data, decoding, wanted)
     spelling = Spelling(tokenizer)
+    as_read = tokens_as_read([row.prompt for row in rows], tokenizer)
     lines = [
         {
             "row": row.row,
@@ -117,8 +119,9 @@ def _write(
             "references": list(row.references),
             "tokens": len(response),
             "ended": bool(response) and response[-1] in decoding.stop_ids,
+            **({} if row.prompt_ids == read else {KEPT: row.prompt_ids}),
         }
-        for row, response in zip(rows, responses, strict=True)
+        for row, response, read in zip(rows, responses, as_read, strict=True)
     ]
     cut = sum(not line["ended"] for line in lines)
     only_ended = options.ended_only or options.keep_logits is not None  # training takes no others

@@ -1,7 +1,8 @@
 """Write a model's responses to a data set, one JSON object per line.
 
-Each line holds row, prompt, completion, references, tokens and whether the response ended by itself. The file is data
-for `promptkd distill` too: a teacher's responses for --method seqkd or dpkd. Responses that were cut at the limit are
+Each line holds row, prompt, completion, references, tokens and whether the response ended by itself; and
+prompt_token_ids where the prompt's text alone would be read as other tokens. The file is data for `promptkd distill`
+too: a teacher's responses for --method seqkd or dpkd. Responses that were cut at the limit are
 left out of it by --ended-only. The same command resumes after a kill: until it is through, OUT.unfinished holds what
 is decoded.
 
