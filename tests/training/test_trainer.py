@@ -5,18 +5,20 @@ from dataclasses import replace
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import TrainerCallback
 
 from helpers.models import response_logits
 from helpers.tiny import VOCABULARY, tiny_model, tiny_tokenizer
-from helpers.trainers import FIXED_PROMPTKD, FixedResponses, config, log, pair, rows, trainer
+from helpers.trainers import FIXED_PROMPTKD, TIMINGS, FixedResponses, config, log, pair, rows, trainer
 from minimal_loop import start_prompt, step
+from promptkd.data import encode_examples, examples_from_rows
 from promptkd.data.batch import right_pad
 from promptkd.errors import PromptKDError, RequestError
 from promptkd.methods import MethodSettings, named_method
 from promptkd.models import SoftPrompt
 from promptkd.objectives import forward_kl, reverse_kl
-from promptkd.training import DistillTrainer
+from promptkd.training import DistillTrainer, FinetuneConfig, FinetuneTrainer
 
 pytestmark = pytest.mark.slow
 
@@ -247,6 +249,58 @@ def test_validation_figures_equal_a_measurement_by_hand(tmp_path):
     assert figures["eval_loss"] == pytest.approx(nats / tokens, rel=1e-5)
     assert figures["eval_kl_to_teacher"] > 0
     assert json.dumps(figures)
+
+
+TEXTS = [{"prompt": "the", "completion": "an"}, {"prompt": "man", "completion": "th"}]
+
+
+def encoded(texts, **options):
+    return encode_examples(examples_from_rows(texts), tiny_tokenizer(), **options)
+
+
+def figures_of(made, data=None):
+    return {name: value for name, value in made.evaluate(data).items() if name not in TIMINGS}
+
+
+def test_evaluate_takes_rows_in_every_form_and_tells_the_responses_of_its_own_alone(tmp_path):
+    class Hearing(FixedResponses):
+        heard = 0
+
+        def on_validation(self, loss):
+            self.heard += 1
+
+    method = replace(FIXED_PROMPTKD, responses=Hearing())
+    ours = trainer(tmp_path, eval_data=TEXTS, method=method)
+    expected = figures_of(ours)
+    assert method.responses.heard == 1
+    kept = dict(ours.validated)
+    for same in (TEXTS, Dataset.from_list(TEXTS), encoded(TEXTS), encoded(TEXTS).examples):
+        assert figures_of(ours, same) == expected
+    assert method.responses.heard == 1
+    assert ours.validated == kept
+    assert figures_of(ours, ours.eval_dataset) == expected
+    assert method.responses.heard == 2
+
+
+def test_sft_evaluates_rows_in_every_form(tmp_path):
+    settings = {"max_prompt_length": 16, "max_completion_length": 8, "report_to": "none", "use_cpu": True}
+    args = FinetuneConfig(str(tmp_path), disable_tqdm=True, **settings)
+    ours = FinetuneTrainer(tiny_model("llama"), args, rows(), None, tiny_tokenizer())
+    assert figures_of(ours, TEXTS) == figures_of(ours, encoded(TEXTS))
+    with pytest.raises(RequestError, match="Validation needs rows"):
+        ours.evaluate()
+
+
+def test_rows_that_cannot_be_evaluated_are_refused(tmp_path):
+    turns = [{"role": role, "content": "an"} for role in ("user", "assistant", "user", "assistant")]
+    every = encoded([{"messages": turns}], template="{{ messages[-1].content }}", turns="all")
+    ours = trainer(tmp_path)
+    with pytest.raises(RequestError, match=r'several turns of a row.*turns="last"'):
+        ours.evaluate(every)
+    with pytest.raises(RequestError, match=r'several turns of a row.*turns="last"'):
+        trainer(tmp_path, eval_data=every)
+    with pytest.raises(RequestError, match="row 0: expected"):
+        ours.evaluate([{"ask": "the"}])
 
 
 def test_too_few_rows_for_a_step_and_too_many_positions_are_refused(tmp_path):

@@ -50,6 +50,9 @@ def encode(
 ) -> EncodedData | None:
     """Rows as tokens, by the template, the columns and the limits of a `DistillConfig`; warns of what is left out."""
     if rows is None or isinstance(rows, EncodedData):
+        if rows is not None and name == "eval_dataset" and rows.rows < len(rows.examples):
+            problem = "holds several turns of a row, and validation measures the last one"
+            raise RequestError(f'{name} {problem}. Encode it with turns="last".')
         return rows_of_teachers(rows, teacher_names, name, all_used=name != "eval_dataset")
     if isinstance(rows, Dataset):
         rows = [without_nulls(row) for row in rows]  # each of its structs has the fields of all others

@@ -66,7 +66,7 @@ class FinetuneTrainer(SFTTrainer):
 
     _tag_names = ("promptkd", "sft")
     is_trial = False
-    teacher_names = ()
+    shared, teacher_names = None, ()
     checkpoint_root: Path | None = None
     """Where a checkpoint is being written, before it takes its place."""
 
@@ -147,7 +147,7 @@ class FinetuneTrainer(SFTTrainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """See `validate`."""
-        return validate(self, self.validation_rows if eval_dataset is None else eval_dataset, prefix=metric_key_prefix)
+        return validate(self, eval_dataset, prefix=metric_key_prefix)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         sampler = super()._get_train_sampler(train_dataset)

@@ -226,10 +226,8 @@ class DistillTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """See `validate`; the source of responses hears of the loss."""
-        metrics = validate(self, self.eval_dataset if eval_dataset is None else eval_dataset, prefix=metric_key_prefix)
-        self.method.responses.on_validation(metrics[f"{metric_key_prefix}_loss"])
-        return metrics
+        """See `validate`."""
+        return validate(self, eval_dataset, prefix=metric_key_prefix, method=self.method)
 
     # ---- rows ----
 

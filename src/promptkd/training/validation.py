@@ -15,10 +15,13 @@ from promptkd.evaluation.dataset_evaluation import measure_rows
 from promptkd.evaluation.measure import summarize
 from promptkd.evaluation.rouge_tokenizer import DEFAULT, rouge_tokens
 from promptkd.generation import Decoding
+from promptkd.methods import Method
+from promptkd.models import check_rows_fit
 from promptkd.results import Metric, RowResult
 from promptkd.training.checkpoint import kept_step
 from promptkd.training.distributed import autocast, is_sharded
 from promptkd.training.out_of_memory import out_of_memory_told
+from promptkd.training.setup import encode, read_teacher_prompts
 from promptkd.training.window import labeled
 
 _LOGGER = logging.getLogger(__name__)
@@ -96,12 +99,40 @@ def kl_by_teacher(trainer: Any, scored: Sequence[RowResult], rows: Sequence[Enco
     return {labeled(metric, name): summarize(each)[metric] for name, each in own.items() if each}
 
 
-def validate(trainer: Any, data: EncodedData | Sequence[EncodedExample] | None, *, prefix: str) -> dict[str, float]:
+def _other_rows(trainer: Any, data: Any, method: Method | None) -> list[EncodedExample]:
+    """Rows in any of the forms of an eval_dataset, as a trainer's own are encoded; checked against its models."""
+    if not isinstance(data, EncodedData) and len(data) > 0 and all(isinstance(each, EncodedExample) for each in data):
+        data = EncodedData(list(data), 0)
+    encoded = encode(
+        data,
+        trainer.processing_class,
+        trainer.args,
+        name="eval_dataset",
+        teacher=None if method is None else read_teacher_prompts(method, trainer.args),
+        teacher_names=trainer.teacher_names or ("",),
+    )
+    rows = [] if encoded is None else encoded.examples
+    if trainer.shared is not None:
+        trainer.shared.check(rows, "eval_dataset")
+    if rows:
+        check_rows_fit("model", trainer.model, rows, trainer.args.max_completion_length)
+    return rows
+
+
+def validate(trainer: Any, data: Any = None, *, prefix: str, method: Method | None = None) -> dict[str, float]:
     """Validation loss, ROUGE-L, KL to the teacher and more, decoded as `promptkd evaluate` decodes.
 
     Each process measures its part of the rows (all of them where weights are sharded); the metrics are of all rows.
+
+    Args:
+        data: rows in any of the forms of an eval_dataset, or `EncodedExample`s; None for the trainer's own.
+        method: that of a distillation, whose source of responses hears of the loss on the trainer's own rows.
+
+    Raises:
+        RequestError: without rows, or for rows that cannot be used.
     """
-    rows = data.examples if isinstance(data, EncodedData) else data
+    own = data is None or data is trainer.validation_rows
+    rows = trainer.validation_rows if own else _other_rows(trainer, data, method)
     if not rows:
         raise RequestError("Validation needs rows: give an eval_dataset.")
     started = time.perf_counter()
@@ -114,7 +145,7 @@ def validate(trainer: Any, data: EncodedData | Sequence[EncodedExample] | None, 
         scored = measure_student(trainer, rows[index::count])
     scored = _in_order(gather_object(scored), rows) if count > 1 else scored
     seconds = time.perf_counter() - started
-    if rows is trainer.validation_rows:
+    if own:
         best = trainer.state.best_global_step
         others = {step: found for step, found in trainer.validated.items() if step == best}
         trainer.validated = others | {trainer.state.global_step: Validated(scored, seconds)}
@@ -125,4 +156,6 @@ def validate(trainer: Any, data: EncodedData | Sequence[EncodedExample] | None, 
     trainer.log(dict(metrics))
     trainer.model.train()
     trainer.control = trainer.callback_handler.on_evaluate(args, trainer.state, trainer.control, metrics)
+    if own and method is not None:
+        method.responses.on_validation(metrics[f"{prefix}_loss"])
     return metrics
