@@ -482,3 +482,38 @@ def test_the_flags_of_prompt_experiments_reach_the_step(tmp_path, schedule, coef
     found = ours.adapter.module.embeddings.detach()
     assert second["prompt_distance"] == pytest.approx(float((found - start.detach()).norm()), rel=1e-6)
     assert second["prompt_norm"] == pytest.approx(float(found.norm()), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"teacher_model_name_or_path": "x"},
+        {"ds3_gather_for_generation": False},
+        {"max_tool_calling_iterations": 3},
+        {"cache_implementation": "static"},
+        {"label_smoothing_factor": 0.1},
+    ],
+)
+def test_settings_of_trl_that_nothing_reads_are_refused(tmp_path, setting):
+    with pytest.raises(RequestError, match=next(iter(setting))):
+        config(tmp_path, **setting)
+
+
+def test_generates_cache_is_taken_where_generate_decodes(tmp_path):
+    assert config(tmp_path, cache_implementation="static", min_p=0.1).cache_implementation == "static"
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"assistant_only_loss": True},
+        {"completion_only_loss": False},
+        {"dataset_text_field": "x"},
+        {"eos_token": "x"},
+        {"chat_template_path": "x"},
+        {"truncation_mode": "keep_end"},
+    ],
+)
+def test_settings_of_trls_sft_that_nothing_reads_are_refused(tmp_path, setting):
+    with pytest.raises(RequestError, match=next(iter(setting))):
+        FinetuneConfig(str(tmp_path), use_cpu=True, **setting)

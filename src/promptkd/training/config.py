@@ -142,6 +142,15 @@ class BaseConfig(_Arguments):
         ]
 
 
+def no_effect(settings: Any, of: type, instead: dict[str, str]) -> list[tuple[bool, str]]:
+    """For `check_all`: fields of a class `of` TRL that are given and that nothing reads, with what to do instead."""
+    declared = {each.name: each.default for each in fields(of)}
+    return [
+        (vars(settings)[name] != declared[name], f"{name} has no effect here: {advice}")
+        for name, advice in instead.items()
+    ]
+
+
 def use_one_gpu(args: Any) -> None:
     """Without a launcher, leave all GPUs but one alone: transformers would copy the student to each at every step."""
     args._n_gpu = min(args.n_gpu, 1)
@@ -172,6 +181,14 @@ class TunerSettings(Settings):
 
 
 _FlatSettings: Any = flat("_FlatSettings", (*settings_classes(), PromptLossSettings, TunerSettings))
+
+
+_INSTEAD = {  # of TRL
+    "teacher_model_name_or_path": "give the teacher as teacher_model of the trainer, --teacher on the command line",
+    "ds3_gather_for_generation": "under ZeRO-3 the student is always gathered whole to decode; leave it out",
+    "max_tool_calling_iterations": "responses are sampled without calling tools; leave it out",
+    "label_smoothing_factor": "the loss is the method's own; leave it out",
+}
 
 
 @dataclass
@@ -246,6 +263,12 @@ class DistillConfig(_FlatSettings, BaseConfig, DistillationConfig):
             *super().checks(),
             (schedule not in known, wanted),
             (bool(self.pad_to_multiple_of), "pad_to_multiple_of has no effect here: rows are not padded for rollouts"),
+            *no_effect(self, DistillationConfig, _INSTEAD),
+            (
+                self.cache_implementation is not None and (self.use_vllm or not needs_generate(self)),
+                "cache_implementation is of transformers' generate, which decodes only with min_p, repetition_penalty "
+                "or generation_kwargs; leave it out",
+            ),
             (self.fp16, "fp16 would need a loss scale for the soft prompt's gradient; use bf16 or float32"),
         ]
 

@@ -23,7 +23,7 @@ from promptkd.training import saving
 from promptkd.training.callbacks import CheckpointTiming, UpdatePhase
 from promptkd.training.checkpoint import prepare_best, save_model_folder, staged_checkpoint
 from promptkd.training.collapse import Watching
-from promptkd.training.config import BaseConfig
+from promptkd.training.config import BaseConfig, no_effect
 from promptkd.training.distributed import check_sharding, is_sharded, run_whole
 from promptkd.training.guard import Guard
 from promptkd.training.out_of_memory import out_of_memory_told
@@ -43,6 +43,21 @@ from promptkd.training.validation import Validated, rouge_notes, validate
 T = TypeVar("T")
 
 
+_READ_BY_US = "rows are read and encoded by promptkd; "
+_INSTEAD = {  # of TRL
+    "assistant_only_loss": 'the loss counts responses alone; turns="all" (--turns all) trains every assistant turn',
+    "chat_template_path": f"{_READ_BY_US}give a template (--template)",
+    "dataset_kwargs": f"{_READ_BY_US}leave it out",
+    "dataset_num_proc": f"{_READ_BY_US}leave it out",
+    "dataset_text_field": f"{_READ_BY_US}give columns (--columns OLD=NEW)",
+    "eos_token": f"{_READ_BY_US}rows end with the template's end token, or the tokenizer's EOS",
+    "eval_packing": "rows stay apart; leave it out",
+    "packing_strategy": "rows are not packed; leave it out",
+    "pad_token": "masks tell padding; leave it out",
+    "truncation_mode": "rows are never cut; use max_prompt_length and max_completion_length",
+}
+
+
 @dataclass
 class FinetuneConfig(BaseConfig, SFTConfig):
     """Arguments of `FinetuneTrainer`: those of `trl.SFTConfig`, and the data and validation settings of promptkd."""
@@ -58,6 +73,11 @@ class FinetuneConfig(BaseConfig, SFTConfig):
             *super().checks(),
             (self.max_length is not None, "max_length would cut rows; use max_prompt_length and max_completion_length"),
             (self.packing, "packing joins rows that must stay apart; leave it off"),
+            (
+                self.completion_only_loss is False,
+                "completion_only_loss False would train prompts too, and the loss counts responses alone; leave it out",
+            ),
+            *no_effect(self, SFTConfig, _INSTEAD),
         ]
 
 
