@@ -49,8 +49,8 @@ class InferenceRun:
         self.merged: list[str] = []
         """Sentences on adapters that were merged into the models, which a record must hold."""
 
-    def load_tokenizer(self, name: str) -> Any:
-        return load_tokenizer(name, trust_remote_code=self.options.trust_remote_code)
+    def load_tokenizer(self, name: str, revision: str | None = None) -> Any:
+        return load_tokenizer(name, trust_remote_code=self.options.trust_remote_code, revision=revision)
 
     def read_rows(
         self,
@@ -88,17 +88,18 @@ class InferenceRun:
         shared.check_end(template.end_token_id)
         return shared
 
-    def load_model(self, name: str, dtype: WeightPrecision = "float32") -> Any:
-        model = load_model(name, dtype=dtype, trust_remote_code=self.options.trust_remote_code).to(self.device)
+    def load_model(self, name: str, dtype: WeightPrecision = "float32", revision: str | None = None) -> Any:
+        of_files = {"trust_remote_code": self.options.trust_remote_code, "revision": revision}
+        model = load_model(name, dtype=dtype, **of_files).to(self.device)
         if merged := merged_parts(model):
             self.merged.append(f"{name} is {merged.told}.")
             say(self.merged[-1])
         check_scoring(model)
         return model
 
-    def load_teacher(self, name: str) -> Any:
+    def load_teacher(self, name: str, revision: str | None = None) -> Any:
         self.teacher_dtype = teacher_precision(self.options.teacher_dtype, self.device)
-        return self.load_model(name, self.teacher_dtype)
+        return self.load_model(name, self.teacher_dtype, revision)
 
     def decoding(self, tokenizer: Any, model: Any, **settings: Any) -> Decoding:
         stop_ids = stop_token_ids(tokenizer, model.generation_config, self.options.template)

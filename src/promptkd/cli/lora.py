@@ -25,11 +25,11 @@ class LoraRequest:
         if self.merge and self.rank is None and not self.continues:
             raise RequestError(f"--merge merges LoRA weights: give {self.flag}-rank with it, or {self.flag}-continue.")
 
-    def check_model(self, name: str) -> None:
+    def check_model(self, name: str, revision: str | None = None) -> None:
         """Refuse to train on an adapter that `name` does not have, or has with another rank or scale."""
         if not self.continues:
             return
-        source = model_source(name)
+        source = model_source(name, revision)
         if not source.adapters:
             problem = f"{self.flag}-continue goes on training a LoRA folder's adapter, and {name} is a plain model"
             raise RequestError(f"{problem}. Leave it out; {self.flag}-rank trains a new one.")

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from promptkd.cli.outputs import sha256_of
@@ -14,7 +15,8 @@ from promptkd.models.adapters import SoftPromptFactory
 from promptkd.models.folder import ADAPTER_CONFIG
 from promptkd.models.load import folder_sha256
 from promptkd.results import ModelRecord, Results
-from promptkd.training.own_teacher import EMA
+from promptkd.training.config import teacher_revision
+from promptkd.training.own_teacher import EMA, SELF
 from promptkd.training.teachers import role_of, teacher_and_place
 
 _OTHERS = {
@@ -56,6 +58,13 @@ class PromptRun:
         """A setting of the run, of which its record holds those that were given."""
         value = self.record.config.get(name)
         return default if value is None else value
+
+    @property
+    def revision(self) -> str | None:
+        """That of the teacher on the hub."""
+        names = ("model_init_kwargs", "teacher_model_init_kwargs", "teacher_model_revision")
+        args = SimpleNamespace(**{name: self.setting(name, None) for name in names})
+        return teacher_revision(args, own=self.setting("teacher", None) == SELF)
 
     def start(self) -> dict[str, Any] | None:
         """Arguments of `SoftPrompt.create` for the start, but for the length; None where the record cannot tell."""

@@ -35,6 +35,7 @@ from promptkd.training.baselines import TEACHER, Baselines
 from promptkd.training.callbacks import CostMeter, MetricsFile, ProgressBar, quiet
 from promptkd.training.checkpoint import chosen_from, kept_step, resumable_checkpoint, set_aside
 from promptkd.training.collapse import findings_as_notes
+from promptkd.training.config import student_revision
 from promptkd.training.distributed import autocast
 from promptkd.training.out_of_memory import out_of_memory_told
 from promptkd.training.own_teacher import SELF, is_own
@@ -103,8 +104,8 @@ class TrainingRun:
     def rows(self) -> int:
         return len(self._examples["train"][1])
 
-    def tokenizer(self, name: str) -> Any:
-        return load_tokenizer(name, trust_remote_code=self._trust)
+    def tokenizer(self, name: str, revision: str | None) -> Any:
+        return load_tokenizer(name, trust_remote_code=self._trust, revision=revision)
 
     def encode(
         self,
@@ -142,13 +143,14 @@ class TrainingRun:
         """
         settings = self.training.get("model_init_kwargs") or {} if settings is None else settings
         model = (load_adapted if adapted else load_model)(name, trust_remote_code=self._trust, **settings)
-        self.results.models[role] = model_record(name, model)
+        self.results.models[role] = model_record(name, model, revision=settings.get("revision"))
         say(f"Loaded the {role}: {name}.")
         return model
 
     def own_teacher(self, trainer: Any, told: str) -> None:
         """Record a teacher that is made of the student; `told` says how."""
-        record = model_record(self.options.student, trainer.teacher.model, about=told)
+        revision = student_revision(trainer.args)
+        record = model_record(self.options.student, trainer.teacher.model, about=told, revision=revision)
         self.note(f"Teacher: {told}.")
         of_no_file: dict[str, Any] = {"sha256": "", "bytes_on_disk": None, "base": None, "adapters": []}
         is_start = self.options.teacher == SELF

@@ -83,9 +83,11 @@ def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False, **setti
     return tokenizer
 
 
-def generation_config_of(name: str | Path, *, trust_remote_code: bool = False) -> GenerationConfig:
+def generation_config_of(
+    name: str | Path, *, trust_remote_code: bool = False, revision: str | None = None
+) -> GenerationConfig:
     """How a model decodes by its own files, without its weights: its generation configuration, or its configuration."""
-    source = model_source(name)
+    source = model_source(name, revision)
     own = [each.folder for each in source.adapters if (each.folder / GENERATION_CONFIG).is_file()]
     with clear_load_errors(name):
         if own:
@@ -171,7 +173,7 @@ def count_parameters(model: nn.Module, *, trainable: bool = False) -> int:
     return sum(each.numel() for each in model.parameters() if each.requires_grad or not trainable)
 
 
-def model_record(name: str | Path, model: nn.Module, *, about: str = "") -> ModelRecord:
+def model_record(name: str | Path, model: nn.Module, *, about: str = "", revision: str | None = None) -> ModelRecord:
     """Provenance of a model: path, size, hash over configuration and weights ("" for a hub name), bytes on disk.
 
     Of a merged model also its base and adapters, each with its hash.
@@ -187,7 +189,7 @@ def model_record(name: str | Path, model: nn.Module, *, about: str = "") -> Mode
         path=str(name),
         parameters=count_parameters(model),
         sha256=sha256,
-        bytes_on_disk=bytes_on_disk(name),
+        bytes_on_disk=bytes_on_disk(name, revision),
         about=about,
         base=base,
         adapters=adapters,
@@ -209,15 +211,17 @@ def _hashes(source: Source) -> tuple[str, ModelPart | None, list[ModelPart]]:
     return hashlib.sha256("".join(each.sha256 for each in (base, *adapters)).encode()).hexdigest(), base, adapters
 
 
-def bytes_on_disk(name: str | Path) -> int | None:
+def bytes_on_disk(name: str | Path, revision: str | None = None) -> int | None:
     """Of a model's weight files, an adapter's base included; None for a hub name that this machine holds no copy of."""
     if (file := Path(name).expanduser()).is_file():
         return file.stat().st_size
-    source = model_source(name)
+    source = model_source(name, revision)
     folder = Path(source.base)
     if not folder.is_dir():
+        weights, revision = "*.safetensors", source.revision
         try:
-            folder = Path(snapshot_download(source.base, local_files_only=True, allow_patterns="*.safetensors"))
+            held = snapshot_download(source.base, revision=revision, local_files_only=True, allow_patterns=weights)
+            folder = Path(held)
         except LocalEntryNotFoundError:
             return None
     folders = (folder, *(each.folder for each in source.adapters))

@@ -317,6 +317,17 @@ def needs_generate(args: Any) -> bool:
     return args.min_p is not None or args.repetition_penalty != 1.0 or bool(args.generation_kwargs)
 
 
+def student_revision(args: Any) -> str | None:
+    """The revision of the student's repository, of which tokenizer and settings are read too."""
+    return (args.model_init_kwargs or {}).get("revision")
+
+
+def teacher_revision(args: Any, *, own: bool = False) -> str | None:
+    """Likewise the teacher's; an `own` one is in the student's repository."""
+    named = student_revision(args) if own else args.teacher_model_revision
+    return (args.teacher_model_init_kwargs or {}).get("revision", named)
+
+
 def _method_of_file(args: Any, take: Reader) -> Method:
     """The method in a file of the user's own. Raises `RequestError` if it is another file than the run began with."""
     defaults = {each.name: each.default for each in fields(args)}

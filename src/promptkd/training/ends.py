@@ -90,9 +90,14 @@ class PairEnds:
         agree = own in self.of_teacher or (own is None and not set(known).isdisjoint(self.of_teacher))
         return not (self.first is None or agree or is_written or self.args.end_token == "student")
 
-    def settle_with(self, student: str | Path | PreTrainedModel, data: Sequence[Any]) -> tuple[list[str], list[Any]]:
-        """`settle` by the student's own settings; and `data`, of which rows that are encoded end the same way."""
-        config = generation_config(student, self.args)
+    def settle_with(
+        self, student: str | Path | PreTrainedModel, data: Sequence[Any], revision: str | None = None
+    ) -> tuple[list[str], list[Any]]:
+        """`settle` by the student's own settings; and `data`, of which rows that are encoded end the same way.
+
+        `revision` is that of a `student` of the hub.
+        """
+        config = generation_config(student, self.args, revision)
         before = resolve_template(self.args.template, self.tokenizer).end_token_id
         notes, after = self.settle(config), self.tokenizer.eos_token_id
         if not notes:
@@ -136,10 +141,12 @@ class SeveralEnds:
     def __init__(self, pairs: Mapping[str, PairEnds]):
         self.pairs = pairs
 
-    def settle_with(self, student: str | Path | PreTrainedModel, data: Sequence[Any]) -> tuple[list[str], list[Any]]:
+    def settle_with(
+        self, student: str | Path | PreTrainedModel, data: Sequence[Any], revision: str | None = None
+    ) -> tuple[list[str], list[Any]]:
         """See `PairEnds.settle_with`."""
         (one, *_), firsts = self.pairs.values(), {pair.first for pair in self.pairs.values()}
-        config = generation_config(student, one.args)
+        config = generation_config(student, one.args, revision)
         if len(firsts) > 1 and any(pair.must_settle(config) for pair in self.pairs.values()):
             names = ", ".join(f"{name} with {pair.named_first}" for name, pair in self.pairs.items())
             raise RequestError(
@@ -148,7 +155,7 @@ class SeveralEnds:
             )
         notes, settled = [], list(data)
         for pair in self.pairs.values():  # what the first one settles, the others find
-            more, settled = pair.settle_with(student, settled)
+            more, settled = pair.settle_with(student, settled, revision)
             notes += more
         return notes, settled
 
@@ -159,10 +166,12 @@ class SeveralEnds:
         return tuple(sorted({index for ids, _ in found.values() for index in ids})), notes
 
 
-def generation_config(model: str | Path | PreTrainedModel, args: Any) -> GenerationConfig | None:
+def generation_config(
+    model: str | Path | PreTrainedModel, args: Any, revision: str | None = None
+) -> GenerationConfig | None:
     """How a model, or the one of that name, decodes by its own settings."""
     if isinstance(model, str | Path):
-        return generation_config_of(model, trust_remote_code=args.trust_remote_code)
+        return generation_config_of(model, trust_remote_code=args.trust_remote_code, revision=revision)
     return unwrap_peft(model).generation_config
 
 

@@ -23,6 +23,7 @@ from promptkd.models.load import keep_differentiable
 from promptkd.models.merge import merge_given
 from promptkd.models.pair import Pair
 from promptkd.precision import teacher_precision
+from promptkd.training.config import teacher_revision
 from promptkd.training.distributed import is_sharded, place_teacher
 from promptkd.training.own_teacher import EMA, check_own_teacher, is_own, start_of
 from promptkd.training.residence import bring
@@ -145,7 +146,8 @@ def load_teacher(
     if teacher is None:
         raise RequestError("Expected a teacher as `teacher_model`, or its logits as `kept_logits`. Got None.")
     check_own_teacher(teacher, args, method, loaded=not isinstance(student[0], str | Path))
-    if is_own(teacher):
+    is_start = is_own(teacher)
+    if is_start:
         if teacher == EMA:
             return None, student[1]
         own, tokenizer = student
@@ -155,12 +157,17 @@ def load_teacher(
         adapter = method.adapter_class
         plain = merge_given(teacher) if adapter is not None and adapter.trains_layers else teacher
         return plain.eval(), tokenizer
-    loaded = load_model(teacher, trust_remote_code=args.trust_remote_code, **teacher_settings(args, method))
-    return loaded, tokenizer or load_tokenizer(teacher, trust_remote_code=args.trust_remote_code)
+    settings = teacher_settings(args, method, own=is_start)
+    loaded = load_model(teacher, trust_remote_code=args.trust_remote_code, **settings)
+    revision = settings["revision"]
+    return loaded, tokenizer or load_tokenizer(teacher, trust_remote_code=args.trust_remote_code, revision=revision)
 
 
-def teacher_settings(args: Any, method: Method) -> dict[str, Any]:
-    """Arguments of `load_model` for the teacher. Raises `RequestError` if one is duplicated or bitsandbytes missing."""
+def teacher_settings(args: Any, method: Method, *, own: bool = False) -> dict[str, Any]:
+    """Arguments of `load_model` for the teacher, `own` for the student's start.
+
+    Raises `RequestError` if one is duplicated or bitsandbytes missing.
+    """
     given = dict(args.teacher_model_init_kwargs or {})
     for name in ("dtype", "torch_dtype"):
         if name in given:
@@ -170,7 +177,7 @@ def teacher_settings(args: Any, method: Method) -> dict[str, Any]:
     adapter = method.adapter_class
     trained = adapter is not None and adapter.copies_teacher
     dtype = teacher_precision(args.teacher_dtype, args.device, trained=trained)
-    settings = {"dtype": dtype, "revision": args.teacher_model_revision, **given}
+    settings = {"dtype": dtype, **given, "revision": teacher_revision(args, own=own)}
     if args.teacher_quantization is None:
         return settings
     if "quantization_config" in given:

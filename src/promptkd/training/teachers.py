@@ -17,6 +17,7 @@ from promptkd.errors import RequestError, check_all
 from promptkd.methods import Method
 from promptkd.models import SharedVocabulary
 from promptkd.training.checkpoint import whole_folder
+from promptkd.training.config import student_revision
 from promptkd.training.distributed import is_dispatched, is_sharded
 from promptkd.training.ends import PairEnds, SeveralEnds, generation_config
 from promptkd.training.kept_teacher import check_kept_rows, check_kept_use, ends_config, kept_vocabulary
@@ -197,7 +198,7 @@ def prepare_rows(
     Raises:
         RequestError: if the method compares them and cannot, or for rows that cannot be used.
     """
-    tokenizer, names = student[1], tuple(teachers)
+    tokenizer, names, revision = student[1], tuple(teachers), student_revision(args)
     kept, _, _ = next(iter(teachers.values()))
     if isinstance(kept, KeptLogits):
         compared, ends = compare_kept(kept, method, args, tokenizer)
@@ -205,9 +206,9 @@ def prepare_rows(
         sides = {}
         for name, (model, of_teacher, label) in teachers.items():
             take_template(args, tokenizer, of_teacher, label)
-            sides[name] = Side(of_teacher, generation_config(student[0] if model is None else model, args))
+            sides[name] = Side(of_teacher, generation_config(student[0] if model is None else model, args, revision))
         compared, ends = compare_sides(method, args, tokenizer, sides)
-    settled, (train, validation) = ends.settle_with(student[0], [train, validation])
+    settled, (train, validation) = ends.settle_with(student[0], [train, validation], revision)
     warn_of_still_schedule(method, validates=validation is not None)
     teacher_prompts = read_teacher_prompts(method, args)
     shown: dict[str, Any] = {"teacher": teacher_prompts, "teacher_names": names}

@@ -29,7 +29,7 @@ from promptkd.training import saving, teachers
 from promptkd.training.callbacks import CheckpointTiming, CompletionLog, UpdatePhase, logs_step
 from promptkd.training.checkpoint import prepare_best, save_model_folder, staged_checkpoint
 from promptkd.training.collapse import Watching
-from promptkd.training.config import DistillConfig, PromptKDConfig, chosen_method
+from promptkd.training.config import DistillConfig, PromptKDConfig, chosen_method, student_revision
 from promptkd.training.distributed import is_sharded, run_inside, run_whole
 from promptkd.training.guard import Guard
 from promptkd.training.out_of_memory import out_of_memory_told
@@ -101,7 +101,8 @@ class DistillTrainer(Trainer):
         self.method = chosen_method(args, method)
         if isinstance(model, str | Path):
             model = resolve_model(model)
-            processing_class = processing_class or load_tokenizer(model, trust_remote_code=args.trust_remote_code)
+            of_files = {"trust_remote_code": args.trust_remote_code, "revision": student_revision(args)}
+            processing_class = processing_class or load_tokenizer(model, **of_files)
         if processing_class is None:
             raise RequestError("Expected the tokenizer as `processing_class` beside a loaded model. Got None.")
         own = model, processing_class

@@ -24,7 +24,7 @@ from promptkd.report.formatting import duration
 from promptkd.responses import writes_responses
 from promptkd.results import Metric, ModelRecord
 from promptkd.training import DistillConfig, DistillTrainer
-from promptkd.training.config import chosen_method
+from promptkd.training.config import chosen_method, student_revision, teacher_revision
 from promptkd.training.dry_run import Trial, at_its_most, leave_nothing, longest_rows_first, take_trial_steps
 from promptkd.training.kept_teacher import check_kept_rows
 from promptkd.training.own_teacher import EMA, check_own_teacher, is_own, no_context_notes, told_teacher
@@ -87,7 +87,8 @@ def _distill(options: Options, job: TrainingRun, args: DistillConfig, method: Me
     if context:
         job.note(context)
     kept = None if args.kept_logits is None else KeptLogits(args.kept_logits)
-    own, tokenizer = kept is None and is_own(options.teacher), job.tokenizer(options.student)
+    own, revision = kept is None and is_own(options.teacher), student_revision(args)
+    tokenizer, of_teachers = job.tokenizer(options.student, revision), teacher_revision(args, own=own)
     sides: dict[str, Side] = {}
     given = options.student if own else options.teacher or ""
     places = {"": ""} if kept else named_teachers(given)
@@ -96,11 +97,12 @@ def _distill(options: Options, job: TrainingRun, args: DistillConfig, method: Me
         compared, ends = compare_kept(kept, method, args, tokenizer)
     else:
         for name, place in places.items():
-            of_teacher = tokenizer if own else job.tokenizer(place)
+            of_teacher = tokenizer if own else job.tokenizer(place, of_teachers)
             take_template(args, tokenizer, of_teacher, place)
-            sides[name] = Side(of_teacher, generation_config_of(place, trust_remote_code=args.trust_remote_code))
+            of_files = {"trust_remote_code": args.trust_remote_code, "revision": of_teachers}
+            sides[name] = Side(of_teacher, generation_config_of(place, **of_files))
         compared, ends = compare_sides(method, args, tokenizer, sides)
-    for note in ends.settle_with(options.student, [])[0]:
+    for note in ends.settle_with(options.student, [], revision)[0]:
         job.note(note)
     needed: dict[str, Any] = {"need_response": method.responses.needs_data, "teacher_names": tuple(places)}
     train, valid = job.encode(tokenizer, args, owner, **needed, teacher=read_teacher_prompts(method, args))
@@ -111,16 +113,16 @@ def _distill(options: Options, job: TrainingRun, args: DistillConfig, method: Me
     for note in no_context_notes(options.teacher, args, method, train):
         job.note(note)
     lora = _lora(options)
-    lora.check_model(options.student)
+    lora.check_model(options.student, revision)
     student = job.load("student", options.student, adapted=lora.continues)
     teachers: dict[str, Any] = {"": kept or EMA} if kept or options.teacher == EMA else {}
     for name, place in () if teachers else places.items():
-        teachers[name] = job.load(role_of(name), place, teacher_settings(args, method))
+        teachers[name] = job.load(role_of(name), place, teacher_settings(args, method, own=own))
         take_turns(teachers[name], args)
     if options.dry_run:
         train, method = longest_rows_first(train, args, method), at_its_most(method)
-    of_teachers = {name: side.tokenizer for name, side in sides.items()}
-    rest: dict[str, Any] = {"method": method, "teacher_processing_class": of_teachers}
+    tokenizers = {name: side.tokenizer for name, side in sides.items()}
+    rest: dict[str, Any] = {"method": method, "teacher_processing_class": tokenizers}
     rest["peft_config"] = lora.config()
     with nullcontext() if options.dry_run else job.folder.opened():
         trainer = DistillTrainer(student, teachers, args, train, valid, tokenizer, **rest)

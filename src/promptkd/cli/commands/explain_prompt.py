@@ -73,8 +73,9 @@ class _ExplainRun(InferenceRun):
         self.teachers = explained.teachers(options.teacher)
         source = explained.data(options.data)
         self.tokenizer = self.load_tokenizer(str(options.run))
+        self.revision = explained.revision
         for teacher in self.teachers.values():
-            self.share(self.tokenizer, self.load_tokenizer(teacher))
+            self.share(self.tokenizer, self.load_tokenizer(teacher, self.revision))
         most = options.limit if options.data else min(options.limit, of_run("eval_limit", options.limit))
         most_read = max(most, options.rows)
         data = self.read_rows(source, self.tokenizer, most_read, teacher=self._contexts(source, most_read))
@@ -112,10 +113,10 @@ class _ExplainRun(InferenceRun):
     def explain(self, name: str) -> PromptExplanation:
         folder, options = self.run.prompts[name], self.options
         place = self.teachers[name]
-        tokenizer = self.load_tokenizer(place)
+        tokenizer = self.load_tokenizer(place, self.revision)
         shared = self.share(self.tokenizer, tokenizer)
         shared.check(self.rows, "requests")
-        teacher, vectors = self.load_teacher(place), SoftPrompt.load(folder)().detach()
+        teacher, vectors = self.load_teacher(place, self.revision), SoftPrompt.load(folder)().detach()
         width = teacher.get_input_embeddings().weight.shape[1]
         if vectors.shape[1] != width:
             widths = f"{vectors.shape[1]} numbers, and the teacher's embeddings {width}"
@@ -126,7 +127,7 @@ class _ExplainRun(InferenceRun):
         for role, model, own, extra in (("student", self.student, rows, 0), ("teacher", teacher, read, len(vectors))):
             longest = max(len(row.prompt_ids) for row in own)
             check_positions(role, model, longest, options.max_completion_length, soft_prompt=extra)
-        record = self.results.models[role_of(name)] = model_record(place, teacher)
+        record = self.results.models[role_of(name)] = model_record(place, teacher, revision=self.revision)
         if self.has_contexts:
             known_teacher = self.run.record.models.get(role_of(name))
             record.context = (known_teacher.context if known_teacher else "") or "the rows' column teacher_prompt"

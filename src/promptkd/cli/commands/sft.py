@@ -7,6 +7,7 @@ from promptkd.cli.options.sft import Options
 from promptkd.cli.training_run import TrainingRun
 from promptkd.errors import RequestError
 from promptkd.training import FinetuneConfig, FinetuneTrainer
+from promptkd.training.config import student_revision
 
 
 def run(options: Options, training: dict[str, Any]) -> None:
@@ -15,9 +16,9 @@ def run(options: Options, training: dict[str, Any]) -> None:
     job = TrainingRun("sft", options, training)
     args = job.arguments(FinetuneConfig)
     with job.folder.locked():
-        tokenizer = job.tokenizer(options.model)
+        tokenizer = job.tokenizer(options.model, student_revision(args))
         train, valid = job.encode(tokenizer, args, options.model)
-        lora.check_model(options.model)
+        lora.check_model(options.model, student_revision(args))
         model = job.load("model", options.model, adapted=lora.continues)
         with job.folder.opened():
             trainer = FinetuneTrainer(model, args, train, valid, tokenizer, peft_config=lora.config())
