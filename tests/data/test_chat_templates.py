@@ -2,12 +2,15 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import trl
 from tests.data.test_data import byte_tokenizer
+from transformers.utils import chat_template_utils
 
 from promptkd.data import encode_examples, examples_from_rows, resolve_template
+from promptkd.data.chat import DAY
 from promptkd.errors import RequestError
 
 FOLDER = Path(trl.__file__).parent / "chat_templates"
@@ -34,7 +37,7 @@ def tokenizer_of(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_prompt_and_target_are_the_templates_text_or_the_row_is_refused_for_that(name):
+def test_prompt_and_target_are_the_templates_text_or_the_row_is_refused_for_that(name, monkeypatch):
     tokenizer = tokenizer_of(name)
     template, refused = resolve_template("chat", tokenizer), {}
     for kind, messages in ROWS.items():
@@ -49,6 +52,7 @@ def test_prompt_and_target_are_the_templates_text_or_the_row_is_refused_for_that
         assert kind == "call" or "Answer" in target
         if name in OF_PARTS:
             continue
+        monkeypatch.setattr(chat_template_utils, "datetime", SimpleNamespace(now=lambda: DAY))
         whole = tokenizer.apply_chat_template(messages, tools, tokenize=False)
         bare = target.removesuffix("<eos>")  # written by us where the template ends no turn
         assert whole.startswith(encoded.prompt + bare) or (kind == "reasoning" and "Thought" not in whole)

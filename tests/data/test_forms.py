@@ -572,3 +572,27 @@ def test_a_response_that_was_cut_is_refused_in_a_csv_file_too(tmp_path):
     with pytest.raises(RequestError, match="cut at the length limit"):
         read_examples(csv_file(tmp_path, {"prompt": "Hi", "completion": "Ho", "ended": "False"}))
     assert read_examples(csv_file(tmp_path, {"prompt": "Hi", "completion": "Ho", "ended": "True"}))
+
+
+DATED = (
+    "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+    "{% for m in messages %}[{{ date_string }}]{{ m.content }}{% endfor %}"
+)
+
+
+def test_a_template_that_writes_the_date_writes_the_same_on_every_day():
+    tokenizer, row = chatting(DATED), [{"messages": [USER, HO]}]
+    template = resolve_template("auto", tokenizer)
+    (encoded,) = encode_examples(examples_from_rows(row), tokenizer, template).examples
+    assert encoded.prompt == "[26 Jul 2024]Hi"
+    told = template_note(template, "S", "last")
+    assert "which writes the date; that is 26 Jul 2024 on every day" in told
+    assert '--chat_template_kwargs \'{"date_string": "..."}\'' in told
+
+
+def test_a_date_that_is_given_is_written_and_nothing_is_said():
+    tokenizer = chatting(DATED)
+    template = resolve_template("auto", tokenizer, {"date_string": "today"})
+    assert template.render(*examples_from_rows([{"messages": [USER]}])) == "[today]Hi"
+    assert "date" not in template_note(template, "S")
+    assert "date" not in template_note(resolve_template("auto", chatting()), "S")

@@ -7,6 +7,7 @@ is found by rendering short probes, never by its name; a row then comes in that 
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from functools import cached_property
 from itertools import product
 from re import DOTALL, escape, search
@@ -31,15 +32,22 @@ _ARGUMENTS = {"value": _PROBE}
 _CALL_ID = "abcDEF123"  # Mistral's templates take nine letters and digits
 _SET_HERE = ("conversation", "tools", "tokenize", "add_generation_prompt", "continue_final_message", "return_dict")
 _THOUGHT = compile_pattern(r"\s*<think>\n?(.*?)\n?</think>\s*", DOTALL)
+DAY = datetime(2024, 7, 26)  # what Llama's templates write where there is no clock
+_CLOCK = compile_pattern(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 _SHOWN = 60  # characters of a text on either side of where two part
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """Renders conversations as `tokenizer.apply_chat_template` does, with `kwargs` beside those of a row."""
+    """Renders conversations as `tokenizer.apply_chat_template` does, with `kwargs` beside those of a row.
+
+    A template that writes today's date writes `day`: rows must be the same when a run is resumed, or its teacher's
+    logits are read, on another day.
+    """
 
     tokenizer: "PreTrainedTokenizerBase"
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    day: datetime = DAY
 
     def __post_init__(self) -> None:
         self._check(self.kwargs)
@@ -90,6 +98,9 @@ class ChatTemplate:
 
     def _rendered(self, messages: list[Message], tools: list[Any] | None = None, **kwargs: Any) -> str:
         try:
+            if self.names("strftime_now"):
+                source = self.tokenizer.get_chat_template(kwargs.pop("chat_template", None), tools)
+                kwargs["chat_template"] = _CLOCK.sub(lambda call: repr(self.day.strftime(call[2])), source)
             return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **kwargs)
         except ERRORS as error:
             problem = f"the tokenizer's chat template cannot render the messages: {error}"
@@ -149,6 +160,17 @@ class ChatTemplate:
             )
         except RequestError:
             return False
+
+    @cached_property
+    def writes_day(self) -> bool:
+        """Whether the template writes the date, which `kwargs` may set."""
+        if not self.names("strftime_now"):
+            return False
+        days, question = (self, replace(self, day=datetime(1999, 1, 2))), [self._taken(_QUESTION)]
+        try:
+            return len({each._rendered(question, **self.kwargs) for each in days}) > 1
+        except RequestError:
+            return True
 
     @cached_property
     def _calls(self) -> tuple[Message, bool] | None:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, replace
 
+from promptkd.data.chat import DAY
 from promptkd.data.encode import MOST, EncodedData, Limits, NoRowFitsError, Turns
 from promptkd.data.teacher_prompt import TeacherPrompts
 from promptkd.data.templates import Template
@@ -95,6 +96,10 @@ def limits_named(flags: Flags = FLAGS) -> Iterator[None]:
 def template_note(template: Template, owner: str, turns: Turns | None = None) -> str:
     """Which template renders the rows (a chat template is that of `owner`), and which of their turns are trained."""
     name = {"chat": f"the chat template of {owner}", "jinja": "the given Jinja text"}.get(template.name, template.name)
+    if template.chat is not None and template.chat.writes_day:
+        name += f", which writes the date; that is {DAY:%d %b %Y} on every day, so that the rows stay the same"
+        if template.chat.names("date_string"):
+            name += ' (another: --chat_template_kwargs \'{"date_string": "..."}\')'
     if turns is None:
         return f"Template: {name}."
     trained = {"last": "the last one of each row", "all": "all of each row"}[turns]
