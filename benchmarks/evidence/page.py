@@ -43,6 +43,11 @@ class Page:
         asked = metrics or held.study.options.metrics or metric_columns([held.tested()])
         return self._with_source(held, tables.metrics_table(held, data, held.named(groups), asked))
 
+    def choices(self, study: str, setting: str, data: str = "validation") -> str:
+        """KL and loss of each method by the values of a setting, and which was chosen."""
+        held = self._study(study)
+        return self._with_source(held, tables.choices_table(held, setting, data))
+
     def costs(self, study: str, groups: Sequence[str] = ()) -> str:
         """What a run of each group took."""
         held = self._study(study)

@@ -50,6 +50,15 @@ class Committed:
         found = [group for each in asked for group in self.groups if fnmatchcase(group, each)]
         return list(dict.fromkeys(found)) if asked else self.groups
 
+    def by_method(self, setting: str) -> dict[str, dict[float, str]]:
+        """Groups by method and by the value of a setting in the study's grid, of methods that have a run of each."""
+        found: dict[str, dict[float, str]] = {}
+        for run in self.study.runs:
+            group, value = run.planned.group, run.planned.settings[setting]
+            found.setdefault(group.split(f"-{setting}-")[0], {})[float(value)] = group
+        values = len(self.study.options.grid[setting])
+        return {method: dict(sorted(groups.items())) for method, groups in found.items() if len(groups) == values}
+
     def runs(self, group: str) -> list[Finished]:
         return [run for run in self.study.runs if run.planned.group == group]
 

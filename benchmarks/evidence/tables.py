@@ -12,6 +12,8 @@ from promptkd.report.tables import ComparisonRow, comparison_table
 
 _ARROWS = {"higher": " ↑", "lower": " ↓", None: ""}
 _BASELINE = "baseline"
+CHOOSING = ("kl_to_teacher", "loss")  # by which a setting is chosen on validation rows
+NEAR = 0.005  # nats: less between two values of the KL is no reason to choose one
 
 
 def row_of(study: Committed, group: str, metric: str, data: str) -> ComparisonRow:
@@ -91,6 +93,37 @@ def _cell(row: ComparisonRow, metric: str) -> str:
     if (cell := row.cells.get(metric)) is None:
         return DASH
     return " ".join(filter(None, [f"**{cell.value}**" if cell.best else cell.value, cell.interval, cell.deviation]))
+
+
+def chosen(study: Committed, setting: str, data: str) -> dict[str, float]:
+    """By method, the value of a setting with the lowest KL; of those within `NEAR` of it, that with the lowest loss."""
+    found = {}
+    for method, groups in study.by_method(setting).items():
+        kl, loss = (
+            {value: _mean(study, group, metric, data) for value, group in groups.items()} for metric in CHOOSING
+        )
+        near = [value for value in groups if kl[value] <= min(kl.values()) + NEAR]
+        found[method] = min(near, key=loss.__getitem__)
+    return found
+
+
+def choices_table(study: Committed, setting: str, data: str) -> str:
+    """A line per method, with KL and loss of each value of a setting; what is `chosen` in bold."""
+    methods, best = study.by_method(setting), chosen(study, setting, data)
+    values = sorted({value for groups in methods.values() for value in groups})
+    lines = []
+    for method, groups in methods.items():
+        cells = [
+            " / ".join(number(_mean(study, groups[value], metric, data), 3) for metric in CHOOSING) for value in values
+        ]
+        lines.append(
+            [method, *(f"**{cell}**" if at == best[method] else cell for at, cell in zip(values, cells, strict=True))]
+        )
+    return _markdown(["", *(f"{value:g}" for value in values)], lines)
+
+
+def _mean(study: Committed, group: str, metric: str, data: str) -> float:
+    return row_of(study, group, metric, data).metrics[metric].value
 
 
 def costs_table(study: Committed, groups: Sequence[str]) -> str:

@@ -16,7 +16,7 @@ from benchmarks.evidence.__main__ import DOCS, RECORDS, outdated
 from benchmarks.evidence.page import HERE, build
 from benchmarks.evidence.records import collect
 from benchmarks.evidence.studies import Committed, committed
-from benchmarks.evidence.tables import leaders, metrics_table
+from benchmarks.evidence.tables import choices_table, chosen, leaders, metrics_table
 
 from helpers.bias_records import curve_of
 from helpers.records import stamped
@@ -24,7 +24,7 @@ from promptkd.cli.parsing.config_file import read_config
 from promptkd.cli.study_comparison import read_study
 from promptkd.errors import RequestError
 from promptkd.report.formatting import duration
-from promptkd.results import Curve, DataRecord, Evaluation, ModelRecord, RowResult, Series, Training
+from promptkd.results import Curve, DataRecord, Evaluation, ModelRecord, Results, RowResult, Series, Training
 from promptkd.study.plan import plan_runs
 
 pytestmark = pytest.mark.slow
@@ -129,6 +129,42 @@ def test_records_hold_no_text_and_no_path_and_are_written_once(tmp_path, monkeyp
     assert new == {*(f"{group}-seed-3.json.gz" for group in QUALITY), "config.yaml"}
 
 
+def test_a_rate_is_chosen_by_the_kl_and_among_near_ones_by_the_loss(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = {"base": {"student": "s", "teacher": "t", "data": "d"}, "methods": ["gkd", "kd"], "seeds": [1]}
+    settings |= {"grid": {"learning_rate": [1e-5, 1e-4]}, "metrics": ["kl_to_teacher", "loss"], "out": "runs/rates"}
+    names = [f"{method}-learning_rate-{rate}-seed-1" for method in ("gkd", "kd") for rate in ("1e-05", "0.0001")]
+    values = {"kl_to_teacher": [0.504, 0.5, 0.6, 0.5], "loss": [2.0, 2.1, 2.0, 2.1]}
+
+    def made(count):
+        folder = made_runs(Path("runs", f"rates-{count}"), settings, dict.fromkeys(names[:count], 20.0))
+        for at, name in enumerate(names[:count]):
+            record = Results.read(folder / name / "results.json")
+            for row in record.evaluations[0].samples:
+                row.scores |= {metric: given[at] for metric, given in values.items()}
+            record.write(folder / name / "results.json")
+        collect(folder, Path("records", f"rates-{count}"))
+        return committed(Path("records", f"rates-{count}"))
+
+    assert chosen(made(4), "learning_rate", "validation") == {"gkd": 1e-5, "kd": 1e-4}
+    assert chosen(made(3), "learning_rate", "validation") == {"gkd": 1e-5}  # of kd a rate is missing
+    table = choices_table(made(4), "learning_rate", "validation").splitlines()
+    assert table[2:] == ["| gkd | **0.504 / 2.000** | 0.500 / 2.100 |", "| kd | 0.600 / 2.000 | **0.500 / 2.100** |"]
+
+
+def test_the_studies_take_the_rates_that_were_chosen():
+    best = chosen(committed(RECORDS / "rates"), "learning_rate", "validation")
+    assert {"gkd", "promptkd", "kd"} <= best.keys()
+    for file in sorted((HERE / "studies").glob("*.yaml")):
+        study = yaml.safe_load(file.read_text())
+        for method in study["methods"] if file.stem != "rates" else []:
+            given = {"method": method} if isinstance(method, str) else method
+            name = next((given[key] for key in ("name", "method") if given.get(key) in best), None)
+            if name is not None:
+                rate = given.get("learning_rate", study["base"]["learning_rate"])
+                assert float(rate) == best[name], (file.name, name)
+
+
 def test_what_is_pooled_of_the_records_is_what_is_pooled_of_the_study(study, made):
     """Values, intervals, deviations and p, of means over rows and over tokens, over seeds of decoding and greedy."""
     of_study, of_records = Committed("prompt", read_study(study), 9).tested(), made.tested()
@@ -228,7 +264,7 @@ def test_the_page_asks_its_studies_for_what_they_measure(tmp_path, monkeypatch):
     for file in studies:
         settings = read_config(file)
         settings |= {"seeds": [1, 2], "methods": settings["methods"][:3]}
-        settings |= {"metrics": []} if file.stem == "rates" else {}
+        settings |= {"metrics": []} if file.stem == "stability" else {}
         runs = plan_runs(*(settings.get(key, {}) for key in PLANNED), read_file=lambda path: {})
         names = [each.name for each in runs][: -1 if file.stem == "adapters" else None]
         made_runs(Path("runs", file.stem), settings, dict.fromkeys(names, 20.0))
@@ -237,7 +273,8 @@ def test_the_page_asks_its_studies_for_what_they_measure(tmp_path, monkeypatch):
     page = build(Path("records"))[PurePath("evidence.md")]
     assert "| ExAccErr, % ↓ | less gkd |" in page
     rates = page.split("## The learning rates")[1].split("## ")[0]
-    assert "| Validation loss, nats/token ↓ |" in rates
+    assert "|  | 3e-05 | 0.0001 | 0.0003 |" in rates
+    assert "| Validation loss, nats/token ↓ |" in page.split("## 3. Stability")[1].split("## ")[0]
     assert f"{duration(2.0 * made['rates'])} of measuring" in rates
     assert all(f"`promptkd study benchmarks/evidence/studies/{file.name}`" in page for file in studies)
     lines = [line.split(" | ") for line in page.split("| about |")[1].splitlines()[2:] if line.startswith("| ")]
