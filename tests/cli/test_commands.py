@@ -468,6 +468,22 @@ def test_resuming_with_other_settings_is_refused(world, tmp_path, capsys, monkey
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize("command", [distill, sft])
+def test_a_run_is_not_resumed_on_other_rows(world, tmp_path, capsys, monkeypatch, command):
+    out, data = tmp_path / "run", tmp_path / "train.jsonl"
+    data.write_text(text := Path(world.train).read_text())
+    asked = longer(command(world._replace(train=str(data)), out))
+    with monkeypatch.context() as patch:
+        interrupt(patch, 4)
+        run(capsys, *asked)
+    data.write_text(text.replace("the 3", "an 3"))
+    ran = run(capsys, *asked, "--resume")
+    assert ran.status == 2
+    assert "the training rows are others than when it was written" in ran.err
+    data.write_text(text)
+    done(capsys, *asked, "--resume")
+
+
 def test_the_settings_of_a_moved_run_are_found_with_it(world, tmp_path, capsys, monkeypatch):
     out, moved = tmp_path / "run", tmp_path / "moved"
     done(capsys, *longer(sft(world, tmp_path / "whole")))

@@ -132,7 +132,7 @@ class FinetuneTrainer(SFTTrainer):
         self.phases = Phases(self.accelerator.device)
         self.guard = Guard(args, self.accelerator, lambda: {"model": self.model})
         log = PartialLog(self)
-        self.extra_state = ExtraState(log, self.guard)
+        self.extra_state = ExtraState(log, self.guard, rows=self._training)
         for callback in (CheckpointTiming(self, log), UpdatePhase(self.phases), Watching()):
             self.add_callback(callback)
 

@@ -1,6 +1,8 @@
 """All that a checkpoint of promptkd holds beyond transformers' own: method.json and method.safetensors."""
 
-from collections.abc import Mapping
+import hashlib
+from array import array
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import torch
 from accelerate.utils import gather_object
 from transformers import Trainer
 
+from promptkd.data.encode import EncodedExample
 from promptkd.errors import RequestError, check_all
 from promptkd.objectives import Moving
 from promptkd.responses import Responses
@@ -19,6 +22,15 @@ from promptkd.training.teacher_tuner import TeacherTuner, TeacherTuners
 _NAME, _OLD_FILE = "method", "method.pt"  # of older versions, which torch wrote
 _OTHER_RUN = "Cannot take up this checkpoint, which is of another kind of run"
 _ADVICE = "Resume with the method and the teacher of the run that wrote it, or start a new run."
+
+
+def hash_of_rows(rows: Sequence[EncodedExample]) -> str:
+    """Over the tokens that models read of the rows, in their order."""
+    found = hashlib.blake2b(digest_size=16)
+    for row in rows:
+        for ids in (row.prompt_ids, row.response_ids, row.teacher_prompt_ids or []):
+            found.update(array("q", [len(ids), *ids]).tobytes())
+    return found.hexdigest()
 
 
 class PartialLog:
@@ -59,7 +71,8 @@ class PartialLog:
 class ExtraState:
     """Adapter, its optimizer and schedule, the source of responses, the guard and the line to be logged.
 
-    With a teacher that is the student's moving average, that too; and what moves of the method's objective.
+    With a teacher that is the student's moving average, that too; and what moves of the method's objective. And a hash
+    of the training rows, since a checkpoint knows by number which of them come next.
     """
 
     def __init__(
@@ -67,19 +80,22 @@ class ExtraState:
         log: PartialLog,
         guard: Guard,
         *,
+        rows: Sequence[EncodedExample] | None = None,
         responses: Responses | None = None,
         tuner: TeacherTuner | TeacherTuners | None = None,
         average: MovingAverage | None = None,
         moving: Moving | None = None,
     ):
         self._log, self._guard, self._responses, self._tuner = log, guard, responses, tuner
-        self._average = average
+        self._average, self._rows = average, rows
         keeps = moving is not None and type(moving).state_dict is not Moving.state_dict
         self._moving = moving if keeps else None  # others have nothing to keep
 
     def state_dict(self) -> dict[str, Any]:
         """The states of all parts; of the source of responses, one per process. All processes must ask together."""
         state: dict[str, Any] = {"log": self._log.state_dict(), "guard": self._guard.state_dict()}
+        if self._rows is not None:
+            state["rows"] = hash_of_rows(self._rows)
         if self._responses is not None:
             state["responses"] = gather_object([self._responses.state_dict()])
         if self._average is not None:
@@ -92,6 +108,11 @@ class ExtraState:
         """Resume from `state` on process number `process`. Raises `RequestError` for that of another kind of run."""
         moves = "moving" in state, self._moving is not None, "coefficients of a moving objective (TAID, DistiLLM-2)"
         self._check(state, moves)
+        if self._rows is not None and state.get("rows", now := hash_of_rows(self._rows)) != now:
+            told = (
+                "the training rows are others than when it was written: their file, its template or its limits changed"
+            )
+            raise RequestError(f"Cannot take up this checkpoint: {told}. Put them back, or start a new run.")
         self._log.load_state_dict(state["log"])
         self._guard.load_state_dict(state["guard"])
         if self._responses is not None:

@@ -150,7 +150,7 @@ class DistillTrainer(Trainer):
         self.student_loss = StudentLoss(self.method, self.teachers, args, accelerator, metrics)
         log = PartialLog(self)
         held: Any = {"responses": self.method.responses, "moving": self.method.moving, "average": average}
-        self.extra_state = ExtraState(log, self.guard, tuner=self.tuner, **held)
+        self.extra_state = ExtraState(log, self.guard, rows=self.train_dataset, tuner=self.tuner, **held)
         for callback in filter(None, (CheckpointTiming(self, log), UpdatePhase(self.phases), Watching(), average)):
             self.add_callback(callback)
         if args.log_completions:
