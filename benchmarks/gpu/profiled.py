@@ -89,8 +89,8 @@ def _report_kernels(bench: Bench, events: Iterable[Any]) -> None:
     spent: dict[str, float] = defaultdict(float)
     longest: dict[str, float] = defaultdict(float)
     for event in events:
-        if event.name.startswith("promptkd ") or event.name.startswith("ProfilerStep"):
-            continue
+        if event.is_user_annotation or event.name.startswith(("promptkd ", "ProfilerStep")):
+            continue  # a range of kernels, which count themselves
         if bench.on_cuda and event.device_type != torch.autograd.DeviceType.CUDA:
             continue
         seconds = (event.time_range.elapsed_us() if bench.on_cuda else event.self_cpu_time_total) / 1e6

@@ -6,7 +6,11 @@ graph is called instead of replayed. On a machine with CUDA, test_engines.py and
 
 import gc
 import inspect
+import sys
+from contextlib import nullcontext
 from dataclasses import replace
+from subprocess import CalledProcessError
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +25,7 @@ from promptkd.data.batch import right_pad
 from promptkd.engine import Head, chunked_objective, chunked_prompt_loss
 from promptkd.engine.backbone import model_matmul_dtype
 from promptkd.engine.chunked_loss import chunked_cross_entropy
-from promptkd.engine.cuda import ENGINE, decoding, scoring
+from promptkd.engine.cuda import ENGINE, decoding, graphs, scoring
 from promptkd.engine.reference import DynamicCacheDecoder, PaddedScorer
 from promptkd.engine.resolve import first_verified, rolls_back
 from promptkd.generation import SamplingParams, generate
@@ -446,3 +450,70 @@ def test_only_matrices_are_copied_where_layers_are_the_models_own():
     assert copied.wte.weight is model.transformer.wte.weight
     assert copied.h[0].ln_1.weight is model.transformer.h[0].ln_1.weight
     assert copied.h[0].mlp.c_fc.weight.dtype == torch.bfloat16
+
+
+@pytest.fixture
+def triton_that(monkeypatch):
+    """Lets the first kernel of Triton raise."""
+
+    def raises(error):
+        def reverse_kl(*logits):
+            raise error
+
+        kernels = SimpleNamespace(KERNELS=SimpleNamespace(reverse_kl=reverse_kl))
+        monkeypatch.setitem(sys.modules, "promptkd.engine.cuda.triton_kernels", kernels)
+        monkeypatch.setattr(scoring, "find_spec", lambda name: name)
+        on_cpu = StandIn(torch, zeros=lambda *size, device: torch.zeros(*size))
+        monkeypatch.setattr(scoring, "torch", on_cpu)
+        return scoring._triton_kernels.__wrapped__
+
+    return raises
+
+
+@pytest.mark.parametrize(
+    "error", [CalledProcessError(1, ["gcc", "Python.h"]), RuntimeError("no compiler"), KeyError("arch")]
+)
+def test_where_triton_compiles_nothing_torchs_operations_serve(triton_that, caplog, error):
+    assert triton_that(error)() is PLAIN_KERNELS
+    assert "Triton compiles nothing here" in caplog.text
+
+
+def test_a_full_device_is_no_reason_to_do_without_triton(triton_that):
+    with pytest.raises(torch.OutOfMemoryError):
+        triton_that(torch.OutOfMemoryError())()
+
+
+@pytest.mark.parametrize("fails", [None, 1, 2, 3])
+def test_the_stream_waits_for_a_recording_also_where_it_fails(monkeypatch, fails):
+    """Else what was begun on the side could still write into memory that is given to others."""
+    calls, waits = [], []
+
+    class Stream:
+        def __init__(self, name="side"):
+            self.name = name
+
+        def wait_stream(self, other):
+            waits.append((self.name, other.name, len(calls)))
+
+    current = Stream("current")
+    cuda = SimpleNamespace(
+        Stream=Stream,
+        current_stream=lambda: current,
+        stream=lambda stream: nullcontext(),
+        get_sync_debug_mode=lambda: 0,
+        set_sync_debug_mode=lambda mode: None,
+        CUDAGraph=lambda: SimpleNamespace(
+            capture_begin=lambda **_: None, capture_end=lambda: None, pool=lambda: "pool"
+        ),
+    )
+    monkeypatch.setattr(graphs, "torch", StandIn(torch, cuda=cuda))
+
+    def function():
+        calls.append("run")
+        if len(calls) == fails:
+            raise RuntimeError("waits for the device")
+        return torch.zeros(1)
+
+    with nullcontext() if fails is None else pytest.raises(RuntimeError, match="waits for the device"):
+        graphs.Graphs()._record(function)
+    assert waits == [("side", "current", 0), ("current", "side", fails or 3)]

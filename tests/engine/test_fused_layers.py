@@ -1,7 +1,7 @@
 """Fused operations and attention of rows: against finite differences and plain formulas, in float64."""
 
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -130,6 +130,29 @@ def test_what_is_compiled_can_be_and_leaves_its_inputs_alone(name):
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
     for given, kept in zip(arguments, before, strict=True):
         assert not isinstance(given, torch.Tensor) or torch.equal(given, kept)
+
+
+@pytest.mark.slow
+def test_one_variant_is_compiled_for_training_trials_decoding_and_validation(monkeypatch):
+    """With and without a graph, in autocast with its cache, without it, and outside."""
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(fused_layers, "_compiles_for", lambda inputs: True)
+    monkeypatch.setattr(fused_layers, "_compiled", cache(partial(torch.compile, dynamic=True, backend=backend)))
+    weight = torch.nn.Parameter(torch.rand(8))
+    for inputs in (torch.rand(5, 8), torch.rand(7, 8, requires_grad=True), torch.rand(20, 16)[:9, :8].contiguous()):
+        for scale in (weight, weight.detach()):
+            for mode in (torch.no_grad, torch.enable_grad):
+                for settings in ({"enabled": False}, {}, {"cache_enabled": False}):
+                    with mode(), torch.autocast("cpu", dtype=torch.bfloat16, **settings):
+                        got, _ = fused_layers.rms_norm(inputs, scale, 1e-5)
+                    expected, _ = fused_layers.rms_norm.__wrapped__(inputs, scale, 1e-5)
+                    assert torch.equal(got, expected)
+    assert len(compiled) == 1
 
 
 ROWS = [[1, 2, 3, 4], [1, 2, 5], [1, 2], [6, 7], [1, 2, 3, 4, 8, 9]]  # one is the beginning of others, one stands alone

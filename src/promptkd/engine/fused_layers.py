@@ -25,13 +25,25 @@ _compiled = cache(partial(torch.compile, dynamic=True))
 
 
 def _compiled_on_cuda(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, compiled once for all shapes where its first argument is on CUDA and Triton can compile."""
+    """`function`, compiled once for all shapes where its first argument is on CUDA and Triton can compile.
+
+    Its callers have a backward of their own, or none. So it sees its inputs without a graph and outside of autocast:
+    the compiler makes a variant for each of these states, and runs a function plainly from the ninth variant on.
+    """
 
     @wraps(function)
     def call(inputs: Tensor, *others: Any) -> Any:
-        return (_compiled(function) if inputs.is_cuda and has_triton() else function)(inputs, *others)
+        if not _compiles_for(inputs):
+            return function(inputs, *others)
+        plain = [each.detach() if isinstance(each, Tensor) else each for each in (inputs, *others)]
+        with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False, cache_enabled=True):
+            return _compiled(function)(*plain)
 
     return call
+
+
+def _compiles_for(inputs: Tensor) -> bool:
+    return inputs.is_cuda and has_triton()
 
 
 def _wide(inputs: Tensor) -> Tensor:

@@ -10,7 +10,15 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from promptkd.data.batch import right_pad
-from promptkd.engine import ChunkedLoss, engine_for, evaluating, head_logits, response_hidden
+from promptkd.engine import (
+    ChunkedLoss,
+    chunked_cross_entropy,
+    engine_for,
+    evaluating,
+    head_logits,
+    linear_head,
+    response_hidden,
+)
 from promptkd.methods import Method, Step
 from promptkd.training.distributed import autocast, is_sharded, run_in_forward
 from promptkd.training.teacher import Teacher
@@ -116,7 +124,11 @@ class StudentLoss:
         texts = micro_batch.texts
         batch = right_pad([ids[:1] for ids in texts], [ids[1:] for ids in texts], device=self._accelerator.device)
         with autocast(self._accelerator, self._args):
-            logits = head_logits(student, response_hidden(student, batch)).float()
-        loss = nn.functional.cross_entropy(logits, batch.targets, reduction="sum")
+            hidden = response_hidden(student, batch)
+            if self._args.chunk_tokens != 0 and (head := linear_head(student)) is not None:
+                loss = chunked_cross_entropy((hidden, head), batch.targets, chunk=self._args.chunk_tokens).total
+            else:
+                logits = head_logits(student, hidden).float()
+                loss = nn.functional.cross_entropy(logits, batch.targets, reduction="sum")
         self.metrics.add("language_loss", loss.detach().double(), per="text")
         return self._args.language_weight * loss / window.text_tokens.clamp(min=1)

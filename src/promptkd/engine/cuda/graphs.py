@@ -40,26 +40,32 @@ class Graphs:
         self._side = self._side or torch.cuda.Stream()
         current = torch.cuda.current_stream()
         self._side.wait_stream(current)
-        with torch.cuda.stream(self._side):
-            function()  # libraries allocate their workspaces, Triton compiles
-            before = torch.cuda.get_sync_debug_mode()
-            torch.cuda.set_sync_debug_mode("error")
-            try:  # a function that waits for the device fails here, instead of in the middle of a capture
-                function()
-            finally:
-                torch.cuda.set_sync_debug_mode(before)
-            graph = torch.cuda.CUDAGraph()
-            try:
-                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-                try:
-                    output = function()
-                except BaseException:
-                    with suppress(RuntimeError):  # the first error tells more
-                        graph.capture_end()
-                    raise
-                graph.capture_end()
-            except torch.AcceleratorError as error:  # of this function, not of the device
-                raise RuntimeError(f"a CUDA graph could not be captured: {error}") from error
-        current.wait_stream(self._side)
+        try:
+            with torch.cuda.stream(self._side):
+                graph, output = self._captured(function)
+        finally:  # also after a failure: what the function has begun may still write into memory that is freed next
+            current.wait_stream(self._side)
         self._pool = graph.pool()
+        return graph, output
+
+    def _captured(self, function: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        function()  # libraries allocate their workspaces, Triton compiles
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:  # a function that waits for the device fails here, instead of in the middle of a capture
+            function()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                output = function()
+            except BaseException:
+                with suppress(RuntimeError):  # the first error tells more
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+        except torch.AcceleratorError as error:  # of this function, not of the device
+            raise RuntimeError(f"a CUDA graph could not be captured: {error}") from error
         return graph, output

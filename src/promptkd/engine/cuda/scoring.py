@@ -94,7 +94,7 @@ def rounded_up(number: int, multiple: int) -> int:
 
 @cache
 def _triton_kernels() -> Kernels:
-    """Triton's kernels, if a small one runs: it needs a C compiler, which slim images lack."""
+    """Triton's kernels, if a small one runs: it needs a C compiler and Python's headers, which slim images lack."""
     if find_spec("triton") is None:
         return PLAIN_KERNELS
     from promptkd.engine.cuda.triton_kernels import KERNELS
@@ -102,7 +102,9 @@ def _triton_kernels() -> Kernels:
     logits = torch.zeros(1, 8, device="cuda")
     try:
         KERNELS.reverse_kl(logits, logits.clone())
-    except (RuntimeError, OSError, ImportError) as error:
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except Exception as error:  # a C compiler that fails raises subprocess.CalledProcessError, and there are more
         message = "Divergences run by torch's own operations: Triton compiles nothing here (%s)."
         logging.getLogger(__name__).warning(message, error)
         return PLAIN_KERNELS
