@@ -22,7 +22,7 @@ from helpers.rollback import assert_rows_as_each_alone
 from helpers.standins import StandIn
 from helpers.tiny import tiny_model
 from promptkd.data.batch import right_pad
-from promptkd.engine import Head, chunked_objective, chunked_prompt_loss
+from promptkd.engine import Head, chunked_objective, chunked_prompt_loss, static_cache
 from promptkd.engine.backbone import model_matmul_dtype
 from promptkd.engine.chunked_loss import chunked_cross_entropy
 from promptkd.engine.cuda import ENGINE, decoding, graphs, scoring
@@ -450,6 +450,26 @@ def test_only_matrices_are_copied_where_layers_are_the_models_own():
     assert copied.wte.weight is model.transformer.wte.weight
     assert copied.h[0].ln_1.weight is model.transformer.h[0].ln_1.weight
     assert copied.h[0].mlp.c_fc.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("length", [0, 3])
+@pytest.mark.parametrize("most", [1, 8, 15])
+def test_prompts_are_read_few_at_a_time(monkeypatch, length, most):
+    model, soft_prompt = models("qwen2"), torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
+    soft_prompt = soft_prompt[:, : model.config.hidden_size] if length else None
+    expected = decoded(ROWS, model, soft_prompt)
+    packs, pack_inputs = [], static_cache.pack_inputs
+
+    def counted(*args, **kwargs):
+        pack, inputs = pack_inputs(*args, **kwargs)
+        packs.append(len(pack.tokens))
+        return pack, inputs
+
+    monkeypatch.setattr(static_cache, "pack_inputs", counted)
+    monkeypatch.setattr(decoding._PACKED, "max_tokens", most)
+    torch.testing.assert_close(decoded(ROWS, model, soft_prompt), expected, rtol=1e-5, atol=1e-5)
+    assert len(packs) > 1
+    assert max(packs) <= max(most, length + max(map(len, PROMPTS)))
 
 
 @pytest.fixture

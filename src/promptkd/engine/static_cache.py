@@ -104,12 +104,19 @@ class StaticCacheSession(DecodeSession):
     ends: list[int] = field(init=False)  # filled columns of each row, after the first call of `extend`
 
     def prefill(self, prompts: Sequence[Sequence[int]], soft_prompt: Tensor | None = None) -> Tensor:
+        before = 0 if soft_prompt is None else len(soft_prompt)
+        lengths = [before + len(each) for each in prompts]
+        self.rows, self.cache = len(lengths), self.allocate(lengths, embedding_device(self.model))
+        self.ends = [self.width] * self.rows
+        parts = consecutive(lengths, self.packed.max_tokens)
+        return self.project(torch.cat([self._prefilled(part, prompts[part], soft_prompt) for part in parts]))
+
+    def _prefilled(self, part: slice, prompts: Sequence[Sequence[int]], soft_prompt: Tensor | None) -> Tensor:
+        """The states (R, H) behind the prompts of these rows, whose keys and values go into the cache."""
         device = embedding_device(self.model)
         pack, inputs = pack_inputs(self.model, prompts, soft_prompt, share=self.packed.shares_prefixes(self.model))
         lengths = [len(indices) for indices in pack.row_indices]
-        self.rows, self.cache = len(lengths), self.allocate(lengths, device)
-        self.ends = [self.width] * self.rows
-        rows = [row for row, length in enumerate(lengths) for _ in range(length)]
+        rows = [row for row, length in enumerate(lengths, part.start) for _ in range(length)]
         columns = [column for length in lengths for column in range(self.width - length, self.width)]
         places = on_device([rows, columns, [*chain(*pack.row_indices)]], device)
         attention = self.packed.attention(pack, device)
@@ -120,7 +127,7 @@ class StaticCacheSession(DecodeSession):
 
         with use_attention(self.model, attend):
             hidden = backbone_of(self.model)(use_cache=False, **inputs).last_hidden_state[0]
-        return self.project(hidden[on_device([indices[-1] for indices in pack.row_indices], hidden.device)])
+        return hidden[on_device([indices[-1] for indices in pack.row_indices], hidden.device)]
 
     def select(self, rows: Sequence[int]) -> None:
         moves = [(place, row) for place, row in enumerate(rows) if place != row]
@@ -179,6 +186,17 @@ class StaticCacheSession(DecodeSession):
     @abstractmethod
     def attend_to_cache(self, index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """A `CachedAttention` that first writes key and value into the current column."""
+
+
+def consecutive(lengths: Sequence[int], most: int) -> list[slice]:
+    """Consecutive rows of at most `most` tokens together, or a single longer one; all together where `most` is 0."""
+    parts, start, held = [], 0, 0
+    for row, length in enumerate(lengths):
+        if most and held and held + length > most:
+            parts.append(slice(start, row))
+            start, held = row, 0
+        held += length
+    return [*parts, slice(start, len(lengths))]
 
 
 def own_layers(model: PreTrainedModel) -> DecodeBackbone:

@@ -23,6 +23,8 @@ Kernel = Callable[..., tuple[Tensor, Metrics]]
 """Takes logits (C, V) that require grad and targets, each logits (C, V) or labels (C,). Returns values (C,) and metrics
 (C,), and writes the gradient of the values over the first logits."""
 
+_AT_ONCE = 2**26  # logits of one pass of autograd: 256 MiB in float32
+
 
 @dataclass(frozen=True)
 class Kernels:
@@ -99,7 +101,14 @@ def prompt_kernel(weight: float, kernels: Kernels, *, absent_tokens: bool, **dir
 def _by_autograd(
     loss: Callable[..., tuple[Tensor, Metrics]], logits: Tensor, *targets: Tensor
 ) -> tuple[Tensor, Metrics]:
-    """A kernel of a loss that leaves the gradient to autograd."""
+    """A kernel of a loss that leaves the gradient to autograd, which keeps up to a dozen tensors of that size."""
+    rows = max(1, _AT_ONCE // logits.shape[-1])
+    parts = zip(*(each.split(rows) for each in (logits, *targets)), strict=True)
+    values, metrics = zip(*(_of_rows(loss, *part) for part in parts), strict=True)
+    return torch.cat(values), {name: torch.cat([each[name] for each in metrics]) for name in metrics[0]}
+
+
+def _of_rows(loss: Callable[..., tuple[Tensor, Metrics]], logits: Tensor, *targets: Tensor) -> tuple[Tensor, Metrics]:
     with torch.enable_grad():
         variable = logits.detach().requires_grad_()
         values, metrics = loss(variable, *targets)

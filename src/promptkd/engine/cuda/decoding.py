@@ -38,7 +38,7 @@ from promptkd.engine.static_cache import (
     supports_fused_decoder,
 )
 
-_PACKED = CudaPackedScorer(max_tokens=0)  # for prompts, which are not split
+_PACKED = CudaPackedScorer(max_tokens=16_384)  # for prompts
 _PROMPT_COLUMNS = 64  # prompts end at a multiple of it
 _SPAN = 128  # a step attends to a multiple of so many columns
 _ROWS = (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64)  # rows of a step; beyond, multiples of 32
