@@ -153,7 +153,7 @@ def rollout(model, folder, **settings):
     run = trainer(folder, models=(model, teacher), max_completion_length=2, generation_batch_size=1000, **settings)
     run.rollout.stop_ids = ()
     run.teacher.vocabulary = Vocabulary(model.config.vocab_size)  # the tokenizer has fewer tokens than the larger one
-    run.rollout._generation.eos_token_id = None
+    run.rollout._generation.eos_token_id = run.rollout._generation.suppress_tokens = None
     torch.manual_seed(5)
     return run.rollout._sample([PROMPT] * DRAWS, run.model, 0, None)
 

@@ -108,7 +108,7 @@ class ExtraState:
         """Resume from `state` on process number `process`. Raises `RequestError` for that of another kind of run."""
         moves = "moving" in state, self._moving is not None, "coefficients of a moving objective (TAID, DistiLLM-2)"
         self._check(state, moves)
-        if self._rows is not None and state.get("rows", now := hash_of_rows(self._rows)) != now:
+        if self._rows is not None and "rows" in state and state["rows"] != hash_of_rows(self._rows):
             told = (
                 "the training rows are others than when it was written: their file, its template or its limits changed"
             )
