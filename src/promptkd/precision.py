@@ -4,26 +4,15 @@ Trained weights are float32 everywhere, since an update is often smaller than wh
 products run in bfloat16 under autocast where the device has units for it; logits, losses and sums are always float32.
 """
 
-import platform
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
 
+from promptkd.engine.units import has_bfloat16_units
+
 Precision = Literal["auto", "float32", "bfloat16"]  # to compute in; auto is what suits the device
 WeightPrecision = Literal["float32", "bfloat16", "float16", "auto"]  # to load weights in; auto is that of their files
-
-
-def has_bfloat16_units(device: torch.device | str) -> bool:
-    """Whether the device multiplies bfloat16 in hardware (CUDA from 8.0 on, ROCm, AVX512-BF16, AMX, ARM's BF16)."""
-    kind = torch.device(device).type
-    if kind == "cuda":
-        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    if kind != "cpu":
-        return False
-    if platform.machine() in ("arm64", "aarch64"):
-        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def compute_dtype(choice: Precision, device: torch.device | str) -> torch.dtype:

@@ -176,13 +176,13 @@ class AdaptiveReplay(Responses):
 
     def state_dict(self) -> dict[str, Any]:
         buffer = [(asdict(row), response) for row, response in self.buffer]
-        return {"share": self.share, "best": self.best, "replayed": self.replayed, "buffer": buffer}
+        return {"share": self.share, "best": self.best, "buffer": buffer}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if isinstance(state["buffer"], Mapping) and state["buffer"]:
             advice = "Resume it with the version that wrote it, or start a new run."
             raise RequestError(f"The checkpoint's replay buffer is of an older version, without requests. {advice}")
-        self.share, self.best, self.replayed = state["share"], state["best"], state.get("replayed", 0.0)
+        self.share, self.best = state["share"], state["best"]
         self.buffer.clear()
         self.buffer.extend((EncodedExample(**row), response) for row, response in state["buffer"])
 

@@ -235,6 +235,22 @@ def test_plain_text_adds_its_cross_entropy(tmp_path):
     assert entry["loss"] - other["loss"] == pytest.approx(0.5 * entry["language_loss"], rel=1e-4)
 
 
+@pytest.mark.slow
+def test_plain_text_never_has_all_its_logits_at_once(tmp_path, monkeypatch):
+    file = tmp_path / "text.jsonl"
+    file.write_text('{"text": "the cat and the hat"}\n')
+    settings = {"max_steps": 1, "language_data": str(file), "max_prompt_length": 16}
+    entries = []
+    for chunk in (0, 3):
+        if chunk:
+            monkeypatch.setattr("promptkd.training.student_loss.head_logits", None)
+        made = trainer(tmp_path / str(chunk), models=pair(), method=fixed("minillm"), chunk_tokens=chunk, **settings)
+        made.train()
+        entries.append(log(made)[0])
+    assert entries[1]["language_loss"] == pytest.approx(entries[0]["language_loss"], rel=1e-5)
+    assert entries[1]["grad_norm"] == pytest.approx(entries[0]["grad_norm"], rel=1e-4)
+
+
 def sampler():
     return Sampler(
         student=lambda prompts: [[1] * len(prompt) for prompt in prompts],

@@ -14,13 +14,15 @@ from helpers.standins import OnResults, StandIn
 from helpers.tiny import END_ID, tiny_tokenizer
 from helpers.trainers import FIXED_PROMPTKD, config, pair, rows, trainer
 from promptkd import precision
+from promptkd.engine import units as engine_units
+from promptkd.engine.units import has_bfloat16_units
 from promptkd.errors import RequestError
 from promptkd.evaluation import measure
 from promptkd.evaluation.dataset_evaluation import SetEvaluation, measure_rows
 from promptkd.evaluation.measure import Decoding, row_batches
 from promptkd.methods import named_method
 from promptkd.models import load_model
-from promptkd.precision import compute_dtype, computing, has_bfloat16_units, teacher_precision
+from promptkd.precision import compute_dtype, computing, teacher_precision
 from promptkd.results import Results
 from promptkd.training import DistillConfig
 from promptkd.training.config import BaseConfig, use_one_gpu
@@ -48,8 +50,8 @@ def units(monkeypatch):
 @pytest.mark.parametrize(("avx512", "amx"), [(False, False), (True, False), (False, True)])
 def test_units_of_a_cpu(monkeypatch, avx512, amx):
     cpu = StandIn(torch.cpu, _is_avx512_bf16_supported=lambda: avx512, _is_amx_tile_supported=lambda: amx)
-    monkeypatch.setattr(precision, "platform", StandIn(platform, machine=lambda: "x86_64"))
-    monkeypatch.setattr(precision, "torch", StandIn(torch, cpu=cpu))
+    monkeypatch.setattr(engine_units, "platform", StandIn(platform, machine=lambda: "x86_64"))
+    monkeypatch.setattr(engine_units, "torch", StandIn(torch, cpu=cpu))
     assert has_bfloat16_units("cpu") == (avx512 or amx)
 
 
@@ -57,8 +59,8 @@ def test_units_of_a_cpu(monkeypatch, avx512, amx):
 def test_units_of_an_arm_cpu(monkeypatch, extension):
     backends = StandIn(torch.backends, mkldnn=StandIn(torch.backends.mkldnn, is_available=lambda: True))
     mkldnn = StandIn(torch.ops.mkldnn, _is_mkldnn_bf16_supported=lambda: extension)
-    monkeypatch.setattr(precision, "platform", StandIn(platform, machine=lambda: "aarch64"))
-    monkeypatch.setattr(precision, "torch", StandIn(torch, backends=backends, ops=StandIn(torch.ops, mkldnn=mkldnn)))
+    monkeypatch.setattr(engine_units, "platform", StandIn(platform, machine=lambda: "aarch64"))
+    monkeypatch.setattr(engine_units, "torch", StandIn(torch, backends=backends, ops=StandIn(torch.ops, mkldnn=mkldnn)))
     assert has_bfloat16_units("cpu") == extension
 
 
@@ -66,7 +68,7 @@ def test_units_of_an_arm_cpu(monkeypatch, extension):
 def test_units_of_a_gpu_are_not_emulated_ones(monkeypatch, native):
     supported = lambda including_emulation=True: including_emulation or native  # noqa: E731
     cuda = StandIn(torch.cuda, is_available=lambda: True, is_bf16_supported=supported)
-    monkeypatch.setattr(precision, "torch", StandIn(torch, cuda=cuda))
+    monkeypatch.setattr(engine_units, "torch", StandIn(torch, cuda=cuda))
     assert has_bfloat16_units(torch.device("cuda", 1)) == native
 
 

@@ -258,7 +258,7 @@ def encoded(texts, **options):
     return encode_examples(examples_from_rows(texts), tiny_tokenizer(), **options)
 
 
-def figures_of(made, data=None):
+def metrics_of(made, data=None):
     return {name: value for name, value in made.evaluate(data).items() if name not in TIMINGS}
 
 
@@ -271,14 +271,14 @@ def test_evaluate_takes_rows_in_every_form_and_tells_the_responses_of_its_own_al
 
     method = replace(FIXED_PROMPTKD, responses=Hearing())
     ours = trainer(tmp_path, eval_data=TEXTS, method=method)
-    expected = figures_of(ours)
+    expected = metrics_of(ours)
     assert method.responses.heard == 1
     kept = dict(ours.validated)
     for same in (TEXTS, Dataset.from_list(TEXTS), encoded(TEXTS), encoded(TEXTS).examples):
-        assert figures_of(ours, same) == expected
+        assert metrics_of(ours, same) == expected
     assert method.responses.heard == 1
     assert ours.validated == kept
-    assert figures_of(ours, ours.eval_dataset) == expected
+    assert metrics_of(ours, ours.eval_dataset) == expected
     assert method.responses.heard == 2
 
 
@@ -286,7 +286,7 @@ def test_sft_evaluates_rows_in_every_form(tmp_path):
     settings = {"max_prompt_length": 16, "max_completion_length": 8, "report_to": "none", "use_cpu": True}
     args = FinetuneConfig(str(tmp_path), disable_tqdm=True, **settings)
     ours = FinetuneTrainer(tiny_model("llama"), args, rows(), None, tiny_tokenizer())
-    assert figures_of(ours, TEXTS) == figures_of(ours, encoded(TEXTS))
+    assert metrics_of(ours, TEXTS) == metrics_of(ours, encoded(TEXTS))
     with pytest.raises(RequestError, match="Validation needs rows"):
         ours.evaluate()
 

@@ -33,9 +33,7 @@ def compare_within(results: Results, labels: Sequence[str], *, chosen_from: int 
     if chosen_from > 1:
         for each in tested:
             each.p_adjusted = min(1.0, chosen_from * (each.p_adjusted or 0.0))
-        corrected = (
-            f" p is {chosen_from} times what it would be otherwise; intervals are as they are." if tested else ""
-        )
+        corrected = f" p is {chosen_from} times that of a single one; intervals are as they are." if tested else ""
         chosen = f"{labels[-1]} is measured on the rows that chose it out of {chosen_from} validations."
         results.notes.append(chosen + corrected)
 

@@ -22,6 +22,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from promptkd.errors import RequestError
 
 
+class UnsupportedError(Exception):
+    """A way of running a model meets what it does not know; its trial then turns to the next one."""
+
+
 def unwrap_peft(model: nn.Module) -> PreTrainedModel:
     """The model itself, or that inside a PEFT wrapper; a soft prompt is a RequestError, anything else a TypeError."""
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
@@ -133,7 +137,7 @@ def _attend(
     if not _in_use:
         raise RuntimeError("promptkd's attention was called outside of a forward pass by promptkd.")
     if settings.get("s_aux") is not None:
-        raise NotImplementedError("attention sinks")
+        raise UnsupportedError("attention sinks")
     known = AttentionSettings(**{name: settings[name] for name in _SETTINGS if name in settings})
     return _in_use[-1](module, query, key, value, known), None
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from promptkd.data.batch import TokenBatch
+from promptkd.engine.backbone import UnsupportedError
 from promptkd.engine.heads import HeadBackend
 
 
@@ -57,13 +58,13 @@ class DecodeSession(ABC):
         """Append g tokens to each row, (R, g): the logits (R, g, V) of what follows each. Valid until the next call.
 
         `rollback` may remove them, so that rows come to differ in length; `decode` is not called after it. A session
-        that does not know how to raises NotImplementedError.
+        that does not know how to raises `UnsupportedError`.
         """
-        raise NotImplementedError("its sessions remove no tokens")
+        raise UnsupportedError("its sessions remove no tokens")
 
     def rollback(self, counts: Sequence[int]) -> None:
         """Remove the last `counts[row]` tokens of each row, all of which `extend` has appended since the last call."""
-        raise NotImplementedError("its sessions remove no tokens")
+        raise UnsupportedError("its sessions remove no tokens")
 
     @abstractmethod
     def select(self, rows: Sequence[int]) -> None:

@@ -16,7 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
 from promptkd.data.batch import TokenBatch, on_device
-from promptkd.engine.backbone import backbone_of, embedding_device
+from promptkd.engine.backbone import UnsupportedError, backbone_of, embedding_device
 from promptkd.engine.base import Decoder, DecodeSession, Engine, Scorer, SessionFactory
 from promptkd.engine.heads import HeadBackend, head_logits
 
@@ -79,7 +79,7 @@ class DynamicCacheSession(DecodeSession):
         kinds = {type(layer) for layer in self.cache.layers} if isinstance(self.cache, Cache) else set()
         if min(map(len, rows)) < width and any(kind.__module__ != Cache.__module__ for kind in kinds):
             # DeepSeek-V4 compresses blocks of columns, of which padding would be a part; short trials do not reach one
-            raise NotImplementedError("its cache has layers of its own, in which padding may count")
+            raise UnsupportedError("its cache has layers of its own, in which padding may count")
         ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)
         self.mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
         self.positions = (self.mask.cumsum(-1) - 1).clamp(min=0)
@@ -99,7 +99,7 @@ class DynamicCacheSession(DecodeSession):
     def rollback(self, counts: Sequence[int]) -> None:
         kinds = {type(layer) for layer in self.cache.layers} if isinstance(self.cache, Cache) else {type(self.cache)}
         if kinds != {DynamicLayer}:  # a window or a recurrent state has forgotten what came before
-            raise NotImplementedError(f"its cache ({', '.join(sorted(each.__name__ for each in kinds))}) keeps no past")
+            raise UnsupportedError(f"its cache ({', '.join(sorted(each.__name__ for each in kinds))}) keeps no past")
         removed, shared = torch.tensor(counts, device=self.mask.device)[:, None], min(counts)
         if shared:
             self.cache.crop(-shared)

@@ -77,9 +77,8 @@ def _chosen(record: Results) -> str:
     most = max((each.chosen_from for each in record.training.values()), default=1) if record.kind == "distill" else 1
     if most == 1:
         return ""
-    return (
-        f" The same rows chose it out of {most} validations, which flatters it: promptkd evaluate on others does not."
-    )
+    flattered = f"The same rows chose it out of {most} validations, which flatters it"
+    return f" {flattered}: measure it on others by promptkd evaluate."
 
 
 def _is_next_to_nothing(of_teacher: Metric) -> bool:

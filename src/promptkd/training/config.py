@@ -10,13 +10,14 @@ from trl import DistillationConfig
 
 from promptkd.data.teacher_prompt import TeacherPrompts, context_text
 from promptkd.engine import engine_for
+from promptkd.engine.units import has_bfloat16_units
 from promptkd.errors import RequestError, check_all
 from promptkd.io.python_file import names_python, python_file
 from promptkd.io.redact import without_secret_values
 from promptkd.methods import Method, read_method, settings_classes
 from promptkd.methods.method_file import method_of_file
 from promptkd.models.adapters import ADAPTERS, PromptLossSettings
-from promptkd.precision import WeightPrecision, has_bfloat16_units
+from promptkd.precision import WeightPrecision
 from promptkd.results import file_sha256
 from promptkd.settings import Reader, Settings, flat, limit_checks, option
 from promptkd.training.trackers import tracker_checks

@@ -16,7 +16,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 
 from promptkd.data.batch import moved
-from promptkd.engine.backbone import Attention, AttentionSettings, applies_dropout, model_matmul_dtype
+from promptkd.engine.backbone import (
+    Attention,
+    AttentionSettings,
+    UnsupportedError,
+    applies_dropout,
+    model_matmul_dtype,
+)
 from promptkd.engine.heads import Head, HeadBackend, Projection
 from promptkd.engine.packed import PackedRows, PackedScorer
 from promptkd.engine.static_cache import outside_inference_mode
@@ -49,7 +55,7 @@ def _varlen_attention(
 ) -> Tensor:
     """An `Attention` within each of the rows that end before `ends`, the longest of `longest` tokens."""
     if settings.softcap is not None or settings.dropout > 0 or query.shape[-1] > _WIDEST_HEAD:
-        raise NotImplementedError("varlen attention has no soft cap, no dropout, and no heads wider than 256")
+        raise UnsupportedError("varlen attention has no soft cap, no dropout, and no heads wider than 256")
     # Autocast does not know this operator, and under autocast rotary positions make queries and keys float32.
     query, key, value = (each[0].transpose(0, 1).to(value.dtype) for each in (query, key, value))  # (S, heads, D)
     # torch counts the visible tokens before a token; transformers counts the token itself, too
