@@ -138,6 +138,35 @@ def test_rounding_is_no_difference():
         assert chosen(larger, single)
 
 
+def ill_conditioned(hidden, prompt=None):
+    """One state turns with the last digit, as where two tokens of a deep model compete to be the attention sink."""
+    return hidden.index_copy(0, torch.tensor([4]), hidden[4:5] * torch.sin(1e4 * hidden[4].mean()))
+
+
+@pytest.mark.parametrize("wrong", [None, 1, 5])
+def test_in_half_precision_a_way_may_differ_where_the_reference_itself_turns_with_rounding(wrong):
+    def otherwise_rounded(hidden, prompt):
+        factors = torch.full((len(hidden), 1), 1 + 2**-7)
+        if wrong is not None:
+            factors[wrong] = 1.5
+        return ill_conditioned((hidden * factors).to(hidden.dtype))
+
+    reference, way = Noted(ill_conditioned), Noted(otherwise_rounded)
+    reference.name = "the reference"
+    half = tiny_model("llama", dtype=torch.bfloat16)
+    assert (first_verified((way, reference), half) is way) == (wrong is None)
+    assert len(reference.asked) > len(SCORED)  # it was rounded otherwise, too
+    assert not half.get_input_embeddings()._forward_hooks
+    assert first_verified((way, reference), tiny_model("llama")) is reference
+
+
+def test_no_trial_is_repeated_where_a_way_agrees():
+    reference, way = Noted(), Noted(lambda hidden, prompt: hidden * 1.01)
+    reference.name = "the reference"
+    assert first_verified((way, reference), tiny_model("llama", dtype=torch.bfloat16)) is way
+    assert reference.asked == SCORED
+
+
 ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, KeyError, NotImplementedError, AssertionError)
 
 
