@@ -48,6 +48,11 @@ class Page:
         held = self._study(study)
         return self._with_source(held, tables.choices_table(held, setting, data))
 
+    def pairs(self) -> str:
+        """Which teacher and student each study with records ran with, and on what."""
+        names = sorted(file.parent.name for file in self._records.glob("*/config.yaml"))
+        return tables.pairs_table([self._study(name) for name in names])
+
     def costs(self, study: str, groups: Sequence[str] = ()) -> str:
         """What a run of each group took."""
         held = self._study(study)

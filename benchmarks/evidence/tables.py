@@ -139,6 +139,20 @@ def costs_table(study: Committed, groups: Sequence[str]) -> str:
     return _markdown(heads, lines)
 
 
+def pairs_table(studies: Sequence[Committed]) -> str:
+    """A line per study: its teacher and student before training by the beginning of their SHA-256, and what it ran on."""
+    heads = ["study", "teacher", "student before training", "training computed in", "processor", "torch"]
+    lines = []
+    for study in studies:
+        held = study.study
+        trained = held.runs[0].trained
+        starts = [each.record.models[each.model] for each in held.references if each.model == "student"]
+        computed = "bfloat16" if trained.config.get("bf16") else "float32"
+        shown = [trained.models["teacher"].sha256[:8], starts[0].sha256[:8] if starts else DASH, computed]
+        lines.append([study.name, *shown, trained.machine["processor"], str(trained.code["torch"]).partition("+")[0]])
+    return _markdown(heads, lines)
+
+
 def reached_table(study: Committed, metric: str, target: float, groups: Sequence[str]) -> str:
     """Steps, seconds and tokens until the mean over seeds of a logged metric is at most `target`, between two logs."""
     info = logged_info(metric)

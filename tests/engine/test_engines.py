@@ -138,7 +138,7 @@ def test_fast_equals_reference_under_bfloat16_autocast(architecture, tied, devic
         assert losses.dtype == torch.float32
         torch.testing.assert_close(losses, expected, rtol=1e-3, atol=0)
     fast, reference = zip(*found, strict=True)
-    assert max(gap(joined(fast, part), joined(reference, part)) for part in range(2)) < 2e-2
+    assert max(gap(joined(fast, part), joined(reference, part)) for part in range(2)) < 3e-2
 
 
 @pytest.mark.slow
@@ -283,7 +283,7 @@ def test_ten_steps_under_bfloat16_autocast_stay_with_the_reference(tmp_path, mon
         assert {each.dtype for each in run.model.parameters()} == {torch.float32}
     losses, *moves = (gap(got, expected) for got, expected in zip(ends[""], ends["reference"], strict=True))
     assert losses < 1e-2
-    assert max(moves) < 0.1
+    assert max(moves) < 0.15
 
 
 @pytest.mark.slow
