@@ -54,7 +54,7 @@ def test_who_leads_who_is_the_fastest_of_them_and_who_is_behind():
     assert [line.model for line in found.lines] == ["teacher", "promptkd", "gkd", "kd", "sft"], "the best mean first"
     assert [manner for _, manner in found.columns] == ["sampled", "greedy"]
     assert found.sentences == [
-        "On ROUGE-L, promptkd and gkd are the best or cannot be told apart from the best in all 2 columns.",
+        "On ROUGE-L, promptkd and gkd are the best or cannot be told apart from the best in both columns.",
         "The fastest of them to train is gkd: 2 min 0 s and 1.0 GiB a run.",
         "Behind in columns: kd (2) and sft (2).",
     ]
@@ -77,7 +77,7 @@ def test_no_method_leads_everywhere():
     record.told_apart[0].pairs.append(("promptkd", "gkd"))
     record.told_apart[1].pairs.append(("gkd", "promptkd"))
     assert overview(record).sentences[0] == (
-        "On ROUGE-L, no method is among the best in all 2 columns: promptkd and gkd fell behind in 1, the fewest."
+        "On ROUGE-L, no method is among the best in both columns: promptkd and gkd fell behind in 1, the fewest."
     )
 
 

@@ -101,7 +101,7 @@ def _sentences(info: MetricInfo, methods: Sequence[Line], training: dict[str, Tr
     nearest = [model for model, times in behind.items() if times == least]
     among = f"in the {len(telling)} of {len(columns)} columns that tell any apart"
     if 1 < len(telling) == len(columns):
-        among = f"in all {len(columns)} columns"
+        among = "in both columns" if len(columns) == 2 else f"in all {len(columns)} columns"
     elif len(telling) == 1:
         among = f"in the one of {len(columns)} columns that tells any apart" if len(columns) > 1 else "here"
     if least == 0:
