@@ -99,8 +99,11 @@ def test_the_prompted_teacher_of_a_run(world, tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", [False, True])
-def test_every_checkpoint_of_a_run(world, tmp_path, capsys, lora):
-    """In the order of their steps, the student last; whole checkpoints and LoRA ones alike."""
+def test_every_checkpoint_of_a_run(world, tmp_path, capsys, monkeypatch, lora):
+    """In the order of their steps, the student last; whole checkpoints and LoRA ones alike; same weights once."""
+    calls = []
+    counted = lambda *args, **settings: (calls.append(1), exposure_bias(*args, **settings))[1]  # noqa: E731
+    monkeypatch.setattr("promptkd.cli.commands.exposure_bias.exposure_bias", counted)
     run_folder, out = tmp_path / "run", tmp_path / "exposure.json"
     pair = ("--student", world.student, "--teacher", world.teacher, "--data", world.train, "--out", run_folder)
     settings = (*TRAINING, "--save_steps", 1, "--keep", 9, *(("--student-lora-rank", 2) if lora else ()))
@@ -113,6 +116,9 @@ def test_every_checkpoint_of_a_run(world, tmp_path, capsys, lora):
     assert set(results.models) == {"teacher teacher", *curves}
     assert curves["run step 10"] == curves["run step 2"] != curves["run step 1"]
     assert curves["run"] == curves["run step 3"]
+    assert len(calls) == 3
+    assert results.models["run"].sha256 == results.models["run step 3"].sha256 != results.models["run step 2"].sha256
+    assert results.models["run"].bytes_on_disk == results.models["run step 3"].bytes_on_disk  # no optimizer's state
     first = in_python(world, run_folder / "checkpoints" / "checkpoint-1", samples_per_row=1)
     assert curves["run step 1"] == first.points
     assert results.models["run step 1"].path == str(run_folder / "checkpoints" / "checkpoint-1")

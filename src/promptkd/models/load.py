@@ -225,16 +225,21 @@ def bytes_on_disk(name: str | Path, revision: str | None = None) -> int | None:
         except LocalEntryNotFoundError:
             return None
     folders = (folder, *(each.folder for each in source.adapters))
-    return sum(each.stat().st_size for place in folders for each in place.glob("*.safetensors"))
+    return sum(each.stat().st_size for place in folders for each in _weight_files(place))
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Those of the model itself: a checkpoint has the state of training beside them, each part with a JSON file."""
+    return sorted(each for each in folder.glob("*.safetensors") if not each.with_suffix(".json").exists())
 
 
 def _sha256(folder: Path) -> str:
-    files = sorted(each for each in folder.glob("*") if each.name == "config.json" or each.suffix == ".safetensors")
+    files = sorted([*folder.glob("config.json"), *_weight_files(folder)])
     return file_sha256(*files) if files else ""
 
 
 def _adapter_sha256(adapter: Adapter) -> str:
     """Over settings and weights; the name of the base is left out, which is another one where both were moved."""
     settings = {key: value for key, value in adapter.config.items() if key != "base_model_name_or_path"}
-    weights = file_sha256(*sorted(adapter.folder.glob("*.safetensors")))
+    weights = file_sha256(*_weight_files(adapter.folder))
     return hashlib.sha256((json.dumps(settings, sort_keys=True) + weights).encode()).hexdigest()

@@ -137,7 +137,7 @@ class _ExposureRun(InferenceRun):
         return self._by_teacher[data]
 
     def measure(self, label: str, path: str, kept: ResumableLines) -> dict[str, ExposureBias]:
-        """A student on every data set; what `kept` holds of its very weights is not measured again."""
+        """A student on every data set; what `kept` holds of its very weights, such as a run's last checkpoint, counts."""
         options, results, student = self.options, self.results, self.load_model(path)
         self._check_rows(f"student {label}", student)
         check_positions(f"student {label}", student, self._longest, options.max_completion_length)
@@ -145,12 +145,15 @@ class _ExposureRun(InferenceRun):
         results.notes += [each for each in self.merged if each not in results.notes]
         found = {}
         for data in self.sets:
-            line = kept.lines.get((label, data))
-            if line is None or not record.sha256 or line["sha256"] != record.sha256:
+            same = [each for (_, on), each in kept.lines.items() if on == data and each["sha256"] == record.sha256]
+            if same and record.sha256:
+                line = {**same[-1], "student": label}
+            else:
                 measured = self._measure(label, data, student)
                 line = {"student": label, "data": data, "sha256": record.sha256}
                 line |= {"points": [point.model_dump() for point in measured.points]}
                 line |= {name: getattr(measured, name).model_dump() for name in ("on_student", "on_teacher")}
+            if kept.lines.get((label, data)) != line:
                 kept.append([line])
             found[self.on(label, data)] = measured = _kept(line)
             kl = f"{label}: KL(teacher || student) on"
