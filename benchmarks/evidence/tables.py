@@ -140,7 +140,7 @@ def costs_table(study: Committed, groups: Sequence[str]) -> str:
 
 
 def pairs_table(studies: Sequence[Committed]) -> str:
-    """A line per study: its teacher and student before training by the beginning of their SHA-256, and what it ran on."""
+    """A line per study: teacher and student before training by the beginning of their SHA-256, and what it ran on."""
     heads = ["study", "teacher", "student before training", "training computed in", "processor", "torch"]
     lines = []
     for study in studies:

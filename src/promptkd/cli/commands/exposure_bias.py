@@ -137,7 +137,7 @@ class _ExposureRun(InferenceRun):
         return self._by_teacher[data]
 
     def measure(self, label: str, path: str, kept: ResumableLines) -> dict[str, ExposureBias]:
-        """A student on every data set; what `kept` holds of its very weights, such as a run's last checkpoint, counts."""
+        """A student on every data set; what `kept` holds of its very weights, as of a last checkpoint, counts."""
         options, results, student = self.options, self.results, self.load_model(path)
         self._check_rows(f"student {label}", student)
         check_positions(f"student {label}", student, self._longest, options.max_completion_length)
