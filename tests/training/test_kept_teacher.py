@@ -83,6 +83,13 @@ def test_with_all_tokens_kept_the_losses_are_those_of_the_teacher(tmp_path, obje
     torch.testing.assert_close(weights(ours), weights(theirs), rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("kept_as", ["float16", "bfloat16", "float32"])
+def test_kept_logits_of_any_precision_serve_a_student_that_computes_in_bfloat16(tmp_path, kept_as):
+    kept = keep(tmp_path / "logits", pair()[1], rows(), 8, dtype=kept_as)
+    half, single = (train(tmp_path / str(bf16), kept, bf16=bf16, max_steps=1) for bf16 in (True, False))
+    assert log(half)[0]["student_kl"] == pytest.approx(log(single)[0]["student_kl"], rel=0.05)
+
+
 def test_kept_targets_are_the_teachers_log_probabilities(logits):
     data, (_, teacher) = rows().examples, pair()
     batch = right_pad([row.prompt_ids for row in data[4:7]], [row.response_ids for row in data[4:7]])

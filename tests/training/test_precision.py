@@ -133,6 +133,15 @@ def test_a_student_in_lower_precision_is_raised_and_it_is_said(tmp_path, caplog)
         assert torch.equal(mine, expected)
 
 
+@pytest.mark.slow
+def test_models_that_were_trained_in_bfloat16_are_trained_again_and_teach(tmp_path):
+    """accelerate leaves its autocast around the forward of a model that it has prepared."""
+    student, teacher = pair()
+    for step, models in enumerate([(student, teacher), (student, teacher), (pair()[0], student)]):
+        made = trainer(tmp_path / str(step), models=models, bf16=True, max_steps=1)
+        made.train()
+
+
 def test_frozen_weights_below_an_adapter_stay(tmp_path):
     student, teacher = pair()
     lora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")

@@ -71,6 +71,21 @@ def test_float16_gradients_do_not_vanish(tmp_path):
     assert norms[1] == pytest.approx(norms[0], rel=0.15)
 
 
+def test_states_in_float16_are_joined_under_an_autocast_to_bfloat16(device, own_engine):
+    """Which torch's own cat refuses; on a GPU such a teacher comes of --teacher_dtype auto."""
+    taught, batch = teacher().to(device, torch.float16), right_pad([[5, 6, 7], [8]], [[9, 10], [11]], device=device)
+    prompt = taught.get_input_embeddings()(torch.arange(2, device=device)).detach()
+    found = [response_hidden(taught, batch, prompt)]
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        found.append(response_hidden(taught, batch, prompt))
+    torch.testing.assert_close(found[1].float(), found[0].float(), rtol=0.05, atol=0.05)
+
+
+def test_a_float16_teacher_on_a_cpu_that_computes_in_bfloat16_is_refused(tmp_path):
+    with pytest.raises(RequestError, match="Give --teacher_dtype bfloat16, or compute in float32 with --bf16 false"):
+        trainer(tmp_path, models=(student(), teacher(torch.float16)), bf16=True)
+
+
 def test_a_whole_teacher_is_not_trained_in_lower_precision(tmp_path):
     with pytest.raises(RequestError, match="trained in float32 alone"):
         trainer(tmp_path, models=(student(), teacher(torch.bfloat16)), method=named_method("promptkd-full"))

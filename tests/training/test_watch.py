@@ -211,8 +211,9 @@ def test_tiny_runs_that_go_wrong_or_well(tmp_path, caplog, kind):
 @pytest.mark.slow
 def test_a_student_that_is_driven_from_its_teacher(tmp_path):
     student, teacher = (tiny_model("gpt2", layers=3, hidden=24, seed=2) for _ in range(2))
+    settings = {"max_steps": 30, "per_device_train_batch_size": 8, "learning_rate": 4e-4}
     away = Method(ResponseMix(1.0), lambda student, teacher: -forward_kl(student, teacher))
-    ran = trainer(tmp_path, models=(student, teacher), method=away, max_steps=18, per_device_train_batch_size=8)
+    ran = trainer(tmp_path, models=(student, teacher), method=away, **settings)
     ran.train()
     assert log(ran)[0]["top_overlap"] == 1  # they begin alike
     assert "overlap" in {each.kind for each in findings(log(ran))}

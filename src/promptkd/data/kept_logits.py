@@ -167,7 +167,8 @@ class KeptLogits:
                 names = ("token_ids", "log_probs", "rest_log_mass")
                 of_ids, of_kept, of_rest = (shard.get_slice(name) for name in names)
                 for row, first, end in wanted:
-                    values = torch.cat([of_kept[first:end], of_rest[first:end, None]], -1).float()
+                    # float32 first: under autocast, torch joins no float16
+                    values = torch.cat([of_kept[first:end].float(), of_rest[first:end, None].float()], -1)
                     found[row] = of_ids[first:end].long(), values
         ids, log_probs = zip(*(found[row] for row in range(len(found))), strict=True)
         device = batch.targets.device

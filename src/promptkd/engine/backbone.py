@@ -5,7 +5,7 @@ let rows see padding and each other. Layers are recomputed here since transforme
 only in training mode and for a whole run; a frozen teacher is in evaluation mode, and one of its passes has a backward.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
@@ -58,6 +58,12 @@ def matmul_dtype(weight: Tensor) -> torch.dtype:
     kind = weight.device.type
     autocast = torch.is_autocast_enabled(kind) and weight.dtype != torch.float64
     return torch.get_autocast_dtype(kind) if autocast else weight.dtype
+
+
+def joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """`torch.cat`, which under an autocast to bfloat16 refuses the states of a model in float16."""
+    with torch.autocast(parts[0].device.type, enabled=False):
+        return torch.cat(list(parts), dim)
 
 
 @contextmanager

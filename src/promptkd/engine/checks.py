@@ -1,8 +1,10 @@
 """What a model must be to be run here: causal, decoder-only, with a known head; whether it takes a soft prompt."""
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +34,7 @@ def check_scoring(model: nn.Module) -> None:
     with _trying(inner, f"{name} cannot be run here"):
         states = row_states(inner, _IDS)
         beginning = row_states(inner, _IDS[:2])
-        expected = inner(input_ids=_ids(inner), use_cache=False).logits[0].float()
+        expected = _forward(inner)(input_ids=_ids(inner), use_cache=False).logits[0].float()
         got = head_logits(model, states).float()
     if _differ(beginning, states[:2]):
         raise RequestError(
@@ -47,6 +49,11 @@ def check_scoring(model: nn.Module) -> None:
             "give the model's own logits. Supported are decoder-only models with a linear head, a constant logit scale "
             "and a tanh soft cap."
         )
+
+
+def _forward(model: PreTrainedModel) -> Callable[..., Any]:
+    """The model's own forward: after training in half precision, accelerate leaves an autocast of its own around it."""
+    return partial(type(model).forward, model) if "_original_forward" in vars(model) else model
 
 
 def check_soft_prompt(model: nn.Module) -> None:

@@ -16,7 +16,14 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from promptkd.data.batch import TokenBatch, on_device
-from promptkd.engine.backbone import Attention, applies_dropout, backbone_of, embedding_device, use_attention
+from promptkd.engine.backbone import (
+    Attention,
+    applies_dropout,
+    backbone_of,
+    embedding_device,
+    joined,
+    use_attention,
+)
 from promptkd.engine.base import Scorer
 from promptkd.engine.fused_layers import fused_forward, supports_fused_forward
 
@@ -107,7 +114,7 @@ class PackedScorer(Scorer):
         # where weights are gathered from all processes, each process must call the model the same number of times
         shares = self.shares_prefixes(model)
         parts = [batch] if is_sharded(model) else batch.split(self.max_tokens, shares=shares)
-        return torch.cat([self._part(model, part, prompt) for part in parts])
+        return joined([self._part(model, part, prompt) for part in parts])
 
     def _part(self, model: PreTrainedModel, batch: TokenBatch, prompt: Tensor | None) -> Tensor:
         places = list(zip(*batch.scored_places, strict=True))

@@ -16,7 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
 from promptkd.data.batch import TokenBatch, on_device
-from promptkd.engine.backbone import UnsupportedError, backbone_of, embedding_device
+from promptkd.engine.backbone import UnsupportedError, backbone_of, embedding_device, joined
 from promptkd.engine.base import Decoder, DecodeSession, Engine, Scorer, SessionFactory
 from promptkd.engine.heads import HeadBackend, head_logits
 
@@ -33,7 +33,7 @@ class PaddedScorer(Scorer):
             length = prompt.shape[0]
             embedded = model.get_input_embeddings()(batch.input_ids)  # (B, T, E), scaled where the model scales
             before = prompt.to(embedded.dtype).expand(embedded.shape[0], -1, -1)
-            inputs = {"inputs_embeds": torch.cat([before, embedded], dim=1)}
+            inputs = {"inputs_embeds": joined([before, embedded], dim=1)}
             leading = torch.arange(length, device=positions.device).expand(positions.shape[0], -1)
             positions = torch.cat([leading, positions + length], dim=1)
         hidden = backbone_of(model)(**inputs, position_ids=positions, use_cache=False).last_hidden_state
@@ -49,7 +49,7 @@ class RowScorer(Scorer):
     def hidden(self, model: PreTrainedModel, batch: TokenBatch, prompt: Tensor | None) -> Tensor:
         spans = zip(batch.token_ids, batch.prompt_lengths, strict=True)
         # a row without a response is run too: where weights are sharded, each process must make as many passes
-        return torch.cat([row_states(model, ids, prompt)[start - 1 : len(ids) - 1] for ids, start in spans])
+        return joined([row_states(model, ids, prompt)[start - 1 : len(ids) - 1] for ids, start in spans])
 
 
 def row_states(model: PreTrainedModel, ids: Sequence[int], prompt: Tensor | None = None) -> Tensor:
@@ -58,7 +58,7 @@ def row_states(model: PreTrainedModel, ids: Sequence[int], prompt: Tensor | None
     if prompt is None:
         return backbone_of(model)(**inputs, use_cache=False).last_hidden_state[0]
     embedded = model.get_input_embeddings()(inputs["input_ids"])
-    inputs = {"inputs_embeds": torch.cat([prompt.to(embedded)[None], embedded], dim=1)}
+    inputs = {"inputs_embeds": joined([prompt.to(embedded)[None], embedded], dim=1)}
     return backbone_of(model)(**inputs, use_cache=False).last_hidden_state[0, len(prompt) :]
 
 
@@ -214,7 +214,7 @@ class RecomputedSession(DecodeSession):
 
     def _logits(self, last: int) -> Tensor:
         """(R, last, V) behind the last tokens of each row."""
-        states = torch.cat([row_states(self.model, row, self.soft_prompt)[-last:] for row in self.rows])
+        states = joined([row_states(self.model, row, self.soft_prompt)[-last:] for row in self.rows])
         return head_logits(self.model, states, vocabulary=self.vocabulary).unflatten(0, (-1, last))
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from promptkd.data.batch import right_pad
-from promptkd.engine.backbone import embedding_device, evaluating, model_matmul_dtype
+from promptkd.engine.backbone import embedding_device, evaluating, joined, model_matmul_dtype
 from promptkd.engine.base import Decoder, Engine, Scorer
 from promptkd.engine.checks import reads_embeddings, reason_of
 from promptkd.engine.reference import REFERENCE
@@ -179,7 +179,7 @@ def _score_trial(scorer: Scorer, model: PreTrainedModel) -> Tensor:
     batch = right_pad(prompts, responses, device=embedding_device(model))
     prompt, after = _soft_prompt(model), batch.with_prompts([[*context, *each] for each in prompts])
     prompted = [] if prompt is None else [scorer.hidden(model, batch, prompt)]
-    return torch.cat([*prompted, scorer.hidden(model, batch, None), scorer.hidden(model, after, prompt)]).float()
+    return joined([*prompted, scorer.hidden(model, batch, None), scorer.hidden(model, after, prompt)]).float()
 
 
 def _decode_trial(decoder: Decoder, model: PreTrainedModel) -> Tensor:

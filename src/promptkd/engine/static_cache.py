@@ -21,6 +21,7 @@ from promptkd.engine.backbone import (
     AttentionSettings,
     backbone_of,
     embedding_device,
+    joined,
     softcapped_attention,
     use_attention,
 )
@@ -109,7 +110,7 @@ class StaticCacheSession(DecodeSession):
         self.rows, self.cache = len(lengths), self.allocate(lengths, embedding_device(self.model))
         self.ends = [self.width] * self.rows
         parts = consecutive(lengths, self.packed.max_tokens)
-        return self.project(torch.cat([self._prefilled(part, prompts[part], soft_prompt) for part in parts]))
+        return self.project(joined([self._prefilled(part, prompts[part], soft_prompt) for part in parts]))
 
     def _prefilled(self, part: slice, prompts: Sequence[Sequence[int]], soft_prompt: Tensor | None) -> Tensor:
         """The states (R, H) behind the prompts of these rows, whose keys and values go into the cache."""

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from torch import nn
@@ -186,6 +187,11 @@ def check_placement(
     if {id(each) for each in student.parameters()} & {id(each) for each in teacher.parameters()}:
         raise RequestError(
             "Student and teacher share weights: neither could be frozen. Load the teacher a second time."
+        )
+    if args.bf16 and accelerator.device.type == "cpu" and teacher.dtype == torch.float16:
+        raise RequestError(
+            "A CPU that computes in bfloat16 cannot run a teacher whose weights are float16. Give --teacher_dtype "
+            "bfloat16, or compute in float32 with --bf16 false."
         )
     adapter, chunks = method.adapter_class, args.chunk_tokens != 0
     by_generate = needs_generate(args) and not args.use_vllm
