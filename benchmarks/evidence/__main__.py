@@ -1,4 +1,4 @@
-"""docs/evidence.md: keep the records of studies, and rebuild the page of the committed ones.
+"""docs/evidence.md: keep the records of studies, and rebuild the page of the committed ones, and README's main result.
 
 python -m benchmarks.evidence collect runs/evidence/STUDY
 python -m benchmarks.evidence
@@ -9,17 +9,18 @@ import argparse
 import sys
 from pathlib import Path
 
-from benchmarks.evidence.page import HERE, PLOTS, ROOT, build
+from benchmarks.evidence.page import HERE, PLOTS, ROOT, build, build_readme
 from benchmarks.evidence.records import collect
 from promptkd.errors import RequestError
 from promptkd.io.atomic import write_atomic
 
-RECORDS, DOCS = HERE / "records", ROOT / "docs"
+RECORDS, DOCS, README = HERE / "records", ROOT / "docs", ROOT / "README.md"
 
 
-def outdated(docs: Path, records: Path) -> dict[Path, str | None]:
+def outdated(docs: Path, records: Path, readme: Path) -> dict[Path, str | None]:
     """The files of the page that differ from what the records make, with their new text; None of those to delete."""
     made = {docs / place: text for place, text in build(records).items()}
+    made[readme] = build_readme(records, readme.read_text(encoding="utf-8"))
     left = {file: None for file in (docs / PLOTS).glob("*.svg") if file not in made}
     return left | {f: t for f, t in made.items() if not f.is_file() or f.read_text(encoding="utf-8") != t}
 
@@ -39,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
                 written = collect(study, RECORDS / study.resolve().name)
                 print(f"{study}: {len(written)} files are new or changed in {RECORDS / study.resolve().name}.")
             return 0
-        changed = outdated(DOCS, RECORDS)
+        changed = outdated(DOCS, RECORDS, README)
     except RequestError as error:
         print(error, file=sys.stderr)
         return 2

@@ -23,6 +23,7 @@ from promptkd.results import Curve
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 PLOTS = "evidence"  # folder of the plots, beside the page
+BEGIN, END = "<!-- by python -m benchmarks.evidence -->", "<!-- end -->"  # around what of README.md is built
 
 
 class Page:
@@ -69,9 +70,9 @@ class Page:
     def interval(self, study: str, group: str, metric: str, data: str) -> str:
         return tables.row_of(self._study(study), group, metric, data).cells[metric].interval or "no interval"
 
-    def difference(self, study: str, group: str, metric: str, data: str) -> str:
-        """From the baseline, with its interval and p."""
-        return tables.difference_text(self._study(study), group, metric, data)
+    def difference(self, study: str, group: str, metric: str, data: str, less: str = "") -> str:
+        """From the baseline, or from the group `less`, with its interval and p."""
+        return tables.difference_text(self._study(study), group, metric, data, less)
 
     def leaders(self, study: str, metric: str, data: str) -> str:
         """ "a, b and c": the best and those not told apart from it; "all" where nothing is."""
@@ -199,12 +200,25 @@ class Page:
 def build(records: Path, template: Path = HERE / "page.md") -> dict[PurePath, str]:
     """By its path in docs/, the text of the page and of every plot."""
     page = Page(records)
+    text = _rendered(page, template)
+    return {PurePath("evidence.md"): text} | {PurePath(PLOTS, file): made for file, made in page.plots.items()}
+
+
+def build_readme(records: Path, readme: str, template: Path = HERE / "readme.md") -> str:
+    """The README's text with the main result between its two marks, as the records have it."""
+    before, begun, rest = readme.partition(f"{BEGIN}\n")
+    _, ended, after = rest.partition(f"{END}\n")
+    if not begun or not ended:
+        raise RequestError(f"The README needs the lines {BEGIN} and {END}, between which the main result stands.")
+    return f"{before}{begun}{_rendered(Page(records), template)}{ended}{after}"
+
+
+def _rendered(page: Page, template: Path) -> str:
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     asked: dict[str, Any] = {name: getattr(page, name) for name in dir(page) if name[0] != "_" and name != "plots"}
-    text = environment.from_string(template.read_text(encoding="utf-8")).render(asked)
-    return {PurePath("evidence.md"): text} | {PurePath(PLOTS, file): made for file, made in page.plots.items()}
+    return environment.from_string(template.read_text(encoding="utf-8")).render(asked)
 
 
 def _axis(info: Any) -> Axis:

@@ -75,19 +75,19 @@ class Committed:
         return trained, sum(seconds for what, seconds in spent if what != "train")
 
     @cache  # noqa: B019 - as many as there are studies, for one run of the command
-    def comparison(self, metrics: tuple[str, ...]) -> Results:
+    def comparison(self, metrics: tuple[str, ...], baseline: str) -> Results:
         """Of `metrics`, by default all, as `promptkd study` makes it."""
-        options = replace(self.study.options, metrics=list(metrics))
+        options = replace(self.study.options, metrics=list(metrics), baseline=baseline)
         return study_comparison(self.study._replace(options=options))
 
-    def tested(self) -> Results:
-        """With the study's own metrics and baseline: its differences are those that p is adjusted over."""
-        return self.comparison(tuple(self.study.options.metrics))
+    def tested(self, baseline: str = "") -> Results:
+        """With the study's own metrics and baseline, or another: its differences are those that p is adjusted over."""
+        return self.comparison(tuple(self.study.options.metrics), baseline or self.baseline)
 
     def shown(self, metrics: Iterable[str]) -> Results:
         """The values of metrics that the study need not test."""
         own = tuple(self.study.options.metrics)
-        return self.comparison(own if set(metrics) <= set(own) else tuple(metrics))
+        return self.comparison(own if set(metrics) <= set(own) else tuple(metrics), self.baseline)
 
     def history(self, group: str, metric: str) -> list[Point]:
         """A logged metric over steps: its mean over seeds, and one standard deviation between them to either side."""

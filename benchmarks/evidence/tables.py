@@ -45,11 +45,14 @@ def leaders(study: Committed, metric: str, data: str) -> list[str]:
     return [row.model for row in rows_on(study, data, [metric]) if metric in row.cells and row.cells[metric].best]
 
 
-def difference_text(study: Committed, group: str, metric: str, data: str) -> str:
-    """ "+0.7 [−1.7, 2.9], p 0.410", and "better" or "worse" before it where the difference is claimed."""
-    if group == study.baseline:
+def difference_text(study: Committed, group: str, metric: str, data: str, less: str = "") -> str:
+    """ "+0.7 [−1.7, 2.9], p 0.410", and "better" or "worse" before it where the difference is claimed.
+
+    It is that from the group `less`, by default the study's baseline.
+    """
+    if group == (less or study.baseline):
         return _BASELINE
-    if (row := _differences(study).get((group, metric, data))) is None:
+    if (row := _differences(study, less).get((group, metric, data))) is None:
         return DASH  # the study does not test the metric, or not there
     claimed = f"**{row.verdict}** " if row.change else ""
     interval = f" {row.interval}" if row.interval else ""
@@ -57,9 +60,9 @@ def difference_text(study: Committed, group: str, metric: str, data: str) -> str
 
 
 @cache
-def _differences(study: Committed) -> dict[tuple[str, str, str], DifferenceRow]:
+def _differences(study: Committed, baseline: str = "") -> dict[tuple[str, str, str], DifferenceRow]:
     """From the baseline, by group, metric and data set."""
-    rows = difference_table([study.tested()])
+    rows = difference_table([study.tested(baseline)])
     return {(row.pair.model, row.source.metric, row.pair.data): row for row in rows}
 
 

@@ -12,8 +12,8 @@ from typing import get_args
 import numpy as np
 import pytest
 import yaml
-from benchmarks.evidence.__main__ import DOCS, RECORDS, outdated
-from benchmarks.evidence.page import HERE, build
+from benchmarks.evidence.__main__ import DOCS, README, RECORDS, outdated
+from benchmarks.evidence.page import BEGIN, END, HERE, build, build_readme
 from benchmarks.evidence.records import collect
 from benchmarks.evidence.studies import Committed, committed
 from benchmarks.evidence.tables import choices_table, chosen, leaders, metrics_table
@@ -274,7 +274,7 @@ def test_the_page_asks_its_studies_for_what_they_measure(tmp_path, monkeypatch):
     assert "| ExAccErr, % ↓ | less gkd |" in page
     rates = page.split("## The learning rates")[1].split("## ")[0]
     assert "|  | 3e-05 | 0.0001 | 0.0003 |" in rates
-    assert "| Validation loss, nats/token ↓ |" in page.split("## 3. Stability")[1].split("## ")[0]
+    assert "| Loss on references, nats/token ↓ |" in page.split("## 3. Stability")[1].split("## ")[0]
     assert f"{duration(2.0 * made['rates'])} of measuring" in rates
     assert all(f"`promptkd study benchmarks/evidence/studies/{file.name}`" in page for file in studies)
     lines = [line.split(" | ") for line in page.split("| about |")[1].splitlines()[2:] if line.startswith("| ")]
@@ -300,6 +300,15 @@ def test_a_page_that_asks_for_what_no_record_holds_is_refused(world, tmp_path):
             build(world / "records", tmp_path / "page.md")
 
 
+def test_the_readmes_main_result_stands_between_its_marks(world, tmp_path):
+    (tmp_path / "readme.md").write_text('{{ value("prompt", "gkd", "rouge_l", "test, greedy") }} here\n')
+    readme = f"before\n{BEGIN}\nan older result\n{END}\nafter\n"
+    made = build_readme(world / "records", readme, tmp_path / "readme.md")
+    assert re.fullmatch(rf"before\n{BEGIN}\n2\d\.\d here\n{END}\nafter\n", made)
+    with pytest.raises(RequestError, match="The README needs the lines"):
+        build_readme(world / "records", "before\nafter\n", tmp_path / "readme.md")
+
+
 @pytest.mark.parametrize("records", COMMITTED, ids=lambda each: each.name)
 def test_committed_records_give_a_table_and_are_small(records):
     sizes = [file.stat().st_size for file in records.iterdir()]
@@ -311,4 +320,4 @@ def test_committed_records_give_a_table_and_are_small(records):
 
 
 def test_the_page_is_up_to_date_with_its_records():
-    assert not outdated(DOCS, RECORDS), "Run: python -m benchmarks.evidence"
+    assert not outdated(DOCS, RECORDS, README), "Run: python -m benchmarks.evidence"

@@ -110,7 +110,7 @@ def test_results_of_evaluate(world, runs, tmp_path, capsys):
 
     ran = done(capsys, "compare", f"small={student}", f"large={kd}", "--metrics", "rouge_l")
     assert "large against small on test" in ran.out
-    assert "Validation loss" not in ran.out
+    assert "Loss on references" not in ran.out
     ran = run(capsys, "compare", student, evaluated("k.json", runs / "kd", *seeds, "--top-k", 3))
     assert ran.status == 2
     assert "top_k (0 and 3)" in ran.err

@@ -135,8 +135,8 @@ def test_the_command_writes_it_by_suffix_or_format(tmp_path, capsys):
     assert (tmp_path / "table.txt").read_text() == text
     done(capsys, "report", tmp_path / "compared.json", "--out", tmp_path / "one.tex", "--metrics", "rouge_l")
     assert "ROUGE-L" in (one := (tmp_path / "one.tex").read_text())
-    assert "Validation loss" in text
-    assert "Validation loss" not in one
+    assert "Loss on references" in text
+    assert "Loss on references" not in one
     ran = run(capsys, "report", tmp_path / "compared.json", "--out", tmp_path / "no.tex", "--metrics", "bleu")
     assert (ran.status, "Got bleu" in ran.err) == (2, True)
     ran = run(capsys, "report", tmp_path / "compared.json", "--out", tmp_path / "table.doc")
@@ -149,7 +149,7 @@ def test_each_table_has_a_label_of_its_own_and_captions_say_what_spreads():
     labels = re.findall(r"\\label\{(tab:[a-z0-9-]+)\}", text)
     assert len(labels) == len(set(labels)) == text.count("\\begin{table*}")
     assert "between decoding seeds" in text
-    assert text.count("Validation loss (nats/token)") == 1  # it is the same under every decoding
+    assert text.count("Loss on references (nats/token)") == 1  # it is the same under every decoding
     assert "cannot be told apart \\\\" not in text
     kept = Metric(value=3, low=-6, high=7, deviation=1.5, rows=4)
     alone = Evaluation(model="teacher", data="d", metrics={"rouge_l": Metric(value=99.0, low=90, high=104, rows=4)})

@@ -110,10 +110,10 @@ def test_search_sort_and_pages(browser: Any, full: Path) -> None:
     assert gains["loss"] == sorted(gains["loss"])
     assert gains["gain"][-1] > 20 > -20 > gains["loss"][-1]
 
-    page.locator("#rows-form [name=metric]").select_option(label="Validation loss")
+    page.locator("#rows-form [name=metric]").select_option(label="Loss on references")
     text = page.locator("#rows-list article .verdict").first.text_content()
     assert page.locator("#rows-list article .verdict").first.get_attribute("class") == "verdict worse"
-    assert "Validation loss: promptkd +" in text  # a higher loss is the largest loss
+    assert "Loss on references: promptkd +" in text  # a higher loss is the largest loss
     page.locator("#rows-form [name=other]").select_option(label="kd")
     assert "against kd" in page.locator("#rows-list article .verdict").first.text_content()
     page.locator("#rows-form [name=view]").select_option(label="greedy, up to 256 tokens")
@@ -158,7 +158,7 @@ def test_figures_are_files_made_in_the_page(browser: Any, tmp_path: Path) -> Non
     assert lines[0].startswith("run,step,")
     assert len(lines) == 1 + 4 * 100  # four runs of a hundred logged steps
     assert found["#bias", 1].startswith('model,length,"ExAccErr, %",low,high\n')
-    assert found["#distributions", 1].startswith("model,Validation loss\n")
+    assert found["#distributions", 1].startswith("model,Loss on references\n")
     assert opened.complaints == []
     assert len([each for each in opened.asked if not each.startswith("blob:")]) == 1
     opened.close()

@@ -86,7 +86,7 @@ def test_few_rows_carry_no_claim(ratio: Metric) -> None:
 def test_a_share_of_nothing_is_not_told(teacher: float) -> None:
     told = lead(record(ratio=KEPT if teacher else None, teacher=teacher, inference=SPEEDS))
     assert told.startswith(f"ROUGE-L says nothing of student on validation: the teacher's own is {teacher:.1f} of 100.")
-    assert "Its validation loss is 0.30 [0.20, 0.40] nats/token above the teacher's." in told
+    assert "Its loss on the references is 0.30 [0.20, 0.40] nats/token above the teacher's." in told
     assert "student has 84 % of its size" in told
     assert "keeps" not in told
 
@@ -99,8 +99,8 @@ def test_the_loss_is_that_of_the_same_data_whatever_decoding_its_difference_name
     decoded = [each.model_copy(update={"decoding": {"temperature": t}}) for t in (0, 1) for each in made.evaluations]
     others = [each.model_copy(update={"data": "easy"}) for each in made.evaluations]
     held = {"differences": [easy, of_loss, of_score], "evaluations": [*others, *decoded]}
-    assert "Its validation loss is 0.30 [0.20, 0.40] nats/token above" in lead(made.model_copy(update=held))
-    assert "validation loss" not in lead(made.model_copy(update=held | {"differences": [easy, of_score]}))
+    assert "Its loss on the references is 0.30 [0.20, 0.40] nats/token above" in lead(made.model_copy(update=held))
+    assert "loss on the references" not in lead(made.model_copy(update=held | {"differences": [easy, of_score]}))
 
 
 @pytest.mark.parametrize("rows", [121, 8])

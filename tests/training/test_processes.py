@@ -191,7 +191,7 @@ def test_a_run_is_launched_from_the_command_line(tmp_path):
     for line in (f"Loaded the teacher: {world.teacher}.", "Distilling: 3 steps", "Distilling: step 3 of 3"):
         assert sum(each.startswith(line) for each in told) == 1, ran.stderr
     assert not any("Warning" in each or "rank1" in each for each in told), ran.stderr
-    assert ran.stdout.count("Validation loss") == 1
+    assert ran.stdout.count("Loss on references") == 1
     assert len([line for line in json_lines(out / "metrics.jsonl") if "loss" in line]) == 3
 
 

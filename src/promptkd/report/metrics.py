@@ -36,7 +36,7 @@ class MetricInfo:
 
 # fmt: off
 _MEASURED = (
-    MetricInfo("loss", "Validation loss", "validation loss", "nats/token", "lower", 2,
+    MetricInfo("loss", "Loss on references", "loss on the references", "nats/token", "lower", 2,
                "Mean negative log-likelihood of the reference answers, given the request."),
     MetricInfo("kl_to_teacher", "KL to the teacher", "KL to the teacher", "nats/token", "lower", 2,
                "KL(student‖teacher) on answers sampled from the student: 0 is a perfect copy of the teacher."),
@@ -173,7 +173,7 @@ def logged_info(name: str) -> MetricInfo:
     measured = METRICS.get(name.removeprefix(_VALIDATION)) if name.startswith(_VALIDATION) else None
     if name in LOGGED or measured is None:
         return LOGGED.get(name) or MetricInfo(name, name, name)
-    label = measured.label if measured.name == "loss" else f"Validation {measured.label}"
+    label = "Validation loss" if measured.name == "loss" else f"Validation {measured.label}"
     return replace(measured, name=name, label=label, better=None, decimals=3)
 
 

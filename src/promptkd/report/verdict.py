@@ -119,7 +119,7 @@ def _loss(record: Results, difference: Difference) -> str:
             above = each.difference.value >= 0
             size, interval = estimate(metric_info("loss"), each.difference, flip=not above)
             amount = joined(size, interval, "nats/token", by=" ")
-            return f"Its validation loss is {amount} {'above' if above else 'below'} the teacher's."
+            return f"Its loss on the references is {amount} {'above' if above else 'below'} the teacher's."
     return ""
 
 
