@@ -74,6 +74,15 @@ class Page:
         """From the baseline, or from the group `less`, with its interval and p."""
         return tables.difference_text(self._study(study), group, metric, data, less)
 
+    def smallest(self, study: str, group: str, metric: str, data: str, less: str = "") -> str:
+        """Half the width of a difference's interval: about the least that is told from zero before any correction."""
+        return tables.half_width_text(self._study(study), group, metric, data, less)
+
+    def ratio(self, study: str, group: str, other: str) -> str:
+        """Of the seconds of a run of one group to those of another's, means over seeds: "1.6"."""
+        held = self._study(study)
+        return f"{held.cost(group).seconds / held.cost(other).seconds:.1f}"
+
     def leaders(self, study: str, metric: str, data: str) -> str:
         """ "a, b and c": the best and those not told apart from it; "all" where nothing is."""
         found = tables.leaders(self._study(study), metric, data)

@@ -59,6 +59,14 @@ def difference_text(study: Committed, group: str, metric: str, data: str, less: 
     return f"{claimed}{row.value}{interval}, p {probability(row.source.p_adjusted)}"
 
 
+def half_width_text(study: Committed, group: str, metric: str, data: str, less: str = "") -> str:
+    """Half the width of the interval of a difference, in the metric's own unit."""
+    row, info = _differences(study, less).get((group, metric, data)), metric_info(metric)
+    if row is None or (ends := row.source.difference).low is None or ends.high is None:
+        raise RequestError(f"Study {study.name} has no interval of the difference of {group} in {metric} on {data}.")
+    return number((ends.high - ends.low) / 2 * info.scale, info.decimals)
+
+
 @cache
 def _differences(study: Committed, baseline: str = "") -> dict[tuple[str, str, str], DifferenceRow]:
     """From the baseline, by group, metric and data set."""
@@ -152,7 +160,9 @@ def pairs_table(studies: Sequence[Committed]) -> str:
         starts = [each.record.models[each.model] for each in held.references if each.model == "student"]
         computed = "bfloat16" if trained.config.get("bf16") else "float32"
         shown = [trained.models["teacher"].sha256[:8], starts[0].sha256[:8] if starts else DASH, computed]
-        lines.append([study.name, *shown, trained.machine["processor"], str(trained.code["torch"]).partition("+")[0]])
+        lines.append(
+            [study.name, *shown, trained.machine.get("processor") or DASH, str(trained.code["torch"]).partition("+")[0]]
+        )
     return _markdown(heads, lines)
 
 

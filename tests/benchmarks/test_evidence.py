@@ -58,13 +58,14 @@ def made_study(folder: Path, seeds: list[int]) -> Path:
     return made_runs(folder, settings, names)
 
 
-def made_runs(folder: Path, settings: dict, names: dict[str, float]) -> Path:
-    """Of each name its records by the study's settings, with numbers about its quality."""
+def made_runs(folder: Path, settings: dict, names: dict[str, float], references=("teacher",)) -> Path:
+    """Of each name its records by the study's settings, with numbers about its quality; `references` beside them."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     models = {"teacher": ModelRecord(path="/home/someone/teacher", parameters=9, sha256="cd")}
     sets = [Path(file).stem for file in settings.get("evaluate", {}).get("data", [])]
-    for name, quality in [*names.items(), *([("teacher", 40.0)] if sets else [])]:
+    beside = dict.fromkeys(references, 40.0) if sets else {}
+    for name, quality in [*names.items(), *beside.items()]:
         draw = np.random.default_rng(zlib.crc32(name.encode()))
         asked = [(each, greedy) for each in sets for greedy in (False, True)] or [("validation", False)]
         found = [evaluation(quality + draw.normal() / 4, draw, each, greedy=greedy) for each, greedy in asked]
@@ -73,7 +74,7 @@ def made_runs(folder: Path, settings: dict, names: dict[str, float]) -> Path:
         if sets:
             record = stamped("evaluate", **measured, timings={"measuring": 2.0})
             record.write(folder / "evaluations" / name / "results.json")
-        if name == "teacher":
+        if name in references:
             continue
         if biased := [Path(file).stem for file in settings.get("exposure_bias", {}).get("data", [])]:
             curves = [curve_of(model, draw, quality / 40) for model in (name, f"{name} step 20")]
@@ -226,6 +227,10 @@ PAGE = """
 {{ table("prompt", "t", ["exposure_bias"]) }}
 value {{ value("prompt", "gkd", "rouge_l", "test, greedy") }} {{ interval("prompt", "gkd", "rouge_l", "test, greedy") }}
 best {{ leaders("prompt", "rouge_l", "test, sampled") }} of {{ seeds("prompt") }} seeds
+{{ pairs() }}
+least {{ smallest("prompt", "promptkd-prompt_learning_rate-0.001", "rouge_l", "test, sampled") }}
+less {{ difference("prompt", "gkd", "rouge_l", "test, sampled", "promptkd-prompt_learning_rate-0.001") }}
+time {{ ratio("prompt", "gkd", "promptkd-prompt_learning_rate-0.001") }}
 after {{ seconds("prompt", "gkd") }} and {{ steps("prompt", "gkd") }} steps
 """
 
@@ -241,6 +246,13 @@ def test_a_page_is_made_of_a_template_and_records(world, tmp_path):
     assert "| gkd | 80 | 32.0 s | 2,000 | 1.0 GiB | 0.500 |" in page
     assert "best promptkd-prompt_learning_rate-0.001 of 3 seeds" in page
     assert "after 1 min 20 s and 200 steps" in page
+    assert "time 1.0" in page
+    assert re.search(r"\| prompt \| cd \| – \| float32 \| .* \| 2\.\d+\.\d+ \|", page)
+    better = re.search(r"\*\*better\*\* \+([\d.]+) \[\+([\d.]+), \+([\d.]+)\]", page)
+    worse = re.search(r"less \*\*worse\*\* −([\d.]+) \[−([\d.]+), −([\d.]+)\]", page)
+    assert sorted(better.groups()) == sorted(worse.groups())
+    least = float(re.search(r"least ([\d.]+)", page)[1])
+    assert least == pytest.approx((float(better[3]) - float(better[2])) / 2, abs=0.1)
     assert re.search(r"value [\d.]+ \[[\d.]+, [\d.]+\]", page)
     assert re.findall(r"\]\((\S+)\)", page) == list(made)
     assert list(made) == [
@@ -263,15 +275,18 @@ def test_the_page_asks_its_studies_for_what_they_measure(tmp_path, monkeypatch):
     studies, made = sorted((HERE / "studies").glob("*.yaml")), dict[str, int]()
     for file in studies:
         settings = read_config(file)
-        settings |= {"seeds": [1, 2], "methods": settings["methods"][:3]}
+        if file.stem != "prompt":  # of which the page tells what comes out once there are five seeds
+            settings |= {"seeds": [1, 2], "methods": settings["methods"][:3]}
         settings |= {"metrics": []} if file.stem == "stability" else {}
         runs = plan_runs(*(settings.get(key, {}) for key in PLANNED), read_file=lambda path: {})
         names = [each.name for each in runs][: -1 if file.stem == "adapters" else None]
-        made_runs(Path("runs", file.stem), settings, dict.fromkeys(names, 20.0))
+        made_runs(Path("runs", file.stem), settings, dict.fromkeys(names, 20.0), ("teacher", "untrained"))
         collect(Path("runs", file.stem), Path("records", file.stem))
         made[file.stem] = len(names)
     page = build(Path("records"))[PurePath("evidence.md")]
     assert "| ExAccErr, % ↓ | less gkd |" in page
+    assert "\n5. **On- against off-policy" in page.split("## In short")[1].split("## ")[0]
+    assert "| kd | 5 |" in build_readme(Path("records"), f"{BEGIN}\n{END}\n")
     rates = page.split("## The learning rates")[1].split("## ")[0]
     assert "|  | 3e-05 | 0.0001 | 0.0003 |" in rates
     assert "| Loss on references, nats/token ↓ |" in page.split("## 3. Stability")[1].split("## ")[0]

@@ -31,10 +31,14 @@ def test_summary_claims_what_the_interval_excludes_and_nothing_else() -> None:
         "Compared with recovered, promptkd has lower KL to the teacher by 0.30 [0.25, 0.36] nats/token (a gain)" in page
     )
     assert (
-        "The two cannot be told apart on loss on the references (−0.02 [−0.06, +0.02]) and ROUGE-L (+0.6 [−1.9, +3.0])" in page
+        "The two cannot be told apart on loss on the references (−0.02 [−0.06, +0.02]) and ROUGE-L (+0.6 [−1.9, +3.0])"
+        in page
     )
     assert "No usable interval was recorded for exact match (0.0), so nothing is claimed there" in page
-    assert "Compared with teacher, promptkd has higher loss on the references by 0.25 [0.19, 0.31] nats/token (a loss)" in page
+    assert (
+        "Compared with teacher, promptkd has higher loss on the references by 0.25 [0.19, 0.31] nats/token (a loss)"
+        in page
+    )
     assert (
         "promptkd (111 million parameters), a student with 82 % of the parameters of its teacher (135 million" in page
     )
