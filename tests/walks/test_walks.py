@@ -108,7 +108,7 @@ def test_from_a_method_of_ones_own_to_a_table_for_a_paper(place, capsys, monkeyp
     body = table.split("\\midrule\n")[1].split("\\bottomrule")[0]
     assert [line.split(" & ")[0] for line in body.splitlines()] == ["teacher", "kd", "hellinger", "untrained"]
     heads = table.split("\\toprule\n")[1].split("\\\\")[0]
-    assert [each.split(" ")[0] for each in heads.split(" & ")] == ["Model", "Validation", "KL", "ROUGE-L"]
+    assert [each.split(" ")[0] for each in heads.split(" & ")] == ["Model", "Loss", "KL", "ROUGE-L"]
     assert {each.suffix for each in (place / "paper/figures").iterdir()} == {".svg", ".pdf"}
     measured = Results.read(place / "results/first.json").evaluations[0].metrics
     assert "own:answers_briefly" in measured
