@@ -133,12 +133,12 @@ def joined(found, part):
 def test_fast_equals_reference_under_bfloat16_autocast(architecture, tied, device, monkeypatch):
     """Both round; they part by far less than the rounding has moved either (gradients by 2 to 15 % here)."""
     settings = {"tied": tied, "dtype": torch.float32, "device": device, "autocast": True}
-    found = [fast_and_reference(monkeypatch, architecture, seed=seed, **settings) for seed in range(2)]
+    found = [fast_and_reference(monkeypatch, architecture, seed=seed, **settings) for seed in range(4)]
     for (losses, _), (expected, _) in found:
         assert losses.dtype == torch.float32
         torch.testing.assert_close(losses, expected, rtol=1e-3, atol=0)
     fast, reference = zip(*found, strict=True)
-    assert max(gap(joined(fast, part), joined(reference, part)) for part in range(2)) < 3e-2
+    assert max(gap(joined(fast, part), joined(reference, part)) for part in range(2)) < 2e-2
 
 
 @pytest.mark.slow
@@ -275,15 +275,20 @@ def test_ten_steps_lead_to_the_same_place_by_the_reference(tmp_path, monkeypatch
 @pytest.mark.slow
 def test_ten_steps_under_bfloat16_autocast_stay_with_the_reference(tmp_path, monkeypatch):
     """And the weights that are trained are float32, whatever is computed with."""
-    ends = {}
-    for engine, chunk in (("", 5), ("reference", 0)):
+    ends = {"": [], "reference": []}
+    for engine, found in ends.items():
         monkeypatch.setenv(VARIABLE, engine)
-        run = trainer(tmp_path / (engine or "fast"), max_steps=10, chunk_tokens=chunk, bf16=True)
-        ends[engine] = ten_steps(run)
-        assert {each.dtype for each in run.model.parameters()} == {torch.float32}
-    losses, *moves = (gap(got, expected) for got, expected in zip(ends[""], ends["reference"], strict=True))
+        for seed in (2, 3, 42):  # how far rounding carries a single run is chance: 3 to 13 % here
+            settings = {"max_steps": 10, "chunk_tokens": 0 if engine else 5, "bf16": True, "seed": seed}
+            run = trainer(tmp_path / f"{engine or 'fast'}-{seed}", **settings)
+            found.append(ten_steps(run))
+            assert {each.dtype for each in run.model.parameters()} == {torch.float32}
+    fast, reference = (
+        [torch.cat([each.flatten() for each in of]) for of in zip(*ends[engine], strict=True)] for engine in ends
+    )
+    losses, *moves = map(gap, fast, reference)
     assert losses < 1e-2
-    assert max(moves) < 0.15
+    assert max(moves) < 0.1
 
 
 @pytest.mark.slow
