@@ -74,6 +74,10 @@ class Page:
         """From the baseline, or from the group `less`, with its interval and p."""
         return tables.difference_text(self._study(study), group, metric, data, less)
 
+    def by_seed(self, study: str, group: str, metric: str, data: str) -> str:
+        """The difference from the baseline under each seed: "+0.08, +0.94 and −0.02"."""
+        return tables.by_seed_text(self._study(study), group, metric, data)
+
     def smallest(self, study: str, group: str, metric: str, data: str, less: str = "") -> str:
         """Half the width of a difference's interval: about the least that is told from zero before any correction."""
         return tables.half_width_text(self._study(study), group, metric, data, less)

@@ -6,7 +6,7 @@ from functools import cache
 from benchmarks.evidence.studies import Committed
 from promptkd.errors import RequestError
 from promptkd.report.differences import DifferenceRow, difference_table
-from promptkd.report.formatting import DASH, duration, number, probability
+from promptkd.report.formatting import DASH, duration, listed, number, probability
 from promptkd.report.metrics import logged_info, metric_info
 from promptkd.report.tables import ComparisonRow, comparison_table
 
@@ -57,6 +57,24 @@ def difference_text(study: Committed, group: str, metric: str, data: str, less: 
     claimed = f"**{row.verdict}** " if row.change else ""
     interval = f" {row.interval}" if row.interval else ""
     return f"{claimed}{row.value}{interval}, p {probability(row.source.p_adjusted)}"
+
+
+def by_seed_text(study: Committed, group: str, metric: str, data: str) -> str:
+    """The differences from the baseline under each seed, in their order, with a decimal more than the metric has."""
+    info = metric_info(metric)
+    own, others = (_by_seed(study, each, metric, data) for each in (group, study.baseline))
+    found = [(own[seed] - others[seed]) * info.scale for seed in sorted(own.keys() & others.keys())]
+    return listed([number(each, info.decimals + 1, signed=True) for each in found])
+
+
+def _by_seed(study: Committed, group: str, metric: str, data: str) -> dict[int, float]:
+    wanted, _, decoding = data.partition(", ")
+    return {
+        run.planned.seed: each.metrics[metric].value
+        for run in study.runs(group)
+        for each in run.measured.evaluations
+        if each.data == wanted and bool(each.decoding.get("seeds")) == (decoding == "sampled")
+    }
 
 
 def half_width_text(study: Committed, group: str, metric: str, data: str, less: str = "") -> str:

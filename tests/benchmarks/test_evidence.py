@@ -24,7 +24,7 @@ from promptkd.cli.parsing.config_file import read_config
 from promptkd.cli.study_comparison import read_study
 from promptkd.errors import RequestError
 from promptkd.report.formatting import duration
-from promptkd.results import Curve, DataRecord, Evaluation, ModelRecord, Results, RowResult, Series, Training
+from promptkd.results import Curve, DataRecord, Evaluation, Metric, ModelRecord, Results, RowResult, Series, Training
 from promptkd.study.plan import plan_runs
 
 pytestmark = pytest.mark.slow
@@ -45,7 +45,9 @@ def evaluation(quality: float, draw: np.random.Generator, data: str = "test", *,
         texts = {"prompt": SECRET, "references": [SECRET], "response": SECRET, "request": [("user", SECRET)]}
         samples.append(RowResult(row=row, seed=seed, **texts, scores=scores, tokens=tokens))
     decoding = {"temperature": 0.0 if greedy else 1.0, "max_new_tokens": 8, "seeds": [] if greedy else list(SEEDS)}
-    return Evaluation(model="m", data=data, decoding=decoding, metrics={}, samples=samples)
+    means = {name: np.mean([each.scores[name] for each in samples]) for name in ("rouge_l", "eos_share", "loss")}
+    metrics = {name: Metric(value=value) for name, value in means.items()}
+    return Evaluation(model="m", data=data, decoding=decoding, metrics=metrics, samples=samples)
 
 
 def made_study(folder: Path, seeds: list[int]) -> Path:
@@ -230,6 +232,7 @@ best {{ leaders("prompt", "rouge_l", "test, sampled") }} of {{ seeds("prompt") }
 {{ pairs() }}
 least {{ smallest("prompt", "promptkd-prompt_learning_rate-0.001", "rouge_l", "test, sampled") }}
 less {{ difference("prompt", "gkd", "rouge_l", "test, sampled", "promptkd-prompt_learning_rate-0.001") }}
+seeds {{ by_seed("prompt", "promptkd-prompt_learning_rate-0.001", "rouge_l", "test, sampled") }}.
 time {{ ratio("prompt", "gkd", "promptkd-prompt_learning_rate-0.001") }}
 after {{ seconds("prompt", "gkd") }} and {{ steps("prompt", "gkd") }} steps
 """
@@ -247,6 +250,9 @@ def test_a_page_is_made_of_a_template_and_records(world, tmp_path):
     assert "best promptkd-prompt_learning_rate-0.001 of 3 seeds" in page
     assert "after 1 min 20 s and 200 steps" in page
     assert "time 1.0" in page
+    of_seeds = [float(each) for each in re.findall(r"[+\d.]+\d", re.search(r"seeds (\+.*)\.", page)[1])]
+    assert len(of_seeds) == 3
+    assert np.mean(of_seeds) == pytest.approx(float(re.search(r"\*\*better\*\* \+([\d.]+)", page)[1]), abs=0.06)
     assert re.search(r"\| prompt \| cd \| – \| float32 \| .* \| 2\.\d+\.\d+ \|", page)
     better = re.search(r"\*\*better\*\* \+([\d.]+) \[\+([\d.]+), \+([\d.]+)\]", page)
     worse = re.search(r"less \*\*worse\*\* −([\d.]+) \[−([\d.]+), −([\d.]+)\]", page)
