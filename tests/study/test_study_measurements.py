@@ -1,6 +1,7 @@
 """What a study measures of its students besides: exposure bias, from the commands to the page; and what it deletes."""
 
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -230,3 +231,26 @@ def test_a_study_that_keeps_no_models(world, tmp_path, capsys, monkeypatch):
     said = run(capsys, "study", file).err
     assert "kd-seed-1: its student was deleted once it was measured" in said
     assert "of exposure_bias limit was None and is now 3" in said
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_done_in_another_study_too(world, tmp_path, capsys, monkeypatch):
+    """Copied with what was measured of it, though its student is gone; not if that was measured of another student."""
+    monkeypatch.setattr("promptkd.study.processes.subprocess", StandIn(subprocess, Popen=ForkedCommand))
+    measured = {
+        "evaluate": {"data": [world.test], "seeds": [10]},
+        "exposure_bias": {"data": [world.test], "samples_per_row": 1},
+    }
+    one, other = tmp_path / "one", tmp_path / "other"
+    done(capsys, "study", study_file(world, one, keep_models=False, **measured))
+    for part in ("", "evaluations", "exposure-bias"):
+        shutil.copytree(one / part / "kd-seed-1", other / part / "kd-seed-1")
+    file = study_file(world, other, keep_models=False, **measured)
+    assert "1 of 1 runs are done already" in done(capsys, "study", file).err
+    assert (other / "report.html").is_file()
+
+    record = Results.read(other / "kd-seed-1" / "results.json")
+    record.models["student"].sha256 = "another"
+    record.write(other / "kd-seed-1" / "results.json")
+    said = run(capsys, "study", file).err
+    assert f"of evaluate model was '{one}/kd-seed-1' and is now '{other}/RUN'" in said

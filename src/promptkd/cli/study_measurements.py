@@ -10,10 +10,11 @@ import promptkd.cli.options.evaluate
 import promptkd.cli.options.exposure_bias
 from promptkd.cli.commands.evaluate import SETTLED, check
 from promptkd.cli.options.study import Options
+from promptkd.cli.outputs import label_of
 from promptkd.cli.parsing.parser import merged_config, parse_options
 from promptkd.data import Example, read_columns
 from promptkd.errors import RequestError
-from promptkd.results import Results
+from promptkd.results import ModelRecord, Results
 from promptkd.study.plan import Planned, Settings, arguments_of, slug
 from promptkd.study.processes import Command, Job, Phase
 from promptkd.training.own_teacher import EMA, SELF, is_own
@@ -88,20 +89,20 @@ class Measuring:
     def results(self, measurement: Measurement, name: str) -> Path:
         return self.options.out / measurement.folder / name / "results.json"
 
-    def of_run(self, planned: Planned, read: Read, *, is_trained: bool) -> list[Command]:
+    def of_run(self, planned: Planned, read: Read, trained: Results | None) -> list[Command]:
         """The commands that measure a run's student and are still to do; all of them if it is still to be trained."""
-        student = str(self.options.out / planned.name)
+        student, held = str(self.options.out / planned.name), trained and trained.models.get("student")
         commands = []
         for each in self.asked:
             settings = self._settings(each, planned)
             if settings.get("every_checkpoint") and "keep" not in planned.settings:
                 told = "every_checkpoint measures the checkpoints that a run keeps, by default its last two"
                 raise RequestError(f"{told}. Say in `base` how many: keep: none keeps all.")
-            command, missing = self._command(each, student, settings, self.results(each, planned.name), read)
-            if is_trained and missing and not (self.options.out / planned.name / "student").exists():
+            command, missing = self._command(each, student, settings, self.results(each, planned.name), read, held)
+            if trained and missing and not (self.options.out / planned.name / "student").exists():
                 told = f"its student was deleted once it was measured (keep_models: false), and of {each.key} {missing}"
                 raise RequestError(f"{told}. Leave {each.key} as it was, or delete {student} to train it again.")
-            if not is_trained or missing:  # a student that is trained again is measured again
+            if not trained or missing:  # a student that is trained again is measured again
                 commands.append(command)
         return commands
 
@@ -148,9 +149,18 @@ class Measuring:
         return own | self._shared[measurement.key] | of_teacher | given
 
     def _command(
-        self, measurement: Measurement, model: str, settings: Settings, results: Path, read: Read
+        self,
+        measurement: Measurement,
+        model: str,
+        settings: Settings,
+        results: Path,
+        read: Read,
+        student: ModelRecord | None = None,
     ) -> tuple[Command, str]:
-        """The command, and what its record lacks; "" if there is one of these settings."""
+        """The command, and what its record lacks; "" if there is one of these settings.
+
+        `student` is what is known of a trained model: measured in another folder of the same name, it is still that.
+        """
         settings = {key: value for key, value in settings.items() if key not in measurement.not_here}
         command = (measurement.command, f"--{measurement.model}", model, *arguments_of(settings), "--out", str(results))
         parsed = parse_options(measurement.command, measurement.options, command[1:])
@@ -165,7 +175,10 @@ class Measuring:
         if record is None:
             return command, "there is no record"
         before = record.config
-        changed = [name for name in sorted({*before, *asked} - _FREE) if before.get(name) != asked.get(name)]
+        measured = record.models.get(label_of(model))
+        is_same = student is not None and measured is not None and student.sha256 == measured.sha256 != ""
+        free = _FREE | ({measurement.model} if is_same else set())
+        changed = [name for name in sorted({*before, *asked} - free) if before.get(name) != asked.get(name)]
         told = "; ".join(f"{name} was {before.get(name)!r} and is now {asked.get(name)!r}" for name in changed)
         if measurement is EVALUATION and set(SETTLED).intersection(changed):
             advice = f"Put it back, or delete {results.parent.parent} to measure all again."

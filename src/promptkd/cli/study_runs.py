@@ -57,7 +57,7 @@ def checked_runs(options: Options) -> tuple[list[StudyRun], list[Job]]:
             command, job.steps = _training(each, folder, read, options.file_sha256)
             job.commands = () if trained else (command,)
         with _noting(problems, each.name, options.out):
-            job.commands += tuple(measuring.of_run(each, read, is_trained=trained is not None))
+            job.commands += tuple(measuring.of_run(each, read, trained))
         if job.commands:
             job.phase = Phase.WAITING
         results = measuring.results(EVALUATION, each.name) if options.evaluate else folder / "results.json"
