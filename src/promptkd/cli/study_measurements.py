@@ -91,7 +91,7 @@ class Measuring:
 
     def of_run(self, planned: Planned, read: Read, trained: Results | None) -> list[Command]:
         """The commands that measure a run's student and are still to do; all of them if it is still to be trained."""
-        student, held = str(self.options.out / planned.name), trained and trained.models.get("student")
+        student, held = str(self.options.out / planned.name), None if trained is None else trained.models.get("student")
         commands = []
         for each in self.asked:
             settings = self._settings(each, planned)
