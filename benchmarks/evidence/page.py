@@ -4,6 +4,7 @@ page.md is a Jinja template. What it may call are the public methods of `Page`; 
 the records do not hold is an error, so that no number on the page can be without a record.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path, PurePath
 from typing import Any
@@ -23,6 +24,7 @@ from promptkd.results import Curve
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 PLOTS = "evidence"  # folder of the plots, beside the page
+REACH, POWER = 1.960, 0.842  # of a standard error: half an interval of 95 %, and what lies above it four times in five
 BEGIN, END = "<!-- by python -m benchmarks.evidence -->", "<!-- end -->"  # around what of README.md is built
 
 
@@ -81,6 +83,19 @@ class Page:
     def smallest(self, study: str, group: str, metric: str, data: str, less: str = "") -> str:
         """Half the width of a difference's interval: about the least that is told from zero before any correction."""
         return tables.half_width_text(self._study(study), group, metric, data, less)
+
+    def noticed(self, study: str, group: str, metric: str, data: str, less: str = "") -> str:
+        """The difference that has a p of at most 0.05, before any correction, in four of five such studies."""
+        return tables.half_width_text(self._study(study), group, metric, data, less, times=1 + POWER / REACH)
+
+    def differences(self, study: str) -> str:
+        """How many differences p is adjusted over."""
+        return f"{len(self._study(study).tested().differences):,}"
+
+    def leaks(self, task: str, data: str, what: str) -> str:
+        """How many rows of a test set share something with the training rows, as leaks.py counted it."""
+        held = json.loads((self._records / f"leaks-{task}.json").read_text(encoding="utf-8"))
+        return f"{held[data][what]:,}"
 
     def ratio(self, study: str, group: str, other: str) -> str:
         """Of the seconds of a run of one group to those of another's, means over seeds: "1.6"."""

@@ -77,12 +77,12 @@ def _by_seed(study: Committed, group: str, metric: str, data: str) -> dict[int, 
     }
 
 
-def half_width_text(study: Committed, group: str, metric: str, data: str, less: str = "") -> str:
-    """Half the width of the interval of a difference, in the metric's own unit."""
+def half_width_text(study: Committed, group: str, metric: str, data: str, less: str = "", times: float = 1.0) -> str:
+    """Half the width of the interval of a difference, in the metric's own unit, so many times."""
     row, info = _differences(study, less).get((group, metric, data)), metric_info(metric)
     if row is None or (ends := row.source.difference).low is None or ends.high is None:
         raise RequestError(f"Study {study.name} has no interval of the difference of {group} in {metric} on {data}.")
-    return number((ends.high - ends.low) / 2 * info.scale, info.decimals)
+    return number((ends.high - ends.low) / 2 * info.scale * times, info.decimals)
 
 
 @cache

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import yaml
 from benchmarks.evidence.__main__ import DOCS, README, RECORDS, outdated
+from benchmarks.evidence.leaks import counted
 from benchmarks.evidence.page import BEGIN, END, HERE, build, build_readme
 from benchmarks.evidence.records import collect
 from benchmarks.evidence.studies import Committed, committed
@@ -22,6 +23,7 @@ from helpers.bias_records import curve_of
 from helpers.records import stamped
 from promptkd.cli.parsing.config_file import read_config
 from promptkd.cli.study_comparison import read_study
+from promptkd.data import read_examples
 from promptkd.errors import RequestError
 from promptkd.report.formatting import duration
 from promptkd.results import Curve, DataRecord, Evaluation, Metric, ModelRecord, Results, RowResult, Series, Training
@@ -39,7 +41,10 @@ QUALITY = {"gkd": 20.0, "promptkd-prompt_learning_rate-0.001": 30.0, "promptkd-p
 def evaluation(quality: float, draw: np.random.Generator, data: str = "test", *, greedy: bool) -> Evaluation:
     samples = []
     for row, seed in itertools.product(range(ROWS), [None] if greedy else SEEDS):
-        scores, tokens = {"loss": 2 + row / 7, "rouge_l": quality + draw.normal(), "eos_share": 1.0}, {"loss": row + 1}
+        scores, tokens = (
+            {"loss": 2 + row / 7 + draw.normal() / 9, "rouge_l": quality + draw.normal(), "eos_share": 1.0},
+            {"loss": row + 1},
+        )
         if seed != SEEDS[-1]:  # as with `evaluate --kl-seeds 2`
             scores["kl_to_teacher"], tokens["kl_to_teacher"] = abs(draw.normal()), int(draw.integers(1, 9))
         texts = {"prompt": SECRET, "references": [SECRET], "response": SECRET, "request": [("user", SECRET)]}
@@ -289,9 +294,13 @@ def test_the_page_asks_its_studies_for_what_they_measure(tmp_path, monkeypatch):
         made_runs(Path("runs", file.stem), settings, dict.fromkeys(names, 20.0), ("teacher", "untrained"))
         collect(Path("runs", file.stem), Path("records", file.stem))
         made[file.stem] = len(names)
+    counts = {"test rows": 196, "training rows": 1200, "same request": 3}
+    counts |= {"request shares words": 7, "response shares words": 0}
+    Path("records", "leaks-dolly.json").write_text(json.dumps({"dolly": counts}))
     page = build(Path("records"))[PurePath("evidence.md")]
     assert "| ExAccErr, % ↓ | less gkd |" in page
     assert "\n5. **On- against off-policy" in page.split("## In short")[1].split("## ")[0]
+    assert "of 196 test requests 3 occurs" in " ".join(page.split())
     assert "| kd | 5 |" in build_readme(Path("records"), f"{BEGIN}\n{END}\n")
     rates = page.split("## The learning rates")[1].split("## ")[0]
     assert "|  | 3e-05 | 0.0001 | 0.0003 |" in rates
@@ -305,6 +314,27 @@ def test_the_page_asks_its_studies_for_what_they_measure(tmp_path, monkeypatch):
     assert [line[:2] for line in lines] == [
         each for each, p in zip(expected, planned, strict=True) if p["study"] in left | {"adapters"}
     ]
+
+
+def test_what_test_rows_share_with_training_rows_is_counted(tmp_path):
+    train = [
+        {"instruction": "Name three colours.", "output": "one two three four five six seven eight nine"},
+        {"instruction": "Why is the sky blue in the day and red at dusk?", "output": "because"},
+    ]
+    test = [
+        {"instruction": "name THREE colours", "output": "Red."},  # the same request but for its case
+        {
+            "instruction": "And why is the sky blue in the day?",
+            "output": "two three four five six seven eight nine ten",
+        },
+        {"instruction": "Something else.", "output": "one two three four five six seven"},  # a word too few
+    ]
+    for name, rows in (("train", train), ("test", test)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert counted(read_examples(tmp_path / "test.jsonl"), read_examples(tmp_path / "train.jsonl")) == {
+        **{"test rows": 3, "training rows": 2},
+        **{"same request": 1, "request shares words": 1, "response shares words": 1},
+    }
 
 
 def test_a_page_that_asks_for_what_no_record_holds_is_refused(world, tmp_path):

@@ -18,7 +18,7 @@ import numpy as np
 
 from promptkd.evaluation.comparison import Comparison
 from promptkd.results import Curve, CurvePoint, Difference, Evaluation, Metric, Results
-from promptkd.study.pooling import Pooled, both_ways, told_apart
+from promptkd.study.pooling import Pooled, Spread, both_ways, spread_over_pairs, told_apart
 
 METRIC = "exposure_bias"
 _STEP = re.compile(r" step (\d+)$")  # behind a run's name, of the curve of a checkpoint
@@ -77,10 +77,11 @@ def pool_bias(
         made.curves += _over_steps(setting, name, length)
         made.curves += [curve.model_copy(update={"model": model, "data": name, "points": _mean([curve])})
                         for model, curve in setting.references.items()]  # fmt: skip
+        spreads = _spreads(setting)
         for group, seeds in setting.students.items():
             both = [(seeds[seed], other) for seed, other in setting.students.get(baseline, {}).items() if seed in seeds]
             if group != baseline and len(both) > 1:
-                _add_difference(made, (group, baseline, name), both, length)
+                _add_difference(made, (group, baseline, name), both, length, spreads)
     return made
 
 
@@ -123,7 +124,7 @@ def _at(curve: Curve, length: int) -> CurvePoint:
     return curve.points[length - 1] if length <= len(curve.points) else CurvePoint(x=length, value=None)
 
 
-def _pooled(points: Sequence[CurvePoint]) -> tuple[Metric, float | None] | None:
+def _pooled(points: Sequence[CurvePoint], spread: Spread | None = None) -> tuple[Metric, float | None] | None:
     """Over the seeds' points at one length; None if one of them has no value there."""
     values = [point.value for point in points if point.value is not None]
     if len(values) < len(points):
@@ -131,7 +132,7 @@ def _pooled(points: Sequence[CurvePoint]) -> tuple[Metric, float | None] | None:
     if len(points) == 1:
         (point,) = points
         return Metric(value=values[0], low=point.low, high=point.high, rows=len(point.row_parts)), None
-    return both_ways(np.array(values), np.mean([point.row_parts for point in points], axis=0))
+    return both_ways(np.array(values), np.mean([point.row_parts for point in points], axis=0), spread)
 
 
 def _mean(curves: Sequence[Curve]) -> list[CurvePoint]:
@@ -139,8 +140,8 @@ def _mean(curves: Sequence[Curve]) -> list[CurvePoint]:
     return [_point(length, [_at(curve, length) for curve in curves]) for length in range(1, longest + 1)]
 
 
-def _point(x: int, points: Sequence[CurvePoint]) -> CurvePoint:
-    found, rows = _pooled(points), min(point.rows or 0 for point in points)
+def _point(x: int, points: Sequence[CurvePoint], spread: Spread | None = None) -> CurvePoint:
+    found, rows = _pooled(points, spread), min(point.rows or 0 for point in points)
     if found is None:
         return CurvePoint(x=x, value=None, rows=rows)
     return CurvePoint(x=x, value=found[0].value, low=found[0].low, high=found[0].high, rows=rows)
@@ -162,15 +163,19 @@ def _over_steps(setting: _Setting, data: str, length: int) -> list[Curve]:
 
 
 def _add_difference(
-    made: PooledBias, labels: tuple[str, str, str], both: Sequence[tuple[Curve, Curve]], length: int
+    made: PooledBias,
+    labels: tuple[str, str, str],
+    both: Sequence[tuple[Curve, Curve]],
+    length: int,
+    spreads: Sequence[Spread | None],
 ) -> None:
     """The differences at every length as a curve, and at `length` as one that is tested."""
     group, baseline, data = labels
     points = []
     for x in range(1, min(len(curve.points) for pair in both for curve in pair) + 1):
         paired = [_less(_at(ours, x), _at(theirs, x)) for ours, theirs in both]
-        points.append(_point(x, paired))
-        if x == length and (found := _pooled(paired)):
+        points.append(_point(x, paired, spreads[x - 1]))
+        if x == length and (found := _pooled(paired, spreads[x - 1])):
             metric, p = found
             made.differences.append(
                 Difference(
@@ -185,6 +190,17 @@ def _add_difference(
             )
     settings = {**both[0][0].settings, "baseline": baseline}
     made.curves.append(Curve(name="exposure_bias_difference", model=group, data=data, settings=settings, points=points))
+
+
+def _spreads(setting: _Setting) -> list[Spread | None]:
+    """By length, what any two methods' difference moves between seeds."""
+    curves = [seeds.items() for seeds in setting.students.values()]
+    longest = max((len(curve.points) for seeds in curves for _, curve in seeds), default=0)
+    found = []
+    for x in range(1, longest + 1):
+        values = [{seed: _at(curve, x).value for seed, curve in seeds} for seeds in curves]
+        found.append(spread_over_pairs([{s: v for s, v in held.items() if v is not None} for held in values]))
+    return found
 
 
 def _less(ours: CurvePoint, theirs: CurvePoint) -> CurvePoint:

@@ -4,18 +4,28 @@ Seeds of training and rows are both samples: another seed gives another student,
 the metric of seed s over all rows, and t_i row i's part in the mean over the S seeds (linearized for means over
 tokens; over the R rows the t_i add up to 0),
 
-    SE² = Var(v_s) / S + R / (R - 1) Σ t_i²,    df = SE⁴ / (SE_seeds⁴ / (S - 1) + SE_rows⁴ / (R - 1)),
+    SE² = V / S + R / (R - 1) Σ t_i²,    df = SE⁴ / (SE_seeds⁴ / D + SE_rows⁴ / (R - 1)),
 
 and difference / SE is compared with Student's t. This is the quasi-F, min F', of Clark (1973, "The
-language-as-fixed-effect fallacy"), with seeds for subjects and rows for items. With two or three seeds Var(v_s) may be
-small by chance, so the seeds' own t-test, S - 1 degrees, must agree: p is the larger, the interval the wider of both.
+language-as-fixed-effect fallacy"), with seeds for subjects and rows for items. With two or three seeds V may be
+small by chance, so the seeds' own t-test, D degrees, must agree: p is the larger, the interval the wider of both.
+
+Of a method alone and of the difference between the only two, V = Var(v_s), D = S - 1. Three seeds know that variance
+badly, so that of the difference between two of several methods is moderated (Smyth 2004, "Linear models and empirical
+Bayes methods for assessing differential expression", section 4) by V0, the median of the variances of all pairs:
+
+    V = (D0 V0 + (S - 1) Var(v_s)) / D,    D = D0 + S - 1.
+
+Smyth estimates D0 from thousands of variances. A study has a few: D0 is at most 2, and at most S - 1, so that a pair's
+own seeds have at least half of the weight, and at most half of the degrees that the other methods bring.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import combinations
+from typing import NamedTuple
 
 import numpy as np
-from scipy.special import stdtr, stdtrit
+from scipy.special import gammaincinv, stdtr, stdtrit
 
 from promptkd.errors import RequestError
 from promptkd.evaluation.comparison import OTHER_TEACHERS, TO_TEACHER, Comparison, evaluations_of, known_metrics
@@ -25,6 +35,14 @@ from promptkd.evaluation.statistics import Floats, holm
 from promptkd.results import LEVEL, Better, Difference, Metric, ToldApart
 
 Pooled = dict[str, dict[int, tuple[float, Floats]]]  # by metric and seed: the value, and each row's part in it
+_MOST_DEGREES = 2.0  # D0; docs/studies.md has the simulations
+
+
+class Spread(NamedTuple):
+    """V0, the variance between seeds of a difference between any two methods, and D0, what it counts for."""
+
+    variance: float
+    degrees: float
 
 
 def t_two_sided(t: float, df: float) -> float:
@@ -37,10 +55,28 @@ def t_quantile(df: float, level: float = 0.95) -> float:
     return float(stdtrit(df, (1 + level) / 2))
 
 
-def both_ways(by_seed: Floats, by_row: Floats) -> tuple[Metric, float | None]:
+def spread_over_pairs(values: Collection[Mapping[int, float]]) -> Spread | None:
+    """V0 and D0 of a study whose methods have these values by seed; None if that has nothing to add to a pair's own.
+
+    Pairs of methods that share fewer than two seeds, or have a value that is not finite, are left out.
+    """
+    variances, fewest = [], 0
+    for one, other in combinations(values, 2):
+        between = np.array([one[seed] - other[seed] for seed in one if seed in other])
+        if (own := len(between) - 1) > 0 and np.isfinite(between).all():
+            # the median of a sample variance is below the variance: by that of chi² to its degrees
+            variances.append(float(between.var(ddof=1)) / (2 * gammaincinv(own / 2, 0.5) / own))
+            fewest = min(fewest or own, own)
+    methods = (1 + np.sqrt(1 + 8 * len(variances))) / 2  # of so many pairs
+    degrees = min(_MOST_DEGREES, fewest, (methods - 2) * fewest / 2)
+    return Spread(float(np.median(variances)), float(degrees)) if degrees > 0 else None
+
+
+def both_ways(by_seed: Floats, by_row: Floats, spread: Spread | None = None) -> tuple[Metric, float | None]:
     """The mean over seeds with its 95 % interval, and p of the hypothesis that it is 0 (None without an interval).
 
-    `by_seed`, (S,), is v, the metric of each seed; `by_row`, (R,), is t, each row's part in their mean.
+    `by_seed`, (S,), is v, the metric of each seed; `by_row`, (R,), is t, each row's part in their mean; `spread` is
+    what the other methods of the study tell of V.
     """
     value, seeds, rows = float(by_seed.mean()), len(by_seed), len(by_row)
     if seeds < 2:
@@ -48,17 +84,19 @@ def both_ways(by_seed: Floats, by_row: Floats) -> tuple[Metric, float | None]:
     deviation = float(by_seed.std(ddof=1))
     if rows < 2 or not (np.isfinite(by_seed).all() and np.isfinite(by_row).all()):
         return Metric(value=value, rows=rows, deviation=deviation if np.isfinite(deviation) else None), None
-    seed_part = deviation**2 / seeds
+    own, more = seeds - 1, spread or Spread(0.0, 0.0)
+    known = own + more.degrees
+    seed_part = (more.degrees * more.variance + own * deviation**2) / known / seeds
     row_part = rows / (rows - 1) * float(((by_row - by_row.mean()) ** 2).sum())
     error = np.sqrt(seed_part + row_part)
     if error <= 1e-12 * max(1.0, abs(value)):  # every run and row says the same, which says nothing of others
         return Metric(value=value, rows=rows), None if value else 1.0
-    degrees = error**4 / (seed_part**2 / (seeds - 1) + row_part**2 / (rows - 1))
+    degrees = error**4 / (seed_part**2 / known + row_part**2 / (rows - 1))
     reach, p = t_quantile(degrees) * error, t_two_sided(value / error, degrees)
     if seed_part > 0:
         by_seeds = np.sqrt(seed_part)
-        reach = max(reach, t_quantile(seeds - 1) * by_seeds)
-        p = max(p, t_two_sided(value / by_seeds, seeds - 1))
+        reach = max(reach, t_quantile(known) * by_seeds)
+        p = max(p, t_two_sided(value / by_seeds, known))
     return Metric(value=value, low=value - reach, high=value + reach, rows=rows, deviation=deviation), p
 
 
@@ -115,8 +153,8 @@ def compare_groups(
             own = {"model": group, "data": setting.data, "metrics": measured, "samples": []}
             made.evaluations.append(first.evaluation.model_copy(update=own))
             if group != baseline:
-                mine = {name: held for name, held in of_group.items() if name not in again}
-                made.differences += _differences(setting.data, (group, mine), (baseline, pooled[baseline]), better)
+                asked = [name for name in of_group if name not in again]
+                made.differences += _differences(setting.data, asked, (group, baseline), pooled, better)
         made.told_apart += told_apart(setting.data, pooled, better)
         made.evaluations += evaluations_of(setting, columns, [each.label for each in references])
         if first.data is not None:
@@ -137,15 +175,20 @@ def compare_groups(
 
 
 def _differences(
-    data: str, ours: tuple[str, Pooled], theirs: tuple[str, Pooled], better: Callable[[str], Better | None]
+    data: str,
+    metrics: Sequence[str],
+    between: tuple[str, str],
+    pooled: Mapping[str, Pooled],
+    better: Callable[[str], Better | None],
 ) -> Iterator[Difference]:
-    """Of each metric with a better direction, over the seeds that both groups have."""
-    (model, of_ours), (baseline, of_theirs) = ours, theirs
-    for name, mine in of_ours.items():
-        others, way = of_theirs[name], better(name)
+    """A group's less the baseline's of each metric with a better direction, over the seeds that both have."""
+    model, baseline = between
+    for name in metrics:
+        mine, others, way = pooled[model][name], pooled[baseline][name], better(name)
         pairs = [(mine[seed], others[seed]) for seed in mine if seed in others]
         if way is not None and len(pairs) > 1:
-            found, p = _pooled([(value - other, part - rest) for (value, part), (other, rest) in pairs])
+            spread = _spread([of_group[name] for of_group in pooled.values()])
+            found, p = _pooled([(value - other, part - rest) for (value, part), (other, rest) in pairs], spread)
             yield Difference(
                 model=model, baseline=baseline, metric=name, difference=found, better=way, data=data, p_value=p
             )
@@ -162,9 +205,10 @@ def told_apart(data: str, pooled: Mapping[str, Pooled], better: Callable[[str], 
         if way is None or len(held) < 2:
             continue
         tested: list[tuple[tuple[str, str], float]] = []  # the better first, and p
+        spread = _spread(held.values())
         for one, other in combinations(held, 2):
             pairs = [(held[one][seed], held[other][seed]) for seed in held[one] if seed in held[other]]
-            found, p = _pooled([(value - against, part - rest) for (value, part), (against, rest) in pairs])
+            found, p = _pooled([(value - against, part - rest) for (value, part), (against, rest) in pairs], spread)
             is_better = (found.value > 0) == (way == "higher")
             tested.append(((one, other) if is_better else (other, one), 1.0 if p is None else p))
         adjusted = holm([p for _, p in tested])
@@ -178,9 +222,13 @@ def _value_and_parts(column: Column) -> tuple[float, Floats]:
     return value, (column.sums - value * column.counts) / total
 
 
-def _pooled(seeds: Collection[tuple[float, Floats]]) -> tuple[Metric, float | None]:
+def _pooled(seeds: Collection[tuple[float, Floats]], spread: Spread | None = None) -> tuple[Metric, float | None]:
     values, parts = zip(*seeds, strict=True)
-    return both_ways(np.array(values), np.mean(parts, axis=0))
+    return both_ways(np.array(values), np.mean(parts, axis=0), spread)
+
+
+def _spread(groups: Collection[Mapping[int, tuple[float, Floats]]]) -> Spread | None:
+    return spread_over_pairs([{seed: value for seed, (value, _) in held.items()} for held in groups])
 
 
 def _notes(groups: Mapping[str, Mapping[int, Candidate]], baseline: str, tested: int) -> list[str]:
