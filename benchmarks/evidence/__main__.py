@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         if asked.command == "collect":
             for study in asked.study:
                 written = collect(study, RECORDS / study.resolve().name)
-                print(f"{study}: {len(written)} files are new or changed in {RECORDS / study.resolve().name}.")
+                print(f"{study}: {len(written)} files are new, changed or gone in {RECORDS / study.resolve().name}.")
             return 0
         changed = outdated(DOCS, RECORDS, README)
     except RequestError as error:

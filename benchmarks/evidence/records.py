@@ -10,6 +10,7 @@ import gzip
 import json
 import re
 from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from promptkd.cli.study_comparison import REFERENCES, read_study
 from promptkd.errors import RequestError
 from promptkd.io.atomic import write_atomic
 from promptkd.results import Results
+from promptkd.study.plan import plan_runs
 
 Plain = dict[str, Any]  # a record, or a part of one, as JSON has it
 
@@ -32,9 +34,10 @@ _ABSOLUTE = re.compile(r"(?<![\w./:])(?:~|[A-Za-z]:)?/(?:[^/\s\"']+/)+")
 
 
 def collect(folder: Path, records: Path) -> list[Path]:
-    """Write the records of a study's finished runs into `records`, and return the files that are new or changed.
+    """Write the records of a study's finished runs into `records`, and return the files that are new, changed or gone.
 
-    Raises `RequestError` where `folder` holds no finished run, or a study whose settings name absolute paths.
+    Those of runs that the study no longer has go. Raises `RequestError` where `folder` holds no finished run, or a
+    study whose settings name absolute paths, and where runs that stay in `records` had another teacher.
     """
     study = read_study(folder)
     config = read_config(folder / "config.yaml")
@@ -53,7 +56,27 @@ def collect(folder: Path, records: Path) -> list[Path]:
             for place, file in found.items()
         }
         files[records / f"{name}.json.gz"] = json.dumps(held, ensure_ascii=False, separators=(",", ":")).encode()
-    return [file for file, content in files.items() if _replaced(file, content)]
+    options = study.options
+    planned = plan_runs(options.base, options.methods, options.seeds, options.grid, read_file=lambda path: {})
+    stays = {*(f"{run.name}.json.gz" for run in planned), *(f"{name}.json.gz" for name in references)}
+    kept = [file for file in sorted(records.glob("*.json.gz")) if file not in files]
+    teachers = _teachers(json.loads(content) for file, content in files.items() if file.suffix == ".gz")
+    for file in (file for file in kept if file.name in stays):
+        if _teachers([json.loads(gzip.decompress(file.read_bytes()))]) - teachers:
+            told = f"{file} is of another teacher than the runs in {folder}, and a study has one"
+            raise RequestError(
+                f"{told}. Delete {records} to keep the new runs, or finish the study with the old teacher."
+            )
+    gone = [file for file in kept if file.name not in stays]
+    for file in gone:
+        file.unlink()
+    return [*gone, *(file for file, content in files.items() if _replaced(file, content))]
+
+
+def _teachers(held: Iterable[Mapping[str, Plain]]) -> set[str]:
+    """The SHA-256 of the teachers of runs."""
+    records = [record for each in held for record in each.values()]
+    return {model["sha256"] for record in records for role, model in record["models"].items() if role == "teacher"}
 
 
 def unpack(records: Path, folder: Path) -> Path:

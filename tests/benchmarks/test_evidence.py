@@ -4,6 +4,7 @@ import gzip
 import itertools
 import json
 import re
+import shutil
 import xml.etree.ElementTree
 import zlib
 from pathlib import Path, PurePath
@@ -135,6 +136,27 @@ def test_records_hold_no_text_and_no_path_and_are_written_once(tmp_path, monkeyp
     assert 40 <= len(points) <= 63
     new = {file.name for file in collect(made_study(Path("runs", "prompt"), [1, 2, 3]), records)}
     assert new == {*(f"{group}-seed-3.json.gz" for group in QUALITY), "config.yaml"}
+
+
+def test_records_of_runs_that_a_study_no_longer_has_go_and_those_of_another_teacher_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    records = Path("records", "prompt")
+    collect(made_study(Path("runs", "prompt"), [1, 2, 3]), records)
+    changed = {file.name for file in collect(made_study(Path("runs", "fewer"), [1, 2]), records)}
+    assert {*(f"{group}-seed-3.json.gz" for group in QUALITY), "config.yaml"} <= changed
+    assert not any("seed-3" in file.name for file in records.iterdir())
+
+    folder = made_study(Path("runs", "again"), [1, 2])
+    for name in (f"{group}-seed-1" for group in QUALITY):
+        shutil.rmtree(folder / name)
+    for file in folder.rglob("results.json"):
+        record = Results.read(file)
+        record.models["teacher"].sha256 = "another"
+        record.write(file)
+    before = {file: file.read_bytes() for file in records.iterdir()}
+    with pytest.raises(RequestError, match=r"seed-1\.json\.gz is of another teacher than the runs in runs/again"):
+        collect(folder, records)
+    assert {file: file.read_bytes() for file in records.iterdir()} == before
 
 
 def test_a_rate_is_chosen_by_the_kl_and_among_near_ones_by_the_loss(tmp_path, monkeypatch):

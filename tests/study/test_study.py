@@ -236,6 +236,14 @@ def test_each_data_set_is_read_once(world, tmp_path, capsys, monkeypatch):
             {"methods": ["kd", {"name": "long", "method": "kd", "max_completion_length": 9}], "evaluate": {"data": []}},
             "The runs differ in max_completion_length. Say in `evaluate`",
         ),
+        *(
+            ({"base": {key: value}, "evaluate": {"data": ["t"]}}, f"kd-seed-1: {key} names a revision, and models")
+            for key, value in {
+                "teacher_model_revision": "v2",
+                "teacher_model_init_kwargs": {"revision": "v2"},
+                "model_init_kwargs": '{"revision": "v2"}',
+            }.items()
+        ),
     ],
 )
 def test_a_wrong_study(world, tmp_path, capsys, changes, message):

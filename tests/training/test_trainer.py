@@ -492,6 +492,8 @@ def test_the_flags_of_prompt_experiments_reach_the_step(tmp_path, schedule, coef
         {"max_tool_calling_iterations": 3},
         {"cache_implementation": "static"},
         {"label_smoothing_factor": 0.1},
+        {"vllm_mode": "server"},
+        {"vllm_server_port": 8001},
     ],
 )
 def test_settings_of_trl_that_nothing_reads_are_refused(tmp_path, setting):

@@ -31,6 +31,8 @@ _ALIKE = (
     "trust_remote_code",
 )
 
+_REVISIONS = ("teacher_model_revision", "teacher_model_init_kwargs", "model_init_kwargs")  # the first is one
+
 Read = Callable[..., list[Example]]
 Problems = defaultdict[str, list[str]]  # each once, with the runs it is wrong with; without any if it is the study's
 
@@ -80,6 +82,12 @@ class Measuring:
     def __init__(self, options: Options, planned: Sequence[Planned], problems: Problems):
         self.options, self.asked = options, [each for each in MEASUREMENTS if each.settings(options)]
         self._shared: dict[str, Settings] = {}
+        for run in planned if self.asked else ():
+            for key in _REVISIONS if options.references else _REVISIONS[:2]:
+                if "revision" in str(given := run.settings.get(key)) or (key == _REVISIONS[0] and given is not None):
+                    told = f"{key} names a revision, and models are measured at the default one of their repository"
+                    advice = "Download it (hf download NAME --revision REVISION --local-dir FOLDER) and name FOLDER"
+                    problems[f"{told}. {advice}."].append(run.name)
         for each in self.asked:
             given = each.settings(options)
             for key in sorted(given.keys() & each.not_here.keys()):

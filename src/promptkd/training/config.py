@@ -260,11 +260,13 @@ class DistillConfig(_FlatSettings, BaseConfig, DistillationConfig):
         """See `BaseConfig.checks`."""
         schedule, known = self.prompt_lr_scheduler_type, [each.value for each in SchedulerType]
         wanted = f"prompt_lr_scheduler_type must be one of {', '.join(known)}, got {schedule}"
+        of_vllm = [each.name for each in fields(DistillationConfig) if each.name.startswith("vllm_")]
+        unread = dict.fromkeys([] if self.use_vllm else of_vllm, "it is read with use_vllm alone")
         return [
             *super().checks(),
             (schedule not in known, wanted),
             (bool(self.pad_to_multiple_of), "pad_to_multiple_of has no effect here: rows are not padded for rollouts"),
-            *no_effect(self, DistillationConfig, _INSTEAD),
+            *no_effect(self, DistillationConfig, _INSTEAD | unread),
             (
                 self.cache_implementation is not None and (self.use_vllm or not needs_generate(self)),
                 "cache_implementation is of transformers' generate, which decodes only with min_p, repetition_penalty "
