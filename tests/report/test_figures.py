@@ -1,12 +1,13 @@
 """Plots as files: every one as SVG and PDF, with labels as text, and what is refused before any is drawn."""
 
+import re
 import sys
 from xml.etree import ElementTree
 
 import pytest
 
 from helpers.commands import done, run
-from helpers.records import biased, distilled, explained
+from helpers.records import biased, distilled, explained, runs_of_two_methods
 from promptkd.report.figures import count_plots, write_figures
 from promptkd.results import Evaluation, Metric, Results
 
@@ -48,6 +49,24 @@ def short(record: Results) -> Results:
 
 def measured(label: str, data: str = "d", **metrics: Metric) -> Results:
     return Results(kind="evaluate", evaluations=[Evaluation(model=label, data=data, metrics=metrics)])
+
+
+@pytest.mark.slow
+def test_a_study_has_bands_between_its_seeds(tmp_path):
+    """From the least to the largest; a line of a single run has none."""
+    study, *runs = runs_of_two_methods()
+    write_figures([study, *runs], tmp_path / "study")
+    write_figures(runs, tmp_path / "runs")
+    drawn = ElementTree.parse(tmp_path / "study" / "distill-loss.svg")
+    assert {"kd", "gkd"} <= set(words(tmp_path / "study" / "distill-loss.svg"))
+    bands = [each for each in drawn.iter(f"{SVG}g") if each.get("id", "").startswith("FillBetween")]
+    heights = [
+        {float(y) for path in band.iter() for y in re.findall(r"[ML] \S+ (\S+)", path.get("d", ""))} for band in bands
+    ]
+    kd, gkd = heights  # losses of 4 and 2, then 1 alone; 5 and 7, then 3 alone
+    unit = (max(gkd) - min(gkd)) / 4
+    assert max(kd) - min(kd) == pytest.approx(3 * unit, rel=1e-4)
+    assert "FillBetween" not in (tmp_path / "runs" / "distill-loss.svg").read_text()
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from promptkd.record_parts import PositionCurve
 from promptkd.report.formatting import joined
 from promptkd.report.labels import is_teacher, unified
 from promptkd.report.metrics import MetricInfo, metric_info
-from promptkd.report.plots import BiasKind, bias_plots, stages
+from promptkd.report.plots import BiasKind, Line, bias_plots, stages
 from promptkd.report.prompts import COLORS, CURVES
 from promptkd.report.tables import ComparisonRow, by_setting, comparison_table, metric_columns
 from promptkd.results import CurvePoint, Results
@@ -78,10 +78,7 @@ def _plots(story: Sequence[Results], *, every: bool) -> Iterator[tuple[str, Draw
     """The name of each file, and what draws it."""
     for stage in stages(story):
         for chart in (chart for title, group in stage.groups.items() if every or title in _SHOWN for chart in group):
-            yield (
-                _name(stage.name, chart.info.name),
-                _lines(chart.info, [(each.name, each.x, each.y) for each in chart.lines]),
-            )
+            yield _name(stage.name, chart.info.name), _lines(chart.info, chart.lines)
     for plot in bias_plots(story):
         several = sum(each.kind is plot.kind for each in bias_plots(story)) > 1
         yield (
@@ -118,10 +115,16 @@ def _style(at: int) -> dict[str, Any]:
     }
 
 
-def _lines(info: MetricInfo, lines: Sequence[tuple[str, list[float], list[float | None]]]) -> Draw:
+def _lines(info: MetricInfo, lines: Sequence[Line]) -> Draw:
+    """Over steps; the mean of a method's seeds has a band from their least to their largest."""
+
     def draw(axes: Any) -> None:
-        for at, (name, x, y) in enumerate(lines):
-            axes.plot(x, [math.nan if each is None else each for each in y], label=_text(name), **_style(at + 1))
+        for at, line in enumerate(lines):
+            style = _style(at + 1)
+            axes.plot(line.x, _with_gaps(line.y), label=_text(line.name), **style)
+            if line.low:
+                ends = _with_gaps(line.low), _with_gaps(line.high)
+                axes.fill_between(line.x, *ends, color=style["color"], alpha=0.15, linewidth=0)
         axes.set(
             xlabel="optimizer step", ylabel=_text(joined(info.label, f"({info.unit})" if info.unit else "", by=" "))
         )
@@ -129,6 +132,10 @@ def _lines(info: MetricInfo, lines: Sequence[tuple[str, list[float], list[float 
             axes.legend(frameon=False)
 
     return draw
+
+
+def _with_gaps(values: Sequence[float | None]) -> list[float]:
+    return [math.nan if each is None else each for each in values]
 
 
 def _curves(curves: Sequence[Any], kind: BiasKind) -> Draw:
