@@ -18,7 +18,7 @@ import numpy as np
 
 from promptkd.evaluation.comparison import Comparison
 from promptkd.results import Curve, CurvePoint, Difference, Evaluation, Metric, Results
-from promptkd.study.pooling import Pooled, Spread, both_ways, spread_over_pairs, told_apart
+from promptkd.study.pooling import Pooled, Spread, Spreads, both_ways, told_apart
 
 METRIC = "exposure_bias"
 _STEP = re.compile(r" step (\d+)$")  # behind a run's name, of the curve of a checkpoint
@@ -167,15 +167,16 @@ def _add_difference(
     labels: tuple[str, str, str],
     both: Sequence[tuple[Curve, Curve]],
     length: int,
-    spreads: Sequence[Spread | None],
+    spreads: Sequence[Spreads],
 ) -> None:
     """The differences at every length as a curve, and at `length` as one that is tested."""
     group, baseline, data = labels
     points = []
     for x in range(1, min(len(curve.points) for pair in both for curve in pair) + 1):
         paired = [_less(_at(ours, x), _at(theirs, x)) for ours, theirs in both]
-        points.append(_point(x, paired, spreads[x - 1]))
-        if x == length and (found := _pooled(paired, spreads[x - 1])):
+        spread = spreads[x - 1].of(group, baseline)
+        points.append(_point(x, paired, spread))
+        if x == length and (found := _pooled(paired, spread)):
             metric, p = found
             made.differences.append(
                 Difference(
@@ -192,14 +193,16 @@ def _add_difference(
     made.curves.append(Curve(name="exposure_bias_difference", model=group, data=data, settings=settings, points=points))
 
 
-def _spreads(setting: _Setting) -> list[Spread | None]:
-    """By length, what any two methods' difference moves between seeds."""
-    curves = [seeds.items() for seeds in setting.students.values()]
-    longest = max((len(curve.points) for seeds in curves for _, curve in seeds), default=0)
+def _spreads(setting: _Setting) -> list[Spreads]:
+    """By length, how far seeds move the difference of any two methods."""
+    longest = max((len(curve.points) for seeds in setting.students.values() for curve in seeds.values()), default=0)
     found = []
     for x in range(1, longest + 1):
-        values = [{seed: _at(curve, x).value for seed, curve in seeds} for seeds in curves]
-        found.append(spread_over_pairs([{s: v for s, v in held.items() if v is not None} for held in values]))
+        values: dict[str, dict[int, float]] = {}
+        for group, seeds in setting.students.items():
+            at = {seed: _at(curve, x).value for seed, curve in seeds.items()}
+            values[group] = {seed: value for seed, value in at.items() if value is not None}
+        found.append(Spreads(values))
     return found
 
 

@@ -8,16 +8,18 @@ tokens; over the R rows the t_i add up to 0),
 
 and difference / SE is compared with Student's t. This is the quasi-F, min F', of Clark (1973, "The
 language-as-fixed-effect fallacy"), with seeds for subjects and rows for items. With two or three seeds V may be
-small by chance, so the seeds' own t-test, D degrees, must agree: p is the larger, the interval the wider of both.
+small by chance, so a t-test over seeds alone, with the same V and D degrees, must agree: p is the larger, the interval
+the wider of both.
 
-Of a method alone and of the difference between the only two, V = Var(v_s), D = S - 1. Three seeds know that variance
-badly, so that of the difference between two of several methods is moderated (Smyth 2004, "Linear models and empirical
-Bayes methods for assessing differential expression", section 4) by V0, the median of the variances of all pairs:
+Of a method alone, and where there are fewer than four, V = Var(v_s), D = S - 1. Three values tell a variance badly, so
+a difference between two of M methods borrows from the others (a moderated t-test, Smyth 2004, "Linear models and
+empirical Bayes methods for assessing differential expression"):
 
-    V = (D0 V0 + (S - 1) Var(v_s)) / D,    D = D0 + S - 1.
+    V = (D0 V0 + (S - 1) Var(v_s)) / D,    D = D0 + S - 1,    D0 = min(2, S - 1, (M - 3) (S - 1) / 2).
 
-Smyth estimates D0 from thousands of variances. A study has a few: D0 is at most 2, and at most S - 1, so that a pair's
-own seeds have at least half of the weight, and at most half of the degrees that the other methods bring.
+V0 is the larger of two medians: of the variances of all pairs with the one method, and of those with the other. So it
+grows where a method of the pair spreads far, and not where any other does. Smyth estimates D0 from thousands of
+variances; here it is set, so that a pair's own seeds have at least half of the weight.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -35,11 +37,11 @@ from promptkd.evaluation.statistics import Floats, holm
 from promptkd.results import LEVEL, Better, Difference, Metric, ToldApart
 
 Pooled = dict[str, dict[int, tuple[float, Floats]]]  # by metric and seed: the value, and each row's part in it
-_MOST_DEGREES = 2.0  # D0; docs/studies.md has the simulations
+_MOST_DEGREES = 2.0  # of D0; docs/studies.md has the simulations
 
 
 class Spread(NamedTuple):
-    """V0, the variance between seeds of a difference between any two methods, and D0, what it counts for."""
+    """V0 and D0 of a pair of methods."""
 
     variance: float
     degrees: float
@@ -55,21 +57,39 @@ def t_quantile(df: float, level: float = 0.95) -> float:
     return float(stdtrit(df, (1 + level) / 2))
 
 
-def spread_over_pairs(values: Collection[Mapping[int, float]]) -> Spread | None:
-    """V0 and D0 of a study whose methods have these values by seed; None if that has nothing to add to a pair's own.
+class Spreads:
+    """What the methods of a study, with these values by method and seed, tell of how far seeds move a difference.
 
-    Pairs of methods that share fewer than two seeds, or have a value that is not finite, are left out.
+    Pairs that share fewer than two seeds, have a value that is not finite, or differ by the same under every seed tell
+    nothing and are left out.
     """
-    variances, fewest = [], 0
-    for one, other in combinations(values, 2):
-        between = np.array([one[seed] - other[seed] for seed in one if seed in other])
-        if (own := len(between) - 1) > 0 and np.isfinite(between).all():
-            # the median of a sample variance is below the variance: by that of chi² to its degrees
-            variances.append(float(between.var(ddof=1)) / (2 * gammaincinv(own / 2, 0.5) / own))
+
+    def __init__(self, values: Mapping[str, Mapping[int, float]]):
+        variances: dict[str, list[float]] = {}
+        fewest = 0  # degrees of freedom of a pair
+        for one, other in combinations(values, 2):
+            between = np.array(
+                [values[one][seed] - values[other][seed] for seed in values[one] if seed in values[other]]
+            )
+            if (own := len(between) - 1) < 1 or not 0 < (found := _variance(between)) < np.inf:
+                continue
+            # the median of a sample's variance is below the variance: by that of chi² to its degrees
+            for method in (one, other):
+                variances.setdefault(method, []).append(found / (2 * gammaincinv(own / 2, 0.5) / own))
             fewest = min(fewest or own, own)
-    methods = (1 + np.sqrt(1 + 8 * len(variances))) / 2  # of so many pairs
-    degrees = min(_MOST_DEGREES, fewest, (methods - 2) * fewest / 2)
-    return Spread(float(np.median(variances)), float(degrees)) if degrees > 0 else None
+        self._medians = {method: float(np.median(held)) for method, held in variances.items()}
+        self.degrees = min(_MOST_DEGREES, fewest, (len(variances) - 3) * fewest / 2)
+
+    def of(self, one: str, other: str) -> Spread | None:
+        """Of the difference between two methods; None if their own seeds are all that tells of it."""
+        medians = [self._medians[method] for method in (one, other) if method in self._medians]
+        return Spread(max(medians), self.degrees) if medians and self.degrees > 0 else None
+
+
+def _variance(values: Floats) -> float:
+    """Of a sample; inf where it, or one of the values, is not finite."""
+    with np.errstate(over="ignore"):
+        return float(values.var(ddof=1)) if np.isfinite(values).all() else np.inf
 
 
 def both_ways(by_seed: Floats, by_row: Floats, spread: Spread | None = None) -> tuple[Metric, float | None]:
@@ -81,17 +101,19 @@ def both_ways(by_seed: Floats, by_row: Floats, spread: Spread | None = None) -> 
     value, seeds, rows = float(by_seed.mean()), len(by_seed), len(by_row)
     if seeds < 2:
         return Metric(value=value, rows=rows), None
-    deviation = float(by_seed.std(ddof=1))
-    if rows < 2 or not (np.isfinite(by_seed).all() and np.isfinite(by_row).all()):
+    own_variance = _variance(by_seed)
+    deviation = own_variance**0.5
+    if rows < 2 or not (np.isfinite(own_variance) and np.isfinite(by_row).all()):
         return Metric(value=value, rows=rows, deviation=deviation if np.isfinite(deviation) else None), None
     own, more = seeds - 1, spread or Spread(0.0, 0.0)
     known = own + more.degrees
-    seed_part = (more.degrees * more.variance + own * deviation**2) / known / seeds
+    seed_part = (more.degrees * more.variance + own * own_variance) / known / seeds
     row_part = rows / (rows - 1) * float(((by_row - by_row.mean()) ** 2).sum())
     error = np.sqrt(seed_part + row_part)
     if error <= 1e-12 * max(1.0, abs(value)):  # every run and row says the same, which says nothing of others
         return Metric(value=value, rows=rows), None if value else 1.0
-    degrees = error**4 / (seed_part**2 / known + row_part**2 / (rows - 1))
+    of_seeds = seed_part / error**2
+    degrees = 1 / (of_seeds**2 / known + (1 - of_seeds) ** 2 / (rows - 1))
     reach, p = t_quantile(degrees) * error, t_two_sided(value / error, degrees)
     if seed_part > 0:
         by_seeds = np.sqrt(seed_part)
@@ -147,14 +169,14 @@ def compare_groups(
             }
             for group, seeds in groups.items()
         }
-        first = next(iter(setting.measured.values()))
+        first, spreads = next(iter(setting.measured.values())), {name: _spreads(pooled, name) for name in columns}
         for group, of_group in pooled.items():
             measured = {name: _pooled(held.values())[0] for name, held in of_group.items() if held}
             own = {"model": group, "data": setting.data, "metrics": measured, "samples": []}
             made.evaluations.append(first.evaluation.model_copy(update=own))
             if group != baseline:
                 asked = [name for name in of_group if name not in again]
-                made.differences += _differences(setting.data, asked, (group, baseline), pooled, better)
+                made.differences += _differences(setting.data, asked, (group, baseline), pooled, spreads, better)
         made.told_apart += told_apart(setting.data, pooled, better)
         made.evaluations += evaluations_of(setting, columns, [each.label for each in references])
         if first.data is not None:
@@ -179,6 +201,7 @@ def _differences(
     metrics: Sequence[str],
     between: tuple[str, str],
     pooled: Mapping[str, Pooled],
+    spreads: Mapping[str, Spreads],
     better: Callable[[str], Better | None],
 ) -> Iterator[Difference]:
     """A group's less the baseline's of each metric with a better direction, over the seeds that both have."""
@@ -187,7 +210,7 @@ def _differences(
         mine, others, way = pooled[model][name], pooled[baseline][name], better(name)
         pairs = [(mine[seed], others[seed]) for seed in mine if seed in others]
         if way is not None and len(pairs) > 1:
-            spread = _spread([of_group[name] for of_group in pooled.values()])
+            spread = spreads[name].of(model, baseline)
             found, p = _pooled([(value - other, part - rest) for (value, part), (other, rest) in pairs], spread)
             yield Difference(
                 model=model, baseline=baseline, metric=name, difference=found, better=way, data=data, p_value=p
@@ -205,10 +228,12 @@ def told_apart(data: str, pooled: Mapping[str, Pooled], better: Callable[[str], 
         if way is None or len(held) < 2:
             continue
         tested: list[tuple[tuple[str, str], float]] = []  # the better first, and p
-        spread = _spread(held.values())
+        spreads = _spreads(pooled, name)
         for one, other in combinations(held, 2):
             pairs = [(held[one][seed], held[other][seed]) for seed in held[one] if seed in held[other]]
-            found, p = _pooled([(value - against, part - rest) for (value, part), (against, rest) in pairs], spread)
+            found, p = _pooled(
+                [(value - against, part - rest) for (value, part), (against, rest) in pairs], spreads.of(one, other)
+            )
             is_better = (found.value > 0) == (way == "higher")
             tested.append(((one, other) if is_better else (other, one), 1.0 if p is None else p))
         adjusted = holm([p for _, p in tested])
@@ -227,8 +252,8 @@ def _pooled(seeds: Collection[tuple[float, Floats]], spread: Spread | None = Non
     return both_ways(np.array(values), np.mean(parts, axis=0), spread)
 
 
-def _spread(groups: Collection[Mapping[int, tuple[float, Floats]]]) -> Spread | None:
-    return spread_over_pairs([{seed: value for seed, (value, _) in held.items()} for held in groups])
+def _spreads(pooled: Mapping[str, Pooled], name: str) -> Spreads:
+    return Spreads({g: {seed: v for seed, (v, _) in held[name].items()} for g, held in pooled.items() if name in held})
 
 
 def _notes(groups: Mapping[str, Mapping[int, Candidate]], baseline: str, tested: int) -> list[str]:
@@ -236,7 +261,8 @@ def _notes(groups: Mapping[str, Mapping[int, Candidate]], baseline: str, tested:
     means = f"Each metric is a mean over seeds of training ({', '.join(map(str, every))})"
     notes = [
         f"{means}; ± is the standard deviation between them. Intervals and p speak for other seeds of training and "
-        "other rows at once (min F', Clark 1973, and the seeds' own t-test)."
+        "other rows at once (min F', Clark 1973, and a t-test over seeds alone; with four methods or more, what a "
+        "difference varies between seeds is moderated by all pairs, Smyth 2004)."
     ]
     if tested:
         rule = "One is claimed where p is at most 0.05 and the interval excludes zero."
