@@ -14,7 +14,7 @@ from jinja2 import Environment, StrictUndefined
 
 from benchmarks.evidence import tables
 from benchmarks.evidence.studies import Committed, Point, committed
-from benchmarks.evidence.svg import Axis, Line, chart
+from benchmarks.evidence.svg import Axis, Line, chart, forest
 from promptkd.errors import RequestError
 from promptkd.report.formatting import duration, listed
 from promptkd.report.metrics import logged_info, metric_info
@@ -150,6 +150,17 @@ class Page:
         about = f"{info.label} on {data} over {axis.label}; bars are 95 % intervals over seeds and rows."
         return self._plot(held, f"{study}-{metric}-over-{setting}-{data}", about, lines, axis, _axis(info))
 
+    def plot_differences(self, study: str, metric: str, data: str, groups: Sequence[str] = ()) -> str:
+        """The difference of each group from the baseline, with its interval."""
+        held, info = self._study(study), metric_info(metric)
+        rows = tables.intervals(held, metric, data, held.named(groups))
+        way = {"lower": "below zero is better", "higher": "above zero is better", None: ""}[info.better]
+        about = f"{info.label} on {data}, less that of {held.baseline} ({way}); bars are 95 % intervals over seeds and "
+        about += "rows, and what is claimed is in color."
+        stem = f"{study}-{metric}-differences-{data}"
+        axis = Axis(f"{_axis(info).label}, less {held.baseline}")
+        return self._image(held, stem, about, forest(about, rows, axis))
+
     def plot_history(
         self, study: str, metric: str, *, groups: Sequence[str] = (), by_time: bool = False, stem: str = ""
     ) -> str:
@@ -208,10 +219,13 @@ class Page:
         return Point(x, own.value * scale, low * scale, high * scale)
 
     def _plot(self, study: Committed, stem: str, about: str, lines: Sequence[Line], x: Axis, y: Axis) -> str:
+        return self._image(study, stem, about, chart(about, lines, x, y))
+
+    def _image(self, study: Committed, stem: str, about: str, image: str) -> str:
         file = f"{'-'.join(stem.lower().replace(',', ' ').replace('_', ' ').split())}.svg"
         if file in self.plots:
             raise RequestError(f"The page draws {file} twice. Give one of them another `stem`.")
-        self.plots[file] = chart(about, lines, x, y)
+        self.plots[file] = image
         return self._with_source(study, f"![{about}]({PLOTS}/{file})\n\n{about}")
 
     def _with_source(self, study: Committed, made: str) -> str:

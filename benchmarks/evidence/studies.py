@@ -59,6 +59,14 @@ class Committed:
         values = len(self.study.options.grid[setting])
         return {method: dict(sorted(groups.items())) for method, groups in found.items() if len(groups) == values}
 
+    def label(self, group: str) -> str:
+        """What is short: of "rate-prompt_learning_rate-0.02", in a method's own grid, "prompt learning rate 0.02"."""
+        for setting in self.runs(group)[0].planned.settings:
+            _, named, value = group.partition(f"-{setting}-")
+            if named:
+                return f"{setting.replace('_', ' ')} {value}"
+        return group
+
     def runs(self, group: str) -> list[Finished]:
         return [run for run in self.study.runs if run.planned.group == group]
 

@@ -1,4 +1,4 @@
-"""Line charts as SVG: text stays text, the same numbers give the same bytes, and colors are readable on light and dark.
+"""Line charts and forest plots as SVG: text stays text, the same numbers give the same bytes, on light and dark.
 
 A page shows them as images, which see neither its style sheet nor its choice of a dark scheme. So the background is
 transparent, and every color has a contrast of 3 or more, text of 4 or more, with both white and near black.
@@ -15,6 +15,7 @@ from promptkd.report.formatting import number
 
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 400, 256, 44, 10, 26, 40  # of the plot with its axes
 _LINE = 17  # height of a line of the legend
+_ROW = 20  # height of a row of a forest plot
 _CHARACTER = 6.4  # mean width of one at this size of text
 _GRAY = "#7b7f87"
 _COLORS = ("#3a83c9", "#d3622b", "#2b9a68", "#b56bb8", "#a98a1d", "#d5496b", "#2795a5", "#8a7a5c")
@@ -37,6 +38,37 @@ class Axis:
     names: Sequence[str] = field(default_factory=tuple)  # of categories at 0, 1, 2, …
 
 
+@dataclass(frozen=True)
+class Interval:
+    """A row of a forest plot; a claim is large and in color, anything else gray."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    is_claimed: bool
+
+
+def forest(title: str, rows: Sequence[Interval], x: Axis) -> str:
+    """An image of differences, a row each with its interval, about a line at zero."""
+    left = _LEFT + _CHARACTER * max(len(row.name) for row in rows) - 30
+    foot = _TOP + _ROW * len(rows)
+    ends = [0.0, *(end for row in rows for end in (row.low, row.value, row.high))]
+    _, _, at_x = _scale(ends, x, left, _WIDTH - _RIGHT)
+    parts = [f'<path d="M{left:.0f} {foot}H{_WIDTH - _RIGHT}" fill="none" stroke="{_GRAY}"/>']
+    parts += [f'<path d="M{at_x(0.0)} {_TOP - 6}V{foot}" stroke="{_GRAY}" stroke-dasharray="3 3"/>']
+    for value, text in at_x.ticks():
+        parts.append(f'<text x="{at_x(value)}" y="{foot + 15}" text-anchor="middle">{escape(text)}</text>')
+    for at, row in enumerate(rows):
+        y, color = _TOP + _ROW * at + _ROW // 2, _COLORS[0] if row.is_claimed else _GRAY
+        parts.append(f'<text x="{left - 8:.0f}" y="{y + 4}" text-anchor="end">{escape(row.name)}</text>')
+        parts.append(f'<path d="M{at_x(row.low)} {y}H{at_x(row.high)}" stroke="{color}" stroke-width="2"/>')
+        parts.append(f'<circle cx="{at_x(row.value)}" cy="{y}" r="{4.5 if row.is_claimed else 3}" fill="{color}"/>')
+    middle = (left + _WIDTH - _RIGHT) / 2
+    parts.append(f'<text x="{middle:.0f}" y="{foot + 32}" text-anchor="middle">{escape(x.label)}</text>')
+    return _image(title, parts, foot + _BOTTOM)
+
+
 def chart(title: str, lines: Sequence[Line], x: Axis, y: Axis) -> str:
     """An image of the lines, with a legend below them where there are several."""
     ranged = [line for line in lines if line.kind != "level"] or lines
@@ -46,11 +78,15 @@ def chart(title: str, lines: Sequence[Line], x: Axis, y: Axis) -> str:
     parts = _axes(at_x, at_y, x, y)
     parts += [_drawn(line, at, at_x, at_y, (left, right)) for at, line in enumerate(lines)]
     legend, height = _legend(lines) if len(lines) > 1 else ("", _HEIGHT)
+    return _image(title, [*parts, *([legend] if legend else [])], height)
+
+
+def _image(title: str, parts: Sequence[str], height: int) -> str:
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" width="560" role="img" '
         f'font-family="system-ui, sans-serif" font-size="12" fill="{_GRAY}"><title>{escape(title)}</title>'
     )
-    return "\n".join([head, *parts, *([legend] if legend else []), "</svg>"]) + "\n"
+    return "\n".join([head, *parts, "</svg>"]) + "\n"
 
 
 class _Place:

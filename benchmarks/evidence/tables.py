@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from functools import cache
 
 from benchmarks.evidence.studies import Committed
+from benchmarks.evidence.svg import Interval
 from promptkd.errors import RequestError
 from promptkd.report.differences import DifferenceRow, difference_table
 from promptkd.report.formatting import DASH, duration, listed, number, probability
@@ -83,6 +84,20 @@ def half_width_text(study: Committed, group: str, metric: str, data: str, less: 
     if row is None or (ends := row.source.difference).low is None or ends.high is None:
         raise RequestError(f"Study {study.name} has no interval of the difference of {group} in {metric} on {data}.")
     return number((ends.high - ends.low) / 2 * info.scale * times, info.decimals)
+
+
+def intervals(study: Committed, metric: str, data: str, groups: Sequence[str]) -> list[Interval]:
+    """The differences of groups from the baseline in a metric, in its unit; untested ones are left out."""
+    found, info = [], metric_info(metric)
+    for group in groups:
+        if (row := _differences(study).get((group, metric, data))) is not None:
+            own = row.source.difference
+            ends = [own.value if end is None else end for end in (own.low, own.value, own.high)]
+            low, value, high = (end * info.scale for end in ends)
+            found.append(Interval(study.label(group), value, low, high, bool(row.change)))
+    if not found:
+        raise RequestError(f"Study {study.name} tests no difference in {metric} on {data}.")
+    return found
 
 
 @cache

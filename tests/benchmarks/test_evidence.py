@@ -18,6 +18,7 @@ from benchmarks.evidence.leaks import counted
 from benchmarks.evidence.page import BEGIN, END, HERE, build, build_readme
 from benchmarks.evidence.records import collect
 from benchmarks.evidence.studies import Committed, committed
+from benchmarks.evidence.svg import Axis, Interval, forest
 from benchmarks.evidence.tables import choices_table, chosen, leaders, metrics_table
 
 from helpers.bias_records import curve_of
@@ -252,12 +253,15 @@ PAGE = """
 {{ reached("prompt", 0.8) }}
 {{ plot_over("prompt", "prompt_learning_rate", "rouge_l", "test, greedy", levels=["gkd"]) }}
 {{ plot_history("prompt", "eval_kl_to_teacher", by_time=True) }}
+{{ plot_differences("prompt", "rouge_l", "test, sampled") }}
 {{ plot_bias("prompt", "t") }}
 {{ plot_bias("prompt", "t", by_step=True) }}
 {{ table("prompt", "t", ["exposure_bias"]) }}
 value {{ value("prompt", "gkd", "rouge_l", "test, greedy") }} {{ interval("prompt", "gkd", "rouge_l", "test, greedy") }}
 best {{ leaders("prompt", "rouge_l", "test, sampled") }} of {{ seeds("prompt") }} seeds
 {{ pairs() }}
+noticed {{ noticed("prompt", "promptkd-prompt_learning_rate-0.001", "rouge_l", "test, sampled") }}
+of {{ differences("prompt") }} differences
 least {{ smallest("prompt", "promptkd-prompt_learning_rate-0.001", "rouge_l", "test, sampled") }}
 less {{ difference("prompt", "gkd", "rouge_l", "test, sampled", "promptkd-prompt_learning_rate-0.001") }}
 seeds {{ by_seed("prompt", "promptkd-prompt_learning_rate-0.001", "rouge_l", "test, sampled") }}.
@@ -271,7 +275,7 @@ def test_a_page_is_made_of_a_template_and_records(world, tmp_path):
     made = {str(place): text for place, text in build(world / "records", tmp_path / "page.md").items()}
     page = made.pop("evidence.md")
     source = r"`promptkd study benchmarks/evidence/\S+` \(9 of 9 runs: 12 min 0 s of training, 29.0 s of measuring\)"
-    assert len(re.findall(source, page)) == 8
+    assert len(re.findall(source, page)) == 9
     assert re.search(r"ExAccErr\([2-6]\) on t over optimizer step;", page)  # the length at which it is shown
     assert "| gkd | 3 | " in page.split("ExAccErr, % ↓ |")[1]  # without the teacher, of which it is not measured
     assert "| gkd | 80 | 32.0 s | 2,000 | 1.0 GiB | 0.500 |" in page
@@ -287,17 +291,37 @@ def test_a_page_is_made_of_a_template_and_records(world, tmp_path):
     assert sorted(better.groups()) == sorted(worse.groups())
     least = float(re.search(r"least ([\d.]+)", page)[1])
     assert least == pytest.approx((float(better[3]) - float(better[2])) / 2, abs=0.1)
+    assert float(re.search(r"noticed ([\d.]+)", page)[1]) == pytest.approx(1.43 * least, abs=0.1)
+    assert "of 8 differences" in page
     assert re.search(r"value [\d.]+ \[[\d.]+, [\d.]+\]", page)
     assert re.findall(r"\]\((\S+)\)", page) == list(made)
     assert list(made) == [
         "evidence/prompt-rouge-l-over-prompt-learning-rate-test-greedy.svg",
         "evidence/prompt-eval-kl-to-teacher-over-seconds-of-training.svg",
+        "evidence/prompt-rouge-l-differences-test-sampled.svg",
         "evidence/prompt-exposure-bias.svg",
         "evidence/prompt-exposure-bias-over-steps.svg",
     ]
     over = xml.etree.ElementTree.fromstring(next(iter(made.values())))
     texts = [each.text for each in over.iter("{http://www.w3.org/2000/svg}text")]
     assert {"promptkd", "gkd", "ROUGE-L (of 100)", "prompt learning rate", "0.002"} <= set(texts)
+
+
+def test_a_forest_plot_has_a_row_for_each_difference_about_a_line_at_zero():
+    rows = [Interval("near", 0.5, -1.0, 2.0, False), Interval("a far one", 3.0, 2.0, 4.0, True)]
+    image = xml.etree.ElementTree.fromstring(forest("differences", rows, Axis("points")))
+    texts = [each.text for each in image.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"near", "a far one", "points", "0"} <= set(texts)
+    near, far = image.iter("{http://www.w3.org/2000/svg}circle")
+    unit = (float(far.get("cx")) - float(near.get("cx"))) / 2.5
+    (zero,) = [each for each in image.iter("{http://www.w3.org/2000/svg}path") if each.get("stroke-dasharray")]
+    assert float(near.get("cx")) - float(re.match(r"M(\S+)", zero.get("d"))[1]) == pytest.approx(unit / 2, abs=0.2)
+    assert near.get("fill") != far.get("fill")
+    bars = [re.match(r"M(\S+) (\S+)H(\S+)$", each.get("d")) for each in image.iter("{http://www.w3.org/2000/svg}path")]
+    spans = [
+        (float(bar[3]) - float(bar[1])) / unit for bar in bars if bar and bar[2] in (near.get("cy"), far.get("cy"))
+    ]
+    assert spans == [pytest.approx(3, abs=0.02), pytest.approx(2, abs=0.02)]
 
 
 def test_the_page_asks_its_studies_for_what_they_measure(tmp_path, monkeypatch):
