@@ -155,6 +155,7 @@ def test_arguments_hold_no_token_and_tell_trackers_none(tmp_path):
         str(tmp_path),
         hub_token="hf_planted",
         model_init_kwargs={"token": "hf_planted", "revision": "main"},
+        use_vllm=True,
         vllm_server_base_url="http://me:planted@h:1",
     )
     assert args.hub_token is None
