@@ -333,7 +333,7 @@ def test_the_page_asks_its_studies_for_what_they_measure(tmp_path, monkeypatch):
     studies, made = sorted((HERE / "studies").glob("*.yaml")), dict[str, int]()
     for file in studies:
         settings = read_config(file)
-        if file.stem != "prompt":  # of which the page tells what comes out once there are five seeds
+        if file.stem not in ("prompt", "rivals"):  # of which the page tells what comes out
             settings |= {"seeds": [1, 2], "methods": settings["methods"][:3]}
         settings |= {"metrics": []} if file.stem == "stability" else {}
         runs = plan_runs(*(settings.get(key, {}) for key in PLANNED), read_file=lambda path: {})
@@ -346,7 +346,9 @@ def test_the_page_asks_its_studies_for_what_they_measure(tmp_path, monkeypatch):
     Path("records", "leaks-dolly.json").write_text(json.dumps({"dolly": counts}))
     page = build(Path("records"))[PurePath("evidence.md")]
     assert "| ExAccErr, % ↓ | less gkd |" in page
-    assert "\n5. **On- against off-policy" in page.split("## In short")[1].split("## ")[0]
+    short = page.split("## In short")[1].split("## ")[0]
+    assert "\n5. **On- against off-policy" in short
+    assert "Of eleven methods (three seeds) `abkd` has" in short
     assert "of 196 test requests 3 occurs" in " ".join(page.split())
     assert "| kd | 5 |" in build_readme(Path("records"), f"{BEGIN}\n{END}\n")
     rates = page.split("## The learning rates")[1].split("## ")[0]
