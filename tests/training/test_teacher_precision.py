@@ -15,6 +15,7 @@ from promptkd.errors import RequestError
 from promptkd.methods import named_method
 from promptkd.models import load_model
 from promptkd.results import Results
+from promptkd.training.config import chosen_method
 from promptkd.training.teacher import teacher_settings
 
 NO_BITSANDBYTES = "bitsandbytes is not installed: pip install bitsandbytes"
@@ -89,6 +90,13 @@ def test_a_float16_teacher_on_a_cpu_that_computes_in_bfloat16_is_refused(tmp_pat
 def test_a_whole_teacher_is_not_trained_in_lower_precision(tmp_path):
     with pytest.raises(RequestError, match="trained in float32 alone"):
         trainer(tmp_path, models=(student(), teacher(torch.bfloat16)), method=named_method("promptkd-full"))
+
+
+@pytest.mark.parametrize("setting", [{"teacher_dtype": "bfloat16"}, {"teacher_quantization": "4bit"}])
+def test_that_is_told_before_a_model_is_loaded(tmp_path, setting):
+    with pytest.raises(RequestError, match="trained in float32 alone"):
+        chosen_method(config(tmp_path, method="promptkd-full", **setting))
+    assert chosen_method(config(tmp_path, method="promptkd-lora", **setting)).adapter_class is not None
 
 
 def test_settings_of_loading(tmp_path):

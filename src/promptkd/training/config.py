@@ -304,6 +304,10 @@ def chosen_method(args: Any, given: Method | None = None) -> Method:
     take.refuse_unread(name, (factory for factory in ADAPTERS.values() if factory is not None))
     without = " without a teacher adapter" if adapter is None else ""
     take.refuse_unread(name + without, (TunerSettings, PromptLossSettings))
+    is_rounded = args.teacher_dtype in ("bfloat16", "float16") or args.teacher_quantization is not None
+    if is_rounded and adapter is not None and adapter.copies_teacher:
+        told = "a whole teacher is trained in float32 alone: leave teacher_dtype and teacher_quantization out"
+        raise RequestError(f"Wrong settings: {told}.")
     if args.teacher_prompt is not None and not method.reads_teacher:
         raise RequestError(f"{name} reads no teacher, and teacher_prompt is what a teacher reads. Leave it out.")
     is_cut = args.temperature != 1 or args.top_p < 1 or args.top_k > 0
