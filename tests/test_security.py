@@ -31,7 +31,7 @@ HOSTILE = f"{MARKUP}{ESCAPE}{OVERRIDE}\x9b2J"
 SECRETS = {"HF_TOKEN": "hf_plantedInTheEnvironment", "OPENAI_API_KEY": "sk-plantedInTheEnvironment"}
 FLAGS = {
     "--hub_token": "hf_plantedInAFlag",
-    "--vllm_server_base_url": "http://me:plantedInAnAddress@h:1/?key=plantedInAQuery",
+    "--run_name": "http://me:plantedInAnAddress@h:1/?key=plantedInAQuery",
 }
 
 
