@@ -3,7 +3,7 @@
     python -m benchmarks.evidence.leaks dolly --rows runs/evidence/dolly
 
 The rows are those of `benchmarks.evidence.rows`. Requests and responses are compared as their words, in lower case and
-without punctuation, with the first rows of train.jsonl, as many as base.yaml takes.
+without punctuation, with all rows of train.jsonl, of which teacher, student and every run see a part.
 """
 
 import argparse
@@ -58,8 +58,7 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, required=True, help="folder of the task's rows")
     asked = parser.parse_args()
     sets: dict[str, Any] = yaml.safe_load((HERE / asked.task / "rows.yaml").read_text(encoding="utf-8"))["sets"]
-    limit = yaml.safe_load((HERE / asked.task / "base.yaml").read_text(encoding="utf-8"))["limit"]
-    train = read_examples(asked.rows / "train.jsonl", limit=limit)
+    train = read_examples(asked.rows / "train.jsonl")
     found = {
         name: counted(read_examples(asked.rows / f"{name}.jsonl"), train)
         for name in sets
