@@ -250,6 +250,15 @@ def test_a_wrong_study(world, tmp_path, capsys, changes, message):
     assert message in refused(capsys, study_file(world, tmp_path / "out", **changes))
 
 
+def test_settings_of_loading_that_name_no_revision_are_measured(world, tmp_path, capsys):
+    base = {
+        "teacher_model_init_kwargs": {"attn_implementation": "sdpa"},
+        "model_init_kwargs": '{"code_revision": "v2"}',
+    }
+    file = study_file(world, tmp_path / "out", base=base, evaluate={"data": [world.test]})
+    assert "1 of 1 runs to do" in done(capsys, "study", file, "--dry-run").out
+
+
 def test_a_file_is_missing(tmp_path, capsys):
     assert "CONFIG is missing: The study." in run(capsys, "study").err
     assert "expects a YAML file" in run(capsys, "study", tmp_path / "none.yaml").err

@@ -5,6 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
+
+import yaml
 
 import promptkd.cli.options.evaluate
 import promptkd.cli.options.exposure_bias
@@ -84,7 +87,7 @@ class Measuring:
         self._shared: dict[str, Settings] = {}
         for run in planned if self.asked else ():
             for key in _REVISIONS if options.references else _REVISIONS[:2]:
-                if "revision" in str(given := run.settings.get(key)) or (key == _REVISIONS[0] and given is not None):
+                if _names_revision(key, run.settings.get(key)):
                     told = f"{key} names a revision, and models are measured at the default one of their repository"
                     advice = "Download it (hf download NAME --revision REVISION --local-dir FOLDER) and name FOLDER"
                     problems[f"{told}. {advice}."].append(run.name)
@@ -192,6 +195,14 @@ class Measuring:
             advice = f"Put it back, or delete {results.parent.parent} to measure all again."
             raise RequestError(f"evaluate: the answers of before were made with other settings: {told}. {advice}")
         return command, told
+
+
+def _names_revision(key: str, given: Any) -> bool:
+    """Whether a setting of `_REVISIONS` names one: the first is one itself, the others are mappings, also as JSON."""
+    if key == _REVISIONS[0] or given is None:
+        return given is not None
+    held = yaml.safe_load(given) if isinstance(given, str) else given
+    return isinstance(held, Mapping) and held.get("revision") is not None
 
 
 def record_at(path: Path) -> Results | None:
