@@ -236,6 +236,10 @@ def test_each_data_set_is_read_once(world, tmp_path, capsys, monkeypatch):
             {"methods": ["kd", {"name": "long", "method": "kd", "max_completion_length": 9}], "evaluate": {"data": []}},
             "The runs differ in max_completion_length. Say in `evaluate`",
         ),
+        (
+            {"base": {"model_init_kwargs": '{"revision": '}, "evaluate": {"data": ["t"]}},
+            "kd-seed-1: --model-init-kwargs expects a mapping",
+        ),
         *(
             ({"base": {key: value}, "evaluate": {"data": ["t"]}}, f"kd-seed-1: {key} names a revision, and models")
             for key, value in {

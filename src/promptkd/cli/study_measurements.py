@@ -201,7 +201,10 @@ def _names_revision(key: str, given: Any) -> bool:
     """Whether a setting of `_REVISIONS` names one: the first is one itself, the others are mappings, also as JSON."""
     if key == _REVISIONS[0] or given is None:
         return given is not None
-    held = yaml.safe_load(given) if isinstance(given, str) else given
+    try:
+        held = yaml.safe_load(given) if isinstance(given, str) else given
+    except yaml.YAMLError:  # which the run's own check tells
+        return False
     return isinstance(held, Mapping) and held.get("revision") is not None
 
 
