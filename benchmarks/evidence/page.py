@@ -14,7 +14,7 @@ from jinja2 import Environment, StrictUndefined
 
 from benchmarks.evidence import tables
 from benchmarks.evidence.studies import Committed, Point, committed
-from benchmarks.evidence.svg import Axis, Line, chart, forest
+from benchmarks.evidence.svg import Axis, Line, chart, forest, scatter
 from promptkd.errors import RequestError
 from promptkd.report.formatting import duration, listed
 from promptkd.report.metrics import logged_info, metric_info
@@ -60,6 +60,11 @@ class Page:
         """What a run of each group took."""
         held = self._study(study)
         return self._with_source(held, tables.costs_table(held, held.named(groups)))
+
+    def logged(self, study: str, metrics: Sequence[str], groups: Sequence[str] = (), last: int = 10) -> str:
+        """Logged metrics in the first step and as means over the `last` ones, and what training warned of."""
+        held = self._study(study)
+        return self._with_source(held, tables.log_table(held, held.named(groups), metrics, last))
 
     def reached(self, study: str, target: float, metric: str = "eval_kl_to_teacher", groups: Sequence[str] = ()) -> str:
         """What each group took until a logged metric was at most `target`."""
@@ -160,6 +165,21 @@ class Page:
         stem = f"{study}-{metric}-differences-{data}"
         axis = Axis(f"{_axis(info).label}, less {held.baseline}")
         return self._image(held, stem, about, forest(about, rows, axis))
+
+    def plot_costs(self, study: str, metric: str, data: str, groups: Sequence[str] = ()) -> str:
+        """A metric over the seconds of a run, a point for each group."""
+        held, info, points = self._study(study), metric_info(metric), {}
+        for group in held.named(groups):
+            row = tables.row_of(held, group, metric, data).metrics[metric]
+            value, spread = row.value * info.scale, (row.deviation or 0.0) * info.scale
+            points[held.label(group)] = Point(held.cost(group).seconds, value, value - spread, value + spread)
+        better = {"lower": "further down and to the left", "higher": "further up and to the left", None: "to the left"}
+        x = Axis("seconds of training of a run", log=True)
+        about = (
+            f"{info.label} on {data} over {x.label}: {better[info.better]} is better. Bars are one standard deviation "
+        )
+        about += "between seeds to either side; they say nothing of the rows."
+        return self._image(held, f"{study}-{metric}-over-costs-{data}", about, scatter(about, points, x, _axis(info)))
 
     def plot_history(
         self, study: str, metric: str, *, groups: Sequence[str] = (), by_time: bool = False, stem: str = ""

@@ -4,11 +4,12 @@ A page shows them as images, which see neither its style sheet nor its choice of
 transparent, and every color has a contrast of 3 or more, text of 4 or more, with both white and near black.
 """
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from benchmarks.evidence.studies import Point
 from promptkd.report.formatting import number
@@ -16,7 +17,7 @@ from promptkd.report.formatting import number
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 400, 256, 44, 10, 26, 40  # of the plot with its axes
 _LINE = 17  # height of a line of the legend
 _ROW = 20  # height of a row of a forest plot
-_CHARACTER = 6.4  # mean width of one at this size of text
+_CHARACTER, _WIDE = 6.4, 7.2  # width of a character at this size of text, a mean one and one of a short wide name
 _GRAY = "#7b7f87"
 _COLORS = ("#3a83c9", "#d3622b", "#2b9a68", "#b56bb8", "#a98a1d", "#d5496b", "#2795a5", "#8a7a5c")
 _DASHES = ("", "6 3", "2 3", "8 3 2 3")
@@ -81,6 +82,55 @@ def chart(title: str, lines: Sequence[Line], x: Axis, y: Axis) -> str:
     return _image(title, [*parts, *([legend] if legend else [])], height)
 
 
+def scatter(title: str, marks: Mapping[str, Point], x: Axis, y: Axis) -> str:
+    """An image of points with bars and names, each put where it covers nothing and is nearest to its own point."""
+    _, _, at_x = _scale([point.x for point in marks.values()], x, _LEFT, _WIDTH - _RIGHT)
+    _, _, at_y = _scale([end for point in marks.values() for end in point[1:]], y, _HEIGHT - _BOTTOM, _TOP)
+    parts = _axes(at_x, at_y, x, y)
+    dots = {name: (at_x(point.x), at_y(point.value)) for name, point in marks.items()}
+    taken = [_Box(left - 4, left + 4, middle - 4, middle + 4) for left, middle in dots.values()]
+    colors = dict(zip(dots, itertools.cycle(_COLORS), strict=False))
+    for name, (left, middle) in sorted(dots.items(), key=lambda dot: -dot[1][0]):  # the right edge has the least room
+        ends = f"M{left} {at_y(marks[name].low)}V{at_y(marks[name].high)}"
+        parts.append(f'<path d="{ends}" stroke="{colors[name]}" stroke-opacity=".6"/>')
+        parts.append(f'<circle cx="{left}" cy="{middle}" r="3.5" fill="{colors[name]}"/>')
+        others = [dot for other, dot in dots.items() if other != name]
+        box = _free_box(_WIDE * len(name), left, middle, others, taken)
+        taken.append(box)
+        at = f'x="{box.left:.0f}" y="{box.bottom - 3:.0f}"'
+        parts.append(f'<text {at} fill="{colors[name]}">{escape(name)}</text>')
+    return _image(title, parts, _HEIGHT)
+
+
+class _Box(NamedTuple):
+    left: float
+    right: float
+    top: float
+    bottom: float
+
+    def meets(self, other: "_Box") -> bool:
+        apart = self.right <= other.left or other.right <= self.left
+        return not (apart or self.bottom <= other.top or other.bottom <= self.top)
+
+    def distance(self, x: float, y: float) -> float:
+        return math.hypot(max(self.left - x, 0, x - self.right), max(self.top - y, 0, y - self.bottom))
+
+
+def _free_box(width: float, x: float, y: float, others: Sequence[tuple[float, float]], taken: Sequence[_Box]) -> _Box:
+    """For a name of a point: beside, above or below it, where it meets the fewest of what is taken, then of the others
+    is nearer to the fewest than to its own.
+    """
+    lefts, tops = (x + 6, x - 6 - width, x - width / 2), (y - 6, y - 17, y + 5, y - 28, y + 16)
+    boxes = [_Box(left, left + width, top, top + 12) for top in tops for left in lefts]
+    boxes = [box for box in boxes if box.left >= _LEFT and box.right <= _WIDTH and box.top >= _TOP - 12]
+
+    def wrongs(box: _Box) -> tuple[int, int]:
+        own = box.distance(x, y)
+        return sum(map(box.meets, taken)), sum(box.distance(*other) <= own for other in others)
+
+    return min(boxes, key=wrongs)  # the first of equal ones
+
+
 def _image(title: str, parts: Sequence[str], height: int) -> str:
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" width="560" role="img" '
@@ -106,7 +156,8 @@ class _Place:
             return [(float(at), name) for at, name in enumerate(self._names)]
         if self._log:
             powers = range(math.floor(self._low), math.ceil(self._high) + 1)
-            steps = (1,) if self._high - self._low > 2 else (1, 3)
+            span = self._high - self._low
+            steps = (1,) if span > 2 else (1, 3) if span > 1 else (1, 1.5, 2, 3, 5, 7)
             values = [step * 10.0**power for power in powers for step in steps]
             return [(v, f"{v:g}") for v in values if self._low - 1e-9 <= math.log10(v) <= self._high + 1e-9]
         step = _round_step((self._high - self._low) / 6)

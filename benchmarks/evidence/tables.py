@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import cache
+from statistics import mean
 
 from benchmarks.evidence.studies import Committed
 from benchmarks.evidence.svg import Interval
@@ -10,6 +11,7 @@ from promptkd.report.differences import DifferenceRow, difference_table
 from promptkd.report.formatting import DASH, duration, listed, number, probability
 from promptkd.report.metrics import logged_info, metric_info
 from promptkd.report.tables import ComparisonRow, comparison_table
+from promptkd.training.collapse import findings
 
 _ARROWS = {"higher": " ↑", "lower": " ↓", None: ""}
 _BASELINE = "baseline"
@@ -181,6 +183,35 @@ def costs_table(study: Committed, groups: Sequence[str]) -> str:
         pace = number(cost.seconds / max(1, cost.steps), 2)
         lines.append([group, f"{cost.steps:,}", duration(cost.seconds), pace, speed, memory])
     return _markdown(heads, lines)
+
+
+def log_table(study: Committed, groups: Sequence[str], metrics: Sequence[str], last: int) -> str:
+    """What training logged: each metric in the first step and as a mean over the last ones; and what it warned of."""
+    infos = [logged_info(metric) for metric in metrics]
+    heads = [f"{info.label}{f', {info.unit}' if info.unit else ''}" for info in infos]
+    lines = []
+    for group in groups:
+        cells = []
+        for info in infos:
+            values = [point.value * info.scale for point in study.history(group, info.name)]
+            ends = [values[0], mean(values[-last:])] if values else []
+            cells.append(" → ".join(number(each, info.decimals) for each in ends) or DASH)
+        lines.append([study.label(group), *cells, _warnings(study, group)])
+    return _markdown(["", *heads, "warnings"], lines)
+
+
+def _warnings(study: Committed, group: str) -> str:
+    """By kind, under how many seeds it came and the first step at which it did."""
+    found: dict[str, dict[int, int]] = {}
+    runs = study.runs(group)
+    for run in runs:
+        lines = (point for series in run.trained.history for point in series.points)
+        for each in findings(lines):
+            found.setdefault(each.kind, {}).setdefault(run.planned.seed, each.step)
+    told = [
+        f"{kind} ({len(steps)} of {len(runs)} seeds, from step {min(steps.values())})" for kind, steps in found.items()
+    ]
+    return ", ".join(told) or "none"
 
 
 def pairs_table(studies: Sequence[Committed]) -> str:

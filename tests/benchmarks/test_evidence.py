@@ -17,9 +17,9 @@ from benchmarks.evidence.__main__ import DOCS, README, RECORDS, outdated
 from benchmarks.evidence.leaks import counted
 from benchmarks.evidence.page import BEGIN, END, HERE, build, build_readme
 from benchmarks.evidence.records import collect
-from benchmarks.evidence.studies import Committed, committed
-from benchmarks.evidence.svg import Axis, Interval, forest
-from benchmarks.evidence.tables import choices_table, chosen, leaders, metrics_table
+from benchmarks.evidence.studies import Committed, Point, committed
+from benchmarks.evidence.svg import Axis, Interval, forest, scatter
+from benchmarks.evidence.tables import choices_table, chosen, leaders, log_table, metrics_table
 
 from helpers.bias_records import curve_of
 from helpers.records import stamped
@@ -91,6 +91,8 @@ def made_runs(folder: Path, settings: dict, names: dict[str, float], references=
             record = stamped("exposure-bias", data=data, curves=curves, timings={"measuring": 1.0})
             record.write(folder / "exposure-bias" / name / "results.json")
         steps = [{"step": step, "loss": 3 - step / 100 + draw.normal() / 9} for step in range(1, 201)]
+        if name.startswith("promptkd"):
+            steps = [line | {"prompt_regularizer": line["step"] / 50 if quality < 25 else 0.1} for line in steps]
         steps += [{"step": step, "eval_kl_to_teacher": 1 - step / 400, "eval_loss": 2.5} for step in (50, 100, 200)]
         cost = Training(method="m", steps=200, seconds=80.0, peak_memory_bytes=2**30, tokens_per_second=50.0)
         trained = stamped("distill", **measured, training={name: cost}, timings={"train": 99.0, "evaluate": 2.0})
@@ -270,6 +272,20 @@ after {{ seconds("prompt", "gkd") }} and {{ steps("prompt", "gkd") }} steps
 """
 
 
+def test_the_table_of_the_log_has_first_and_last_values_and_what_was_warned_of(made):
+    lines = log_table(made, made.groups, ["prompt_regularizer", "loss"], last=3).splitlines()
+    assert lines[0] == "|  | Prompt regularizer, nats/token | Training loss, nats/token | warnings |"
+    gkd, slow, fast = (line.strip("| ").split(" | ") for line in lines[2:])
+    assert [gkd[0], gkd[1], gkd[3]] == ["gkd", "–", "none"]
+    assert [slow[0], slow[1], slow[3]] == ["prompt learning rate 0.001", "0.100 → 0.100", "none"]
+    kept = [point.x for point in made.history(made.groups[2], "prompt_regularizer")]
+    first = next(step for step in kept if step / 50 > 2)
+    last = f"{sum(kept[-3:]) / 3 / 50:.3f}"
+    assert fast[1] == f"0.020 → {last}"
+    told = next(step for step in kept if step > first and step - kept[kept.index(first) - 1] >= 5)
+    assert fast[3] in (f"prompt KL (3 of 3 seeds, from step {step:.0f})" for step in (first, told))
+
+
 def test_a_page_is_made_of_a_template_and_records(world, tmp_path):
     (tmp_path / "page.md").write_text(PAGE)
     made = {str(place): text for place, text in build(world / "records", tmp_path / "page.md").items()}
@@ -322,6 +338,26 @@ def test_a_forest_plot_has_a_row_for_each_difference_about_a_line_at_zero():
         (float(bar[3]) - float(bar[1])) / unit for bar in bars if bar and bar[2] in (near.get("cy"), far.get("cy"))
     ]
     assert spans == [pytest.approx(3, abs=0.02), pytest.approx(2, abs=0.02)]
+
+
+def test_a_scatter_plot_has_a_name_at_each_point_that_covers_no_other():
+    marks = {"taid": Point(83.0, 0.74, 0.73, 0.75), "seqkd": Point(68.0, 0.74, 0.73, 0.74)}
+    marks |= {"a": Point(300.0, 0.65, 0.62, 0.67), "promptkd": Point(300.0, 0.6505, 0.65, 0.66)}
+    image = xml.etree.ElementTree.fromstring(scatter("costs", marks, Axis("seconds", log=True), Axis("KL")))
+    texts = {each.text: each for each in image.iter("{http://www.w3.org/2000/svg}text")}
+    dots = list(image.iter("{http://www.w3.org/2000/svg}circle"))
+    named = {name: next(dot for dot in dots if dot.get("fill") == texts[name].get("fill")) for name in marks}
+    assert len({id(dot) for dot in named.values()}) == len(dots) == len(marks)
+    lefts = {name: float(dot.get("cx")) for name, dot in named.items()}
+    spread = np.log([300 / 68, 83 / 68])
+    assert (lefts["taid"] - lefts["seqkd"]) / (lefts["a"] - lefts["seqkd"]) == pytest.approx(
+        spread[1] / spread[0], abs=1e-3
+    )
+    boxes = [(float(texts[name].get("x")), float(texts[name].get("y")), 6 * len(name)) for name in marks]
+    for (x, y, width), (other_x, other_y, other_width) in itertools.combinations(boxes, 2):
+        assert abs(y - other_y) >= 12 or x + width <= other_x or other_x + other_width <= x
+    assert all(x >= 44 and x + width <= 400 for x, _, width in boxes)
+    assert {"100", "200", "seconds", "KL"} <= texts.keys()
 
 
 def test_the_page_asks_its_studies_for_what_they_measure(tmp_path, monkeypatch):
