@@ -173,16 +173,27 @@ def _mean(study: Committed, group: str, metric: str, data: str) -> float:
 
 
 def costs_table(study: Committed, groups: Sequence[str]) -> str:
-    """What a run of each group took: means over seeds, and the most memory."""
+    """What a run of each group took: means over seeds, and the most memory; and how many numbers of the teacher it
+    trained, where several groups trained any.
+    """
     heads = ["", "steps", "time", "seconds per step", "tokens per second", "peak memory"]
+    trained = {group: _trained_numbers(study, group) for group in groups}
+    heads += ["trained in the teacher"] if (is_shown := sum(each > 0 for each in trained.values()) > 1) else []
     lines = []
     for group in groups:
         cost = study.cost(group)
         speed = DASH if cost.tokens_per_second is None else number(cost.tokens_per_second, 0)
         memory = f"{cost.peak_memory_bytes / 2**30:.1f} GiB"
         pace = number(cost.seconds / max(1, cost.steps), 2)
-        lines.append([group, f"{cost.steps:,}", duration(cost.seconds), pace, speed, memory])
+        cells = [study.label(group), f"{cost.steps:,}", duration(cost.seconds), pace, speed, memory]
+        lines.append([*cells, *([f"{trained[group]:,}" if trained[group] else DASH] if is_shown else [])])
     return _markdown(heads, lines)
+
+
+def _trained_numbers(study: Committed, group: str) -> int:
+    """Trainable numbers in the teacher, 0 without any."""
+    held = study.runs(group)[0].trained.metrics.get("teacher_trained_numbers")
+    return 0 if held is None else round(held.value)
 
 
 def log_table(study: Committed, groups: Sequence[str], metrics: Sequence[str], last: int) -> str:
@@ -195,7 +206,8 @@ def log_table(study: Committed, groups: Sequence[str], metrics: Sequence[str], l
         for info in infos:
             values = [point.value * info.scale for point in study.history(group, info.name)]
             ends = [values[0], mean(values[-last:])] if values else []
-            cells.append(" → ".join(number(each, info.decimals) for each in ends) or DASH)
+            decimals = 0 if info.unit == "%" else info.decimals
+            cells.append(" → ".join(number(each, decimals) for each in ends) or DASH)
         lines.append([study.label(group), *cells, _warnings(study, group)])
     return _markdown(["", *heads, "warnings"], lines)
 
