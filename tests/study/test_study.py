@@ -44,7 +44,7 @@ from promptkd.errors import RequestError
 from promptkd.evaluation.pairing import Candidate
 from promptkd.io.lock import locked
 from promptkd.results import DataRecord, Evaluation, Metric, ModelRecord, Results, RowResult, Training, file_sha256
-from promptkd.study.loop import Table, carry_out
+from promptkd.study.loop import Table, carry_out, seconds_left
 from promptkd.study.plan import Planned, arguments_of, plan_runs
 from promptkd.study.pooling import both_ways, compare_groups, t_quantile, t_two_sided
 from promptkd.study.processes import Job, LocalPool, Phase, shares, shell_line
@@ -535,6 +535,27 @@ def test_a_command_is_shown_without_secrets():
     )
 
 
+def test_the_time_that_is_left_goes_by_steps_and_by_how_many_run_at_once(tmp_path):
+    jobs = [job_of(tmp_path, f"kd-seed-{seed}") for seed in range(6)]
+    assert [job.steps for job in jobs] == [10] * 6
+    assert seconds_left(jobs, 2, 500.0) is None
+    jobs[0].phase = Phase.DONE  # before this process
+    assert seconds_left(jobs, 2, 500.0) is None
+    jobs[1].phase, jobs[1].began, jobs[1].seconds = Phase.DONE, 100.0, 60.0
+    jobs[2].phase, jobs[2].began = Phase.FAILED, 100.0
+    jobs[3].phase, jobs[3].began = Phase.RUNNING, 480.0
+    jobs[5].steps = 30
+    measuring = [job_of(tmp_path, "teacher"), job_of(tmp_path, "untrained")]
+    for job in measuring:
+        job.steps = 0
+    measuring[0].phase, measuring[0].began, measuring[0].seconds = Phase.DONE, 100.0, 1000.0
+    jobs += measuring
+    assert seconds_left(jobs, 2, 500.0) == (40 + 60 + 180) / 2
+    assert seconds_left(jobs, 2, 900.0) == (0 + 60 + 180) / 2
+    assert seconds_left(jobs[:4], 2, 500.0) == 40
+    assert seconds_left(jobs[:3], 2, 500.0) is None
+
+
 def test_the_live_table(tmp_path):
     jobs = [job_of(tmp_path, f"kd-seed-{seed}") for seed in range(40)]
     (tmp_path / "kd-seed-7").mkdir()
@@ -555,8 +576,8 @@ def test_the_live_table(tmp_path):
     (line,) = {line.split("\x1b")[0].rstrip() for line in shown.splitlines() if "kd-seed-7" in line}
     assert line.split()[-5:-1] == ["kd-seed-7", "running", "4/10", "1.250"]
     assert "failed (1)" in shown
-    assert "1 done, 1 failed, 1 running, 37 waiting" in shown
-    assert "32 more runs" in shown
+    assert "1 done, 1 failed, 1 running, 37 waiting;" in shown
+    assert "about 0:00 to go; 32 more runs" in shown
 
 
 # ---- what the methods are compared by ----

@@ -83,17 +83,33 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def seconds_left(jobs: Sequence[Job], at_once: int, now: float) -> float | None:
+    """What the runs that have not ended will take if their steps take as long as those of the runs that this process
+    has seen through, measuring included; None before there is one. Jobs without steps only measure, and count nothing.
+    """
+    jobs = [job for job in jobs if job.steps]
+    seen = [job for job in jobs if job.phase is Phase.DONE and job.began]
+    todo = [job for job in jobs if job.phase in (Phase.RUNNING, Phase.QUEUED, Phase.WAITING)]
+    if not seen or not todo:
+        return None
+    pace = sum(job.seconds for job in seen) / sum(job.steps for job in seen)
+    each = [pace * job.steps - (now - job.began if job.phase is Phase.RUNNING else 0.0) for job in todo]
+    return sum(max(0.0, seconds) for seconds in each) / min(at_once, len(todo))
+
+
 class Table:
     """The jobs on the screen; `live` draws them as long as it is entered."""
 
     def __init__(self, jobs: Sequence[Job], console: Console):
         self._jobs, self.console = jobs, console
+        self._at_once = 1  # the most jobs that have run beside one another
         is_live = console.is_terminal
         self.live = Live(get_renderable=self._drawn, console=console, auto_refresh=False) if is_live else None
         self._drawn_at = 0.0
 
     def begun(self, job: Job) -> None:
         job.phase, job.began = Phase.RUNNING, time.monotonic()
+        self._at_once = max(self._at_once, sum(each.phase is Phase.RUNNING for each in self._jobs))
         self._say(f"{job.name}: started")
 
     def ended(self, job: Job, status: int, *, stopped: bool) -> None:
@@ -112,7 +128,9 @@ class Table:
 
     def _counts(self) -> str:
         phases = [job.phase for job in self._jobs]
-        return ", ".join(f"{phases.count(phase)} {phase.value}" for phase in _COUNTED if phase in phases)
+        told = ", ".join(f"{phases.count(phase)} {phase.value}" for phase in _COUNTED if phase in phases)
+        left = seconds_left(self._jobs, self._at_once, time.monotonic())
+        return told if left is None else f"{told}; about {clock(left)} to go"
 
     def _drawn(self) -> RichTable:
         """As many runs as the screen has lines for, those in motion first."""
