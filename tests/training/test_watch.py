@@ -30,7 +30,8 @@ def healthy(steps=120):
                 "top_overlap": 0.6 + 0.2 * done + 0.08 * (-1) ** k,
                 "prompt_norm": 5.0 + 15 * done,
                 "prompt_distance": 15 * done,
-                "prompt_regularizer": 0.05 + done if k != 7 else 4.0,
+                "prompt_regularizer": 0.05 + 0.1 * done if k != 7 else 4.0,
+                "prompt_kl": 0.8 - 0.3 * done,
             }
         )
         if k % 20 == 19:
@@ -62,6 +63,12 @@ def test_a_healthy_run_is_left_in_peace():
         ("entropy", {"entropy": 0.01}, 84, "entropy has fallen to 0.010 nats per token"),
         ("prompt norm", {"prompt_norm": 51.0}, 84, "its norm is 51, from 5 in the first step"),
         ("prompt KL", {"prompt_regularizer": 2.5}, 84, "is 2.50 nats per token from the plain one"),
+        (
+            "meeting",
+            {"prompt_regularizer": 0.24, "prompt_kl": 0.4},
+            84,
+            "meet the student: it is 0.24 nats per token from the plain one and 0.40 from the student",
+        ),
         ("endless validation", {"eval_eos_share": 0.0}, 100, "ended by itself in two validations"),
         (
             "repetition",
@@ -91,8 +98,8 @@ def test_lengths_that_explode():
     """To the limit, where most responses are cut that ended before; or below it, to five times the start."""
     cut = run_of(response_length=lambda k: 200 if k > 20 else 60, cut_share=lambda k: 0.7 if k > 20 else 0.1)
     (found,) = findings(cut)
-    assert (found.kind, found.step) == ("growth", 33)
-    assert "grown to 200 tokens, 70% of them cut at the limit, from 60 tokens and 10% in the first" in found.text
+    assert (found.kind, found.step) == ("growth", 29)
+    assert "grown to 186 tokens, 64% of them cut at the limit, from 60 tokens and 10% in the first" in found.text
     uncut = run_of(response_length=lambda k: 500 if k > 20 else 60, cut_share=0.0)
     assert [(each.kind, each.step) for each in findings(uncut)] == [("growth", 30)]
     for healthy_length in (lambda k: 60 + 4 * k, lambda k: 150 if k > 20 else 60):  # towards a teacher that says more
@@ -100,6 +107,17 @@ def test_lengths_that_explode():
     rambles = run_of(response_length=256, cut_share=lambda k: 0.9 if k < 20 else 0.95)
     assert findings(rambles) == []  # it did so from the start
     assert findings(run_of(8, response_length=lambda k: 10.0**k, cut_share=0.0)) == []  # too early to tell
+
+
+def test_a_share_of_cut_responses_that_rises_by_less_than_batches_differ():
+    """In docs/evidence.md by up to 21 points in on-policy runs that went well, by 38 and more where LoRA went wrong."""
+    for cut, kinds in ((lambda k: 0.3 + 0.0075 * k, []), (lambda k: 0.3 + 0.015 * k, ["growth"])):
+        assert [each.kind for each in findings(run_of(response_length=40, cut_share=cut))] == kinds
+
+
+def test_an_adapted_teacher_that_stays_with_the_plain_one_or_meets_a_student_that_has_learned():
+    for regularizer, kl in ((0.2, 0.8), (0.06, 0.1), (lambda k: 0.3 if k % 5 == 0 else 0.05, 0.5)):
+        assert findings(run_of(prompt_regularizer=regularizer, prompt_kl=kl)) == []
 
 
 def test_repetition_from_the_start_and_in_texts_that_repeat():

@@ -32,6 +32,10 @@ _MOVES_AWAY = (
     "Lower --learning_rate (and --prompt_learning_rate), or begin with a student that was tuned on the data or on the "
     "teacher's answers (promptkd sft, --method seqkd)."
 )
+_MEETS = (
+    "See that responses still end (cut_share). Lower --prompt_learning_rate, or keep it to the plain teacher "
+    "(--regularizer_schedule constant)."
+)
 
 
 @dataclass(frozen=True)
@@ -46,8 +50,9 @@ class Limits:
     endless_steps: int = 50  # optimizer steps without any response that ends by itself
     prompt_growth: float = 10.0  # norm of the soft prompt over its norm in the first logged line
     prompt_kl: float = 2.0  # nats per token between the adapted and the plain teacher
+    meeting: tuple[float, float] = (0.1, 1 / 3)  # or that KL, if it is also so large a share of that to the student
     length_growth: float = 5.0  # times the mean response length at the start
-    cut_growth: float = 0.5  # by how much the mean share of cut responses may rise since the start
+    cut_growth: float = 0.3  # by how much the mean share of cut responses may rise since the start
     repetition: float = 0.5  # mean share of 4-grams that are repeated, whatever it was at the start
     repetition_rise: tuple[float, float] = (0.2, 3.0)  # or that mean, if it is so many times that at the start
     overlap_fall: float = 0.1  # of the mean top-token overlap, since the start
@@ -204,6 +209,15 @@ class Watch:
                 "from another model than the one that was chosen. Raise --regularizer_coefficient, or lower "
                 "--prompt_learning_rate.",
             )
+            if "prompt_kl" in metrics:
+                (least, share), to_student = limits.meeting, metrics["prompt_kl"]
+                yield (
+                    "meeting",
+                    least <= kl <= limits.prompt_kl and kl >= share * to_student,
+                    limits.steps,
+                    f"the adapted teacher comes to meet the student: it is {kl:.2f} nats per token from the plain one "
+                    f"and {to_student:.2f} from the student, and teaches it what it already says. {_MEETS}",
+                )
 
 
 def findings(history: Iterable[Mapping[str, Any]], limits: Limits | None = None) -> list[Finding]:
