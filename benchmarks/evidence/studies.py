@@ -60,11 +60,15 @@ class Committed:
         return {method: dict(sorted(groups.items())) for method, groups in found.items() if len(groups) == values}
 
     def label(self, group: str) -> str:
-        """What is short: of "rate-prompt_learning_rate-0.02", in a method's own grid, "prompt learning rate 0.02"."""
+        """What is short: of "rate-prompt_learning_rate-0.02", in a method's own grid, "prompt learning rate 0.02".
+
+        The method stays where several have that setting at that value.
+        """
         for setting in self.runs(group)[0].planned.settings:
-            _, named, value = group.partition(f"-{setting}-")
-            if named:
-                return f"{setting.replace('_', ' ')} {value}"
+            method, varied, value = group.partition(f"-{setting}-")
+            if varied:
+                is_shared = sum(each.endswith(f"{varied}{value}") for each in self.groups) > 1
+                return f"{f'{method}, ' if is_shared else ''}{setting.replace('_', ' ')} {value}"
         return group
 
     def runs(self, group: str) -> list[Finished]:

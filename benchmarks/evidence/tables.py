@@ -127,7 +127,7 @@ def metrics_table(study: Committed, data: str, groups: Sequence[str], metrics: S
     references = [each.label for each in study.study.references if each.label in rows]
     for group in [*references, *groups]:
         own = group in study.groups
-        cells = [group, str(len(study.runs(group))) if own else DASH]
+        cells = [study.label(group) if own else group, str(len(study.runs(group))) if own else DASH]
         for name in shown:
             cells.append(_cell(rows[group], name))
             cells += [difference_text(study, group, name, data) if own else DASH] if name in tested else []
@@ -255,11 +255,11 @@ def reached_table(study: Committed, metric: str, target: float, groups: Sequence
         steps = _first_at_most(target, [(point.x, point.value * info.scale) for point in points])
         memory = f"{cost.peak_memory_bytes / 2**30:.1f} GiB"
         if steps is None:
-            lines.append([group, "not reached", DASH, DASH, memory, lowest])
+            lines.append([study.label(group), "not reached", DASH, DASH, memory, lowest])
             continue
         seconds = cost.seconds / max(1, cost.steps) * steps
         tokens = DASH if cost.tokens_per_second is None else f"{round(cost.tokens_per_second * seconds, -3):,.0f}"
-        lines.append([group, number(steps, 0), duration(seconds), tokens, memory, lowest])
+        lines.append([study.label(group), number(steps, 0), duration(seconds), tokens, memory, lowest])
     return _markdown(heads, lines)
 
 

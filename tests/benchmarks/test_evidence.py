@@ -236,7 +236,8 @@ def test_the_table_marks_the_best_and_claims_by_p_after_holm(made):
     table = metrics_table(made, "test, sampled", made.groups, ["rouge_l"])
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
     assert lines[0] == ["", "seeds", "ROUGE-L, of 100 ↑", "less gkd"]
-    assert [line[:2] for line in lines[2:]] == [["teacher", "–"], *([group, "3"] for group in QUALITY)]
+    names = ["gkd", "prompt learning rate 0.001", "prompt learning rate 0.005"]
+    assert [line[:2] for line in lines[2:]] == [["teacher", "–"], *([name, "3"] for name in names)]
     best = lines[4]
     assert re.fullmatch(r"\*\*[\d.]+\*\* \[[\d.]+, [\d.]+\] ± [\d.]+", best[2])
     assert re.fullmatch(r"\*\*better\*\* \+[\d.]+ \[[+\d.]+, [+\d.]+\], p [<\d. ]+", best[3])
@@ -246,6 +247,24 @@ def test_the_table_marks_the_best_and_claims_by_p_after_holm(made):
     assert leaders(made, "loss", "test, sampled") == []  # the same for all
     with pytest.raises(RequestError, match=r"Study prompt was measured on test, sampled; test, greedy. Got dolly."):
         metrics_table(made, "dolly", made.groups, ["rouge_l"])
+
+
+def test_a_setting_names_its_group_and_the_method_too_where_several_vary_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    methods = [
+        {"name": name, "grid": {"learning_rate": rates}} for name, rates in (("gkd", [1e-5]), ("kd", [1e-5, 2e-5]))
+    ]
+    settings = {
+        "out": "runs/rates",
+        "base": {"student": "s", "teacher": "t", "data": "d"},
+        "methods": methods,
+        "seeds": [1],
+    }
+    names = [each.name for each in plan_runs(*(settings.get(key, {}) for key in PLANNED), read_file=lambda path: {})]
+    collect(made_runs(Path("runs", "rates"), settings, dict.fromkeys(names, 20.0)), Path("records", "rates"))
+    study = committed(Path("records", "rates"))
+    labels = ["gkd, learning rate 1e-05", "kd, learning rate 1e-05", "learning rate 2e-05"]
+    assert [study.label(group) for group in study.groups] == labels
 
 
 PAGE = """
@@ -369,7 +388,7 @@ def test_the_page_asks_its_studies_for_what_they_measure(tmp_path, monkeypatch):
     studies, made = sorted((HERE / "studies").glob("*.yaml")), dict[str, int]()
     for file in studies:
         settings = read_config(file)
-        if file.stem not in ("prompt", "rivals"):  # of which the page tells what comes out
+        if file.stem not in ("prompt", "rivals", "stability"):  # of which the page tells what comes out
             settings |= {"seeds": [1, 2], "methods": settings["methods"][:3]}
         settings |= {"metrics": []} if file.stem == "stability" else {}
         runs = plan_runs(*(settings.get(key, {}) for key in PLANNED), read_file=lambda path: {})
