@@ -14,7 +14,7 @@ from jinja2 import Environment, StrictUndefined
 
 from benchmarks.evidence import tables
 from benchmarks.evidence.studies import Committed, Point, committed
-from benchmarks.evidence.svg import Axis, Line, chart, forest, scatter
+from benchmarks.evidence.svg import Axis, Line, Mark, chart, forest, scatter
 from promptkd.errors import RequestError
 from promptkd.report.formatting import duration, listed
 from promptkd.report.metrics import logged_info, metric_info
@@ -61,10 +61,10 @@ class Page:
         held = self._study(study)
         return self._with_source(held, tables.costs_table(held, held.named(groups)))
 
-    def logged(self, study: str, metrics: Sequence[str], groups: Sequence[str] = (), last: int = 10) -> str:
-        """Logged metrics in the first step and as means over the `last` ones, and what training warned of."""
+    def logged(self, study: str, metrics: Sequence[str], groups: Sequence[str] = (), count: int = 10) -> str:
+        """Logged metrics as means over the first and the last `count` steps, and what promptkd warns of."""
         held = self._study(study)
-        return self._with_source(held, tables.log_table(held, held.named(groups), metrics, last))
+        return self._with_source(held, tables.log_table(held, held.named(groups), metrics, count))
 
     def reached(self, study: str, target: float, metric: str = "eval_kl_to_teacher", groups: Sequence[str] = ()) -> str:
         """What each group took until a logged metric was at most `target`."""
@@ -106,6 +106,12 @@ class Page:
         """Of the seconds of a run of one group to those of another's, means over seeds: "1.6"."""
         held = self._study(study)
         return f"{held.cost(group).seconds / held.cost(other).seconds:.1f}"
+
+    def slower(self) -> str:
+        """The most by which seconds differ between the seeds of one group, of all studies: "1.6" times."""
+        studies = [self._study(file.parent.name) for file in sorted(self._records.glob("*/config.yaml"))]
+        spans = [study.span_of_seconds(group) for study in studies for group in study.groups]
+        return f"{max(most / least for least, most in spans):.1f}"
 
     def leaders(self, study: str, metric: str, data: str) -> str:
         """ "a, b and c": the best and those not told apart from it; "all" where nothing is."""
@@ -168,18 +174,21 @@ class Page:
 
     def plot_costs(self, study: str, metric: str, data: str, groups: Sequence[str] = ()) -> str:
         """A metric over the seconds of a run, a point for each group."""
-        held, info, points = self._study(study), metric_info(metric), {}
+        held, info, marks = self._study(study), metric_info(metric), {}
         for group in held.named(groups):
             row = tables.row_of(held, group, metric, data).metrics[metric]
             value, spread = row.value * info.scale, (row.deviation or 0.0) * info.scale
-            points[held.label(group)] = Point(held.cost(group).seconds, value, value - spread, value + spread)
+            point = Point(held.cost(group).seconds, value, value - spread, value + spread)
+            marks[held.label(group)] = Mark(point, *held.span_of_seconds(group))
         better = {"lower": "further down and to the left", "higher": "further up and to the left", None: "to the left"}
         x = Axis("seconds of training of a run", log=True)
         about = (
-            f"{info.label} on {data} over {x.label}: {better[info.better]} is better. Bars are one standard deviation "
+            f"{info.label} on {data} over {x.label}: {better[info.better]} is better. Bars are from the fastest to the "
         )
-        about += "between seeds to either side; they say nothing of the rows."
-        return self._image(held, f"{study}-{metric}-over-costs-{data}", about, scatter(about, points, x, _axis(info)))
+        about += (
+            "slowest seed, and one standard deviation between seeds to either side, which says nothing of the rows."
+        )
+        return self._image(held, f"{study}-{metric}-over-costs-{data}", about, scatter(about, marks, x, _axis(info)))
 
     def plot_history(
         self, study: str, metric: str, *, groups: Sequence[str] = (), by_time: bool = False, stem: str = ""

@@ -27,7 +27,7 @@ _FILE = "results.json"
 _PARTS = ("", "evaluations", "exposure-bias")  # folders in a study's, each with a folder per run
 _DIGITS = 7  # significant digits of every number
 _FEWER = {"row_parts": 3}  # by field: a row's part in a curve's point, of which only the spread is used
-_MOST_STEPS = 60  # logged steps that are kept of a run; its validations are kept all
+MOST_STEPS = 60  # logged steps that are kept of a run; its validations are kept all
 _KINDS = ("scores", "tokens")
 _OF_TEXT = {"prompts"}  # fields of a record that hold texts of the data
 _ABSOLUTE = re.compile(r"(?<![\w./:])(?:~|[A-Za-z]:)?/(?:[^/\s\"']+/)+")
@@ -102,7 +102,7 @@ def _compact(record: Results, *, rows: bool) -> Plain:
             evaluation["columns"] = _columns(samples)
     for series in plain["history"]:
         steps = [point for point in series["points"] if not _is_validation(point)]
-        kept = {id(point) for point in steps[:: -(-len(steps) // _MOST_STEPS) or 1]}
+        kept = {id(point) for point in steps[:: -(-len(steps) // MOST_STEPS) or 1]}
         series["points"] = [point for point in series["points"] if _is_validation(point) or id(point) in kept]
     made: Plain = _rounded(plain)
     return made

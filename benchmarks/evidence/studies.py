@@ -62,13 +62,14 @@ class Committed:
     def label(self, group: str) -> str:
         """What is short: of "rate-prompt_learning_rate-0.02", in a method's own grid, "prompt learning rate 0.02".
 
-        The method stays where several have that setting at that value.
+        A name that the study gave goes; that of a method stays.
         """
-        for setting in self.runs(group)[0].planned.settings:
-            method, varied, value = group.partition(f"-{setting}-")
+        settings = self.runs(group)[0].planned.settings
+        for setting in settings:
+            name, varied, value = group.partition(f"-{setting}-")
             if varied:
-                is_shared = sum(each.endswith(f"{varied}{value}") for each in self.groups) > 1
-                return f"{f'{method}, ' if is_shared else ''}{setting.replace('_', ' ')} {value}"
+                method = f"{name}, " if name == settings["method"] else ""
+                return f"{method}{setting.replace('_', ' ')} {value}"
         return group
 
     def runs(self, group: str) -> list[Finished]:
@@ -77,6 +78,11 @@ class Committed:
     def cost(self, group: str) -> Training:
         """The mean over seeds."""
         return mean_costs(self.runs(group))[group]
+
+    def span_of_seconds(self, group: str) -> tuple[float, float]:
+        """Of the fastest and of the slowest seed."""
+        seconds = [cost.seconds for run in self.runs(group) for cost in run.trained.training.values()]
+        return min(seconds), max(seconds)
 
     def seconds(self) -> tuple[float, float]:
         """Of training and of measuring, over all finished runs; validation during training is in neither."""

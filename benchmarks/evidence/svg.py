@@ -50,6 +50,14 @@ class Interval:
     is_claimed: bool
 
 
+class Mark(NamedTuple):
+    """A point of a scatter plot, with the ends of its bar along x."""
+
+    point: Point
+    left: float
+    right: float
+
+
 def forest(title: str, rows: Sequence[Interval], x: Axis) -> str:
     """An image of differences, a row each with its interval, about a line at zero."""
     left = _LEFT + _CHARACTER * max(len(row.name) for row in rows) - 30
@@ -82,20 +90,25 @@ def chart(title: str, lines: Sequence[Line], x: Axis, y: Axis) -> str:
     return _image(title, [*parts, *([legend] if legend else [])], height)
 
 
-def scatter(title: str, marks: Mapping[str, Point], x: Axis, y: Axis) -> str:
-    """An image of points with bars and names, each put where it covers nothing and is nearest to its own point."""
-    _, _, at_x = _scale([point.x for point in marks.values()], x, _LEFT, _WIDTH - _RIGHT)
-    _, _, at_y = _scale([end for point in marks.values() for end in point[1:]], y, _HEIGHT - _BOTTOM, _TOP)
-    parts = _axes(at_x, at_y, x, y)
-    dots = {name: (at_x(point.x), at_y(point.value)) for name, point in marks.items()}
-    taken = [_Box(left - 4, left + 4, middle - 4, middle + 4) for left, middle in dots.values()]
+def scatter(title: str, marks: Mapping[str, Mark], x: Axis, y: Axis) -> str:
+    """An image of points with bars both ways and names, each put where it covers nothing, nearest to its own point."""
+    points = [mark.point for mark in marks.values()]
+    _, _, at_x = _scale([end for mark in marks.values() for end in (mark.left, mark.right)], x, _LEFT, _WIDTH - _RIGHT)
+    _, _, at_y = _scale([end for point in points for end in (point.low, point.high)], y, _HEIGHT - _BOTTOM, _TOP)
+    parts, taken = _axes(at_x, at_y, x, y), []
+    dots = {name: (at_x(mark.point.x), at_y(mark.point.value)) for name, mark in marks.items()}
     colors = dict(zip(dots, itertools.cycle(_COLORS), strict=False))
-    for name, (left, middle) in sorted(dots.items(), key=lambda dot: -dot[1][0]):  # the right edge has the least room
-        ends = f"M{left} {at_y(marks[name].low)}V{at_y(marks[name].high)}"
-        parts.append(f'<path d="{ends}" stroke="{colors[name]}" stroke-opacity=".6"/>')
-        parts.append(f'<circle cx="{left}" cy="{middle}" r="3.5" fill="{colors[name]}"/>')
+    for name, (left, top) in dots.items():
+        mark = marks[name]
+        across, along = (at_x(mark.left), at_x(mark.right)), (at_y(mark.point.high), at_y(mark.point.low))
+        bars = f"M{left} {along[0]}V{along[1]}M{across[0]} {top}H{across[1]}"
+        parts.append(f'<path d="{bars}" stroke="{colors[name]}" stroke-opacity=".6"/>')
+        parts.append(f'<circle cx="{left}" cy="{top}" r="3.5" fill="{colors[name]}"/>')
+        taken += [_Box(left - 4, left + 4, top - 4, top + 4)]
+        taken += [_Box(left - 1, left + 1, *along), _Box(*across, top - 1, top + 1)]
+    for name, (left, top) in sorted(dots.items(), key=lambda dot: -dot[1][0]):  # the right edge has the least room
         others = [dot for other, dot in dots.items() if other != name]
-        box = _free_box(_WIDE * len(name), left, middle, others, taken)
+        box = _free_box(_WIDE * len(name), left, top, others, taken)
         taken.append(box)
         at = f'x="{box.left:.0f}" y="{box.bottom - 3:.0f}"'
         parts.append(f'<text {at} fill="{colors[name]}">{escape(name)}</text>')
@@ -120,9 +133,14 @@ def _free_box(width: float, x: float, y: float, others: Sequence[tuple[float, fl
     """For a name of a point: beside, above or below it, where it meets the fewest of what is taken, then of the others
     is nearer to the fewest than to its own.
     """
-    lefts, tops = (x + 6, x - 6 - width, x - width / 2), (y - 6, y - 17, y + 5, y - 28, y + 16)
+    places = (x + 6, x - 6 - width, x + 2, x - 2 - width, x - width / 2)
+    lefts = [left for left in places if _LEFT <= left <= _WIDTH - width] or [max(4.0, _WIDTH - width)]
+    tops = [
+        top
+        for top in (y - 6, y - 17, y + 5, y - 28, y + 16, y - 40, y + 28)
+        if _TOP - 12 <= top <= _HEIGHT - _BOTTOM - 12
+    ]
     boxes = [_Box(left, left + width, top, top + 12) for top in tops for left in lefts]
-    boxes = [box for box in boxes if box.left >= _LEFT and box.right <= _WIDTH and box.top >= _TOP - 12]
 
     def wrongs(box: _Box) -> tuple[int, int]:
         own = box.distance(x, y)

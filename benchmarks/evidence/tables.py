@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from functools import cache
 from statistics import mean
 
+from benchmarks.evidence.records import MOST_STEPS
 from benchmarks.evidence.studies import Committed
 from benchmarks.evidence.svg import Interval
 from promptkd.errors import RequestError
@@ -196,16 +197,21 @@ def _trained_numbers(study: Committed, group: str) -> int:
     return 0 if held is None else round(held.value)
 
 
-def log_table(study: Committed, groups: Sequence[str], metrics: Sequence[str], last: int) -> str:
-    """What training logged: each metric in the first step and as a mean over the last ones; and what it warned of."""
+def log_table(study: Committed, groups: Sequence[str], metrics: Sequence[str], count: int) -> str:
+    """What training logged: each metric as a mean over the first and over the last `count` steps; and its warnings.
+
+    Raises `RequestError` for runs of more steps than records keep.
+    """
     infos = [logged_info(metric) for metric in metrics]
     heads = [f"{info.label}{f', {info.unit}' if info.unit else ''}" for info in infos]
     lines = []
     for group in groups:
+        if (steps := study.cost(group).steps) > MOST_STEPS:
+            raise RequestError(f"Records keep {MOST_STEPS} steps of a run's log. {group} has {steps}.")
         cells = []
         for info in infos:
             values = [point.value * info.scale for point in study.history(group, info.name)]
-            ends = [values[0], mean(values[-last:])] if values else []
+            ends = [mean(values[:count]), mean(values[-count:])] if values else []
             decimals = 0 if info.unit == "%" else info.decimals
             cells.append(" → ".join(number(each, decimals) for each in ends) or DASH)
         lines.append([study.label(group), *cells, _warnings(study, group)])

@@ -18,7 +18,7 @@ from benchmarks.evidence.leaks import counted
 from benchmarks.evidence.page import BEGIN, END, HERE, build, build_readme
 from benchmarks.evidence.records import collect
 from benchmarks.evidence.studies import Committed, Point, committed
-from benchmarks.evidence.svg import Axis, Interval, forest, scatter
+from benchmarks.evidence.svg import Axis, Interval, Mark, forest, scatter
 from benchmarks.evidence.tables import choices_table, chosen, leaders, log_table, metrics_table
 
 from helpers.bias_records import curve_of
@@ -57,17 +57,17 @@ def evaluation(quality: float, draw: np.random.Generator, data: str = "test", *,
     return Evaluation(model="m", data=data, decoding=decoding, metrics=metrics, samples=samples)
 
 
-def made_study(folder: Path, seeds: list[int]) -> Path:
+def made_study(folder: Path, seeds: list[int], **given) -> Path:
     """A study's folder as `promptkd study` leaves it, of made-up runs."""
     methods = ["gkd", {"name": "promptkd", "grid": {"prompt_learning_rate": [0.001, 0.005]}}]
     base = {"student": "s", "teacher": "t", "data": "d"}
     settings = {"out": "runs/s", "base": base, "methods": methods, "seeds": seeds, "evaluate": {"data": ["test"]}}
     settings |= {"metrics": ["rouge_l", "kl_to_teacher"], "exposure_bias": {"data": ["t"]}}
     names = {f"{group}-seed-{seed}": QUALITY[group] for group in QUALITY for seed in seeds}
-    return made_runs(folder, settings, names)
+    return made_runs(folder, settings, names, **given)
 
 
-def made_runs(folder: Path, settings: dict, names: dict[str, float], references=("teacher",)) -> Path:
+def made_runs(folder: Path, settings: dict, names: dict[str, float], references=("teacher",), steps=200) -> Path:
     """Of each name its records by the study's settings, with numbers about its quality; `references` beside them."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
@@ -90,13 +90,14 @@ def made_runs(folder: Path, settings: dict, names: dict[str, float], references=
             curves = [curve.model_copy(update={"data": biased[0]}) for curve in curves]
             record = stamped("exposure-bias", data=data, curves=curves, timings={"measuring": 1.0})
             record.write(folder / "exposure-bias" / name / "results.json")
-        steps = [{"step": step, "loss": 3 - step / 100 + draw.normal() / 9} for step in range(1, 201)]
+        lines = [{"step": step, "loss": 3 - step / 100 + draw.normal() / 9} for step in range(1, steps + 1)]
         if name.startswith("promptkd"):
-            steps = [line | {"prompt_regularizer": line["step"] / 50 if quality < 25 else 0.1} for line in steps]
-        steps += [{"step": step, "eval_kl_to_teacher": 1 - step / 400, "eval_loss": 2.5} for step in (50, 100, 200)]
-        cost = Training(method="m", steps=200, seconds=80.0, peak_memory_bytes=2**30, tokens_per_second=50.0)
+            lines = [line | {"prompt_regularizer": line["step"] / 10 if quality < 25 else 0.1} for line in lines]
+        validated = (steps // 4, steps // 2, steps)
+        lines += [{"step": step, "eval_kl_to_teacher": 1 - step / 400, "eval_loss": 2.5} for step in validated]
+        cost = Training(method="m", steps=steps, seconds=80.0, peak_memory_bytes=2**30, tokens_per_second=50.0)
         trained = stamped("distill", **measured, training={name: cost}, timings={"train": 99.0, "evaluate": 2.0})
-        trained.history = [Series(name=name, points=steps)]
+        trained.history = [Series(name=name, points=lines)]
         trained.write(folder / name / "results.json")
     return folder
 
@@ -236,7 +237,7 @@ def test_the_table_marks_the_best_and_claims_by_p_after_holm(made):
     table = metrics_table(made, "test, sampled", made.groups, ["rouge_l"])
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
     assert lines[0] == ["", "seeds", "ROUGE-L, of 100 ↑", "less gkd"]
-    names = ["gkd", "prompt learning rate 0.001", "prompt learning rate 0.005"]
+    names = ["gkd", *(f"promptkd, prompt learning rate {rate}" for rate in (0.001, 0.005))]
     assert [line[:2] for line in lines[2:]] == [["teacher", "–"], *([name, "3"] for name in names)]
     best = lines[4]
     assert re.fullmatch(r"\*\*[\d.]+\*\* \[[\d.]+, [\d.]+\] ± [\d.]+", best[2])
@@ -249,21 +250,16 @@ def test_the_table_marks_the_best_and_claims_by_p_after_holm(made):
         metrics_table(made, "dolly", made.groups, ["rouge_l"])
 
 
-def test_a_setting_names_its_group_and_the_method_too_where_several_vary_it(tmp_path, monkeypatch):
+def test_a_groups_label_has_the_method_but_not_a_name_that_the_study_gave(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    methods = [
-        {"name": name, "grid": {"learning_rate": rates}} for name, rates in (("gkd", [1e-5]), ("kd", [1e-5, 2e-5]))
-    ]
-    settings = {
-        "out": "runs/rates",
-        "base": {"student": "s", "teacher": "t", "data": "d"},
-        "methods": methods,
-        "seeds": [1],
-    }
+    methods = [{"name": "kd", "grid": {"learning_rate": [1e-5, 2e-5]}}, "gkd"]
+    methods += [{"name": "rate", "method": "gkd", "grid": {"learning_rate": [1e-5]}}]
+    settings = {"out": "runs/rates", "base": {"student": "s", "teacher": "t", "data": "d"}}
+    settings |= {"methods": methods, "seeds": [1]}
     names = [each.name for each in plan_runs(*(settings.get(key, {}) for key in PLANNED), read_file=lambda path: {})]
     collect(made_runs(Path("runs", "rates"), settings, dict.fromkeys(names, 20.0)), Path("records", "rates"))
     study = committed(Path("records", "rates"))
-    labels = ["gkd, learning rate 1e-05", "kd, learning rate 1e-05", "learning rate 2e-05"]
+    labels = ["kd, learning rate 1e-05", "kd, learning rate 2e-05", "gkd", "learning rate 1e-05"]
     assert [study.label(group) for group in study.groups] == labels
 
 
@@ -291,18 +287,20 @@ after {{ seconds("prompt", "gkd") }} and {{ steps("prompt", "gkd") }} steps
 """
 
 
-def test_the_table_of_the_log_has_first_and_last_values_and_what_was_warned_of(made):
-    lines = log_table(made, made.groups, ["prompt_regularizer", "loss"], last=3).splitlines()
+def test_the_table_of_the_log_has_the_first_and_the_last_values_and_what_is_warned_of(tmp_path, monkeypatch, made):
+    monkeypatch.chdir(tmp_path)
+    collect(made_study(Path("runs", "prompt"), [1, 2, 3], steps=40), Path("records", "prompt"))
+    short = committed(Path("records", "prompt"))
+    lines = log_table(short, short.groups, ["prompt_regularizer", "loss"], count=3).splitlines()
     assert lines[0] == "|  | Prompt regularizer, nats/token | Training loss, nats/token | warnings |"
     gkd, slow, fast = (line.strip("| ").split(" | ") for line in lines[2:])
     assert [gkd[0], gkd[1], gkd[3]] == ["gkd", "–", "none"]
-    assert [slow[0], slow[1], slow[3]] == ["prompt learning rate 0.001", "0.100 → 0.100", "none"]
-    kept = [point.x for point in made.history(made.groups[2], "prompt_regularizer")]
-    first = next(step for step in kept if step / 50 > 2)
-    last = f"{sum(kept[-3:]) / 3 / 50:.3f}"
-    assert fast[1] == f"0.020 → {last}"
-    told = next(step for step in kept if step > first and step - kept[kept.index(first) - 1] >= 5)
-    assert fast[3] in (f"prompt KL (3 of 3 seeds, from step {step:.0f})" for step in (first, told))
+    name = "promptkd, prompt learning rate"
+    assert [slow[0], slow[1], slow[3]] == [f"{name} 0.001", "0.100 → 0.100", "none"]
+    assert [fast[0], fast[1]] == [f"{name} 0.005", "0.200 → 3.900"]  # a tenth of the step
+    assert fast[3] == "prompt KL (3 of 3 seeds, from step 25)"  # above 2.0 for five steps
+    with pytest.raises(RequestError, match=r"Records keep 60 steps of a run's log. gkd has 200."):
+        log_table(made, made.groups, ["loss"], count=3)
 
 
 def test_a_page_is_made_of_a_template_and_records(world, tmp_path):
@@ -359,24 +357,41 @@ def test_a_forest_plot_has_a_row_for_each_difference_about_a_line_at_zero():
     assert spans == [pytest.approx(3, abs=0.02), pytest.approx(2, abs=0.02)]
 
 
-def test_a_scatter_plot_has_a_name_at_each_point_that_covers_no_other():
-    marks = {"taid": Point(83.0, 0.74, 0.73, 0.75), "seqkd": Point(68.0, 0.74, 0.73, 0.74)}
-    marks |= {"a": Point(300.0, 0.65, 0.62, 0.67), "promptkd": Point(300.0, 0.6505, 0.65, 0.66)}
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def test_a_scatter_plot_has_a_name_at_each_point_that_covers_no_other_name_and_no_bar():
+    values = {"taid": (83.0, 0.74, 0.01), "seqkd": (68.0, 0.74, 0.01), "a": (300.0, 0.65, 0.02)}
+    values |= {"promptkd": (280.0, 0.66, 0.005)}
+    marks = {name: Mark(Point(x, y, y - reach, y + reach), 0.9 * x, 1.1 * x) for name, (x, y, reach) in values.items()}
     image = xml.etree.ElementTree.fromstring(scatter("costs", marks, Axis("seconds", log=True), Axis("KL")))
-    texts = {each.text: each for each in image.iter("{http://www.w3.org/2000/svg}text")}
-    dots = list(image.iter("{http://www.w3.org/2000/svg}circle"))
-    named = {name: next(dot for dot in dots if dot.get("fill") == texts[name].get("fill")) for name in marks}
-    assert len({id(dot) for dot in named.values()}) == len(dots) == len(marks)
-    lefts = {name: float(dot.get("cx")) for name, dot in named.items()}
-    spread = np.log([300 / 68, 83 / 68])
-    assert (lefts["taid"] - lefts["seqkd"]) / (lefts["a"] - lefts["seqkd"]) == pytest.approx(
-        spread[1] / spread[0], abs=1e-3
-    )
+    texts = {each.text: each for each in image.iter(f"{SVG}text")}
+    dots = {each.get("fill"): (float(each.get("cx")), float(each.get("cy"))) for each in image.iter(f"{SVG}circle")}
+    colors = {name: texts[name].get("fill") for name in marks}
+    assert dots.keys() == set(colors.values())
+    lefts = {name: dots[color][0] for name, color in colors.items()}
+    share = (lefts["taid"] - lefts["seqkd"]) / (lefts["a"] - lefts["seqkd"])
+    assert share == pytest.approx(np.log(83 / 68) / np.log(300 / 68), abs=1e-3)
+
+    paths = [each.get("d") for each in image.iter(f"{SVG}path") if each.get("stroke") in dots]
+    bars = [tuple(map(float, re.findall(r"[\d.]+", path))) for path in paths]
+    assert len(bars) == len(marks)
     boxes = [(float(texts[name].get("x")), float(texts[name].get("y")), 6 * len(name)) for name in marks]
     for (x, y, width), (other_x, other_y, other_width) in itertools.combinations(boxes, 2):
         assert abs(y - other_y) >= 12 or x + width <= other_x or other_x + other_width <= x
+    for (x, foot, width), (left, high, low, first, level, last) in itertools.product(boxes, bars):
+        assert not (x < left < x + width and high < foot and foot - 9 < low)
+        assert not (first < x + width and x < last and foot - 9 < level < foot)
     assert all(x >= 44 and x + width <= 400 for x, _, width in boxes)
     assert {"100", "200", "seconds", "KL"} <= texts.keys()
+
+
+def test_a_scatter_plot_of_long_names_and_of_many_points_in_one_place_is_drawn():
+    point = Point(100.0, 0.5, 0.5, 0.5)
+    for name in ("m" * 44, "m" * 70):
+        marks = {f"{name}{at}": Mark(point, 100.0, 100.0) for at in range(30)}
+        image = xml.etree.ElementTree.fromstring(scatter("costs", marks, Axis("seconds", log=True), Axis("KL")))
+        assert marks.keys() <= {each.text for each in image.iter(f"{SVG}text")}
 
 
 def test_the_page_asks_its_studies_for_what_they_measure(tmp_path, monkeypatch):
@@ -393,7 +408,7 @@ def test_the_page_asks_its_studies_for_what_they_measure(tmp_path, monkeypatch):
         settings |= {"metrics": []} if file.stem == "stability" else {}
         runs = plan_runs(*(settings.get(key, {}) for key in PLANNED), read_file=lambda path: {})
         names = [each.name for each in runs][: -1 if file.stem == "adapters" else None]
-        made_runs(Path("runs", file.stem), settings, dict.fromkeys(names, 20.0), ("teacher", "untrained"))
+        made_runs(Path("runs", file.stem), settings, dict.fromkeys(names, 20.0), ("teacher", "untrained"), steps=40)
         collect(Path("runs", file.stem), Path("records", file.stem))
         made[file.stem] = len(names)
     counts = {"test rows": 196, "training rows": 1200, "same request": 3}

@@ -535,7 +535,7 @@ def test_a_command_is_shown_without_secrets():
     )
 
 
-def test_the_time_that_is_left_goes_by_steps_and_by_how_many_run_at_once(tmp_path):
+def test_the_time_that_is_left_goes_by_the_groups_steps_and_by_how_many_run_at_once(tmp_path):
     jobs = [job_of(tmp_path, f"kd-seed-{seed}") for seed in range(6)]
     assert [job.steps for job in jobs] == [10] * 6
     assert seconds_left(jobs, 2, 500.0) is None
@@ -545,15 +545,24 @@ def test_the_time_that_is_left_goes_by_steps_and_by_how_many_run_at_once(tmp_pat
     jobs[2].phase, jobs[2].began = Phase.FAILED, 100.0
     jobs[3].phase, jobs[3].began = Phase.RUNNING, 480.0
     jobs[5].steps = 30
-    measuring = [job_of(tmp_path, "teacher"), job_of(tmp_path, "untrained")]
-    for job in measuring:
-        job.steps = 0
-    measuring[0].phase, measuring[0].began, measuring[0].seconds = Phase.DONE, 100.0, 1000.0
-    jobs += measuring
-    assert seconds_left(jobs, 2, 500.0) == (40 + 60 + 180) / 2
-    assert seconds_left(jobs, 2, 900.0) == (0 + 60 + 180) / 2
+    measured = [job_of(tmp_path, name) for name in ("teacher", "trained before")]
+    measured[0].steps, measured[1].steps_before = 0, 10
+    for job in measured:
+        job.phase, job.began, job.seconds = Phase.DONE, 100.0, 1000.0
+    jobs += measured
+    assert seconds_left(jobs, 2, 500.0) == 180  # that of the longest run
+    assert seconds_left(jobs, 1, 500.0) == 40 + 60 + 180
+    assert seconds_left(jobs, 1, 900.0) == 0 + 60 + 180
     assert seconds_left(jobs[:4], 2, 500.0) == 40
     assert seconds_left(jobs[:3], 2, 500.0) is None
+    jobs[5].steps_before = 25  # it is resumed
+    assert seconds_left(jobs, 2, 500.0) == (40 + 60 + 30) / 2
+    slow = job_of(tmp_path, "skd-seed-1")
+    slow.group, slow.phase, slow.began, slow.seconds = "skd", Phase.DONE, 100.0, 200.0
+    jobs[4].group = "skd"
+    assert seconds_left([*jobs, slow], 1, 500.0) == 40 + 200 + 30
+    jobs[4].group = "of which none is done"
+    assert seconds_left([*jobs, slow], 1, 500.0) == 40 + 260 / 2 + 30
 
 
 def test_the_live_table(tmp_path):

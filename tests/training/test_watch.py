@@ -64,10 +64,10 @@ def test_a_healthy_run_is_left_in_peace():
         ("prompt norm", {"prompt_norm": 51.0}, 84, "its norm is 51, from 5 in the first step"),
         ("prompt KL", {"prompt_regularizer": 2.5}, 84, "is 2.50 nats per token from the plain one"),
         (
-            "meeting",
+            "teacher drift",
             {"prompt_regularizer": 0.24, "prompt_kl": 0.4},
-            84,
-            "meet the student: it is 0.24 nats per token from the plain one and 0.40 from the student",
+            85,
+            "to the student: it is 0.24 nats per token from the plain one and 0.40 from the student",
         ),
         ("endless validation", {"eval_eos_share": 0.0}, 100, "ended by itself in two validations"),
         (
@@ -98,8 +98,8 @@ def test_lengths_that_explode():
     """To the limit, where most responses are cut that ended before; or below it, to five times the start."""
     cut = run_of(response_length=lambda k: 200 if k > 20 else 60, cut_share=lambda k: 0.7 if k > 20 else 0.1)
     (found,) = findings(cut)
-    assert (found.kind, found.step) == ("growth", 29)
-    assert "grown to 186 tokens, 64% of them cut at the limit, from 60 tokens and 10% in the first" in found.text
+    assert (found.kind, found.step) == ("growth", 33)
+    assert "grown to 200 tokens, 70% of them cut at the limit, from 60 tokens and 10% in the first" in found.text
     uncut = run_of(response_length=lambda k: 500 if k > 20 else 60, cut_share=0.0)
     assert [(each.kind, each.step) for each in findings(uncut)] == [("growth", 30)]
     for healthy_length in (lambda k: 60 + 4 * k, lambda k: 150 if k > 20 else 60):  # towards a teacher that says more
@@ -109,15 +109,33 @@ def test_lengths_that_explode():
     assert findings(run_of(8, response_length=lambda k: 10.0**k, cut_share=0.0)) == []  # too early to tell
 
 
-def test_a_share_of_cut_responses_that_rises_by_less_than_batches_differ():
-    """In docs/evidence.md by up to 21 points in on-policy runs that went well, by 38 and more where LoRA went wrong."""
-    for cut, kinds in ((lambda k: 0.3 + 0.0075 * k, []), (lambda k: 0.3 + 0.015 * k, ["growth"])):
-        assert [each.kind for each in findings(run_of(response_length=40, cut_share=cut))] == kinds
+def test_lengths_that_explode_from_a_start_in_which_many_responses_were_cut():
+    """Such a start does not tell a length, and the text names none."""
+    (found,) = findings(run_of(response_length=40, cut_share=lambda k: (0.2, 0.6)[k % 2] if k <= 15 else 0.95))
+    assert found.kind == "growth"
+    assert "grown to 40 tokens, 9" in found.text
+    assert "of them cut at the limit, from 40% in the first steps" in found.text
 
 
-def test_an_adapted_teacher_that_stays_with_the_plain_one_or_meets_a_student_that_has_learned():
-    for regularizer, kl in ((0.2, 0.8), (0.06, 0.1), (lambda k: 0.3 if k % 5 == 0 else 0.05, 0.5)):
-        assert findings(run_of(prompt_regularizer=regularizer, prompt_kl=kl)) == []
+def test_an_adapted_teacher_that_drifts_to_the_student_is_told_once():
+    for wave in (lambda k: 0.0, lambda k: 0.1 * (-1) ** k, lambda k: 0.4 * (k % 10 == 0)):
+        (found,) = findings(run_of(prompt_regularizer=lambda k, wave=wave: 0.02 + 0.008 * k + wave(k), prompt_kl=0.5))
+        assert found.kind == "teacher drift"
+        assert 22 <= found.step <= 32  # when more than half of ten lines have a third of 0.5
+
+
+@pytest.mark.parametrize(
+    ("regularizer", "kl"),
+    [
+        (0.2, 0.8),  # far from the student
+        (0.06, 0.1),  # a student that has learned
+        (0.15, 0.3),  # a start that is far from the plain teacher, and stays
+        (lambda k: 0.15 if k < 8 else 0.2, 0.3),
+        (lambda k: 0.3 if k % 5 == 0 else 0.05, 0.5),  # single batches
+    ],
+)
+def test_an_adapted_teacher_that_stays_where_it_was_or_far_from_the_student(regularizer, kl):
+    assert findings(run_of(prompt_regularizer=regularizer, prompt_kl=kl)) == []
 
 
 def test_repetition_from_the_start_and_in_texts_that_repeat():

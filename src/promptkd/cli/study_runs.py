@@ -51,7 +51,8 @@ def checked_runs(options: Options) -> tuple[list[StudyRun], list[Job]]:
     runs: list[StudyRun] = []
     for each in planned:
         folder = options.out / each.name
-        job = Job(each.name, folder, (), options.out / "logs" / f"{each.name}.log", phase=Phase.DONE)
+        log = options.out / "logs" / f"{each.name}.log"
+        job = Job(each.name, folder, (), log, group=each.group, phase=Phase.DONE)
         trained = record_at(folder / "results.json")
         with _noting(problems, each.name, options.out):
             command, job.steps = _training(each, folder, read, options.file_sha256)

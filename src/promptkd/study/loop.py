@@ -37,7 +37,7 @@ def carry_out(
         try:
             while waiting or active:
                 if len(signals) > heard:
-                    heard = len(signals)
+                    heard, table.is_stopping = len(signals), True
                     waiting.clear()
                     count = f"{len(active)} run{'s' if len(active) != 1 else ''}"
                     asked = f"Waiting for {count} to stop. Once more ends them at once."
@@ -84,17 +84,24 @@ def clock(seconds: float) -> str:
 
 
 def seconds_left(jobs: Sequence[Job], at_once: int, now: float) -> float | None:
-    """What the runs that have not ended will take if their steps take as long as those of the runs that this process
-    has seen through, measuring included; None before there is one. Jobs without steps only measure, and count nothing.
+    """What the runs that have not ended will take, measuring included; None before this process has seen one through.
+
+    Their steps take as long as those of such runs of the same group, else of all. Jobs that only measure count nothing.
     """
-    jobs = [job for job in jobs if job.steps]
+    jobs = [job for job in jobs if job.steps > job.steps_before]
     seen = [job for job in jobs if job.phase is Phase.DONE and job.began]
     todo = [job for job in jobs if job.phase in (Phase.RUNNING, Phase.QUEUED, Phase.WAITING)]
     if not seen or not todo:
         return None
-    pace = sum(job.seconds for job in seen) / sum(job.steps for job in seen)
-    each = [pace * job.steps - (now - job.began if job.phase is Phase.RUNNING else 0.0) for job in todo]
-    return sum(max(0.0, seconds) for seconds in each) / min(at_once, len(todo))
+
+    def pace(group: str) -> float:
+        alike = [job for job in seen if job.group == group] or seen
+        return sum(job.seconds for job in alike) / sum(job.steps - job.steps_before for job in alike)
+
+    spent = [now - job.began if job.phase is Phase.RUNNING else 0.0 for job in todo]
+    each = [pace(job.group) * (job.steps - job.steps_before) for job in todo]
+    left = [max(0.0, seconds - gone) for seconds, gone in zip(each, spent, strict=True)]
+    return max(max(left), sum(left) / at_once)
 
 
 class Table:
@@ -103,6 +110,10 @@ class Table:
     def __init__(self, jobs: Sequence[Job], console: Console):
         self._jobs, self.console = jobs, console
         self._at_once = 1  # the most jobs that have run beside one another
+        self.is_stopping = False
+        for job in jobs:
+            if job.phase is Phase.WAITING:
+                job.steps_before = min(job.steps, job.progress()[0])
         is_live = console.is_terminal
         self.live = Live(get_renderable=self._drawn, console=console, auto_refresh=False) if is_live else None
         self._drawn_at = 0.0
@@ -129,7 +140,7 @@ class Table:
     def _counts(self) -> str:
         phases = [job.phase for job in self._jobs]
         told = ", ".join(f"{phases.count(phase)} {phase.value}" for phase in _COUNTED if phase in phases)
-        left = seconds_left(self._jobs, self._at_once, time.monotonic())
+        left = None if self.is_stopping else seconds_left(self._jobs, self._at_once, time.monotonic())
         return told if left is None else f"{told}; about {clock(left)} to go"
 
     def _drawn(self) -> RichTable:

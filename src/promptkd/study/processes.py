@@ -41,6 +41,8 @@ class Job:
     commands: tuple[Command, ...]  # one after the other while they succeed
     log: Path  # where everything that the commands say is appended
     steps: int = 0  # optimizer steps of the whole run
+    group: str = ""  # of runs that differ by their seed alone
+    steps_before: int = 0  # that were done before this process
     phase: Phase = Phase.WAITING
     status: int = 0  # exit status of the last command; if a signal ended it, the signal's number below zero
     began: float = 0.0

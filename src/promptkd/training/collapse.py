@@ -8,7 +8,7 @@ import math
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import fmean, median_high, median_low
 from typing import Any
 
 from transformers import TrainerCallback
@@ -32,8 +32,8 @@ _MOVES_AWAY = (
     "Lower --learning_rate (and --prompt_learning_rate), or begin with a student that was tuned on the data or on the "
     "teacher's answers (promptkd sft, --method seqkd)."
 )
-_MEETS = (
-    "See that responses still end (cut_share). Lower --prompt_learning_rate, or keep it to the plain teacher "
+_DRIFTS = (
+    "See that responses still end (cut_share). Lower --prompt_learning_rate, or hold it to the plain teacher "
     "(--regularizer_schedule constant)."
 )
 
@@ -50,9 +50,9 @@ class Limits:
     endless_steps: int = 50  # optimizer steps without any response that ends by itself
     prompt_growth: float = 10.0  # norm of the soft prompt over its norm in the first logged line
     prompt_kl: float = 2.0  # nats per token between the adapted and the plain teacher
-    meeting: tuple[float, float] = (0.1, 1 / 3)  # or that KL, if it is also so large a share of that to the student
+    drift: tuple[float, float, float] = (0.1, 1 / 3, 2.0)  # that KL, its share of that to the student, times its start
     length_growth: float = 5.0  # times the mean response length at the start
-    cut_growth: float = 0.3  # by how much the mean share of cut responses may rise since the start
+    cut_growth: float = 0.5  # by how much the mean share of cut responses may rise since the start
     repetition: float = 0.5  # mean share of 4-grams that are repeated, whatever it was at the start
     repetition_rise: tuple[float, float] = (0.2, 3.0)  # or that mean, if it is so many times that at the start
     overlap_fall: float = 0.1  # of the mean top-token overlap, since the start
@@ -99,7 +99,9 @@ class Watch:
         self._last_step = 0
         lines = self.limits.lines
         self._lengths, self._cuts, self._repetitions, self._overlaps = (_Means(lines) for _ in range(4))
+        self._from_plain, self._from_student = deque[float](maxlen=lines), deque[float](maxlen=lines)
         self._start_norm: float | None = None
+        self._start_regularizer: float | None = None
 
     def see(self, line: Mapping[str, Any]) -> list[Finding]:
         """What begins with this logged line. A kind is told again only after a line without it."""
@@ -141,7 +143,7 @@ class Watch:
                 more_cut or (start > 0 and limits.length_growth * start <= mean < math.inf),
                 limits.steps,
                 f"responses have grown to {mean:.0f} tokens, {cuts:.0%} of them cut at the limit, from "
-                f"{start:.0f} tokens and {start_cuts:.0%} in the first steps. {_UNLEARNS_TO_END}",
+                f"{f'{start:.0f} tokens and ' if start else ''}{start_cuts:.0%} in the first steps. {_UNLEARNS_TO_END}",
             )
             yield (
                 "cut",
@@ -201,6 +203,7 @@ class Watch:
             )
         if "prompt_regularizer" in metrics:
             kl = metrics["prompt_regularizer"]
+            self._start_regularizer = kl if self._start_regularizer is None else self._start_regularizer
             yield (
                 "prompt KL",
                 kl > limits.prompt_kl,
@@ -210,13 +213,17 @@ class Watch:
                 "--prompt_learning_rate.",
             )
             if "prompt_kl" in metrics:
-                (least, share), to_student = limits.meeting, metrics["prompt_kl"]
+                self._from_plain.append(kl)
+                self._from_student.append(metrics["prompt_kl"])
+                from_plain, from_student = median_low(self._from_plain), median_high(self._from_student)
+                least, share, times = limits.drift
+                moved = from_plain >= max(least, share * from_student, times * self._start_regularizer)
                 yield (
-                    "meeting",
-                    least <= kl <= limits.prompt_kl and kl >= share * to_student,
-                    limits.steps,
-                    f"the adapted teacher comes to meet the student: it is {kl:.2f} nats per token from the plain one "
-                    f"and {to_student:.2f} from the student, and teaches it what it already says. {_MEETS}",
+                    "teacher drift",
+                    moved and len(self._from_plain) == limits.lines and from_plain <= limits.prompt_kl,
+                    1,
+                    f"the adapted teacher has drifted to the student: it is {from_plain:.2f} nats per token from the "
+                    f"plain one and {from_student:.2f} from the student, and teaches what it already says. {_DRIFTS}",
                 )
 
 

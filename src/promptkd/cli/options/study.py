@@ -6,7 +6,7 @@ A run that fails stops no other.
 
     out: runs/study
     base: {student: student, teacher: runs/teacher, data: train.jsonl, eval_data: valid.jsonl, max_steps: 500}
-    methods: [kd, promptkd, {name: promptkd-fast, method: promptkd, prompt_learning_rate: 1e-2}]
+    methods: [kd, promptkd, {name: promptkd-slow, method: promptkd, prompt_learning_rate: 1e-4}]
     seeds: [1, 2, 3]
     grid: {learning_rate: [5e-5, 1e-4]}
     evaluate: {data: [dolly_test.jsonl], seeds: [10, 20]}
