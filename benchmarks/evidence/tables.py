@@ -77,7 +77,7 @@ def _by_seed(study: Committed, group: str, metric: str, data: str) -> dict[int, 
         run.planned.seed: each.metrics[metric].value
         for run in study.runs(group)
         for each in run.measured.evaluations
-        if each.data == wanted and bool(each.decoding.get("seeds")) == (decoding == "sampled")
+        if each.data == wanted and decoding in ("", "sampled" if each.decoding.get("seeds") else "greedy")
     }
 
 

@@ -30,6 +30,7 @@ from promptkd.errors import RequestError
 from promptkd.report.formatting import duration
 from promptkd.results import Curve, DataRecord, Evaluation, Metric, ModelRecord, Results, RowResult, Series, Training
 from promptkd.study.plan import plan_runs
+from promptkd.training.collapse import findings
 
 pytestmark = pytest.mark.slow
 
@@ -487,6 +488,14 @@ def test_committed_records_give_a_table_and_are_small(records):
     data = made.tested().evaluations[0].data
     table = metrics_table(made, data, made.groups, made.study.options.metrics[:1] or ["loss"])
     assert len(table.splitlines()) == 2 + len(made.groups) + len(made.study.references)
+
+
+def test_a_drift_of_the_teacher_is_told_of_every_run_that_the_page_says_so_of_and_of_no_other():
+    drifting = {"promptkd-lora", "free", *(f"rate-prompt_learning_rate-{rate}" for rate in (0.005, 0.02, 0.1))}
+    for name in ("stability", "adapters", "prompt", "rivals", "rates"):
+        for run in committed(RECORDS / name).study.runs:
+            kinds = {each.kind for series in run.trained.history for each in findings(series.points)}
+            assert ("teacher drift" in kinds) == (run.planned.group in drifting), run.planned.name
 
 
 def test_the_page_is_up_to_date_with_its_records():
