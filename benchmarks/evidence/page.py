@@ -5,7 +5,7 @@ the records do not hold is an error, so that no number on the page can be withou
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -137,20 +137,27 @@ class Page:
         *,
         groups: Sequence[str] = (),
         levels: Sequence[str] = (),
+        default: Mapping[str, float | str] | None = None,
         label: str = "",
     ) -> str:
-        """A metric over a setting that the study varies; groups of `levels`, without it, are horizontal lines."""
+        """A metric over a setting that the study varies; groups of `levels`, without it, are horizontal lines.
+
+        A group that leaves the setting at its default joins the first line at the value that `default` names.
+        """
         held, info = self._study(study), metric_info(metric)
         found = {group: held.runs(group)[0].planned.settings for group in held.named(groups)}
         varied = {group: each[setting] for group, each in found.items() if setting in each and group not in levels}
         if not varied:
             raise RequestError(f"No group of study {study} sets {setting}.")
+        first = next(iter(varied)).split(f"-{setting}-")[0]
+        joined = dict.fromkeys(held.named(default), first) if default else {}
+        varied |= default or {}
         is_number = all(isinstance(each, int | float) and not isinstance(each, bool) for each in varied.values())
         names = [] if is_number else list(dict.fromkeys(map(_short, varied.values())))
         series: dict[str, list[Point]] = {}
         for group, at in varied.items():
             x = float(at) if is_number else float(names.index(_short(at)))
-            family = group.split(f"-{setting}-")[0]
+            family = joined.get(group) or group.split(f"-{setting}-")[0]
             series.setdefault(family, []).append(self._point(held, group, metric, data, x))
         lines = [Line(family, sorted(points), "whiskers") for family, points in series.items()]
         for group in held.named(levels) if levels else ():

@@ -73,7 +73,8 @@ def forest(title: str, rows: Sequence[Interval], x: Axis) -> str:
         parts.append(f'<text x="{left - 8:.0f}" y="{y + 4}" text-anchor="end">{escape(row.name)}</text>')
         parts.append(f'<path d="M{at_x(row.low)} {y}H{at_x(row.high)}" stroke="{color}" stroke-width="2"/>')
         parts.append(f'<circle cx="{at_x(row.value)}" cy="{y}" r="{4.5 if row.is_claimed else 3}" fill="{color}"/>')
-    middle = (left + _WIDTH - _RIGHT) / 2
+    half = _WIDE * len(x.label) / 2
+    middle = max(half, min((left + _WIDTH - _RIGHT) / 2, _WIDTH - half))  # all of it within the image
     parts.append(f'<text x="{middle:.0f}" y="{foot + 32}" text-anchor="middle">{escape(x.label)}</text>')
     return _image(title, parts, foot + _BOTTOM)
 

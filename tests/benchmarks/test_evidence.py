@@ -358,6 +358,13 @@ def test_a_forest_plot_has_a_row_for_each_difference_about_a_line_at_zero():
     assert spans == [pytest.approx(3, abs=0.02), pytest.approx(2, abs=0.02)]
 
 
+def test_the_label_below_a_forest_plot_of_long_names_stays_in_the_image():
+    label = "Loss on references (nats/token), less promptkd"
+    image = xml.etree.ElementTree.fromstring(forest("", [Interval("m" * 40, 0.5, -1.0, 2.0, False)], Axis(label)))
+    (text,) = [each for each in image.iter("{http://www.w3.org/2000/svg}text") if each.text == label]
+    assert float(text.get("x")) + 6.4 * len(label) / 2 <= 400
+
+
 SVG = "{http://www.w3.org/2000/svg}"
 
 
@@ -455,6 +462,20 @@ def test_what_test_rows_share_with_training_rows_is_counted(tmp_path):
         **{"test rows": 3, "training rows": 2},
         **{"same request": 1, "request shares words": 1, "response shares words": 1},
     }
+
+
+def test_a_group_with_the_default_joins_the_line_of_those_that_vary_it(world, tmp_path):
+    asked = 'plot_over("prompt", "prompt_learning_rate", "rouge_l", "test, greedy", default={"gkd": 0.002})'
+    (tmp_path / "page.md").write_text("{{ " + asked + " }}")
+    (image,) = (
+        xml.etree.ElementTree.fromstring(text)
+        for place, text in build(world / "records", tmp_path / "page.md").items()
+        if place.suffix == ".svg"
+    )
+    (line,) = [each.get("d") for each in image.iter(f"{SVG}path") if each.get("stroke-width") == "2"]
+    xs = [float(point.split()[0]) for point in line[1:].split("L")]
+    assert xs == sorted(xs)
+    assert (xs[1] - xs[0]) / (xs[2] - xs[0]) == pytest.approx(1 / 4, abs=0.01)  # 0.001, 0.002, 0.005
 
 
 def test_a_page_that_asks_for_what_no_record_holds_is_refused(world, tmp_path):
