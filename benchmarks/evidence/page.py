@@ -189,11 +189,9 @@ class Page:
             marks[held.label(group)] = Mark(point, *held.span_of_seconds(group))
         better = {"lower": "further down and to the left", "higher": "further up and to the left", None: "to the left"}
         x = Axis("seconds of training of a run", log=True)
-        about = (
-            f"{info.label} on {data} over {x.label}: {better[info.better]} is better. Bars are from the fastest to the "
-        )
+        about = f"{info.label} on {data} over {x.label}: {better[info.better]} is better. Bars are from the fastest to "
         about += (
-            "slowest seed, and one standard deviation between seeds to either side, which says nothing of the rows."
+            "the slowest seed, and one standard deviation between seeds to either side, which says nothing of the rows."
         )
         return self._image(held, f"{study}-{metric}-over-costs-{data}", about, scatter(about, marks, x, _axis(info)))
 
