@@ -1,7 +1,8 @@
-"""Line charts and forest plots as SVG: text stays text, the same numbers give the same bytes, on light and dark.
+"""Line charts, forest and scatter plots as SVG: text stays text, the same numbers give the same bytes, on any scheme.
 
 A page shows them as images, which see neither its style sheet nor its choice of a dark scheme. So the background is
-transparent, and every color has a contrast of 3 or more, text of 4 or more, with both white and near black.
+transparent, and every color has a contrast of 3 or more with both white and near black, and text of 4 or more, but for
+the names in scatter plots, which have the colors of their points.
 """
 
 import itertools
