@@ -411,7 +411,7 @@ def test_the_page_asks_its_studies_for_what_they_measure(tmp_path, monkeypatch):
     studies, made = sorted((HERE / "studies").glob("*.yaml")), dict[str, int]()
     for file in studies:
         settings = read_config(file)
-        if file.stem not in ("prompt", "rivals", "stability"):  # of which the page tells what comes out
+        if file.stem not in ("prompt", "rivals", "stability", "unseen"):  # of which the page tells what comes out
             settings |= {"seeds": [1, 2], "methods": settings["methods"][:3]}
         settings |= {"metrics": []} if file.stem == "stability" else {}
         runs = plan_runs(*(settings.get(key, {}) for key in PLANNED), read_file=lambda path: {})
@@ -517,6 +517,16 @@ def test_a_drift_of_the_teacher_is_told_of_every_run_that_the_page_says_so_of_an
         for run in committed(RECORDS / name).study.runs:
             kinds = {each.kind for series in run.trained.history for each in findings(series.points)}
             assert ("teacher drift" in kinds) == (run.planned.group in drifting), run.planned.name
+
+
+def test_runs_that_were_repeated_from_scratch_gave_the_same_weights():
+    def students(name):
+        runs = committed(RECORDS / name).study.runs
+        return {run.planned.name: run.measured.models[run.planned.name].sha256 for run in runs}
+
+    first, again = students("prompt") | students("rivals"), students("unseen")
+    assert len(again) == len(set(again.values())) == 12
+    assert again == {name: first[name] for name in again}
 
 
 def test_the_page_is_up_to_date_with_its_records():
