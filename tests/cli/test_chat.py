@@ -9,13 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 from rich.console import Console
 
 from helpers.commands import hear_interrupts, json_lines, run, write_rows
 from helpers.tiny import END_ID, POSITIONS, save_model, tiny_model, tiny_tokenizer
-from promptkd.cli.commands.chat import Writing, write_in_turn, write_side_by_side
+from promptkd.cli.commands.chat import Writing, _Session, write_in_turn, write_side_by_side
 from promptkd.errors import RequestError
 from promptkd.generation import Decoding, SamplingParams, generate, row_seeds
 from promptkd.generation.conversation import Conversation, StreamedAnswer
@@ -238,6 +239,34 @@ def test_a_stopped_answer_stops_all_and_keeps_what_there_is():
     _, text = screen([first, second])
     assert (first.answer.text, second.answer.text) == ("onetwo", "unodos")
     assert text.count("stopped") == 2
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_request_that_is_stopped_is_read_by_every_model_later(is_terminal, monkeypatch):
+    talks = {"first": conversation(), "second": conversation()}
+    session = _Session(talks, GREEDY, Console(file=io.StringIO(), force_terminal=is_terminal))
+    monkeypatch.setattr(Writing, "advance", interrupted := Interrupted(Writing.advance))
+    with suppress(KeyboardInterrupt):
+        session.ask("the")
+    assert interrupted.calls == 1
+    said = [talk.messages for talk in talks.values()]
+    assert [each[0] for each in said] == [{"role": "user", "content": "the"}] * 2
+    assert [each[1]["content"] for each in said] == [said[0][1]["content"], ""]
+
+
+class Interrupted:
+    """Ctrl-C after the first piece of the first answer."""
+
+    def __init__(self, advance):
+        self.advance, self.calls = advance, 0
+
+    def __get__(self, writing, kind):
+        def advance():
+            self.calls += 1
+            self.advance(writing)
+            raise KeyboardInterrupt
+
+        return advance
 
 
 def test_why_an_answer_ended():

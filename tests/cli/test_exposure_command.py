@@ -14,7 +14,7 @@ from promptkd.cli.commands.exposure_bias import exposure_table
 from promptkd.data import encode_examples, read_examples
 from promptkd.errors import PromptKDError
 from promptkd.evaluation import Decoding, ExposureBias, Scoring, exposure_bias, sample_continuations
-from promptkd.models import SoftPrompt, load_model, load_tokenizer
+from promptkd.models import SoftPrompt, load_model, load_tokenizer, model_record
 from promptkd.results import CurvePoint, Metric, Results
 
 
@@ -125,9 +125,13 @@ def test_every_checkpoint_of_a_run(world, tmp_path, capsys, monkeypatch, lora):
 
 
 @pytest.mark.slow
-def test_a_stopped_command_measures_what_is_missing(world, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("has_files", [True, False])
+def test_a_stopped_command_measures_what_is_missing(world, tmp_path, capsys, monkeypatch, has_files):
     """Two students on two data sets, stopped before the last curve; the record is that of one go."""
     calls = []
+    if not has_files:  # as of a name of the hub
+        unhashed = lambda *of, **given: model_record(*of, **given).model_copy(update={"sha256": ""})  # noqa: E731
+        monkeypatch.setattr("promptkd.cli.commands.exposure_bias.model_record", unhashed)
 
     def counted(*arguments, **settings):
         calls.append(1)

@@ -552,6 +552,32 @@ def test_an_empty_folder_stays_empty(world, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "request_of",
+    [
+        lambda out: evaluate(out=out),
+        lambda out: generate(out=out),
+        lambda out: generate("--keep-logits", 4, out=out),
+        lambda out: generate("--keep-logits", 4, "--score", out=out),
+        lambda out: (*exposure()[:-1], out),
+        lambda out: prune("--keep", 0, out=out),
+        lambda out: export(out=out),
+        lambda out: export(to="gguf", out=out),
+        lambda out: judge(out=out),
+        lambda out: (*report("W/r")[:2], "--out", out, "--format", "html"),
+    ],
+)
+@pytest.mark.parametrize("out", [".", ".."])
+def test_the_working_folder_is_no_place_for_a_result(world, tmp_path, capsys, monkeypatch, request_of, out):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    ran = run(capsys, *(placed(each, world, tmp_path) for each in request_of(out)))
+    assert ran.status == 2
+    assert "--out must " in ran.err or (out == ".." and ".. is not empty" in ran.err)
+    assert [each.name for each in tmp_path.iterdir()] == ["empty"]
+    assert not list(Path.cwd().iterdir())
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 @pytest.mark.parametrize("command", ["distill", "prune", "generate"])
 def test_a_place_without_permission(world, tmp_path, capsys, command):

@@ -43,6 +43,14 @@ def test_nearest_tokens_are_those_of_a_loop(architecture):
         assert cosines[at].tolist() == pytest.approx([own[index] for index in best], abs=1e-6)
 
 
+def test_tokens_that_the_model_has_no_embedding_of_are_left_out():
+    model = tiny_model("llama", hidden=16)
+    vectors = torch.randn(2, 16, generator=torch.Generator().manual_seed(4))
+    for more, fewer in zip(*(nearest_tokens(vectors, model, VOCABULARY + extra, 5) for extra in (3, 0)), strict=True):
+        assert torch.equal(more, fewer)
+    assert random_cosine(model, 16, VOCABULARY + 3) == random_cosine(model, 16, VOCABULARY)
+
+
 def test_a_planted_vector_is_found_with_cosine_one():
     model, tokenizer = tiny_model("gemma", hidden=16), tiny_tokenizer()
     embedding = model.get_input_embeddings()

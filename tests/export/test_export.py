@@ -119,6 +119,16 @@ def test_what_a_serving_tool_reads(tmp_path):
 
 
 @pytest.mark.slow
+def test_chat_templates_with_names_keep_them(tmp_path):
+    tokenizer = byte_level()
+    tokenizer.chat_template = {"default": TEMPLATE, "tool_use": "{{ tools }}" + TEMPLATE}
+    export_gguf(tmp_path / "m.gguf", byte_model(), tokenizer, torch.float16, title="m")
+    fields = fields_of(tmp_path / "m.gguf")
+    assert fields["tokenizer.chat_template"] == TEMPLATE
+    assert fields["tokenizer.chat_template.tool_use"] == "{{ tools }}" + TEMPLATE
+
+
+@pytest.mark.slow
 def test_the_end_of_a_turn_is_named_where_it_is_not_eos(tmp_path):
     export_gguf(tmp_path / "m.gguf", byte_model(), byte_level(end=START), torch.float16, title="m")
     fields = fields_of(tmp_path / "m.gguf")

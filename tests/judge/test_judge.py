@@ -354,12 +354,20 @@ def test_a_server_that_dies_leaves_what_is_done(tmp_path, capsys, student):
         ran = run(capsys, *request(server, student, "--retries", 0, "--concurrency", 1))
         assert ran.status == 1
         assert "4 verdicts are kept in" in ran.err
+        assert "; the same command asks for the others" in ran.err
         assert held(tmp_path / "out") == {"judged-verdicts.jsonl"}
         server.fault = lambda question, number: None
         ran = done(capsys, *request(server, student))
         assert "4 of 12 verdicts are in" in ran.err
         assert len(server.questions) == 4 + 5 + 8
     assert same(tmp_path / "clean", tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_after_a_failure_nobody_is_sent_to_erase_what_was_had(capsys, student):
+    with judge_server(fault=lambda question, number: "500" if number >= 4 else None) as server:
+        ran = run(capsys, *request(server, student, "--retries", 0, "--concurrency", 1, "--overwrite"))
+        assert "; the same command without --overwrite asks for the others" in ran.err
 
 
 @pytest.mark.slow

@@ -123,9 +123,11 @@ def test_ends_and_temperature():
     assert modelfile("t.gguf", model, tokenizer).endswith('\n\nPARAMETER stop "<|end|>"\nPARAMETER temperature 0\n')
     model.generation_config.eos_token_id = [tokenizer.convert_tokens_to_ids(each) for each in ("<|end|>", "<|user|>")]
     model.generation_config.do_sample, model.generation_config.temperature = True, 0.7
+    assert modelfile("t.gguf", model, tokenizer).endswith("PARAMETER temperature 0.7\n")
+    model.generation_config.temperature = None  # as transformers reads a file that names none
     text = modelfile("t.gguf", model, tokenizer)
     assert re.findall(r'^PARAMETER stop "(.*)"$', text, re.MULTILINE) == ["<|end|>", "<|user|>"]
-    assert text.endswith("PARAMETER temperature 0.7\n")
+    assert text.endswith("PARAMETER temperature 1.0\n")
 
 
 def test_the_variables_of_the_runs_chat_template():

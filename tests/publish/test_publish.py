@@ -14,7 +14,8 @@ from helpers.commands import LIMITS, World, distill, done, make_world, run
 from helpers.hub_server import HubServer, hub
 from helpers.leaks import holding, is_pickle
 from helpers.tiny import save_model, tiny_model
-from promptkd.cli.commands.publish import _defaults
+from promptkd.cli.commands.publish import _base, _defaults, _template
+from promptkd.cli.options.publish import Options
 from promptkd.errors import RequestError
 from promptkd.publish import Published, collect, hub_origin, model_card
 from promptkd.publish.bundle import names_a_place
@@ -324,10 +325,13 @@ def test_the_base_is_found_along_the_records(tmp_path, monkeypatch):
     record("runs/teacher", "sft", model="Qwen/Qwen2.5-1.5B")
     record("student", "prune", model="runs/teacher")
     record("runs/own", "sft", model="downloaded")
-    Path("downloaded").mkdir()
-    Path("runs/teacher/model").mkdir()
+    record("runs/run", "distill", student="student", teacher="Qwen/Qwen2.5-7B")
+    for folder in ("downloaded", "runs/teacher/model", "runs/run/student", "runs/run/teacher_lora", "runs/run/teacher"):
+        Path(folder).mkdir()
     assert hub_origin("gpt2") == "gpt2"
     assert hub_origin("student") == hub_origin("runs/teacher/model") == "Qwen/Qwen2.5-1.5B"
+    assert hub_origin("runs/run/student") == "Qwen/Qwen2.5-1.5B"
+    assert hub_origin("runs/run/teacher_lora") == hub_origin("runs/run/teacher") == "Qwen/Qwen2.5-7B"
     assert hub_origin("runs/own") is hub_origin("runs/gone") is hub_origin("/none") is None
 
 
@@ -353,6 +357,56 @@ def test_a_card_names_no_folder_of_the_machine_that_a_run_came_from():
     assert "- 3 rows." in card
     assert "On test.jsonl, greedy" in card
     assert "ROUGE-L on test.jsonl" in card
+
+
+@pytest.mark.parametrize(
+    ("teacher", "told", "bases"),
+    [
+        ("self", " by promptkd's method", []),
+        ("org/big", " from the teacher org/big by promptkd's method", ["org/big"]),
+        (["org/big"], " from the teacher org/big by promptkd's method", ["org/big"]),
+        ("runs/lr=1e-4/student", " from the teacher student (local) by", []),
+        (["/w/a", "/w/b"], " from the teachers a (local) and b (local) by", []),
+        (["code=org/a", "math=/w/b", "org/c"], " from the teachers org/a, b (local) and org/c by", ["org/a", "org/c"]),
+    ],
+)
+def test_a_card_names_every_teacher(tmp_path, monkeypatch, teacher, told, bases):
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    Path("runs", "lr=1e-4").mkdir()
+    record = Results(kind="distill", config={"student": "org/small", "teacher": teacher})
+    card = model_card(record, Published("me/small", "student", "mit", None, "chat"))
+    header, text = card_of({"README.md": card.encode()})
+    assert markdown_text(told).replace("\\", "") in text.replace("\\", "")
+    assert header["base_model"] == ["org/small", *bases]
+
+
+@pytest.mark.parametrize(
+    ("config", "student", "expected"),
+    [
+        ({"template": "auto"}, {"chat_template": "{{ messages }}"}, "chat"),
+        ({"template": "auto"}, {}, "alpaca"),
+        ({}, None, "jinja"),  # the student is gone, so nobody knows
+        ({"template": "teacher"}, {}, "chat"),
+        ({"template": "{{ prompt }}"}, {"chat_template": "{{ messages }}"}, "jinja"),
+    ],
+)
+def test_a_card_writes_prompts_as_training_did(tmp_path, config, student, expected):
+    if student is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(student))
+    assert _template(Results(kind="distill", config=config), tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "known"), [("org/base", "org/base"), ("runs/first", "org/base"), ("me/adapter", "org/base")]
+)
+def test_an_adapter_on_an_adapter_has_the_base_of_the_first(tmp_path, monkeypatch, given, known):
+    monkeypatch.chdir(tmp_path)
+    Path("runs/first/model").mkdir(parents=True)
+    Results(kind="sft", config={"model": "org/base"}).write(Path("runs/first/results.json"))
+    options = Options(run=Path("runs/second"), repository="me/second", license="mit")
+    record = Results(kind="sft", config={"model": given})
+    assert _base(options, record, Path("runs/second/model"), {"base_model_name_or_path": known}) == known
 
 
 def test_a_card_names_the_recipe_and_what_was_given_and_no_chatter_of_the_run():

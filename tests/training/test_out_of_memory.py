@@ -1,8 +1,9 @@
 """Memory that runs out: one message with the phase, the batch and what needs less, and a run that can be resumed."""
 
+import importlib
 import re
 import weakref
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ import promptkd.training.teacher_tuner
 import promptkd.training.validation
 from helpers.commands import LIMITS, World, distill, done, make_world, run, sft, steps, weights
 from helpers.trainers import log, trainer
-from promptkd.cli import main
+from promptkd.cli import COMMANDS, _out_of_memory, main
 from promptkd.cli.outputs import _MICRO_BATCHES, _OF_MEMORY
 from promptkd.errors import PromptKDError
 from promptkd.results import Results
@@ -214,6 +215,16 @@ def test_evaluate_names_its_batch_and_keeps_its_answers(world, tmp_path, capsys,
     assert "run the same command again to resume" in ran.err
     done(capsys, *request, interrupted)
     assert Results.read(interrupted).evaluations == Results.read(undisturbed).evaluations
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_says_that_memory_ran_out(name):
+    kinds = ("commands", "options")
+    module, options = (importlib.import_module(f"promptkd.cli.{kind}.{name.replace('-', '_')}") for kind in kinds)
+    given = {each.name: 2 if each.default is MISSING else each.default for each in fields(options.Options)}
+    told = _out_of_memory("Peak 1 GiB.", module, SimpleNamespace(**given))
+    batch = r" on up to \d+ rows at a time(, each of up to [\d,]+ tokens)?"
+    assert re.match(rf"Out of memory({batch})?\. Peak 1 GiB\. ", told)
 
 
 def test_loading_says_what_makes_a_teacher_smaller(world, tmp_path, capsys, monkeypatch):

@@ -174,8 +174,9 @@ def _out_of_memory(status: str, command: ModuleType, options: Any) -> str:
     if "batch_size" in given:
         inference = importlib.import_module("promptkd.cli.inference_run")  # the command has imported it
         given["batch_size"] = inference.settled_rows(given["batch_size"])
-        tokens = given["max_prompt_length"] + given["max_completion_length"]
-        batch = f" on up to {given['batch_size']} rows at a time, each of up to {tokens:,} tokens"
+        batch = f" on up to {given['batch_size']} rows at a time"
+        if limits := [given[each] for each in ("max_prompt_length", "max_completion_length") if each in given]:
+            batch += f", each of up to {sum(limits):,} tokens"
     less = ", or ".join(each.format(**given) for each in vars(command).get("LESS_MEMORY", ()))
     advice = f"Less is needed with {less}." if less else "It takes a machine with more memory."
     is_kept = vars(command).get("RESUMED_BY") == ()

@@ -6,7 +6,7 @@ from typing import Any
 
 from promptkd.cli.inference_run import InferenceRun, settled_rows
 from promptkd.cli.options.generate import Options
-from promptkd.cli.outputs import check_writable, say_rows, sha256_of
+from promptkd.cli.outputs import check_replaceable, check_writable, say_rows, sha256_of
 from promptkd.cli.terminal import progress_lines, say
 from promptkd.data import EncodedData, encode_examples, read_columns, read_examples, resolve_template
 from promptkd.data.kept_logits import INDEX, KeptIndex, KeptSettings, vocabulary_sha256
@@ -32,8 +32,8 @@ class LogitsRequest:
 
     def __init__(self, options: Options):
         self.options = options
-        self.folder = options.out if options.score else options.out.with_suffix(".logits")
-        self.unfinished = options.out.with_name(f"{options.out.name}.unfinished")
+        self.folder = options.out if options.score else options.out.parent / f"{options.out.stem}.logits"
+        self.unfinished = options.out.parent / f"{options.out.name}.unfinished"
         """The responses of a call that is not through, by which the next one resumes."""
 
     def check(self) -> None:
@@ -60,6 +60,7 @@ class LogitsRequest:
         ]
         check_all("Wrong flags", checks)
         if keeps:
+            check_replaceable(self.folder)
             held_index(self.folder, overwrite=options.overwrite)
             check_writable(self.folder.parent, self.folder)
 

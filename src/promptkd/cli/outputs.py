@@ -55,6 +55,12 @@ def check_output(path: Path, *, overwrite: bool) -> None:
     check_writable(path.parent, path)
 
 
+def check_replaceable(folder: Path) -> None:
+    """Refuse the working folder and those above it, which cannot be replaced from inside of them."""
+    if Path.cwd().is_relative_to(folder.resolve()):
+        raise RequestError(f"--out must be a folder that can be replaced. {folder} holds the working folder.")
+
+
 def refuse_foreign(folder: Path, foreign: Sequence[str], what: str, aside: str = "") -> None:
     """Refuse to replace a folder that holds more than `what` --overwrite replaces there."""
     if foreign:

@@ -30,9 +30,11 @@ class Start:
 def nearest_tokens(vectors: Tensor, model: nn.Module, tokens: int, count: int) -> tuple[Tensor, Tensor]:
     """Largest cosines of `vectors` (n, E) with the embeddings of the first `tokens` ids, and the ids; (n, count) each.
 
-    The embeddings are what the model's first layer reads, after any scaling. One that is 0 has the cosine 0.
+    The embeddings are what the model's first layer reads, after any scaling. One that is 0 has the cosine 0. Ids that
+    the model has no embedding of are left out.
     """
     embedding = unwrap_peft(model).get_input_embeddings()
+    tokens = min(tokens, embedding.weight.shape[0])
     device = embedding.weight.device
     directions = nn.functional.normalize(vectors.detach().to(device).float(), dim=-1)
     with torch.no_grad():

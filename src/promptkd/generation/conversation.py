@@ -1,6 +1,6 @@
 """A model in a conversation: requests go in, the text of its answers comes out piece by piece."""
 
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -25,6 +25,7 @@ class StreamedAnswer:
     text: str = ""
     tokens: int = 0
     ended: bool = False  # whether the model wrote a stop token
+    remembered: bool = False  # whether the conversation holds it
 
 
 @dataclass
@@ -51,10 +52,11 @@ class Conversation:
     def reset(self) -> None:
         self.messages = []
 
-    def ask(self, request: str, decoding: Decoding, turn: int = 0) -> tuple[StreamedAnswer, Iterator[str]]:
-        """An answer that fills while the iterator over its new pieces of text is read; what was read is remembered.
+    def ask(self, request: str, decoding: Decoding, turn: int = 0) -> tuple[StreamedAnswer, Generator[str]]:
+        """An answer that fills while the iterator over its new pieces of text is read.
 
-        Raises `RequestError` at once, for a request without text or a conversation that leaves no room for an answer.
+        What was read of it is remembered, and by `remember` also a request of which nothing was. Raises `RequestError`
+        at once, for a request without text or a conversation that leaves no room for an answer.
         """
         prompt, (limit,), vocabulary = self._prompt(request), decoding.limits(1), vocabulary_size(self.tokenizer)
         answer = StreamedAnswer(limit if self.context is None else min(limit, self.context - len(prompt)))
@@ -80,7 +82,13 @@ class Conversation:
             raise RequestError(f"{told}, and {most}. Start from scratch or ask in fewer words.")
         return prompt
 
-    def _pieces(self, request: str, answer: StreamedAnswer, tokens: Generator[int]) -> Iterator[str]:
+    def remember(self, request: str, answer: StreamedAnswer) -> None:
+        """Take a request and what there is of its answer into the conversation, if it is not in it."""
+        if self.remembers and not answer.remembered:
+            self.messages += [{"role": "user", "content": request}, {"role": "assistant", "content": answer.text}]
+            answer.remembered = True
+
+    def _pieces(self, request: str, answer: StreamedAnswer, tokens: Generator[int]) -> Generator[str]:
         text = TextStream(self.tokenizer)
         try:
             with closing(tokens):
@@ -93,9 +101,7 @@ class Conversation:
         finally:
             tail = text.end()
             answer.text += tail
-            if self.remembers:
-                said = {"role": "user", "content": request}
-                self.messages += [said, {"role": "assistant", "content": answer.text}]
+            self.remember(request, answer)
         yield tail
 
 

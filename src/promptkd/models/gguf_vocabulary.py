@@ -74,8 +74,9 @@ def add_tokenizer(
     writer.add_add_bos_token(bos is not None and framed[0] == bos)
     writer.add_add_eos_token(eos is not None and framed[-1] == eos)
     writer.add_add_space_prefix(False)
-    if tokenizer.chat_template:
-        writer.add_chat_template(tokenizer.chat_template)
+    if held := tokenizer.chat_template:  # several have names
+        named = [{"name": name, "template": text} for name, text in held.items()] if isinstance(held, dict) else held
+        writer.add_chat_template(named)
 
 
 def _ends(

@@ -61,8 +61,9 @@ def modelfile(
     lines.append("")
     ends = [tokenizer.decode([index]) for index in known_end_tokens(model, tokenizer)]
     lines += [f'PARAMETER stop "{end}"' for end in ends if end.strip() == end != "" and '"' not in end]
-    named = model.generation_config.temperature if model.generation_config.do_sample else None
-    lines.append(f"PARAMETER temperature {0 if named is None else named}")
+    settings = model.generation_config
+    sampled = 1.0 if settings.temperature is None else settings.temperature  # transformers' default
+    lines.append(f"PARAMETER temperature {sampled if settings.do_sample else 0}")
     return "\n".join(lines) + "\n"
 
 

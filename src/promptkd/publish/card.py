@@ -10,12 +10,14 @@ import yaml
 
 from promptkd.publish.bundle import holds_a_path, without_folders
 from promptkd.publish.origin import hub_origin, is_local
-from promptkd.report.formatting import decoding_words, estimate, joined, millions
+from promptkd.report.formatting import decoding_words, estimate, joined, listed, millions
 from promptkd.report.labels import is_teacher, unified
 from promptkd.report.metrics import in_order, metric_info
 from promptkd.report.text import markdown_table, markdown_text
 from promptkd.report.verdict import verdict_of
 from promptkd.results import DataRecord, Evaluation, Results
+from promptkd.training.own_teacher import is_own
+from promptkd.training.teachers import teacher_and_place
 from promptkd.visible import visible
 
 _OF_THE_MACHINE = {  # settings that say where and how a run ran, not what it computed
@@ -95,30 +97,33 @@ def _bases(record: Results, published: Published) -> list[str]:
     """Models of the hub that it was made from; of an adapter the one that it belongs to."""
     if published.base is not None:
         return [published.base]
-    names = [record.config.get("student"), _named_teacher(record), record.config.get("model")]
+    names = [record.config.get("student"), *_named_teachers(record), record.config.get("model")]
     return list(dict.fromkeys(found for name in names if isinstance(name, str) and (found := hub_origin(name))))
 
 
 def _lead(record: Results, published: Published) -> str:
-    method, teacher = _method(record), _named_teacher(record)
-    of_teacher = f" of the teacher {markdown_text(shown_name(str(teacher)))}" if teacher else ""
+    method, teachers = _method(record), _named_teachers(record)
+    named = [markdown_text(shown_name(each)) for each in teachers]
+    teacher = f"the teacher{'s' * (len(named) > 1)} {listed(named)}" if named else ""
+    of_teacher = f" of {teacher}" if teachers else ""
     if published.kind == "prompt":
         return (
             f"A soft prompt{of_teacher}, trained by promptkd's method `{method}`: before the request, it lets the "
             "teacher answer in a way that the student can learn. It is of use with that teacher alone."
         )
     what = "LoRA weights" if published.kind == "adapter" else "A language model"
-    source = f" from the teacher {markdown_text(shown_name(str(teacher)))}" if teacher else ""
+    source = f" from {teacher}" if teachers else ""
     by = f" by promptkd's method `{method}`" if record.kind == "distill" else " by promptkd"
     return f"{what}, {_DONE.get(record.kind, 'made')}{source}{by}."
 
 
-def _named_teacher(record: Results) -> str | None:
-    """The teacher that a run was given; None for one that was made of the student."""
-    teacher = record.config.get("teacher")
-    named = [teacher] if isinstance(teacher, str) else teacher or []  # of several, each as NAME=PATH or a path
-    names = [str(each).partition("=")[2] or str(each) for each in named if each not in ("self", "ema")]
-    return ", ".join(names) or None
+def _named_teachers(record: Results) -> list[str]:
+    """The teachers that a run was given, by hub name or path; none where its teacher was made of the student."""
+    given = record.config.get("teacher") or []
+    named = [given] if isinstance(given, str) else list(map(str, given))
+    if len(named) > 1:
+        named = [teacher_and_place(each)[1] for each in named]
+    return [each for each in named if not is_own(each)]
 
 
 def _method(record: Results) -> str:
@@ -129,8 +134,8 @@ def _method(record: Results) -> str:
 def _making(record: Results, defaults: Mapping[str, Any]) -> str:
     start = record.config.get("student") or record.config.get("model")
     lines = [["Started from", shown_name(str(start))]] if start else []
-    if teacher := _named_teacher(record):
-        lines.append(["Teacher", shown_name(teacher)])
+    if teachers := _named_teachers(record):
+        lines.append(["Teachers" if len(teachers) > 1 else "Teacher", listed(list(map(shown_name, teachers)))])
     elif "teacher" in record.models:
         lines.append(["Teacher", record.models["teacher"].about])
     for label in ("student", "model", "teacher"):

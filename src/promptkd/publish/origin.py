@@ -8,6 +8,7 @@ from promptkd.results import Results
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _FROM = {"prune": "model", "sft": "model", "distill": "student"}  # by the command, the setting that names its start
+_OF_TEACHER = ("teacher_lora", "teacher")  # folders in a run of distill
 _LONGEST_CHAIN = 8
 
 
@@ -24,8 +25,12 @@ def hub_origin(name: str) -> str | None:
     for _ in range(_LONGEST_CHAIN):
         if not is_local(name):
             return name if _HUB_NAME.fullmatch(name) else None
-        record = record_of(Path(name).expanduser())
-        source = None if record is None else record.config.get(_FROM.get(record.kind, ""))
+        folder = Path(name).expanduser()
+        record = record_of(folder)
+        setting = _FROM.get(record.kind, "") if record is not None else ""
+        if setting == "student" and folder.name in _OF_TEACHER and not (folder / "results.json").is_file():
+            setting = "teacher"
+        source = None if record is None else record.config.get(setting)
         if not isinstance(source, str):
             return None
         name = source

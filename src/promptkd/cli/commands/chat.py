@@ -3,7 +3,7 @@
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -114,7 +114,12 @@ class _Session:
                 raise RequestError(f"{label}: {error}") from error
         self.turn += 1
         can_redraw = self.console.is_terminal and not self.console.is_dumb_terminal
-        (write_side_by_side if can_redraw else write_in_turn)(self.console, writings)
+        try:
+            (write_side_by_side if can_redraw else write_in_turn)(self.console, writings)
+        finally:  # stopped before some model has begun, all still read the same conversation
+            for conversation, each in zip(self.conversations.values(), writings, strict=True):
+                each.pieces.close()
+                conversation.remember(request, each.answer)
 
 
 def _number(kind: Callable[[str], Any], name: str, value: str) -> Any:
@@ -148,7 +153,7 @@ def _typed_lines() -> Iterator[str]:
 class Writing:
     label: str
     answer: StreamedAnswer
-    pieces: Iterator[str]
+    pieces: Generator[str]
     seconds: float = 0.0
     running: bool = True
     stopped: bool = False

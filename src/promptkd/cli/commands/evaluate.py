@@ -187,13 +187,13 @@ def _measures_teacher(options: Options) -> bool:
 
 
 def _settings_file(out: Path) -> Path:
-    return out.with_name(f"{out.stem}-settings.json")
+    return out.parent / f"{out.stem}-settings.json"
 
 
 def _file(out: Path, data: str, part: str) -> Path:
     """Where a part of a data set's answers is kept, in letters that every file system takes."""
     safe = re.sub(r"[^\w.-]", "-", data)
-    return out.with_name(f"{out.stem}-{safe}-{part}.jsonl")
+    return out.parent / f"{out.stem}-{safe}-{part}.jsonl"
 
 
 def _teacher_file(out: Path, data: str, part: str) -> Path:

@@ -51,7 +51,8 @@ def run(options: Options, training: dict[str, Any]) -> None:
     job.results.write(out)
     for each in job.results.prompts:
         print(explanation_text(each))
-    say(f"The record is {out}. `promptkd report {options.run} --out report.html` shows it on the run's page.")
+    records = options.run if options.out is None else f"{options.run} {out}"  # a run's own record has a place
+    say(f"The record is {out}. `promptkd report {records} --out report.html` shows it on the run's page.")
     job.say_peak()
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from promptkd.cli.options.export import Options
-from promptkd.cli.outputs import check_output, check_writable, label_of, refuse_foreign
+from promptkd.cli.outputs import check_output, check_replaceable, check_writable, label_of, refuse_foreign
 from promptkd.cli.parsing.config_file import read_config
 from promptkd.cli.terminal import quiet_libraries, say
 from promptkd.errors import RequestError, writing
@@ -86,6 +86,7 @@ def _check(options: Options) -> None:
         return
     if out.is_file():
         raise RequestError(f"With --to safetensors, --out must be a folder. {out} is a file.")
+    check_replaceable(out)
     check_writable(out.parent, out)
     held = sorted(each.name for each in out.iterdir()) if out.is_dir() else []
     if held and not options.overwrite:

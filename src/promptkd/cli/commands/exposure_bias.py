@@ -34,8 +34,8 @@ Samples = list[list[list[int]]]
 
 
 def run(options: Options, training: dict[str, Any]) -> None:
-    unfinished = options.out.with_name(f"{options.out.stem}.unfinished.jsonl")
     check_output(options.out, overwrite=options.overwrite)
+    unfinished = options.out.with_name(f"{options.out.stem}.unfinished.jsonl")
     for what, given in (("student", options.student), ("data set", options.data)):
         if len(set(given)) < len(given):
             raise RequestError(f"Each {what} must be given once. Got {' '.join(given)}.")
@@ -143,14 +143,13 @@ class _ExposureRun(InferenceRun):
         check_positions(f"student {label}", student, self._longest, options.max_completion_length)
         record = results.models[label] = model_record(path, student)
         results.notes += [each for each in self.merged if each not in results.notes]
-        found = {}
+        found, weights = {}, record.sha256 or record.path  # a hub name has no hash
         for data in self.sets:
-            same = [each for (_, on), each in kept.lines.items() if on == data and each["sha256"] == record.sha256]
-            if same and record.sha256:
+            if same := [each for (_, on), each in kept.lines.items() if on == data and each["sha256"] == weights]:
                 line = {**same[-1], "student": label}
             else:
                 measured = self._measure(label, data, student)
-                line = {"student": label, "data": data, "sha256": record.sha256}
+                line = {"student": label, "data": data, "sha256": weights}
                 line |= {"points": [point.model_dump() for point in measured.points]}
                 line |= {name: getattr(measured, name).model_dump() for name in ("on_student", "on_teacher")}
             if kept.lines.get((label, data)) != line:

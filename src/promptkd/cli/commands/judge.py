@@ -40,7 +40,7 @@ def _judge(options: Options) -> None:
     questions = questions_about(list(models.values()), prompt)
     log = _log(options, task, endpoint, prompt)
     start = time.monotonic()
-    _ask_missing(task, endpoint, questions, log, options.concurrency)
+    _ask_missing(task, endpoint, questions, log, options)
     log.replace([log.lines[key] for key in sorted(log.lines)])
     verdicts = {key: Verdict(**log.lines[key]) for key in questions}
     given = list(verdicts.values())
@@ -126,8 +126,10 @@ def _log_path(options: Options) -> Path:
     return options.out.with_name(f"{options.out.stem}-verdicts.jsonl")
 
 
-def _ask_missing(task: Task, endpoint: Endpoint, questions: dict[Key, str], log: ResumableLines, at_once: int) -> None:
-    """Ask what is missing from the log, `at_once` questions at a time. Raises where an answer is missing in the end."""
+def _ask_missing(
+    task: Task, endpoint: Endpoint, questions: dict[Key, str], log: ResumableLines, options: Options
+) -> None:
+    """Ask what is missing from the log, so many questions at a time. Raises where an answer is missing in the end."""
     missing = {key: question for key, question in questions.items() if key not in log.lines}
     held = done = len(questions) - len(missing)
     if held:
@@ -147,10 +149,12 @@ def _ask_missing(task: Task, endpoint: Endpoint, questions: dict[Key, str], log:
             told = time.monotonic()
 
     try:
+        at_once = options.concurrency
         if failed := ask_all(endpoint, missing, take, concurrency=at_once, proven=held > 0, on_wait=on_wait):
             *_, reason = failed.values()
             count = f"{len(failed)} of {len(questions)} requests"
             raise PromptKDError(f"{count} were not answered, the last for: {reason}.")
     except PromptKDError as error:
-        kept = f"{done} verdicts are kept in {log.path}; the same command asks for the others."
+        again = "the same command without --overwrite" if options.overwrite else "the same command"
+        kept = f"{done} verdicts are kept in {log.path}; {again} asks for the others."
         raise PromptKDError(f"{error} {kept if done else 'No verdict was had.'}") from None

@@ -5,7 +5,7 @@ from typing import Any
 
 from promptkd.cli.inference_run import InferenceRun
 from promptkd.cli.options.prune import Options
-from promptkd.cli.outputs import check_writable, refuse_foreign
+from promptkd.cli.outputs import check_replaceable, check_writable, refuse_foreign
 from promptkd.cli.parsing.parser import merged_config
 from promptkd.cli.terminal import say
 from promptkd.data import EncodedExample
@@ -66,6 +66,7 @@ def _check(options: Options) -> None:
         (is_taken, f"{out} is not empty; replace the model in it by --overwrite or give another --out"),
     ]
     check_all("Cannot prune", checks)
+    check_replaceable(out)
     check_writable(out.parent, out)
     record = Results.read(out / "results.json") if (out / "results.json").exists() else None
     files = record.config.get("files") if record is not None and record.kind == "prune" else None

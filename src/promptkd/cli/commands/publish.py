@@ -44,7 +44,7 @@ def run(options: Options, training: dict[str, Any]) -> None:
             kind=kind,
             license=options.license,
             base=base,
-            template=_template(record, folder),
+            template=_template(record, options.run / _MODELS[record.kind]),
             evaluations=evaluations,
             defaults=_defaults(record.kind),
         )
@@ -115,14 +115,15 @@ def _base(options: Options, record: Results, folder: Path, adapter: dict[str, An
     if options.base is not None:
         return options.base
     known, role = str(adapter.get("base_model_name_or_path")), "teacher" if options.prompt else "student"
-    given = record.config.get(role) or record.config.get("model")
-    if not is_local(known) and known == given:
+    given = str(record.config.get(role) or record.config.get("model"))
+    # an adapter on an adapter is one of the first one's base
+    if not is_local(known) and (known == given or not is_local(given) or known == hub_origin(given)):
         return known
     what = "soft prompt" if options.prompt else "adapter"
     told = (
         f"The {what} in {folder} belongs to {Path(known).name}, a model of this machine, without which nobody loads it"
     )
-    made = f" (it was made from {origin}, and is not that)" if (origin := hub_origin(str(given))) else ""
+    made = f" (it was made from {origin}, and is not that)" if (origin := hub_origin(given)) else ""
     advice = "Publish that model too and name it by --base OWNER/NAME"
     raise RequestError(f"{told}{made}. {advice}{'' if options.prompt else ', or give --merge'}.")
 
@@ -147,16 +148,18 @@ def _evaluations(options: Options, folder: Path) -> list[Results]:
     return records
 
 
-def _template(record: Results, folder: Path) -> _Template:
-    """How prompts were written: by the run's setting, and "auto" by whether the tokenizer has a chat template."""
+def _template(record: Results, model: Path) -> _Template:
+    """How prompts were written: by the run's setting, and "auto" by whether the model has a chat template."""
     given = str(record.config.get("template", "auto"))
-    if given in ("chat", "alpaca"):
-        return "chat" if given == "chat" else "alpaca"
-    if given != "auto":
+    if given in ("chat", "teacher"):  # the teacher's chat template, which was given to the student
+        return "chat"
+    if given == "alpaca":
+        return "alpaca"
+    settings = model / "tokenizer_config.json"
+    if given != "auto" or not settings.is_file():
         return "jinja"
-    settings = folder / "tokenizer_config.json"
-    in_settings = settings.is_file() and bool(read_json_object(settings).get("chat_template"))
-    return "chat" if in_settings or (folder / "chat_template.jinja").is_file() else "alpaca"
+    in_settings = bool(read_json_object(settings).get("chat_template"))
+    return "chat" if in_settings or (model / "chat_template.jinja").is_file() else "alpaca"
 
 
 def _stored(folder: Path, options: Options, place: Path) -> Path:
