@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.commands import done, write_rows
+from helpers.commands import done, make_world, write_rows
 from helpers.tiny import save_model, tiny_model, tiny_tokenizer
 from promptkd.cli import COMMANDS
 from promptkd.cli.parsing.parser import parse_options
@@ -66,3 +66,16 @@ def test_the_first_runs_of_ones_own_model_take_rows_of_messages(tmp_path, monkey
         done(capsys, *each, *few)
         record = json.loads(Path(each[each.index("--out") + 1], "results.json").read_text(encoding="utf-8"))
         assert record["data"]["train"]["rows"] == 8
+
+
+def test_the_study_of_the_page_is_ready_to_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    text = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "docs" / "studies.md").read_text(), re.DOTALL | re.MULTILINE)[0]
+    Path("study.yaml").write_text(text)
+    made = make_world(tmp_path)
+    Path("runs").mkdir()
+    for name in ("student", "teacher"):
+        Path(made.folder, name).rename(Path("runs", name))
+    Path(made.test).rename("dolly_test.jsonl")
+    ran = done(capsys, "study", "study.yaml", "--dry-run")
+    assert "36 of 36 runs to do" in ran.out
