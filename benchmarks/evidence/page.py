@@ -125,6 +125,9 @@ class Page:
         """Of one run, the mean over seeds: "6 min 12 s"."""
         return duration(self._study(study).cost(group).seconds)
 
+    def methods(self, study: str) -> int:
+        return len(self._study(study).groups)
+
     def seeds(self, study: str) -> int:
         return len({run.planned.seed for run in self._study(study).study.runs})
 
@@ -173,10 +176,10 @@ class Page:
         held, info = self._study(study), metric_info(metric)
         rows = tables.intervals(held, metric, data, held.named(groups))
         way = {"lower": "below zero is better", "higher": "above zero is better", None: ""}[info.better]
-        about = f"{info.label} on {data}, less that of {held.baseline} ({way}); bars are 95 % intervals over seeds and "
+        about = f"{info.label} on {data}, minus that of {held.baseline} ({way}); bars are 95 % intervals over seeds and "
         about += "rows, and what is claimed is in color."
         stem = f"{study}-{metric}-differences-{data}"
-        axis = Axis(f"{_axis(info).label}, less {held.baseline}")
+        axis = Axis(f"{_axis(info).label}, minus {held.baseline}")
         return self._image(held, stem, about, forest(about, rows, axis))
 
     def plot_costs(self, study: str, metric: str, data: str, groups: Sequence[str] = ()) -> str:

@@ -123,7 +123,7 @@ def metrics_table(study: Committed, data: str, groups: Sequence[str], metrics: S
         info = metric_info(name)
         unit = f", {info.unit}" if info.unit else ""
         heads += [f"{info.label}{unit}{_ARROWS[info.better]}"]
-        heads += [f"less {study.baseline}"] if name in tested else []
+        heads += [f"vs {study.baseline}"] if name in tested else []
     lines = []
     references = [each.label for each in study.study.references if each.label in rows]
     for group in [*references, *groups]:

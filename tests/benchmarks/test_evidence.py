@@ -237,7 +237,7 @@ def test_absolute_paths_in_a_studys_settings_are_refused(study, tmp_path):
 def test_the_table_marks_the_best_and_claims_by_p_after_holm(made):
     table = metrics_table(made, "test, sampled", made.groups, ["rouge_l"])
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
-    assert lines[0] == ["", "seeds", "ROUGE-L, of 100 ↑", "less gkd"]
+    assert lines[0] == ["", "seeds", "ROUGE-L, of 100 ↑", "vs gkd"]
     names = ["gkd", *(f"promptkd, prompt learning rate {rate}" for rate in (0.001, 0.005))]
     assert [line[:2] for line in lines[2:]] == [["teacher", "–"], *([name, "3"] for name in names)]
     best = lines[4]
@@ -359,7 +359,7 @@ def test_a_forest_plot_has_a_row_for_each_difference_about_a_line_at_zero():
 
 
 def test_the_label_below_a_forest_plot_of_long_names_stays_in_the_image():
-    label = "Loss on references (nats/token), less promptkd"
+    label = "Loss on references (nats/token), minus promptkd"
     image = xml.etree.ElementTree.fromstring(forest("", [Interval("m" * 40, 0.5, -1.0, 2.0, False)], Axis(label)))
     (text,) = [each for each in image.iter("{http://www.w3.org/2000/svg}text") if each.text == label]
     assert float(text.get("x")) + 6.4 * len(label) / 2 <= 400
@@ -423,10 +423,11 @@ def test_the_page_asks_its_studies_for_what_they_measure(tmp_path, monkeypatch):
     counts |= {"request shares words": 7, "response shares words": 0}
     Path("records", "leaks-dolly.json").write_text(json.dumps({"dolly": counts}))
     page = build(Path("records"))[PurePath("evidence.md")]
-    assert "| ExAccErr, % ↓ | less gkd |" in page
+    assert "| ExAccErr, % ↓ | vs gkd |" in page
     short = page.split("## In short")[1].split("## ")[0]
     assert "\n5. **`kd` and `gkd` differ more" in short
-    assert "Of eleven methods (three seeds) `abkd` has" in short
+    methods = read_config(HERE / "studies" / "rivals.yaml")["methods"]
+    assert f"Of {len(methods)} methods (three seeds) `abkd` has" in short
     assert "Of 196 test requests 3 occurs" in " ".join(page.split())
     assert "| kd | 5 |" in build_readme(Path("records"), f"{BEGIN}\n{END}\n")
     rates = page.split("## The learning rates")[1].split("## ")[0]

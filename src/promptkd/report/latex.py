@@ -166,7 +166,7 @@ def _differences(rows: Sequence[differences.DifferenceRow], named: str) -> str:
     empty = (
         " Without a word in the last column: cannot be told apart." if any(r.verdict == "tied" for r in rows) else ""
     )
-    about = f"{named}Paired differences, model less baseline, with 95\\,\\% intervals.{empty}"
+    about = f"{named}Paired differences, model minus baseline, with 95\\,\\% intervals.{empty}"
     return _table(heads, lines, about, "differences")
 
 
