@@ -176,7 +176,9 @@ class Page:
         held, info = self._study(study), metric_info(metric)
         rows = tables.intervals(held, metric, data, held.named(groups))
         way = {"lower": "below zero is better", "higher": "above zero is better", None: ""}[info.better]
-        about = f"{info.label} on {data}, minus that of {held.baseline} ({way}); bars are 95 % intervals over seeds and "
+        about = (
+            f"{info.label} on {data}, minus that of {held.baseline} ({way}); bars are 95 % intervals over seeds and "
+        )
         about += "rows, and what is claimed is in color."
         stem = f"{study}-{metric}-differences-{data}"
         axis = Axis(f"{_axis(info).label}, minus {held.baseline}")

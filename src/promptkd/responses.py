@@ -144,8 +144,10 @@ class AdaptiveReplay(Responses):
     """The newest samples of the student's, at most `capacity`."""
     replayed: float = field(init=False, default=0.0)
     """Share of the last step's rows that are from the buffer."""
+    _is_used: bool = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        self.best, self._is_used = None, False
         self.share = _share("The student's first share", self.start)
         self.buffer = deque(maxlen=self.capacity)
 
@@ -153,6 +155,9 @@ class AdaptiveReplay(Responses):
         raise TypeError("AdaptiveReplay also answers other rows than those of the step: call its `answered`.")
 
     def answered(self, rows: Sequence[EncodedExample], sample: Sampler, progress: float) -> list[Answered]:
+        if progress == 0 and self._is_used:  # another training, which begins anew
+            self.__post_init__()
+        self._is_used = True
         own = _chosen(len(rows), self.share)
         renewed = _chosen(len(rows), 1 - progress)
         fresh = [mine and (new or not self.buffer) for mine, new in zip(own, renewed, strict=True)]

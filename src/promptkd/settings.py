@@ -94,7 +94,11 @@ class Reader:
     def refuse_unread(self, reader: str, owners: Iterable[type]) -> None:
         """Refuse fields of `owners` whose value is not the default and that nobody took; `reader` should have."""
         declared = {each.name: each.default for owner in owners for each in fields(owner)}
-        unread = [name for name in declared if name not in self.read and self._values[name] != declared[name]]
+        unread = [
+            name
+            for name in declared
+            if name not in self.read and self._values.get(name, declared[name]) != declared[name]
+        ]
         if unread:
             it = "it" if len(unread) == 1 else "them"
             own = sorted(read for read in self.read for name in unread if read.endswith(f"_{name}"))

@@ -22,7 +22,7 @@ from beside import halved
 
 from promptkd.methods import Method, MixedMethod, NamedMethod
 from promptkd.models.adapters import SoftPromptFactory
-from promptkd.objectives import forward_kl, jensen_shannon, reverse_kl
+from promptkd.objectives import Moving, forward_kl, jensen_shannon, reverse_kl
 from promptkd.responses import ResponseMix
 from promptkd.settings import option
 
@@ -52,6 +52,19 @@ def broken(share=0.5):
 
 def nothing():
     return "no method"
+
+
+class Turning(Moving):
+    def before_step(self, progress):
+        if progress == 0:
+            self.beta = 0.5
+
+    def __call__(self, student, teacher):
+        return jensen_shannon(student, teacher, beta=self.beta)
+
+
+turning = Method(ResponseMix(0.0), Turning())
+largest = Method(ResponseMix(0.0), lambda student, teacher: reverse_kl(student.topk(16).values, teacher[:, :16]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +100,11 @@ def test_a_method_object(file, tmp_path):
     assert found.adapter == SoftPromptFactory(prompt_length=3)
     with pytest.raises(RequestError, match=r"takes no beta: its settings are none"):
         method(tmp_path, f"{file}:plain", method_settings={"beta": 1})
+
+
+@pytest.mark.parametrize("name", ["turning", "largest"])
+def test_objectives_that_begin_with_a_step_or_take_the_largest_logits(file, tmp_path, name):
+    assert method(tmp_path, f"{file}:{name}").objective is not None
 
 
 def test_a_function_and_its_arguments(file, tmp_path):
@@ -194,8 +212,8 @@ def raises(student, teacher):
     return student.no_such_thing
 
 
-def late(objective):  # not when the file is read, where an objective is tried on logits over 5 tokens
-    return lambda student, teacher: (forward_kl if student.shape[-1] == 5 else objective)(student, teacher)
+def late(objective):  # not when the file is read, where an objective is tried on logits over 1,000 tokens
+    return lambda student, teacher: (forward_kl if student.shape[-1] == 1000 else objective)(student, teacher)
 
 
 class Backward(torch.autograd.Function):

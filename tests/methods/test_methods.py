@@ -1,17 +1,19 @@
 """Every named method: trains, is invariant to how its rows are cut into micro-batches, and does what its name says."""
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 
 from helpers.models import response_logits
 from helpers.paper_loops import distillm2_skew, distillm2_student, distillm2_teacher, softmax
 from helpers.tiny import VOCABULARY, tiny_model
 from helpers.trainers import FixedResponses, config, log, pair, rows, trainer
 from promptkd.data.batch import right_pad
-from promptkd.engine import response_hidden
+from promptkd.engine import ChunkedLoss, response_hidden
 from promptkd.errors import RequestError
 from promptkd.methods import METHODS, Method, MethodSettings, named_method
 from promptkd.methods.okd import OnlineModule, OnlineTeacher
@@ -19,8 +21,11 @@ from promptkd.models.adapters import LoraFactory, PromptLossSettings, TunerStep
 from promptkd.models.pair import Pair
 from promptkd.objectives import forward_kl, reverse_kl
 from promptkd.responses import AdaptiveReplay, ResponseMix, Responses, Sampler, Speculation, Speculative, TeacherMixed
+from promptkd.settings import Reader
 from promptkd.training import DistillConfig
+from promptkd.training.collapse import findings
 from promptkd.training.config import chosen_method
+from promptkd.training.rollout import Rollout
 
 
 def fixed(name, **settings):
@@ -339,6 +344,21 @@ def test_the_replay_buffer_brings_rows_with_their_answers_and_forgets_the_oldest
     again.load_state_dict(source.state_dict())
     assert again.state_dict() == source.state_dict()
     assert list(again.buffer) == list(source.buffer)
+
+
+def test_a_replay_buffer_begins_anew_with_the_next_training():
+    source, data, sampled, _ = replaying(0.5, 9, 4, step=0.3)
+    source.on_validation(2.0)  # before training
+    source.answered(data, sampled, 0.0)
+    assert source.best == 2.0
+    source.on_validation(3.0)
+    source.answered(data * 5, sampled, 0.5)
+    assert source.share == 0.8
+    assert source.buffer
+    held = list(source.buffer)
+    source.answered(data, sampled, 0.0)
+    assert not any(each in held for each in source.buffer)
+    assert (source.share, source.best) == (0.5, None)
 
 
 def test_replayed_answers_are_their_own_rows_while_the_buffer_is_full():
@@ -664,3 +684,42 @@ def test_an_objective_that_gives_no_value_per_token_is_refused(tmp_path, objecti
     run = trainer(tmp_path, method=Method(FixedResponses(), objective), chunk_tokens=chunk)
     with pytest.raises(RequestError, match=f"one value per token, here .* Got {got}"):
         run.train()
+
+
+@pytest.mark.slow
+def test_the_plain_teacher_samples_also_where_it_has_an_adapter(tmp_path, monkeypatch):
+    seen = []
+    sample = Rollout._sample
+
+    def watched(self, *arguments):
+        seen.append([each.disable_adapters for each in self.teacher.model.modules() if isinstance(each, LoraLayer)])
+        return sample(self, *arguments)
+
+    monkeypatch.setattr(Rollout, "_sample", watched)
+    mixed = Method(TeacherMixed(0.5), reverse_kl, LoraFactory(adapter_rank=2))
+    trainer(tmp_path, method=mixed, max_steps=2).train()
+    assert len(seen) == 2
+    assert all(each and all(each) for each in seen)
+
+
+@pytest.mark.slow
+def test_a_loss_of_ones_own_without_an_entropy_logs_none(tmp_path):
+    def loss(step):
+        logits = step.pair.logits("student", step.student_hidden)
+        return ChunkedLoss(-logits.log_softmax(-1).gather(-1, step.batch.targets[:, None]).sum(), {})
+
+    made = trainer(tmp_path, method=Method(ResponseMix(0.0), loss=loss), max_steps=6)
+    made.train()
+    assert all("entropy" not in entry for entry in log(made))
+    assert not [each for each in findings(log(made)) if "entropy" in each.message]
+
+
+def test_a_setting_of_a_method_that_came_later_is_no_setting_of_this_run():
+    @dataclass
+    class Later:
+        sharpness: float = 1.0
+
+    reader = Reader(SimpleNamespace(beta=0.5))
+    reader.refuse_unread("gkd", [Later])
+    with pytest.raises(RequestError, match="gkd takes no sharpness"):
+        Reader(SimpleNamespace(sharpness=2.0)).refuse_unread("gkd", [Later])

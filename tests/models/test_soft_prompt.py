@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, PromptTuningInit, get_peft_model
+from transformers import MambaConfig, MambaForCausalLM
 
 from helpers.models import response_logits
 from helpers.tiny import ARCHITECTURES, END_ID, PAD_ID, VOCABULARY, save_model, tiny_model, tiny_tokenizer
@@ -336,3 +337,10 @@ def test_the_adapter_reads_the_teacher_with_and_without(tmp_path):
     adapter.save(tmp_path, teacher)
     assert torch.equal(SoftPrompt.load(tmp_path).embeddings, adapter.module.embeddings)
     assert teacher.get_input_embeddings().weight.shape == (VOCABULARY, 16)
+
+
+def test_a_prompt_of_a_teacher_without_attention_is_saved(tmp_path):
+    config = MambaConfig(vocab_size=VOCABULARY, hidden_size=16, state_size=4, num_hidden_layers=1)
+    prompt = SoftPrompt.create(MambaForCausalLM(config), tiny_tokenizer(), length=3, start="random", seed=1)
+    prompt.save(tmp_path / "prompt", MambaForCausalLM(config))
+    assert torch.equal(SoftPrompt.load(tmp_path / "prompt")(), prompt())

@@ -1,5 +1,7 @@
 """Kernels of objectives without a written one: what autograd makes of them, in parts."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
@@ -34,3 +36,19 @@ def test_autograd_takes_few_tokens_at_a_time_and_changes_nothing(monkeypatch, to
     assert metrics.keys() == metrics_of_parts.keys()
     assert all(torch.equal(value, metrics_of_parts[name]) for name, value in metrics.items())
     assert prompted or (sum(at_once) == tokens and max(at_once) <= 3)
+
+
+@dataclass
+class Weighted:
+    """An objective that is equal to others of its weight, and so has no hash."""
+
+    weight: float = 2.0
+
+    def __call__(self, logits, target):
+        return self.weight * skew_reverse_kl(logits, target, alpha=0.1)
+
+
+def test_an_objective_without_a_hash_is_computed():
+    logits, target = torch.randn(2, 4, 9, generator=torch.Generator().manual_seed(1))
+    values, _ = objective_kernel(Weighted(), PLAIN_KERNELS, absent_tokens=False)(logits.clone(), target)
+    assert torch.equal(values, 2 * skew_reverse_kl(logits, target, alpha=0.1))

@@ -284,3 +284,11 @@ def test_damaged_or_unfinished_logits_are_refused(tmp_path, logits, how, told):
 def test_sources_that_write_nothing_may_be_ones_own(tmp_path, logits):
     method = replace(KD, responses=ResponseMix(0.0))
     assert log(train(tmp_path, logits, method=method))[0]["student_kl"] > 0
+
+
+def test_a_teacher_beside_kept_logits_or_among_several_is_refused(tmp_path, logits):
+    with pytest.raises(RequestError, match="Expected None as `teacher_model` beside `kept_logits`"):
+        trainer(tmp_path, models=pair(), method=KD, kept_logits=str(logits.folder))
+    for others in ({"b": KeptLogits(logits.folder)}, {"b": pair()[1]}):
+        with pytest.raises(RequestError, match=r"the place of a single teacher\. Got those of 'a' among several"):
+            trainer(tmp_path, models=(pair()[0], {"a": logits, **others}), method=KD)

@@ -15,6 +15,7 @@ from promptkd.errors import RequestError
 from promptkd.methods import named_method
 from promptkd.models import load_adapted, load_model, merged_parts
 from promptkd.models.merge import has_adapter
+from promptkd.models.prune import prune_layers
 from promptkd.training import DistillTrainer, FinetuneConfig, FinetuneTrainer
 from promptkd.training.callbacks import quiet
 
@@ -192,3 +193,57 @@ def test_fine_tuning_takes_lora_too(folders, tmp_path):
     assert merged_parts(made.model) is not None
     with pytest.raises(RequestError, match="trained with LoRA"):
         made.merge_student()
+
+
+@pytest.mark.parametrize("before", ["nothing", "training", "pruning", "merging"])
+def test_what_is_saved_is_what_was_trained_whatever_came_before(folders, tmp_path, before):
+    """The weights that an adapter is trained on may be those of no folder; and it trains on after it was saved."""
+    student, teacher, fast = load_model(folders["whole student"]), folders["whole teacher"], {"learning_rate": 1e-2}
+    if before == "pruning":
+        student = prune_layers(student, [0])
+    elif before != "nothing":
+        beside = lora() if before == "merging" else None
+        first = distiller(tmp_path / "first", student, teacher, method="kd", peft_config=beside, **fast)
+        first.train()
+        if before == "merging":
+            first.merge_student()
+        student = first.model
+    made = distiller(tmp_path / "second", student, teacher, method="kd", peft_config=lora(), **fast)
+    for _ in range(2):
+        made.train()
+        made.save_student(tmp_path / "saved")
+        torch.testing.assert_close(states(load_model(tmp_path / "saved")), states(made.model), rtol=0, atol=1e-4)
+    is_adapter = before in ("nothing", "merging")
+    assert (tmp_path / "saved" / "adapter_config.json").is_file() == is_adapter
+    told = "saved merged, as a whole model, since no folder holds the weights that it is trained on"
+    assert any(told in note for note in made.notes) == (not is_adapter)
+
+
+def test_a_teacher_that_was_tuned_in_memory_is_no_folders(folders, tmp_path):
+    first = distiller(tmp_path / "first", load_model(folders["whole teacher"]), folders["whole teacher"], method="kd")
+    first.train()
+    made = distiller(tmp_path / "second", folders["whole student"], first.model)
+    made.save_adapter(tmp_path / "run")
+    named = json.loads((tmp_path / "run" / "prompt" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert named in (None, "")
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_teacher_that_was_given_stays_without_what_was_trained_in_it(folders, tmp_path, beside):
+    teacher, rate = load_model(folders["teacher" if beside else "whole teacher"]), {"prompt_learning_rate": 0.1}
+    before, expected = states(teacher), first_step(tmp_path, folders["whole student"], teacher, method="gkd")
+    for _ in range(2):
+        made = distiller(tmp_path, folders["whole student"], teacher, method="promptkd-lora", **rate)
+        made.train()
+        assert (states(made.teacher.model) - before).abs().max() > 1e-3
+        assert not has_adapter(teacher)
+        assert torch.equal(states(teacher), before)
+    assert first_step(tmp_path, folders["whole student"], teacher, method="gkd") == expected
+
+
+def test_a_student_that_has_carried_an_adapter_carries_another(folders, tmp_path):
+    student = load_model(folders["whole student"])
+    distiller(tmp_path, student, folders["teacher"], method="kd", peft_config=lora(), learning_rate=1e-2).train()
+    trained = states(student)
+    made = distiller(tmp_path, student, folders["teacher"], method="kd", peft_config=lora())
+    torch.testing.assert_close(states(made.model), trained, rtol=0, atol=1e-5)

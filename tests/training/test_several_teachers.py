@@ -319,3 +319,19 @@ def test_a_run_of_the_command_line(tmp_path, capsys):
     ran = run(capsys, *request[:-1], f"other={second}", "--overwrite")
     assert ran.status == 2
     assert "Got the unknown teacher 'math' in row 1 of the train data" in ran.err
+
+
+def test_the_tokenizer_of_a_single_teacher_may_come_by_its_name(tmp_path):
+    other = tiny_tokenizer(merges=())
+    for given in (other, {"only": other}):
+        with pytest.raises(RequestError, match=r"vocabular|split"):
+            one(tmp_path, teacher_processing_class=given)
+    one(tmp_path, teacher_processing_class={"only": tiny_tokenizer()})
+    with pytest.raises(RequestError, match="Got one of 'other', which is no teacher's name"):
+        one(tmp_path, teacher_processing_class={"other": tiny_tokenizer()})
+
+
+def one(folder, **given):
+    student, teacher = pair()
+    settings = config(folder, prompt_learning_rate=1e-3)
+    return DistillTrainer(student, {"only": teacher}, settings, rows(), None, tiny_tokenizer(), method=PLAIN, **given)

@@ -519,3 +519,42 @@ def test_generates_cache_is_taken_where_generate_decodes(tmp_path):
 def test_settings_of_trls_sft_that_nothing_reads_are_refused(tmp_path, setting):
     with pytest.raises(RequestError, match=next(iter(setting))):
         FinetuneConfig(str(tmp_path), use_cpu=True, **setting)
+
+
+def test_settings_serve_one_trainer_after_the_other(tmp_path):
+    args = config(tmp_path, template="teacher", prompt_learning_rate=1e-3, method="kd")
+    asked = [{"instruction": "the man", "output": "an"}] * 4
+    prompts = []
+    for _ in range(2):
+        own, theirs = tiny_tokenizer(chat=True), tiny_tokenizer(chat=True)
+        theirs.chat_template = theirs.chat_template.replace("<|user|>", "<|user|>TEACHER ")
+        made = DistillTrainer(*pair(), args, asked, None, own, teacher_processing_class=theirs)
+        prompts.append(made.train_dataset[0].prompt_ids)
+    assert prompts[0] == prompts[1]
+    assert args.template == "teacher"
+
+
+@pytest.mark.parametrize(
+    ("data", "settings", "told"),
+    [
+        (
+            replace(rows(), examples=[replace(each, response_ids=[]) for each in rows().examples]),
+            {},
+            "need_response=True",
+        ),
+        (
+            replace(rows(), examples=[replace(each, prompt_ids=[5] * 600) for each in rows().examples]),
+            {},
+            r"The student has \d+ positions, and 608 are needed",
+        ),
+    ],
+)
+def test_rows_that_came_encoded_are_checked(tmp_path, data, settings, told):
+    with pytest.raises(RequestError, match=told):
+        trainer(tmp_path, method=named_method("kd"), data=data, **settings)
+
+
+def test_a_context_that_encoded_rows_are_without_is_told(tmp_path, caplog):
+    caplog.set_level("WARNING", "promptkd.training.setup")  # which commands lower
+    trainer(tmp_path, method=named_method("kd"), teacher_prompt="Be brief.")
+    assert "train_dataset was encoded without a context of the teacher" in caplog.text

@@ -17,6 +17,7 @@ from promptkd.objectives.kernels import Objective, token_values
 from promptkd.settings import Reader
 
 _EXPECTED = "a Method, a subclass of NamedMethod, or a function that returns a Method"
+_COLUMNS = 1000
 _AUTOGRAD = str(Path("torch", "autograd"))
 
 
@@ -57,6 +58,7 @@ def method_of_file(spec: str, settings: Mapping[str, Any], given: Mapping[str, A
         raise RequestError(f"{spec} must be {_EXPECTED} (docs/extending.md). Got {_kind(method)}.")
     if method.objective is not None:
         with own_code(f"{spec} cannot be used", file):
+            method.moving.before_step(0.0)  # as the first step does
             _try_objective(method.objective)
     return method
 
@@ -84,8 +86,11 @@ def failure_told(spec: str) -> Iterator[None]:
 
 
 def _try_objective(objective: Objective) -> None:
-    """Compute an objective for made-up logits of three tokens, before any model is loaded."""
-    logits = torch.linspace(-1, 1, 15).view(3, 5).requires_grad_()
+    """Compute an objective for made-up logits of three tokens, before any model is loaded.
+
+    Those have enough columns for an objective that takes the largest of them.
+    """
+    logits = torch.linspace(-1, 1, 3 * _COLUMNS).view(3, _COLUMNS).requires_grad_()
     with torch.enable_grad():
         values = token_values(objective, logits, logits.detach().flip(-1))
     if not values.requires_grad or not values.isfinite().all():

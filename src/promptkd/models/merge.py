@@ -4,11 +4,12 @@ What was merged into a model is remembered: a new adapter that is trained on it 
 joined with it (`adapter_files`).
 """
 
+import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PeftModelForCausalLM, get_peft_model_state_dict
@@ -44,6 +45,7 @@ class Merged:
 
 
 _MERGED: "WeakKeyDictionary[nn.Module, Merged]" = WeakKeyDictionary()
+_TRAINED: WeakSet[nn.Module] = WeakSet()  # models whose weights are no longer those that their names lead to
 
 
 def merged_parts(model: nn.Module) -> Merged | None:
@@ -51,9 +53,18 @@ def merged_parts(model: nn.Module) -> Merged | None:
     return _MERGED.get(unwrap_peft(model))
 
 
+def forget_origin(model: nn.Module) -> None:
+    """Note that the weights of `model` are being trained: neither its name leads to them now, nor what was merged."""
+    inner = unwrap_peft(model)
+    _MERGED.pop(inner, None)
+    _TRAINED.add(inner)
+
+
 def base_name(model: nn.Module) -> str | None:
     """What an adapter that is trained on `model` names as its base, from any working directory; None if nothing is."""
     inner = unwrap_peft(model)
+    if inner in _TRAINED:
+        return None
     merged = _MERGED.get(inner)
     return merged.name if merged is not None else absolute_name(inner.name_or_path) or None
 
@@ -84,6 +95,16 @@ def merge_adapters(model: PreTrainedModel, source: Source, adapters: Sequence[Ad
     whole = f"{absolute_name(source.base)}{how} with {', then '.join(told)} merged into its weights"
     _MERGED[model] = Merged(Source(source.base, source.revision, tuple(adapters)), whole, updates)
     return model
+
+
+def twin(model: PreTrainedModel) -> PreTrainedModel:
+    """Another model of the same weights: what is put between its layers is not in `model`."""
+    made = copy.deepcopy(model, {id(each): each for each in (*model.parameters(), *model.buffers())})
+    if model in _MERGED:
+        _MERGED[made] = _MERGED[model]
+    if model in _TRAINED:
+        _TRAINED.add(made)
+    return made
 
 
 def remember_merged(model: PreTrainedModel, merged: Merged) -> None:
@@ -146,7 +167,8 @@ def low_rank_updates(model: nn.Module) -> Updates | None:
     """What the active adapters of `model` add to its weights; None where that is more than a product of low rank."""
     inner = unwrap_peft(model)
     configs = model.peft_config if isinstance(model, PeftModel) else inner.peft_config
-    active = model.active_adapters if isinstance(model, PeftModel) else inner.active_adapters()
+    tuned = [layer for layer in inner.modules() if isinstance(layer, BaseTunerLayer)]
+    active = list(dict.fromkeys(name for layer in tuned for name in layer.active_adapters))
     layers = {name: layer for name, layer in inner.named_modules() if isinstance(layer, LoraLayer)}
     found: Updates = {}
     for adapter in active:

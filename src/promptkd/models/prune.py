@@ -99,6 +99,7 @@ def prune_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMod
         student.load_state_dict(weights)
     except RuntimeError as error:
         raise problem from error
+    student.name_or_path = student.config.name_or_path = ""  # no folder holds it yet
     student.generation_config = copy.deepcopy(model.generation_config)
     student.tie_weights()
     if not _is_part(model, student.eval(), stack, layers):

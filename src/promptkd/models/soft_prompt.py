@@ -5,7 +5,7 @@ positions 0 … n - 1. On disk a soft prompt is a PEFT prompt-tuning adapter, wh
 """
 
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from peft import PeftConfig, PromptTuningConfig
@@ -87,7 +87,7 @@ class SoftPrompt(nn.Module):
         config = inner.config.get_text_config()
         length, width = self.embeddings.shape
         sizes = {"num_virtual_tokens": length, "token_dim": width, "num_transformer_submodules": 1}
-        sizes |= {"num_layers": config.num_hidden_layers, "num_attention_heads": config.num_attention_heads}
+        sizes |= {"num_layers": config.num_hidden_layers, "num_attention_heads": _heads(config)}
         task = {"task_type": "CAUSAL_LM", "base_model_name_or_path": base_name(teacher) or "", "inference_mode": True}
         adapter = PromptTuningConfig(**task, **sizes)
         adapter.save_pretrained(str(folder))
@@ -111,6 +111,14 @@ class SoftPrompt(nn.Module):
         if found != {_KEY: shape}:
             raise RequestError(f"Expected one tensor {_KEY!r} of shape {shape} in {folder}. Got {found}.")
         return cls(tensors[_KEY])
+
+
+def _heads(config: Any) -> int:
+    """Of a model's attention; 1 where it has none, or layers differ, since PEFT reads it for other kinds alone."""
+    try:
+        return int(config.num_attention_heads)
+    except (AttributeError, RuntimeError):
+        return 1
 
 
 def start_tokens(

@@ -42,9 +42,10 @@ def objective_kernel(objective: Objective, kernels: Kernels, *, absent_tokens: b
 
     With `absent_tokens`, logits may be -inf.
     """
-    written: dict[Objective, Kernel] = {reverse_kl: kernels.reverse_kl, forward_kl: kernels.forward_kl}
-    if objective in written and not absent_tokens:
-        return partial(_with_overlap, written[objective])
+    written = ((reverse_kl, kernels.reverse_kl), (forward_kl, kernels.forward_kl))
+    kernel = next((kernel for known, kernel in written if objective is known), None)  # one's own need no equality
+    if kernel is not None and not absent_tokens:
+        return partial(_with_overlap, kernel)
     if isinstance(objective, MovingTarget) and not absent_tokens:
         of_target = kernels.forward_kl if objective.direction == "forward" else kernels.reverse_kl
         return partial(_with_overlap, partial(_to_target, of_target, objective))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from peft import PeftModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import Trainer, TrainerCallback
@@ -17,6 +18,7 @@ from trl.trainer.utils import print_prompt_completions_sample
 
 from promptkd.io.atomic import write_atomic
 from promptkd.io.jsonl import encoded
+from promptkd.models.merge import forget_origin
 from promptkd.training.checkpoint import point_at_best
 from promptkd.training.phases import Phases
 from promptkd.training.state import PartialLog
@@ -141,6 +143,14 @@ class UpdatePhase(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._phases.end()
+
+
+class TrainedWhole(TrainerCallback):
+    """Notes that a model whose own weights are trained is no longer what its name leads to."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if not isinstance(model, PeftModel):
+            forget_origin(model)
 
 
 class CheckpointTiming(TrainerCallback):

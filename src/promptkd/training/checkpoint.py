@@ -1,5 +1,6 @@
 """Atomic checkpoints, and which of them a run resumes from."""
 
+import copy
 import json
 import os
 import shutil
@@ -16,11 +17,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from promptkd.errors import PromptKDError, RequestError
 from promptkd.io.atomic import atomic, fsync, replace
 from promptkd.memory import is_out_of_memory
-from promptkd.models.adapter_files import can_join, join_saved, note_base
+from promptkd.models.adapter_files import join_saved, note_base
 from promptkd.models.end_tokens import save_generation_config
 from promptkd.models.folder import ADAPTER_CONFIG
 from promptkd.results import file_sha256
-from promptkd.training.student import merge_trained
+from promptkd.training.student import saves_merged
 
 MANIFEST = "manifest.json"  # files, sizes and hashes, by which a torn or altered checkpoint is known
 _STAGING = ".partial"
@@ -112,14 +113,18 @@ def prepare_best(trainer: Any) -> None:
 
 def save_model_folder(trainer: Any, folder: str | Path) -> None:
     """Write a trainer's model and tokenizer atomically, as safetensors that transformers and vLLM load."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if isinstance(model, PeftModel) and not can_join(model) and not trainer.is_sharded:
-        merge_trained(trainer)
-    with whole_folder(Path(folder), writes=trainer.args.should_save) as partial:
-        trainer.save_model(str(partial), _internal_call=True)
-        if trainer.args.should_save and isinstance(model, PeftModel):
-            join_saved(partial, model)
-        _save_beside_adapter(trainer, partial)
+    live = trainer.model
+    try:
+        if saves_merged(trainer):  # a copy, for the model may train on
+            trainer.model = copy.deepcopy(trainer.accelerator.unwrap_model(live)).merge_and_unload()
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        with whole_folder(Path(folder), writes=trainer.args.should_save) as partial:
+            trainer.save_model(str(partial), _internal_call=True)
+            if trainer.args.should_save and isinstance(model, PeftModel):
+                join_saved(partial, model)
+            _save_beside_adapter(trainer, partial)
+    finally:
+        trainer.model = live
 
 
 def _save_beside_adapter(trainer: Any, folder: Path, place: Path | None = None) -> None:

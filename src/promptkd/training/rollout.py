@@ -77,7 +77,8 @@ class Rollout:
                     "The rows have a context for the teacher: give `sample.mixed` its prompts as a third argument, "
                     "[row.for_teacher().prompt_ids for row in rows]."
                 )
-            return sample(prompts, Mixture(self.teacher.model, teacher_share, read))
+            with self.teacher.without_adapter():
+                return sample(prompts, Mixture(self.teacher.model, teacher_share, read))
 
         def speculative(prompts: Tokens, teacher_prompts: Tokens, speculation: Speculation) -> Tokens:
             self._check_both_whole("Letting the teacher correct the student's tokens", "--student_share 0")

@@ -3,6 +3,7 @@
 import logging
 import warnings
 from collections.abc import Iterable, Sequence
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -24,10 +25,10 @@ from promptkd.errors import RequestError
 from promptkd.methods import Method
 from promptkd.models import SharedVocabulary, count_parameters, shared_vocabulary, vocabulary_size
 from promptkd.models.adapters import TeacherAdapter
-from promptkd.models.positions import position_limit
+from promptkd.models.positions import check_positions, position_limit
 from promptkd.models.vocabulary import check_heads, check_row_ids
 from promptkd.responses import AdaptiveReplay
-from promptkd.training.config import needs_generate
+from promptkd.training.config import DistillConfig, needs_generate
 from promptkd.training.distributed import check_dispatched, check_sharding, is_dispatched, is_sharded, settle_dispatched
 from promptkd.training.kept_teacher import KeptTeacher
 from promptkd.training.teacher import Teacher, check_teacher_options
@@ -36,6 +37,11 @@ _log = logging.getLogger(__name__)
 
 
 Rows = Sequence[dict[str, Any]] | EncodedData | None
+
+
+def own_settings(args: DistillConfig | None) -> DistillConfig:
+    """A trainer's own copy of the settings, in which it may settle some, so that another can be made with them too."""
+    return copy(args) if args is not None else DistillConfig("distilled")
 
 
 def encode(
@@ -54,6 +60,8 @@ def encode(
         if rows is not None and name == "eval_dataset" and rows.rows < len(rows.examples):
             problem = "holds several turns of a row, and validation measures the last one"
             raise RequestError(f'{name} {problem}. Encode it with turns="last".')
+        if rows is not None:
+            _check_encoded(rows, name, need_response=need_response, teacher=teacher)
         return rows_of_teachers(rows, teacher_names, name, all_used=name != "eval_dataset")
     if isinstance(rows, Dataset):
         rows = [without_nulls(row) for row in rows]  # each of its structs has the fields of all others
@@ -73,6 +81,16 @@ def encode(
     for note in row_notes(name, encoded, flags):
         _log.warning(note)
     return encoded
+
+
+def _check_encoded(data: EncodedData, name: str, *, need_response: bool, teacher: TeacherPrompts | None) -> None:
+    """Refuse rows that were encoded without a response that is read; warn where a context is not there."""
+    silent = next((row.row for row in data.examples if not row.response_ids), None)
+    if need_response and silent is not None:
+        problem = f"Row {silent} of {name} was encoded without a response, which this training learns from"
+        raise RequestError(f"{problem}. Encode the rows with need_response=True.")
+    if teacher is not None and (teacher.text or "").strip() and not data.contexts and data.examples:
+        _log.warning(f"{name} was encoded without a context of the teacher, so that teacher_prompt is not read.")
 
 
 def rows_of_teachers(data: Any, names: Sequence[str], of: str, *, all_used: bool) -> Any:
@@ -218,6 +236,11 @@ def make_teacher(trainer: Any, teacher: Any, *, averages: bool = False, name: st
     parameters = count_parameters(teacher)
     adapter, adapted = make_adapter(method, teacher.requires_grad_(False), tokenizer, args, accelerator)
     check_models(student, teacher, adapter, args, rows)
+    if rows:  # which may have come encoded, by other limits
+        vectors, read = 0 if adapter is None else adapter.extra_positions, [row.for_teacher() for row in rows]
+        for role, model, own, extra in (("student", student, rows, 0), ("teacher", teacher, read, vectors)):
+            lengths = [(len(row.prompt_ids), max(len(row.response_ids), args.max_completion_length)) for row in own]
+            check_positions(role, model, *max(lengths, key=sum), soft_prompt=extra)
     return Teacher(adapted, adapter, accelerator, args, vocabulary, parameters, averages=averages, name=name)
 
 

@@ -20,7 +20,7 @@ from promptkd.models.end_tokens import keep_end_tokens
 from promptkd.models.positions import check_rows_fit
 from promptkd.settings import option
 from promptkd.training import saving
-from promptkd.training.callbacks import CheckpointTiming, UpdatePhase
+from promptkd.training.callbacks import CheckpointTiming, TrainedWhole, UpdatePhase
 from promptkd.training.checkpoint import prepare_best, save_model_folder, staged_checkpoint
 from promptkd.training.collapse import Watching
 from promptkd.training.config import BaseConfig, no_effect
@@ -133,7 +133,7 @@ class FinetuneTrainer(SFTTrainer):
         self.guard = Guard(args, self.accelerator, lambda: {"model": self.model})
         log = PartialLog(self)
         self.extra_state = ExtraState(log, self.guard, rows=self._training)
-        for callback in (CheckpointTiming(self, log), UpdatePhase(self.phases), Watching()):
+        for callback in (CheckpointTiming(self, log), UpdatePhase(self.phases), Watching(), TrainedWhole()):
             self.add_callback(callback)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:

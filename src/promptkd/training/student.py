@@ -13,10 +13,11 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from promptkd.data.kept_logits import KeptLogits
+from promptkd.engine import unwrap_peft
 from promptkd.errors import RequestError
 from promptkd.models import load_model, merged_parts
 from promptkd.models.adapter_files import can_join, name_base
-from promptkd.models.merge import has_adapter, merge_given
+from promptkd.models.merge import forget_origin, has_adapter, merge_given
 from promptkd.models.source import absolute_name
 
 _LOGGER = logging.getLogger(__name__)
@@ -71,8 +72,19 @@ def merge_trained(trainer: Any) -> None:
     model = trainer.accelerator.unwrap_model(trainer.model)
     if not isinstance(model, PeftModel):
         raise RequestError("Only a model that was trained with LoRA (peft_config) can be merged.")
-    trainer.model = trainer.model_wrapped = model.merge_and_unload()
+    if vars(unwrap_peft(model)).get("is_quantized", False):  # rounded anew, so that nothing tells what it is
+        merged = model.merge_and_unload()
+        forget_origin(merged)
+    else:
+        merged = merge_given(model)
+    trainer.model = trainer.model_wrapped = merged
     trainer.validated = {}  # sums of rounded weights: no longer the model that was measured
+
+
+def saves_merged(trainer: Any) -> bool:
+    """Whether a trainer's adapter can only be saved merged, since no folder holds the weights that it belongs to."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    return isinstance(model, PeftModel) and not can_join(model) and not trainer.is_sharded
 
 
 def merged_notes(student: nn.Module, *teachers: nn.Module | KeptLogits) -> list[str]:
@@ -84,6 +96,9 @@ def merged_notes(student: nn.Module, *teachers: nn.Module | KeptLogits) -> list[
         one = f"joined with that as one adapter of {absolute_name(merged.source.base)}, whose rank is the sum of theirs"
         whole = "merged, as a whole model, since what was merged before is more than LoRA weights"
         notes.append(f"The adapter that is trained will be saved {one if can_join(student) else whole}.")
+    elif isinstance(student, PeftModel) and not can_join(student):
+        why = "since no folder holds the weights that it is trained on"
+        notes.append(f"The adapter that is trained will be saved merged, as a whole model, {why}.")
     return notes
 
 

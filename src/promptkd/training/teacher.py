@@ -20,11 +20,11 @@ from promptkd.methods import Method
 from promptkd.models import load_model, load_tokenizer
 from promptkd.models.adapters import TeacherAdapter
 from promptkd.models.load import keep_differentiable
-from promptkd.models.merge import merge_given
+from promptkd.models.merge import merge_given, twin
 from promptkd.models.pair import Pair
 from promptkd.precision import teacher_precision
 from promptkd.training.config import teacher_revision
-from promptkd.training.distributed import is_sharded, place_teacher
+from promptkd.training.distributed import is_dispatched, is_sharded, place_teacher
 from promptkd.training.own_teacher import EMA, check_own_teacher, is_own, start_of
 from promptkd.training.residence import bring
 
@@ -142,6 +142,8 @@ def load_teacher(
     if isinstance(teacher, KeptLogits):
         return teacher, None
     if args.kept_logits is not None:
+        if teacher is not None:
+            raise RequestError("Expected None as `teacher_model` beside `kept_logits`, which take its place. Got one.")
         return KeptLogits(args.kept_logits), None
     if teacher is None:
         raise RequestError("Expected a teacher as `teacher_model`, or its logits as `kept_logits`. Got None.")
@@ -154,13 +156,21 @@ def load_teacher(
         teacher = own if isinstance(own, str | Path) else start_of(own)
     if not isinstance(teacher, str | Path):
         keep_differentiable(teacher)
-        adapter = method.adapter_class
-        plain = merge_given(teacher) if adapter is not None and adapter.trains_layers else teacher
-        return plain.eval(), tokenizer
+        return _with_free_layers(teacher, args, method).eval(), tokenizer
     settings = teacher_settings(args, method, own=is_start)
     loaded = load_model(teacher, trust_remote_code=args.trust_remote_code, **settings)
     revision = settings["revision"]
     return loaded, tokenizer or load_tokenizer(teacher, trust_remote_code=args.trust_remote_code, revision=revision)
+
+
+def _with_free_layers(teacher: Any, args: Any, method: Method) -> Any:
+    """A loaded teacher into whose layers the method's adapter may go, which the caller's own then stays without."""
+    adapter = method.adapter_class
+    if adapter is None or not adapter.trains_layers:
+        return teacher
+    plain: Any = merge_given(teacher)
+    is_spread = is_dispatched(plain) or vars(plain).get("is_quantized", False) or args.teachers_resident == "one"
+    return plain if adapter.copies_teacher or is_spread else twin(plain)
 
 
 def teacher_settings(args: Any, method: Method, *, own: bool = False) -> dict[str, Any]:

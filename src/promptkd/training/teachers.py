@@ -153,12 +153,20 @@ def load_teachers(
     several = isinstance(given, Mapping) and len(given) > 1
     teachers = given if several else {"": next(iter(given.values())) if isinstance(given, Mapping) else given}
     check_several(tuple(teachers), args, method)
+    if isinstance(tokenizer, Mapping):
+        names = given.keys() if isinstance(given, Mapping) else {""}
+        if unknown := sorted(tokenizer.keys() - names):
+            told = f"Expected the tokenizers of {', '.join(map(repr, names))} as `teacher_processing_class`"
+            raise RequestError(f"{told}. Got one of {unknown[0]!r}, which is no teacher's name.")
+        tokenizer = tokenizer if several else next(iter(tokenizer.values()), None)
     loaded = {}
     for name, each in teachers.items():
         if several and is_own(each):
             raise RequestError(f"The teacher {each} is made of the student, and can only be alone. Give one teacher.")
         its = tokenizer.get(name) if isinstance(tokenizer, Mapping) else tokenizer
         model, found = load_teacher(each, its, args, method, student)
+        if several and isinstance(model, KeptLogits):
+            raise RequestError(f"Kept logits take the place of a single teacher. Got those of {name!r} among several.")
         loaded[name] = model, found, str(each) if isinstance(each, str | Path) else name
         if several and isinstance(model, nn.Module):
             take_turns(model, args)

@@ -26,7 +26,7 @@ from promptkd.models import load_tokenizer, resolve_model
 from promptkd.models.end_tokens import keep_end_tokens
 from promptkd.objectives import forward_kl, reverse_kl
 from promptkd.training import saving, teachers
-from promptkd.training.callbacks import CheckpointTiming, CompletionLog, UpdatePhase, logs_step
+from promptkd.training.callbacks import CheckpointTiming, CompletionLog, TrainedWhole, UpdatePhase, logs_step
 from promptkd.training.checkpoint import prepare_best, save_model_folder, staged_checkpoint
 from promptkd.training.collapse import Watching
 from promptkd.training.config import DistillConfig, PromptKDConfig, chosen_method, student_revision
@@ -37,7 +37,7 @@ from promptkd.training.own_teacher import MovingAverage, no_context_notes
 from promptkd.training.phases import Phases
 from promptkd.training.rollout import Rollout
 from promptkd.training.row_order import EpochOrder
-from promptkd.training.setup import check_rows
+from promptkd.training.setup import check_rows, own_settings
 from promptkd.training.state import ExtraState, PartialLog
 from promptkd.training.student import (
     end_notes,
@@ -97,7 +97,7 @@ class DistillTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ):
-        args = args or DistillConfig("distilled")
+        args = own_settings(args)
         self.method = chosen_method(args, method)
         if isinstance(model, str | Path):
             model = resolve_model(model)
@@ -151,7 +151,8 @@ class DistillTrainer(Trainer):
         log = PartialLog(self)
         held: Any = {"responses": self.method.responses, "moving": self.method.moving, "average": average}
         self.extra_state = ExtraState(log, self.guard, rows=self.train_dataset, tuner=self.tuner, **held)
-        for callback in filter(None, (CheckpointTiming(self, log), UpdatePhase(self.phases), Watching(), average)):
+        timing, update = CheckpointTiming(self, log), UpdatePhase(self.phases)
+        for callback in filter(None, (timing, update, Watching(), TrainedWhole(), average)):
             self.add_callback(callback)
         if args.log_completions:
             self.add_callback(CompletionLog(self.rollout.completions))

@@ -29,6 +29,7 @@ from promptkd.training.dry_run import Trial, at_its_most, leave_nothing, longest
 from promptkd.training.kept_teacher import check_kept_rows
 from promptkd.training.own_teacher import EMA, check_own_teacher, is_own, no_context_notes, told_teacher
 from promptkd.training.setup import compared_rows, read_teacher_prompts, take_template
+from promptkd.training.student import saves_merged
 from promptkd.training.teacher import teacher_settings
 from promptkd.training.teachers import (
     Side,
@@ -159,7 +160,7 @@ def _distill(options: Options, job: TrainingRun, args: DistillConfig, method: Me
     elif options.preflight:
         job.preflight(trainer, train, own_teacher=own)
     job.train(trainer, "Distilling")
-    if options.merge:
+    if options.merge or saves_merged(trainer):  # then what is measured is what is saved
         trainer.merge_student()
     trainer.save_student(job.folder.path / "student")
     trainer.save_adapter(job.folder.path)

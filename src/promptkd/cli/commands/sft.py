@@ -8,6 +8,7 @@ from promptkd.cli.training_run import TrainingRun
 from promptkd.errors import RequestError
 from promptkd.training import FinetuneConfig, FinetuneTrainer
 from promptkd.training.config import student_revision
+from promptkd.training.student import saves_merged
 
 
 def run(options: Options, training: dict[str, Any]) -> None:
@@ -31,7 +32,7 @@ def run(options: Options, training: dict[str, Any]) -> None:
         if not trainer.is_sharded and (told := lora.told(options.model, trainer.model)):
             job.note(told)
         job.train(trainer, "Fine-tuning")
-        if options.merge:
+        if options.merge or saves_merged(trainer):  # then what is measured is what is saved
             trainer.merge_student()
         trainer.save_student(job.folder.path / "model")
         job.record(trainer, "model")
