@@ -159,3 +159,17 @@ def test_each_table_has_a_label_of_its_own_and_captions_say_what_spreads():
     assert "[90.0, 100.0]" in text.replace("{[}", "[").replace("{]}", "]")
     assert "between training seeds" in text
     assert "over rows alone where no $\\pm$ stands" in text
+
+
+def test_the_loss_of_a_model_that_was_decoded_in_the_later_way_alone_is_in_its_table():
+    def decoded(model: str, temperature: float) -> Evaluation:
+        return measured(model, 3.0, 0.5).model_copy(update={"decoding": {"temperature": temperature}})
+
+    both = [decoded("a", 1.0), decoded("b", 1.0), decoded("a", 0.0), decoded("b", 0.0)]
+    first, second = tables(render_latex([Results(kind="evaluate", evaluations=both)]))
+    assert (len(first[0]), len(second[0])) == (3, 2)
+    late = Results(kind="evaluate", evaluations=[decoded("c", 0.0)])
+    first, second = tables(render_latex([Results(kind="evaluate", evaluations=both), late]))
+    assert [row[0] for row in second] == ["Model", "a", "b", "c"]
+    assert second[0] == first[0]
+    assert second[3][1].startswith("3.00")

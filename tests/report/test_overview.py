@@ -5,6 +5,7 @@ from helpers.records import run_cost
 from promptkd.report import render_report, terminal_table
 from promptkd.report.labels import unified
 from promptkd.report.overview import INTERIM, overview_of
+from promptkd.report.tables import comparison_table, groups
 from promptkd.results import DataRecord, Difference, Evaluation, Metric, Results, ToldApart
 
 VALUES = {"kd": (20.0, 30.0), "gkd": (24.0, 33.0), "promptkd": (24.5, 32.9), "sft": (19.0, 30.5)}
@@ -99,3 +100,40 @@ def test_the_page_begins_with_it_and_the_terminal_ends_with_it():
 
 def test_no_study_has_none():
     assert overview(study(apart=BOTH_BEAT).model_copy(update={"kind": "compare"})) is None
+
+
+def evaluated(model: str, value: float, data: str = "other") -> Results:
+    """A single evaluation that is given beside a study."""
+    metric = Metric(value=value, low=value - 1, high=value + 1, rows=9)
+    made = Evaluation(model=model, data=data, decoding={"temperature": 1.0}, metrics={"rouge_l": metric})
+    return Results(kind="evaluate", evaluations=[made])
+
+
+def test_what_was_measured_beside_a_study_changes_nothing_of_what_is_said_of_its_methods():
+    alone = overview(study(apart=BOTH_BEAT))
+    assert overview(study(apart=BOTH_BEAT), evaluated("z", 99.0)) == alone
+    assert overview(evaluated("kd", 99.0), study(apart=BOTH_BEAT)) == alone
+
+
+def of_another_study() -> Results:
+    """Two methods far above those of `study`, told apart by the test of their own study."""
+    other = study(apart=(("taid", "akl"),), models=("akl", "taid"))
+    known = {"kd": "akl", "gkd": "taid"}
+    for each in (own := [each for each in other.evaluations if each.model in known]):
+        each.model = known[each.model]
+        metric = each.metrics["rouge_l"]
+        shift = 40.0 if each.model == "akl" else 70.0
+        each.metrics["rouge_l"] = metric.model_copy(
+            update={name: getattr(metric, name) + shift for name in ("value", "low", "high")}
+        )
+    training = {name: run_cost(name) for name in known.values()}
+    return other.model_copy(update={"evaluations": own, "differences": [], "training": training})
+
+
+def test_methods_of_two_studies_were_not_tested_against_each_other():
+    records = unified([study(apart=BOTH_BEAT), of_another_study()])
+    rows = [row for row in comparison_table(records) if row.decoding.startswith("sampled")]
+    assert [row.model for row in rows if row.cells["rouge_l"].best] == ["taid"]
+    found = [[row.model for row in group] for group in groups("rouge_l", rows)]
+    assert found == [["taid"], ["akl"], ["promptkd", "gkd"], ["kd", "sft"]]
+    assert overview_of(records) is None

@@ -106,21 +106,39 @@ class RunFolder:
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Open the folder, cleared if it is to be replaced, for the body. If that fails, what is new goes again."""
+        """Open the folder for the body, and once that has succeeded, clear it if it is to be replaced.
+
+        If the body fails, or its process is killed, what was there stays as it was, and what is new goes again.
+        """
         self.check()
         places = (self.config, self.checkpoints, self.path, *self.path.parents)
         new = [place for place in places if not place.exists()] if is_main_process() else []
+        held = self._held() if is_main_process() else []
+        replaced = held if held and (self._overwrite or self._starts_anew()) else []
         try:
-            if is_main_process():
-                for name in self._held() if self._overwrite or self._starts_anew() else ():
-                    remove(self.path / name)
-                with writing(self.path):
-                    write_config(self.config, self._settings)
+            if is_main_process() and not held:
+                self._write_settings()
             yield
+            if held:
+                self._clear(replaced)
+                self._write_settings()
         except BaseException:
             for place in new:
                 remove(place)
             raise
+
+    def _clear(self, names: Sequence[str]) -> None:
+        """Delete a run: its result first, or what a kill leaves would look finished; the settings are written over."""
+        has_checkpoints = self.checkpoints.is_dir()  # where the trainer expects a folder
+        for name in sorted(names, key=lambda name: name != self.results.name):
+            if name != self.config.name:
+                remove(self.path / name)
+        if has_checkpoints:
+            self.checkpoints.mkdir(exist_ok=True)
+
+    def _write_settings(self) -> None:
+        with writing(self.path):
+            write_config(self.config, self._settings)
 
     def locked(self) -> AbstractContextManager[object]:
         """The folder for this process alone; of a launch's processes the first holds it for all."""

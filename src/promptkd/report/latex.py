@@ -49,11 +49,13 @@ def render_latex(records: Sequence[Results], *, title: str | None = None) -> str
     story, parts = unified(records), [_HEAD]
     named = f"{latex_text(title)}. " if title else ""
     pooled = any(record.kind == "study" for record in records)
-    seen: set[tuple[str, str]] = set()
+    printed: set[tuple[str, str, str]] = set()  # of the metrics of references: data, metric and model
     for setting, rows in by_setting(comparison_table(story)).items():
-        names = [name for name in metric_columns(story) if any(name in row.cells for row in rows)]
-        names = [name for name in names if (rows[0].data, name) not in seen]
-        seen |= {(rows[0].data, name) for name in names if name in _OF_REFERENCES}
+        held = {
+            name: {(row.data, name, row.model) for row in rows if name in row.cells} for name in metric_columns(story)
+        }
+        names = [name for name, cells in held.items() if not cells <= printed]
+        printed |= {cell for name in names if name in _OF_REFERENCES for cell in held[name]}
         blocks = [names[at : at + _MOST_COLUMNS] for at in range(0, len(names), _MOST_COLUMNS)]
         parts += [_metrics(rows, block, f"{named}{latex_text(setting)}", pooled=pooled) for block in blocks]
     if compared := differences.difference_table(story):

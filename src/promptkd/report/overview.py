@@ -32,12 +32,16 @@ class Overview(NamedTuple):
 
 
 def overview_of(records: Sequence[Results]) -> Overview | None:
-    """The methods of the `unified` records of a study; None without a study of at least two, or a metric to rank by."""
-    study = next((each for each in records if each.kind == "study" and len(each.training) > 1), None)
-    name = "" if study is None else _ranked_by(study)
-    if study is None or not name:
+    """The methods of the one study among `unified` records, by what its own record measured.
+
+    None without a study of at least two methods, with several studies, and without a metric to rank by.
+    """
+    studies = [each for each in records if each.kind == "study" and len(each.training) > 1]
+    name = _ranked_by(studies[0]) if len(studies) == 1 else ""
+    if not name:
         return None
-    rows = [row for row in comparison_table(records) if name in row.cells and not row.run]
+    (study,) = studies
+    rows = [row for row in comparison_table(studies) if name in row.cells]
     settings = list(dict.fromkeys((row.data, row.decoding) for row in rows))
     by_place = {(row.model, row.data, row.decoding): row for row in rows}
     info, models = metric_info(name), list(dict.fromkeys(row.model for row in rows))

@@ -161,9 +161,9 @@ def _students(name: str, rows: Sequence[ComparisonRow]) -> list[ComparisonRow]:
 
 def _told_apart(name: str, lead: ComparisonRow, other: ComparisonRow) -> bool:
     """By the test of all pairs or the paired difference where a record holds it, else by intervals without overlap."""
-    if name in lead.apart and name in other.apart:
-        pair = (lead.model, other.model)
-        return pair in lead.apart[name].pairs or pair[::-1] in lead.apart[name].pairs
+    test, pair = lead.apart.get(name), (lead.model, other.model)
+    if test is not None and test == other.apart.get(name):  # not so of the methods of two studies
+        return pair in test.pairs or pair[::-1] in test.pairs
     for difference in lead.paired:
         if difference.metric == name and {difference.model, difference.baseline} == {lead.model, other.model}:
             return verdict(difference) == ("better" if difference.model == lead.model else "worse")
