@@ -192,6 +192,24 @@ def test_what_does_not_depend_on_the_decoding_is_tested_once():
     assert set(made.data) == {"test, sampled", "test, greedy"}
 
 
+def test_the_loss_of_a_model_that_lacks_the_first_decoding_is_tested_in_the_other():
+    def subject(label, shift, *decodings):
+        scores = {"loss": np.arange(6) + shift, "rouge_l": np.arange(6) * shift}
+        samples = answers(scores, seeds=(10,), tokens={"loss": [3] * 6})
+        return candidate(label, *(evaluation(samples, decoding=each) for each in decodings))
+
+    both = ({**SAMPLED, "seeds": [10]}, {**GREEDY, "seeds": [10]})
+    runs = [subject("a", 0, *both), subject("b", 1, *both), subject("c", 2, both[1])]
+    made = compare(runs, better, metrics=["loss"])
+    assert [(each.data, each.model) for each in made.differences] == [("test, sampled", "b"), ("test, greedy", "c")]
+    assert [each.difference.value for each in made.differences] == pytest.approx([1, 2])
+    shown = {each.model for each in made.evaluations if each.data == "test, greedy" and "loss" in each.metrics}
+    assert shown == {"a", "b", "c"}
+    assert [(each.data, each.model) for each in compare(runs[:2], better, metrics=["loss"]).differences] == [
+        ("test, sampled", "b")
+    ]
+
+
 def test_only_the_metrics_that_were_asked_for():
     scores = {"rouge_l": [1, 2, 3], "exact_match": [0, 0, 1], "response_length": [4, 5, 6]}
     runs = [candidate(label, evaluation(answers(scores))) for label in "ab"]

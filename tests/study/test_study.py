@@ -18,6 +18,7 @@ import yaml
 from rich.console import Console
 
 import promptkd.cli.options.distill
+from helpers.bias_records import biased_runs
 from helpers.commands import (
     LIMITS,
     MODEL_FILES,
@@ -44,6 +45,7 @@ from promptkd.errors import RequestError
 from promptkd.evaluation.pairing import Candidate
 from promptkd.io.lock import locked
 from promptkd.results import DataRecord, Evaluation, Metric, ModelRecord, Results, RowResult, Training, file_sha256
+from promptkd.study.bias_pooling import pool_bias
 from promptkd.study.loop import Table, carry_out, seconds_left
 from promptkd.study.plan import Planned, arguments_of, plan_runs
 from promptkd.study.pooling import both_ways, compare_groups, t_quantile, t_two_sided
@@ -664,6 +666,26 @@ def test_groups_are_compared_over_the_seeds_that_both_have():
     assert [each.metric for each in compare_groups(groups, BETTER, baseline="b", metrics=["loss"]).differences] == [
         "loss"
     ]
+
+
+def test_the_loss_of_a_group_that_lacks_the_first_decoding_is_compared_in_the_other():
+    groups = {group: {seed: candidate(group, seed, [1, 2, 3 + shift]) for seed in (1, 2)} for shift, group in
+              enumerate("abc")}  # fmt: skip
+    for group, seeds in groups.items():
+        for each in seeds.values():
+            (sampled,) = each.record.evaluations
+            greedy = sampled.model_copy(update={"decoding": {"temperature": 0.0}})
+            each.record.evaluations = [greedy] if group == "c" else [sampled, greedy]
+    made = compare_groups(groups, BETTER, baseline="a", metrics=["loss"])
+    assert [(each.data, each.model) for each in made.differences] == [("test, sampled", "b"), ("test, greedy", "c")]
+
+
+def test_a_baseline_that_has_nothing_but_exposure_bias():
+    groups = {"b": {seed: candidate("b", seed, [1, 2, 3]) for seed in (1, 2)}}
+    beside = pool_bias(biased_runs({"a": 0.1, "b": 0.5}), {}, baseline="a")
+    made = compare_groups(groups, BETTER, baseline="a", beside=beside)
+    assert [(each.metric, each.model, each.baseline) for each in made.differences] == [("exposure_bias", "b", "a")]
+    assert "a, the baseline, has nothing but exposure bias: nothing else is compared with it." in made.notes
 
 
 def test_a_kl_to_different_teachers_is_not_compared():

@@ -165,6 +165,32 @@ def test_an_end_that_is_never_learnt():
     assert [(each.kind, each.step) for each in found] == [("cut", 24), ("endless", 69)]
 
 
+def validated(*shares: float, every: int = 25) -> list[dict]:
+    """Lines of the loss every 10 steps, and of a validation every `every` steps."""
+    lines = [{"step": step, "loss": 2.0} for step in range(10, every * len(shares) + 1, 10)]
+    lines += [{"step": at * every, "eval_eos_share": share} for at, share in enumerate(shares, 1)]
+    return sorted(lines, key=lambda line: line["step"])
+
+
+@pytest.mark.parametrize(
+    ("shares", "steps"),
+    [
+        ((0.0,), []),
+        ((0.5, 0.0), []),
+        ((0.0, 0.5, 0.0), []),
+        ((0.0, 0.0), [50]),
+        ((0.0, 0.0, 0.0), [50]),
+        ((0.0, 0.0, 0.5, 0.0, 0.0), [50, 125]),
+    ],
+)
+def test_one_validation_without_an_end_is_none_too_many(shares, steps):
+    assert [(each.kind, each.step) for each in findings(validated(*shares))] == [
+        ("endless validation", step) for step in steps
+    ]
+    again = [line for line in validated(*shares) for _ in range(2)]  # the same weights are validated twice
+    assert [each.step for each in findings(again)] == steps
+
+
 def test_one_short_batch_is_no_collapse():
     for k in range(30, 34):
         assert findings(planted(k, k + 3, response_length=1.0)) == []

@@ -73,14 +73,20 @@ def compare(
     of_last = [pair for pair in every if pair[1] == tested_ones[-1].label]
     compared = {"baseline": every[: len(tested_ones) - 1], "all": every, "last": of_last}[pairs]
     tested: list[tuple[Difference, tuple[Floats, ...]]] = []
-    done: set[tuple[str, str]] = set()  # what is measured on the references of a data set, however it is decoded
+    done: set[tuple[str, str, str, str]] = set()  # data set, metric of its references, however decoded, and the pair
     for setting in settings:
-        wanted = [name for name in setting.metrics() if name in names and (setting.source, name) not in done]
+        again = {name for source, name, *_ in done if source == setting.source}
+        left = {
+            name
+            for name, pair in product(again, compared)
+            if setting.measured.keys() >= {*pair} and (setting.source, name, *pair) not in done
+        }
+        wanted = [name for name in setting.metrics() if name in names and (name not in again or name in left)]
         scored = ((name, setting.columns(name)) for name in wanted)
         columns = {name: held for name, held in scored if any(len(each.sums) for each in held.values())}
         for (base, model), (name, held) in product(compared, columns.items()):
-            direction = better(name)
-            if direction is not None and base in held and model in held:
+            direction, at = better(name), (setting.source, name, base, model)
+            if direction is not None and base in held and model in held and at not in done:
                 both = (*held[model], *held[base])
                 found = statistics.paired_token_difference(*both, bootstrap)
                 kept = direction == "higher" and f"{base} ".startswith(
@@ -91,7 +97,7 @@ def compare(
                 )
                 difference.ratio = statistics.paired_token_ratio(*both, bootstrap) if kept else None
                 tested.append((difference, both))
-                done |= {(setting.source, name)} if name in OF_REFERENCES else set()
+                done |= {at} if name in OF_REFERENCES else set()
         made.evaluations += evaluations_of(setting, columns, setting.measured, bootstrap)
         first = next(iter(setting.measured.values()))
         if first.data is not None:

@@ -153,10 +153,8 @@ def compare_groups(
     known = known_metrics(settings, asked) if asked or not metrics else []
     left_out = {TO_TEACHER}.intersection(known) if len({each.teachers for each in candidates}) > 1 else set()
     made = Comparison()
-    done: set[tuple[str, str]] = set()  # what is measured on the references of a data set, however it is decoded
+    done: set[tuple[str, str, str]] = set()  # groups on what is measured on a data set's references, however decoded
     for setting in settings:
-        again = {name for source, name in done if source == setting.source}
-        done |= {(setting.source, name) for name in OF_REFERENCES}
         names = [name for name in setting.metrics() if name in known and name not in left_out]
         columns = {name: setting.columns(name) for name in names}
         columns = {name: held for name, held in columns.items() if any(len(each.sums) for each in held.values())}
@@ -175,8 +173,10 @@ def compare_groups(
             own = {"model": group, "data": setting.data, "metrics": measured, "samples": []}
             made.evaluations.append(first.evaluation.model_copy(update=own))
             if group != baseline:
-                asked = [name for name in of_group if name not in again]
-                made.differences += _differences(setting.data, asked, (group, baseline), pooled, spreads, better)
+                asked = [name for name in of_group if (setting.source, name, group) not in done]
+                found = list(_differences(setting.data, asked, (group, baseline), pooled, spreads, better))
+                made.differences += found
+                done |= {(setting.source, each.metric, group) for each in found if each.metric in OF_REFERENCES}
         made.told_apart += told_apart(setting.data, pooled, better)
         made.evaluations += evaluations_of(setting, columns, [each.label for each in references])
         if first.data is not None:
@@ -193,6 +193,8 @@ def compare_groups(
     for (found, _), adjusted in zip(tested, holm([p for _, p in tested]), strict=True):
         found.p_adjusted = adjusted
     made.notes = [*_notes(groups, baseline, len(made.differences)), *([OTHER_TEACHERS] if left_out else [])]
+    if groups and baseline not in groups:
+        made.notes.append(f"{baseline}, the baseline, has nothing but exposure bias: nothing else is compared with it.")
     return made
 
 
@@ -207,7 +209,7 @@ def _differences(
     """A group's less the baseline's of each metric with a better direction, over the seeds that both have."""
     model, baseline = between
     for name in metrics:
-        mine, others, way = pooled[model][name], pooled[baseline][name], better(name)
+        mine, others, way = pooled[model][name], pooled.get(baseline, {}).get(name, {}), better(name)
         pairs = [(mine[seed], others[seed]) for seed in mine if seed in others]
         if way is not None and len(pairs) > 1:
             spread = spreads[name].of(model, baseline)

@@ -100,6 +100,7 @@ class Watch:
         lines = self.limits.lines
         self._lengths, self._cuts, self._repetitions, self._overlaps = (_Means(lines) for _ in range(4))
         self._from_plain, self._from_student = deque[float](maxlen=lines), deque[float](maxlen=lines)
+        self._endless_validations: set[int] = set()  # steps of those, one after the other, in which no response ended
         self._start_norm: float | None = None
         self._start_regularizer: float | None = None
 
@@ -180,9 +181,10 @@ class Watch:
                 f"{start:.0%} in the first steps: the student moves away from the teacher. {_MOVES_AWAY}",
             )
         if "eval_eos_share" in metrics:
-            is_endless = metrics["eval_eos_share"] == 0
+            step = int(metrics.get("step", self._last_step))
+            self._endless_validations = set() if metrics["eval_eos_share"] else {*self._endless_validations, step}
             text = f"no response ended by itself in two validations. {_END_TOKEN}"
-            yield "endless validation", is_endless, 1, text  # one step: from one validation to the next
+            yield "endless validation", len(self._endless_validations) > 1, 0, text
         if "entropy" in metrics:
             yield (
                 "entropy",
