@@ -134,6 +134,25 @@ def test_arguments_give_the_settings_again():
     assert {name: merged[name] for name in settings} == settings
 
 
+@pytest.mark.parametrize("text", ["\U0001f600", "é\x7f\x85\u2028", "\\ud83d", 'a "b" \n'])
+def test_arguments_give_every_character_again(text):
+    settings = {**PAIR, "out": "o", "columns": {"instruction": text}, "chat_template_kwargs": {text: [text]}}
+    merged = merged_config(*parse_options("distill", promptkd.cli.options.distill, arguments_of(settings)))
+    assert {name: merged[name] for name in settings} == settings
+
+
+def test_mappings_name_runs_as_they_did_before():
+    named = [run.name for run in planned(["kd"], grid={"columns": [{"instruction": "é"}]})]
+    assert named == ["kd-columns-instruction-u00e9-2d4099-seed-1"]
+
+
+def test_a_method_may_begin_as_the_name_of_a_reference_does():
+    assert [run.name for run in planned([{"name": name, "method": "kd"} for name in ("untrained-kd", "teachers")])] == [
+        "untrained-kd-seed-1",
+        "teachers-seed-1",
+    ]
+
+
 WRONG_PLANS = {
     "no method": ({"methods": []}, "at least one method"),
     "no seed": ({"seeds": []}, "at least one seed"),
@@ -159,6 +178,14 @@ WRONG_PLANS = {
     "a grid without values": ({"grid": {"beta": []}}, "beta needs at least one value"),
     "no grid": ({"methods": [{"name": "kd", "grid": 3}]}, "kd: grid: expected a mapping"),
     "a key twice": ({"base": {"eval-data": "a", "eval_data": "b"}}, "duplicate key eval_data"),
+    "a reference for a name": (
+        {"methods": [{"name": "untrained", "method": "kd"}]},
+        "untrained would be taken for a model that the study measures beside its methods. Give it another `name`",
+    ),
+    "one of several references for a name": (
+        {"methods": [{"name": "teacher.b", "method": "kd"}]},
+        "teacher.b would be",
+    ),
     "no file": ({"base": {"config": 3}}, "config expects the path of a YAML file. Got 3"),
 }
 
@@ -779,6 +806,33 @@ def test_compare_takes_studies_and_single_runs(tmp_path, capsys):
 def rewritten(folder: Path, **changes) -> None:
     file = folder / "config.yaml"
     file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | changes))
+
+
+def sized(folder: Path) -> Path:
+    """A study whose students have sizes, by the records of their training."""
+    for file in folder.glob("*-seed-*/results.json"):
+        record, name = Results.read(file), file.parent.name
+        record.models["student"] = ModelRecord(path=f"{file.parent}/student", parameters=len(name), sha256=name)
+        record.write(file)
+    return folder
+
+
+def test_compare_tells_what_students_of_studies_and_single_runs_cost(tmp_path, capsys):
+    one, two = sized(made_study(tmp_path / "one")), sized(made_study(tmp_path / "two"))
+    single = candidate("m", 0, [5, 5, 6]).record
+    single.models["m"] = ModelRecord(path="m", parameters=7, sha256="m")
+    single.training["m"] = Training(method="kd", steps=9, seconds=1.0, peak_memory_bytes=1)
+    single.write(tmp_path / "single.json")
+    asked = (f"mine={tmp_path / 'single.json'}", "--metrics", "rouge_l", "--out", tmp_path / "c.json")
+    said = done(capsys, "compare", one, *asked).out
+    record = Results.read(tmp_path / "c.json")
+    assert {name: model.parameters for name, model in record.models.items()} == {"a": 8, "b": 8, "mine": 7}
+    assert {name: cost.steps for name, cost in record.training.items()} == {"a": 2, "b": 2, "mine": 9}
+    assert "Parameters" in said
+    done(capsys, "compare", one, two, *asked, "--overwrite")
+    record = Results.read(tmp_path / "c.json")
+    assert record.models.keys() == {"one/a", "one/b", "two/a", "two/b", "mine"}
+    assert record.models["two/a"].path == str(two / "a-seed-*")
 
 
 @pytest.mark.slow

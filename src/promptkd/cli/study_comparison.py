@@ -10,7 +10,7 @@ import promptkd.cli.options.study
 from promptkd.cli.options.study import Options
 from promptkd.cli.parsing.config_file import read_config
 from promptkd.cli.parsing.parser import merged_config, parse_options
-from promptkd.cli.study_measurements import EVALUATION, EXPOSURE_BIAS, REFERENCES
+from promptkd.cli.study_measurements import EVALUATION, EXPOSURE_BIAS
 from promptkd.cli.terminal import say
 from promptkd.errors import RequestError
 from promptkd.evaluation.comparison import compare
@@ -18,9 +18,9 @@ from promptkd.evaluation.pairing import Candidate
 from promptkd.report.differences import compared_sentences
 from promptkd.report.metrics import metric_info
 from promptkd.report.overview import INTERIM
-from promptkd.results import Results, Training
+from promptkd.results import ModelRecord, Results, Training
 from promptkd.study.bias_pooling import METRIC, PooledBias, pool_bias
-from promptkd.study.plan import Planned, plan_runs
+from promptkd.study.plan import REFERENCES, Planned, plan_runs
 from promptkd.study.pooling import compare_groups
 
 _OF_A_STUDY = {"base", "methods", "seeds"}  # keys of its config.yaml
@@ -85,7 +85,8 @@ def exposure_of(folder: Path, name: str) -> Results | None:
 
 def started_in(folder: Path) -> dict[str, Results]:
     """The records of exposure bias of the students before training, by their labels."""
-    found = sorted((folder / EXPOSURE_BIAS.folder).glob(f"{REFERENCES['student']}*/results.json"))
+    found = sorted((folder / EXPOSURE_BIAS.folder).glob("*/results.json"))
+    found = [file for file in found if file.parent.name.partition(".")[0] == REFERENCES["student"]]
     return {file.parent.name.replace(".", " "): Results.read(file) for file in found}
 
 
@@ -143,12 +144,19 @@ def study_comparison(study: Study) -> Results:
         told = f"The baseline, {options.baseline}, has no finished run: until then, differences are from {baseline}."
         results.notes.insert(0, INTERIM + told)
     results.notes = [*_interim(options, runs), *results.notes]
-    for run in runs:  # the seeds of a method have students of one size
+    results.models |= students_of(study)
+    return results
+
+
+def students_of(study: Study) -> dict[str, ModelRecord]:
+    """By group, the students of its runs, which are of one size."""
+    found: dict[str, ModelRecord] = {}
+    for run in study.runs:
         if size := run.trained.models.get("student"):
             group = run.planned.group
-            about = {"path": str(options.out / f"{group}-seed-*"), "sha256": "", "about": ""}
-            results.models.setdefault(group, size.model_copy(update=about))
-    return results
+            about = {"path": str(study.options.out / f"{group}-seed-*"), "sha256": "", "about": ""}
+            found.setdefault(group, size.model_copy(update=about))
+    return found
 
 
 def _interim(options: Options, runs: Sequence[Finished]) -> list[str]:

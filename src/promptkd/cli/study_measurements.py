@@ -18,11 +18,10 @@ from promptkd.cli.parsing.parser import merged_config, parse_options
 from promptkd.data import Example, read_columns
 from promptkd.errors import RequestError
 from promptkd.results import ModelRecord, Results
-from promptkd.study.plan import Planned, Settings, arguments_of, slug
+from promptkd.study.plan import REFERENCES, Planned, Settings, arguments_of, slug
 from promptkd.study.processes import Command, Job, Phase
 from promptkd.training.own_teacher import EMA, SELF, is_own
 
-REFERENCES = {"teacher": "teacher", "student": "untrained"}  # models that a study measures once: by setting, the label
 _FREE = {"out", "overwrite"}  # options on which nothing in a record depends
 # settings of training that every measurement has too, and takes over unless it is told otherwise
 _ALIKE = (

@@ -16,6 +16,7 @@ from promptkd.io.python_file import names_python
 Settings = dict[str, Any]
 Grid = dict[str, list[Any]]
 
+REFERENCES = {"teacher": "teacher", "student": "untrained"}  # models that a study measures once: by setting, the label
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _LONGEST_VALUE = 24
 _SET_HERE = {  # settings of a run that the study decides
@@ -108,6 +109,10 @@ class _Reader:
             expected = "a name becomes a folder's, so it takes letters, digits, `-`, `_` and `.`"
             self.problems.append(f"methods: {expected}. Got {name!r}.")
             return []
+        if name.partition(".")[0] in REFERENCES.values():
+            told = f"{name} would be taken for a model that the study measures beside its methods"
+            self.problems.append(f"methods: {told}. Give it another `name`.")
+            return []
         settings = {key: value for key, value in entry.items() if key not in ("name", "grid")}
         own, own_defaults = self.settings(name, settings)
         self.problems += [
@@ -164,7 +169,15 @@ class _Reader:
 def _text(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return str(value).lower()
-    return json.dumps(value) if isinstance(value, dict | list) else str(value)
+    if not isinstance(value, dict | list):
+        return str(value)
+    return re.sub(r"[^\x00-\x7e]", _escaped, json.dumps(value, ensure_ascii=False))
+
+
+def _escaped(character: re.Match[str]) -> str:
+    """As YAML, by which commands read mappings, writes it: JSON's pairs of surrogates mean nothing there."""
+    point = ord(character[0])
+    return f"\\u{point:04x}" if point < 0x10000 else f"\\U{point:08x}"
 
 
 def slug(value: Any) -> str:

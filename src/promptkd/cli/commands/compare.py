@@ -7,7 +7,15 @@ from typing import Any
 from promptkd.cli.options.compare import Options
 from promptkd.cli.outputs import check_output, label_of
 from promptkd.cli.parsing.parser import merged_config
-from promptkd.cli.study_comparison import Groups, compared_groups, groups_of, is_study, mean_costs, read_study
+from promptkd.cli.study_comparison import (
+    Groups,
+    compared_groups,
+    groups_of,
+    is_study,
+    mean_costs,
+    read_study,
+    students_of,
+)
 from promptkd.cli.terminal import say
 from promptkd.errors import RequestError
 from promptkd.evaluation.comparison import compare
@@ -16,7 +24,7 @@ from promptkd.report.differences import compared_sentences
 from promptkd.report.labels import is_teacher
 from promptkd.report.metrics import metric_info
 from promptkd.report.text import compared_text
-from promptkd.results import BEFORE, Results, Training
+from promptkd.results import BEFORE, ModelRecord, Results, Training
 
 _OF_ONE_MODEL = ("distill", "sft", "evaluate")
 
@@ -64,25 +72,29 @@ def _of_studies(options: Options, names: list[str]) -> Results:
     labels = _study_labels(names)
     studies = {name: read_study(_path_of(name)[1]) for name in names}
     several = any(len({run.planned.seed for run in study.runs}) > 1 for study in studies.values())
-    groups, training = Groups({}, {}, [], {}, several), dict[str, Training]()
+    groups, training, sizes = Groups({}, {}, [], {}, several), dict[str, Training](), dict[str, ModelRecord]()
     for name, study in studies.items():
         prefix = f"{labels[name]}/" if labels[name] else ""
         own = groups_of(study, several=several, prefix=prefix)
         groups.runs.update(own.runs)
         groups.exposure.update(own.exposure)
         training |= {prefix + group: cost for group, cost in mean_costs(study.runs).items()}
+        sizes |= {prefix + group: size for group, size in students_of(study).items()}
         named = f" {prefix[:-1]}".rstrip()
         groups.references.extend(replace(each, label=each.label + named) for each in study.references)
         groups.started.update({label + named: record for label, record in study.started.items()})
     for run in options.runs:
         if run not in studies:
-            groups.references.extend(replace(each, is_reference=several) for each in _candidates(run))
+            single = [replace(each, is_reference=several) for each in _candidates(run)]
+            groups.references.extend(single)
+            training |= {each.label: cost for each in single if (cost := _cost(each)) is not None}
     known = [*dict.fromkeys([*groups.runs, *groups.exposure])]
     baseline = options.baseline or known[0]
     if baseline not in known:
         raise RequestError(f"The baseline must be one of {', '.join(known)}. Got {baseline}.")
     results = compared_groups(groups, baseline=baseline, metrics=options.metrics)
     results.config, results.training = merged_config(options, {}), training
+    results.models |= sizes
     return results
 
 
