@@ -283,6 +283,57 @@ def test_a_wrong_study(world, tmp_path, capsys, changes, message):
     assert message in refused(capsys, study_file(world, tmp_path / "out", **changes))
 
 
+def test_what_nothing_would_measure_is_refused_before_its_models_are_deleted(world, tmp_path, capsys):
+    methods = ["kd", {"name": "gkd", "eval_data": world.valid}]
+    unmeasured = {"methods": methods, "seeds": [1, 2], "base": {"eval_data": None}, "keep_models": False}
+    told = "keep_models: false would delete its student, which nothing measures. Give `eval_data` in `base`, or"
+    said = refused(capsys, study_file(world, tmp_path / "out", **unmeasured))
+    assert f"kd-seed-1 and 1 more: {told}" in said
+    for more in ({"keep_models": True}, {"base": {}}, {"evaluate": {"data": [world.test]}}):
+        file = study_file(world, tmp_path / "out", **(unmeasured | more))
+        assert "4 of 4 runs to do" in done(capsys, "study", file, "--dry-run").out
+
+
+@pytest.mark.parametrize(
+    ("base", "changes", "message"),
+    [
+        ({"eval_data": None}, {"metrics": ["rouge_l"]}, "asks for rouge_l, which nothing measures: there are none."),
+        (
+            {"eval_data": None},
+            {"metrics": ["loss"], "methods": ["kd", {"name": "gkd", "eval_data": "v"}]},
+            "asks for loss, which nothing measures: there are none.",
+        ),
+        ({"teacher": None, "kept_logits": "k"}, {}, "asks for kl_to_teacher, which nothing measures: there are loss"),
+        ({"kept_logits": "k"}, {}, "asks for kl_to_teacher, which nothing measures: there are loss"),
+        ({"teacher": None, "kept_logits": "k"}, {"evaluate": {"data": ["t"]}}, "asks for kl_to_teacher, which nothing"),
+        ({"kept_logits": "k"}, {"evaluate": {"data": ["t"]}}, ""),
+        ({"kept_logits": "k"}, {"evaluate": {"data": ["t"], "teacher": "t"}}, ""),
+        ({}, {}, ""),
+    ],
+)
+def test_metrics_are_those_that_validation_or_evaluate_measures(world, tmp_path, capsys, base, changes, message):
+    file = study_file(world, tmp_path / "out", base=base, **({"metrics": ["kl_to_teacher"]} | changes))
+    said = run(capsys, "study", file, "--dry-run").err
+    assert message in said if message else "metrics asks for" not in said
+
+
+@pytest.mark.parametrize("missing", [["student"], ["data"], ["student", "data"]])
+def test_a_base_without_student_or_data(world, tmp_path, capsys, missing):
+    changes = {"base": dict.fromkeys(missing), "seeds": [1, 2], "evaluate": {"data": [world.test]}}
+    said = refused(capsys, study_file(world, tmp_path / "out", **changes))
+    names = " and ".join(missing)
+    assert f"all 2 runs: `base` names no {names.replace('and', 'and no')}. Give {names} there." in said
+    assert "--resume" not in said
+
+
+def test_a_problem_of_training_and_measuring_names_each_run_once(world, tmp_path, capsys):
+    """The same message of both: the rows of training are measured, too, and there are none."""
+    evaluate = {"data": ["none.jsonl"]}
+    methods = ["kd", {"name": "wrong", "method": "kd", "data": "none.jsonl"}]
+    said = refused(capsys, study_file(world, tmp_path / "out", methods=methods, seeds=[1], evaluate=evaluate))
+    assert "all 2 runs: No such file or folder: none.jsonl" in said
+
+
 def test_settings_of_loading_that_name_no_revision_are_measured(world, tmp_path, capsys):
     base = {
         "teacher_model_init_kwargs": {"attn_implementation": "sdpa"},
@@ -999,7 +1050,8 @@ def test_data_stay_as_they_were_when_the_study_began(world, tmp_path, capsys, is
         train = DataRecord(path=str(data), rows=8, sha256=known[str(data)])
         Results(kind="distill", data={"train": train}).write(made / "results.json")
     (made / "student").mkdir()
-    (out / "config.yaml").write_text(yaml.safe_dump({} if is_older else {"file_sha256": known}))
+    own = yaml.safe_load(file.read_text()) | ({} if is_older else {"file_sha256": known})
+    (out / "config.yaml").write_text(yaml.safe_dump(own))
     data.write_text(data.read_text().splitlines()[0])
     ran = run(capsys, "study", file)
     assert ran.status == 2
@@ -1007,6 +1059,38 @@ def test_data_stay_as_they_were_when_the_study_began(world, tmp_path, capsys, is
     assert f"{told} with the file: {made}." in ran.err
     shutil.copy(world.train, data)
     assert "has changed" not in run(capsys, "study", file, "--dry-run").err
+
+
+@pytest.mark.parametrize("has_begun", [False, True])
+def test_a_copied_run_of_other_data_is_refused_whenever_it_comes(world, tmp_path, capsys, has_begun):
+    """Also beside a run of the same data."""
+    out = tmp_path / "out"
+    file = study_file(world, out, seeds=[1, 2])
+    for seed, sha256 in ((1, file_sha256(Path(world.train))), (2, "0" * 64)):
+        train = DataRecord(path=world.train, rows=12, sha256=sha256)
+        Results(kind="distill", data={"train": train}).write(out / f"kd-seed-{seed}" / "results.json")
+    if has_begun:
+        known = {"file_sha256": {world.train: file_sha256(Path(world.train))}}
+        (out / "config.yaml").write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | known))
+    told = f"{world.train} is another than that of some finished runs. Put it back, give another --out, or delete what"
+    ran = run(capsys, "study", file, "--dry-run")
+    assert ran.status == 2
+    assert f"{told} was made with the file: {out}/kd-seed-2." in ran.err
+
+
+def test_the_folder_of_a_run_is_no_studys(world, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.yaml").write_text(kept := "out: r\ndata: d\nkeep: 2\n")
+    for more in ((), ("--dry-run",)):
+        said = refused(capsys, study_file(world, out), *more)
+        told = f"--out must be a study's folder, or a new one. {out}/config.yaml is no study's. Give another --out."
+        assert told in said
+    assert (out / "config.yaml").read_text() == kept
+    file = study_file(world, out)  # the user's own file may lie there
+    settings = {key: value for key, value in yaml.safe_load(file.read_text()).items() if key != "seeds"}
+    (out / "config.yaml").write_text(yaml.safe_dump(settings))
+    assert "1 of 1 runs to do" in done(capsys, "study", out / "config.yaml", "--seeds", 1, "--dry-run").out
 
 
 @pytest.mark.slow

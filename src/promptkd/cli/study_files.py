@@ -24,13 +24,16 @@ def hashes_of_files(options: Options, planned: Sequence[Planned]) -> dict[str, s
     now = {file: file_sha256(Path(file)) for file in users if Path(file).is_file()}  # a missing one is told by its run
     kept = _kept(options.out, planned)
     for file in now:
-        if kept.get(file) in (None, now[file]):
+        made = [folder for folder in users[file] if _is_made(folder)]
+        if kept.get(file) not in (None, now[file]):
+            told = f"{file} has changed since this study began"
+        elif made := [folder for folder in made if _is_of_another(folder, file, now[file])]:
+            told = f"{file} is another than that of some finished runs"  # which were copied here
+        else:
             continue
-        made = [str(folder) for folder in users[file] if _is_made(folder)]
-        told = f"{file} has changed since this study began"
         if made:
             more = f" and {len(made) - 3} more" if len(made) > 3 else ""
-            advice = f"give another --out, or delete what was made with the file: {', '.join(made[:3])}{more}"
+            advice = f"give another --out, or delete what was made with the file: {', '.join(map(str, made[:3]))}{more}"
             raise RequestError(f"{told}. Put it back, {advice}.")
         say(f"{told}. Nothing has been made with it yet: its runs take it as it is now.")
     return now
@@ -69,6 +72,14 @@ def _kept(out: Path, planned: Sequence[Planned]) -> dict[str, Any]:
                 kept.setdefault(data.path, data.sha256 or None)
     config = out / "config.yaml"
     return kept | (read_config(config).get("file_sha256", {}) if config.is_file() else {})
+
+
+def _is_of_another(folder: Path, file: str, sha256: str) -> bool:
+    """Whether a finished run's own record names another version of a file of data."""
+    record = record_at(folder / "results.json")
+    return record is not None and any(
+        each.path == file and each.sha256 not in ("", sha256) for each in record.data.values()
+    )
 
 
 def _is_made(folder: Path) -> bool:

@@ -22,8 +22,10 @@ from promptkd.evaluation.measure import MEASURED
 from promptkd.report.text import text_table
 from promptkd.results import Results, metric_named
 from promptkd.study.loop import clock
-from promptkd.study.plan import Planned, arguments_of, plan_runs
+from promptkd.study.plan import Planned, Settings, arguments_of, plan_runs
 from promptkd.study.processes import Command, Job, Phase, shell_line
+
+_NEEDED = ("student", "data")  # settings that every run has
 
 
 @dataclass
@@ -47,9 +49,14 @@ def checked_runs(options: Options) -> tuple[list[StudyRun], list[Job]]:
     if options.baseline is not None and options.baseline not in groups:
         problems[f"--baseline must be one of {', '.join(groups)}. Got {options.baseline}."] = []
     measuring = Measuring(options, planned, problems)
-    options.metrics = _checked_metrics(options, problems)
+    options.metrics = _checked_metrics(options, planned, problems)
     runs: list[StudyRun] = []
     for each in planned:
+        if missing := [name for name in _NEEDED if not each.settings.get(name)]:
+            problems[f"`base` names no {' and no '.join(missing)}. Give {' and '.join(missing)} there."].append(
+                each.name
+            )
+            continue
         folder = options.out / each.name
         log = options.out / "logs" / f"{each.name}.log"
         job = Job(each.name, folder, (), log, group=each.group, phase=Phase.DONE)
@@ -65,6 +72,10 @@ def checked_runs(options: Options) -> tuple[list[StudyRun], list[Job]]:
         exposure = measuring.results(EXPOSURE_BIAS, each.name) if options.exposure_bias else None
         runs.append(StudyRun(each, job, results, trained, exposure))
     if not options.keep_models:
+        if unmeasured := [each.name for each in planned if not _is_measured(options, each)]:
+            told = "keep_models: false would delete its student, which nothing measures"
+            advice = "Give `eval_data` in `base`, or `evaluate` with its data, or `exposure_bias`"
+            problems[f"{told}. {advice}."] = unmeasured
         teachers = [each.get("teacher") for each in (options.evaluate, options.exposure_bias)]
         problems |= {text: [] for text in models_needed_in(options.out, planned, teachers)}
     references = [] if problems or not options.references else measuring.of_references(planned, read)
@@ -77,7 +88,11 @@ def checked_runs(options: Options) -> tuple[list[StudyRun], list[Job]]:
     return runs, references
 
 
-def _checked_metrics(options: Options, problems: Problems) -> list[str]:
+def _is_measured(options: Options, planned: Planned) -> bool:
+    return bool(options.evaluate or options.exposure_bias or planned.settings.get("eval_data"))
+
+
+def _checked_metrics(options: Options, planned: Sequence[Planned], problems: Problems) -> list[str]:
     """The metrics to compare, under the names that records have for them; those that nothing will measure are wrong."""
     more = options.evaluate.get("metrics", [])
     own: dict[str, str] = {}
@@ -87,12 +102,26 @@ def _checked_metrics(options: Options, problems: Problems) -> list[str]:
         except RequestError as error:
             problems[f"evaluate: {error}"] = []
             own[name] = name
-    known = [*MEASURED, "kl_to_teacher", *own.values(), *(["exposure_bias"] if options.exposure_bias else [])]
+    settings = [each.settings for each in planned]
+    known = list(own.values())
+    if options.evaluate or all(each.get("eval_data") for each in settings):
+        known = [*MEASURED, *known]
+        if options.evaluate.get("teacher") or all(_has_teacher(each, options) for each in settings):
+            known.append("kl_to_teacher")
+    known += ["exposure_bias"] if options.exposure_bias else []
     asked = [own.get(name) or metric_named(name, known) or name for name in options.metrics]
     if unknown := [name for name in asked if name not in known]:
-        told = f"metrics asks for {', '.join(unknown)}, which nothing measures: there are {', '.join(known)}"
-        problems[f"{told}. More are measured by `metrics` in `evaluate`."] = []
+        told = f"metrics asks for {', '.join(unknown)}, which nothing measures: there are {', '.join(known) or 'none'}"
+        advice = (
+            "`evaluate` measures the usual ones on its `data`, more by its `metrics`, kl_to_teacher by its `teacher`"
+        )
+        problems[f"{told}. {advice}."] = []
     return asked
+
+
+def _has_teacher(settings: Settings, options: Options) -> bool:
+    """Whether a run's student is measured beside the run's teacher; by its validation only if that is loaded."""
+    return bool(settings.get("teacher") and (options.evaluate or not settings.get("kept_logits")))
 
 
 @contextmanager
@@ -101,7 +130,9 @@ def _noting(problems: Problems, run: str, out: Path) -> Iterator[None]:
         yield
     except RequestError as error:
         # a run's own folder would make one problem of all runs look like many
-        problems[str(error).replace(str(out / run), f"{out}/RUN")].append(run)
+        runs = problems[str(error).replace(str(out / run), f"{out}/RUN")]
+        if run not in runs:  # both of its training and of what measures it
+            runs.append(run)
 
 
 def _reading_once() -> Read:

@@ -14,6 +14,7 @@ from promptkd.cli.study_comparison import (
     Finished,
     Study,
     exposure_of,
+    is_study,
     page_records,
     references_in,
     started_in,
@@ -36,6 +37,9 @@ def run(options: Options, training: dict[str, Any]) -> None:
         raise RequestError(f"--workers is of this machine; {advice}.")
     if options.engine == "local" and options.ray_address is not None:
         raise RequestError("--ray-address goes with --engine ray.")
+    kept = options.out / "config.yaml"
+    if kept.is_file() and not (is_study(options.out) or kept.samefile(options.config)):
+        raise RequestError(f"--out must be a study's folder, or a new one. {kept} is no study's. Give another --out.")
     quiet_libraries()
     runs, references = checked_runs(options)
     if options.dry_run:
