@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 
 from helpers.bias_records import ROWS, biased_runs, curve_of, errors, record
+from promptkd.errors import RequestError
 from promptkd.evaluation import Bootstrap
 from promptkd.evaluation.accumulated_error import excess_accumulated_error
+from promptkd.results import ModelRecord
 from promptkd.study.bias_pooling import pool_bias
 from promptkd.study.pooling import both_ways
 
@@ -77,6 +79,28 @@ def test_other_teachers_and_other_rows_are_not_compared():
     made = pool_bias(groups, {}, baseline="a")
     assert not made.differences
     assert [curve.name for curve in made.curves] == ["exposure_bias"] * 3
+
+
+@pytest.mark.parametrize("reference", [False, True])
+def test_other_versions_of_the_data_are_refused(reference):
+    groups, other = biased_runs({"a": 0.1, "b": 0.5}), record(curve_of("student", 9, 0))
+    changed = other if reference else groups["b"][2]
+    changed.data["t"].sha256 = "cd"
+    name = "student" if reference else "b-seed-2"
+    with pytest.raises(RequestError, match=rf"^a-seed-1 and {name} differ on t in data \(sha256 ab and cd\)\. Measure"):
+        pool_bias(groups, {"untrained": other}, baseline="a")
+    changed.data["t"].sha256 = ""  # of a folder, or the hub's
+    assert pool_bias(groups, {"untrained": other}, baseline="a").differences
+
+
+def test_a_teacher_that_has_changed_is_another():
+    groups = biased_runs({"a": 0.1, "b": 0.5, "c": 0.3})
+    for group, seeds in groups.items():
+        for each in seeds.values():
+            each.models["teacher t"] = ModelRecord(path="t", parameters=1, sha256="old" if group == "b" else "new")
+    made = pool_bias(groups, {}, baseline="a")
+    assert [each.model for each in made.differences] == ["c"]
+    assert [each.models for each in made.told_apart] == [["a", "c"]]
 
 
 def test_one_seed_has_its_own_intervals_and_no_difference():

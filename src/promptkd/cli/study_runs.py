@@ -73,9 +73,8 @@ def checked_runs(options: Options) -> tuple[list[StudyRun], list[Job]]:
         runs.append(StudyRun(each, job, results, trained, exposure))
     if not options.keep_models:
         if unmeasured := [each.name for each in planned if not _is_measured(options, each)]:
-            told = "keep_models: false would delete its student, which nothing measures"
             advice = "Give `eval_data` in `base`, or `evaluate` with its data, or `exposure_bias`"
-            problems[f"{told}. {advice}."] = unmeasured
+            problems[f"keep_models: false would delete its student, which nothing measures. {advice}."] = unmeasured
         teachers = [each.get("teacher") for each in (options.evaluate, options.exposure_bias)]
         problems |= {text: [] for text in models_needed_in(options.out, planned, teachers)}
     references = [] if problems or not options.references else measuring.of_references(planned, read)

@@ -15,6 +15,12 @@ Key = tuple[int, int | None]  # a row's index in its data, and the seed of its a
 Answers = dict[Key, RowResult]
 
 
+def teachers_of(record: Results) -> frozenset[str]:
+    """The teachers that a record names: their hashes (or paths), and the contexts that they read."""
+    models = [each for label, each in record.models.items() if (label + " ").startswith("teacher ")]
+    return frozenset((each.sha256 or each.path) + each.context for each in models)
+
+
 @dataclass(frozen=True)
 class Candidate:
     """One model as one record measured it."""
@@ -26,9 +32,7 @@ class Candidate:
 
     @property
     def teachers(self) -> frozenset[str]:
-        """The teachers that the record names: their hashes (or paths), and the contexts that they read."""
-        models = [each for label, each in self.record.models.items() if (label + " ").startswith("teacher ")]
-        return frozenset((each.sha256 or each.path) + each.context for each in models)
+        return teachers_of(self.record)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from promptkd.errors import RequestError
 from promptkd.evaluation.comparison import Comparison
+from promptkd.evaluation.pairing import teachers_of
 from promptkd.results import Curve, CurvePoint, Difference, Evaluation, Metric, Results
 from promptkd.study.pooling import Pooled, Spread, Spreads, both_ways, told_apart
 
@@ -52,7 +54,8 @@ def pool_bias(
 
     `groups` holds the record of each seed's run, `references` those of models of which there is one. The length of the
     difference that is tested, and of the curve over steps, is the longest that half of the rows reach in every run.
-    `label` names a data set. One seed has its intervals over rows, and no differences.
+    `label` names a data set. One seed has its intervals over rows, and no differences. Raises `RequestError` if a data
+    set is not the same in all records.
     """
     made = PooledBias()
     for record in [*(each for seeds in groups.values() for each in seeds.values()), *references.values()]:
@@ -89,22 +92,30 @@ def _settings(
     groups: Mapping[str, Mapping[int, Results]], references: Mapping[str, Results]
 ) -> dict[tuple[str, str], _Setting]:
     found: dict[tuple[str, str], _Setting] = {}
+    first: dict[str, tuple[str, str]] = {}  # by data set, the model that was measured on it first, and the file's hash
 
-    def of(curve: Curve) -> _Setting:
-        alike = json.dumps([curve.settings, len(curve.points[0].row_parts)], sort_keys=True)
+    def of(curve: Curve, record: Results) -> _Setting:
+        sha256 = record.data[curve.data].sha256
+        model, known = first.setdefault(curve.data, (curve.model, sha256)) if sha256 else ("", "")
+        if sha256 != known:
+            told = f"{model} and {curve.model} differ on {curve.data} in data (sha256 {known[:8]} and {sha256[:8]})"
+            raise RequestError(f"{told}. Measure the exposure bias of all of them on one version of it.")
+        rows = len(curve.points[0].row_parts)
+        alike = json.dumps([curve.settings, sorted(teachers_of(record)), rows], sort_keys=True)
         return found.setdefault((curve.data, alike), _Setting())
 
     for group, seeds in groups.items():
         for seed, record in seeds.items():
             for curve in record.curves:
+                setting = of(curve, record)
                 if step := _STEP.search(curve.model):
-                    steps = of(curve).checkpoints.setdefault(group, {})
+                    steps = setting.checkpoints.setdefault(group, {})
                     steps.setdefault(int(step[1]), {})[seed] = curve
                 else:
-                    of(curve).students.setdefault(group, {})[seed] = curve
+                    setting.students.setdefault(group, {})[seed] = curve
     for label, record in references.items():
         for curve in record.curves:
-            of(curve).references[label] = curve
+            of(curve, record).references[label] = curve
     return found
 
 

@@ -170,13 +170,13 @@ def compare_groups(
         first, spreads = next(iter(setting.measured.values())), {name: _spreads(pooled, name) for name in columns}
         for group, of_group in pooled.items():
             measured = {name: _pooled(held.values())[0] for name, held in of_group.items() if held}
-            own = {"model": group, "data": setting.data, "metrics": measured, "samples": []}
-            made.evaluations.append(first.evaluation.model_copy(update=own))
+            about = {"model": group, "data": setting.data, "metrics": measured, "samples": []}
+            made.evaluations.append(first.evaluation.model_copy(update=about))
             if group != baseline:
                 asked = [name for name in of_group if (setting.source, name, group) not in done]
-                found = list(_differences(setting.data, asked, (group, baseline), pooled, spreads, better))
-                made.differences += found
-                done |= {(setting.source, each.metric, group) for each in found if each.metric in OF_REFERENCES}
+                own = list(_differences(setting.data, asked, (group, baseline), pooled, spreads, better))
+                made.differences += own
+                done |= {(setting.source, each.metric, group) for each in own if each.metric in OF_REFERENCES}
         made.told_apart += told_apart(setting.data, pooled, better)
         made.evaluations += evaluations_of(setting, columns, [each.label for each in references])
         if first.data is not None:
