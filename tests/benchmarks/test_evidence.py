@@ -89,7 +89,8 @@ def made_runs(folder: Path, settings: dict, names: dict[str, float], references=
         if biased := [Path(file).stem for file in settings.get("exposure_bias", {}).get("data", [])]:
             curves = [curve_of(model, draw, quality / 40) for model in (name, f"{name} step 20")]
             curves = [curve.model_copy(update={"data": biased[0]}) for curve in curves]
-            record = stamped("exposure-bias", data=data, curves=curves, timings={"measuring": 1.0})
+            of_bias = {biased[0]: DataRecord(path=f"{folder.absolute()}/{biased[0]}.jsonl", rows=ROWS, sha256="cd")}
+            record = stamped("exposure-bias", data=of_bias, curves=curves, timings={"measuring": 1.0})
             record.write(folder / "exposure-bias" / name / "results.json")
         lines = [{"step": step, "loss": 3 - step / 100 + draw.normal() / 9} for step in range(1, steps + 1)]
         if name.startswith("promptkd"):
