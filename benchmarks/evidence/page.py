@@ -66,6 +66,10 @@ class Page:
         held = self._study(study)
         return self._with_source(held, tables.log_table(held, held.named(groups), metrics, count))
 
+    def ends(self, study: str, group: str, metric: str, count: int = 10) -> str:
+        """A logged metric as a mean over the first and over the last `count` steps: "3.1 → 1.8"."""
+        return tables.ends_text(self._study(study), group, metric, count)
+
     def reached(self, study: str, target: float, metric: str = "eval_kl_to_teacher", groups: Sequence[str] = ()) -> str:
         """What each group took until a logged metric was at most `target`."""
         held = self._study(study)

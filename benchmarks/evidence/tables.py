@@ -206,16 +206,20 @@ def log_table(study: Committed, groups: Sequence[str], metrics: Sequence[str], c
     heads = [f"{info.label}{f', {info.unit}' if info.unit else ''}" for info in infos]
     lines = []
     for group in groups:
-        if (steps := study.cost(group).steps) > MOST_STEPS:
-            raise RequestError(f"Records keep {MOST_STEPS} steps of a run's log. {group} has {steps}.")
-        cells = []
-        for info in infos:
-            values = [point.value * info.scale for point in study.history(group, info.name)]
-            ends = [mean(values[:count]), mean(values[-count:])] if values else []
-            decimals = 0 if info.unit == "%" else info.decimals
-            cells.append(" → ".join(number(each, decimals) for each in ends) or DASH)
+        cells = [ends_text(study, group, metric, count) for metric in metrics]
         lines.append([study.label(group), *cells, _warnings(study, group)])
     return _markdown(["", *heads, "warnings"], lines)
+
+
+def ends_text(study: Committed, group: str, metric: str, count: int) -> str:
+    """ "3.1 → 1.8": a logged metric as a mean over the first and over the last `count` steps; see `log_table`."""
+    if (steps := study.cost(group).steps) > MOST_STEPS:
+        raise RequestError(f"Records keep {MOST_STEPS} steps of a run's log. {group} has {steps}.")
+    info = logged_info(metric)
+    values = [point.value * info.scale for point in study.history(group, info.name)]
+    ends = [mean(values[:count]), mean(values[-count:])] if values else []
+    decimals = 0 if info.unit == "%" else info.decimals
+    return " → ".join(number(each, decimals) for each in ends) or DASH
 
 
 def _warnings(study: Committed, group: str) -> str:

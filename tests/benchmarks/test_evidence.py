@@ -428,7 +428,7 @@ def test_the_page_asks_its_studies_for_what_they_measure(tmp_path, monkeypatch):
     short = page.split("## In short")[1].split("## ")[0]
     assert "\n5. **`kd` and `gkd` differ more" in short
     methods = read_config(HERE / "studies" / "rivals.yaml")["methods"]
-    assert f"Of {len(methods)} methods (three seeds) `abkd` has" in short
+    assert f"Of {len(methods)} methods (three seeds) `veto` has" in short
     assert "Of 196 test requests 3 occurs" in " ".join(page.split())
     assert "| kd | 5 |" in build_readme(Path("records"), f"{BEGIN}\n{END}\n")
     rates = page.split("## The learning rates")[1].split("## ")[0]
