@@ -18,6 +18,7 @@ from promptkd.report.formatting import number
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 400, 256, 44, 10, 26, 40  # of the plot with its axes
 _LINE = 17  # height of a line of the legend
 _ROW = 20  # height of a row of a forest plot
+_FEW = 8  # points of a scatter plot whose names find room in its usual height; each further one adds to that
 _CHARACTER, _WIDE = 6.4, 7.2  # width of a character at this size of text, a mean one and one of a short wide name
 _GRAY = "#7b7f87"
 _COLORS = ("#3a83c9", "#d3622b", "#2b9a68", "#b56bb8", "#a98a1d", "#d5496b", "#2795a5", "#8a7a5c")
@@ -94,10 +95,10 @@ def chart(title: str, lines: Sequence[Line], x: Axis, y: Axis) -> str:
 
 def scatter(title: str, marks: Mapping[str, Mark], x: Axis, y: Axis) -> str:
     """An image of points with bars both ways and names, each put where it covers nothing, nearest to its own point."""
-    points = [mark.point for mark in marks.values()]
+    points, height = [mark.point for mark in marks.values()], _HEIGHT + _LINE * max(0, len(marks) - _FEW)
     _, _, at_x = _scale([end for mark in marks.values() for end in (mark.left, mark.right)], x, _LEFT, _WIDTH - _RIGHT)
-    _, _, at_y = _scale([end for point in points for end in (point.low, point.high)], y, _HEIGHT - _BOTTOM, _TOP)
-    parts, taken = _axes(at_x, at_y, x, y), []
+    _, _, at_y = _scale([end for point in points for end in (point.low, point.high)], y, height - _BOTTOM, _TOP)
+    parts, taken = _axes(at_x, at_y, x, y, height), []
     dots = {name: (at_x(mark.point.x), at_y(mark.point.value)) for name, mark in marks.items()}
     colors = dict(zip(dots, itertools.cycle(_COLORS), strict=False))
     for name, (left, top) in dots.items():
@@ -110,11 +111,11 @@ def scatter(title: str, marks: Mapping[str, Mark], x: Axis, y: Axis) -> str:
         taken += [_Box(left - 1, left + 1, *along), _Box(*across, top - 1, top + 1)]
     for name, (left, top) in sorted(dots.items(), key=lambda dot: -dot[1][0]):  # the right edge has the least room
         others = [dot for other, dot in dots.items() if other != name]
-        box = _free_box(_WIDE * len(name), left, top, others, taken)
+        box = _free_box(_WIDE * len(name), (left, top), others, taken, height - _BOTTOM)
         taken.append(box)
         at = f'x="{box.left:.0f}" y="{box.bottom - 3:.0f}"'
         parts.append(f'<text {at} fill="{colors[name]}">{escape(name)}</text>')
-    return _image(title, parts, _HEIGHT)
+    return _image(title, parts, height)
 
 
 class _Box(NamedTuple):
@@ -131,22 +132,21 @@ class _Box(NamedTuple):
         return math.hypot(max(self.left - x, 0, x - self.right), max(self.top - y, 0, y - self.bottom))
 
 
-def _free_box(width: float, x: float, y: float, others: Sequence[tuple[float, float]], taken: Sequence[_Box]) -> _Box:
+def _free_box(
+    width: float, own: tuple[float, float], others: Sequence[tuple[float, float]], taken: Sequence[_Box], foot: float
+) -> _Box:
     """For a name of a point: beside, above or below it, where it meets the fewest of what is taken, then of the others
-    is nearer to the fewest than to its own.
+    is nearer to the fewest than to its own. It stays above the axis at `foot`.
     """
+    x, y = own
     places = (x + 6, x - 6 - width, x + 2, x - 2 - width, x - width / 2)
     lefts = [left for left in places if _LEFT <= left <= _WIDTH - width] or [max(4.0, _WIDTH - width)]
-    tops = [
-        top
-        for top in (y - 6, y - 17, y + 5, y - 28, y + 16, y - 40, y + 28)
-        if _TOP - 12 <= top <= _HEIGHT - _BOTTOM - 12
-    ]
+    tops = [top for top in (y - 6, y - 17, y + 5, y - 28, y + 16, y - 40, y + 28) if _TOP - 12 <= top <= foot - 12]
     boxes = [_Box(left, left + width, top, top + 12) for top in tops for left in lefts]
 
     def wrongs(box: _Box) -> tuple[int, int]:
-        own = box.distance(x, y)
-        return sum(map(box.meets, taken)), sum(box.distance(*other) <= own for other in others)
+        away = box.distance(x, y)
+        return sum(map(box.meets, taken)), sum(box.distance(*other) <= away for other in others)
 
     return min(boxes, key=wrongs)  # the first of equal ones
 
@@ -204,8 +204,8 @@ def _round_step(step: float) -> float:
     return next(m * power for m in (1, 2, 5, 10) if m * power >= step * (1 - 1e-9))
 
 
-def _axes(at_x: _Place, at_y: _Place, x: Axis, y: Axis) -> list[str]:
-    foot = _HEIGHT - _BOTTOM
+def _axes(at_x: _Place, at_y: _Place, x: Axis, y: Axis, height: int = _HEIGHT) -> list[str]:
+    foot = height - _BOTTOM
     parts = [f'<path d="M{_LEFT} {_TOP}V{foot}H{_WIDTH - _RIGHT}" fill="none" stroke="{_GRAY}"/>']
     for value, text in at_x.ticks():
         parts.append(f'<text x="{at_x(value)}" y="{foot + 15}" text-anchor="middle">{escape(text)}</text>')
