@@ -297,15 +297,23 @@ def test_what_nothing_would_measure_is_refused_before_its_models_are_deleted(wor
 @pytest.mark.parametrize(
     ("base", "changes", "message"),
     [
-        ({"eval_data": None}, {"metrics": ["rouge_l"]}, "asks for rouge_l, which nothing measures: there are none."),
+        (
+            {"eval_data": None},
+            {"metrics": ["rouge_l"]},
+            "asks for rouge_l, which is not measured of every run",
+        ),
         (
             {"eval_data": None},
             {"metrics": ["loss"], "methods": ["kd", {"name": "gkd", "eval_data": "v"}]},
-            "asks for loss, which nothing measures: there are none.",
+            "asks for loss, which is not measured of every run",
         ),
-        ({"teacher": None, "kept_logits": "k"}, {}, "asks for kl_to_teacher, which nothing measures: there are loss"),
-        ({"kept_logits": "k"}, {}, "asks for kl_to_teacher, which nothing measures: there are loss"),
-        ({"teacher": None, "kept_logits": "k"}, {"evaluate": {"data": ["t"]}}, "asks for kl_to_teacher, which nothing"),
+        (
+            {"teacher": None, "kept_logits": "k"},
+            {},
+            "asks for kl_to_teacher, which is not measured of every run",
+        ),
+        ({"kept_logits": "k"}, {}, "asks for kl_to_teacher, which is not measured of every run"),
+        ({"teacher": None, "kept_logits": "k"}, {"evaluate": {"data": ["t"]}}, "asks for kl_to_teacher, which is not"),
         ({"kept_logits": "k"}, {"evaluate": {"data": ["t"]}}, ""),
         ({"kept_logits": "k"}, {"evaluate": {"data": ["t"], "teacher": "t"}}, ""),
         ({}, {}, ""),
@@ -968,7 +976,7 @@ def test_metrics_that_nothing_measures_are_refused_before_any_run(world, tmp_pat
     file = study_file(world, tmp_path / "out", evaluate=evaluate, metrics=["bleu", "own:letters", "judge_score"])
     ran = run(capsys, "study", file)
     assert ran.status == 2
-    assert "metrics asks for bleu, judge_score, which nothing measures: there are loss, rouge_l" in ran.err
+    assert "metrics asks for bleu, judge_score, which is not measured of every run: there are loss, rouge_l" in ran.err
     assert not (tmp_path / "out").exists()
     evaluate["metrics"] = [f"{own}:lost"]
     ran = run(capsys, "study", study_file(world, tmp_path / "out", evaluate=evaluate))

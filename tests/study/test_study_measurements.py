@@ -78,7 +78,7 @@ def test_what_is_said_of_the_teachers_pass_is_not_asked_of_the_teacher_itself(wo
         ({"teacher": "ema"}, {}, "exposure_bias cannot be measured after a run whose teacher was the moving average"),
         ({}, {"exposure_bias": {"samples_per_row": 0}}, "samples-per-row must be at least 1"),
         ({}, {"exposure_bias": {"seeds": [1]}}, "--seeds is unknown. Did you mean --seed?"),
-        ({}, {"exposure_bias": {}, "metrics": ["exposure_bias"]}, "metrics asks for exposure_bias, which nothing"),
+        ({}, {"exposure_bias": {}, "metrics": ["exposure_bias"]}, "metrics asks for exposure_bias, which is not"),
     ],
 )
 def test_a_wrong_measurement(world, tmp_path, capsys, base, changes, message):

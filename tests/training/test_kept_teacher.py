@@ -292,3 +292,10 @@ def test_a_teacher_beside_kept_logits_or_among_several_is_refused(tmp_path, logi
     for others in ({"b": KeptLogits(logits.folder)}, {"b": pair()[1]}):
         with pytest.raises(RequestError, match=r"the place of a single teacher\. Got those of 'a' among several"):
             trainer(tmp_path, models=(pair()[0], {"a": logits, **others}), method=KD)
+
+
+def test_encoded_rows_that_are_too_long_for_the_student_are_refused(tmp_path, logits):
+    short = tiny_model("llama", layers=2, hidden=16, seed=1, max_position_embeddings=12)
+    limits = {"max_prompt_length": 2, "max_completion_length": 2}
+    with pytest.raises(RequestError, match=r"The student has 12 positions, and \d+ are needed"):
+        trainer(tmp_path, models=(short, logits), method=KD, **limits)

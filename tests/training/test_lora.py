@@ -14,7 +14,7 @@ from promptkd.engine import response_hidden
 from promptkd.errors import RequestError
 from promptkd.methods import named_method
 from promptkd.models import load_adapted, load_model, merged_parts
-from promptkd.models.merge import has_adapter
+from promptkd.models.merge import base_name, has_adapter
 from promptkd.models.prune import prune_layers
 from promptkd.training import DistillTrainer, FinetuneConfig, FinetuneTrainer
 from promptkd.training.callbacks import quiet
@@ -195,19 +195,20 @@ def test_fine_tuning_takes_lora_too(folders, tmp_path):
         made.merge_student()
 
 
-@pytest.mark.parametrize("before", ["nothing", "training", "pruning", "merging"])
+@pytest.mark.parametrize("before", ["nothing", "training", "pruning", "merging", "training and merging"])
 def test_what_is_saved_is_what_was_trained_whatever_came_before(folders, tmp_path, before):
     """The weights that an adapter is trained on may be those of no folder; and it trains on after it was saved."""
     student, teacher, fast = load_model(folders["whole student"]), folders["whole teacher"], {"learning_rate": 1e-2}
     if before == "pruning":
         student = prune_layers(student, [0])
     elif before != "nothing":
-        beside = lora() if before == "merging" else None
-        first = distiller(tmp_path / "first", student, teacher, method="kd", peft_config=beside, **fast)
-        first.train()
-        if before == "merging":
-            first.merge_student()
-        student = first.model
+        for stage in before.split(" and "):
+            beside = lora() if stage == "merging" else None
+            first = distiller(tmp_path / "first", student, teacher, method="kd", peft_config=beside, **fast)
+            first.train()
+            if beside is not None:
+                first.merge_student()
+            student = first.model
     made = distiller(tmp_path / "second", student, teacher, method="kd", peft_config=lora(), **fast)
     for _ in range(2):
         made.train()
@@ -217,6 +218,14 @@ def test_what_is_saved_is_what_was_trained_whatever_came_before(folders, tmp_pat
     assert (tmp_path / "saved" / "adapter_config.json").is_file() == is_adapter
     told = "saved merged, as a whole model, since no folder holds the weights that it is trained on"
     assert any(told in note for note in made.notes) == (not is_adapter)
+
+
+@pytest.mark.parametrize("own", ["self", "ema"])
+def test_a_teacher_made_of_a_student_that_was_tuned_in_memory_is_no_folders(folders, tmp_path, own):
+    first = distiller(tmp_path / "first", load_model(folders["whole student"]), folders["whole teacher"], method="kd")
+    first.train()
+    made = distiller(tmp_path / "second", first.model, own)
+    assert base_name(made.teacher.model) is None
 
 
 def test_a_teacher_that_was_tuned_in_memory_is_no_folders(folders, tmp_path):

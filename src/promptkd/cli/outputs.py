@@ -108,7 +108,8 @@ class RunFolder:
     def opened(self) -> Iterator[None]:
         """Open the folder for the body, and once that has succeeded, clear it if it is to be replaced.
 
-        If the body fails, or its process is killed, what was there stays as it was, and what is new goes again.
+        If the body fails, what was there stays as it was, and what is new goes again. All processes must have come to
+        the end of the body before the first leaves it.
         """
         self.check()
         places = (self.config, self.checkpoints, self.path, *self.path.parents)

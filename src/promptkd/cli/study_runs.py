@@ -110,7 +110,8 @@ def _checked_metrics(options: Options, planned: Sequence[Planned], problems: Pro
     known += ["exposure_bias"] if options.exposure_bias else []
     asked = [own.get(name) or metric_named(name, known) or name for name in options.metrics]
     if unknown := [name for name in asked if name not in known]:
-        told = f"metrics asks for {', '.join(unknown)}, which nothing measures: there are {', '.join(known) or 'none'}"
+        held = f"there are {', '.join(known) or 'none'}"
+        told = f"metrics asks for {', '.join(unknown)}, which is not measured of every run: {held}"
         advice = (
             "`evaluate` measures the usual ones on its `data`, more by its `metrics`, kl_to_teacher by its `teacher`"
         )

@@ -100,11 +100,17 @@ def merge_adapters(model: PreTrainedModel, source: Source, adapters: Sequence[Ad
 def twin(model: PreTrainedModel) -> PreTrainedModel:
     """Another model of the same weights: what is put between its layers is not in `model`."""
     made = copy.deepcopy(model, {id(each): each for each in (*model.parameters(), *model.buffers())})
-    if model in _MERGED:
-        _MERGED[made] = _MERGED[model]
-    if model in _TRAINED:
-        _TRAINED.add(made)
+    keep_origin(made, model)
     return made
+
+
+def keep_origin(made: nn.Module, model: nn.Module) -> None:
+    """Note of `made`, a copy of `model`, what is known of where its weights came from."""
+    for copied, own in zip(made.modules(), model.modules(), strict=True):  # of a wrapper, the model inside it
+        if own in _MERGED:
+            _MERGED[copied] = _MERGED[own]
+        if own in _TRAINED:
+            _TRAINED.add(copied)
 
 
 def remember_merged(model: PreTrainedModel, merged: Merged) -> None:
@@ -152,8 +158,9 @@ def merge_given(model: nn.Module) -> nn.Module:
     kinds = ", ".join(_kind(config) for config in configs.values())
     _untie(model)
     plain = _merged(model)
-    base = Source(plain.name_or_path) if before is None else Source(before.source.base, before.source.revision)
-    whole = f"{absolute_name(plain.name_or_path) or 'a loaded model'} with {kinds} merged into its weights"
+    name = "" if plain in _TRAINED else plain.name_or_path
+    base = Source(name) if before is None else Source(before.source.base, before.source.revision)
+    whole = f"{absolute_name(name) or 'a loaded model'} with {kinds} merged into its weights"
     _MERGED[plain] = Merged(base, whole if before is None else f"{before.told}, and {kinds} after that", updates)
     return plain
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from promptkd.data.encode import EncodedData
 from promptkd.errors import check_all
 from promptkd.methods import Method
+from promptkd.models.merge import keep_origin
 from promptkd.training.distributed import is_sharded
 from promptkd.training.guard import Guard
 
@@ -66,7 +67,9 @@ def check_own_teacher(teacher: Any, args: Any, method: Method, *, loaded: bool =
 
 def start_of(student: PreTrainedModel) -> nn.Module:
     """A copy of a loaded student, frozen and in evaluation mode."""
-    return copy.deepcopy(student).requires_grad_(False).eval()
+    start = copy.deepcopy(student).requires_grad_(False).eval()
+    keep_origin(start, student)
+    return start
 
 
 def no_context_notes(teacher: Any, args: Any, method: Method, data: EncodedData | None) -> list[str]:
@@ -100,6 +103,7 @@ class MovingAverage(TrainerCallback):
         self._decay, self._guard, self._accelerator = decay, guard, accelerator
         twins = {id(weight): _twin(weight) for weight in student.parameters()}
         self.model = copy.deepcopy(student, dict(twins)).eval()
+        keep_origin(self.model, student)
         self._trained = {
             name: (twins[id(weight)], weight) for name, weight in student.named_parameters() if weight.requires_grad
         }

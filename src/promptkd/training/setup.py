@@ -228,6 +228,7 @@ def make_teacher(trainer: Any, teacher: Any, *, averages: bool = False, name: st
     if isinstance(teacher, KeptLogits):
         check_heads(trainer.shared, student=student)
         check_models(student, None, None, args)
+        _check_lengths("student", student, [*(trainer.train_dataset or ()), *(trainer.eval_dataset or ())], args)
         return KeptTeacher(teacher, args, trainer.shared)
     rows, tokenizer = [*(trainer.train_dataset or ()), *(trainer.eval_dataset or ())], trainer.processing_class
     rows = [row for row in rows if row.teacher == name] if name else rows
@@ -236,12 +237,19 @@ def make_teacher(trainer: Any, teacher: Any, *, averages: bool = False, name: st
     parameters = count_parameters(teacher)
     adapter, adapted = make_adapter(method, teacher.requires_grad_(False), tokenizer, args, accelerator)
     check_models(student, teacher, adapter, args, rows)
-    if rows:  # which may have come encoded, by other limits
-        vectors, read = 0 if adapter is None else adapter.extra_positions, [row.for_teacher() for row in rows]
-        for role, model, own, extra in (("student", student, rows, 0), ("teacher", teacher, read, vectors)):
-            lengths = [(len(row.prompt_ids), max(len(row.response_ids), args.max_completion_length)) for row in own]
-            check_positions(role, model, *max(lengths, key=sum), soft_prompt=extra)
+    _check_lengths("student", student, rows, args)
+    vectors = 0 if adapter is None else adapter.extra_positions
+    _check_lengths("teacher", teacher, [row.for_teacher() for row in rows], args, vectors)
     return Teacher(adapted, adapter, accelerator, args, vocabulary, parameters, averages=averages, name=name)
+
+
+def _check_lengths(
+    role: str, model: nn.Module, rows: Sequence[EncodedExample], args: Any, soft_prompt: int = 0
+) -> None:
+    """Refuse rows that are too long for a model, as they may be where they came encoded, by other limits."""
+    lengths = [(len(row.prompt_ids), max(len(row.response_ids), args.max_completion_length)) for row in rows]
+    if lengths:
+        check_positions(role, model, *max(lengths, key=sum), soft_prompt=soft_prompt)
 
 
 def check_models(

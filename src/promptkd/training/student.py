@@ -92,14 +92,21 @@ def merged_notes(student: nn.Module, *teachers: nn.Module | KeptLogits) -> list[
     models = [("student" if teachers else "model", student), *(("teacher", each) for each in teachers)]
     known = [(role, merged_parts(each)) for role, each in models if isinstance(each, nn.Module)]
     notes = [f"The {role} is {merged.told}." for role, merged in known if merged is not None]
-    if isinstance(student, PeftModel) and (merged := merged_parts(student)) is not None:
-        one = f"joined with that as one adapter of {absolute_name(merged.source.base)}, whose rank is the sum of theirs"
-        whole = "merged, as a whole model, since what was merged before is more than LoRA weights"
-        notes.append(f"The adapter that is trained will be saved {one if can_join(student) else whole}.")
-    elif isinstance(student, PeftModel) and not can_join(student):
-        why = "since no folder holds the weights that it is trained on"
-        notes.append(f"The adapter that is trained will be saved merged, as a whole model, {why}.")
+    if isinstance(student, PeftModel) and (how := _saved_as(student)):
+        notes.append(f"The adapter that is trained will be saved {how}.")
     return notes
+
+
+def _saved_as(student: PeftModel) -> str:
+    """How an adapter that is trained will be saved, where that is not by itself."""
+    merged = merged_parts(student)
+    if merged is not None and can_join(student):
+        base = absolute_name(merged.source.base)
+        return f"joined with that as one adapter of {base}, whose rank is the sum of theirs"
+    if merged is not None and merged.source.base:
+        return "merged, as a whole model, since what was merged before is more than LoRA weights"
+    whole = "merged, as a whole model, since no folder holds the weights that it is trained on"
+    return "" if can_join(student) else whole
 
 
 def raise_to_float32(model: nn.Module) -> torch.dtype | None:

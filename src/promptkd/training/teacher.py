@@ -164,7 +164,11 @@ def load_teacher(
 
 
 def _with_free_layers(teacher: Any, args: Any, method: Method) -> Any:
-    """A loaded teacher into whose layers the method's adapter may go, which the caller's own then stays without."""
+    """A loaded teacher into whose layers the method's adapter may go, which the caller's own then stays without.
+
+    Not so of one that is quantized, spread over devices, or takes turns with others: those are not doubled. An adapter
+    that it came with is merged into the caller's own.
+    """
     adapter = method.adapter_class
     if adapter is None or not adapter.trains_layers:
         return teacher

@@ -140,6 +140,7 @@ def _distill(options: Options, job: TrainingRun, args: DistillConfig, method: Me
             if is_main_process():
                 print(_forecast(trainer, trial))
             return
+        trainer.accelerator.wait_for_everyone()  # an older run goes once no process can refuse any more
     if not trainer.is_sharded and (told := lora.told(options.student, trainer.model)):
         job.note(told)
     numbers, share = trainer.trainable_share()

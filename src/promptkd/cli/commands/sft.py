@@ -27,6 +27,7 @@ def run(options: Options, training: dict[str, Any]) -> None:
                 raise RequestError(
                     "--merge needs the model's weights whole: leave it out, and merge by promptkd export."
                 )
+            trainer.accelerator.wait_for_everyone()  # an older run goes once no process can refuse any more
         for note in trainer.notes:
             job.note(note)
         if not trainer.is_sharded and (told := lora.told(options.model, trainer.model)):
