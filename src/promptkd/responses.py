@@ -155,7 +155,7 @@ class AdaptiveReplay(Responses):
         raise TypeError("AdaptiveReplay also answers other rows than those of the step: call its `answered`.")
 
     def answered(self, rows: Sequence[EncodedExample], sample: Sampler, progress: float) -> list[Answered]:
-        if progress == 0 and self._is_used:  # another training, which begins anew
+        if progress == 0 and self._is_used:  # another training, which starts from scratch
             self.__post_init__()
         self._is_used = True
         own = _chosen(len(rows), self.share)

@@ -346,7 +346,7 @@ def test_the_replay_buffer_brings_rows_with_their_answers_and_forgets_the_oldest
     assert list(again.buffer) == list(source.buffer)
 
 
-def test_a_replay_buffer_begins_anew_with_the_next_training():
+def test_a_replay_buffer_starts_from_scratch_in_the_next_training():
     source, data, sampled, _ = replaying(0.5, 9, 4, step=0.3)
     source.on_validation(2.0)  # before training
     source.answered(data, sampled, 0.0)
@@ -703,7 +703,7 @@ def test_the_plain_teacher_samples_also_where_it_has_an_adapter(tmp_path, monkey
 
 
 @pytest.mark.slow
-def test_a_loss_of_ones_own_without_an_entropy_logs_none(tmp_path):
+def test_a_custom_loss_without_an_entropy_logs_none(tmp_path):
     def loss(step):
         logits = step.pair.logits("student", step.student_hidden)
         return ChunkedLoss(-logits.log_softmax(-1).gather(-1, step.batch.targets[:, None]).sum(), {})

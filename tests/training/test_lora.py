@@ -221,10 +221,12 @@ def test_what_is_saved_is_what_was_trained_whatever_came_before(folders, tmp_pat
 
 
 @pytest.mark.parametrize("own", ["self", "ema"])
-def test_a_teacher_made_of_a_student_that_was_tuned_in_memory_is_no_folders(folders, tmp_path, own):
-    first = distiller(tmp_path / "first", load_model(folders["whole student"]), folders["whole teacher"], method="kd")
-    first.train()
-    made = distiller(tmp_path / "second", first.model, own)
+def test_a_teacher_made_of_a_student_is_of_a_folder_only_as_long_as_the_student_is(folders, tmp_path, own):
+    student = load_model(folders["whole student"])
+    untrained = distiller(tmp_path / "first", student, own)
+    assert base_name(untrained.teacher.model) == (folders["whole student"] if own == "self" else None)
+    distiller(tmp_path / "second", student, folders["whole teacher"], method="kd").train()
+    made = distiller(tmp_path / "third", student, own)
     assert base_name(made.teacher.model) is None
 
 

@@ -43,7 +43,7 @@ def objective_kernel(objective: Objective, kernels: Kernels, *, absent_tokens: b
     With `absent_tokens`, logits may be -inf.
     """
     written = ((reverse_kl, kernels.reverse_kl), (forward_kl, kernels.forward_kl))
-    kernel = next((kernel for known, kernel in written if objective is known), None)  # one's own need no equality
+    kernel = next((kernel for known, kernel in written if objective is known), None)  # a custom one may have no hash
     if kernel is not None and not absent_tokens:
         return partial(_with_overlap, kernel)
     if isinstance(objective, MovingTarget) and not absent_tokens:

@@ -103,7 +103,6 @@ class MovingAverage(TrainerCallback):
         self._decay, self._guard, self._accelerator = decay, guard, accelerator
         twins = {id(weight): _twin(weight) for weight in student.parameters()}
         self.model = copy.deepcopy(student, dict(twins)).eval()
-        keep_origin(self.model, student)
         self._trained = {
             name: (twins[id(weight)], weight) for name, weight in student.named_parameters() if weight.requires_grad
         }

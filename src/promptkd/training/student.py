@@ -72,7 +72,7 @@ def merge_trained(trainer: Any) -> None:
     model = trainer.accelerator.unwrap_model(trainer.model)
     if not isinstance(model, PeftModel):
         raise RequestError("Only a model that was trained with LoRA (peft_config) can be merged.")
-    if vars(unwrap_peft(model)).get("is_quantized", False):  # rounded anew, so that nothing tells what it is
+    if vars(unwrap_peft(model)).get("is_quantized", False):  # rounded again, so that nothing tells what it is
         merged = model.merge_and_unload()
         forget_origin(merged)
     else:

@@ -103,8 +103,8 @@ class StudentLoss:
         if teacher.name in self._named:
             of_rows = labeled("student_loss", teacher.name), loss.total.detach().double()
             self.metrics.add(*of_rows, per=per_token(teacher.name))
-        self.metrics.add("entropy", summed(loss, "entropy"), per="measured")  # a loss of one's own need not have it
-        self.metrics.measured += len(hidden) if "entropy" in loss.metrics else 0
+        self.metrics.add("entropy", summed(loss, "entropy"), per="with_entropy")  # custom losses may lack it
+        self.metrics.with_entropy += len(hidden) if "entropy" in loss.metrics else 0
         self.metrics.add("top_overlap", summed(loss, "top_overlap"), per="compared")
         self.metrics.compared += len(hidden) if "top_overlap" in loss.metrics else 0
         for name in self.method.own_metrics:

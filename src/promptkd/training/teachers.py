@@ -16,6 +16,7 @@ from promptkd.data.summary import context_notes
 from promptkd.errors import RequestError, check_all
 from promptkd.methods import Method
 from promptkd.models import SharedVocabulary
+from promptkd.models.merge import forget_origin
 from promptkd.training.checkpoint import whole_folder
 from promptkd.training.config import student_revision
 from promptkd.training.distributed import is_dispatched, is_sharded
@@ -242,6 +243,8 @@ def make_teachers(trainer: Any, models: Mapping[str, Any], *, averages: bool) ->
             "Several teachers must each be whole on one device: leave FSDP2, ZeRO-3 and device_map out, or give one."
         )
     for name, model in models.items():
+        if averages:
+            forget_origin(model)  # from the first step on, no name leads to it
         if several:
             bring(model)
         check_placement(trainer.model, model, trainer.method, trainer.args, trainer.accelerator)

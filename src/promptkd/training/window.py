@@ -109,7 +109,7 @@ class StepMetrics:
         """Begin the next step."""
         self._sums: dict[str, dict[str, Tensor | float]] = {
             kind: defaultdict(float)
-            for kind in ("token", "row", "text", "compared", "measured", "written", "corrected")
+            for kind in ("token", "row", "text", "compared", "with_entropy", "written", "corrected")
         }  # and those per response token of a teacher's rows
         self._values: dict[str, float] = {}
         self.rows = 0  # rows of this process
@@ -119,7 +119,7 @@ class StepMetrics:
             0  # response tokens of this process that the student proposed and the teacher let be or replaced
         )
         self.compared = 0  # response tokens of this process at which student and teacher were compared
-        self.measured = 0  # response tokens of this process of which the loss told the entropy
+        self.with_entropy = 0  # response tokens of this process of which the loss told the entropy
 
     def add(self, name: str, value: Tensor | float, *, per: str = "token") -> None:
         """Add to a sum of this process, whose mean over tokens, rows … of all processes is logged, if there are any."""
@@ -133,12 +133,12 @@ class StepMetrics:
         """What to log of the step; the next one begins. All processes must ask together."""
         names = [(per, name) for per, sums in self._sums.items() for name in sums]
         own = [float(self._sums[per][name]) for per, name in names]
-        own += [self.rows, self.processed_tokens, self.compared, self.measured, self.written, self.corrected]
+        own += [self.rows, self.processed_tokens, self.compared, self.with_entropy, self.written, self.corrected]
         sums = accelerator.reduce(torch.tensor(own, dtype=torch.float64, device=accelerator.device), reduction="sum")
-        *totals, rows, processed_tokens, compared, measured, written, corrected = sums.tolist()
+        *totals, rows, processed_tokens, compared, with_entropy, written, corrected = sums.tolist()
         tokens, text_tokens = max(int(window.tokens), 1), max(int(window.text_tokens), 1)
         counts = {"token": tokens, "row": rows, "text": text_tokens}
-        counts |= {"compared": compared, "measured": measured, "written": written, "corrected": corrected}
+        counts |= {"compared": compared, "with_entropy": with_entropy, "written": written, "corrected": corrected}
         counts |= {per_token(name): int(count) for name, count in window.tokens_by_teacher.items()}
         means = {name: total / counts[per] for (per, name), total in zip(names, totals, strict=True) if counts[per]}
         seconds = {f"seconds_{name}": spent.get(name, 0.0) for name in ("rollout", "prompt", "student")}
