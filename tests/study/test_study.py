@@ -101,8 +101,21 @@ def test_the_nearer_setting_wins():
     base = {"config": "base.yaml", "gamma": 3, "delta": 3, "eps": 3}
     method = {"name": "kd", "config": "m.yaml", "delta": 4}
     (found,) = planned([method], [5], {"zeta": [6]}, base, files)
-    expected = {"alpha": 1, "beta": 2, "gamma": 3, "delta": 4, "eps": 3, "zeta": 6, "method": "kd", "seed": 5}
+    expected = {"alpha": 1, "beta": 1, "gamma": 3, "delta": 4, "eps": 3, "zeta": 6, "method": "kd", "seed": 5}
     assert found.settings == expected
+
+
+def test_a_method_s_file_changes_nothing_that_the_base_shares_and_the_study_says_so():
+    recipe = {"beta": 2, "gamma": 2, "delta": 2, "template": "a\n" * 30, "same": 5, "zeta": 7, "method": "promptkd"}
+    files = {"base.yaml": {"beta": 1, "template": "", "same": 5}, "recipe": recipe}
+    base = {"config": "base.yaml", "gamma": 3, "delta": 3}
+    runs = planned(["kd", {"name": "own", "config": "recipe", "delta": 2}], [1, 2], {"zeta": [7, 8]}, base, files)
+    shared = {"beta": 1, "gamma": 3, "template": "", "same": 5}
+    assert all(run.settings.items() >= shared.items() for run in runs)
+    assert {run.group.partition("-")[0]: run.settings["delta"] for run in runs} == {"kd": 3, "own": 2}
+    told = "beta 1 (not 2), gamma 3 (not 2), template '' (not a a a a a a a a a a a a…)"
+    told = f"own takes from the base and not from its own config: {told}. Set it in the method to change it."
+    assert {run.note for run in runs} == {"", told}
 
 
 @pytest.mark.parametrize(
@@ -376,6 +389,28 @@ def test_a_dry_run_writes_nothing_and_its_commands_can_be_run(world, tmp_path, c
     commands = [line for line in said.replace(TEMPLATE, "T").splitlines() if line.startswith("promptkd distill")]
     assert len(commands) == 8
     assert commands[0].endswith(f"--seed 1 --out {tmp_path}/out/kd-learning_rate-0.001-seed-1 --resume")
+
+
+def test_a_recipe_in_a_study_keeps_to_the_lengths_of_the_base(world, tmp_path, capsys):
+    lengths = tmp_path / "lengths.yaml"
+    lengths.write_text("max_completion_length: 6\nlr_scheduler_type: constant\n")
+    file = study_file(world, tmp_path / "out", methods=["kd", {"name": "own", "config": "promptkd-veto"}])
+    settings = yaml.safe_load(file.read_text())
+    settings["base"] = {
+        k: v for k, v in settings["base"].items() if k not in ("max_completion_length", "learning_rate")
+    }
+    settings["base"]["config"] = str(lengths)
+    file.write_text(yaml.safe_dump(settings))
+    said = done(capsys, "study", file, "--dry-run").out
+    commands = [line for line in said.replace(TEMPLATE, "T").splitlines() if line.startswith("promptkd distill")]
+    assert ["--max-completion-length 6" in line for line in commands] == [True, True]
+    assert ["--learning-rate 5e-05" in line for line in commands] == [False, True]
+    told = "max_completion_length 6 (not 256)"
+    assert told in said
+    assert "lr_scheduler_type constant (not linear)" in said
+    settings["base"]["max_steps"] = 1
+    file.write_text(yaml.safe_dump(settings | {"methods": settings["methods"][1:]}))
+    assert told in done(capsys, "study", file).err
 
 
 def test_the_recipe_is_a_study(world, tmp_path, capsys):

@@ -201,7 +201,12 @@ def plan_text(runs: Sequence[StudyRun], references: Sequence[Job], workers: int,
     if held := [size for each in runs if not each.job.commands and (size := size_of(models_in(each.job.folder)))]:
         then = "keep_models: false deletes them at once" if not keep_models else "keep_models: false would delete them"
         total += f" The models and checkpoints of {len(held)} finished runs take {sum(held) / 1e9:.2f} GB; {then}."
-    return "\n\n".join(filter(None, ["\n".join(commands), text_table(lines, left=(0, 1)), total]))
+    parts = ["\n".join(commands), text_table(lines, left=(0, 1)), "\n".join(notes_on(runs)), total]
+    return "\n\n".join(filter(None, parts))
+
+
+def notes_on(runs: Sequence[StudyRun]) -> list[str]:
+    return list(dict.fromkeys(each.planned.note for each in runs if each.planned.note))
 
 
 def _seconds_of_measuring(runs: Sequence[StudyRun]) -> float:

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import re
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ class Planned:
     group: str  # what its runs under other seeds share: method and setting of the grid, as in "kd-learning_rate-5e-05"
     seed: int
     settings: Settings  # every setting of `promptkd distill` but the folder
+    note: str = ""  # what the base sets otherwise than the file of the run's method
 
     @property
     def name(self) -> str:
@@ -50,7 +52,7 @@ def plan_runs(
 ) -> list[Planned]:
     """Every method under every setting of the grid and every seed; all runs of the first seed come first.
 
-    A run's settings are, the later winning: the files that `config` names in `base` and in the method, the base, the
+    A run's settings are, the later winning: the files that `config` names in the method and in `base`, the base, the
     method's own, the grid's, the seed. A name depends on the method, the grid's keys and the run's own values alone,
     so that a study which grows keeps the names of the runs it has. `methods` are names, or mappings with `name`, `grid`
     (of this method alone) and settings; `method` is the name unless it is given.
@@ -70,7 +72,7 @@ def plan_runs(
     reader.problems += [problem for is_wrong, problem in checks if is_wrong]
     points = [point for each in methods for point in reader.points(each, common, defaults, varied)]
     # what is done first can be compared first
-    runs = [Planned(group, seed, settings | {"seed": seed}) for seed in seeds for group, settings in points]
+    runs = [Planned(group, seed, given | {"seed": seed}, note) for seed in seeds for group, given, note in points]
     names = Counter(run.name.casefold() for run in runs)  # folders of some systems know no case
     if not reader.problems and (twice := sorted({run.name for run in runs if names[run.name.casefold()] > 1})):
         told = f"Each run must have a name of its own. Two are called {', '.join(twice[:5])}"
@@ -95,8 +97,8 @@ class _Reader:
         self._read_file = read_file
         self.problems: list[str] = []
 
-    def points(self, given: Any, common: Settings, defaults: Settings, grid: Grid) -> list[tuple[str, Settings]]:
-        """A method's settings at every point of the grid, with the name of each."""
+    def points(self, given: Any, common: Settings, defaults: Settings, grid: Grid) -> list[tuple[str, Settings, str]]:
+        """A method's settings at every point of the grid, with the name of each and the method's note."""
         entry = {"name": given} if isinstance(given, str) else given
         if isinstance(given, str) and names_python(given):
             entry = {"name": given.rpartition(":")[2], "method": given}
@@ -120,9 +122,12 @@ class _Reader:
         ]
         varied = grid | self.grid(f"{name}: grid", entry.get("grid", {}), common | own, f"{name} or base")
         method = {"method": own.get("method", own_defaults.get("method", name))}
-        fixed = defaults | own_defaults | common | own | method
+        fixed = own_defaults | defaults | common | own | method  # the base is what all methods share
+        note = _note(name, own_defaults, {key: fixed[key] for key in fixed.keys() - own.keys() - varied.keys()})
         points = [dict(zip(varied, values, strict=True)) for values in itertools.product(*varied.values())]
-        return [("-".join([name, *(f"{key}-{slug(each[key])}" for key in each)]), fixed | each) for each in points]
+        return [
+            ("-".join([name, *(f"{key}-{slug(each[key])}" for key in each)]), fixed | each, note) for each in points
+        ]
 
     def settings(self, place: str, given: Mapping[str, Any]) -> tuple[Settings, Settings]:
         """The settings given in one place, and those in the file that `config` names there."""
@@ -164,6 +169,19 @@ class _Reader:
                 self.problems.append(f"{place}: duplicate key {name}, once spelled {key}. Keep one of them.")
             named[name] = value
         return named
+
+
+def _note(name: str, file: Settings, used: Settings) -> str:
+    """Says where a method's file is overruled; empty where it is not."""
+    differing = [key for key, value in file.items() if key in used and used[key] != value]
+    told = ", ".join(f"{key} {_short(used[key])} (not {_short(file[key])})" for key in differing)
+    return (
+        told and f"{name} takes from the base and not from its own config: {told}. Set it in the method to change it."
+    )
+
+
+def _short(value: Any) -> str:
+    return textwrap.shorten(_text(value), _LONGEST_VALUE, placeholder="…") or "''"
 
 
 def _text(value: Any) -> str:

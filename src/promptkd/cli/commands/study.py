@@ -20,7 +20,7 @@ from promptkd.cli.study_comparison import (
     started_in,
 )
 from promptkd.cli.study_disk import delete_models
-from promptkd.cli.study_runs import StudyRun, checked_runs, plan_text
+from promptkd.cli.study_runs import StudyRun, checked_runs, notes_on, plan_text
 from promptkd.cli.terminal import quiet_libraries, say
 from promptkd.errors import PromptKDError, RequestError
 from promptkd.io.atomic import write_atomic
@@ -51,6 +51,8 @@ def run(options: Options, training: dict[str, Any]) -> None:
     with locked(options.out, folder=True) as lock:
         config = {k: v for k, v in merged_config(options, {}).items() if k not in ("config", "dry_run")}
         write_config(options.out / "config.yaml", config)
+        for note in notes_on(runs):
+            say(note)
         if finished := sum(not each.job.commands for each in runs):
             say(f"{finished} of {len(runs)} runs are done already.")
         # references first: what is wrong with a measurement shows before hours of training
