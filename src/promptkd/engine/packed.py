@@ -142,8 +142,10 @@ def supports_packing(model: PreTrainedModel) -> bool:
     # transformers recomputes activations after the pass, when our attention is no longer in use
     recomputes = model.is_activation_checkpointing and torch.is_grad_enabled()
     kinds = model.config.get_text_config().to_dict().get("layer_types") or []
+    # a class that also reads images may refuse flash attention for their sake alone (Gemma 3)
+    apart = model._supports_flash_attn or model.get_decoder()._supports_flash_attn
     # the trial's few short rows would not reveal other kinds, such as chunked attention
-    return model._supports_flash_attn and not recomputes and set(kinds) <= {"full_attention", "sliding_attention"}
+    return apart and not recomputes and set(kinds) <= {"full_attention", "sliding_attention"}
 
 
 def is_sharded(model: PreTrainedModel) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin
 
 from promptkd.data.batch import TokenBatch, on_device
 from promptkd.engine.backbone import UnsupportedError, backbone_of, embedding_device, joined
@@ -124,7 +124,7 @@ class DynamicCacheSession(DecodeSession):
 
     def _states(self, **inputs: Tensor) -> Tensor:
         # beside recurrent states alone, a mask has a column for each token of the pass, and none for those before
-        new = slice(None) if self._cache_name == "past_key_values" else slice(-self.positions.shape[1], None)
+        new = slice(-self.positions.shape[1], None) if _keeps_no_past(self.cache) else slice(None)
         places = {"attention_mask": self.mask[:, new], "position_ids": self.positions, self._cache_name: self.cache}
         outputs = backbone_of(self.model)(**inputs, **places, use_cache=True)
         self.cache = outputs[self._cache_name]
@@ -134,7 +134,17 @@ class DynamicCacheSession(DecodeSession):
 def cache_argument(model: PreTrainedModel) -> str:
     """What the model's class calls the cache that it takes and returns; "" for none."""
     parameters = inspect.signature(type(model).forward).parameters
-    return next((name for name in ("past_key_values", "cache_params", "state") if name in parameters), "")
+    # from transformers 5.24 on it is `cache`; models whose code comes with their weights keep the names of before
+    return next((name for name in ("cache", "past_key_values", "cache_params", "state") if name in parameters), "")
+
+
+def _keeps_no_past(cache: Any) -> bool:
+    """Whether a cache is recurrent states alone, as those of Mamba, RWKV and xLSTM."""
+    if not isinstance(cache, Cache):
+        return True
+    recurrent, attention = LinearAttentionCacheLayerMixin, CacheLayerMixin
+    kinds = [isinstance(each, recurrent) and not isinstance(each, attention) for each in cache.layers]
+    return bool(kinds) and all(kinds)
 
 
 def _selected(cache: Any, rows: Tensor) -> Any:
