@@ -47,6 +47,15 @@ def limit_checks(settings: Any) -> list[tuple[bool, str]]:
     return checks
 
 
+def no_effect(settings: Any, of: type, instead: Mapping[str, str]) -> list[tuple[bool, str]]:
+    """For `check_all`: fields of a class `of` TRL that are given and that nothing reads, with what to do instead."""
+    declared = {each.name: each.default for each in fields(of)}
+    return [
+        (vars(settings)[name] != declared[name], f"{name} has no effect here: {advice}")
+        for name, advice in instead.items()
+    ]
+
+
 def beyond_limits(limits: Mapping[str, Any], value: Any) -> str:
     """What a value must be, where it exceeds a limit of its field's metadata: "must be at least 1"; else nothing."""
     least, most, above = (limits.get(name) for name in ("at_least", "at_most", "above"))

@@ -241,6 +241,11 @@ CASES = {
     "too few rows for a step": Case(
         distill("--gradient_accumulation_steps", 4), "One optimizer step takes 16 rows", loads=True
     ),
+    "too few rows for a step of small batches": Case(
+        distill("--gradient_accumulation_steps", 5),
+        "Got 12. Lower --gradient_accumulation_steps or give more rows",
+        loads=True,
+    ),
     "too many positions": Case(distill("--prompt_length", 500), "The teacher has 512 positions", loads=True),
     "too many positions to generate": Case(
         generate("--max-completion-length", 600), "The model has 512 positions, and", loads=True
@@ -291,6 +296,25 @@ CASES |= {
     ),
     "negative learning rate in sft": Case(sft("--learning-rate=-1"), "--learning-rate must be 0 or more"),
     "unknown schedule of the prompt": Case(distill("--prompt_lr_scheduler_type", "cosin"), "prompt_lr_scheduler_type"),
+    "a schedule that needs settings": Case(
+        distill("--prompt_lr_scheduler_type", "warmup_stable_decay"), "prompt_lr_scheduler_type must be one of linear"
+    ),
+    "a schedule that follows a metric": Case(
+        distill("--prompt_lr_scheduler_type", "reduce_lr_on_plateau"), "prompt_lr_scheduler_type must be one of linear"
+    ),
+    "a prompt that would climb": Case(distill("--prompt_max_grad_norm=-1"), "prompt_max_grad_norm must be 0 or more"),
+    "a prompt that would grow": Case(distill("--prompt_weight_decay=-1"), "prompt_weight_decay must be 0 or more"),
+    "negative warm-up of the prompt": Case(
+        distill("--prompt_warmup_steps=-3"), "prompt_warmup_steps must be 0 or more"
+    ),
+    "negative weight of texts": Case(distill("--language_weight=-1"), "language_weight must be 0 or more"),
+    "batches of all processes": Case(
+        distill("--accelerator_config", '{"split_batches": true}'), "split_batches and dispatch_batches of"
+    ),
+    "rows by length": Case(
+        distill("--train_sampling_strategy", "group_by_length"), "train_sampling_strategy has no effect here"
+    ),
+    "vLLM without responses to sample": Case(distill("--method", "kd", "--use_vllm"), "kd samples no responses"),
     "no accumulation": Case(distill("--gradient_accumulation_steps", 0), "gradient_accumulation_steps"),
     "no rows to decode at a time": Case(distill("--generation_batch_size", 0), "generation_batch_size"),
     "negative seed": Case(distill("--seed=-1"), "seed"),

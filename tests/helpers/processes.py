@@ -23,6 +23,7 @@ CHECKS = (
     "early",
     "mixed",
     "moving",
+    "reached",
     "uneven",
     "resumed",
     "served",

@@ -8,6 +8,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -292,6 +293,21 @@ def forget_deepspeed() -> None:
     unset_hf_deepspeed_config()
 
 
+def reached(folder: Path) -> dict:
+    """An adapter's step of which each process has reached another parameter, by experts of its own."""
+    tuner = made(folder).tuner
+    parameters = [torch.nn.Parameter(torch.zeros(size)) for size in (2, 3, 1)]
+    tuner.adapter = SimpleNamespace(parameters=lambda: parameters)
+    tuner._settings = replace(tuner._settings, prompt_max_grad_norm=0.0, prompt_weight_decay=0.5)
+    tuner.start(4)
+    own = parameters[rank()]
+    own.grad = torch.full_like(own, 10.0 ** (rank() + 1))
+    seen = []
+    step, tuner.optimizer.step = tuner.optimizer.step, lambda: seen.extend(p.grad for p in parameters) or step()
+    tuner._update(1)
+    return {"gradients": seen, "parameters": [each.detach().clone() for each in parameters]}
+
+
 def zero2(folder: Path) -> dict:
     return zero(2, folder)
 
@@ -309,6 +325,7 @@ CHECKS = {
         early,
         mixed,
         moving,
+        reached,
         uneven,
         resumed,
         served,

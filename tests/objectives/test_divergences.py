@@ -323,6 +323,24 @@ def test_float32_holds_at_small_coefficients_and_distant_models(share: float) ->
             assert gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("gap", [5.0, 30.0, 110.0])
+def test_a_share_of_each_position_may_be_nothing_or_all(gap: float) -> None:
+    student, teacher = torch.tensor([[0.0, 0.0, -gap]]), torch.tensor([[0.0, -gap, 0.0]])
+    shares = torch.tensor([0.0, 1.0])
+    for ours in (skew_forward_kl, skew_reverse_kl):
+        both = partial(ours, alpha=shares)
+        values = both(student.repeat(2, 1), teacher.repeat(2, 1))
+        expected = ours(student.double(), teacher.double(), alpha=0.0)
+        torch.testing.assert_close(values.double(), torch.cat([expected, torch.zeros(1).double()]), rtol=1e-6, atol=0)
+        for gradient, exact in zip(
+            gradients(both, student.repeat(2, 1), teacher.repeat(2, 1)),
+            gradients(partial(ours, alpha=0.0), student.double(), teacher.double()),
+            strict=True,
+        ):
+            torch.testing.assert_close(gradient[:1].double(), exact, rtol=1e-5, atol=1e-6)
+            assert gradient[1].abs().max() < 1e-6
+
+
 @every_case
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_computed_in_float32(ours: Divergence, of_row, dtype: torch.dtype) -> None:

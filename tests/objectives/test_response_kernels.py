@@ -88,6 +88,27 @@ def test_extreme_logits_give_finite_values(kernel, plain, targets, scale):
 
 
 @pytest.mark.parametrize("skew", ["forward", "reverse"])
+@pytest.mark.parametrize("gap", [1.0, 12.0, 18.0, 200.0])
+def test_no_mixture_and_nothing_but_it_stay_exact_at_any_gap(skew, gap):
+    """α = 0 is the plain KL, whose log-ratio log1p would lose; α = 1 is no divergence."""
+    student, teacher = torch.tensor([[0.0, 0.0, -gap]]).repeat(2, 1), torch.tensor([[0.0, -gap, 0.0]]).repeat(2, 1)
+    expected, gradient = by_autograd(
+        lambda logits: (
+            skew_forward_kl(logits, teacher.double(), alpha=0.0)
+            if skew == "forward"
+            else skew_reverse_kl(logits, teacher.double(), alpha=0.0, constant_mixture=True)
+        ),
+        student.double(),
+    )
+    logits, alpha = student.clone(), torch.tensor([0.0, 1.0])
+    values, _ = skew_kernel(skew, absent_tokens=False)(logits, teacher, alpha, torch.ones(2))
+    torch.testing.assert_close(values[0].double(), expected[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(logits[0].double(), gradient[0], rtol=1e-5, atol=1e-6)
+    assert values[1] == 0
+    assert logits[1].abs().max() == 0
+
+
+@pytest.mark.parametrize("skew", ["forward", "reverse"])
 def test_equal_models_give_exactly_zero(skew):
     logits, alpha = random(TOKENS, WORDS, dtype=torch.float32), torch.full((TOKENS,), 0.07)
     values, _ = skew_kernel(skew, absent_tokens=False)(logits, logits.clone(), alpha, torch.ones(TOKENS))

@@ -11,7 +11,7 @@ from scipy.stats import t as students_t
 from helpers.bias_records import biased_runs
 from promptkd.evaluation.pairing import Candidate
 from promptkd.evaluation.statistics import holm
-from promptkd.results import Evaluation, Results, RowResult
+from promptkd.results import Evaluation, ModelRecord, Results, RowResult
 from promptkd.study.bias_pooling import pool_bias
 from promptkd.study.pooling import Spread, Spreads, both_ways, compare_groups, t_quantile, t_two_sided
 
@@ -115,6 +115,26 @@ def test_differences_and_pairs_of_a_study_are_tested_by_the_spread_of_all_its_me
         "which its own seeds alone do not tell of 15 pairs"
     )
     assert all("far" in pair for pair in apart.pairs)
+
+
+def test_the_kl_of_a_method_with_another_teacher_is_left_out_alone():
+    groups = runs_of(VALUES)
+    for group, seeds in groups.items():
+        for seed, each in seeds.items():
+            for sample in each.record.evaluations[0].samples:
+                sample.scores["kl_to_teacher"] = seed + sample.row
+            teacher = ModelRecord(path=f"teacher-{'own' if group == 'b' else 'shared'}", parameters=1, sha256="")
+            each.record.models["teacher"] = teacher
+    made = compare_groups(groups, {"rouge_l": "higher", "kl_to_teacher": "lower"}.get, baseline="a")
+    others = [each for each in groups if each != "a"]
+    assert {each.model for each in made.differences if each.metric == "rouge_l"} == {*others}
+    assert {each.model for each in made.differences if each.metric == "kl_to_teacher"} == {*others} - {"b"}
+    measured = {each.model: "kl_to_teacher" in each.metrics for each in made.evaluations}
+    assert measured == {group: group != "b" for group in groups}
+    told = "kl_to_teacher of b was not compared: the records name another teacher than those of a, or another context."
+    assert told in made.notes
+    made = compare_groups(groups, {"rouge_l": "higher", "kl_to_teacher": "lower"}.get, baseline="b")
+    assert {each.metric for each in made.differences} == {"rouge_l"}
 
 
 def test_exposure_bias_is_tested_by_the_spread_of_all_methods():

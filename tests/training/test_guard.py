@@ -28,16 +28,18 @@ def make(tmp_path, student):
     return guard
 
 
-def take(guard, student, *, losses=(1.0, 1.0), norm=0.5, step=1, running=0.0, metrics=None):
-    """A step of two micro-batches with rows 0, 1 and 2, 3; returns the running loss behind it."""
+def take(guard, student, *, losses=(1.0, 1.0), norm=0.5, step=1, running=0.0, metrics=None, logged=None):
+    """A step of two micro-batches with rows 0, 1 and 2, 3, `logged` into `metrics`; the running loss behind it."""
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
     student(torch.ones(2)).backward()
-    running_loss = torch.tensor(running)
+    running_loss, metrics = torch.tensor(running), {} if metrics is None else metrics
     for index, loss in enumerate(losses):
-        assert guard.begin_micro_batch(lambda index=index: [2 * index, 2 * index + 1], running_loss) == index
+        assert guard.begin_micro_batch(lambda index=index: [2 * index, 2 * index + 1], running_loss, metrics) == index
         guard.note("loss", torch.tensor(loss), index)
         running_loss += loss
-    guard.end_step(norm, step, optimizer, running_loss=running_loss, metrics={} if metrics is None else metrics)
+    for name, value in (logged or {}).items():
+        metrics.setdefault(name, []).append(value)
+    guard.end_step(norm, step, optimizer, running_loss=running_loss, metrics=metrics)
     return float(running_loss)
 
 
@@ -103,9 +105,10 @@ def test_a_step_without_a_norm_is_judged_by_its_losses(make, student):
 def test_a_skipped_step_is_taken_out_of_what_will_be_logged(make, student):
     rolled_back = []
     guard = make("skip", lambda: rolled_back.append(1))
-    metrics = {"kl": [1.0, math.nan], "loss": [math.nan], "rate": [0.1, 0.1]}
-    assert take(guard, student, running=5.0, losses=(1.0, math.nan), metrics=metrics) == 5.0
-    assert metrics == {"kl": [1.0], "rate": [0.1, 0.1]}
+    metrics = {"kl": [1.0], "rate": [0.1]}
+    logged = {"kl": math.nan, "loss": math.nan, "rate": 0.1}
+    assert take(guard, student, running=5.0, losses=(1.0, math.nan), metrics=metrics, logged=logged) == 5.0
+    assert metrics == {"kl": [1.0], "rate": [0.1]}
     assert student.weight.grad is None
     assert rolled_back == [1]
     assert (guard.skipped, guard.skipped_in_a_row) == (1, 1)
@@ -158,7 +161,7 @@ def test_a_resumed_guard_counts_on(make, student):
 
 def test_a_step_that_was_interrupted_is_forgotten(make, student):
     guard = make()
-    guard.begin_micro_batch(lambda: [7], torch.tensor(0.0))
+    guard.begin_micro_batch(lambda: [7], torch.tensor(0.0), {})
     guard.note("loss", torch.tensor(math.nan), 0)
     guard.restart()
     take(guard, student)

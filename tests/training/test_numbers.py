@@ -4,6 +4,7 @@ import json
 import math
 import os
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -262,11 +263,26 @@ def test_a_skipped_step_moves_nothing_and_is_counted(tmp_path, caplog):
         (line["step"] not in (2, 6),) * 2 for line in lines
     ]
     assert all(math.isfinite(value) for line in lines for value in line.values())
-    assert [line["lambda"] for line in lines] == pytest.approx([1 - k / 8 for k in range(8)])
+    weights = {line["step"]: line["lambda"] for line in lines if "lambda" in line}
+    assert weights == {step: pytest.approx(1 - (step - 1) / 8) for step in (1, 3, 4, 5, 7, 8)}  # of all steps
     assert [line["learning_rate"] for line in lines] == pytest.approx([1e-3 * (1 - k / 8) for k in range(8)])
     assert run.guard.skipped == 2
     assert [message.partition(":")[0] for message in caplog.messages] == ["Step 2 was skipped", "Step 6 was skipped"]
     assert "rows 4, 5, 6, 7 of the data" in caplog.text
+
+
+def test_a_step_whose_gradient_alone_is_infinite_is_in_no_mean(tmp_path):
+    run = skipping(tmp_path, logging_steps=4, max_steps=4)
+    steps, norm = count(1), run.accelerator.clip_grad_norm_
+
+    def clipped(*args, **kwargs):
+        return norm(*args, **kwargs) * (math.inf if next(steps) == 3 else 1)
+
+    run.accelerator.clip_grad_norm_ = clipped
+    run.train()
+    assert run.guard.skipped == 2  # the bad row's and that one
+    (line,) = log(run)
+    assert line["student_kl"] == pytest.approx(line["loss"], rel=1e-6)
 
 
 def test_a_mean_over_logged_steps_is_that_of_the_steps_taken(tmp_path):

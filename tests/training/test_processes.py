@@ -68,6 +68,16 @@ def assert_same_prompt(outcomes: list[dict]) -> None:
         assert each["prompt"].isfinite().all()
 
 
+def test_an_adapters_parameters_that_one_process_has_reached_get_its_gradient_on_all(two):
+    _, seen = two
+    for each in seen["reached"]:
+        first, second, untouched = each["gradients"]
+        assert first.tolist() == [10.0] * 2
+        assert second.tolist() == [100.0] * 3
+        assert untouched is None
+        assert all(map(torch.equal, each["parameters"], seen["reached"][0]["parameters"]))
+
+
 def test_kept_logits_are_read_by_each_process(one, two):
     _, seen = two
     for ours in seen["kept"]:

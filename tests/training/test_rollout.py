@@ -8,13 +8,14 @@ from types import SimpleNamespace
 import pandas
 import pytest
 import torch
-from transformers import TrainerControl, TrainerState
+from transformers import GenerationConfig, TrainerControl, TrainerState
 
 from helpers.parts import parts
 from helpers.tiny import END_ID, VOCABULARY, tiny_model, tiny_tokenizer
 from helpers.trainers import FIXED_PROMPTKD, pair, rows, trainer
 from promptkd.data.encode import EncodedData, EncodedExample, encode_texts
 from promptkd.errors import RequestError
+from promptkd.generation import SamplingParams, generate
 from promptkd.responses import Responses, Speculation, Speculative
 from promptkd.training.callbacks import CompletionLog
 
@@ -209,9 +210,44 @@ def test_what_pads_the_head_is_never_sampled(tmp_path, settings):
     student = tiny_model("llama", layers=2, hidden=16, vocabulary=VOCABULARY + 400, seed=1)
     made = trainer(tmp_path, models=(student, pair()[1]), max_completion_length=30, **settings)
     torch.manual_seed(0)
-    sampled = made.rollout._sample([row.prompt_ids for row in rows(12).examples], student, 0, None)
+    sampled = made.rollout._sample([row.prompt_ids for row in rows(12).examples], student, None)
     assert sum(map(len, sampled)) > 20
     assert max(map(max, sampled)) < VOCABULARY
+
+
+@pytest.mark.parametrize("folder", [{}, {"no_repeat_ngram_size": 1}, {"forced_eos_token_id": 7}])
+def test_transformers_generate_samples_what_is_scored(tmp_path, folder):
+    """Without the student's dropout, and without what its folder asks of `generate`; some rows at a time."""
+    student = tiny_model("gpt2", layers=2, hidden=16, seed=1, attn_pdrop=0.5, resid_pdrop=0.5, embd_pdrop=0.5)
+    settings = {"disable_dropout": False, "top_k": 1, "max_completion_length": 8, "generation_batch_size": 2}
+    made = trainer(tmp_path, models=(student, pair()[1]), min_p=0.0, **settings)
+    student.generation_config.update(**folder)
+    student.train()
+    sizes, generate = [], student.generate
+    student.generate = lambda **given: sizes.append(len(given["input_ids"])) or generate(**given)
+    prompts = [[5, 6], [5, 6], [7], [5, 6], [5, 6]]
+    sampled = made.rollout._sample(prompts, student, None)
+    student.eval()
+    assert sampled == greedy(student, prompts, made.rollout)
+    assert sizes == [2, 2, 1]
+    assert all(getattr(student.generation_config, name) == value for name, value in folder.items())
+    student.generation_config = GenerationConfig()
+
+
+def greedy(model, prompts, rollout):
+    params = SamplingParams(temperature=0, max_new_tokens=rollout.limit, stop_ids=rollout.stop_ids)
+    return generate(model, prompts, params)
+
+
+def test_vllm_gets_the_weights_once_for_each_window(tmp_path):
+    """Also where a second training begins at the step with which the first one ended."""
+    part, rollout = make(tmp_path, source=Sampled())
+    sent = []
+    answered = {"generate": lambda prompts, **_: (None, [[5] for _ in prompts], None, None)}
+    rollout._vllm = SimpleNamespace(sync_weights=lambda: sent.append(1), **answered)
+    for window in (1, 2):
+        rollout(EXAMPLES, part.student, step=0, total_steps=4)
+        assert len(sent) == window
 
 
 def test_padding_that_a_server_samples_is_refused(tmp_path):
@@ -221,9 +257,9 @@ def test_padding_that_a_server_samples_is_refused(tmp_path):
     with pytest.raises(
         RequestError, match=rf"token {VOCABULARY}, of the head's padding: the tokenizer has {VOCABULARY}"
     ):
-        rollout._sample_by_vllm([[5], [6]], 0)
+        rollout._sample_by_vllm([[5], [6]])
     written.pop()
-    assert rollout._sample_by_vllm([[5]], 0) == [[5, 6]]
+    assert rollout._sample_by_vllm([[5]]) == [[5, 6]]
 
 
 def test_completions_are_kept_printed_written_and_sent(tmp_path, capsys, monkeypatch):

@@ -206,7 +206,9 @@ def log_mixture(log_a: Tensor, log_b: Tensor, share: float | Tensor) -> Tensor:
     larger, smaller = torch.where(a_is_larger, log_a, log_b), torch.where(a_is_larger, log_b, log_a)
     of_larger, of_smaller = torch.where(a_is_larger, of_a, of_b), torch.where(a_is_larger, of_b, of_a)
     gap = torch.where(larger == -math.inf, 0.0, smaller - larger)
-    return larger + torch.log(of_larger + of_smaller * gap.exp())
+    only_smaller = of_larger == 0  # its logarithm is known, and its exponential may be 0
+    factor = torch.where(only_smaller, 1.0, of_larger + of_smaller * gap.exp())
+    return larger + torch.where(only_smaller, gap, factor.log())
 
 
 def check_unit_interval(name: str, value: float | Tensor) -> None:

@@ -74,12 +74,17 @@ def _skew_reverse(q: Tensor, log_q: Tensor, log_p: Tensor, alpha: Tensor) -> Ten
 def _log_ratio(difference: Tensor, share: Tensor) -> Tensor:
     """log a - log m, m = share a + (1 - share) b, in place of the finite log a - log b; exactly 0 where a equals b.
 
-    m is the larger of a and b times 1 + c (e^{-|difference|} - 1), where c is the share of the other one.
+    m is the larger of a and b times 1 + c (e^{-|difference|} - 1), where c is the share of the other one. At a share of
+    0, m is b, and at 1 it is a: there log1p would lose all digits of a large difference.
     """
     fall = torch.expm1(difference.abs().neg_())
     # c without `torch.where`, which takes three times as long as all else here
     fall.mul_((difference >= 0).to(fall.dtype).mul_(1 - 2 * share[:, None]).add_(share[:, None]))
-    return difference.clamp_(max=0).sub_(fall.log1p_())
+    is_b, is_a = share == 0, share == 1
+    fall.log1p_().masked_fill_((is_b | is_a)[:, None], 0.0)
+    lowest = torch.where(is_a, 0.0, -math.inf).to(difference)
+    highest = torch.where(is_b, math.inf, 0.0).to(difference)
+    return difference.clamp_(lowest[:, None], highest[:, None]).sub_(fall)
 
 
 def _without_absent(logits: Tensor, target: Tensor) -> Tensor:

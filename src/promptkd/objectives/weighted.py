@@ -14,7 +14,7 @@ from promptkd.objectives.divergences import kl_from_log_probs, shared_log_probs
 PairWeights = Literal["student", "teacher", "uniform"]
 
 _NO_COEFFICIENT = 1e-8  # two coefficients this near to 0 count as 0: the value changes by as little
-_NEVER = -1e14  # a log probability of an absent column (-inf), or of one that the engine masks (about -1e15)
+_NEVER = -1e9  # above the log probability of a column that is absent (-inf) or masked (-1e15 / temperature)
 _SMALL_COEFFICIENT = 0.1  # below it the terms cancel so far that the sum is taken in float64
 
 

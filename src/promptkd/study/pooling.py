@@ -151,12 +151,15 @@ def compare_groups(
         raise RequestError(" ".join(differing[:3]))
     asked = [name for name in metrics if beside is None or name not in beside.metrics]
     known = known_metrics(settings, asked) if asked or not metrics else []
-    left_out = {TO_TEACHER}.intersection(known) if len({each.teachers for each in candidates}) > 1 else set()
+    shared = next(iter(groups.get(baseline, {}).values()), candidates[0]).teachers
+    left_out = [group for group, seeds in groups.items() if {each.teachers for each in seeds.values()} != {shared}]
+    strange = {each.label for group in left_out for each in groups[group].values()}  # whose KL is to another teacher
     made = Comparison()
     done: set[tuple[str, str, str]] = set()  # groups on what is measured on a data set's references, however decoded
     for setting in settings:
-        names = [name for name in setting.metrics() if name in known and name not in left_out]
-        columns = {name: setting.columns(name) for name in names}
+        columns = {name: setting.columns(name) for name in setting.metrics() if name in known}
+        if TO_TEACHER in columns:
+            columns[TO_TEACHER] = {at: held for at, held in columns[TO_TEACHER].items() if at not in strange}
         columns = {name: held for name, held in columns.items() if any(len(each.sums) for each in held.values())}
         if not columns:
             continue
@@ -164,6 +167,7 @@ def compare_groups(
             group: {
                 name: {seed: _value_and_parts(held[run.label]) for seed, run in seeds.items() if run.label in held}
                 for name, held in columns.items()
+                if any(run.label in held for run in seeds.values())
             }
             for group, seeds in groups.items()
         }
@@ -182,7 +186,7 @@ def compare_groups(
         if first.data is not None:
             made.data[setting.data] = first.data
     if beside is None and not made.evaluations:
-        reason = OTHER_TEACHERS if left_out else "The runs share no row that has the metrics."
+        reason = OTHER_TEACHERS if strange else "The runs share no row that has the metrics."
         raise RequestError(f"Nothing to compare: {', '.join(metrics) or 'all metrics'}. {reason}")
     if beside is not None:
         made.evaluations += beside.evaluations
@@ -192,7 +196,10 @@ def compare_groups(
     tested = [(found, found.p_value) for found in made.differences if found.p_value is not None]
     for (found, _), adjusted in zip(tested, holm([p for _, p in tested]), strict=True):
         found.p_adjusted = adjusted
-    made.notes = [*_notes(groups, baseline, len(made.differences)), *([OTHER_TEACHERS] if left_out else [])]
+    made.notes = _notes(groups, baseline, len(made.differences))
+    if left_out and TO_TEACHER in known:
+        told = f"{TO_TEACHER} of {', '.join(left_out)} was not compared: the records name another teacher than those of"
+        made.notes.append(f"{told} {next(each for each in groups if each not in left_out)}, or another context.")
     if groups and baseline not in groups:
         made.notes.append(f"{baseline}, the baseline, has nothing but exposure bias: nothing else is compared with it.")
     return made

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate.utils import parse_flag_from_env
-from transformers import SchedulerType, TrainingArguments
+from transformers import TrainingArguments
 from trl import DistillationConfig
 
 from promptkd.data.teacher_prompt import TeacherPrompts, context_text
@@ -18,8 +18,10 @@ from promptkd.methods import Method, read_method, settings_classes
 from promptkd.methods.method_file import method_of_file
 from promptkd.models.adapters import ADAPTERS, PromptLossSettings
 from promptkd.precision import WeightPrecision
+from promptkd.responses import writes_responses
 from promptkd.results import file_sha256
-from promptkd.settings import Reader, Settings, flat, limit_checks, option
+from promptkd.settings import Reader, Settings, flat, limit_checks, no_effect, option
+from promptkd.training.schedules import adapter_schedules
 from promptkd.training.trackers import tracker_checks
 
 _Arguments: Any = object  # for the type checker, which does not see the class that comes next
@@ -143,15 +145,6 @@ class BaseConfig(_Arguments):
         ]
 
 
-def no_effect(settings: Any, of: type, instead: dict[str, str]) -> list[tuple[bool, str]]:
-    """For `check_all`: fields of a class `of` TRL that are given and that nothing reads, with what to do instead."""
-    declared = {each.name: each.default for each in fields(of)}
-    return [
-        (vars(settings)[name] != declared[name], f"{name} has no effect here: {advice}")
-        for name, advice in instead.items()
-    ]
-
-
 def use_one_gpu(args: Any) -> None:
     """Without a launcher, leave all GPUs but one alone: transformers would copy the student to each at every step."""
     args._n_gpu = min(args.n_gpu, 1)
@@ -163,13 +156,13 @@ class TunerSettings(Settings):
 
     prompt_learning_rate: float = option(1e-3, at_least=0)
     """Learning rate of the soft prompt."""
-    prompt_warmup_steps: int = 0
+    prompt_warmup_steps: int = option(0, at_least=0)
     """Steps of the prompt over which its learning rate rises."""
     prompt_lr_scheduler_type: str = "constant_with_warmup"
     """Schedule of the prompt's learning rate."""
-    prompt_weight_decay: float = 0.0
+    prompt_weight_decay: float = option(0.0, at_least=0)
     """Weight decay of the soft prompt."""
-    prompt_max_grad_norm: float = 1.0
+    prompt_max_grad_norm: float = option(1.0, at_least=0)
     """Gradient norm at which the prompt's gradient is clipped; 0 never clips."""
     prompt_every: int = option(1, at_least=1)
     """N: train the prompt in the first of every N optimizer steps alone. In the others the student learns from the
@@ -189,6 +182,7 @@ _INSTEAD = {  # of TRL
     "ds3_gather_for_generation": "under ZeRO-3 the student is always gathered whole to decode; leave it out",
     "max_tool_calling_iterations": "responses are sampled without calling tools; leave it out",
     "label_smoothing_factor": "the loss is the method's own; leave it out",
+    "train_sampling_strategy": "rows are drawn in a random order, and run without padding; leave it out",
 }
 
 
@@ -216,7 +210,7 @@ class DistillConfig(_FlatSettings, BaseConfig, DistillationConfig):
     """Most tokens of the teacher's prompt with its context; see --overlong."""
     language_data: str | None = None
     """Plain-text rows ({"text": ...}) for an extra language-modeling loss."""
-    language_weight: float = 1.0
+    language_weight: float = option(1.0, at_least=0)
     """Weight of the language-modeling loss."""
     chunk_tokens: int | None = option(None, at_least=0)
     """Tokens whose logits are held at a time: by default 256 on CPU, 2,048 on a GPU; 0 holds all."""
@@ -258,7 +252,7 @@ class DistillConfig(_FlatSettings, BaseConfig, DistillationConfig):
 
     def checks(self) -> list[tuple[bool, str]]:
         """See `BaseConfig.checks`."""
-        schedule, known = self.prompt_lr_scheduler_type, [each.value for each in SchedulerType]
+        schedule, known = self.prompt_lr_scheduler_type, adapter_schedules()
         wanted = f"prompt_lr_scheduler_type must be one of {', '.join(known)}, got {schedule}"
         of_vllm = [each.name for each in fields(DistillationConfig) if each.name.startswith("vllm_")]
         unread = dict.fromkeys([] if self.use_vllm else of_vllm, "it is read with use_vllm alone")
@@ -273,6 +267,11 @@ class DistillConfig(_FlatSettings, BaseConfig, DistillationConfig):
                 "or generation_kwargs; leave it out",
             ),
             (self.fp16, "fp16 would need a loss scale for the soft prompt's gradient; use bf16 or float32"),
+            (
+                bool(self.accelerator_config.split_batches or self.accelerator_config.dispatch_batches),
+                "split_batches and dispatch_batches of accelerator_config would deal out rows of one process, which "
+                "reads those of its own share of each optimizer step; leave them out",
+            ),
         ]
 
 
@@ -310,6 +309,8 @@ def chosen_method(args: Any, given: Method | None = None) -> Method:
         raise RequestError(f"Wrong settings: {told}.")
     if args.teacher_prompt is not None and not method.reads_teacher:
         raise RequestError(f"{name} reads no teacher, and teacher_prompt is what a teacher reads. Leave it out.")
+    if args.use_vllm and not writes_responses(method.responses):
+        raise RequestError(f"{name} samples no responses, so vLLM would hold memory for nothing. Leave --use_vllm out.")
     is_cut = args.temperature != 1 or args.top_p < 1 or args.top_k > 0
     if method.responses.needs_exact_samples and (is_cut or needs_generate(args)):
         raise RequestError(

@@ -59,11 +59,15 @@ class Guard:
         self._noted: list[tuple[str, Tensor, int | None]] = []  # name, value, micro-batch
         self._rows: list[Callable[[], Sequence[int]]] = []
         self._loss_before = torch.zeros(())
+        self._kept_before: dict[str, int] = {}  # values of each metric
 
-    def begin_micro_batch(self, rows: Callable[[], Sequence[int]], running_loss: Tensor) -> int:
-        """Note a micro-batch with its `rows`, for messages, and the loss so far; return its place in the step."""
+    def begin_micro_batch(
+        self, rows: Callable[[], Sequence[int]], running_loss: Tensor, metrics: Mapping[str, Sequence[Any]]
+    ) -> int:
+        """Note a micro-batch: its `rows`, for messages; loss and metrics so far. Return its place in the step."""
         if not self._rows:
             self._loss_before = running_loss.clone()
+            self._kept_before = {name: len(values) for name, values in metrics.items()}
         self._rows.append(rows)
         return len(self._rows) - 1
 
@@ -94,7 +98,7 @@ class Guard:
             self._refuse(step, optimizer)
             running_loss.copy_(self._loss_before)
             for name in list(metrics):
-                metrics[name] = [value for value in metrics[name] if value is None or math.isfinite(value)]
+                del metrics[name][self._kept_before.get(name, 0) :]
                 if not metrics[name]:
                     del metrics[name]
         self.restart()

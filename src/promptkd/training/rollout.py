@@ -1,7 +1,8 @@
 """The first part of an optimizer step: responses to its rows, by the student, the data, or whoever the method asks."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from trl.models import unwrap_model_for_generation
 
 from promptkd.data.batch import right_pad
 from promptkd.data.encode import EncodedExample, encode_texts
-from promptkd.engine import head_size
+from promptkd.engine import evaluating, head_size, unwrap_peft
 from promptkd.errors import RequestError
 from promptkd.evaluation.text_metrics import distinct
 from promptkd.generation import Corrected, Mixture, SamplingParams, generate, generate_corrected
@@ -57,7 +58,7 @@ class Rollout:
             raise RequestError(f"A vLLM server would sample tokens that student and teacher do not share: {advice}.")
         silent = [*masked, *range(teacher.vocabulary.size, head_size(student))]  # what a padded head adds has no text
         self._vllm = _vllm(args, accelerator, tokenizer, student, stop_ids, silent) if args.use_vllm else None
-        self._synchronized = -1  # the step whose weights vLLM has
+        self._is_synchronized = False  # whether vLLM has the weights of the running step
         self._generation = _generation_config(args, tokenizer, stop_ids, silent)
         kept = args.per_device_train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
         self.completions: deque[tuple[str, str]] = deque(maxlen=kept)
@@ -68,7 +69,7 @@ class Rollout:
         """Responses to the rows of this process, in random micro-batches. All processes must call it together."""
 
         def sample(prompts: Tokens, mixed_with: Mixture | None = None) -> Tokens:
-            return self._sample(prompts, model, step, mixed_with)
+            return self._sample(prompts, model, mixed_with)
 
         def sample_mixed(prompts: Tokens, teacher_share: float, read: Tokens | None = None) -> Tokens:
             self._check_both_whole("Sampling from a mixture of student and teacher", "--teacher_mix 0")
@@ -84,6 +85,7 @@ class Rollout:
             self._check_both_whole("Letting the teacher correct the student's tokens", "--student_share 0")
             return self._sample_corrected(prompts, teacher_prompts, speculation, model)
 
+        self._is_synchronized = False
         self.method.moving.before_step(step / total_steps)
         together = self._accelerator.num_processes > 1 and (self._vllm is not None or is_sharded(self._accelerator))
         sampler = Sampler(student=sample, mixed=sample_mixed, speculative=speculative, together=together)
@@ -142,9 +144,9 @@ class Rollout:
         items = all_rows if self.method.per_row else tokens
         return Window(micro_batches, items, tokens, text_tokens, progress, tokens_by_teacher=of_each)
 
-    def _sample(self, prompts: Tokens, model: nn.Module, step: int, mixed_with: Mixture | None) -> Tokens:
+    def _sample(self, prompts: Tokens, model: nn.Module, mixed_with: Mixture | None) -> Tokens:
         if self._vllm is not None:
-            return self._sample_by_vllm(prompts, step)
+            return self._sample_by_vllm(prompts)
         if needs_generate(self._args):
             return self._sample_by_transformers(prompts, model)
         params = self._sampling_params()
@@ -178,12 +180,12 @@ class Rollout:
         sampling = args.temperature, args.top_p, args.top_k
         return SamplingParams(*sampling, self.limit, self.stop_ids, vocabulary.size, vocabulary.masked)
 
-    def _sample_by_vllm(self, prompts: Tokens, step: int) -> Tokens:
+    def _sample_by_vllm(self, prompts: Tokens) -> Tokens:
         """TRL deals vLLM's answers out evenly, so all processes ask equally often: the first prompt fills up."""
         assert self._vllm is not None
-        if step != self._synchronized:
+        if not self._is_synchronized:
             self._vllm.sync_weights()
-            self._synchronized = step
+            self._is_synchronized = True
         count = torch.tensor([len(prompts)], device=self._accelerator.device)
         missing = int(self._accelerator.gather(count).max()) - len(prompts)
         padded = prompts + prompts[:1] * missing
@@ -198,14 +200,17 @@ class Rollout:
 
     def _sample_by_transformers(self, prompts: Tokens, model: nn.Module) -> Tokens:
         """By transformers' `generate`, for the settings that only it knows."""
-        device = self._accelerator.device
-        held = [torch.tensor(ids) for ids in prompts]
-        ids = pad_sequence(held, batch_first=True, padding_side="left").to(device)  # of any id: the mask tells
-        ones = [torch.ones_like(each) for each in held]
-        mask = pad_sequence(ones, batch_first=True, padding_side="left").to(device)
-        with unwrap_model_for_generation(model, self._accelerator) as student, torch.no_grad():
-            written = student.generate(input_ids=ids, attention_mask=mask, generation_config=self._generation)
-        rows = written[:, ids.shape[1] :].tolist()
+        rows: Tokens = []
+        size = self._args.generation_batch_size
+        with unwrap_model_for_generation(model, self._accelerator) as student, torch.no_grad(), _as_sampled(student):
+            for start in range(0, len(prompts), size):
+                held = [torch.tensor(ids) for ids in prompts[start : start + size]]
+                ids, mask = (
+                    pad_sequence(each, batch_first=True, padding_side="left").to(self._accelerator.device)
+                    for each in (held, [torch.ones_like(ids) for ids in held])
+                )
+                written = student.generate(input_ids=ids, attention_mask=mask, generation_config=self._generation)
+                rows += written[:, ids.shape[1] :].tolist()
         return [row[: next((n + 1 for n, token in enumerate(row) if token in self.stop_ids), len(row))] for row in rows]
 
     def _check_both_whole(self, doing: str, other: str) -> None:
@@ -216,6 +221,19 @@ class Rollout:
                 f"{doing} needs both models whole in one process: leave vLLM, FSDP, DeepSpeed ZeRO-3 and "
                 f"generation_kwargs out, or set {other}."
             )
+
+
+@contextmanager
+def _as_sampled(student: nn.Module) -> Iterator[None]:
+    """Without dropout, and without what the model's folder asks of `generate` beyond the settings of the run."""
+    model = unwrap_peft(student)
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        with evaluating(student):
+            yield
+    finally:
+        model.generation_config = own
 
 
 def _generation_config(

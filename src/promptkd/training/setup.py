@@ -289,10 +289,12 @@ def check_models(
 def check_rows(rows: int | None, args: Any) -> None:
     """Refuse fewer rows than one optimizer step takes."""
     window = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    accumulates = args.gradient_accumulation_steps > 1
+    lower = "--gradient_accumulation_steps" if accumulates else "--per_device_train_batch_size"
     if rows is not None and rows < window:
         raise RequestError(
             f"One optimizer step takes {window} rows (batch size x accumulation x processes). "
-            f"Got {rows}. Lower --per_device_train_batch_size or give more rows."
+            f"Got {rows}. Lower {lower} or give more rows."
         )
 
 

@@ -18,12 +18,12 @@ from promptkd.data.encode import EncodedData, EncodedExample, stop_token_ids
 from promptkd.engine import check_scoring, unwrap_peft
 from promptkd.models.end_tokens import keep_end_tokens
 from promptkd.models.positions import check_rows_fit
-from promptkd.settings import option
+from promptkd.settings import no_effect, option
 from promptkd.training import saving
 from promptkd.training.callbacks import CheckpointTiming, TrainedWhole, UpdatePhase
 from promptkd.training.checkpoint import prepare_best, save_model_folder, staged_checkpoint
 from promptkd.training.collapse import Watching
-from promptkd.training.config import BaseConfig, no_effect
+from promptkd.training.config import BaseConfig
 from promptkd.training.distributed import check_sharding, is_sharded, run_whole
 from promptkd.training.guard import Guard
 from promptkd.training.out_of_memory import out_of_memory_told
@@ -148,7 +148,7 @@ class FinetuneTrainer(SFTTrainer):
         with self.phases("training", synchronize=self.accelerator.sync_gradients):
             rows, width = inputs["input_ids"].shape
             self.phases.works_on([width] * rows)  # padding is computed too
-            index = self.guard.begin_micro_batch(lambda: self._rows_in(inputs), self._tr_loss)
+            index = self.guard.begin_micro_batch(lambda: self._rows_in(inputs), self._tr_loss, self._metrics["train"])
             loss = super().training_step(model, inputs, num_items_in_batch)
             self.guard.note("loss", loss, index)
         return loss

@@ -118,8 +118,6 @@ class TeacherTuner:
             self.optimizer.step()  # no process has a row of its own, so there is no gradient and nothing moves
             self.scheduler.step()
             return
-        for parameter in () if own else self.adapter.parameters():
-            parameter.grad = torch.zeros_like(parameter)  # other processes have rows, and wait for it
         self._update(scale)
 
     def _add(self, metric: str, value: Tensor | float) -> None:
@@ -131,6 +129,7 @@ class TeacherTuner:
     def _update(self, scale: Tensor | int) -> None:
         """Sum the gradients of all processes, clip them and step; a gradient that is not finite moves nothing."""
         parameters, name = self.adapter.parameters(), self.teacher.name
+        self._reach_alike(parameters)
         for parameter in parameters:
             if parameter.grad is not None:
                 parameter.grad = self._accelerator.reduce(parameter.grad, reduction="sum") / scale
@@ -145,6 +144,15 @@ class TeacherTuner:
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def _reach_alike(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Give a gradient of zeros to what other processes alone have reached, by rows or experts of their own."""
+        if self._accelerator.num_processes == 1:
+            return
+        reached = torch.tensor([each.grad is not None for each in parameters], device=self._accelerator.device).int()
+        for parameter, count in zip(parameters, self._accelerator.reduce(reached, "sum").tolist(), strict=True):
+            if count and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
 
     def rollback(self) -> None:
         """Undo what the last `step` moved of the adapter and its optimizer; the schedule keeps its place."""

@@ -175,7 +175,7 @@ class DistillTrainer(Trainer):
         micro_batch = self.window.next()
         with self.phases("student", synchronize=self.window.is_done):
             self.phases.works_on(micro_batch.batch.lengths)
-            self.guard.begin_micro_batch(lambda: [row.row for row in micro_batch.rows], self._tr_loss)
+            self.guard.begin_micro_batch(micro_batch.row_numbers, self._tr_loss, self._metrics["train"])
             loss = super().training_step(model, micro_batch)  # the forward below, and the backward
             self.guard.note("loss", loss, micro_batch.index)
         if self.window.is_done:

@@ -28,6 +28,10 @@ class MicroBatch:
 
     _parts: dict[str, "MicroBatch | None"] = field(default_factory=dict, repr=False)
 
+    def row_numbers(self) -> list[int]:
+        """The rows' places in the data, counted from 0."""
+        return [row.row for row in self.rows]
+
     def of(self, teacher: str) -> "MicroBatch | None":
         """The rows of one of several teachers, None without any; all of them for the only one, whose name is ""."""
         if teacher == "":
