@@ -143,13 +143,17 @@ def _cell(row: ComparisonRow, metric: str) -> str:
 
 
 def chosen(study: Committed, setting: str, data: str) -> dict[str, float]:
-    """By method, the value of a setting with the lowest KL; of those within `NEAR` of it, that with the lowest loss."""
+    """By method, the value of a setting with the lowest KL; of those within `NEAR` of it, that with the lowest loss.
+
+    Where the KL is to a teacher of the method's own, and so not compared, by the loss alone.
+    """
     found = {}
     for method, groups in study.by_method(setting).items():
         kl, loss = (
             {value: _mean(study, group, metric, data) for value, group in groups.items()} for metric in CHOOSING
         )
-        near = [value for value in groups if kl[value] <= min(kl.values()) + NEAR]
+        held = [each for each in kl.values() if each is not None]
+        near = [value for value in groups if not held or kl[value] <= min(held) + NEAR]
         found[method] = min(near, key=loss.__getitem__)
     return found
 
@@ -161,7 +165,11 @@ def choices_table(study: Committed, setting: str, data: str) -> str:
     lines = []
     for method, groups in methods.items():
         cells = [
-            " / ".join(number(_mean(study, groups[value], metric, data), 3) for metric in CHOOSING) for value in values
+            " / ".join(
+                DASH if (mean := _mean(study, groups[value], metric, data)) is None else number(mean, 3)
+                for metric in CHOOSING
+            )
+            for value in values
         ]
         lines.append(
             [method, *(f"**{cell}**" if at == best[method] else cell for at, cell in zip(values, cells, strict=True))]
@@ -169,8 +177,9 @@ def choices_table(study: Committed, setting: str, data: str) -> str:
     return _markdown(["", *(f"{value:g}" for value in values)], lines)
 
 
-def _mean(study: Committed, group: str, metric: str, data: str) -> float:
-    return row_of(study, group, metric, data).metrics[metric].value
+def _mean(study: Committed, group: str, metric: str, data: str) -> float | None:
+    rows = {row.model: row for row in rows_on(study, data, CHOOSING)}
+    return rows[group].metrics[metric].value if metric in rows[group].metrics else None
 
 
 def costs_table(study: Committed, groups: Sequence[str]) -> str:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from promptkd.errors import RequestError
-from promptkd.evaluation.comparison import OTHER_TEACHERS, compare
+from promptkd.evaluation.comparison import compare
 from promptkd.evaluation.pairing import Candidate
 from promptkd.evaluation.statistics import Bootstrap
 from promptkd.report.differences import compared_sentences, comparison_sentences, difference_table, verdict
@@ -247,7 +247,11 @@ def test_a_kl_to_another_teacher_is_not_compared():
     runs = [candidate(label, evaluation(samples), teacher=label * 64) for label in "ab"]
     made = compare(runs, better)
     assert [each.metric for each in made.differences] == ["rouge_l"]
-    assert OTHER_TEACHERS in made.notes
+    told = "kl_to_teacher of b was not compared: its record names another teacher, or context, than that of a."
+    assert told in made.notes
+    assert ["kl_to_teacher" in each.metrics for each in made.evaluations] == [True, False]
+    again = compare([*runs, candidate("c", evaluation(samples), teacher="a" * 64)], better)
+    assert {each.model for each in again.differences if each.metric == "kl_to_teacher"} == {"c"}
 
 
 # ---- what is alike ----

@@ -131,7 +131,7 @@ def test_the_kl_of_a_method_with_another_teacher_is_left_out_alone():
     assert {each.model for each in made.differences if each.metric == "kl_to_teacher"} == {*others} - {"b"}
     measured = {each.model: "kl_to_teacher" in each.metrics for each in made.evaluations}
     assert measured == {group: group != "b" for group in groups}
-    told = "kl_to_teacher of b was not compared: the records name another teacher than those of a, or another context."
+    told = "kl_to_teacher of b was not compared: its record names another teacher, or context, than that of a."
     assert told in made.notes
     made = compare_groups(groups, {"rouge_l": "higher", "kl_to_teacher": "lower"}.get, baseline="b")
     assert {each.metric for each in made.differences} == {"rouge_l"}

@@ -20,8 +20,15 @@ from promptkd.results import Better, DataRecord, Difference, Evaluation, ToldApa
 
 Pairs = Literal["baseline", "all", "last"]
 TO_TEACHER = "kl_to_teacher"
-OTHER_TEACHERS = f"{TO_TEACHER} was not compared: the records name different teachers, or contexts that these read."
+
 _LEAST_ROWS = 6  # with fewer, even the smallest p of a sign-flip test, 2 / 2^rows, lies above 0.05
+
+
+def other_teachers(labels: Sequence[str], than: str) -> str:
+    """That the KL of these models was left out, since it is to another teacher `than` that of one."""
+    records = "its record names" if len(labels) == 1 else "their records name"
+    told = f"{TO_TEACHER} of {', '.join(labels)} was not compared: {records} another teacher, or context, than"
+    return f"{told} that of {than}."
 
 
 @dataclass
@@ -66,9 +73,9 @@ def compare(
     made.notes += _alike(settings, ordered, allow_different)
     names = known_metrics(settings, metrics)
     tested_ones = [each for each in ordered if not each.is_reference]
-    if TO_TEACHER in names and len({each.teachers for each in tested_ones}) > 1:
-        names.remove(TO_TEACHER)
-        made.notes.append(OTHER_TEACHERS)
+    others = [each.label for each in tested_ones if each.teachers != tested_ones[0].teachers]
+    if TO_TEACHER in names and others:
+        made.notes.append(other_teachers(others, tested_ones[0].label))
     every = list(combinations([each.label for each in tested_ones], 2))  # (baseline, model)
     of_last = [pair for pair in every if pair[1] == tested_ones[-1].label]
     compared = {"baseline": every[: len(tested_ones) - 1], "all": every, "last": of_last}[pairs]
@@ -84,6 +91,8 @@ def compare(
         wanted = [name for name in setting.metrics() if name in names and (name not in again or name in left)]
         scored = ((name, setting.columns(name)) for name in wanted)
         columns = {name: held for name, held in scored if any(len(each.sums) for each in held.values())}
+        if TO_TEACHER in columns:
+            columns[TO_TEACHER] = {at: held for at, held in columns[TO_TEACHER].items() if at not in others}
         for (base, model), (name, held) in product(compared, columns.items()):
             direction, at = better(name), (setting.source, name, base, model)
             if direction is not None and base in held and model in held and at not in done:

@@ -30,7 +30,7 @@ import numpy as np
 from scipy.special import gammaincinv, stdtr, stdtrit
 
 from promptkd.errors import RequestError
-from promptkd.evaluation.comparison import OTHER_TEACHERS, TO_TEACHER, Comparison, evaluations_of, known_metrics
+from promptkd.evaluation.comparison import TO_TEACHER, Comparison, evaluations_of, known_metrics, other_teachers
 from promptkd.evaluation.measure import OF_REFERENCES
 from promptkd.evaluation.pairing import Candidate, Column, settings_of
 from promptkd.evaluation.statistics import Floats, holm
@@ -154,6 +154,7 @@ def compare_groups(
     shared = next(iter(groups.get(baseline, {}).values()), candidates[0]).teachers
     left_out = [group for group, seeds in groups.items() if {each.teachers for each in seeds.values()} != {shared}]
     strange = {each.label for group in left_out for each in groups[group].values()}  # whose KL is to another teacher
+    told_others = other_teachers(left_out, next(each for each in groups if each not in left_out)) if left_out else ""
     made = Comparison()
     done: set[tuple[str, str, str]] = set()  # groups on what is measured on a data set's references, however decoded
     for setting in settings:
@@ -186,7 +187,7 @@ def compare_groups(
         if first.data is not None:
             made.data[setting.data] = first.data
     if beside is None and not made.evaluations:
-        reason = OTHER_TEACHERS if strange else "The runs share no row that has the metrics."
+        reason = told_others or "The runs share no row that has the metrics."
         raise RequestError(f"Nothing to compare: {', '.join(metrics) or 'all metrics'}. {reason}")
     if beside is not None:
         made.evaluations += beside.evaluations
@@ -197,9 +198,8 @@ def compare_groups(
     for (found, _), adjusted in zip(tested, holm([p for _, p in tested]), strict=True):
         found.p_adjusted = adjusted
     made.notes = _notes(groups, baseline, len(made.differences))
-    if left_out and TO_TEACHER in known:
-        told = f"{TO_TEACHER} of {', '.join(left_out)} was not compared: the records name another teacher than those of"
-        made.notes.append(f"{told} {next(each for each in groups if each not in left_out)}, or another context.")
+    if told_others and TO_TEACHER in known:
+        made.notes.append(told_others)
     if groups and baseline not in groups:
         made.notes.append(f"{baseline}, the baseline, has nothing but exposure bias: nothing else is compared with it.")
     return made
