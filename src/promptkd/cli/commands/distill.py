@@ -121,7 +121,8 @@ def _distill(options: Options, job: TrainingRun, args: DistillConfig, method: Me
         teachers[name] = job.load(role_of(name), place, teacher_settings(args, method, own=own))
         take_turns(teachers[name], args)
     if options.dry_run:
-        train, method = longest_rows_first(train, args, method), at_its_most(method)
+        method = at_its_most(method)
+        train = longest_rows_first(train, args, method)
     tokenizers = {name: side.tokenizer for name, side in sides.items()}
     rest: dict[str, Any] = {"method": method, "teacher_processing_class": tokenizers}
     rest["peft_config"] = lora.config()
