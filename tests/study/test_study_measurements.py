@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 import promptkd.cli.options.evaluate
+import promptkd.cli.options.exposure_bias
 from helpers.bias_records import biased_runs, curve_of, record
 from helpers.commands import LIMITS, World, done, make_world, run
 from helpers.processes import ForkedCommand
@@ -108,6 +109,87 @@ def test_answers_that_another_setting_cannot_use_are_told_before_anything_runs(w
     )
 
 
+# ---- what the teacher alone reads ----
+
+MEASURED = ["loss", "kl_to_teacher"]
+
+
+def measuring_commands(said):
+    lines = said.replace("\nA: ", "").splitlines()
+    return [shlex.split(line) for line in lines if line.startswith(("promptkd evaluate", "promptkd exposure-bias"))]
+
+
+def test_a_context_that_all_runs_share_is_read_in_every_measurement(world, tmp_path, capsys):
+    """But not by the teacher itself, which stands in the table as a model that reads the requests alone."""
+    measured = {key: {"data": [world.test]} for key in ("evaluate", "exposure_bias")}
+    base = {"teacher_prompt": "Be kind.", "max_teacher_prompt_length": 99}
+    given = {"methods": ["gkd", "promptkd"], "references": True, "metrics": MEASURED, **measured}
+    said = done(capsys, "study", study_file(world, tmp_path / "out", base, **given), "--dry-run").out
+    teacher, *others = measuring_commands(said)
+    assert "--teacher-prompt" not in teacher
+    assert len(others) == 6  # of the untrained student and of two runs
+    for command in others:
+        assert command[command.index("--teacher-prompt") + 1] == "Be kind."
+        assert command[command.index("--max-teacher-prompt-length") + 1] == "99"
+    for key in measured:
+        note = f"{key}: all runs share teacher_prompt; all are measured against the teacher that reads it."
+        assert said.count(note) == 1
+    plain = {key: {**own, "teacher_prompt": None} for key, own in measured.items()}
+    said = done(capsys, "study", study_file(world, tmp_path / "out", base, **(given | plain)), "--dry-run").out
+    for command in measuring_commands(said)[1:]:
+        assert command[command.index("--teacher-prompt") + 1] == "none"
+        assert "--max-teacher-prompt-length" not in command
+    assert "all runs share" not in said
+
+
+def test_where_runs_differ_in_their_context_all_are_measured_against_the_plain_teacher(world, tmp_path, capsys):
+    measured = {key: {"data": [world.test]} for key in ("evaluate", "exposure_bias")}
+    methods = ["gkd", {"name": "opcd", "teacher_prompt": "Be kind.", "max_teacher_prompt_length": 99}]
+    given = {"methods": methods, "references": False, "metrics": MEASURED, **measured}
+    said = done(capsys, "study", study_file(world, tmp_path / "out", **given), "--dry-run").out
+    assert not any("--teacher-prompt" in command for command in measuring_commands(said))
+    for key in measured:
+        note = f"{key}: the runs differ in teacher_prompt; all are measured against the teacher without it."
+        assert said.count(note) == 1
+    own = {"data": [world.test], "teacher_prompt": "Be brief."}
+    ran = run(capsys, "study", study_file(world, tmp_path / "out", **(given | {"evaluate": own})), "--dry-run")
+    assert "The runs differ in max_teacher_prompt_length. Say in `evaluate` with which one" in ran.err
+    own["max_teacher_prompt_length"] = 50
+    said = done(capsys, "study", study_file(world, tmp_path / "out", **(given | {"evaluate": own})), "--dry-run").out
+    for command in measuring_commands(said):
+        assert ("Be brief." in command) == ("--teacher-prompt" in command) == (command[1] == "evaluate")
+    assert "evaluate: the runs differ" not in said
+
+
+def test_a_measurement_without_a_teacher_has_no_context(world, tmp_path, capsys):
+    given = {"methods": ["gkd"], "evaluate": {"data": [world.test]}}
+    said = done(
+        capsys, "study", study_file(world, tmp_path / "out", {"teacher_prompt": "Be kind."}, **given), "--dry-run"
+    )
+    (command,) = measuring_commands(said.out)
+    assert "--teacher-prompt" not in command
+    assert "teacher_prompt;" not in said.out
+
+
+def test_a_record_of_the_same_context_is_that_of_the_study_though_a_file_held_it(world, tmp_path, capsys):
+    """What was measured with a file's text is measured; with another text in the file, or none, it is not."""
+    file = tmp_path / "context.txt"
+    file.write_text("Be kind.")
+    out, base = tmp_path / "out", {"teacher_prompt": str(file), "template": "Q: {{ instruction }}"}
+    given = {"methods": ["gkd"], "exposure_bias": {"data": [world.test]}}
+    said = done(capsys, "study", study_file(world, out, base, **given), "--dry-run").out
+    (command,) = measuring_commands(said)
+    parsed = parse_options("exposure-bias", promptkd.cli.options.exposure_bias, command[2:]).options
+    config = merged_config(parsed, {}) | {"teacher_prompt": "Be kind."}
+    Results(kind="exposure-bias", config=config).write(out / "exposure-bias/gkd-seed-1/results.json")
+    Results(kind="distill").write(out / "gkd-seed-1" / "results.json")
+    (out / "gkd-seed-1" / "student").mkdir()
+    asked = study_file(world, out, base, **given)
+    assert not measuring_commands(done(capsys, "study", asked, "--dry-run").out)
+    file.write_text("Be brief.")
+    assert len(measuring_commands(done(capsys, "study", asked, "--dry-run").out)) == 1
+
+
 def made_study(folder: Path) -> Path:
     """A study of exposure bias alone, two methods x three seeds, as it lies on the disk."""
     settings = {"out": "elsewhere", "base": {"student": "s", "teacher": "t", "data": "d"}, "methods": ["a", "b"]}
@@ -157,6 +239,29 @@ def test_exposure_bias_is_compared_by_its_name_where_nothing_else_is_measured(tm
     assert "Expected metrics that rows" in run(capsys, "compare", study, "--metrics", "rouge_l").err
     done(capsys, "compare", study, "--metrics", "exposure_bias", "--out", tmp_path / "c.json")
     assert len(Results.read(tmp_path / "c.json").differences) == 1
+
+
+def test_a_studys_page_says_which_teacher_was_measured_where_one_read_a_context(tmp_path, capsys):
+    study = made_study(tmp_path / "s")
+    teacher = ModelRecord(path="t", parameters=1, sha256="ab")
+
+    def written(place, context):
+        record = Results.read(study / place / "results.json")
+        record.models["teacher"] = teacher.model_copy(update={"context": context})
+        record.write(study / place / "results.json")
+
+    def page():
+        done(capsys, "report", study, "--out", tmp_path / "page.html", "--overwrite")
+        return (tmp_path / "page.html").read_text()
+
+    assert "The exposure bias is against" not in page()
+    for seed in (1, 2, 3):
+        written(f"a-seed-{seed}", "Be kind.")
+    assert "The exposure bias is against the teacher without the context that it read in training (a)." in page()
+    for name in ("a", "b"):
+        for seed in (1, 2, 3):
+            written(f"exposure-bias/{name}-seed-{seed}", "Be kind.")
+    assert "The exposure bias is against the teacher with a context that the students do not read." in page()
 
 
 def test_the_plan_ends_with_the_time_of_training_and_measuring(tmp_path):

@@ -53,6 +53,8 @@ LENGTHS = ((2, 8), (9, 2), (5, 5), (7, 1), (1, 1))
     [
         ("promptkd", [1, 3, 1, 3, 2]),  # responses reach the limit: the longest prompts
         ("kd", [1, 0, 1, 0, 2]),  # of the data's responses
+        ("distillm2", [1, 2, 1, 2, 3]),  # of both, each behind the prompt
+        ("dpkd", [1, 2, 1, 2, 3]),
     ],
 )
 def test_the_longest_rows_come_first_and_in_both_steps(tmp_path, method, order):
@@ -60,6 +62,25 @@ def test_the_longest_rows_come_first_and_in_both_steps(tmp_path, method, order):
     ordered = longest_rows_first(data_of(*LENGTHS), args, named_method(method))
     assert [row.row for row in ordered.examples] == order
     assert not args.shuffle_dataset
+
+
+@pytest.mark.parametrize("name", ["distillm2", "dpkd"])
+def test_the_datas_responses_count_where_a_loss_reads_them_beside_the_students(tmp_path, name):
+    """Twice the prompt, the limit L and the data's response: 4 + L + 9 is most. Prompt and L alone: least."""
+    args, method = config(tmp_path, per_device_train_batch_size=1), at_its_most(named_method(name))
+    data = data_of((4, 1), (2, 9), (3, 2))
+    ordered = longest_rows_first(data, args, method)
+    assert [row.row for row in ordered.examples] == [1, 1, 0]
+    assert [row.row for row in longest_rows_first(data, args, named_method("promptkd")).examples] == [0, 0, 2]
+
+
+@pytest.mark.slow
+def test_the_trial_of_such_a_loss_names_the_tokens_of_both_responses(tmp_path):
+    method = at_its_most(named_method("distillm2"))
+    data = longest_rows_first(rows(), config(tmp_path), method)
+    longest = max(2 * len(row.prompt_ids) + len(row.response_ids) for row in rows().examples)
+    made = trainer(tmp_path, data=data, method=method, shuffle_dataset=False, max_steps=40)
+    assert take_trial_steps(made).longest_row == longest + 8
 
 
 def test_rows_of_less_than_two_steps_stay_as_many(tmp_path):

@@ -8,7 +8,7 @@ import torch
 from promptkd.cli.outputs import say_rows
 from promptkd.cli.terminal import quiet_libraries, say
 from promptkd.data import EncodedData, encode_examples, read_columns, read_examples, resolve_template, stop_token_ids
-from promptkd.data.summary import EVALUATION_FLAGS, FLAGS, GENERATION_FLAGS, limits_named
+from promptkd.data.summary import EVALUATION_FLAGS, GENERATION_FLAGS, Flags, limits_named
 from promptkd.data.teacher_prompt import TeacherPrompts
 from promptkd.engine import check_scoring, engine_for
 from promptkd.generation import Decoding
@@ -59,16 +59,17 @@ class InferenceRun:
         limit: int | None,
         most: int | None = None,
         teacher: TeacherPrompts | None = None,
+        flags: Flags | None = None,
     ) -> EncodedData:
         """Rows of a data set as tokens. `most` limits the tokens of responses, which every row must then have.
 
-        `teacher`: what a teacher alone reads of them.
+        `teacher`: what a teacher alone reads of them; `flags` that set the limits, by default the command's own.
         """
         options, needed = self.options, most is not None
         template = resolve_template(options.template, tokenizer, options.chat_template_kwargs, teacher)
         longest = most if needed else options.max_completion_length
         lengths = {"max_prompt_length": options.max_prompt_length, "max_response_length": longest}
-        flags = FLAGS if teacher else EVALUATION_FLAGS if needed else GENERATION_FLAGS
+        flags = flags or (EVALUATION_FLAGS if needed else GENERATION_FLAGS)
         examples = read_examples(source, limit=limit, columns=read_columns(options.columns))
         with limits_named(flags):
             data = encode_examples(examples, tokenizer, template, need_response=needed, **lengths)

@@ -14,7 +14,7 @@ from promptkd.cli.study_measurements import EVALUATION, EXPOSURE_BIAS
 from promptkd.cli.terminal import say
 from promptkd.errors import RequestError
 from promptkd.evaluation.comparison import compare
-from promptkd.evaluation.pairing import Candidate
+from promptkd.evaluation.pairing import Candidate, teachers_of
 from promptkd.report.differences import compared_sentences
 from promptkd.report.metrics import metric_info
 from promptkd.report.overview import INTERIM
@@ -143,9 +143,24 @@ def study_comparison(study: Study) -> Results:
     if options.baseline not in (None, baseline):
         told = f"The baseline, {options.baseline}, has no finished run: until then, differences are from {baseline}."
         results.notes.insert(0, INTERIM + told)
-    results.notes = [*_interim(options, runs), *results.notes]
+    results.notes = [*_interim(options, runs), *results.notes, *_context_notes(study)]
     results.models |= students_of(study)
     return results
+
+
+def _context_notes(study: Study) -> list[str]:
+    """Which teacher was measured, where one read a context in training or in a measurement."""
+    runs, notes = study.runs, []
+    trained = [run.planned.group for run in runs if any(model.context for model in run.trained.models.values())]
+    groups = ", ".join(dict.fromkeys(trained))
+    evaluated = [run.measured for run in runs if teachers_of(run.measured)] if study.options.evaluate else []
+    exposed = [run.exposure for run in runs if run.exposure is not None]
+    for what, records in (("KL to the teacher", evaluated), ("exposure bias", exposed)):
+        if any(model.context for record in records for model in record.models.values()):
+            notes.append(f"The {what} is against the teacher with a context that the students do not read.")
+        elif records and groups:
+            notes.append(f"The {what} is against the teacher without the context that it read in training ({groups}).")
+    return notes
 
 
 def students_of(study: Study) -> dict[str, ModelRecord]:

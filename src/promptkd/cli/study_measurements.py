@@ -15,6 +15,7 @@ from promptkd.cli.commands.evaluate import SETTLED, check
 from promptkd.cli.options.study import Options
 from promptkd.cli.outputs import label_of
 from promptkd.cli.parsing.parser import merged_config, parse_options
+from promptkd.cli.teacher_context import measured_teacher_prompts, with_context_text
 from promptkd.data import Example, read_columns
 from promptkd.errors import RequestError
 from promptkd.results import ModelRecord, Results
@@ -32,6 +33,8 @@ _ALIKE = (
     "max_completion_length",
     "trust_remote_code",
 )
+
+_CONTEXT = ("teacher_prompt", "max_teacher_prompt_length")  # what the teacher alone reads, as training names it
 
 _REVISIONS = ("teacher_model_revision", "teacher_model_init_kwargs", "model_init_kwargs")  # the first is one
 
@@ -84,6 +87,8 @@ class Measuring:
     def __init__(self, options: Options, planned: Sequence[Planned], problems: Problems):
         self.options, self.asked = options, [each for each in MEASUREMENTS if each.settings(options)]
         self._shared: dict[str, Settings] = {}
+        self.notes: list[str] = []
+        """What must be said of how all runs are measured."""
         for run in planned if self.asked else ():
             for key in _REVISIONS if options.references else _REVISIONS[:2]:
                 if _names_revision(key, run.settings.get(key)):
@@ -94,7 +99,15 @@ class Measuring:
             given = each.settings(options)
             for key in sorted(given.keys() & each.not_here.keys()):
                 problems[f"{each.key} sets {key}, but {each.not_here[key]}."] = []
-            self._shared[each.key] = _shared_settings(each, planned, given, problems)
+            self._shared[each.key] = _shared_settings(each, each.alike, planned, given, problems)
+            if self._has_teacher(each):
+                context, note = _shared_context(each, planned, given, problems)
+                self._shared[each.key] |= context
+                self.notes += [note] if note else []
+
+    def _has_teacher(self, measurement: Measurement) -> bool:
+        by_metric = measurement is EVALUATION and "kl_to_teacher" in self.options.metrics
+        return measurement is EXPOSURE_BIAS or by_metric or bool(measurement.settings(self.options).get("teacher"))
 
     def results(self, measurement: Measurement, name: str) -> Path:
         return self.options.out / measurement.folder / name / "results.json"
@@ -140,7 +153,8 @@ class Measuring:
         commands = []
         for each in asked:
             settings = self._settings(each, run)
-            left_out = ("teacher", "teacher_dtype", "kl_seeds") if setting == "teacher" else ("every_checkpoint",)
+            of_teacher = ("teacher", "teacher_dtype", "kl_seeds", *_CONTEXT)
+            left_out = of_teacher if setting == "teacher" else ("every_checkpoint",)
             settings = {key: value for key, value in settings.items() if key not in left_out}
             command, missing = self._command(each, name, settings, self.results(each, called), read)
             commands += [command] if missing else []
@@ -174,11 +188,12 @@ class Measuring:
         settings = {key: value for key, value in settings.items() if key not in measurement.not_here}
         command = (measurement.command, f"--{measurement.model}", model, *arguments_of(settings), "--out", str(results))
         parsed = parse_options(measurement.command, measurement.options, command[1:])
-        asked, record = merged_config(parsed.options, {}), record_at(results)
+        asked, record = merged_config(with_context_text(parsed.options), {}), record_at(results)
         if measurement is EVALUATION:
             check(parsed.options)
-        elif results.exists():
-            command += ("--overwrite",)
+        else:
+            measured_teacher_prompts(with_context_text(parsed.options))
+            command += ("--overwrite",) if results.exists() else ()
         sources = [parsed.options.data] if isinstance(parsed.options.data, str) else parsed.options.data
         for source in sources:
             read(source, limit=parsed.options.limit, columns=read_columns(parsed.options.columns))
@@ -228,12 +243,30 @@ def _teacher_of(planned: Planned, what: str, advice: str) -> Settings:
     return given | ({"teacher": planned.settings["student"]} if given.get("teacher") == SELF else {})
 
 
-def _shared_settings(
+def _shared_context(
     measurement: Measurement, planned: Sequence[Planned], given: Settings, problems: Problems
+) -> tuple[Settings, str]:
+    """What the teacher alone reads, if all runs share it, and what to say: else it is the plain teacher for all."""
+    values = [run.settings.get("teacher_prompt") for run in planned]
+    if all(value is None for value in values) and "teacher_prompt" not in given:
+        return {}, ""
+    if "teacher_prompt" in given:
+        own = given["teacher_prompt"] is not None
+        return (_shared_settings(measurement, _CONTEXT[1:], planned, given, problems) if own else {}), ""
+    if any(value != values[0] for value in values):
+        told = f"{measurement.key}: the runs differ in teacher_prompt; all are measured against the teacher without it"
+        return {}, f"{told}. Give teacher_prompt there to measure all against a teacher that reads it."
+    told = f"{measurement.key}: all runs share teacher_prompt; all are measured against the teacher that reads it"
+    note = f"{told}. `teacher_prompt: none` there measures against the teacher without it."
+    return _shared_settings(measurement, _CONTEXT, planned, given, problems), note
+
+
+def _shared_settings(
+    measurement: Measurement, keys: Sequence[str], planned: Sequence[Planned], given: Settings, problems: Problems
 ) -> Settings:
     """What it takes over from training. That must be the same in all runs, or they are not measured alike."""
     shared = {}
-    for key in measurement.alike:
+    for key in keys:
         values = [run.settings[key] for run in planned if key in run.settings]
         if key in given or not values:
             continue

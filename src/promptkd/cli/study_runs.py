@@ -35,6 +35,7 @@ class StudyRun:
     results: Path  # the record in which its student is measured
     trained: Results | None  # the record of its training, if that is done
     exposure: Path | None = None  # the record of its exposure bias, if the study measures it
+    notes: tuple[str, ...] = ()  # what must be said of how all runs are measured
 
 
 def checked_runs(options: Options) -> tuple[list[StudyRun], list[Job]]:
@@ -70,7 +71,7 @@ def checked_runs(options: Options) -> tuple[list[StudyRun], list[Job]]:
             job.phase = Phase.WAITING
         results = measuring.results(EVALUATION, each.name) if options.evaluate else folder / "results.json"
         exposure = measuring.results(EXPOSURE_BIAS, each.name) if options.exposure_bias else None
-        runs.append(StudyRun(each, job, results, trained, exposure))
+        runs.append(StudyRun(each, job, results, trained, exposure, tuple(measuring.notes)))
     if not options.keep_models:
         if unmeasured := [each.name for each in planned if not _is_measured(options, each)]:
             advice = "Give `eval_data` in `base`, or `evaluate` with its data, or `exposure_bias`"
@@ -206,7 +207,8 @@ def plan_text(runs: Sequence[StudyRun], references: Sequence[Job], workers: int,
 
 
 def notes_on(runs: Sequence[StudyRun]) -> list[str]:
-    return list(dict.fromkeys(each.planned.note for each in runs if each.planned.note))
+    every = [*(each.planned.note for each in runs), *(note for each in runs for note in each.notes)]
+    return [note for note in dict.fromkeys(every) if note]
 
 
 def _seconds_of_measuring(runs: Sequence[StudyRun]) -> float:

@@ -12,7 +12,7 @@ from promptkd.errors import RequestError
 
 Flags = tuple[str, str, str]  # those that limit a prompt, a response, and the teacher's prompt
 FLAGS: Flags = ("--max_prompt_length", "--max_completion_length", "--max_teacher_prompt_length")  # of training
-GENERATION_FLAGS: Flags = ("--max-prompt-length", "--max-completion-length", "")  # which reads no teacher
+GENERATION_FLAGS: Flags = ("--max-prompt-length", "--max-completion-length", "--max-teacher-prompt-length")
 EVALUATION_FLAGS: Flags = ("--max-prompt-length", "--max-reference-length", "--max-teacher-prompt-length")
 
 

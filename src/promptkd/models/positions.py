@@ -9,6 +9,7 @@ from promptkd.engine import unwrap_peft
 from promptkd.errors import RequestError
 from promptkd.models.vocabulary import check_row_ids
 
+PROMPT_LIMIT = "--max_prompt_length"  # the flag that leaves out rows with long prompts
 # What configurations call it: most; GPT-2 and its kin; MPT; Whisper
 _NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
 
@@ -24,8 +25,13 @@ def position_limit(model: nn.Module) -> int | None:
     return next((settings[name] for name in _NAMES if isinstance(settings.get(name), int)), None)
 
 
-def check_positions(role: str, model: nn.Module, prompt: int, response: int, *, soft_prompt: int = 0) -> None:
-    """`RequestError` if the model has fewer positions than a prompt, a response and a soft prompt of these lengths."""
+def check_positions(
+    role: str, model: nn.Module, prompt: int, response: int, *, soft_prompt: int = 0, limit_by: str = PROMPT_LIMIT
+) -> None:
+    """`RequestError` if the model has fewer positions than a prompt, a response and a soft prompt of these lengths.
+
+    `limit_by` is the flag that leaves out rows with long prompts.
+    """
     limit, needed = position_limit(model), prompt + response + soft_prompt
     if limit is None or needed <= limit:
         return
@@ -35,12 +41,18 @@ def check_positions(role: str, model: nn.Module, prompt: int, response: int, *, 
     advice = f"Lower --max_completion_length to {room}, or" if room > 0 else "Lower --max_completion_length, and"
     raise RequestError(
         f"The {role} has {limit} positions, and {needed} are needed: for {lengths}{vectors}. {advice} leave long rows "
-        "out by a lower --max_prompt_length."
+        f"out by a lower {limit_by}."
     )
 
 
 def check_rows_fit(
-    role: str, model: nn.Module, rows: Sequence[EncodedExample], max_new_tokens: int, *, soft_prompt: int = 0
+    role: str,
+    model: nn.Module,
+    rows: Sequence[EncodedExample],
+    max_new_tokens: int,
+    *,
+    soft_prompt: int = 0,
+    limit_by: str = PROMPT_LIMIT,
 ) -> None:
     """`check_positions` for the longest row: its prompt with its response, or with as many tokens as may be written.
 
@@ -49,4 +61,4 @@ def check_rows_fit(
     check_row_ids(role, model, rows)
     longest = max(rows, key=lambda row: len(row.prompt_ids) + max(len(row.response_ids), max_new_tokens))
     response = max(len(longest.response_ids), max_new_tokens)
-    check_positions(role, model, len(longest.prompt_ids), response, soft_prompt=soft_prompt)
+    check_positions(role, model, len(longest.prompt_ids), response, soft_prompt=soft_prompt, limit_by=limit_by)

@@ -25,7 +25,7 @@ class Trial:
     seconds_between: float | None  # of a step in which the teacher's adapter rests; None where it moves in each
     prompt_every: int
     warm: bool  # whether a step came before it, which takes longer than all others
-    longest_row: int  # tokens of the trial's longest row, its response included
+    longest_row: int  # tokens of the trial's longest row, its response included; of both, where a loss reads two
     peak_memory_bytes: int  # since the process began, loading included
     peak_memory_by_phase: Mapping[str, int]
     sampled: bool  # whether the peaks by phase are what was held at the ends of phases
@@ -49,18 +49,20 @@ def leave_nothing(args: Any, folder: str | Path) -> None:
 def at_its_most(method: Method) -> Method:
     """The method with the responses that cost most: where student and data share in writing them, all the student's."""
     source = method.responses
-    if isinstance(source, Speculative):
-        return replace(method, responses=Speculative(1.0, source.speculation)) if source.student_share > 0 else method
-    if isinstance(source, AdaptiveReplay) or (isinstance(source, ResponseMix) and source.student_share > 0):
+    if isinstance(source, AdaptiveReplay):
         return replace(method, responses=ResponseMix(1.0))
-    return method
+    if not isinstance(source, ResponseMix) or source.student_share in (0, 1):
+        return method
+    if isinstance(source, Speculative):
+        return replace(method, responses=Speculative(1.0, source.speculation))
+    return replace(method, responses=ResponseMix(1.0))
 
 
 def longest_rows_first(data: EncodedData, args: Any, method: Method) -> EncodedData:
     """As many rows as before, with the longest in each step of the trial; `args` no longer shuffle.
 
     The second step counts: it is warm, and holds the optimizer's states beside the longest rows. Of several teachers,
-    each has its longest row in it.
+    each has its longest row in it. `method` is that of the trial, as `at_its_most` gives it.
     """
     args.shuffle_dataset = False
     ranked = sorted(data.examples, key=lambda row: _tokens(row, args, method), reverse=True)
@@ -76,10 +78,14 @@ def _steps(args: Any) -> int:
 
 
 def _tokens(row: EncodedExample, args: Any, method: Method) -> int:
-    """Tokens of prompt and response; a response that a model writes counts as the longest that it may write."""
-    return max(len(row.prompt_ids), len(row.for_teacher().prompt_ids)) + (
-        args.max_completion_length if writes_responses(method.responses) else len(row.response_ids)
-    )
+    """Tokens of prompt and response; a response that a model writes counts as the longest that it may write.
+
+    Where a loss reads the data's response beside the written one, the prompt counts with each of the two.
+    """
+    prompt, source = max(len(row.prompt_ids), len(row.for_teacher().prompt_ids)), method.responses
+    written = [args.max_completion_length] if writes_responses(source) else []
+    of_data = [len(row.response_ids)] if source.needs_data or not written else []
+    return sum(prompt + response for response in (*written, *of_data))
 
 
 def take_trial_steps(trainer: Any) -> Trial:

@@ -1,16 +1,16 @@
 """`promptkd distill`, and what its --dry-run prints."""
 
 from contextlib import nullcontext
-from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from promptkd.cli.lora import LoraRequest
 from promptkd.cli.options.distill import Options
+from promptkd.cli.teacher_context import context_note, recorded_context
 from promptkd.cli.terminal import is_main_process, say
 from promptkd.cli.training_run import Read, TrainingRun
-from promptkd.data import EncodedData, read_examples
+from promptkd.data import read_examples
 from promptkd.data.kept_logits import KeptLogits
 from promptkd.data.teacher_prompt import context_text
 from promptkd.errors import RequestError
@@ -75,15 +75,6 @@ def checked(
     return job, args, method
 
 
-def context_note(given: str | None) -> str:
-    """Whether `--teacher_prompt` is a file or the text itself; "" without one."""
-    if given is None:
-        return ""
-    text, file = context_text(given)
-    what = f"the text of {file}" if file else "the given text, which is no file's name"
-    return f"The teacher reads a context that the student does not see: {what} ({len(text):,} characters)."
-
-
 def _distill(options: Options, job: TrainingRun, args: DistillConfig, method: Method, context: str) -> None:
     if context:
         job.note(context)
@@ -121,7 +112,8 @@ def _distill(options: Options, job: TrainingRun, args: DistillConfig, method: Me
         teachers[name] = job.load(role_of(name), place, teacher_settings(args, method, own=own))
         take_turns(teachers[name], args)
     if options.dry_run:
-        train, method = longest_rows_first(train, args, method), at_its_most(method)
+        method = at_its_most(method)
+        train = longest_rows_first(train, args, method)
     tokenizers = {name: side.tokenizer for name, side in sides.items()}
     rest: dict[str, Any] = {"method": method, "teacher_processing_class": tokenizers}
     rest["peft_config"] = lora.config()
@@ -134,7 +126,7 @@ def _distill(options: Options, job: TrainingRun, args: DistillConfig, method: Me
         if own:
             job.own_teacher(trainer, told_teacher(str(options.teacher), args))
         for name in places:
-            job.results.models[role_of(name)].context = teacher_context(args, train, valid)
+            job.results.models[role_of(name)].context = recorded_context(args.teacher_prompt, train, valid)
         if options.dry_run:
             trial = take_trial_steps(trainer)
             if is_main_process():
@@ -166,16 +158,6 @@ def _distill(options: Options, job: TrainingRun, args: DistillConfig, method: Me
     trainer.save_student(job.folder.path / "student")
     trainer.save_adapter(job.folder.path)
     job.record(trainer, "student")
-
-
-def teacher_context(args: DistillConfig, *data: EncodedData | None) -> str:
-    """Which context the teacher reads of these rows, for the record; "" for none."""
-    if not any(each is not None and each.contexts for each in data):
-        return ""
-    text = args.teacher_prompt
-    if text is None:
-        return "the rows' column teacher_prompt"
-    return text if len(text) <= 200 else f"{text[:160]}… (sha256 {sha256(text.encode()).hexdigest()[:12]})"
 
 
 def _take_kept(job: TrainingRun, kept: KeptLogits, given: Any) -> None:

@@ -12,8 +12,16 @@ from promptkd.cli.inference_run import InferenceRun, sampling
 from promptkd.cli.options.evaluate import Options
 from promptkd.cli.outputs import check_output, data_record, label_of, training_cost
 from promptkd.cli.parsing.parser import merged_config
+from promptkd.cli.teacher_context import (
+    TEACHER_LIMIT,
+    context_note,
+    context_notes,
+    measured_teacher_prompts,
+    recorded_context,
+    with_context_text,
+)
 from promptkd.cli.terminal import progress_lines, say
-from promptkd.data.encode import EncodedExample
+from promptkd.data.encode import EncodedData, EncodedExample
 from promptkd.errors import RequestError
 from promptkd.evaluation.dataset_evaluation import SetEvaluation, parts_of
 from promptkd.evaluation.function_metric import Metric, load_metrics
@@ -23,6 +31,7 @@ from promptkd.io.jsonl import settle_settings
 from promptkd.io.lock import locked
 from promptkd.io.python_file import names_python, python_file
 from promptkd.models import check_rows_fit, model_record
+from promptkd.models.positions import PROMPT_LIMIT
 from promptkd.models.vocabulary import vocabulary_without
 from promptkd.report import terminal_table
 from promptkd.results import Results, file_sha256
@@ -31,22 +40,25 @@ from promptkd.results import Results, file_sha256
 SETTLED = (
     *("temperature", "top_p", "top_k", "limit", "template"),
     *("max_prompt_length", "max_completion_length", "max_reference_length"),
+    *("teacher_prompt", "max_teacher_prompt_length"),
 )
 # what older files of settings left out if it was so
 _ABSENT: dict[str, Any] = {"--columns": None, "--chat-template-kwargs": None, "ids that are never written": []}
+_ABSENT |= {"--teacher-prompt": None, "--max-teacher-prompt-length": None}
 
 
 def run(options: Options, training: dict[str, Any]) -> None:
     check(options)
     with locked(options.out):
-        _evaluate(options)
+        _evaluate(with_context_text(options), context_note(options.teacher_prompt))
 
 
 def check(options: Options) -> None:
     check_output(options.out, overwrite=options.overwrite or _settings_file(options.out).exists())
-    for flag, value in (("--teacher-dtype", options.teacher_dtype), ("--kl-seeds", options.kl_seeds)):
-        if value is not None and options.teacher is None:
-            raise RequestError(f"{flag} is of a --teacher. Give one, or leave it out.")
+    for name in ("teacher_dtype", "kl_seeds", "teacher_prompt", "max_teacher_prompt_length"):
+        if vars(options)[name] is not None and options.teacher is None:
+            raise RequestError(f"--{name.replace('_', '-')} is of a --teacher. Give one, or leave it out.")
+    measured_teacher_prompts(with_context_text(options))
     if options.kl_seeds is not None and options.kl_seeds > len(options.seeds):
         raise RequestError(
             f"--kl-seeds must be at most the number of --seeds, {len(options.seeds)}. Got {options.kl_seeds}."
@@ -66,24 +78,30 @@ def check(options: Options) -> None:
         raise RequestError(f"The answers of each data set need a file of their own. {alike}; rename a file.")
 
 
-def _evaluate(options: Options) -> None:
-    job, label = InferenceRun(options), label_of(options.model)
+def _evaluate(options: Options, context: str) -> None:
+    job, label, contexts = InferenceRun(options), label_of(options.model), measured_teacher_prompts(options)
     metrics = load_metrics(options.metrics)
     tokenizer = job.load_tokenizer(options.model)
     shared = None if options.teacher is None else job.share(tokenizer, job.load_tokenizer(options.teacher))
     results = Results(kind="evaluate", config=merged_config(options, {}))
-    for note in [] if shared is None else shared.notes:
+    for note in [*([] if shared is None else shared.notes), *([context] if context else [])]:
         say(note)
         results.notes.append(note)
     own = [python_file(name) for name in options.metrics if names_python(name)]
     results.code |= {str(file): f"sha256 {file_sha256(file)}" for file in own}
-    sets = {}
+    read: dict[str, EncodedData] = {}
     for path in options.data:
         name = label_of(path, options.data)
-        data = job.read_rows(path, tokenizer, options.limit, options.max_reference_length)
-        sets[name], results.data[name] = data.examples, data_record(path, data)
+        data = job.read_rows(path, tokenizer, options.limit, options.max_reference_length, contexts)
+        read[name], results.data[name] = data, data_record(path, data)
         if shared is not None:
             shared.check(data.examples, path)
+    sets = {name: data.examples for name, data in read.items()}
+    if options.teacher is not None:
+        told = "the KL and the teacher's own answers are of" if _measures_teacher(options) else "the KL is to"
+        for note in context_notes(options, options.teacher, read, [options.model], told):
+            say(note)
+            results.notes.append(note)
     for name, rows in sets.items():
         if unread := rouge_tokens(options.rouge_tokenizer, tokenizer).told_unread([row.references for row in rows]):
             say(f"{name}: {unread}")
@@ -96,11 +114,14 @@ def _evaluate(options: Options) -> None:
     teacher, of_teacher = None, f"teacher {label_of(options.teacher or '')}"
     if options.teacher is not None:
         teacher = job.load_teacher(options.teacher)
-        results.models[of_teacher] = model_record(options.teacher, teacher)
+        record = results.models[of_teacher] = model_record(options.teacher, teacher)
+        record.context = recorded_context(options.teacher_prompt, *read.values())
     for rows in sets.values():
         check_rows_fit("model", model, rows, options.max_completion_length)
         if teacher is not None:
-            check_rows_fit("teacher", teacher, rows, options.max_completion_length)
+            by = TEACHER_LIMIT if contexts else PROMPT_LIMIT
+            asked = [row.for_teacher() for row in rows]
+            check_rows_fit("teacher", teacher, asked, options.max_completion_length, limit_by=by)
     if cost := training_cost(options.model):
         results.training[label] = cost
     results.notes += [*job.row_notes, *job.precision_notes()]
@@ -145,7 +166,7 @@ def _measure_teacher(
         how: dict[str, Any] = {"metrics": metrics, "rouge_tokenizer": options.rouge_tokenizer}
         how |= {"progress": progress_lines(f"{name}, {label}", len(rows))}
         files = partial(_teacher_file, options.out, name)
-        part = SetEvaluation(teacher, tokenizer, rows, file_of=files, **how)
+        part = SetEvaluation(teacher, tokenizer, [row.for_teacher() for row in rows], file_of=files, **how)
         labels = {"model_label": label, "data_label": name}
         with job.computing():
             results.evaluations += part.run(own, options.seeds, greedy=options.greedy, **labels)

@@ -17,6 +17,7 @@ from promptkd.cli.parsing.parser import merged_config
 from promptkd.cli.prompt_run import PromptRun
 from promptkd.cli.terminal import progress_lines, say
 from promptkd.data import read_columns, read_examples
+from promptkd.data.summary import FLAGS
 from promptkd.data.teacher_prompt import TeacherPrompts
 from promptkd.errors import RequestError
 from promptkd.evaluation import Scoring
@@ -79,7 +80,9 @@ class _ExplainRun(InferenceRun):
             self.share(self.tokenizer, self.load_tokenizer(teacher, self.revision))
         most = options.limit if options.data else min(options.limit, of_run("eval_limit", options.limit))
         most_read = max(most, options.rows)
-        data = self.read_rows(source, self.tokenizer, most_read, teacher=self._contexts(source, most_read))
+        contexts = self._contexts(source, most_read)
+        limits = FLAGS if contexts else None  # those of the run
+        data = self.read_rows(source, self.tokenizer, most_read, teacher=contexts, flags=limits)
         self.has_contexts = data.contexts > 0
         self.rows, self.shown = data.examples[:most], data.examples[: options.rows]
         self.settle_precision()

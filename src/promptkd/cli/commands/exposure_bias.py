@@ -1,7 +1,7 @@
 """`promptkd exposure-bias`."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from hashlib import sha256
@@ -14,8 +14,17 @@ from promptkd.cli.inference_run import InferenceRun
 from promptkd.cli.options.exposure_bias import Options
 from promptkd.cli.outputs import check_output, data_record, label_of
 from promptkd.cli.parsing.parser import merged_config
+from promptkd.cli.teacher_context import (
+    TEACHER_LIMIT,
+    context_note,
+    context_notes,
+    measured_teacher_prompts,
+    recorded_context,
+    with_context_text,
+)
 from promptkd.cli.terminal import progress_lines, say
 from promptkd.data import EncodedData
+from promptkd.data.encode import EncodedExample
 from promptkd.engine import Vocabulary
 from promptkd.errors import RequestError
 from promptkd.evaluation import ExposureBias, Scoring, exposure_bias, sample_continuations
@@ -24,6 +33,7 @@ from promptkd.io.jsonl import ResumableLines
 from promptkd.io.lock import locked
 from promptkd.memory import peak_memory
 from promptkd.models import SoftPrompt, check_positions, model_record, resolve_model
+from promptkd.models.positions import PROMPT_LIMIT
 from promptkd.models.vocabulary import check_heads, check_row_ids
 from promptkd.report.text import text_table
 from promptkd.results import Curve, CurvePoint, Metric, Results
@@ -31,16 +41,18 @@ from promptkd.training.checkpoint import checkpoints_in
 
 _SETTINGS = ("limit", "template", "max_prompt_length", "max_completion_length", "samples_per_row", "seed", "ended")
 Samples = list[list[list[int]]]
+Rows = Callable[[str], list[EncodedExample]]  # by the label of their data set
 
 
 def run(options: Options, training: dict[str, Any]) -> None:
+    context, options = context_note(options.teacher_prompt), with_context_text(options)
     check_output(options.out, overwrite=options.overwrite)
     unfinished = options.out.with_name(f"{options.out.stem}.unfinished.jsonl")
     for what, given in (("student", options.student), ("data set", options.data)):
         if len(set(given)) < len(given):
             raise RequestError(f"Each {what} must be given once. Got {' '.join(given)}.")
     with locked(options.out):
-        job = _ExposureRun(options)
+        job = _ExposureRun(options, [context] if context else [])
         kept = ResumableLines(
             unfinished, ("student", "data"), settings=job.settings(), check=_kept, overwrite=options.overwrite
         )
@@ -66,7 +78,7 @@ def _kept(line: Mapping[str, Any]) -> ExposureBias:
 
 
 class _ExposureRun(InferenceRun):
-    def __init__(self, options: Options):
+    def __init__(self, options: Options, told: list[str]):
         super().__init__(options)
         self.students, soft_prompt, path = _students(options), None, options.prompt
         if path is not None:
@@ -81,29 +93,42 @@ class _ExposureRun(InferenceRun):
                 widths = f"{self.prompt.shape[1]} numbers, the teacher's embeddings have {weight.shape[1]}"
                 advice = "Give the teacher that it was tuned before."
                 raise RequestError(f"The soft prompt in {path} has vectors of {widths}. {advice}")
-        self._longest = max(len(row.prompt_ids) for data in self.sets.values() for row in data.examples)
         vectors = 0 if soft_prompt is None else soft_prompt.length
-        self._check_rows("teacher", self.teacher)
-        check_positions("teacher", self.teacher, self._longest, options.max_completion_length, soft_prompt=vectors)
+        by = PROMPT_LIMIT if options.teacher_prompt is None else TEACHER_LIMIT
+        self._check_rows("teacher", self.teacher, self._for_teacher, soft_prompt=vectors, limit_by=by)
         self.settle_precision()
+        measured = "the errors and the teacher's continuations are of"
+        runs = dict.fromkeys([*options.student, *([] if path is None else [str(path)])])
+        notes += [*told, *context_notes(options, options.teacher, self.sets, runs, measured)]
         for note in notes:
             say(note)
         notes += [*self.row_notes, *self.precision_notes()]
         self.results = Results(kind="exposure-bias", config=merged_config(options, {}), notes=notes)
         self._of_teacher = model_record(options.teacher, self.teacher)
+        self._of_teacher.context = recorded_context(options.teacher_prompt, *self.sets.values())
         self.results.models[f"teacher {label_of(options.teacher)}"] = self._of_teacher
         for source, (label, data) in zip(options.data, self.sets.items(), strict=True):
             self.results.data[label] = data_record(source, data)
         self._by_teacher: dict[str, Samples] = {}
 
-    def _check_rows(self, role: str, model: Any) -> None:
-        for data in self.sets.values():
-            check_row_ids(role, model, data.examples, responses=False)
+    def _rows(self, data: str) -> list[EncodedExample]:
+        return self.sets[data].examples
+
+    def _for_teacher(self, data: str) -> list[EncodedExample]:
+        return [row.for_teacher() for row in self._rows(data)]
+
+    def _check_rows(self, role: str, model: Any, rows_of: Rows, **how: Any) -> None:
+        rows = [row for data in self.sets for row in rows_of(data)]
+        check_row_ids(role, model, rows, responses=False)
+        longest = max(len(row.prompt_ids) for row in rows)
+        check_positions(role, model, longest, self.options.max_completion_length, **how)
 
     def settings(self) -> dict[str, Any]:
         """What the curves depend on, apart from the students themselves."""
         prompts = {label: [row.prompt_ids for row in data.examples] for label, data in self.sets.items()}
         prompt = None if self.prompt is None else self.prompt.tolist()
+        read = {label: [row.prompt_ids for row in self._for_teacher(label)] for label in self.sets}
+        contexts = {"contexts_sha256": sha256(repr(read).encode()).hexdigest()} if read != prompts else {}
         return {
             **{name: vars(self.options)[name] for name in _SETTINGS},
             "teacher_sha256": self._of_teacher.sha256 or self._of_teacher.path,
@@ -112,14 +137,15 @@ class _ExposureRun(InferenceRun):
             "precision": self.precision,
             "teacher_dtype": self.teacher_dtype,
             "vocabulary": [self.vocabulary.size, *self.vocabulary.masked],
+            **contexts,
         }
 
     def on(self, text: str, data: str) -> str:
         return f"{text} on {data}" if len(self.sets) > 1 else text
 
-    def sample(self, title: str, data: str, model: Any, prompt: Tensor | None = None) -> Samples:
+    def sample(self, title: str, data: str, model: Any, rows_of: Rows, prompt: Tensor | None = None) -> Samples:
         draws, started, title = self.options.samples_per_row, time.perf_counter(), self.on(title, data)
-        rows = self.sets[data].examples
+        rows = rows_of(data)
         tell = partial(progress_lines(f"Sampling {title}", len(rows) * draws), "continuations")
         decoding = self.decoding(self.tokenizer, model, seed=self.options.seed)
         decoding = replace(decoding, vocabulary=self.vocabulary.size, masked_ids=self.vocabulary.masked)
@@ -133,14 +159,13 @@ class _ExposureRun(InferenceRun):
 
     def by_teacher(self, data: str) -> Samples:
         if data not in self._by_teacher:
-            self._by_teacher[data] = self.sample("the teacher", data, self.teacher, self.prompt)
+            self._by_teacher[data] = self.sample("the teacher", data, self.teacher, self._for_teacher, self.prompt)
         return self._by_teacher[data]
 
     def measure(self, label: str, path: str, kept: ResumableLines) -> dict[str, ExposureBias]:
         """A student on every data set; what `kept` holds of its very weights, as of a last checkpoint, counts."""
         options, results, student = self.options, self.results, self.load_model(path)
-        self._check_rows(f"student {label}", student)
-        check_positions(f"student {label}", student, self._longest, options.max_completion_length)
+        self._check_rows(f"student {label}", student, self._rows)
         record = results.models[label] = model_record(path, student)
         results.notes += [each for each in self.merged if each not in results.notes]
         found, weights = {}, record.sha256 or record.path  # a hub name has no hash
@@ -166,18 +191,20 @@ class _ExposureRun(InferenceRun):
                 "max_new_tokens": options.max_completion_length,
                 "seeds": [options.seed + draw for draw in range(options.samples_per_row)],
             }
+            if self._of_teacher.context:
+                settings["context"] = self._of_teacher.context
             curve = Curve(name="exposure_bias", model=label, data=data, settings=settings, points=measured.points)
             results.curves.append(curve)
         return found
 
     def _measure(self, label: str, data: str, student: Any) -> ExposureBias:
-        options, rows = self.options, self.sets[data].examples
-        theirs, mine = self.by_teacher(data), self.sample(label, data, student)
+        options, rows = self.options, self._rows(data)
+        theirs, mine = self.by_teacher(data), self.sample(label, data, student, self._rows)
         title, started = self.on(label, data), time.perf_counter()
         tell = progress_lines(f"Scoring {title}", 2 * len(rows) * options.samples_per_row)
         check_heads(self.vocabulary, student=student, teacher=self.teacher)
-        scoring = Scoring(self.prompt, self.vocabulary, on_batch=partial(tell, "continuations"))
-        prompts = [row.prompt_ids for row in rows]
+        prompts, contexts = [row.prompt_ids for row in rows], [row.teacher_prompt_ids for row in rows]
+        scoring = Scoring(self.prompt, self.vocabulary, contexts=contexts, on_batch=partial(tell, "continuations"))
         with self.computing():
             measured = exposure_bias(student, self.teacher, prompts, mine, theirs, scoring, ended=options.ended)
         self.results.timings[f"scoring {title}"] = time.perf_counter() - started
@@ -225,15 +252,15 @@ def _students(options: Options) -> dict[str, str]:
 
 def _requests(job: InferenceRun) -> tuple[Any, dict[str, EncodedData], Vocabulary, list[str]]:
     """The tokenizer and the rows, which must be the same for every student; the tokens that all share, with notes."""
-    options = job.options
+    options, contexts = job.options, measured_teacher_prompts(job.options)
     teacher, *tokenizers = map(job.load_tokenizer, (options.teacher, *options.student))
     shared = [job.share(tokenizer, teacher) for tokenizer in tokenizers]
     sets = {}
     for source in options.data:
-        first, *others = [job.read_rows(source, tokenizer, options.limit) for tokenizer in tokenizers]
-        prompts = [row.prompt_ids for row in first.examples]
+        first, *others = [job.read_rows(source, each, options.limit, teacher=contexts) for each in tokenizers]
+        prompts = [(row.prompt_ids, row.teacher_prompt_ids) for row in first.examples]
         for path, other in zip(options.student[1:], others, strict=True):
-            if [row.prompt_ids for row in other.examples] != prompts:
+            if [(row.prompt_ids, row.teacher_prompt_ids) for row in other.examples] != prompts:
                 differing = f"{path} and {options.student[0]} render them differently"
                 advice = "Give a --template, or measure them one by one."
                 raise RequestError(f"The students must read the same requests: {differing}. {advice}")

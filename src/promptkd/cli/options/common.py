@@ -62,6 +62,16 @@ class TeacherPrecision:
 
 
 @dataclass(kw_only=True)
+class TeacherContext(TeacherPrecision):
+    teacher_prompt: str | None = None
+    """A text, or a file that holds one, that the teacher alone reads before each request, as in distill: Jinja of the
+    row's fields; a row's column teacher_prompt takes its place. '' has the column read alone. By default the teacher
+    reads what the student reads. See docs/context-teachers.md."""
+    max_teacher_prompt_length: int | None = option(None, at_least=1)
+    """Most tokens of a teacher's prompt with its context, 1024 by default; rows above it are dropped and counted."""
+
+
+@dataclass(kw_only=True)
 class Training:
     data: str
     """Training rows: a JSONL, .jsonl.gz, Parquet or CSV file, a folder, or a hub data set."""

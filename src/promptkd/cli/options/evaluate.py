@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from promptkd.cli.options.common import LESS_MEMORY_TO_DECODE, Measuring, Sampling, TeacherPrecision
+from promptkd.cli.options.common import LESS_MEMORY_TO_DECODE, Measuring, Sampling, TeacherContext
 from promptkd.settings import option
 
 RESUMED_BY: tuple[str, ...] = ()
@@ -19,7 +19,7 @@ LESS_MEMORY = LESS_MEMORY_TO_DECODE
 
 
 @dataclass(kw_only=True)
-class Options(Sampling, Measuring, TeacherPrecision):
+class Options(Sampling, Measuring, TeacherContext):
     model: str
     """The model to score: a hub name, folder, run folder or GGUF file."""
     data: list[str]

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from promptkd.cli.options.common import LESS_MEMORY_TO_DECODE, Measuring, TeacherPrecision
+from promptkd.cli.options.common import LESS_MEMORY_TO_DECODE, Measuring, TeacherContext
 from promptkd.settings import option
 
 LESS_MEMORY = LESS_MEMORY_TO_DECODE
 
 
 @dataclass(kw_only=True)
-class Options(Measuring, TeacherPrecision):
+class Options(Measuring, TeacherContext):
     student: list[str]
     """The students: hub names, folders, run folders or GGUF files."""
     teacher: str
