@@ -18,7 +18,15 @@ from promptkd.engine.heads import Head, HeadBackend, Projection
 from promptkd.engine.resolve import engine_for
 from promptkd.objectives.coarse import coarse_kernel
 from promptkd.objectives.divergences import Direction, shared_log_probs
-from promptkd.objectives.kernels import Kernel, Kernels, Metrics, Objective, objective_kernel, prompt_kernel
+from promptkd.objectives.kernels import (
+    Kernel,
+    Kernels,
+    Metrics,
+    Objective,
+    accuracy_kernel,
+    objective_kernel,
+    prompt_kernel,
+)
 from promptkd.objectives.response_kernels import Skew, on_policy_kernel, skew_kernel
 
 HiddenAndHead = tuple[Tensor, Head]
@@ -62,9 +70,15 @@ def chunked_coarse(
     return _chunked(coarse_kernel(objective), student, [ids, log_probs], chunk)
 
 
-def chunked_cross_entropy(student: HiddenAndHead, labels: Tensor, *, chunk: int | None = None) -> ChunkedLoss:
-    """Sum over tokens of -log q(y) for the tokens y in `labels`, (N,). All else as in `chunked_objective`."""
-    return _chunked(_kernels(student).cross_entropy, student, [labels], chunk)
+def chunked_cross_entropy(
+    student: HiddenAndHead, labels: Tensor, *, accuracy: bool = False, chunk: int | None = None
+) -> ChunkedLoss:
+    """Sum over tokens of -log q(y) for the tokens y in `labels`, (N,), with the metric "entropy".
+
+    With `accuracy`, "correct" is the number of tokens y that are the most probable. All else as in `chunked_objective`.
+    """
+    kernel = _kernels(student).cross_entropy
+    return _chunked(accuracy_kernel(kernel) if accuracy else kernel, student, [labels], chunk)
 
 
 def chunked_on_policy_gradient(

@@ -106,10 +106,7 @@ class Pair:
 
     def cross_entropy(self, which: Role, hidden: Tensor, targets: Tensor) -> ChunkedLoss:
         """Sum over the tokens of -log q(y), y = `targets`; the metric "entropy" is that model's."""
-        if heads := self._heads(which):
-            return chunked_cross_entropy((hidden, heads[0]), targets, chunk=self.chunk)
-        logits = self.logits(which, hidden)
-        return with_entropy(cross_entropy(logits, targets, reduction="sum"), logits)
+        return token_cross_entropy(self._model(which), hidden, targets, vocabulary=self.vocabulary, chunk=self.chunk)
 
     def prompt_loss(
         self, prompted: Tensor, student: Tensor, plain: Tensor | None, *, weight: float = 0.0, **directions: Direction
@@ -151,6 +148,31 @@ class Pair:
         known = {id(model): linear_head(model) for model in models}  # a sharded head is gathered once for all its roles
         heads = [head.limited_to(self.vocabulary) for model in models if (head := known[id(model)]) is not None]
         return heads if len(heads) == len(models) else None
+
+
+def token_cross_entropy(
+    model: nn.Module,
+    hidden: Tensor,
+    targets: Tensor,
+    *,
+    vocabulary: Vocabulary | int | None = None,
+    accuracy: bool = False,
+    chunk: int | None = None,
+) -> ChunkedLoss:
+    """Sum over the tokens of -log q(y), y = `targets` (N,), of a model's head on its hidden states (N, H).
+
+    Args:
+        vocabulary: the tokens that q is over, or how many; None for every column of the head.
+        accuracy: whether to count, as the metric "correct" beside "entropy", the y that are the most probable token.
+        chunk: tokens per chunk of logits; None for the device's, 0 for all.
+    """
+    head = None if chunk == 0 else linear_head(model)
+    if head is not None:
+        return chunked_cross_entropy((hidden, head.limited_to(vocabulary)), targets, accuracy=accuracy, chunk=chunk)
+    logits = head_logits(model, hidden, vocabulary=vocabulary)
+    loss = with_entropy(cross_entropy(logits, targets, reduction="sum"), logits)
+    correct = {"correct": (logits.argmax(-1) == targets).sum()} if accuracy else {}
+    return ChunkedLoss(loss.total, loss.metrics | correct)
 
 
 def with_entropy(total: Tensor, logits: Tensor, target: Tensor | None = None) -> ChunkedLoss:
