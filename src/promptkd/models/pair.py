@@ -18,9 +18,10 @@ from promptkd.engine.chunked_loss import (
     chunked_on_policy_gradient,
     chunked_prompt_loss,
     chunked_skew_kl,
+    chunked_weighted,
 )
 from promptkd.engine.heads import Head, Vocabulary, head_logits, linear_head
-from promptkd.objectives import prompt_loss_terms, skew_forward_kl, skew_reverse_kl
+from promptkd.objectives import prompt_loss_terms, reverse_kl, skew_forward_kl, skew_reverse_kl
 from promptkd.objectives.coarse import check_coarse, coarse_log_probs
 from promptkd.objectives.divergences import Direction
 from promptkd.objectives.kernels import token_values, top_overlap
@@ -94,6 +95,31 @@ class Pair:
         else:
             values = skew_reverse_kl(logits, target, alpha=alpha, constant_mixture=True)
         return with_entropy((weight * values).sum(), logits, target)
+
+    def weighted(
+        self,
+        student_hidden: Tensor,
+        targets: Tensor,
+        weight: Tensor,
+        teacher_hidden: Tensor | None = None,
+        kl_weight: Tensor | None = None,
+    ) -> ChunkedLoss:
+        """Sum over the tokens of weight · log q(y) + kl_weight · `reverse_kl`, y = `targets`.
+
+        The weights are constants of each token, (N,). The metrics are those of `student_loss`; without a teacher there
+        is no second term and no "top_overlap".
+        """
+        if teacher_hidden is None or kl_weight is None:
+            if heads := self._heads("student"):
+                return chunked_weighted((student_hidden, heads[0]), targets, weight, chunk=self.chunk)
+            logits = self.logits("student", student_hidden)
+            return with_entropy((weight * log_probs(logits, targets)).sum(), logits)
+        if heads := self._heads("student", "teacher"):
+            student, teacher = (student_hidden, heads[0]), (teacher_hidden.detach(), heads[1])
+            return chunked_weighted(student, targets, weight, teacher, kl_weight, chunk=self.chunk)
+        logits, target = self._both_logits(student_hidden, teacher_hidden)
+        values = weight * log_probs(logits, targets) + kl_weight * reverse_kl(logits, target)
+        return with_entropy(values.sum(), logits, target)
 
     def log_probs(self, student_hidden: Tensor, teacher_hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities of the tokens `targets` under student and teacher, (N,) each, without a graph."""
