@@ -19,6 +19,7 @@ from promptkd.engine import (
     chunked_on_policy_gradient,
     chunked_prompt_loss,
     chunked_skew_kl,
+    chunked_weighted,
     engine_for,
 )
 from promptkd.objectives import (
@@ -343,6 +344,29 @@ def test_the_on_policy_gradient_at_any_shape_equals_the_plain_one(shape, seed, d
     if shape.tokens:
         expected = chunked_objective(reverse_kl, *models, chunk=shape.chunk).metrics
         expected["sampled_kl"] = (log_q - log_p).detach().sum()
+        assert chunked.metrics.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(chunked.metrics[name], value, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.slow
+@settings(deadline=None, max_examples=60)
+@given(shape=shapes(), seed=st.integers(0, 999))
+def test_weighted_log_probabilities_and_kls_at_any_shape_equal_the_plain_ones(shape, seed, device):
+    models, leaves, (student, teacher) = both_models(shape, seed, device)
+    there = [each for each in range(shape.words) if each not in shape.absent[0] | shape.absent[1]]
+    labels = torch.tensor([there[each % len(there)] for each in range(shape.tokens)], dtype=torch.long, device=device)
+    weight, kl_weight = (random(shape.tokens, seed=seed + each, device=device) for each in (5, 6))
+    chunked = chunked_weighted(models[0], labels, weight, models[1], kl_weight, chunk=shape.chunk)
+    plain = (weight * label_log_probs(student, labels) + kl_weight * reverse_kl(student, teacher)).sum()
+    torch.testing.assert_close(chunked.total, plain, rtol=1e-10, atol=1e-12)
+    same_gradients(0.37 * chunked.total, 0.37 * plain, *leaves)
+    alone = chunked_weighted(models[0], labels, weight, chunk=shape.chunk)
+    plain = (weight * label_log_probs(logits(models[0][1], leaves[0]), labels)).sum()
+    torch.testing.assert_close(alone.total, plain, rtol=1e-10, atol=1e-12)
+    same_gradients(0.37 * alone.total, 0.37 * plain, *leaves)
+    if shape.tokens:
+        expected = chunked_objective(reverse_kl, *models, chunk=shape.chunk).metrics
         assert chunked.metrics.keys() == expected.keys()
         for name, value in expected.items():
             torch.testing.assert_close(chunked.metrics[name], value, rtol=1e-10, atol=1e-12)

@@ -18,6 +18,7 @@ from promptkd.cli import main
 
 CHECKS = (
     "fixed",
+    "tuned",
     "contrast",
     "empty",
     "early",

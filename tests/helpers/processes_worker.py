@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from helpers.kept import keep
-from helpers.tiny import VOCABULARY, tiny_model
+from helpers.tiny import VOCABULARY, tiny_model, tiny_tokenizer
 from helpers.trainers import FixedResponses, log, pair, rows, trainer
 from helpers.vllm_server import answer, connect, serving
 from promptkd.engine import Head, chunked_objective, linear_head
@@ -26,6 +26,7 @@ from promptkd.methods import Method, MethodSettings, named_method
 from promptkd.models.adapters import SoftPromptFactory
 from promptkd.objectives import Taid, reverse_kl
 from promptkd.responses import AdaptiveReplay, ResponseMix, Responses
+from promptkd.training import FinetuneConfig, FinetuneTrainer
 
 ON_POLICY = Method(ResponseMix(1.0), reverse_kl, SoftPromptFactory)
 WINDOW = 16
@@ -66,6 +67,17 @@ def fixed(folder: Path) -> dict:
     run = made(folder, eval_data=rows(5, seed=3), eval_strategy="steps", eval_steps=2)
     run.train()
     return outcome(run)
+
+
+def tuned(folder: Path) -> dict:
+    """Losses, metrics and model after three steps of fine-tuning, on rows of one to eight response tokens."""
+    settings = {"max_steps": 3, "lr_scheduler_type": "constant", "learning_rate": 1e-3, "save_strategy": "no"}
+    sizes = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4 // processes()}
+    args = FinetuneConfig(str(folder), **settings, **sizes, report_to="none", disable_tqdm=True, use_cpu=True)
+    run = FinetuneTrainer(pair()[0], args, rows(48), None, tiny_tokenizer())
+    run.train()
+    student = run.accelerator.get_state_dict(run.model_wrapped)
+    return {"log": log(run), "student": {name: weight.clone() for name, weight in (student or {}).items()}}
 
 
 def contrast(folder: Path) -> dict:
@@ -238,6 +250,7 @@ def sharded(folder: Path) -> dict:
     held = [sum(each.to_local().numel() for each in model.parameters()) for model in models]
     seen = {"fixed": outcome(run), "shares": [one / all for one, all in zip(held, whole_numbers, strict=True)]}
     seen["units"] = [len(each) for each in units]
+    seen["tuned"] = tuned(folder / "tuned")
     seen["early"] = early_sharded(folder / "early")
     settings = {"save_strategy": "steps", "save_steps": 2}
     first = made(folder / "first", **settings)
@@ -332,6 +345,7 @@ CHECKS = {
         heads,
         sharded,
         kept,
+        tuned,
         zero2,
         zero3,
     )

@@ -123,7 +123,7 @@ def test_the_message_says_how_much_was_held_and_asked_for(world, tmp_path, capsy
 
 @pytest.mark.slow
 def test_fine_tuning_names_its_batch(world, tmp_path, capsys, monkeypatch):
-    fail_in_second_step(monkeypatch, promptkd.training.sft.SFTTrainer, "compute_loss", CUDA)
+    fail_in_second_step(monkeypatch, promptkd.training.sft, "response_hidden", CUDA)
     ran = run(capsys, *sft(world, tmp_path / "run", "--save_steps", 1))
     assert ran.status == 1
     assert "Out of memory in the training phase of step 2, on 4 rows, the longest of " in ran.err

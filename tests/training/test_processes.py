@@ -45,7 +45,8 @@ def one(tmp_path_factory):
     """What this process sees alone."""
     folder = tmp_path_factory.mktemp("one")
     return {
-        name: processes_worker.CHECKS[name](folder / name) for name in ("fixed", "contrast", "moving", "uneven", "kept")
+        name: processes_worker.CHECKS[name](folder / name)
+        for name in ("fixed", "contrast", "moving", "uneven", "kept", "tuned")
     }
 
 
@@ -85,6 +86,17 @@ def test_kept_logits_are_read_by_each_process(one, two):
             assert mine["student_kl"] == pytest.approx(other["student_kl"], rel=1e-5)
         for name, weight in ours["student"].items():
             torch.testing.assert_close(weight, one["kept"]["student"][name], rtol=1e-5, atol=1e-5)
+
+
+def test_fine_tuning_is_the_same_on_two_processes_also_sharded(one, two):
+    _, seen = two
+    for ours in (*seen["tuned"], seen["sharded"][0]["tuned"]):
+        assert len(ours["log"]) == len(one["tuned"]["log"]) == 3
+        for mine, other in zip(ours["log"], one["tuned"]["log"], strict=True):
+            for name in ("loss", "grad_norm", "num_tokens"):  # the other metrics are means of micro-batches' means
+                assert mine[name] == pytest.approx(other[name], rel=1e-5)
+        for name, weight in ours["student"].items():
+            torch.testing.assert_close(weight, one["tuned"]["student"][name], rtol=1e-5, atol=1e-5)
 
 
 def test_one_process_of_four_micro_batches_is_two_of_two(one, two):

@@ -510,6 +510,7 @@ def test_generates_cache_is_taken_where_generate_decodes(tmp_path):
     [
         {"assistant_only_loss": True},
         {"completion_only_loss": False},
+        {"padding_free": True},
         {"dataset_text_field": "x"},
         {"eos_token": "x"},
         {"chat_template_path": "x"},

@@ -76,6 +76,7 @@ DISTILLATION_METHODS = {
 }
 FINETUNING_METHODS = {
     # overridden
+    "compute_loss": ["model", "inputs", "return_outputs", "num_items_in_batch"],
     "training_step": ["args", "kwargs"],  # passed on as they come
 }
 CALLED_FROM_OUTSIDE = {
@@ -87,7 +88,9 @@ SHARED_ATTRIBUTES = {"accelerator", "args", "model", "model_wrapped", "optimizer
 DISTILLATION_ATTRIBUTES = {
     *("_train_batch_size", "eval_dataset", "loss_is_scaled_for_ga", "processing_class", "train_dataset"),
 }
-FINETUNING_ATTRIBUTES = {"_metrics", "_tag_names", "padding_free"}
+FINETUNING_ATTRIBUTES = {
+    *("_metrics", "_tag_names", "_total_train_tokens", "aux_loss_enabled", "compute_loss_func", "label_smoother"),
+}
 READ_FROM_OUTSIDE = {"callback_handler", "control", "is_deepspeed_enabled", "is_fsdp_enabled", "lr_scheduler"}
 WHILE_TRAINING = {"_globalstep_last_logged", "_tr_loss"}  # what a logged line to come is made of
 COUNTED_BY_TRL = {"_total_train_tokens"}  # by SFTTrainer, among the metrics
@@ -223,7 +226,7 @@ def test_the_tables_name_all_fields_of_trls_arguments_that_we_read():
 @pytest.mark.parametrize(("ours", "config"), [(DistillTrainer, DistillConfig), (FinetuneTrainer, FinetuneConfig)])
 def test_the_arguments_have_what_we_read(tmp_path, ours, config):
     args = config(output_dir=str(tmp_path), report_to="none", use_cpu=True)
-    files = (each for each in sorted(TRAINING.glob("*.py")) if ours is DistillTrainer or each.name == "sft.py")
+    files = (each for each in sorted(TRAINING.glob("*.py")) if (each.name == "sft.py") == (ours is FinetuneTrainer))
     read = attributes_of("args", *(ast.parse(each.read_text(encoding="utf-8")) for each in files))
     assert read
     missing = read - set(dir(args))

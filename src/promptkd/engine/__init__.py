@@ -20,6 +20,7 @@ from promptkd.engine.chunked_loss import (
     chunked_on_policy_gradient,
     chunked_prompt_loss,
     chunked_skew_kl,
+    chunked_weighted,
 )
 from promptkd.engine.heads import Head, Vocabulary, head_logits, head_size, linear_head
 from promptkd.engine.resolve import engine_for, first_verified, rolls_back

@@ -18,8 +18,22 @@ from promptkd.engine.heads import Head, HeadBackend, Projection
 from promptkd.engine.resolve import engine_for
 from promptkd.objectives.coarse import coarse_kernel
 from promptkd.objectives.divergences import Direction, shared_log_probs
-from promptkd.objectives.kernels import Kernel, Kernels, Metrics, Objective, objective_kernel, prompt_kernel
-from promptkd.objectives.response_kernels import Skew, on_policy_kernel, skew_kernel
+from promptkd.objectives.kernels import (
+    Kernel,
+    Kernels,
+    Metrics,
+    Objective,
+    accuracy_kernel,
+    objective_kernel,
+    prompt_kernel,
+)
+from promptkd.objectives.response_kernels import (
+    Skew,
+    on_policy_kernel,
+    skew_kernel,
+    weighted_kernel,
+    weighted_kl_kernel,
+)
 
 HiddenAndHead = tuple[Tensor, Head]
 """Hidden states (N, H) of N tokens, and the head that projects them to logits (N, V)."""
@@ -62,9 +76,15 @@ def chunked_coarse(
     return _chunked(coarse_kernel(objective), student, [ids, log_probs], chunk)
 
 
-def chunked_cross_entropy(student: HiddenAndHead, labels: Tensor, *, chunk: int | None = None) -> ChunkedLoss:
-    """Sum over tokens of -log q(y) for the tokens y in `labels`, (N,). All else as in `chunked_objective`."""
-    return _chunked(_kernels(student).cross_entropy, student, [labels], chunk)
+def chunked_cross_entropy(
+    student: HiddenAndHead, labels: Tensor, *, accuracy: bool = False, chunk: int | None = None
+) -> ChunkedLoss:
+    """Sum over tokens of -log q(y) for the tokens y in `labels`, (N,), with the metric "entropy".
+
+    With `accuracy`, "correct" is the number of tokens y that are the most probable. All else as in `chunked_objective`.
+    """
+    kernel = _kernels(student).cross_entropy
+    return _chunked(accuracy_kernel(kernel) if accuracy else kernel, student, [labels], chunk)
 
 
 def chunked_on_policy_gradient(
@@ -95,6 +115,27 @@ def chunked_skew_kl(
     """
     kernel = skew_kernel(skew, absent_tokens=_have_absent(student, teacher))
     return _chunked(kernel, student, [teacher, alpha, weight], chunk)
+
+
+def chunked_weighted(
+    student: HiddenAndHead,
+    labels: Tensor,
+    weight: Tensor,
+    teacher: HiddenAndHead | None = None,
+    kl_weight: Tensor | None = None,
+    *,
+    chunk: int | None = None,
+) -> ChunkedLoss:
+    """Sum over tokens of weight · log q(y) + kl_weight · `reverse_kl` for the tokens y in `labels`, (N,).
+
+    Args:
+        weight, kl_weight: constants of each token, (N,). All else as in `chunked_objective`; the metrics are not
+            weighted. Without a teacher there is no second term and no "top_overlap".
+    """
+    if teacher is None or kl_weight is None:
+        return _chunked(weighted_kernel(_kernels(student)), student, [labels, weight], chunk)
+    kernel = weighted_kl_kernel(_kernels(student), absent_tokens=_have_absent(student, teacher))
+    return _chunked(kernel, student, [labels, weight, kl_weight, teacher], chunk)
 
 
 @torch.no_grad()

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from promptkd.data.batch import right_pad
 from promptkd.engine import ChunkedLoss
 from promptkd.methods.method import AdaptedMethod, Method, Step
-from promptkd.models.pair import log_probs, with_entropy
-from promptkd.objectives.sequence import ResponseLogProbs, dpkd
+from promptkd.objectives.sequence import ResponseLogProbs, dpkd, value_and_weights
 from promptkd.responses import ResponseMix
 from promptkd.settings import Reader, option
 
@@ -35,13 +35,20 @@ class DPKD(AdaptedMethod):
         """-log σ of the difference in log-ratio, summed over the rows (equations 8 and 9)."""
         prompts, responses = [row.prompt_ids for row in step.rows], [row.response_ids for row in step.rows]
         chosen = right_pad(prompts, responses, device=step.batch.input_ids.device)
-        sides = []
-        for batch, hidden in ((chosen, step.hidden_of_student(chosen)), (step.batch, step.student_hidden)):
-            logits = step.pair.logits("student", hidden)
-            target = step.pair.logits("teacher", step.teacher_hidden(batch)).detach()
-            log_q, log_p = log_probs(logits, batch.targets), log_probs(target, batch.targets)
-            mask = batch.by_row(torch.ones_like(log_p)) > 0
-            sides.append(ResponseLogProbs(batch.by_row(log_q), batch.by_row(log_p), mask))
-        beta, normalized = self.dpkd_beta, self.length_normalization
-        values = dpkd(*sides, beta=beta, level=self.dpkd_level, length_normalization=normalized)
-        return with_entropy(values.sum(), logits)
+        sides = [(chosen, step.hidden_of_student(chosen)), (step.batch, step.student_hidden)]
+        found = [step.pair.log_probs(each, step.teacher_hidden(batch), batch.targets) for batch, each in sides]
+
+        def preference(*log_q: Tensor) -> Tensor:
+            compared = [
+                ResponseLogProbs(batch.by_row(q), batch.by_row(p), batch.by_row(torch.ones_like(p)) > 0)
+                for (batch, _), q, (_, p) in zip(sides, log_q, found, strict=True)
+            ]
+            beta, normalized = self.dpkd_beta, self.length_normalization
+            return dpkd(*compared, beta=beta, level=self.dpkd_level, length_normalization=normalized).sum()
+
+        log_q = [each for each, _ in found]
+        total, weights = value_and_weights(preference, *log_q)
+        for (batch, hidden), own, weight in zip(sides, log_q, weights, strict=True):
+            loss = step.pair.weighted(hidden, batch.targets, weight)
+            total = total + loss.total - (weight * own).sum()
+        return ChunkedLoss(total, loss.metrics)  # of the student's own responses

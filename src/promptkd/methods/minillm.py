@@ -4,13 +4,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from promptkd.engine import ChunkedLoss
 from promptkd.errors import RequestError
 from promptkd.methods.method import AdaptedMethod, Method, Step
-from promptkd.models.pair import log_probs, with_entropy
-from promptkd.objectives.divergences import reverse_kl
-from promptkd.objectives.sequence import minillm
+from promptkd.objectives.sequence import minillm, value_and_weights
 from promptkd.responses import TeacherMixed
 from promptkd.settings import Reader, option
 
@@ -38,23 +37,29 @@ class MiniLLM(AdaptedMethod):
 
     def loss(self, step: Step) -> ChunkedLoss:
         """The surrogate of equation 7, summed over the tokens; its weights undo the sampler's α."""
-        batch = step.batch
-        logits = step.pair.logits("student", step.student_hidden)
-        target = step.pair.logits("teacher", step.teacher_hidden(batch)).detach()
-        log_q, log_p = log_probs(logits, batch.targets), log_probs(target, batch.targets)
+        batch, hidden = step.batch, step.student_hidden
+        target = step.teacher_hidden(batch)
+        log_q, log_p = step.pair.log_probs(hidden, target, batch.targets)
         behavior = None
         if self.teacher_mix > 0:
             shares = torch.tensor([1 - self.teacher_mix, self.teacher_mix], dtype=log_q.dtype, device=log_q.device)
-            behavior = batch.by_row(torch.logaddexp(log_q.detach() + shares[0].log(), log_p + shares[1].log()))
+            behavior = batch.by_row(torch.logaddexp(log_q + shares[0].log(), log_p + shares[1].log()))
         mask = batch.by_row(torch.ones_like(log_p)) > 0
-        values = minillm(
-            batch.by_row(log_q),
-            batch.by_row(log_p),
-            batch.by_row(reverse_kl(logits, target)),
-            mask,
-            log_behavior=behavior,
-            importance=self.importance,
-            length_normalization=self.length_normalization,
-            clip_ratio=self.clip_ratio,
-        )
-        return with_entropy(values.sum(), logits, target)
+
+        def surrogate(log_q: Tensor, single_step: Tensor) -> Tensor:
+            values = minillm(
+                batch.by_row(log_q),
+                batch.by_row(log_p),
+                batch.by_row(single_step),
+                mask,
+                log_behavior=behavior,
+                importance=self.importance,
+                length_normalization=self.length_normalization,
+                clip_ratio=self.clip_ratio,
+            )
+            return values.sum()
+
+        # linear in the single-step KLs, so that 0 stands for them
+        value, (weight, kl_weight) = value_and_weights(surrogate, log_q, torch.zeros_like(log_q))
+        loss = step.pair.weighted(hidden, batch.targets, weight, target, kl_weight)
+        return ChunkedLoss(loss.total + value - (weight * log_q).sum(), loss.metrics)

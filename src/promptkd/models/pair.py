@@ -18,9 +18,10 @@ from promptkd.engine.chunked_loss import (
     chunked_on_policy_gradient,
     chunked_prompt_loss,
     chunked_skew_kl,
+    chunked_weighted,
 )
 from promptkd.engine.heads import Head, Vocabulary, head_logits, linear_head
-from promptkd.objectives import prompt_loss_terms, skew_forward_kl, skew_reverse_kl
+from promptkd.objectives import prompt_loss_terms, reverse_kl, skew_forward_kl, skew_reverse_kl
 from promptkd.objectives.coarse import check_coarse, coarse_log_probs
 from promptkd.objectives.divergences import Direction
 from promptkd.objectives.kernels import token_values, top_overlap
@@ -95,6 +96,31 @@ class Pair:
             values = skew_reverse_kl(logits, target, alpha=alpha, constant_mixture=True)
         return with_entropy((weight * values).sum(), logits, target)
 
+    def weighted(
+        self,
+        student_hidden: Tensor,
+        targets: Tensor,
+        weight: Tensor,
+        teacher_hidden: Tensor | None = None,
+        kl_weight: Tensor | None = None,
+    ) -> ChunkedLoss:
+        """Sum over the tokens of weight · log q(y) + kl_weight · `reverse_kl`, y = `targets`.
+
+        The weights are constants of each token, (N,). The metrics are those of `student_loss`; without a teacher there
+        is no second term and no "top_overlap".
+        """
+        if teacher_hidden is None or kl_weight is None:
+            if heads := self._heads("student"):
+                return chunked_weighted((student_hidden, heads[0]), targets, weight, chunk=self.chunk)
+            logits = self.logits("student", student_hidden)
+            return with_entropy((weight * log_probs(logits, targets)).sum(), logits)
+        if heads := self._heads("student", "teacher"):
+            student, teacher = (student_hidden, heads[0]), (teacher_hidden.detach(), heads[1])
+            return chunked_weighted(student, targets, weight, teacher, kl_weight, chunk=self.chunk)
+        logits, target = self._both_logits(student_hidden, teacher_hidden)
+        values = weight * log_probs(logits, targets) + kl_weight * reverse_kl(logits, target)
+        return with_entropy(values.sum(), logits, target)
+
     def log_probs(self, student_hidden: Tensor, teacher_hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities of the tokens `targets` under student and teacher, (N,) each, without a graph."""
         if heads := self._heads("student", "teacher"):
@@ -106,10 +132,7 @@ class Pair:
 
     def cross_entropy(self, which: Role, hidden: Tensor, targets: Tensor) -> ChunkedLoss:
         """Sum over the tokens of -log q(y), y = `targets`; the metric "entropy" is that model's."""
-        if heads := self._heads(which):
-            return chunked_cross_entropy((hidden, heads[0]), targets, chunk=self.chunk)
-        logits = self.logits(which, hidden)
-        return with_entropy(cross_entropy(logits, targets, reduction="sum"), logits)
+        return token_cross_entropy(self._model(which), hidden, targets, vocabulary=self.vocabulary, chunk=self.chunk)
 
     def prompt_loss(
         self, prompted: Tensor, student: Tensor, plain: Tensor | None, *, weight: float = 0.0, **directions: Direction
@@ -151,6 +174,31 @@ class Pair:
         known = {id(model): linear_head(model) for model in models}  # a sharded head is gathered once for all its roles
         heads = [head.limited_to(self.vocabulary) for model in models if (head := known[id(model)]) is not None]
         return heads if len(heads) == len(models) else None
+
+
+def token_cross_entropy(
+    model: nn.Module,
+    hidden: Tensor,
+    targets: Tensor,
+    *,
+    vocabulary: Vocabulary | int | None = None,
+    accuracy: bool = False,
+    chunk: int | None = None,
+) -> ChunkedLoss:
+    """Sum over the tokens of -log q(y), y = `targets` (N,), of a model's head on its hidden states (N, H).
+
+    Args:
+        vocabulary: the tokens that q is over, or how many; None for every column of the head.
+        accuracy: whether to count, as the metric "correct" beside "entropy", the y that are the most probable token.
+        chunk: tokens per chunk of logits; None for the device's, 0 for all.
+    """
+    head = None if chunk == 0 else linear_head(model)
+    if head is not None:
+        return chunked_cross_entropy((hidden, head.limited_to(vocabulary)), targets, accuracy=accuracy, chunk=chunk)
+    logits = head_logits(model, hidden, vocabulary=vocabulary)
+    loss = with_entropy(cross_entropy(logits, targets, reduction="sum"), logits)
+    correct = {"correct": (logits.argmax(-1) == targets).sum()} if accuracy else {}
+    return ChunkedLoss(loss.total, loss.metrics | correct)
 
 
 def with_entropy(total: Tensor, logits: Tensor, target: Tensor | None = None) -> ChunkedLoss:

@@ -57,6 +57,17 @@ def objective_kernel(objective: Objective, kernels: Kernels, *, absent_tokens: b
     return partial(_with_overlap, partial(_by_autograd, plain))
 
 
+def accuracy_kernel(cross_entropy: Kernel) -> Kernel:
+    """A kernel of cross-entropy with the metric "correct": 1 where the label is the most probable token, else 0."""
+
+    def kernel(logits: Tensor, labels: Tensor) -> tuple[Tensor, Metrics]:
+        correct = (logits.argmax(-1) == labels).to(logits.dtype)  # before the gradient is written over them
+        values, metrics = cross_entropy(logits, labels)
+        return values, metrics | {"correct": correct}
+
+    return kernel
+
+
 def token_values(objective: Objective, logits: Tensor, target: Tensor) -> Tensor:
     """The values (N,) of `objective` for logits (N, V).
 

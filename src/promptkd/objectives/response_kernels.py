@@ -31,6 +31,39 @@ def on_policy_kernel(kernels: Kernels, *, absent_tokens: bool) -> Kernel:
     return kernel
 
 
+def weighted_kernel(kernels: Kernels) -> Kernel:
+    """The kernel of w log q(y); its targets are the tokens y and the weights w, both (C,). The metric is "entropy"."""
+
+    def kernel(logits: Tensor, labels: Tensor, weight: Tensor) -> tuple[Tensor, Metrics]:
+        values, metrics = kernels.cross_entropy(logits, labels)
+        logits.mul_(-weight[:, None])
+        return -weight * values, metrics
+
+    return kernel
+
+
+def weighted_kl_kernel(kernels: Kernels, *, absent_tokens: bool) -> Kernel:
+    """The kernel of w log q(y) + v `reverse_kl`; its targets are y, w, v, each (C,), and the teacher's logits (C, V).
+
+    Metrics are those of `objective_kernel`.
+    """
+    of_token = weighted_kernel(kernels)
+
+    def kernel(
+        logits: Tensor, labels: Tensor, weight: Tensor, kl_weight: Tensor, target: Tensor
+    ) -> tuple[Tensor, Metrics]:
+        overlap = top_overlap(logits, target)
+        if absent_tokens:
+            target = _without_absent(logits, target)
+        gradient = logits.clone()
+        values, _ = of_token(gradient, labels, weight)
+        kls, metrics = kernels.reverse_kl(logits, target)
+        logits.mul_(kl_weight[:, None]).add_(gradient)
+        return values + kl_weight * kls, metrics | {"top_overlap": overlap}
+
+    return kernel
+
+
 def skew_kernel(skew: Skew, *, absent_tokens: bool) -> Kernel:
     """The kernel of weight · `skew_forward_kl`, or of `skew_reverse_kl` with a constant mixture.
 

@@ -5,6 +5,7 @@ Where a `mask` is asked for, tensors are (B, T): B responses padded on the right
 response has one. Padding gives 0.
 """
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -69,6 +70,18 @@ def return_to_go(cost: Tensor, mask: Tensor, *, normalize: bool) -> Tensor:
         return following
     count = mask.long().flip(-1).cumsum(-1).flip(-1) - mask.long()
     return following / count.clamp(min=1)
+
+
+def value_and_weights(loss: Callable[..., Tensor], *of_tokens: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The scalar `loss(*of_tokens)` and its derivatives with respect to each of the tensors, in their shapes.
+
+    With the derivatives as constant weights, Σ weight · log q has the gradient of a loss that puts the log q of many
+    tokens together, and is a sum over tokens.
+    """
+    leaves = [each.detach().requires_grad_() for each in of_tokens]
+    with torch.enable_grad():
+        value = loss(*leaves)
+    return value.detach(), torch.autograd.grad(value, leaves)
 
 
 class ResponseLogProbs(NamedTuple):

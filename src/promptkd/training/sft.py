@@ -1,10 +1,11 @@
-"""Supervised fine-tuning on the responses of the data, by TRL's `SFTTrainer`."""
+"""Supervised fine-tuning on the responses of the data: TRL's `SFTTrainer`, with the loss of our own engine."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from accelerate.utils import set_seed
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
@@ -14,9 +15,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from promptkd.data.batch import TokenBatch, right_pad
 from promptkd.data.encode import EncodedData, EncodedExample, stop_token_ids
-from promptkd.engine import check_scoring, unwrap_peft
+from promptkd.engine import ChunkedLoss, check_scoring, response_hidden, unwrap_peft
 from promptkd.models.end_tokens import keep_end_tokens
+from promptkd.models.pair import token_cross_entropy
 from promptkd.models.positions import check_rows_fit
 from promptkd.settings import no_effect, option
 from promptkd.training import saving
@@ -24,7 +27,7 @@ from promptkd.training.callbacks import CheckpointTiming, TrainedWhole, UpdatePh
 from promptkd.training.checkpoint import prepare_best, save_model_folder, staged_checkpoint
 from promptkd.training.collapse import Watching
 from promptkd.training.config import BaseConfig
-from promptkd.training.distributed import check_sharding, is_sharded, run_whole
+from promptkd.training.distributed import autocast, check_sharding, is_sharded, run_in_forward, run_whole
 from promptkd.training.guard import Guard
 from promptkd.training.out_of_memory import out_of_memory_told
 from promptkd.training.phases import Phases
@@ -54,6 +57,7 @@ _INSTEAD = {  # of TRL
     "eval_packing": "rows stay apart; leave it out",
     "packing_strategy": "rows are not packed; leave it out",
     "pad_token": "masks tell padding; leave it out",
+    "padding_free": "rows are packed without padding where the model allows it; leave it out",
     "truncation_mode": "rows are never cut; use max_prompt_length and max_completion_length",
 }
 
@@ -124,7 +128,6 @@ class FinetuneTrainer(SFTTrainer):
             data_collator=collator,
             **kwargs,
         )
-        collator.padding_free = self.padding_free
         self.notes = precision_notes(args, raise_to_float32(self.model)) + end_notes(self.stop_ids, args)
         self.notes += merged_notes(self.model) + rouge_notes(args, self.validation_rows, processing_class)
         """Sentences that a reader of the run's metrics must know, on precision, devices, ends, adapters and ROUGE."""
@@ -146,12 +149,58 @@ class FinetuneTrainer(SFTTrainer):
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         with self.phases("training", synchronize=self.accelerator.sync_gradients):
-            rows, width = inputs["input_ids"].shape
-            self.phases.works_on([width] * rows)  # padding is computed too
             index = self.guard.begin_micro_batch(lambda: self._rows_in(inputs), self._tr_loss, self._metrics["train"])
             loss = super().training_step(model, inputs, num_items_in_batch)
             self.guard.note("loss", loss, index)
         return loss
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The micro-batch's part of the step's mean cross-entropy over response tokens, as TRL divides it."""
+        if return_outputs or not self.model.training or self._needs_trls_loss():
+            rows, width = inputs["input_ids"].shape
+            self.phases.works_on([width] * rows)  # padding is computed too
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        batch, student = _token_batch(inputs), self.accelerator.unwrap_model(model)
+        self.phases.works_on(batch.lengths)
+
+        def loss_and_metrics() -> tuple[Tensor, dict[str, Tensor]]:
+            with autocast(self.accelerator, self.args):  # the redirected forward runs outside of accelerate's own
+                hidden = response_hidden(student, batch)
+                loss = token_cross_entropy(student, hidden, batch.targets, accuracy=True)
+            return loss.total, loss.metrics
+
+        loss = ChunkedLoss(*run_in_forward(loss_and_metrics, model, self.accelerator, always=True))
+        self._keep_metrics(batch, loss.metrics)
+        if num_items_in_batch is None:  # transformers divides by the accumulated micro-batches
+            return loss.total / max(1, len(batch.targets))
+        # Processes average their gradients; `num_items_in_batch` counts the tokens of all of them.
+        share = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return loss.total * share / torch.as_tensor(num_items_in_batch).clamp(min=1)
+
+    def _needs_trls_loss(self) -> bool:
+        """Whether settings or model ask for what only TRL's forward of the padded rectangle computes."""
+        return (
+            self.args.loss_type != "nll"
+            or self.label_smoother is not None
+            or self.compute_loss_func is not None
+            or self.aux_loss_enabled  # the routers' load balance, of mixtures of experts
+            or self.args.neftune_noise_alpha is not None  # its noise depends on the rectangle's width
+            or self.accelerator.parallelism_config is not None
+        )
+
+    def _keep_metrics(self, batch: TokenBatch, metrics: dict[str, Tensor]) -> None:
+        """Keep TRL's metrics of a micro-batch, of all processes, for the next logged line."""
+        counts = [float(len(batch.targets)), float(sum(batch.lengths))]
+        sums = torch.stack([metrics.get(name, batch.targets.new_zeros(())).double() for name in ("entropy", "correct")])
+        own = torch.cat([sums, sums.new_tensor(counts)])
+        entropy, correct, tokens, processed = self.accelerator.reduce(own, reduction="sum").tolist()
+        logged = self._metrics["train"]
+        logged["entropy"].append(entropy / max(1.0, tokens))
+        logged["mean_token_accuracy"].append(correct / max(1.0, tokens))
+        self._total_train_tokens += int(processed)
+        logged["num_tokens"] = [self._total_train_tokens]
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -177,12 +226,7 @@ class FinetuneTrainer(SFTTrainer):
 
     def _rows_in(self, inputs: dict[str, Tensor]) -> list[int]:
         """The rows with the same tokens, for TRL's batches say nothing else of theirs."""
-        if "attention_mask" in inputs:
-            held = [ids[mask == 1] for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
-        else:  # rows side by side, each counting its positions from 0
-            starts = (inputs["position_ids"][0] == 0).nonzero()[1:, 0].tolist()
-            held = list(inputs["input_ids"][0].tensor_split(starts))
-        tokens = {tuple(ids.tolist()) for ids in held}
+        tokens = {tuple(ids) for ids, _ in _held(inputs)}
         return [row.row for row in self._training if (*row.prompt_ids, *row.response_ids) in tokens]
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -242,3 +286,18 @@ def _labeled(rows: list[EncodedExample]) -> Dataset:
     ids = [[*row.prompt_ids, *row.response_ids] for row in rows]
     labels = [[-100] * len(row.prompt_ids) + row.response_ids for row in rows]
     return Dataset.from_list([{"input_ids": own, "labels": label} for own, label in zip(ids, labels, strict=True)])
+
+
+def _held(inputs: dict[str, Tensor]) -> list[tuple[list[int], list[int]]]:
+    """Token ids and labels of each row of a batch of TRL's, without padding."""
+    ids, labels, masks = (inputs[name].cpu() for name in ("input_ids", "labels", "attention_mask"))
+    rows = zip(ids, labels, masks == 1, strict=True)
+    return [(own[mask].tolist(), label[mask].tolist()) for own, label, mask in rows]
+
+
+def _token_batch(inputs: dict[str, Tensor]) -> TokenBatch:
+    """The same rows as the engine runs them. A first token, which nothing precedes, is never predicted."""
+    rows = _held(inputs)
+    starts = [max(1, labels.count(-100)) for _, labels in rows]
+    cut = [(ids[:start], ids[start:]) for (ids, _), start in zip(rows, starts, strict=True)]
+    return right_pad(*zip(*cut, strict=True), device=inputs["input_ids"].device)
