@@ -151,7 +151,7 @@ def compare_groups(
         raise RequestError(" ".join(differing[:3]))
     asked = [name for name in metrics if beside is None or name not in beside.metrics]
     known = known_metrics(settings, asked) if asked or not metrics else []
-    shared = next(iter(groups.get(baseline, {}).values()), candidates[0]).teachers
+    shared = next((each.teachers for each in (*groups.get(baseline, {}).values(), *candidates)), frozenset())
     left_out = [group for group, seeds in groups.items() if {each.teachers for each in seeds.values()} != {shared}]
     strange = {each.label for group in left_out for each in groups[group].values()}  # whose KL is to another teacher
     told_others = other_teachers(left_out, next(each for each in groups if each not in left_out)) if left_out else ""
