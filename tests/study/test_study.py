@@ -140,7 +140,7 @@ def test_values_that_no_folder_can_be_named_by_get_a_hash():
 def test_arguments_give_the_settings_again():
     settings = {
         **{"student": "a b", "teacher": "-t", "data": "d", "out": "o", "merge": True, "student_lora_rank": 4},
-        **{"eval_data": None, "template": "Q: {{ x }}\nA: ", "prompt_weight_decay": -1e-05, "optim_args": ""},
+        **{"eval_data": None, "template": "Q: {{ x }}\nA: ", "ab_alpha": -1e-05, "optim_args": ""},
         **{"model_init_kwargs": {"a": [1, None], "b": {"c": True}}, "report_to": ["wandb", "tensorboard"]},
     }
     merged = merged_config(*parse_options("distill", promptkd.cli.options.distill, arguments_of(settings)))
@@ -813,7 +813,7 @@ def test_a_kl_to_different_teachers_is_not_compared():
     groups = {group: {seed: candidate(group, seed, [1, 2, 3], teacher=group) for seed in (1, 2)} for group in "ab"}
     made = compare_groups(groups, BETTER, baseline="a")
     assert {each.metric for each in made.differences} == {"rouge_l", "loss"}
-    told = "kl_to_teacher was not compared: the records name different teachers, or contexts that these read."
+    told = "kl_to_teacher of b was not compared: its record names another teacher, or context, than that of a."
     assert told in made.notes
     assert told not in compare_groups(groups, BETTER, baseline="a", metrics=["loss"]).notes
     with pytest.raises(RequestError, match=f"Nothing to compare: kl_to_teacher. {told}"):

@@ -160,7 +160,8 @@ def compare_groups(
     for setting in settings:
         columns = {name: setting.columns(name) for name in setting.metrics() if name in known}
         if TO_TEACHER in columns:
-            columns[TO_TEACHER] = {at: held for at, held in columns[TO_TEACHER].items() if at not in strange}
+            kept = {at: held for at, held in columns[TO_TEACHER].items() if at not in strange}
+            columns[TO_TEACHER] = kept if len(left_out) < len(groups) - 1 else {}  # of one method, nothing is compared
         columns = {name: held for name, held in columns.items() if any(len(each.sums) for each in held.values())}
         if not columns:
             continue
