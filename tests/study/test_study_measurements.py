@@ -17,7 +17,7 @@ from helpers.standins import StandIn
 from promptkd.cli.parsing.parser import merged_config, parse_options
 from promptkd.cli.study_disk import delete_models, models_needed_in
 from promptkd.cli.study_runs import StudyRun, plan_text
-from promptkd.results import ModelRecord, Results, Training
+from promptkd.results import Evaluation, Metric, ModelRecord, Results, Training
 from promptkd.study.plan import Planned
 from promptkd.study.processes import Job
 
@@ -262,6 +262,10 @@ def test_a_studys_page_says_which_teacher_was_measured_where_one_read_a_context(
         for seed in (1, 2, 3):
             written(f"exposure-bias/{name}-seed-{seed}", "Be kind.")
     assert "The exposure bias is against the teacher with a context that the students do not read." in page()
+    assert "The answers and the loss of the teacher itself are those without a context." not in page()
+    own = Evaluation(model="t", data="t", decoding={}, metrics={"loss": Metric(value=1.0)})
+    Results(kind="evaluate", evaluations=[own]).write(study / "evaluations" / "teacher" / "results.json")
+    assert "The answers and the loss of the teacher itself are those without a context." in page()
 
 
 def test_the_plan_ends_with_the_time_of_training_and_measuring(tmp_path):

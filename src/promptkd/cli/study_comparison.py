@@ -160,6 +160,8 @@ def _context_notes(study: Study) -> list[str]:
             notes.append(f"The {what} is against the teacher with a context that the students do not read.")
         elif records and groups:
             notes.append(f"The {what} is against the teacher without the context that it read in training ({groups}).")
+    if notes and any(each.label.partition(" ")[0] == REFERENCES["teacher"] for each in study.references):
+        notes.append("The answers and the loss of the teacher itself are those without a context.")
     return notes
 
 
