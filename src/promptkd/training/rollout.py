@@ -15,7 +15,7 @@ from trl.models import unwrap_model_for_generation
 
 from promptkd.data.batch import right_pad
 from promptkd.data.encode import EncodedExample, encode_texts
-from promptkd.engine import head_size
+from promptkd.engine import evaluating, head_size
 from promptkd.errors import RequestError
 from promptkd.evaluation.text_metrics import distinct
 from promptkd.generation import Corrected, Mixture, SamplingParams, generate, generate_corrected
@@ -203,7 +203,8 @@ class Rollout:
         ids = pad_sequence(held, batch_first=True, padding_side="left").to(device)  # of any id: the mask tells
         ones = [torch.ones_like(each) for each in held]
         mask = pad_sequence(ones, batch_first=True, padding_side="left").to(device)
-        with unwrap_model_for_generation(model, self._accelerator) as student, torch.no_grad():
+        unwrapped = unwrap_model_for_generation(model, self._accelerator)
+        with unwrapped as student, evaluating(student), torch.no_grad():
             written = student.generate(input_ids=ids, attention_mask=mask, generation_config=self._generation)
         rows = written[:, ids.shape[1] :].tolist()
         return [row[: next((n + 1 for n, token in enumerate(row) if token in self.stop_ids), len(row))] for row in rows]
