@@ -37,10 +37,10 @@ def rows(count=16, *, seed=0):
     return EncodedData(made, 0)
 
 
-def pair(dtype=torch.float32, **student_settings):
+def pair(dtype=torch.float32, family="llama", **student_settings):
     """Student and teacher of different widths on one vocabulary."""
-    student = tiny_model("llama", layers=2, hidden=16, dtype=dtype, seed=1, **student_settings)
-    return student, tiny_model("llama", layers=3, hidden=24, dtype=dtype, seed=2)
+    student = tiny_model(family, layers=2, hidden=16, dtype=dtype, seed=1, **student_settings)
+    return student, tiny_model(family, layers=3, hidden=24, dtype=dtype, seed=2)
 
 
 def config(folder: Path, **settings) -> DistillConfig:

@@ -250,6 +250,19 @@ def test_vllm_gets_the_weights_once_for_each_window(tmp_path):
         assert len(sent) == window
 
 
+@pytest.mark.parametrize("settings", [{}, {"repetition_penalty": 1.0001}])
+def test_a_student_that_keeps_dropout_samples_without(tmp_path, settings):
+    """Almost greedily, so that what two students write alike depends on nothing but their distributions."""
+    written = []
+    for dropout in (0.0, 0.5):
+        student = tiny_model("gpt2", layers=2, seed=1, dropout=dropout)
+        made = trainer(tmp_path, models=(student, pair()[1]), disable_dropout=False, temperature=1e-4, **settings)
+        student.train()
+        written.append(made.rollout._sample([row.prompt_ids for row in rows(8).examples], student, None))
+        assert student.training
+    assert written[0] == written[1]
+
+
 def test_padding_that_a_server_samples_is_refused(tmp_path):
     _, rollout = make(tmp_path)
     written = [[5, 6], [7, VOCABULARY]]

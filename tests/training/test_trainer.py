@@ -23,9 +23,9 @@ from promptkd.training import DistillTrainer, FinetuneConfig, FinetuneTrainer
 pytestmark = pytest.mark.slow
 
 
-def flat_loop(steps, *, window=4, dtype=torch.float64):
+def flat_loop(steps, *, family, window=4, dtype=torch.float64):
     """The example's own steps on the same rows; returns losses, student and soft prompt after each step."""
-    student, teacher = pair(dtype)
+    student, teacher = pair(dtype, family)
     teacher.requires_grad_(False)
     soft_prompt = start_prompt(teacher, tiny_tokenizer())
     prompt_optimizer = torch.optim.AdamW([soft_prompt], lr=1e-2, weight_decay=0.0)
@@ -38,12 +38,15 @@ def flat_loop(steps, *, window=4, dtype=torch.float64):
     return losses, student, soft_prompt
 
 
-@pytest.mark.parametrize(("batch", "accumulation"), [(4, 1), (2, 2)])
-def test_steps_equal_the_flat_example(tmp_path, batch, accumulation, float64_inside):
-    losses, student, soft_prompt = flat_loop(3)  # in steps 2 and 3 the prompt has moved already
+@pytest.mark.parametrize(
+    ("family", "batch", "accumulation"),
+    [("llama", 4, 1), ("llama", 2, 2), ("gpt2", 2, 2), ("qwen2", 4, 1), ("gemma", 2, 2), ("gemma2", 4, 1)],
+)
+def test_steps_equal_the_flat_example(tmp_path, family, batch, accumulation, float64_inside):
+    losses, student, soft_prompt = flat_loop(3, family=family)  # in steps 2 and 3 the prompt has moved already
     ours = trainer(
         tmp_path,
-        models=pair(torch.float64),
+        models=pair(torch.float64, family),
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=accumulation,
         shuffle_dataset=False,

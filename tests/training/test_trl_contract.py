@@ -70,6 +70,7 @@ DISTILLATION_METHODS = {
     "compute_loss": ["model", "inputs", "return_outputs", "num_items_in_batch"],
     "create_scheduler": ["num_training_steps", "optimizer"],
     "get_train_dataloader": [],
+    "predict": ["test_dataset"],  # refused
     "training_step": ["model", "inputs", "num_items_in_batch"],
     # called
     "_get_dataloader": ["dataset", "description", "batch_size", "sampler_fn", "is_training"],

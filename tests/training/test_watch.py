@@ -191,6 +191,15 @@ def test_one_validation_without_an_end_is_none_too_many(shares, steps):
     assert [each.step for each in findings(again)] == steps
 
 
+def test_a_validation_on_several_sets_is_endless_where_no_response_of_any_set_ends():
+    def on_sets(of_a, of_b):
+        shares = [{"step": at, f"eval_{name}_eos_share": share} for at in (25, 50) for name, share in (of_a, of_b)]
+        return [each.step for each in findings([{"step": 10, "loss": 2.0}, *shares])]
+
+    assert on_sets(("a", 0.0), ("b", 0.0)) == [50]
+    assert on_sets(("a", 0.0), ("b", 0.5)) == on_sets(("a", 0.5), ("b", 0.0)) == []
+
+
 def test_one_short_batch_is_no_collapse():
     for k in range(30, 34):
         assert findings(planted(k, k + 3, response_length=1.0)) == []

@@ -16,7 +16,15 @@ from transformers import PreTrainedTokenizerBase
 from promptkd.data.encode import EncodedExample
 from promptkd.errors import RequestError
 from promptkd.evaluation.function_metric import Metric
-from promptkd.evaluation.measure import decode_rows, evaluation_of, kl_nats, reference_nats, row_batches, row_results
+from promptkd.evaluation.measure import (
+    decode_rows,
+    evaluation_of,
+    has_references,
+    kl_nats,
+    reference_nats,
+    row_batches,
+    row_results,
+)
 from promptkd.evaluation.rouge_tokenizer import DEFAULT, RougeTokenizer, rouge_tokens
 from promptkd.generation import Decoding
 from promptkd.io.jsonl import Line, ResumableLines
@@ -53,14 +61,14 @@ def measure_rows(
     With a teacher, KL(model || teacher) is taken on `samples_per_row` responses sampled at temperature 1, of seeds from
     `decoding.seed` on: the answers themselves, unless these were decoded otherwise; both without `decoding.masked_ids`,
     as `shared_vocabulary` gives them. `rouge_tokenizer` is a name of
-    `ROUGE_TOKENIZERS`.
+    `ROUGE_TOKENIZERS`. Rows without references are measured by what needs none.
     """
     if not rows:
         return []
     teacher = None if teacher is model else teacher
     scoring: dict[str, Any] = {"batch_size": batch_size, "rouge_tokenizer": rouge_tokenizer}
     job = SetEvaluation(model, tokenizer, rows, teacher=teacher, **scoring)
-    losses = job.losses()
+    losses = job.losses() if has_references(rows) else []
     kls = [] if teacher is None else [job.kl(decoding, decoding.seed + draw) for draw in range(samples_per_row)]
     return job.results(_GREEDY if decoding.is_greedy else f"seed{decoding.seed}", decoding, losses, kls)
 
@@ -118,7 +126,8 @@ class SetEvaluation:
             scores = metric.scores([each.response for each in results], [each.references for each in results])
             for each, score in zip(results, scores, strict=True):
                 each.scores[metric.label] = score
-        kept = [{name: each.scores[name] for name in ("rouge_l", "exact_match")} for each in results]
+        names = ("rouge_l", "exact_match") if losses else ()
+        kept = [{name: each.scores[name] for name in names} for each in results]
         self._files[part].replace([line | scores for line, scores in zip(lines, kept, strict=True)])
         return results
 

@@ -24,11 +24,17 @@ from promptkd.results import Evaluation, Metric, RowResult
 TokenIds = Sequence[int]
 Rows = Sequence[EncodedExample]
 OF_REFERENCES = frozenset({"loss"})  # measured on the references: the same however answers are decoded
+BY_REFERENCES = ("loss", "rouge_l", "rouge_1", "exact_match", "length_ratio")  # not measured of rows without any
 MEASURED = (  # of every model; with a teacher kl_to_teacher too
     *("loss", "rouge_l", "rouge_1", "exact_match", "eos_share", "cut_share", "response_length", "length_ratio"),
     *("distinct_1", "distinct_2"),
 )
 _TOKENS_AT_A_TIME = 256
+
+
+def has_references(rows: Rows) -> bool:
+    """Whether rows can be measured by references of theirs: all have some, or none has."""
+    return any(row.response_ids for row in rows)
 
 
 def row_batches(rows: Rows, size: int) -> list[list[EncodedExample]]:
@@ -63,21 +69,27 @@ def row_results(
 ) -> list[RowResult]:
     """Each row with its answer and every score of it.
 
-    `tokenize` gives ROUGE's tokens, `losses` are nats of the first references, `kls` per sample (nats, tokens) of every
-    row; empty without a teacher.
+    `tokenize` gives ROUGE's tokens, `losses` are nats of the first references, empty where there are none; `kls` per
+    sample (nats, tokens) of every row, empty without a teacher.
     """
     texts = [tokenizer.decode(list(answer), skip_special_tokens=True).strip() for answer in answers]
     references = [row.references for row in rows]
-    rouge = rouge_scores(texts, references, kinds=("rougeL", "rouge1"), tokenize=tokenize)
-    exact = exact_match_scores(texts, references)
+    if losses:
+        rouge = rouge_scores(texts, references, kinds=("rougeL", "rouge1"), tokenize=tokenize)
+        exact = exact_match_scores(texts, references)
     limit, seed, results = decoding.limits(1)[0], None if decoding.is_greedy else decoding.seed, []
     for index, row in enumerate(rows):
         wanted = len(row.response_ids)
-        scores, tokens = {"loss": losses[index] / wanted}, {"loss": wanted, "length_ratio": wanted}
+        scores: dict[str, float] = {}
+        tokens: dict[str, int] = {}
+        if losses:
+            scores, tokens = {"loss": losses[index] / wanted}, {"loss": wanted, "length_ratio": wanted}
         if kls:
             tokens["kl_to_teacher"] = sum(sample[index][1] for sample in kls)
             scores["kl_to_teacher"] = sum(sample[index][0] for sample in kls) / tokens["kl_to_teacher"]
-        scores |= {"rouge_l": rouge["rougeL"][index], "rouge_1": rouge["rouge1"][index], "exact_match": exact[index]}
+        if losses:
+            scores |= {"rouge_l": rouge["rougeL"][index], "rouge_1": rouge["rouge1"][index]}
+            scores["exact_match"] = exact[index]
         scores |= form_scores(answers[index], wanted, stop_ids=decoding.stop_ids, max_new_tokens=limit)
         request: dict[str, Any] = {"row": row.row, "prompt": row.prompt, "references": list(row.references)}
         request["request"] = list(row.request)

@@ -28,15 +28,17 @@ def form_scores(
 ) -> dict[str, float]:
     """How an answer ends, its length and its repetition; see `docs/evaluation.md` for the formulas.
 
-    `token_ids` end in the stop id where one was generated; `reference_tokens` counts the first reference with its end.
+    `token_ids` end in the stop id where one was generated; `reference_tokens` counts the first reference with its end,
+    0 for a row without, which has no `length_ratio`.
     """
     ended = token_ids[-1] in stop_ids
     content = token_ids[:-1] if ended else token_ids
+    ratio = {"length_ratio": len(token_ids) / reference_tokens} if reference_tokens else {}
     return {
         "eos_share": float(ended),
         "cut_share": float(not ended and len(token_ids) >= max_new_tokens),
         "response_length": float(len(token_ids)),
-        "length_ratio": len(token_ids) / reference_tokens,
+        **ratio,
         "distinct_1": distinct(content, 1),
         "distinct_2": distinct(content, 2),
     }

@@ -180,9 +180,10 @@ class Watch:
                 f"student and teacher have the same most probable token at {now:.0%} of the response tokens, "
                 f"{start:.0%} in the first steps: the student moves away from the teacher. {_MOVES_AWAY}",
             )
-        if "eval_eos_share" in metrics:
+        ended = [value for name, value in metrics.items() if name.startswith("eval_") and name.endswith("eos_share")]
+        if ended:
             step = int(metrics.get("step", self._last_step))
-            self._endless_validations = set() if metrics["eval_eos_share"] else {*self._endless_validations, step}
+            self._endless_validations = set() if any(ended) else {*self._endless_validations, step}
             text = f"no response ended by itself in two validations. {_END_TOKEN}"
             yield "endless validation", len(self._endless_validations) > 1, 0, text
         if "entropy" in metrics:

@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from transformers import Trainer
 
+from promptkd.training.arguments import evaluation_sets
 from promptkd.training.state_files import has_state, read_state, write_state
+from promptkd.training.validation import labeled_set, set_of
 
 _OPTIMIZER = "optimizer"
 
@@ -28,8 +30,10 @@ def determine_best(trainer: Any, metrics: dict[str, float], trial: Any) -> bool:
     state, chosen_by = trainer.state, trainer.args.metric_for_best_model
     if chosen_by is None or metrics[f"eval_{chosen_by.removeprefix('eval_')}"] != state.best_metric:
         return False
-    of_best = [each for each in state.log_history if each["step"] == state.best_global_step and "eval_loss" in each]
-    if not of_best or not metrics.get("eval_loss", float("inf")) < of_best[-1]["eval_loss"]:
+    sets = evaluation_sets(trainer.validation_rows)
+    loss = f"eval_{labeled_set('loss', set_of(chosen_by.removeprefix('eval_'), sets))}"
+    of_best = [each for each in state.log_history if each["step"] == state.best_global_step and loss in each]
+    if not of_best or not metrics.get(loss, float("inf")) < of_best[-1][loss]:
         return False
     state.best_global_step = state.global_step
     return True

@@ -3,13 +3,12 @@
 import logging
 import warnings
 from collections.abc import Iterable, Sequence
-from copy import copy
 from dataclasses import replace
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -28,7 +27,8 @@ from promptkd.models.adapters import TeacherAdapter
 from promptkd.models.positions import check_positions, position_limit
 from promptkd.models.vocabulary import check_heads, check_row_ids
 from promptkd.responses import AdaptiveReplay
-from promptkd.training.config import DistillConfig, needs_generate
+from promptkd.training.arguments import evaluation_sets
+from promptkd.training.config import needs_generate
 from promptkd.training.distributed import check_dispatched, check_sharding, is_dispatched, is_sharded, settle_dispatched
 from promptkd.training.kept_teacher import KeptTeacher
 from promptkd.training.teacher import Teacher, check_teacher_options
@@ -37,11 +37,6 @@ _log = logging.getLogger(__name__)
 
 
 Rows = Sequence[dict[str, Any]] | EncodedData | None
-
-
-def own_settings(args: DistillConfig | None) -> DistillConfig:
-    """A trainer's own copy of the settings, in which it may settle some, so that another can be made with them too."""
-    return copy(args) if args is not None else DistillConfig("distilled")
 
 
 def encode(
@@ -55,29 +50,42 @@ def encode(
     teacher: TeacherPrompts | None = None,
     teacher_names: Sequence[str] = ("",),
 ) -> EncodedData | None:
-    """Rows as tokens, by the template, the columns and the limits of a `DistillConfig`; warns of what is left out."""
+    """Rows as tokens, by the template, the columns and the limits of a `DistillConfig`; warns of what is left out.
+
+    Of rows to validate on, responses are needed where any row has one. Iterables are gone through to their end.
+    """
+    trains = name == "train_dataset"
     if rows is None or isinstance(rows, EncodedData):
-        if rows is not None and name == "eval_dataset" and rows.rows < len(rows.examples):
+        if rows is not None and not trains and rows.rows < len(rows.examples):
             problem = "holds several turns of a row, and validation measures the last one"
             raise RequestError(f'{name} {problem}. Encode it with turns="last".')
         if rows is not None:
-            _check_encoded(rows, name, need_response=need_response, teacher=teacher)
-        return rows_of_teachers(rows, teacher_names, name, all_used=name != "eval_dataset")
-    if isinstance(rows, Dataset):
+            needed = need_response and (trains or any(row.references or row.response_ids for row in rows.examples))
+            _check_encoded(rows, name, need_response=needed, teacher=teacher)
+        return rows_of_teachers(rows, teacher_names, name, all_used=trains)
+    if isinstance(rows, Dataset | IterableDataset):
         rows = [without_nulls(row) for row in rows]  # each of its structs has the fields of all others
     flags = ("max_prompt_length =", "max_completion_length =", "max_teacher_prompt_length =")
+    examples = examples_from_rows(rows, read_columns(args.columns))
+    has_responses = turns == "all" or any(example.references for example in examples)
+    if trains and need_response and not has_responses:
+        told = (
+            "No row of train_dataset has a response ('completion', 'output' or an assistant message at the end), and "
+        )
+        advice = "Give rows that do, or a method whose responses are the student's own, such as promptkd"
+        raise RequestError(f"{told}this method learns from the data's. {advice}.")
     with limits_named(flags):
         encoded = encode_examples(
-            examples_from_rows(rows, read_columns(args.columns)),
+            examples,
             tokenizer,
             resolve_template(args.template, tokenizer, args.chat_template_kwargs, teacher),
             max_prompt_length=args.max_prompt_length,
             max_response_length=args.max_completion_length or 0,
             overlong=args.overlong,
-            need_response=need_response,
+            need_response=need_response and has_responses,
             turns=turns,
         )
-    encoded = rows_of_teachers(encoded, teacher_names, name, all_used=name != "eval_dataset")
+    encoded = rows_of_teachers(encoded, teacher_names, name, all_used=trains)
     for note in row_notes(name, encoded, flags):
         _log.warning(note)
     return encoded
@@ -189,8 +197,8 @@ def warn_of_still_schedule(method: Method, *, validates: bool) -> None:
     source = method.responses
     if isinstance(source, AdaptiveReplay) and source.start == 0 and not validates:
         warnings.warn(
-            "Without validation rows the student's share of the responses stays at 0: give eval rows or a "
-            "student_share.",
+            "Without validation rows that have responses the student's share of the responses stays at 0: give eval "
+            "rows or a student_share.",
             stacklevel=5,
         )
 
@@ -228,9 +236,9 @@ def make_teacher(trainer: Any, teacher: Any, *, averages: bool = False, name: st
     if isinstance(teacher, KeptLogits):
         check_heads(trainer.shared, student=student)
         check_models(student, None, None, args)
-        _check_lengths("student", student, [*(trainer.train_dataset or ()), *(trainer.eval_dataset or ())], args)
+        _check_lengths("student", student, _all_rows(trainer), args)
         return KeptTeacher(teacher, args, trainer.shared)
-    rows, tokenizer = [*(trainer.train_dataset or ()), *(trainer.eval_dataset or ())], trainer.processing_class
+    rows, tokenizer = _all_rows(trainer), trainer.processing_class
     rows = [row for row in rows if row.teacher == name] if name else rows
     check_row_ids("student", student, rows)
     vocabulary = trained_vocabulary(method, trainer.shared, tokenizer, student, teacher)
@@ -241,6 +249,14 @@ def make_teacher(trainer: Any, teacher: Any, *, averages: bool = False, name: st
     vectors = 0 if adapter is None else adapter.extra_positions
     _check_lengths("teacher", teacher, [row.for_teacher() for row in rows], args, vectors)
     return Teacher(adapted, adapter, accelerator, args, vocabulary, parameters, averages=averages, name=name)
+
+
+def _all_rows(trainer: Any) -> list[EncodedExample]:
+    """The rows that a trainer trains and validates on."""
+    return [
+        *(trainer.train_dataset or ()),
+        *(row for rows in evaluation_sets(trainer.validation_rows).values() for row in rows),
+    ]
 
 
 def _check_lengths(

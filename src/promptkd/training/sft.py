@@ -41,7 +41,7 @@ from promptkd.training.student import (
     raise_to_float32,
     with_adapter_to_train,
 )
-from promptkd.training.validation import Validated, rouge_notes, validate
+from promptkd.training.validation import Validated, validate, validation_notes
 
 T = TypeVar("T")
 
@@ -129,7 +129,7 @@ class FinetuneTrainer(SFTTrainer):
             **kwargs,
         )
         self.notes = precision_notes(args, raise_to_float32(self.model)) + end_notes(self.stop_ids, args)
-        self.notes += merged_notes(self.model) + rouge_notes(args, self.validation_rows, processing_class)
+        self.notes += merged_notes(self.model) + validation_notes(args, self.validation_rows, processing_class)
         """Sentences that a reader of the run's metrics must know, on precision, devices, ends, adapters and ROUGE."""
         check_sharding(self.accelerator, self.model, needs_generate=False)
         self.phases = Phases(self.accelerator.device)

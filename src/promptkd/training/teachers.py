@@ -3,6 +3,7 @@
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from promptkd.data.encode import EncodedData, EncodedExample
 from promptkd.data.kept_logits import KeptLogits
 from promptkd.data.summary import context_notes
-from promptkd.errors import RequestError, check_all
+from promptkd.errors import RequestError, at, check_all
+from promptkd.evaluation.measure import has_references
 from promptkd.methods import Method
 from promptkd.models import SharedVocabulary
 from promptkd.models.merge import forget_origin
@@ -185,7 +187,7 @@ class PairRows:
     """The rows of a run as tokens, and what student and teacher have in common."""
 
     train: EncodedData | None
-    validation: EncodedData | None
+    validation: dict[str, EncodedData]  # by the names of its sets, of which the only one has none; empty without
     shared: SharedVocabulary | None  # None where the two are not compared
     ends: SeveralEnds
     notes: list[str]
@@ -197,12 +199,13 @@ def prepare_rows(
     student: tuple[str | Path | PreTrainedModel, PreTrainedTokenizerBase],
     teachers: Loaded,
     train: Rows,
-    validation: Rows,
+    validation: Mapping[str, Rows],
 ) -> PairRows:
     """Compare the vocabularies and end tokens of a student and its teachers, and encode its rows by what was found.
 
     Args:
         student: the model, or where it is, and its tokenizer, which takes the teacher's template or end if need be.
+        validation: rows by the names of their sets.
 
     Raises:
         RequestError: if the method compares them and cannot, or for rows that cannot be used.
@@ -217,12 +220,19 @@ def prepare_rows(
             take_template(args, tokenizer, of_teacher, label)
             sides[name] = Side(of_teacher, generation_config(student[0] if model is None else model, args, revision))
         compared, ends = compare_sides(method, args, tokenizer, sides)
-    settled, (train, validation) = ends.settle_with(student[0], [train, validation], revision)
-    warn_of_still_schedule(method, validates=validation is not None)
+    settled, (train, *sets) = ends.settle_with(student[0], [train, *validation.values()], revision)
     teacher_prompts = read_teacher_prompts(method, args)
     shown: dict[str, Any] = {"teacher": teacher_prompts, "teacher_names": names}
     encoded = encode(train, tokenizer, args, turns=args.turns, need_response=method.responses.needs_data, **shown)
-    of_validation = encode(validation, tokenizer, args, name="eval_dataset", **shown)
+    of_sets: dict[str, EncodedData] = {}
+    for name, each in zip(validation, sets, strict=True):
+        called = f"eval_dataset[{name!r}]" if name else "eval_dataset"
+        with at(called) if name else nullcontext():
+            data = encode(each, tokenizer, args, name=called, **shown)
+        if data is not None:
+            of_sets[name] = data
+    of_validation = _joined(of_sets)
+    warn_of_still_schedule(method, validates=of_validation is not None and has_references(of_validation.examples))
     shared, notes = compared_rows(method, compared, encoded, of_validation)
     if isinstance(kept, KeptLogits):
         check_kept_rows(kept, encoded, args)
@@ -232,7 +242,13 @@ def prepare_rows(
         of_contexts.append(f"No row has a context for the teacher: without one, opcd is gkd with reverse KL. {advice}.")
     for note in of_contexts:
         _LOGGER.warning(note)
-    return PairRows(encoded, of_validation, shared, ends, [*notes, *settled, *of_contexts])
+    return PairRows(encoded, of_sets, shared, ends, [*notes, *settled, *of_contexts])
+
+
+def _joined(sets: Mapping[str, EncodedData]) -> EncodedData | None:
+    """All sets to validate on as one, for what is checked and told of their rows; None without."""
+    rows, every = [row for each in sets.values() for row in each.examples], sets.values()
+    return EncodedData(rows, 0, informed=sum(each.informed for each in every)) if sets else None
 
 
 def make_teachers(trainer: Any, models: Mapping[str, Any], *, averages: bool) -> list[Teacher]:

@@ -6,7 +6,7 @@ devices and processes are transformers'.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,16 +20,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from promptkd.data import EncodedData, EncodedExample
 from promptkd.data.kept_logits import KeptLogits
 from promptkd.engine import disable_dropout, unwrap_peft
-from promptkd.errors import RequestError
 from promptkd.methods import Method
-from promptkd.models import load_tokenizer, resolve_model
 from promptkd.models.end_tokens import keep_end_tokens
 from promptkd.objectives import forward_kl, reverse_kl
-from promptkd.training import saving, teachers
+from promptkd.training import arguments, saving, teachers
 from promptkd.training.callbacks import CheckpointTiming, CompletionLog, TrainedWhole, UpdatePhase, logs_step
 from promptkd.training.checkpoint import prepare_best, save_model_folder, staged_checkpoint
 from promptkd.training.collapse import Watching
-from promptkd.training.config import DistillConfig, PromptKDConfig, chosen_method, student_revision
+from promptkd.training.config import DistillConfig, PromptKDConfig, chosen_method
 from promptkd.training.distributed import is_sharded, run_inside, run_whole
 from promptkd.training.guard import Guard
 from promptkd.training.out_of_memory import out_of_memory_told
@@ -37,7 +35,7 @@ from promptkd.training.own_teacher import MovingAverage, no_context_notes
 from promptkd.training.phases import Phases
 from promptkd.training.rollout import Rollout
 from promptkd.training.row_order import EpochOrder
-from promptkd.training.setup import check_rows, own_settings
+from promptkd.training.setup import check_rows
 from promptkd.training.state import ExtraState, PartialLog
 from promptkd.training.student import (
     end_notes,
@@ -50,7 +48,7 @@ from promptkd.training.student import (
 from promptkd.training.student_loss import StudentLoss
 from promptkd.training.teacher import Teacher
 from promptkd.training.teacher_tuner import make_tuner
-from promptkd.training.validation import Validated, rouge_notes, validate
+from promptkd.training.validation import Validated, validate, validation_notes
 from promptkd.training.window import MicroBatch, StepMetrics, Window
 
 T = TypeVar("T")
@@ -64,15 +62,17 @@ class DistillTrainer(Trainer):
         teacher_model: the teacher, likewise, frozen; "self" is the student's start, "ema" its moving average; or
             `KeptLogits`. None with `args.kept_logits`. Several are a mapping of names, which rows have in a column.
         args: a `DistillConfig`.
-        train_dataset, eval_dataset: rows in any of the forms of docs/data.md, or `EncodedData`.
-        processing_class: the tokenizer; the student's own if None.
+        train_dataset, eval_dataset: rows in any of the forms of docs/data.md, or `EncodedData`; to train on also a
+            stream, to validate on also a dictionary of sets (docs/data.md, "From Python").
+        processing_class: the tokenizer; by default that of the student's name.
         method: a `Method` of your own in place of the one that `args.method` names.
         teacher_processing_class: the teacher's tokenizer, to compare when the teacher comes as a loaded model.
         peft_config: LoRA weights to train in place of the whole student.
         quantization_config, callbacks, optimizers: as transformers takes them.
 
     Raises:
-        RequestError: for differing vocabularies, unusable rows, too few rows for one optimizer step.
+        RequestError: for differing vocabularies, unusable rows, too few rows for one optimizer step, arguments that
+            only other trainers of transformers and TRL take.
     """
 
     loss_is_scaled_for_ga = True  # by the tokens of the whole optimizer step, not of the micro-batch
@@ -86,8 +86,8 @@ class DistillTrainer(Trainer):
         model: str | Path | PreTrainedModel,
         teacher_model: str | Path | PreTrainedModel | KeptLogits | Mapping[str, Any] | None,
         args: DistillConfig | None = None,
-        train_dataset: Sequence[dict[str, Any]] | EncodedData | None = None,
-        eval_dataset: Sequence[dict[str, Any]] | EncodedData | None = None,
+        train_dataset: Iterable[dict[str, Any]] | EncodedData | None = None,
+        eval_dataset: Iterable[dict[str, Any]] | Mapping[str, Any] | EncodedData | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         *,
         method: Method | None = None,
@@ -96,27 +96,25 @@ class DistillTrainer(Trainer):
         quantization_config: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
+        **others: Any,
     ):
-        args = own_settings(args)
+        arguments.refuse_others(others, type(self).__name__)
+        args = arguments.own_settings(args)
         self.method = chosen_method(args, method)
-        if isinstance(model, str | Path):
-            model = resolve_model(model)
-            of_files = {"trust_remote_code": args.trust_remote_code, "revision": student_revision(args)}
-            processing_class = processing_class or load_tokenizer(model, **of_files)
-        if processing_class is None:
-            raise RequestError("Expected the tokenizer as `processing_class` beside a loaded model. Got None.")
-        own = model, processing_class
+        own = model, processing_class = arguments.student_and_tokenizer(model, processing_class, args)
         loaded = teachers.load_teachers(teacher_model, teacher_processing_class, args, self.method, own)
-        rows = teachers.prepare_rows(self.method, args, own, loaded, train_dataset, eval_dataset)
+        given = arguments.training_rows(train_dataset, args), arguments.evaluation_sets(eval_dataset)
+        rows = teachers.prepare_rows(self.method, args, own, loaded, *given)
         self.shared, self.notes, self._ends = rows.shared, rows.notes, rows.ends
         self.notes += no_context_notes(teacher_model, args, self.method, rows.train)
         self.masked_ids = () if self.shared is None else self.shared.masked
         """Tokens that validation never samples, since one of the models does not have them."""
         self.dropped_rows = 0 if rows.train is None else rows.train.dropped
         student = prepare_student(model, args, processing_class, peft_config, quantization_config)
-        train, valid = (None if each is None else each.examples for each in (rows.train, rows.validation))
-        others: Any = {"callbacks": callbacks, "optimizers": optimizers}
-        super().__init__(student, args, list, train, valid, processing_class, **others)  # rows stay rows
+        train = None if rows.train is None else rows.train.examples
+        sets = {name: each.examples for name, each in rows.validation.items()}
+        taken: Any = {"eval_dataset": sets.get("", sets or None), "callbacks": callbacks, "optimizers": optimizers}
+        super().__init__(student, args, list, train, processing_class=processing_class, **taken)  # rows stay rows
         self._make_parts({name: model for name, (model, _, _) in loaded.items()})
         set_seed(args.seed, device_specific=True)  # each process draws responses of its own
 
@@ -129,7 +127,7 @@ class DistillTrainer(Trainer):
         average = MovingAverage(student, args.teacher_ema_decay, accelerator, self.guard) if own else None
         models = models if average is None else {"": average.model}
         self.notes += precision_notes(args, raised) + merged_notes(student, *models.values())
-        self.notes += rouge_notes(args, self.eval_dataset, tokenizer)
+        self.notes += validation_notes(args, self.eval_dataset, tokenizer)
         check_rows(None if self.train_dataset is None else len(self.train_dataset), args)
         self.stop_ids, notes = self._ends.stops(unwrap_peft(student).generation_config)
         keep_end_tokens(student, self.stop_ids)
@@ -231,6 +229,8 @@ class DistillTrainer(Trainer):
         """See `validate`."""
         return validate(self, eval_dataset, prefix=metric_key_prefix, method=self.method)
 
+    predict = arguments.refuse_prediction
+
     # ---- rows ----
 
     def get_train_dataloader(self) -> DataLoader:
@@ -300,7 +300,7 @@ class DistillTrainer(Trainer):
 
     @property
     def validation_rows(self) -> Any:
-        """Encoded rows to validate on; None without."""
+        """Encoded rows to validate on, of several sets by their names; None without."""
         return self.eval_dataset
 
     @property
@@ -346,5 +346,5 @@ class DistillTrainer(Trainer):
 class PromptKDTrainer(DistillTrainer):
     """`DistillTrainer` preset to PromptKD (Kim, Jang, Yang 2024, arXiv 2402.12842)."""
 
-    def __init__(self, model: Any, teacher_model: Any, args: PromptKDConfig | None = None, **kwargs: Any):
-        super().__init__(model, teacher_model, args or PromptKDConfig("promptkd"), **kwargs)
+    def __init__(self, model: Any, teacher_model: Any, args: PromptKDConfig | None = None, *others: Any, **kwargs: Any):
+        super().__init__(model, teacher_model, args or PromptKDConfig("promptkd"), *others, **kwargs)
