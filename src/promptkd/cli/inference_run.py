@@ -11,6 +11,7 @@ from promptkd.data import EncodedData, encode_examples, read_columns, read_examp
 from promptkd.data.summary import EVALUATION_FLAGS, FLAGS, GENERATION_FLAGS, limits_named
 from promptkd.data.teacher_prompt import TeacherPrompts
 from promptkd.engine import check_scoring, engine_for
+from promptkd.engine.devices import CPU_FOR_MPS, fastest_device, has_mps
 from promptkd.generation import Decoding
 from promptkd.memory import gibibytes, peak_memory
 from promptkd.models import (
@@ -23,10 +24,6 @@ from promptkd.models import (
 )
 from promptkd.models.vocabulary import check_stop_ids
 from promptkd.precision import WeightPrecision, compute_dtype, computing, teacher_precision
-
-
-def fastest_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def settled_rows(batch_size: int | None) -> int:
@@ -116,6 +113,8 @@ class InferenceRun:
         """Choose, and say, the precision that --dtype comes to on this device; before, it is float32."""
         self.precision = str(compute_dtype(self.options.dtype, self.device)).removeprefix("torch.")
         say(f"Computing in {self.precision} on {self.device.type}.")
+        if has_mps():
+            say(CPU_FOR_MPS)
 
     def computing(self) -> AbstractContextManager[object]:
         return computing(self.device, {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.precision])
