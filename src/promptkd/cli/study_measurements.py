@@ -33,6 +33,7 @@ _ALIKE = (
     "trust_remote_code",
 )
 
+_OF_TEACHER = ("teacher", "teacher_dtype", "teacher_model_init_kwargs", "kl_seeds")  # flags of `evaluate`
 _REVISIONS = ("teacher_model_revision", "teacher_model_init_kwargs", "model_init_kwargs")  # the first is one
 
 Read = Callable[..., list[Example]]
@@ -140,7 +141,7 @@ class Measuring:
         commands = []
         for each in asked:
             settings = self._settings(each, run)
-            left_out = ("teacher", "teacher_dtype", "kl_seeds") if setting == "teacher" else ("every_checkpoint",)
+            left_out = _OF_TEACHER if setting == "teacher" else ("every_checkpoint",)
             settings = {key: value for key, value in settings.items() if key not in left_out}
             command, missing = self._command(each, name, settings, self.results(each, called), read)
             commands += [command] if missing else []

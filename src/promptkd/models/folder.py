@@ -14,6 +14,7 @@ from typing import Any
 
 from promptkd.errors import PromptKDError, RequestError
 from promptkd.io.files import is_plain_name, json_value, read_json_object
+from promptkd.memory import is_out_of_memory
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -71,7 +72,12 @@ def clear_load_errors(name: str | Path) -> Iterator[None]:
     except PromptKDError:
         raise
     except Exception as error:  # a broken file makes transformers, tokenizers and gguf raise nearly anything
+        if is_out_of_memory(error):  # its files are not what is wrong
+            raise
         reason = " ".join(str(error).split()) or type(error).__name__
+        if found := re.search(r"got an unexpected keyword argument '(\w+)'", reason):
+            told = f"Could not load {name}: from_pretrained takes no {found[1]}"
+            raise RequestError(f"{told}. Leave it out, or correct its name.") from error
         if found := re.search(r"Unrecognized configuration class <class '[\w.]*?(\w+)Config'>", reason):
             kind = "an encoder-decoder model or another that writes no text token by token from left to right"
             raise RequestError(

@@ -33,7 +33,10 @@ SETTLED = (
     *("max_prompt_length", "max_completion_length", "max_reference_length"),
 )
 # what older files of settings left out if it was so
-_ABSENT: dict[str, Any] = {"--columns": None, "--chat-template-kwargs": None, "ids that are never written": []}
+_ABSENT: dict[str, Any] = {
+    **{"--columns": None, "--chat-template-kwargs": None},
+    **{"ids that are never written": [], "--model-dtype": "float32"},
+}
 
 
 def run(options: Options, training: dict[str, Any]) -> None:
@@ -44,7 +47,8 @@ def run(options: Options, training: dict[str, Any]) -> None:
 
 def check(options: Options) -> None:
     check_output(options.out, overwrite=options.overwrite or _settings_file(options.out).exists())
-    for flag, value in (("--teacher-dtype", options.teacher_dtype), ("--kl-seeds", options.kl_seeds)):
+    of_teacher = {"--teacher-dtype": options.teacher_dtype, "--kl-seeds": options.kl_seeds}
+    for flag, value in (of_teacher | {"--teacher-model-init-kwargs": options.teacher_model_init_kwargs}).items():
         if value is not None and options.teacher is None:
             raise RequestError(f"{flag} is of a --teacher. Give one, or leave it out.")
     if options.kl_seeds is not None and options.kl_seeds > len(options.seeds):
@@ -166,7 +170,7 @@ def _settle(options: Options, results: Results, decoding: Decoding, job: Inferen
     roles = ("model", "teacher")
     settings |= {role: each.sha256 or each.path for role, each in zip(roles, results.models.values(), strict=False)}
     settings |= {f"data {name}": each.sha256 or each.path for name, each in results.data.items()}
-    settings["--dtype"] = job.precision
+    settings |= {"--dtype": job.precision, "--model-dtype": job.model_dtype}
     if job.teacher_dtype is not None:
         settings["--teacher-dtype"] = job.teacher_dtype
     settings["ids that end an answer"] = list(decoding.stop_ids)

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from promptkd.cli.inference_run import InferenceRun
+from promptkd.cli.inference_run import InferenceRun, held_as
 from promptkd.cli.options.exposure_bias import Options
 from promptkd.cli.outputs import check_output, data_record, label_of
 from promptkd.cli.parsing.parser import merged_config
@@ -104,6 +104,7 @@ class _ExposureRun(InferenceRun):
         """What the curves depend on, apart from the students themselves."""
         prompts = {label: [row.prompt_ids for row in data.examples] for label, data in self.sets.items()}
         prompt = None if self.prompt is None else self.prompt.tolist()
+        students = held_as(self.options.model_dtype or "default", self.options.model_init_kwargs)
         return {
             **{name: vars(self.options)[name] for name in _SETTINGS},
             "teacher_sha256": self._of_teacher.sha256 or self._of_teacher.path,
@@ -111,6 +112,7 @@ class _ExposureRun(InferenceRun):
             "rows_sha256": {label: sha256(repr(ids).encode()).hexdigest() for label, ids in prompts.items()},
             "precision": self.precision,
             "teacher_dtype": self.teacher_dtype,
+            **({} if students == "default" else {"model_dtype": students}),
             "vocabulary": [self.vocabulary.size, *self.vocabulary.masked],
         }
 
@@ -142,7 +144,7 @@ class _ExposureRun(InferenceRun):
         self._check_rows(f"student {label}", student)
         check_positions(f"student {label}", student, self._longest, options.max_completion_length)
         record = results.models[label] = model_record(path, student)
-        results.notes += [each for each in self.merged if each not in results.notes]
+        results.notes += [each for each in self.model_notes if each not in results.notes]
         found, weights = {}, record.sha256 or record.path  # a hub name has no hash
         for data in self.sets:
             if same := [each for (_, on), each in kept.lines.items() if on == data and each["sha256"] == weights]:
