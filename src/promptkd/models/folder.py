@@ -12,9 +12,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from promptkd.errors import PromptKDError, RequestError
 from promptkd.io.files import is_plain_name, json_value, read_json_object
-from promptkd.memory import is_out_of_memory
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -69,11 +70,9 @@ def clear_load_errors(name: str | Path) -> Iterator[None]:
     """Turn whatever prevents a model from being read into a `RequestError` that names the model and the reason."""
     try:
         yield
-    except PromptKDError:
+    except (PromptKDError, torch.OutOfMemoryError):  # of a GPU; of main memory, a damaged file may ask for any size
         raise
     except Exception as error:  # a broken file makes transformers, tokenizers and gguf raise nearly anything
-        if is_out_of_memory(error):  # its files are not what is wrong
-            raise
         reason = " ".join(str(error).split()) or type(error).__name__
         if found := re.search(r"got an unexpected keyword argument '(\w+)'", reason):
             told = f"Could not load {name}: from_pretrained takes no {found[1]}"

@@ -45,13 +45,13 @@ def run(options: Options, training: dict[str, Any]) -> None:
     if options.prompt is not None and not options.prompt.strip():
         raise RequestError("--prompt is empty. Expected some text.")
     job = InferenceRun(options)
-    job.settle_precision()
     how: dict[str, Any] = {"template": options.template, "chat_template_kwargs": options.chat_template_kwargs}
     conversations = {
         label: Conversation(tokenizer=job.load_tokenizer(name), model=job.load_model(name), **how)
         for name, label in labels.items()
     }
     session = _Session(conversations, decoding, Console(highlight=False))
+    job.settle_precision()
     with job.computing():
         if options.prompt is not None:
             session.ask(options.prompt)
