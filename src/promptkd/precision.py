@@ -27,6 +27,17 @@ def computing(device: torch.device | str, dtype: torch.dtype) -> AbstractContext
     return nullcontext() if dtype == torch.float32 else torch.autocast(torch.device(device).type, dtype=dtype)
 
 
+def model_precision(
+    choice: WeightPrecision | None, device: torch.device | str, *, computes: torch.dtype, saved: str
+) -> WeightPrecision:
+    """The precision to hold a model in that is only run, by the dtype it was `saved` in and the one it `computes` in.
+
+    Unless chosen, that is bfloat16 if it was saved so and a GPU computes in it, else float32.
+    """
+    is_native = saved == "bfloat16" and computes == torch.bfloat16 and torch.device(device).type != "cpu"
+    return choice or ("bfloat16" if is_native else "float32")
+
+
 def teacher_precision(
     choice: WeightPrecision | None, device: torch.device | str, *, trained: bool = False
 ) -> WeightPrecision:

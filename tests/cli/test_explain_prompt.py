@@ -231,3 +231,23 @@ def test_prompts_of_several_teachers_are_found_by_name(several):
     folder, found = several.folder, several.prompts
     assert found == {name: folder / "prompt" / name for name in ("big", "small")}
     assert {each.name for each in found["big"].iterdir()} == PROMPT_FILES
+
+
+def test_the_teacher_is_loaded_as_in_the_run_unless_told_otherwise(world, tmp_path, capsys, monkeypatch):
+    """But for its revision, which is known already."""
+    out, settings = tmp_path / "run", []
+    own = ("--teacher_model_init_kwargs", '{"device_map": {"": "cpu"}, "revision": "main"}')
+    done(capsys, *distill(world, out, "--eval-data", world.valid, "--prompt_length", 3, *own))
+
+    def load(name, **given):
+        settings.append(given)
+        return load_model(name, **given)
+
+    monkeypatch.setattr("promptkd.cli.inference_run.load_model", load)
+    done(capsys, "explain-prompt", out, "--rows", 0)
+    assert settings.pop() | {"dtype": ""} == {
+        **{"dtype": "", "trust_remote_code": False},
+        **{"device_map": {"": "cpu"}, "revision": "main"},
+    }
+    done(capsys, "explain-prompt", out, "--rows", 0, "--teacher-model-init-kwargs", "{}", "--overwrite")
+    assert "device_map" not in settings.pop()

@@ -12,16 +12,19 @@ from accelerate.utils import DynamoBackend
 from helpers.commands import TRAINING, done, json_lines, make_world
 from helpers.tiny import tiny_model
 from helpers.trainers import log, pair, trainer
+from promptkd.data.batch import right_pad
+from promptkd.engine import response_hidden
 from promptkd.errors import RequestError
+from promptkd.generation import Decoding, generate
 from promptkd.methods import named_method
 from promptkd.models.adapters import FullTeacher, SoftPromptAdapter
+from promptkd.models.placement import is_dispatched, place_to_run, settle_dispatched
+from promptkd.models.prune import block_influence, prune_layers
 from promptkd.training.distributed import (
     autocast,
     check_dispatched,
     check_sharding,
-    is_dispatched,
     place_teacher,
-    settle_dispatched,
 )
 
 MODULES = (
@@ -114,6 +117,23 @@ def test_maps_that_cannot_be_used_are_refused(devices, processes, adapter, match
     model.hf_device_map = {"model": devices[0], "lm_head": devices[1]}
     with pytest.raises(RequestError, match=match):
         check_dispatched(model, SimpleNamespace(num_processes=processes), adapter)
+
+
+def test_a_dispatched_model_that_is_only_run_stays_and_computes_the_same(monkeypatch):
+    """What `generate`, `evaluate` and `prune` do with it: answers, states, the influence of layers, a student."""
+    plain = tiny_model("llama", layers=3, hidden=24, seed=2, tied=False)
+    spread = dispatched(tiny_model("llama", layers=3, hidden=24, seed=2, tied=False))
+    refuse_to_move(monkeypatch, spread)
+    assert place_to_run(spread, torch.device("cpu"), "") is spread
+    batch = right_pad([[4, 5], [6]], [[6, 7, 8], [4]])
+    decoding = Decoding(max_new_tokens=5, temperature=0.0)
+    for work in (
+        lambda model: torch.tensor(generate(model, [[4, 5, 6], [7]], decoding)),
+        lambda model: response_hidden(model, batch),
+        lambda model: torch.tensor(block_influence(model, [batch])),
+        lambda model: response_hidden(prune_layers(model, [0, 2]), batch),
+    ):
+        torch.testing.assert_close(work(spread), work(plain), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow

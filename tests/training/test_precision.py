@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import PartialState
 from peft import LoraConfig
 
 from helpers.commands import LIMITS, TRAINING, done, json_lines, make_world, run, write_rows
@@ -14,6 +15,7 @@ from helpers.standins import OnResults, StandIn
 from helpers.tiny import END_ID, tiny_tokenizer
 from helpers.trainers import FIXED_PROMPTKD, config, pair, rows, trainer
 from promptkd import precision
+from promptkd.engine import devices
 from promptkd.engine import units as engine_units
 from promptkd.engine.units import has_bfloat16_units
 from promptkd.errors import RequestError
@@ -24,7 +26,7 @@ from promptkd.methods import named_method
 from promptkd.models import load_model
 from promptkd.precision import compute_dtype, computing, teacher_precision
 from promptkd.results import Results
-from promptkd.training import DistillConfig
+from promptkd.training import DistillConfig, FinetuneConfig
 from promptkd.training.config import BaseConfig, use_one_gpu
 from promptkd.training.student import precision_notes
 from promptkd.training.teacher import teacher_settings
@@ -116,6 +118,35 @@ def test_the_teachers_default_precision(tmp_path, units):
     assert teacher_settings(config(tmp_path, teacher_dtype="float32"), FIXED_PROMPTKD)["dtype"] == "float32"
 
 
+@pytest.fixture
+def mac(monkeypatch):
+    """A machine with Apple's GPU, as we, torch and accelerate see it."""
+    backends = StandIn(torch.backends, mps=StandIn(torch.backends.mps, is_available=lambda: True))
+    accelerator = StandIn(torch.accelerator, current_accelerator=lambda check_available: torch.device("mps"))
+    monkeypatch.setattr(devices, "torch", StandIn(torch, backends=backends, accelerator=accelerator))
+    monkeypatch.setattr("accelerate.state.is_mps_available", lambda: True)
+
+
+@pytest.mark.parametrize("kind", [DistillConfig, FinetuneConfig])
+@pytest.mark.parametrize("bf16", [None, True, False])
+def test_a_mac_trains_on_its_cpu(tmp_path, mac, kind, bf16):
+    """There is no float64 on MPS, which accelerate would choose."""
+    assert PartialState().default_device.type == "mps"
+    made = kind(output_dir=str(tmp_path), report_to="none", bf16=bf16)
+    assert (made.device.type, made.use_cpu, made.leaves_mps) == ("cpu", True, True)
+    assert made.bf16 == (has_bfloat16_units("cpu") if bf16 is None else bf16)
+    asked = kind(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    assert (asked.device.type, asked.leaves_mps) == ("cpu", False)  # there is nothing to say
+
+
+@pytest.mark.slow
+def test_a_run_on_a_mac_says_why_it_uses_the_cpu(world, tmp_path, capsys, mac):
+    start = ("distill", "--student", world.student, "--teacher", world.teacher, "--data", world.train, *TRAINING[:-1])
+    ran = done(capsys, *start, "--out", tmp_path / "run")
+    assert ran.err.count(devices.CPU_FOR_MPS) == 1
+    assert Results.read(tmp_path / "run" / "results.json").notes.count(devices.CPU_FOR_MPS) == 1
+
+
 @pytest.mark.slow
 def test_a_student_in_lower_precision_is_raised_and_it_is_said(tmp_path, caplog):
     student, teacher = pair()
@@ -165,7 +196,7 @@ def test_several_gpus_are_not_used_by_data_parallel(tmp_path):
 def test_a_run_says_that_further_gpus_are_not_used(monkeypatch):
     gpus = StandIn(torch, cuda=StandIn(torch.cuda, device_count=lambda: 4))
     monkeypatch.setattr("promptkd.training.student.torch", gpus)
-    args = {"bf16": True, "fp16": False, "device": torch.device("cuda", 0)}
+    args = {"bf16": True, "fp16": False, "device": torch.device("cuda", 0), "leaves_mps": False}
     (_, advice) = precision_notes(SimpleNamespace(**args, world_size=1), None)
     assert advice.startswith("4 GPUs are visible and one is trained on.")
     assert "accelerate launch --num_processes 4 -m promptkd" in advice
@@ -328,6 +359,12 @@ COMMANDS = {
     ),
     "chat": lambda world, out: (world.student, "--prompt", "the", "--max-completion-length", 3),
 }
+
+
+def test_commands_that_run_a_model_say_why_they_use_a_macs_cpu(world, tmp_path, capsys, mac):
+    ran = done(capsys, "chat", *COMMANDS["chat"](world, tmp_path / "out"), "--dtype", "float32")
+    assert "Computing in float32 on cpu." in ran.err
+    assert ran.err.count(devices.CPU_FOR_MPS) == 1
 
 
 @pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16"])

@@ -177,7 +177,10 @@ def _out_of_memory(status: str, command: ModuleType, options: Any) -> str:
         batch = f" on up to {given['batch_size']} rows at a time"
         if limits := [given[each] for each in ("max_prompt_length", "max_completion_length") if each in given]:
             batch += f", each of up to {sum(limits):,} tokens"
-    less = ", or ".join(each.format(**given) for each in vars(command).get("LESS_MEMORY", ()))
+    advised = [each.format(**given) for each in vars(command).get("LESS_MEMORY", ())]
+    if given.get("model_dtype", "") in (None, "float32") and given["dtype"] != "float32":
+        advised.append("--model-dtype bfloat16, where its weights are in float32")
+    less = ", or ".join(advised)
     advice = f"Less is needed with {less}." if less else "It takes a machine with more memory."
     is_kept = vars(command).get("RESUMED_BY") == ()
     resume = " What is done is kept: run the same command again to resume." if is_kept else ""

@@ -1,5 +1,7 @@
 """What commands have in common that run models without training them: tokenizers, rows, models, and their precision."""
 
+import json
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -11,6 +13,8 @@ from promptkd.data import EncodedData, encode_examples, read_columns, read_examp
 from promptkd.data.summary import EVALUATION_FLAGS, GENERATION_FLAGS, Flags, limits_named
 from promptkd.data.teacher_prompt import TeacherPrompts
 from promptkd.engine import check_scoring, engine_for
+from promptkd.engine.devices import CPU_FOR_MPS, fastest_device, has_mps
+from promptkd.errors import check_all
 from promptkd.generation import Decoding
 from promptkd.memory import gibibytes, peak_memory
 from promptkd.models import (
@@ -21,12 +25,18 @@ from promptkd.models import (
     shared_vocabulary,
     vocabulary_size,
 )
+from promptkd.models.load import saved_dtype
+from promptkd.models.placement import place_to_run
 from promptkd.models.vocabulary import check_stop_ids
-from promptkd.precision import WeightPrecision, compute_dtype, computing, teacher_precision
+from promptkd.precision import WeightPrecision, compute_dtype, computing, model_precision, teacher_precision
 
-
-def fastest_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+_ELSEWHERE = {  # arguments of from_pretrained that have a flag, or a place, of their own
+    "dtype": "Give it as --{whose}-dtype instead",
+    "torch_dtype": "Give it as --{whose}-dtype instead",
+    "trust_remote_code": "Give it as --trust-remote-code instead",
+    "revision": "Download it (hf download NAME --revision REVISION --local-dir FOLDER) and name FOLDER",
+}
+_PLACING = ("device_map", "max_memory", "offload_folder")  # arguments on which no result depends
 
 
 def settled_rows(batch_size: int | None) -> int:
@@ -44,10 +54,13 @@ class InferenceRun:
     def __init__(self, options: Any):
         quiet_libraries()
         self.options, self.device, self.precision = options, fastest_device(), "float32"
-        self.teacher_dtype: WeightPrecision | None = None
+        _check_loading(options)
+        self.teacher_dtype: str | None = None
+        self.model_dtype = "float32"
+        """How the weights of the model that was loaded last are held, and those of the teacher: see `held_as`."""
         self._told: dict[str, list[str]] = {}  # what was said of each data set's rows
-        self.merged: list[str] = []
-        """Sentences on adapters that were merged into the models, which a record must hold."""
+        self.model_notes: list[str] = []
+        """Sentences on adapters that were merged, and on weights in lower precision, which a record must hold."""
 
     def load_tokenizer(self, name: str, revision: str | None = None) -> Any:
         return load_tokenizer(name, trust_remote_code=self.options.trust_remote_code, revision=revision)
@@ -89,18 +102,54 @@ class InferenceRun:
         shared.check_end(template.end_token_id)
         return shared
 
-    def load_model(self, name: str, dtype: WeightPrecision = "float32", revision: str | None = None) -> Any:
-        of_files = {"trust_remote_code": self.options.trust_remote_code, "revision": revision}
-        model = load_model(name, dtype=dtype, **of_files).to(self.device)
+    def load_model(self, name: str) -> Any:
+        """A model as --model-dtype and --model-init-kwargs say."""
+        options, computes = self.options, compute_dtype(self.options.dtype, self.device)
+        chooses = options.model_dtype is None and self.device.type != "cpu"
+        saved = saved_dtype(name, trust_remote_code=options.trust_remote_code) if chooses else ""
+        dtype = model_precision(options.model_dtype, self.device, computes=computes, saved=saved)
+        settings = options.model_init_kwargs or {}
+        model = self._load(name, dtype, settings, "--model-dtype bfloat16 or a quantization_config")
+        held = str(model.dtype).removeprefix("torch.")
+        self.model_dtype = held_as(held, settings)
+        is_quantized = vars(model).get("is_quantized", False)
+        if held != "float32" or is_quantized:
+            alone = "" if computes == torch.bfloat16 else ", in which it computes"
+            how = f"quantized, the others in {held}" if is_quantized else f"in {held}{alone}"
+            self._note(f"The weights of {name} were loaded {how}.")
+        return model
+
+    def load_student(self, name: str) -> Any:
+        """A student that a teacher's logits are kept for, as it will be trained."""
+        return self._load(name, "float32", {}, "a smaller student")
+
+    def load_teacher(self, name: str, revision: str | None = None) -> Any:
+        dtype = teacher_precision(self.options.teacher_dtype, self.device)
+        settings = self.options.teacher_model_init_kwargs or {}
+        self.teacher_dtype = held_as(dtype, settings)
+        less = "--teacher-dtype bfloat16 or a quantization_config"
+        return self._load(name, dtype, {**settings, "revision": revision}, less)
+
+    def _load(self, name: str, dtype: WeightPrecision, settings: Mapping[str, Any], less: str) -> Any:
+        """`less` is what takes less memory. A quantized weight is not moved later: it is loaded where it will be."""
+        placed = {"device_map": {"": self.device}} if "quantization_config" in settings else {}
+        loaded = load_model(
+            name, dtype=dtype, trust_remote_code=self.options.trust_remote_code, **{**placed, **settings}
+        )
+        model = place_to_run(loaded, self.device, less)
         if merged := merged_parts(model):
-            self.merged.append(f"{name} is {merged.told}.")
-            say(self.merged[-1])
+            self._note(f"{name} is {merged.told}.")
         check_scoring(model)
         return model
 
-    def load_teacher(self, name: str, revision: str | None = None) -> Any:
-        self.teacher_dtype = teacher_precision(self.options.teacher_dtype, self.device)
-        return self.load_model(name, self.teacher_dtype, revision)
+    def _note(self, text: str) -> None:
+        self.model_notes.append(text)
+        say(text)
+
+    @property
+    def computed(self) -> str:
+        """How a model was computed with, for jobs that resume under the same; of weights in float32 nothing is said."""
+        return self.precision if self.model_dtype == "float32" else f"{self.precision}, weights in {self.model_dtype}"
 
     def decoding(self, tokenizer: Any, model: Any, **settings: Any) -> Decoding:
         stop_ids = stop_token_ids(tokenizer, model.generation_config, self.options.template)
@@ -117,14 +166,40 @@ class InferenceRun:
         """Choose, and say, the precision that --dtype comes to on this device; before, it is float32."""
         self.precision = str(compute_dtype(self.options.dtype, self.device)).removeprefix("torch.")
         say(f"Computing in {self.precision} on {self.device.type}.")
+        if has_mps():
+            say(CPU_FOR_MPS)
 
     def computing(self) -> AbstractContextManager[object]:
         return computing(self.device, {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.precision])
 
     def precision_notes(self) -> list[str]:
         teacher = [f"The teacher's weights were loaded in {self.teacher_dtype}."] if self.teacher_dtype else []
-        return [f"Computed in {self.precision} on {self.device.type}.", *teacher, *self.merged]
+        return [f"Computed in {self.precision} on {self.device.type}.", *teacher, *self.model_notes]
 
     def say_peak(self) -> None:
         of_device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
         say(f"Peak memory {gibibytes(of_device or peak_memory())}.")
+
+
+def held_as(dtype: str, settings: Mapping[str, Any] | None) -> str:
+    """How weights are held, in words: `dtype`, and what results depend on of the `settings` of from_pretrained."""
+    kept = {name: value for name, value in (settings or {}).items() if name not in _PLACING}
+    return f"{dtype}, {json.dumps(kept, sort_keys=True)}" if kept else dtype
+
+
+def _check_loading(options: Any) -> None:
+    """Refuse flags of weights that contradict each other, with everything that is wrong."""
+    given = vars(options)
+    checks = [
+        (
+            options.dtype == "float32" and options.model_dtype not in (None, "float32"),
+            f"--model-dtype {options.model_dtype} lets the model compute in that, and --dtype float32 in float32; "
+            "leave one out",
+        )
+    ]
+    for whose, flag in (("model", "model_init_kwargs"), ("teacher", "teacher_model_init_kwargs")):
+        settings = given.get(flag) or {}
+        for name, advice in _ELSEWHERE.items():
+            told = f"--{flag.replace('_', '-')} holds {name}: {settings.get(name)}. {advice.format(whose=whose)}"
+            checks.append((name in settings, told))
+    check_all("Cannot load the models so", checks)

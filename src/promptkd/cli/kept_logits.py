@@ -109,7 +109,7 @@ class LogitsRequest:
             teacher=options.model,
             teacher_sha256=record.sha256,
             teacher_parameters=record.parameters,
-            precision=job.precision,
+            precision=job.computed,
             kept=min(wanted, shared.size),
             dtype=options.logits_dtype,
             vocabulary=shared.size,
@@ -124,7 +124,7 @@ class LogitsRequest:
         )
         if wanted > shared.size:
             say(f"The vocabulary has {shared.size:,} tokens: all are kept.")
-        student = job.load_model(options.student) if options.student else None
+        student = job.load_student(options.student) if options.student else None
         with locked(self.folder, folder=True), job.computing():
             writer = KeptWriter(self.folder, settings, data.examples, overwrite=options.overwrite)
             self._write(writer, teacher, student, data)

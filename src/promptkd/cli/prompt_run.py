@@ -66,6 +66,11 @@ class PromptRun:
         args = SimpleNamespace(**{name: self.setting(name, None) for name in names})
         return teacher_revision(args, own=self.setting("teacher", None) == SELF)
 
+    def teacher_settings(self, given: dict[str, Any] | None) -> dict[str, Any]:
+        """Further arguments of from_pretrained for the teacher: those that are `given`, or the run's own."""
+        own = self.setting("teacher_model_init_kwargs", {}) if given is None else given
+        return {name: value for name, value in own.items() if given is not None or name != "revision"}
+
     def start(self) -> dict[str, Any] | None:
         """Arguments of `SoftPrompt.create` for the start, but for the length; None where the record cannot tell."""
         if names_python(str(self.setting("method", ""))):  # the prompt may be of settings in that file

@@ -35,7 +35,7 @@ _ALIKE = (
 )
 
 _CONTEXT = ("teacher_prompt", "max_teacher_prompt_length")  # what the teacher alone reads, as training names it
-
+_OF_TEACHER = ("teacher", "teacher_dtype", "teacher_model_init_kwargs", "kl_seeds", *_CONTEXT)  # flags of `evaluate`
 _REVISIONS = ("teacher_model_revision", "teacher_model_init_kwargs", "model_init_kwargs")  # the first is one
 
 Read = Callable[..., list[Example]]
@@ -153,8 +153,7 @@ class Measuring:
         commands = []
         for each in asked:
             settings = self._settings(each, run)
-            of_teacher = ("teacher", "teacher_dtype", "kl_seeds", *_CONTEXT)
-            left_out = of_teacher if setting == "teacher" else ("every_checkpoint",)
+            left_out = _OF_TEACHER if setting == "teacher" else ("every_checkpoint",)
             settings = {key: value for key, value in settings.items() if key not in left_out}
             command, missing = self._command(each, name, settings, self.results(each, called), read)
             commands += [command] if missing else []

@@ -92,8 +92,8 @@ def compare(
         scored = ((name, setting.columns(name)) for name in wanted)
         columns = {name: held for name, held in scored if any(len(each.sums) for each in held.values())}
         if TO_TEACHER in columns:
-            shared = {label: column for label, column in columns[TO_TEACHER].items() if label not in others}
-            columns[TO_TEACHER] = shared if len(others) < len(tested_ones) - 1 else {}  # of one, nothing is compared
+            alike = {label: column for label, column in columns[TO_TEACHER].items() if label not in others}
+            columns[TO_TEACHER] = alike if len(others) < len(tested_ones) - 1 else {}  # of one, nothing is compared
         for (base, model), (name, held) in product(compared, columns.items()):
             direction, at = better(name), (setting.source, name, base, model)
             if direction is not None and base in held and model in held and at not in done:

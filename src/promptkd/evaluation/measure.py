@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from promptkd.data.batch import TokenBatch, right_pad
 from promptkd.data.encode import EncodedExample
-from promptkd.engine import Vocabulary, evaluating, head_logits, response_hidden
+from promptkd.engine import Vocabulary, embedding_device, evaluating, head_logits, response_hidden, unwrap_peft
 from promptkd.evaluation.rouge_tokenizer import DEFAULT, Tokenize
 from promptkd.evaluation.statistics import mean_interval, token_mean_interval
 from promptkd.evaluation.text_metrics import exact_match_scores, form_scores, rouge_scores
@@ -202,7 +202,7 @@ def batches_by_length(
     prompts: Sequence[TokenIds], responses: Sequence[TokenIds], size: int, model: nn.Module
 ) -> Iterator[tuple[list[int], TokenBatch]]:
     """Rows of similar length together on the model's device, with their indices."""
-    device = next(model.parameters()).device
+    device = embedding_device(unwrap_peft(model))
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]) + len(responses[row]))
     for first in range(0, len(order), size):
         rows = order[first : first + size]

@@ -12,6 +12,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from promptkd.errors import PromptKDError, RequestError
 from promptkd.io.files import is_plain_name, json_value, read_json_object
 
@@ -68,10 +70,13 @@ def clear_load_errors(name: str | Path) -> Iterator[None]:
     """Turn whatever prevents a model from being read into a `RequestError` that names the model and the reason."""
     try:
         yield
-    except PromptKDError:
+    except (PromptKDError, torch.OutOfMemoryError):  # of a GPU; of main memory, a damaged file may ask for any size
         raise
     except Exception as error:  # a broken file makes transformers, tokenizers and gguf raise nearly anything
         reason = " ".join(str(error).split()) or type(error).__name__
+        if found := re.search(r"got an unexpected keyword argument '(\w+)'", reason):
+            told = f"Could not load {name}: from_pretrained takes no {found[1]}"
+            raise RequestError(f"{told}. Leave it out, or correct its name.") from error
         if found := re.search(r"Unrecognized configuration class <class '[\w.]*?(\w+)Config'>", reason):
             kind = "an encoder-decoder model or another that writes no text token by token from left to right"
             raise RequestError(

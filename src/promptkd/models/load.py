@@ -99,6 +99,20 @@ def generation_config_of(
             return GenerationConfig.from_model_config(AutoConfig.from_pretrained(source.base, **settings))
 
 
+def saved_dtype(name: str | Path, *, trust_remote_code: bool = False) -> str:
+    """The dtype of a model's weights by its configuration; float32 where adapters are merged into them."""
+    source = model_source(name)
+    if source.adapters:
+        return "float32"
+    with clear_load_errors(name):
+        config = AutoConfig.from_pretrained(source.base, trust_remote_code=trust_remote_code, **_at(source.revision))
+    return _dtype_of(config)
+
+
+def _dtype_of(config: Any) -> str:
+    return "float32" if config.dtype is None else str(config.dtype).removeprefix("torch.")
+
+
 def _whole_model(source: Source, name: str | Path, settings: dict[str, Any]) -> PreTrainedModel:
     """The base of a source, as transformers reads it."""
     settings = {**settings, "use_safetensors": True, **_at(source.revision)}
@@ -121,7 +135,7 @@ def _merged_model(source: Source, name: str | Path, settings: dict[str, Any]) ->
     with clear_load_errors(name):
         trusted = {"trust_remote_code": settings["trust_remote_code"]} | _at(source.revision)
         config = AutoConfig.from_pretrained(source.base, **trusted)
-    own = "float32" if config.dtype is None else str(config.dtype).removeprefix("torch.")
+    own = _dtype_of(config)
     wanted = own if settings["dtype"] == "auto" else settings["dtype"]
     is_quantized = "quantization_config" in vars(config)
     plain["dtype"] = wanted if wanted == own and not is_quantized else "float32"

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from promptkd.data.batch import TokenBatch, on_device
 from promptkd.engine import evaluating
-from promptkd.engine.backbone import backbone_of
+from promptkd.engine.backbone import backbone_of, embedding_device
 from promptkd.errors import RequestError
 
 
@@ -41,7 +41,7 @@ def block_influence(model: PreTrainedModel, batches: Sequence[TokenBatch]) -> li
         before = args[0] if args else kwargs["hidden_states"]
         after = output if isinstance(output, Tensor) else output[0]
         cosine = torch.nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)  # (B, T)
-        sums[index] += float((1 - cosine)[is_real].double().sum())
+        sums[index] += float((1 - cosine)[is_real.to(cosine.device)].double().sum())
 
     with ExitStack() as hooks, torch.no_grad(), evaluating(model):
         for index, layer in enumerate(layers):
@@ -90,7 +90,7 @@ def prune_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMod
     weights = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(f"{name}.")}
     for new, old in enumerate(layers):
         weights |= {f"{name}.{new}.{key}": tensor for key, tensor in stack[old].state_dict().items()}
-    student = student.to(device=model.device)
+    student = student.to(device=embedding_device(model))
     problem = RequestError(
         f"{type(model).__name__} cannot be pruned by layer: its layers do not give the student that they make up. "
         "Merge adapters into the weights first; models whose layers depend on their depth are not supported."
@@ -114,7 +114,7 @@ def _is_part(model: PreTrainedModel, student: PreTrainedModel, stack: nn.ModuleL
         before = args[0] if args else kwargs["hidden_states"]
         return before if isinstance(output, Tensor) else (before, *output[1:])
 
-    ids = torch.arange(4, device=model.device)[None]
+    ids = torch.arange(4, device=embedding_device(model))[None]
     with ExitStack() as hooks, torch.no_grad(), evaluating(model):
         for index, layer in enumerate(stack):
             if index not in layers:

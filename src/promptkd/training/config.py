@@ -10,6 +10,7 @@ from trl import DistillationConfig
 
 from promptkd.data.teacher_prompt import TeacherPrompts, context_text
 from promptkd.engine import engine_for
+from promptkd.engine.devices import has_mps, training_device
 from promptkd.engine.units import has_bfloat16_units
 from promptkd.errors import RequestError, check_all
 from promptkd.io.python_file import names_python, python_file
@@ -100,11 +101,11 @@ class BaseConfig(_Arguments):
     def _choose_precision(self: Any) -> None:
         """`bf16`, before transformers looks at it: it takes bf16 on a CPU only with `use_cpu`, even without a GPU."""
         asks_for_cpu = self.use_cpu or parse_flag_from_env("ACCELERATE_USE_CPU")
-        other = None if asks_for_cpu else torch.accelerator.current_accelerator(check_available=True)
-        device = torch.device("cpu") if other is None else other
+        device = torch.device("cpu") if asks_for_cpu else training_device()
+        self.leaves_mps = has_mps() and not asks_for_cpu
         if self.bf16 is None:
             self.bf16 = not self.fp16 and has_bfloat16_units(device)
-        if self.bf16 and device.type == "cpu":
+        if device.type == "cpu" and (self.bf16 or self.leaves_mps):
             self.use_cpu = True
 
     def to_dict(self) -> dict[str, Any]:
@@ -269,8 +270,7 @@ class DistillConfig(_FlatSettings, BaseConfig, DistillationConfig):
             (self.fp16, "fp16 would need a loss scale for the soft prompt's gradient; use bf16 or float32"),
             (
                 bool(self.accelerator_config.split_batches or self.accelerator_config.dispatch_batches),
-                "split_batches and dispatch_batches of accelerator_config would deal out rows of one process, which "
-                "reads those of its own share of each optimizer step; leave them out",
+                "split_batches and dispatch_batches of accelerator_config would leave rows out; leave them out",
             ),
         ]
 

@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
-from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from accelerate.utils import DynamoBackend, fsdp2_prepare_model
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -23,6 +22,7 @@ from trl.models.utils import _ForwardRedirection
 from promptkd.engine import unwrap_peft
 from promptkd.errors import check_all
 from promptkd.models.adapters import TeacherAdapter
+from promptkd.models.placement import dispatched_to, is_dispatched
 from promptkd.precision import computing
 
 T = TypeVar("T")
@@ -40,16 +40,6 @@ def autocast(accelerator: Any, args: Any) -> AbstractContextManager[object]:
     return computing(accelerator.device, torch.bfloat16)
 
 
-def _devices(model: nn.Module) -> set[str]:
-    """Where a `device_map`, if one was given, has put the model's layers."""
-    return {str(each) for each in vars(unwrap_peft(model)).get("hf_device_map", {}).values()}  # accelerate's attribute
-
-
-def is_dispatched(model: nn.Module) -> bool:
-    """Whether a `device_map` has put the model's layers on several devices."""
-    return len(_devices(model)) > 1
-
-
 def check_dispatched(model: nn.Module, accelerator: Any, adapter: type[TeacherAdapter] | None) -> None:
     """Refuse a `device_map` with which the teacher could not be run or trained, with everything that is wrong."""
     if not is_dispatched(model):
@@ -60,7 +50,7 @@ def check_dispatched(model: nn.Module, accelerator: Any, adapter: type[TeacherAd
             "the other processes need their GPUs; start one process, or shard the teacher by FSDP2",
         ),
         (
-            bool(_devices(model) & {"cpu", "disk"}),
+            bool(dispatched_to(model) & {"cpu", "disk"}),
             "no layer may stay on the CPU or the disk; give more GPUs, --teacher_dtype bfloat16 or "
             "--teacher_quantization",
         ),
@@ -70,20 +60,6 @@ def check_dispatched(model: nn.Module, accelerator: Any, adapter: type[TeacherAd
         ),
     ]
     check_all("Cannot use this teacher's device_map", checks)
-
-
-def settle_dispatched(teacher: nn.Module, device: torch.device) -> None:
-    """Have a teacher of several devices take and return tensors of `device`, the student's.
-
-    Its layers stay. Embeddings (beside the soft prompt) and head (beside the student's) move to `device`.
-    """
-    inner = unwrap_peft(teacher)
-    ends = (inner.get_input_embeddings(), inner.get_output_embeddings())
-    for each in ends:
-        remove_hook_from_module(each)
-    for each in ends:  # together: tied ones share their weight
-        add_hook_to_module(each.to(device), AlignDevicesHook(execution_device=device))
-    add_hook_to_module(inner.base_model, AlignDevicesHook(execution_device=device, io_same_device=True), append=True)
 
 
 def check_sharding(

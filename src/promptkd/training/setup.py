@@ -24,12 +24,13 @@ from promptkd.errors import RequestError
 from promptkd.methods import Method
 from promptkd.models import SharedVocabulary, count_parameters, shared_vocabulary, vocabulary_size
 from promptkd.models.adapters import TeacherAdapter
+from promptkd.models.placement import is_dispatched, settle_dispatched
 from promptkd.models.positions import check_positions, position_limit
 from promptkd.models.vocabulary import check_heads, check_row_ids
 from promptkd.responses import AdaptiveReplay
 from promptkd.training.arguments import evaluation_sets
 from promptkd.training.config import needs_generate
-from promptkd.training.distributed import check_dispatched, check_sharding, is_dispatched, is_sharded, settle_dispatched
+from promptkd.training.distributed import check_dispatched, check_sharding, is_sharded
 from promptkd.training.kept_teacher import KeptTeacher
 from promptkd.training.teacher import Teacher, check_teacher_options
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from promptkd.data.kept_logits import KeptLogits
 from promptkd.engine import unwrap_peft
+from promptkd.engine.devices import CPU_FOR_MPS
 from promptkd.errors import RequestError
 from promptkd.models import load_model, merged_parts
 from promptkd.models.adapter_files import can_join, name_base
@@ -134,7 +135,7 @@ def end_notes(stop_ids: Sequence[int], args: Any) -> list[str]:
 
 
 def precision_notes(args: Any, raised_from: torch.dtype | None) -> list[str]:
-    """Sentences on the precision, on weights that were raised, and on GPUs that idle; all but the first are logged."""
+    """On the precision, weights that were raised and GPUs that idle, in sentences; all but the first are logged."""
     computes = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
     notes = [f"Computed in {computes}, with trained weights in float32, on {args.device.type}."]
     if raised_from is not None:
@@ -142,6 +143,8 @@ def precision_notes(args: Any, raised_from: torch.dtype | None) -> list[str]:
             f"The weights to train came in {str(raised_from).removeprefix('torch.')} and were raised to float32: lower "
             "precision loses small updates."
         )
+    if args.leaves_mps:
+        notes.append(CPU_FOR_MPS)
     visible = torch.cuda.device_count() if args.device.type == "cuda" and args.world_size == 1 else 1
     if visible > 1:
         notes.append(

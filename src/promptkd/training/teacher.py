@@ -22,9 +22,10 @@ from promptkd.models.adapters import TeacherAdapter
 from promptkd.models.load import keep_differentiable
 from promptkd.models.merge import merge_given, twin
 from promptkd.models.pair import Pair
+from promptkd.models.placement import is_dispatched
 from promptkd.precision import teacher_precision
 from promptkd.training.config import teacher_revision
-from promptkd.training.distributed import is_dispatched, is_sharded, place_teacher
+from promptkd.training.distributed import is_sharded, place_teacher
 from promptkd.training.own_teacher import EMA, check_own_teacher, is_own, start_of
 from promptkd.training.residence import bring
 

@@ -19,9 +19,10 @@ from promptkd.evaluation.measure import has_references
 from promptkd.methods import Method
 from promptkd.models import SharedVocabulary
 from promptkd.models.merge import forget_origin
+from promptkd.models.placement import is_dispatched
 from promptkd.training.checkpoint import whole_folder
 from promptkd.training.config import student_revision
-from promptkd.training.distributed import is_dispatched, is_sharded
+from promptkd.training.distributed import is_sharded
 from promptkd.training.ends import PairEnds, SeveralEnds, generation_config
 from promptkd.training.kept_teacher import check_kept_rows, check_kept_use, ends_config, kept_vocabulary
 from promptkd.training.own_teacher import is_own

@@ -43,8 +43,15 @@ SETTLED = (
     *("teacher_prompt", "max_teacher_prompt_length"),
 )
 # what older files of settings left out if it was so
-_ABSENT: dict[str, Any] = {"--columns": None, "--chat-template-kwargs": None, "ids that are never written": []}
-_ABSENT |= {"--teacher-prompt": None, "--max-teacher-prompt-length": None}
+_ABSENT: dict[str, Any] = {
+    **{
+        "--columns": None,
+        "--chat-template-kwargs": None,
+        "--teacher-prompt": None,
+        "--max-teacher-prompt-length": None,
+    },
+    **{"ids that are never written": [], "--model-dtype": "float32"},
+}
 
 
 def run(options: Options, training: dict[str, Any]) -> None:
@@ -55,7 +62,14 @@ def run(options: Options, training: dict[str, Any]) -> None:
 
 def check(options: Options) -> None:
     check_output(options.out, overwrite=options.overwrite or _settings_file(options.out).exists())
-    for name in ("teacher_dtype", "kl_seeds", "teacher_prompt", "max_teacher_prompt_length"):
+    of_teacher = (
+        "teacher_dtype",
+        "kl_seeds",
+        "teacher_prompt",
+        "max_teacher_prompt_length",
+        "teacher_model_init_kwargs",
+    )
+    for name in of_teacher:
         if vars(options)[name] is not None and options.teacher is None:
             raise RequestError(f"--{name.replace('_', '-')} is of a --teacher. Give one, or leave it out.")
     measured_teacher_prompts(with_context_text(options))
@@ -187,7 +201,7 @@ def _settle(options: Options, results: Results, decoding: Decoding, job: Inferen
     roles = ("model", "teacher")
     settings |= {role: each.sha256 or each.path for role, each in zip(roles, results.models.values(), strict=False)}
     settings |= {f"data {name}": each.sha256 or each.path for name, each in results.data.items()}
-    settings["--dtype"] = job.precision
+    settings |= {"--dtype": job.precision, "--model-dtype": job.model_dtype}
     if job.teacher_dtype is not None:
         settings["--teacher-dtype"] = job.teacher_dtype
     settings["ids that end an answer"] = list(decoding.stop_ids)

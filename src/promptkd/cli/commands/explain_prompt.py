@@ -70,6 +70,7 @@ class _ExplainRun(InferenceRun):
             "max_prompt_length": of_run("max_prompt_length", 256),
             "max_completion_length": of_run("max_completion_length", of_run("max_response_length", 256)),
             "teacher_dtype": options.teacher_dtype or of_run("teacher_dtype", None),
+            "teacher_model_init_kwargs": explained.teacher_settings(options.teacher_model_init_kwargs),
         }
         super().__init__(SimpleNamespace(**(vars(options) | settings)))
         self.teachers = explained.teachers(options.teacher)

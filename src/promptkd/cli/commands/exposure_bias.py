@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from promptkd.cli.inference_run import InferenceRun
+from promptkd.cli.inference_run import InferenceRun, held_as
 from promptkd.cli.options.exposure_bias import Options
 from promptkd.cli.outputs import check_output, data_record, label_of
 from promptkd.cli.parsing.parser import merged_config
@@ -129,6 +129,7 @@ class _ExposureRun(InferenceRun):
         prompt = None if self.prompt is None else self.prompt.tolist()
         read = {label: [row.prompt_ids for row in self._for_teacher(label)] for label in self.sets}
         contexts = {"contexts_sha256": sha256(repr(read).encode()).hexdigest()} if read != prompts else {}
+        students = held_as(self.options.model_dtype or "default", self.options.model_init_kwargs)
         return {
             **{name: vars(self.options)[name] for name in _SETTINGS},
             "teacher_sha256": self._of_teacher.sha256 or self._of_teacher.path,
@@ -136,6 +137,7 @@ class _ExposureRun(InferenceRun):
             "rows_sha256": {label: sha256(repr(ids).encode()).hexdigest() for label, ids in prompts.items()},
             "precision": self.precision,
             "teacher_dtype": self.teacher_dtype,
+            **({} if students == "default" else {"model_dtype": students}),
             "vocabulary": [self.vocabulary.size, *self.vocabulary.masked],
             **contexts,
         }
@@ -167,7 +169,7 @@ class _ExposureRun(InferenceRun):
         options, results, student = self.options, self.results, self.load_model(path)
         self._check_rows(f"student {label}", student, self._rows)
         record = results.models[label] = model_record(path, student)
-        results.notes += [each for each in self.merged if each not in results.notes]
+        results.notes += [each for each in self.model_notes if each not in results.notes]
         found, weights = {}, record.sha256 or record.path  # a hub name has no hash
         for data in self.sets:
             if same := [each for (_, on), each in kept.lines.items() if on == data and each["sha256"] == weights]:

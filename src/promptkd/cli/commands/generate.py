@@ -62,7 +62,7 @@ def _decode(
         **sampling(options),
         "data_sha256": sha256_of(options.data),
         "model_sha256": record.sha256,
-        "precision": job.precision,
+        "precision": job.computed,
         "prompts_sha256": prompts,
         "stop_ids": list(decoding.stop_ids),
     }

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from promptkd.cli.inference_run import InferenceRun
 from promptkd.cli.options.prune import Options
 from promptkd.cli.outputs import check_replaceable, check_writable, refuse_foreign
@@ -11,7 +13,8 @@ from promptkd.cli.terminal import say
 from promptkd.data import EncodedExample
 from promptkd.data.batch import right_pad
 from promptkd.engine import check_scoring
-from promptkd.errors import check_all, writing
+from promptkd.engine.backbone import embedding_device
+from promptkd.errors import RequestError, check_all, writing
 from promptkd.io.atomic import atomic
 from promptkd.models import check_rows_fit, count_parameters, model_record
 from promptkd.models.end_tokens import keep_end_tokens, known_end_tokens
@@ -28,11 +31,15 @@ def run(options: Options, training: dict[str, Any]) -> None:
         rows = data.examples[: options.rows]
         job.settle_precision()
     teacher = job.load_model(options.model)
+    if vars(teacher).get("is_quantized", False):
+        raise RequestError("A quantized model cannot be pruned: its weights are packed. Give the model before that.")
     if rows:
         check_rows_fit("model", teacher, rows, 0)
     kept, influence = _choose(job, teacher, rows)
     student = prune_layers(teacher, kept)
     check_scoring(student)
+    if student.dtype.itemsize < 4:  # as a student is trained; off the device, where it may not fit beside the teacher
+        student = student.to(device="cpu", dtype=torch.float32)
     keep_end_tokens(student, known_end_tokens(teacher, tokenizer))
     before, after = count_parameters(teacher), count_parameters(student)
     with writing(options.out), atomic(options.out) as folder:
@@ -45,7 +52,7 @@ def run(options: Options, training: dict[str, Any]) -> None:
             config={**merged_config(options, {}), "kept": kept, "files": files},
             models={"teacher": model_record(options.model, teacher), "student": made},
             metrics={f"influence_{index}": Metric(value=value) for index, value in enumerate(influence)},
-            notes=job.precision_notes() if influence else job.merged,
+            notes=job.precision_notes() if influence else job.model_notes,
         ).write(folder / "results.json")
     say(f"Kept layers {', '.join(map(str, kept))}.")
     say(f"{before:,} parameters before, {after:,} after ({after / before:.0%}). The student is in {options.out}.")
@@ -84,7 +91,7 @@ def _choose(job: InferenceRun, teacher: Any, rows: list[EncodedExample]) -> tupl
     most_influential([0.0] * total, options.layers)  # a wrong number of layers is told before any measuring
     prompts, responses = [row.prompt_ids for row in rows], [row.response_ids for row in rows]
     eights = [slice(first, first + 8) for first in range(0, len(rows), 8)]
-    batches = [right_pad(prompts[each], responses[each], device=teacher.device) for each in eights]
+    batches = [right_pad(prompts[each], responses[each], device=embedding_device(teacher)) for each in eights]
     with job.computing():
         influence = block_influence(teacher, batches)
     return most_influential(influence, options.layers), influence

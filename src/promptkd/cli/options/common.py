@@ -16,7 +16,12 @@ LESS_MEMORY_TO_DECODE = (
 @dataclass(kw_only=True)
 class Loading:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision to compute in, with weights in float32; auto is bfloat16 where the device has units for it."""
+    """Precision to compute in; auto is bfloat16 where the device has units for it."""
+    model_dtype: Literal["float32", "bfloat16", "float16", "auto"] | None = None
+    """Precision of the model's weights; by default float32, on a GPU that computes in bfloat16 that of weights saved in
+    bfloat16. auto is that of its files."""
+    model_init_kwargs: dict[str, Any] | None = None
+    """Arguments of from_pretrained, such as {"device_map": "auto"} to spread the model over the GPUs."""
     trust_remote_code: bool = False
     """Run code that a hub model ships."""
 
@@ -59,6 +64,8 @@ class Measuring(Loading, Rows):
 class TeacherPrecision:
     teacher_dtype: Literal["float32", "bfloat16", "float16", "auto"] | None = None
     """Precision of the teacher's weights; by default bfloat16 where the device has units for it, else float32."""
+    teacher_model_init_kwargs: dict[str, Any] | None = None
+    """Arguments of from_pretrained for the teacher, such as {"device_map": "auto"} to spread it over the GPUs."""
 
 
 @dataclass(kw_only=True)
