@@ -155,7 +155,7 @@ def rollout(model, folder, **settings):
     run.teacher.vocabulary = Vocabulary(model.config.vocab_size)  # the tokenizer has fewer tokens than the larger one
     run.rollout._generation.eos_token_id = run.rollout._generation.suppress_tokens = None
     torch.manual_seed(5)
-    return run.rollout._sample([PROMPT] * DRAWS, run.model, 0, None)
+    return run.rollout._sample([PROMPT] * DRAWS, run.model, None)
 
 
 def transformers_rollout(model, folder):
