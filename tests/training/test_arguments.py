@@ -101,7 +101,7 @@ def test_a_metric_that_no_validation_measures_chooses_no_checkpoint(tmp_path, va
 def test_rows_without_references_are_measured_by_what_needs_none(tmp_path, caplog):
     with_references = untimed(made(tmp_path, valid=ANSWERED).evaluate())
     caplog.clear()
-    with caplog.at_level(logging.WARNING, "promptkd.training.validation"):  # which a command, as of another test, quiets
+    with caplog.at_level(logging.WARNING, "promptkd.training.validation"):  # quieted where a command has run
         ours = made(tmp_path, valid=ASKED)
     told = [note for note in ours.notes if "no references" in note]
     assert len(told) == 1
