@@ -135,6 +135,10 @@ def test_the_kl_of_a_method_with_another_teacher_is_left_out_alone():
     assert told in made.notes
     made = compare_groups(groups, {"rouge_l": "higher", "kl_to_teacher": "lower"}.get, baseline="b")
     assert {each.metric for each in made.differences} == {"rouge_l"}
+    for each in groups.values():  # seeds of one method with two teachers
+        each[1].record.models["teacher"] = ModelRecord(path="third", parameters=1, sha256="")
+    made = compare_groups(groups, {"rouge_l": "higher", "kl_to_teacher": "lower"}.get, baseline="a")
+    assert {each.metric for each in made.differences} == {"rouge_l"}
 
 
 def test_exposure_bias_is_tested_by_the_spread_of_all_methods():

@@ -154,7 +154,7 @@ def compare_groups(
     shared = next((each.teachers for each in (*groups.get(baseline, {}).values(), *candidates)), frozenset())
     left_out = [group for group, seeds in groups.items() if {each.teachers for each in seeds.values()} != {shared}]
     strange = {each.label for group in left_out for each in groups[group].values()}  # whose KL is to another teacher
-    told_others = other_teachers(left_out, next(each for each in groups if each not in left_out)) if left_out else ""
+    told_others = other_teachers(left_out, next((g for g in groups if g not in left_out), baseline)) if left_out else ""
     made = Comparison()
     done: set[tuple[str, str, str]] = set()  # groups on what is measured on a data set's references, however decoded
     for setting in settings:
