@@ -219,6 +219,8 @@ class DataRecord(_Record):
     sha256: str
     dropped: int = 0
     """Rows over the length limit, which were left out; examples, where one row gives several."""
+    cut: int = 0
+    """Rows left out since their responses were cut at a length limit when they were written."""
     unanswered: int = 0
     """Conversations that end with the user, which were left out since a response is needed."""
     examples: int | None = None

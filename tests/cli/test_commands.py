@@ -23,6 +23,7 @@ from helpers.commands import (
     PROMPT_FILES,
     RUN_FILES,
     TEMPLATE,
+    TRAINED_FILES,
     TRAINING,
     World,
     below,
@@ -111,7 +112,7 @@ def test_prune_replaces_its_own_student_alone(world, tmp_path, capsys):
 def test_sft(world, tmp_path, capsys):
     out = tmp_path / "run"
     ran = done(capsys, *sft(world, out, "--eval-data", world.valid))
-    assert held(out) == RUN_FILES | below("model", MODEL_FILES) | {"checkpoints/checkpoint-3"}
+    assert held(out) == RUN_FILES | below("model", TRAINED_FILES) | {"checkpoints/checkpoint-3"}
     lines = json_lines(out / "metrics.jsonl")
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3]
     assert all(line.keys() >= STEP for line in lines[:3])
@@ -149,7 +150,7 @@ def test_distill(world, tmp_path, capsys, method):
     out = tmp_path / "run"
     done(capsys, *distill(world, out, "--method", method, "--preflight"))
     prompt = below("prompt", PROMPT_FILES) if method == "promptkd" else set()
-    assert held(out) == DISTILL_FILES | below("student", MODEL_FILES) | prompt | {"checkpoints/checkpoint-3"}
+    assert held(out) == DISTILL_FILES | below("student", TRAINED_FILES) | prompt | {"checkpoints/checkpoint-3"}
 
     lines = json_lines(out / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3]
@@ -212,7 +213,7 @@ def test_whatever_of_the_teacher_is_trained_has_a_folder_of_its_own_and_validati
     numbers, share = (told[f"teacher_trained_{name}"].value for name in ("numbers", "share"))
     assert f"{numbers:,.0f} parameters of the teacher are trained, {share:.4%} of its parameters" in ran.err
     assert share == pytest.approx(numbers / record(out).models["teacher"].parameters)
-    student = RUN_FILES | below("student", MODEL_FILES) | {"checkpoints/checkpoint-3"}
+    student = RUN_FILES | below("student", TRAINED_FILES) | {"checkpoints/checkpoint-3"}
     assert held(out) == student | below(folder, files)
     lines = json_lines(out / "metrics.jsonl")
     moved = "prompt_norm" if method == "promptkd" else "adapter_distance"
@@ -238,8 +239,8 @@ def test_a_lora_student_is_saved_as_an_adapter_or_merged(world, tmp_path, capsys
     out = tmp_path / "run"
     merge = ("--merge",) if merged else ()
     done(capsys, *distill(world, out, "--student-lora-rank", 2, "--eval-data", world.valid, *merge))
-    of_adapter = PROMPT_FILES | {"README.md", "base_model.json", *MODEL_FILES} - {"config.json", "model.safetensors"}
-    files = MODEL_FILES if merged else of_adapter
+    of_adapter = PROMPT_FILES | {"README.md", "base_model.json", *TRAINED_FILES} - {"config.json", "model.safetensors"}
+    files = TRAINED_FILES if merged else of_adapter
     assert {path.name for path in (out / "student").iterdir()} == files
     scored = ("--data", world.valid, "--teacher", world.teacher, "--out", tmp_path / "results.json", *LIMITS)
     scored += ("--measure", "student")
@@ -306,7 +307,12 @@ def test_generated_responses_are_data_for_distill(world, tmp_path, capsys):
     done(capsys, "distill", *models, "--data", tmp_path / "ended.jsonl", *training)
     used = record(tmp_path / "run").data["train"]
     assert used.rows + used.dropped == len(ended)
-    ran = run(capsys, "distill", *models, "--data", tmp_path / "all.jsonl", *training, "--overwrite")
+    with_cut = ("distill", *models, "--data", tmp_path / "all.jsonl", *training, "--overwrite")
+    told = done(capsys, *with_cut).err
+    found = record(tmp_path / "run").data["train"]
+    assert (found.rows, found.dropped, found.cut) == (used.rows, used.dropped, 12 - len(ended))
+    assert f"{12 - len(ended)} responses that were cut at the length limit" in told
+    ran = run(capsys, *with_cut, "--overlong", "error")
     assert ran.status == 2
     assert "the response was cut at the length limit" in ran.err
 

@@ -108,7 +108,7 @@ def test_one_seed_and_greedy_beside_it(world, tmp_path, capsys):
         assert [each["rouge_l"] for each in answers] == [each.scores["rouge_l"] for each in evaluation.samples]
     assert sampled.metrics["loss"] == greedy.metrics["loss"]
     assert not results.metrics
-    assert [note.split(" ")[0] for note in results.notes] == ["Computed"]
+    assert [note.split(" ")[0] for note in results.notes] == ["Template:", "Computed"]
     assert set(results.models) == {"student"}
     assert results.data["test"].rows == 5
     assert "student" in ran.out

@@ -1,20 +1,30 @@
 """What commands say of their rows, and the template that a student takes from its teacher."""
 
 import logging
+import shutil
 
 import datasets
 import pytest
 from transformers import AutoTokenizer
 
-from helpers.commands import done, run, write_rows
+from helpers.commands import done, json_lines, run, write_rows
 from helpers.tiny import save_model, tiny_model, tiny_tokenizer
 from helpers.trainers import config
+from promptkd.cli import main
 from promptkd.results import Results
 from promptkd.training import DistillTrainer
 
 pytestmark = pytest.mark.slow
 
 FEW = ("--max_steps", 1, "--per_device_train_batch_size", 2, "--max_completion_length", 12, "--use_cpu")
+
+SHORT = ("--max-completion-length", 4, "--limit", 4)
+TUNED_ON = {  # by whether there is an input
+    True: "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+    "response that appropriately completes the request.\n\n### Instruction:\nthe\n\n### Input:\nit\n\n### Response:\n",
+    False: "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+    "\n\n### Instruction:\na\n\n### Response:\n",
+}
 
 
 def ask(text):
@@ -136,3 +146,111 @@ def test_the_trainer_takes_the_same_rows(tmp_path, caplog):
     assert tokenizers["processing_class"].decode(row.response_ids) == "an<|end|>"
     assert "train_dataset: not used: 'id' (4 rows)." in caplog.text
     trainer.train()
+
+
+@pytest.fixture(scope="module")
+def tuned(models, tmp_path_factory):
+    """The run of a chat model that was tuned on the Alpaca template, and its rows."""
+    folder = tmp_path_factory.mktemp("tuned")
+    rows = [{"instruction": "the", "input": "it", "output": "an"}, {"instruction": "a", "output": "an"}]
+    data = write_rows(folder / "d.jsonl", rows * 2)
+    tuning = ("sft", "--model", models / "teacher", "--data", data, "--out", folder / "run", "--template", "alpaca")
+    assert main([str(each) for each in (*tuning, *FEW)]) == 0
+    return folder / "run", data
+
+
+def prompts_of(capsys, model, data, out, *arguments):
+    """The prompts that `evaluate` gives the model, and what it says."""
+    told = done(capsys, "evaluate", "--model", model, "--data", data, "--out", out, *SHORT, *arguments).err
+    return {sample.prompt for sample in Results.read(out).evaluations[0].samples}, told
+
+
+def test_a_model_is_run_on_the_template_that_it_was_trained_on(tuned, tmp_path, capsys):
+    run_folder, data = tuned
+    expected = {TUNED_ON[True], TUNED_ON[False]}
+    copied = shutil.copytree(run_folder / "model", tmp_path / "copied")
+    for number, model in enumerate((run_folder, run_folder / "model", copied)):
+        out = tmp_path / f"{number}.json"
+        found, told = prompts_of(capsys, model, data, out)
+        assert found == expected
+        note = "Template: alpaca, on which the model was trained."
+        assert note in told.splitlines()
+        assert note in Results.read(out).notes
+    (by_chat, told) = prompts_of(capsys, copied, data, tmp_path / "c.json", "--template", "chat")
+    assert TUNED_ON[False] in by_chat  # the saved chat template writes the same; an input is a part of the message
+    assert "Template: the chat template of the model." in told
+    out = tmp_path / "g.jsonl"
+    done(capsys, "generate", "--model", run_folder, "--data", data, "--out", out, *SHORT)
+    assert {line["prompt"] for line in json_lines(out)} == expected
+    done(
+        capsys,
+        "distill",
+        "--student",
+        run_folder,
+        "--teacher",
+        run_folder,
+        "--data",
+        data,
+        "--out",
+        tmp_path / "next",
+        *FEW,
+    )
+    assert (
+        Results.read(tmp_path / "next" / "results.json")
+        .notes[0]
+        .startswith(f"Template: alpaca, on which {run_folder} was trained.")
+    )
+
+
+def test_a_run_of_an_earlier_version_is_read_by_its_settings(tuned, models, tmp_path, capsys):
+    data = tuned[1]
+    for inside in ("model", "student", "checkpoints/checkpoint-3"):
+        old = tmp_path / inside.replace("/", "-")
+        shutil.copytree(models / "teacher", old / inside)
+        (old / "config.yaml").write_text("template: alpaca\ndata: d.jsonl\n")
+        found, told = prompts_of(capsys, old / inside, data, old / "e.json")
+        assert found == {TUNED_ON[True], TUNED_ON[False]}
+        assert "on which the model was trained" in told
+    (old / "config.yaml").write_text("- no settings\n")
+    assert "the chat template of the model" in prompts_of(capsys, old / inside, data, old / "f.json")[1]
+
+
+def test_answers_to_prompts_of_another_template_are_not_taken_up(tuned, models, tmp_path, capsys):
+    data = tuned[1]
+    old = shutil.copytree(models / "teacher", tmp_path / "run" / "model")
+    prompts_of(capsys, old, data, tmp_path / "e.json")
+    (tmp_path / "run" / "config.yaml").write_text("template: alpaca\n")
+    again = ("evaluate", "--model", old, "--data", data, "--out", tmp_path / "e.json", *SHORT)
+    (tmp_path / "e.json").unlink()
+    ran = run(capsys, *again)
+    assert ran.status == 2
+    assert "template of the training" in ran.err
+
+
+@pytest.mark.parametrize("command", ["sft", "distill"])
+def test_prompts_of_another_template_than_the_validation_rows_are_told(models, tmp_path, capsys, command):
+    train = write_rows(tmp_path / "train.jsonl", [{"prompt": "the it", "completion": "an"}] * 4)
+    valid = write_rows(
+        tmp_path / "valid.jsonl", [{"instruction": each, "output": "an"} for each in ("a", "an", "it", "i")]
+    )
+    trained = {
+        "sft": ("--model", models / "teacher"),
+        "distill": ("--student", models / "teacher", "--teacher", models / "teacher"),
+    }
+    method = ("--method", "seqkd") if command == "distill" else ()
+    request = (
+        command,
+        *trained[command],
+        "--data",
+        train,
+        "--eval-data",
+        valid,
+        "--out",
+        tmp_path / "run",
+        *method,
+        *FEW,
+    )
+    told = done(capsys, *request).err
+    (note,) = [each for each in Results.read(tmp_path / "run" / "results.json").notes if "texts, and none ends" in each]
+    assert "'<|assistant|>': the first ends with 'the it'" in note
+    assert note in told

@@ -314,6 +314,14 @@ CASES |= {
     "rows by length": Case(
         distill("--train_sampling_strategy", "group_by_length"), "train_sampling_strategy has no effect here"
     ),
+    "a temperature of no samples": Case(
+        distill("--method", "kd", "--temperature", 2, "--top_k", 50),
+        "kd samples no responses, and reads no --temperature, --top_k. Leave it out. --distillation_temperature is",
+    ),
+    "generation settings of no samples": Case(
+        distill("--method", "seqkd", "--generation_kwargs", '{"num_beams": 2}'),
+        "seqkd samples no responses, and reads no --generation_kwargs",
+    ),
     "vLLM without responses to sample": Case(distill("--method", "kd", "--use_vllm"), "kd samples no responses"),
     "no accumulation": Case(distill("--gradient_accumulation_steps", 0), "gradient_accumulation_steps"),
     "no rows to decode at a time": Case(distill("--generation_batch_size", 0), "generation_batch_size"),

@@ -6,7 +6,7 @@ import pytest
 from tests.data.test_data import CHATML, END, START, STOP, byte_tokenizer, chatting, plain, write
 
 from promptkd.data import encode_examples, examples_from_rows, read_columns, read_examples, resolve_template
-from promptkd.data.summary import row_counts, row_notes, template_note
+from promptkd.data.summary import prompt_notes, row_counts, row_notes, template_note
 from promptkd.data.tokens import Spelling
 from promptkd.errors import RequestError
 
@@ -568,10 +568,44 @@ def test_what_python_writes_for_a_list_in_a_csv_cell_is_refused(tmp_path, row):
         read_examples(csv_file(tmp_path, row))
 
 
-def test_a_response_that_was_cut_is_refused_in_a_csv_file_too(tmp_path):
-    with pytest.raises(RequestError, match="cut at the length limit"):
-        read_examples(csv_file(tmp_path, {"prompt": "Hi", "completion": "Ho", "ended": "False"}))
-    assert read_examples(csv_file(tmp_path, {"prompt": "Hi", "completion": "Ho", "ended": "True"}))
+def test_texts_of_another_template_than_that_of_the_validation_rows_are_told():
+    asked = [{"instruction": f"{word}?", "output": "Ho"} for word in ("Who", "What", "When", "Where")]
+    ended = [{"prompt": f"Q: {word}{end}", "completion": "Ho"} for word in ("Who", "What") for end in ("", ".")]
+    rendered, texts = (encode_examples(examples_from_rows(rows), chatting()) for rows in (asked, ended))
+    (note,) = prompt_notes(texts, rendered)
+    assert r"'?<|im_end|>\n<|im_start|>assistant\n': the first ends with 'Q: Who'" in note
+    written = [{"prompt": example.prompt, "completion": "Ho"} for example in rendered.examples]
+    same = encode_examples(examples_from_rows([*ended, *written]), chatting())
+    of_two = encode_examples(examples_from_rows(asked[:2]), chatting())
+    for train, validation in ((same, rendered), (rendered, texts), (texts, texts), (texts, None), (None, rendered)):
+        assert prompt_notes(train, validation) == []
+    assert prompt_notes(texts, of_two) == []  # too few to know what the template writes
+
+
+CUT = {"prompt": "Hi", "completion": "Ho", "ended": False}
+
+
+def test_responses_that_were_cut_are_dropped_and_counted(tmp_path):
+    (of_a_table,) = read_examples(csv_file(tmp_path, CUT))
+    assert of_a_table.is_cut
+    rows = [CUT, {**CUT, "ended": True}, {**CUT, "ended": None}, CUT]
+    data = encode_examples(examples_from_rows(rows), plain())
+    assert ([example.row for example in data.examples], data.cut, data.dropped, data.unread) == ([1, 2], 2, 0, {})
+    told = (
+        "D: 2 responses that were cut at the length limit when written ('ended' is false) were dropped with their rows."
+    )
+    assert told in row_notes("D", data)
+    one = row_notes("D", encode_examples(examples_from_rows(rows[:2]), plain()))
+    assert any("1 response that was cut" in note and note.endswith("was dropped with its row.") for note in one)
+    asked = encode_examples(examples_from_rows(rows), plain(), need_response=False)
+    assert (len(asked.examples), asked.cut) == (4, 0)
+
+
+def test_cut_responses_alone_are_no_data_and_an_error_where_nothing_may_be_dropped():
+    with pytest.raises(RequestError, match=r"each of the 2 rows was cut.*higher --max-completion-length"):
+        encode_examples(examples_from_rows([CUT, CUT]), plain())
+    with pytest.raises(RequestError, match=r"row 1: the response was cut.*drop such rows"):
+        encode_examples(examples_from_rows([{**CUT, "ended": True}, CUT]), plain(), overlong="error")
 
 
 DATED = (

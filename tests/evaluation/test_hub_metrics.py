@@ -9,6 +9,7 @@ from helpers.commands import LIMITS, done, json_lines, make_world, run, write_ro
 from promptkd.errors import PromptKDError, RequestError
 from promptkd.evaluation.hub_metrics import HubMetric
 from promptkd.evaluation.statistics import mean_interval
+from promptkd.report.metrics import metric_info
 from promptkd.results import Results
 
 SCRIPT = """
@@ -50,6 +51,19 @@ def script(tmp_path):
         return str(path)
 
     return write
+
+
+def test_of_the_librarys_common_metrics_it_is_known_what_is_better():
+    known = {
+        "bleu": "higher",
+        "rouge:rouge2": "higher",
+        "bertscore:f1": "higher",
+        "ter:score": "lower",
+        "wer:wer": "lower",
+    }
+    known |= {"bleu:length_ratio": None, "mine": None, "mine:score": None}
+    assert {name: metric_info(f"evaluate:{name}").better for name in known} == known
+    assert metric_info("evaluate:bleu").label == "evaluate:bleu"
 
 
 def test_the_score_is_the_field_of_the_metrics_name_or_the_one_asked_for(script):

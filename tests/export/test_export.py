@@ -15,7 +15,7 @@ from helpers.commands import MODEL_FILES, done, held, run
 from helpers.tiny import save_model, tiny_model, tiny_tokenizer
 from promptkd.errors import PromptKDError, RequestError
 from promptkd.models import load_model, load_tokenizer
-from promptkd.models.export import export_gguf, export_safetensors
+from promptkd.models.export import can_write_gguf, export_gguf, export_safetensors
 from promptkd.models.gguf_vocabulary import PRE_TOKENIZERS
 
 LISTING = "\n\n1. the  12 than"  # cut differently by each of them
@@ -194,6 +194,15 @@ def test_a_model_that_cannot_be_written_is_refused_with_the_other_way(tmp_path, 
     with pytest.raises(RequestError, match=f"{reason}.*export to safetensors, then run `python convert_hf_to_gguf.py"):
         export_gguf(tmp_path / "m.gguf", model(), tokenizer(), torch.float16, title="m")
     assert held(tmp_path) == set()
+    assert not can_write_gguf(save_model(tmp_path / "m", model(), tokenizer()))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gpt2"])
+def test_a_folder_that_can_be_written_is_known_without_its_weights(tmp_path, architecture):
+    tokenizer = byte_level("qwen2" if "qwen" in architecture else "gpt-2")
+    folder = save_model(tmp_path / "m", byte_model(architecture), tokenizer)
+    (folder / "model.safetensors").unlink()
+    assert can_write_gguf(folder)
 
 
 def test_a_tokenizer_without_merges_is_refused(tmp_path):

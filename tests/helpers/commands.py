@@ -12,6 +12,7 @@ from helpers.trainers import TIMINGS
 from promptkd.cli import main
 
 MODEL_FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+TRAINED_FILES = MODEL_FILES | {"chat_template.jinja"}  # which writes the template of the training
 PROMPT_FILES = {"adapter_config.json", "adapter_model.safetensors"}
 METRICS = {
     *("loss", "rouge_l", "rouge_1", "exact_match", "eos_share", "cut_share"),

@@ -10,12 +10,13 @@ import yaml
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from helpers.commands import LIMITS, World, distill, done, make_world, run
+from helpers.commands import LIMITS, MODEL_FILES, TRAINED_FILES, World, distill, done, make_world, run
 from helpers.hub_server import HubServer, hub
 from helpers.leaks import holding, is_pickle
 from helpers.tiny import save_model, tiny_model
 from promptkd.cli.commands.publish import _base, _defaults, _template
 from promptkd.cli.options.publish import Options
+from promptkd.data.templates import TRAINED_ON
 from promptkd.errors import RequestError
 from promptkd.publish import Published, collect, hub_origin, model_card
 from promptkd.publish.bundle import names_a_place
@@ -23,7 +24,6 @@ from promptkd.report.text import markdown_text
 from promptkd.results import Difference, Evaluation, Metric, Results
 
 TOKEN = "hf_plantedForTheHub0123"
-STUDENT = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_a_student_is_uploaded_and_loads(world, server, tmp_path, capsys):
     ran = done(capsys, *publish(world, "whole", "--private", "--results", world.folder / "test.json"))
     repository = server.repositories["me/small"]
     assert repository.private
-    assert repository.files.keys() == STUDENT | {"README.md"}
+    assert repository.files.keys() == TRAINED_FILES | {"README.md"}
     assert f"Uploaded: {server.address}/me/small" in ran.err
     for name, content in repository.files.items():
         (tmp_path / name).write_bytes(content)
@@ -94,6 +94,7 @@ def test_a_student_is_uploaded_and_loads(world, server, tmp_path, capsys):
     assert "On test, greedy" in text
     assert text.count("[") > 20  # intervals
     assert "vllm serve me/small" in text
+    assert "--to gguf" not in text  # its tokenizer is of a kind that `export` refuses
 
 
 @pytest.mark.slow
@@ -116,7 +117,7 @@ def test_a_dry_run_lists_what_would_be_uploaded_and_asks_nobody(world, server, m
     ran = done(capsys, *publish(world, "whole", "--dry-run"))
     assert server.sent == []
     listed = {line.split()[1] for line in ran.out.splitlines() if line.startswith("  ") and line[2:18].strip()}
-    assert STUDENT | {"README.md"} <= listed
+    assert TRAINED_FILES | {"README.md"} <= listed
     assert "license: apache-2.0" in ran.out
 
 
@@ -129,7 +130,8 @@ def test_an_adapter_names_a_base_of_the_hub_or_is_merged(world, server, capsys):
     assert server.sent == []
     done(capsys, *publish(world, "lora", "--base", "me/base", repository="me/lora"))
     files = server.repositories["me/lora"].files
-    held = {"README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    adapter = TRAINED_FILES - MODEL_FILES | {"adapter_config.json", "adapter_model.safetensors"}
+    held = adapter | {"README.md", "tokenizer.json", "tokenizer_config.json"}
     assert files.keys() - {"generation_config.json"} == held
     assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "me/base"
     header, text = card_of(files)
@@ -149,7 +151,7 @@ def test_a_soft_prompt_and_a_pruned_model_are_uploaded(world, server, capsys):
     assert files.keys() == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
     assert "PeftModel.from_pretrained" in files["README.md"].decode()
     done(capsys, *publish(world, "pruned", repository="me/pruned"))
-    assert server.repositories["me/pruned"].files.keys() == STUDENT | {"README.md"}
+    assert server.repositories["me/pruned"].files.keys() == MODEL_FILES | {"README.md"}
 
 
 @pytest.mark.slow
@@ -164,7 +166,7 @@ def test_a_repository_is_replaced_on_request_alone(world, server, capsys):
     assert ran.status == 2
     assert "is public" in ran.err
     done(capsys, *publish(world, "whole", "--overwrite"))
-    assert files.keys() == STUDENT | {"README.md", ".gitattributes"}
+    assert files.keys() == TRAINED_FILES | {"README.md", ".gitattributes"}
 
 
 @pytest.mark.slow
@@ -253,7 +255,7 @@ def test_only_named_files_are_taken(model):
     (model / "checkpoint-3").mkdir()
     shutil.copy(model / "model.safetensors", model / "checkpoint-3")
     bundle = collect(model, base=None)
-    assert bundle.files.keys() == STUDENT
+    assert bundle.files.keys() == MODEL_FILES
     assert len(bundle.left_out) == 7
 
 
@@ -389,12 +391,18 @@ def test_a_card_names_every_teacher(tmp_path, monkeypatch, teacher, told, bases)
         ({}, None, "jinja"),  # the student is gone, so nobody knows
         ({"template": "teacher"}, {}, "chat"),
         ({"template": "{{ prompt }}"}, {"chat_template": "{{ messages }}"}, "jinja"),
+        ({"template": "alpaca"}, {"chat_template": "{{ messages }}", TRAINED_ON: "alpaca"}, "chat"),
+        ({"template": "auto"}, {TRAINED_ON: "{{ prompt }}"}, "jinja"),
+        ({"template": "auto"}, {TRAINED_ON: "alpaca"}, "alpaca"),
     ],
 )
 def test_a_card_writes_prompts_as_training_did(tmp_path, config, student, expected):
     if student is not None:
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(student))
-    assert _template(Results(kind="distill", config=config), tmp_path) == expected
+    record = Results(kind="distill", config=config)
+    assert _template(record, tmp_path, saved=True) == expected
+    if config.get("template") == "alpaca":  # a prompt's card loads the base's tokenizer
+        assert _template(record, tmp_path, saved=False) == "alpaca"
 
 
 @pytest.mark.parametrize(

@@ -208,6 +208,11 @@ def test_settings_of_another_trainer_are_refused(tmp_path, of):
             trainer(*pair(), args, ASKED, processing_class=tiny_tokenizer())
 
 
+def test_the_trainer_of_promptkd_trains_no_other_method(tmp_path):
+    with pytest.raises(RequestError, match=r"PromptKD alone. Got settings of method 'gkd'; give them"):
+        PromptKDTrainer(*pair(), config(tmp_path, method="gkd"), ASKED, processing_class=tiny_tokenizer())
+
+
 @pytest.mark.parametrize(
     "name",
     [

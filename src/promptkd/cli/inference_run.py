@@ -9,8 +9,9 @@ import torch
 
 from promptkd.cli.outputs import say_rows
 from promptkd.cli.terminal import quiet_libraries, say
+from promptkd.cli.trained_template import as_trained
 from promptkd.data import EncodedData, encode_examples, read_columns, read_examples, resolve_template, stop_token_ids
-from promptkd.data.summary import EVALUATION_FLAGS, GENERATION_FLAGS, Flags, limits_named
+from promptkd.data.summary import EVALUATION_FLAGS, GENERATION_FLAGS, Flags, limits_named, template_note
 from promptkd.data.teacher_prompt import TeacherPrompts
 from promptkd.engine import check_scoring, engine_for
 from promptkd.engine.devices import CPU_FOR_MPS, fastest_device, has_mps
@@ -58,12 +59,15 @@ class InferenceRun:
         self.teacher_dtype: str | None = None
         self.model_dtype = "float32"
         """How the weights of the model that was loaded last are held, and those of the teacher: see `held_as`."""
-        self._told: dict[str, list[str]] = {}  # what was said of each data set's rows
+        self._told: dict[str, list[str]] = {}  # what was said of each data set's rows, and of their template
+        self.trained_on: str | None = None
+        """The template that rows were rendered with since the model was trained on it; None for another."""
         self.model_notes: list[str] = []
         """Sentences on adapters that were merged, and on weights in lower precision, which a record must hold."""
 
     def load_tokenizer(self, name: str, revision: str | None = None) -> Any:
-        return load_tokenizer(name, trust_remote_code=self.options.trust_remote_code, revision=revision)
+        trusted = self.options.trust_remote_code
+        return as_trained(load_tokenizer(name, trust_remote_code=trusted, revision=revision), name)
 
     def read_rows(
         self,
@@ -87,6 +91,10 @@ class InferenceRun:
         with limits_named(flags):
             data = encode_examples(examples, tokenizer, template, need_response=needed, **lengths)
         if source not in self._told:
+            if data.as_text < len(data.examples) and not self._told:
+                self.trained_on = (template.text or template.name) if template.trained else None
+                self._told[""] = [template_note(template, "the model")]
+                say(self._told[""][0])
             self._told[source] = say_rows(source, data, flags)
         return data
 

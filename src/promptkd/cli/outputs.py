@@ -194,6 +194,7 @@ def data_record(path: str, data: EncodedData) -> DataRecord:
     counts: dict[str, Any] = {
         "rows": data.rows,
         "dropped": data.dropped,
+        "cut": data.cut,
         "unanswered": data.unanswered,
         "examples": examples,
     }

@@ -129,7 +129,7 @@ class TrainingRun:
                 made = encode_examples(examples, tokenizer, template, **settings)
             is_train = name == "train"
             encoded[name] = rows_of_teachers(made, teacher_names, f"the {name} data", all_used=is_train)
-        self.note(template_note(template, owner, args.turns))
+        self.note(template_note(template, owner, args.turns, saved_with=tokenizer))
         for name, data in encoded.items():
             source, _ = self._examples.pop(name)
             self.results.data[name] = data_record(source, data)

@@ -70,6 +70,7 @@ class EncodedData:
     keeps_all: Limits | None = None
     turns: Turns = "last"
     informed: int = 0  # examples whose teacher reads a reference of theirs in its context
+    cut: int = 0  # rows left out, for their responses were cut at a length limit and whole ones are needed
 
     @property
     def contexts(self) -> int:
@@ -109,8 +110,9 @@ def encode_examples(
 ) -> EncodedData:
     """Render, tokenize and measure every example; with `turns` "all", every assistant turn of each.
 
-    One over a limit, in tokens with BOS and end token, is dropped and counted, or an "error". A conversation
-    that ends with the user is dropped and counted; without `need_response` it is used, and responses have no limit.
+    One over a limit, in tokens with BOS and end token, is dropped and counted, or an "error"; so is one whose response
+    was cut when it was written. A conversation that ends with the user is dropped and counted. Without `need_response`
+    all of these are used, and responses have no limit.
     `NoRowFitsError` where all are over a limit, `RequestError` for wrong arguments, no row left, or a row that cannot
     be rendered, or lacks tokens or a reference, with its location.
     """
@@ -128,6 +130,8 @@ def encode_examples(
     for example in examples:
         for name in sorted(template.unread(example)):
             unread[name] = unread.get(name, 0) + 1
+    given, examples = len(examples), _whole(examples, overlong) if need_response else examples
+    cut = given - len(examples)
     if turns == "all":
         examples = [turn for example in examples for turn in each_turn(example)]
     asked = [example for example in examples if not (need_response and _ends_with_the_user(example))]
@@ -176,7 +180,7 @@ def encode_examples(
     if dropped > (1 - MOST) * len(asked):
         most, every = _that_keep(MOST, lengths, limits), _that_keep(1.0, lengths, limits)
     as_text, unanswered = sum(isinstance(example.request, str) for example in asked), len(examples) - len(asked)
-    return EncodedData(kept, dropped, unanswered, as_text, unread, limits, most, every, turns, kept_informed)
+    return EncodedData(kept, dropped, unanswered, as_text, unread, limits, most, every, turns, kept_informed, cut)
 
 
 def stop_token_ids(
@@ -267,6 +271,18 @@ def _for_teacher(
 
 def _ends_with_the_user(example: Example) -> bool:
     return not example.references and not isinstance(example.request, str | Instruction)
+
+
+def _whole(examples: Sequence[Example], overlong: str) -> Sequence[Example]:
+    """Those of the examples whose responses were not cut. `RequestError` if none is left, or none may be dropped."""
+    cut = [example for example in examples if example.is_cut]
+    told = "cut at the length limit when it was written ('ended' is false), and a whole one is needed"
+    advice = "Write the file again by `promptkd generate` with a higher --max-completion-length"
+    if len(cut) == len(examples):
+        raise RequestError(f"The response of each of the {len(examples)} rows was {told}. {advice}.")
+    if cut and overlong == "error":
+        raise RequestError(f"{cut[0].location}: the response was {told}. {advice}, or drop such rows.")
+    return [example for example in examples if not example.is_cut] if cut else examples
 
 
 def _turn_only(text: str, template: Template) -> str:

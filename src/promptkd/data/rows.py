@@ -76,6 +76,11 @@ class Example:
     context: str = ""  # a text before the rendered request, for the teacher alone
     fields: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)  # the row's columns
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether `promptkd generate` marks its response as cut: an end token behind it would be untrue."""
+        return bool(self.references) and self.fields.get("ended") is False
+
 
 def asked_text(request: Request) -> str:
     """What is asked, as a text: an instruction with its input, the last message of a conversation, a prompt's text."""
@@ -159,11 +164,7 @@ def example_from_row(fields: Mapping[str, Any], *, location: str, row: int) -> E
             raise RequestError(f"expected an object with the fields of a row, got {kind(fields)}.")
         columns = _Columns(fields)
         request, references, answer = _read_form(columns)
-        # `promptkd generate` marks a response that the length limit cut; an end token behind it would be untrue.
-        if references and columns.take("ended") is False:
-            cut = "the response was cut at the length limit ('ended' is false)"
-            advice = "Regenerate the file with `promptkd generate --ended-only`, or drop such rows."
-            raise RequestError(f"{cut}, so it cannot be used as a complete one. {advice}")
+        columns.take("ended")  # see `Example.is_cut`
         for name in _MEDIA:
             if isinstance(columns.present.get(name), list | dict | bytes) and columns.present[name]:
                 raise RequestError(

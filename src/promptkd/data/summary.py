@@ -3,13 +3,17 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, replace
+from typing import Any
 
 from promptkd.data.chat import DAY
+from promptkd.data.chat_form import chat_form
 from promptkd.data.encode import MOST, EncodedData, Limits, NoRowFitsError, Turns
 from promptkd.data.teacher_prompt import TeacherPrompts
 from promptkd.data.templates import Template
 from promptkd.errors import RequestError
 
+_FEWEST_TO_COMPARE = 4  # rendered prompts, by whose common end the template's is known
+_SHOWN = 40  # characters of a prompt's end
 Flags = tuple[str, str, str]  # those that limit a prompt, a response, and the teacher's prompt
 FLAGS: Flags = ("--max_prompt_length", "--max_completion_length", "--max_teacher_prompt_length")  # of training
 GENERATION_FLAGS: Flags = ("--max-prompt-length", "--max-completion-length", "--max-teacher-prompt-length")
@@ -37,6 +41,10 @@ def row_notes(source: str, data: EncodedData, flags: Flags = FLAGS) -> list[str]
     if data.as_text:
         advice = "--columns prompt=instruction has it rendered."
         notes.append(f"{source}: {data.as_text:,} prompts are texts, used as they stand, with no template. {advice}")
+    if data.cut:
+        responses, were = ("response", "was") if data.cut == 1 else ("responses", "were")
+        told = f"{data.cut:,} {responses} that {were} cut at the length limit when written ('ended' is false)"
+        notes.append(f"{source}: {told} {were} dropped with {'its row' if data.cut == 1 else 'their rows'}.")
     if data.unanswered:
         rows, were = ("1 row ends", "was") if data.unanswered == 1 else (f"{data.unanswered:,} rows end", "were")
         notes.append(f"{source}: {rows} with the user and {were} dropped, since a response is needed.")
@@ -51,6 +59,23 @@ def row_notes(source: str, data: EncodedData, flags: Flags = FLAGS) -> list[str]
         share = f"{data.dropped:,} of {total:,} {noun} ({data.dropped / total:.0%})"
         notes.append(f"Warning: {source}: {share} are over {' or '.join(limits)} and were dropped. {kept}")
     return notes
+
+
+def prompt_notes(train: EncodedData | None, validation: EncodedData | None) -> list[str]:
+    """A warning where prompts to train on are texts that some other template wrote than that of the validation rows."""
+    if train is None or validation is None:
+        return []
+    texts = [row.prompt for row in train.examples if not row.request]
+    rendered = [row.prompt for row in validation.examples if row.request]
+    ends = rendered[0] if len(rendered) >= _FEWEST_TO_COMPARE else ""
+    for text in rendered:
+        while not text.endswith(ends):
+            ends = ends[1:]
+    if not texts or not ends or any(text.endswith(ends) for text in texts):
+        return []
+    told = "the prompts to train on are texts, and none ends as the template ends those to validate on"
+    advice = "Write them with the --template of this training, or the answers are measured on prompts of another form"
+    return [f"Warning: {told}, {ends[-_SHOWN:]!r}: the first ends with {texts[0][-_SHOWN:]!r}. {advice}."]
 
 
 def context_notes(
@@ -93,9 +118,14 @@ def limits_named(flags: Flags = FLAGS) -> Iterator[None]:
         raise RequestError(f"{error} {every} keeps all.") from error
 
 
-def template_note(template: Template, owner: str, turns: Turns | None = None) -> str:
-    """Which template renders the rows (a chat template is that of `owner`), and which of their turns are trained."""
+def template_note(template: Template, owner: str, turns: Turns | None = None, saved_with: Any = None) -> str:
+    """Which template renders the rows (that of `owner`), and which of their turns are trained.
+
+    And whether the files of the tokenizer `saved_with` the model can hold a chat template that writes the same.
+    """
     name = {"chat": f"the chat template of {owner}", "jinja": "the given Jinja text"}.get(template.name, template.name)
+    if template.trained:
+        name = f"{'alpaca' if template.name == 'alpaca' else 'the Jinja text'}, on which {owner} was trained"
     if template.chat is not None and template.chat.writes_day:
         name += f", which writes the date; that is {DAY:%d %b %Y} on every day, so that the rows stay the same"
         if template.chat.names("date_string"):
@@ -103,7 +133,10 @@ def template_note(template: Template, owner: str, turns: Turns | None = None) ->
     if turns is None:
         return f"Template: {name}."
     trained = {"last": "the last one of each row", "all": "all of each row"}[turns]
-    return f"Template: {name}. Assistant turns that are trained: {trained} (--turns {turns})."
+    told = f"Template: {name}. Assistant turns that are trained: {trained} (--turns {turns})."
+    if saved_with is None or template.name == "chat" or chat_form(template, saved_with) is not None:
+        return told
+    return f"{told} No chat template was found to write it: who serves the model must render its prompts so."
 
 
 def _limits(flags: Flags, values: tuple[int, int, int]) -> list[str]:

@@ -22,6 +22,13 @@ _PREAMBLE = (  # in the wording of MiniLLM and PromptKD
 )
 _MORE = ", paired with an input that provides further context"
 _TURN = "### Instruction:\n{instruction}\n\n{input}### Response:\n"
+TRAINED_ON = "promptkd_template"
+"""The key of a saved tokenizer's configuration under which the template stands that its model was trained on."""
+ALPACA = (  # `_alpaca` in Jinja; of chat templates, which know no input
+    "{{ system if system.strip() else '" + _PREAMBLE.format(more="") + "' }}\n\n"
+    "{% for asked, answered in history %}### Instruction:\n{{ asked }}\n\n### Response:\n{{ answered }}\n\n{% endfor %}"
+    "### Instruction:\n{{ instruction }}\n\n### Response:\n"
+)
 _JINJA_NAMES = frozenset({"instruction", "input", "system", "history", "messages", "tools"})
 
 
@@ -33,7 +40,9 @@ class Template:
     end_token_id: int | None  # the token that ends every response; None if the tokenizer has none
     render_request: Callable[[Example], str]
     chat: ChatTemplate | None = None
+    text: str = ""  # of a Jinja text
     names: frozenset[str] = frozenset()  # what a Jinja text names
+    trained: bool = False  # whether the tokenizer's files name it as what the model was trained on
     bos: str = ""  # what the tokenizer may put before a text
     teacher: TeacherPrompts | None = None  # what the teacher alone reads; None where no teacher reads the rows
 
@@ -94,17 +103,22 @@ def resolve_template(
     kwargs: Mapping[str, Any] | None = None,
     teacher: TeacherPrompts | None = None,
 ) -> Template:
-    """The template "alpaca"; "chat", the tokenizer's; "auto", which is "chat" if there is one; or a Jinja string.
+    """The template "alpaca"; "chat", the tokenizer's; a Jinja string; or "auto".
+
+    "auto" is what the model was trained on if its tokenizer's files name that, else "chat" if there is one.
 
     A Jinja string may name `instruction`, `input`, `system`, `history` ("" or empty if there is none) and `tools`, or
     `messages` where the row holds those. `kwargs` are variables of a chat template, such as enable_thinking; `teacher`
     says what the teacher alone reads.
     `RequestError` for an unknown name, or a template that is absent, fails or names other variables.
     """
+    trained = tokenizer.init_kwargs.get(TRAINED_ON) if name == "auto" else None
+    name = trained if isinstance(trained, str) else name
     if "{{" in name or "{%" in name:
         template = _jinja(name, tokenizer.eos_token_id)
     elif name == "alpaca" or (name == "auto" and not tokenizer.chat_template):
-        template = Template("alpaca", tokenizer.eos_token_id, _alpaca)
+        names = frozenset({"instruction", "input", "system", "history"})
+        template = Template("alpaca", tokenizer.eos_token_id, _alpaca, names=names)
     elif name not in ("auto", "chat"):
         expected = '"auto", "alpaca", "chat", "teacher" (of distill) or a Jinja string with {{ instruction }}'
         raise RequestError(f"The template must be {expected}. Got {name!r}.")
@@ -116,7 +130,7 @@ def resolve_template(
     if kwargs and (unread := [key for key in kwargs if template.chat is None or not template.chat.names(key)]):
         problem = f"chat_template_kwargs sets {', '.join(unread)}, which the template does not read"
         raise RequestError(f"{problem} ({template.name}). Leave it out, or choose a chat template that does.")
-    return replace(template, bos=tokenizer.bos_token or "", teacher=teacher)
+    return replace(template, bos=tokenizer.bos_token or "", teacher=teacher, trained=trained is not None)
 
 
 def _alpaca(example: Example) -> str:
@@ -157,4 +171,4 @@ def _jinja(text: str, end_token_id: int | None) -> Template:
         except ERRORS as error:
             raise RequestError(f"the Jinja template cannot render the row, which gives it {given}: {error}.") from error
 
-    return Template("jinja", end_token_id, render, names=frozenset(named))
+    return Template("jinja", end_token_id, render, text=text, names=frozenset(named))

@@ -5,19 +5,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
-from torch import Tensor
-
 from promptkd.engine import ChunkedLoss
 from promptkd.methods.method import AdaptedMethod, Method, Step
 from promptkd.methods.token_objectives import OBJECTIVES, ObjectiveName
 from promptkd.models.pair import Objective
 from promptkd.objectives import Moving
+from promptkd.objectives.kernels import AtTemperature
 from promptkd.responses import ResponseMix, Responses
 from promptkd.settings import Reader, option
-
-
-def at_temperature(objective: Objective, temperature: float, student: Tensor, teacher: Tensor) -> Tensor:
-    return objective(student / temperature, teacher / temperature)
 
 
 def cross_entropy(step: Step) -> ChunkedLoss:
@@ -53,7 +48,7 @@ class TokenMethod(AdaptedMethod):
             objective = take(coefficients).of(objective)
         moving = objective if isinstance(objective, Moving) else Moving()
         if self.distillation_temperature != 1:
-            objective = partial(at_temperature, objective, self.distillation_temperature)
+            objective = AtTemperature(objective, self.distillation_temperature)
         adapter, share = self.adapter(take), self.cross_entropy_share
         if share == 0:
             return Method(self.responses(), objective, adapter, moving=moving)

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from promptkd.errors import PromptKDError, RequestError
 from promptkd.models.end_tokens import keep_end_tokens, known_end_tokens
+from promptkd.models.folder import clear_load_errors
 from promptkd.models.gguf_format import convert_gguf, gguf_problems, stored_type, write_gguf
-from promptkd.models.load import load_model, load_tokenizer
+from promptkd.models.load import generation_config_of, load_model, load_tokenizer
 from promptkd.models.vocabulary import PROBES
 
 _TOLERANCE = 1e-4  # most that logits may differ, as a share of the largest
@@ -84,6 +85,16 @@ def export_gguf(
             return _load(Path(folder))
 
         return _verified(model, tokenizer, dtypes, lambda: write_gguf(file, model, tokenizer, dtype, title), read)
+
+
+def can_write_gguf(folder: Path) -> bool:
+    """Whether `export_gguf` knows the model in a folder, by its files without its weights."""
+    with clear_load_errors(folder):
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    model.generation_config = generation_config_of(folder)
+    return not gguf_problems(model, load_tokenizer(folder))
 
 
 def _load(folder: Path, trust_remote_code: bool = False) -> ModelAndTokenizer:

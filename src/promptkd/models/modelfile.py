@@ -48,7 +48,7 @@ def modelfile(
             "# No TEMPLATE: this model's prompt could not be put into Ollama's language with certainty. Ollama may"
         )
         lines.append("# know one for it; else send it, with raw: true, prompts that are rendered by the following.")
-        source = tokenizer.chat_template if resolved.name == "chat" else template
+        source = tokenizer.chat_template if resolved.name == "chat" else resolved.text or resolved.name
         lines += [f"#   {line}" for line in str(source).splitlines()]
     else:
         if resolved.name == "chat" and _renders_tools(tokenizer, kwargs or {}):

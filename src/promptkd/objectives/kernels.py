@@ -23,6 +23,18 @@ Kernel = Callable[..., tuple[Tensor, Metrics]]
 """Takes logits (C, V) that require grad and targets, each logits (C, V) or labels (C,). Returns values (C,) and metrics
 (C,), and writes the gradient of the values over the first logits."""
 
+
+@dataclass(frozen=True)
+class AtTemperature:
+    """An objective of distributions at temperature T, `objective(student / T, teacher / T)` (Hinton et al. 2015)."""
+
+    objective: Objective
+    temperature: float
+
+    def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return self.objective(student / self.temperature, teacher / self.temperature)
+
+
 _AT_ONCE = 2**26  # logits of one pass of autograd: 256 MiB in float32
 
 
@@ -42,6 +54,9 @@ def objective_kernel(objective: Objective, kernels: Kernels, *, absent_tokens: b
 
     With `absent_tokens`, logits may be -inf.
     """
+    if isinstance(objective, AtTemperature):
+        inner = objective_kernel(objective.objective, kernels, absent_tokens=absent_tokens)
+        return partial(_at_temperature, inner, objective.temperature)
     written = ((reverse_kl, kernels.reverse_kl), (forward_kl, kernels.forward_kl))
     kernel = next((kernel for known, kernel in written if objective is known), None)  # a custom one may have no hash
     if kernel is not None and not absent_tokens:
@@ -90,6 +105,16 @@ def _with_overlap(kernel: Kernel, logits: Tensor, target: Tensor) -> tuple[Tenso
     overlap = top_overlap(logits, target)  # before the gradient is written over them
     values, metrics = kernel(logits, target)
     return values, metrics | {"top_overlap": overlap}
+
+
+def _at_temperature(kernel: Kernel, temperature: float, logits: Tensor, target: Tensor) -> tuple[Tensor, Metrics]:
+    """f(z / T): d/dz = f'(z / T) / T. The entropy is that of the student itself, at temperature 1."""
+    log_q = logits.log_softmax(-1)
+    entropy = _entropy(log_q.exp(), log_q)
+    del log_q
+    values, metrics = kernel(logits.div_(temperature), target / temperature)
+    logits.div_(temperature)  # the gradient, which is written over them
+    return values, metrics | {"entropy": entropy}
 
 
 def _to_target(kernel: Kernel, objective: MovingTarget, logits: Tensor, target: Tensor) -> tuple[Tensor, Metrics]:

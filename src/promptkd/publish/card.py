@@ -52,6 +52,8 @@ class Published:
     """For an adapter or a prompt: the hub's name of the model that it belongs to."""
     template: Literal["chat", "alpaca", "jinja"]
     """How prompts were written."""
+    gguf: bool = True
+    """Whether `promptkd export` writes it as GGUF, so far as its files tell."""
     evaluations: Sequence[Results] = field(default_factory=list)
     """Further records in which the model was measured."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -252,7 +254,8 @@ def _loading(published: Published) -> str:
     blocks = ["```python\n" + "\n".join([*load, tokens, _PROMPTS[published.template], *run]) + "\n```"]
     short = name.split("/")[-1]
     if published.kind == "student":
-        blocks += [f"vLLM:\n\n```bash\nvllm serve {name}\n```", _llama_cpp(name, short, name)]
+        blocks += [f"vLLM:\n\n```bash\nvllm serve {name}\n```"]
+        blocks += [_llama_cpp(name, short, name)] if published.gguf else []
     elif published.kind == "adapter":
         blocks.append(f"vLLM:\n\n```bash\nvllm serve {base} --enable-lora --lora-modules {short}={name}\n```")
         blocks.append(_llama_cpp(name, short, short))

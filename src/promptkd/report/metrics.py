@@ -144,14 +144,42 @@ LOGGED = {
 _GROUP_OF = {name: title for title, group in _LOGGED.items() for name, *_ in group}
 _VALIDATION = "eval_"
 _OWN: dict[str, Better] = {"own:": "higher", "own-lower:": "lower"}
+_OF_EVALUATE: dict[str, Better] = {  # metrics of Hugging Face's evaluate, whose records name no direction
+    **dict.fromkeys(("accuracy", "bertscore", "bleu", "bleurt", "character", "chrf", "comet", "exact_match"), "higher"),
+    **dict.fromkeys(("f1", "google_bleu", "mauve", "meteor", "nist_mt", "precision", "recall", "rouge"), "higher"),
+    **dict.fromkeys(("sacrebleu", "sari", "squad", "squad_v2", "wiki_split"), "higher"),
+    **dict.fromkeys(("cer", "perplexity", "ter", "wer"), "lower"),
+}
+_FIELDS = {  # of these metrics, those with that direction; others are counts and parts
+    *(
+        "score",
+        "f1",
+        "precision",
+        "recall",
+        "exact_match",
+        "mean_perplexity",
+        "rouge1",
+        "rouge2",
+        "rougeL",
+        "rougeLsum",
+    ),
+}
 
 
 def metric_info(name: str) -> MetricInfo:
-    """The metric of an evaluation; an unknown one is shown by its name. The name of one's own says what is better."""
+    """The metric of an evaluation; an unknown one is shown by its name.
+
+    The name of one's own says what is better; of one of Hugging Face's evaluate it is known for the common ones.
+    """
     for prefix, better in _OWN.items():
         if name.startswith(prefix):
             label = name.removeprefix(prefix)
             return MetricInfo(name, label, label, "", better, 2, "A function of one's own.")
+    source, _, metric = name.partition(":")
+    if source == "evaluate":
+        short, _, field = metric.partition(":")
+        known = _OF_EVALUATE.get(short) if field in ("", short) or field in _FIELDS else None
+        return MetricInfo(name, name, name, better=known, meaning="A metric of Hugging Face's evaluate.")
     return METRICS.get(name) or MetricInfo(name, name, name)
 
 

@@ -15,7 +15,7 @@ from promptkd.engine import unwrap_peft
 from promptkd.errors import RequestError
 from promptkd.models import load_tokenizer, resolve_model
 from promptkd.models.merge import base_name
-from promptkd.training.config import DistillConfig, student_revision
+from promptkd.training.config import DistillConfig, PromptKDConfig, student_revision
 
 _METRICS = "validation measures what `promptkd evaluate` does; for a metric of your own see its --metrics"
 _INSTEAD = {  # of the arguments of transformers' Trainer and of TRL's trainers
@@ -45,6 +45,16 @@ def own_settings(args: Any) -> DistillConfig:
             "differ, as docs/differences.md says."
         )
     return copy(args)
+
+
+def promptkd_settings(args: Any) -> Any:
+    """The settings of a `PromptKDTrainer`. `RequestError` for those of another method."""
+    if args is None:
+        return PromptKDConfig("promptkd")
+    if isinstance(args, DistillConfig) and not args.method.startswith("promptkd"):
+        told = f"PromptKDTrainer trains PromptKD alone. Got settings of method {args.method!r}"
+        raise RequestError(f"{told}; give them to DistillTrainer.")
+    return args
 
 
 def refuse_others(given: Mapping[str, Any], trainer: str) -> None:

@@ -19,9 +19,9 @@ from promptkd.methods import Method, read_method, settings_classes
 from promptkd.methods.method_file import method_of_file
 from promptkd.models.adapters import ADAPTERS, PromptLossSettings
 from promptkd.precision import WeightPrecision
-from promptkd.responses import writes_responses
 from promptkd.results import file_sha256
 from promptkd.settings import Reader, Settings, flat, limit_checks, no_effect, option
+from promptkd.training.sampling import check_sampling, needs_generate
 from promptkd.training.schedules import adapter_schedules
 from promptkd.training.trackers import tracker_checks
 
@@ -309,20 +309,8 @@ def chosen_method(args: Any, given: Method | None = None) -> Method:
         raise RequestError(f"Wrong settings: {told}.")
     if args.teacher_prompt is not None and not method.reads_teacher:
         raise RequestError(f"{name} reads no teacher, and teacher_prompt is what a teacher reads. Leave it out.")
-    if args.use_vllm and not writes_responses(method.responses):
-        raise RequestError(f"{name} samples no responses, so vLLM would hold memory for nothing. Leave --use_vllm out.")
-    is_cut = args.temperature != 1 or args.top_p < 1 or args.top_k > 0
-    if method.responses.needs_exact_samples and (is_cut or needs_generate(args)):
-        raise RequestError(
-            f"{name} weighs the responses as samples at temperature 1 of the whole distribution. Leave --temperature, "
-            "--top_p, --top_k, --min_p, --repetition_penalty and --generation_kwargs as they are."
-        )
+    check_sampling(args, method, name)
     return method
-
-
-def needs_generate(args: Any) -> bool:
-    """Whether sampling is asked for as only transformers' `generate` (or vLLM) does it."""
-    return args.min_p is not None or args.repetition_penalty != 1.0 or bool(args.generation_kwargs)
 
 
 def student_revision(args: Any) -> str | None:

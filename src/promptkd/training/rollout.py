@@ -22,8 +22,8 @@ from promptkd.evaluation.text_metrics import distinct
 from promptkd.generation import Corrected, Mixture, SamplingParams, generate, generate_corrected
 from promptkd.methods import Method
 from promptkd.responses import Sampler, Speculation, writes_responses
-from promptkd.training.config import needs_generate
 from promptkd.training.distributed import autocast, is_sharded, run_whole
+from promptkd.training.sampling import needs_generate
 from promptkd.training.teacher import Teacher
 from promptkd.training.window import MicroBatch, StepMetrics, Window
 

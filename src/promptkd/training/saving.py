@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import Trainer
+from transformers import PreTrainedTokenizerBase, Trainer
 
+from promptkd.data import resolve_template
+from promptkd.data.chat_form import tokenizer_as_trained
 from promptkd.training.arguments import evaluation_sets
 from promptkd.training.state_files import has_state, read_state, write_state
 from promptkd.training.validation import labeled_set, set_of
@@ -45,7 +47,16 @@ def save_model_files(trainer: Any, output_dir: str | None = None, state_dict: di
         folder = output_dir or trainer.args.output_dir
         trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder, state_dict=state_dict)
         if trainer.processing_class is not None:
-            trainer.processing_class.save_pretrained(folder)
+            _tokenizer_to_save(trainer).save_pretrained(folder)
+
+
+def _tokenizer_to_save(trainer: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer as `tokenizer_as_trained` has it; as it is where all training prompts are texts."""
+    tokenizer, args = trainer.processing_class, trainer.args
+    if not any(row.request for row in trainer.extra_state.rows or ()):
+        return tokenizer
+    template = resolve_template(args.template, tokenizer, args.chat_template_kwargs)
+    return tokenizer_as_trained(tokenizer, template, args.chat_template_kwargs)
 
 
 def save_optimizer(trainer: Any, output_dir: str) -> None:

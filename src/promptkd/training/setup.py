@@ -29,9 +29,9 @@ from promptkd.models.positions import check_positions, position_limit
 from promptkd.models.vocabulary import check_heads, check_row_ids
 from promptkd.responses import AdaptiveReplay
 from promptkd.training.arguments import evaluation_sets
-from promptkd.training.config import needs_generate
 from promptkd.training.distributed import check_dispatched, check_sharding, is_sharded
 from promptkd.training.kept_teacher import KeptTeacher
+from promptkd.training.sampling import needs_generate
 from promptkd.training.teacher import Teacher, check_teacher_options
 
 _log = logging.getLogger(__name__)

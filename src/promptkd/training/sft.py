@@ -17,6 +17,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from promptkd.data.batch import TokenBatch, right_pad
 from promptkd.data.encode import EncodedData, EncodedExample, stop_token_ids
+from promptkd.data.summary import prompt_notes
 from promptkd.engine import ChunkedLoss, check_scoring, response_hidden, unwrap_peft
 from promptkd.models.end_tokens import keep_end_tokens
 from promptkd.models.pair import token_cross_entropy
@@ -130,6 +131,7 @@ class FinetuneTrainer(SFTTrainer):
         )
         self.notes = precision_notes(args, raise_to_float32(self.model)) + end_notes(self.stop_ids, args)
         self.notes += merged_notes(self.model) + validation_notes(args, self.validation_rows, processing_class)
+        self.notes += prompt_notes(train_data, eval_data)
         """Sentences that a reader of the run's metrics must know, on precision, devices, ends, adapters and ROUGE."""
         check_sharding(self.accelerator, self.model, needs_generate=False)
         self.phases = Phases(self.accelerator.device)

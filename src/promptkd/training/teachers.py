@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from promptkd.data.encode import EncodedData, EncodedExample
 from promptkd.data.kept_logits import KeptLogits
-from promptkd.data.summary import context_notes
+from promptkd.data.summary import context_notes, prompt_notes
 from promptkd.errors import RequestError, at, check_all
 from promptkd.evaluation.measure import has_references
 from promptkd.methods import Method
@@ -237,13 +237,14 @@ def prepare_rows(
     shared, notes = compared_rows(method, compared, encoded, of_validation)
     if isinstance(kept, KeptLogits):
         check_kept_rows(kept, encoded, args)
-    of_contexts = context_notes(encoded, of_validation, teacher_prompts)
+    of_rows = context_notes(encoded, of_validation, teacher_prompts)
     if args.method == "opcd" and not any(each and each.contexts for each in (encoded, of_validation)):
         advice = "Give --teacher_prompt, or rows with a column teacher_prompt"
-        of_contexts.append(f"No row has a context for the teacher: without one, opcd is gkd with reverse KL. {advice}.")
-    for note in of_contexts:
+        of_rows.append(f"No row has a context for the teacher: without one, opcd is gkd with reverse KL. {advice}.")
+    of_rows += prompt_notes(encoded, of_validation)
+    for note in of_rows:
         _LOGGER.warning(note)
-    return PairRows(encoded, of_sets, shared, ends, [*notes, *settled, *of_contexts])
+    return PairRows(encoded, of_sets, shared, ends, [*notes, *settled, *of_rows])
 
 
 def _joined(sets: Mapping[str, EncodedData]) -> EncodedData | None:

@@ -347,4 +347,4 @@ class PromptKDTrainer(DistillTrainer):
     """`DistillTrainer` preset to PromptKD (Kim, Jang, Yang 2024, arXiv 2402.12842)."""
 
     def __init__(self, model: Any, teacher_model: Any, args: PromptKDConfig | None = None, *others: Any, **kwargs: Any):
-        super().__init__(model, teacher_model, args or PromptKDConfig("promptkd"), *others, **kwargs)
+        super().__init__(model, teacher_model, arguments.promptkd_settings(args), *others, **kwargs)

@@ -50,7 +50,7 @@ _ABSENT: dict[str, Any] = {
         "--teacher-prompt": None,
         "--max-teacher-prompt-length": None,
     },
-    **{"ids that are never written": [], "--model-dtype": "float32"},
+    **{"ids that are never written": [], "--model-dtype": "float32", "template of the training": None},
 }
 
 
@@ -204,6 +204,7 @@ def _settle(options: Options, results: Results, decoding: Decoding, job: Inferen
     settings |= {"--dtype": job.precision, "--model-dtype": job.model_dtype}
     if job.teacher_dtype is not None:
         settings["--teacher-dtype"] = job.teacher_dtype
+    settings["template of the training"] = job.trained_on
     settings["ids that end an answer"] = list(decoding.stop_ids)
     settings["ids that are never written"] = list(decoding.masked_ids)
     kl_seeds = [] if options.teacher is None else options.seeds[: options.kl_seeds]

@@ -8,8 +8,8 @@ import torch
 
 from promptkd.cli.options.export import Options
 from promptkd.cli.outputs import check_output, check_replaceable, check_writable, label_of, refuse_foreign
-from promptkd.cli.parsing.config_file import read_config
 from promptkd.cli.terminal import quiet_libraries, say
+from promptkd.cli.trained_template import as_trained
 from promptkd.errors import RequestError, writing
 from promptkd.io.atomic import atomic, write_atomic
 from promptkd.models import count_parameters, merged_parts
@@ -28,11 +28,12 @@ def run(options: Options, training: dict[str, Any]) -> None:
     dtype = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[options.dtype]
     trusted = options.trust_remote_code
     model, tokenizer = plain_model(options.model, trust_remote_code=trusted)
+    tokenizer = as_trained(tokenizer, options.model)
     if merged := merged_parts(model):
         say(f"{options.model} is {merged.told}.")
     for_ollama = ""
     if options.to == "gguf":
-        for_ollama = modelfile(options.out.name, model, tokenizer, *_trained_template(options.model))
+        for_ollama = modelfile(options.out.name, model, tokenizer)
     started = time.monotonic()
     with writing(options.out), atomic(options.out) as partial:
         if options.to == "gguf":
@@ -60,18 +61,6 @@ def run(options: Options, training: dict[str, Any]) -> None:
 
 def _modelfile(options: Options) -> Path:
     return options.out.with_suffix(".Modelfile")
-
-
-def _trained_template(model: str) -> tuple[str, dict[str, Any]]:
-    """The template that a run's folder says it was trained with, else "auto", and the variables of a chat template."""
-    file = Path(model).expanduser() / "config.yaml"
-    try:
-        config = read_config(file) if file.is_file() else {}
-    except RequestError:  # somebody else's file of that name
-        return "auto", {}
-    given, kwargs = config.get("template"), config.get("chat_template_kwargs")
-    own = given if isinstance(given, str) and (given in ("alpaca", "chat") or "{" in given) else "auto"
-    return own, kwargs if isinstance(kwargs, dict) else {}
 
 
 def _check(options: Options) -> None:

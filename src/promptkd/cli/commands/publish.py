@@ -11,6 +11,7 @@ from typing import Any, Literal
 from promptkd.cli.options.publish import Options
 from promptkd.cli.parsing.fields import plain
 from promptkd.cli.terminal import quiet_libraries, say
+from promptkd.data.templates import TRAINED_ON
 from promptkd.errors import RequestError, check_all
 from promptkd.io.files import read_json_object
 from promptkd.models.load import folder_sha256
@@ -44,7 +45,8 @@ def run(options: Options, training: dict[str, Any]) -> None:
             kind=kind,
             license=options.license,
             base=base,
-            template=_template(record, options.run / _MODELS[record.kind]),
+            gguf=kind != "student" or _can_be_gguf(folder),
+            template=_template(record, options.run / _MODELS[record.kind], saved=kind != "prompt"),
             evaluations=evaluations,
             defaults=_defaults(record.kind),
         )
@@ -148,18 +150,32 @@ def _evaluations(options: Options, folder: Path) -> list[Results]:
     return records
 
 
-def _template(record: Results, model: Path) -> _Template:
-    """How prompts were written: by the run's setting, and "auto" by whether the model has a chat template."""
+def _template(record: Results, model: Path, *, saved: bool) -> _Template:
+    """How prompts were written: by the run's setting, and "auto" by what the model's tokenizer says.
+
+    `saved`: whether the card's code loads that tokenizer.
+    """
     given = str(record.config.get("template", "auto"))
-    if given in ("chat", "teacher"):  # the teacher's chat template, which was given to the student
+    settings = model / "tokenizer_config.json"
+    held = read_json_object(settings) if settings.is_file() else {}
+    has_chat_template = bool(held.get("chat_template")) or (model / "chat_template.jinja").is_file()
+    if given in ("chat", "teacher") or (saved and TRAINED_ON in held and has_chat_template):  # which writes the same
         return "chat"
+    given = str(held.get(TRAINED_ON, given)) if given == "auto" else given
     if given == "alpaca":
         return "alpaca"
-    settings = model / "tokenizer_config.json"
     if given != "auto" or not settings.is_file():
         return "jinja"
-    in_settings = bool(read_json_object(settings).get("chat_template"))
-    return "chat" if in_settings or (model / "chat_template.jinja").is_file() else "alpaca"
+    return "chat" if has_chat_template else "alpaca"
+
+
+def _can_be_gguf(folder: Path) -> bool:
+    from promptkd.models.export import can_write_gguf
+
+    try:
+        return can_write_gguf(folder)
+    except RequestError:  # of code that the model ships, which nobody trusts here
+        return False
 
 
 def _stored(folder: Path, options: Options, place: Path) -> Path:

@@ -31,7 +31,7 @@ class Options(Sampling, Loading):
     seed: int = option(10, at_least=0)
     """Seed of the samples."""
     template: str = "auto"
-    """auto, alpaca, chat, or a Jinja text."""
+    """auto (what the model was trained on, else its chat template, else alpaca), alpaca, chat, or a Jinja text."""
     chat_template_kwargs: dict[str, Any] | None = None
     """Variables of the chat template, such as {"enable_thinking": false}."""
     max_completion_length: int = option(256, at_least=1, at_most=MOST_TOKENS)

@@ -39,7 +39,7 @@ class Sampling:
 @dataclass(kw_only=True)
 class Rows:
     template: str = "auto"
-    """auto, alpaca, chat, or a Jinja text."""
+    """auto (what the model was trained on, else its chat template, else alpaca), alpaca, chat, or a Jinja text."""
     chat_template_kwargs: dict[str, Any] | None = None
     """Variables of the chat template, such as {"enable_thinking": false}; a row's own column wins."""
     columns: dict[str, str] | list[str] | None = None
