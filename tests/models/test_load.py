@@ -1,5 +1,6 @@
 """Models and tokenizers from folders, runs and GGUF files; and what is refused, in one clear message."""
 
+import errno
 import hashlib
 import json
 import shutil
@@ -34,7 +35,7 @@ from promptkd.models import (
     resolve_model,
     shared_vocabulary_size,
 )
-from promptkd.models.folder import check_model_folder
+from promptkd.models.folder import check_model_folder, save_tokenizer
 
 IDS = torch.arange(VOCABULARY)[None]
 TEXT = "Suppose you are the\n student, then 12 + 30!<|end|>"
@@ -403,3 +404,21 @@ def test_an_adapters_rank_is_held_to_weights_whose_file_is_cut(tmp_path, cut):
     weights.write_bytes(weights.read_bytes()[:-1] + cut * 2)
     with pytest.raises(RequestError, match="no weight beside it is larger than 4"):
         check_model_folder(tmp_path)
+
+
+def test_a_full_disk_is_told_by_the_system_s_error_where_a_tokenizer_is_written(tmp_path):
+    class Full:
+        def save_pretrained(self, folder):
+            tiny_tokenizer().backend_tokenizer.save("/dev/full")
+
+    with pytest.raises(OSError, match="No space left") as found:
+        save_tokenizer(Full(), tmp_path)
+    assert (found.value.errno, found.value.filename) == (errno.ENOSPC, str(tmp_path))
+
+    class Broken:
+        def save_pretrained(self, folder):
+            raise Exception("another fault")
+
+    with pytest.raises(Exception, match="another fault") as found:
+        save_tokenizer(Broken(), tmp_path)
+    assert type(found.value) is Exception

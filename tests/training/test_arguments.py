@@ -24,7 +24,8 @@ KD = {"method": "kd", "prompt_learning_rate": 1e-3}
 def made(folder, train=ASKED, valid=None, *, others=None, models=None, tokenizer=None, **settings):
     tokenizer = tokenizer or tiny_tokenizer()
     given = {"teacher_processing_class": tokenizer, **(others or {})}
-    ours = PromptKDTrainer(*(models or pair()), config(folder, **settings), train, valid, tokenizer, **given)
+    trainer = PromptKDTrainer if settings.get("method", "promptkd") == "promptkd" else DistillTrainer
+    ours = trainer(*(models or pair()), config(folder, **settings), train, valid, tokenizer, **given)
     quiet(ours)
     return ours
 

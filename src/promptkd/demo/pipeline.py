@@ -33,6 +33,7 @@ from promptkd.models import (
     model_record,
     vocabulary_size,
 )
+from promptkd.models.folder import save_tokenizer
 from promptkd.models.gguf_format import GGUF_CONVERSION
 from promptkd.models.prune import block_influence, most_influential, prune_layers
 from promptkd.precision import compute_dtype, computing
@@ -277,7 +278,7 @@ class Demo:
         model, history, seconds = _train(trainer(), title)
         with locked(folder, waits=True), atomic(folder) as partial_folder:
             model.save_pretrained(partial_folder)
-            self.tokenizer.save_pretrained(partial_folder)
+            save_tokenizer(self.tokenizer, partial_folder)
             content = {"history": history, "seconds": seconds, "depends_on": depends_on}
             (partial_folder / "stage.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
         self.timings[part] = seconds

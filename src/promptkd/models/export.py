@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from promptkd.errors import PromptKDError, RequestError
 from promptkd.models.end_tokens import keep_end_tokens, known_end_tokens
-from promptkd.models.folder import clear_load_errors
+from promptkd.models.folder import clear_load_errors, save_tokenizer
 from promptkd.models.gguf_format import convert_gguf, gguf_problems, stored_type, write_gguf
 from promptkd.models.load import generation_config_of, load_model, load_tokenizer
 from promptkd.models.vocabulary import PROBES
@@ -58,7 +58,7 @@ def export_safetensors(
     def write() -> None:
         model.config.use_cache = True  # training may have switched it off
         model.to(dtype).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
 
     dtypes = {name: dtype for name, _ in model.named_parameters()}
     return _verified(model, tokenizer, dtypes, write, lambda: _load(folder, trust_remote_code))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from promptkd.errors import PromptKDError, RequestError
 from promptkd.io.files import is_plain_name, json_value, read_json_object
@@ -95,6 +96,18 @@ def clear_load_errors(name: str | Path) -> Iterator[None]:
                 "It was found here, so look at its files; no network is needed.",
             )
         raise RequestError(f"{problem} {advice}") from error
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Write a tokenizer's files. Raises `OSError`, also where the tokenizers library raises a bare `Exception`."""
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        of_system = re.search(r"\(os error (\d+)\)", str(error))
+        if type(error) is not Exception or of_system is None:
+            raise
+        number = int(of_system[1])
+        raise OSError(number, os.strerror(number), str(folder)) from error
 
 
 def similar_here(name: str | Path) -> list[str] | None:

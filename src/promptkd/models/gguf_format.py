@@ -18,7 +18,7 @@ from promptkd.errors import RequestError
 from promptkd.io.atomic import atomic
 from promptkd.io.lock import locked
 from promptkd.models.end_tokens import keep_end_tokens, known_end_tokens
-from promptkd.models.folder import clear_load_errors
+from promptkd.models.folder import clear_load_errors, save_tokenizer
 from promptkd.models.gguf_vocabulary import PRE_TOKENIZERS, add_tokenizer, drop_tokens, pre_tokenizer_name
 from promptkd.results import file_sha256
 
@@ -61,7 +61,7 @@ def convert_gguf(file: Path, folder: Path) -> None:
     model.hf_quantizer, model.is_quantized = None, False
     keep_end_tokens(model, [int(end.contents()) for end in ends if end is not None])  # transformers reads the first
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     # transformers adds GPT-2's <|endoftext|> to byte-level tokenizers that lack it, behind the last column, and splits
     # SmolLM's text as GPT-2's: "\n\n1" became three tokens where SmolLM was trained on two.
     state = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))

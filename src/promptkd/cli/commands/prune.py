@@ -18,6 +18,7 @@ from promptkd.errors import RequestError, check_all, writing
 from promptkd.io.atomic import atomic
 from promptkd.models import check_rows_fit, count_parameters, model_record
 from promptkd.models.end_tokens import keep_end_tokens, known_end_tokens
+from promptkd.models.folder import save_tokenizer
 from promptkd.models.prune import block_influence, decoder_layers, evenly_spaced, most_influential, prune_layers
 from promptkd.results import Metric, Results
 
@@ -44,7 +45,7 @@ def run(options: Options, training: dict[str, Any]) -> None:
     before, after = count_parameters(teacher), count_parameters(student)
     with writing(options.out), atomic(options.out) as folder:
         student.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
         files = sorted(each.name for each in folder.iterdir())
         made = model_record(folder, student).model_copy(update={"path": str(options.out)})
         Results(
