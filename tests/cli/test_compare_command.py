@@ -227,3 +227,17 @@ def test_a_resumed_run_counts_what_it_took_before(world, tmp_path, capsys, monke
     assert (cost.peak_memory_bytes == 2**50) == (after > 3)
     done(capsys, *request, "--resume")  # finished already
     assert Results.read(out / "results.json").training["run"] == cost
+
+
+def test_models_that_were_measured_in_two_precisions_are_told(tmp_path, capsys):
+    for name, note in (
+        ("a", "Computed in float32 on cpu."),
+        ("b", "Computed in bfloat16 on cuda."),
+        ("c", "Computed."),
+    ):
+        made = record(name)
+        made.notes = ["Template: alpaca.", note]
+        made.write(tmp_path / f"{name}.json")
+    told = "not all were measured in one precision (float32: a; bfloat16: b)"
+    assert told in " ".join(done(capsys, "compare", *(tmp_path / f"{each}.json" for each in "abc")).out.split())
+    assert "precision" not in done(capsys, "compare", *(tmp_path / f"{each}.json" for each in "ac")).out

@@ -1,5 +1,7 @@
 """`promptkd compare`."""
 
+import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from promptkd.report.metrics import metric_info
 from promptkd.report.text import compared_text
 from promptkd.results import BEFORE, ModelRecord, Results, Training
 
+_COMPUTED = re.compile(r"Computed in (\w+)")
 _OF_ONE_MODEL = ("distill", "sft", "evaluate")
 
 
@@ -59,8 +62,21 @@ def _of_runs(options: Options) -> Results:
         evaluations=comparison.evaluations,
         differences=comparison.differences,
     )
-    results.notes = [*compared_sentences(results), *comparison.notes]
+    results.notes = [*compared_sentences(results), *comparison.notes, *_precision_notes(candidates)]
     return results
+
+
+def _precision_notes(candidates: Sequence[Candidate]) -> list[str]:
+    """A warning where models were measured in several precisions, by their records' own notes."""
+    by_precision: dict[str, list[str]] = {}
+    for each in candidates:
+        if found := next(filter(None, map(_COMPUTED.match, each.record.notes)), None):
+            by_precision.setdefault(found[1], []).append(each.label)
+    if len(by_precision) < 2:
+        return []
+    named = "; ".join(f"{precision}: {', '.join(labels)}" for precision, labels in by_precision.items())
+    advice = "Rounding moves metrics and changes sampled answers; measure them alike with --dtype"
+    return [f"Warning: not all were measured in one precision ({named}). {advice}."]
 
 
 def _of_studies(options: Options, names: list[str]) -> Results:
