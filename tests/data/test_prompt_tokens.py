@@ -3,10 +3,11 @@
 import pytest
 from tests.data.test_data import END, SPELLED, byte_tokenizer, chatting, encode, framing
 
-from promptkd.data import encode_examples, examples_from_rows
+from promptkd.data import encode_examples, examples_from_rows, tokens
 from promptkd.data.prompt_tokens import tokens_as_read
 from promptkd.data.teacher_prompt import TeacherPrompts
 from promptkd.data.templates import resolve_template
+from promptkd.data.tokens import Spelling
 from promptkd.errors import RequestError
 
 
@@ -60,3 +61,17 @@ def test_a_context_stands_before_the_kept_tokens():
 def test_what_is_no_list_of_ids_is_refused(held):
     with pytest.raises(RequestError, match="row 0: 'prompt_token_ids' must be a list of token ids"):
         encode(chatting(), [{"prompt": "Hi", "completion": "O", "prompt_token_ids": held}])
+
+
+def test_many_texts_have_the_tokens_of_each_and_share_what_holds_them(monkeypatch):
+    tokenizer = byte_tokenizer(merges=(("t", "h"), ("th", "e"), ("a", "n")))
+    texts = [f"{index} the an {index % 7}" for index in range(23)]
+    expected = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    monkeypatch.setattr(tokens, "_AT_ONCE", 5)
+    spelling = Spelling(tokenizer)
+    found = spelling.tokens(texts, spell=True)
+    assert found == expected
+    assert spelling.tokens([], spell=True) == []
+    large = [index for ids in found for index in ids if index > 256]  # Python itself shares smaller ones
+    assert set(large) == {257, 258}
+    assert len({id(index) for index in large}) == 2

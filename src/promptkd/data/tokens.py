@@ -19,6 +19,7 @@ from promptkd.errors import RequestError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_AT_ONCE = 1000  # texts of a call of the tokenizer
 # Two code points that Unicode reserves for use within a program: they enclose control tokens that the data spells.
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 KEPT = "prompt_token_ids"  # the column of a prompt's tokens, where its text alone would be read as others
@@ -68,7 +69,16 @@ class Spelling:
     def tokens(self, texts: Sequence[str], *, spell: bool) -> list[list[int]]:
         """Tokens of the texts alone. With `spell`, control tokens are text, spelled in ordinary tokens."""
         options = {"split_special_tokens": spell, "return_attention_mask": False, "verbose": False}
-        return self.tokenizer(list(texts), add_special_tokens=False, **options)["input_ids"] if texts else []
+        found: list[list[int]] = []
+        for start in range(0, len(texts), _AT_ONCE):  # a tokenizer's own record of a text is many times its tokens
+            batch = self.tokenizer(list(texts[start : start + _AT_ONCE]), add_special_tokens=False, **options)
+            found += [[self._held.setdefault(index, index) for index in ids] for ids in batch["input_ids"]]
+        return found
+
+    @cached_property
+    def _held(self) -> dict[int, int]:
+        """One object per token id: a list of those takes 8 bytes a token, one of objects of its own 36."""
+        return {}
 
     def tokens_of_marked(self, text: str, *, answer_of: str | None = None) -> list[int]:
         """Tokenize piece by piece: text between marks is data, the rest is the template's.
