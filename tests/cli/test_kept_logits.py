@@ -10,8 +10,8 @@ import promptkd.data.kept_writing
 from helpers.commands import (
     DISTILL_FILES,
     LIMITS,
-    MODEL_FILES,
     TEMPLATE,
+    TRAINED_FILES,
     TRAINING,
     World,
     below,
@@ -239,7 +239,7 @@ def test_distill_needs_no_teacher(world, tmp_path, capsys):
     assert f"none in memory, its logits in {logits}" in ran.out
     assert not out.exists()
     ran = done(capsys, *learning(world, logits, out, "--eval-data", world.valid))
-    assert DISTILL_FILES | {"baselines.json"} | below("student", MODEL_FILES) <= held(out)
+    assert DISTILL_FILES | {"baselines.json"} | below("student", TRAINED_FILES) <= held(out)
     assert "No teacher is loaded, so neither it nor the KL to it is measured here" in ran.err
     record = Results.read(out / "results.json")
     assert (record.models["teacher"].path, record.models["teacher"].parameters > 0) == (world.teacher, True)

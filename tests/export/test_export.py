@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from helpers.byte_level import END, MERGES, SPLITS, START, TEMPLATE, TOKENS, byte_level, byte_model
-from helpers.commands import MODEL_FILES, done, held, run
+from helpers.commands import TRAINED_FILES, done, held, run
 from helpers.tiny import save_model, tiny_model, tiny_tokenizer
 from promptkd.errors import PromptKDError, RequestError
 from promptkd.models import load_model, load_tokenizer
@@ -298,7 +298,7 @@ def test_safetensors_is_a_plain_folder(tmp_path, source, capsys):
     (source / "training_args.bin").write_text("left over")
     out = tmp_path / "out"
     done(capsys, "export", source, "--to", "safetensors", "--out", out, "--dtype", "bf16")
-    assert held(out) == MODEL_FILES | {"chat_template.jinja"}
+    assert held(out) == TRAINED_FILES
     written = json.loads((out / "config.json").read_text())
     assert (written["dtype"], written["use_cache"]) == ("bfloat16", True)
     read = AutoModelForCausalLM.from_pretrained(out)
@@ -323,7 +323,7 @@ def test_a_lora_student_is_merged(tmp_path, source, capsys, form):
     done(capsys, "export", tmp_path / "run", "--to", form, "--out", out, "--dtype", "f32")
     torch.testing.assert_close(logits(load_model(out)), expected, rtol=1e-4, atol=1e-4)
     assert (expected - logits(byte_model())).abs().max() > 0.1
-    folder = {f"m/{name}" for name in MODEL_FILES | {"chat_template.jinja"}}
+    folder = {f"m/{name}" for name in TRAINED_FILES}
     assert held(tmp_path / "out") == ({"m.gguf", "m.Modelfile"} if form == "gguf" else folder)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.commands import DISTILL_FILES, MODEL_FILES, PROMPT_FILES, below, done, held, make_world, run
+from helpers.commands import DISTILL_FILES, PROMPT_FILES, TRAINED_FILES, below, done, held, make_world, run
 from helpers.processes import forked_command, killed
 from promptkd.errors import RequestError
 from promptkd.io import lock
@@ -158,6 +158,6 @@ def test_a_run_that_is_being_written_is_refused_and_resumed_right_after_a_kill(t
     finally:
         killed(first)
     done(capsys, *request, "--resume")
-    assert held(out) == DISTILL_FILES | below("student", MODEL_FILES) | below("prompt", PROMPT_FILES) | below(
+    assert held(out) == DISTILL_FILES | below("student", TRAINED_FILES) | below("prompt", PROMPT_FILES) | below(
         "checkpoints", {"checkpoint-6", "checkpoint-8"}
     )

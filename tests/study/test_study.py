@@ -21,10 +21,10 @@ import promptkd.cli.options.distill
 from helpers.bias_records import biased_runs
 from helpers.commands import (
     LIMITS,
-    MODEL_FILES,
     PROMPT_FILES,
     RUN_FILES,
     TEMPLATE,
+    TRAINED_FILES,
     World,
     below,
     done,
@@ -465,7 +465,7 @@ def test_a_study_runs_goes_on_and_compares(world, tmp_path, capsys, monkeypatch)
     assert f"Try them again by: promptkd study {out}/config.yaml" in ran.err
     evaluated = {f"results{part}" for part in (".json", "-settings.json")}
     evaluated |= {f"results-test-{part}.jsonl" for part in ("greedy", "seed10", "references")}
-    trained = RUN_FILES | below("student", MODEL_FILES) | below("prompt", PROMPT_FILES)
+    trained = RUN_FILES | below("student", TRAINED_FILES) | below("prompt", PROMPT_FILES)
     trained |= {"checkpoints/checkpoint-2"}
     finished = {"promptkd-seed-1", "promptkd-seed-2"}
     kept = {"config.yaml", "comparison.json", "report.html"}

@@ -17,7 +17,7 @@ from accelerate.utils import DynamoBackend
 
 import promptkd
 from helpers import processes_worker
-from helpers.commands import DISTILL_FILES, MODEL_FILES, PROMPT_FILES, TRAINING, below, held, json_lines, make_world
+from helpers.commands import DISTILL_FILES, PROMPT_FILES, TRAINED_FILES, TRAINING, below, held, json_lines, make_world
 from helpers.processes import CHECKS, SECONDS, port, start
 from helpers.tiny import VOCABULARY
 from promptkd.errors import RequestError
@@ -207,7 +207,7 @@ def test_a_run_is_launched_from_the_command_line(tmp_path):
         timeout=SECONDS,
     )
     assert ran.returncode == 0, ran.stderr
-    written = below("student", MODEL_FILES) | below("prompt", PROMPT_FILES) | {"baselines.json"}
+    written = below("student", TRAINED_FILES) | below("prompt", PROMPT_FILES) | {"baselines.json"}
     assert held(out) - {name for name in held(out) if name.startswith("checkpoints/")} == DISTILL_FILES | written
     told = ran.stderr.splitlines()
     for line in (f"Loaded the teacher: {world.teacher}.", "Distilling: 3 steps", "Distilling: step 3 of 3"):
