@@ -202,16 +202,39 @@ def test_a_model_is_run_on_the_template_that_it_was_trained_on(tuned, tmp_path, 
     )
 
 
-def test_a_run_of_an_earlier_version_is_read_by_its_settings(tuned, models, tmp_path, capsys):
+def test_a_run_of_an_earlier_version_is_read_by_its_settings(tuned, models, tmp_path, capsys, monkeypatch):
     data = tuned[1]
     for inside in ("model", "student", "checkpoints/checkpoint-3"):
         old = tmp_path / inside.replace("/", "-")
         shutil.copytree(models / "teacher", old / inside)
-        (old / "config.yaml").write_text("template: alpaca\ndata: d.jsonl\n")
+        (old / "config.yaml").write_text("template: alpaca\ndata: d.jsonl\nout: run\nkeep: 2\n")
         found, told = prompts_of(capsys, old / inside, data, old / "e.json")
         assert found == {TUNED_ON[True], TUNED_ON[False]}
         assert "on which the model was trained" in told
-    (old / "config.yaml").write_text("- no settings\n")
+    monkeypatch.chdir(old / inside)
+    assert "on which the model was trained" in prompts_of(capsys, ".", data, old / "g.json")[1]
+    trained = ("--data", data, "--out", tmp_path / "next", *FEW)
+    done(capsys, "sft", "--model", old / inside, *trained)
+    assert Results.read(tmp_path / "next" / "results.json").notes[0].startswith("Template: alpaca, on which")
+    broken = "template: '{{ prompt }}'\ndata: d.jsonl\nout: run\nkeep: 2\n"
+    (old / "config.yaml").write_text(broken)
+    ran = run(capsys, "evaluate", "--model", old / inside, "--data", data, "--out", old / "h.json", *SHORT)
+    assert ran.status == 2
+    assert str(old / "config.yaml") in ran.err
+    done(
+        capsys,
+        "evaluate",
+        "--model",
+        old / inside,
+        "--data",
+        data,
+        "--out",
+        old / "h.json",
+        *SHORT,
+        "--template",
+        "chat",
+    )
+    (old / "config.yaml").write_text("template: alpaca\n")  # another tool's
     assert "the chat template of the model" in prompts_of(capsys, old / inside, data, old / "f.json")[1]
 
 
@@ -219,7 +242,7 @@ def test_answers_to_prompts_of_another_template_are_not_taken_up(tuned, models, 
     data = tuned[1]
     old = shutil.copytree(models / "teacher", tmp_path / "run" / "model")
     prompts_of(capsys, old, data, tmp_path / "e.json")
-    (tmp_path / "run" / "config.yaml").write_text("template: alpaca\n")
+    (tmp_path / "run" / "config.yaml").write_text("template: alpaca\ndata: d.jsonl\nout: run\nkeep: 2\n")
     again = ("evaluate", "--model", old, "--data", data, "--out", tmp_path / "e.json", *SHORT)
     (tmp_path / "e.json").unlink()
     ran = run(capsys, *again)
@@ -254,3 +277,38 @@ def test_prompts_of_another_template_than_the_validation_rows_are_told(models, t
     (note,) = [each for each in Results.read(tmp_path / "run" / "results.json").notes if "texts, and none ends" in each]
     assert "'<|assistant|>': the first ends with 'the it'" in note
     assert note in told
+
+
+def test_a_model_that_is_trained_on_texts_of_the_named_template_is_saved_with_it(models, tmp_path, capsys):
+    texts = write_rows(tmp_path / "d.jsonl", [{"prompt": TUNED_ON[False], "completion": "an"}] * 4)
+    pair = (
+        "--student",
+        models / "teacher",
+        "--teacher",
+        models / "teacher",
+        "--data",
+        texts,
+        "--method",
+        "seqkd",
+        *FEW,
+    )
+    for template, expected in (("alpaca", "alpaca"), ("chat", None)):
+        done(capsys, "distill", *pair, "--method", "seqkd", *FEW, "--out", tmp_path / template, "--template", template)
+        saved = AutoTokenizer.from_pretrained(tmp_path / template / "student")
+        assert saved.init_kwargs.get("promptkd_template") == expected
+
+
+def test_the_template_of_a_teacher_is_what_it_was_trained_on(tuned, models, tmp_path, capsys):
+    run_folder, data = tuned
+    pair = ("--student", models / "teacher", "--teacher", run_folder, "--data", data, "--method", "kd", *FEW)
+    done(capsys, "distill", *pair, "--template", "teacher", "--out", tmp_path / "run", "--max_prompt_length", 400)
+    found, _ = prompts_of(capsys, tmp_path / "run", data, tmp_path / "e.json")
+    assert found == {TUNED_ON[True], TUNED_ON[False]}
+
+
+def test_a_template_is_told_where_another_file_holds_texts(tuned, tmp_path, capsys):
+    run_folder, data = tuned
+    texts = write_rows(tmp_path / "texts.jsonl", [{"prompt": "the", "completion": "an"}] * 2)
+    out = tmp_path / "e.json"
+    told = done(capsys, "evaluate", "--model", run_folder, "--data", texts, data, "--out", out, *SHORT).err
+    assert "Template: alpaca, on which the model was trained." in told.splitlines()

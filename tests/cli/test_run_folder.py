@@ -1,5 +1,6 @@
 """The folder of a run: what --overwrite replaces, and when."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -99,3 +100,19 @@ def test_a_resumed_run_whose_start_fails_keeps_its_settings(tmp_path):
         pass
     assert read_config(tmp_path / "r" / "config.yaml")["keep"] == 5
     assert (tmp_path / "r" / "results.json").exists()
+
+
+@pytest.mark.slow
+def test_a_run_that_an_earlier_version_began_with_what_nothing_reads_is_resumed(world, tmp_path, capsys, caplog):
+    """Of a method that samples nothing, the settings of sampling did nothing and were taken; they are refused now."""
+    out = tmp_path / "run"
+    done(capsys, *distill(world, out, "--method", "kd", "--save_steps", 1))
+    expected = contents(out / "student")
+    settings = (out / "config.yaml").read_text()
+    (out / "config.yaml").write_text(f"{settings}temperature: 0.8\ngeneration_kwargs: {{num_beams: 2}}\n")
+    for step in (2, 3):
+        shutil.rmtree(out / "checkpoints" / f"checkpoint-{step}")
+    shutil.rmtree(out / "student")
+    done(capsys, "distill", "--out", out, "--resume")
+    assert "kd samples no responses, and reads no --temperature, --generation_kwargs." in caplog.text
+    assert contents(out / "student") == expected

@@ -1,13 +1,17 @@
 """The chat template that is saved with a model writes what the model was trained on."""
 
+from datetime import date
+
+import jinja2
 import pytest
 from tests.data.test_data import CHATML, END, STOP, byte_tokenizer, chatting, framing, plain
 from transformers import AutoTokenizer
 
 from promptkd.data import Example, Instruction, encode_examples, examples_from_rows, resolve_template
-from promptkd.data.chat_form import chat_form, tokenizer_as_trained
+from promptkd.data.chat_form import prompt_end, saved_chat_template, template_of_training, tokenizer_as_trained
 from promptkd.data.summary import template_note
 from promptkd.data.templates import ALPACA, TRAINED_ON
+from promptkd.errors import RequestError
 
 HISTORY = "{{ system }}{% for asked, answered in history %}{{ asked }}={{ answered }};{% endfor %}{{ instruction }}="
 TEXTS = {
@@ -119,25 +123,136 @@ def test_variables_of_the_chat_template_become_its_defaults(tmp_path):
     text = CHATML + "{% if not (thinks is defined and thinks) %}<none>{% endif %}{{ who }}{{ list | join }}"
     given = {"thinks": True, "who": "it's \n é", "list": [1, None, False]}
     tokenizer = chatting(text)
-    found = tokenizer_as_trained(tokenizer, resolve_template("auto", tokenizer, given), given)
     expected = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False, **given)
-    assert rendered(reloaded(found, tmp_path), ("user", "Hi")).removesuffix("<|im_start|>assistant\n") != ""
+    found = reloaded(tokenizer_as_trained(tokenizer, resolve_template("auto", tokenizer, given)), tmp_path)
     assert found.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False) == expected
     other = found.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False, thinks=False, who="")
     assert other.endswith("<none>1NoneFalse")
-    again = tokenizer_as_trained(found, resolve_template("auto", found, given), given)
+    again = tokenizer_as_trained(found, resolve_template("auto", found, given))
     assert again.chat_template == found.chat_template
+    tokenizer.chat_template = {"default": text, "tool_use": CHATML}
+    named = tokenizer_as_trained(tokenizer, resolve_template("auto", tokenizer, given)).chat_template
+    assert named == {"default": found.chat_template, "tool_use": named["tool_use"]}
+    assert named["tool_use"].endswith(CHATML)
 
 
-def test_a_chat_template_that_writes_the_same_stays(tmp_path):
+@pytest.mark.parametrize("value", [float("inf"), date(2026, 1, 2)])
+def test_variables_that_no_chat_template_can_hold_leave_it_as_it_is(value):
+    tokenizer = chatting("{{ who }}" + CHATML)
+    found = tokenizer_as_trained(tokenizer, resolve_template("auto", tokenizer, {"who": value}))
+    assert found is tokenizer
+
+
+def test_white_space_before_a_chat_template_stays(tmp_path):
+    text = "\n  {{ who }}" + CHATML
+    tokenizer, given = chatting(text), {"who": "x"}
+    expected = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False, **given)
+    found = reloaded(tokenizer_as_trained(tokenizer, resolve_template("auto", tokenizer, given)), tmp_path)
+    assert found.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False) == expected
+
+
+HEAD, TAIL = "<|im_start|>user\n{{ instruction }}", "<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize(
+    "text", [f"{HEAD}{{% if input %}} {{{{ input }}}}{{% endif %}}{TAIL}", CHATML.partition("{% if")[0] + TAIL[11:]]
+)
+def test_a_chat_template_that_writes_the_same_stays(tmp_path, text):
     tokenizer = byte_tokenizer(special=(END, "<|im_start|>", STOP), eos_token=STOP, chat_template=CHATML)
-    head, tail = "<|im_start|>user\n{{ instruction }}", "<|im_end|>\n<|im_start|>assistant\n"
-    for text in (head + "{% if input %}\n\n{{ input }}{% endif %}" + tail, CHATML.partition("{% if")[0] + tail[11:]):
-        found = saved(tokenizer, text, tmp_path)
-        assert (found.chat_template, found.init_kwargs.get(TRAINED_ON)) == (CHATML, None)
-    apart = saved(tokenizer, f"{head} {{{{ input }}}}{tail}", tmp_path)
-    assert apart.chat_template != CHATML
-    assert rendered(apart, ("user", "Hi")) == "<|im_start|>user\nHi <|im_end|>\n<|im_start|>assistant\n"
+    found = saved(tokenizer, text, tmp_path)
+    assert (found.chat_template, found.init_kwargs[TRAINED_ON]) == (CHATML, text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        HEAD + " " + TAIL,
+        "{{ system }}" + HEAD + TAIL,
+        "{% for asked, answered in history %}{{ asked }}={{ answered }};{% endfor %}" + HEAD + TAIL,
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}\n{% endfor %}<|im_start|>assistant\n",
+    ],
+)
+def test_one_that_writes_systems_or_earlier_turns_otherwise_does_not(tmp_path, text):
+    tokenizer = byte_tokenizer(special=(END, "<|im_start|>", STOP), eos_token=STOP, chat_template=CHATML)
+    assert saved(tokenizer, text, tmp_path).chat_template != CHATML
+
+
+def test_one_without_the_bos_that_training_had_gets_it(tmp_path):
+    tokenizer, row = framing(), {"instruction": "Hi", "output": "Ho"}
+    tokenizer.chat_template = "{% for m in messages %}Q{{ m.content }}{% endfor %}"
+    (trained,) = encode_examples(examples_from_rows([row]), tokenizer, "Q{{ instruction }}").examples
+    found = saved(tokenizer, "Q{{ instruction }}", tmp_path)
+    asked = [{"role": "user", "content": "Hi"}]
+    assert found.apply_chat_template(asked, add_generation_prompt=True, return_dict=False) == trained.prompt_ids
+    assert trained.prompt_ids[0] == tokenizer.bos_token_id
+
+
+def test_a_developer_is_a_system_and_other_roles_are_refused(tmp_path):
+    found = saved(plain(), "{{ system }}|{{ instruction }}", tmp_path)
+    assert rendered(found, ("developer", "S"), ("user", "Hi")) == rendered(found, ("system", "S"), ("user", "Hi"))
+    with pytest.raises(jinja2.TemplateError, match="knows no message of the role tool"):
+        rendered(found, ("user", "Hi"), ("tool", "42"))
+
+
+def test_text_parts_of_an_answer_are_its_text(tmp_path):
+    found = saved(chatting(), SAID, tmp_path)
+    parts = [{"type": "text", "text": "H"}, {"type": "text", "text": "u"}]
+    assert rendered(found, ("user", "Hi"), answer=parts) == rendered(found, ("user", "Hi"), answer="Hu")
+
+
+def test_rows_of_messages_are_rendered_by_the_saved_chat_template(tmp_path):
+    said = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Ho"},
+        {"role": "user", "content": "He"},
+    ]
+    row = {"messages": [*said, {"role": "assistant", "content": "Hu"}]}
+    for number, text in enumerate(("alpaca", "Q{{ instruction }}A")):
+        found = saved(plain(), text, tmp_path / str(number))
+        by_auto, by_chat = (
+            encode_examples(examples_from_rows([row]), found, name).examples for name in ("auto", "chat")
+        )
+        assert [each.prompt_ids + each.response_ids for each in by_auto] == [
+            each.prompt_ids + each.response_ids for each in by_chat
+        ]
+        with pytest.raises(RequestError):
+            encode_examples(examples_from_rows([row]), plain(), text)
+
+
+def test_the_template_of_a_training():
+    rendered_rows = encode_examples(examples_from_rows([{"instruction": "Hi", "output": "Ho"}]), plain(), "alpaca")
+    assert template_of_training(rendered_rows, "auto", chatting()).name == "alpaca"  # as they were encoded
+    written = examples_from_rows([{"prompt": each.prompt, "completion": "Ho"} for each in rendered_rows.examples])
+    texts = encode_examples(written, chatting())
+    assert template_of_training(texts, "alpaca", chatting()).name == "alpaca"  # the texts end as it does
+    assert template_of_training(texts, "chat", chatting()) is None
+    other = encode_examples(examples_from_rows([{"prompt": "Hi", "completion": "Ho"}]), chatting())
+    for name in ("alpaca", "auto", "Q{{ instruction }}"):
+        assert template_of_training(other, name, chatting()) is None
+    assert tokenizer_as_trained(tokenizer := plain(), None) is tokenizer
+
+
+@pytest.mark.parametrize(
+    ("text", "end"),
+    [
+        ("alpaca", "\n\n### Response:\n"),
+        ("chat", "<|im_end|>\n<|im_start|>assistant\n"),
+        ("{{ messages[-1].content }}]", "]"),
+        ("{{ instruction }}", ""),
+        ("{{ messages[7].content }}", ""),
+    ],
+)
+def test_what_a_template_writes_after_a_request(text, end):
+    assert prompt_end(resolve_template(text, chatting())) == end
+
+
+@pytest.mark.parametrize("held", ["foo", "chat", 3, ""])
+def test_what_is_no_template_in_the_tokenizers_files_is_refused_by_its_key(held):
+    tokenizer = plain()
+    tokenizer.init_kwargs[TRAINED_ON] = held
+    with pytest.raises(RequestError, match="promptkd_template must be alpaca or a Jinja text in "):
+        resolve_template("auto", tokenizer)
+    assert resolve_template("alpaca", tokenizer).name == "alpaca"
 
 
 def test_where_none_can_be_written_there_is_none_and_it_is_told(tmp_path):
@@ -146,7 +261,7 @@ def test_where_none_can_be_written_there_is_none_and_it_is_told(tmp_path):
         "{{ instruction | tojson }}",
     )  # which chat templates escape otherwise
     for text in (fails, other):
-        assert chat_form(resolve_template(text, plain()), plain()) is None
+        assert saved_chat_template(plain(), resolve_template(text, plain())) is None
         found = saved(chatting(), text, tmp_path)
         assert (found.chat_template, found.init_kwargs[TRAINED_ON]) == (None, text)
         note = template_note(resolve_template(text, plain()), "M", "last", plain())

@@ -569,17 +569,19 @@ def test_what_python_writes_for_a_list_in_a_csv_cell_is_refused(tmp_path, row):
 
 
 def test_texts_of_another_template_than_that_of_the_validation_rows_are_told():
-    asked = [{"instruction": f"{word}?", "output": "Ho"} for word in ("Who", "What", "When", "Where")]
+    asked = [{"instruction": f"{word}.", "output": "Ho"} for word in ("Who", "What", "When", "Where")]
     ended = [{"prompt": f"Q: {word}{end}", "completion": "Ho"} for word in ("Who", "What") for end in ("", ".")]
     rendered, texts = (encode_examples(examples_from_rows(rows), chatting()) for rows in (asked, ended))
     (note,) = prompt_notes(texts, rendered)
-    assert r"'?<|im_end|>\n<|im_start|>assistant\n': the first ends with 'Q: Who'" in note
+    assert r"'<|im_end|>\n<|im_start|>assistant\n': the first ends with 'Q: Who'" in note
     written = [{"prompt": example.prompt, "completion": "Ho"} for example in rendered.examples]
     same = encode_examples(examples_from_rows([*ended, *written]), chatting())
-    of_two = encode_examples(examples_from_rows(asked[:2]), chatting())
     for train, validation in ((same, rendered), (rendered, texts), (texts, texts), (texts, None), (None, rendered)):
         assert prompt_notes(train, validation) == []
-    assert prompt_notes(texts, of_two) == []  # too few to know what the template writes
+    questions = [{"prompt": example.prompt.replace(".<", "?<"), "completion": "Ho"} for example in rendered.examples]
+    assert prompt_notes(encode_examples(examples_from_rows(questions), chatting()), rendered) == []  # the same template
+    open_ended = encode_examples(examples_from_rows(asked), chatting(), "Q: {{ instruction }}")
+    assert prompt_notes(texts, open_ended) == []
 
 
 CUT = {"prompt": "Hi", "completion": "Ho", "ended": False}

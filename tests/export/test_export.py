@@ -205,6 +205,18 @@ def test_a_folder_that_can_be_written_is_known_without_its_weights(tmp_path, arc
     assert can_write_gguf(folder)
 
 
+def test_the_code_that_a_folder_ships_is_not_run_to_know_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *asked: "y")  # to "Do you wish to run the custom code?"
+    folder, ran = save_model(tmp_path / "m", byte_model(), byte_level()), tmp_path / "ran"
+    config = json.loads((folder / "config.json").read_text())
+    own = {"auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}, "model_type": "own"}
+    (folder / "config.json").write_text(json.dumps(config | own))
+    (folder / "own.py").write_text(f"open({str(ran)!r}, 'w').close()\nfrom transformers import LlamaConfig as Config\n")
+    with pytest.raises(RequestError):
+        can_write_gguf(folder)
+    assert not ran.exists()
+
+
 def test_a_tokenizer_without_merges_is_refused(tmp_path):
     tokenizer = byte_level()
     state = json.loads(tokenizer.backend_tokenizer.to_str())

@@ -143,7 +143,9 @@ def test_the_variables_of_the_runs_chat_template():
 @pytest.mark.slow
 def test_export_writes_it_beside_the_file_by_the_runs_template(tmp_path, capsys):
     save_model(tmp_path / "run" / "student", byte_model("llama"), byte_level(chat=False))
-    (tmp_path / "run" / "config.yaml").write_text('template: "Ask {{ instruction }}!"')
+    (tmp_path / "run" / "config.yaml").write_text(
+        'template: "Ask {{ instruction }}!"\ndata: d.jsonl\nout: run\nkeep: 2\n'
+    )
     request = ("export", tmp_path / "run", "--to", "gguf", "--out", tmp_path / "my.gguf")
     said = done(capsys, *request).err
     text = Path(tmp_path / "my.Modelfile").read_text()

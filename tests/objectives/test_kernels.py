@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from helpers.loops import gradients, logits
-from promptkd.objectives import Taid, forward_kl, kernels, reverse_kl, skew_reverse_kl
-from promptkd.objectives.kernels import PLAIN_KERNELS, AtTemperature, objective_kernel, prompt_kernel
+from promptkd.objectives import AtTemperature, Taid, forward_kl, kernels, reverse_kl, skew_reverse_kl
+from promptkd.objectives.kernels import PLAIN_KERNELS, objective_kernel, prompt_kernel
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 7, 9])

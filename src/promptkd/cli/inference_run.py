@@ -66,8 +66,8 @@ class InferenceRun:
         """Sentences on adapters that were merged, and on weights in lower precision, which a record must hold."""
 
     def load_tokenizer(self, name: str, revision: str | None = None) -> Any:
-        trusted = self.options.trust_remote_code
-        return as_trained(load_tokenizer(name, trust_remote_code=trusted, revision=revision), name)
+        tokenizer = load_tokenizer(name, trust_remote_code=self.options.trust_remote_code, revision=revision)
+        return as_trained(tokenizer, name) if self.options.template == "auto" else tokenizer
 
     def read_rows(
         self,
@@ -91,7 +91,7 @@ class InferenceRun:
         with limits_named(flags):
             data = encode_examples(examples, tokenizer, template, need_response=needed, **lengths)
         if source not in self._told:
-            if data.as_text < len(data.examples) and not self._told:
+            if data.template is not None and "" not in self._told:
                 self.trained_on = (template.text or template.name) if template.trained else None
                 self._told[""] = [template_note(template, "the model")]
                 say(self._told[""][0])

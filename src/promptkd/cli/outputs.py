@@ -25,7 +25,7 @@ _OWN = {
     "explain-prompt",
 }
 _BEFORE_A_STEP = {"config.yaml", "metrics.jsonl", "preflight.json", "baselines.json", "checkpoints", "tensorboard"}
-_OF_A_RUN = {"out", "data", "keep"}  # keys that are in every config.yaml of a run, and hardly in one typed by hand
+OF_A_RUN = {"out", "data", "keep"}  # keys that are in every config.yaml of a run, and hardly in one typed by hand
 _MAY_CHANGE = {"resume", "overwrite", "out", "keep", "on_nan", "measure", "preflight"}
 _MAY_CHANGE |= {  # refused today, but in the config.yaml of older runs
     *("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision"),
@@ -178,11 +178,7 @@ class RunFolder:
 def took_no_step(folder: Path) -> bool:
     """Whether a folder holds what a run leaves that failed before its first step: its settings, and no result."""
     held = {each.name for each in folder.iterdir()} - {FOLDER_LOCK} if folder.is_dir() else set()
-    if (
-        "config.yaml" not in held
-        or held - _BEFORE_A_STEP
-        or not read_config(folder / "config.yaml").keys() >= _OF_A_RUN
-    ):
+    if "config.yaml" not in held or held - _BEFORE_A_STEP or not read_config(folder / "config.yaml").keys() >= OF_A_RUN:
         return False
     checkpoints, metrics = folder / "checkpoints", folder / "metrics.jsonl"
     logged = read_history(metrics) if metrics.is_file() else []

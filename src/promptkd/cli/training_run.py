@@ -14,6 +14,7 @@ from promptkd.cli.headline import compare_within, measure_speed
 from promptkd.cli.outputs import RunFolder, data_record, label_of, say_rows
 from promptkd.cli.parsing.parser import merged_config
 from promptkd.cli.terminal import is_main_process, quiet_libraries, say
+from promptkd.cli.trained_template import as_trained
 from promptkd.data import EncodedData, Example, encode_examples, read_columns, read_examples, resolve_template
 from promptkd.data.summary import limits_named, template_note
 from promptkd.data.teacher_prompt import TeacherPrompts
@@ -51,8 +52,6 @@ _SET_HERE = {
     "resume_from_checkpoint": "--resume",
     **dict.fromkeys(("load_best_model_at_end", "metric_for_best_model", "greater_is_better"), "--select"),
 }  # flags of transformers that would say a second time what an option of the command says
-
-
 Read = Callable[..., list[Example]]
 
 
@@ -105,7 +104,7 @@ class TrainingRun:
         return len(self._examples["train"][1])
 
     def tokenizer(self, name: str, revision: str | None) -> Any:
-        return load_tokenizer(name, trust_remote_code=self._trust, revision=revision)
+        return as_trained(load_tokenizer(name, trust_remote_code=self._trust, revision=revision), name)
 
     def encode(
         self,

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from promptkd.data.prompt_tokens import marked_text, prompt_tokens, spelling_of
 from promptkd.data.rows import Example, Instruction, each_turn, spoken, text_field
@@ -70,6 +70,7 @@ class EncodedData:
     keeps_all: Limits | None = None
     turns: Turns = "last"
     informed: int = 0  # examples whose teacher reads a reference of theirs in its context
+    template: Template | None = field(default=None, compare=False, repr=False)  # None where all prompts are texts
     cut: int = 0  # rows left out, for their responses were cut at a length limit and whole ones are needed
 
     @property
@@ -180,7 +181,19 @@ def encode_examples(
     if dropped > (1 - MOST) * len(asked):
         most, every = _that_keep(MOST, lengths, limits), _that_keep(1.0, lengths, limits)
     as_text, unanswered = sum(isinstance(example.request, str) for example in asked), len(examples) - len(asked)
-    return EncodedData(kept, dropped, unanswered, as_text, unread, limits, most, every, turns, kept_informed, cut)
+    rendered = template if any(example.request for example in kept) else None
+    counts: dict[str, Any] = {"unanswered": unanswered, "as_text": as_text, "informed": kept_informed, "cut": cut}
+    return EncodedData(
+        kept,
+        dropped,
+        unread=unread,
+        limits=limits,
+        keeps_most=most,
+        keeps_all=every,
+        turns=turns,
+        template=rendered,
+        **counts,
+    )
 
 
 def stop_token_ids(

@@ -79,7 +79,7 @@ class Example:
     @property
     def is_cut(self) -> bool:
         """Whether `promptkd generate` marks its response as cut: an end token behind it would be untrue."""
-        return bool(self.references) and self.fields.get("ended") is False
+        return bool(self.references) and self.fields.get("ended") in (False,)  # NumPy's False, too
 
 
 def asked_text(request: Request) -> str:

@@ -6,13 +6,12 @@ from dataclasses import astuple, replace
 from typing import Any
 
 from promptkd.data.chat import DAY
-from promptkd.data.chat_form import chat_form
+from promptkd.data.chat_form import prompt_end, saved_chat_template
 from promptkd.data.encode import MOST, EncodedData, Limits, NoRowFitsError, Turns
 from promptkd.data.teacher_prompt import TeacherPrompts
 from promptkd.data.templates import Template
 from promptkd.errors import RequestError
 
-_FEWEST_TO_COMPARE = 4  # rendered prompts, by whose common end the template's is known
 _SHOWN = 40  # characters of a prompt's end
 Flags = tuple[str, str, str]  # those that limit a prompt, a response, and the teacher's prompt
 FLAGS: Flags = ("--max_prompt_length", "--max_completion_length", "--max_teacher_prompt_length")  # of training
@@ -66,11 +65,7 @@ def prompt_notes(train: EncodedData | None, validation: EncodedData | None) -> l
     if train is None or validation is None:
         return []
     texts = [row.prompt for row in train.examples if not row.request]
-    rendered = [row.prompt for row in validation.examples if row.request]
-    ends = rendered[0] if len(rendered) >= _FEWEST_TO_COMPARE else ""
-    for text in rendered:
-        while not text.endswith(ends):
-            ends = ends[1:]
+    ends = "" if validation.template is None else prompt_end(validation.template)
     if not texts or not ends or any(text.endswith(ends) for text in texts):
         return []
     told = "the prompts to train on are texts, and none ends as the template ends those to validate on"
@@ -134,7 +129,7 @@ def template_note(template: Template, owner: str, turns: Turns | None = None, sa
         return f"Template: {name}."
     trained = {"last": "the last one of each row", "all": "all of each row"}[turns]
     told = f"Template: {name}. Assistant turns that are trained: {trained} (--turns {turns})."
-    if saved_with is None or template.name == "chat" or chat_form(template, saved_with) is not None:
+    if saved_with is None or saved_chat_template(saved_with, template) is not None:
         return told
     return f"{told} No chat template was found to write it: who serves the model must render its prompts so."
 

@@ -43,14 +43,20 @@ class Template:
     text: str = ""  # of a Jinja text
     names: frozenset[str] = frozenset()  # what a Jinja text names
     trained: bool = False  # whether the tokenizer's files name it as what the model was trained on
+    conversations: ChatTemplate | None = None  # renders rows of messages, which a template of instructions does not
     bos: str = ""  # what the tokenizer may put before a text
     teacher: TeacherPrompts | None = None  # what the teacher alone reads; None where no teacher reads the rows
 
     def render(self, example: Example) -> str:
         """The text of the prompt: a request that is text already as it is. `RequestError` if it cannot be rendered."""
         with at(example.location):
-            text = example.request if isinstance(example.request, str) else self.render_request(example)
+            text = example.request if isinstance(example.request, str) else self._rendered(example)
         return f"{example.context}\n\n{text.removeprefix(self.bos)}" if example.context else text
+
+    def _rendered(self, example: Example) -> str:
+        if self.conversations is not None and not isinstance(example.request, Instruction):
+            return self.conversations.prompt(example)
+        return self.render_request(example)
 
     def context(self, example: Example) -> Context:
         """What the teacher alone reads of the row; "" for nothing."""
@@ -62,9 +68,8 @@ class Template:
     def for_teacher(self, example: Example, context: Context) -> Example:
         """The example as the teacher reads it, with a `context` that is not empty."""
         with at(example.location):
-            return for_teacher(
-                example, context, self.chat, reads_messages=self.chat is not None or "messages" in self.names
-            )
+            chat = self.chat or self.conversations
+            return for_teacher(example, context, self.chat, reads_messages=chat is not None or "messages" in self.names)
 
     def render_answer(self, example: Example, prompt: str) -> str | None:
         """What a chat template writes after the rendered `prompt` once the answer is there, to the end of the text.
@@ -112,8 +117,8 @@ def resolve_template(
     says what the teacher alone reads.
     `RequestError` for an unknown name, or a template that is absent, fails or names other variables.
     """
-    trained = tokenizer.init_kwargs.get(TRAINED_ON) if name == "auto" else None
-    name = trained if isinstance(trained, str) else name
+    trained = _trained_on(tokenizer) if name == "auto" else None
+    name = trained or name
     if "{{" in name or "{%" in name:
         template = _jinja(name, tokenizer.eos_token_id)
     elif name == "alpaca" or (name == "auto" and not tokenizer.chat_template):
@@ -130,7 +135,20 @@ def resolve_template(
     if kwargs and (unread := [key for key in kwargs if template.chat is None or not template.chat.names(key)]):
         problem = f"chat_template_kwargs sets {', '.join(unread)}, which the template does not read"
         raise RequestError(f"{problem} ({template.name}). Leave it out, or choose a chat template that does.")
-    return replace(template, bos=tokenizer.bos_token or "", teacher=teacher, trained=trained is not None)
+    conversations = None
+    if trained and "messages" not in template.names and tokenizer.chat_template:
+        conversations = ChatTemplate(tokenizer)
+    known: dict[str, Any] = {"teacher": teacher, "trained": bool(trained), "conversations": conversations}
+    return replace(template, bos=tokenizer.bos_token or "", **known)
+
+
+def _trained_on(tokenizer: "PreTrainedTokenizerBase") -> str | None:
+    """The template that the tokenizer's files name as what the model was trained on. `RequestError` if it is none."""
+    held = tokenizer.init_kwargs.get(TRAINED_ON)
+    if held is not None and held != "alpaca" and not (isinstance(held, str) and ("{{" in held or "{%" in held)):
+        where = f"tokenizer_config.json of {tokenizer.name_or_path}"
+        raise RequestError(f"{TRAINED_ON} must be alpaca or a Jinja text in {where}. Got {held!r:.80}.")
+    return held
 
 
 def _alpaca(example: Example) -> str:

@@ -9,8 +9,7 @@ from promptkd.engine import ChunkedLoss
 from promptkd.methods.method import AdaptedMethod, Method, Step
 from promptkd.methods.token_objectives import OBJECTIVES, ObjectiveName
 from promptkd.models.pair import Objective
-from promptkd.objectives import Moving
-from promptkd.objectives.kernels import AtTemperature
+from promptkd.objectives import AtTemperature, Moving
 from promptkd.responses import ResponseMix, Responses
 from promptkd.settings import Reader, option
 

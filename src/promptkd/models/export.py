@@ -90,9 +90,9 @@ def export_gguf(
 def can_write_gguf(folder: Path) -> bool:
     """Whether `export_gguf` knows the model in a folder, by its files without its weights."""
     with clear_load_errors(folder):
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     model.generation_config = generation_config_of(folder)
     return not gguf_problems(model, load_tokenizer(folder))
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from promptkd.errors import RequestError
 from promptkd.objectives.divergences import Direction, forward_kl, prompt_loss_terms, reverse_kl, shared_log_probs
 from promptkd.objectives.moving import MovingTarget
+from promptkd.objectives.tempered import AtTemperature
 
 Objective = Callable[[Tensor, Tensor], Tensor]
 """Student and teacher logits (N, V) to values (N,)."""
@@ -22,18 +23,6 @@ Metrics = dict[str, Tensor]
 Kernel = Callable[..., tuple[Tensor, Metrics]]
 """Takes logits (C, V) that require grad and targets, each logits (C, V) or labels (C,). Returns values (C,) and metrics
 (C,), and writes the gradient of the values over the first logits."""
-
-
-@dataclass(frozen=True)
-class AtTemperature:
-    """An objective of distributions at temperature T, `objective(student / T, teacher / T)` (Hinton et al. 2015)."""
-
-    objective: Objective
-    temperature: float
-
-    def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return self.objective(student / self.temperature, teacher / self.temperature)
-
 
 _AT_ONCE = 2**26  # logits of one pass of autograd: 256 MiB in float32
 

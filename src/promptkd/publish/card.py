@@ -180,7 +180,13 @@ def _data(record: Results) -> str:
     if not record.data:
         return "The record names no data."
     lines = [
-        [label, _data_name(each), f"{each.rows:,}", f"{each.dropped:,}", each.sha256 or "not known (hub or folder)"]
+        [
+            label,
+            _data_name(each),
+            f"{each.rows:,}",
+            f"{each.dropped + each.cut:,}",
+            each.sha256 or "not known (hub or folder)",
+        ]
         for label, each in record.data.items()
     ]
     return markdown_table(

@@ -145,25 +145,12 @@ _GROUP_OF = {name: title for title, group in _LOGGED.items() for name, *_ in gro
 _VALIDATION = "eval_"
 _OWN: dict[str, Better] = {"own:": "higher", "own-lower:": "lower"}
 _OF_EVALUATE: dict[str, Better] = {  # metrics of Hugging Face's evaluate, whose records name no direction
-    **dict.fromkeys(("accuracy", "bertscore", "bleu", "bleurt", "character", "chrf", "comet", "exact_match"), "higher"),
-    **dict.fromkeys(("f1", "google_bleu", "mauve", "meteor", "nist_mt", "precision", "recall", "rouge"), "higher"),
-    **dict.fromkeys(("sacrebleu", "sari", "squad", "squad_v2", "wiki_split"), "higher"),
-    **dict.fromkeys(("cer", "perplexity", "ter", "wer"), "lower"),
+    **dict.fromkeys(("bertscore", "bleu", "bleurt", "chrf", "exact_match", "google_bleu", "meteor"), "higher"),
+    **dict.fromkeys(("nist_mt", "rouge", "sacrebleu"), "higher"),
+    **dict.fromkeys(("cer", "character", "ter", "wer"), "lower"),
 }
-_FIELDS = {  # of these metrics, those with that direction; others are counts and parts
-    *(
-        "score",
-        "f1",
-        "precision",
-        "recall",
-        "exact_match",
-        "mean_perplexity",
-        "rouge1",
-        "rouge2",
-        "rougeL",
-        "rougeLsum",
-    ),
-}
+# Of these metrics, the fields with that direction; others are counts and parts.
+_FIELDS = {"score", "cer_score", "f1", "precision", "recall", "rouge1", "rouge2", "rougeL", "rougeLsum"}
 
 
 def metric_info(name: str) -> MetricInfo:

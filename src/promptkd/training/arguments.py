@@ -10,7 +10,9 @@ from datasets import IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from promptkd.data import EncodedData
+from promptkd.data.chat_form import template_of_training
 from promptkd.data.messages import without_nulls
+from promptkd.data.templates import Template
 from promptkd.engine import unwrap_peft
 from promptkd.errors import RequestError
 from promptkd.models import load_tokenizer, resolve_model
@@ -55,6 +57,13 @@ def promptkd_settings(args: Any) -> Any:
         told = f"PromptKDTrainer trains PromptKD alone. Got settings of method {args.method!r}"
         raise RequestError(f"{told}; give them to DistillTrainer.")
     return args
+
+
+def template_to_save(data: EncodedData | None, args: Any, tokenizer: PreTrainedTokenizerBase) -> Template | None:
+    """The template of the training's prompts, which is saved with the model; None where it is not known."""
+    if data is None:
+        return None
+    return template_of_training(data, args.template, tokenizer, args.chat_template_kwargs)
 
 
 def refuse_others(given: Mapping[str, Any], trainer: str) -> None:

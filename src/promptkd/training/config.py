@@ -49,8 +49,8 @@ class BaseConfig(_Arguments):
     max_completion_length: int = option(256, at_least=1)
     """Most tokens of a response, its end token included."""
     template: str = "auto"
-    """auto, alpaca, chat, teacher (distill: the teacher's chat template, which the student keeps), or a Jinja text with
-    {{ instruction }} and {{ input }}."""
+    """auto (what the student was trained on, else its chat template, else alpaca), alpaca, chat, teacher (distill: the
+    teacher's, which the student keeps), or a Jinja text with {{ instruction }} and {{ input }}."""
     chat_template_kwargs: dict[str, Any] | None = None
     """Variables of the chat template, such as {"enable_thinking": false}; a row's own column wins."""
     columns: dict[str, str] | list[str] | None = None
@@ -280,7 +280,7 @@ class PromptKDConfig(DistillConfig):
     """`DistillConfig`, whose default method is PromptKD."""
 
 
-def chosen_method(args: Any, given: Method | None = None) -> Method:
+def chosen_method(args: Any, given: Method | None = None, *, resumes: bool = False) -> Method:
     """The method that `args.method` names, or the one `given`, with its adapter's settings.
 
     Raises `RequestError` if a setting differs from its default and nothing reads it, and for a way of sampling that the
@@ -309,7 +309,7 @@ def chosen_method(args: Any, given: Method | None = None) -> Method:
         raise RequestError(f"Wrong settings: {told}.")
     if args.teacher_prompt is not None and not method.reads_teacher:
         raise RequestError(f"{name} reads no teacher, and teacher_prompt is what a teacher reads. Leave it out.")
-    check_sampling(args, method, name)
+    check_sampling(args, method, name, resumes=resumes)
     return method
 
 

@@ -19,6 +19,7 @@ from promptkd.data.kept_logits import KeptLogits
 from promptkd.data.messages import without_nulls
 from promptkd.data.summary import limits_named, row_notes
 from promptkd.data.teacher_prompt import TeacherPrompts
+from promptkd.data.templates import TRAINED_ON
 from promptkd.engine import Vocabulary, check_scoring
 from promptkd.errors import RequestError
 from promptkd.methods import Method
@@ -131,12 +132,12 @@ def read_teacher_prompts(method: Method, args: Any) -> TeacherPrompts | None:
 def take_template(
     args: Any, tokenizer: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase | None, name: str
 ) -> None:
-    """With the template "teacher", give the student's tokenizer the chat template of the teacher `name` for good."""
+    """With the template "teacher", give the student's tokenizer that of the teacher `name` for good."""
     if args.template == "teacher":
         if teacher is None:
             raise RequestError("--template teacher needs the teacher's tokenizer: give teacher_processing_class.")
         adopt(tokenizer, teacher, name)
-        args.template = "chat"
+        args.template = teacher.init_kwargs.get(TRAINED_ON) or "chat"
 
 
 Compared = tuple[SharedVocabulary | None, list[str]]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -22,18 +23,21 @@ from promptkd.models.end_tokens import keep_end_tokens
 from promptkd.models.pair import token_cross_entropy
 from promptkd.models.positions import check_rows_fit
 from promptkd.settings import no_effect, option
+from promptkd.training import saving
+from promptkd.training.arguments import template_to_save
 from promptkd.training.callbacks import CheckpointTiming, TrainedWhole, UpdatePhase
+from promptkd.training.checkpoint import prepare_best, save_model_folder, staged_checkpoint
 from promptkd.training.collapse import Watching
 from promptkd.training.config import BaseConfig
-from promptkd.training.distributed import autocast, check_sharding, run_in_forward, run_whole
+from promptkd.training.distributed import autocast, check_sharding, is_sharded, run_in_forward, run_whole
 from promptkd.training.guard import Guard
 from promptkd.training.out_of_memory import out_of_memory_told
 from promptkd.training.phases import Phases
 from promptkd.training.row_order import EpochOrder
-from promptkd.training.saving import SavingTrainer
 from promptkd.training.state import ExtraState, PartialLog
 from promptkd.training.student import (
     end_notes,
+    merge_trained,
     merged_notes,
     precision_notes,
     raise_to_float32,
@@ -83,12 +87,14 @@ class FinetuneConfig(BaseConfig, SFTConfig):
         ]
 
 
-class FinetuneTrainer(SavingTrainer, SFTTrainer):
+class FinetuneTrainer(SFTTrainer):
     """`SFTTrainer` on encoded rows: the loss counts response tokens alone."""
 
     _tag_names = ("promptkd", "sft")
     is_trial = False
     shared, teacher_names = None, ()
+    checkpoint_root: Path | None = None
+    """Where a checkpoint is being written, before it takes its place."""
 
     def __init__(
         self,
@@ -104,6 +110,7 @@ class FinetuneTrainer(SavingTrainer, SFTTrainer):
         set_seed(args.seed)  # decides the LoRA weights
         model = with_adapter_to_train(model, args, peft_config)
         self._training = train_data.examples
+        self.template = template_to_save(train_data, args, processing_class)
         self.validation_rows = [] if eval_data is None else eval_data.examples
         self.masked_ids: tuple[int, ...] = ()
         self.validated: dict[int, Validated] = {}
@@ -225,6 +232,45 @@ class FinetuneTrainer(SavingTrainer, SFTTrainer):
         """The rows with the same tokens, for TRL's batches say nothing else of theirs."""
         tokens = {tuple(ids) for ids, _ in _held(inputs)}
         return [row.row for row in self._training if (*row.prompt_ids, *row.response_ids) in tokens]
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step < self.state.max_steps:  # else transformers would take a step beyond the last one
+            super()._run_epoch(*args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        with staged_checkpoint(self):
+            super()._save_checkpoint(model, trial)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self.checkpoint_root or super()._get_output_dir(trial))
+
+    _determine_best_metric = saving.determine_best
+    _save = saving.save_model_files
+    _save_optimizer_and_scheduler = saving.save_optimizer
+    _save_scaler = saving.save_scaler
+    _save_rng_state = saving.save_random_states
+    _load_optimizer_and_scheduler = saving.load_states
+    _load_rng_state = saving.load_random_states
+
+    def _load_best_model(self) -> None:
+        prepare_best(self)
+        super()._load_best_model()
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """No card: the run's record and report say what was done."""
+
+    def save_student(self, folder: str | Path) -> None:
+        """Write model and tokenizer as safetensors that transformers and vLLM load, a LoRA model as an adapter."""
+        save_model_folder(self, folder)
+
+    def merge_student(self) -> None:
+        """Merge a LoRA model's weights into its own, so that it is saved as a plain model."""
+        merge_trained(self)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether validation needs all processes, since none has all weights."""
+        return is_sharded(self.accelerator)
 
     def on_models(self, work: Callable[[nn.Module, nn.Module | None], T]) -> T:
         """`work(model, None)` with all of the model's weights on this process."""

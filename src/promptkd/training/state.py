@@ -88,18 +88,18 @@ class ExtraState:
         moving: Moving | None = None,
     ):
         self._log, self._guard, self._responses, self._tuner = log, guard, responses, tuner
-        self._average, self.rows = average, rows
+        self._average, self._rows = average, rows
         keeps = moving is not None and type(moving).state_dict is not Moving.state_dict
         self._moving = moving if keeps else None  # others have nothing to keep
 
     @cached_property
     def _hash(self) -> str:
-        return hash_of_rows(self.rows or ())
+        return hash_of_rows(self._rows or ())
 
     def state_dict(self) -> dict[str, Any]:
         """The states of all parts; of the source of responses, one per process. All processes must ask together."""
         state: dict[str, Any] = {"log": self._log.state_dict(), "guard": self._guard.state_dict()}
-        if self.rows is not None:
+        if self._rows is not None:
             state["rows"] = self._hash
         if self._responses is not None:
             state["responses"] = gather_object([self._responses.state_dict()])
@@ -113,7 +113,7 @@ class ExtraState:
         """Resume from `state` on process number `process`. Raises `RequestError` for that of another kind of run."""
         moves = "moving" in state, self._moving is not None, "coefficients of a moving objective (TAID, DistiLLM-2)"
         self._check(state, moves)
-        if self.rows is not None and "rows" in state and state["rows"] != self._hash:
+        if self._rows is not None and "rows" in state and state["rows"] != self._hash:
             told = "the training rows are others than when it was written: their file, template or limits have changed"
             raise RequestError(f"Cannot take up this checkpoint: {told}. Put them back, or start a new run.")
         self._log.load_state_dict(state["log"])

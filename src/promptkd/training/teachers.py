@@ -14,12 +14,14 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from promptkd.data.encode import EncodedData, EncodedExample
 from promptkd.data.kept_logits import KeptLogits
 from promptkd.data.summary import context_notes, prompt_notes
+from promptkd.data.templates import Template
 from promptkd.errors import RequestError, at, check_all
 from promptkd.evaluation.measure import has_references
 from promptkd.methods import Method
 from promptkd.models import SharedVocabulary
 from promptkd.models.merge import forget_origin
 from promptkd.models.placement import is_dispatched
+from promptkd.training.arguments import template_to_save
 from promptkd.training.checkpoint import whole_folder
 from promptkd.training.config import student_revision
 from promptkd.training.distributed import is_sharded
@@ -192,6 +194,7 @@ class PairRows:
     shared: SharedVocabulary | None  # None where the two are not compared
     ends: SeveralEnds
     notes: list[str]
+    template: Template | None  # of the prompts to train on, which is saved with the student; None where it is not known
 
 
 def prepare_rows(
@@ -244,13 +247,15 @@ def prepare_rows(
     of_rows += prompt_notes(encoded, of_validation)
     for note in of_rows:
         _LOGGER.warning(note)
-    return PairRows(encoded, of_sets, shared, ends, [*notes, *settled, *of_rows])
+    template = template_to_save(encoded, args, tokenizer)
+    return PairRows(encoded, of_sets, shared, ends, [*notes, *settled, *of_rows], template)
 
 
 def _joined(sets: Mapping[str, EncodedData]) -> EncodedData | None:
     """All sets to validate on as one, for what is checked and told of their rows; None without."""
     rows, every = [row for each in sets.values() for row in each.examples], sets.values()
-    return EncodedData(rows, 0, informed=sum(each.informed for each in every)) if sets else None
+    template = next((each.template for each in every if each.template is not None), None)
+    return EncodedData(rows, 0, informed=sum(each.informed for each in every), template=template) if sets else None
 
 
 def make_teachers(trainer: Any, models: Mapping[str, Any], *, averages: bool) -> list[Teacher]:

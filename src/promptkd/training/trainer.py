@@ -15,7 +15,7 @@ from accelerate.utils import set_seed
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from promptkd.data import EncodedData, EncodedExample
 from promptkd.data.kept_logits import KeptLogits
@@ -23,22 +23,23 @@ from promptkd.engine import disable_dropout, unwrap_peft
 from promptkd.methods import Method
 from promptkd.models.end_tokens import keep_end_tokens
 from promptkd.objectives import forward_kl, reverse_kl
-from promptkd.training import arguments, teachers
+from promptkd.training import arguments, saving, teachers
 from promptkd.training.callbacks import CheckpointTiming, CompletionLog, TrainedWhole, UpdatePhase, logs_step
+from promptkd.training.checkpoint import prepare_best, save_model_folder, staged_checkpoint
 from promptkd.training.collapse import Watching
 from promptkd.training.config import DistillConfig, PromptKDConfig, chosen_method
-from promptkd.training.distributed import run_inside, run_whole
+from promptkd.training.distributed import is_sharded, run_inside, run_whole
 from promptkd.training.guard import Guard
 from promptkd.training.out_of_memory import out_of_memory_told
 from promptkd.training.own_teacher import MovingAverage, no_context_notes
 from promptkd.training.phases import Phases
 from promptkd.training.rollout import Rollout
 from promptkd.training.row_order import EpochOrder
-from promptkd.training.saving import SavingTrainer
 from promptkd.training.setup import check_rows
 from promptkd.training.state import ExtraState, PartialLog
 from promptkd.training.student import (
     end_notes,
+    merge_trained,
     merged_notes,
     precision_notes,
     prepare_student,
@@ -53,7 +54,7 @@ from promptkd.training.window import MicroBatch, StepMetrics, Window
 T = TypeVar("T")
 
 
-class DistillTrainer(SavingTrainer):
+class DistillTrainer(Trainer):
     """Distills a student from a teacher by any `Method`.
 
     Args:
@@ -76,6 +77,8 @@ class DistillTrainer(SavingTrainer):
 
     loss_is_scaled_for_ga = True  # by the tokens of the whole optimizer step, not of the micro-batch
     is_trial = False  # a dry run, which writes no checkpoint and cannot be resumed
+    checkpoint_root: Path | None = None
+    """Where a checkpoint is being written, before it takes its place."""
     _total_train_tokens = 0
 
     def __init__(
@@ -102,7 +105,7 @@ class DistillTrainer(SavingTrainer):
         loaded = teachers.load_teachers(teacher_model, teacher_processing_class, args, self.method, own)
         given = arguments.training_rows(train_dataset, args), arguments.evaluation_sets(eval_dataset)
         rows = teachers.prepare_rows(self.method, args, own, loaded, *given)
-        self.shared, self.notes, self._ends = rows.shared, rows.notes, rows.ends
+        self.shared, self.notes, self._ends, self.template = rows.shared, rows.notes, rows.ends, rows.template
         self.notes += no_context_notes(teacher_model, args, self.method, rows.train)
         self.masked_ids = () if self.shared is None else self.shared.masked
         """Tokens that validation never samples, since one of the models does not have them."""
@@ -253,14 +256,45 @@ class DistillTrainer(SavingTrainer):
             self.tuner.start(num_training_steps)
         return super().create_scheduler(num_training_steps, optimizer)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step < self.state.max_steps:  # else transformers would take a step beyond the last one
+            super()._run_epoch(*args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        with staged_checkpoint(self):
+            super()._save_checkpoint(model, trial)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self.checkpoint_root or super()._get_output_dir(trial))
+
+    _determine_best_metric = saving.determine_best
+    _save = saving.save_model_files
+    _save_optimizer_and_scheduler = saving.save_optimizer
+    _save_scaler = saving.save_scaler
+    _save_rng_state = saving.save_random_states
+    _load_optimizer_and_scheduler = saving.load_states
+    _load_rng_state = saving.load_random_states
+
     def _load_best_model(self) -> None:
+        prepare_best(self)
         super()._load_best_model()
         self.extra_state.load_adapter(self.state.best_model_checkpoint)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """No card: the run's record and report say what was done."""
+
+    def save_student(self, folder: str | Path) -> None:
+        """Write student and tokenizer as transformers and vLLM load them; LoRA as an adapter if `can_join`."""
+        save_model_folder(self, folder)
 
     def save_adapter(self, run: str | Path) -> None:
         """Write what was trained of the teacher, if anything, into `run`: a soft prompt into `prompt`, as PEFT does."""
         if self.args.should_save:
             teachers.save_adapters(self.teachers, Path(run))
+
+    def merge_student(self) -> None:
+        """Merge a LoRA student's weights into its own, so that it is saved as a plain model."""
+        merge_trained(self)
 
     # ---- what commands and parts ask ----
 
@@ -268,6 +302,11 @@ class DistillTrainer(SavingTrainer):
     def validation_rows(self) -> Any:
         """Encoded rows to validate on, of several sets by their names; None without."""
         return self.eval_dataset
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether validation needs all processes, since none has all weights."""
+        return is_sharded(self.accelerator)
 
     @property
     def compares(self) -> bool:

@@ -45,11 +45,12 @@ def run(options: Options, training: dict[str, Any]) -> None:
     if options.prompt is not None and not options.prompt.strip():
         raise RequestError("--prompt is empty. Expected some text.")
     job = InferenceRun(options)
-    how: dict[str, Any] = {"template": options.template, "chat_template_kwargs": options.chat_template_kwargs}
-    conversations = {
-        label: Conversation(tokenizer=job.load_tokenizer(name), model=job.load_model(name), **how)
-        for name, label in labels.items()
-    }
+    conversations = {}
+    for name, label in labels.items():
+        tokenizer, kwargs = job.load_tokenizer(name), options.chat_template_kwargs
+        # which writes a request as training did, and earlier turns before it
+        template = "chat" if options.template == "auto" and tokenizer.chat_template else options.template
+        conversations[label] = Conversation(job.load_model(name), tokenizer, template, kwargs)
     session = _Session(conversations, decoding, Console(highlight=False))
     job.settle_precision()
     with job.computing():

@@ -69,7 +69,7 @@ def checked(
         raise RequestError("--select kl_to_teacher needs the teacher, and with --kept_logits there is none. Give loss.")
     if args.kept_logits is not None and isinstance(options.teacher, list):
         raise RequestError("--kept_logits are those of one teacher. Leave --teacher out.")
-    method = chosen_method(args)
+    method = chosen_method(args, resumes=options.resume)
     check_own_teacher(options.teacher, args, method)
     check_several(tuple(named_teachers(options.teacher or "")), args, method)
     return job, args, method

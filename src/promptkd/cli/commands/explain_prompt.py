@@ -64,7 +64,7 @@ class _ExplainRun(InferenceRun):
         self.run, of_run = explained, explained.setting
         template = of_run("template", "auto")
         settings = {
-            "template": "chat" if template == "teacher" else template,  # which the student's tokenizer was given
+            "template": "auto" if template == "teacher" else template,  # which the student's tokenizer was given
             "chat_template_kwargs": of_run("chat_template_kwargs", None),
             "columns": of_run("columns", None) if options.data is None else None,
             "max_prompt_length": of_run("max_prompt_length", 256),
