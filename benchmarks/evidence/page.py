@@ -40,6 +40,12 @@ class Page:
         """Whether there are records of a study."""
         return (self._records / study / "config.yaml").is_file()
 
+    def together(self, study: str, other: str, groups: Sequence[str]) -> str:
+        """The name of what two studies hold of some groups, the first of which is the baseline, as if it were one."""
+        joined = self._study(study).together(self._study(other), groups)
+        self._studies[joined.name] = joined
+        return joined.name
+
     def table(self, study: str, data: str, metrics: Sequence[str] = (), groups: Sequence[str] = ()) -> str:
         """Groups by metrics on one data set, such as "dolly, sampled"; by default the metrics that the study tests."""
         held = self._study(study)
@@ -250,7 +256,7 @@ class Page:
         return "\n".join(lines) if len(lines) > 2 else "Everything that was planned has been run."
 
     def _study(self, name: str) -> Committed:
-        if not self.has(name):
+        if name not in self._studies and not self.has(name):
             raise RequestError(f"The page asks for study {name}, of which {self._records} has no records.")
         if name not in self._studies:
             self._studies[name] = committed(self._records / name)

@@ -1,7 +1,7 @@
 """The committed records of every study, and what promptkd's own pooling makes of them."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cache
@@ -71,6 +71,23 @@ class Committed:
                 method = f"{name}, " if name == settings["method"] else ""
                 return f"{method}{setting.replace('_', ' ')} {value}"
         return group
+
+    def together(self, other: "Committed", groups: Sequence[str]) -> "Committed":
+        """The runs of some groups in two studies of the same pair, under other seeds, as if they were one study."""
+        both = [run for held in (self, other) for run in held.study.runs if run.planned.group in groups]
+        keys = [(run.planned.group, run.planned.seed) for run in both]
+        if len(set(keys)) < len(keys) or self._pair != other._pair:
+            raise RequestError(f"{self.name} and {other.name} have other pairs, or a seed of a group in both.")
+        options = replace(self.study.options, seeds=sorted({seed for _, seed in keys}), baseline=groups[0])
+        study = self.study._replace(options=options, runs=both, started={})
+        return Committed(f"{self.name} and {other.name}", study, len(both))
+
+    @property
+    def _pair(self) -> dict[str, str]:
+        """The SHA-256 of the teacher and of what all runs begin with."""
+        measured = {each.label: each.record.models.get(each.model) for each in self.study.references}
+        teacher = self.study.runs[0].trained.models["teacher"].sha256
+        return {"": teacher} | {label: model.sha256 for label, model in measured.items() if model is not None}
 
     def runs(self, group: str) -> list[Finished]:
         return [run for run in self.study.runs if run.planned.group == group]

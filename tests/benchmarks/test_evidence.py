@@ -412,7 +412,7 @@ def test_the_page_asks_its_studies_for_what_they_measure(tmp_path, monkeypatch):
     studies, made = sorted((HERE / "studies").glob("*.yaml")), dict[str, int]()
     for file in studies:
         settings = read_config(file)
-        told = ("prompt", "rivals", "stability", "unseen", "variants")  # of which the page says what comes out
+        told = ("prompt", "rivals", "stability", "unseen", "variants", "claim")  # of which the page says what comes out
         if file.stem not in told:
             settings |= {"seeds": [1, 2], "methods": settings["methods"][:3]}
         settings |= {"metrics": []} if file.stem == "stability" else {}
@@ -465,6 +465,28 @@ def test_what_test_rows_share_with_training_rows_is_counted(tmp_path):
         **{"test rows": 3, "training rows": 2},
         **{"same request": 1, "request shares words": 1, "response shares words": 1},
     }
+
+
+def test_two_studies_of_a_pair_are_pooled_as_one_over_all_their_seeds(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, seeds in (("whole", [1, 2, 3, 4]), ("first", [1, 2]), ("second", [3, 4])):
+        collect(made_study(Path("runs", name), seeds), Path("records", name))
+    whole, first, second = (committed(tmp_path / "records" / name) for name in ("whole", "first", "second"))
+    both, expected = first.together(second, whole.groups), whole.tested()
+    assert (both.name, both.planned, both.groups[0]) == ("first and second", len(whole.study.runs), whole.groups[0])
+    found = both.tested(whole.baseline)
+    assert [each.difference for each in found.differences] == [each.difference for each in expected.differences]
+    assert [each.p_adjusted for each in found.differences] == [each.p_adjusted for each in expected.differences]
+    with pytest.raises(RequestError, match="whole and first have other pairs, or a seed of a group in both"):
+        whole.together(first, whole.groups)
+    (one, *_) = second.study.runs
+    one.trained.models["teacher"].sha256 = "another"
+    with pytest.raises(RequestError, match="other pairs"):
+        first.together(second, whole.groups)
+    asked = """{% set both = together("first", "second", ["gkd", "promptkd-prompt_learning_rate-0.001"]) %}
+{{ by_seed(both, "promptkd-prompt_learning_rate-0.001", "rouge_l", "test, greedy") }}"""
+    Path("page.md").write_text(asked)
+    assert build(tmp_path / "records", Path("page.md"))[PurePath("evidence.md")].count("+") == 4
 
 
 def test_a_group_with_the_default_joins_the_line_of_those_that_vary_it(world, tmp_path):
