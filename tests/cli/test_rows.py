@@ -281,19 +281,10 @@ def test_prompts_of_another_template_than_the_validation_rows_are_told(models, t
 
 def test_a_model_that_is_trained_on_texts_of_the_named_template_is_saved_with_it(models, tmp_path, capsys):
     texts = write_rows(tmp_path / "d.jsonl", [{"prompt": TUNED_ON[False], "completion": "an"}] * 4)
-    pair = (
-        "--student",
-        models / "teacher",
-        "--teacher",
-        models / "teacher",
-        "--data",
-        texts,
-        "--method",
-        "seqkd",
-        *FEW,
-    )
+    pair = ("--student", models / "teacher", "--teacher", models / "teacher", "--data", texts)
     for template, expected in (("alpaca", "alpaca"), ("chat", None)):
-        done(capsys, "distill", *pair, "--method", "seqkd", *FEW, "--out", tmp_path / template, "--template", template)
+        out = ("--out", tmp_path / template, "--template", template)
+        done(capsys, "distill", *pair, "--method", "seqkd", *FEW, *out)
         saved = AutoTokenizer.from_pretrained(tmp_path / template / "student")
         assert saved.init_kwargs.get("promptkd_template") == expected
 

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from promptkd.data import Example, Instruction, encode_examples, examples_from_rows, resolve_template
 from promptkd.data.chat_form import prompt_end, saved_chat_template, template_of_training, tokenizer_as_trained
 from promptkd.data.summary import template_note
-from promptkd.data.templates import ALPACA, TRAINED_ON
+from promptkd.data.templates import TRAINED_ON
 from promptkd.errors import RequestError
 
 HISTORY = "{{ system }}{% for asked, answered in history %}{{ asked }}={{ answered }};{% endfor %}{{ instruction }}="
@@ -267,10 +267,3 @@ def test_where_none_can_be_written_there_is_none_and_it_is_told(tmp_path):
         note = template_note(resolve_template(text, plain()), "M", "last", plain())
         assert note.endswith("who serves the model must render its prompts so.")
     assert "serves" not in template_note(resolve_template("alpaca", plain()), "M", "last", plain())
-
-
-def test_alpaca_in_jinja_is_the_alpaca_of_rows():
-    for system in ("", "Be."):
-        for history in ((), (("a", "b"), ("c", "d"))):
-            written = asked(ALPACA, plain(), "Hi", system=system, history=history)
-            assert written == asked("alpaca", plain(), "Hi", system=system, history=history)

@@ -17,17 +17,16 @@ from promptkd.errors import RequestError, at
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_PREAMBLE = (  # in the wording of MiniLLM and PromptKD
-    "Below is an instruction that describes a task{more}. Write a response that appropriately completes the request."
-)
-_MORE = ", paired with an input that provides further context"
-_TURN = "### Instruction:\n{instruction}\n\n{input}### Response:\n"
 TRAINED_ON = "promptkd_template"
 """The key of a saved tokenizer's configuration under which the template stands that its model was trained on."""
-ALPACA = (  # `_alpaca` in Jinja; of chat templates, which know no input
-    "{{ system if system.strip() else '" + _PREAMBLE.format(more="") + "' }}\n\n"
+_PREAMBLE = (  # in the wording of MiniLLM and PromptKD
+    "'Below is an instruction that describes a task' ~ (', paired with an input that provides further context' "
+    "if input.strip() else '') ~ '. Write a response that appropriately completes the request.'"
+)
+ALPACA = (  # a system text takes the preamble's place; earlier instructions and answers stand before the last one
+    f"{{{{ system if system.strip() else {_PREAMBLE} }}}}\n\n"
     "{% for asked, answered in history %}### Instruction:\n{{ asked }}\n\n### Response:\n{{ answered }}\n\n{% endfor %}"
-    "### Instruction:\n{{ instruction }}\n\n### Response:\n"
+    "### Instruction:\n{{ instruction }}\n\n{% if input.strip() %}### Input:\n{{ input }}\n\n{% endif %}### Response:\n"
 )
 _JINJA_NAMES = frozenset({"instruction", "input", "system", "history", "messages", "tools"})
 
@@ -122,8 +121,7 @@ def resolve_template(
     if "{{" in name or "{%" in name:
         template = _jinja(name, tokenizer.eos_token_id)
     elif name == "alpaca" or (name == "auto" and not tokenizer.chat_template):
-        names = frozenset({"instruction", "input", "system", "history"})
-        template = Template("alpaca", tokenizer.eos_token_id, _alpaca, names=names)
+        template = _alpaca(tokenizer.eos_token_id)
     elif name not in ("auto", "chat"):
         expected = '"auto", "alpaca", "chat", "teacher" (of distill) or a Jinja string with {{ instruction }}'
         raise RequestError(f"The template must be {expected}. Got {name!r}.")
@@ -151,17 +149,17 @@ def _trained_on(tokenizer: "PreTrainedTokenizerBase") -> str | None:
     return held
 
 
-def _alpaca(example: Example) -> str:
-    """A system text takes the preamble's place; earlier instructions and answers stand before the last one."""
-    request = example.request
-    if not isinstance(request, Instruction):
-        advice = 'Choose the template "chat" or a Jinja string that uses `messages`; distill takes "teacher" too.'
-        raise RequestError(f"the row holds messages, and the Alpaca template renders instructions only. {advice}")
-    has_input = bool(request.input.strip())
-    preamble = request.system if request.system.strip() else _PREAMBLE.format(more=_MORE if has_input else "")
-    turns = [_TURN.format(instruction=asked, input="") + answered for asked, answered in request.history]
-    about = f"### Input:\n{request.input}\n\n" if has_input else ""
-    return "\n\n".join([preamble, *turns, _TURN.format(instruction=request.instruction, input=about)])
+def _alpaca(end_token_id: int | None) -> Template:
+    template = _jinja(ALPACA, end_token_id)
+
+    def render(example: Example) -> str:
+        if not isinstance(example.request, Instruction):
+            advice = 'Choose the template "chat" or a Jinja string that uses `messages`; distill takes "teacher" too.'
+            told = "the row holds messages, and the Alpaca template renders instructions only"
+            raise RequestError(f"{told}. {advice}")
+        return template.render_request(example)
+
+    return replace(template, name="alpaca", render_request=render, text="")
 
 
 def _jinja(text: str, end_token_id: int | None) -> Template:
