@@ -223,6 +223,12 @@ def test_a_template_reaches_no_python(tmp_path, capsys, world):
     ran = run(capsys, *request, "--out", tmp_path / "out.jsonl")
     assert ran.status == 2
     assert "unsafe" in ran.err
+    model = shutil.copytree(world.student, tmp_path / "model")
+    held = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps(held | {"promptkd_template": attack}))
+    ran = run(capsys, "generate", "--model", model, "--data", world.test, "--out", tmp_path / "out.jsonl")
+    assert ran.status == 2
+    assert "unsafe" in ran.err
 
 
 # ------------------------------------------------------------------------------------------------------------- secrets
