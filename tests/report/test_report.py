@@ -20,7 +20,7 @@ from promptkd.report.formatting import estimate, score
 from promptkd.report.metrics import metric_info
 from promptkd.report.page import packed_json
 from promptkd.report.plots import stages
-from promptkd.report.text import text_table
+from promptkd.report.text import render_markdown, text_table
 from promptkd.results import DataRecord, Difference, Evaluation, Metric, ModelRecord, Results, Series
 from promptkd.visible import visible
 
@@ -273,3 +273,21 @@ def test_files_beside_the_code_are_packaged() -> None:
     packaged = {path for pattern in patterns["promptkd.report"] for path in folder.glob(pattern)}
     beside = {path for path in folder.rglob("*.*") if path.suffix in (".html", ".css", ".js")}
     assert beside == packaged
+
+
+def test_no_mark_where_students_read_other_prompts() -> None:
+    alike, apart = record(), record()
+    (*_, last) = [each for each in apart.evaluations if each.samples]
+    other = [sample.model_copy(update={"prompt": f"### {sample.prompt}"}) for sample in last.samples]
+    last.samples[:] = other
+    marked, unmarked = (
+        [name for row in comparison_table([each]) for name, cell in row.cells.items() if cell.best]
+        for each in (alike, apart)
+    )
+    assert marked
+    assert not unmarked
+    told = "the models read other prompts (by another template), so that no value is marked as the best."
+    for each, times in ((alike, 0), (apart, 1)):
+        assert render_report([each]).count(told) == times
+        assert render_markdown([each]).replace("\\", "").count(told) == times
+        assert " ".join(terminal_table([each]).split()).count(told) == times

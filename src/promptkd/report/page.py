@@ -29,7 +29,15 @@ from promptkd.report.plots import MOST_BANDS, bias_data, bias_plots, chart_data,
 from promptkd.report.preflight import preflight_lines
 from promptkd.report.prompts import COLORS, prompt_data, prompt_views
 from promptkd.report.summary import summarize
-from promptkd.report.tables import ComparisonRow, by_setting, comparison_table, cost_table, metric_columns, model_order
+from promptkd.report.tables import (
+    ComparisonRow,
+    by_setting,
+    comparison_table,
+    cost_table,
+    metric_columns,
+    model_order,
+    prompts_sentences,
+)
 from promptkd.report.verdict import running_table, verdict_of
 from promptkd.results import Metric, Results
 from promptkd.visible import visible
@@ -164,6 +172,7 @@ def _context(records: Sequence[Results]) -> tuple[dict[str, Any], dict[str, Any]
         "summary": summarize(story),
         "notes": _notes(records, [entry["run"] for entry in sources]),
         "groups": _tables(rows, metric_columns(story)),
+        "other_prompts": prompts_sentences(rows),
         "explained": [info for info in map(metric_info, metric_columns(story)) if info.meaning],
         "deviations": any(cell.deviation for row in rows for cell in row.cells.values()),
         "differences": pairs,

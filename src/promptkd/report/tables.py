@@ -30,6 +30,7 @@ class ComparisonRow:
     metrics: dict[str, Metric] = field(default_factory=dict)
     paired: list[Difference] = field(default_factory=list)  # differences over the very rows and decoding of this row
     apart: dict[str, ToldApart] = field(default_factory=dict)  # by metric, the same of all pairs of a study's methods
+    prompts: dict[int, str] = field(default_factory=dict)  # by row, where the record holds the answers
     cells: dict[str, Cell] = field(default_factory=dict)  # by metric name; a metric that was not measured has no cell
 
     @property
@@ -90,6 +91,7 @@ def _rows(records: Sequence[Results]) -> list[ComparisonRow]:
                 row = ComparisonRow(run, each.model, each.data, words)
                 same.append(row)
             row.metrics = {**each.metrics, **row.metrics}
+            row.prompts |= {sample.row: sample.prompt for sample in each.samples}
             # a difference on the data alone is about this decoding where the record has no other
             decodings = {decoding_words(other.decoding) for other in record.evaluations if other.data == each.data}
             names = {f"{each.data}, {words}", *([each.data] if len(decodings) == 1 else [])}
@@ -114,7 +116,7 @@ def _agree(ours: dict[str, Metric], theirs: dict[str, Metric]) -> bool:
 def _best(name: str, rows: list[ComparisonRow]) -> list[ComparisonRow]:
     """The best student and those not told apart from it; empty for one student, no interval, or none told apart."""
     better, students = metric_info(name).better, _students(name, rows)
-    if better is None or len(students) < 2:
+    if better is None or len(students) < 2 or not _same_prompts(rows):
         return []
     pick = min if better == "lower" else max
     lead = pick(students, key=lambda row: row.metrics[name].value)
@@ -122,13 +124,31 @@ def _best(name: str, rows: list[ComparisonRow]) -> list[ComparisonRow]:
     return tied if len(tied) < len(students) else []
 
 
+def _same_prompts(rows: Sequence[ComparisonRow]) -> bool:
+    """Whether all students read the same prompts, so far as the records hold them; a teacher may have a context."""
+    first: dict[int, str] = {}
+    for row in rows:
+        if not is_teacher(row.model):
+            if any(first.get(at, prompt) != prompt for at, prompt in row.prompts.items()):
+                return False
+            first |= row.prompts
+    return True
+
+
+def prompts_sentences(rows: Sequence[ComparisonRow]) -> list[str]:
+    """On what the students of a table read other prompts, which marks none of them as the best."""
+    apart = [setting for setting, own in by_setting(rows).items() if not _same_prompts(own)]
+    told = "the models read other prompts (by another template), so that no value is marked as the best"
+    return [f"On {setting}, {told}." for setting in apart]
+
+
 def groups(name: str, rows: Sequence[ComparisonRow]) -> list[list[ComparisonRow]]:
     """The largest groups of students of which no two are told apart in a metric, from the best down.
 
-    Empty where neither direction is better, for one student, and where an interval is missing.
+    Empty where neither direction is better, for one student, other prompts, and where an interval is missing.
     """
     better, students = metric_info(name).better, _students(name, rows)
-    if better is None or len(students) < 2:
+    if better is None or len(students) < 2 or not _same_prompts(rows):
         return []
     students.sort(key=lambda row: row.metrics[name].value, reverse=better == "higher")
     apart = {

@@ -22,7 +22,15 @@ from promptkd.report.models import context_sentence
 from promptkd.report.overview import overview_of
 from promptkd.report.plots import bias_plots
 from promptkd.report.summary import summarize
-from promptkd.report.tables import ComparisonRow, by_setting, comparison_table, cost_table, costs, metric_columns
+from promptkd.report.tables import (
+    ComparisonRow,
+    by_setting,
+    comparison_table,
+    cost_table,
+    costs,
+    metric_columns,
+    prompts_sentences,
+)
 from promptkd.report.verdict import running_table, verdict_of
 from promptkd.results import Results
 from promptkd.visible import visible
@@ -61,7 +69,7 @@ def terminal_table(records: Sequence[Results], *, width: int | None = None) -> s
         paragraphs += [wrapped(setting, width)] if len(groups) > 1 else []
         paragraphs += _blocks(rows, metric_columns(story), width)
     said = [_LEGEND] if any(cell.best for row in table for cell in row.cells.values()) else []
-    said += [sentence] if (sentence := context_sentence(story)) else []
+    said += [*prompts_sentences(table), *([sentence] if (sentence := context_sentence(story)) else [])]
     compared, overview = differences.comparison_sentences(differences.difference_table(story)), overview_of(story)
     if overview is None or len(compared) <= _MOST_PAIRS:
         said += compared.values()
@@ -217,6 +225,7 @@ def render_markdown(records: Sequence[Results], *, title: str | None = None) -> 
         sampled = "seeds of training and rows" if any(record.kind == "study" for record in records) else "rows"
         marks = f"Square brackets: 95 % interval over {sampled}. ±: standard deviation between seeds."
         parts.append(f"{marks} Bold: the best student of a column and every student that cannot be told apart from it.")
+        parts += map(markdown_text, prompts_sentences(rows))
     if compared := differences.difference_table(story):
         parts += ["## Paired differences", _differences(compared)]
     for plot in bias_plots(story):
