@@ -91,6 +91,10 @@ class Page:
         """From the baseline, or from the group `less`, with its interval and p."""
         return tables.difference_text(self._study(study), group, metric, data, less)
 
+    def raw_p(self, study: str, group: str, metric: str, data: str) -> str:
+        """The p of a difference from the baseline before any correction."""
+        return tables.raw_p_text(self._study(study), group, metric, data)
+
     def by_seed(self, study: str, group: str, metric: str, data: str) -> str:
         """The difference from the baseline under each seed: "+0.08, +0.94 and −0.02"."""
         return tables.by_seed_text(self._study(study), group, metric, data)

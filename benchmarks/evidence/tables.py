@@ -63,6 +63,11 @@ def difference_text(study: Committed, group: str, metric: str, data: str, less: 
     return f"{claimed}{row.value}{interval}, p {probability(row.source.p_adjusted)}"
 
 
+def raw_p_text(study: Committed, group: str, metric: str, data: str) -> str:
+    """The p of a difference from the study's baseline, adjusted over none."""
+    return probability(_differences(study)[group, metric, data].source.p_value)
+
+
 def by_seed_text(study: Committed, group: str, metric: str, data: str) -> str:
     """The differences from the baseline under each seed, in their order, with a decimal more than the metric has."""
     info = metric_info(metric)
