@@ -1,6 +1,7 @@
 """The evidence's records and page: a study is kept without texts, pools as before, and the page is made of it."""
 
 import gzip
+import importlib
 import itertools
 import json
 import re
@@ -15,21 +16,26 @@ import pytest
 import yaml
 from benchmarks.evidence.__main__ import DOCS, README, RECORDS, outdated
 from benchmarks.evidence.leaks import counted
-from benchmarks.evidence.page import BEGIN, END, HERE, build, build_readme
+from benchmarks.evidence.page import BEGIN, END, HERE, ROOT, build, build_readme
 from benchmarks.evidence.records import collect
 from benchmarks.evidence.studies import Committed, Point, committed
 from benchmarks.evidence.svg import Axis, Interval, Mark, forest, scatter
 from benchmarks.evidence.tables import choices_table, chosen, leaders, log_table, metrics_table
 
 from helpers.bias_records import curve_of
+from helpers.commands import done
 from helpers.records import stamped
+from promptkd.cli.commands.distill import checked
 from promptkd.cli.parsing.config_file import read_config
+from promptkd.cli.parsing.parser import parse_options
 from promptkd.cli.study_comparison import read_study
-from promptkd.data import read_examples
+from promptkd.cli.training_run import TrainingRun
+from promptkd.data import examples_from_rows, read_examples
 from promptkd.errors import RequestError
 from promptkd.report.formatting import duration
 from promptkd.results import Curve, DataRecord, Evaluation, Metric, ModelRecord, Results, RowResult, Series, Training
 from promptkd.study.plan import plan_runs
+from promptkd.training import FinetuneConfig
 from promptkd.training.collapse import findings
 
 pytestmark = pytest.mark.slow
@@ -401,6 +407,35 @@ def test_a_scatter_plot_of_long_names_and_of_many_points_in_one_place_is_drawn()
         marks = {f"{name}{at}": Mark(point, 100.0, 100.0) for at in range(30)}
         image = xml.etree.ElementTree.fromstring(scatter("costs", marks, Axis("seconds", log=True), Axis("KL")))
         assert marks.keys() <= {each.text for each in image.iter(f"{SVG}text")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("study", sorted(each.name for each in (HERE / "studies").glob("*.yaml")))
+def test_every_study_can_be_run_as_it_stands(study, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("benchmarks").symlink_to(ROOT / "benchmarks")
+    for task, files in {"dolly": ("answers", "self_inst", "sni"), "sgd": (), "scitldr": ()}.items():
+        for name in ("train", "valid", task, *files):
+            rows = Path("runs", "evidence", task, f"{name}.jsonl")
+            rows.parent.mkdir(parents=True, exist_ok=True)
+            rows.write_text(json.dumps({"instruction": "the", "output": "an"}) + "\n")
+    told = done(capsys, "study", Path("benchmarks/evidence/studies", study), "--dry-run").out
+    assert re.search(r"of \d+ runs to do", told)
+
+
+@pytest.mark.parametrize("stage", ["teacher", "tuned", "recovered"])
+@pytest.mark.parametrize("task", ["dolly", "sgd", "scitldr"])
+def test_every_pair_can_be_made_as_its_files_say(task, stage, tmp_path, monkeypatch):
+    """Its settings are accepted; of those that do nothing, a later version may refuse one."""
+    monkeypatch.chdir(tmp_path)
+    command = "distill" if stage == "recovered" else "sft"
+    options = importlib.import_module(f"promptkd.cli.options.{command}")
+    parsed = parse_options(command, options, ["--config", str(HERE / task / f"{stage}.yaml"), "--use_cpu"])
+    rows = examples_from_rows([{"instruction": "the", "output": "an"}])
+    if command == "distill":
+        checked(*parsed, read=lambda *source, **how: rows)
+    else:
+        TrainingRun("sft", *parsed, lambda *source, **how: rows).arguments(FinetuneConfig)
 
 
 def test_the_page_asks_its_studies_for_what_they_measure(tmp_path, monkeypatch):
