@@ -62,7 +62,7 @@ class Mark(NamedTuple):
 
 def forest(title: str, rows: Sequence[Interval], x: Axis) -> str:
     """An image of differences, a row each with its interval, about a line at zero."""
-    left = _LEFT + _CHARACTER * max(len(row.name) for row in rows) - 30
+    left = _WIDE * max(len(row.name) for row in rows) + 14
     foot = _TOP + _ROW * len(rows)
     ends = [0.0, *(end for row in rows for end in (row.low, row.value, row.high))]
     _, _, at_x = _scale(ends, x, left, _WIDTH - _RIGHT)

@@ -365,6 +365,13 @@ def test_a_forest_plot_has_a_row_for_each_difference_about_a_line_at_zero():
     assert spans == [pytest.approx(3, abs=0.02), pytest.approx(2, abs=0.02)]
 
 
+@pytest.mark.parametrize("name", ["kd", "promptkd-abkd", "m" * 30])
+def test_the_names_of_a_forest_plot_stay_in_the_image(name):
+    image = xml.etree.ElementTree.fromstring(forest("", [Interval(name, 0.5, -1.0, 2.0, False)], Axis("points")))
+    (text,) = [each for each in image.iter("{http://www.w3.org/2000/svg}text") if each.text == name]
+    assert float(text.get("x")) - 7.2 * len(name) >= 0  # it ends there
+
+
 def test_the_label_below_a_forest_plot_of_long_names_stays_in_the_image():
     label = "Loss on references (nats/token), minus promptkd"
     image = xml.etree.ElementTree.fromstring(forest("", [Interval("m" * 40, 0.5, -1.0, 2.0, False)], Axis(label)))
