@@ -454,7 +454,7 @@ def test_the_page_asks_its_studies_for_what_they_measure(tmp_path, monkeypatch):
     studies, made = sorted((HERE / "studies").glob("*.yaml")), dict[str, int]()
     for file in studies:
         settings = read_config(file)
-        told = ("prompt", "rivals", "stability", "unseen", "variants", "claim")  # of which the page says what comes out
+        told = ("prompt", "rivals", "stability", "unseen", "variants", "claim", "dialogue")
         if file.stem not in told:
             settings |= {"seeds": [1, 2], "methods": settings["methods"][:3]}
         settings |= {"metrics": []} if file.stem == "stability" else {}
@@ -465,7 +465,8 @@ def test_the_page_asks_its_studies_for_what_they_measure(tmp_path, monkeypatch):
         made[file.stem] = len(names)
     counts = {"test rows": 196, "training rows": 1200, "same request": 3}
     counts |= {"request shares words": 7, "response shares words": 0}
-    Path("records", "leaks-dolly.json").write_text(json.dumps({"dolly": counts}))
+    for task in ("dolly", "sgd"):
+        Path("records", f"leaks-{task}.json").write_text(json.dumps({task: counts}))
     page = build(Path("records"))[PurePath("evidence.md")]
     assert "| ExAccErr, % ↓ | vs gkd |" in page
     short = page.split("## In short")[1].split("## ")[0]
