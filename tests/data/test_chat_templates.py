@@ -10,7 +10,8 @@ from tests.data.test_data import byte_tokenizer
 from transformers.utils import chat_template_utils
 
 from promptkd.data import encode_examples, examples_from_rows, resolve_template
-from promptkd.data.chat import DAY
+from promptkd.data.chat import DAY, ChatTemplate
+from promptkd.data.chat_form import tokenizer_as_trained
 from promptkd.errors import RequestError
 
 FOLDER = Path(trl.__file__).parent / "chat_templates"
@@ -71,3 +72,25 @@ def test_reasoning_in_the_content_stands_once_behind_the_prompt(name):
     (encoded,) = encode_examples(examples_from_rows([row]), tokenizer).examples
     text = encoded.prompt + tokenizer.decode(encoded.response_ids)
     assert text.count("<think>") == text.count("</think>") == text.count("Thought") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_variables_become_the_defaults_of_published_templates(name):
+    """Of those that a template names; and each tokenizer can be saved with what writes Alpaca in its place."""
+    tokenizer, rendered = tokenizer_of(name), 0
+    said = [message for message in ROWS["two turns"][:3] if name not in OF_PARTS]
+    for given in ({"enable_thinking": False}, {"thinking": True}, {"date_string": "01 Mar 2026"}):
+        if not ChatTemplate(tokenizer).names(*given):
+            continue
+        template = resolve_template("chat", tokenizer, given)
+        saved = tokenizer_as_trained(tokenizer, template)
+        assert saved.chat_template != tokenizer.chat_template
+        if said:
+            expected = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True, **given)
+            assert saved.apply_chat_template(said, tokenize=False, add_generation_prompt=True) == expected
+            rendered += 1
+    assert rendered > 0 or not re.search(r"\b(enable_thinking|thinking|date_string)\b", tokenizer.chat_template)
+    alpaca = tokenizer_as_trained(tokenizer, resolve_template("alpaca", tokenizer))
+    asked = alpaca.apply_chat_template([USER], tokenize=False, add_generation_prompt=True)
+    assert asked.endswith("### Instruction:\nQuestion?\n\n### Response:\n")
