@@ -156,7 +156,7 @@ _FIELDS = {"score", "cer_score", "f1", "precision", "recall", "rouge1", "rouge2"
 def metric_info(name: str) -> MetricInfo:
     """The metric of an evaluation; an unknown one is shown by its name.
 
-    The name of one's own says what is better; of one of Hugging Face's evaluate it is known for the common ones.
+    The label of a custom function tells its direction; the common metrics of Hugging Face's evaluate have a known one.
     """
     for prefix, better in _OWN.items():
         if name.startswith(prefix):
